@@ -14,8 +14,8 @@ import typer
 
 from sparsellm import __version__, interrupts, process
 from sparsellm import options as use
-from sparsellm.errors import RecipeError
-from sparsellm.options import MEASURE, TEXT, argument, field, flag, option
+from sparsellm.errors import MissingExtraError, RecipeError
+from sparsellm.options import MEASURE, SERVER, TEXT, argument, field, flag, option
 from sparsellm.recipe import RESOURCES, SOURCES, WHAT
 
 Printed = tuple[Any, Callable[[], None]] | None
@@ -380,7 +380,7 @@ def push(directory: str, repo: str, **options: Any) -> Printed:
     option("--max-new-tokens N", "Most tokens to generate.", TEXT, default=100),
     option("--temperature T", "0 takes the likeliest token; above 0, tokens are sampled.", TEXT, default=0.0),
     option("--seed N", "Seed of the sampling.", TEXT, default=0),
-    option("--threads N", "CPU threads.", RESOURCES, shown="as torch chooses"),
+    use.THREADS,
     *use.RUNNING,
     flag("--quiet -q", "Print the text without the speed."),
     use.JSON,
@@ -396,8 +396,7 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
     from sparsepack.generation import generate as continue_prompt
     from sparsepack.loading import load
 
-    how = {name: options.pop(name) for name in ("device", "dtype", "activations") if name in options}
-    model, tokenizer = load(directory, **how), load_tokenizer(Path(directory).expanduser())
+    model, tokenizer = load(directory, **use.take_running(options)), load_tokenizer(Path(directory).expanduser())
 
     def show(text: str) -> None:
         console.out().print(text, end="", soft_wrap=True)
@@ -416,6 +415,71 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
             console.say(speed, error=True)
 
     return result.to_dict(), end
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint, packed or dense."),
+    option("--host NAME", "Address to listen at.", SERVER, default="127.0.0.1"),
+    option("--port N", "Port; 0 for any that is free.", SERVER, default=8000),
+    option("--key-file FILE", "File with the key that clients send.", SERVER, shown="SPARSELLM_API_KEY, else no key"),
+    option("--name NAME", "Name of the model.", SERVER, shown="that of DIRECTORY"),
+    option("--context N", "Most tokens of a prompt and its answer.", SERVER, shown="the model's, at most 8192"),
+    option("--max-tokens N", "Most tokens of an answer.", SERVER, default=2048),
+    option("--queue N", "Requests that may wait; more are refused.", SERVER, default=16),
+    option("--max-body SIZE", "Most bytes of a request.", SERVER, default="1MB"),
+    use.THREADS,
+    *use.RUNNING,
+    flag("--quiet -q", "Print no line for each request."),
+    examples=("sparsellm serve packed", "sparsellm serve packed --host 0.0.0.0 --key-file key.txt"),
+)
+def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> Printed:
+    """Serve DIRECTORY to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
+
+    Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file.
+    """
+    from sparsellm import console
+    from sparsellm.inputs import parse_bytes
+
+    try:
+        from sparsellm.serving.server import Settings
+        from sparsellm.serving.server import serve as listen
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise MissingExtraError(f'{missing.name} is not installed: pip install "sparsellm[serve]"') from None
+    running = use.take_running(options)
+    settings = use.made(Settings, max_body=parse_bytes(max_body), quiet=quiet, **options)
+    listen(directory, settings, running, lambda line: console.say(line, error=True))
+    return None
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint, packed or dense, with a chat template."),
+    option("--system TEXT", "What the model is told first.", TEXT),
+    option("--max-new-tokens N", "Most tokens of an answer.", TEXT, default=512),
+    option("--temperature T", "0 takes the likeliest token.", TEXT, shown="as the model recommends"),
+    option("--seed N", "Seed of the sampling.", TEXT, shown="another each time"),
+    use.THREADS,
+    *use.RUNNING,
+    examples=("sparsellm chat packed", "sparsellm chat packed --system 'Answer in one sentence.'"),
+)
+def chat(directory: str, **options: Any) -> Printed:
+    """Talk with DIRECTORY in the terminal.
+
+    /reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.
+    """
+    from sparsellm import console
+    from sparsellm.serving import terminal
+
+    running = use.take_running(options)
+    terminal.chat(
+        directory,
+        use.made(terminal.Manner, **options),
+        running,
+        show=lambda text: console.out().print(text, end="", soft_wrap=True),
+        say=lambda line: console.say(line, error=True),
+    )
+    return None
 
 
 @_command(

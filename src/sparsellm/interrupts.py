@@ -50,7 +50,7 @@ def installed() -> Iterator[None]:
     the main thread, where Python cannot install handlers."""
     global _received, _kept, _owner
     _received, _kept, _owner = None, "", os.getpid()
-    with _handled_by(_stop):
+    with handled_by(_stop):
         yield
         check()
 
@@ -61,7 +61,7 @@ def held() -> Iterator[None]:
     then the handlers, ours or any others, are called."""
     arrived: list[int] = []
     try:
-        with _handled_by(lambda signum, _: arrived.append(signum)):
+        with handled_by(lambda signum, _: arrived.append(signum)):
             yield
     finally:
         for signum in dict.fromkeys(arrived):
@@ -69,9 +69,9 @@ def held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the signals that are not ignored. SIGINT is replaced first and restored last: its handler may
-    raise KeyboardInterrupt."""
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Calls a function for the signals that are not ignored. SIGINT is replaced first and restored last: its handler
+    may raise KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

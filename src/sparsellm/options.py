@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from pydantic import BaseModel, ValidationError
 
+from sparsellm.errors import RecipeError, refusal
 from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, help_of, option_of
 
-TEXT, MEASURE, VALUES = "Text", "Measurement", "Values"  # panels of --help
+TEXT, MEASURE, VALUES, SERVER = "Text", "Measurement", "Values", "Server"  # panels of --help
+Made = TypeVar("Made", bound=BaseModel)
 # Types by placeholder; values with other placeholders are text.
 KINDS = {"": bool, "N": int, "0-3": int, "SHARE": float, "T": float, "DIR": Path, "FILE": Path}
 
@@ -103,6 +106,20 @@ def take_recipe(options: dict[str, Any]) -> Recipe:
     return chosen.updated(**given).with_settings([*entries, *options.pop("set", ())])
 
 
+def take_running(options: dict[str, Any]) -> dict[str, str]:
+    """Takes the values of ``RUNNING``, which say how a model is loaded, out of a command's options."""
+    return {name: options.pop(name) for name in ("device", "dtype", "activations") if name in options}
+
+
+def made(kind: type[Made], **values: Any) -> Made:
+    """A model of a command's settings; a RecipeError names the first value that it refuses."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        name, _, why = refusal(error).partition(" ")
+        raise RecipeError(f"--{name.replace('_', '-')} {why}") from None
+
+
 def listed(text: str) -> list[str]:
     """The parts of a text with commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -139,6 +156,7 @@ RUNNING = [
         values=("int8", "fp32"),
     ),
 ]
+THREADS = option("--threads N", "CPU threads.", RESOURCES, shown="as torch chooses")
 SAVE = option(
     "--save/--no-save", "Append the result to results.json in a directory that sparsellm wrote.", default=True
 )

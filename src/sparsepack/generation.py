@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -18,11 +18,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
-    TextStreamer,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from sparsepack.arguments import checked
 from sparsepack.decode import Decoder, decodes
@@ -31,6 +33,8 @@ from sparsepack.module import threads_set
 
 TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Generation:
     Attributes:
         prefill_seconds: from the start to the first new token.
         decode_seconds: from the first new token to the last.
+        finish: what ended it: an end-of-text token or a stop string, the limit on new tokens, or the caller.
     """
 
     text: str
@@ -48,6 +53,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     threads: int
+    finish: Literal["stop", "length", "cancelled"]
 
     @property
     def tokens_per_second(self) -> float:
@@ -57,6 +63,36 @@ class Generation:
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+def _not_tiny(temperature: float) -> float:
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"give 0 for the likeliest token, or at least {LEAST_TEMPERATURE}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)]
+
+
+class Sampling(BaseModel):
+    """How a prompt is continued.
+
+    Attributes:
+        max_new_tokens: the most tokens to generate.
+        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled; None does what the model's
+            generation config recommends, which is the likeliest token where it recommends nothing.
+        top_p: the probability of the tokens that are sampled from; None for that of the generation config.
+        seed: that of the sampling.
+        stop: the text ends before the first of these strings.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_new_tokens: Tokens = 100
+    temperature: Temperature | None = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Seed = 0
+    stop: Annotated[Sequence[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=16)] = ()
 
 
 class _Settings(BaseModel):
@@ -71,6 +107,15 @@ class _Settings(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
 
 
+class _Recommended(BaseModel):
+    """What a generation config says of sampling itself."""
+
+    model_config = _Settings.model_config
+
+    do_sample: bool | None = None
+    temperature: Temperature | None = None
+
+
 @checked
 def generate(
     model: PreTrainedModel,
@@ -79,7 +124,7 @@ def generate(
     *,
     max_new_tokens: Tokens = 100,
     temperature: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 0.0,
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0,
+    seed: Seed = 0,
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None,
     on_text: Callable[[str], Any] | None = None,
 ) -> Generation:
@@ -91,9 +136,7 @@ def generate(
     Args:
         model, tokenizer: a causal language model and its tokenizer.
         prompt: the text to continue; no chat template is applied.
-        max_new_tokens: the most tokens to generate.
-        temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
-        seed: that of the sampling.
+        max_new_tokens, temperature, seed: those of :class:`Sampling`.
         threads: CPU threads; None for the current setting of torch.
         on_text: called with each new piece of text.
 
@@ -101,50 +144,85 @@ def generate(
         SettingError: the prompt has no token, or is too long for the model; or another argument is out of range.
         FormatError: a setting of the generation config that is used has another type or is out of range.
     """
-    settings = _settings(model, temperature)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = int(inputs["input_ids"].shape[1])
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    try:
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    except ValidationError as error:
+        raise SettingError(refusal(error)) from None
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    return continuation(model, tokenizer, ids, sampling, threads=threads, on_text=on_text)
+
+
+@torch.no_grad()
+def continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    sampling: Sampling,
+    *,
+    threads: int | None = None,
+    on_text: Callable[[str], Any] | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Generation:
+    """As :func:`generate`, for a prompt of token ids ``(1, tokens)``. It ends early, after a token, once ``cancelled``
+    returns true."""
+    settings, length = generation_settings(model, sampling), ids.shape[1]
+    limit = context_limit(model)
     if length == 0:
         raise SettingError("the prompt is empty; give some text to continue")
-    if isinstance(limit, int) and 0 < limit < length + max_new_tokens:
+    if limit is not None and limit < length + sampling.max_new_tokens:
         raise SettingError(
-            f"the prompt has {length} tokens and {max_new_tokens} are to follow; the model takes {limit} in all"
+            f"the prompt has {length} tokens and {sampling.max_new_tokens} are to follow; "
+            f"the model takes {limit} in all"
         )
-    streamer = _Streamer(tokenizer, on_text)
-    torch.manual_seed(seed)
+    text = _Text(tokenizer, sampling.stop, on_text, cancelled)
+    torch.manual_seed(sampling.seed)
+    ids = ids.to(model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    chosen = {"max_new_tokens": max_new_tokens, "pad_token_id": padding}
-    with torch.no_grad(), generation_config_set(model, settings), threads_set(threads):
+    with generation_config_set(model, settings), threads_set(threads):
         start, count = time.perf_counter(), torch.get_num_threads()
         if decodes(model):
-            output = _decode(model, inputs["input_ids"], settings, max_new_tokens, streamer)
+            _decode(model, ids, settings, sampling.max_new_tokens, text)
         else:
-            output = model.generate(**inputs, **chosen, streamer=streamer)  # type: ignore[operator]
-    new = output[0, length:]
-    first, last = streamer.times[0], streamer.times[-1]
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    return Generation(str(text), length, len(new), first - start, last - first, count)
+            model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=sampling.max_new_tokens,
+                pad_token_id=padding,
+                streamer=text,
+                stopping_criteria=StoppingCriteriaList([_WhenOver(text)]),
+            )
+    first, last = text.times[0], text.times[-1]
+    finish = text.over or ("stop" if text.ids[-1] in _ends(settings) else "length")
+    return Generation(text.text, length, len(text.ids), first - start, last - first, count, finish)
 
 
-def _decode(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, limit: int, streamer: _Streamer) -> Tensor:
-    """The prompt and its continuation ``(1, tokens)``, decoded by the extension as transformers' ``generate`` does."""
-    last = settings.eos_token_id
-    ends = set(last if isinstance(last, list) else [last])
-    choices = _processors(settings)
+def context_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens of a prompt and its continuation; None if the model names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _decode(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, limit: int, text: _Text) -> None:
+    """Decodes by the extension as transformers' ``generate`` does."""
+    ends, choices = _ends(settings), _processors(settings)
     decoder = Decoder(model, ids.shape[1] + limit)
-    streamer.put(ids)
+    text.put(ids)
     logits = decoder.read(ids)
     for left in range(limit - 1, -1, -1):
         scores = choices(ids, logits.unsqueeze(0))  # type: ignore[arg-type]
         token = torch.multinomial(scores.softmax(-1), 1) if settings.do_sample else scores.argmax(-1, keepdim=True)
         ids = torch.cat((ids, token), dim=1)
-        streamer.put(token.view(-1))
-        if int(token) in ends or left == 0:
+        text.put(token)
+        if int(token) in ends or text.over:
             break
-        logits = decoder.step(int(token), ids.shape[1] - 1)
-    streamer.end()
-    return ids
+        if left:
+            logits = decoder.step(int(token), ids.shape[1] - 1)
+    text.end()
+
+
+def _ends(settings: GenerationConfig) -> set[int | None]:
+    last = settings.eos_token_id
+    return set(last if isinstance(last, list) else [last])
 
 
 def _processors(settings: GenerationConfig) -> LogitsProcessorList:
@@ -163,18 +241,30 @@ def _processors(settings: GenerationConfig) -> LogitsProcessorList:
     return chosen
 
 
-def _settings(model: PreTrainedModel, temperature: float) -> GenerationConfig:
+def generation_settings(model: PreTrainedModel, sampling: Sampling) -> GenerationConfig:
+    """The generation config that does what is asked, and what the model's own says of the rest.
+
+    Raises:
+        FormatError: a setting of the model's own that is used has another type or is out of range.
+    """
+    temperature = sampling.temperature
     try:
         used = _Settings.model_validate(model.generation_config)
+        if temperature is None:
+            recommended = _Recommended.model_validate(model.generation_config)
+            chosen = 1.0 if recommended.temperature is None else recommended.temperature
+            temperature = chosen if recommended.do_sample else 0.0
     except ValidationError as error:
         raise FormatError(
             f"generation config of the model: {refusal(error)}; correct generation_config.json, or remove it"
         ) from None
+    if sampling.top_p is not None:
+        used = used.model_copy(update={"top_p": sampling.top_p})
     if temperature > 0:
         return GenerationConfig(do_sample=True, temperature=temperature, **used.model_dump())
-    sampling = {"top_k", "top_p", "min_p"}  # they would only cause warnings
+    ignored = {"top_k", "top_p", "min_p"}  # they would only cause warnings
     return GenerationConfig(
-        do_sample=False, temperature=None, top_k=None, top_p=None, **used.model_dump(exclude=sampling)
+        do_sample=False, temperature=None, top_k=None, top_p=None, **used.model_dump(exclude=ignored)
     )
 
 
@@ -189,19 +279,72 @@ def generation_config_set(model: PreTrainedModel, config: GenerationConfig) -> I
         model.generation_config = before
 
 
-class _Streamer(TextStreamer):
-    """transformers' streamer of printable text, which also records the time of each token."""
+class _Text(BaseStreamer):
+    """The text of tokens as they come, and the time of each. A piece is given out as soon as no later token changes it:
+    its characters are complete, and no stop string can begin in it.
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], Any] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+    Attributes:
+        over: why no further token is needed; None until then.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        on_text: Callable[[str], Any] | None,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+        self._stop, self._longest = tuple(stop), max(map(len, stop), default=0)
+        self._on_text, self._cancelled = on_text, cancelled
+        self._prompt = True  # what comes first
+        self._before = self._read = 0  # tokens up to the last but one piece, and up to the last
+        self._given = 0  # characters
+        self.ids: list[int] = []
         self.times: list[float] = []
+        self.text = ""
+        self.over: Literal["stop", "cancelled"] | None = None
 
     def put(self, value: Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
-        super().put(value)
+        if self._prompt:
+            self._prompt = False
+            return
+        self.times.append(time.perf_counter())
+        self.ids += value.flatten().tolist()
+        self._take()
+        if self.over is None and self._cancelled():
+            self.over = "cancelled"
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self.on_text is not None and text:
-            self.on_text(text)
+    def end(self) -> None:
+        self._take(last=True)
+
+    def _take(self, last: bool = False) -> None:
+        """Reads the tokens after the one piece before, whose text tells where the next one begins: some tokenizers
+        write a token in another way at the beginning of a text."""
+        if self.over == "stop":
+            return
+        known = len(self._decode(self.ids[self._before : self._read]))
+        piece = self._decode(self.ids[self._before :])[known:]
+        if piece and (last or not piece.endswith("\ufffd")):  # the beginning of a character
+            self._before, self._read = self._read, len(self.ids)
+            begin = max(0, len(self.text) - self._longest + 1)
+            self.text += piece
+            if places := [place for stop in self._stop if (place := self.text.find(stop, begin)) >= 0]:
+                self.text, self.over, last = self.text[: min(places)], "stop", True
+        safe = len(self.text) - (0 if last else self._held())
+        if self._on_text is not None and safe > self._given:
+            self._on_text(self.text[self._given : safe])
+        self._given = max(self._given, safe)
+
+    def _held(self) -> int:
+        """The characters at the end of the text with which a stop string may begin."""
+        sizes = range(min(len(self.text), self._longest - 1), 0, -1)
+        return next((size for size in sizes if any(s.startswith(self.text[-size:]) for s in self._stop)), 0)
+
+
+class _WhenOver(StoppingCriteria):
+    def __init__(self, text: _Text) -> None:
+        self._text = text
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        return torch.full((input_ids.shape[0],), self._text.over is not None, device=input_ids.device)

@@ -173,3 +173,56 @@ def test_activations_are_chosen_by_argument_and_environment(tmp_path: Path, monk
     monkeypatch.setenv("SPARSELLM_ACTIVATIONS", "fp16")
     with pytest.raises(SettingError, match="SPARSELLM_ACTIVATIONS: 'fp16' is unknown"):
         sparsellm.load(directory)
+
+
+@kernels
+def test_stop_strings_and_a_caller_end_both_paths_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = sparsellm.load(packed_model(tmp_path)), tiny_tokenizer()
+    ids = tokenizer("The while", return_tensors="pt")["input_ids"]
+
+    def outcome(calls: int = 99, **asked: Any) -> tuple[str, int, str]:
+        pieces: list[str] = []
+        left = iter(range(calls))
+        result = generation.continuation(
+            model, tokenizer, ids, generation.Sampling(max_new_tokens=30, **asked), on_text=pieces.append,
+            cancelled=lambda: next(left, None) is None,
+        )  # fmt: skip
+        assert "".join(pieces) == result.text
+        return result.text, result.new_tokens, result.finish
+
+    for fast in (True, False):
+        monkeypatch.setattr(generation, "decodes", lambda model, fast=fast: fast)
+        text, tokens, finish = outcome()
+        assert (tokens, finish) == (30, "length")
+        for begin in range(0, len(text) - 4, 3):
+            for size in (1, 4):
+                stop = text[begin : begin + size]
+                if "\ufffd" in stop:  # half a character, until the next token says otherwise
+                    continue
+                stopped, tokens, finish = outcome(stop=(stop, "no such text"))
+                assert (stopped, finish) == (text[: text.find(stop)], "stop")
+                assert tokens < 30 or text.find(stop) + size == len(text)
+        cut, tokens, finish = outcome(calls=4)
+        assert text.startswith(cut)
+        assert (tokens in (5, 6), finish) == (True, "cancelled")  # transformers may ask before it hands out a token
+        first = int(tokenizer(text[0])["input_ids"][0])
+        model.generation_config.eos_token_id = [first]
+        assert outcome()[2] == "stop" or first not in tokenizer(text)["input_ids"]
+        model.generation_config.eos_token_id = 1
+
+
+def test_sampling_is_what_the_model_recommends_unless_asked() -> None:
+    model = tiny_gpt2()
+
+    def used(**asked: Any) -> tuple[Any, ...]:
+        made = generation.generation_settings(model, generation.Sampling(**asked))
+        return made.do_sample, made.temperature, made.top_p, made.top_k
+
+    assert used(temperature=None) == used() == (False, None, None, None)
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9, top_k=20)
+    assert used(temperature=None) == (True, 0.6, 0.9, 20)
+    assert used(temperature=0.2, top_p=0.5) == (True, 0.2, 0.5, 20)
+    assert used() == (False, None, None, None)
+    model.generation_config.temperature = -1.0
+    with pytest.raises(FormatError, match="generation config of the model: temperature is"):
+        used(temperature=None)

@@ -1,0 +1,56 @@
+"""Prompts as token ids: those of a text, and those of a conversation, by the tokenizer's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm.chain.open import load_tokenizer
+from sparsellm.errors import DataError, ModelError, one_line
+from sparsepack.generation import Sampling, generation_settings
+from sparsepack.loading import load
+
+Message = dict[str, str]
+"""``role`` and ``content``."""
+
+
+def open_model(directory: str, **options: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`.
+
+    Raises:
+        UserError: one of them cannot be read, or the generation config has a value that cannot be used.
+    """
+    model, tokenizer = load(directory, **options), load_tokenizer(Path(directory).expanduser())
+    generation_settings(model, Sampling(temperature=None))
+    return model, tokenizer
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """The token ids ``(1, tokens)`` of a text, with what the tokenizer adds by itself."""
+    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+    return ids
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:
+    """The token ids ``(1, tokens)`` of a conversation, up to where the answer begins.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+        DataError: the template refuses the conversation, for example its order of roles.
+    """
+    check_template(tokenizer)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        raise DataError(f"the chat template of the model refuses the conversation: {one_line(error)}") from None
+    ids: Tensor = tokenizer(str(text), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return ids
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A ModelError if the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise ModelError("the model has no chat template, so it takes no conversation; continue a text instead")

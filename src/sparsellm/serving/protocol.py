@@ -1,0 +1,197 @@
+"""Requests and answers of OpenAI's API, as far as one model on this machine can serve them.
+
+A parameter that changes nothing at its value (``n: 1``, ``logprobs: false``, null) is accepted; any other one that is
+not a field here is refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsellm.serving.prompts import chat_ids, text_ids
+from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens
+
+MOST_STOPS = 4
+
+# What clients send although it changes nothing.
+_NEUTRAL: dict[str, object] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "logit_bias": {},
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "store": False,
+    "tools": [],
+}
+
+
+def escaped(text: str) -> str:
+    """The text with halves of surrogate pairs, which JSON can hold and UTF-8 cannot, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _whole(text: str) -> str:
+    if escaped(text) != text:
+        raise ValueError("it holds half of a surrogate pair, which is not text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
+def _joined(content: Any) -> Any:
+    """The text of a message whose parts are all text; anything else unchanged, and refused as no text."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    return content
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """In JSON, ``logprobs: 0`` asks for something, and ``false`` does not."""
+    neutral = _NEUTRAL.get(name)
+    return neutral is not None and neutral == value and isinstance(neutral, bool) == isinstance(value, bool)
+
+
+class _Given(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {escaped(name): v for name, v in values.items() if v is not None and not _is_neutral(name, v)}
+
+
+class Message(_Given):
+    """One message of a conversation; only text."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[Text, BeforeValidator(_joined)]
+    name: str | None = None
+
+
+class StreamOptions(_Given):
+    """What a stream holds besides the text."""
+
+    include_usage: bool = False
+
+
+class Asked(_Given):
+    """What chat and completions have in common."""
+
+    KIND: ClassVar[str]
+    CHUNK: ClassVar[str]
+    PREFIX: ClassVar[str]
+
+    model: str | None = None
+    max_tokens: Tokens | None = None
+    temperature: Annotated[Temperature, Field(le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Seed | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=500)]],
+        Field(max_length=MOST_STOPS),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = None  # for the statistics of whoever serves; not used here
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of the answer that the client asks for."""
+        return self.max_tokens
+
+    def sampling(self) -> Sampling:
+        """How the prompt is continued; what is not asked is as the model recommends, with another seed each time."""
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=seed, stop=self.stop)
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The prompt as token ids ``(1, tokens)``."""
+        raise NotImplementedError
+
+    def choice(self, text: str | None, finish: str | None, *, chunk: bool) -> dict[str, Any]:
+        """The answer, or a piece of it; no text at the end of a stream."""
+        raise NotImplementedError
+
+
+class ChatRequest(Asked):
+    """``POST /v1/chat/completions``."""
+
+    KIND, CHUNK, PREFIX = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Tokens | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        return chat_ids(tokenizer, [message.model_dump(exclude_none=True) for message in self.messages])
+
+    def choice(self, text: str | None, finish: str | None, *, chunk: bool) -> dict[str, Any]:
+        said = {} if text is None else {"role": "assistant", "content": text}
+        return {"index": 0, "delta" if chunk else "message": said, "logprobs": None, "finish_reason": finish}
+
+
+class CompletionRequest(Asked):
+    """``POST /v1/completions``."""
+
+    KIND, CHUNK, PREFIX = "text_completion", "text_completion", "cmpl-"
+
+    prompt: Annotated[
+        Text, BeforeValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value)
+    ]
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        return text_ids(tokenizer, self.prompt)
+
+    def choice(self, text: str | None, finish: str | None, *, chunk: bool) -> dict[str, Any]:
+        return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish}
+
+
+class Answer:
+    """The JSON objects that answer a request."""
+
+    def __init__(self, asked: Asked, model: str) -> None:
+        self._asked = asked
+        self.with_usage = asked.stream_options.include_usage
+        self._head = {"id": asked.PREFIX + secrets.token_hex(12), "created": int(time.time()), "model": model}
+
+    def whole(self, result: Generation) -> dict[str, Any]:
+        """The answer in one object."""
+        choice = self._asked.choice(result.text, result.finish, chunk=False)
+        return {**self._head, "object": self._asked.KIND, "choices": [choice], "usage": _usage(result)}
+
+    def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
+        """A piece of a stream."""
+        usage = {"usage": None} if self.with_usage else {}
+        choice = self._asked.choice(text, finish, chunk=True)
+        return {**self._head, "object": self._asked.CHUNK, "choices": [choice], **usage}
+
+    def usage(self, result: Generation) -> dict[str, Any]:
+        """The last object of a stream, if the client asks for it."""
+        return {**self._head, "object": self._asked.CHUNK, "choices": [], "usage": _usage(result)}
+
+
+def _usage(result: Generation) -> dict[str, int]:
+    prompt, new = result.prompt_tokens, result.new_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def error(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": escaped(message), "type": kind, "param": param, "code": code}}

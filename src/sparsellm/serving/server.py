@@ -1,0 +1,327 @@
+"""The HTTP server: OpenAI's routes, who may call them, and how it starts and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hmac
+import ipaddress
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sparsellm import interrupts
+from sparsellm.errors import DataError, ModelError, RecipeError, shown
+from sparsellm.serving.prompts import open_model
+from sparsellm.serving.protocol import Answer, Asked, ChatRequest, CompletionRequest, error
+from sparsellm.serving.worker import GoneError, Job, Limits, UnavailableError, Worker
+from sparsepack.decode import decodes
+from sparsepack.errors import SettingError, UserError
+from sparsepack.generation import Generation, context_limit
+
+KEY = "SPARSELLM_API_KEY"  # in the environment
+MOST_CONTEXT = 8192  # tokens, unless more is asked for: a longer prompt keeps all others waiting for minutes
+GRACE = 5.0  # seconds that a running request has to end when the server stops
+
+
+class Settings(BaseModel):
+    """What the server listens to and where its limits are."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    key_file: Path | None = None
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 2048
+    context: Annotated[int, Field(ge=2, lt=1 << 31)] | None = None
+    queue: Annotated[int, Field(ge=0, le=10_000)] = 16
+    max_body: Annotated[int, Field(ge=1, le=1 << 30)] = 1 << 20
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Door:
+    """A listening socket and who may come in: the key, None for everybody, and the most bytes of a request."""
+
+    socket: socket.socket
+    key: str | None
+    max_body: int
+
+    @property
+    def url(self) -> str:
+        """Where clients find the API."""
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def open_door(settings: Settings) -> Door:
+    """Listens, so that a busy port is known before the model is loaded.
+
+    Raises:
+        RecipeError: the port is in use, the host is not of this machine, or a key is unusable or missing.
+    """
+    key, host, port = _key(settings.key_file), settings.host, settings.port
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        if key is None and not ipaddress.ip_address(address[0]).is_loopback:
+            raise RecipeError(
+                f"--host {host} lets other machines in, and there is no key; set {KEY}, or give --key-file FILE"
+            )
+        listening = socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as failed:
+        busy = isinstance(failed, OSError) and failed.errno == errno.EADDRINUSE
+        why = "in use; stop what listens there, or give another --port" if busy else getattr(failed, "strerror", failed)
+        raise RecipeError(f"port {port} of {host!r:.100} is {'' if busy else 'not available: '}{why}") from None
+    return Door(listening, key, settings.max_body)
+
+
+def _key(file: Path | None) -> str | None:
+    """The key that clients send; None if none is set. It is never in the command line, which all users can read."""
+    given, where = os.environ.get(KEY), KEY
+    if file is not None:
+        if given is not None:
+            raise RecipeError(f"both {KEY} and --key-file {file} give a key; give one of them")
+        try:
+            with file.expanduser().open("rb") as opened:
+                given, where = opened.read(4097).decode("ascii", "replace").strip(), f"--key-file {file}"
+        except (OSError, RuntimeError) as failed:
+            raise RecipeError(f"--key-file {file} cannot be read: {failed}") from None
+    if given is not None and not (
+        0 < len(given) <= 4096 and given.isascii() and given.isprintable() and " " not in given
+    ):
+        raise RecipeError(f"the key in {where} is empty or more than one word of ASCII; write one, such as 32 letters")
+    return given
+
+
+def serve(directory: str, settings: Settings, options: dict[str, str], log: Callable[[str], None]) -> None:
+    """Serves a checkpoint until a signal stops it. ``options`` are those of :func:`sparsepack.loading.load`; ``log``
+    gets a line at the start, and unless quiet one for each request."""
+    door = open_door(settings)
+    with door.socket:
+        model, tokenizer = open_model(directory, **options)
+        limit = context_limit(model)
+        context = settings.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
+        if limit is not None and context > limit:
+            raise ModelError(f"--context is {context}, and the model takes {limit} tokens")
+        limits = Limits(context, settings.max_tokens, settings.queue)
+        told = (lambda line: None) if settings.quiet else log
+        worker = Worker(model, tokenizer, limits, threads=settings.threads, log=told)
+        name = settings.name or Path(directory).expanduser().resolve().name
+        config = uvicorn.Config(
+            _Gate(application(worker, name), door),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(GRACE) + 2,  # the worker cancels before
+        )
+        log(f"{name} listens at {door.url}, {'with' if door.key else 'without'} a key; Ctrl-C stops it")
+        log(f"{context} tokens of context, decoded by {'the compiled decoder' if decodes(model) else 'transformers'}")
+        _Server(config, worker).run(sockets=[door.socket])
+    worker.stop(0)
+    if not worker.ended(GRACE):  # it reads a long prompt; the interpreter must not end under a thread that computes
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stops gracefully by every signal of the command line; uvicorn's own would raise it again afterwards."""
+        with interrupts.handled_by(self.handle_exit):
+            yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.stop(GRACE)
+        await super().shutdown(sockets)
+
+
+class _Gate:
+    """Refuses requests without the key, of web pages that a browser has open, and with a body that is too large."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self._app, self._most = app, door.max_body
+        self._key = None if door.key is None else f"Bearer {door.key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers, read = Headers(scope=scope), 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most:
+                raise HTTPException(413, f"the body has more than {self._most} bytes")
+            return message
+
+        refused = self._refused(headers, scope["path"])
+        if refused is None:
+            await self._app(scope, limited, send)
+            return
+        size = 0  # a client that still sends would lose the answer when the connection closes
+        while (message := await receive()).get("more_body") and size < 16 * self._most:
+            size += len(message["body"])
+        await refused(scope, receive, send)
+
+    def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
+        given = headers.get("authorization", "").encode("latin-1")
+        if self._key is not None and path != "/health" and not hmac.compare_digest(given, self._key):
+            return _problem(401, "the API key is missing or wrong", code="invalid_api_key")
+        if self._key is None and not _is_local(headers.get("host", "")):
+            return _problem(400, f"the host {shown(headers.get('host'))} is not localhost; set {KEY} to allow others")
+        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > self._most:
+            return _problem(413, f"the body has {headers['content-length']} bytes; at most {self._most} are read")
+        return None
+
+
+def _is_local(host: str) -> bool:
+    """Whether a Host header is ``localhost`` or an address: a web page can make a browser call this machine, but by a
+    name of its own."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def _problem(status: int, message: str, **parts: str | None) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse(error(message, kind, **parts), status, headers)
+
+
+async def _of_error(_: Request, failed: Exception) -> Response:
+    status = 400 if isinstance(failed, SettingError | DataError | ModelError) else 500
+    return _problem(503 if isinstance(failed, UnavailableError) else status, str(failed))
+
+
+async def _of_status(_: Request, failed: Exception) -> Response:
+    assert isinstance(failed, HTTPException)
+    return _problem(failed.status_code, str(failed.detail))
+
+
+async def _of_validation(_: Request, failed: Exception) -> Response:
+    """Names the first value of a body that is refused."""
+    assert isinstance(failed, RequestValidationError)
+    first = failed.errors()[0]
+    place, kind = ".".join(str(part) for part in first["loc"][1:]), first["type"]
+    if kind == "json_invalid":
+        return _problem(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}, at character {place}")
+    if not place:
+        return _problem(400, "the body is not a JSON object with Content-Type: application/json")
+    if kind == "extra_forbidden":
+        why = f"is {shown(first['input'])}, which this server does not support"
+    elif kind == "missing":
+        why = "is missing"
+    else:
+        reason = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        why = f"is {shown(first['input'])}: {reason}"
+    return _problem(400, f"{place} {why}", param=place)
+
+
+def application(worker: Worker, name: str) -> FastAPI:
+    """The routes; ``name`` is that of the model."""
+    handlers = {UserError: _of_error, HTTPException: _of_status, RequestValidationError: _of_validation}
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)  # type: ignore[arg-type]
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sparsellm"}
+
+    @app.get("/health")
+    async def _health() -> Response:
+        return JSONResponse({"model": name, **worker.state()})
+
+    @app.get("/v1/models")
+    async def _models() -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def answer(asked: Asked, request: Request) -> Response:
+        if asked.model not in (None, name):
+            said = f"model is {shown(asked.model)}; this server has {name!r}"
+            return _problem(404, said, param="model", code="model_not_found")
+        job, made = Job(asked.ids, asked.sampling(), asked.limit), Answer(asked, name)
+        worker.submit(job)
+        events = _events(job, request)
+        try:
+            event = await anext(events)  # what the prompt is refused for comes before a stream begins
+            if asked.stream:
+                return StreamingResponse(_stream(event, events, made), media_type="text/event-stream")
+            while isinstance(event, str):
+                event = await anext(events)
+        except GoneError:
+            return Response(status_code=499)
+        assert isinstance(event, Generation)
+        return JSONResponse(made.whole(event))
+
+    @app.post("/v1/chat/completions")
+    async def _chat(asked: ChatRequest, request: Request) -> Response:
+        return await answer(asked, request)
+
+    @app.post("/v1/completions")
+    async def _completions(asked: CompletionRequest, request: Request) -> Response:
+        return await answer(asked, request)
+
+    return app
+
+
+async def _events(job: Job, request: Request) -> AsyncIterator[str | Generation]:
+    """Pieces of text, and the result last. The job is cancelled when nobody reads on, or the client is gone."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        job.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        event: str | Generation = ""
+        while isinstance(event, str):
+            event = await job.event()
+            yield event
+    finally:
+        watching.cancel()
+        job.cancel()
+
+
+async def _stream(event: str | Generation, events: AsyncIterator[str | Generation], made: Answer) -> AsyncIterator[str]:
+    """An answer as server-sent events."""
+    try:
+        while isinstance(event, str):
+            yield _sent(made.piece(event))
+            event = await anext(events)
+        yield _sent(made.piece(None, event.finish))
+        if made.with_usage:
+            yield _sent(made.usage(event))
+        yield "data: [DONE]\n\n"
+    except GoneError:
+        return
+    except UserError as failed:
+        yield _sent(error(str(failed), "server_error"))
+
+
+def _sent(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

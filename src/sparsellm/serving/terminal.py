@@ -1,0 +1,110 @@
+"""A conversation with a model in the terminal."""
+
+from __future__ import annotations
+
+import io
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm import interrupts
+from sparsellm.serving.prompts import Message, chat_ids, check_template, open_model
+from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, context_limit, continuation
+
+HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+class Manner(BaseModel):
+    """How a conversation is held: the first message, and limit, sampling and CPU threads of the answers. What is None
+    is as the model recommends; a seed, another one each time."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    system: str | None = None
+    max_new_tokens: Tokens = 512
+    temperature: Temperature | None = None
+    seed: Seed | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+
+def chat(
+    directory: str,
+    manner: Manner,
+    options: dict[str, str],
+    *,
+    show: Callable[[str], None],
+    say: Callable[[str], None],
+) -> None:
+    """Answers each line of stdin, until its end or ``/quit``.
+
+    Args:
+        directory: a checkpoint, packed or dense; ``options`` are those of :func:`sparsepack.loading.load`.
+        manner: how.
+        show: prints a piece of an answer.
+        say: prints a line about the conversation.
+
+    Raises:
+        ModelError: the model has no chat template.
+        DataError: its template refuses the conversation.
+    """
+    model, tokenizer = open_model(directory, **options)
+    check_template(tokenizer)
+    limit, seed = context_limit(model), secrets.randbits(62) if manner.seed is None else manner.seed
+    beginning: list[Message] = [] if manner.system is None else [{"role": "system", "content": manner.system}]
+    messages = list(beginning)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 - arrow keys and history in the lines that input() reads
+        say(HELP)
+    while (line := _line()) not in (None, "/quit"):
+        if line == "/reset":
+            messages = list(beginning)
+        if not line or line == "/reset":
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = chat_ids(tokenizer, messages)
+        room = manner.max_new_tokens if limit is None else min(manner.max_new_tokens, limit - ids.shape[1])
+        if room < 1:
+            messages.pop()
+            say(f"the conversation has {ids.shape[1]} tokens and the model takes {limit}; /reset begins anew")
+            continue
+        sampling = Sampling(max_new_tokens=room, temperature=manner.temperature, seed=seed + len(messages))
+        answer = _answer(model, tokenizer, ids, sampling, manner.threads, show)
+        show("\n")
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def _line() -> str | None:
+    """The next line of stdin; None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    sampling: Sampling,
+    threads: int | None,
+    show: Callable[[str], None],
+) -> Generation:
+    """The answer, up to where Ctrl-C stops it; other signals end the conversation."""
+    received: list[int] = []
+    with interrupts.handled_by(lambda signum, _: received.append(signum)):
+        answer = continuation(
+            model, tokenizer, ids, sampling, threads=threads, on_text=show, cancelled=lambda: bool(received)
+        )
+    for signum in {*received} - {signal.SIGINT}:
+        signal.raise_signal(signum)
+    return answer

@@ -1,0 +1,180 @@
+"""One thread that generates, and the requests that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm.errors import SparseLLMError
+from sparsepack.errors import SettingError, UserError
+from sparsepack.generation import Generation, Sampling, continuation
+
+
+class UnavailableError(SparseLLMError):
+    """The server cannot take or finish a request now."""
+
+
+class FailedError(SparseLLMError):
+    """A request ended with an error that is not the client's."""
+
+
+class GoneError(SparseLLMError):
+    """The client is gone, so nobody waits for the answer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most tokens of a prompt and its answer together, most tokens of an answer, and most requests that wait."""
+
+    context: int
+    max_tokens: int
+    waiting: int
+
+
+class Job:
+    """A request on its way through the worker: pieces of text come back, then the result or an error.
+
+    ``ids`` makes the prompt ``(1, tokens)`` from the tokenizer; ``limit`` is the most tokens of the answer, None for as
+    many as there is room for.
+    """
+
+    def __init__(self, ids: Callable[[PreTrainedTokenizerBase], Tensor], sampling: Sampling, limit: int | None) -> None:
+        self.ids, self.sampling, self.limit = ids, sampling, limit
+        self.cancelled = False
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[str | Generation | Exception]()
+
+    async def event(self) -> str | Generation:
+        """The next piece of text, or the result. What went wrong is raised."""
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def send(self, event: str | Generation | Exception) -> None:
+        """Called by any thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def cancel(self) -> None:
+        """The answer is not wanted: it ends after the token in work."""
+        self.cancelled = True
+        self.send(GoneError("the client is gone"))
+
+
+class Worker:
+    """Runs one job after another, first come, first served."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        *,
+        threads: int | None = None,
+        log: Callable[[str], None],
+    ) -> None:
+        self._model, self._tokenizer, self._limits = model, tokenizer, limits
+        self._threads, self._log = threads, log
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._running = False
+        self._end: float | None = None  # by time.monotonic(), when the running job is cancelled
+        self._counts = {"requests": 0, "cancelled": 0, "tokens": 0}
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Lines a job up. An UnavailableError if too many wait already, or the server stops."""
+        limits = self._limits
+        if job.limit is not None and job.limit > limits.max_tokens:
+            raise SettingError(f"max_tokens is {job.limit}; an answer has at most {limits.max_tokens} tokens here")
+        with self._changed:
+            if self._end is not None:
+                raise UnavailableError("the server is stopping")
+            self._waiting = deque(other for other in self._waiting if not other.cancelled)
+            if len(self._waiting) + self._running > limits.waiting:
+                raise UnavailableError(f"{limits.waiting} requests wait already; try again later")
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def stop(self, seconds: float) -> None:
+        """Refuses what waits, and cancels what runs after this time."""
+        with self._changed:
+            end = time.monotonic() + seconds
+            self._end = end if self._end is None else min(self._end, end)
+            for job in self._waiting:
+                job.send(UnavailableError("the server is stopping"))
+            self._waiting.clear()
+            self._changed.notify()
+
+    def ended(self, seconds: float) -> bool:
+        """Whether the thread has ended, after at most this time."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def state(self) -> dict[str, object]:
+        """What ``/health`` says: requests that run, wait, were begun and were cancelled, and tokens generated."""
+        with self._changed:
+            waiting = sum(not job.cancelled for job in self._waiting)
+            status = "ok" if self._end is None else "stopping"
+            return {"status": status, "running": int(self._running), "waiting": waiting, **self._counts}
+
+    def _next(self) -> Job | None:
+        """The next job, once there is one; None when the server stops."""
+        with self._changed:
+            self._running = False
+            while True:
+                while self._waiting:
+                    if not (job := self._waiting.popleft()).cancelled:
+                        self._running = True
+                        self._counts["requests"] += 1
+                        return job
+                if self._end is not None:
+                    return None
+                self._changed.wait()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                job.send(self._run(job))
+            except UserError as error:
+                job.send(error)
+            except Exception as error:  # such as no memory: the next request may fit
+                logging.getLogger(__name__).exception("a request failed")
+                job.send(FailedError(f"the server failed ({type(error).__name__}); its log says why"))
+
+    def _run(self, job: Job) -> Generation:
+        ids = job.ids(self._tokenizer)
+        tokens, context = ids.shape[1], self._limits.context
+        limit = min(self._limits.max_tokens, context - tokens) if job.limit is None else job.limit
+        if tokens + limit > context or limit < 1:
+            more = f" and {limit} are to follow" if limit > 0 else ""
+            raise SettingError(f"the prompt has {tokens} tokens{more}; prompt and answer have at most {context} here")
+        result = continuation(
+            self._model,
+            self._tokenizer,
+            ids,
+            job.sampling.model_copy(update={"max_new_tokens": limit}),
+            threads=self._threads,
+            on_text=job.send,
+            cancelled=lambda: job.cancelled or (self._end is not None and time.monotonic() > self._end),
+        )
+        with self._changed:
+            self._counts["tokens"] += result.new_tokens
+            self._counts["cancelled"] += result.finish == "cancelled"
+        self._log(
+            f"{result.prompt_tokens} tokens read in {result.prefill_seconds:.2f} s, {result.new_tokens} generated "
+            f"({result.tokens_per_second:.1f} tokens/s), {result.finish}"
+        )
+        if result.finish == "cancelled":
+            raise UnavailableError("the server is stopping")
+        return result

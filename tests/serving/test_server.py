@@ -1,0 +1,331 @@
+"""The server as its users meet it: a real process, OpenAI's own client, and a tiny packed model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from sparsellm.serving.prompts import text_ids
+from sparsellm.serving.worker import Job, Limits, UnavailableError, Worker
+from sparsepack.errors import SettingError
+from sparsepack.generation import Sampling
+from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
+from tests.serving.conftest import CONTEXT
+
+KEY, MOST = "a-key-of-the-tests", 4000
+PROMPT = "The while statement"
+ASKED: Any = [{"role": "user", "content": PROMPT}]
+TEMPLATED = f"user: {PROMPT}\nassistant:"
+LONG = 8000  # tokens: seconds in which something can happen
+
+
+@contextmanager
+def serving(directory: Path, *options: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process and its URL."""
+    command = [sys.executable, "-m", "sparsellm", "serve", str(directory), "--port", "0", *map(str, options)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+/v1", line)
+        assert url is not None, line + process.stderr.read()
+        yield process, url[0]
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def url(packed: Path) -> Iterator[str]:
+    limits = ("--max-tokens", LONG, "--queue", 1, "--max-body", MOST, "--name", "tiny", "--quiet")
+    with serving(packed, *limits, SPARSELLM_API_KEY=KEY) as (_, found):
+        yield found
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
+
+
+def health(url: str) -> Any:
+    return httpx.get(url.removesuffix("v1") + "health").json()
+
+
+def test_chat_is_the_greedy_text_of_transformers(client: OpenAI, greedy: Any, tokenizer: Any) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=ASKED, max_completion_tokens=24)
+    (choice,) = answer.choices
+    assert choice.message.content == greedy(TEMPLATED, 24)
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(tokenizer(TEMPLATED)["input_ids"])
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (24, 24 + answer.usage.prompt_tokens)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_a_stream_has_the_text_in_pieces_and_usage(client: OpenAI, greedy: Any) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=ASKED, max_tokens=24, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    *pieces, end, usage = chunks
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == greedy(TEMPLATED, 24)
+    assert len(pieces) > 5
+    assert {piece.choices[0].finish_reason for piece in pieces} == {None}
+    assert end.choices[0].finish_reason == "length"
+    assert usage.choices == []
+    assert usage.usage is not None
+    assert usage.usage.completion_tokens == 24
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_completions_take_text_and_a_list_of_one(client: OpenAI, greedy: Any) -> None:
+    for prompt in (PROMPT, [PROMPT]):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=16)
+        assert answer.choices[0].text == greedy(PROMPT, 16)
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=16, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == greedy(PROMPT, 16)
+
+
+def test_stop_strings_end_the_text_before_them(client: OpenAI, greedy: Any) -> None:
+    text = greedy(PROMPT, 48)
+    stops = [text[20:24], text[12:15], "not there", "nor there"]
+    expected = text[: min(text.find(stop) for stop in stops[:2])]
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=48, stop=stops)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "stop")
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens < 48
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=48, stop=stops[1], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == text[: text.find(stops[1])]
+
+
+def test_a_seed_repeats_a_sample_and_none_does_not(client: OpenAI) -> None:
+    def sample(**seed: int) -> str:
+        answer = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=24, temperature=1.5, top_p=0.95, **seed
+        )
+        return answer.choices[0].text
+
+    assert sample(seed=1) == sample(seed=1) != sample(seed=2)
+    assert sample() != sample()
+
+
+def test_two_clients_at_once_get_what_each_asked_for(client: OpenAI, greedy: Any) -> None:
+    def ask(prompt: str) -> str:
+        stream = client.completions.create(model="tiny", prompt=prompt, max_tokens=200, stream=True)
+        return "".join(chunk.choices[0].text for chunk in stream)
+
+    prompts = (PROMPT, "Another text")
+    with ThreadPoolExecutor(2) as clients:
+        assert list(clients.map(ask, prompts)) == [greedy(prompt, 200) for prompt in prompts]
+
+
+def wait_until(done: Any) -> None:
+    for _ in range(600):
+        if done():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen within half a minute")
+
+
+def test_a_disconnect_ends_generation_and_frees_the_queue(url: str, client: OpenAI, greedy: Any) -> None:
+    before = health(url)
+    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=LONG, stream=True)
+    next(iter(stream))
+    with ThreadPoolExecutor(1) as others:
+        waiting = others.submit(client.completions.create, model="tiny", prompt=PROMPT, max_tokens=8)
+        wait_until(lambda: health(url)["waiting"] == 1)
+        with pytest.raises(openai.InternalServerError, match="1 requests wait already") as refused:
+            client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8)
+        assert refused.value.status_code == 503
+        stream.close()
+        assert waiting.result().choices[0].text == greedy(PROMPT, 8)
+    after = health(url)
+    assert after["cancelled"] == before["cancelled"] + 1
+    assert after["tokens"] - before["tokens"] < LONG
+    with pytest.raises(openai.APITimeoutError):  # the client of a whole answer goes too
+        client.with_options(timeout=0.3).completions.create(model="tiny", prompt=PROMPT, max_tokens=LONG)
+    wait_until(lambda: health(url)["cancelled"] == before["cancelled"] + 2)
+    assert health(url)["running"] == 0
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"messages": []}, 400, "messages is []"),
+    ({"messages": ASKED, "n": 2}, 400, "n is 2, which this server does not support"),
+    ({"messages": ASKED, "logprobs": True}, 400, "logprobs is True"),
+    ({"messages": ASKED, "temprature": 1}, 400, "temprature is 1"),
+    ({"messages": ASKED, "\ud800": 1}, 400, "ud800 is 1"),
+    ({"messages": ASKED, "temperature": 3}, 400, "temperature is 3"),
+    ({"messages": ASKED, "temperature": 1e-9}, 400, "at least 0.001"),
+    ({"messages": ASKED, "max_tokens": "8"}, 400, "max_tokens is '8'"),
+    ({"messages": ASKED, "max_tokens": LONG + 1}, 400, f"at most {LONG} tokens"),
+    ({"messages": ASKED, "stop": list("abcde")}, 400, "at most 4 items"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role is 'tool'"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages.0.content"),
+    ({"messages": ASKED, "model": "gpt-4"}, 404, "model is 'gpt-4'; this server has 'tiny'"),
+    ({"messages": [{"role": "user", "content": "x" * MOST}]}, 413, f"at most {MOST}"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "said"), REFUSED, ids=[said for _, _, said in REFUSED])
+def test_a_bad_body_is_one_line_that_names_it(url: str, body: Any, status: int, said: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx.post(f"{url}/chat/completions", content=json.dumps(body), headers=headers)
+    assert answer.status_code == status
+    message = answer.json()["error"]["message"]
+    assert said in message
+    assert "\n" not in message
+
+
+def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: Any) -> None:
+    parts: Any = [
+        {"role": "user", "content": [{"type": "text", "text": PROMPT[:5]}, {"type": "text", "text": PROMPT[5:]}]}
+    ]
+    answer = client.chat.completions.create(
+        model="tiny", messages=parts, max_tokens=8, n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0,
+        user="me", response_format={"type": "text"}, stop=None,
+    )  # fmt: skip
+    assert answer.choices[0].message.content == greedy(TEMPLATED, 8)
+
+
+def test_what_is_not_json_or_has_no_end_is_refused(url: str) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    for content, status in ((b"{bad", 400), (b"[1]", 400), (b"\xff", 400), (b"[" * 3000, 400)):
+        answer = httpx.post(f"{url}/completions", content=content, headers=headers)
+        assert answer.status_code == status, content
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    pieces = (b" " * 1000 for _ in range(10))  # no Content-Length
+    assert httpx.post(f"{url}/completions", content=pieces, headers=headers).status_code == 413
+    plain = {**headers, "Content-Type": "text/plain"}  # what a page of the web may send without asking
+    assert httpx.post(f"{url}/completions", content=b'{"prompt":"x"}', headers=plain).status_code == 400
+    assert httpx.get(f"{url}/nothing", headers=headers).json()["error"]["message"] == "Not Found"
+
+
+def test_a_wrong_key_is_refused(url: str) -> None:
+    with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
+        OpenAI(base_url=url, api_key=KEY + "x").models.list()
+    for header in (b"Bearer \xe9", b"Basic " + KEY.encode(), KEY.encode()):
+        assert httpx.get(f"{url}/models", headers={b"Authorization": header}).status_code == 401
+    assert httpx.get(f"{url}/models").status_code == 401
+    assert health(url)["status"] == "ok"
+
+
+def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> None:
+    model, tokenizer = tiny_gpt2(), tiny_tokenizer()
+    with serving(save_tiny(model, tokenizer, tmp_path / "gpt2")) as (process, url):
+        client = OpenAI(base_url=url, api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            client.chat.completions.create(model="gpt2", messages=ASKED)
+        with pytest.raises(openai.BadRequestError, match="110 tokens and 19 are to follow"):
+            client.completions.create(model="gpt2", prompt="x" * 110, max_tokens=19)
+        assert httpx.get(f"{url}/models", headers={"Host": "a-page.example:80"}).status_code == 400
+        stream = client.completions.create(model="gpt2", prompt=PROMPT, max_tokens=100, stream=True)
+        pieces = [next(iter(stream))]
+        process.send_signal(signal.SIGTERM)
+        pieces += list(stream)
+        assert process.wait(60) == 0
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    output = model.generate(ids, max_new_tokens=100, do_sample=False, pad_token_id=1)  # type: ignore[operator]
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == expected
+
+
+def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any, tokenizer: Any) -> None:
+    async def run() -> None:
+        worker = Worker(model, tokenizer, Limits(CONTEXT, CONTEXT, 2), log=lambda _: None)
+        first, second, late = (Job(lambda t: text_ids(t, PROMPT), Sampling(), LONG) for _ in range(3))
+        worker.submit(first)
+        await first.event()
+        worker.submit(second)
+        with pytest.raises(SettingError, match="max_tokens is 9000"):
+            worker.submit(Job(lambda t: text_ids(t, PROMPT), Sampling(), 9000))
+        worker.stop(0)
+        with pytest.raises(UnavailableError, match="stopping"):
+            await second.event()
+        with pytest.raises(UnavailableError, match="stopping"):
+            [await first.event() for _ in range(LONG)]
+        with pytest.raises(UnavailableError, match="stopping"):
+            worker.submit(late)
+        assert await asyncio.to_thread(worker.ended, 30)
+        assert worker.state()["cancelled"] == 1
+
+    asyncio.run(run())
+
+
+def test_a_broken_request_leaves_the_server_alive(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    async def run() -> None:
+        worker = Worker(model, tokenizer, Limits(CONTEXT, CONTEXT, 2), log=lambda _: None)
+        job, next_job = Job(broken, Sampling(), 4), Job(lambda t: text_ids(t, PROMPT), Sampling(), 4)
+        worker.submit(job)
+        worker.submit(next_job)
+        with pytest.raises(Exception, match=r"the server failed \(RuntimeError\)"):
+            await job.event()
+        assert isinstance(await next_job.event(), str)
+        worker.stop(0)
+
+    asyncio.run(run())
+    assert "no memory" in caplog.text
+
+
+def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, stderr = run("serve", "nowhere", "--port", port)
+    assert (code, stderr) == (
+        2,
+        f"error: port {port} of '127.0.0.1' is in use; stop what listens there, or give another --port\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--host", "0.0.0.0"), "--host 0.0.0.0 lets other machines in, and there is no key; set SPARSELLM_API_KEY"),
+        (("--host", "no.such.host.invalid"), "'no.such.host.invalid' is not available"),
+        (("--port", "99999"), "--port is 99999"),
+        (("--key-file", "{tmp}/empty"), "is empty or more than one word"),
+        (("--key-file", "{tmp}/none"), "cannot be read"),
+        (("--max-body", "much"), "size 'much' is unknown"),
+        (("--port", "0", "{tmp}"), "config.json"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(options: Any, said: str, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "empty").write_text("\n")
+    code, _, stderr = run(
+        "serve", *(option.format(tmp=tmp_path) for option in options), *["nowhere"] * ("{tmp}" not in options)
+    )
+    assert code == 2
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert said in stderr
+
+
+def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sparsellm.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, stderr = run("serve", "nowhere")
+    assert (code, stderr) == (2, 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n')

@@ -1,0 +1,87 @@
+"""A conversation in the terminal."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsellm.console import visible
+from sparsellm.interrupts import Interrupted
+from sparsellm.serving.terminal import Manner, chat
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+QUICK = ("--max-new-tokens", 12)
+
+
+def test_each_answer_follows_the_whole_conversation(
+    packed: Path, greedy: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = greedy("system: Be brief.\nuser: hi\nassistant:", 12)
+    second = greedy(f"system: Be brief.\nuser: hi\nassistant: {first}\nuser: and\nassistant:", 12)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nand\n/reset\nhi\n/quit\nnot read\n"))
+    code, stdout, _ = run("chat", packed, "--system", "Be brief.", *QUICK, columns=10_000)
+    assert code == 0
+    assert stdout == "".join(f"{visible(text)}\n" for text in (first, second, first))
+
+
+def test_ctrl_c_stops_an_answer_and_sigterm_the_talk(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[str] = []
+    signals = iter((signal.SIGINT, None, signal.SIGTERM))
+
+    def show(text: str) -> None:
+        if text == "\n":
+            pieces.append("|")
+        elif (pieces or ["|"])[-1] == "|":
+            pieces.append(text)
+            if (signum := next(signals)) is not None:
+                signal.raise_signal(signum)
+
+    def stop(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nhi\nhi\nhi\n"))
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Interrupted):
+            chat(str(packed), Manner(max_new_tokens=40), {}, show=show, say=pieces.append)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert pieces.count("|") == 2
+
+
+def test_a_full_context_is_said_and_reset_goes_on(packed: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'hello ' * 5000}\nhi\n"))
+    code, stdout, stderr = run("chat", packed, *QUICK)
+    assert code == 0
+    assert "and the model takes 8192; /reset begins anew" in stderr
+    assert stdout.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "the model has no chat template"),
+        (("--temperature", "-1"), "--temperature is -1.0"),
+        (("--threads", "0"), "--threads is 0"),
+    ],
+)
+def test_what_cannot_talk_is_one_line(options: Any, said: str, llama: Path, run: Any) -> None:
+    code, _, stderr = run("chat", llama, *options)
+    assert code == 2
+    assert stderr.count("error: ") == 1
+    assert said in stderr.splitlines()[-1]
+
+
+def test_a_template_that_refuses_is_one_line(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer().__class__(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="</s>")
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    directory = save_tiny(tiny_llama(), tokenizer, tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    code, _, stderr = run("chat", directory)
+    assert code == 2
+    assert stderr.endswith("refuses the conversation: TemplateError: roles must alternate\n")
