@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsellm.errors import DataError, RecipeError, SparseLLMError, StorageError
-from sparsellm.inputs import dump_yaml, parse_json, parse_yaml, read_object, read_yaml
+from sparsellm.inputs import dump_yaml, parse_json, parse_yaml, read_object, read_yaml, without_folders
 
 
 def test_plain_values_are_read() -> None:
@@ -113,6 +113,32 @@ def test_json_is_read() -> None:
     assert parse_json('{"model_max_length": 1000000000000000019884624838656}', "x") == {
         "model_max_length": 1000000000000000019884624838656
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("pydoc", "pydoc"),
+        ("/home/me/model/", "model"),
+        ("../me/a b.txt", "a b.txt"),
+        ("~/model", "model"),
+        (r"C:\Users\me\model", "model"),
+        ("file:/home/me/a.txt", "file:a.txt"),
+        ("wikitext2:/home/me/w.parquet", "wikitext2:w.parquet"),
+        ("--out=/home/me/out", "--out=out"),
+        ("--set=calibration=file:/home/me/a.txt", "--set=calibration=file:a.txt"),
+        ("owner/name", "owner/name"),
+        ("hub:owner/name:config", "hub:owner/name:config"),
+        ("folder/name", "name"),
+        ("*.mlp.*", "*.mlp.*"),
+    ],
+)
+def test_a_path_that_leaves_the_machine_has_no_folder(
+    given: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert without_folders(given) == left
 
 
 def test_a_file_that_is_no_json_object_is_named(tmp_path: Path) -> None:

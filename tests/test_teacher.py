@@ -49,7 +49,7 @@ def test_the_sweep_follows_the_teacher(dense: Path, half: Path, tmp_path: Path) 
     assert divergence(tmp_path / "taught", dense) < 0.9 * divergence(tmp_path / "alone", dense)
     assert result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out  # from the dense model, not the half-pruned one
     assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
-    assert result.base.name == str(dense)
+    assert result.base.name == dense.name
     assert not any("already pruned" in warning for warning in result.warnings)
 
 

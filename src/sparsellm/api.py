@@ -22,6 +22,7 @@ from sparsellm.evaluation.streamed import Kept, measured
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import card
 from sparsellm.hub.push import push
+from sparsellm.inputs import without_folders
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
@@ -140,7 +141,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         results = run_tasks(opened.in_memory(), opened.tokenizer, tasks, manager, bos=leads)
     return Evaluation(
         protocol=Protocol(
-            text=words if isinstance(words, str) else IDS if by_ids else DOCUMENTS,
+            text=without_folders(words) if isinstance(words, str) else IDS if by_ids else DOCUMENTS,
             digest=tokens_fingerprint(windows),
             window=windows.shape[1],
             windows=len(windows),
@@ -174,7 +175,7 @@ class Opened:
         self.directory = checkpoint_directory(str(model), argument) if given is None else None
         self._settings, self._trust = settings, trust
         self.chain, _ = open_model(model, self.directory, settings, trust, whole=False)
-        self.kept = Kept(self.chain, self.name)
+        self.kept = Kept(self.chain, without_folders(self.name))
         if tokenizer is None and self.directory is not None and with_tokenizer:
             self.tokenizer = load_tokenizer(self.directory, trust_remote_code=trust)
 

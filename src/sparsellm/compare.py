@@ -152,8 +152,7 @@ def compare(
 def _recorded(recipe: Recipe) -> Settings:
     """The recipe of a cell as its grid keeps it: with the digest of the file that it calibrates on."""
     source, file = check_source(recipe.calibration, "calibration")
-    kept: Settings = recipe.model_dump(mode="json", exclude={"memory"})
-    kept["calibration"] = without_folders(recipe.calibration)
+    kept: Settings = recipe.named.model_dump(mode="json", exclude={"memory"})
     return {**kept, "calibration_file": sha256(text_file(file)) if file and source != "hub" else None}
 
 
@@ -277,8 +276,7 @@ def _resumed(place: Path, grid: Grid) -> Pruning | None:
     pruned = read_pruning(place)
     settled = ("samples", "seq_len", "calibration_file")  # the run may have settled two, and does not know the last
     asked = {name: value for name, value in grid.begun[place.name].items() if name not in settled}
-    made = {**pruned.recipe, "calibration": without_folders(str(pruned.recipe.get("calibration")))}
-    _check_same(place, {**made, "model": pruned.base.digest}, {**asked, "model": grid.settings["model"]})
+    _check_same(place, {**pruned.recipe, "model": pruned.base.digest}, {**asked, "model": grid.settings["model"]})
     return pruned
 
 

@@ -19,9 +19,9 @@ from sparsepack.errors import UserError
 
 MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What stands before a path in an option or a source, such as ``--set=calibration=file:``
 _BEFORE_PATH = re.compile(r"(?:--?[\w-]+=)?(?:[\w.]+=)?(?:(?:file|wikitext2):)?")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -74,7 +74,7 @@ def without_folders(text: str) -> str:
     before = _BEFORE_PATH.match(text)
     assert before is not None
     path = text[before.end() :]
-    named = path.startswith("hub:") or (_HUB_ID.fullmatch(path) and not os.path.exists(path.partition("/")[0]))
+    named = path.startswith("hub:") or (HUB_ID.fullmatch(path) and not os.path.exists(path.partition("/")[0]))
     return text if named else before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 

@@ -73,7 +73,7 @@ def _import(name: str) -> str:
 
 
 def _run(key: str, name: str, shown: str, execute: Callable[[], str]) -> None:
-    """Runs a plugin's code, which returns its digest; a second plugin of one name is called by its path."""
+    """Runs a plugin's code, which returns its digest; a second plugin of one name is told apart by the digest."""
     try:
         digest = execute()
     except (Exception, SystemExit) as error:
@@ -81,5 +81,5 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str]) -> None:
         lines = [at.lineno for at in frames if Path(at.filename).name == Path(shown).name]
         at = f", line {lines[-1]}" if lines else ""
         raise RecipeError(f"plugin {shown} cannot be imported: {one_line(error)}{at}; {CORRECT}") from error
-    free = (key if name in loaded() else name).encode("utf-8", "backslashreplace").decode()  # records are UTF-8
-    _loaded[key] = free, digest
+    free = f"{name} {digest[:8]}" if name in loaded() else name
+    _loaded[key] = free.encode("utf-8", "backslashreplace").decode(), digest  # records are UTF-8

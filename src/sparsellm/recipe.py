@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
-from sparsellm.inputs import dump_yaml, parse_bytes, parse_yaml, read_yaml
+from sparsellm.inputs import dump_yaml, parse_bytes, parse_yaml, read_yaml, without_folders
 from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
@@ -229,6 +229,11 @@ class Recipe(BaseModel):
         if self.chosen_of is not None:
             return preferred if preferred != "uniform" else "threshold"
         return preferred if self.pattern is None and self.sparsity else "uniform"
+
+    @property
+    def named(self) -> Recipe:
+        """The recipe for files that leave this machine: its text by name, without folders."""
+        return self.updated(calibration=without_folders(self.calibration))
 
     @property
     def chosen_of(self) -> int | None:

@@ -191,10 +191,10 @@ class Base(Record):
 
 
 class RunRecord(Record):
-    """What is known of a run; with its recipe, the contents of ``pruning.json``."""
+    """What is known of a run; with its recipe, the contents of ``pruning.json``. That file may leave this machine, so
+    it has names and digests, and no paths."""
 
     format: Literal[1] = 1
-    path: Annotated[Path | None, Field(strict=False)] = None  # the checkpoint; None if pruned in memory only
     base: Base = Base()
     sparsity_asked: float  # the recipe's, which holds for the pruned linears
     values: str = "keep"

@@ -88,7 +88,7 @@ def test_divergence_is_that_of_both_whole_models(llama: Path, text: Path, tmp_pa
     kl = (dense.exp() * (dense - model)).sum(-1)  # (windows, 15)
     measured = sparsellm.evaluate(other, text, seq_len=16, against=llama).against
     assert measured is not None
-    assert measured.model == str(llama)
+    assert measured.model == llama.name
     assert measured.kl == pytest.approx(kl.mean().item(), rel=1e-4)
     spread = 1.959964 * kl.mean(1).std().item() / math.sqrt(len(windows))
     assert measured.kl_low == pytest.approx(kl.mean().item() - spread, rel=1e-4)
@@ -160,12 +160,12 @@ def test_results_are_appended_next_to_our_checkpoints_only(llama: Path, pruned: 
     assert code == 0, stderr
     first, second = read_results(pruned).evaluations
     windows = by_hand(text, bos=False)
-    settings = {"text": str(text), "digest": tokens_fingerprint(windows), "bos": "no", "dtype": "float32"}
+    settings = {"text": text.name, "digest": tokens_fingerprint(windows), "bos": "no", "dtype": "float32"}
     sizes = {"window": 16, "windows": len(windows), "tokens": len(windows) * 15}
     assert second.protocol.model_dump() == settings | sizes
     assert (first.protocol.bos, first.against, first.tasks) == ("yes", None, None)
     assert second.against is not None
-    assert second.against.model == str(llama)
+    assert second.against.model == llama.name
     shown = json.loads(stdout)
     assert shown["against"] == second.against.model_dump()
     assert shown["perplexity"] == second.perplexity.model_dump()

@@ -60,14 +60,14 @@ def test_runs_that_were_never_measured(runs: Path, tmp_path: Path) -> None:
     assert page.figures().keys() == {"depth-sparsity", "depth-error"}
     assert [row[3] for row in page.rows(SUMMARY)[1:]] == ["not measured"] * 3
     commands = page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
-    assert f"sparsellm eval {tmp_path / 'nm'} --text" in commands
+    assert "sparsellm eval nm --text" in commands
 
 
 def test_a_packed_run_next_to_its_dense_form(runs: Path, tmp_path: Path) -> None:
-    """The base model is the same; directories of one name are told apart by their paths."""
+    """The base model is the same; directories of one name are told apart by a number."""
     pack(runs / "half", out=tmp_path / "half")
     page = page_of(write_comparison([runs / "half", tmp_path / "half"], tmp_path / "c.html"))
-    assert [row[0] for row in page.rows(SUMMARY)[2:]] == [str(runs / "half"), str(tmp_path / "half")]
+    assert [row[0] for row in page.rows(SUMMARY)[2:]] == ["half", "half (2)"]
 
 
 def test_runs_of_another_base_model_are_refused(runs: Path, tmp_path: Path, run: Any) -> None:

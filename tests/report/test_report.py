@@ -95,10 +95,10 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     shown = opt.one("table", **{"class": "headline"}).text
     assert shown.count("not measured") == 5
     commands = opt.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
-    assert f"sparsellm eval {runs / 'opt'} --text pydoc --against {runs / 'dense-opt'}" in commands
-    assert commands.endswith(f"sparsellm report {runs / 'opt'}")
+    assert "sparsellm eval opt --text pydoc --against dense-opt" in commands
+    assert commands.endswith("sparsellm report opt")
     commands = opt.one("pre", **{"aria-label": "Commands that pack and measure"}).text
-    assert f"sparsellm bench {runs / 'opt'}-packed" in commands
+    assert "sparsellm bench opt-packed" in commands
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 

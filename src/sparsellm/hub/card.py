@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsellm.arguments import Checkpoint, checked
 from sparsellm.errors import StorageError
-from sparsellm.inputs import dump_yaml, read_object
+from sparsellm.inputs import HUB_ID, dump_yaml, read_object
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning, read_pruning
@@ -19,7 +19,6 @@ from sparsellm.storage.results import read_results
 from sparsepack.checkpoint import is_packed
 
 CARD = "README.md"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _MARK = "<!-- Written by `sparsellm card`, which replaces it unless it was edited: {} -->\n"
 _LICENSE = ("license", "license_name", "license_link")
 _MOST_BYTES, _MOST_CHARACTERS = 1 << 20, 300  # in the dense model's card and in a value: a hundred times the usual

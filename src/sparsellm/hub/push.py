@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsellm.arguments import Checkpoint, Name, checked
 from sparsellm.errors import StorageError, one_line
-from sparsellm.hub.card import HUB_ID
+from sparsellm.inputs import HUB_ID
 from sparsellm.storage.contents import checkpoint_files, has_weights
 
 _TOKEN = re.compile(r"hf_\w+|Bearer \S+")

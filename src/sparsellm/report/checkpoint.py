@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
+from sparsellm.inputs import without_folders
 from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Metric, Pruning, Results, read_pruning
 from sparsellm.report.charts import number, percent
 from sparsellm.storage.results import read_results
@@ -68,7 +69,8 @@ def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[s
     if not pruning.linears:
         raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    return Checkpoint(place, os.fspath(directory if name is None else name), pruning, read_results(place), size)
+    last = Path(os.path.abspath(place if name is None else name)).name  # pages leave this machine
+    return Checkpoint(place, last, pruning, read_results(place), size)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def packed_commands(record: Checkpoint) -> list[str]:
     """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed."""
     if record.packed:
         return []
-    packed = replace(record, name=f"{record.name.rstrip('/')}-packed")
+    packed = replace(record, name=f"{record.name}-packed")
     name = shlex.quote(packed.name)
     pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}"
     return [pack, _evaluate(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
@@ -111,10 +113,11 @@ def packed_commands(record: Checkpoint) -> list[str]:
 def _evaluate(record: Checkpoint, tasks: str = "") -> str:
     """The command that runs tasks, or compares a checkpoint with its dense model; the text is the data set of the
     calibration if that is a named one."""
-    model, calibration = record.pruning.base.name, record.pruning.recipe.get("calibration")
+    base, calibration = record.pruning.base, record.pruning.recipe.get("calibration")
+    model = base.model or without_folders(base.name) or "MODEL"
     text = calibration if calibration in _TEXTS else "wikitext2"
     command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
-    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
+    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model)}"
 
 
 def _quality(record: Checkpoint) -> list[Row]:
@@ -140,7 +143,7 @@ def _tasks(record: Checkpoint) -> list[Row]:
 def _sizes(record: Checkpoint) -> list[Row]:
     """Weight files of the directory, and of its packed form if that was measured."""
     detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
-    sizes = [(Path(os.path.abspath(record.name)).name, detail, record.file_bytes)]
+    sizes = [(record.name, detail, record.file_bytes)]
     if not record.packed and (measured := record.decoding()) is not None and (size := measured[0].packed_disk_bytes):
         sizes.append((measured[0].packed_name or "the packed form", "packed", size))
     dense = record.pruning.base.bytes

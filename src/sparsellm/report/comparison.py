@@ -103,9 +103,10 @@ def _common_protocol(records: Sequence[Checkpoint]) -> Protocol | None:
 
 
 def _names(records: Sequence[Checkpoint]) -> list[str]:
-    """The last part of each directory, or the whole path where two are called alike."""
-    lasts = [Path(os.path.abspath(record.directory)).name for record in records]
-    return [last if lasts.count(last) == 1 else record.name for last, record in zip(lasts, records, strict=True)]
+    """The names of the directories, with a number where an earlier one is called alike."""
+    lasts = [record.name for record in records]
+    before = [lasts[:place].count(last) for place, last in enumerate(lasts)]
+    return [f"{last} ({count + 1})" if count else last for last, count in zip(lasts, before, strict=True)]
 
 
 def _values(

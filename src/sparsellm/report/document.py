@@ -110,7 +110,7 @@ def render_run(record: Checkpoint) -> bytes:
     )
 
 
-def summary_html(pruning: Pruning) -> str:
+def summary_html(pruning: Pruning, path: Path | None) -> str:
     """A run as a small table without scripts, for notebooks: zeros and error of each kind of linear, time, memory."""
     kinds = {**by_kind(pruning.linears), "all pruned linears": pruning.linears}
     totals = {kind: Totals.of(part) for kind, part in kinds.items()}
@@ -122,7 +122,7 @@ def summary_html(pruning: Pruning) -> str:
     content = Table(("kind of linear", "weights", "zeros", "mean error"), rows)
     shown_as = _templates().get_template("parts.html.jinja").make_module().table(content, title)  # type: ignore[attr-defined]
     text = f"{sum(pruning.whole_seconds.values()):.1f} s · peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
-    return f"<div>{shown_as}<p>{html.escape(f'{text} · {pruning.path}' if pruning.path else text)}</p></div>"
+    return f"<div>{shown_as}<p>{html.escape(f'{text} · {path}' if path else text)}</p></div>"
 
 
 def page(template: str, title: str, figures: Sequence[Chart], **context: Any) -> bytes:

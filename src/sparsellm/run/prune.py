@@ -13,6 +13,7 @@ from sparsellm import machine, parallel
 from sparsellm.chain import Feed, Stream
 from sparsellm.errors import SparseLLMError, one_line
 from sparsellm.hub.card import CARD, base_of, card_text
+from sparsellm.inputs import without_folders
 from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.records import Base, LinearResult, SweepPass
@@ -215,7 +216,7 @@ def _base(plan: Plan) -> Base:
     name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
     known = base_of(model, plan.model.directory)
     size = checkpoint_bytes(plan.chain)
-    return Base(name=plan.request.name or name, digest=plan.identity.model, bytes=size, **known)
+    return Base(name=plan.request.name or without_folders(name), digest=plan.identity.model, bytes=size, **known)
 
 
 def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, progress: ProgressCallback) -> None:
@@ -227,7 +228,7 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
     directory = plan.model.directory
     if directory is not None:
         links = writer.copy_companions(directory)
-        result.warnings += [f"{name} of the model was not copied: it is a link out of {directory}" for name in links]
+        result.warnings += [f"{name} of the model was not copied: it is a link out of its directory" for name in links]
     else:  # the model was given as an object
         generation = getattr(plan.chain.model, "generation_config", None)
         with explained(writer.folder):
@@ -235,8 +236,8 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
                 if part is not None:
                     part.save_pretrained(writer.folder)
         writer.write_config(writer.folder / "config.json")
-    writer.write_text("recipe.yaml", result.recipe.to_yaml())
-    writer.write_json("pruning.json", result.to_dict())
+    writer.write_text("recipe.yaml", result.recipe.named.to_yaml())
+    writer.write_json("pruning.json", result.record.model_dump(mode="json"))
     writer.write_text(CARD, card_text(result.record))
     try:
         write_report(writer.folder, name=writer.work.out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
+from sparsellm.inputs import without_folders
 from sparsellm.interrupts import command_line
 from sparsellm.machine import processor_name
 from sparsellm.patterns import parse_pattern
@@ -75,6 +77,7 @@ class PruneResult(RunRecord):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
+    path: Path | None = None  # the checkpoint; None if pruned in memory only
     recipe: Recipe  # all settings, as used
     model: PreTrainedModel | None = Field(None, exclude=True)  # pruned, if it is in memory
     resumed: int = Field(0, exclude=True)  # blocks that an earlier process had finished
@@ -89,8 +92,11 @@ class PruneResult(RunRecord):
 
     @property
     def record(self) -> Pruning:
-        """The contents of ``pruning.json``."""
-        return Pruning.model_validate(self.to_dict())
+        """The contents of ``pruning.json``, where paths in recipe and command have no folders."""
+        command = shlex.join(map(without_folders, shlex.split(self.command)))
+        recipe = self.recipe.named.model_dump(mode="json")
+        values = self.model_dump(mode="json", exclude={"path"})
+        return Pruning.model_validate({**values, "recipe": recipe, "command": command})
 
     @property
     def report(self) -> Path | None:
@@ -100,8 +106,8 @@ class PruneResult(RunRecord):
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
-        return summary_html(self.record)
+        return summary_html(self.record, self.path)
 
     def to_dict(self) -> dict[str, JsonValue]:
-        """The record as plain JSON values, as in ``--json`` and ``pruning.json``."""
-        return self.model_dump(mode="json")
+        """Record and path as plain JSON values, as in ``--json``."""
+        return {"path": str(self.path) if self.path is not None else None, **self.record.model_dump(mode="json")}

@@ -101,9 +101,9 @@ class CheckpointWriter:
         return self.work.out
 
     def write_config(self, path: Path) -> None:
-        """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`."""
-        config = read_object(path)
-        self.write_json("config.json", {key: value for key, value in config.items() if key not in FOREIGN_CONFIG_KEYS})
+        """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`, and without the path that it came from."""
+        config, without = read_object(path), (*FOREIGN_CONFIG_KEYS, "_name_or_path")
+        self.write_json("config.json", {key: value for key, value in config.items() if key not in without})
 
 
 def shard_names(shards: int) -> list[str]:
