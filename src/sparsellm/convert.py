@@ -73,6 +73,7 @@ def pack(
     head: Literal["keep", "int8"] = "keep",
     overwrite: bool = False,
     restart: bool = False,
+    allow_copy: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
@@ -86,9 +87,11 @@ def pack(
         values: type of the kept values; ``keep`` for the type in which each weight is stored.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
+        allow_copy: write a dense copy if no linear is smaller packed.
 
     Raises:
-        RecipeError: a setting is unknown, the checkpoint is packed already, or its embedding has no int8 form.
+        RecipeError: a setting is unknown, the checkpoint is packed already, no linear of it is smaller packed, or its
+            embedding has no int8 form.
         ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
     """
@@ -105,6 +108,9 @@ def pack(
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
             writer.write_shard(index, _sources(_packed_block(chain, index, values, group, exponents, result)))
         progress(Progress("pack", len(chain), len(chain)))
+        if not (allow_copy or result.head or any(result.linears.values())):
+            why = "no linear in its blocks is smaller packed than dense"
+            raise RecipeError(f"{source} has nothing to pack: {why}; prune it first, or give --values int8 or int4")
     return result
 
 

@@ -117,11 +117,14 @@ def test_n_m_is_stored_in_its_shorter_code(tmp_path: Path) -> None:
         assert torch.equal(value, tensors_of(source)[name])
 
 
-def test_weights_that_are_smaller_dense_stay_dense(tmp_path: Path) -> None:
+def test_weights_that_are_smaller_dense_stay_dense(tmp_path: Path, run: Any) -> None:
     model = tiny_llama()
-    nothing = sparsellm.pack(save_tiny(model, None, tmp_path / "b"), out=tmp_path / "q")
-    assert not any(nothing.linears.values())
-    assert torch.equal(logits(dense(tmp_path / "q")), logits(model))
+    source = save_tiny(model, None, tmp_path / "b")
+    code, _, said = run("pack", source, "--out", tmp_path / "q")
+    assert (code, len(said.strip().splitlines())) == (2, 1), "nothing of it is smaller packed"
+    assert "b has nothing to pack" in said
+    assert not list(tmp_path.glob("q*"))
+    assert run("pack", source, "--out", tmp_path / "q", "--values", "int8")[0] == 0
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[:, ::2] = 0
     result = sparsellm.pack(save_tiny(model, None, tmp_path / "a"), out=tmp_path / "p")
