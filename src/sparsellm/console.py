@@ -205,10 +205,11 @@ def _step(event: Event) -> str:
 
 
 def _state(event: Event) -> str:
-    """The error of the last linear, the sparsity so far, and the memory."""
-    parts = [f"error {event.error:.4f}"] if event.error is not None else []
-    parts += [f"sparsity {event.sparsity:.1%}"] if event.sparsity is not None else []
-    return " · ".join([*parts, f"memory {machine.resident() / 1e9:.2f} GB"])
+    """The sparsity so far, the memory, and the error of the linear that was pruned last."""
+    parts = [f"sparsity {event.sparsity:.1%}"] if event.sparsity is not None else []
+    parts.append(f"memory {machine.resident() / 1e9:.2f} GB")
+    parts += [f"error of {one_line(event.linear)} {event.error:.4f}"] if event.error is not None else []
+    return " · ".join(parts)
 
 
 class _Display:

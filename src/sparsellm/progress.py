@@ -26,6 +26,7 @@ class Progress:
     error: float | None = None  # relative squared error of the output of the linear that was pruned last
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
     costs: Mapping[str, float] = field(default_factory=dict)  # in a PLAN, predicted seconds of phases
+    linear: str = ""  # the linear that was pruned last
 
 
 ProgressCallback = Callable[[Progress], None]

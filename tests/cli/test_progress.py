@@ -6,6 +6,7 @@ import io
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyte
 import pytest
@@ -17,6 +18,7 @@ from sparsellm.errors import ModelError
 from sparsellm.interrupts import Interrupted
 from sparsellm.methods import METHODS
 from sparsellm.progress import NOTE, PLAN, Progress
+from sparsellm.records import read_pruning
 
 
 class Terminal(io.StringIO):
@@ -55,8 +57,8 @@ def events() -> list[Progress]:
         Progress(NOTE, 1, 1, "predicted [peak] memory " + "of a run " * 12),
         Progress(PLAN, costs={"check": 0.1, "prune": 0.5, "sweep": 0.5}),
         Progress("check", 0, 1),
-        Progress("prune", 0, 2, "block 1/2 :x:", 0.01234, 0.5),
-        Progress("prune", 1, 2, "block 2/2 :x: " + "very long " * 20, 0.02, 0.498765),
+        Progress("prune", 0, 2, "block 1/2 :x:", 0.01234, 0.5, linear="0.a"),
+        Progress("prune", 1, 2, "block 2/2 :x: " + "very long " * 20, 0.02, 0.498765, linear="1.b"),
     ]
 
 
@@ -85,7 +87,7 @@ def test_below_the_bar_stands_the_step_in_work(terminal: Terminal) -> None:
         bar, step, state = terminal.screen()[-3:]
     assert re.search(r"━ +\d+ %, a few seconds left$", bar)
     assert step.startswith("  prune blocks: block 2/2 :x: very long ")
-    assert re.fullmatch(r"  error 0\.0200 · sparsity 49\.9% · memory \d+\.\d\d GB", state)
+    assert re.fullmatch(r"  sparsity 49\.9% · memory \d+\.\d\d GB · error of 1\.b 0\.0200", state)
     assert max(map(len, terminal.screen())) <= terminal.columns
 
 
@@ -134,9 +136,19 @@ def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], mo
     assert lines[0].startswith("0 % · open the model: opening [b]the[/b] model · memory ")
     assert lines[2:4] == ["open the model: 0.0 s", lines[3]]
     assert re.search(
-        r"\d %, .* left · prune blocks: block 1/2 :x: · error 0\.0123 · sparsity 50\.0% · memory ", lines[5]
+        r"\d %, .* left · prune blocks: block 1/2 :x: · sparsity 50\.0% · memory .* · error of 0\.a 0\.0123", lines[5]
     )
     assert lines[-1] == "prune blocks: 0.0 s"
+
+
+def test_verbose_names_the_linear_of_each_error(llama: Path, tmp_path: Path, run: Any) -> None:
+    words = ["--method", "wanda", "--samples", "4", "--seq-len", "32", "--verbose", "--out"]
+    code, _, said = run("prune", llama, *words, tmp_path / "out")
+    assert code == 0
+    shown = dict(re.findall(r" · error of (\S+) (\S+)$", said, re.MULTILINE))
+    linears = {each.name: f"{each.error:.4f}" for each in read_pruning(tmp_path / "out").linears}
+    assert len(shown) > len(linears) / 2
+    assert shown.items() <= linears.items()
 
 
 def test_the_shell_completes_registered_names() -> None:

@@ -103,7 +103,8 @@ def walk(
         if part is None:
             part = len(here) / (len(chain.linears(index)) + 1)  # the outputs of the block take about one more
         error, said = known[-1].error if known else None, f"block {index + 1}/{blocks} {step}"
-        progress(Progress("prune", index - begin + part, blocks - begin, said, error, sparsity))
+        last = known[-1].name if known else ""
+        progress(Progress("prune", index - begin + part, blocks - begin, said, error, sparsity, linear=last))
 
     for index in range(begin, blocks):
         torch.manual_seed((plan.recipe.seed * 1_000_003 + index) % (1 << 63))  # whatever ran before
