@@ -7,12 +7,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsellm
+from sparsellm import demo
 from sparsellm.calibration.windows import evaluation_windows
 from sparsellm.errors import ModelError
 from sparsellm.sources.cache import cache_dir
@@ -61,6 +63,21 @@ def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch
     assert cache_dir() == Path.home() / ".cache" / "sparsellm"
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "chosen"))
     assert cache_dir() == tmp_path / "chosen"
+
+
+def test_the_card_of_the_demo_has_its_results(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    """The demo on another model, and on less text."""
+    sizes = {"SAMPLES": 4, "SEQ_LEN": 32, "EVALUATION_TOKENS": 256, "PROMPT_TOKENS": 4, "NEW_TOKENS": 2, "ROUNDS": 1}
+    for name, size in {**sizes, "TEXT_TOKENS": 4}.items():
+        monkeypatch.setattr(demo, name, size)
+    monkeypatch.setattr(demo, "checkpoint_directory", lambda _: llama)
+    code, _, said = run("demo", "--out", tmp_path / "demo")
+    assert code == 0, said
+    card = (tmp_path / "demo" / "pruned" / "README.md").read_text(encoding="utf-8")
+    assert "Not evaluated yet" not in card
+    assert "| perplexity |" in card
 
 
 @pytest.mark.slow

@@ -109,6 +109,7 @@ def run_demo(
             pruned, "pydoc", seq_len=SEQ_LEN, max_tokens=EVALUATION_TOKENS, against=dense, progress=progress
         )
         append_result(pruned, evaluation)
+        api.card(pruned)
     with phase("bench"):
         speeds = compared_speed(
             packed,
