@@ -27,7 +27,7 @@ from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
 from sparsellm.run import prune as story
-from sparsellm.run.counts import MatrixZeros, inspect_block
+from sparsellm.run.counts import MatrixZeros, inspect_block, is_pruned
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.opening import default_seq_len, open_model
 from sparsellm.run.plan import Request
@@ -107,7 +107,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         max_tokens: the most tokens of the text to use.
         bos, device, dtype: as in :class:`Recipe`; a BOS is not scored.
         against: the dense model, with the same tokenizer, to compare with on the same windows; an :class:`Opened` runs
-            only once for several evaluations.
+            only once for several evaluations. With a model that is pruned itself there is no recovery.
         tasks: names of tasks, groups or tags of lm-eval.
         tasks_dir: a directory with further tasks in lm-eval's YAML files.
 
@@ -135,6 +135,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
     if dense is not None:
         opened.check_comparable(dense, windows)
     perplexity, compared = measured(opened.chain, windows, dense.kept if dense is not None else None, progress)
+    if compared is not None and dense is not None and is_pruned(dense.chain):
+        compared = compared.model_copy(update={"recovery": None})
     results = None
     if tasks and opened.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))

@@ -288,7 +288,7 @@ def _measure(
     pruned = _resumed(place, grid) or prune(request, progress).record
     target = place.with_name(f"{place.name}{PACKED}")
     ours = (target / PRUNING).is_file() and has_digest(target / PRUNING, sha256(place / PRUNING))
-    packed = pack(place, out=target, values=protocol.values, overwrite=ours, progress=progress)
+    packed = pack(place, out=target, values=protocol.values, overwrite=ours, allow_copy=True, progress=progress)
     evaluation = api.evaluate(
         packed.path,
         protocol.text,
@@ -302,6 +302,7 @@ def _measure(
     )
     for directory in [packed.path, place] if protocol.values == "keep" else [packed.path]:  # else another model
         append_result(directory, evaluation)
+        api.card(directory)
     speeds = None
     if protocol.speed:
         measured = compared_speed(packed.path, place, progress=progress)
@@ -317,7 +318,9 @@ def _measure(
         sparsity=pruned.sparsity_pruned,
         perplexity=evaluation.value,
         dense_perplexity=against.perplexity.value,
-        **against.model_dump(include={"kl", "agreement", "recovery"}),
+        kl=against.kl,
+        agreement=against.agreement,
+        recovery=against.perplexity.value / evaluation.value,
         packed_bytes=packed.checkpoint_bytes,
         dense_bytes=pruned.base.bytes or 0,
         tokens_per_second=speeds.packed.median if speeds else None,

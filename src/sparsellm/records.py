@@ -321,15 +321,15 @@ class Protocol(Measurement):
 
 
 class Against(Measurement):
-    """A comparison with a dense model on the same windows."""
+    """A comparison with a dense model, or with another one, on the same windows."""
 
-    model: str  # the dense one
-    perplexity: Interval  # the dense model's
-    kl: float  # KL(dense ‖ model) in nats, the mean over the scored tokens
+    model: str  # the reference
+    perplexity: Interval  # the reference's
+    kl: float  # KL(reference ‖ model) in nats, the mean over the scored tokens
     kl_low: float | None = None
     kl_high: float | None = None
     agreement: float  # fraction of the scored tokens for which both models have the same first choice
-    recovery: float  # dense perplexity / the model's
+    recovery: float | None = None  # dense perplexity / the model's; None if the reference is pruned itself
 
     @property
     def divergence(self) -> Interval:
@@ -368,9 +368,14 @@ class Evaluation(Stamp):
     against: Against | None = None
     tasks: Tasks | None = None
 
+    @property
+    def dense(self) -> Against | None:
+        """The comparison, if it is one with a dense model."""
+        return self.against if self.against is not None and self.against.recovery is not None else None
+
     def rows(self) -> list[tuple[str, str | None, str]]:
         """Each quantity but the tasks as text: its name, the dense model's value if it is known, and the value."""
-        dense = self.against
+        dense = self.dense
         if dense is None:
             return [(QUANTITIES[0], None, self.perplexity.shown())]
         shown = (dense.divergence.shown(3), f"{dense.agreement:.1%}", f"{dense.recovery:.1%}")

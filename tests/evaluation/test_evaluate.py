@@ -99,6 +99,24 @@ def test_divergence_is_that_of_both_whole_models(llama: Path, text: Path, tmp_pa
     assert measured.recovery == pytest.approx(math.exp(losses[0] - losses[1]), rel=1e-4)
 
 
+def test_only_a_dense_model_gives_a_recovery(llama: Path, text: Path, pruned: Path, tmp_path: Path, run: Any) -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.7, calibration=str(text), samples=3, seq_len=16)
+    worse = sparsellm.prune(llama, recipe, out=tmp_path / "worse").path
+    words = ("eval", pruned, "--text", text, "--seq-len", 16, "--against")
+    code, stdout, stderr = run(*words, worse)
+    assert code == 0, stderr
+    assert "worse is pruned itself, so there is no recovery: perplexity" in stdout
+    assert "\nrecovery" not in stdout
+    (only,) = read_results(pruned).evaluations
+    assert only.against is not None
+    assert only.against.recovery is None
+    for command in ("card", "report"):
+        assert run(command, pruned)[0] == 0
+    for name in ("README.md", "report.html"):
+        assert "recovery" not in (pruned / name).read_text(encoding="utf-8"), "no column is the dense model's"
+    assert "\nrecovery" in run(*words, llama)[1]
+
+
 def test_parts_and_chunks_of_the_text_change_nothing(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
 def _quality(record: Checkpoint) -> list[Row]:
     command, rows = _evaluate(record), []
     for evaluation in record.latest().values():
-        protocol, against = str(evaluation.protocol), evaluation.against
+        protocol, against = str(evaluation.protocol), evaluation.dense
         shown = [Row(name, protocol, dense, value) for name, dense, value in evaluation.rows()]
         if against is not None:
             shown[0] = replace(shown[0], change=_ratio(evaluation.value, against.perplexity.value))

@@ -121,7 +121,7 @@ def _values(
             dense.setdefault("weight files", record.pruning.base.bytes / 1e6)
         if protocol is not None and (evaluation := record.latest().get(protocol.key)) is not None:
             one["perplexity"] = evaluation.value
-            if (against := evaluation.against) is not None:
+            if (against := evaluation.dense) is not None:
                 one |= {"KL": against.kl, "same token": against.agreement}
                 dense.setdefault("perplexity", against.perplexity.value)
         if (measured := record.decoding()) is not None:

@@ -17,11 +17,11 @@ from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
-from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 from sparsellm.run.choice import Choice, patterns_of
+from sparsellm.run.counts import is_pruned
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
 from sparsellm.run.opening import (
@@ -205,11 +205,7 @@ def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bo
 
 
 def _already_pruned(model: Models) -> list[str]:
-    """A warning if a fifth of the weights of the first block are zero, since dense weights have hardly any zeros."""
-    if model.start is not None:
-        return []
-    with model.chain.block(0):
-        weights = [linear.parameter for linear in model.chain.linears(0)]
-        zeros = sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)
+    """A warning if the model was pruned before."""
+    zeros = is_pruned(model.chain) if model.start is None else 0.0
     said = f"the model is already pruned: {zeros:.1%} of the weights of block 1 are zero; pruning it further"
-    return [said] if zeros >= 0.2 else []
+    return [said] if zeros else []
