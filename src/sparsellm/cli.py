@@ -507,6 +507,20 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
     return {**measured.model_dump(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
 
 
+@_command(
+    argument("COMMAND...", "A command with its arguments, after --.", list[str]),
+    name="exec",
+    examples=(
+        "sparsellm exec -- lm_eval --model hf --model_args pretrained=packed --tasks arc_easy",
+        "sparsellm exec -- python my_program.py packed",
+    ),
+)
+def execute(command: list[str]) -> Printed:
+    """Run any COMMAND, and what it starts, in a Python in which transformers loads packed checkpoints."""
+    process.execute(command)
+    return None
+
+
 def main() -> None:
     """Runs the command line. A user's mistake prints one line on stderr and exits with code 2, without a traceback."""
     process.run(lambda: app(prog_name="sparsellm", standalone_mode=False))

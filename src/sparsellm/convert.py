@@ -24,7 +24,7 @@ from sparsellm.storage.directory import WorkingDirectory, check_destination
 from sparsellm.storage.reader import PackedReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource
 from sparsepack import PackError
-from sparsepack.checkpoint import MANIFEST, PackedEntry, is_packed, manifest, quantization_config
+from sparsepack.checkpoint import MANIFEST, WAY_IN, PackedEntry, is_packed, manifest, quantization_config
 from sparsepack.codes import GROUPED, exponents_of_text
 from sparsepack.grid import INTEGERS
 from sparsepack.grids import GRIDS
@@ -164,7 +164,9 @@ def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResu
             entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
             if entries:
                 config = read_object(writer.folder / "config.json")
-                writer.write_json("config.json", {**config, "quantization_config": quantization_config(entries)})
+                writer.write_json(
+                    "config.json", {**config, **WAY_IN, "quantization_config": quantization_config(entries)}
+                )
                 writer.write_json(MANIFEST, manifest(writer.folder))
         except BaseException:
             work.discard()

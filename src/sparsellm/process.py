@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import typer
 
 from sparsellm import interrupts
+from sparsellm.errors import RecipeError, shown
 from sparsepack.errors import UserError
+from sparsepack.registration import registering
+
+_ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
 
 
 def count() -> int:
@@ -41,6 +47,21 @@ def run(command: Callable[[], Any]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code:
         sys.exit(code)
+
+
+def execute(command: Sequence[str]) -> None:
+    """Runs another command in place of this process, in an environment whose Python loads packed models. A RecipeError
+    if it does not exist or cannot be run."""
+    environment, name = registering(_ENVIRONMENT), shown(command[0])
+    program = shutil.which(command[0], path=environment["PATH"])
+    if program is None:
+        raise RecipeError(f"{name} is not a command on PATH; give one, such as lm_eval, or python FILE")
+    try:
+        if os.name == "posix":
+            os.execve(program, list(command), environment)
+        sys.exit(subprocess.run([program, *command[1:]], env=environment, check=False).returncode)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{name} cannot be run: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _exit_code(command: Callable[[], Any]) -> int:

@@ -37,6 +37,7 @@ _STORAGE = (
     "quantization_config",
     "torch_dtype",
     "transformers_version",
+    "transformers_weights",
     "use_cache",
 )
 

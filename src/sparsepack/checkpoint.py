@@ -31,6 +31,12 @@ QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 4
 READABLE = (2, 3, 4)  # version 3 had no levels; version 2 had offsets of dense weights and no exponents
 MANIFEST = "packed.json"
+# The name of the weight files in config.json. transformers refuses it, with this text, before it reads a weight; the
+# quantizer takes it out of the config first.
+WAY_IN = {
+    "transformers_weights": "this checkpoint is packed by sparsellm: import sparsepack before you load it, or "
+    "run your command by `sparsellm exec -- COMMAND`"
+}
 
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

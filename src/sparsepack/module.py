@@ -241,7 +241,7 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         kept = "no weight"
         if self.weight_mask is not None:
-            kept = f"{self.packed.value_type}, {self.packed.nbytes / 1e6:.2f} MB"
+            kept = f"{self.packed.value_type}, {self.packed.nbytes / 1e6:.2f} MB, not trained (sparsellm unpack)"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:

@@ -7,6 +7,7 @@ linears, so that no release of transformers converts them to the model's dtype.
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsepack.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedTensors, open_packed, packed_entries
+from sparsepack.checkpoint import FORMAT_VERSION, QUANT_METHOD, WAY_IN, PackedTensors, open_packed, packed_entries
 from sparsepack.errors import FormatError
 from sparsepack.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, row_scale, to_dense
 
@@ -46,6 +47,15 @@ class PackedQuantizer(HfQuantizer):
         self._entries = packed_entries(quantization_config.to_dict())
         self._tensors: PackedTensors | None = None
         self._modules: dict[str, str] = {}  # the linear in the model, by its name in the checkpoint
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before transformers looks for weight files: takes out of the config what it tells other programs."""
+        for name in WAY_IN:
+            if hasattr(config, name):
+                delattr(config, name)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what transformers 5.15 calls there
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -92,6 +102,7 @@ class PackedQuantizer(HfQuantizer):
             held = {"layout": layout, "value_type": value_type, "pattern": None}
             linears[name] = entry.model_copy(update=held).to_dict()
         _share_embedding(model)
+        model.num_parameters = MethodType(_num_parameters, model)
         self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears
@@ -132,6 +143,19 @@ def _module_names(model: Any, names: list[str]) -> dict[str, str]:
         others = (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")  # a rule for other releases may have misled
         modules[name] = next((other for other in (found, *others) if other in weights), found).removesuffix(".weight")
     return modules
+
+
+def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """``num_parameters`` of a packed model: that of the dense model that was packed, zeros included, each shared weight
+    once; a packed weight is not trainable. transformers counts quantised weights of bitsandbytes so, too."""
+    count = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
+    for module in model.modules() if not only_trainable else ():
+        embedding = isinstance(module, PackedEmbedding)
+        count -= embedding  # its placeholder is a parameter
+        shared = isinstance(module, PackedLinear) and "weight_mask" in module._non_persistent_buffers_set
+        if isinstance(module, PackedLinear) and not shared and not (embedding and exclude_embeddings):
+            count += module.out_features * module.in_features
+    return count
 
 
 def _share_embedding(model: Any) -> None:

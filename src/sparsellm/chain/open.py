@@ -19,7 +19,7 @@ from sparsepack.files import SIZES, unfit_size
 
 # Keys of a config that describe files, not the function of the model. A model in memory has no architectures.
 _STORAGE = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
-_STORAGE |= {"transformers_version", "use_cache"}
+_STORAGE |= {"transformers_version", "transformers_weights", "use_cache"}
 DIFFER = "config and weights are of different models: download the checkpoint again"
 
 

@@ -25,8 +25,9 @@ from sparsellm.storage.reader import DTYPES, CheckpointReader, memory_of
 
 PIECE = 1 << 22  # elements converted and written at a time: a small part of a block, large enough for a fast disk
 
-# Keys of compression schemes: vLLM and transformers refuse a config with a scheme that they do not support.
-FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_config")
+# Keys of compression schemes: vLLM and transformers refuse a config with a scheme that they do not support. The last is
+# the name of the weight files, which have other names in what is written.
+FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_config", "transformers_weights")
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

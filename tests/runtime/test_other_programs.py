@@ -1,0 +1,153 @@
+"""Packed models in programs of others: what plain transformers says, `sparsellm exec`, PEFT, the number of weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import sparsellm
+from sparsepack.checkpoint import WAY_IN
+from tests.models import save_tiny, tiny_llama
+from tests.models.pruned import prune_tiny
+
+PIPELINE = """
+import sys
+from transformers import pipeline
+print(type(pipeline("text-generation", sys.argv[1]).model.model.layers[0].mlp.up_proj).__name__)
+"""
+CHILD = (
+    f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {PIPELINE!r}, sys.argv[1]]).returncode)"
+)
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process that knows nothing of this one's imports."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(word) for word in command]
+    return subprocess.run(words, env={**clean, **environment}, capture_output=True, text=True, check=False)
+
+
+def execute(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "sparsellm", "exec", "--", *command, **environment)
+
+
+def test_plain_transformers_stops_and_says_the_way_in(packed: Path) -> None:
+    done = run(sys.executable, "-c", PIPELINE, packed)
+    assert done.returncode == 1
+    assert WAY_IN["transformers_weights"] in done.stderr
+    for part in ("import sparsepack before you load it", "sparsellm exec -- COMMAND"):
+        assert part in WAY_IN["transformers_weights"]
+
+
+@pytest.mark.parametrize("program", [PIPELINE, CHILD], ids=["itself", "its child"])
+def test_exec_runs_python_with_the_format_registered(program: str, packed: Path) -> None:
+    done = execute("python", "-c", program, packed)
+    assert (done.returncode, done.stdout) == (0, "PackedLinear\n"), done.stderr
+
+
+def test_exec_runs_a_module(packed: Path, tmp_path: Path) -> None:
+    """lm-eval's own, on a task of one line."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / "rows.json").write_text(json.dumps({"text": "while the statement"}) + "\n")
+    task = {
+        "task": "tiny", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "rows.json")},
+        "test_split": "train", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(json.dumps(task))
+    model = f"pretrained={packed}"
+    asked = (
+        "python",
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        model,
+        "--tasks",
+        "tiny",
+        "--include_path",
+        tmp_path,
+    )
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = execute(*asked, "--device", "cpu", "--limit", "1", **offline)
+    assert done.returncode == 0, done.stderr
+    assert "word_perplexity" in done.stdout
+
+
+def test_exec_keeps_the_users_own_environment(tmp_path: Path) -> None:
+    """Its sitecustomize runs too, its variables reach the command, and none of ours is added but the two paths."""
+    (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.theirs = 'ran'\n")
+    shown = (
+        "import json, os, sys; print(json.dumps([theirs, 'sparsepack' in sys.modules, sorted(os.environ), sys.argv]))"
+    )
+    done = execute("python", "-c", shown, "--out", "a b", PYTHONPATH=str(tmp_path), MINE="1")
+    theirs, registered, names, arguments = json.loads(done.stdout)
+    assert (theirs, registered, arguments) == ("ran", True, ["-c", "--out", "a b"])
+    assert {"MINE", "PATH", "PYTHONPATH"} <= set(names)
+    assert not {"TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"} & set(names) - set(os.environ)
+
+
+def test_exec_passes_the_exit_code_on(tmp_path: Path) -> None:
+    assert execute("python", "-c", "raise SystemExit(7)").returncode == 7
+    (tmp_path / "empty").write_text("\0")
+    (tmp_path / "empty").chmod(0o755)
+    for command, said in (
+        ("no-such-command", "'no-such-command' is not a command on PATH"),
+        (tmp_path / "empty", "run:"),
+    ):
+        done = execute(command, "--flag")
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+        assert said in done.stderr
+
+
+def test_peft_names_the_way_out(packed: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"PackedLinear\(.*not trained \(sparsellm unpack\)") as caught:
+        peft.get_peft_model(sparsellm.load(packed), config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("head", ["keep", "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_number_of_parameters_is_the_dense_models(tied: bool, head: str, tmp_path: Path) -> None:
+    dense = prune_tiny(tiny_llama(tie_word_embeddings=tied, attention_bias=True))
+    source = save_tiny(dense, None, tmp_path / "dense")
+    packed = sparsellm.load(sparsellm.pack(source, out=tmp_path / "packed", head=head).path)  # type: ignore[arg-type]
+    for model in (packed, copy.deepcopy(packed)):
+        for exclude in (False, True):
+            assert model.num_parameters(exclude_embeddings=exclude) == dense.num_parameters(exclude_embeddings=exclude)
+        assert model.num_parameters(only_trainable=True) <= dense.num_parameters()
+    packed.dequantize()
+    assert packed.num_parameters() == dense.num_parameters()
+
+
+def test_what_is_saved_again_loads_again(packed: Path, tmp_path: Path) -> None:
+    """A packed model after save_pretrained, one that was made dense, and a checkpoint without the text."""
+    model: Any = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").num_parameters() == model.num_parameters()
+    model.dequantize()
+    model.save_pretrained(tmp_path / "dense")
+    assert run(sys.executable, "-c", PIPELINE, tmp_path / "dense").returncode != 2
+    assert (
+        not {"transformers_weights", "quantization_config"}
+        & json.loads((tmp_path / "dense" / "config.json").read_text()).keys()
+    )
+    older = Path(shutil.copytree(packed, tmp_path / "older"))
+    config = json.loads((older / "config.json").read_text())
+    assert config.pop("transformers_weights") == WAY_IN["transformers_weights"]
+    (older / "config.json").write_text(json.dumps(config))
+    assert sparsellm.load(older).num_parameters() == model.num_parameters()
+    dense = sparsellm.unpack(packed, out=tmp_path / "unpacked").path
+    assert "transformers_weights" not in json.loads((dense / "config.json").read_text())
