@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -20,7 +21,6 @@ import typer
 from sparsellm import interrupts
 from sparsellm.errors import RecipeError, shown
 from sparsepack.errors import UserError
-from sparsepack.registration import registering
 
 _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
 
@@ -50,9 +50,11 @@ def run(command: Callable[[], Any]) -> None:
 
 
 def execute(command: Sequence[str]) -> None:
-    """Runs another command in place of this process, in an environment whose Python loads packed models. A RecipeError
-    if it does not exist or cannot be run."""
-    environment, name = registering(_ENVIRONMENT), shown(command[0])
+    """Runs another command in place of this process. Every Python in it registers the packed format when it starts, and
+    commands next to this Python are found first. A RecipeError if it does not exist or cannot be run."""
+    environment, name = dict(_ENVIRONMENT), shown(command[0])
+    for variable, path in (("PYTHONPATH", Path(__file__).parent / "_startup"), ("PATH", Path(sys.executable).parent)):
+        environment[variable] = os.pathsep.join([str(path), *filter(None, [environment.get(variable)])])
     program = shutil.which(command[0], path=environment["PATH"])
     if program is None:
         raise RecipeError(f"{name} is not a command on PATH; give one, such as lm_eval, or python FILE")

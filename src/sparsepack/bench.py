@@ -100,14 +100,10 @@ class Pair:
     @property
     def ratio(self) -> Ratio:
         """The packed model's speed in relation to each of the dense one's."""
-        fast = self.packed
-        return Ratio(
-            phase=fast.phase,
-            batch=fast.batch,
-            threads=fast.threads,
-            same_decoder=None if self.same is None else fast.median / self.same.median,
-            dense_by_transformers=fast.median / self.transformers.median,
-        )
+        same = None if self.same is None else self.packed.median / self.same.median
+        eager = self.packed.median / self.transformers.median
+        setting = self.packed.model_dump(include={"phase", "batch", "threads"})
+        return Ratio(**setting, same_decoder=same, dense_by_transformers=eager)
 
 
 class Comparison(_Measured):
@@ -377,7 +373,8 @@ def one_run(
     with generation_config_set(model, greedy):
         start = clock()
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=ends)  # type: ignore[operator]
-    return ends.first - start, ends.last - ends.first
+    first, last = ends.times
+    return first - start, last - first
 
 
 class _Ends(BaseStreamer):  # type: ignore[misc]
@@ -385,15 +382,13 @@ class _Ends(BaseStreamer):  # type: ignore[misc]
     waits for a GPU."""
 
     def __init__(self, tokens: int, clock: Callable[[], float]) -> None:
-        self._left, self._tokens, self._clock = tokens + 1, tokens, clock  # the prompt comes first
-        self.first = self.last = 0.0
+        self._calls, self._taken, self._clock = 0, (1, tokens), clock  # the first call has the prompt
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self._left -= 1
-        if self._left == self._tokens - 1:
-            self.first = self._clock()
-        if self._left == 0:
-            self.last = self._clock()
+        if self._calls in self._taken:
+            self.times.append(self._clock())
+        self._calls += 1
 
     def end(self) -> None:
         """Called by transformers after the last token."""

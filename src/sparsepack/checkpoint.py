@@ -31,8 +31,7 @@ QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 4
 READABLE = (2, 3, 4)  # version 3 had no levels; version 2 had offsets of dense weights and no exponents
 MANIFEST = "packed.json"
-# The name of the weight files in config.json. transformers refuses it, with this text, before it reads a weight; the
-# quantizer takes it out of the config first.
+# In config.json. transformers refuses this name of a weight file, with its text; the quantizer takes it out before.
 WAY_IN = {
     "transformers_weights": "this checkpoint is packed by sparsellm: import sparsepack before you load it, or "
     "run your command by `sparsellm exec -- COMMAND`"

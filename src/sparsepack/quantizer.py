@@ -50,9 +50,8 @@ class PackedQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before transformers looks for weight files: takes out of the config what it tells other programs."""
-        for name in WAY_IN:
-            if hasattr(config, name):
-                delattr(config, name)
+        for name in WAY_IN.keys() & vars(config).keys():
+            delattr(config, name)
         return config
 
     update_tp_plan = update_attn_implementation  # what transformers 5.15 calls there

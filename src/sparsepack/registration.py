@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.machinery
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +22,6 @@ def register_when_needed() -> None:
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
-
-
-def registering(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment in which every Python registers when it starts; commands of this one's folder are found first."""
-    added = {"PYTHONPATH": Path(__file__).parent / "_startup", "PATH": Path(sys.executable).parent}
-    paths = {name: [str(path), *filter(None, [environment.get(name)])] for name, path in added.items()}
-    return {**environment, **{name: os.pathsep.join(parts) for name, parts in paths.items()}}
 
 
 def _register() -> None:
