@@ -1,24 +1,31 @@
-"""The demo: prunes and packs a small model, and measures it against the dense one: quality, size, speed, and text.
+"""The demo: prunes and rounds a small model, packs it, and compares it with the forms in which people keep the model.
 
-The model was published in bf16, and people keep it so; its GGUF file is converted to fp32, which holds all numbers of
-four bits. Size and speed are compared in bf16, dense and packed.
+Those are bf16, in which it was published, and llama.cpp's Q4_0. Its GGUF file is converted to fp32, which holds all
+numbers of four bits; size and speed of the dense model are those of bf16. All forms are scored by the same code.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsellm import api
+import torch
+from gguf import GGMLQuantizationType, dequantize, quantize
+from transformers import PreTrainedModel
+
+from sparsellm import api, machine
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.chain.structure import find_blocks, iterate_linears
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, StorageError
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
-from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Settings
+from sparsellm.records import Benchmark, Continuation, Evaluation, Settings
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
@@ -34,29 +41,40 @@ SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
 OPTIONS: Settings = {"solver": "sparsegpt"}  # the default solver takes two and a half times its time
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # for the measurement of speed
 NAME = "SmolLM2-135M-Instruct"
-PROMPT = "The Python programming language is"
-TEXT_TOKENS = 40
+QUESTION = "What is the Python programming language used for?"
+TEXT_TOKENS, TEMPERATURE, TOP_P = 60, 0.2, 0.9  # sampled as the authors of the model recommend
+Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 
 # Seconds of the phases after pruning, on two quiet cores: weights of the bar.
-COSTS = {"pack": 5.0, "evaluate": 40.0, "load": 3.0, "bench": 20.0, "generate": 8.0}
+COSTS = {"pack": 5.0, "evaluate": 60.0, "load": 3.0, "bench": 20.0, "generate": 20.0}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the model: bytes of its weights, its evaluation, and the peak memory of a process that decodes it."""
+
+    weight_bytes: int
+    evaluation: Evaluation
+    peak_rss: int | None = None
+
+    def to_dict(self) -> Settings:
+        record = self.evaluation.model_dump(mode="json")
+        return {"weight_bytes": self.weight_bytes, "peak_rss_bytes": self.peak_rss, "evaluation": record}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results for the dense and the pruned model, and the seconds of each step."""
+    """The results for the forms of the model, and the seconds of each step."""
 
     dense_path: Path
     packed_path: Path
     pruned: api.PruneResult
-    evaluation: Evaluation
+    dense: Form
+    packed: Form
+    q4_0: Form
     speeds: Benchmark
     texts: Continuation
     seconds: dict[str, float]
-
-    @property
-    def against(self) -> Against:
-        assert self.evaluation.against is not None
-        return self.evaluation.against
 
     def to_dict(self) -> Settings:
         """All results as plain JSON values, as ``--json`` prints them."""
@@ -64,8 +82,8 @@ class DemoResult:
             **self.pruned.to_dict(),
             "dense_path": str(self.dense_path),
             "packed_path": str(self.packed_path),
-            "report": str(self.pruned.report) if self.pruned.report else None,
-            "evaluation": self.evaluation.model_dump(mode="json"),
+            "report": str(self.packed_path / "report.html"),
+            "forms": {name: getattr(self, name).to_dict() for name in ("dense", "packed", "q4_0")},
             "speeds": self.speeds.model_dump(),
             "continuations": self.texts.model_dump(mode="json"),
             "demo_seconds": {**self.seconds},
@@ -87,7 +105,9 @@ def run_demo(
     pruned, packed = places(out)
     for place in (pruned, packed):
         check_destination(place, overwrite=overwrite)
-    recipe = Recipe(sparsity=sparsity, calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN, options=OPTIONS)
+    recipe = Recipe(
+        sparsity=sparsity, values="int4", calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN, options=OPTIONS
+    )
     clock = PhaseClock()
 
     @contextmanager
@@ -103,35 +123,81 @@ def run_demo(
         request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
         result = prune(request, progress)
     with phase("pack"):
-        pack(pruned, out=packed, values="bf16", overwrite=overwrite, restart=restart, progress=progress)
+        pack(pruned, out=packed, head="int8", overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):
-        evaluation = api.evaluate(
-            pruned, "pydoc", seq_len=SEQ_LEN, max_tokens=EVALUATION_TOKENS, against=dense, progress=progress
-        )
-        append_result(pruned, evaluation)
-        api.card(pruned)
+        forms = _evaluated(dense, pruned, packed, progress)
     with phase("bench"):
-        speeds = compared_speed(
-            packed,
-            dense,
-            progress=progress,
-            dtype="bfloat16",
-            prompt_tokens=PROMPT_TOKENS,
-            new_tokens=NEW_TOKENS,
-            repeats=ROUNDS,
-        )
+        settings = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": ROUNDS}
+        speeds = compared_speed(packed, dense, progress=progress, dtype="bfloat16", **settings)
         for place in (pruned, packed):
             append_result(place, speeds)
     with phase("generate"):
-        dense_text, pruned_text = (
-            generate(load(path), load_tokenizer(path), PROMPT, max_new_tokens=TEXT_TOKENS).text
-            for path in (dense, packed)
-        )
-        texts = Continuation(prompt=PROMPT, dense=dense_text, pruned=pruned_text)
-        append_result(pruned, texts)
-    with suppress(MissingExtraError):  # the run has said what to install
-        write_report(pruned)
-    return DemoResult(dense, packed, result, evaluation, speeds, texts, clock.seconds)
+        answers = [_answered(path) for path in (dense, packed)]
+        texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
+        append_result(packed, texts)
+    for place in (pruned, packed):
+        with suppress(MissingExtraError):  # the run has said what to install
+            write_report(place)
+    sizes = {"dense": (speeds.dense_bytes, answers[0][1]), "packed": (speeds.packed_bytes, answers[1][1])}
+    made = {name: Form(size, forms[name][1], peak) for name, (size, peak) in sizes.items()}
+    return DemoResult(
+        dense, packed, result, q4_0=Form(*forms["q4_0"]), speeds=speeds, texts=texts, seconds=clock.seconds, **made
+    )
+
+
+def _evaluated(
+    dense: Path, pruned: Path, packed: Path, progress: ProgressCallback
+) -> dict[str, tuple[int, Evaluation]]:
+    """Bytes and evaluation of each form, where the form itself says its bytes; the dense model runs once."""
+    tokenizer = load_tokenizer(dense)
+    against = api.Opened(str(dense), Recipe(products="float32"), trust=False)
+
+    def evaluated(model: PreTrainedModel | Path) -> Evaluation:
+        given = tokenizer if isinstance(model, PreTrainedModel) else None
+        settings = {"seq_len": SEQ_LEN, "max_tokens": EVALUATION_TOKENS, "progress": progress}
+        return api.evaluate(model, "pydoc", against=against, tokenizer=given, **settings)  # type: ignore[arg-type]
+
+    for place in (pruned, packed):
+        append_result(place, evaluation := evaluated(place))
+        api.card(place)
+    model, size = in_q4_0(load(dense, dtype="float32"))
+    return {"packed": (0, evaluation), "q4_0": (size, evaluated(model)), "dense": (0, evaluated(dense))}
+
+
+@torch.no_grad()
+def in_q4_0(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+    """A model with the numbers of llama.cpp's Q4_0 in the linears of its blocks, and those of Q8_0 in embedding and
+    head, as its files have them; and the bytes of all weights. In place."""
+    name, blocks = find_blocks(model)
+    inside = {id(module.weight) for _, module in iterate_linears(blocks, name)}
+    size = 0
+    for weight in model.parameters():
+        if weight.dim() < 2:
+            size += 4 * weight.numel()  # llama.cpp keeps norms in fp32
+            continue
+        codes = quantize(weight.numpy(), kind := Q4_0 if id(weight) in inside else Q8_0)
+        weight.copy_(torch.from_numpy(dequantize(codes, kind)))
+        size += codes.nbytes
+    return model, size
+
+
+def _answered(path: Path) -> tuple[str, int]:
+    """The answer of a model in bf16 to the question, in a process of its own, and the peak memory of that process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_answer, path, torch.get_num_threads()).result()
+
+
+def _answer(path: Path, threads: int) -> tuple[str, int]:
+    model, tokenizer = load(path, dtype="bfloat16"), load_tokenizer(path)
+    assert model.generation_config is not None
+    model.generation_config.top_p = TOP_P
+    asked = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    written = generate(
+        model, tokenizer, str(prompt), max_new_tokens=TEXT_TOKENS, temperature=TEMPERATURE, threads=threads
+    )
+    return written.text, machine.peak_rss()
 
 
 def places(out: Path | None) -> tuple[Path, Path]:

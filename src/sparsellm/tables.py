@@ -110,31 +110,41 @@ def _print_indented(line: str, indent: str) -> None:
 
 
 def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
-    """Prints the table of the demo, dense against pruned, and the paths of what it wrote."""
+    """Prints the forms of the demo's model side by side, both answers, and the paths of what was written."""
     if verbose:
         print_pruned(result.pruned, verbose=True)
-    against, pruned, speeds = result.against, result.pruned, result.speeds
-    shown = table(("SmolLM2-135M-Instruct", "dense", "pruned and packed"), ())
-    shown.add_row("perplexity, held-out text", f"{against.perplexity.value:.2f}", f"{result.evaluation.value:.2f}")
-    shown.add_row("KL from the dense model", "0", f"{against.kl:.3f} nats a token")
-    shown.add_row("same next token as dense", "100.0%", f"{against.agreement:.1%}")
-    shown.add_row("zeros in the linears", "–", f"{pruned.sparsity_pruned:.2%}")
-    shown.add_row("weights in memory, in bf16", _megabytes(speeds.dense_bytes), _megabytes(speeds.packed_bytes))
+    forms, speeds = (result.dense, result.q4_0, result.packed), result.speeds
+    against = [form.evaluation.against for form in forms]
+    shown = table(("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "pruned, packed"), ())
+
+    def row(name: str, *cells: str) -> None:
+        shown.add_row(name, *cells)
+
+    row("weights", *(_megabytes(form.weight_bytes) for form in forms))
+    row("perplexity, held-out text", *(f"{form.evaluation.value:.2f}" for form in forms))
+    row("KL from dense, nats a token", *(f"{each.kl:.3f}" if each is not None else "0" for each in against))
+    row("same next token as dense", *(f"{each.agreement:.1%}" if each is not None else "100%" for each in against))
     if (pair := speeds.decoding) is not None:
-        every = (pair.dense, pair.packed, pair.transformers)
-        dense, packed, eager = (speed(each.median, each.slowest, each.fastest) for each in every)
-        shown.add_row("decoding, tokens/s", dense, f"{packed}, × {pair.packed.median / pair.dense.median:.2f}")
-        shown.add_row("dense as transformers runs it", eager, f"× {pair.ratio.dense_by_transformers:.2f}")
-    shown.add_row("time of pruning", "–", duration(result.seconds["prune"]))
-    shown.add_row("peak memory of pruning", "–", f"{pruned.peak_rss_bytes / 1e9:.2f} GB")
-    shown.add_section()
-    texts = result.texts
-    shown.add_row(*(Text(visible(each.strip())) for each in (f"{texts.prompt} …", texts.dense, texts.pruned)))
+        dense, packed, eager = (f"{each.median:.1f}" for each in (pair.dense, pair.packed, pair.transformers))
+        row("tokens/s, same decoder", dense, "", f"{packed} (×{pair.packed.median / pair.dense.median:.2f})")
+        row("tokens/s by transformers", eager, "", f"(×{pair.ratio.dense_by_transformers:.2f})")
+    row("peak memory of decoding", *("" if form.peak_rss is None else _megabytes(form.peak_rss) for form in forms))
     out().print(shown)
+    zeros, bits = f"{result.pruned.sparsity_pruned:.0%} zeros", f"{result.pruned.bits_per_weight:.2f} bits a weight"
+    took = f"pruned in {duration(result.seconds['prune'])} with {result.pruned.peak_rss_bytes / 1e9:.2f} GB of memory"
+    say(f"pruned: {zeros}, {bits} in the linears, int8 embedding; {took}")
+    texts = result.texts
+    answers = table((visible(texts.prompt), ""), ())
+    answers.add_row("dense", Text(visible(texts.dense.strip())))
+    answers.add_row("packed", Text(visible(texts.pruned.strip())))
+    out().print(answers)
     say(f"everything took {duration(sum(result.seconds.values()))}")
-    for name, path in (("pruned", pruned.path), ("packed", result.packed_path), ("report", pruned.report)):
-        if path is not None:
-            say(f"{name}: {path}")
+    for name, path in (
+        ("pruned", result.pruned.path),
+        ("packed", result.packed_path),
+        ("report", result.packed_path / "report.html"),
+    ):
+        say(f"{name}: {path}")
 
 
 def _megabytes(size: int | None) -> str:
