@@ -285,7 +285,7 @@ def methods() -> Printed:
 
 
 @_command(
-    option("--sparsity SHARE", "Fraction of zeros, at least 0 and below 1.", WHAT, default=0.5),
+    option("--sparsity SHARE", "Fraction of zeros, at least 0 and below 1.", WHAT, default=0.3),
     option("--out DIR", "Directory of the checkpoints, DIR/pruned and DIR/packed.", shown="in the cache"),
     *use.WRITING,
     examples=("sparsellm demo", "sparsellm demo --sparsity 0.7 --out demo"),
