@@ -102,7 +102,7 @@ def _check_sizes(path: Path) -> None:
     config, shapes = read_config(path), dict[str, tuple[int, ...]]()
     for file in weight_files(path)[0]:
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(file, framework="np") as opened:
                 shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None

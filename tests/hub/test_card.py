@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.errors import StorageError
 from sparsellm.hub.card import base_of, card, is_unedited
 from tests.allocation.helpers import windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -119,6 +121,17 @@ def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
     assert card.read_text() == edited
     assert run("card", pruned, "--force")[0] == 0
     assert "14.37" in card.read_text()
+
+
+def test_what_is_not_a_file_is_kept_unless_forced(pruned: Path) -> None:
+    results(pruned, EVALUATION)
+    readme = pruned / "README.md"
+    for make in (lambda: os.mkfifo(readme), lambda: readme.symlink_to(pruned / "none"), readme.mkdir):
+        readme.unlink()
+        make()
+        with pytest.raises(StorageError, match="README"):
+            card(pruned)
+        assert not readme.is_file()
 
 
 def test_texts_of_others_are_no_markup(pruned: Path) -> None:

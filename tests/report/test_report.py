@@ -198,7 +198,7 @@ def test_files_that_are_wrong(name: str, content: str | None, said: str, copied:
     assert sorted(copied.iterdir()) == before
 
 
-@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "link", None])
+@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "link", "a/" * 3000, None])
 def test_places_that_are_refused(place: str | None, copied: Path, tmp_path: Path, run: Any) -> None:
     (tmp_path / "a file").write_text("mine")
     (tmp_path / "a folder").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,9 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
     known = {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
     try:
         card = directory / CARD if directory is not None else None
-        stated = (metadata_load(card) if card is not None and card.stat().st_size <= _MOST_BYTES else None) or {}
+        stated = (
+            metadata_load(card) if card is not None and card.is_file() and card.stat().st_size <= _MOST_BYTES else None
+        ) or {}
         license = {key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)}
     except Exception:  # the card belongs to somebody else and does not stop the run
         license = {}
@@ -58,7 +61,7 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     if not evaluations:
         raise StorageError(f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again")
     run = read_pruning(directory)
-    if not force and path.exists() and not is_unedited(path):
+    if not force and os.path.lexists(path) and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
     write_bytes(path, card_text(run, evaluations, packed=is_packed(config)).encode())
@@ -67,6 +70,8 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
 
 def is_unedited(path: Path) -> bool:
     """Whether a card is as :func:`card_text` made it."""
+    if not path.is_file():  # a pipe or a device might not end
+        return False
     try:
         *lines, last = path.read_bytes().decode().splitlines(keepends=True) or [""]
     except (OSError, UnicodeDecodeError):

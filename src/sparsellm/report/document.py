@@ -66,8 +66,9 @@ def check_page(out: str | os.PathLike[str]) -> Path:
         raise StorageError(f"--out {shown(text)} is a directory; name a file, such as compare.html")
     if os.path.lexists(place) and not _is_ours(place):
         raise StorageError(f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file")
-    if not place.parent.is_dir():
-        raise StorageError(f"--out {shown(text)}: {place.parent} is not a directory; create it, or name another file")
+    if not os.path.isdir(place.parent):  # False for a path that is too long
+        parent = shown(str(place.parent))
+        raise StorageError(f"--out {shown(text)}: {parent} is not a directory; create it, or name another file")
     return place
 
 

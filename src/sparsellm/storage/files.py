@@ -124,7 +124,7 @@ def explained(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"the disk of {path} is full; make room and run the same command again to resume it"
             ) from error
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; name another directory") from error
+        raise StorageError(f"cannot write {path!s:.300}: {error.strerror or error}; name another directory") from error
 
 
 @contextlib.contextmanager
