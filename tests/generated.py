@@ -1,0 +1,410 @@
+"""Generated bad inputs of whole commands: each ends in one line with exit code 2, or succeeds, and destroys nothing.
+
+    python -m tests.generated                       # 250 of every command
+    python -m tests.generated report --count 1000
+    python -m tests.generated report --first 17 --count 1 --show
+
+An input is a command line with strange arguments, damaged files in the directory that it reads, or both. It runs in
+this process, in a fresh directory, and depends on its command and number alone. A new command is one entry of
+:data:`COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import fnmatch
+import glob
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import huggingface_hub
+import huggingface_hub.constants
+import transformers
+from typer.main import get_command
+
+from sparsellm import cli
+from tests.hub.test_push import Hub
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+SECRET = "a file outside of the directory of the command"
+TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
+GRID = ("--method=magnitude", "--set=samples=2", "--set=seq_len=16", "--calibration=note.txt", "--text=note.txt")
+MEASURED = ("--sparsity=0.5", "--seq-len=16", "--max-tokens=64")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that succeeds, the files whose damage it may meet, and the paths that it may change, as shell
+    patterns with ``{first}`` for the first argument and ``{out}`` for that of ``--out``; ``kept`` also when it is
+    refused."""
+
+    line: tuple[str, ...]
+    damaged: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    positional: int = 1  # arguments after the name of the command, which may be replaced
+
+
+RECORDS = ("pruning.json", "results.json", "config.json", "README.md", "report.html", "recipe.yaml", "packed.json")
+COMMANDS: dict[str, Command] = {
+    "report": Command(
+        ("report", "pruned"),
+        tuple(f"pruned/{name}" for name in RECORDS),
+        ("{first}/report.html", "{out}"),
+    ),
+    "report of two": Command(
+        ("report", "pruned", "packed", "--out=page.html"),
+        tuple(f"{place}/{name}" for place in ("pruned", "packed") for name in RECORDS[:2]),
+        ("{out}",),
+        positional=2,
+    ),
+    "card": Command(("card", "pruned"), tuple(f"pruned/{name}" for name in RECORDS), ("{first}/README.md",)),
+    "push": Command(
+        ("push", "packed", "me/model"),
+        tuple(f"packed/{name}" for name in (*RECORDS, "model.safetensors.index.json", "added.txt")),
+        positional=2,
+    ),
+    "compare": Command(
+        ("compare", "model", "--out=new", *GRID, *MEASURED),
+        ("model/config.json", "model/model.safetensors.index.json", "model/tokenizer.json", "model/README.md"),
+        ("{out}", "{out}/*"),
+    ),
+    "compare again": Command(
+        ("compare", "model", "--out=grid", *GRID, *MEASURED),
+        (
+            "grid/compare.json",
+            "grid/compare.html",
+            *(f"grid/magnitude-0.5{end}/{name}" for end in ("", "-packed") for name in RECORDS),
+        ),
+        ("{out}", "{out}/*"),
+        kept=("{out}/magnitude-0.5*.partial",),
+    ),
+}
+
+# Parts of command lines, and JSON values.
+HUGE = ["0", "-1", "1.5", "1e9", "nan", "-inf", "1e400", "true", "9" * 5000, str(2**63), str(-(2**64)), "0x10"]
+WORDS = ["", " ", "None", "a,b", ",", "2:4", "0:0", "9" * 400 + ":4", "x" * 300, "x" * 5000, "[", "*a", "!!int x"]
+WORDS += ["{a: 1, a: 2}", "[" * 50_000, "-", "--", "%s", "a=b", "=", "samples=", "options.x=1", "seed=1e99", "1e-30"]
+ODD = ["a\nb", "\x1b[31m", "\x7f", "\u2028", "\u202egnp", "\udcff", "\udc80/x", "\U0001f40d", "é", "a\tb", "\r"]
+PATHS = ["/", "//", "/..", ".", "..", "./.", "~", "~no-such-user/x", "missing", "missing/x", "note.txt", "note.txt/x"]
+PATHS += ["folder", "folder/", "full", "full/mine.txt", "model", "model/config.json", "pruned", "packed", "grid"]
+PATHS += ["link-to-folder", "link-to-file", "link-to-model", "dangling", "loop", "socket", "pipe", "outside"]
+PATHS += ["/dev/null", "/dev/zero", "/proc/self/mem", "../outside/mine.txt", "../outside", "pruned/pruning.json"]
+PATHS += ["model/..", "new/../new", "A" * 254, "a/" * 3000]
+VALUES: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, 10**12, 10**400, 0.5, -0.0, 1e308, 5e-324, "", "x" * 10_000]
+VALUES += [[], {}, [[]], {"a": {}}, [None] * 50, "\ud800", "<script>alert(1)</script>", "{{ 7 * 7 }}", "a\nb\x1b[31m"]
+VALUES += ["../../outside/mine.txt", "/etc/passwd", float("nan"), float("inf"), float("-inf"), {"": ""}, "9" * 5000]
+
+
+# ---------------------------------------------------------------------- the directory in which a command runs
+
+
+@cache
+def template() -> Path:
+    """A directory with a model, its pruned and packed forms, both measured, and a finished comparison."""
+    work = Path(tempfile.mkdtemp(prefix="generated-")) / "work"
+    work.mkdir()
+    (work / "note.txt").write_text(TEXT)
+    save_tiny(tiny_llama(num_hidden_layers=2, hidden_size=16, intermediate_size=24), tiny_tokenizer(), work / "model")
+    with contextlib.chdir(work):
+        for line in (
+            "prune model --out pruned --method magnitude --sparsity 0.5 --calibration note.txt --set samples=2 "
+            "--set seq_len=16",
+            "eval pruned --text note.txt --seq-len 16 --max-tokens 64 --against model",
+            "pack pruned --out packed",
+            "eval packed --text note.txt --seq-len 16 --max-tokens 64",
+            " ".join(("compare model --out grid", *GRID, *MEASURED)),
+        ):
+            code, said = run(line.split())
+            assert code == 0, said
+    return work
+
+
+@contextlib.contextmanager
+def directory() -> Iterator[Path]:
+    """A fresh copy of the template as the current directory, next to a directory that no command may touch."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        work = root / "work"
+        shutil.copytree(template(), work)
+        (root / "outside").mkdir()
+        (root / "outside" / "mine.txt").write_text(SECRET)
+        for name in ("folder", "full"):
+            (work / name).mkdir()
+        (work / "full" / "mine.txt").write_text("mine")
+        links = {"link-to-folder": "folder", "link-to-file": "full/mine.txt", "link-to-model": "model", "loop": "loop"}
+        for name, target in (links | {"dangling": "../outside/none", "outside": "../outside"}).items():
+            (work / name).symlink_to(target)
+        os.mkfifo(work / "pipe")
+        with contextlib.chdir(work):
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as unix:
+                unix.bind("socket")
+            yield root
+
+
+def everything(root: Path) -> dict[str, tuple[str, bytes | str]]:
+    """The kind and the content of everything below a directory; links are not followed."""
+    seen: dict[str, tuple[str, bytes | str]] = {}
+    for folder, names, files in os.walk(root):
+        for path in (Path(folder) / name for name in (*names, *files)):
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                entry: tuple[str, bytes | str] = ("file", path.read_bytes())
+            else:
+                entry = ("link", os.readlink(path)) if stat.S_ISLNK(mode) else (str(stat.S_IFMT(mode)), "")
+            seen[str(path.relative_to(root))] = entry
+    return seen
+
+
+# ---------------------------------------------------------------------- inputs
+
+
+@dataclass
+class Input:
+    """A command line, and what is done to files, as text."""
+
+    arguments: list[str]
+    damage: list[tuple[str, Callable[[Path], None]]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{[word[:100] for word in self.arguments]} {[name for name, _ in self.damage]}"
+
+
+def generated(name: str, number: int) -> Input:
+    """Input ``number`` of a command."""
+    chance, command = random.Random(f"{name} {number}"), COMMANDS[name]
+    made, kind = Input(list(command.line)), chance.random()
+    if kind < 0.6:
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            _strange_argument(made.arguments, command, chance)
+    if kind > 0.5:
+        for file in chance.sample(command.damaged, chance.choice((1, 1, 2))):
+            made.damage.append(_damage(file, chance))
+    return made
+
+
+def _strange_argument(line: list[str], command: Command, chance: random.Random) -> None:
+    """Replaces an argument, or adds an option of the command with a strange value."""
+    pool = chance.choice((HUGE, WORDS, ODD, PATHS, PATHS))
+    options = [each for each in get_command(cli.app).commands[line[0]].params if each.param_type_name == "option"]  # type: ignore[attr-defined]
+    options = [each for each in options if each.name not in ("help", "plugin", "trust_remote_code")]
+    if chance.random() < 0.4 or not options:
+        word = chance.choice(pool)
+        line[chance.randint(1, command.positional)] = word if not word.startswith("-") else f"./{word}"
+        return
+    option = chance.choice(options)
+    line.append(option.opts[0] if option.is_flag else f"{option.opts[0]}={chance.choice(pool)}")
+
+
+def _damage(file: str, chance: random.Random) -> tuple[str, Callable[[Path], None]]:
+    """A change of one file, with its name: of a JSON value, of bytes, or something else in the place of the file."""
+    name, change = chance.choice((("value", _change_value), ("bytes", _change_bytes), ("place", _change_place)))
+    seed = chance.random()
+    return f"{file}: {name}", lambda work: change(work / file, random.Random(seed))
+
+
+def _change_value(path: Path, chance: random.Random) -> None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError):
+        return _change_bytes(path, chance)
+    for _ in range(chance.choice((1, 1, 3))):
+        inside = content
+        while True:
+            keys: Sequence[Any] = [*inside, "added"] if isinstance(inside, dict) else range(len(inside))
+            key = chance.choice(keys)
+            deeper = inside.get(key) if isinstance(inside, dict) else inside[key]
+            if isinstance(deeper, dict | list) and deeper and chance.random() < 0.7:
+                inside = deeper
+                continue
+            break
+        if isinstance(inside, dict) and chance.random() < 0.2:
+            inside.pop(key, None)
+        else:
+            inside[key] = copy.deepcopy(chance.choice(VALUES))
+    sys.set_int_max_str_digits(0)  # a file may hold what Python does not write
+    text = json.dumps(content).encode()
+    sys.set_int_max_str_digits(4300)
+    return path.write_bytes(text) and None
+
+
+def _change_bytes(path: Path, chance: random.Random) -> None:
+    data = path.read_bytes() if path.is_file() else b""
+    at = chance.randrange(len(data) + 1)
+    path.write_bytes(
+        chance.choice(
+            (
+                data[:at],
+                data[:at] + chance.randbytes(3) + data[at + 1 :],
+                b"",
+                b"\xef\xbb\xbf" + data,
+                data.decode("latin-1").encode("utf-16"),
+                b'{"linears": [], "evaluations": 3, ' + data[1:],  # keys that come twice
+                b"[" * 100_000,
+                b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+                b"NaN",
+                b"[]",
+                b'{"format": 1}',
+                b'{"format": ' + b"9" * 5000 + b"}",
+                chance.randbytes(300),
+                b"\0" * 1000,
+            )
+        )
+    )
+
+
+def _change_place(path: Path, chance: random.Random) -> None:
+    """Something else at the path of a file, or nothing."""
+    path.unlink(missing_ok=True)
+    match chance.choice(("missing", "folder", "pipe", "loop", "link", "link", "link", "empty")):
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "loop":
+            path.symlink_to(path.name)
+        case "link":
+            targets = ("../../outside/mine.txt", "../../outside/new", "/dev/zero", "/dev/null", "../pipe", "../full")
+            path.symlink_to(chance.choice(targets))
+        case "empty":
+            path.write_bytes(b"{}")
+
+
+# ---------------------------------------------------------------------- one input
+
+
+class HangingError(BaseException):
+    """A command took longer than the limit; no handler of errors catches it."""
+
+
+def run(arguments: list[str]) -> tuple[int, str]:
+    """The exit code of a command line in this process, and what it wrote to stderr."""
+    stderr, code = io.StringIO(), 0
+    argv = mock.patch.object(sys, "argv", ["sparsellm", *arguments])
+    with argv, contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code if isinstance(done.code, int) else 1
+    return code, stderr.getvalue()
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise HangingError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
+    """``refused`` or ``succeeded``, or what is wrong with the end of an input, and a text that shows it."""
+    command, made, hub = COMMANDS[name], generated(name, number), Hub()
+    with directory() as root, mock.patch.object(huggingface_hub, "HfApi", return_value=hub):
+        for _, change in made.damage:
+            change(root / "work")
+        before = everything(root)
+        try:
+            with limited(seconds):
+                code, stderr = run(made.arguments)
+        except HangingError:
+            return "hangs", str(made)
+        except BaseException:
+            return "traceback", f"{made}\n{traceback.format_exc()[-1500:]}"
+        after = everything(root)
+        outs = [word.partition("=")[2] for word in made.arguments if word.startswith("--out=")]
+        named = {"{first}": made.arguments[1], "{out}": outs[-1] if outs else ""}
+        places = {key: _below(root, path) for key, path in named.items() if path}
+    shown = f"{made}\nexit {code}: {stderr[:600]}"
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    if code not in (0, 2) or "Traceback" in stderr:
+        return "traceback", shown
+    if code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 2000):
+        return "more than a line", shown
+    allowed = command.kept if code == 2 else (*command.changed, *command.kept)
+    patterns = [
+        pattern.replace(item[0], glob.escape(item[1]))
+        for pattern in allowed
+        for item in places.items()
+        if item[0] in pattern
+    ]
+    changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+    made_for_out = [str(parent) for parent in Path(places.get("{out}", "")).parents if code == 0]
+    patterns += [glob.escape(parent) for parent in made_for_out if parent not in before]
+    beyond = [path for path in changed if not any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
+    if beyond:
+        return "changed other files", f"{shown}\n{sorted(beyond)[:10]}"
+    if any(SECRET.encode() in data for files in hub.files.values() for data in files.values()):
+        return "uploaded a file from outside", shown
+    return ("refused" if code else "succeeded"), shown
+
+
+def _below(root: Path, path: str) -> str:
+    """A path, links resolved, relative to a directory."""
+    return os.path.relpath(os.path.realpath(os.path.expanduser(path)), os.path.realpath(root))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """No network, and no bars of transformers, which the command line silences before it imports transformers."""
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text.encode('utf-8', 'backslashreplace').decode()}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", default=sorted(COMMANDS), help=", ".join(COMMANDS))
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=250)
+    parser.add_argument("--show", action="store_true", help="print every outcome, not only those that are wrong")
+    chosen, wrong = parser.parse_args(), 0
+    with alone():
+        for name in chosen.commands:
+            counts = Counter[str]()
+            for number in range(chosen.first, chosen.first + chosen.count):
+                end, shown = outcome(name, number)
+                counts[end] += 1
+                bad = end not in ("refused", "succeeded")
+                wrong += bad
+                if bad or chosen.show:
+                    say(f"--- {name} {number}: {end}\n{shown}")
+            say(f"{name}: {chosen.count} inputs, {dict(counts)}")
+    shutil.rmtree(template().parent)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
