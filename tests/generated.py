@@ -215,7 +215,7 @@ def _strange_argument(line: list[str], command: Command, chance: random.Random) 
 
 
 def _damage(file: str, chance: random.Random) -> tuple[str, Callable[[Path], None]]:
-    """A change of one file, with its name: of a JSON value, of bytes, or something else in the place of the file."""
+    """A change of one file, with its name: a JSON value, bytes, or something else in the place of the file."""
     name, change = chance.choice((("value", _change_value), ("bytes", _change_bytes), ("place", _change_place)))
     seed = chance.random()
     return f"{file}: {name}", lambda work: change(work / file, random.Random(seed))

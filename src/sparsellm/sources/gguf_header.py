@@ -18,7 +18,7 @@ _MOST_ITEMS = 1 << 22  # strings of an array: a dozen times the tokens or merges
 _MOST_PAIRS = 1 << 16  # keys with values
 _LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes that describe a tensor: name, dimensions, type, place
 _MOST_BLOCKS = 2048  # which transformers builds in half a minute
-_MANY = 4096  # of other sizes that are built in a moment
+_MANY = 4096  # other sizes, which are built in a moment
 _SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert_count|attention\.head_count(_kv)?)")
 
 
@@ -55,7 +55,7 @@ def _sizes(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int]:
         (kind,) = _read(file, "<I")
         raw = _value(file, kind, size)
         if kind in _INTEGERS:
-            sizes[key] = max(int.from_bytes(raw, "little"), sizes.get(key, 0))  # of one that is repeated, the larger
+            sizes[key] = max(int.from_bytes(raw, "little"), sizes.get(key, 0))  # the larger where a key is repeated
     largest = 0
     for _ in range(tensors):
         _text(file, size)
@@ -89,7 +89,7 @@ def _value(file: BinaryIO, kind: int, size: int) -> bytes:
 
 def _text(file: BinaryIO, size: int) -> str:
     (length,) = _read(file, "<Q")
-    if length > min(size, 1 << 16):  # of a name
+    if length > min(size, 1 << 16):  # a name is shorter
         raise ValueError(f"it states a name of {length} bytes")
     return _bytes(file, length).decode("utf-8", "replace")
 
