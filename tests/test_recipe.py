@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy
 import pytest
@@ -12,6 +13,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.patterns import NM, Unstructured
 from sparsellm.recipe import help_of
 from sparsellm.run.choice import Choice
+from sparsepack.grids import GRIDS
 
 
 def test_yaml_round_trip_keeps_every_field() -> None:
@@ -42,6 +44,17 @@ def test_a_pattern_sets_the_sparsity_that_it_implies() -> None:
     assert Recipe(sparsity=0.9).updated(pattern="2:4").sparsity == 0.5
 
 
+def test_a_grid_sets_the_values_that_it_implies() -> None:
+    assert get_args(Recipe.model_fields["grid"].annotation) == ("own", *GRIDS)
+    assert {name: Recipe(grid=name).values for name in ("q4_0", "w8a8", "w3a16")} == {
+        "q4_0": "int4", "w8a8": "int8", "w3a16": "int3",
+    }  # fmt: skip
+    recipe = Recipe(grid="q4_0")
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe == recipe.updated(seed=0)
+    changed = [recipe.updated(grid="q8_0"), recipe.updated(grid="own"), recipe.updated(values="int8")]
+    assert [(each.grid, each.values) for each in changed] == [("q8_0", "int8"), ("own", "keep"), ("own", "int8")]
+
+
 def test_settings_reach_fields_and_options() -> None:
     recipe = Recipe().with_settings(["options.damping=0.5", "seed=3", "exclude=['*.v_proj']", "options.iterations=2"])
     assert recipe.options == {"damping": 0.5, "iterations": 2}
@@ -56,6 +69,8 @@ def test_settings_reach_fields_and_options() -> None:
         ("sparsity: 1.0", "sparsity is 1.0: it should be less than 1"),
         ("pattern: '2:3:4'", "2:3:4"),
         ("{pattern: '2:4', sparsity: 0.7}", "means sparsity 0.5"),
+        ("{grid: q4_0, values: int8}", "grid q4_0 means values int4, not int8; give one"),
+        ("grid: q5_0", "grid is 'q5_0'"),
         ("samples: 0", "samples"),
         ("dtype: int8", "dtype"),
         ("bos: maybe", "bos is 'maybe'"),

@@ -127,6 +127,8 @@ def test_a_run_ends_on_the_grid_with_the_zeros(
         assert int((codes == 0).sum()) == linear.zeros >= round(linear.asked * linear.weights)
     assert result.sparsity_pruned >= 0.6 - 1e-3
     assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out or grid.bits == 8
+    assert result.bits_per_weight == pytest.approx({"q4_0": 4.5, "q8_0": 8.5, "w4a16-32": 4.5}.get(name, 8.25), abs=0.1)
+    assert any(f"grid {name} stores zeros like other values" in each for each in result.warnings)
     assert (pruning["grid"], pruning["values"], pruning["recipe"]["grid"]) == (name, grid.values, name)
     assert not any(each.exponents for each in result.linears)
     if grid.bits == 8:
@@ -136,6 +138,23 @@ def test_a_run_ends_on_the_grid_with_the_zeros(
     assert not sparsellm.pack(out, out=tmp_path / "packed", values="int4").rounded
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same_bits(weights, tensors_of(tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("w4a16", "do not divide the 32 inputs of model.layers.0.self_attn.q_proj; take grid w4a16-32"),
+        ("q4_0", "do not divide the 80 inputs of model.layers.0.mlp.down_proj; leave it out (exclude)"),
+    ],
+)  # fmt: skip
+def test_groups_that_do_not_divide_are_refused(name: str, said: str, tmp_path: Path, run: Any) -> None:
+    """Before the work, with the grid that fits, if one does."""
+    width = 96 if name == "w4a16" else 80
+    source = save_tiny(tiny_llama(intermediate_size=width), tiny_tokenizer(), tmp_path / "dense")
+    code, shown, error = run("prune", source, "--out", tmp_path / "out", "--grid", name)
+    assert (code, shown) == (2, "")
+    assert said in " ".join(error.split())
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_without_its_exponents_pack_says_what_it_rounds(
@@ -308,10 +327,13 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(weight, linear_weights(plain)[name]), name
 
 
-def test_a_run_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounding", [{"values": "int4"}, {"grid": "q4_0"}], ids=["own", "q4_0"])
+def test_a_run_goes_on_with_the_same_bits(
+    rounding: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stops in a block and in its second pass; blocks and passes hold unrounded values."""
-    source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(**{**RECIPE, **SWEPT, "values": "int4", "dtype": "float32", "allocation": "uniform"})
+    source = save_tiny(LLAMA_OF_32().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(**{**RECIPE, **SWEPT, **rounding, "dtype": "float32", "allocation": "uniform"})
     sparsellm.prune(source, recipe, out=tmp_path / "whole")
     for stop, place in ((partial(fail_in_block, after=2), 1), (fail_after_passes, 1)):
         with monkeypatch.context() as patched:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sparsellm.console import count, duration, out, phases, say, speed, table, visible
 from sparsellm.records import Totals, by_kind, error_of
+from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,8 +39,12 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     windows = f"{recipe.samples}×{recipe.seq_len}"
     say(f"{recipe.method} {chosen}{target}{shares} · calibrated on {recipe.calibration} {windows}")
     if result.bits_per_weight is not None:
-        packed = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {recipe.values}"
-        say(f"{recipe.values} values, {result.bits_per_weight:.2f} bits a weight after `{packed}`")
+        if (grid := GRIDS.get(recipe.grid)) is None:
+            then = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {recipe.values}"
+        else:
+            then = f"sparsellm export {shlex.quote(str(result.path))} --to {grid.form}"
+        stored = recipe.values if grid is None else f"{recipe.values} ({grid.name})"
+        say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight after `{then}`")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
     say(f"written to {result.path}")

@@ -16,7 +16,8 @@ from sparsellm.solvers import rounding
 from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram
 from sparsepack.codes import EXPONENTS, GAPPED, PLAIN, Levels, exponents_of_text, levels_of, text_of_exponents
-from sparsepack.grid import INTEGERS, Groups, on_grid
+from sparsepack.grid import INTEGERS, Groups, codes_of, on_grid
+from sparsepack.grids import GRIDS
 from sparsepack.layout import form_of, pack, unpack
 from tests.shares import Share
 from tests.solvers.problems import gram_of, loss, losses, weight_of
@@ -151,6 +152,29 @@ def test_is_near_the_best_of_all_grid_points(
     scale = float(result[0, fixed] / levels.lowest)
     least = best_by_brute_force(weight, fixed, scale, levels, gram, layout == "dense")
     assert least - 1e-9 <= loss(result, weight, gram) <= 1.5 * least + 1e-9
+
+
+@pytest.mark.parametrize(("name", "kept"), [("q4_0", 4), ("w3a16", 5), ("w4a16-64", 4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_and_scale_of_a_group_are_near_the_best(name: str, kept: int, seed: int) -> None:
+    """On the grid of another program, against all numbers with every scale that fp16 and bf16 share, in fp64."""
+    grid = GRIDS[name]
+    weight, gram = torch.zeros(1, grid.group), gram_of(grid.group, seed=seed)
+    weight[:, :kept] = weight_of(1, kept, seed) / 30
+    result = rounded(weight, gram, name, torch.bfloat16)
+    codes, scales = codes_of(result.weight.bfloat16(), grid, "a")
+    assert not bool(codes[:, kept:].any())
+    inside = Gram(gram.matrix[:kept, :kept], gram.tokens)
+    fixed = int(weight.abs().argmax())
+    start = abs(float(weight[0, fixed])) / -grid.lowest
+    steps = torch.linspace(0.5, 1.2, 300).mul_(start).bfloat16().double().unique()
+    numbers = range(grid.lowest, grid.highest + 1)
+    others = torch.tensor(list(itertools.product(numbers, repeat=kept - 1))).double()
+    whole = torch.cat((others[:, :fixed], torch.full((len(others), 1), float(grid.lowest)), others[:, fixed:]), dim=1)
+    sign = -math.copysign(1.0, float(weight[0, fixed]))
+    least = min(float(losses(whole * sign * step, weight[:, :kept], inside).min()) for step in steps)
+    found = loss((codes.double() * scales.double())[:, :kept], weight[:, :kept], inside)
+    assert least - 1e-12 <= found <= 1.5 * least + 1e-12
 
 
 def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: Tensor) -> Tensor:

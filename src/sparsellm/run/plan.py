@@ -134,6 +134,10 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     if not isinstance(ids, Tensor) and len(windows.sets) < choice.sets:
         room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
         warnings.append(f"{room}; a longer text gives a better model")
+    if recipe.grid != "own" and recipe.sparsity:
+        warnings.append(
+            f"grid {recipe.grid} stores zeros like other values, so they save nothing; sparsity 0 loses less"
+        )
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
