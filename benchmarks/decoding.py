@@ -3,7 +3,8 @@
     pip install 'sparsellm[bench,instead]'
     python benchmarks/decoding.py [--layers 22] [--sparsities 0.5 0.7] [--values int8 int4] [--threads 1]
 
-The model is that of payoff.py: a Llama of 1.1B's shape with random weights, of which fewer layers can be taken.
+The dense model runs by the decoder of the packed ones, and as transformers runs it. The model is that of payoff.py: a
+Llama of 1.1B's shape with random weights, of which fewer layers can be taken.
 Packed models have embedding and head in int8; llama.cpp quantises its own. All forms decode the same number of tokens
 after the same prompt, one form after another in every round, so that other load on the machine meets all of them. The
 ratios are medians of the rounds' own ratios. The roofline stands beside them: the bytes of weights that a token reads,
@@ -27,11 +28,11 @@ import torch
 from forms import write_gguf
 from instead import CLOCKS, llama_cpp
 from payoff import conditions, llama, prune_at_random
-from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsepack.bench import one_run, resident_bytes
 
+EAGER = "dense bf16 by transformers"
 COPIED = 64 << 20  # bytes, more than a cache holds
 
 
@@ -54,8 +55,9 @@ def forms(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Callab
         source.save_pretrained(directory)
         loaded: dict[str, Any] = {}
         if "dense bf16" not in runs:
-            loaded["dense bf16"] = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-            sizes["dense bf16"] = resident_bytes(loaded["dense bf16"]) - 2 * rows
+            loaded["dense bf16"] = sparsellm.load(directory, dtype="bfloat16")
+            sizes["dense bf16"] = sizes[EAGER] = resident_bytes(loaded["dense bf16"]) - 2 * rows
+            runs[EAGER] = partial(decoding, loaded["dense bf16"], arguments, clock, compiled=False)
         for values in arguments.values:
             packed = folder / f"{values}-{sparsity}"
             sparsellm.pack(directory, out=packed, values=values, head="int8")
@@ -68,9 +70,9 @@ def forms(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Callab
     return runs, sizes
 
 
-def decoding(model: Any, arguments: argparse.Namespace, clock: Callable[[], float]) -> float:
+def decoding(model: Any, arguments: argparse.Namespace, clock: Callable[[], float], *, compiled: bool = True) -> float:
     """Seconds of decoding."""
-    return one_run(model, 1, arguments.prompt_tokens, arguments.new_tokens, clock)[1]
+    return one_run(model, 1, arguments.prompt_tokens, arguments.new_tokens, clock, compiled=compiled)[1]
 
 
 def copying(clock: Callable[[], float]) -> float:
@@ -114,7 +116,7 @@ def main() -> None:
     print(
         f"{'Processor' if arguments.cpu_seconds else 'Wall-clock'} time. A copy reads {1e-9 / min(copies):.1f} GB/s.\n"
     )
-    against = [name for name in ("dense bf16", "Q8_0", "Q4_0") if name in runs]
+    against = [name for name in ("dense bf16", EAGER, "Q8_0", "Q4_0") if name in runs]
     print(f"| form | MB a token | of the copy's rate | {' | '.join('speed / ' + name for name in against)} |")
     print("|---" * (3 + len(against)) + "|")
     for name, seconds in taken.items():

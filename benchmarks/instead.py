@@ -60,21 +60,22 @@ class Form:
     score: Callable[[Tensor], float]  # windows → perplexity
 
 
-def of_transformers(model: PreTrainedModel, score_as: PreTrainedModel | None = None) -> Form:
-    """A model of transformers; ``score_as`` has the same weights and computes the perplexity."""
+def of_transformers(model: PreTrainedModel, score_as: PreTrainedModel | None = None, *, compiled: bool = True) -> Form:
+    """A model of transformers; ``score_as`` has the same weights and computes the perplexity. With ``compiled``, our
+    decoder runs it if it can, else transformers does."""
     return Form(
         resident_bytes(model, linears_only=True),
         resident_bytes(model),
-        lambda prompt, new, cpu_seconds: one_run(model, 1, prompt, new, CLOCKS[cpu_seconds])[1],
+        lambda prompt, new, cpu_seconds: one_run(model, 1, prompt, new, CLOCKS[cpu_seconds], compiled=compiled)[1],
         lambda windows: perplexity(lambda ids: (score_as or model)(ids[None], use_cache=False).logits[0], windows),
     )
 
 
-def dense(directory: Path, dtype: torch.dtype) -> Form:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+def dense(directory: Path, dtype: torch.dtype, *, compiled: bool = True) -> Form:
+    model = sparsellm.load(directory, dtype=dtype)
     # Where a CPU has no arithmetic in bf16, a long window takes minutes in it; these are the same weights in fp32.
     in_fp32 = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).float()
-    return of_transformers(model, in_fp32)
+    return of_transformers(model, in_fp32, compiled=compiled)
 
 
 def torchao(directory: Path, bits: int) -> Form:
@@ -131,6 +132,7 @@ def forms(arguments: argparse.Namespace) -> dict[str, Callable[[], Form]]:
     openers: dict[str, Callable[[], Form]] = {
         "dense fp32": partial(dense, directory, torch.float32),
         "dense bf16": partial(dense, directory, torch.bfloat16),
+        "dense bf16 by transformers": partial(dense, directory, torch.bfloat16, compiled=False),
         "torchao int8, weights only": partial(torchao, directory, 8),
         "torchao int4, weights only, groups of 32": partial(torchao, directory, 4),
     }
