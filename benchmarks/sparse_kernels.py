@@ -3,7 +3,8 @@
     python benchmarks/sparse_kernels.py [--threads 1] [--tokens 1 4 16 128] [--values bf16] [--kernel NAME]
         [--shapes 11008x4096 5632x2048] [--sparsities 0.5 0.6 0.7 0.8] [--cached]
 
-For every shape and sparsity, dense, packed and copy run in turns, so that all three meet the same load on the machine.
+For every shape and sparsity, dense by torch, dense by the same kernel, packed and copy run in turns, so that all meet
+the same load on the machine.
 Weights are used in turns too, enough of them that none is still in the second-level cache when it is used again. Two
 rates of the packed product are printed: its bytes (mask, values, offsets, scales) divided by its time, and that as a
 share of the copy's rate. A copy moves each byte twice, in and out: ``of copy`` is relative to the bytes copied,
@@ -28,6 +29,7 @@ import torch
 
 from sparsepack import native
 from sparsepack.codes import FLOAT_TYPES, VALUE_TYPES
+from sparsepack.decode import dense_weight
 from sparsepack.layout import PackedWeight, pack
 from sparsepack.module import multiply
 
@@ -69,7 +71,7 @@ def interleaved(
     return times
 
 
-def main() -> None:
+def asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Speed of the kernels on packed weights.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
@@ -82,7 +84,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--cpu-seconds", action="store_true", help="processor time, on a machine with other work")
     parser.add_argument("--cached", action="store_true", help="one weight again and again, not weights in turns")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = asked()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(
@@ -93,10 +99,11 @@ def main() -> None:
     source, target = torch.ones(COPIED, dtype=torch.uint8), torch.zeros(COPIED, dtype=torch.uint8)
     pieces = itertools.cycle(list(zip(target.split(PIECE), source.split(PIECE), strict=True)))
     print(
-        "| shape | values | sparsity | tokens | dense ms | packed ms | faster | GB/s | dense GB/s | copy GB/s "
+        "| shape | values | sparsity | tokens | dense ms | same kernel ms | packed ms | faster "
+        "| faster than by the same kernel | GB/s | dense GB/s | copy GB/s "
         "| of copy | of traffic | ns / 64 | bytes / 64 |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---" * 16 + "|")
     for (out, columns), value_type, sparsity in itertools.product(shapes, options.values, options.sparsities):
         first = random_weight(out, columns, sparsity, value_type)
         size = first.nbytes
@@ -106,30 +113,39 @@ def main() -> None:
         for tokens in options.tokens:
             x = torch.randn(tokens, columns).to(dtype)
             turns, dense_turns = itertools.cycle(packed), itertools.cycle(dense)
+            same_turns = itertools.cycle([dense_weight(weight) for weight in dense])
 
             def run_dense(x: torch.Tensor = x, turns: itertools.cycle[torch.Tensor] = dense_turns) -> None:
                 torch.nn.functional.linear(x, next(turns))
 
-            def run_packed(x: torch.Tensor = x, turns: itertools.cycle[PackedWeight] = turns) -> None:
+            def product(weight: PackedWeight, x: torch.Tensor = x) -> None:
                 if len(x) > native.MAX_TOKENS:  # no kernel's work: unpacked tile by tile
-                    multiply(next(turns), x)
+                    multiply(weight, x)
                 else:
-                    native.multiply(next(turns), x, rounded=options.rounded, kernel=options.kernel)
+                    native.multiply(weight, x, rounded=options.rounded, kernel=options.kernel)
+
+            def run_same(turns: itertools.cycle[PackedWeight] = same_turns) -> None:
+                product(next(turns))
+
+            def run_packed(turns: itertools.cycle[PackedWeight] = turns) -> None:
+                product(next(turns))
 
             def run_copy() -> None:
                 to, piece = next(pieces)
                 to.copy_(piece)
 
-            interleaved([run_dense, run_packed, run_copy], 3)
+            runs = [run_dense, run_same, run_packed, run_copy]
+            interleaved(runs, 3)
             clock = time.process_time if options.cpu_seconds else time.perf_counter
-            times = interleaved([run_dense, run_packed, run_copy], options.rounds, clock, options.cached)
-            slow, fast, copy = (min(seconds) for seconds in times)
+            times = interleaved(runs, options.rounds, clock, options.cached)
+            slow, same, fast, copy = (min(seconds) for seconds in times)
             usual = [f"{statistics.median(seconds) * 1e3:.2f}" for seconds in times]
             rate, copied = size / fast, PIECE / copy
             words = out * columns / 64
             print(
                 f"| {out} × {columns} | {value_type} | {sparsity:.0%} | {tokens} | {slow * 1e3:.2f} ({usual[0]}) "
-                f"| {fast * 1e3:.2f} ({usual[1]}) | {slow / fast:.2f} × | {rate / 1e9:.1f} "
+                f"| {same * 1e3:.2f} ({usual[1]}) | {fast * 1e3:.2f} ({usual[2]}) | {slow / fast:.2f} × "
+                f"| {same / fast:.2f} × | {rate / 1e9:.1f} "
                 f"| {dtype.itemsize * out * columns / slow / 1e9:.1f} | {copied / 1e9:.1f} | {rate / copied:.0%} "
                 f"| {rate / copied / 2:.0%} | {fast * 1e9 / words:.2f} | {size / words:.1f} |",
                 flush=True,

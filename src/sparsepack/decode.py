@@ -131,16 +131,16 @@ class Decoder:
         return self._kept[-1].data_ptr()
 
     def _linear(self, module: Any) -> list[int]:
-        packed = module.packed if isinstance(module, PackedLinear) else _dense(module)
+        packed = module.packed if isinstance(module, PackedLinear) else dense_weight(module.weight)
         self._kept += packed.tensors.values()
         rounded = isinstance(module, PackedLinear) and module.rounded and packed.scales is not None
         bias = getattr(module, "bias", None)
         return [*native.addresses(packed), int(rounded), 0 if bias is None else self._address(bias)]
 
 
-def _dense(module: nn.Linear | nn.Embedding) -> PackedWeight:
-    """A dense weight in the layout of the kernels, without a copy."""
-    weight = module.weight.detach().contiguous()
+def dense_weight(weight: Tensor) -> PackedWeight:
+    """A dense weight ``(out, in)`` of fp32, bf16 or fp16 in the layout of the kernels, without a copy."""
+    weight = weight.detach().contiguous()
     rows, columns = weight.shape
     kind = next(name for name, dtype in FLOAT_TYPES.items() if dtype == weight.dtype)
     mask = to_bits(torch.ones(1, columns, dtype=torch.bool))
