@@ -26,13 +26,13 @@ constexpr int64_t kBlock = 4;  // mask words that share the scales of rounded ac
 struct Rows {
   int count;
   int64_t words;                      // mask words in a row
-  int64_t full;                       // words from the first on whose bits are all set, as those of a dense weight are
   const uint8_t* mask[kMaxRows];      // words * 8 bytes each
   const uint8_t* values[kMaxRows];    // kSlack readable bytes follow the last value
   int64_t mask_ahead;                 // bytes to where the mask of the next rows will be read, for prefetching
   int64_t values_ahead[kMaxRows];     // the same for the values; 0 for int4, whose values are in the cache
   const float* scales[kMaxRows];      // int4: one for each kShared << shift columns, and one more that is 0
   int shift;
+  int64_t full;                       // words from the first on whose bits are all set, as those of a dense weight are
 };
 
 // sums[row * tokens + token]; x holds `tokens` panels of `pitch` floats, each 64 * words long, in the kernel's order.

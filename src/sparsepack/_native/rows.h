@@ -78,7 +78,7 @@ inline __attribute__((always_inline)) void walk_words(const Rows& rows, int64_t 
   }
 }
 
-template <class Values, int R, int T>
+template <class Values, int R, int T, bool kDense>
 inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x, int64_t pitch, int tokens,
                                                 float* sums) {
   Vector accumulators[R][T][Values::kChains];
@@ -91,8 +91,8 @@ inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x
 #pragma GCC unroll 2
       for (int chain = 0; chain < Values::kChains; ++chain) accumulators[r][t][chain] = zero();
   }
-  walk_words<Values, R, T, true>(rows, 0, rows.full, x, pitch, values, accumulators);
-  walk_words<Values, R, T, false>(rows, rows.full, rows.words, x, pitch, values, accumulators);
+  if (kDense) walk_words<Values, R, T, true>(rows, 0, rows.full, x, pitch, values, accumulators);
+  walk_words<Values, R, T, false>(rows, kDense ? rows.full : 0, rows.words, x, pitch, values, accumulators);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -105,7 +105,7 @@ inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x
 }
 
 // R rows at a time for T tokens; what is left of the rows one at a time.
-template <class Values, int R, int T>
+template <class Values, int R, int T, bool kDense>
 void walk_all(const Rows& rows, const float* x, int64_t pitch, int tokens, float* sums) {
   int done = 0;
   Rows part = rows;
@@ -115,32 +115,38 @@ void walk_all(const Rows& rows, const float* x, int64_t pitch, int tokens, float
       part.values[r] = rows.values[done + r];
       part.values_ahead[r] = rows.values_ahead[done + r];
     }
-    walk<Values, R, T>(part, x, pitch, tokens, sums + done * tokens);
+    walk<Values, R, T, kDense>(part, x, pitch, tokens, sums + done * tokens);
   }
   if (R > 1) {
     for (; done < rows.count; ++done) {
       part.mask[0] = rows.mask[done];
       part.values[0] = rows.values[done];
       part.values_ahead[0] = rows.values_ahead[done];
-      walk<Values, 1, T>(part, x, pitch, tokens, sums + done * tokens);
+      walk<Values, 1, T, kDense>(part, x, pitch, tokens, sums + done * tokens);
     }
   }
 }
 
 // Tokens in groups of up to four, so that the accumulators fit into the registers; after the first group, the rows are
-// in the cache. Eight tokens of two rows took longer: they read twice as many activations for each weight.
-template <class Values>
-void dot(const Rows& rows, const float* x, int64_t pitch, int tokens, float* sums) {
+// in the cache. Eight tokens of two rows took longer: they read twice as many activations for each weight. A dense weight
+// has code of its own, so that it costs a sparse one nothing.
+template <class Values, bool kDense>
+void dot_rows(const Rows& rows, const float* x, int64_t pitch, int tokens, float* sums) {
   for (int first = 0; first < tokens;) {
     const float* at = x + first * pitch;
     float* to = sums + first;
     const int left = tokens - first;
     if (left >= 4) {
-      walk_all<Values, Values::kRowsOfFour, 4>(rows, at, pitch, tokens, to), first += 4;
+      walk_all<Values, Values::kRowsOfFour, 4, kDense>(rows, at, pitch, tokens, to), first += 4;
     } else if (left >= 2) {
-      walk_all<Values, Values::kRowsOfTwo, 2>(rows, at, pitch, tokens, to), first += 2;
+      walk_all<Values, Values::kRowsOfTwo, 2, kDense>(rows, at, pitch, tokens, to), first += 2;
     } else {
-      walk_all<Values, Values::kRowsOfOne, 1>(rows, at, pitch, tokens, to), first += 1;
+      walk_all<Values, Values::kRowsOfOne, 1, kDense>(rows, at, pitch, tokens, to), first += 1;
     }
   }
+}
+
+template <class Values>
+void dot(const Rows& rows, const float* x, int64_t pitch, int tokens, float* sums) {
+  (rows.full > 0 ? dot_rows<Values, true> : dot_rows<Values, false>)(rows, x, pitch, tokens, sums);
 }
