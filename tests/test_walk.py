@@ -125,7 +125,7 @@ def test_what_stands_next_to_the_weights(tmp_path: Path) -> None:
     assert Recipe.from_yaml(written / "recipe.yaml") == result.recipe
     report = json.loads((written / "pruning.json").read_text())
     assert report["seed"] == 5
-    assert report["linears"][0]["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert report["linears"][0]["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert 0 < report["linears"][0]["error"] < 1
     assert report["versions"]["torch"] == torch.__version__
     assert not {"sparsity_config", "quantization_config"} & set(json.loads((written / "config.json").read_text()))
@@ -193,8 +193,8 @@ def test_kept_weights_too_small_for_the_dtype_are_refused() -> None:
 def test_an_already_pruned_model_is_said_and_pruned_further() -> None:
     model = tiny_llama()
     sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
-    result = sparsellm.prune(model, Recipe(method="magnitude"), calibration=IDS)
-    assert "already pruned: 50.0%" in result.warnings[0]
+    result = sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.7), calibration=IDS)
+    assert any("already pruned: 50.0%" in warning for warning in result.warnings)
     assert result.sparsity == pytest.approx(0.7, abs=1e-3)
 
 

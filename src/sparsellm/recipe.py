@@ -94,7 +94,7 @@ class Recipe(BaseModel):
 
     method: Annotated[str, Option(WHAT, "NAME", registered=("methods", "solvers")), NAME] = "sparsellm"
     """How weights are chosen and refitted; `sparsellm methods` lists all."""
-    sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.7
+    sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.5
     """Fraction of zeros over all pruned linears, at least 0 and below 1; the allocation decides how many each linear
     gets."""
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
@@ -302,7 +302,7 @@ class Recipe(BaseModel):
         """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path."""
         values = parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(Path(source))
         if not isinstance(values, Mapping):
-            raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.7'")
+            raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.5'")
         return cls.of(values)
 
     @classmethod

@@ -85,7 +85,7 @@ def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:
     [
         ({"pattern": "auto:8", "sparsity": 0.9}, r"auto:8 cannot reach sparsity 0.9, .* 1 to 8 - 1 of 8"),
         ({"pattern": "auto:8", "sparsity": 0.0}, "cannot reach sparsity 0"),
-        ({"pattern": "auto:1"}, "cannot reach sparsity 0.7"),
+        ({"pattern": "auto:1"}, "cannot reach sparsity 0.5"),
         ({"pattern": "auto:8", "sparsity": 0.5, "allocation": "uniform"}, "uniform chooses none"),
         ({"pattern": "auto:8", "sparsity": 0.5, "sparsity_of": {"*": 0.5}}, "leave out sparsity_of"),
         ({"pattern": "auto"}, "auto:m"),
