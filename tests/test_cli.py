@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,49 @@ def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) ->
 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] > 3
+
+
+def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Path, run: Any) -> None:
+    """Without a hub, and with few tokens, of which it warns once."""
+    out = tmp_path / "a b"
+    code, stdout, stderr = run("prune", llama, "--out", out, *SMALL)
+    assert code == 0, stderr
+    first, *others = stderr.splitlines()
+    assert re.fullmatch(r"needs about [\d.]+ [MG]B of memory, [\d.]+ MB of disk and a few seconds", first)
+    assert "before the start" not in stderr
+    assert len([line for line in others if line.startswith("note: calibrated on Python's documentation")]) == 1
+    assert len([line for line in others if line.startswith("note: 128 calibration tokens are few")]) == 1
+    sweeps = json.loads((out / "pruning.json").read_text())["sweeps"]
+    least, before = min(each["held_out"] for each in sweeps), sweeps[0]["held_out"]
+    assert f"held-out calibration windows: {least:.3f} nats a token ({before:.3f} before the sweep)" in stdout
+    assert json.loads((out / "pruning.json").read_text())["recipe"]["calibration"] == "pydoc"
+    following = [line.partition("sparsellm ")[2] for line in stdout.splitlines() if "it:  " in line]
+    assert [line.split()[0] for line in following] == ["eval", "pack"]
+    for command in following:
+        code, _, stderr = run(*shlex.split(command))
+        assert code == 0, stderr
+    more = ("--method", "wanda", "--calibration", "pydoc", "--verbose")
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "b", *SMALL, *more)
+    assert code == 0
+    assert "before the start" in stderr
+    assert "no text was named" not in stderr
+
+
+def test_something_is_printed_before_torch_is_imported() -> None:
+    program = (
+        "import sys\nfrom sparsellm import cli\nsys.stderr = sys.stdout\n"
+        "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n            print('torch')\n            raise SystemExit(3)\n"
+        "sys.meta_path.insert(0, Finder())\nsys.argv = ['sparsellm', 'prune', 'model', '--out', 'x', *sys.argv[1:]]\n"
+        "cli.main()\n"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=False)
+        for more in ([], ["--quiet"])
+    ]
+    assert [each.returncode for each in done] == [3, 3]
+    assert re.fullmatch(r"sparsellm \S+: loading torch and transformers\ntorch\n", done[0].stdout)
+    assert done[1].stdout == "torch\n"
 
 
 def test_methods_lists_options_and_papers(run: Any) -> None:

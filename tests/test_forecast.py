@@ -17,7 +17,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream, open_chain
 from sparsellm.patterns import Unstructured
-from sparsellm.progress import NOTE, PLAN, Forecast, Progress
+from sparsellm.progress import DETAIL, NOTE, PLAN, Forecast, Progress, between
 from sparsellm.run import predictions
 from sparsellm.run import prune as running
 from sparsellm.run.choice import Choice
@@ -58,6 +58,35 @@ def test_the_time_left_counts_down_between_events_to_zero() -> None:
     assert forecast.left == 6.0
     clock.now += 40
     assert forecast.left == 0.0
+
+
+def test_until_a_block_is_pruned_the_time_left_is_a_range() -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    assert forecast.range is None
+    forecast.see(Progress(PLAN, costs={"check": 10.0, "prune": 90.0}))
+    assert forecast.range == (40.0, 200.0)
+    forecast.see(Progress("prune", 0.5, 4))
+    assert forecast.range is not None
+    assert forecast.range[0] < forecast.range[1]
+    clock.now += 30
+    forecast.see(Progress("prune", 1, 4))
+    assert forecast.range == (forecast.left, forecast.left)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.1, 9.9, "a few seconds"),
+        (20, 70, "20 to 70 seconds"),
+        (60, 200, "1 to 3 minutes"),
+        (80, 95, "1 to 2 minutes"),
+        (7000, 7300, "2 hours"),
+        (5e5, 1e6, "6 to 12 days"),
+    ],
+)
+def test_a_range_of_time_has_one_unit(low: float, high: float, said: str) -> None:
+    assert between(low, high) == said
 
 
 def test_without_a_plan_the_phase_counts_and_a_plan_starts_anew() -> None:
@@ -110,7 +139,7 @@ def test_a_run_announces_its_phases_and_tells_error_and_sparsity(tmp_path: Path)
     recipe = Recipe(sparsity=0.5, samples=4, seq_len=32)
     result = sparsellm.prune(model, recipe, out=tmp_path / "out", progress=events.append)
     planned = [event for event in events if event.phase == PLAN]
-    phases = {event.phase for event in events} - {NOTE, PLAN}
+    phases = {event.phase for event in events} - {DETAIL, NOTE, PLAN}
     assert phases - planned[-1].costs.keys() == {"open"}
     assert {name for name, seconds in planned[-1].costs.items() if seconds} >= phases - {"open", "calibration"}
     pruning = [event for event in events if event.phase == "prune"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy
 import pytest
@@ -95,6 +95,40 @@ def test_a_bad_recipe_is_refused_in_one_line(text: str, said: str) -> None:
         Recipe.from_yaml(text)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["options", "allocation_options", "sparsity_of"])
+@pytest.mark.parametrize("depth", [31, 40, 500, 5000])
+@pytest.mark.parametrize("kind", [dict, list])
+def test_a_nested_recipe_is_refused_in_one_line(kind: type, depth: int, field: str) -> None:
+    value: Any = 1
+    for _ in range(depth - 1):
+        value = {"a": value} if kind is dict else [value]
+    if field != "sparsity_of" and depth < 32:
+        recipe = Recipe(**{field: {"a": value}})
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        return
+    for refused in (
+        lambda: Recipe(**{field: {"a": value}}),
+        lambda: Recipe.of({field: value}),
+        lambda: Recipe.from_yaml(f"{field}: " + "[" * depth + "]" * depth),
+        lambda: Recipe.from_yaml('{"' + field + '": ' + '{"a": ' * depth + "1" + "}" * (depth + 1)),
+    ):
+        with pytest.raises(RecipeError, match=rf"^(recipe field {field}|the recipe)") as caught:
+            refused()
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
+
+
+def test_a_value_that_repeats_itself_is_refused() -> None:
+    doubled: list[Any] = [1]
+    for _ in range(25):
+        doubled = [doubled, doubled]
+    endless: list[Any] = []
+    endless.append(endless)
+    for value in (doubled, endless):
+        with pytest.raises(RecipeError, match=r"more than 100000 parts|nested deeper"):
+            Recipe(options={"a": value})
 
 
 def test_numbers_and_patterns_are_read_as_people_write_them() -> None:

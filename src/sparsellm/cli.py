@@ -37,6 +37,8 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
 
         @wraps(function)
         def call(**values: Any) -> None:
+            if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
+                process.announce()
             from sparsellm import console, parallel, plugins
 
             given = {name: value for name, value in values.items() if value is not None and value != []}
@@ -121,12 +123,25 @@ def prune(model: str, out: Path, quiet: bool, verbose: bool, progress: Any, **op
     interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, console, parallel, tables
 
-    result = api.prune(model, use.take_recipe(options), out=out, progress=progress, **options)
+    told: set[str] = set()
+
+    def tell(event: Any) -> None:
+        progress(event)
+        if not quiet:
+            told.add(event.detail)
+
+    result = api.prune(model, use.take_recipe(options), out=out, progress=tell, **options)
     if not parallel.is_main():
         return None
-    for warning in result.warnings:
-        console.say(f"note: {warning}", error=True)
-    return result.to_dict(), lambda: None if quiet else tables.print_pruned(result, verbose=verbose)
+    for note in (f"note: {warning}" for warning in result.warnings):
+        if note not in told:
+            console.say(note, error=True)
+
+    def show() -> None:
+        tables.print_pruned(result, verbose=verbose)
+        tables.print_next(out, result.recipe, options.get("teacher", model))
+
+    return result.to_dict(), lambda: None if quiet else show()
 
 
 @_command(

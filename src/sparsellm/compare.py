@@ -151,7 +151,7 @@ def compare(
 
 def _recorded(recipe: Recipe) -> Settings:
     """The recipe of a cell as its grid keeps it: with the digest of the file that it calibrates on."""
-    source, file = check_source(recipe.calibration, "calibration")
+    source, file = check_source(recipe.calibration, "calibration") if recipe.calibration is not None else ("", "")
     kept: Settings = recipe.named.model_dump(mode="json", exclude={"memory"})
     return {**kept, "calibration_file": sha256(text_file(file)) if file and source != "hub" else None}
 
@@ -274,7 +274,8 @@ def _resumed(place: Path, grid: Grid) -> Pruning | None:
     if not (place / PRUNING).is_file():
         return None
     pruned = read_pruning(place)
-    settled = ("samples", "seq_len", "calibration_file")  # the run may have settled two, and does not know the last
+    settled = ["samples", "seq_len", "calibration_file"]  # the run may have settled two, and does not know the last
+    settled += ["calibration"] if grid.begun[place.name]["calibration"] is None else []
     asked = {name: value for name, value in grid.begun[place.name].items() if name not in settled}
     _check_same(place, {**pruned.recipe, "model": pruned.base.digest}, {**asked, "model": grid.settings["model"]})
     return pruned

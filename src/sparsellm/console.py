@@ -23,7 +23,7 @@ from rich.text import Text
 
 from sparsellm import interrupts, machine
 from sparsellm.errors import RecipeError
-from sparsellm.progress import NOTE, PLAN, Forecast, ProgressCallback
+from sparsellm.progress import DETAIL, NOTE, PLAN, Forecast, ProgressCallback, between
 from sparsellm.progress import Progress as Event
 
 LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line
@@ -236,8 +236,9 @@ class _Display:
             self._live.stop()
 
     def show(self, event: Event) -> None:
-        if event.phase == NOTE:
-            say(event.detail, error=True)
+        if event.phase in (NOTE, DETAIL):
+            if event.phase == NOTE or self._verbose:
+                say(event.detail, error=True)
             return
         self._finish(self._forecast.see(event))
         if event.phase == PLAN:
@@ -257,12 +258,15 @@ class _Display:
 
     def _done(self) -> str:
         """The share done of the whole run, and the time left if it is known."""
-        done, left = f"{int(100 * self._forecast.share)} %", self._forecast.left
+        done, left = f"{int(100 * self._forecast.share)} %", self._forecast.range
         if self._over:
             return f"{done} in {duration(self._forecast.elapsed)}"
         if left is None:
             return done
-        return f"{done}, a few seconds left" if left < 10 else f"{done}, about {duration(left)} left"
+        least, most = left
+        if least < most or most < 10:
+            return f"{done}, {between(least, most)} left"
+        return f"{done}, about {duration(most)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         if self._event is None:

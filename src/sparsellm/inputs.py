@@ -18,6 +18,7 @@ from sparsepack import files
 from sparsepack.errors import UserError
 
 MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
+MOST_PARTS = 100_000  # values, at any depth, of a setting that was given in Python
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What stands before a path in an option or a source, such as ``--set=calibration=file:``
@@ -55,6 +56,22 @@ def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = Reci
             if isinstance(event, yaml.ScalarEvent):
                 event.value.encode()  # refuses half of a surrogate pair
         return yaml.load(text, Loader=_Loader)
+
+
+def check_size(value: object) -> None:
+    """Raises ValueError for a value that :func:`parse_yaml` could not read back, or that has too many parts, such as
+    one that names itself or a list of lists that are the same one."""
+    level, parts = [value], 0
+    for _ in range(MOST_DEPTH):
+        parts += len(level)
+        if parts > MOST_PARTS:
+            raise ValueError(f"it has more than {MOST_PARTS} parts")
+        level = [part for each in level if isinstance(each, Mapping) for part in each.values()] + [
+            part for each in level if isinstance(each, list | tuple) for part in each
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MOST_DEPTH - 1} levels")
 
 
 def read_yaml(path: Path) -> Any:

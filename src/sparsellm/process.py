@@ -18,7 +18,7 @@ from typing import Any
 
 import typer
 
-from sparsellm import interrupts
+from sparsellm import __version__, interrupts
 from sparsellm.errors import RecipeError, shown
 from sparsepack.errors import UserError
 
@@ -28,6 +28,14 @@ _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
 def count() -> int:
     """The number of processes that torchrun started, as its environment says; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def announce() -> None:
+    """Says on stderr that the command has begun, unless torch is imported already: that takes seconds."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            sys.stderr.write(f"sparsellm {__version__}: loading torch and transformers\n")
+            sys.stderr.flush()
 
 
 def run(command: Callable[[], Any]) -> None:

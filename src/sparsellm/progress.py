@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-NOTE = "note"  # the phase of an event whose ``detail`` is a line to show once, such as the predicted memory
+NOTE = "note"  # the phase of an event whose ``detail`` is a line to show once, such as what the run needs
+DETAIL = "detail"  # the same for a line that only a verbose display shows
 PLAN = "plan"  # the phase of an event whose ``costs`` predict the seconds of each phase of the whole run
 
 PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
 MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
+LEAST, MOST = 0.4, 2.0  # seconds of runs, as shares of the predicted ones
 TRUSTED = 0.1  # the part of a phase after which its own speed alone says how long the rest takes
 
 
@@ -19,7 +21,7 @@ TRUSTED = 0.1  # the part of a phase after which its own speed alone says how lo
 class Progress:
     """One event: ``done`` of ``total`` steps of ``phase``."""
 
-    phase: str  # such as ``prune``; or NOTE, or PLAN
+    phase: str  # such as ``prune``; or NOTE, DETAIL, or PLAN
     done: float = 0
     total: float = 1
     detail: str = ""  # the step in work
@@ -34,6 +36,18 @@ ProgressCallback = Callable[[Progress], None]
 
 def ignore(_: Progress) -> None:
     """Ignores an event."""
+
+
+def between(low: float, high: float) -> str:
+    """A range of seconds as text, such as ``3 to 9 minutes``."""
+    if high < 10:
+        return "a few seconds"
+    unit, size = next(((unit, size) for unit, size in _UNITS if high < 90 * size), ("days", 86_400))
+    first, last = max(1, round(low / size)), max(2, round(high / size))
+    return f"{first} to {last} {unit}" if first < last else f"{last} {unit}"
+
+
+_UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600))
 
 
 class Forecast:
@@ -52,6 +66,7 @@ class Forecast:
         self._begun = self._phase_begun = self._judged = clock()
         self._fraction = 0.0
         self._left: float | None = None  # at the time _judged
+        self._guessed = True  # until a block is pruned, only a prediction says how long the blocks take
 
     @property
     def elapsed(self) -> float:
@@ -63,8 +78,16 @@ class Forecast:
         """Seconds to the end, never negative; None while nothing is known. Between events they count down."""
         return None if self._left is None else max(0.0, self._left - (self._clock() - self._judged))
 
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The least and the most seconds to the end: one number if they are measured; None while nothing is known."""
+        if self.left is None:
+            return None
+        least, most = (LEAST, MOST) if self._costs and self._guessed else (1.0, 1.0)
+        return least * self.left, most * self.left
+
     def see(self, event: Progress) -> str:
-        """Takes an event other than a :data:`NOTE`; returns the phase that it ends, or ""."""
+        """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
         ended = ""
         if event.phase == PLAN:
             self.share = self.share if self._costs else 0.0  # before the first plan, it was that of a phase
@@ -72,6 +95,8 @@ class Forecast:
         else:
             ended = self._begin(event.phase)
             self._fraction = min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
+            if (event.phase == "prune" and event.done >= 1) or event.phase in ("sweep", "save"):
+                self._guessed = False
         self._judge()
         return ended
 

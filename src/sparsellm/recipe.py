@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
-from sparsellm.inputs import dump_yaml, parse_bytes, parse_yaml, read_yaml, without_folders
+from sparsellm.inputs import check_size, dump_yaml, parse_bytes, parse_yaml, read_yaml, without_folders
 from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
@@ -36,10 +36,12 @@ MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone ta
 MOST_SEED = (1 << 63) - 1
 SWEEP = ("effort", "passes", "sets", "sweep_rate")  # fields for methods that a sweep may follow
 
-SOURCES, DEVICES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:"), ("cpu", "cuda", "mps", "auto")  # for a shell
+SOURCES = ("c4-sample", "pydoc", "self", "wikitext2", "ptb", "c4", "hub:")  # for a shell, as are the next
+DEVICES = ("cpu", "cuda", "mps", "auto")
 WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
 ALLOCATION, EFFORT = "threshold with sparsellm, else uniform", "1 for sparsellm; the other methods have no sweep"
-SEQ_LEN = "2048, or the limit of the model"  # these three: what None means
+SEQ_LEN = "2048, or the limit of the model"
+TEXT = "c4-sample; pydoc for the demo, or where the hub cannot be reached"  # these four: what None means
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,9 @@ class Recipe(BaseModel):
     or more."""
     sweep_rate: Annotated[float | None, Field(gt=0)] = None
     """Learning rate of the sweep; null: by the divergence at its start."""
-    calibration: Annotated[Source, Option(CALIBRATION, "SOURCE", values=SOURCES)] = "pydoc"
-    """Text to calibrate on: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self (the model writes
-    it), or pydoc (Python's documentation)."""
+    calibration: Annotated[Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)] = None
+    """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2, ptb,
+    c4, hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation)."""
     samples: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)] = 128
     """Calibration windows."""
     seq_len: Annotated[Integer | None, Option(CALIBRATION, "N", null=SEQ_LEN), Field(ge=2, le=MOST_TOKENS)] = None
@@ -170,6 +172,12 @@ class Recipe(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise RecipeError(_explain(error)) from None
+
+    @field_validator("options", "allocation_options", "sparsity_of", mode="before")
+    @classmethod
+    def _is_small(cls, value: Any) -> Any:
+        check_size(value)
+        return value
 
     @field_validator("options", "allocation_options")
     @classmethod
@@ -233,7 +241,7 @@ class Recipe(BaseModel):
     @property
     def named(self) -> Recipe:
         """The recipe for files that leave this machine: its text by name, without folders."""
-        return self.updated(calibration=without_folders(self.calibration))
+        return self if self.calibration is None else self.updated(calibration=without_folders(self.calibration))
 
     @property
     def chosen_of(self) -> int | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsellm.compare import GridResult
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
+    from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix
     from sparsellm.registry import Registry
 
@@ -39,17 +40,30 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     windows = f"{recipe.samples}×{recipe.seq_len}"
     say(f"{recipe.method} {chosen}{target}{shares} · calibrated on {recipe.calibration} {windows}")
     if result.bits_per_weight is not None:
-        if (grid := GRIDS.get(recipe.grid)) is None:
-            then = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {recipe.values}"
-        else:
-            then = f"sparsellm export {shlex.quote(str(result.path))} --to {grid.form}"
+        grid = GRIDS.get(recipe.grid)
         stored = recipe.values if grid is None else f"{recipe.values} ({grid.name})"
-        say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight after `{then}`")
+        then = "it is packed" if grid is None else "it is exported"
+        say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight when {then}")
+    if result.sweeps:
+        least = min(each.held_out for each in result.sweeps)
+        before = f"{least:.3f} nats a token ({result.sweeps[0].held_out:.3f} before the sweep)"
+        say(f"KL from the dense model on held-out calibration windows: {before}")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
     say(f"written to {result.path}")
     if result.report is not None:
         say(f"report: {result.report}")
+
+
+def print_next(out: Path, recipe: Recipe, dense: str) -> None:
+    """Prints the two commands that come next for a pruned checkpoint: one measures it, one packs or exports it."""
+    name, grid = shlex.quote(str(out)), GRIDS.get(recipe.grid)
+    say(f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}")
+    if grid is not None:
+        say(f"export it:   sparsellm export {name} --to {grid.form}")
+        return
+    packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
+    say(f"pack it:     sparsellm pack {name} --out {shlex.quote(str(out).rstrip('/') + '-packed')}{packed}")
 
 
 def _kinds(result: PruneResult) -> Table:

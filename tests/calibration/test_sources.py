@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants as hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sparsellm.calibration.sources import read_source
+from sparsellm.calibration import corpora
+from sparsellm.calibration.sources import default_source, read_source
 from sparsellm.errors import DataError
 
 ROWS = [" = Title = ", "", " Some text , here . ", " More . "]
@@ -124,3 +130,75 @@ def test_without_datasets_the_error_says_what_to_do(source: str, monkeypatch: py
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(DataError, match=rf"{source}.*pip install 'sparsellm\[hub\]'.*\.txt"):
         read_source(source, "calibration")
+
+
+SHARD = gzip.compress("".join(json.dumps({"text": f"page {number}"}) + "\n" for number in range(8)).encode())
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """A stand-in of the hub, which has the file of the C4 sample only."""
+
+    asked: list[str] = []  # noqa: RUF012
+
+    def answer(self) -> None:
+        name, file, revision = corpora._C4_SAMPLE
+        there = self.path == f"/datasets/{name}/resolve/{revision}/{file}"
+        self.asked.append(f"{self.command} {self.path}")
+        self.send_response(200 if there or self.path == "/" else 404)
+        for header, value in {"X-Repo-Commit": revision, "ETag": '"1"', "Content-Length": str(len(SHARD))}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(SHARD)
+
+    do_HEAD = do_GET = answer  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The requests that a stand-in of the hub gets, the only hub that the client knows."""
+    server = HTTPServer(("127.0.0.1", 0), StandIn)
+    place = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(hub, "ENDPOINT", place)
+    monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", place + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(StandIn, "asked", [])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield StandIn.asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_default_text_is_fetched_from_the_hub_once(stand_in: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "_SAMPLED", 5)
+    assert default_source(demo=True) == ("pydoc", [])
+    assert stand_in == []
+    assert default_source(demo=False) == ("c4-sample", [])
+    asked = list(stand_in)
+    assert asked
+    assert list(read_source("c4-sample", "calibration").documents) == [f"page {number}" for number in range(5)]
+    assert default_source(demo=False) == ("c4-sample", [])
+    assert stand_in == asked
+    monkeypatch.setattr(corpora, "_C4_DOCUMENTS", 3)
+    assert list(read_source("c4-sample", "evaluation").documents) == ["page 5", "page 6", "page 7"]
+
+
+def test_a_damaged_sample_is_one_line(stand_in: list[str], tmp_path: Path) -> None:
+    default_source(demo=False)
+    (file,) = (each for each in (tmp_path / "hub").rglob("*.json.gz"))
+    with pytest.raises(DataError, match=r"not the sample of C4|not valid JSON"):
+        read_source("c4-sample", "calibration")  # it ends after eight documents
+    file.resolve().write_bytes(SHARD[:30])
+    with pytest.raises(DataError, match="not the sample of C4"):
+        read_source("c4-sample", "calibration")
+
+
+def test_without_the_hub_the_default_text_is_named() -> None:
+    source, (warning,) = default_source(demo=False)
+    assert source == "pydoc"
+    assert "Python's documentation (pydoc), since no text was named and C4 cannot be fetched" in warning
+    assert "--calibration" in warning

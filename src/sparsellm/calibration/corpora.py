@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 from sparsellm.calibration.texts import Split, Text, read_rows, text_rows
 from sparsellm.errors import DataError, one_line, shown
+from sparsellm.inputs import parse_json
 
 _HELD_OUT = 0.2  # the largest share of the characters of pydoc that is held out for evaluation
 _RULE = re.compile(r"\s*([=*~^-])\1\1+\s*")  # a line that only underlines a heading
+_C4_SAMPLE = ("allenai/c4", "en/c4-validation.00001-of-00008.json.gz", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
+_SAMPLED, _LONGEST = 5000, 16 << 20  # documents to calibrate on; bytes of a line
 _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256  # the most that SparseGPT's evaluation on C4 reads
 _PARTS: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
 
@@ -78,6 +84,40 @@ def read_c4(split: Split) -> Text:
     if split == "calibration":
         return Text(documents, joiner=" ", per_document=True)
     return Text(documents[:_C4_DOCUMENTS], joiner=" ", most_windows=_C4_WINDOWS)
+
+
+def fetch_c4_sample() -> Path:
+    """The file with the documents of :func:`read_c4_sample`, 40 MB, which the hub's client keeps in its cache. Raises
+    DataError if the hub cannot be reached."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    name, file, revision = _C4_SAMPLE
+    known = try_to_load_from_cache(name, file, revision=revision, repo_type="dataset")
+    if isinstance(known, str):
+        return Path(known)
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)  # the client itself tries for half a minute
+        return Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
+    except Exception as error:  # the client raises httpx, requests and its own errors
+        raise DataError(f"C4 cannot be fetched from the hub ({one_line(error)[:120]})") from error
+
+
+def read_c4_sample(split: Split) -> Text:
+    """The first documents of one validation shard of C4 (English), of a fixed revision: broad text from the web, about
+    2,400,000 tokens. The next documents are held out for evaluation; source ``c4`` reads none of them."""
+    path, documents = fetch_c4_sample(), []
+    first, count = (0, _SAMPLED) if split == "calibration" else (_SAMPLED, _C4_DOCUMENTS)
+    try:
+        with gzip.open(path) as file:
+            for number in range(first + count):
+                line = file.readline(_LONGEST)
+                record = parse_json(line, f"{path}, line {number + 1},", DataError) if number >= first else None
+                if record is not None:
+                    documents.append(record["text"])
+    except (OSError, EOFError, zlib.error, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not the sample of C4 ({one_line(error)}); remove it, and start again") from error
+    return Text(documents)
 
 
 def read_hub(argument: str, split: Split) -> Text:

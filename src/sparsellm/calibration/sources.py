@@ -14,7 +14,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from sparsellm.calibration.corpora import read_c4, read_hub, read_ptb, read_pydoc, read_wikitext2
+from sparsellm.calibration.corpora import (
+    fetch_c4_sample,
+    read_c4,
+    read_c4_sample,
+    read_hub,
+    read_ptb,
+    read_pydoc,
+    read_wikitext2,
+)
 from sparsellm.calibration.texts import READERS, Split, Text, read_file, text_file
 from sparsellm.errors import DataError, nearest, one_line, shown
 from sparsellm.recipe import Recipe
@@ -25,7 +33,9 @@ TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequenc
 SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
 IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # recorded in the recipe as ``calibration``
 
-_PLAIN: dict[str, Callable[[Split], Text]] = {"pydoc": read_pydoc, "ptb": read_ptb, "c4": read_c4}
+_PLAIN: dict[str, Callable[[Split], Text]] = {
+    "pydoc": read_pydoc, "ptb": read_ptb, "c4": read_c4, "c4-sample": read_c4_sample
+}  # fmt: skip
 _WITH_ARGUMENT: dict[str, Callable[[str, Split], Text]] = {
     "file": read_file, "wikitext2": read_wikitext2, "hub": read_hub
 }  # fmt: skip
@@ -100,10 +110,24 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     return Text(values) if field == "text" else _ids(values, name)
 
 
+def default_source(*, demo: bool) -> tuple[str, list[str]]:
+    """The source to calibrate on where the user named none, fetched if it comes from the hub; and a warning if it is
+    one that suits no model well, because the hub cannot be reached."""
+    if demo:
+        return "pydoc", []
+    try:
+        fetch_c4_sample()
+    except DataError as error:
+        used = f"calibrated on Python's documentation (pydoc), since no text was named and {error}"
+        return "pydoc", [f"{used}; --calibration with a text of the kind that the model reads loses less"]
+    return "c4-sample", []
+
+
 def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) -> Recipe:
     """The recipe with ``calibration`` set to the name of the text that is used; sources pass :func:`check_source`."""
     if calibration is None:
-        check_source(recipe.calibration, "calibration")
+        if recipe.calibration is not None:
+            check_source(recipe.calibration, "calibration")
         return recipe
     if isinstance(calibration, str):
         return recipe.updated(calibration=calibration)

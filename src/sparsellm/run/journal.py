@@ -76,6 +76,10 @@ class Journal(contextlib.ExitStack):
         """Whether the unfinished run has a record of this name. May be called before :meth:`open`."""
         return self.out is not None and not self._restart and (self._state / f"{name}.json").is_file()
 
+    def begun(self) -> int:
+        """The blocks that the unfinished run has records of, unverified. May be called before :meth:`open`."""
+        return sum(self.knows(shard.name) for shard in self._shards[: self.blocks])
+
     def open(self, identity: Identity, need_bytes: int) -> None:
         """Begins a run that takes ``need_bytes`` of disk, or continues an unfinished one with the same identity. Raises
         StorageError if the directory cannot be written, or holds an unfinished run with another identity."""

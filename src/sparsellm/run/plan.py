@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsellm import machine, parallel, plugins
+from sparsellm.calibration.sources import default_source
 from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
-from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback
+from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 from sparsellm.run.choice import Choice, patterns_of
@@ -34,12 +35,22 @@ from sparsellm.run.opening import (
     read_windows,
     windows_of_pass,
 )
-from sparsellm.run.predictions import Demand, checkpoint_bytes, described, plan_memory, predicted_seconds
+from sparsellm.run.predictions import (
+    Demand,
+    checkpoint_bytes,
+    described,
+    needed,
+    plan_memory,
+    predicted_seconds,
+    saved_sweep_bytes,
+)
 from sparsellm.storage.directory import check_destination
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.sweep.whole_model import check_sweepable
 
 T = TypeVar("T")
+
+FEW_TOKENS = 32_000  # with fewer calibration tokens the gain over local methods is small
 
 
 @dataclass(frozen=True)
@@ -124,16 +135,15 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             check_sweepable(chain)
         out = request.destination(model.sources, disk_bytes)
     with clock.phase("calibration"):
+        request, warnings = _with_text(request, progress)
         windows = _windows(request, choice, model, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
         machine.trim()
-    recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
+    recipe = request.recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
     patterns = {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
-    warnings = unmatched_patterns(chain, patterns) + outside_blocks(chain)
-    if not isinstance(ids, Tensor) and len(windows.sets) < choice.sets:
-        room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
-        warnings.append(f"{room}; a longer text gives a better model")
+    warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain)
+    warnings += [] if isinstance(ids, Tensor) else _short_text(windows, choice)
     if recipe.grid != "own" and recipe.sparsity:
         warnings.append(
             f"grid {recipe.grid} stores zeros like other values, so they save nothing; sparsity 0 loses less"
@@ -141,9 +151,15 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
-    demand = _demand(choice, windows, journal, unrounded=recipe.values != "keep" and choice.passes > 0)
+    unrounded = recipe.values != "keep" and choice.passes > 0
+    demand = _demand(choice, windows, journal, unrounded=unrounded)
     memory = parallel.together(partial(plan_memory, chain, demand, recipe.memory, sharers=parallel.on_this_machine()))
-    progress(Progress(NOTE, 1, 1, described(memory)))
+    disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
+    seconds = seconds_ahead(chain, choice, windows, memory, journal.begun())
+    saved = saved_sweep_bytes(chain, choice.passes, unrounded=unrounded)
+    files = disk_bytes + saved if out is not None else 0
+    progress(Progress(NOTE, 1, 1, needed(memory, files, sum(seconds.values()))))
+    progress(Progress(DETAIL, 1, 1, described(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
         dense = model_fingerprint(chain, progress)
@@ -158,8 +174,46 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         plugins=plugins.loaded(),
         start=started,
     )
-    disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
+    for warning in warnings:
+        progress(Progress(NOTE, 1, 1, f"note: {warning}"))
     return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
+
+
+def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, list[str]]:
+    """The request with the name of a calibration text, and a warning if that is a text which suits no model well."""
+    if request.calibration is not None or request.recipe.calibration is not None:
+        return request, []
+    progress(Progress("calibration", 0, 1))
+    demo = any(isinstance(model, str) and model == "demo" for model in (request.model, request.teacher))
+    choose = partial(request.once, "the default text", partial(default_source, demo=demo))
+    source, warnings = parallel.from_main(choose)
+    return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
+
+
+def _short_text(windows: Windows, choice: Choice) -> list[str]:
+    """Warnings of few calibration tokens, and of a text with too little room for all sets."""
+    warnings, tokens = [], windows.first.numel()
+    if tokens < FEW_TOKENS:
+        few = f"{tokens} calibration tokens are few; from {FEW_TOKENS} on the model loses less"
+        warnings.append(f"{few} (--samples, --seq-len)")
+    if len(windows.sets) < choice.sets:
+        room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
+        warnings.append(f"{room}; a longer text gives a better model")
+    return warnings
+
+
+def seconds_ahead(chain: Chain, choice: Choice, windows: Windows, memory: Memory, finished: int) -> dict[str, float]:
+    """The predicted seconds of each phase of a run whose first ``finished`` blocks are pruned."""
+    first, swept = windows.own[0], windows.swept
+    return predicted_seconds(
+        chain,
+        choice,
+        first.numel(),
+        first.shape[1],
+        finished=finished,
+        kept=memory.kept_bytes > 0,
+        swept=sum(swept[number % len(swept)].numel() for number in range(choice.passes)),
+    )
 
 
 def _windows(request: Request, choice: Choice, model: Models, progress: ProgressCallback) -> Windows:
@@ -176,6 +230,7 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     if isinstance(request.calibration, Tensor):
         return parallel.from_main(partial(given_windows, request.calibration, chain, recipe))
     text = recipe.calibration if request.calibration is None else request.calibration
+    assert text is not None  # see _with_text
     settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens, choice.sets, passes)
     source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
     key = (str(model.directory), source, settings, chain.dtype, chain.device.type)

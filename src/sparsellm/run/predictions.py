@@ -18,6 +18,7 @@ from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs import parse_bytes
+from sparsellm.progress import LEAST, MOST, between
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run.choice import Choice
@@ -101,8 +102,20 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
     )
 
 
+def needed(plan: Memory, disk: int, seconds: float) -> str:
+    """What a run takes, in one line: memory, bytes of files if it writes any, and a range of time."""
+    device = f", {_about(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
+    files = f", {_about(disk)} of disk" if disk else ""
+    took = between(LEAST * seconds, MOST * seconds)
+    return f"needs about {_about(plan.predicted_peak_rss_bytes)} of memory{device}{files} and {took}"
+
+
+def _about(size: int) -> str:
+    return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
+
+
 def described(plan: Memory) -> str:
-    """The prediction in one line."""
+    """The prediction of the memory in one line, with its parts."""
     hidden = f"hidden states and swept weights {_gb(plan.hidden_in_memory_bytes)} in memory"
     if plan.hidden_on_disk_bytes:
         hidden += f", {_gb(plan.hidden_on_disk_bytes)} on disk"
@@ -147,9 +160,9 @@ def gradient_bytes(chain: Chain, tokens: int) -> int:
     return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
 
 
-def saved_sweep_bytes(chain: Chain, unrounded: bool) -> int:
-    """The most disk space that the saved passes of a sweep take."""
-    return SAVED_COPIES * 4 * _trained(chain, unrounded)
+def saved_sweep_bytes(chain: Chain, passes: int, *, unrounded: bool) -> int:
+    """The most disk space that the saved passes of a sweep take; of a single one only its parameters are saved."""
+    return (SAVED_COPIES if passes > 1 else passes) * 4 * _trained(chain, unrounded)
 
 
 def _trained(chain: Chain, unrounded: bool) -> int:
@@ -324,9 +337,11 @@ def walked_passes(choice: Choice, *, kept: bool) -> float:
 
 @cache
 def _speed(device: torch.device) -> float:
-    """Operations a second in a large matrix product, by one that takes some milliseconds."""
-    matrix = torch.ones(768, 768, device=device)
-    (matrix @ matrix)[0, 0].item()  # starts threads and libraries
-    start = time.perf_counter()
-    (matrix @ matrix)[0, 0].item()
-    return 2.0 * 768**3 / max(time.perf_counter() - start, 1e-9)
+    """Operations a second in a large matrix product, by the fastest of some that take milliseconds each: the first
+    starts threads and libraries, and others are slowed by what else the machine does."""
+    matrix, fastest = torch.ones(768, 768, device=device), math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2.0 * 768**3 / max(fastest, 1e-9)

@@ -20,8 +20,8 @@ from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
-from sparsellm.run.plan import Plan, Request, make_plan
-from sparsellm.run.predictions import checkpoint_bytes, predicted_seconds, saved_sweep_bytes
+from sparsellm.run.plan import Plan, Request, make_plan, seconds_ahead
+from sparsellm.run.predictions import checkpoint_bytes, saved_sweep_bytes
 from sparsellm.run.result import PruneResult, bits_per_weight
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 from sparsellm.storage.directory import partial_of
@@ -52,16 +52,7 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
         finished = journal.finished(progress)
         for record in finished:
             clock.add(record.seconds)
-        first, swept = plan.windows.own[0], plan.windows.swept
-        predicted = predicted_seconds(
-            chain,
-            plan.choice,
-            first.numel(),
-            first.shape[1],
-            finished=len(finished),
-            kept=plan.memory.kept_bytes > 0,
-            swept=sum(swept[number % len(swept)].numel() for number in range(plan.choice.passes)),
-        )
+        predicted = seconds_ahead(chain, plan.choice, plan.windows, plan.memory, len(finished))
         progress(Progress(PLAN, costs=predicted))
         folder = partial_of(plan.out) if plan.out is not None else None
         scratch = Scratch(plan.memory.hidden_in_memory_bytes, folder, spare=plan.memory.kept_bytes)
@@ -130,7 +121,8 @@ def _sweep(
     if not plan.choice.passes:
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
-    saved = journal.open_sweep(saved_sweep_bytes(chain, plan.trains_integers), plan.disk_bytes, feed.progress)
+    state_bytes = saved_sweep_bytes(chain, plan.choice.passes, unrounded=plan.trains_integers)
+    saved = journal.open_sweep(state_bytes, plan.disk_bytes, feed.progress)
     if saved is not None and saved.last is not None:
         clock.add({"sweep": saved.last.seconds})
         peak = max(peak, saved.last.peak_rss)
