@@ -70,10 +70,10 @@ def swept(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """Every file, bit by bit; of the report all but times, memory and where it was written."""
+    """Every file, bit by bit; of the report all but times, memory and the command."""
     there: dict[str, Any] = tree(out)
     report = json.loads(there["pruning.json"])
-    for key in ("seconds", "predicted_seconds", "peak_rss_bytes", "memory", "path", "command"):
+    for key in ("seconds", "predicted_seconds", "peak_rss_bytes", "memory", "command"):
         del report[key]
     del there["report.html"]  # it shows these times
     return {**there, "pruning.json": report}
