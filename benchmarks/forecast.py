@@ -62,14 +62,16 @@ def hollow(size: str, directory: Path) -> Path:
     (directory / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**config))
-    shards, index = [[]], {}
+    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
+    index = {}
     for name, tensor in model.state_dict().items():
         if sum(2 * tensor.numel() for _, tensor in shards[-1]) > SHARD:
             shards.append([])
         shards[-1].append((name, tensor))
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        header, end = {}, 0
+        header: dict[str, object] = {}
+        end = 0
         for name, tensor in shard:
             start, end = end, end + 2 * tensor.numel()
             header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}

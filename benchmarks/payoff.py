@@ -24,9 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.demo import PROMPT
 from sparsepack.bench import Rounds, measure, resident_bytes
 from sparsepack.module import kernel_name
+
+PROMPT = "The Python programming language is"
 
 
 def llama(layers: int, **changes: int) -> Any:

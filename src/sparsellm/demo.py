@@ -128,8 +128,15 @@ def run_demo(
     with phase("evaluate"):
         forms = _evaluated(dense, pruned, packed, progress)
     with phase("bench"):
-        settings = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": ROUNDS}
-        speeds = compared_speed(packed, dense, progress=progress, dtype="bfloat16", **settings)
+        speeds = compared_speed(
+            packed,
+            dense,
+            progress=progress,
+            dtype="bfloat16",
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=NEW_TOKENS,
+            repeats=ROUNDS,
+        )
         for place in (pruned, packed):
             append_result(place, speeds)
     with phase("generate"):
