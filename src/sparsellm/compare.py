@@ -33,7 +33,7 @@ from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, partial_of
-from sparsellm.storage.files import TORN, explained, has_digest, locked, sha256, write_bytes
+from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
 from sparsellm.storage.results import append_result
 from sparsepack.codes import resolve_value_type
 
@@ -166,8 +166,7 @@ def _opened(place: Path, settings: Settings, recipes: Mapping[str, Settings]) ->
         place.mkdir(parents=True, exist_ok=True)
     with locked(place, place):
         grid = _checked(place, settings, recipes)
-        for torn in _torn(place):
-            torn.unlink()
+        remove_torn(place)
         _keep(grid, place)
         yield grid
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from sparsellm.storage.contents import LATER, LIST
 from sparsellm.storage.directory import WorkingDirectory
+from sparsellm.storage.files import TORN
 from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names
 
 SHARDS = 2
@@ -40,8 +42,9 @@ def write(out: Path, value: float, model: Path, kind: str = "prune", **options: 
 def value_of(directory: Path) -> float:
     """The value that :func:`write` was given, if every file of the checkpoint is there and no other file."""
     shards = set(shard_names(SHARDS))
-    listed = {"config.json", "tokenizer.json", "pruning.json", "model.safetensors.index.json"}
-    assert {path.name for path in directory.iterdir()} == listed | shards
+    others = {"config.json", "tokenizer.json", "pruning.json", "model.safetensors.index.json", LIST}
+    names = {path.name for path in directory.iterdir() if not TORN.fullmatch(path.name)}
+    assert names - set(LATER) == others | shards
     assert json.loads((directory / "config.json").read_text()) == {"model_type": "llama"}
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == shards

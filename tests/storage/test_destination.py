@@ -14,6 +14,7 @@ import pytest
 from sparsellm import cli
 from sparsellm.errors import StorageError
 from sparsellm.storage import directory
+from sparsellm.storage.contents import LATER, LIST, changing
 from sparsellm.storage.directory import STATE, WorkingDirectory, check_destination, partial_of
 from sparsellm.storage.writer import CheckpointWriter
 from tests.storage.small import source, tree, value_of, write
@@ -33,7 +34,22 @@ def old(model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "out", ["", Path(""), ".", "a/..", "/", "a\0b", "x" * 250, "y/" * 3000, "z\udcff", "p.partial", "p.partial/q"]
+    "out",
+    [
+        "",
+        Path(""),
+        ".",
+        "a/..",
+        "/",
+        "a\0b",
+        "x" * 250,
+        "//",
+        "/..",
+        "y/" * 3000,
+        "z\udcff",
+        "p.partial",
+        "p.partial/q",
+    ],
 )
 def test_a_path_for_no_checkpoint_is_refused(out: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``x`` times 250 is a name that the system takes, but not with what is added to it while it is written."""
@@ -54,6 +70,14 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
     ".env": file_in(".env"),
     "modeling_mine.py": file_in("modeling_mine.py"),
     "adapter_model.safetensors": file_in("adapter_model.safetensors"),
+    "model-backup.safetensors": file_in("model-backup.safetensors"),
+    "LICENSE-my-thesis.docx": file_in("LICENSE-my-thesis.docx"),
+    "dict.txt": file_in("dict.txt"),  # such as the text that a run calibrates on
+    "README.md": file_in("README.md"),
+    "results.json": file_in("results.json"),
+    "tokenizer.json (changed)": file_in("tokenizer.json"),
+    "model-00001-of-00002.safetensors (changed)": file_in("model-00001-of-00002.safetensors"),
+    f".{'0a' * 12}.tmp": lambda directory: (directory / f".{'0a' * 12}.tmp").symlink_to("/etc/hosts"),
     ".git": lambda directory: (directory / ".git").mkdir(),
     "vocab.json": lambda directory: (directory / "vocab.json").mkdir(),
     "merges.txt": lambda directory: (directory / "merges.txt").symlink_to("/etc/hosts"),
@@ -61,21 +85,52 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_overwriting_replaces_checkpoints_only(name: str, old: Path, model: Path) -> None:
+def test_overwriting_replaces_only_what_was_written(name: str, old: Path, model: Path) -> None:
     FOREIGN[name](old)
     before = tree(old.parent)
-    with pytest.raises(StorageError, match="--overwrite replaces checkpoints only") as refused:
+    with pytest.raises(StorageError, match="--overwrite replaces only what sparsellm wrote") as refused:
         write(old, 2, model, overwrite=True)
-    assert f"holds {name}," in str(refused.value)
+    assert f"holds {name};" in str(refused.value)
     assert tree(old.parent) == before
 
 
-def test_a_config_makes_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "web").mkdir()
-    for name in ("config.json", "README.md", "LICENSE"):
-        (tmp_path / "web" / name).write_text("{}")
-    with pytest.raises(StorageError, match="holds no checkpoint"):
-        check_destination(tmp_path / "web", overwrite=True)
+@pytest.mark.parametrize("damage", [None, "{", '{"config.json": 1}', "a link"])
+def test_without_its_list_a_checkpoint_is_not_replaced(damage: str | None, old: Path) -> None:
+    """Such as one that ``save_pretrained`` made."""
+    (old / LIST).rename(old.with_name("list"))
+    if damage == "a link":
+        (old / LIST).symlink_to(old.with_name("list"))
+    elif damage is not None:
+        (old / LIST).write_text(damage)
+    with pytest.raises(StorageError, match=f"{LIST}.*: remove it yourself, or name another directory"):
+        check_destination(old, overwrite=True)
+
+
+def test_what_our_commands_write_later_is_replaced_too(old: Path, model: Path) -> None:
+    for name in LATER:
+        with changing(old) as write_later:
+            for data in (b"first", b"second"):
+                write_later(name, data)
+    before = tree(old.parent)
+    (old / "README.md").write_text("edited")
+    with pytest.raises(StorageError, match=r"holds README\.md \(changed\);"):
+        write(old, 2, model, overwrite=True)
+    (old / "README.md").write_bytes(b"second")
+    assert tree(old.parent) == before
+    assert value_of(write(old, 2, model, overwrite=True)) == 2
+
+
+@pytest.mark.parametrize("target", ["theirs", "nothing"])
+@pytest.mark.parametrize("name", LATER)
+def test_a_link_in_the_place_of_a_later_file_is_replaced(name: str, target: str, old: Path, model: Path) -> None:
+    (old.parent / "theirs").write_text("mine")
+    (old / name).symlink_to(old.parent / target)
+    with changing(old) as write_later:
+        write_later(name, b"ours")
+    assert not (old / name).is_symlink()
+    assert (old.parent / "theirs").read_text() == "mine"
+    assert not (old.parent / "nothing").exists()
+    assert value_of(write(old, 2, model, overwrite=True)) == 2
 
 
 def test_a_file_added_during_the_run_is_kept(old: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +231,10 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(model: Path, tmp_path: Pa
     with pytest.raises(StorageError, match=r"config\.json, which no run wrote"):
         write(tmp_path / "p", 1, model)
     (tmp_path / "p.partial" / "blocks" / "config.json").unlink()
-    dangling = tmp_path / "p.partial" / "blocks" / "model-1.safetensors"
+    dangling = tmp_path / "p.partial" / "blocks" / "model-00001-of-00002.safetensors"
     dangling.symlink_to(tmp_path / "none")
     for restart in (False, True):
-        with pytest.raises(StorageError, match=r"model-1\.safetensors, which no run wrote"):
+        with pytest.raises(StorageError, match=r"model-00001-of-00002\.safetensors, which no run wrote"):
             write(tmp_path / "p", 1, model, restart=restart)
     dangling.unlink()
     write(tmp_path / "p", 1, model)

@@ -1,19 +1,26 @@
 """Random lives of two directories, written by runs that live, die or find the disk full.
 
-Whatever happens to a directory, the older or the newer checkpoint is complete in it, and no foreign file has changed.
+Whatever happens to a directory, the older or the newer checkpoint is complete in it, no foreign file has changed, and
+nothing that a run wrote counts as foreign.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from sparsellm.errors import StorageError
+from sparsellm.records import Continuation
+from sparsellm.report.document import GENERATOR, write_page
+from sparsellm.storage.contents import LATER, changing, foreign_entries
 from sparsellm.storage.directory import REPLACED, partial_of
+from sparsellm.storage.files import TORN
+from sparsellm.storage.results import append_result
 from tests.killing import Died, dying, full_disk
 from tests.storage.small import source, tree, value_of, write
 
@@ -31,6 +38,53 @@ def foreign(home: Path) -> dict[str, bytes | str | None]:
     """The content of every path that no run may change."""
     runs = {*NAMES, *(f"{name}.partial" for name in NAMES)}
     return {name: content for name, content in tree(home).items() if name.partition("/")[0] not in runs}
+
+
+def write_later(place: Path, name: str, number: int) -> None:
+    """Writes one of the files that commands write into a complete checkpoint, as they do."""
+    if name == "results.json":
+        append_result(place, Continuation(prompt="", dense="", pruned=str(number)))
+    elif name == "report.html":
+        write_page(f'<meta name="generator" content="{GENERATOR}">{number}'.encode(), place / name)
+    else:
+        with changing(place) as write_one:
+            write_one(name, str(number).encode())
+
+
+def later(place: Path) -> dict[str, bytes]:
+    return {name: (place / name).read_bytes() for name in LATER if (place / name).exists()}
+
+
+def live_later(place: Path, model: Path, draw: random.Random) -> Counter[str]:
+    """Files that are written into a complete checkpoint: each is as before or as it would be, and none is foreign. A
+    file of the user's in between stops the run that would replace the checkpoint."""
+    value, ended = value_of(place), Counter[str]()
+    for number in range(draw.randint(0, 6)):
+        name, before = draw.choice(LATER), later(place)
+        try:
+            with dying(draw.randint(1, 16) if draw.random() < 0.7 else None):
+                write_later(place, name, number)
+        except Died:
+            ended["died over a file"] += 1
+        else:
+            assert not [path for path in place.iterdir() if TORN.fullmatch(path.name)]
+            assert name in later(place)
+        ended["torn"] += any(TORN.fullmatch(path.name) is not None for path in place.iterdir())
+        after = later(place)
+        assert {key: data for key, data in after.items() if key != name} == {
+            key: data for key, data in before.items() if key != name
+        }
+        assert before.get(name) == after.get(name) or str(number).encode() in after[name]
+        assert foreign_entries(place) == []
+    mine = place / draw.choice(("notes.txt", "LICENSE-mine.docx", *LATER, "config.json"))
+    ours = mine.read_bytes() if mine.exists() else None
+    mine.write_text("mine")
+    with pytest.raises(StorageError, match=re.escape(mine.name)):
+        write(place, 8, model, overwrite=True, restart=True)
+    assert mine.read_text() == "mine"
+    mine.unlink() if ours is None else mine.write_bytes(ours)
+    assert value_of(place) == value
+    return ended
 
 
 def live(home: Path, model: Path, draw: random.Random) -> Counter[str]:
@@ -60,6 +114,8 @@ def live(home: Path, model: Path, draw: random.Random) -> Counter[str]:
         for name in NAMES:
             assert value_there(home / name) in (possible if name == changed else {before[name]}), (name, done)
         assert foreign(home) == there, done
+        if end == "done" and draw.random() < 0.4:
+            ended += live_later(home / changed, model, draw)
     for name in NAMES:  # in the end all can be put in order
         write(home / name, 9, model, overwrite=True, restart=True)
         assert value_of(home / name) == 9, done
@@ -72,4 +128,4 @@ def test_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ended = source(tmp_path / "model"), Counter[str]()
     for seed in range(60):
         ended += live(tmp_path / str(seed), model, random.Random(seed))
-    assert min(ended[end] for end in ("done", "died", "refused")) > 30
+    assert min(ended[end] for end in ("done", "died", "refused", "died over a file", "torn")) > 30

@@ -23,7 +23,7 @@ def out(tmp_path: Path) -> Path:
     """The directory of a run that stopped when it had written a block."""
     with WorkingDirectory(tmp_path / "p", IDENTITY) as work:
         (work.path / "blocks").mkdir()
-        (work.path / "blocks" / "model-1.safetensors").write_text("weights")
+        (work.path / "blocks" / "model-00001-of-00002.safetensors").write_text("weights")
     return tmp_path / "p"
 
 
@@ -65,7 +65,7 @@ def test_a_foreign_file_is_named(place: str, restart: bool, begun: bool, out: Pa
     assert tree(out.parent) == before
 
 
-@pytest.mark.parametrize("left", [[], [STATE], [STATE, f"{STATE}/.0a1b.tmp"]])
+@pytest.mark.parametrize("left", [[], [STATE], [STATE, f"{STATE}/.{'0a' * 12}.tmp"]])
 def test_what_a_kill_at_the_start_leaves_stops_no_run(left: list[str], tmp_path: Path) -> None:
     (tmp_path / "p.partial").mkdir()
     for name in left:
@@ -78,7 +78,7 @@ def test_what_a_kill_at_the_start_leaves_stops_no_run(left: list[str], tmp_path:
 def test_unfinished_files_of_a_killed_process_are_removed(out: Path) -> None:
     before = tree(partial_of(out))
     for folder in (STATE, "blocks"):
-        (partial_of(out) / folder / ".0a1b.tmp").write_text("half")
+        (partial_of(out) / folder / f".{'0a' * 12}.tmp").write_text("half")
     WorkingDirectory(out, IDENTITY)
     assert tree(partial_of(out)) == before
 

@@ -15,7 +15,7 @@ from sparsellm.inputs import HUB_ID, dump_yaml, read_object
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning, read_pruning
-from sparsellm.storage.files import write_bytes
+from sparsellm.storage.contents import changing
 from sparsellm.storage.results import read_results
 from sparsepack.checkpoint import is_packed
 
@@ -64,8 +64,8 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     if not force and os.path.lexists(path) and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
-    write_bytes(path, card_text(run, evaluations, packed=is_packed(config)).encode())
-    return path
+    with changing(directory) as write:
+        return write(CARD, card_text(run, evaluations, packed=is_packed(config)).encode())
 
 
 def is_unedited(path: Path) -> bool:

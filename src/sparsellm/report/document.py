@@ -23,6 +23,7 @@ from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
 from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
+from sparsellm.storage.contents import changing, listed_files
 from sparsellm.storage.files import write_bytes
 
 REPORT = "report.html"
@@ -52,16 +53,21 @@ def write_report(
 
 
 def write_page(page: bytes, out: str | os.PathLike[str]) -> Path:
-    """Writes a page, and returns its path, links resolved; errors as in :func:`check_page`."""
+    """Writes a page, and returns its path, links to its folder resolved; errors as in :func:`check_page`."""
     place = check_page(out)
-    write_bytes(place, page)
-    return place
+    if listed_files(place.parent) is None:  # no checkpoint of ours
+        write_bytes(place, page)
+        return place
+    with changing(place.parent) as write:
+        return write(place.name, page)
 
 
 def check_page(out: str | os.PathLike[str]) -> Path:
-    """The path of a page, links resolved. A StorageError if it is not a new file or a report of ours."""
+    """The path of a page, links to its folder resolved. A StorageError if it is not a new file, or a report of ours or
+    a link to one, which is replaced and not followed."""
     text = os.fspath(out)
-    place = Path(os.path.realpath(os.path.expanduser(text)))
+    given = Path(os.path.expanduser(text))
+    place = Path(os.path.realpath(given.parent)) / given.name
     if os.path.isdir(place):
         raise StorageError(f"--out {shown(text)} is a directory; name a file, such as compare.html")
     if os.path.lexists(place) and not _is_ours(place):

@@ -130,6 +130,8 @@ class Journal(contextlib.ExitStack):
                 if record is None or not has_digest(shard, record.sha256):
                     break
                 records.append(record)
+                assert self._walked is not None
+                self._walked.digests[shard.name] = record.sha256
                 progress(Progress("verify", len(records), self.blocks, "checking the blocks of an earlier run"))
             if records:
                 said = f"resuming an unfinished run: {len(records)} of {self.blocks} blocks are done"

@@ -1,26 +1,36 @@
-"""Tells the files that sparsellm or ``save_pretrained`` wrote from others; only the former are ever replaced."""
+"""Tells the files that sparsellm wrote into a checkpoint from all others; only the former are ever replaced.
+
+A checkpoint lists its files with their digests in :data:`LIST`. What is not listed, or has changed since, is foreign.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
-from sparsellm.storage.files import TORN
+from sparsellm.storage.files import TORN, has_digest, keep_record, kept_record, locked, remove_torn, sha256, write_bytes
 
-_WEIGHTS = re.compile(r"model([-.][\w-]+)?\.safetensors|pytorch_model([-.][\w-]+)?\.bin")
+LIST = "sparsellm-files.json"  # file → its SHA-256, or two: a process was killed as it replaced the second by the first
+LATER = ("results.json", "README.md", "report.html")  # what commands write into a complete checkpoint
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # What the tokenizers of transformers read, and what else belongs to a model.
 _COMPANIONS = re.compile(
     r"(generation|tokenizer|(pre|video_pre)?processor)_config\.json|(tokenizer|vocab|added_tokens|emoji)\.json|"
     r"special_tokens_map\.json|(vocab|merges|dict)\.txt|(tokenizer|spiece|spm|sentencepiece(\.bpe)?)\.model|"
     r"bpe\.codes|[\w-]+\.tiktoken|chat_template[\w-]*\.(jinja|json)|"
-    r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)[\w.-]*"
+    r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)([-_.][A-Z]\w*)?(\.(txt|md|rst))?"
 )
-_OURS = re.compile(
-    rf"({_WEIGHTS.pattern})(\.index\.json)?|{_COMPANIONS.pattern}|{TORN.pattern}|"
-    r"(config|pruning|packed|results)\.json|recipe\.yaml|report\.html|README\.md"
+_CHECKPOINT = re.compile(
+    rf"{_WEIGHTS.pattern}|model\.safetensors\.index\.json|{_COMPANIONS.pattern}|{re.escape(LIST)}|"
+    r"(config|pruning|packed|results)\.json|recipe\.yaml|report\.html|README\.md|"
+    r"additional_chat_templates/[^/]+\.jinja"  # the only folder that save_pretrained makes
 )
-_TEMPLATES = "additional_chat_templates"  # the only folder that save_pretrained makes
 
 
 def is_companion(name: str) -> bool:
@@ -28,31 +38,99 @@ def is_companion(name: str) -> bool:
     return _COMPANIONS.fullmatch(name) is not None
 
 
+def write_list(folder: Path, digests: Mapping[str, str]) -> None:
+    """Lists all files of a complete checkpoint; ``digests`` has the SHA-256 of those where it is known. Raises
+    StorageError if the list cannot be written, OSError if a file cannot be read."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(LIST, None)
+    keep_record(folder / LIST, {name: [digests.get(name) or sha256(path)] for name, path in files.items()})
+
+
+def listed_files(directory: Path) -> dict[str, list[str]] | None:
+    """The files that sparsellm wrote into a checkpoint, with their digests; None without a list, or with a damaged
+    one."""
+    path = directory / LIST
+    return None if path.is_symlink() else kept_record(path, dict[str, list[str]])
+
+
 def foreign_entries(directory: Path) -> list[str]:
-    """Names in a directory that neither sparsellm nor ``save_pretrained`` wrote: other files, folders, and all links.
+    """Names in a directory that sparsellm did not write or that changed since: files, folders, and all links. Raises
+    OSError if the directory or a file cannot be read."""
+    known = listed_files(directory) or {}
+
+    def ours(name: str, path: Path) -> bool:
+        if name == LIST:
+            return bool(known)
+        status = path.stat()
+        changes = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return name in known and _digest(path, changes) in known[name]
+
+    return [f"{name} (changed)" if name in known else name for name in _others(directory, ours)]
+
+
+def unknown_entries(directory: Path) -> list[str]:
+    """Names in a directory that no file of a checkpoint has; for a checkpoint that is not complete and has no list.
     Raises OSError if the directory cannot be read."""
-    names = []
-    for entry in os.scandir(directory):
-        if entry.is_file(follow_symlinks=False):
-            ours = _OURS.fullmatch(entry.name) is not None
-        else:
-            ours = entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False)
-            ours = ours and all(
-                x.name.endswith(".jinja") and x.is_file(follow_symlinks=False) for x in os.scandir(entry)
-            )
-        if not ours:
-            names.append(entry.name)
-    return sorted(names)
+    return _others(directory, lambda name, _: _CHECKPOINT.fullmatch(name) is not None)
 
 
 def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
-    """The files that belong to a checkpoint, relative to its directory, and the names of everything else there. Raises
-    OSError if the directory cannot be read."""
-    other = [*foreign_entries(directory), *(path.name for path in directory.iterdir() if TORN.fullmatch(path.name))]
-    paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
-    return sorted(path.as_posix() for path in paths if path.parts[0] not in other), other
+    """The files that belong to a checkpoint, relative to its directory: those that are listed, also if they changed, or
+    without a list those with the name of a model's file; and the names of everything else there. Raises OSError if the
+    directory cannot be read."""
+    known = listed_files(directory)
+    belongs = _CHECKPOINT.fullmatch if known is None else {*known, LIST}.__contains__
+    paths = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    files = sorted(name for path in paths if belongs(name := path.relative_to(directory).as_posix()))
+    return files, sorted({path.name for path in directory.iterdir()} - {name.partition("/")[0] for name in files})
 
 
 def has_weights(directory: Path) -> bool:
     """Whether a directory has a config and weights, like a checkpoint."""
     return (directory / "config.json").is_file() and any(_WEIGHTS.fullmatch(name) for name in os.listdir(directory))
+
+
+@contextlib.contextmanager
+def changing(directory: str | os.PathLike[str]) -> Iterator[Callable[[str, bytes], Path]]:
+    """Gives the function that writes a small file into a directory, such as a complete checkpoint, and returns its
+    path. The directory is locked meanwhile, and what killed processes were writing there is removed first.
+
+    The file is complete or unchanged, and in the list of the checkpoint, if that has one. A link in its place is
+    replaced and not followed. Raises StorageError if the directory cannot be written.
+    """
+    folder = Path(os.path.realpath(directory))
+
+    def write(name: str, data: bytes) -> Path:
+        path = folder / name
+        if name in LATER and (known := listed_files(folder)) is not None:
+            digest = hashlib.sha256(data).hexdigest()
+            there = [each for each in known.get(name, []) if each != digest and has_digest(path, each)]
+            keep_record(folder / LIST, {**known, name: [digest, *there]})  # first, so that no kill makes it foreign
+        write_bytes(path, data)
+        return path
+
+    with locked(folder, wait=True):
+        remove_torn(folder)
+        yield write
+
+
+def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
+    """Names in a directory except ordinary files that are ours, by name and path, or that a process was writing, and
+    folders of such files."""
+
+    def known(path: Path, depth: int = 0) -> bool:
+        if path.is_symlink():
+            return False
+        if path.is_dir():
+            inside = list(path.iterdir()) if depth == 0 else []
+            return bool(inside) and all(known(each, 1) for each in inside)
+        torn = TORN.fullmatch(path.name) is not None
+        return path.is_file() and (torn or ours(path.relative_to(directory).as_posix(), path))
+
+    return sorted(path.name for path in directory.iterdir() if not known(path))
+
+
+@lru_cache(maxsize=1 << 12)
+def _digest(path: Path, changes: tuple[int, ...]) -> str:
+    """The SHA-256 of a file, read once in a process as long as none of ``changes`` differs."""
+    return sha256(path)

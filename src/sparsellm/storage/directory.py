@@ -20,8 +20,8 @@ from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts
 from sparsellm.errors import StorageError, shown, some
-from sparsellm.storage.contents import foreign_entries, has_weights
-from sparsellm.storage.files import TEMPORARY, empty, explained, keep_record, kept_record, locked, sync, sync_tree
+from sparsellm.storage.contents import LIST, foreign_entries, listed_files, unknown_entries
+from sparsellm.storage.files import empty, explained, keep_record, kept_record, locked, remove_torn, sync, sync_tree
 
 PARTIAL = ".partial"  # how the name of a working directory ends
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
@@ -127,8 +127,8 @@ class WorkingDirectory(contextlib.ExitStack):
             if restart:  # all but the record, by which the run is recognised after a kill
                 empty(self.path, (STATE,))
                 empty(self.state, (RUN,))
-            for entry in list(self.path.rglob(f".*{TEMPORARY}")):  # what a killed process was writing
-                entry.unlink()
+        for folder in (self.path, self.state, *(self.path / name for name in (BLOCKS, SWEPT))):
+            remove_torn(folder)
         if left is None or restart:
             keep_record(self.state / RUN, identity)
 
@@ -141,9 +141,9 @@ class WorkingDirectory(contextlib.ExitStack):
             known = [self.path / name for name in (BLOCKS, SWEPT, REPLACED, STATE)] if begun else []
             ours = {folder for folder in known if folder.is_dir() and not folder.is_symlink()}
             folders = {self.path, *ours} - {self.state}
-            paths = {folder / name for folder in folders for name in foreign_entries(folder)} - ours
-        if foreign := [str(path.relative_to(self.path)) for path in paths if not path.match(f".*{TEMPORARY}")]:
-            raise StorageError(f"{self.path} holds {some(sorted(foreign))}, which no run wrote; move it elsewhere")
+            paths = {folder / name for folder in folders for name in unknown_entries(folder)} - ours
+        if foreign := sorted(str(path.relative_to(self.path)) for path in paths):
+            raise StorageError(f"{self.path} holds {some(foreign)}, which no run wrote; move it elsewhere")
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -188,18 +188,18 @@ def check_place(out: str | os.PathLike[str], sources: Iterable[Path] = ()) -> Pa
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint."""
+    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint of ours."""
     with explained(out):
         if not out.is_dir() or not any(out.iterdir()):
             return
         if not overwrite:
             raise StorageError(f"{out} exists and is not empty; name another directory or give --overwrite")
-        foreign = foreign_entries(out)
-        if foreign or not has_weights(out):
-            what = f"{some(foreign)}, which neither sparsellm nor save_pretrained wrote" if foreign else "no checkpoint"
-            raise StorageError(
-                f"{out} holds {what}; --overwrite replaces checkpoints only: move its files, or name another directory"
-            )
+        only = "--overwrite replaces only what sparsellm wrote"
+        if listed_files(out) is None:
+            why = f"has no {LIST}, the list of what sparsellm wrote there"
+            raise StorageError(f"{out} {why}; {only}: remove it yourself, or name another directory")
+        if foreign := foreign_entries(out):
+            raise StorageError(f"{out} holds {some(foreign)}; {only}: move it elsewhere, or name another directory")
 
 
 def check_room(place: Path, need_bytes: int) -> None:
@@ -284,8 +284,7 @@ def _settle(partial: Path, out: Path) -> None:
                     sync(out.parent)
                 _discard(partial)
             elif left_in(partial) is None:
-                for entry in state.glob(f".*{TEMPORARY}"):
-                    entry.unlink()
+                remove_torn(state)
                 with contextlib.suppress(OSError):
                     state.rmdir()
     with contextlib.suppress(OSError):

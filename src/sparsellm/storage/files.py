@@ -87,6 +87,14 @@ def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+def remove_torn(folder: Path) -> None:
+    """Removes the files that killed processes were writing into a directory; only ordinary files of such a name."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if TORN.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry)
+
+
 def keep_record(path: Path, record: object) -> None:
     """Writes a dataclass, a pydantic model or a dict as JSON, as :func:`replace_atomically` does."""
     write_bytes(path, json.dumps(to_jsonable_python(record), ensure_ascii=False, indent=1).encode())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsellm.errors import StorageError
 from sparsellm.records import PRUNING, RESULTS, Benchmark, Continuation, Evaluation, Results, read_record
-from sparsellm.storage.files import locked, write_bytes
+from sparsellm.storage.contents import changing
 
 _ADVICE = "move the file elsewhere, or give --no-save"
 
@@ -42,7 +42,7 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
     The directory is locked from reading to writing, so that no record is lost if two processes append at once. Raises
     StorageError if the file cannot be read or written.
     """
-    with locked(Path(os.path.realpath(directory)), wait=True):
+    with changing(directory) as write:
         results = read_results(directory)
         match record:
             case Evaluation():
@@ -51,5 +51,5 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
                 results.benchmarks.append(record)
             case Continuation():
                 results.continuations.append(record)
-        write_bytes(directory / RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
+        write(RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
     return directory / RESULTS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.inputs import read_object
-from sparsellm.storage.contents import is_companion
+from sparsellm.storage.contents import is_companion, write_list
 from sparsellm.storage.directory import BLOCKS, WorkingDirectory
 from sparsellm.storage.files import empty, explained, replace_atomically, write_all, write_bytes
 from sparsellm.storage.reader import DTYPES, CheckpointReader, memory_of
@@ -58,6 +58,7 @@ class CheckpointWriter:
     def __init__(self, work: WorkingDirectory, shards: int, folder: str = BLOCKS, *, resumes: bool = False) -> None:
         self.work, self.folder = work, work.path / folder
         self.shards = [self.folder / name for name in shard_names(shards)]
+        self.digests: dict[str, str] = {}  # SHA-256 of the shards that are known to be complete, by name
         with explained(self.folder):
             self.folder.mkdir(exist_ok=True)
             if not resumes:
@@ -66,7 +67,9 @@ class CheckpointWriter:
     def write_shard(self, index: int, tensors: Mapping[str, TensorSource]) -> str:
         """Writes a shard, waits until it is on the disk, and returns the file's SHA-256. Raises StorageError if the
         disk is full or the directory cannot be written."""
-        return replace_atomically(self.shards[index], partial(write_shard, tensors=tensors))
+        digest = replace_atomically(self.shards[index], partial(write_shard, tensors=tensors))
+        self.digests[self.shards[index].name] = digest
+        return digest
 
     def write_json(self, name: str, content: object) -> None:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -92,12 +95,14 @@ class CheckpointWriter:
         return [file.name for file in files if not belongs_to(source, file)]
 
     def finish(self) -> Path:
-        """Writes the index, and gives the checkpoint its final name. Raises StorageError if the disk is full, or files
-        were added to the final directory in the meantime."""
+        """Writes the index and the list of files, and gives the checkpoint its final name. Raises StorageError if the
+        disk is full, or files were added to the final directory in the meantime."""
         reader = CheckpointReader(self.folder, self.shards)
         weight_map = {key: reader.file_of(key).name for key in sorted(reader)}
         index = {"metadata": {"total_size": reader.bytes}, "weight_map": weight_map}
         self.write_json("model.safetensors.index.json", index)
+        with explained(self.folder):
+            write_list(self.folder, self.digests)
         self.work.publish(self.folder)
         return self.work.out
 
