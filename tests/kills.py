@@ -23,6 +23,7 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from sparsellm.storage.contents import LIST
 from tests import killing
 from tests.killing import KILLED
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -89,8 +90,10 @@ def mixture() -> MixtralForCausalLM:
 
 
 def contents(home: Path) -> dict[str, Any]:
-    """Every file; without what was measured."""
+    """Every file, without what was measured; for a list of files their names."""
     there: dict[str, Any] = tree(home)
+    for name in [name for name in there if name.endswith(LIST)]:
+        there[name] = json.dumps(sorted(json.loads(there[name])))
     for name in [name for name in there if name.endswith(PAGES)]:
         there[name] = "a page"
     for name in [name for name in there if name.endswith(".json") and there[name]]:

@@ -23,6 +23,7 @@ from sparsellm.methods import METHODS
 from sparsellm.progress import Progress
 from sparsellm.run import journal
 from sparsellm.run.journal import BlockRecord
+from sparsellm.storage.contents import LIST
 from sparsellm.storage.directory import BLOCKS, STATE, partial_of
 from sparsellm.storage.files import keep_record, kept_record
 from sparsellm.storage.writer import CheckpointWriter
@@ -76,7 +77,9 @@ def contents(out: Path) -> dict[str, Any]:
     for key in ("seconds", "predicted_seconds", "peak_rss_bytes", "memory", "command"):
         del report[key]
     del there["report.html"]  # it shows these times
-    return {**there, "pruning.json": report}
+    listed = json.loads(there[LIST]).items()
+    lasting = {name: digests for name, digests in listed if name not in ("pruning.json", "report.html")}
+    return {**there, "pruning.json": report, LIST: lasting}
 
 
 def finish(source: Path, out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
