@@ -177,7 +177,7 @@ def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -
     if (place / GRID).is_file():
         grid = read_record(Grid, place / GRID, "give another --out")
         _check_same(place, grid.settings, settings)
-    elif place.is_dir() and len(_torn(place)) < len(list(place.iterdir())):
+    elif place.is_dir() and not all(map(TORN.fullmatch, os.listdir(place))):
         raise StorageError(f"{place} is not empty, and holds no comparison; give another --out")
     if place.is_dir():
         check_page(place / PAGE)
@@ -197,11 +197,6 @@ def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -
                 raise StorageError(f"{other[0]} was not written by this comparison; move it, or give another --out")
         _resumed(pruned, grid)
     return grid
-
-
-def _torn(place: Path) -> list[Path]:
-    """The files that a killed process was writing in a directory."""
-    return [entry for entry in place.iterdir() if TORN.fullmatch(entry.name)]
 
 
 def _keep(grid: Grid, place: Path) -> None:

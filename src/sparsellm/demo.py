@@ -21,7 +21,7 @@ from sparsellm import api, machine
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import find_blocks, iterate_linears
 from sparsellm.convert import pack
-from sparsellm.errors import MissingExtraError, StorageError
+from sparsellm.errors import MissingExtraError
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
@@ -31,7 +31,7 @@ from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import check_destination
+from sparsellm.storage.directory import check_destination, check_place
 from sparsellm.storage.results import append_result
 from sparsepack.generation import generate
 from sparsepack.loading import load
@@ -101,8 +101,8 @@ def run_demo(
     ``out`` cannot take the checkpoints, a StorageError.
     """
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
-    if out is not None and out.resolve() == Path.cwd():  # as by --out "$UNSET"
-        raise StorageError(f"--out {out} is the current directory (or empty); name a directory in it")
+    if out is not None:
+        check_place(out)  # so that --out "$UNSET" writes nothing into the current directory, or into the root
     pruned, packed = places(out)
     for place in (pruned, packed):
         check_destination(place, overwrite=overwrite)

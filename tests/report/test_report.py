@@ -198,16 +198,18 @@ def test_files_that_are_wrong(name: str, content: str | None, said: str, copied:
     assert sorted(copied.iterdir()) == before
 
 
-@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "link", "a/" * 3000, None])
+@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "link", "dangling", "a/" * 3000, None])
 def test_places_that_are_refused(place: str | None, copied: Path, tmp_path: Path, run: Any) -> None:
     (tmp_path / "a file").write_text("mine")
     (tmp_path / "a folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (copied / "report.html").write_text("mine")
     out = tmp_path / place / "x.html" if place == "nowhere" else tmp_path / place if place else ""
     code, _, stderr = run("report", copied, *([] if place is None else ["--out", out]))
     assert (code, len(stderr.splitlines())) == (2, 1)
     assert (tmp_path / "a file").read_text() == (copied / "report.html").read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
 
 
 def pruned(runs: Path, out: Path) -> tuple[PruneResult, str]:

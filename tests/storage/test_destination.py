@@ -269,17 +269,26 @@ def test_a_snapshot_of_the_hub_is_copied_from_its_blobs(tmp_path: Path) -> None:
         assert json.loads((writer.folder / "config.json").read_text()) == {"model_type": "llama"}
 
 
-@pytest.mark.parametrize("command", [["prune", "x"], ["pack", "x"], ["unpack", "x"], ["demo"]], ids=lambda c: c[0])
-def test_an_unset_variable_is_not_the_current_directory(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+COMPARE = ["compare", "x", "--text", "x", "--method", "wanda", "--sparsity", "0.5"]
+
+
+@pytest.mark.parametrize("out", ["", "/", "//", "/.."])
+@pytest.mark.parametrize(
+    "command", [["prune", "x"], ["pack", "x"], ["unpack", "x"], ["demo"], COMPARE], ids=lambda c: c[0]
+)
+def test_an_unset_variable_or_the_root_is_refused(
+    command: list[str], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``--out "$UNSET" --overwrite`` in a directory that could be replaced; before the model is looked for."""
     here = write(tmp_path / "here", 1, source(tmp_path / "model"))
     monkeypatch.chdir(here)
-    flags = [] if command == ["demo"] else ["--overwrite"]
-    monkeypatch.setattr(sys, "argv", ["sparsellm", *command, "--out", "", *flags])
+    flags = [] if command in (["demo"], COMPARE) else ["--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["sparsellm", *command, "--out", out, *flags])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "--out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "--out" in said
+    assert said.count("\n") == 1
     assert value_of(here) == 1
