@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sparsellm.errors import ModelError
+from sparsellm.sources import cache
 from sparsellm.sources.cache import cached
 from sparsellm.sources.gguf import gguf_checkpoint
 from tests.models import tiny_llama, tiny_tokenizer
@@ -234,6 +235,28 @@ def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: 
     cached(own_cache / "same-model", make)
     processes[2].communicate(b"")
     assert [path.name for path in own_cache.iterdir()] == ["same-model"]
+
+
+@pytest.mark.parametrize("planted", ["the entry", "its folder", "of another user"])
+def test_what_others_can_have_planted_is_not_trusted(
+    planted: str, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    umask = os.umask(0o002)  # as where users share a group
+    try:
+        made = gguf_checkpoint(path)
+    finally:
+        os.umask(umask)
+    assert gguf_checkpoint(path) == made
+    assert not any(each.stat().st_mode & 0o022 for each in (own_cache, made, *made.iterdir()))
+    if planted == "of another user":
+        monkeypatch.setattr(os, "geteuid", lambda: made.stat().st_uid + 1)
+        monkeypatch.setattr(cache, "user_of_new_files", lambda folder: made.stat().st_uid + 1)
+    else:
+        (made if planted == "the entry" else own_cache).chmod(0o775)
+    with pytest.raises(ModelError, match="is not trusted; remove it, or set SPARSELLM_CACHE"):
+        gguf_checkpoint(path)
 
 
 def test_a_conversion_is_on_the_disk_before_it_has_its_name(

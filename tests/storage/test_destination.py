@@ -217,7 +217,7 @@ def test_a_working_directory_of_another_user_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "p.partial").mkdir()
-    monkeypatch.setattr(directory, "_user_of_new_files", lambda folder: os.geteuid() + 1)
+    monkeypatch.setattr(directory, "user_of_new_files", lambda folder: os.geteuid() + 1)
     with pytest.raises(StorageError, match=f"p.partial belongs to another user \\(id {os.geteuid()}\\)"):
         write(tmp_path / "p", 1, model, restart=True)
 

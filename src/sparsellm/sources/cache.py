@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,10 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from sparsellm.errors import ModelError
-from sparsellm.storage.files import sync, sync_tree
+from sparsellm.storage.files import sync, sync_tree, user_of_new_files
 
 _PARTIAL = ".partial"
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_dir() -> Path:
@@ -27,12 +30,16 @@ def cache_dir() -> Path:
 
 def cached(final: Path, make: Callable[[Path], Path], is_valid: Callable[[Path], bool] = Path.exists) -> Path:
     """``final``, which ``make`` makes in a temporary directory if it is not there yet, or not valid. One process at a
-    time makes it; the others wait. Directories that killed processes left next to it are removed."""
+    time makes it; the others wait. Directories that killed processes left next to it are removed. A ModelError says
+    that it cannot be written, or that another user can have made or changed it."""
     key, folder = final.name[:16], final.parent
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(folder)
+        if final.exists():
+            _check_private(final)
         if is_valid(final):
             return final
-        folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, key):
             for left in folder.glob(f"*{_PARTIAL}"):
                 other = left.name.rsplit(".", 2)[0]
@@ -43,6 +50,8 @@ def cached(final: Path, make: Callable[[Path], Path], is_valid: Callable[[Path],
                 return final
             with tempfile.TemporaryDirectory(_PARTIAL, f"{key}.", folder, ignore_cleanup_errors=True) as temporary:
                 made = make(Path(temporary))
+                for path in (made, *made.rglob("*")):
+                    path.chmod(path.stat().st_mode & ~_OTHERS_WRITE)
                 sync_tree(made) if made.is_dir() else sync(made)
                 os.replace(made, final)
                 sync(folder)
@@ -51,6 +60,19 @@ def cached(final: Path, make: Callable[[Path], Path], is_valid: Callable[[Path],
             f"cannot write {final}: {error.strerror or error}; set SPARSELLM_CACHE to a directory with room for it"
         ) from error
     return final
+
+
+def _check_private(path: Path) -> None:
+    """Refuses what another user owns or can write, as ssh does."""
+    if sys.platform == "win32":
+        return
+    status, why = path.stat(), ""
+    if status.st_uid != os.geteuid() and status.st_uid != user_of_new_files(path.parent):
+        why = f"belongs to another user (id {status.st_uid})"
+    elif status.st_mode & _OTHERS_WRITE:
+        why = f"can be written by other users (mode {stat.S_IMODE(status.st_mode):o})"
+    if why:
+        raise ModelError(f"{path} {why} and is not trusted; remove it, or set SPARSELLM_CACHE to a directory of yours")
 
 
 def _lock(folder: Path, key: str, timeout: float = -1) -> FileLock:

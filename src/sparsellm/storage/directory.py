@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,7 +20,17 @@ from pydantic_core import to_jsonable_python
 from sparsellm import interrupts
 from sparsellm.errors import StorageError, shown, some
 from sparsellm.storage.contents import LIST, foreign_entries, listed_files, unknown_entries
-from sparsellm.storage.files import empty, explained, keep_record, kept_record, locked, remove_torn, sync, sync_tree
+from sparsellm.storage.files import (
+    empty,
+    explained,
+    keep_record,
+    kept_record,
+    locked,
+    remove_torn,
+    sync,
+    sync_tree,
+    user_of_new_files,
+)
 
 PARTIAL = ".partial"  # how the name of a working directory ends
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
@@ -228,7 +237,7 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
             status = path.lstat()  # other errors, such as that of a long name, are the caller's
             if not stat.S_ISDIR(status.st_mode):
                 yield f"cannot be written: {path} is a link or a file"
-            elif path != place and status.st_uid != _user_of_new_files(path.parent):
+            elif path != place and status.st_uid != user_of_new_files(path.parent):
                 yield f"cannot be written: {path} belongs to another user (id {status.st_uid})"
     for source in sources:
         for path in (place, partial):
@@ -239,12 +248,6 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         yield "cannot be replaced: it is a mount point"
     if not os.access(_existing(place), os.W_OK | os.X_OK):
         yield f"cannot be written: {_existing(place)} is not writable"
-
-
-def _user_of_new_files(folder: Path) -> int:
-    """The owner of files made here, which on some file systems is always the same."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return os.fstat(file.fileno()).st_uid
 
 
 def _existing(place: Path) -> Path:

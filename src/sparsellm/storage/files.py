@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -78,6 +79,15 @@ def sync_tree(directory: Path) -> None:
         for name in names:
             sync(Path(folder) / name)
         sync(Path(folder))
+
+
+def user_of_new_files(folder: Path) -> int | None:
+    """The owner of files made here, which on some file systems is always the same; None if none can be made."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return None
 
 
 def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
