@@ -65,7 +65,7 @@ def prune(  # noqa: PLR0913 - the Python door
             tensor, an array or lists of one length, or a data set with a column ``text`` or ``input_ids``.
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
         teacher: the dense model by name, if ``model`` was pruned from it already: sweeps follow its predictions.
-        overwrite: replace the checkpoint in ``out``.
+        overwrite: replace the checkpoint that sparsellm wrote in ``out``.
         restart: start again instead of resuming an unfinished run into ``out``.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: called with the progress of the run.
