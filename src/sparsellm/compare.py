@@ -17,14 +17,14 @@ from typing import Literal
 import torch
 
 from sparsellm import api
-from sparsellm.calibration.sources import check_source
+from sparsellm.calibration.sources import check_source, default_source
 from sparsellm.calibration.texts import text_file
 from sparsellm.convert import Values, pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
 from sparsellm.methods import METHODS
-from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.progress import NOTE, Progress, ProgressCallback, ignore
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import write_comparison
@@ -114,11 +114,12 @@ def compare(
             holds other files, a grid or a cell with other settings, or is in use by another process.
     """
     place = check_place(out)
-    recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     resolve_value_type(protocol.values, torch.float32)
     first = next(iter(cells.values()))
     dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
     windows = dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
+    cells = _with_text(cells, model, progress)
+    recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {
         "model": model_fingerprint(dense.chain, progress),
         "protocol": {**asdict(protocol), "text": without_folders(protocol.text)},
@@ -149,9 +150,21 @@ def compare(
     return GridResult(out=place, page=page, recommended=best.name if best is not None else None, cells=finished)
 
 
+def _with_text(
+    cells: Mapping[str, Recipe], model: str | os.PathLike[str], progress: ProgressCallback
+) -> dict[str, Recipe]:
+    """The recipes of a grid, all with a calibration text, so that a later call takes the same one or is refused."""
+    source, warnings = "", list[str]()
+    if any(recipe.calibration is None for recipe in cells.values()):
+        source, warnings = default_source(demo=str(model) == "demo")
+    for warning in warnings:
+        progress(Progress(NOTE, 1, 1, f"note: {warning}"))
+    return {name: recipe.updated(calibration=recipe.calibration or source) for name, recipe in cells.items()}
+
+
 def _recorded(recipe: Recipe) -> Settings:
     """The recipe of a cell as its grid keeps it: with the digest of the file that it calibrates on."""
-    source, file = check_source(recipe.calibration, "calibration") if recipe.calibration is not None else ("", "")
+    source, file = check_source(recipe.calibration or "", "calibration")
     kept: Settings = recipe.named.model_dump(mode="json", exclude={"memory"})
     return {**kept, "calibration_file": sha256(text_file(file)) if file and source != "hub" else None}
 
