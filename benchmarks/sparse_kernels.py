@@ -134,7 +134,7 @@ def main() -> None:
                 to, piece = next(pieces)
                 to.copy_(piece)
 
-            runs = [run_dense, run_same, run_packed, run_copy]
+            runs: list[Callable[[], object]] = [run_dense, run_same, run_packed, run_copy]
             interleaved(runs, 3)
             clock = time.process_time if options.cpu_seconds else time.perf_counter
             times = interleaved(runs, options.rounds, clock, options.cached)
