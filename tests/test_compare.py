@@ -165,7 +165,15 @@ def test_what_is_wrong_is_one_line_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-SMALL = ["--sparsity=0.5", "--seq-len=32", "--max-tokens=256", "--set=samples=4", "--set=seq_len=32", "--method"]
+SMALL = [
+    "--calibration=pydoc",
+    "--sparsity=0.5",
+    "--seq-len=32",
+    "--max-tokens=256",
+    "--set=samples=4",
+    "--set=seq_len=32",
+    "--method",
+]
 
 
 @pytest.mark.parametrize(
@@ -230,18 +238,18 @@ def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(
 ) -> None:
     with monkeypatch.context() as stopped:
         stopped.setattr(api, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Interrupted))
-        assert run("compare", llama, "--out", tmp_path / "grid", *SMALL, "magnitude")[0] == 130
+        assert run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[0] == 130
     packed = tmp_path / "grid" / "magnitude-0.5-packed"
     assert (packed / "packed.json").is_file()
     packed.rename(tmp_path / "ours")
     made_by_somebody(llama, packed)
     before = tree(packed)
-    code, _, said = run("compare", llama, "--out", tmp_path / "grid", *SMALL, "magnitude")
+    code, _, said = run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")
     assert (code, "magnitude-0.5-packed exists and is not empty" in said) == (2, True)
     assert tree(packed) == before
     shutil.rmtree(packed)
     (tmp_path / "ours").rename(packed)
-    assert run("compare", llama, "--out", tmp_path / "grid", *SMALL, "magnitude")[0] == 0
+    assert run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[0] == 0
 
 
 def test_a_second_comparison_at_the_same_time_is_refused(llama: Path, tmp_path: Path, run: Any) -> None:
