@@ -15,7 +15,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
-_CELLS = 100_000  # of a table by block; a mixture of 128 blocks has about 2,000
+_CELLS = 100_000  # the most in a table of kinds and blocks; 128 blocks with 16 kinds have 2,000
 
 Plotly = dict[str, Any]  # a trace, an axis or a layout, as Plotly's JSON has it
 Values = Sequence[float | None]

@@ -22,7 +22,7 @@ PANEL = 256  # rows of one panel: wide enough for a full-speed product, narrow e
 TRIANGLE = 512  # rows of a triangular matrix that is inverted at once: products are faster beyond
 CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
 REMEMBERED_BYTES = 1 << 29  # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
-SQUARES = (1e-26, 1e30)  # of inputs: beyond, products with weights or their inverses underflow or overflow in fp32
+SQUARES = (1e-26, 1e30)  # mean squares of inputs whose products with weights, and inverses, fp32 can hold
 DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger than any ratio of fp32 rounding
 
 CPU = torch.device("cpu")
