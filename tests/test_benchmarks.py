@@ -164,3 +164,13 @@ def test_a_model_in_gguf_reads_back_as_its_own_numbers(tmp_path: Path, monkeypat
     forms.write_gguf(tiny_llama().bfloat16(), tmp_path / "half.gguf", torch.float16)
     half = forms.gguf_numbers(tmp_path / "half.gguf", parameters)
     assert {name: 2 * matrices[name].numel() for name in matrices} == half.bytes
+
+
+def test_servers_take_turns_and_their_rates_are_printed(pruned: Path, tmp_path: Path, printed: Any) -> None:
+    quick = ("--rounds", 2, "--new-tokens", 4, "--clients", 1, 2, "--context", 128, "--prompt-words", 4)
+    rows = rows_of(printed("serving.py", f"tiny={pruned}", "left-out=a.gguf", *quick, "--out", tmp_path))
+    assert rows.keys() == {"tiny"}
+    server, one, ratio, two, _ = rows["tiny"]
+    assert (server, ratio) == ("sparsellm serve", "1.00 (1.00 – 1.00)")
+    assert float(one) > 0
+    assert float(two) > 0

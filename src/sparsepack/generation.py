@@ -84,6 +84,7 @@ class Sampling(BaseModel):
         top_p: the probability of the tokens that are sampled from; None for that of the generation config.
         seed: that of the sampling.
         stop: the text ends before the first of these strings.
+        ignore_eos: an end-of-text token does not end it, as a measurement of speed needs.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
@@ -93,6 +94,7 @@ class Sampling(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Seed = 0
     stop: Annotated[Sequence[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=16)] = ()
+    ignore_eos: bool = False
 
 
 class _Settings(BaseModel):
@@ -260,6 +262,8 @@ def generation_settings(model: PreTrainedModel, sampling: Sampling) -> Generatio
         ) from None
     if sampling.top_p is not None:
         used = used.model_copy(update={"top_p": sampling.top_p})
+    if sampling.ignore_eos:
+        used = used.model_copy(update={"eos_token_id": None})
     if temperature > 0:
         return GenerationConfig(do_sample=True, temperature=temperature, **used.model_dump())
     ignored = {"top_k", "top_p", "min_p"}  # they would only cause warnings

@@ -25,7 +25,7 @@ from openai import OpenAI
 from sparsellm.serving.prompts import text_ids
 from sparsellm.serving.worker import Job, Limits, UnavailableError, Worker
 from sparsepack.errors import SettingError
-from sparsepack.generation import Sampling
+from sparsepack.generation import Sampling, continuation
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.serving.conftest import CONTEXT
 
@@ -89,6 +89,7 @@ def test_a_stream_has_the_text_in_pieces_and_usage(client: OpenAI, greedy: Any) 
         )
     )
     *pieces, end, usage = chunks
+    assert [piece.choices[0].delta.role for piece in pieces] == ["assistant"] + [None] * (len(pieces) - 1)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == greedy(TEMPLATED, 24)
     assert len(pieces) > 5
     assert {piece.choices[0].finish_reason for piece in pieces} == {None}
@@ -196,6 +197,20 @@ def test_a_bad_body_is_one_line_that_names_it(url: str, body: Any, status: int, 
     message = answer.json()["error"]["message"]
     assert said in message
     assert "\n" not in message
+
+
+def test_an_end_of_text_can_be_ignored(model: Any, tokenizer: Any) -> None:
+    ids, before = text_ids(tokenizer, PROMPT), model.generation_config
+    model.generation_config = type(before)(eos_token_id=list(range(model.config.vocab_size)))
+    try:
+        results = [
+            continuation(model, tokenizer, ids, Sampling(max_new_tokens=8, ignore_eos=ignored))
+            for ignored in (False, True)
+        ]
+    finally:
+        model.generation_config = before
+    assert (results[0].new_tokens, results[0].finish) == (1, "stop")
+    assert (results[1].new_tokens, results[1].finish) == (8, "length")
 
 
 def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: Any) -> None:

@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from sparsellm.serving.prompts import chat_ids, text_ids
 from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens
 
-MOST_STOPS = 4
-
 # What clients send although it changes nothing.
 _NEUTRAL: dict[str, object] = {
     "n": 1,
@@ -101,9 +99,10 @@ class Asked(_Given):
     seed: Seed | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=500)]],
-        Field(max_length=MOST_STOPS),
+        Field(max_length=4),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ] = []
+    ignore_eos: bool = False  # not OpenAI's; other servers have it too
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None  # for the statistics of whoever serves; not used here
@@ -116,15 +115,20 @@ class Asked(_Given):
     def sampling(self) -> Sampling:
         """How the prompt is continued; what is not asked is as the model recommends, with another seed each time."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=seed, stop=self.stop)
+        asked = self.model_dump(include={"temperature", "top_p", "stop", "ignore_eos"})
+        return Sampling(seed=seed, **asked)
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The prompt as token ids ``(1, tokens)``."""
         raise NotImplementedError
 
-    def choice(self, text: str | None, finish: str | None, *, chunk: bool) -> dict[str, Any]:
-        """The answer, or a piece of it; no text at the end of a stream."""
+    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
+        """The whole answer."""
         raise NotImplementedError
+
+    def piece(self, text: str | None, finish: str | None, *, first: bool) -> dict[str, Any]:
+        """A piece of the answer; no text at the end of a stream."""
+        return self.choice(text or "", finish)
 
 
 class ChatRequest(Asked):
@@ -142,9 +146,14 @@ class ChatRequest(Asked):
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return chat_ids(tokenizer, [message.model_dump(exclude_none=True) for message in self.messages])
 
-    def choice(self, text: str | None, finish: str | None, *, chunk: bool) -> dict[str, Any]:
-        said = {} if text is None else {"role": "assistant", "content": text}
-        return {"index": 0, "delta" if chunk else "message": said, "logprobs": None, "finish_reason": finish}
+    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+
+    def piece(self, text: str | None, finish: str | None, *, first: bool) -> dict[str, Any]:
+        delta = {} if text is None else {"content": text}
+        role = {"role": "assistant"} if first else {}  # clients join the values of all pieces
+        return {"index": 0, "delta": role | delta, "logprobs": None, "finish_reason": finish}
 
 
 class CompletionRequest(Asked):
@@ -159,27 +168,28 @@ class CompletionRequest(Asked):
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return text_ids(tokenizer, self.prompt)
 
-    def choice(self, text: str | None, finish: str | None, *, chunk: bool) -> dict[str, Any]:
-        return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish}
+    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
 
 
 class Answer:
     """The JSON objects that answer a request."""
 
     def __init__(self, asked: Asked, model: str) -> None:
-        self._asked = asked
+        self._asked, self._first = asked, True
         self.with_usage = asked.stream_options.include_usage
         self._head = {"id": asked.PREFIX + secrets.token_hex(12), "created": int(time.time()), "model": model}
 
     def whole(self, result: Generation) -> dict[str, Any]:
         """The answer in one object."""
-        choice = self._asked.choice(result.text, result.finish, chunk=False)
+        choice = self._asked.choice(result.text, result.finish)
         return {**self._head, "object": self._asked.KIND, "choices": [choice], "usage": _usage(result)}
 
     def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
         """A piece of a stream."""
         usage = {"usage": None} if self.with_usage else {}
-        choice = self._asked.choice(text, finish, chunk=True)
+        choice = self._asked.piece(text, finish, first=self._first)
+        self._first = False
         return {**self._head, "object": self._asked.CHUNK, "choices": [choice], **usage}
 
     def usage(self, result: Generation) -> dict[str, Any]:

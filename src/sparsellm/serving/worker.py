@@ -83,10 +83,8 @@ class Worker:
         log: Callable[[str], None],
     ) -> None:
         self._model, self._tokenizer, self._limits = model, tokenizer, limits
-        self._threads, self._log = threads, log
-        self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._running = False
+        self._threads, self._log, self._running = threads, log, False
+        self._changed, self._waiting = threading.Condition(), deque[Job]()
         self._end: float | None = None  # by time.monotonic(), when the running job is cancelled
         self._counts = {"requests": 0, "cancelled": 0, "tokens": 0}
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
@@ -94,15 +92,15 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Lines a job up. An UnavailableError if too many wait already, or the server stops."""
-        limits = self._limits
-        if job.limit is not None and job.limit > limits.max_tokens:
-            raise SettingError(f"max_tokens is {job.limit}; an answer has at most {limits.max_tokens} tokens here")
+        most, waiting = self._limits.max_tokens, self._limits.waiting
+        if job.limit is not None and job.limit > most:
+            raise SettingError(f"max_tokens is {job.limit}; an answer has at most {most} tokens here")
         with self._changed:
             if self._end is not None:
                 raise UnavailableError("the server is stopping")
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
-            if len(self._waiting) + self._running > limits.waiting:
-                raise UnavailableError(f"{limits.waiting} requests wait already; try again later")
+            if len(self._waiting) + self._running > waiting:
+                raise UnavailableError(f"{waiting} requests wait already; try again later")
             self._waiting.append(job)
             self._changed.notify()
 
