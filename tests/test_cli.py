@@ -117,6 +117,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "an encoder-decoder": (["prune", "{tmp}/t5"], ["t5", "decoder-only"]),
     "a short text": (["prune", "{llama}", "--calibration", "{tmp}/short.txt"], ["short.txt", "tokens"]),
     "unknown method": (["prune", "{llama}", "--method", "wonda"], ["wonda", "'wanda'"]),
+    "a percentage": (["prune", "{llama}", "--sparsity", "70"], ["70", "did you mean 0.7?"]),
+    "a text that is no file": (["eval", "{llama}", "--text", "nofile"], ["unknown text source 'nofile'; known: c4"]),
     "unknown field": (["prune", "{llama}", "--set", "sparsty=1"], ["sparsty", "'sparsity'"]),
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
     "no weight left": (

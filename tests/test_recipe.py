@@ -13,6 +13,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.patterns import NM, Unstructured
 from sparsellm.recipe import help_of
 from sparsellm.run.choice import Choice
+from sparsepack.codes import FLOAT_TYPES
 from sparsepack.grids import GRIDS
 
 
@@ -156,6 +157,10 @@ def test_a_bad_setting_is_refused_in_one_line(settings: list[str], said: str) ->
         Recipe().with_settings(settings)
     assert said in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_short_names_of_dtypes_are_those_of_values() -> None:
+    assert [Recipe(dtype=short).dtype for short in FLOAT_TYPES] == ["bfloat16", "float16", "float32"]
 
 
 def test_settings_join_the_options_that_are_there() -> None:

@@ -9,11 +9,22 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from sparsellm.errors import StorageError
-from sparsellm.records import Continuation, Pruning, Results, read_record
+from sparsellm.records import (
+    Against,
+    Continuation,
+    Evaluation,
+    Interval,
+    Metric,
+    Protocol,
+    Pruning,
+    Results,
+    read_record,
+)
 from sparsellm.storage import files, results
 from sparsellm.storage.results import append_result, read_results
 from tests.report.pages import results as measured
@@ -86,3 +97,18 @@ def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pyte
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda record: append_result(tmp_path, record), records))
     assert {record.prompt for record in read_results(tmp_path).continuations} == {"one", "other"}
+
+
+def test_an_evaluation_is_a_table_in_a_notebook() -> None:
+    protocol = Protocol(text="a<b", digest="0", window=8, windows=2, tokens=14, bos="no", dtype="float32")
+    stamp = {"sparsellm": "0", "machine": "m", "date": "d"}
+    against = Against(model="d", perplexity=Interval(value=2.0), kl=0.5, agreement=0.75, recovery=0.5)
+    tasks = {"arc": {"acc": Metric(value=0.25)}}
+    shown = Evaluation(
+        protocol=protocol, perplexity=Interval(value=4.0), against=against, tasks=tasks, **stamp
+    )._repr_html_()
+    root = ElementTree.fromstring(shown)
+    rows = [[cell.text or "" for cell in row] for row in root.iter("tr")]
+    assert rows[1] == ["perplexity", "2", "4"]
+    assert rows[-2:] == [["recovery", "100%", "50.0%"], ["arc: acc", "", "0.25"]]
+    assert root.findtext("caption") == "a<b, window 8, 14 tokens"

@@ -60,7 +60,8 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
         call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         epilog = "\n\n".join(("Examples:", *(f"  {example}" for example in examples)))
-        return app.command(name, epilog=epilog)(call)
+        usage = " ".join([*filter(None, map(use.required, parameters)), "[OPTIONS]"])
+        return app.command(name, epilog=epilog, options_metavar=usage)(call)
 
     return register
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -103,10 +104,14 @@ def _escape(match: re.Match[str]) -> str:
     return match.group().encode("unicode_escape").decode("ascii")
 
 
-def say(line: str, *, error: bool = False) -> None:
-    """Prints one line, without wrapping it, on stdout, or on stderr, whose own errors are ignored."""
+def say(line: str, *, error: bool = False, whole: bool = False) -> None:
+    """Prints one line on stdout, or on stderr, whose own errors are ignored. On a terminal that is too narrow it breaks
+    between words, unless it stays ``whole``, such as a command that is copied."""
+    console, text = log() if error else out(), one_line(line)
+    if console.is_terminal and not whole:
+        text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
     with contextlib.suppress(*((OSError,) if error else ())):
-        (log() if error else out()).print(one_line(line), soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def write_json(content: object) -> None:

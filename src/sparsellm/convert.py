@@ -52,6 +52,11 @@ class PackResult:
     expert_weights: int = 0  # weights of experts, which stay dense and are not counted above
     rounded: list[str] = field(default_factory=list)  # linears whose values were not on their integer grid
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name}={len(getattr(self, name))}" for name in ("linears", "head", "rounded"))
+        numbers = (f"{name}={value}" for name, value in vars(self).items() if isinstance(value, int))
+        return f"PackResult(path={str(self.path)!r}, {', '.join(numbers)}, entries: {counts})"
+
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
         return {

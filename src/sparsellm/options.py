@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
+from typer.models import OptionInfo
 
 from sparsellm.errors import RecipeError, refusal
 from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, help_of, option_of
@@ -60,6 +61,13 @@ def option(
 
 
 flag = partial(option, default=False)
+
+
+def required(parameter: Parameter) -> str:
+    """An option without a default, as a line of usage shows it; empty for other parameters."""
+    (info,) = parameter.annotation.__metadata__
+    is_option = isinstance(info, OptionInfo) and parameter.default is Parameter.empty
+    return f"--{parameter.name.replace('_', '-')} {info.metavar}" if is_option else ""
 
 
 def registered(*packages: str) -> list[str]:

@@ -124,8 +124,9 @@ def _say_why(first: str, *more: str) -> None:
         if not parallel.claims_failure(alone=interrupts.received() is None):
             return
         first = f"process {parallel.rank()} of {count()}: {first}"
-    for line in (first, *more):
-        console.say(line, error=True)
+    console.say(first, error=True)
+    for line in more:
+        console.say(line, error=True, whole=True)
 
 
 def _leave_the_others(code: int) -> None:

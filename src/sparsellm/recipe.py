@@ -27,6 +27,7 @@ from pydantic import (
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 from sparsellm.inputs import check_size, dump_yaml, parse_bytes, parse_yaml, read_yaml, without_folders
+from sparsepack.arguments import SHORT_DTYPES
 from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
@@ -76,7 +77,10 @@ def _yes_or_no(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_integer)]
 Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(lambda value: SHORT_DTYPES.get(value, value) if isinstance(value, str) else value),
+]
 Globs = Annotated[list[str], Field(strict=False)]
 NAME = Field(min_length=1, max_length=200)
 Source = Annotated[
@@ -345,4 +349,6 @@ def _explain(error: ValidationError) -> str:
         return f"unknown recipe field {shown(key)}; {nearest(key[:100], Recipe.model_fields)}"
     if key in MAPPINGS and len(first["loc"]) > 1:
         key = f"{key}.{shown(str(first['loc'][1]))[1:-1]}"
-    return refusal(error, f"recipe field {key}")
+    value = first["input"]
+    percent = key.startswith("sparsity") and isinstance(value, int | float) and 1 < value < 100
+    return refusal(error, f"recipe field {key}") + (f"; did you mean {value / 100:g}?" if percent else "")

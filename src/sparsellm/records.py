@@ -5,6 +5,7 @@ A file may come from another release or from somebody else, so every field is ch
 
 from __future__ import annotations
 
+import html
 import math
 import os
 import re
@@ -381,6 +382,16 @@ class Evaluation(Stamp):
         shown = (dense.divergence.shown(3), f"{dense.agreement:.1%}", f"{dense.recovery:.1%}")
         values = ((dense.perplexity.shown(), self.perplexity.shown()), *zip(("0", "100%", "100%"), shown, strict=True))
         return [(name, *each) for name, each in zip(QUANTITIES, values, strict=True)]
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        rows = [(name, dense or "", value) for name, dense, value in self.rows()]
+        for task, metrics in (self.tasks or {}).items():
+            rows += [(f"{task}: {name}", "", metric.shown()) for name, metric in metrics.items()]
+        cells = ["".join(f"<td>{html.escape(each)}</td>" for each in row) for row in rows]
+        head = "<tr><th></th><th>dense</th><th>this model</th></tr>"
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table><caption>{html.escape(str(self.protocol))}</caption>{head}{body}</table>"
 
     @property
     def value(self) -> float:

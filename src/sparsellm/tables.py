@@ -58,12 +58,13 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
 def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     """Prints the two commands that come next for a pruned checkpoint: one measures it, one packs or exports it."""
     name, grid = shlex.quote(str(out)), GRIDS.get(recipe.grid)
-    say(f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}")
+    say(f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}", whole=True)
     if grid is not None:
-        say(f"export it:   sparsellm export {name} --to {grid.form}")
+        say(f"export it:   sparsellm export {name} --to {grid.form}", whole=True)
         return
     packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
-    say(f"pack it:     sparsellm pack {name} --out {shlex.quote(str(out).rstrip('/') + '-packed')}{packed}")
+    target = shlex.quote(str(out).rstrip("/") + "-packed")
+    say(f"pack it:     sparsellm pack {name} --out {target}{packed}", whole=True)
 
 
 def _kinds(result: PruneResult) -> Table:

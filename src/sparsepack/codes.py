@@ -17,9 +17,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from sparsepack.arguments import SHORT_DTYPES
 from sparsepack.errors import FormatError, SettingError
 
-FLOAT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOAT_TYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in SHORT_DTYPES.items()}
 VALUE_TYPES = (*FLOAT_TYPES, "int8", "int4")  # in memory
 WRITTEN_TYPES = (*VALUE_TYPES, "int3")  # in files; int3 becomes int4 when it is read
 GROUPED = ("int4", "int3")  # types whose scales belong to groups of columns

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsepack.arguments import checked
+from sparsepack.arguments import SHORT_DTYPES, checked
 from sparsepack.checkpoint import adapter_in, read_config
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
@@ -48,6 +48,7 @@ def load(
     """
     place = _device(device)
     rounded = activations_of(activations) == "int8"
+    dtype = SHORT_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise SettingError(f"dtype is {shown(dtype)}; give {', '.join(_DTYPES)}")
     path = checkpoint_path(directory)

@@ -115,6 +115,18 @@ def test_an_error_before_the_work_leaves_no_bar(terminal: Terminal) -> None:
     assert terminal.screen() == ["error: no such model"]
 
 
+def test_a_line_breaks_between_words_and_a_command_does_not(terminal: Terminal) -> None:
+    words = "what the run says of the linears that are left dense " * 4
+    console.say(words, error=True)
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines).split() == words.split()
+    command = "sparsellm eval " + "long-name/" * 12
+    console.say(command, error=True, whole=True)
+    assert terminal.getvalue().splitlines()[-1] == command
+
+
 def test_a_dumb_terminal_gets_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     console.log.cache_clear()

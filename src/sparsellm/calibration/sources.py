@@ -61,7 +61,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
     elif name not in _WITH_ARGUMENT:
         is_path = Path(source).suffix.lower() in READERS or any(part in source for part in "/\\~")
         if not is_path:
-            hint = nearest(name[:100], [*_PLAIN, *_WITH_ARGUMENT, SELF])
+            hint = nearest(name[:100], [*_PLAIN, *(known for known in _WITH_ARGUMENT if known != "file"), SELF])
             raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {_SUFFIXES}")
         name, argument = "file", source
     if name == "file" or (name == "wikitext2" and argument):
