@@ -47,7 +47,7 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 SECRET = "a file outside of the directory of the command"
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
 GRID = ("--method=magnitude", "--set=samples=2", "--set=seq_len=16", "--calibration=note.txt", "--text=note.txt")
-MEASURED = ("--sparsity=0.5", "--seq-len=16", "--max-tokens=64")
+MEASURED = ("--sparsity=0.5", "--text-seq-len=16", "--max-tokens=64")
 
 
 @dataclass(frozen=True)

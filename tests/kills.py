@@ -65,7 +65,7 @@ JOBS = [
     Job("eval", EVAL, (PRUNE,)),
     Job("report", ["report", "out"], (PRUNE, EVAL)),
     Job("card", ["card", "out"], (PRUNE, EVAL)),
-    Job("compare", ["compare", "dense", "--method=wanda,sparsegpt", "--text=text.txt", *SMALL[1:]]),
+    Job("compare", ["compare", "dense", "--method=wanda,sparsegpt", "--text=text.txt", "--text-seq-len=24", *SMALL]),
 ]
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 import sparsellm
-from sparsellm import Recipe, api, compare
-from sparsellm.compare import GridResult, Measured, Protocol, cells_of, recommend
+from sparsellm import Recipe, api
+from sparsellm import cells as compare
+from sparsellm.cells import GridResult, Measured, Protocol, cells_of, recommend
+from sparsellm.errors import RecipeError
 from sparsellm.evaluation import streamed
 from sparsellm.interrupts import Interrupted
 from sparsellm.progress import Progress
@@ -56,17 +58,15 @@ def test_every_cell_is_what_a_run_by_itself_gives(llama: Path, finished: GridRes
 
 
 def test_quality_and_size_are_those_of_the_packed_checkpoint(llama: Path, tmp_path: Path) -> None:
-    cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5, 0.6])
-    result = grid(llama, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256, values="int4"))
+    base = {"samples": 4, "seq_len": 32}
+    cells = cells_of(base, methods=["magnitude"], sparsities=[0.5, 0.6], values=["int4"])
+    result = grid(llama, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256))
     cell = result.cells[0]
-    packed, pruned = (
-        sparsellm.evaluate(result.out / name, "pydoc", seq_len=32, max_tokens=256).value
-        for name in (f"{cell.name}-packed", cell.name)
-    )
-    assert cell.perplexity == packed != pruned
-    assert not (result.out / cell.name / "results.json").exists(), "its values are others"
+    assert cell.name == "magnitude-0.5-int4"
+    packed = sparsellm.evaluate(result.out / f"{cell.name}-packed", "pydoc", seq_len=32, max_tokens=256)
+    assert cell.perplexity == packed.value
     assert result.page is not None
-    assert "magnitude-0.5-packed" in result.page.read_text(encoding="utf-8")
+    assert "magnitude-0.5-int4-packed" in result.page.read_text(encoding="utf-8")
 
 
 def test_gradients_windows_and_the_dense_model_are_computed_once(
@@ -150,8 +150,8 @@ def test_the_recommendation_satisfies_the_constraints(
         ("--sparsity 0.5 --method wanda --set effort=1", "known to none"),
         ("--sparsity 0.5 --recover 1.5", "--recover is 1.5"),
         ("--sparsity 0.5 --text gone.txt", "text file 'gone.txt' does not exist"),
-        ("--sparsity 0.5 --values int9", "unknown value type 'int9'"),
-        ("--sparsity 0.5 --seq-len 4000", "4000"),
+        ("--sparsity 0.5 --values int9", "recipe field values is 'int9'"),
+        ("--sparsity 0.5 --text-seq-len 4000", "4000"),
         ("--sparsity 0.5 --max-tokens 0", "max_tokens is 0"),
     ],
 )
@@ -168,10 +168,10 @@ def test_what_is_wrong_is_one_line_before_the_work(
 SMALL = [
     "--calibration=pydoc",
     "--sparsity=0.5",
-    "--seq-len=32",
+    "--text-seq-len=32",
     "--max-tokens=256",
-    "--set=samples=4",
-    "--set=seq_len=32",
+    "--samples=4",
+    "--seq-len=32",
     "--method",
 ]
 
@@ -283,7 +283,7 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
     for arguments, message in (
         ((other, *words), "was made with another model"),
         ((llama, *words, "--set", "bos=yes"), "was made with another text"),
-        ((llama, *words, "--values", "int8"), "was made with another protocol.values"),
+        ((llama, *words, "--speed"), "was made with another protocol.speed"),
     ):
         code, _, said = run("compare", *arguments)
         assert (code, message in said) == (2, True), said
@@ -293,8 +293,46 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
 
 
 def test_the_command_prints_one_table_and_a_recommendation(llama: Path, tmp_path: Path, run: Any) -> None:
-    words = "--method magnitude,wanda --sparsity 0.5 --seq-len 32 --max-tokens 256 --set samples=4 --set seq_len=32"
+    words = "--method magnitude,wanda --sparsity 0.5 --text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32"
     code, said, stderr = run("compare", llama, "--out", tmp_path, *words.split(), "--recover", "0.01", columns=80)
     assert code == 0, stderr
     assert all(part in said for part in ("dense", "magnitude-0.5", "wanda-0.5", "recommended: "))
     assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)
+
+
+def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
+    base = {"samples": 4, "seq_len": 32}
+    cells = cells_of(base, methods=["wanda", "sparsellm"], sparsities=[0.3], efforts=[0, 2], values=["keep", "int4"])
+    assert {name: (cell.method, cell.effort, cell.values) for name, cell in cells.items()} == {
+        "wanda-0.3": ("wanda", None, "keep"),
+        "sparsellm-0.3-effort0": ("sparsellm", 0, "keep"),
+        "sparsellm-0.3-effort2": ("sparsellm", 2, "keep"),
+        "wanda-0.3-int4": ("wanda", None, "int4"),
+        "sparsellm-0.3-effort0-int4": ("sparsellm", 0, "int4"),
+        "sparsellm-0.3-effort2-int4": ("sparsellm", 2, "int4"),
+    }
+    with pytest.raises(RecipeError, match="effort is known to none of the methods wanda"):
+        cells_of(base, methods=["wanda"], sparsities=[0.3], efforts=[1])
+
+
+def test_options_of_compare_mean_what_they_mean_in_prune(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(model: str, **settings: Any) -> None:
+        given.update(settings)
+        raise RecipeError("enough")
+
+    monkeypatch.setattr(compare, "compare", stop)
+    words = "--sparsity 0.3 --samples 3 --seq-len 16 --text-seq-len 8 --memory 4GiB --device cpu --effort 1,2 --quiet"
+    assert run("compare", "m", "--out", tmp_path, *words.split(), "--values", "int8")[2] == "error: enough\n"
+    assert list(given["cells"]) == ["sparsellm-0.3-effort1-int8", "sparsellm-0.3-effort2-int8"]
+    recipe = given["cells"]["sparsellm-0.3-effort2-int8"]
+    assert (recipe.samples, recipe.seq_len, recipe.memory, recipe.device) == (3, 16, "4GiB", "cpu")
+    assert given["protocol"].seq_len == 8
+
+
+def test_the_functions_of_the_commands_are_in_the_package() -> None:
+    for name in ("bench", "cells_of", "compare", "generate", "write_comparison", "write_report"):
+        assert callable(getattr(sparsellm, name)), name

@@ -26,7 +26,7 @@ SMALL = {
     "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
     "generate": "--max-new-tokens 2",
     "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
-    "compare": "--seq-len 32 --max-tokens 256 --set samples=4 --set seq_len=32",
+    "compare": "--text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32",
 }
 RUN = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
 

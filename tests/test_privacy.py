@@ -47,6 +47,7 @@ def test_no_file_for_others_names_the_machine(home: Path, run: Any) -> None:
     model, text, out = home / "models" / "tiny", home / "texts" / "words.txt", home / "out"
     secret = {USER, HOST, str(home.parent), sys.prefix, os.path.dirname(os.getcwd()), socket.gethostname()}
     measured = ("--text", f"file:{text}", "--seq-len", 32, "--max-tokens", 256)
+    grid = ("--text", f"file:{text}", "--text-seq-len", 32, "--max-tokens", 256)
     plugins = [f"--plugin={home / folder / 'mine.py'}" for folder in ("first", "second")]
     half, again, packed = out / "half", out / "other" / "half", out / "packed"
     commands: list[tuple[object, ...]] = [
@@ -62,7 +63,7 @@ def test_no_file_for_others_names_the_machine(home: Path, run: Any) -> None:
         ("report", half, again, packed, "--out", out / "all.html"),
         ("card", half),
         ("card", packed),
-        ("compare", model, "--out", out / "grid", "--method=magnitude,wanda", "--calibration", text, *measured, *SMALL),
+        ("compare", model, "--out", out / "grid", "--method=magnitude,wanda", "--calibration", text, *grid, *SMALL),
     ]  # fmt: skip
     for command in commands:
         code, _, said = run(*command)

@@ -15,30 +15,42 @@ from sparsellm.version import __version__
 
 if TYPE_CHECKING:
     from sparsellm.api import PruneResult, card, evaluate, inspect, prune, push
+    from sparsellm.cells import Protocol, cells_of, compare
     from sparsellm.console import progress as show_progress
     from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
+    from sparsellm.evaluation.speed import compared_speed as bench
     from sparsellm.recipe import Recipe
     from sparsellm.records import Evaluation
+    from sparsellm.report.comparison import write_comparison
+    from sparsellm.report.document import write_report
+    from sparsepack.generation import generate
     from sparsepack.loading import load
 
 _MODULES = {
     "sparsellm.api": ("PruneResult", "card", "evaluate", "inspect", "prune", "push"),
+    "sparsellm.cells": ("Protocol", "cells_of", "compare"),
     "sparsellm.console": ("show_progress",),
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
     "sparsellm.errors": ("SparseLLMError",),
+    "sparsellm.evaluation.speed": ("bench",),
     "sparsellm.recipe": ("Recipe",),
     "sparsellm.records": ("Evaluation",),
+    "sparsellm.report.comparison": ("write_comparison",),
+    "sparsellm.report.document": ("write_report",),
+    "sparsepack.generation": ("generate",),
     "sparsepack.loading": ("load",),
 }
 
 __all__ = ["Evaluation", "PackResult", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
-__all__ += ["card", "evaluate", "inspect", "load", "pack", "prune", "push", "show_progress", "unpack"]
+__all__ += ["Protocol", "bench", "card", "cells_of", "compare", "evaluate", "generate", "inspect", "load", "pack"]
+__all__ += ["prune", "push", "show_progress", "unpack", "write_comparison", "write_report"]
+_OTHER_NAMES = {"show_progress": "progress", "bench": "compared_speed"}  # in their modules
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and transformers when they are first needed, so that ``sparsellm --help`` is fast."""
     for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(module), "progress" if name == "show_progress" else name)
+            return getattr(importlib.import_module(module), _OTHER_NAMES.get(name, name))
     raise AttributeError(f"module 'sparsellm' has no attribute {name!r}")

@@ -237,43 +237,52 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     option("--pattern N:M", "Patterns, with commas: 2:4,4:8.", WHAT, default=""),
     *use.RECIPE,
     use.PLUGIN,
-    field("calibration"),
+    option("--effort LIST", "Efforts of the sweep, with commas: 0,1,2.", WHAT, default=""),
+    option("--values TYPES", "Types of the kept values, with commas: keep,int4. As in prune.", WHAT, default=""),
+    *map(field, ("calibration", "samples", "seq_len", "memory", "device")),
     option("--text SOURCE", "Text to measure on, as in eval.", TEXT, default="pydoc", values=SOURCES),
-    *use.WINDOW,
-    use.PACKED_VALUES,
+    option("--text-seq-len N", "Tokens in a window of that text.", TEXT, shown=use.SEQ_LEN),
+    use.MAX_TOKENS,
     flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),
     option("--recover SHARE", "Recommend the smallest model with this recovery, such as 0.95.", MEASURE),
     option("--max-bytes SIZE", "Recommend among packed models up to this size, such as 1GB.", MEASURE),
     use.TRUST,
     use.out("Directory of the comparison; an earlier one goes on."),
-    use.JSON,
+    *use.REPORTING,
     examples=(
         "sparsellm compare demo --out grid --sparsity 0.5,0.7 --method wanda,sparsellm",
-        "sparsellm compare demo --out grid --sparsity 0.5,0.6,0.7 --recover 0.9",
+        "sparsellm compare demo --out grid --sparsity 0.3,0.5 --values int8,int4 --recover 0.9",
     ),
 )
 def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
-    """Prune MODEL by every method at every sparsity, and measure each against it.
+    """Prune MODEL by every method, at every sparsity, effort and type of values, and measure each against it.
 
     With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
     is a checkpoint in DIR.
     """
     interrupts.keeps(f"finished runs and blocks are kept in {out}")
-    from sparsellm import compare as grid
+    from sparsellm import cells as grid
     from sparsellm import tables
     from sparsellm.inputs import parse_bytes, parse_yaml
 
-    methods, patterns, fractions = (use.listed(options.pop(name)) for name in ("method", "pattern", "sparsity"))
-    sparsities = [parse_yaml(fraction, "--sparsity") for fraction in fractions]
+    asked = {name: use.listed(options.pop(name)) for name in ("method", "pattern", "sparsity", "effort", "values")}
+    numbers = {name: [parse_yaml(each, f"--{name}") for each in asked[name]] for name in ("sparsity", "effort")}
     recover, most = options.get("recover"), options.get("max_bytes")
     if recover is not None and not 0 < recover <= 1:
         raise RecipeError(f"--recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
-    measured = (options.pop(name, None) for name in ("text", "seq_len", "max_tokens", "values", "speed"))
+    measured = (options.pop(name, None) for name in ("text", "text_seq_len", "max_tokens", "speed"))
     protocol = grid.Protocol(*measured)  # type: ignore[arg-type]
     result = grid.compare(
         model,
         out=out,
-        cells=grid.cells_of(use.take_recipe(options), methods=methods, sparsities=sparsities, patterns=patterns),
+        cells=grid.cells_of(
+            use.take_recipe(options),
+            methods=asked["method"],
+            patterns=asked["pattern"],
+            values=asked["values"],
+            sparsities=numbers["sparsity"],
+            efforts=numbers["effort"],
+        ),
         protocol=protocol,
         recover=recover,
         max_bytes=parse_bytes(most) if most is not None else None,

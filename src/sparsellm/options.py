@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from typer.models import OptionInfo
 
 from sparsellm.errors import RecipeError, refusal
-from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, help_of, option_of
+from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, SEQ_LEN, WHAT, Recipe, help_of, option_of
 
 TEXT, MEASURE, VALUES, SERVER = "Text", "Measurement", "Values", "Server"  # panels of --help
 Made = TypeVar("Made", bound=BaseModel)
@@ -135,10 +135,8 @@ def listed(text: str) -> list[str]:
 
 # Options of several commands
 ONE_MODEL = argument("MODEL", "Checkpoint directory, hub id, .gguf file, or 'demo'.")
-WINDOW = [
-    option("--seq-len N", "Tokens in a window.", TEXT, shown="2048, or the limit of the model"),
-    option("--max-tokens N", "Most tokens of the text to use.", TEXT, shown="all"),
-]
+MAX_TOKENS = option("--max-tokens N", "Most tokens of the text to use.", TEXT, shown="all")
+WINDOW = [option("--seq-len N", "Tokens in a window.", TEXT, shown=SEQ_LEN), MAX_TOKENS]
 TRUST = flag("--trust-remote-code", "Run modelling code that comes with the checkpoint.", RESOURCES)
 PLUGIN = option(
     "--plugin FILE|MODULE",

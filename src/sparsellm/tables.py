@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparsellm.api import MatrixZeros, PruneResult
-    from sparsellm.compare import GridResult
+    from sparsellm.cells import GridResult
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.recipe import Recipe

@@ -56,7 +56,7 @@ def test_a_signal_stops_and_says_what_is_kept(signum: signal.Signals, llama: Pat
 
 def test_a_comparison_says_what_is_kept(llama: Path, tmp_path: Path, run: Any) -> None:
     grid = ["compare", llama, "--out", tmp_path / "grid", "--sparsity=0.5", "--method=magnitude", "--text=pydoc"]
-    grid += ["--calibration=pydoc", "--seq-len=32", "--max-tokens=64", "--set=samples=2", "--set=seq_len=16"]
+    grid += ["--calibration=pydoc", "--text-seq-len=32", "--max-tokens=64", "--samples=2", "--seq-len=16"]
     code, line = stopped(tmp_path, signal.SIGINT, *grid)
     assert code == 130
     assert line.startswith(f"interrupted (SIGINT); finished runs and blocks are kept in {tmp_path / 'grid'}; the same")

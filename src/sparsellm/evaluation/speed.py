@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsellm.machine import machine_name, resolve_device
-from sparsellm.progress import Progress, ProgressCallback
+from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import Benchmark, Stamp
 from sparsellm.version import __version__
 from sparsepack import bench
@@ -23,9 +23,9 @@ def stamp(device: torch.device) -> Stamp:
 
 def compared_speed(
     packed: str | os.PathLike[str],
-    dense: str | os.PathLike[str] | None,
+    dense: str | os.PathLike[str] | None = None,
     *,
-    progress: ProgressCallback,
+    progress: ProgressCallback = ignore,
     device: str = "cpu",
     **settings: Any,
 ) -> Benchmark:

@@ -11,15 +11,14 @@ import math
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from sparsellm import api
 from sparsellm.calibration.sources import check_source, default_source
 from sparsellm.calibration.texts import text_file
-from sparsellm.convert import Values, pack
+from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
@@ -35,7 +34,6 @@ from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
 from sparsellm.storage.results import append_result
-from sparsepack.codes import resolve_value_type
 
 GRID, PAGE = "compare.json", "compare.html"  # the record of a grid, and its page, in the directory of the grid
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
@@ -80,12 +78,11 @@ class GridResult(Record):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the cells are measured: arguments of :func:`sparsellm.evaluate` and of :func:`sparsellm.pack`."""
+    """How the cells are measured: arguments of :func:`sparsellm.evaluate`."""
 
     text: str
     seq_len: int | None = None
     max_tokens: int | None = None
-    values: Values = "keep"
     speed: bool = False  # whether that of decoding is measured
 
 
@@ -114,7 +111,6 @@ def compare(
             holds other files, a grid or a cell with other settings, or is in use by another process.
     """
     place = check_place(out)
-    resolve_value_type(protocol.values, torch.float32)
     first = next(iter(cells.values()))
     dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
     windows = dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
@@ -222,10 +218,13 @@ def cells_of(
     methods: Sequence[str],
     sparsities: Sequence[float] = (),
     patterns: Sequence[str] = (),
+    efforts: Sequence[int] = (),
+    values: Sequence[str] = (),
 ) -> dict[str, Recipe]:
-    """The recipes of a grid by name: every method at every sparsity, then at every pattern. The other settings are
-    those of ``base``, whose options hold for the methods that have them, and those of a sweep for the methods with one.
-    A RecipeError if nothing is asked for, something is named twice or wrong, or no method has an option of the base."""
+    """The recipes of a grid by name: every method at every sparsity, then at every pattern; each with every effort, if
+    the method has a sweep, and with every type of values. The other settings are those of ``base``, whose options hold
+    for the methods that have them, and those of a sweep for the methods with one. A RecipeError if nothing is asked
+    for, something is named twice or wrong, or no method has an option of the base."""
     recipe = Recipe.of(base)
     if not methods or not (sparsities or patterns):
         raise RecipeError("a comparison needs one method or more, and one sparsity or pattern or more")
@@ -233,20 +232,23 @@ def cells_of(
     for option in recipe.options:
         if not any(option in entry.options.model_fields for entry in entries):
             raise RecipeError(f"option {option} is known to none of the methods {', '.join(methods)}; leave it out")
-    swept = [field for field in SWEEP if getattr(recipe, field) is not None]
+    swept = [field for field in SWEEP if getattr(recipe, field) is not None or (field == "effort" and efforts)]
     if swept and all(entry.effort is None for entry in entries):
         raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
     cells: dict[str, Recipe] = {}
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
     targets += [{"pattern": pattern} for pattern in patterns]
-    for target in targets:
-        for entry in entries:
-            options = {key: value for key, value in recipe.options.items() if key in entry.options.model_fields}
-            without = dict.fromkeys(swept) if entry.effort is None else {}
-            one = recipe.updated(method=entry.name, options=options, **without, **target)
+    typed: list[Settings] = [{"values": each} for each in values] or [{}]
+    for target, entry, kept in product(targets, entries, typed):
+        options = {key: value for key, value in recipe.options.items() if key in entry.options.model_fields}
+        without = dict.fromkeys(swept) if entry.effort is None else {}
+        for sweep in [{"effort": each} for each in efforts if entry.effort is not None] or [{}]:
+            one = recipe.updated(method=entry.name, options=options, **{**without, **sweep}, **target, **kept)
             name = f"{entry.name}-{one.pattern.replace(':', '-') if one.pattern else format(one.sparsity, 'g')}"
+            name += f"-effort{one.effort}" if sweep else ""
+            name += f"-{one.values}" if one.values != "keep" else ""
             if name in cells:
-                raise RecipeError(f"{name} is asked for twice; name each method, sparsity and pattern once")
+                raise RecipeError(f"{name} is asked for twice; name each value of an option once")
             cells[name] = one
     return cells
 
@@ -281,8 +283,7 @@ def _resumed(place: Path, grid: Grid) -> Pruning | None:
     if not (place / PRUNING).is_file():
         return None
     pruned = read_pruning(place)
-    settled = ["samples", "seq_len", "calibration_file"]  # the run may have settled two, and does not know the last
-    settled += ["calibration"] if grid.begun[place.name]["calibration"] is None else []
+    settled = ("samples", "seq_len", "calibration_file")  # the run may have settled two, and does not know the last
     asked = {name: value for name, value in grid.begun[place.name].items() if name not in settled}
     _check_same(place, {**pruned.recipe, "model": pruned.base.digest}, {**asked, "model": grid.settings["model"]})
     return pruned
@@ -296,7 +297,7 @@ def _measure(
     pruned = _resumed(place, grid) or prune(request, progress).record
     target = place.with_name(f"{place.name}{PACKED}")
     ours = (target / PRUNING).is_file() and has_digest(target / PRUNING, sha256(place / PRUNING))
-    packed = pack(place, out=target, values=protocol.values, overwrite=ours, allow_copy=True, progress=progress)
+    packed = pack(place, out=target, values=recipe.values, overwrite=ours, allow_copy=True, progress=progress)
     evaluation = api.evaluate(
         packed.path,
         protocol.text,
@@ -308,7 +309,7 @@ def _measure(
         trust_remote_code=request.trust_remote_code,
         progress=progress,
     )
-    for directory in [packed.path, place] if protocol.values == "keep" else [packed.path]:  # else another model
+    for directory in [packed.path, place] if recipe.values == "keep" else [packed.path]:  # else another model
         append_result(directory, evaluation)
         api.card(directory)
     speeds = None
