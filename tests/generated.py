@@ -64,11 +64,12 @@ class Command:
 
 
 RECORDS = ("pruning.json", "results.json", "config.json", "README.md", "report.html", "recipe.yaml", "packed.json")
+RECORDS += ("sparsellm-files.json",)
 COMMANDS: dict[str, Command] = {
     "report": Command(
         ("report", "pruned"),
         tuple(f"pruned/{name}" for name in RECORDS),
-        ("{first}/report.html", "{out}"),
+        ("{first}/report.html", "{first}/sparsellm-files.json", "{out}"),
     ),
     "report of two": Command(
         ("report", "pruned", "packed", "--out=page.html"),
@@ -76,7 +77,11 @@ COMMANDS: dict[str, Command] = {
         ("{out}",),
         positional=2,
     ),
-    "card": Command(("card", "pruned"), tuple(f"pruned/{name}" for name in RECORDS), ("{first}/README.md",)),
+    "card": Command(
+        ("card", "pruned"),
+        tuple(f"pruned/{name}" for name in RECORDS),
+        ("{first}/README.md", "{first}/sparsellm-files.json"),
+    ),
     "push": Command(
         ("push", "packed", "me/model"),
         tuple(f"packed/{name}" for name in (*RECORDS, "model.safetensors.index.json", "added.txt")),
