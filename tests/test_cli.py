@@ -32,7 +32,7 @@ def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) ->
     assert report["peak_rss_bytes"] > 0
     assert {"read", "prune", "forward", "write"} <= report["seconds"].keys()
     assert report["recipe"]["samples"] == 4
-    assert json.loads((out / "pruning.json").read_text()) == report
+    assert {"path": str(out), **json.loads((out / "pruning.json").read_text())} == report
 
     code, stdout, _ = run("inspect", out, "--json")
     assert code == 0
