@@ -14,9 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
 
-from sparsellm import demo
-from sparsellm.storage.directory import WorkingDirectory
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models import save_tiny, tiny_tokenizer
 
 SMALL = ("--samples", 4, "--seq-len", 32)
 
@@ -179,36 +177,3 @@ def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path
     command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "2"]
     done = subprocess.run([*command, "--seq-len", "16", "--method", "wanda", "--json"], capture_output=True, check=True)
     assert json.loads(done.stdout)["path"] == str(tmp_path / "p")
-
-
-def test_an_unfinished_demo_of_another_release_begins_anew(
-    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = save_tiny(tiny_llama(max_position_embeddings=1024), tiny_tokenizer(), tmp_path / "model")
-    monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
-    for name, small in {"SAMPLES": 2, "SEQ_LEN": 64, "EVALUATION_TOKENS": 256}.items():
-        monkeypatch.setattr(demo, name, small)
-    WorkingDirectory(tmp_path / "p" / "pruned", {"a": 1}).close()
-    code, _, stderr = run("demo", "--out", tmp_path / "p", columns=1000)
-    assert code == 2
-    assert "give --restart" in stderr
-    code, stdout, stderr = run("demo", "--out", tmp_path / "p", "--restart", columns=80)
-    assert code == 0, stderr
-    assert sum(line.startswith("┏") for line in stdout.splitlines()) == 1
-    assert "50.00%" in stdout
-    code, _, stderr = run("demo", "--out", tmp_path / "p")
-    assert code == 2
-    assert "give --overwrite" in stderr
-    code, stdout, stderr = run("demo", "--out", tmp_path / "p", "--overwrite", "--sparsity", 0.75, "--json")
-    assert code == 0, stderr
-    found = json.loads(stdout)
-    assert found["sparsity_pruned"] == pytest.approx(0.75, abs=1e-3)
-    assert 0 < found["evaluation"]["against"]["kl"] < 10
-    assert 0 < found["evaluation"]["against"]["agreement"] < 1
-    assert found["speeds"]["packed_bytes"] < found["speeds"]["dense_bytes"]
-    assert found["speeds"]["packed_disk_bytes"] < found["speeds"]["dense_disk_bytes"]
-    pruned, packed = (json.loads((tmp_path / "p" / name / "results.json").read_text()) for name in ("pruned", "packed"))
-    assert (len(pruned["evaluations"]), len(packed["evaluations"])) == (1, 0)
-    assert len(pruned["benchmarks"]) == len(packed["benchmarks"]) == 1
-    assert [text["dense"] for text in pruned["continuations"]] == [found["continuations"]["dense"]]
-    assert (tmp_path / "p" / "packed" / "config.json").is_file()

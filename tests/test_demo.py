@@ -21,6 +21,7 @@ from sparsellm.errors import ModelError
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.gguf import gguf_checkpoint
+from sparsellm.storage.directory import WorkingDirectory
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -67,20 +68,45 @@ def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch
     assert cache_dir() == tmp_path / "chosen"
 
 
-def test_the_card_of_the_demo_has_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+def test_an_unfinished_demo_begins_anew_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
     """The demo on another model, and on less text."""
     sizes = {"SAMPLES": 4, "SEQ_LEN": 32, "EVALUATION_TOKENS": 256, "PROMPT_TOKENS": 4, "NEW_TOKENS": 2, "ROUNDS": 1}
     for name, size in {**sizes, "TEXT_TOKENS": 4}.items():
         monkeypatch.setattr(demo, name, size)
-    model = save_tiny(tiny_llama(intermediate_size=96), tiny_tokenizer(), tmp_path / "model")  # rows of whole groups
+    # Rows of whole groups, and as many positions as the question has tokens
+    dense = tiny_llama(intermediate_size=96, max_position_embeddings=1024)
+    model = save_tiny(dense, tiny_tokenizer(), tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
-    code, _, said = run("demo", "--out", tmp_path / "demo")
-    assert code == 0, said
+    out = tmp_path / "p"
+    WorkingDirectory(out / "pruned", {"a": 1}).close()
+    code, _, stderr = run("demo", "--out", out, columns=1000)
+    assert code == 2
+    assert "give --restart" in stderr
+    code, stdout, stderr = run("demo", "--out", out, "--restart", columns=80)
+    assert code == 0, stderr
+    assert [line for line in stdout.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
+    assert "30% zeros" in stdout
     for form in ("pruned", "packed"):
-        card = (tmp_path / "demo" / form / "README.md").read_text(encoding="utf-8")
+        card = (out / form / "README.md").read_text(encoding="utf-8")
         assert "Not evaluated yet" not in card
         assert "| perplexity |" in card
+    code, _, stderr = run("demo", "--out", out)
+    assert code == 2
+    assert "give --overwrite" in stderr
+    code, stdout, stderr = run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json")
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["sparsity_pruned"] == pytest.approx(0.75, abs=1e-3)
+    forms, speeds = report["forms"], report["speeds"]
+    assert 0 < forms["packed"]["evaluation"]["against"]["kl"] < 10
+    assert forms["packed"]["weight_bytes"] < forms["dense"]["weight_bytes"]
+    assert speeds["packed_disk_bytes"] < speeds["dense_disk_bytes"]
+    pruned, packed = (json.loads((out / name / "results.json").read_text()) for name in ("pruned", "packed"))
+    assert len(pruned["evaluations"]) == len(packed["evaluations"]) == 1
+    assert len(pruned["benchmarks"]) == len(packed["benchmarks"]) == 1
 
 
 def test_the_other_form_has_the_numbers_of_q4_0() -> None:

@@ -150,9 +150,9 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
         row("tokens/s by transformers", eager, "", f"(×{pair.ratio.dense_by_transformers:.2f})")
     row("peak memory of decoding", *("" if form.peak_rss is None else _megabytes(form.peak_rss) for form in forms))
     out().print(shown)
-    zeros, bits = f"{result.pruned.sparsity_pruned:.0%} zeros", f"{result.pruned.bits_per_weight:.2f} bits a weight"
-    took = f"pruned in {duration(result.seconds['prune'])} with {result.pruned.peak_rss_bytes / 1e9:.2f} GB of memory"
-    say(f"pruned: {zeros}, {bits} in the linears, int8 embedding; {took}")
+    pruned = result.pruned
+    say(f"packed: {pruned.sparsity_pruned:.0%} zeros, {pruned.bits_per_weight:.2f} bits a weight, embedding in int8")
+    say(f"pruned in {duration(result.seconds['prune'])} with {pruned.peak_rss_bytes / 1e9:.2f} GB of memory")
     texts = result.texts
     answers = table((visible(texts.prompt), ""), ())
     answers.add_row("dense", Text(visible(texts.dense.strip())))
@@ -160,7 +160,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     out().print(answers)
     say(f"everything took {duration(sum(result.seconds.values()))}")
     for name, path in (
-        ("pruned", result.pruned.path),
+        ("pruned", pruned.path),
         ("packed", result.packed_path),
         ("report", result.packed_path / "report.html"),
     ):
