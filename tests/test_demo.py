@@ -88,7 +88,7 @@ def test_an_unfinished_demo_begins_anew_and_is_replaced(
     code, stdout, stderr = run("demo", "--out", out, "--restart", columns=80)
     assert code == 0, stderr
     assert [line for line in stdout.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
-    assert "30% zeros" in stdout
+    assert "31% zeros" in stdout  # rounding makes some more
     for form in ("pruned", "packed"):
         card = (out / form / "README.md").read_text(encoding="utf-8")
         assert "Not evaluated yet" not in card
