@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -21,19 +20,7 @@ from sparsellm.sources import cache
 from sparsellm.sources.cache import cached
 from sparsellm.sources.gguf import gguf_checkpoint
 from tests.models import tiny_llama, tiny_tokenizer
-
-CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+from tests.models.in_gguf import CHAT, write_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -44,58 +31,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def u32(*numbers: int) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers)
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows in llama.cpp's order: it rotates neighbouring pairs, Hugging Face the two halves of a head."""
-    half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(model: LlamaForCausalLM, path: Path, kind: gguf.GGMLQuantizationType, arch: str = "llama") -> None:
-    """Write a Llama as llama.cpp's own converter does; matrices in ``kind``, norms in F32."""
-    config, tokenizer = model.config, tiny_tokenizer()
-    writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
-    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokenizer) - 2))
-    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(CHAT)
-    for name, parameter in model.state_dict().items():
-        weight = parameter.numpy()
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            weight = interleaved(weight, heads)
-        if weight.ndim == 1:
-            writer.add_tensor(gguf_name(name), weight)
-        else:
-            writer.add_tensor(gguf_name(name), gguf.quantize(weight, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_name(name: str) -> str:
-    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem = name.removesuffix(".weight")
-    if stem in outside:
-        return f"{outside[stem]}.weight"
-    block, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{block}.{NAMES[part]}.weight"
 
 
 def quantized_llama(kind: gguf.GGMLQuantizationType) -> LlamaForCausalLM:

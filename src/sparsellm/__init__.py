@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.speed import compared_speed as bench
+    from sparsellm.exports.door import ExportResult, export
     from sparsellm.recipe import Recipe
     from sparsellm.records import Evaluation
     from sparsellm.report.comparison import write_comparison
@@ -34,6 +35,7 @@ _MODULES = {
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
     "sparsellm.errors": ("SparseLLMError",),
     "sparsellm.evaluation.speed": ("bench",),
+    "sparsellm.exports.door": ("ExportResult", "export"),
     "sparsellm.recipe": ("Recipe",),
     "sparsellm.records": ("Evaluation",),
     "sparsellm.report.comparison": ("write_comparison",),
@@ -42,9 +44,9 @@ _MODULES = {
     "sparsepack.loading": ("load",),
 }
 
-__all__ = ["Evaluation", "PackResult", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
-__all__ += ["Protocol", "bench", "card", "cells_of", "compare", "evaluate", "generate", "inspect", "load", "pack"]
-__all__ += ["prune", "push", "show_progress", "unpack", "write_comparison", "write_report"]
+__all__ = ["Evaluation", "ExportResult", "PackResult", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
+__all__ += ["Protocol", "bench", "card", "cells_of", "compare", "evaluate", "export", "generate", "inspect", "load"]
+__all__ += ["pack", "prune", "push", "show_progress", "unpack", "write_comparison", "write_report"]
 _OTHER_NAMES = {"show_progress": "progress", "bench": "compared_speed"}  # in their modules
 
 

@@ -364,6 +364,45 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
 
 
 @_command(
+    argument("DIRECTORY", "A checkpoint that was pruned with --grid, or its packed form."),
+    option(
+        "--to FORMAT", "gguf or compressed-tensors.", default=Parameter.empty, values=("gguf", "compressed-tensors")
+    ),
+    option("--out PLACE", "The .gguf file, or the directory.", default=Parameter.empty, kind=Path),
+    option(
+        "--like FILE",
+        "For GGUF, to copy the rest from: the file that was pruned, or that llama.cpp made of the dense model.",
+        use.VALUES,
+    ),
+    option("--model MODEL", "For GGUF: the dense model.", use.VALUES, shown="--like, converted"),
+    option(
+        "--head TYPE",
+        "For GGUF: embedding and output head: keep (the type of --like) or q8_0.",
+        use.VALUES,
+        default="keep",
+        values=("keep", "q8_0"),
+    ),
+    use.SAVE,
+    *use.WRITING,
+    examples=(
+        "sparsellm export pruned --to gguf --out model.gguf --like model-bf16.gguf",
+        "sparsellm export pruned --to compressed-tensors --out for-vllm",
+    ),
+)
+def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed:
+    """Write DIRECTORY for llama.cpp (GGUF) or vLLM (compressed-tensors), without loss."""
+    from sparsellm import tables
+    from sparsellm.exports import door
+    from sparsellm.storage import results
+
+    place = _kept_in(directory, save=save)
+    result = door.export(directory, progress=progress, **options)
+    saved = results.append_result(place, result.record) if place is not None else None
+    content = {**result.to_dict(), "results": saved and str(saved)}
+    return content, lambda: tables.print_exported(result, saved)
+
+
+@_command(
     argument("DIRECTORY", "A checkpoint that prune wrote and eval measured."),
     flag("--force", "Replace a card that was edited."),
     use.JSON,

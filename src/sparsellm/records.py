@@ -426,6 +426,19 @@ class Continuation(Measurement):
     pruned: str
 
 
+class Export(Stamp):
+    """A file, or a directory, that ``sparsellm export`` wrote for other programs."""
+
+    to: str  # the format: gguf or compressed-tensors
+    grid: str
+    name: str  # of the file or directory, without the place
+    bytes: Count  # of the file, or of the weight files in the directory
+    runs_in: str  # the programs that read it
+
+    def __str__(self) -> str:
+        return f"{self.to}, {self.grid}; runs in {self.runs_in}"
+
+
 class Results(Measurement):
     """The contents of ``results.json``."""
 
@@ -433,3 +446,9 @@ class Results(Measurement):
     evaluations: list[Evaluation] = []
     benchmarks: list[Benchmark] = []
     continuations: list[Continuation] = []
+    exports: list[Export] = []
+
+    @property
+    def files(self) -> list[Export]:
+        """The latest export into each file or directory."""
+        return list({(each.to, each.name): each for each in self.exports}.values())

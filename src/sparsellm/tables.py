@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsellm.cells import GridResult
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
+    from sparsellm.exports.door import ExportResult
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix
     from sparsellm.registry import Registry
@@ -192,6 +193,22 @@ def print_packed(result: PackResult) -> None:
     head = "in int8" if result.head else "unchanged"
     say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, {head}")
     say(f"written to {result.path}")
+
+
+def print_exported(result: ExportResult, saved: Path | None) -> None:
+    """Prints the size of an export, what its zeros cost there, and where it runs."""
+    record = result.record
+    if result.sparsity:
+        say(
+            f"note: {record.to} stores the {result.sparsity:.0%} of zeros like other values: the linears take "
+            f"{result.linear_bytes / 1e6:.1f} MB there, and {result.packed_bytes / 1e6:.1f} MB as `sparsellm pack` "
+            "stores them",
+            error=True,
+        )
+    say(f"{record.to}, {record.grid}: {record.bytes / 1e6:.1f} MB; it runs in {record.runs_in}")
+    say(f"written to {result.path}")
+    if saved is not None:
+        say(f"recorded in {saved}; `sparsellm card` and `sparsellm report` name it")
 
 
 def print_evaluation(result: Evaluation, saved: Path | None) -> None:

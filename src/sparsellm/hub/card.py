@@ -14,7 +14,7 @@ from sparsellm.errors import StorageError
 from sparsellm.inputs import HUB_ID, dump_yaml, read_object
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
-from sparsellm.records import PRUNING, Evaluation, Pruning, read_pruning
+from sparsellm.records import PRUNING, Evaluation, Export, Pruning, read_pruning
 from sparsellm.storage.contents import changing
 from sparsellm.storage.results import read_results
 from sparsepack.checkpoint import is_packed
@@ -50,22 +50,23 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 def card(directory: Checkpoint, *, force: bool = False) -> Path:
     """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
 
-    ``prune`` must have written the checkpoint, and ``evaluate`` measured it; ``force`` replaces a card that somebody
-    else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written.
+    ``prune`` must have written the checkpoint, and ``evaluate`` measured it or ``export`` read it; ``force`` replaces a
+    card that somebody else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written.
     """
     directory = Path(directory).expanduser()
     path = directory / CARD
     if not (directory / PRUNING).is_file():
         raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune` has written")
-    evaluations = read_results(directory).evaluations
-    if not evaluations:
+    results = read_results(directory)
+    if not results.evaluations and not results.exports:
         raise StorageError(f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again")
     run = read_pruning(directory)
     if not force and os.path.lexists(path) and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
+    text = card_text(run, results.evaluations, packed=is_packed(config), files=results.files)
     with changing(directory) as write:
-        return write(CARD, card_text(run, evaluations, packed=is_packed(config)).encode())
+        return write(CARD, text.encode())
 
 
 def is_unedited(path: Path) -> bool:
@@ -79,9 +80,23 @@ def is_unedited(path: Path) -> bool:
     return last == _MARK.format(_digest("".join(lines)))
 
 
-def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: bool = False) -> str:
+def card_text(
+    run: Pruning,
+    evaluations: Sequence[Evaluation] = (),
+    *,
+    packed: bool = False,
+    exported: Export | None = None,
+    files: Sequence[Export] = (),
+) -> str:
     """The text of a card, with a mark by which :func:`is_unedited` knows it. It does not name the directory, which may
-    be moved. Texts that come from files and users stand in code spans and blocks, so they are never markup."""
+    be moved. Texts that come from files and users stand in code spans and blocks, so they are never markup.
+
+    Args:
+        run, evaluations: what is known of the checkpoint.
+        packed: whether its weights are packed.
+        exported: the export that it is, if it is one.
+        files: what was exported from it.
+    """
     from huggingface_hub import ModelCard, ModelCardData  # takes a tenth of a second
 
     base = run.base.model if HUB_ID.fullmatch(run.base.model or "") else None
@@ -104,6 +119,8 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
         base=base,
         results=[(each.protocol, _rows(each)) for each in evaluations],
         packed=packed,
+        exported=exported,
+        files=files,
         settings=f"{fence}yaml\n{settings.rstrip()}\n{fence}",
         versions=", ".join(_code(f"{tool} {version}") for tool, version in run.versions.items()),
         code=_code,

@@ -92,7 +92,8 @@ def headline(record: Checkpoint) -> list[Row]:
     rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
     if pruning.matrices.weights > pruning.weights:
         rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
-    return [*rows, *_quality(record), *_tasks(record), *_sizes(record), *_speeds(record)]
+    files = [Row(f"File {each.name}", str(each), None, _megabytes(each.bytes)) for each in record.results.files]
+    return [*rows, *_quality(record), *_tasks(record), *_sizes(record), *files, *_speeds(record)]
 
 
 def commands_of(rows: Iterable[Row]) -> list[str]:

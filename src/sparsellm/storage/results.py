@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from sparsellm.errors import StorageError
-from sparsellm.records import PRUNING, RESULTS, Benchmark, Continuation, Evaluation, Results, read_record
+from sparsellm.records import PRUNING, RESULTS, Benchmark, Continuation, Evaluation, Export, Results, read_record
 from sparsellm.storage.contents import changing
 
 _ADVICE = "move the file elsewhere, or give --no-save"
@@ -36,7 +36,7 @@ def read_results(directory: Path) -> Results:
     return read_record(Results, path, _ADVICE) if path.is_file() else Results()
 
 
-def append_result(directory: Path, record: Evaluation | Benchmark | Continuation) -> Path:
+def append_result(directory: Path, record: Evaluation | Benchmark | Continuation | Export) -> Path:
     """Appends one record to results.json, which is replaced atomically, and returns the path of that file.
 
     The directory is locked from reading to writing, so that no record is lost if two processes append at once. Raises
@@ -51,5 +51,7 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
                 results.benchmarks.append(record)
             case Continuation():
                 results.continuations.append(record)
+            case Export():
+                results.exports.append(record)
         write(RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
     return directory / RESULTS

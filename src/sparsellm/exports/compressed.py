@@ -1,0 +1,102 @@
+"""Writes a directory in the format compressed-tensors, shard by shard, as vLLM and transformers load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsellm.chain.structure import iterate_linears
+from sparsellm.errors import MissingExtraError, ModelError
+from sparsellm.exports.linears import OnGrid
+from sparsellm.hub.card import CARD, card_text
+from sparsellm.inputs import read_object
+from sparsellm.progress import Progress, ProgressCallback
+from sparsellm.records import PRUNING, Export
+from sparsellm.storage.directory import WorkingDirectory
+from sparsellm.storage.results import read_results
+from sparsellm.storage.writer import CheckpointWriter, TensorSource
+
+_INT8_ACTIVATIONS = "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
+
+
+def check_compressed(model: OnGrid) -> None:
+    """Refuses a model with ``Conv1D`` (ModelError), for which the format has no form; a MissingExtraError without the
+    library."""
+    try:
+        from compressed_tensors.compressors.pack_quantized import helpers  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("this needs compressed-tensors: pip install 'sparsellm[export]'") from None
+    if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
+        raise ModelError(f"{min(names)} is a Conv1D, which compressed-tensors does not have; export to gguf")
+
+
+def write_compressed(model: OnGrid, work: WorkingDirectory, record: Export, progress: ProgressCallback) -> Export:
+    """Writes the directory, and returns the record with its size. After a failure no file is left."""
+    chain = model.chain
+    with work:
+        writer = CheckpointWriter(work, len(chain) + 1)
+        try:
+            writer.write_shard(len(chain), chain.outer_tensors())
+            for index in range(len(chain)):
+                progress(Progress("export", index, len(chain), chain.block_names[index]))
+                tensors: dict[str, Tensor] = {}
+                for key, stored in chain.stored_block(index).items():
+                    tensors |= _tensors(model, key) if key in model.linears else {key: stored}
+                writer.write_shard(index, {name: TensorSource.of(tensor) for name, tensor in tensors.items()})
+            progress(Progress("export", len(chain), len(chain)))
+            writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
+            config = read_object(writer.folder / "config.json")
+            writer.write_json("config.json", {**config, "quantization_config": quantization_config(model)})
+            size = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
+            written = record.model_copy(update={"bytes": size})
+            evaluations = read_results(model.reader.directory).evaluations  # the weights are the same
+            writer.write_text(CARD, card_text(model.run, evaluations, exported=written))
+        except BaseException:
+            work.discard()
+            raise
+        writer.finish()
+        return written
+
+
+def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
+    """The tensors of a linear: its numbers as they are, never divided by a scale again."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes, scales = model.codes(key)
+    if model.grid.name == _INT8_ACTIVATIONS:
+        return {key: codes, f"{key}_scale": scales}
+    words, shape = pack_to_int32(codes, model.grid.bits), torch.tensor(codes.shape)
+    return {f"{key}_packed": words, f"{key}_scale": scales, f"{key}_shape": shape}
+
+
+def quantization_config(model: OnGrid) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``. It ignores every linear that is not on the grid, by its name in
+    the model and by that in the checkpoint, where these differ. It has no ``sparsity_config``, which vLLM refuses."""
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
+    grid, chain = model.grid, model.chain
+    group = {"strategy": "group", "group_size": grid.group} if grid.group else {"strategy": "channel"}
+    weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=True, dynamic=False, **group)
+    inputs = None
+    if grid.name == _INT8_ACTIVATIONS:
+        inputs = QuantizationArgs(num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token")
+    exported = set(model.linears.values())
+    linears = [name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")]
+    dense = [name for name in linears if name not in exported]
+    dense += [gate.removesuffix(".weight") for gate in chain.gates]  # routers, which vLLM has as linears
+    keys = [
+        chain.key_of[f"{name}.weight"].removesuffix(".weight") for name in dense if f"{name}.weight" in chain.key_of
+    ]
+    return QuantizationConfig(
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
+        format="pack-quantized" if inputs is None else "int-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=sorted({*dense, *keys}),
+    ).model_dump(mode="json")

@@ -1,0 +1,121 @@
+"""The public function: settings, destination and sources are checked here, and the result is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sparsellm.arguments import Checkpoint, Out, PathGiven, checked
+from sparsellm.errors import ModelError, RecipeError, shown
+from sparsellm.evaluation.speed import stamp
+from sparsellm.exports.blocks import block_type
+from sparsellm.exports.compressed import check_compressed, write_compressed
+from sparsellm.exports.gguf_file import check_file, write_gguf
+from sparsellm.exports.linears import OnGrid, open_on_grid
+from sparsellm.exports.template import Template
+from sparsellm.progress import ProgressCallback, ignore
+from sparsellm.records import Export
+from sparsellm.sources.demo_model import demo_gguf
+from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.storage.directory import WorkingDirectory, check_destination
+from sparsellm.storage.reader import CheckpointReader, open_checkpoint
+from sparsepack.grids import GRIDS
+
+GGUF, COMPRESSED = "gguf", "compressed-tensors"
+RUNS_IN = {GGUF: "llama.cpp, Ollama, LM Studio", COMPRESSED: "vLLM; transformers, with the package compressed-tensors"}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written to ``path``: its record, and what the linears take there and in the packed format."""
+
+    path: Path
+    record: Export
+    sparsity: float  # zeros of the linears, which other formats store
+    linear_bytes: int
+    packed_bytes: int
+
+    def to_dict(self) -> dict[str, object]:
+        """All attributes as plain JSON values, as ``--json`` prints them."""
+        return {**vars(self), "path": str(self.path), "record": self.record.model_dump()}
+
+
+@checked
+def export(  # noqa: PLR0913 - the Python door
+    directory: Checkpoint,
+    *,
+    to: Literal["gguf", "compressed-tensors"],
+    out: Out,
+    like: PathGiven | None = None,
+    model: Checkpoint | None = None,
+    head: Literal["keep", "q8_0"] = "keep",
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
+) -> ExportResult:
+    """Writes a checkpoint that was pruned on a grid of another program as that program reads it, without loss.
+
+    Args:
+        directory: what ``prune`` wrote with a ``grid``, or its packed form.
+        to: ``gguf``, one file; or ``compressed-tensors``, a directory.
+        out: the file or directory.
+        like: for GGUF, the template: the file that was pruned, or that llama.cpp's converter made of the dense model.
+            All but the pruned linears comes from it. None for that of ``demo``.
+        model: for GGUF, the dense model, which shows the order of the template's rows; None to convert the template.
+        head: for GGUF, the type of embedding and head; ``keep`` for the template's.
+        overwrite: replace the file or the checkpoint in ``out``.
+        restart: remove the files that an unfinished run left for ``out``. An export is never resumed.
+        progress: called with the progress.
+
+    Raises:
+        RecipeError: a setting does not fit the format, or the values are on a grid that it does not have.
+        ModelError: checkpoint, dense model and template do not belong together, or one of them cannot be read.
+        StorageError: a weight is not on its grid, or ``out`` cannot be written. No file is left.
+        MissingExtraError: compressed-tensors is not installed.
+    """
+    if to == COMPRESSED and (like is not None or model is not None or head != "keep"):
+        raise RecipeError("like, model and head are settings of GGUF; leave them out for compressed-tensors")
+    place = check_file(out, overwrite=overwrite) if to == GGUF else check_destination(out, overwrite=overwrite)
+    source = checkpoint_directory(str(directory), "directory")
+    if to == COMPRESSED:
+        check_destination(out, overwrite=overwrite, sources=[source])
+    grids = [name for name, grid in GRIDS.items() if to == COMPRESSED or block_type(grid) is not None]
+    opened = open_on_grid(source, sorted(grids, key=lambda name: GRIDS[name].form != to))
+    record = Export(
+        **vars(stamp(torch.device("cpu"))), to=to, grid=opened.grid.name, name=place.name, bytes=0, runs_in=RUNS_IN[to]
+    )
+    if to == GGUF:
+        template = Template(_template(opened, like))
+        dense = _dense(template, model)
+        kind = None if head == "keep" else head.upper()
+        size = write_gguf(opened, dense, template, place, head=kind, progress=progress)
+        record = record.model_copy(update={"bytes": size})
+    else:
+        check_compressed(opened)
+        need = opened.reader.bytes
+        work = WorkingDirectory(place, {"kind": "export"}, overwrite=overwrite, restart=restart, need_bytes=need)
+        record = write_compressed(opened, work, record, progress)
+    run = opened.run
+    linear = sum(opened.grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
+    return ExportResult(place, record, run.sparsity_pruned, round(linear), opened.packed_bytes)
+
+
+def _template(opened: OnGrid, like: PathGiven | None) -> Path:
+    if like is not None:
+        return Path(like).expanduser()
+    if opened.run.base.name == "demo":
+        return demo_gguf()
+    raise RecipeError(
+        f"GGUF needs a file of the dense model {shown(opened.run.base.name)} as a template: give the one that was "
+        "pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
+    )
+
+
+def _dense(template: Template, model: Checkpoint | None) -> CheckpointReader:
+    try:
+        return open_checkpoint(checkpoint_directory(str(model or template.path)))
+    except ModelError as error:
+        raise ModelError(str(error) if model is not None else f"{error}, and name it with --model") from None

@@ -1,0 +1,92 @@
+"""A checkpoint whose linears are on a grid of another program: which they are, their numbers and their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsellm.chain import Chain, open_chain
+from sparsellm.errors import ModelError, RecipeError, StorageError, shown
+from sparsellm.records import PRUNING, PUT_BACK, Pruning, read_pruning
+from sparsellm.storage.reader import CheckpointReader, as_storage_error
+from sparsepack.grid import codes_of
+from sparsepack.grids import GRIDS, Grid
+from sparsepack.layout import predicted_bytes
+
+# What keeps values from other programs, by the type to which they were rounded
+_OWN = {
+    "keep": "its values were not rounded",
+    "int8": "its columns have exponents",
+    "int4": "its columns have exponents, and its groups follow the zeros",
+    "int3": "its levels are uneven, and its groups follow the zeros",
+}
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A checkpoint whose pruned linears are on a grid.
+
+    Attributes:
+        chain: the checkpoint, read block by block.
+        run: its ``pruning.json``.
+        linears: the names of pruned linears in the model, by the tensors of the checkpoint that have their weights.
+        transposed: tensors of linears that are stored as ``(in, out)``.
+    """
+
+    chain: Chain
+    run: Pruning
+    grid: Grid
+    linears: dict[str, str]
+    transposed: frozenset[str]
+
+    @property
+    def reader(self) -> CheckpointReader:
+        assert self.chain.reader is not None
+        return self.chain.reader
+
+    def codes(self, key: str) -> tuple[Tensor, Tensor]:
+        """Whole numbers, int8 ``(out, in)``, and scales, ``(out, groups)`` in the dtype of the weight, of a tensor. A
+        StorageError says that the weight is not on the grid."""
+        stored = self.reader.get(key)
+        weight = stored.t().contiguous() if key in self.transposed else stored
+        with as_storage_error():
+            codes, scales = codes_of(weight, self.grid, self.linears[key])
+        return codes, scales.to(weight.dtype)
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the packed format needs for the linears, with as many bits for a value."""
+        return sum(predicted_bytes(each.shape, each.zeros, self.grid.values) for each in self.run.linears)
+
+
+def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
+    """A checkpoint that was pruned on one of these grids.
+
+    Raises:
+        RecipeError: it is on another grid, or on none.
+        ModelError, StorageError: it cannot be read, its files contradict each other, or a linear is a part of a tensor.
+    """
+    if not (directory / PRUNING).is_file():
+        raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote")
+    chain, run = open_chain(directory, device=torch.device("cpu")), read_pruning(directory)
+    if run.grid not in grids:
+        own = f"a grid of its own ({_OWN.get(run.values, 'unknown')})"
+        there = f"the grid {run.grid}" if run.grid in GRIDS else own
+        advice = f"prune with --grid {grids[0]} (or {', '.join(grids[1:])})"
+        raise RecipeError(f"{directory} is on {there}, which this format does not have; {advice}")
+    views = {view.name: view for index in range(len(chain)) for view in chain.linears(index)}
+    linears: dict[str, str] = {}
+    for linear in run.linears:
+        if linear.name not in views:
+            raise StorageError(f"{directory / PRUNING}: the model has no linear {shown(linear.name)}; {PUT_BACK}")
+        weight = views[linear.name].weight_name
+        key = chain.key_of[weight]
+        if weight in chain.parts or chain.is_shared(weight) or not key.endswith(".weight"):
+            raise ModelError(f"{linear.name} has no tensor of its own in {directory} ({key}), so it is not exported")
+        linears[key] = linear.name
+    transposed = frozenset(chain.key_of[view.weight_name] for view in views.values() if view.transposed)
+    return OnGrid(chain, run, GRIDS[run.grid], linears, transposed)

@@ -1,0 +1,129 @@
+"""A GGUF file as a template: the names of its tensors in the checkpoint, and the order of their rows.
+
+llama.cpp's converter renames tensors, stacks those of experts, and for some families changes the order of rows (it
+rotates neighbouring pairs, Hugging Face the two halves of a head) or adds 1 to the weights of a norm. Nothing here says
+which family does what: the dense model's tensor must become the template's in one of these ways.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsellm.errors import ModelError, one_line, shown
+from sparsellm.sources.gguf_header import check_header
+
+EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NEAR = 0.1  # most relative squared error of rounded weights; two bits a weight have half of it, a wrong order two
+_PIECE = 1 << 22  # weights compared at a time
+
+
+@dataclass(frozen=True)
+class Change:
+    """What makes a tensor of GGUF out of one of a checkpoint: row ``i`` is row ``order[i]``, plus ``shift``."""
+
+    order: Tensor
+    shift: float = 0.0
+
+
+class Template:
+    """A GGUF file; ModelError if it cannot be read, is one of several, or has an unknown architecture."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            check_header(path)
+            self.reader = gguf.GGUFReader(path)
+        except ModelError:
+            raise
+        except Exception as error:  # a damaged file raises any of numpy's or gguf's errors
+            raise ModelError(f"--like {shown(str(path))} is not a readable GGUF file: {one_line(error)}") from None
+        if (self.value("split.count") or 1) > 1:
+            raise ModelError(f"--like {path} is one of several files; join them with llama-gguf-split --merge")
+        name = self.value("general.architecture")
+        known = {text: arch for arch, text in gguf.MODEL_ARCH_NAMES.items()}
+        if name not in known:
+            raise ModelError(f"--like {path} has the architecture {shown(name)}, which gguf does not know; update gguf")
+        self.arch, blocks = name, self.value(f"{name}.block_count")
+        if not isinstance(blocks, int):
+            raise ModelError(f"--like {path} has no {name}.block_count; give the GGUF of a language model")
+        self._names = gguf.get_tensor_name_map(known[name], blocks)
+
+    def value(self, key: str) -> object:
+        """The value of a key; None if it is absent."""
+        field = self.reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    def keys_of(self, keys: Sequence[str]) -> dict[str, list[str]]:
+        """The tensors of a checkpoint by their name in GGUF; those of experts, which it stacks, in their order."""
+        found: dict[str, dict[int, str]] = {}
+        for key in keys:
+            plain = re.sub(r"(?<=\.experts)\.\d+(?=\.)", "", key)
+            tried = (plain, plain.replace("language_model.", ""), f"model.{plain}")
+            names = (self._names.get_name(each, try_suffixes=(".weight", ".bias")) for each in tried)
+            name = next(filter(None, names), None)
+            if name is not None:
+                expert = re.search(r"(?<=\.experts\.)\d+(?=\.)", key)
+                found.setdefault(name, {})[int(expert.group()) if expert else 0] = key
+        return {name: [each for _, each in sorted(of.items())] for name, of in found.items()}
+
+    def change(self, tensor: gguf.ReaderTensor, dense: Tensor, orders: Sequence[Tensor]) -> Change | None:
+        """The change that makes ``tensor`` of the dense model's rows ``(rows, columns)``, by one of these orders.
+
+        A tensor in floating point must be equal, a quantised one near. None if no change does it, or several do.
+        """
+        shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
+        changes = [Change(order, shift) for order in orders for shift in shifts]
+        found = [change for change in changes if _fits(tensor, dense, change)]
+        return found[0] if len(found) == 1 else None
+
+
+def rows_of(tensor: gguf.ReaderTensor) -> int:
+    """The rows of a tensor, of all its matrices; a vector has one column."""
+    shape = tensor.shape.tolist()
+    return int(np.prod(shape[1:])) if len(shape) > 1 else int(shape[0])
+
+
+def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
+    """The orders of rows in which llama.cpp's converter may store a matrix, each once.
+
+    As they are; the halves of each head interleaved (Llama's q and k); or q, k and v apart that are stored next to each
+    other, those of each head or group of heads (BLOOM, GPT-NeoX, Falcon). ``groups`` are possible numbers of groups.
+    """
+    order = torch.arange(rows)
+    orders = [order]
+    for count in groups:
+        if rows % (2 * count) == 0:
+            orders.append(order.view(count, 2, -1).transpose(1, 2).reshape(-1))
+        if heads % count == 0 and rows % (heads + 2 * count) == 0:
+            each = order.view(count, heads // count + 2, -1)
+            orders.append(torch.cat([part.reshape(-1) for part in (each[:, :-2], each[:, -2], each[:, -1])]))
+    return [each for i, each in enumerate(orders) if not any(torch.equal(each, other) for other in orders[:i])]
+
+
+def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
+    dtype, error, energy = EXACT.get(tensor.tensor_type.name), 0.0, 0.0
+    for rows, known in _pieces(tensor):
+        ours = dense[change.order[rows]].float() + change.shift
+        if dtype is not None and not torch.equal(ours.to(dtype).float(), known):
+            return False
+        error, energy = error + float((ours - known).square().sum()), energy + float(known.square().sum())
+    return dtype is not None or error <= NEAR * energy
+
+
+def _pieces(tensor: gguf.ReaderTensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of a tensor at a time, in fp32."""
+    rows = rows_of(tensor)
+    stored = tensor.data.reshape(rows, -1)
+    few = max(1, _PIECE // max(1, tensor.n_elements // rows))
+    for start in range(0, rows, few):
+        part = slice(start, min(start + few, rows))
+        values = gguf.dequantize(np.ascontiguousarray(stored[part]), tensor.tensor_type)
+        yield part, torch.from_numpy(np.array(values, dtype=np.float32)).view(part.stop - start, -1)

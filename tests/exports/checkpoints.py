@@ -1,0 +1,49 @@
+"""Tiny checkpoints on the grids of other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from tests.models import _seeded, save_tiny, tiny_llama, tiny_tokenizer, windows
+from tests.models.families import LLAMA
+
+IDS = windows(4, 32)
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole groups of 32 columns
+
+
+def wide_llama(**changes: Any) -> PreTrainedModel:
+    """A Llama in bf16."""
+    return tiny_llama(**{**WIDE, "num_hidden_layers": 2, **changes}).to(torch.bfloat16)
+
+
+def family(name: str, **changes: Any) -> PreTrainedModel:
+    """A model of a family in bf16."""
+    config = getattr(transformers, f"{name}Config")(**{**LLAMA, **WIDE, **changes})
+    return _seeded(getattr(transformers, f"{name}ForCausalLM"), config, 0).to(torch.bfloat16)
+
+
+def mixtral() -> PreTrainedModel:
+    return family("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+
+
+def pruned(model: PreTrainedModel, place: Path, grid: str, **settings: Any) -> Path:
+    """The checkpoint of a run, half of it zeros, next to its dense model."""
+    dense = save_tiny(model, tiny_tokenizer(), place / "dense")
+    recipe = Recipe(**{"sparsity": 0.5, "grid": grid, "samples": 4, "seq_len": 32, "effort": 0, **settings})
+    out = place / f"pruned-{grid}"
+    sparsellm.prune(dense, recipe, out=out, calibration=IDS)
+    return out
+
+
+def logits(directory: Path, **options: Any) -> Tensor:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(directory, **options)
+        return model(IDS).logits

@@ -1,0 +1,58 @@
+"""The command: what it says of zeros, one line for a mistake, and where card and report name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from tests.exports.checkpoints import pruned, wide_llama
+from tests.models.in_gguf import write_gguf
+
+
+def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, run: Any) -> None:
+    directory = pruned(wide_llama(), tmp_path, "q4_0")
+    write_gguf(wide_llama(), tmp_path / "like.gguf", gguf.GGMLQuantizationType.BF16)
+    out = tmp_path / "small model.gguf"
+    code, stdout, stderr = run("export", directory, "--to", "gguf", "--out", out, "--like", tmp_path / "like.gguf")
+    assert code == 0, stderr
+    assert "gguf stores the 50% of zeros like other values" in stderr
+    assert "it runs in llama.cpp, Ollama, LM Studio" in stdout
+    for command in ("card", "report"):
+        assert run(command, directory)[0] == 0
+    for name, size in (
+        ("README.md", f"{out.stat().st_size:,} bytes"),
+        ("report.html", f"{out.stat().st_size / 1e6:.1f} MB"),
+    ):
+        page = (directory / name).read_text()
+        assert "small model.gguf" in page
+        assert size in page
+        assert "llama.cpp, Ollama, LM Studio" in page
+
+    code, stdout, _ = run(
+        "export", directory, "--to", "compressed-tensors", "--out", tmp_path / "ct", "--json", "--no-save"
+    )
+    assert code == 0
+    content = json.loads(stdout)
+    assert content["results"] is None
+    assert content["record"]["bytes"] == sum(file.stat().st_size for file in (tmp_path / "ct").glob("*.safetensors"))
+    assert content["packed_bytes"] < content["linear_bytes"] < content["record"]["bytes"]
+    assert "path" not in content["record"]
+
+
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, run: Any) -> None:
+    directory, out = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w8a8"), tmp_path / "out"
+    mistakes = [
+        (("--to", "gguf", "--out", f"{out}.gguf"), "w8a8"),
+        (("--to", "onnx", "--out", out), "onnx"),
+        (("--to", "compressed-tensors", "--out", out, "--like", "a.gguf"), "settings of GGUF"),
+        (("--to", "compressed-tensors", "--out", directory), "exists"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for arguments, said in mistakes:
+        code, stdout, stderr = run("export", directory, *arguments)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+        assert said in stderr
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,88 @@
+"""Tiny models as GGUF files, as llama.cpp's own converter would write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+from transformers import PreTrainedModel
+
+from tests.models import tiny_tokenizer
+
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows in llama.cpp's order: it rotates neighbouring pairs, Hugging Face the two halves of a head."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """The weights of a Llama or a Mixtral in fp32, by their names in GGUF."""
+    config, weights = model.config, dict[str, np.ndarray]()
+    for key, parameter in model.float().state_dict().items():
+        stem, _, kind = key.rpartition(".")
+        weight = parameter.numpy()
+        block, _, part = stem.removeprefix("model.layers.").partition(".")
+        if stem in OUTSIDE:
+            weights[f"{OUTSIDE[stem]}.{kind}"] = weight
+        elif kind == "gate_up_proj":
+            gate, up = np.split(weight, 2, axis=1)
+            weights |= {f"blk.{block}.ffn_gate_exps.weight": gate, f"blk.{block}.ffn_up_exps.weight": up}
+        elif kind == "down_proj":
+            weights[f"blk.{block}.ffn_down_exps.weight"] = weight
+        else:
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem[-6:])
+            weights[f"blk.{block}.{NAMES[part]}.{kind}"] = interleaved(weight, heads) if heads else weight
+    return weights
+
+
+def write_gguf(model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType, arch: str = "llama") -> None:
+    """Write a Llama or a Mixtral; matrices in ``kind``, norms and biases in F32."""
+    config, tokenizer = model.config, tiny_tokenizer()
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_name("Tiny")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if hasattr(config, "num_local_experts"):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokenizer) - 2))
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(CHAT)
+    for name, weight in in_gguf(model).items():
+        matrix = weight.ndim > 1
+        writer.add_tensor(name, gguf.quantize(weight, kind) if matrix else weight, raw_dtype=kind if matrix else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
