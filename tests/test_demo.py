@@ -99,7 +99,7 @@ def test_an_unfinished_demo_begins_anew_and_is_replaced(
     code, stdout, stderr = run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json")
     assert code == 0, stderr
     report = json.loads(stdout)
-    assert report["sparsity_pruned"] == pytest.approx(0.75, abs=1e-3)
+    assert report["sparsity_pruned"] == pytest.approx(0.75, abs=1e-2)
     forms, speeds = report["forms"], report["speeds"]
     assert 0 < forms["packed"]["evaluation"]["against"]["kl"] < 10
     assert forms["packed"]["weight_bytes"] < forms["dense"]["weight_bytes"]
