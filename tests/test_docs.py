@@ -28,7 +28,8 @@ SMALL = {
     "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
     "compare": "--text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32",
 }
-RUN = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+RUN = [ROOT / "README.md", ROOT / "docs" / "guide.md", TUTORIAL]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -102,6 +103,16 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         code, _, stderr = run(*words, *SMALL.get(words[0], "").split())
         assert code == 0, f"{line}: {stderr}"
+    if page == TUTORIAL:
+        (client,) = blocks(page, "python")
+        command = [sys.executable, "-m", "sparsellm", "serve", "packed", "--port", "0"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+            assert server.stderr is not None
+            listening = next(url for line in server.stderr for url in re.findall(r"http://[^\s,]+", line))
+            exec(compile(client.replace("http://127.0.0.1:8000/v1", listening), page.name, "exec"), names)
+            server.terminate()
+        answer: Any = names["answer"]
+        assert answer.usage.completion_tokens == 20
 
 
 def test_recipes_of_the_guide_are_recipes() -> None:
