@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ import sparsellm
 from sparsellm import Recipe, api
 from sparsellm import cells as compare
 from sparsellm.cells import GridResult, Measured, Protocol, cells_of, recommend
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, StorageError
 from sparsellm.evaluation import streamed
 from sparsellm.interrupts import Interrupted
 from sparsellm.progress import Progress
 from sparsellm.run import walk as running
+from tests.killing import Died, dying
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.storage.small import tree
 
@@ -267,6 +271,42 @@ def test_a_second_comparison_at_the_same_time_is_refused(llama: Path, tmp_path: 
     assert (code, len(said.strip().splitlines())) == (2, 1)
     assert f"another process is writing {tmp_path / 'out'} now" in said
     assert not (tmp_path / "out" / "wanda-0.5").exists()
+
+
+@pytest.mark.parametrize("seeds", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_lives_of_a_grid(seeds: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid dies at random operations on files and is started again, while a user puts files in its places."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what a kill leaves does not depend on it
+    cells = cells_of(SETTINGS | {"effort": None}, methods=["magnitude"], sparsities=[0.5, 0.6])
+    alone = grid(llama, tmp_path / "alone", cells=cells)
+    places = ("notes.txt", "compare.html", "magnitude-0.6/notes.txt", "magnitude-0.6-packed/config.json")
+    ended = Counter[str]()
+    for seed in range(seeds):
+        draw, out = random.Random(seed), tmp_path / str(seed) / "out"
+        mine: dict[Path, str] = {}
+        for start in range(5):
+            if start and not (place := out / draw.choice(places)).exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(f"foreign {seed} {start}")
+                mine[place] = place.read_text()
+            try:
+                with dying(draw.randint(1, 1500)):
+                    grid(llama, out, cells=cells)
+                ended["done"] += 1
+            except (Died, StorageError) as error:
+                ended[type(error).__name__] += 1
+            assert {place: place.read_text() for place in mine} == mine
+        for place in mine:
+            place.unlink()
+            if not any(place.parent.iterdir()):
+                place.parent.rmdir()
+        again = grid(llama, out, cells=cells)
+        assert [(cell.name, cell.perplexity) for cell in again.cells] == [
+            (cell.name, cell.perplexity) for cell in alone.cells
+        ]
+        for shard in alone.out.glob("*/*.safetensors"):
+            assert (out / shard.relative_to(alone.out)).read_bytes() == shard.read_bytes()
+    assert min(ended["Died"], ended["StorageError"]) > 1, ended
 
 
 def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, run: Any) -> None:
