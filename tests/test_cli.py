@@ -75,6 +75,25 @@ def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Pat
     assert "no text was named" not in stderr
 
 
+def test_one_command_prunes_packs_measures_and_reports(llama: Path, tmp_path: Path, run: Any) -> None:
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    line = ("prune", llama, "--out", pruned, "--pack", packed, "--values", "int8", *SMALL, "--effort", 0)
+    code, stdout, stderr = run(*line, "--json")
+    assert code == 0, stderr
+    content = json.loads(stdout)
+    assert content["packed"]["path"] == str(packed)
+    (measured,) = json.loads((packed / "results.json").read_text())["evaluations"]
+    assert measured == content["evaluation"]
+    assert (measured["protocol"]["text"], measured["against"]["kl"] > 0) == ("pydoc", True)
+    assert f"{measured['against']['kl']:.3f}"[:4] in (packed / "report.html").read_text(encoding="utf-8")
+    assert "KL" in (packed / "README.md").read_text()
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", tmp_path / "q" / "p", *SMALL)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "q").exists()
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL)
+    assert (code, "give --overwrite" in stderr) == (2, True)
+
+
 def test_something_is_printed_before_torch_is_imported() -> None:
     program = (
         "import sys\nfrom sparsellm import cli\nsys.stderr = sys.stdout\n"

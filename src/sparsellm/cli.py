@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,13 @@ from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.options import MEASURE, SERVER, TEXT, argument, field, flag, option
 from sparsellm.recipe import RESOURCES, SOURCES, WHAT
 
+if TYPE_CHECKING:
+    from sparsellm.convert import PackResult
+    from sparsellm.recipe import Recipe
+    from sparsellm.records import Evaluation
+
 Printed = tuple[Any, Callable[[], None]] | None
+MEASURED_TOKENS = 16_384  # of the text on which `prune --pack` measures
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,24 +112,30 @@ def _kept_in(directory: str, *, save: bool) -> Path | None:
     ),
     use.TRUST,
     use.out("Directory of the pruned checkpoint."),
+    option("--pack DIR", "Also pack the result into DIR, measure that against MODEL, and write its report."),
     *use.RESTARTING,
     flag("--quiet -q", "Print warnings and errors only."),
     use.VERBOSE,
     use.JSON,
     examples=(
         "sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt",
-        "sparsellm prune path/to/model --out pruned --pattern 2:4 --effort 2",
+        "sparsellm prune path/to/model --out pruned --pack packed --values int4 --effort 2",
         "sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512",
     ),
 )
-def prune(model: str, out: Path, quiet: bool, verbose: bool, progress: Any, **options: Any) -> Printed:
+def prune(
+    model: str, out: Path, quiet: bool, verbose: bool, progress: Any, pack: Path | None = None, **options: Any
+) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
     """
     interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, console, parallel, tables
+    from sparsellm.storage.directory import check_destination
 
+    if pack is not None:
+        check_destination(pack, sources=[out], overwrite=options["overwrite"])
     told: set[str] = set()
 
     def tell(event: Any) -> None:
@@ -138,11 +150,52 @@ def prune(model: str, out: Path, quiet: bool, verbose: bool, progress: Any, **op
         if note not in told:
             console.say(note, error=True)
 
+    content, dense = result.to_dict(), options.get("teacher", model)
+    packed, evaluation = None, None
+    if pack is not None:
+        interrupts.keeps(f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False)
+        packed, evaluation = _packed_and_measured(out, pack, result.recipe, dense, progress, options)
+        content |= {"packed": packed.to_dict(), "evaluation": evaluation.model_dump(mode="json")}
+
     def show() -> None:
         tables.print_pruned(result, verbose=verbose)
-        tables.print_next(out, result.recipe, options.get("teacher", model))
+        if packed is not None and evaluation is not None:
+            tables.print_packed(packed)
+            tables.print_evaluation(evaluation, None)
+        else:
+            tables.print_next(out, result.recipe, dense)
 
-    return result.to_dict(), lambda: None if quiet else show()
+    return content, lambda: None if quiet else show()
+
+
+def _packed_and_measured(
+    pruned: Path, packed: Path, recipe: Recipe, dense: str, progress: Any, options: dict[str, Any]
+) -> tuple[PackResult, Evaluation]:
+    """Packs a pruned checkpoint, measures it against the dense model on text that no run calibrates on, and writes card
+    and report of the packed one."""
+    from sparsellm import api, convert
+    from sparsellm.errors import MissingExtraError
+    from sparsellm.report.document import write_report
+    from sparsellm.storage.results import append_result
+
+    again = {name: options[name] for name in ("overwrite", "restart")}
+    result = convert.pack(pruned, out=packed, values=recipe.values, allow_copy=True, progress=progress, **again)
+    measured = api.evaluate(
+        packed,
+        "c4-sample" if recipe.calibration == "c4-sample" else "pydoc",
+        seq_len=recipe.seq_len,
+        max_tokens=max(MEASURED_TOKENS, recipe.seq_len or 0),
+        bos=recipe.bos,
+        against=dense,
+        device=recipe.device,
+        trust_remote_code=options["trust_remote_code"],
+        progress=progress,
+    )
+    append_result(packed, measured)
+    api.card(packed)
+    with suppress(MissingExtraError):  # the run has said what to install
+        write_report(packed)
+    return result, measured
 
 
 @_command(

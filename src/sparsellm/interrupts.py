@@ -27,6 +27,7 @@ _received: int | None = None
 _since = 0.0  # when it was received, by time.monotonic()
 _owner = 0  # the process that installed the handlers; a fork of it is another
 _kept = ""  # what a stopped command leaves, as a sentence; empty if that is nothing
+_resumes = True  # whether the same command goes on from it
 
 
 class Interrupted(BaseException):
@@ -48,8 +49,8 @@ def check() -> None:
 def installed() -> Iterator[None]:
     """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside
     the main thread, where Python cannot install handlers."""
-    global _received, _kept, _owner
-    _received, _kept, _owner = None, "", os.getpid()
+    global _received, _kept, _owner, _resumes
+    _received, _kept, _owner, _resumes = None, "", os.getpid(), True
     with handled_by(_stop):
         yield
         check()
@@ -104,10 +105,10 @@ def _stop(signum: int, _: FrameType | None) -> None:
 # ---------------------------------------------------------------------- what to say
 
 
-def keeps(what: str) -> None:
-    """Sets the sentence on the files that this command leaves if it is stopped, and from which it resumes."""
-    global _kept
-    _kept = what
+def keeps(what: str, *, resumes: bool = True) -> None:
+    """Sets the sentence on the files that this command leaves if it is stopped, and whether it resumes from them."""
+    global _kept, _resumes
+    _kept, _resumes = what, resumes
 
 
 def last_words(signum: int) -> str:
@@ -115,6 +116,8 @@ def last_words(signum: int) -> str:
     stopped = f"interrupted ({signal.Signals(signum).name}); "
     if not _kept:
         return f"{stopped}this command keeps nothing: start it again with  {command_line()}"
+    if not _resumes:
+        return stopped + _kept
     return f"{stopped}{_kept}{RESUMES}{command_line(without='--restart')}"
 
 
