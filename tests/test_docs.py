@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 SMALL = {
     "prune": "--samples 4 --seq-len 32",
     "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
+    "tune": "--steps 2 --seq-len 32",
     "generate": "--max-new-tokens 2",
     "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
     "compare": "--text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32",

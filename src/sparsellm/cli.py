@@ -16,7 +16,7 @@ from sparsellm import __version__, interrupts, process
 from sparsellm import options as use
 from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.options import MEASURE, SERVER, TEXT, argument, field, flag, option
-from sparsellm.recipe import RESOURCES, SOURCES, WHAT
+from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
 
 if TYPE_CHECKING:
     from sparsellm.convert import PackResult
@@ -150,7 +150,8 @@ def prune(
         if note not in told:
             console.say(note, error=True)
 
-    content, dense = result.to_dict(), options.get("teacher", model)
+    content: dict[str, Any] = result.to_dict()
+    dense = options.get("teacher", model)
     packed, evaluation = None, None
     if pack is not None:
         interrupts.keeps(f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False)
@@ -294,7 +295,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     option("--values TYPES", "Types of the kept values, with commas: keep,int4. As in prune.", WHAT, default=""),
     *map(field, ("calibration", "samples", "seq_len", "memory", "device")),
     option("--text SOURCE", "Text to measure on, as in eval.", TEXT, default="pydoc", values=SOURCES),
-    option("--text-seq-len N", "Tokens in a window of that text.", TEXT, shown=use.SEQ_LEN),
+    option("--text-seq-len N", "Tokens in a window of that text.", TEXT, shown=SEQ_LEN),
     use.MAX_TOKENS,
     flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),
     option("--recover SHARE", "Recommend the smallest model with this recovery, such as 0.95.", MEASURE),
@@ -398,6 +399,31 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 
     result = convert.pack(model, progress=progress, **options)
     return result.to_dict(), lambda: tables.print_packed(result)
+
+
+@_command(
+    argument("DIRECTORY", "A pruned checkpoint, not packed."),
+    field("calibration"),
+    option("--way NAME", "Train all weights that are kept, or by LoRA.", WHAT, default="full", values=("full", "lora")),
+    option("--steps N", "Steps of AdamW.", WHAT, default=128),
+    option("--rate T", "Learning rate.", WHAT, shown="1e-4, or 1e-3 by LoRA"),
+    option("--batch N", "Windows in a step.", WHAT, default=1),
+    option("--seq-len N", "Tokens in a window.", WHAT, default=512),
+    option("--seed N", "Seed of the windows and their order.", WHAT, default=0),
+    use.out("Directory of the trained checkpoint."),
+    *use.WRITING,
+    examples=("sparsellm tune pruned --out tuned --calibration my-text.txt --steps 256",),
+)
+def tune(
+    directory: str, out: Path, progress: Any, overwrite: bool, restart: bool, calibration: str | None = None, **how: Any
+) -> Printed:
+    """Train a pruned checkpoint on a text, so that it recovers. Every zero stays."""
+    from sparsellm import tables
+    from sparsellm.tuning import recover
+
+    training = use.made(recover.Training, **how)
+    result = recover.tune(directory, out, training, calibration, progress, overwrite=overwrite, restart=restart)
+    return {**vars(result), "path": str(result.path)}, lambda: tables.print_tuned(result)
 
 
 @_command(

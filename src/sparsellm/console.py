@@ -51,6 +51,7 @@ _PHASES = {
     "bench": "measure speed",
     "decode": "decode in turns",
     "sweep": "sweep the whole model",
+    "tune": "train",
     "dense": "run the dense model",
     "prune/permutation": "order channels",
     "prune/statistics": "gather statistics",

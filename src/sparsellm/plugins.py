@@ -43,7 +43,7 @@ def _load_file(path: Path) -> None:
         key = str(path.resolve(strict=True))
         source = path.read_bytes()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, a null byte
-        raise RecipeError(f"cannot read plugin {path}: {one_line(error)}; {CORRECT}") from None
+        raise RecipeError(f"cannot read plugin {str(path)[:200]}: {one_line(error)}; {CORRECT}") from None
     digest = hashlib.sha256(source).hexdigest()
     if key in _loaded:
         if _loaded[key][1] != digest:
@@ -80,6 +80,6 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str]) -> None:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [at.lineno for at in frames if Path(at.filename).name == Path(shown).name]
         at = f", line {lines[-1]}" if lines else ""
-        raise RecipeError(f"plugin {shown} cannot be imported: {one_line(error)}{at}; {CORRECT}") from error
+        raise RecipeError(f"plugin {shown[:200]} cannot be imported: {one_line(error)}{at}; {CORRECT}") from error
     free = f"{name} {digest[:8]}" if name in loaded() else name
     _loaded[key] = free.encode("utf-8", "backslashreplace").decode(), digest  # records are UTF-8

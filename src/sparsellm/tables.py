@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix
     from sparsellm.registry import Registry
+    from sparsellm.tuning.recover import Tuned
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
@@ -209,6 +210,13 @@ def print_exported(result: ExportResult, saved: Path | None) -> None:
     say(f"written to {result.path}")
     if saved is not None:
         say(f"recorded in {saved}; `sparsellm card` and `sparsellm report` name it")
+
+
+def print_tuned(result: Tuned) -> None:
+    """Prints the loss at the start and at the end of a training, and the path of the result."""
+    losses = f"loss {result.first_loss:.3f} at first, {result.last_loss:.3f} at last"
+    say(f"{losses}, in nats a token of {result.calibration} · {duration(result.seconds)}")
+    say(f"written to {result.path}")
 
 
 def print_evaluation(result: Evaluation, saved: Path | None) -> None:

@@ -1,0 +1,181 @@
+"""Trains a pruned checkpoint on a text, so that it recovers, and writes the trained one with the same zeros."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from sparsellm.calibration.sources import check_source, default_source
+from sparsellm.calibration.windows import calibration_windows, check_seq_len
+from sparsellm.chain import open_chain
+from sparsellm.chain.open import check_vocabulary, load_tokenizer
+from sparsellm.errors import MemoryBudgetError, MissingExtraError, NumericalError, RecipeError
+from sparsellm.inputs import read_object
+from sparsellm.machine import resolve_device
+from sparsellm.progress import NOTE, Progress, ProgressCallback
+from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.storage.directory import WorkingDirectory, check_destination
+from sparsellm.storage.writer import CheckpointWriter
+from sparsellm.tuning.full import KeepZeros
+from sparsepack.checkpoint import is_packed
+
+RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
+MOST_WINDOWS = 1024  # that are drawn from a text; more steps take them again
+BYTES = {"full": 16, "lora": 5}  # of a weight in training: fp32, and in full its gradient and two moments
+TUNE = "tune"  # kind of run
+
+
+class Training(BaseModel):
+    """The settings of a training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    way: Literal["full", "lora"] = "full"
+    steps: int = Field(128, ge=1, le=1 << 31)
+    rate: float | None = Field(None, gt=0)  # of AdamW; None: by the way
+    batch: int = Field(1, ge=1, le=1 << 16)  # windows in a step
+    seq_len: int = Field(512, ge=2, le=1 << 24)  # tokens in a window
+    seed: int = Field(0, ge=0, lt=1 << 32)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The result of :func:`tune`; losses are means of a token in nats, over the first and the last steps."""
+
+    path: Path
+    calibration: str
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+
+def tune(
+    model: str,
+    out: Path,
+    training: Training,
+    calibration: str | None,
+    progress: ProgressCallback,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+) -> Tuned:
+    """Trains the pruned checkpoint ``model`` on a text (``calibration`` as in a recipe) by AdamW at a constant rate
+    after a short warm-up, and writes it to ``out``. Every zero stays. A training that is stopped leaves nothing.
+
+    Raises:
+        SparseLLMError: the model is packed, rounded or has no zeros, does not fit into memory, or the text or ``out``
+            is refused; all before the work. A NumericalError says that the training diverged.
+    """
+    check_destination(out, overwrite=overwrite)
+    if calibration is not None:
+        check_source(calibration, "calibration")
+    source = checkpoint_directory(model)
+    place = check_destination(out, overwrite=overwrite, sources=[source])
+    if is_packed(read_object(source / "config.json")):
+        raise RecipeError(f"{source} is packed, and packed weights cannot be trained; unpack it first")
+    recipe = read_object(source / "pruning.json").get("recipe") if (source / "pruning.json").is_file() else None
+    if isinstance(recipe, dict) and recipe.get("values", "keep") != "keep":
+        raise RecipeError(f"{source} has {recipe['values']} values, which training would leave; prune with values keep")
+    if calibration is None:
+        calibration, warnings = default_source(demo=model == "demo")
+        for warning in warnings:
+            progress(Progress(NOTE, 1, 1, f"note: {warning}"))
+    progress(Progress(TUNE, 0, training.steps))
+    chain = open_chain(source, device=torch.device("cpu"))
+    assert chain.reader is not None
+    weights = sum(math.prod(chain.reader.shape(name)) for name in chain.reader)
+    if (needed := BYTES[training.way] * weights) > psutil.virtual_memory().available:
+        ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
+        raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
+    check_seq_len(chain.config, training.seq_len)
+    tokenizer = load_tokenizer(source)
+    samples = min(training.steps * training.batch, MOST_WINDOWS)
+    windows = calibration_windows(calibration, tokenizer, samples, training.seq_len, training.seed)
+    rows = [{"input_ids": row, "labels": row} for row in check_vocabulary(windows, chain.config, tokenizer)]
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
+    begun = time.perf_counter()
+    with WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart) as work:
+        try:
+            trained, losses = _trained(loaded, training, rows, progress)
+            chain = open_chain(trained, device=torch.device("cpu"))
+            writer = CheckpointWriter(work, len(chain) + 1)
+            for index in range(len(chain)):
+                writer.write_shard(index, chain.block_tensors(index))
+            writer.write_shard(len(chain), chain.outer_tensors())
+            writer.copy_companions(source)
+        except BaseException:
+            work.discard()
+            raise
+        path = writer.finish()
+    few = max(1, len(losses) // 8)
+    means = (sum(part) / few for part in (losses[:few], losses[-few:]))
+    return Tuned(path, calibration, *means, time.perf_counter() - begun)
+
+
+def _trained(
+    model: PreTrainedModel, training: Training, rows: list[Any], progress: ProgressCallback
+) -> tuple[PreTrainedModel, list[float]]:
+    """The model after training, in its own dtypes and on the CPU, and the loss of each step."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.float()
+    wrapped, callbacks = model, [KeepZeros()] if training.way == "full" else []
+    if training.way == "lora":
+        try:
+            from sparsellm.tuning.lora import add_adapter
+        except ImportError:
+            raise MissingExtraError("way lora needs the package 'peft': pip install 'sparsellm[tune]'") from None
+        wrapped = add_adapter(model)
+    losses: list[float] = []
+
+    class Tell(TrainerCallback):
+        """Passes steps and losses on."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress(Progress(TUNE, state.global_step, training.steps, f"step {state.global_step}/{training.steps}"))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in (logs or {}):
+                losses.append(float(logs["loss"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            max_steps=training.steps,
+            per_device_train_batch_size=training.batch,
+            learning_rate=training.rate or RATES[training.way],
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=max(1, training.steps // 10),
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=resolve_device("auto").type == "cpu",
+            seed=training.seed,
+        )
+        trainer = Trainer(wrapped, settings, train_dataset=rows, callbacks=[*callbacks, Tell()])  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    merged: Any = wrapped.merge_and_unload() if training.way == "lora" else wrapped  # type: ignore[operator]
+    merged.to("cpu")
+    for name, parameter in merged.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NumericalError(f"{name} is not finite after training; take a lower --rate")
+        parameter.data = parameter.data.to(dtypes[name])
+    return merged, losses

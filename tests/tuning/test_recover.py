@@ -1,0 +1,88 @@
+"""`sparsellm tune`: a pruned checkpoint is trained on a text and keeps its zeros; what cannot be trained is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.interrupts import Interrupted
+from sparsellm.tuning import recover
+
+SMALL = ("--steps", 12, "--seq-len", 32, "--batch", 4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the same few words come again and again\n" * 300)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tune") / "pruned"
+    recipe = Recipe(method="magnitude", sparsity=0.6, calibration=str(text), samples=4, seq_len=32)
+    sparsellm.prune(llama, recipe, out=out)
+    return out
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_a_pruned_checkpoint_recovers_and_keeps_zeros(
+    way: str, pruned: Path, text: Path, tmp_path: Path, run: Any
+) -> None:
+    if way == "lora":
+        pytest.importorskip("peft")
+    out = tmp_path / "tuned"
+    line = ("tune", pruned, "--out", out, "--calibration", text, "--way", way, "--rate", 0.01, *SMALL)
+    code, stdout, stderr = run(*line, "--json")
+    assert code == 0, stderr
+    told = json.loads(stdout)
+    assert told["last_loss"] < told["first_loss"]
+    before, after = (AutoModelForCausalLM.from_pretrained(place, dtype="auto") for place in (pruned, out))
+    trained = 0
+    for (name, weight), other in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert weight.dtype == other.dtype
+        if (weight == 0).any() and weight.ndim == 2:
+            assert (other[weight == 0] == 0).all(), name
+            trained += int(not torch.equal(weight, other))
+    assert trained >= 7
+    values = [sparsellm.evaluate(place, text, seq_len=32, max_tokens=640).value for place in (pruned, out)]
+    assert values[1] < 0.9 * values[0]
+
+
+def test_what_cannot_be_trained_is_one_line(pruned: Path, llama: Path, text: Path, tmp_path: Path, run: Any) -> None:
+    disable_progress_bar()  # as the environment does in a process of its own
+    sparsellm.pack(pruned, out=tmp_path / "packed")
+    recipe = Recipe(method="magnitude", values="int8", calibration=str(text), samples=4, seq_len=32)
+    sparsellm.prune(llama, recipe, out=tmp_path / "int8")
+    for model, more, said in (
+        (tmp_path / "packed", (), "unpack it first"),
+        (tmp_path / "int8", (), "int8 values, which training would leave"),
+        (llama, (), "prune the model first"),
+        (pruned, ("--way", "half"), "--way is 'half'"),
+        (pruned, ("--steps", "0"), "--steps is 0"),
+        (pruned, ("--calibration", "nofile"), "unknown text source"),
+        (pruned, ("--seq-len", "4096"), "positions"),
+    ):
+        code, stdout, stderr = run("tune", model, "--out", tmp_path / "o", "--calibration", text, *SMALL, *more)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+        assert said in stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "packed"]
+
+
+def test_a_stopped_training_leaves_nothing(pruned: Path, text: Path, tmp_path: Path) -> None:
+    def stop(event: Any) -> None:
+        if event.done >= 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        recover.tune(str(pruned), tmp_path / "o", recover.Training(steps=4, seq_len=16), str(text), stop)
+    assert list(tmp_path.iterdir()) == []
