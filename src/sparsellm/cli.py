@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparsellm.records import Evaluation
 
 Printed = tuple[Any, Callable[[], None]] | None
-MEASURED_TOKENS = 16_384  # of the text on which `prune --pack` measures
+MEASURED_TOKENS = 16_384  # that `prune --pack` measures on
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -37,7 +37,7 @@ from sparsepack.checkpoint import is_packed
 
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
 MOST_WINDOWS = 1024  # that are drawn from a text; more steps take them again
-BYTES = {"full": 16, "lora": 5}  # of a weight in training: fp32, and in full its gradient and two moments
+BYTES = {"full": 16, "lora": 5}  # that a weight takes in training: fp32, and in full its gradient and two moments
 TUNE = "tune"  # kind of run
 
 
@@ -48,7 +48,7 @@ class Training(BaseModel):
 
     way: Literal["full", "lora"] = "full"
     steps: int = Field(128, ge=1, le=1 << 31)
-    rate: float | None = Field(None, gt=0)  # of AdamW; None: by the way
+    rate: float | None = Field(None, gt=0)  # learning rate; None: that of the way
     batch: int = Field(1, ge=1, le=1 << 16)  # windows in a step
     seq_len: int = Field(512, ge=2, le=1 << 24)  # tokens in a window
     seed: int = Field(0, ge=0, lt=1 << 32)
