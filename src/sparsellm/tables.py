@@ -61,12 +61,13 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     """Prints the two commands that come next for a pruned checkpoint: one measures it, one packs or exports it."""
     name, grid = shlex.quote(str(out)), GRIDS.get(recipe.grid)
     say(f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}", whole=True)
+    base = str(out).rstrip("/")
     if grid is not None:
-        say(f"export it:   sparsellm export {name} --to {grid.form}", whole=True)
+        like = f"{base}.gguf --like FILE.gguf" if grid.form == "gguf" else f"{base}-exported"
+        say(f"export it:   sparsellm export {name} --to {grid.form} --out {like}", whole=True)
         return
     packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
-    target = shlex.quote(str(out).rstrip("/") + "-packed")
-    say(f"pack it:     sparsellm pack {name} --out {target}{packed}", whole=True)
+    say(f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}", whole=True)
 
 
 def _kinds(result: PruneResult) -> Table:
