@@ -70,7 +70,7 @@ def serving(path: Path, arguments: argparse.Namespace) -> Iterator[Server]:
     common = ["--port", str(port), "--threads", str(arguments.threads)]
     if path.is_dir():
         command = [sys.executable, "-m", "sparsellm", "serve", str(path), *common, "--queue", str(clients), "--quiet"]
-        command += ["--context", str(context)]
+        command += ["--context", str(context), "--dtype", arguments.dtype]
     else:
         command = [str(arguments.llama_server), "--model", str(path), *common, "--host", "127.0.0.1"]
         command += ["--threads-batch", str(arguments.threads), "--parallel", str(clients)]
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--llama-server", type=Path, help="the program; without it, GGUF files are left out")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", help="of `sparsellm serve`")
     parser.add_argument("--prompt-words", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--context", type=int, default=512, help="tokens of a prompt and its answer")
