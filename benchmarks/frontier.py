@@ -61,7 +61,6 @@ from sparsellm.errors import RecipeError
 from sparsellm.sources.gguf import without_bars
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsepack.grid import INTEGERS
-from sparsepack.grids import GRIDS
 
 SPARSITIES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
 PLAIN = ("Q8_0", "Q6_K", "Q4_0", "Q4_K_M", "Q3_K_M", "Q3_K_S", "Q2_K")
@@ -163,22 +162,6 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
     return {**row, "whole_bytes": total.checkpoint_bytes, "whole_kl": bench.score(total.path)["kl"]}
 
 
-def on_grid(bench: Bench, folder: Path, sparsity: float, grid: str) -> Row:
-    """Pruned to another program's grid: the checkpoint has the values which that program computes with."""
-    asked, began = bench.arguments, time.process_time()
-    recipe = sparsellm.Recipe(
-        sparsity=sparsity, grid=grid, effort=asked.effort, calibration=str(asked.calibration), samples=asked.samples,
-        seq_len=asked.window,
-    )  # fmt: skip
-    result = sparsellm.prune(str(bench.directory), recipe, out=folder / "pruned")
-    seconds = time.process_time() - began
-    assert result.bits_per_weight is not None
-    size = sum(linear.weights for linear in result.linears)
-    total = size * result.bits_per_weight / 8 + 2 * (sum(bench.sizes.values()) - size)
-    row = {"bits": result.bits_per_weight, "zeros": result.sparsity, "whole_bytes": round(total), "seconds": seconds}
-    return {**row, **bench.score(folder / "pruned")}
-
-
 @dataclass(frozen=True)
 class Form:
     """A row: its name, its series and label in the picture, the version of its tool, and how it is made."""
@@ -211,12 +194,6 @@ def forms(arguments: argparse.Namespace) -> Iterator[Form]:
             yield Form(
                 f"sparsellm {sparsity:.0%} {values}", f"sparsellm {values}", f"{sparsity:.0%} {values}",
                 code_version, partial(pruned, sparsity=sparsity, values=values),
-            )  # fmt: skip
-    for grid in GRIDS:
-        for sparsity in SPARSITIES:
-            yield Form(
-                f"sparsellm {sparsity:.0%} {grid}", f"sparsellm {grid}", f"{sparsity:.0%} {grid}", code_version,
-                partial(on_grid, sparsity=sparsity, grid=grid),
             )  # fmt: skip
 
 

@@ -1,0 +1,113 @@
+"""What the grids of other programs cost: divergence from the dense model on our own grid and on theirs.
+
+    pip install 'sparsellm[bench]'
+    python benchmarks/grids.py --texts wikitext2:wikitext2-raw-test.txt news.txt [--model demo]
+    python benchmarks/grids.py ... --grids own q4_0 --sparsities 0 0.5 --set options.fold=true
+
+Each cell is one run of `prune --grid` (for own: `--values int4`), measured on every text: KL(dense ‖ pruned) in nats a
+token, and perplexity. The weights measured are those of the checkpoint, which the other program computes with; it may
+round activations too. Models are scored by the same code in fp32. Without ``news.txt``, a text of another kind than the
+calibration, the news articles of the Lee corpus are read from the gensim package. Finished cells are kept in a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import cpu_name
+from quality import OUT, Cells
+from wikipedia import write_wikipedia
+
+import sparsellm
+from sparsellm.api import Opened
+from sparsellm.sources.resolve import checkpoint_directory
+
+Row = dict[str, Any]
+
+
+def write_news(path: Path) -> Path:
+    """The Lee corpus, news of a few hundred words each, as a ``.txt`` source of an article a line."""
+    from gensim.test.utils import datapath
+
+    path.write_text(Path(datapath("lee_background.cor")).read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+def scores(asked: argparse.Namespace, model: str | Path, dense: Opened | None = None) -> Row:
+    """For each text its perplexity, the tokens scored, and the divergence from the dense model if there is one."""
+    rows: Row = {}
+    for text in asked.texts:
+        result = sparsellm.evaluate(
+            str(model), text, against=dense, seq_len=asked.window, max_tokens=asked.max_tokens or None
+        )
+        kl = result.against.kl if result.against is not None else 0.0
+        rows[Path(text).name] = {"perplexity": result.value, "tokens": result.tokens, "kl": kl}
+    return rows
+
+
+def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Opened) -> Row:
+    """One run and its scores, with the bits a weight and the CPU seconds of pruning."""
+    rounding = {"values": "int4"} if grid == "own" else {"grid": grid}
+    recipe = sparsellm.Recipe(
+        sparsity=sparsity, effort=asked.effort, calibration=asked.calibration, samples=asked.samples,
+        seq_len=asked.window, **rounding,
+    ).with_settings(asked.set)  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="grid-", dir=OUT) as folder:
+        began = time.process_time()
+        result = sparsellm.prune(asked.model, recipe, out=Path(folder) / "pruned")
+        took = time.process_time() - began
+        found = scores(asked, Path(folder) / "pruned", dense)
+    return {"zeros": result.sparsity_pruned, "bits": result.bits_per_weight, "seconds": took, "texts": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", nargs="+", required=True, help="test texts; nothing is chosen by them")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
+    parser.add_argument("--grids", nargs="+", default=["own", "q4_0", "w4a16-64"])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.0, 0.3, 0.5])
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of each test text; 0 for all of it")
+    parser.add_argument("--effort", type=int, default=1)
+    parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
+    parser.add_argument("--cells", type=Path, default=OUT / "grids.json")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    OUT.mkdir(parents=True, exist_ok=True)
+    asked.calibration = asked.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
+    if len(asked.texts) == 1:
+        asked.texts.append(str(write_news(OUT / "news.txt")))
+    cells = Cells(asked.cells)
+    conditions = "/".join(
+        map(str, (asked.model, *asked.texts, asked.calibration, asked.samples, asked.window, asked.max_tokens))
+    )
+    dense = cells.get(f"{conditions}/dense", partial(scores, asked, asked.model))
+    opened = Opened(str(checkpoint_directory(asked.model)), sparsellm.Recipe(products="float32"), trust=False)
+    read = "; ".join(f"{name} {row['tokens']} tokens, dense {row['perplexity']:.2f}" for name, row in dense.items())
+    print(
+        f"Model {asked.model}; windows of {asked.window}: {read}; calibration {asked.samples} × {asked.window} tokens "
+        f"of {Path(asked.calibration).name}; effort {asked.effort}; {' '.join(asked.set)}\n"
+        f"{cpu_name()}, 1 thread, torch {torch.__version__}, code {cells.code}\n"
+    )
+    print("| grid | sparsity | zeros | bits a weight |" + "".join(f" {name}: KL | perplexity |" for name in dense))
+    print("|---|---|---|---|" + "---|---|" * len(dense))
+    for sparsity in asked.sparsities:
+        for grid in asked.grids:
+            key = f"{conditions}/{asked.effort}/{' '.join(asked.set)}/{grid}/{sparsity}"
+            row = cells.get(key, partial(pruned, asked, grid, sparsity, opened))
+            found = "".join(
+                f" {row['texts'][name]['kl']:.4f} | {row['texts'][name]['perplexity']:.2f} |" for name in dense
+            )
+            print(f"| {grid} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
