@@ -2,17 +2,19 @@
 
     pip install 'sparsellm[bench]'
     python benchmarks/grids.py --texts wikitext2:wikitext2-raw-test.txt news.txt [--model demo]
-    python benchmarks/grids.py ... --grids own q4_0 --sparsities 0 0.5 --set options.fold=true
+    python benchmarks/grids.py ... --grids own q4_0 --sparsities 0 0.5
 
 Each cell is one run of `prune --grid` (for own: `--values int4`), measured on every text: KL(dense ‖ pruned) in nats a
-token, and perplexity. The weights measured are those of the checkpoint, which the other program computes with; it may
-round activations too. Models are scored by the same code in fp32. Without ``news.txt``, a text of another kind than the
-calibration, the news articles of the Lee corpus are read from the gensim package. Finished cells are kept in a file.
+token, and perplexity. At sparsity 0 the dense model rounded to nearest is a row too. The weights measured are those of
+the checkpoint, with which the other program computes; it may round activations too. Models are scored by the same code
+in fp32. Without ``news.txt``, the second text is the news of the Lee corpus in the gensim package, since it should be
+of another kind than the calibration. Finished cells are kept in a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from functools import partial
@@ -20,13 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forms import block_linears, open_dense
 from measure import cpu_name
 from quality import OUT, Cells
+from transformers import PreTrainedModel
 from wikipedia import write_wikipedia
 
 import sparsellm
 from sparsellm.api import Opened
+from sparsellm.chain.open import load_tokenizer
+from sparsellm.chain.structure import weight_of
 from sparsellm.sources.resolve import checkpoint_directory
+from sparsepack.grid import on_grid
+from sparsepack.grids import GRIDS
 
 Row = dict[str, Any]
 
@@ -39,16 +47,31 @@ def write_news(path: Path) -> Path:
     return path
 
 
-def scores(asked: argparse.Namespace, model: str | Path, dense: Opened | None = None) -> Row:
+def scores(asked: argparse.Namespace, model: str | Path | PreTrainedModel, dense: Opened | None = None) -> Row:
     """For each text its perplexity, the tokens scored, and the divergence from the dense model if there is one."""
     rows: Row = {}
     for text in asked.texts:
         result = sparsellm.evaluate(
-            str(model), text, against=dense, seq_len=asked.window, max_tokens=asked.max_tokens or None
-        )
+            model if isinstance(model, PreTrainedModel) else str(model), text, against=dense, seq_len=asked.window,
+            max_tokens=asked.max_tokens or None,
+            tokenizer=load_tokenizer(checkpoint_directory(asked.model)) if isinstance(model, PreTrainedModel) else None,
+        )  # fmt: skip
         kl = result.against.kl if result.against is not None else 0.0
         rows[Path(text).name] = {"perplexity": result.value, "tokens": result.tokens, "kl": kl}
     return rows
+
+
+@torch.no_grad()
+def nearest(asked: argparse.Namespace, grid: str, dense: Opened) -> Row:
+    """The dense model with each weight at the nearest number, the largest of a group at the lowest."""
+    model = open_dense(checkpoint_directory(asked.model))
+    bits = weights = 0.0
+    for linear in block_linears(model).values():
+        weight = weight_of(linear)
+        weight.copy_(on_grid(weight.float(), "int4" if grid == "own" else grid, torch.float32))
+        weights += weight.numel()
+        bits += weight.numel() * (GRIDS[grid].bits_per_weight(weight.shape[1]) if grid in GRIDS else 4.5)
+    return {"zeros": 0.0, "bits": bits / weights, "texts": scores(asked, model, dense)}
 
 
 def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Opened) -> Row:
@@ -99,14 +122,16 @@ def main() -> None:
     )
     print("| grid | sparsity | zeros | bits a weight |" + "".join(f" {name}: KL | perplexity |" for name in dense))
     print("|---|---|---|---|" + "---|---|" * len(dense))
-    for sparsity in asked.sparsities:
-        for grid in asked.grids:
-            key = f"{conditions}/{asked.effort}/{' '.join(asked.set)}/{grid}/{sparsity}"
-            row = cells.get(key, partial(pruned, asked, grid, sparsity, opened))
-            found = "".join(
-                f" {row['texts'][name]['kl']:.4f} | {row['texts'][name]['perplexity']:.2f} |" for name in dense
+    for sparsity, grid in itertools.product(asked.sparsities, asked.grids):
+        key = f"{conditions}/{asked.effort}/{' '.join(asked.set)}/{grid}/{sparsity}"
+        rows = {grid: cells.get(key, partial(pruned, asked, grid, sparsity, opened))}
+        if sparsity == 0:
+            rows[f"{grid}, to nearest"] = cells.get(
+                f"{conditions}/{grid}/nearest", partial(nearest, asked, grid, opened)
             )
-            print(f"| {grid} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{found}", flush=True)
+        for name, row in rows.items():
+            found = "".join(f" {each['kl']:.4f} | {each['perplexity']:.2f} |" for each in row["texts"].values())
+            print(f"| {name} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ class Grid:
 
     @property
     def lowest(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -(1 << self.bits - 1)
 
     @property
     def highest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << self.bits - 1) - 1
 
     @property
     def values(self) -> str:
