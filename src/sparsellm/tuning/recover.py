@@ -7,7 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -34,6 +34,9 @@ from sparsellm.storage.directory import WorkingDirectory, check_destination
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.tuning.full import KeepZeros
 from sparsepack.checkpoint import is_packed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
 MOST_WINDOWS = 1024  # that are drawn from a text; more steps take them again
@@ -124,8 +127,8 @@ def tune(
             raise
         path = writer.finish()
     few = max(1, len(losses) // 8)
-    means = (sum(part) / few for part in (losses[:few], losses[-few:]))
-    return Tuned(path, calibration, *means, time.perf_counter() - begun)
+    first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
+    return Tuned(path, calibration, first, last, time.perf_counter() - begun)
 
 
 def _trained(
@@ -134,7 +137,8 @@ def _trained(
     """The model after training, in its own dtypes and on the CPU, and the loss of each step."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
-    wrapped, callbacks = model, [KeepZeros()] if training.way == "full" else []
+    wrapped: PreTrainedModel | PeftModel = model
+    callbacks = [KeepZeros()] if training.way == "full" else []
     if training.way == "lora":
         try:
             from sparsellm.tuning.lora import add_adapter
