@@ -38,6 +38,7 @@ from unittest import mock
 import huggingface_hub
 import huggingface_hub.constants
 import transformers
+import uvicorn
 from typer.main import get_command
 
 from sparsellm import cli
@@ -102,6 +103,21 @@ COMMANDS: dict[str, Command] = {
         ("{out}", "{out}/*"),
         kept=("{out}/magnitude-0.5*.partial",),
     ),
+    "tune": Command(
+        ("tune", "pruned", "--out=new", "--calibration=note.txt", "--steps=2", "--seq-len=16"),
+        tuple(f"pruned/{name}" for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")),
+        ("{out}", "{out}/*"),
+    ),
+    "export": Command(
+        ("export", "gridded", "--to=compressed-tensors", "--out=new"),
+        tuple(f"gridded/{name}" for name in (*RECORDS, "model.safetensors.index.json")),
+        ("{out}", "{out}/*", "{first}/results.json", "{first}/README.md", "{first}/sparsellm-files.json"),
+    ),
+    "serve": Command(
+        ("serve", "packed", "--port=0"),
+        tuple(f"packed/{name}" for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")),
+    ),
+    "exec": Command(("exec", "--", "python", "-c", "pass"), ("model/config.json", "model/README.md"), positional=3),
 }
 
 # Parts of command lines, and JSON values.
@@ -136,6 +152,8 @@ def template() -> Path:
             "eval pruned --text note.txt --seq-len 16 --max-tokens 64 --against model",
             "pack pruned --out packed",
             "eval packed --text note.txt --seq-len 16 --max-tokens 64",
+            "prune model --out gridded --method magnitude --sparsity 0 --grid w8a16 --calibration note.txt "
+            "--set samples=2 --set seq_len=16",
             " ".join(("compare model --out grid", *GRID, *MEASURED)),
         ):
             code, said = run(line.split())
@@ -375,8 +393,13 @@ def _below(root: Path, path: str) -> str:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """No network, and no bars of transformers, which the command line silences before it imports transformers."""
-    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+    """No network, no server that waits, no program in place of this one, and no bars of transformers, which the command
+    line silences before it imports transformers."""
+    with (
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(uvicorn.Server, "run", return_value=None),
+        mock.patch.object(os, "execve", mock.Mock(side_effect=SystemExit(0))),
+    ):
         transformers.utils.logging.disable_progress_bar()
         try:
             yield

@@ -13,7 +13,6 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -34,6 +33,7 @@ from sparsellm.storage.directory import WorkingDirectory, check_destination
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.tuning.full import KeepZeros
 from sparsepack.checkpoint import is_packed
+from sparsepack.loading import load
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -111,7 +111,7 @@ def tune(
     samples = min(training.steps * training.batch, MOST_WINDOWS)
     windows = calibration_windows(calibration, tokenizer, samples, training.seq_len, training.seed)
     rows = [{"input_ids": row, "labels": row} for row in check_vocabulary(windows, chain.config, tokenizer)]
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
+    loaded = load(source)
     begun = time.perf_counter()
     with WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart) as work:
         try:
