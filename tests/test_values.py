@@ -157,6 +157,14 @@ def test_groups_that_do_not_divide_are_refused(name: str, said: str, tmp_path: P
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_grid_without_a_packed_form_is_refused_before_the_work(tmp_path: Path, run: Any) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    code, shown, error = run("prune", source, "--out", tmp_path / "a", "--grid", "w8a8", "--pack", tmp_path / "b")
+    assert (code, shown) == (2, "")
+    assert "grid w8a8 has no packed form in int8; leave out --pack" in " ".join(error.split())
+    assert not list(tmp_path.glob("[ab]*"))
+
+
 def test_without_its_exponents_pack_says_what_it_rounds(
     pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,8 +134,11 @@ def prune(
     from sparsellm import api, console, parallel, tables
     from sparsellm.storage.directory import check_destination
 
+    recipe = use.take_recipe(options)
     if pack is not None:
         check_destination(pack, sources=[out], overwrite=options["overwrite"])
+        if recipe.grid != "own" and recipe.values == "int8":
+            raise RecipeError(f"grid {recipe.grid} has no packed form in int8; leave out --pack, and export the result")
     told: set[str] = set()
 
     def tell(event: Any) -> None:
@@ -143,7 +146,7 @@ def prune(
         if not quiet:
             told.add(event.detail)
 
-    result = api.prune(model, use.take_recipe(options), out=out, progress=tell, **options)
+    result = api.prune(model, recipe, out=out, progress=tell, **options)
     if not parallel.is_main():
         return None
     for note in (f"note: {warning}" for warning in result.warnings):
