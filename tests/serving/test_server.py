@@ -44,10 +44,7 @@ def serving(directory: Path, *options: object, **environment: str) -> Iterator[t
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
     assert process.stderr is not None
     try:
-        line = process.stderr.readline()
-        url = re.search(r"http://127\.0\.0\.1:\d+/v1", line)
-        assert url is not None, line + process.stderr.read()
-        yield process, url[0]
+        yield process, next(found[0] for line in process.stderr if (found := re.search(r"http://[^,]+/v1", line)))
     finally:
         process.kill()
         process.wait()

@@ -157,6 +157,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.stop(GRACE)
+        asyncio.get_running_loop().call_later(GRACE, self._worker.stop, 0)
         await super().shutdown(sockets)
 
 
@@ -212,8 +213,7 @@ def _is_local(host: str) -> bool:
 
 def _problem(status: int, message: str, **parts: str | None) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse(error(message, kind, **parts), status, headers)
+    return JSONResponse(error(message, kind, **parts), status, {"Retry-After": "1"} if status == 503 else None)
 
 
 async def _of_error(_: Request, failed: Exception) -> Response:
@@ -261,8 +261,7 @@ def application(worker: Worker, name: str) -> FastAPI:
 
     async def answer(asked: Asked, request: Request) -> Response:
         if asked.model not in (None, name):
-            said = f"model is {shown(asked.model)}; this server has {name!r}"
-            return _problem(404, said, param="model", code="model_not_found")
+            return _problem(404, f"model is {shown(asked.model)}; this server has {name!r}", code="model_not_found")
         job, made = Job(asked.ids, asked.sampling(), asked.limit), Answer(asked, name)
         worker.submit(job)
         events = _events(job, request)

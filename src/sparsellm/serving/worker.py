@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -28,7 +29,7 @@ class FailedError(SparseLLMError):
 
 
 class GoneError(SparseLLMError):
-    """The client is gone, so nobody waits for the answer."""
+    """The client is gone."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Worker:
         log: Callable[[str], None],
     ) -> None:
         self._model, self._tokenizer, self._limits = model, tokenizer, limits
-        self._threads, self._log, self._running = threads, log, False
+        self._threads, self._log = threads, log
+        self._running: Job | None = None
         self._changed, self._waiting = threading.Condition(), deque[Job]()
         self._end: float | None = None  # by time.monotonic(), when the running job is cancelled
         self._counts = {"requests": 0, "cancelled": 0, "tokens": 0}
@@ -99,17 +101,17 @@ class Worker:
             if self._end is not None:
                 raise UnavailableError("the server is stopping")
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
-            if len(self._waiting) + self._running > waiting:
+            if len(self._waiting) + (self._running is not None) > waiting:
                 raise UnavailableError(f"{waiting} requests wait already; try again later")
             self._waiting.append(job)
             self._changed.notify()
 
     def stop(self, seconds: float) -> None:
-        """Refuses what waits, and cancels what runs after this time."""
+        """Refuses what waits, and cancels what runs after this time; with 0, its client is answered now, although a
+        prompt is read to its end."""
         with self._changed:
-            end = time.monotonic() + seconds
-            self._end = end if self._end is None else min(self._end, end)
-            for job in self._waiting:
+            self._end = min(self._end or math.inf, time.monotonic() + seconds)
+            for job in (*self._waiting, *([self._running] if self._running and not seconds else [])):
                 job.send(UnavailableError("the server is stopping"))
             self._waiting.clear()
             self._changed.notify()
@@ -122,18 +124,18 @@ class Worker:
     def state(self) -> dict[str, object]:
         """What ``/health`` says: requests that run, wait, were begun and were cancelled, and tokens generated."""
         with self._changed:
-            waiting = sum(not job.cancelled for job in self._waiting)
+            waiting, running = sum(not job.cancelled for job in self._waiting), int(self._running is not None)
             status = "ok" if self._end is None else "stopping"
-            return {"status": status, "running": int(self._running), "waiting": waiting, **self._counts}
+            return {"status": status, "running": running, "waiting": waiting, **self._counts}
 
     def _next(self) -> Job | None:
         """The next job, once there is one; None when the server stops."""
         with self._changed:
-            self._running = False
+            self._running = None
             while True:
                 while self._waiting:
                     if not (job := self._waiting.popleft()).cancelled:
-                        self._running = True
+                        self._running = job
                         self._counts["requests"] += 1
                         return job
                 if self._end is not None:
