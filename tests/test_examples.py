@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import runpy
 import sys
@@ -68,3 +69,24 @@ def test_the_script_prunes_and_measures(
     assert (tmp_path / "p" / "pruning.json").is_file()
     with pytest.raises(SystemExit, match="is not empty"):
         runpy.run_path(str(EXAMPLES / "prune.py"), run_name="__main__")
+
+
+def test_the_notebook_runs_and_shows_its_results(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cells on a tiny model, the last line of each shown as a notebook would."""
+    monkeypatch.chdir(tmp_path)
+    names, shown = dict[str, Any](), list[str]()
+    for cell in json.loads((EXAMPLES / "prune.ipynb").read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            body = ast.parse("".join(cell["source"])).body
+            last = ast.unparse(body.pop().value) if isinstance(body[-1], ast.Expr) else None  # type: ignore[attr-defined]
+            exec(compile(ast.Module(body, []), "prune.ipynb", "exec"), names)
+            if "MODEL" in names and not shown:
+                names.update(MODEL=str(llama), SIZES={"samples": 4, "seq_len": 32})
+            value = eval(last, names) if last is not None else None
+            if value is not None:
+                shown.append(value._repr_html_() if hasattr(value, "_repr_html_") else repr(value))
+    assert [text[:6] for text in shown] == ["<div><", "<table", "PackRe"]
+    assert len(capsys.readouterr().out) > 10
