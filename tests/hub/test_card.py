@@ -76,11 +76,21 @@ def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: py
     for name in ("half", "small"):
         text = (pruned.parent / name / "README.md").read_text()
         code = text.partition("```python\n")[2].partition("```")[0]
-        assert ("import sparsellm" in code) == (name == "small")
+        assert ("import sparsepack" in code) == (name == "small")
+        assert "pip install sparsellm" not in text
         made: dict[str, Any] = {}
         exec(code.replace("path/to/this/checkpoint", name), made)
         assert made["model"](made["tokenizer"]("Hello", return_tensors="pt")["input_ids"]).logits.isfinite().all()
     assert "weights are packed" in text
+
+
+def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "my-model")
+    sparsellm.prune(source, Recipe(method="magnitude"), out=tmp_path / "half", calibration=windows())
+    text = (tmp_path / "half" / "README.md").read_text()
+    assert "# `my-model`, 50% sparse" in text
+    assert "\n`my-model`, pruned after training by sparsellm" in text
+    assert "huggingface.co" not in text
 
 
 def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:

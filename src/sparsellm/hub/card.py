@@ -117,6 +117,7 @@ def card_text(
         template_str=importlib.resources.files("sparsellm.hub").joinpath("card.md.jinja").read_text(encoding="utf-8"),
         run=run,
         base=base,
+        name=base or run.base.name or "a model from memory",
         results=[(each.protocol, _rows(each)) for each in evaluations],
         packed=packed,
         exported=exported,
