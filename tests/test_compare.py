@@ -16,11 +16,12 @@ import pytest
 import sparsellm
 from sparsellm import Recipe, api
 from sparsellm import cells as compare
-from sparsellm.cells import GridResult, Measured, Protocol, cells_of, recommend
+from sparsellm.cells import GridResult, Protocol, cells_of
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.evaluation import streamed
 from sparsellm.interrupts import Interrupted
 from sparsellm.progress import Progress
+from sparsellm.report.comparison import Candidate, recommend
 from sparsellm.run import walk as running
 from tests.killing import Died, dying
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -124,14 +125,6 @@ def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: Gr
     assert sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*")) == before
 
 
-def measured(name: str, recovery: float, size: int) -> Measured:
-    numbers = {"sparsity": 0.5, "perplexity": 1.0, "dense_perplexity": 1.0, "kl": 0.0, "agreement": 1.0, "seconds": 1.0}
-    return Measured(
-        name=name, recovery=recovery, packed_bytes=size, dense_bytes=9, peak_rss=1,
-        tokens_per_second=None, dense_tokens_per_second=None, **numbers,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("recover", "max_bytes", "name"),
     [(None, None, None), (0.9, None, "b"), (0.5, None, "c"), (None, 60, "b"), (None, 20, None), (0.9, 40, None)],
@@ -139,7 +132,7 @@ def measured(name: str, recovery: float, size: int) -> Measured:
 def test_the_recommendation_satisfies_the_constraints(
     recover: float | None, max_bytes: int | None, name: str | None
 ) -> None:
-    cells = [measured("a", 0.95, 80), measured("b", 0.92, 50), measured("c", 0.6, 30)]
+    cells = [Candidate("a", 0.95, 80), Candidate("b", 0.92, 50), Candidate("c", 0.6, 30)]
     chosen = recommend(cells, recover, max_bytes)
     assert (chosen.name if chosen else None) == name
 

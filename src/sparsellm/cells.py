@@ -7,7 +7,6 @@ cells to it. Calibration windows, gradients of the dense model and its outputs o
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from sparsellm.methods import METHODS
 from sparsellm.progress import NOTE, Progress, ProgressCallback, ignore
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
-from sparsellm.report.comparison import write_comparison
+from sparsellm.report.comparison import Candidate, recommend, write_comparison
 from sparsellm.report.document import check_page, write_report
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.plan import Request
@@ -141,8 +140,10 @@ def compare(
         page = None
         if len(finished) > 1:
             with contextlib.suppress(MissingExtraError):
-                page = write_comparison([place / f"{cell.name}{PACKED}" for cell in finished], place / PAGE)
-    best = recommend(finished, recover, max_bytes)
+                packed = [place / f"{cell.name}{PACKED}" for cell in finished]
+                page = write_comparison(packed, place / PAGE, recover=recover, max_bytes=max_bytes)
+    candidates = [Candidate(cell.name, cell.recovery, cell.packed_bytes) for cell in finished]
+    best = recommend(candidates, recover, max_bytes)
     return GridResult(out=place, page=page, recommended=best.name if best is not None else None, cells=finished)
 
 
@@ -251,17 +252,6 @@ def cells_of(
                 raise RecipeError(f"{name} is asked for twice; name each value of an option once")
             cells[name] = one
     return cells
-
-
-def recommend(cells: Sequence[Measured], recover: float | None, max_bytes: int | None) -> Measured | None:
-    """The cell that fits the constraints: with ``recover`` the smallest one, else the one that recovers most."""
-    if recover is None and max_bytes is None:
-        return None
-    least, most = recover or 0.0, math.inf if max_bytes is None else max_bytes
-    fitting = [cell for cell in cells if cell.recovery >= least and cell.packed_bytes <= most]
-    if recover is None:
-        return max(fitting, key=lambda cell: cell.recovery, default=None)
-    return min(fitting, key=lambda cell: (cell.packed_bytes, -cell.recovery), default=None)
 
 
 def _check_same(place: Path, known: Settings, asked: Settings, before: str = "") -> None:

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from sparsellm import interrupts, machine
 from sparsellm.errors import RecipeError
-from sparsellm.progress import DETAIL, NOTE, PLAN, Forecast, ProgressCallback, between
+from sparsellm.progress import DETAIL, NOTE, PHASES, PLAN, Forecast, ProgressCallback, between
 from sparsellm.progress import Progress as Event
 
 LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line
@@ -32,35 +32,6 @@ CALM = 30.0  # seconds between two lines of progress in a log file
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _ENDS_OF_LINES = re.compile(r"[\n\u2028\u2029]")
-
-_PHASES = {
-    "open": "open the model",
-    "calibration": "read the calibration text",
-    "check": "check the weights",
-    "allocation": "choose sparsities",
-    "gradients": "gradients of the loss",
-    "replay": "run finished blocks",
-    "read": "read blocks",
-    "prune": "prune blocks",
-    "forward": "run pruned blocks",
-    "write": "write blocks",
-    "count": "count zeros",
-    "survey": "survey of inputs",
-    "verify": "check finished blocks",
-    "fetch": "fetch the model",
-    "bench": "measure speed",
-    "decode": "decode in turns",
-    "sweep": "sweep the whole model",
-    "tune": "train",
-    "dense": "run the dense model",
-    "prune/permutation": "order channels",
-    "prune/statistics": "gather statistics",
-    "prune/solve": "solve",
-    "prune/rounding": "round",
-    "prune/targets": "targets",
-    "prune/variables": "auxiliary variables",
-    "prune/refine": "refit",
-}
 
 
 class PlainConsole(Console):
@@ -169,7 +140,7 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
     for name in names:
         within = [part for part in longest if parts and part.startswith(f"{name}/")]
         for each in (name, *within):
-            step, share = f"{'  ' * ('/' in each)}{_PHASES.get(each, each)}", seconds[each] / (total or 1)
+            step, share = f"{'  ' * ('/' in each)}{PHASES.get(each, each)}", seconds[each] / (total or 1)
             shown.add_row(step, duration(seconds[each]), f"{share:.0%}", style="dim" if "/" in each else None)
     shown.add_section()
     shown.add_row("all", duration(total), "", style="bold")
@@ -206,7 +177,7 @@ def _can_redraw(console: Console) -> bool:
 
 def _step(event: Event) -> str:
     """The phase and the step in work."""
-    name = _PHASES.get(event.phase, event.phase)
+    name = PHASES.get(event.phase, event.phase)
     return one_line(f"{name}: {event.detail}" if event.detail else name)
 
 
@@ -259,7 +230,7 @@ class _Display:
     def _finish(self, phase: str) -> None:
         took = self._forecast.seconds.get(phase, 0.0)
         if phase and (self._verbose or took >= LONG_PHASE):
-            say(f"{_PHASES.get(phase, phase)}: {duration(took)}", error=True)
+            say(f"{PHASES.get(phase, phase)}: {duration(took)}", error=True)
             self._said = self._forecast.elapsed
 
     def _done(self) -> str:

@@ -11,6 +11,35 @@ NOTE = "note"  # the phase of an event whose ``detail`` is a line to show once, 
 DETAIL = "detail"  # the same for a line that only a verbose display shows
 PLAN = "plan"  # the phase of an event whose ``costs`` predict the seconds of each phase of the whole run
 
+PHASES = {  # names of phases, and of parts of them, for people
+    "open": "open the model",
+    "calibration": "read the calibration text",
+    "check": "check the weights",
+    "allocation": "choose sparsities",
+    "gradients": "gradients of the loss",
+    "replay": "run finished blocks",
+    "read": "read blocks",
+    "prune": "prune blocks",
+    "forward": "run pruned blocks",
+    "write": "write blocks",
+    "count": "count zeros",
+    "survey": "survey of inputs",
+    "verify": "check finished blocks",
+    "fetch": "fetch the model",
+    "bench": "measure speed",
+    "decode": "decode in turns",
+    "sweep": "sweep the whole model",
+    "tune": "train",
+    "dense": "run the dense model",
+    "prune/permutation": "order channels",
+    "prune/statistics": "gather statistics",
+    "prune/solve": "solve",
+    "prune/rounding": "round",
+    "prune/targets": "targets",
+    "prune/variables": "auxiliary variables",
+    "prune/refine": "refit",
+}
+
 PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
 MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
 LEAST, MOST = 0.4, 2.0  # seconds of runs, as shares of the predicted ones

@@ -64,6 +64,12 @@ def test_a_page_draws_and_is_accessible(
     charts = page.locator("[data-figure]")
     assert charts.count() > 4
     assert page.locator("[data-figure] .main-svg").count() >= charts.count()
+    if name == "comparison":
+        ranges = page.evaluate(
+            "[['quality-sparsity', 'xaxis'], ['depth-sparsity', 'yaxis']].map(([figure, axis]) =>"
+            "document.querySelector(`[data-figure=${figure}]`)._fullLayout[axis].range)"
+        )
+        assert all(0 <= low < high <= 1 for low, high in ranges), ranges  # fractions of zeros
     assert page.evaluate("document.documentElement.scrollWidth") == width  # only tables scroll sideways
     serious = [
         (each["id"], [node["html"][:120] for node in each["nodes"]])

@@ -27,7 +27,7 @@ def test_runs_side_by_side_with_the_dense_model(runs: Path, tmp_path: Path, run:
     rows = page.rows(SUMMARY)
     assert [row[0] for row in rows] == ["run", "dense", "half", "nm"]
     assert [row[3] for row in rows[1:]] == ["20", "31.4", "41.2"]
-    assert [row[7] for row in rows[1:]] == ["20", "33", "33"]
+    assert [row[8] for row in rows[1:]] == ["20", "33", "33"]
     assert rows[3][1] == "sparsegpt 2:4"
     figures = page.figures()
     assert {"quality-size", "quality-speed", "quality-sparsity", "depth-sparsity", "depth-error"} == figures.keys()
@@ -38,6 +38,45 @@ def test_runs_side_by_side_with_the_dense_model(runs: Path, tmp_path: Path, run:
     assert page.rows("Sparsity by block")[1] == ["0", "50.0%", "50.0%"]
     code, _, _ = run("report", runs / "half", runs / "nm", "--out", out)  # a report of ours is replaced
     assert code == 0
+
+
+def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> None:
+    def advice(**constraints: Any) -> str:
+        out = write_comparison([tmp_path / "half", tmp_path / "nm"], tmp_path / "c.html", **constraints)
+        return page_of(out).one("p", id="advice").text
+
+    for name, recovery, size in (("half", 0.97, 1_500_000), ("nm", 0.96, 1_200_000)):
+        content = json.loads(Path(shutil.copytree(runs / name, tmp_path / name) / "results.json").read_text())
+        content["evaluations"][0]["against"]["recovery"] = recovery
+        content["benchmarks"][0]["packed_disk_bytes"] = size
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    half, nm = "half (97.0% recovery, 1.5 MB packed)", "nm (96.0% recovery, 1.2 MB packed)"
+    best = f"The best recovery is that of {half}."
+    why = "it has the smallest size among the runs with a recovery of 95.0% or more"
+    assert advice() == f"Take {nm}: {why}. {best}"
+    assert advice(recover=0.98) == f"No run has a recovery of 98.0% or more. {best}"
+    assert advice(max_bytes=2 * 10**6) == f"Take {half}: it has the best recovery among the runs with at most 2.0 MB."
+    rewrite(tmp_path / "half" / "results.json", benchmarks=[])
+    assert "Take half (97.0% recovery, 50.0% zeros): it has the most zeros among" in advice()
+
+
+def test_a_directory_called_dense_is_not_the_dense_model(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "half", tmp_path / "dense")
+    page = page_of(write_comparison([tmp_path / "dense", runs / "nm"], tmp_path / "c.html"))
+    assert [row[0] for row in page.rows(SUMMARY)[1:]] == ["dense", "dense (2)", "nm"]
+    points = {trace["name"]: trace["marker"]["symbol"] for trace in page.figures()["quality-size"]["data"]}
+    assert [name for name, symbol in points.items() if symbol == "star"] == ["dense"]
+
+
+def test_scales_and_numbers_are_readable(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "half", tmp_path / "half")
+    (tmp_path / "half" / "results.json").write_text(json.dumps(results(900.0)))
+    page = page_of(write_comparison([tmp_path / "half", runs / "nm"], tmp_path / "c.html"))
+    assert page.rows("Quality against sparsity")[2] == ["half", "50.0%", "900"]
+    figures = page.figures()
+    assert figures["quality-size"]["layout"]["yaxis"]["type"] == "log"
+    assert [trace["name"] for trace in figures["depth-sparsity"]["data"]] == ["half, nm"]  # both have 50 % everywhere
+    assert len(figures["depth-error"]["data"]) == 2
 
 
 def test_quality_is_compared_by_one_protocol(runs: Path, tmp_path: Path) -> None:

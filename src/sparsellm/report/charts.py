@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsellm.progress import PHASES
 from sparsellm.records import LinearResult, Pruning, Step, SweepPass, Totals, by_kind, error_of
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; each line also has a dash and a symbol of its own.
@@ -15,6 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
+MOST_NAMED = 24  # lines in a legend; from there on looks repeat
 _CELLS = 100_000  # the most in a table of kinds and blocks; 128 blocks with 16 kinds have 2,000
 
 Plotly = dict[str, Any]  # a trace, an axis or a layout, as Plotly's JSON has it
@@ -42,6 +45,11 @@ class Chart:
     height: int = 380  # pixels
 
     @property
+    def legend(self) -> int:
+        """The lines of the legend on a narrow screen."""
+        return sum(1 + trace["name"].count("<br>") for trace in self.traces) if self.layout.get("showlegend") else 0
+
+    @property
     def figure(self) -> Plotly:
         """JSON values for Plotly; numbers that JSON does not have are null."""
         drawn = json.dumps({"data": self.traces, "layout": self.layout})
@@ -54,6 +62,10 @@ def percent(share: float | None) -> str:
 
 def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if value is not None and math.isfinite(value) else "–"
+
+
+def megabytes(count: float) -> str:
+    return f"{count:,.1f}\N{NO-BREAK SPACE}MB"
 
 
 def short_number(value: float | None) -> str:
@@ -85,6 +97,15 @@ def axis(title: str, **more: Any) -> Plotly:
     return {"title": {"text": title}, **more}
 
 
+def share_axis(title: str) -> Plotly:
+    """An axis of fractions in percent, which ends at 0 and 100 % at the latest."""
+    return axis(title, tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1})
+
+
+def log_axis(title: str) -> Plotly:
+    return axis(title, type="log", tickformat=".5~g", nticks=4)
+
+
 def reference_line(y: float) -> Plotly:
     """A dashed line across the chart; the page gives it the colour of its text."""
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"dash": "dash", "width": 1}}
@@ -111,9 +132,16 @@ def lines(
     shown: Callable[[float | None], str] = number,
 ) -> Chart:
     """A line for each series over whole numbers, ``x``: a title and values. ``heading``: name, title and text of the
-    chart; ``shown`` formats a value in the table."""
-    traces = [line(name, x[1], values, position) for position, (name, values) in enumerate(series.items())]
-    layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(series) <= 12}
+    chart; ``shown`` formats a value in the table. Series that are equal there are one line with all their names."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for position, values in enumerate(series.values()):
+        alike.setdefault(tuple(map(shown, values)), []).append(position)
+    names, every = list(series), list(series.values())
+    traces = []
+    for first, *others in alike.values():
+        name = ", ".join(names[position] for position in (first, *others))
+        traces.append(line("<br>".join(textwrap.wrap(name, 40)), x[1], every[first], first))
+    layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(traces) <= MOST_NAMED}
     return Chart(*heading, _table(*x, series, shown), traces, layout)
 
 
@@ -206,11 +234,11 @@ def allocation_chart(pruning: Pruning) -> Chart:
         f"Sparsity by depth. The allocation is {pruning.allocated_by or 'uniform'}; blocks range from "
         f"{percent(min(known))} to {percent(max(known))}, and {percent(pruning.sparsity_asked)} was asked for."
     )
-    series = {kind: by_block(part, blocks, sparsity_of) for kind, part in _kinds(pruning).items()}
-    series["all of the block"] = shares
+    series: dict[str, Values] = {"all of the block": shares}
+    series |= {kind: by_block(part, blocks, sparsity_of) for kind, part in _kinds(pruning).items()}
     heading = ("allocation", "Where the zeros went", text)
-    chart = lines(heading, ("block", blocks), axis("zeros", tickformat=".0%"), series, percent)
-    chart.traces[-1]["line"] = {"color": COLOURS[0], "width": 4}
+    chart = lines(heading, ("block", blocks), share_axis("zeros"), series, percent)
+    chart.traces[0]["line"]["width"] = 4
     chart.layout["shapes"] = [reference_line(pruning.sparsity_asked)]
     return chart
 
@@ -261,7 +289,7 @@ def _decomposition_charts(pruning: Pruning) -> list[Chart]:
         }
         if any(value is not None for values in series.values() for value in values):
             text = f"The {what} of each block's feed-forward unit by iteration; iteration 0 is local pruning."
-            charts.append(lines((name, title, text), ("iteration", iterations), axis(what, type="log"), series))
+            charts.append(lines((name, title, text), ("iteration", iterations), log_axis(what), series))
     return charts
 
 
@@ -274,14 +302,15 @@ def _time_chart(pruning: Pruning) -> Chart:
     for name in order:
         parts = {key: part for key, part in pruning.seconds.items() if key.startswith(f"{name}/")}
         for key, part in {name: took[name], **parts}.items():
-            rows.append((key.replace(f"{name}/", "– "), f"{part:.1f}", percent(part / total)))
+            rows.append(("– " * ("/" in key) + PHASES.get(key, key), f"{part:.1f}", percent(part / total)))
     text = f"{total:.0f} seconds in all"
     text += f", {predicted:.0f} were predicted when it began" if predicted else ""
-    text += f"; {order[0]} took {percent(took[order[0]] / total)} of them. "
+    text += f"; “{PHASES.get(order[0], order[0])}” took {percent(took[order[0]] / total)} of them. "
     text += f"Peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
     if (plan := pruning.memory) is not None:
         text += f"; {plan.predicted_peak_rss_bytes / 1e9:.2f} GB of {plan.budget_bytes / 1e9:.2f} GB were predicted"
-    bar = {"type": "bar", "orientation": "h", "y": order, "marker": {"color": COLOURS[0]}}
+    named = [PHASES.get(name, name) for name in order]
+    bar = {"type": "bar", "orientation": "h", "y": named, "marker": {"color": COLOURS[0]}}
     return Chart(
         "time",
         "Time of each phase",

@@ -13,7 +13,7 @@ from pathlib import Path
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs import without_folders
 from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Metric, Pruning, Results, read_pruning
-from sparsellm.report.charts import number, percent
+from sparsellm.report.charts import megabytes, number, percent
 from sparsellm.storage.results import read_results
 from sparsepack.bench import Pair
 
@@ -39,6 +39,12 @@ class Checkpoint:
     @property
     def packed(self) -> bool:
         return (self.directory / "packed.json").is_file()
+
+    @property
+    def packed_bytes(self) -> int | None:
+        """The size of the packed weight files; None if there are none and no benchmark measured them."""
+        measured = self.decoding()
+        return self.file_bytes if self.packed else measured[0].packed_disk_bytes if measured else None
 
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
         """The latest evaluation of each protocol, by the protocol's key."""
@@ -92,7 +98,7 @@ def headline(record: Checkpoint) -> list[Row]:
     rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
     if pruning.matrices.weights > pruning.weights:
         rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
-    files = [Row(f"File {each.name}", str(each), None, _megabytes(each.bytes)) for each in record.results.files]
+    files = [Row(f"File {each.name}", str(each), None, megabytes(each.bytes / 1e6)) for each in record.results.files]
     return [*rows, *_quality(record), *_tasks(record), *_sizes(record), *files, *_speeds(record)]
 
 
@@ -148,9 +154,9 @@ def _sizes(record: Checkpoint) -> list[Row]:
     if not record.packed and (measured := record.decoding()) is not None and (size := measured[0].packed_disk_bytes):
         sizes.append((measured[0].packed_name or "the packed form", "packed", size))
     dense = record.pruning.base.bytes
-    before = _megabytes(dense) if dense else None
+    before = megabytes(dense / 1e6) if dense else None
     return [
-        Row(f"Weight files of {name}", detail, before, _megabytes(size), _ratio(size, dense) if dense else "")
+        Row(f"Weight files of {name}", detail, before, megabytes(size / 1e6), _ratio(size, dense) if dense else "")
         for name, detail, size in sizes
     ]
 
@@ -172,7 +178,3 @@ def _speeds(record: Checkpoint) -> list[Row]:
 
 def _ratio(value: float, reference: float) -> str:
     return f"× {value / reference:.2f}" if reference and math.isfinite(value / reference) else ""
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

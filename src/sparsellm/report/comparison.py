@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.records import Protocol, error_of
 from sparsellm.report import charts
-from sparsellm.report.charts import COLOURS, Chart, Plotly, Table, axis, line, number, percent, short_number
+from sparsellm.report.charts import (
+    COLOURS,
+    MOST_NAMED,
+    Chart,
+    Plotly,
+    Table,
+    axis,
+    line,
+    log_axis,
+    megabytes,
+    number,
+    percent,
+    share_axis,
+    short_number,
+)
 from sparsellm.report.checkpoint import (
     NOT_MEASURED,
     Checkpoint,
@@ -23,21 +39,53 @@ from sparsellm.report.checkpoint import (
 )
 from sparsellm.report.document import page, write_page
 
+DENSE = "dense"  # the name of the dense model, which no run has
+RECOVERY = 0.95  # the least one of a recommended run, unless something else is asked for
+_LARGE_SPAN = 3.0  # a ratio of perplexities from which their axis is logarithmic
 _Values = dict[str, float]  # what was measured of a run, by column
 _MEASURES: dict[str, Callable[[float], str]] = {
     "zeros": percent,
     "perplexity": number,
     "KL": short_number,
     "same token": percent,
-    "weight files": lambda megabytes: f"{megabytes:,.1f} MB",
+    "recovery": percent,
+    "weight files": megabytes,
     "tokens/s": number,
     "× dense, same decoder": number,
     "× dense by transformers": number,
 }
 
 
-def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Writes one page that compares two or more pruned checkpoints of one model, and returns its path.
+class Candidate(NamedTuple):
+    """A run, as a recommendation weighs it."""
+
+    name: str
+    recovery: float
+    size: float  # bytes of the packed weight files
+
+
+def recommend(runs: Sequence[Candidate], recover: float | None, max_bytes: float | None) -> Candidate | None:
+    """The run that fits the constraints: with ``recover`` the smallest one, else the one that recovers most. None if
+    there are no constraints, or none fits."""
+    if recover is None and max_bytes is None:
+        return None
+    least, most = recover or 0.0, math.inf if max_bytes is None else max_bytes
+    fitting = [run for run in runs if run.recovery >= least and run.size <= most]
+    if recover is None:
+        return max(fitting, key=lambda run: run.recovery, default=None)
+    return min(fitting, key=lambda run: (run.size, -run.recovery), default=None)
+
+
+def write_comparison(
+    directories: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    recover: float | None = None,
+    max_bytes: int | None = None,
+) -> Path:
+    """Writes one page that compares two or more pruned checkpoints of one model, and returns its path. It recommends a
+    run with a recovery of at least ``recover``, and at most ``max_bytes`` of packed weight files; if both are None, one
+    that recovers :data:`RECOVERY`.
 
     Raises:
         StorageError: a directory was not written by ``prune``, is named twice or is of another base model, or ``out``
@@ -56,20 +104,24 @@ def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | o
                 f"{first.name} was pruned from {shown(first.pruning.base.name)} and {record.name} from "
                 f"{shown(record.pruning.base.name)}, another base model; compare runs of one model"
             )
-    return write_page(render_comparison(records), out)
+    return write_page(render_comparison(records, recover, max_bytes), out)
 
 
-def render_comparison(records: Sequence[Checkpoint]) -> bytes:
+def render_comparison(
+    records: Sequence[Checkpoint], recover: float | None = None, max_bytes: int | None = None
+) -> bytes:
     """The comparison as HTML."""
     protocol, names = _common_protocol(records), _names(records)
     values = _values(records, names, protocol)
     methods = [" ".join(str(each.pruning.recipe.get(key) or "") for key in ("method", "pattern")) for each in records]
     seconds = [f"{sum(each.pruning.whole_seconds.values()):,.0f} s" for each in records]
+    measured = {"perplexity"}.union(*(each for _, each in values[1:]))
+    columns = {key: text for key, text in _MEASURES.items() if key in measured}
     summary = [
         (
             name,
             method.strip(),
-            *(text(each[key]) if key in each else NOT_MEASURED for key, text in _MEASURES.items()),
+            *(text(each[key]) if key in each else NOT_MEASURED for key, text in columns.items()),
             took,
         )
         for (name, each), method, took in zip(values, ["", *methods], ["", *seconds], strict=True)
@@ -87,7 +139,8 @@ def render_comparison(records: Sequence[Checkpoint]) -> bytes:
         records=records,
         names=names,
         protocol=str(protocol) if protocol is not None else "",
-        summary=Table(("run", "method", *_MEASURES, "prune"), summary),
+        summary=Table(("run", "method", *columns, "prune"), summary),
+        advice=_advice(values[1:], records, recover, max_bytes),
         commands=[*commands, again] if commands else [],
         packed_commands=[command for record in unpacked for command in packed_commands(record)[:-1]],
         quality=quality,
@@ -103,10 +156,46 @@ def _common_protocol(records: Sequence[Checkpoint]) -> Protocol | None:
 
 
 def _names(records: Sequence[Checkpoint]) -> list[str]:
-    """The names of the directories, with a number where an earlier one is called alike."""
-    lasts = [record.name for record in records]
-    before = [lasts[:place].count(last) for place, last in enumerate(lasts)]
-    return [f"{last} ({count + 1})" if count else last for last, count in zip(lasts, before, strict=True)]
+    """The names of the directories, with a number where the dense model or an earlier one is called alike."""
+    names = [DENSE]
+    for record in records:
+        tried, count = record.name, 1
+        while tried in names:
+            count += 1
+            tried = f"{record.name} ({count})"
+        names.append(tried)
+    return names[1:]
+
+
+def _advice(
+    values: Sequence[tuple[str, _Values]], records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None
+) -> str:
+    """The run to take, and why; empty if no recovery was measured. Without the sizes of all packed forms, more zeros
+    count as smaller."""
+    sizes = [record.packed_bytes for record in records]
+    packed = None not in sizes
+    runs = [
+        Candidate(name, of["recovery"], size if packed and size is not None else 1 - of["zeros"])
+        for (name, of), size in zip(values, sizes, strict=True)
+        if "recovery" in of
+    ]
+    if not runs:
+        return ""
+    if recover is None and max_bytes is None:
+        recover = RECOVERY
+
+    def said(run: Candidate) -> str:
+        size = f"{megabytes(run.size / 1e6)} packed" if packed else f"{percent(1 - run.size)} zeros"
+        return f"{run.name} ({percent(run.recovery)} recovery, {size})"
+
+    asked = [f"a recovery of {percent(recover)} or more"] if recover is not None else []
+    asked += [f"at most {megabytes(max_bytes / 1e6)}"] if max_bytes is not None else []
+    best, most = recommend(runs, recover, max_bytes), max(runs, key=lambda run: run.recovery)
+    if best is None:
+        return f"No run has {' and '.join(asked)}. The best recovery is that of {said(most)}."
+    why = "the best recovery" if recover is None else "the smallest size" if packed else "the most zeros"
+    text = f"Take {said(best)}: it has {why} among the runs with {' and '.join(asked)}."
+    return text if best is most else f"{text} The best recovery is that of {said(most)}."
 
 
 def _values(
@@ -114,7 +203,7 @@ def _values(
 ) -> list[tuple[str, _Values]]:
     """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
     values, speeds = list[tuple[str, _Values]](), list[float]()
-    dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0}
+    dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
     for name, record in zip(names, records, strict=True):
         one: _Values = {"zeros": record.pruning.sparsity_pruned, "weight files": record.file_bytes / 1e6}
         if record.pruning.base.bytes:
@@ -122,7 +211,7 @@ def _values(
         if protocol is not None and (evaluation := record.latest().get(protocol.key)) is not None:
             one["perplexity"] = evaluation.value
             if (against := evaluation.dense) is not None:
-                one |= {"KL": against.kl, "same token": against.agreement}
+                one |= {"KL": against.kl, "same token": against.agreement, "recovery": against.recovery or 0.0}
                 dense.setdefault("perplexity", against.perplexity.value)
         if (measured := record.decoding()) is not None:
             pair = measured[1]
@@ -133,46 +222,45 @@ def _values(
         values.append((name, one))
     if speeds:
         dense["tokens/s"] = fmean(speeds)
-    return [("dense", dense), *values]
+    return [(DENSE, dense), *values]
 
 
 def _quality(values: Sequence[tuple[str, _Values]]) -> list[Chart]:
     """Perplexity against size, speed and sparsity, each where a run has both values."""
     drawn = []
-    for name, title, measure in (
-        ("size", "weight files, MB", "weight files"),
-        ("speed", "tokens a second, decoding", "tokens/s"),
-        ("sparsity", "zeros in the pruned linears", "zeros"),
+    for name, x, measure in (
+        ("size", axis("weight files, MB"), "weight files"),
+        ("speed", axis("tokens a second, decoding"), "tokens/s"),
+        ("sparsity", share_axis("zeros in the pruned linears"), "zeros"),
     ):
-        points = [(run, of[measure], of["perplexity"]) for run, of in values if {measure, "perplexity"} <= of.keys()]
-        if any(label != "dense" for label, _, _ in points):
-            drawn.append(_scatter(name, title, points, values[0][1].get("perplexity")))
+        points = [
+            (place, run, of[measure], of["perplexity"])
+            for place, (run, of) in enumerate(values)
+            if {measure, "perplexity"} <= of.keys()
+        ]
+        if any(place for place, *_ in points):
+            drawn.append(_scatter(name, x, measure, points))
     return drawn
 
 
-def _scatter(name: str, title: str, points: list[tuple[str, float, float]], reference: float | None) -> Chart:
-    """A point for each run; the dense model is a star, and a line across."""
-    best = min((point for point in points if point[0] != "dense"), key=lambda point: point[2])
-    text = f"{best[0]} has the lowest perplexity, {number(best[2])}"
-    layout: Plotly = {"xaxis": axis(title), "yaxis": axis("perplexity, lower is better"), "showlegend": False}
-    if reference is not None:
-        text += f"; the dense model, the dashed line, has {number(reference)}"
-        layout["shapes"] = [charts.reference_line(reference)]
-    across = [at for _, at, _ in points]
-    middle = (min(across) + max(across)) / 2
+def _scatter(name: str, x: Plotly, measure: str, points: list[tuple[int, str, float, float]]) -> Chart:
+    """A point for each run; the dense model, at place 0, is a star, and a line across."""
+    _, first, _, lowest = min((point for point in points if point[0]), key=lambda point: point[3])
+    text = f"{first} has the lowest perplexity, {number(lowest)}"
+    title, every = "perplexity, lower is better", [y for *_, y in points]
+    y_axis = log_axis(title) if max(every) > _LARGE_SPAN * min(every) else axis(title)
+    layout: Plotly = {"xaxis": x, "yaxis": y_axis, "showlegend": len(points) <= MOST_NAMED}
     traces = []
-    for position, (label, at, y) in enumerate(points):
-        dense = label == "dense"
-        trace = line(label, [at], [y], position - 1)
-        style = {"size": 14, "color": COLOURS[-1], "symbol": "star"} if dense else {"size": 12}
-        marker = {"color": COLOURS[(position - 1) % len(COLOURS)], **trace["marker"], **style}
-        right = at > middle or (at == middle and not dense)  # texts point to the middle, so that none is cut off
-        placed = "top left" if right else "top right"
-        traces.append(
-            trace
-            | {"mode": "markers+text", "text": [label], "textposition": placed, "cliponaxis": False, "marker": marker}
-        )
-    table = Table(("run", title, "perplexity"), [(label, number(at), number(y)) for label, at, y in points])
+    for place, label, at, y in points:
+        trace = line(label, [at], [y], place - 1)
+        marker = {"color": COLOURS[(place - 1) % len(COLOURS)], **trace["marker"], "size": 12}
+        if not place:
+            marker |= {"size": 14, "color": COLOURS[-1], "symbol": "star"}
+            text += f"; the dense model, the dashed line, has {number(y)}"
+            layout["shapes"] = [charts.reference_line(y)]
+        traces.append(trace | {"mode": "markers", "cliponaxis": False, "marker": marker})
+    rows = [(label, _MEASURES[measure](at), number(y)) for _, label, at, y in points]
+    table = Table(("run", x["title"]["text"], "perplexity"), rows)
     return Chart(f"quality-{name}", f"Quality against {name}", f"{text}.", table, traces, layout, 400)
 
 
@@ -185,6 +273,6 @@ def _depth(records: Sequence[Checkpoint], names: Sequence[str]) -> list[Chart]:
     error = {name: charts.by_block(part, blocks, error_of) for name, part in linears.items()}
     x = ("block", blocks)
     return [
-        charts.lines(("depth-sparsity", "Sparsity by block", text), x, axis("", tickformat=".0%"), sparsity, percent),
-        charts.lines(("depth-error", "Mean error by block", text), x, axis("", type="log"), error, short_number),
+        charts.lines(("depth-sparsity", "Sparsity by block", text), x, share_axis("zeros"), sparsity, percent),
+        charts.lines(("depth-error", "Mean error by block", text), x, log_axis("error"), error, short_number),
     ]

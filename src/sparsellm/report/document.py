@@ -94,7 +94,7 @@ def render_run(record: Checkpoint) -> bytes:
     rows, course = headline(record), charts.course(pruning)
     linears, allocation = charts.maps(pruning), charts.allocation_chart(pruning)
     sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
-    sections += [("course", "The course of the run"), ("made", "How it was made")]
+    sections += [("course", "The course of the run")] * bool(course) + [("made", "How it was made")]
     if record.results.continuations:
         sections.insert(1, ("continuations", "Continuations"))
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
