@@ -1,6 +1,6 @@
 """What a run takes on machines that are not at hand, by the forecast that `sparsellm prune` prints.
 
-    python benchmarks/forecast.py --machine laptop=400,10,60,0 server=4000,80,200,3.0 --sizes 8b 70b
+    python benchmarks/forecast.py --machine laptop=400,20,32,0 server=3000,100,256,2.5 card=200000,25,256,3
 
 Writes checkpoints of the shape of Llama 3 whose weights are holes in the files, opens them as a run does, and predicts
 memory, disk and time for the default recipe. Nothing is run: the speed of a machine is given as GFLOP/s of large
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", type=Machine.of, nargs="+", required=True, help="NAME=GFLOP/s,GB/s,GB,$")
     parser.add_argument("--sizes", nargs="+", default=["8b", "70b"], choices=SHAPES)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     arguments = parser.parse_args()
     print(f"sparsellm {__version__}, {arguments.samples} windows of {arguments.seq_len} tokens, 50 %\n")
