@@ -94,9 +94,10 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
     keys = [
         chain.key_of[f"{name}.weight"].removesuffix(".weight") for name in dense if f"{name}.weight" in chain.key_of
     ]
-    return QuantizationConfig(
+    config = QuantizationConfig(
         config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
         format="pack-quantized" if inputs is None else "int-quantized",
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=sorted({*dense, *keys}),
-    ).model_dump(mode="json")
+    )
+    return dict(config.model_dump(mode="json"))

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 import torch
+from gguf.gguf_writer import GGUFValue
 from torch import Tensor
 
 from sparsellm.errors import ModelError, RecipeError, StorageError, shown
@@ -26,6 +27,7 @@ from sparsellm.version import __version__
 _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
 _DROPPED = ("GGUF.", "split.", "quantize.", gguf.Keys.General.ARCHITECTURE)
+_HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")  # in configs
 
 
 def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -58,7 +60,7 @@ def write_gguf(
     """Writes a GGUF file, complete or not at all, and returns its size.
 
     Args:
-        model: the checkpoint on a grid that GGUF has.
+        model: the checkpoint, on a grid that GGUF has.
         dense: the dense model, by which the order of the template's rows is found.
         template: all but the linears comes from it.
         place: the file.
@@ -71,22 +73,21 @@ def write_gguf(
     if place == Path(os.path.realpath(template.path)):
         raise StorageError(f"--out {place} is the template; name another file")
     made = _File(model, dense, template, head)
-    check_room(place, sum(made.bytes_of(tensor) for tensor in template.reader.tensors))
+    check_room(place, sum(map(made.bytes_of, template.reader.tensors)))
     replace_atomically(place, partial(_write, made, progress))
     return place.stat().st_size
 
 
 def _write(made: _File, progress: ProgressCallback, file: BinaryIO) -> None:
-    template = made.template
-    writer = gguf.GGUFWriter(file.name, template.arch)
-    writer.data_alignment = template.reader.alignment
+    tensors = made.template.reader.tensors
+    writer = gguf.GGUFWriter(file.name, made.template.arch)
+    writer.data_alignment = made.template.reader.alignment
     for name, value in made.values().items():
-        writer.add_key_value(name, *value)
-    tensors = template.reader.tensors
+        writer.add_key_value(name, value.value, value.type, value.sub_type)
     for tensor in tensors:
-        shape = tuple(reversed(tensor.shape.tolist()))
+        shape, kind = tuple(reversed(tensor.shape.tolist())), made.type_of(tensor)
         # Any dtype but uint8, with which the shape would be taken for one in bytes
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), made.type_of(tensor))
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -106,52 +107,44 @@ class _File:
         self.model, self.dense, self.template = model, dense, template
         self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
         self.head = None if head is None else gguf.GGMLQuantizationType[head]
-        named = template.keys_of(list(model.reader))
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
-        self.keys = {name: keys for name, keys in named.items() if name in self.tensors}
+        named = template.keys_of(list(model.reader)).items()
+        self.keys = {name: keys for name, keys in named if name in self.tensors}  # of the checkpoint
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
-        names = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")
-        self.heads = [count for name in names if isinstance(count := getattr(config, name, None), int)] or [1]
-        self._check(set(model.reader) - {key for keys in self.keys.values() for key in keys})
+        self.heads = [count for name in _HEADS if isinstance(count := getattr(config, name, None), int)] or [1]
+        self._check()
 
-    def _check(self, left_out: set[str]) -> None:
-        """Refuses another dense model, and tensors that the file would lose."""
-        reader = self.model.reader
-        for key in reader:
+    def _check(self) -> None:
+        """Refuses another dense model, and a tensor that the file would lose."""
+        reader, known = self.model.reader, {key for keys in self.keys.values() for key in keys}
+        for key in sorted(reader):
             if key not in self.dense or self.dense.shape(key) != reader.shape(key):
-                raise ModelError(
-                    f"{reader.directory} was not pruned from {self.dense.directory}, which has no {key} of shape "
-                    f"{reader.shape(key)}; name the dense model with --model"
-                )
-        for key in sorted(left_out):
-            if key in self.model.linears or not torch.equal(reader.get(key), self.dense.get(key)):
+                raise self._not_pruned_from(f"has no {key} {list(reader.shape(key))}")
+            lost = key not in known and (key in self.model.linears or not self._same(reader.get(key), key))
+            if lost:
                 raise self._other(f"has no tensor for {key}")
-        for keys in self.keys.values():
+        for name, keys in self.keys.items():
             if len({key in self.model.linears for key in keys}) > 1:
-                name = next(key for key in keys if key not in self.model.linears)
-                raise ModelError(f"{name} is dense, and GGUF stacks it with experts that are not; prune it too")
+                raise ModelError(f"{name} has experts that were pruned next to others that were not; prune all or none")
 
-    def values(self) -> dict[str, tuple[object, ...]]:
-        """Each key of the file: its value, its type, and for an array the type of its elements."""
-        named = {}
-        for name, field in self.template.reader.fields.items():
-            if not name.startswith(_DROPPED) and (len(field.types) > 1 or field.types[0] != gguf.GGUFValueType.ARRAY):
-                named[name] = _value(field)
+    def values(self) -> dict[str, GGUFValue]:
+        """The keys of the file."""
+        fields = {name: x for name, x in self.template.reader.fields.items() if not name.startswith(_DROPPED)}
+        values = {name: _value(field) for name, field in fields.items() if field.data}  # an empty array has no type
         general, text, number = gguf.Keys.General, gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32
         run = self.model.run
         if (name := self.template.value(general.NAME)) is not None:
             zeros = f", {run.sparsity_pruned:.0%} zeros" if run.zeros else ""
-            named[general.NAME] = (f"{name} {self.model.grid.name}{zeros}", text)
-        named[general.QUANTIZED_BY] = (f"sparsellm {__version__}", text)
-        named[general.QUANTIZATION_VERSION] = (gguf.GGML_QUANT_VERSION, number)
-        named[general.FILE_TYPE] = (int(gguf.LlamaFileType[f"MOSTLY_{self.block.name}"]), number)
-        return named
+            values[general.NAME] = GGUFValue(f"{name} {self.model.grid.name}{zeros}", text)
+        values[general.QUANTIZED_BY] = GGUFValue(f"sparsellm {__version__}", text)
+        values[general.QUANTIZATION_VERSION] = GGUFValue(gguf.GGML_QUANT_VERSION, number)
+        values[general.FILE_TYPE] = GGUFValue(int(gguf.LlamaFileType[f"MOSTLY_{self.block.name}"]), number)
+        return values
 
     def type_of(self, tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
         """The type in which a tensor of the template is written."""
-        keys = self.keys.get(tensor.name, ())
-        if keys and keys[0] in self.model.linears:
+        if self._is_linear(tensor):
             return self.block
         return self.head if self.head is not None and tensor.name in _HEAD else tensor.tensor_type
 
@@ -160,31 +153,33 @@ class _File:
         size, stored = gguf.GGML_QUANT_SIZES[self.type_of(tensor)]
         if tensor.shape[0] % size:
             raise RecipeError(f"rows of {tensor.shape[0]} in {tensor.name} are not blocks of {size}; leave --head out")
-        return tensor.n_elements // size * stored
+        return int(tensor.n_elements) // size * stored
 
     def data(self, tensor: gguf.ReaderTensor) -> np.ndarray:
         """The contents of a tensor of the template as they are written."""
         if tensor.name not in self.keys:
             return tensor.data
         keys, kind, change = self.keys[tensor.name], self.type_of(tensor), self._change(tensor)
-        if keys[0] in self.model.linears:
+        if self._is_linear(tensor):
             codes, scales = (torch.cat(parts) for parts in zip(*map(self.model.codes, keys), strict=True))
             return to_blocks(codes[change.order], scales[change.order], self.model.grid.bits)
-        values, dense = self._rows(self.model.reader, tensor), self._rows(self.dense, tensor)
-        same = torch.equal(values.float(), dense.float())
+        same = all(self._same(self.model.reader.get(key), key) for key in keys)
         if not same and not tensor.name.startswith("blk."):  # a run changes blocks alone
-            raise ModelError(
-                f"{self.model.reader.directory} was not pruned from {self.dense.directory}: {keys[0]} differs; name "
-                "the dense model with --model"
-            )
+            raise self._not_pruned_from(f"has another {keys[0]}")
         if same and kind == tensor.tensor_type:
             return tensor.data
         if kind.name not in EXACT and tensor.name not in _HEAD:
             raise ModelError(
-                f"--like {self.template.path} has {tensor.name} in {kind.name}, and the run changed it; give a GGUF in "
-                "BF16, F16 or F32"
+                f"--like {self.template.path} has {tensor.name} in {kind.name}, and it was trained; give BF16"
             )
-        return gguf.quantize((values[change.order].float() + change.shift).numpy(), kind)
+        values = self._rows(self.model.reader, tensor)[change.order].float() + change.shift
+        return gguf.quantize(values.numpy(), kind)
+
+    def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
+        return any(key in self.model.linears for key in self.keys.get(tensor.name, ()))
+
+    def _same(self, value: Tensor, key: str) -> bool:
+        return torch.equal(value.float(), self.dense.get(key).float())
 
     def _change(self, tensor: gguf.ReaderTensor) -> Change:
         """The change that makes a tensor of the template out of the dense model's."""
@@ -195,32 +190,35 @@ class _File:
                 orders = [self._change(weight).order]  # a bias that is 0 would fit in any order
             elif tensor.name.startswith("blk.") and len(tensor.shape) == 2:
                 orders = orders_of(rows, self.heads[0], sorted({*self.heads}))
-            dense = self._rows(self.dense, tensor)
-            fits = dense.numel() == tensor.n_elements and all(len(order) == rows for order in orders)
-            change = self.template.change(tensor, dense, orders) if fits else None
+            change = self.template.change(tensor, self._rows(self.dense, tensor), orders)
             if change is None:
-                key = self.keys[tensor.name][0]
-                raise self._other(f"has {tensor.name} other than {key}, in every known order of rows")
+                raise self._other(
+                    f"has {tensor.name} other than {self.keys[tensor.name][0]}, in all known orders of rows"
+                )
             self.changes[tensor.name] = change
         return self.changes[tensor.name]
 
     def _rows(self, reader: CheckpointReader, tensor: gguf.ReaderTensor) -> Tensor:
         """The tensors of a checkpoint that one of the template has, as rows ``(rows, columns)``."""
-        tensors = [
-            reader.get(key).t() if key in self.model.transposed else reader.get(key) for key in self.keys[tensor.name]
-        ]
-        flat = torch.cat([each.reshape(-1) for each in tensors])
-        return flat.view(rows_of(tensor), -1) if flat.numel() == tensor.n_elements else flat.view(-1, 1)
+        keys = self.keys[tensor.name]
+        parts = [reader.get(key).t() if key in self.model.transposed else reader.get(key) for key in keys]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        return flat.view(rows_of(tensor), -1) if len(flat) == tensor.n_elements else flat.view(-1, 1)
 
     def _other(self, what: str) -> ModelError:
         advice = f"give the GGUF that was made of {self.dense.directory}, or name its model with --model"
         return ModelError(f"--like {self.template.path} is of another model: it {what}; {advice}")
 
+    def _not_pruned_from(self, what: str) -> ModelError:
+        there = f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
+        return ModelError(f"{there}, which {what}; name the dense model with --model")
 
-def _value(field: gguf.ReaderField) -> tuple[object, ...]:
-    """The value of a key with its types, as the writer takes them; text as bytes, since some tokens are not UTF-8."""
+
+def _value(field: gguf.ReaderField) -> GGUFValue:
+    """The value of a key as the writer takes it; text as bytes, since some tokens are not UTF-8."""
     kind, inner = field.types[0], field.types[-1]
-    if inner == gguf.GGUFValueType.STRING:
-        texts = [field.parts[place].tobytes() for place in field.data]
-        return (texts, kind, inner) if kind == gguf.GGUFValueType.ARRAY else (texts[0], kind)
-    return (field.contents(), kind, inner) if kind == gguf.GGUFValueType.ARRAY else (field.contents(), kind)
+    array = kind == gguf.GGUFValueType.ARRAY
+    if inner != gguf.GGUFValueType.STRING:
+        return GGUFValue(field.contents(), kind, inner if array else None)
+    texts = [field.parts[place].tobytes() for place in field.data]
+    return GGUFValue(texts if array else texts[0], kind, inner if array else None)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -56,7 +57,7 @@ class Template:
             raise ModelError(f"--like {path} has no {name}.block_count; give the GGUF of a language model")
         self._names = gguf.get_tensor_name_map(known[name], blocks)
 
-    def value(self, key: str) -> object:
+    def value(self, key: str) -> Any:
         """The value of a key; None if it is absent."""
         field = self.reader.fields.get(key)
         return None if field is None else field.contents()
@@ -79,6 +80,8 @@ class Template:
 
         A tensor in floating point must be equal, a quantised one near. None if no change does it, or several do.
         """
+        if dense.numel() != tensor.n_elements or any(len(order) != len(dense) for order in orders):
+            return None
         shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
         changes = [Change(order, shift) for order in orders for shift in shifts]
         found = [change for change in changes if _fits(tensor, dense, change)]
@@ -109,13 +112,14 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
 
 
 def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
-    dtype, error, energy = EXACT.get(tensor.tensor_type.name), 0.0, 0.0
+    dtype = EXACT.get(tensor.tensor_type.name)
     for rows, known in _pieces(tensor):
         ours = dense[change.order[rows]].float() + change.shift
         if dtype is not None and not torch.equal(ours.to(dtype).float(), known):
             return False
-        error, energy = error + float((ours - known).square().sum()), energy + float(known.square().sum())
-    return dtype is not None or error <= NEAR * energy
+        if dtype is None and float((ours - known).square().sum()) > NEAR * float(known.square().sum()):
+            return False
+    return True
 
 
 def _pieces(tensor: gguf.ReaderTensor) -> Iterator[tuple[slice, Tensor]]:
