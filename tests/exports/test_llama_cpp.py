@@ -42,12 +42,12 @@ def compared(file: Path, directory: Path, ids: list[int], tokens: int) -> tuple[
     there.eval(ids)
     logits = torch.from_numpy(there.scores[: len(ids)].copy())
     there.close()
+    ours = list(ids)
     with torch.no_grad():
-        prompt = torch.tensor([ids])
-        dense = here(prompt).logits[0]
-        made = here.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-    ours = made[0, len(ids) :].tolist()
-    same = next((i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]), tokens)
+        dense = here(torch.tensor([ids])).logits[0]
+        for _ in range(tokens):  # not generate(), which ends or forbids the end
+            ours.append(int(here(torch.tensor([ours])).logits[0, -1].argmax()))
+    same = next((i for i, pair in enumerate(zip(theirs, ours[len(ids) :], strict=True)) if pair[0] != pair[1]), tokens)
     parts = (logits.log_softmax(-1), dense.log_softmax(-1))
     return same, float(torch.nn.functional.kl_div(*parts, log_target=True, reduction="batchmean"))
 
