@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -135,8 +136,10 @@ def prune(
     from sparsellm.storage.directory import check_destination
 
     recipe = use.take_recipe(options)
+    dense = options.get("teacher", model)
     if pack is not None:
-        check_destination(pack, sources=[out], overwrite=options["overwrite"])
+        read = [Path(os.path.expanduser(name)) for name in (model, dense) if name != "demo"]
+        check_destination(pack, sources=[out, *filter(os.path.exists, read)], overwrite=options["overwrite"])
         if recipe.grid != "own" and recipe.values == "int8":
             raise RecipeError(f"grid {recipe.grid} has no packed form in int8; leave out --pack, and export the result")
     told: set[str] = set()
@@ -154,7 +157,6 @@ def prune(
             console.say(note, error=True)
 
     content: dict[str, Any] = result.to_dict()
-    dense = options.get("teacher", model)
     packed, evaluation = None, None
     if pack is not None:
         interrupts.keeps(f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False)
@@ -178,7 +180,6 @@ def _packed_and_measured(
     """Packs a pruned checkpoint, measures it against the dense model on text that no run calibrates on, and writes card
     and report of the packed one."""
     from sparsellm import api, convert
-    from sparsellm.errors import MissingExtraError
     from sparsellm.report.document import write_report
     from sparsellm.storage.results import append_result
 
