@@ -68,6 +68,8 @@ def execute(command: Sequence[str]) -> None:
         raise RecipeError(f"{name} is not a command on PATH; give one, such as lm_eval, or python FILE")
     try:
         if os.name == "posix":
+            for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; the next program would inherit that
+                signal.signal(ignored, signal.SIG_DFL)
             os.execve(program, list(command), environment)
         sys.exit(subprocess.run([program, *command[1:]], env=environment, check=False).returncode)
     except (OSError, ValueError) as error:

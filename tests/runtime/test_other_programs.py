@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,8 @@ def test_exec_keeps_the_users_own_environment(tmp_path: Path) -> None:
 
 def test_exec_passes_the_exit_code_on(tmp_path: Path) -> None:
     assert execute("python", "-c", "raise SystemExit(7)").returncode == 7
+    ended = execute("sh", "-c", "kill -PIPE $$; echo alive")  # Python ignores SIGPIPE, and other programs do not
+    assert (ended.returncode, ended.stdout) == (-signal.SIGPIPE, "")
     (tmp_path / "empty").write_text("\0")
     (tmp_path / "empty").chmod(0o755)
     for command, said in (
