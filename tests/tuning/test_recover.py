@@ -70,6 +70,7 @@ def test_what_cannot_be_trained_is_one_line(pruned: Path, llama: Path, text: Pat
         (pruned, ("--way", "half"), "--way is 'half'"),
         (pruned, ("--steps", "0"), "--steps is 0"),
         (pruned, ("--calibration", "nofile"), "unknown text source"),
+        (pruned, ("--calibration", "self"), "does not train on text that the model writes"),
         (pruned, ("--seq-len", "4096"), "positions"),
     ):
         code, stdout, stderr = run("tune", model, "--out", tmp_path / "o", "--calibration", text, *SMALL, *more)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsellm.errors import ModelError, RecipeError
+from sparsellm.errors import MissingExtraError, ModelError, RecipeError
 
 try:
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from peft.tuners.lora import Linear as LoraLinear
 except ImportError as error:
-    raise ModelError("adapters need peft; install it: pip install 'sparsellm[tune]'") from error
+    raise MissingExtraError("adapters need peft; install it: pip install 'sparsellm[tune]'") from error
 
 # Other initialisations change the base weight, and its zeros, before training begins.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")

@@ -20,11 +20,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from sparsellm.calibration.sources import check_source, default_source
+from sparsellm.calibration.sources import SELF, check_source, default_source
 from sparsellm.calibration.windows import calibration_windows, check_seq_len
 from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
-from sparsellm.errors import MemoryBudgetError, MissingExtraError, NumericalError, RecipeError
+from sparsellm.errors import MemoryBudgetError, NumericalError, RecipeError
 from sparsellm.inputs import read_object
 from sparsellm.machine import resolve_device
 from sparsellm.progress import NOTE, Progress, ProgressCallback
@@ -86,8 +86,10 @@ def tune(
             is refused; all before the work. A NumericalError says that the training diverged.
     """
     check_destination(out, overwrite=overwrite)
-    if calibration is not None:
-        check_source(calibration, "calibration")
+    if calibration is not None and check_source(calibration, "calibration")[0] == SELF:
+        raise RecipeError("tune does not train on text that the model writes (self); name a file or another source")
+    if training.way == "lora":
+        import sparsellm.tuning.lora  # noqa: F401 - an error without peft
     source = checkpoint_directory(model)
     place = check_destination(out, overwrite=overwrite, sources=[source])
     if is_packed(read_object(source / "config.json")):
@@ -140,10 +142,8 @@ def _trained(
     wrapped: PreTrainedModel | PeftModel = model
     callbacks = [KeepZeros()] if training.way == "full" else []
     if training.way == "lora":
-        try:
-            from sparsellm.tuning.lora import add_adapter
-        except ImportError:
-            raise MissingExtraError("way lora needs the package 'peft': pip install 'sparsellm[tune]'") from None
+        from sparsellm.tuning.lora import add_adapter
+
         wrapped = add_adapter(model)
     losses: list[float] = []
 
