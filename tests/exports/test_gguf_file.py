@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def other(place: Path) -> Path:
 
 def split(place: Path) -> Path:
     writer = gguf.GGUFWriter(str(place / "split.gguf"), "llama", split_max_tensors=1)
+    writer.add_block_count(2)  # more than the tensors of one file
     for name in ("a", "b"):
         writer.add_tensor(name, np.zeros(4, np.float32))
     writer.write_header_to_file()
@@ -197,7 +199,9 @@ def test_without_a_template_or_a_dense_model_the_option_is_named(ready: Path, tm
         sparsellm.export(ready, to="gguf", out=out, **settings)
     sparsellm.export(ready, to="gguf", out=out, overwrite=True, **settings)
     (tmp_path / "notes.gguf").write_text("mine")
-    for name, said in (("notes.gguf", "not a GGUF"), ("a.bin", "a .gguf file"), ("no/a.gguf", "not a directory")):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    refused = {"notes.gguf": "not a GGUF", "pipe.gguf": "not an ordinary file", "a.bin": "a .gguf file"}
+    for name, said in {**refused, "no/a.gguf": "not a directory"}.items():
         with pytest.raises(StorageError, match=said):
             sparsellm.export(ready, to="gguf", out=tmp_path / name, overwrite=True, **settings)
     with pytest.raises(StorageError, match="is the template"):

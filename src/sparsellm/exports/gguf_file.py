@@ -23,6 +23,7 @@ from sparsellm.storage.directory import check_room
 from sparsellm.storage.files import replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.version import __version__
+from sparsepack.files import read_bytes
 
 _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
@@ -40,8 +41,7 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if not place.parent.is_dir():
         raise StorageError(f"{said}: {place.parent} is not a directory; create it, or name another file")
     if place.exists():
-        with place.open("rb") as file:
-            ours = file.read(4) == b"GGUF"
+        ours = read_bytes(place, 4, StorageError)[:4] == b"GGUF"
         if not (overwrite and ours):
             advice = "give --overwrite to replace it" if ours else "it is not a GGUF file and is not replaced"
             raise StorageError(f"{said} exists; {advice}, or name another file")

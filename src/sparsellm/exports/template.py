@@ -46,8 +46,6 @@ class Template:
             raise
         except Exception as error:  # a damaged file raises any of numpy's or gguf's errors
             raise ModelError(f"--like {shown(str(path))} is not a readable GGUF file: {one_line(error)}") from None
-        if (self.value("split.count") or 1) > 1:
-            raise ModelError(f"--like {path} is one of several files; join them with llama-gguf-split --merge")
         name = self.value("general.architecture")
         known = {text: arch for arch, text in gguf.MODEL_ARCH_NAMES.items()}
         if name not in known:

@@ -24,13 +24,15 @@ _SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert
 
 def check_header(path: Path) -> None:
     """Raises ModelError if the header of a GGUF file states more than the file holds, or sizes of a model that its
-    tensors do not have, such as a ``block_count`` beyond the number of tensors."""
+    tensors do not have, such as a ``block_count`` beyond the number of tensors; or if it is one of several files."""
     size = os.stat(path).st_size
     try:
         with path.open("rb") as file:
             sizes, tensors, largest = _sizes(file, size)
     except (ValueError, struct.error) as error:
         raise ModelError(f"{path} cannot be converted: {error}; it is damaged or cut short: fetch it again") from None
+    if sizes.get("split.count", 1) > 1:
+        raise ModelError(f"{path} is one of several files; join them with llama-gguf-split --merge")
     for key, value in sizes.items():
         blocks = key.endswith(".block_count")
         most = min(tensors, _MOST_BLOCKS) if blocks else max(_MANY, largest)
