@@ -63,8 +63,9 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     say(f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}", whole=True)
     base = str(out).rstrip("/")
     if grid is not None:
-        like = f"{base}.gguf --like FILE.gguf" if grid.form == "gguf" else f"{base}-exported"
-        say(f"export it:   sparsellm export {name} --to {grid.form} --out {like}", whole=True)
+        end, like = (".gguf", " --like FILE.gguf") if grid.form == "gguf" else ("-exported", "")
+        place = shlex.quote(base + end)
+        say(f"export it:   sparsellm export {name} --to {grid.form} --out {place}{like}", whole=True)
         return
     packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
     say(f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}", whole=True)

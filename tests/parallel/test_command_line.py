@@ -99,7 +99,7 @@ def test_torchrun_writes_what_one_process_writes(checkpoint: Path, tmp_path: Pat
     report = json.loads(stdout)  # one report, by one process
     assert report["processes"] == 2
     assert report["calibration_tokens"] == 200
-    assert json.loads((out / "pruning.json").read_text()) == report
+    assert {**json.loads((out / "pruning.json").read_text()), "path": str(out)} == report
     recipe = Recipe(method="sparsellm", samples=5, seq_len=40, batch_tokens=80, allocation="owl", passes=2)
     expected_report = sparsellm.prune(checkpoint, recipe, out=alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "pruned"]
