@@ -71,6 +71,13 @@ def _not_tiny(temperature: float) -> float:
     return temperature
 
 
+def _whole(text: str) -> str:
+    if text.encode("utf-8", "replace").decode() != text:
+        raise ValueError("it holds half of a surrogate pair, which is not text")
+    return text
+
+
+Words = Annotated[str, AfterValidator(_whole)]
 Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)]
 
 
@@ -122,7 +129,7 @@ class _Recommended(BaseModel):
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Words,
     *,
     max_new_tokens: Tokens = 100,
     temperature: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 0.0,

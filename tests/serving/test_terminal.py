@@ -68,6 +68,7 @@ def test_a_full_context_is_said_and_reset_goes_on(packed: Path, run: Any, monkey
         ((), "the model has no chat template"),
         (("--temperature", "-1"), "--temperature is -1.0"),
         (("--threads", "0"), "--threads is 0"),
+        (("--system", "\udcff"), "half of a surrogate pair"),  # a byte that is not UTF-8
     ],
 )
 def test_what_cannot_talk_is_one_line(options: Any, said: str, llama: Path, run: Any) -> None:

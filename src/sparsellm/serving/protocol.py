@@ -10,12 +10,12 @@ import secrets
 import time
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsellm.serving.prompts import chat_ids, text_ids
-from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens
+from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words
 
 # What clients send although it changes nothing.
 _NEUTRAL: dict[str, object] = {
@@ -35,15 +35,6 @@ _NEUTRAL: dict[str, object] = {
 def escaped(text: str) -> str:
     """The text with halves of surrogate pairs, which JSON can hold and UTF-8 cannot, as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _whole(text: str) -> str:
-    if escaped(text) != text:
-        raise ValueError("it holds half of a surrogate pair, which is not text")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_whole)]
 
 
 def _joined(content: Any) -> Any:
@@ -75,7 +66,7 @@ class Message(_Given):
     """One message of a conversation; only text."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_joined)]
+    content: Annotated[Words, BeforeValidator(_joined)]
     name: str | None = None
 
 
@@ -162,7 +153,7 @@ class CompletionRequest(Asked):
     KIND, CHUNK, PREFIX = "text_completion", "text_completion", "cmpl-"
 
     prompt: Annotated[
-        Text, BeforeValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value)
+        Words, BeforeValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value)
     ]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import interrupts
 from sparsellm.serving.prompts import Message, chat_ids, check_template, open_model
-from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, context_limit, continuation
+from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words, context_limit, continuation
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -27,7 +27,7 @@ class Manner(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    system: str | None = None
+    system: Words | None = None
     max_new_tokens: Tokens = 512
     temperature: Temperature | None = None
     seed: Seed | None = None
