@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from sparsepack.arguments import checked
 from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
+from sparsepack.files import config_difference
 from sparsepack.generation import generation_config_set
 from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, gather, kernel_name, threads_set, to_dense
@@ -28,18 +29,6 @@ ProgressCallback = Callable[[str, float, float, str], object]
 
 _Decoder = Literal["compiled", "transformers"]
 _SAME = 0.03  # relative difference in speed below which two models count as equally fast: what repeats differ by
-
-# Keys of a config that describe files, not the function of the model.
-_STORAGE = (
-    "_name_or_path",
-    "architectures",  # a model that was built in memory has none until it is saved
-    "dtype",
-    "quantization_config",
-    "torch_dtype",
-    "transformers_version",
-    "transformers_weights",
-    "use_cache",
-)
 
 
 class _Measured(BaseModel):
@@ -182,7 +171,7 @@ def compare(
         chosen = Rounds(**rounds)
     except ValidationError as error:
         raise SettingError(refusal(error)) from None
-    if dense is not None and (difference := _difference(_config(packed), _config(dense))):
+    if dense is not None and (difference := config_difference(_config(packed).to_dict(), _config(dense).to_dict())):
         raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 0, 2, "packed")
     models = {"packed": load(packed, device=device, dtype=dtype, activations=activations)}
@@ -219,15 +208,6 @@ def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:
     except Exception as error:  # an unknown model, or a value of the wrong type
         raise FormatError(f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}") from error
     return config
-
-
-def _difference(config: PretrainedConfig, other: PretrainedConfig) -> str | None:
-    """The first key of ``config.json`` that another model has different, as a clause; None if there is none."""
-    values, others = config.to_dict(), other.to_dict()
-    for key in sorted((values.keys() | others.keys()).difference(_STORAGE)):
-        if values.get(key) != others.get(key):
-            return f"{key} in config.json is {values.get(key)!r:.100}, not {others.get(key)!r:.100}"
-    return None
 
 
 def measure(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsepack.errors import FormatError, UserError
+from sparsepack.errors import FormatError, UserError, shown
 
 MOST_JSON = 256 << 20  # bytes: ten times the index of a model with a million tensors
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
@@ -20,6 +20,9 @@ _IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a nam
 _QUICK = 256  # layers that are built in a moment; up to here, the names of the weights decide if they are too many
 _DEEPEST = 2048  # layers, which are built in half a minute
 _MANY = 4096  # experts and other sizes that are built in a moment
+# Keys of a config that describe files, not the function of the model. A model in memory has no architectures.
+_STORAGE = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
+_STORAGE |= {"transformers_version", "transformers_weights", "use_cache"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -93,6 +96,14 @@ def unfit_size(sizes: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
                 f"than {largest} rows or columns"
                 + (f"; at most {_DEEPEST} layers are built" if value > _DEEPEST else "")
             )
+    return None
+
+
+def config_difference(values: Mapping[str, Any], others: Mapping[str, Any]) -> str | None:
+    """The first value of a ``config.json`` that another model has different, as a clause; None if there is none."""
+    for key in sorted((values.keys() | others.keys()) - _STORAGE):
+        if values.get(key) != others.get(key):
+            return f"{key} in config.json is {shown(values.get(key))}, not {shown(others.get(key))}"
     return None
 
 

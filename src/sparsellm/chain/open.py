@@ -11,15 +11,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sparsellm.errors import DataError, ModelError, one_line, shown
+from sparsellm.errors import DataError, ModelError, one_line
 from sparsellm.inputs import read_object
 from sparsellm.storage.reader import CheckpointReader
 from sparsepack.checkpoint import is_packed
 from sparsepack.files import SIZES, unfit_size
 
-# Keys of a config that describe files, not the function of the model. A model in memory has no architectures.
-_STORAGE = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
-_STORAGE |= {"transformers_version", "transformers_weights", "use_cache"}
 DIFFER = "config and weights are of different models: download the checkpoint again"
 
 
@@ -93,17 +90,6 @@ def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTraine
         f"the tokenizer turns the text into ids up to {most} ({token!r:.50}), and the model has {vocabulary} tokens "
         "(vocab_size in config.json); use the tokenizer that belongs to the model"
     )
-
-
-def config_difference(config: PretrainedConfig, other: PretrainedConfig) -> str | None:
-    """The first value of ``config.json`` that another model has different, as a clause; None if there is none."""
-    values, others = (
-        {key: value for key, value in each.to_dict().items() if key not in _STORAGE} for each in (config, other)
-    )
-    for key in sorted(values.keys() | others.keys()):
-        if values.get(key) != others.get(key):
-            return f"{key} in config.json is {shown(values.get(key))}, not {shown(others.get(key))}"
-    return None
 
 
 def shape_difference(weights: CheckpointReader, others: CheckpointReader) -> str | None:

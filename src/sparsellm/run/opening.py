@@ -18,7 +18,7 @@ from sparsellm.calibration.sources import SELF
 from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
-from sparsellm.chain.open import check_vocabulary, config_difference, load_config, load_tokenizer, shape_difference
+from sparsellm.chain.open import check_vocabulary, load_config, load_tokenizer, shape_difference
 from sparsellm.chain.products import Bf16Products, bf16_is_native
 from sparsellm.chain.streams import windows_of
 from sparsellm.errors import DataError, ModelError, RecipeError
@@ -30,6 +30,7 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 from sparsepack.checkpoint import is_packed
+from sparsepack.files import config_difference
 
 Model = str | os.PathLike[str] | PreTrainedModel
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -122,7 +123,7 @@ def _open_start(
     read."""
     dense, start = teacher.reader, open_checkpoint(directory)
     assert dense is not None
-    why = config_difference(load_config(directory, trust_remote_code=trust), teacher.config)
+    why = config_difference(load_config(directory, trust_remote_code=trust).to_dict(), teacher.config.to_dict())
     if why is None and tokenizer is not None:
         alike = load_tokenizer(directory, trust_remote_code=trust).get_vocab() == tokenizer.get_vocab()
         why = None if alike else "the tokenizers differ"
