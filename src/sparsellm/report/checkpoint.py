@@ -18,7 +18,7 @@ from sparsellm.storage.results import read_results
 from sparsepack.bench import Pair
 
 NOT_MEASURED = "not measured"
-_TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
+_TEXTS = ("c4-sample", "pydoc", "wikitext2", "ptb", "c4")
 
 
 @dataclass(frozen=True)
