@@ -431,8 +431,8 @@ class Export(Stamp):
 
     to: str  # the format: gguf or compressed-tensors
     grid: str
-    name: str  # of the file or directory, without the place
-    bytes: Count  # of the file, or of the weight files in the directory
+    name: str  # the file's or directory's, without the place
+    bytes: Count  # size of the file, or of the weight files in the directory
     runs_in: str  # the programs that read it
 
     def __str__(self) -> str:

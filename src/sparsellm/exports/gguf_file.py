@@ -109,7 +109,7 @@ class _File:
         self.head = None if head is None else gguf.GGMLQuantizationType[head]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
-        self.keys = {name: keys for name, keys in named if name in self.tensors}  # of the checkpoint
+        self.keys = {name: keys for name, keys in named if name in self.tensors}  # in the checkpoint
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
         self.heads = [count for name in _HEADS if isinstance(count := getattr(config, name, None), int)] or [1]
