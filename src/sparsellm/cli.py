@@ -16,7 +16,7 @@ import typer
 from sparsellm import __version__, interrupts, process
 from sparsellm import options as use
 from sparsellm.errors import MissingExtraError, RecipeError
-from sparsellm.options import MEASURE, SERVER, TEXT, argument, field, flag, option
+from sparsellm.options import GGUF, MEASURE, SERVER, TEXT, TRAINING, argument, field, flag, option
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
 
 if TYPE_CHECKING:
@@ -308,8 +308,8 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     use.out("Directory of the comparison; an earlier one goes on."),
     *use.REPORTING,
     examples=(
-        "sparsellm compare demo --out grid --sparsity 0.5,0.7 --method wanda,sparsellm",
-        "sparsellm compare demo --out grid --sparsity 0.3,0.5 --values int8,int4 --recover 0.9",
+        "sparsellm compare demo --out compared --sparsity 0.5,0.7 --method wanda,sparsellm",
+        "sparsellm compare demo --out compared --sparsity 0.3,0.5 --values int8,int4 --recover 0.9",
     ),
 )
 def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
@@ -408,12 +408,14 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 @_command(
     argument("DIRECTORY", "A pruned checkpoint, not packed."),
     field("calibration"),
-    option("--way NAME", "Train all weights that are kept, or by LoRA.", WHAT, default="full", values=("full", "lora")),
-    option("--steps N", "Steps of AdamW.", WHAT, default=128),
-    option("--rate T", "Learning rate.", WHAT, shown="1e-4, or 1e-3 by LoRA"),
-    option("--batch N", "Windows in a step.", WHAT, default=1),
-    option("--seq-len N", "Tokens in a window.", WHAT, default=512),
-    option("--seed N", "Seed of the windows and their order.", WHAT, default=0),
+    option(
+        "--way NAME", "Train all weights that are kept, or by LoRA.", TRAINING, default="full", values=("full", "lora")
+    ),
+    option("--steps N", "Steps of AdamW.", TRAINING, default=128),
+    option("--rate RATE", "Learning rate.", TRAINING, shown="1e-4, or 1e-3 by LoRA"),
+    option("--batch N", "Windows in a step.", TRAINING, default=1),
+    option("--seq-len N", "Tokens in a window.", TRAINING, default=512),
+    option("--seed N", "Seed of the windows and their order.", TRAINING, default=0),
     use.out("Directory of the trained checkpoint."),
     *use.WRITING,
     examples=("sparsellm tune pruned --out tuned --calibration my-text.txt --steps 256",),
@@ -454,14 +456,14 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
     option("--out PLACE", "The .gguf file, or the directory.", default=Parameter.empty, kind=Path),
     option(
         "--like FILE",
-        "For GGUF, to copy the rest from: the file that was pruned, or that llama.cpp made of the dense model.",
-        use.VALUES,
+        "Template to copy the rest from: the file that was pruned, or that llama.cpp made of the dense model.",
+        GGUF,
     ),
-    option("--model MODEL", "For GGUF: the dense model.", use.VALUES, shown="--like, converted"),
+    option("--model MODEL", "The dense model.", GGUF, shown="--like, converted"),
     option(
         "--head TYPE",
-        "For GGUF: embedding and output head: keep (the type of --like) or q8_0.",
-        use.VALUES,
+        "Type of embedding and output head: keep (that of --like) or q8_0.",
+        GGUF,
         default="keep",
         values=("keep", "q8_0"),
     ),

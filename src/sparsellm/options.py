@@ -20,9 +20,10 @@ from sparsellm.errors import RecipeError, refusal
 from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, SEQ_LEN, WHAT, Recipe, help_of, option_of
 
 TEXT, MEASURE, VALUES, SERVER = "Text", "Measurement", "Values", "Server"  # panels of --help
+TRAINING, GGUF = "Training", "For GGUF"
 Made = TypeVar("Made", bound=BaseModel)
 # Types by placeholder; values with other placeholders are text.
-KINDS = {"": bool, "N": int, "0-3": int, "SHARE": float, "T": float, "DIR": Path, "FILE": Path}
+KINDS = {"": bool, "N": int, "0-3": int, "SHARE": float, "T": float, "RATE": float, "DIR": Path, "FILE": Path}
 
 
 def argument(metavar: str, help: str, kind: Any = str) -> Parameter:

@@ -186,7 +186,7 @@ def print_packed(result: PackResult) -> None:
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
     if result.expert_weights:
         kept = count(result.expert_weights)
-        say(f"note: {kept} weights of experts stay dense; they have no packed form yet", error=True)
+        say(f"note: {kept} weights of experts stay dense; they have no packed form", error=True)
     if result.rounded:
         say(
             f"note: {len(result.rounded)} of {len(result.linears)} linears were rounded to nearest. A model that was "
@@ -265,7 +265,7 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
     if result.recommended is not None:
         say(f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed")
     elif constrained:
-        say("no cell satisfies the constraints; lower them, or add a sparsity to the grid")
+        say("no run satisfies the constraints; lower them, or add a sparsity")
     if result.page is not None:
         say(f"compared in {result.page}")
 

@@ -65,7 +65,7 @@ def test_what_cannot_be_trained_is_one_line(pruned: Path, llama: Path, text: Pat
     sparsellm.prune(llama, recipe, out=tmp_path / "int8")
     for model, more, said in (
         (tmp_path / "packed", (), "unpack it first"),
-        (tmp_path / "int8", (), "int8 values, which training would leave"),
+        (tmp_path / "int8", (), "is rounded to int8, and training would undo that"),
         (llama, (), "prune the model first"),
         (pruned, ("--way", "half"), "--way is 'half'"),
         (pruned, ("--steps", "0"), "--steps is 0"),

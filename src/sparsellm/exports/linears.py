@@ -74,7 +74,8 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
         raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote")
     chain, run = open_chain(directory, device=torch.device("cpu")), read_pruning(directory)
     if run.grid not in grids:
-        own = f"a grid of its own ({_OWN.get(run.values, 'unknown')})"
+        why = _OWN.get(run.values, "unknown")
+        own = f"no grid ({why})" if run.values == "keep" else f"a grid of its own ({why})"
         there = f"the grid {run.grid}" if run.grid in GRIDS else own
         advice = f"prune with --grid {grids[0]} (or {', '.join(grids[1:])})"
         raise RecipeError(f"{directory} is on {there}, which this format does not have; {advice}")

@@ -96,7 +96,9 @@ def tune(
         raise RecipeError(f"{source} is packed, and packed weights cannot be trained; unpack it first")
     recipe = read_object(source / "pruning.json").get("recipe") if (source / "pruning.json").is_file() else None
     if isinstance(recipe, dict) and recipe.get("values", "keep") != "keep":
-        raise RecipeError(f"{source} has {recipe['values']} values, which training would leave; prune with values keep")
+        raise RecipeError(
+            f"{source} is rounded to {recipe['values']}, and training would undo that; prune with values keep"
+        )
     if calibration is None:
         calibration, warnings = default_source(demo=model == "demo")
         for warning in warnings:
