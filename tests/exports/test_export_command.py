@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 
+from sparsellm.report.charts import megabytes
 from tests.exports.checkpoints import pruned, wide_llama
 from tests.models.in_gguf import write_gguf
 
@@ -24,7 +25,7 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, r
         assert run(command, directory)[0] == 0
     for name, size in (
         ("README.md", f"{out.stat().st_size:,} bytes"),
-        ("report.html", f"{out.stat().st_size / 1e6:.1f} MB"),
+        ("report.html", megabytes(out.stat().st_size / 1e6)),
     ):
         page = (directory / name).read_text()
         assert "small model.gguf" in page
