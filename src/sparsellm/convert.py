@@ -148,7 +148,7 @@ def unpack(
 
 def _places(model: Checkpoint, out: Out, kind: str, *, overwrite: bool) -> tuple[Path, Path]:
     """The directories of the model and of the new checkpoint, checked."""
-    check_destination(out, overwrite=overwrite)  # before the model is downloaded
+    check_destination(out, overwrite=overwrite, sources=[model])  # before the model is downloaded
     source = checkpoint_directory(str(model))
     packed = is_packed(read_object(source / "config.json"))
     if packed and kind == PACK:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe, api
@@ -20,6 +21,7 @@ from sparsellm.evaluation import streamed
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.pruned import prune_tiny
 
 
 @pytest.fixture(scope="module")
@@ -267,9 +269,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def accuracy_by_hand(folder: Path, bos: bool) -> float:
+def accuracy_by_hand(folder: Path, model: PreTrainedModel, bos: bool) -> float:
     """The share of questions for which the right answer is the likelier continuation."""
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     right = 0
     for line in (folder / "numbers.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -287,10 +289,10 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    sparsellm.prune(llama, Recipe(method="magnitude", sparsity=0.0, samples=1, seq_len=8), out=tmp_path / "p")
-    sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
-    expected = accuracy_by_hand(folder, bos=True)
-    for model in (llama, tmp_path / "packed"):
+    pruned = prune_tiny(tiny_llama())
+    sparsellm.pack(save_tiny(pruned, tiny_tokenizer(), tmp_path / "p"), out=tmp_path / "packed")
+    for model, dense in ((llama, tiny_llama()), (tmp_path / "packed", pruned)):
+        expected = accuracy_by_hand(folder, dense, bos=True)
         measured = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)
         assert measured.tasks is not None
         metric = measured.tasks["tiny_numbers"]["acc"]
@@ -298,7 +300,9 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
         assert metric.stderr is not None
     without = sparsellm.evaluate(llama, text, seq_len=16, bos="no", tasks=["tiny_numbers"], tasks_dir=folder)
     assert without.tasks is not None
-    assert without.tasks["tiny_numbers"]["acc"].value == pytest.approx(accuracy_by_hand(folder, bos=False))
+    assert without.tasks["tiny_numbers"]["acc"].value == pytest.approx(
+        accuracy_by_hand(folder, tiny_llama(), bos=False)
+    )
 
 
 def test_an_unknown_task_is_refused_before_the_model_is_opened(

@@ -49,7 +49,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, run: Any) 
         (("--to", "gguf", "--out", f"{out}.gguf"), "w8a8"),
         (("--to", "onnx", "--out", out), "onnx"),
         (("--to", "compressed-tensors", "--out", out, "--like", "a.gguf"), "settings of GGUF"),
-        (("--to", "compressed-tensors", "--out", directory), "exists"),
+        (("--to", "compressed-tensors", "--out", directory), "overlaps with the model"),
     ]
     before = sorted(tmp_path.iterdir())
     for arguments, said in mistakes:

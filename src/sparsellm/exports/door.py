@@ -78,7 +78,11 @@ def export(  # noqa: PLR0913 - the Python door
     """
     if to == COMPRESSED and (like is not None or model is not None or head != "keep"):
         raise RecipeError("like, model and head are settings of GGUF; leave them out for compressed-tensors")
-    place = check_file(out, overwrite=overwrite) if to == GGUF else check_destination(out, overwrite=overwrite)
+    place = (
+        check_file(out, overwrite=overwrite)
+        if to == GGUF
+        else check_destination(out, overwrite=overwrite, sources=[directory])
+    )
     source = checkpoint_directory(str(directory), "directory")
     if to == COMPRESSED:
         check_destination(out, overwrite=overwrite, sources=[source])

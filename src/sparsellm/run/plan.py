@@ -75,7 +75,7 @@ class Request:
             self.shared[key] = make()
         return cast(T, self.shared[key])
 
-    def destination(self, sources: Iterable[Path] = (), need_bytes: int = 0) -> Path | None:
+    def destination(self, sources: Iterable[str | os.PathLike[str]] = (), need_bytes: int = 0) -> Path | None:
         """The directory of the result, resolved and checked by the first process; None if the result stays in memory.
         Raises StorageError if no checkpoint can be written there."""
         if self.out is None:
@@ -115,7 +115,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
     choice = Choice.of(recipe)
-    request.destination()
+    request.destination(given for given in (request.model, request.teacher) if isinstance(given, str | os.PathLike))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
         model = open_models(

@@ -163,7 +163,11 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def check_destination(
-    out: str | os.PathLike[str], *, sources: Iterable[Path] = (), overwrite: bool = False, need_bytes: int = 0
+    out: str | os.PathLike[str],
+    *,
+    sources: Iterable[str | os.PathLike[str]] = (),
+    overwrite: bool = False,
+    need_bytes: int = 0,
 ) -> Path:
     """The directory that ``out`` leads to, absolute and without links, after all checks.
 
@@ -180,9 +184,9 @@ def check_destination(
     return place
 
 
-def check_place(out: str | os.PathLike[str], sources: Iterable[Path] = ()) -> Path:
+def check_place(out: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]] = ()) -> Path:
     """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it
-    cannot be written, overlaps with a source or with another run, or is a mount point."""
+    cannot be written, overlaps with a source that is there or with another run, or is a mount point."""
     try:
         place = Path(os.path.realpath(out) if os.fspath(out) else "/")
         str(place).encode()  # fails for names that are not UTF-8, as records and reports are
@@ -191,7 +195,8 @@ def check_place(out: str | os.PathLike[str], sources: Iterable[Path] = ()) -> Pa
     if not place.name:
         raise StorageError(f"--out {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
     with explained(place):
-        for reason in _refusals(place, partial_of(place), [Path(os.path.realpath(source)) for source in sources]):
+        real = [Path(os.path.realpath(source)) for source in sources if os.path.exists(source)]
+        for reason in _refusals(place, partial_of(place), real):
             raise StorageError(f"--out {out} {reason}; name another directory")
     return place
 

@@ -85,7 +85,7 @@ def tune(
         SparseLLMError: the model is packed, rounded or has no zeros, does not fit into memory, or the text or ``out``
             is refused; all before the work. A NumericalError says that the training diverged.
     """
-    check_destination(out, overwrite=overwrite)
+    check_destination(out, overwrite=overwrite, sources=[model])
     if calibration is not None and check_source(calibration, "calibration")[0] == SELF:
         raise RecipeError("tune does not train on text that the model writes (self); name a file or another source")
     if training.way == "lora":
