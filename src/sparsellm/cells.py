@@ -1,6 +1,6 @@
-"""A grid of runs over one model: each is pruned, packed and measured against the dense model, then compared.
+"""A comparison of runs over one model: each is pruned, packed and measured against the dense model, then compared.
 
-Every cell is a separate checkpoint, so a grid that was stopped goes on with the cell it was in, and later calls add
+Every cell is a separate checkpoint, so a comparison that was stopped goes on with the cell it was in; later calls add
 cells to it. Calibration windows, gradients of the dense model and its outputs on the text are computed once.
 """
 
@@ -34,7 +34,7 @@ from sparsellm.storage.directory import check_destination, check_place, partial_
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
 from sparsellm.storage.results import append_result
 
-GRID, PAGE = "compare.json", "compare.html"  # the record of a grid, and its page, in the directory of the grid
+GRID, PAGE = "compare.json", "compare.html"  # the record of a comparison, and its page
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
 
 
@@ -58,7 +58,7 @@ class Measured(Record):
 
 
 class Grid(Record):
-    """The record of a grid. A directory of a cell belongs to the grid if the cell was begun; no other is replaced."""
+    """The record of a comparison. A run replaces the directory of a cell only if that cell was begun."""
 
     format: Literal[2] = 2
     settings: Settings  # what all cells share: digests of the dense model and the text, and the protocol
@@ -96,18 +96,18 @@ def compare(
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> GridResult:
-    """Prunes, packs and measures a model in every cell of a grid, and writes one page that compares them.
+    """Prunes, packs and measures a model in every cell, and writes one page that compares them.
 
     Args:
         model, trust_remote_code, progress: as in :func:`sparsellm.prune`, the model by name.
-        out: the directory of the grid; each cell has its checkpoint in it. An earlier grid is continued.
+        out: the directory; each cell has its checkpoint in it. An earlier comparison is continued.
         cells: the recipe of each cell by the name of its directory, as :func:`cells_of` makes them.
         protocol: how they are measured.
         recover, max_bytes: the least recovery, and the most bytes of packed weight files, of a recommended cell.
 
     Raises:
         SparseLLMError: a recipe, the model or the text is wrong; ``out`` is refused as that of :func:`sparsellm.prune`,
-            holds other files, a grid or a cell with other settings, or is in use by another process.
+            holds other files, or a cell with other settings, or is in use by another process.
     """
     place = check_place(out)
     first = next(iter(cells.values()))
@@ -150,7 +150,7 @@ def compare(
 def _with_text(
     cells: Mapping[str, Recipe], model: str | os.PathLike[str], progress: ProgressCallback
 ) -> dict[str, Recipe]:
-    """The recipes of a grid, all with a calibration text, so that a later call takes the same one or is refused."""
+    """The recipes of all cells, with a calibration text, so that a later call takes the same one or is refused."""
     source, warnings = "", list[str]()
     if any(recipe.calibration is None for recipe in cells.values()):
         source, warnings = default_source(demo=str(model) == "demo")
@@ -160,7 +160,7 @@ def _with_text(
 
 
 def _recorded(recipe: Recipe) -> Settings:
-    """The recipe of a cell as its grid keeps it: with the digest of the file that it calibrates on."""
+    """The recipe of a cell as the comparison keeps it: with the digest of the file that it calibrates on."""
     source, file = check_source(recipe.calibration or "", "calibration")
     kept: Settings = recipe.named.model_dump(mode="json", exclude={"memory"})
     return {**kept, "calibration_file": sha256(text_file(file)) if file and source != "hub" else None}
@@ -168,7 +168,7 @@ def _recorded(recipe: Recipe) -> Settings:
 
 @contextlib.contextmanager
 def _opened(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -> Iterator[Grid]:
-    """The grid in a directory, begun if there is none, and locked against other processes. Raises StorageError or
+    """The record in a directory, begun if there is none, and locked against other processes. Raises StorageError or
     RecipeError, before anything is written, if the directory or one of a cell in it belongs to something else."""
     if not place.is_dir():
         _checked(place, settings, recipes)
@@ -182,7 +182,7 @@ def _opened(place: Path, settings: Settings, recipes: Mapping[str, Settings]) ->
 
 
 def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -> Grid:
-    """The grid in a directory, which may be new, after all checks of :func:`_opened`."""
+    """The record in a directory, which may be new, after all checks of :func:`_opened`."""
     grid = Grid(settings=settings, begun={}, cells=[])
     if (place / GRID).is_file():
         grid = read_record(Grid, place / GRID, "give another --out")
@@ -222,7 +222,7 @@ def cells_of(
     efforts: Sequence[int] = (),
     values: Sequence[str] = (),
 ) -> dict[str, Recipe]:
-    """The recipes of a grid by name: every method at every sparsity, then at every pattern; each with every effort, if
+    """The cells by name: every method at every sparsity, then at every pattern; each with every effort, if
     the method has a sweep, and with every type of values. The other settings are those of ``base``, whose options hold
     for the methods that have them, and those of a sweep for the methods with one. A RecipeError if nothing is asked
     for, something is named twice or wrong, or no method has an option of the base."""
