@@ -91,8 +91,7 @@ def test_one_command_prunes_packs_measures_and_reports(llama: Path, tmp_path: Pa
     assert (code, stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "q").exists()
     for model, place in ((llama, llama / "inside"), (pruned, pruned)):  # which would be measured against itself
-        line = ("prune", model, "--out", tmp_path / "q", "--pack", place, "--overwrite", *SMALL)
-        code, _, stderr = run(*line)
+        code, _, stderr = run("prune", model, "--out", tmp_path / "q", "--pack", place, "--overwrite", *SMALL)
         assert (code, "overlaps with the model" in stderr) == (2, True)
     code, _, stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL)
     assert (code, "give --overwrite" in stderr) == (2, True)

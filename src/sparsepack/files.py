@@ -18,8 +18,8 @@ _COUNTS = re.compile(r"(num|n)_(\w*_)?(layers?|blocks?|experts)")
 _DEPTH = re.compile(r"(num_hidden|num|n)_layers?")
 _IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
 _QUICK = 256  # layers that are built in a moment; up to here, the names of the weights decide if they are too many
-_DEEPEST = 2048  # layers, which are built in half a minute
-_MANY = 4096  # experts and other sizes that are built in a moment
+DEEPEST = 2048  # layers, which are built in half a minute
+MANY = 4096  # experts and other sizes that are built in a moment
 # Keys of a config that describe files, not the function of the model. A model in memory has no architectures.
 _STORAGE = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
 _STORAGE |= {"transformers_version", "transformers_weights", "use_cache"}
@@ -89,12 +89,11 @@ def unfit_size(sizes: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
     for name, value in sizes.items():
         if type(value) is not int or not (name in SIZES or _COUNTS.fullmatch(name)):
             continue
-        most = min(max(_QUICK, longest), _DEEPEST) if _DEPTH.fullmatch(name) else max(_MANY, longest, largest)
+        most = min(max(_QUICK, longest), DEEPEST) if _DEPTH.fullmatch(name) else max(MANY, longest, largest)
         if value > most or (value < 1 and name in SIZES):
             return (
                 f"says {name} {value!s:.40}, and the weights have no list of modules longer than {longest} and no more "
-                f"than {largest} rows or columns"
-                + (f"; at most {_DEEPEST} layers are built" if value > _DEEPEST else "")
+                f"than {largest} rows or columns" + (f"; at most {DEEPEST} layers are built" if value > DEEPEST else "")
             )
     return None
 

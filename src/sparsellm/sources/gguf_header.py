@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sparsellm.errors import ModelError
+from sparsepack.files import DEEPEST, MANY
 
 # Bytes of the scalar types by their number; 8 is a string, 9 an array.
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -17,8 +18,6 @@ _STRING, _ARRAY = 8, 9
 _MOST_ITEMS = 1 << 22  # strings of an array: a dozen times the tokens or merges of the largest vocabulary
 _MOST_PAIRS = 1 << 16  # keys with values
 _LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes that describe a tensor: name, dimensions, type, place
-_MOST_BLOCKS = 2048  # which transformers builds in half a minute
-_MANY = 4096  # other sizes, which are built in a moment
 _SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert_count|attention\.head_count(_kv)?)")
 
 
@@ -35,11 +34,11 @@ def check_header(path: Path) -> None:
         raise ModelError(f"{path} is one of several files; join them with llama-gguf-split --merge")
     for key, value in sizes.items():
         blocks = key.endswith(".block_count")
-        most = min(tensors, _MOST_BLOCKS) if blocks else max(_MANY, largest)
+        most = min(tensors, DEEPEST) if blocks else max(MANY, largest)
         if (blocks or _SIZES.fullmatch(key)) and not 0 <= value <= most:
             raise ModelError(
                 f"{path} cannot be converted: it says {key} {value}, and has {tensors} tensors of at most {largest} "
-                f"rows or columns (blocks: at most {_MOST_BLOCKS}); fetch it again"
+                f"rows or columns (blocks: at most {DEEPEST}); fetch it again"
             )
 
 
