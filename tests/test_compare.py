@@ -346,6 +346,8 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
     }
     with pytest.raises(RecipeError, match="effort is known to none of the methods wanda"):
         cells_of(base, methods=["wanda"], sparsities=[0.3], efforts=[1])
+    with pytest.raises(RecipeError, match="cells is empty"):
+        sparsellm.compare("demo", out="grid", cells={}, protocol=Protocol("pydoc"))
 
 
 def test_options_of_compare_mean_what_they_mean_in_prune(

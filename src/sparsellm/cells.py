@@ -110,6 +110,8 @@ def compare(
             holds other files, or a cell with other settings, or is in use by another process.
     """
     place = check_place(out)
+    if not cells:
+        raise RecipeError("cells is empty; make one or more with cells_of")
     first = next(iter(cells.values()))
     dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
     windows = dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work

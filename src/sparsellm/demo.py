@@ -210,6 +210,5 @@ def _answer(path: Path, threads: int) -> tuple[str, int]:
 
 def places(out: Path | None) -> tuple[Path, Path]:
     """The directories of the pruned and of the packed checkpoint."""
-    if out is None:
-        return cache_dir() / "demo-pruned", cache_dir() / "demo-packed"
-    return out / "pruned", out / "packed"
+    folder = cache_dir() / "demo-runs" if out is None else out
+    return folder / "pruned", folder / "packed"

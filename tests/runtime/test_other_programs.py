@@ -65,22 +65,9 @@ def test_exec_runs_a_module(packed: Path, tmp_path: Path) -> None:
         "metric_list": [{"metric": "word_perplexity"}],
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(json.dumps(task))
-    model = f"pretrained={packed}"
-    asked = (
-        "python",
-        "-m",
-        "lm_eval",
-        "--model",
-        "hf",
-        "--model_args",
-        model,
-        "--tasks",
-        "tiny",
-        "--include_path",
-        tmp_path,
-    )
+    asked = ("python", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={packed}", "--tasks", "tiny")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = execute(*asked, "--device", "cpu", "--limit", "1", **offline)
+    done = execute(*asked, "--include_path", tmp_path, "--device", "cpu", "--limit", "1", **offline)
     assert done.returncode == 0, done.stderr
     assert "word_perplexity" in done.stdout
 
