@@ -33,6 +33,7 @@ from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
 from sparsellm.storage.results import append_result
+from sparsepack.bench import Rounds, check_positions
 
 GRID, PAGE = "compare.json", "compare.html"  # the record of a comparison, and its page
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
@@ -115,6 +116,8 @@ def compare(
     first = next(iter(cells.values()))
     dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
     windows = dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
+    if protocol.speed:
+        check_positions(dense.chain.config, Rounds(), "the model")
     cells = _with_text(cells, model, progress)
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from sparsellm.errors import RecipeError, nearest, refusal
+from sparsellm.errors import RecipeError, nearest, refusal, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 Options: TypeAlias = dict[str, Any]  # the options of a function by name: JSON values, since a recipe sets them
@@ -131,7 +131,7 @@ class Registry(dict[str, Entry[F]]):
             listener(entry)
 
     def __missing__(self, name: str) -> Entry[F]:
-        raise RecipeError(f"unknown {self.kind} {name!r}; {nearest(name, self)}")
+        raise RecipeError(f"unknown {self.kind} {shown(name)}; {nearest(name, self)}")
 
 
 _OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())  # JSON has no NaN or infinity

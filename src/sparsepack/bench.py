@@ -210,6 +210,15 @@ def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:
     return config
 
 
+def check_positions(config: PretrainedConfig, rounds: Rounds, name: str) -> None:
+    """Refuses rounds of more tokens than a model has positions; ``name`` is that of the model in the error."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and limit < rounds.prompt_tokens + rounds.new_tokens:
+        raise SettingError(
+            f"{rounds.prompt_tokens} + {rounds.new_tokens} tokens are more than the {limit} that {name} takes"
+        )
+
+
 def measure(
     models: Mapping[str, PreTrainedModel],
     rounds: Rounds | None = None,
@@ -231,11 +240,7 @@ def measure(
     rounds = rounds or Rounds()
     tokens = {"prefill": rounds.prompt_tokens, "decode": rounds.new_tokens}
     for name, model in models.items():
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and limit < sum(tokens.values()):
-            raise SettingError(
-                f"{rounds.prompt_tokens} + {rounds.new_tokens} tokens are more than the {limit} that {name} takes"
-            )
+        check_positions(model.config, rounds, name)
     speeds = []
     settings = [(count, batch) for count in rounds.threads or (torch.get_num_threads(),) for batch in rounds.batches]
     for index, (count, batch) in enumerate(settings):
