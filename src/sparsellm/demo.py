@@ -124,7 +124,7 @@ def run_demo(
         request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
         result = prune(request, progress)
     with phase("pack"):
-        pack(pruned, out=packed, head="int8", overwrite=overwrite, restart=restart, progress=progress)
+        pack(pruned, out=packed, values="int4", head="int8", overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):
         forms = _evaluated(dense, pruned, packed, progress)
     with phase("bench"):
