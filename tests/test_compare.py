@@ -316,7 +316,7 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
     for arguments, message in (
         ((other, *words), "was made with another model"),
         ((llama, *words, "--set", "bos=yes"), "was made with another text"),
-        ((llama, *words, "--speed"), "was made with another protocol.speed"),
+        ((llama, *words, "--max-tokens", 128), "was made with another protocol.max_tokens"),
     ):
         code, _, said = run("compare", *arguments)
         assert (code, message in said) == (2, True), said

@@ -20,7 +20,7 @@ from sparsellm.inputs import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import WorkingDirectory, check_destination
+from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.reader import PackedReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource
 from sparsepack import PackError
@@ -148,7 +148,7 @@ def unpack(
 
 def _places(model: Checkpoint, out: Out, kind: str, *, overwrite: bool) -> tuple[Path, Path]:
     """The directories of the model and of the new checkpoint, checked."""
-    check_destination(out, overwrite=overwrite, sources=[model])  # before the model is downloaded
+    check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))  # before the model is downloaded
     source = checkpoint_directory(str(model))
     packed = is_packed(read_object(source / "config.json"))
     if packed and kind == PACK:

@@ -20,7 +20,7 @@ from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import WorkingDirectory, check_destination
+from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 from sparsepack.grids import GRIDS
 
@@ -81,7 +81,7 @@ def export(  # noqa: PLR0913 - the Python door
     place = (
         check_file(out, overwrite=overwrite)
         if to == GGUF
-        else check_destination(out, overwrite=overwrite, sources=[directory])
+        else check_destination(out, overwrite=overwrite, sources=checkpoints_among(directory))
     )
     source = checkpoint_directory(str(directory), "directory")
     if to == COMPRESSED:

@@ -44,7 +44,7 @@ from sparsellm.run.predictions import (
     predicted_seconds,
     saved_sweep_bytes,
 )
-from sparsellm.storage.directory import check_destination
+from sparsellm.storage.directory import check_destination, checkpoints_among
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.sweep.whole_model import check_sweepable
 
@@ -115,7 +115,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
     choice = Choice.of(recipe)
-    request.destination(given for given in (request.model, request.teacher) if isinstance(given, str | os.PathLike))
+    request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
         model = open_models(

@@ -186,7 +186,7 @@ def check_destination(
 
 def check_place(out: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]] = ()) -> Path:
     """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it
-    cannot be written, overlaps with a source that is there or with another run, or is a mount point."""
+    cannot be written, overlaps with a source or with another run, or is a mount point."""
     try:
         place = Path(os.path.realpath(out) if os.fspath(out) else "/")
         str(place).encode()  # fails for names that are not UTF-8, as records and reports are
@@ -195,10 +195,15 @@ def check_place(out: str | os.PathLike[str], sources: Iterable[str | os.PathLike
     if not place.name:
         raise StorageError(f"--out {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
     with explained(place):
-        real = [Path(os.path.realpath(source)) for source in sources if os.path.exists(source)]
-        for reason in _refusals(place, partial_of(place), real):
+        for reason in _refusals(place, partial_of(place), [Path(os.path.realpath(source)) for source in sources]):
             raise StorageError(f"--out {out} {reason}; name another directory")
     return place
+
+
+def checkpoints_among(*models: object) -> list[str | os.PathLike[str]]:
+    """The models that are given by the name of a directory with a checkpoint, before any is opened."""
+    named = [model for model in models if isinstance(model, str | os.PathLike)]
+    return [name for name in named if os.path.isfile(os.path.join(name, "config.json"))]
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:

@@ -29,7 +29,7 @@ from sparsellm.inputs import read_object
 from sparsellm.machine import resolve_device
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import WorkingDirectory, check_destination
+from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.tuning.full import KeepZeros
 from sparsepack.checkpoint import is_packed
@@ -85,7 +85,7 @@ def tune(
         SparseLLMError: the model is packed, rounded or has no zeros, does not fit into memory, or the text or ``out``
             is refused; all before the work. A NumericalError says that the training diverged.
     """
-    check_destination(out, overwrite=overwrite, sources=[model])
+    check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
     if calibration is not None and check_source(calibration, "calibration")[0] == SELF:
         raise RecipeError("tune does not train on text that the model writes (self); name a file or another source")
     if training.way == "lora":
