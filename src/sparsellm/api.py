@@ -107,7 +107,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         max_tokens: the most tokens of the text to use.
         bos, device, dtype: as in :class:`Recipe`; a BOS is not scored.
         against: the dense model, with the same tokenizer, to compare with on the same windows; an :class:`Opened` runs
-            only once for several evaluations. With a model that is pruned itself there is no recovery.
+            only once for several evaluations. Recovery is None if this model is pruned too.
         tasks: names of tasks, groups or tags of lm-eval.
         tasks_dir: a directory with further tasks in lm-eval's YAML files.
 

@@ -330,7 +330,7 @@ class Against(Measurement):
     kl_low: float | None = None
     kl_high: float | None = None
     agreement: float  # fraction of the scored tokens for which both models have the same first choice
-    recovery: float | None = None  # dense perplexity / the model's; None if the reference is pruned itself
+    recovery: float | None = None  # dense perplexity / the model's; None if the reference is pruned too
 
     @property
     def divergence(self) -> Interval:

@@ -229,8 +229,8 @@ def print_evaluation(result: Evaluation, saved: Path | None) -> None:
     for name, dense, value in result.rows():
         say(f"{name} {value}" if dense is None else f"{name} {value} · dense {dense}")
     if (other := result.against) is not None and result.dense is None:
-        same = f"KL from it {other.divergence.shown(3)} nats a token, same likeliest token {other.agreement:.1%}"
-        say(f"{other.model} is pruned itself, so there is no recovery: perplexity {other.perplexity.shown()}, {same}")
+        say(f"{other.model} is pruned too, so no recovery is given; its perplexity is {other.perplexity.shown()}")
+        say(f"KL from it {other.divergence.shown(3)} nats a token, same likeliest token {other.agreement:.1%}")
     for task, metrics in (result.tasks or {}).items():
         for name, metric in metrics.items():
             say(f"{task}: {name} {metric.shown()}")

@@ -107,7 +107,7 @@ def test_only_a_dense_model_gives_a_recovery(llama: Path, text: Path, pruned: Pa
     words = ("eval", pruned, "--text", text, "--seq-len", 16, "--against")
     code, stdout, stderr = run(*words, worse)
     assert code == 0, stderr
-    assert "worse is pruned itself, so there is no recovery: perplexity" in stdout
+    assert "worse is pruned too, so no recovery is given; its perplexity is" in stdout
     assert "\nrecovery" not in stdout
     (only,) = read_results(pruned).evaluations
     assert only.against is not None

@@ -316,7 +316,10 @@ def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--host", "0.0.0.0"), "--host 0.0.0.0 lets other machines in, and there is no key; set SPARSELLM_API_KEY"),
+        (
+            ("--host", "0.0.0.0"),
+            "--host 0.0.0.0 accepts requests from other machines, which needs a key; set SPARSELLM_API_KEY",
+        ),
         (("--host", "no.such.host.invalid"), "'no.such.host.invalid' is not available"),
         (("--port", "99999"), "--port is 99999"),
         (("--key-file", "{tmp}/empty"), "is empty or more than one word"),

@@ -84,7 +84,8 @@ def open_door(settings: Settings) -> Door:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
             raise RecipeError(
-                f"--host {host} lets other machines in, and there is no key; set {KEY}, or give --key-file FILE"
+                f"--host {host} accepts requests from other machines, which needs a key; set {KEY}, "
+                "or give --key-file FILE"
             )
         listening = socket.create_server(address, family=family)
     except (OSError, UnicodeError) as failed:
