@@ -22,7 +22,7 @@ from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.reader import PackedReader
-from sparsellm.storage.writer import CheckpointWriter, TensorSource
+from sparsellm.storage.writer import CheckpointWriter, TensorSource, written
 from sparsepack import PackError
 from sparsepack.checkpoint import MANIFEST, WAY_IN, PackedEntry, is_packed, manifest, quantization_config
 from sparsepack.codes import GROUPED, exponents_of_text
@@ -160,24 +160,17 @@ def _places(model: Checkpoint, out: Out, kind: str, *, overwrite: bool) -> tuple
 
 @contextmanager
 def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResult) -> Iterator[CheckpointWriter]:
-    """A writer; companions follow its shards, and the directory gets its name. After a failure no file is left."""
-    with work:
-        writer = CheckpointWriter(work, shards)
-        try:
-            yield writer
-            writer.copy_companions(source, PRUNING, "recipe.yaml")  # these two hold for the packed model too
-            entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
-            if entries:
-                config = read_object(writer.folder / "config.json")
-                writer.write_json(
-                    "config.json", {**config, **WAY_IN, "quantization_config": quantization_config(entries)}
-                )
-                writer.write_json(MANIFEST, manifest(writer.folder))
-        except BaseException:
-            work.discard()
-            raise
+    """As :func:`~sparsellm.storage.writer.written`; companions and the packed format's own files follow the shards."""
+    with written(work, shards) as writer:
+        yield writer
+        writer.copy_companions(source, PRUNING, "recipe.yaml")  # these two hold for the packed model too
+        entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
+        if entries:
+            config = read_object(writer.folder / "config.json")
+            writer.write_json("config.json", {**config, **WAY_IN, "quantization_config": quantization_config(entries)})
+            writer.write_json(MANIFEST, manifest(writer.folder))
         result.checkpoint_bytes = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
-        result.path = writer.finish()
+    result.path = work.out
 
 
 def _checked_reader(source: Path) -> PackedReader:

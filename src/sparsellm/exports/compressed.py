@@ -16,7 +16,7 @@ from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import PRUNING, Export
 from sparsellm.storage.directory import WorkingDirectory
 from sparsellm.storage.results import read_results
-from sparsellm.storage.writer import CheckpointWriter, TensorSource
+from sparsellm.storage.writer import TensorSource, written
 
 _INT8_ACTIVATIONS = "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
 
@@ -35,29 +35,23 @@ def check_compressed(model: OnGrid) -> None:
 def write_compressed(model: OnGrid, work: WorkingDirectory, record: Export, progress: ProgressCallback) -> Export:
     """Writes the directory, and returns the record with its size. After a failure no file is left."""
     chain = model.chain
-    with work:
-        writer = CheckpointWriter(work, len(chain) + 1)
-        try:
-            writer.write_shard(len(chain), chain.outer_tensors())
-            for index in range(len(chain)):
-                progress(Progress("export", index, len(chain), chain.block_names[index]))
-                tensors: dict[str, Tensor] = {}
-                for key, stored in chain.stored_block(index).items():
-                    tensors |= _tensors(model, key) if key in model.linears else {key: stored}
-                writer.write_shard(index, {name: TensorSource.of(tensor) for name, tensor in tensors.items()})
-            progress(Progress("export", len(chain), len(chain)))
-            writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
-            config = read_object(writer.folder / "config.json")
-            writer.write_json("config.json", {**config, "quantization_config": quantization_config(model)})
-            size = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
-            written = record.model_copy(update={"bytes": size})
-            evaluations = read_results(model.reader.directory).evaluations  # the weights are the same
-            writer.write_text(CARD, card_text(model.run, evaluations, exported=written))
-        except BaseException:
-            work.discard()
-            raise
-        writer.finish()
-        return written
+    with written(work, len(chain) + 1) as writer:
+        writer.write_shard(len(chain), chain.outer_tensors())
+        for index in range(len(chain)):
+            progress(Progress("export", index, len(chain), chain.block_names[index]))
+            tensors: dict[str, Tensor] = {}
+            for key, stored in chain.stored_block(index).items():
+                tensors |= _tensors(model, key) if key in model.linears else {key: stored}
+            writer.write_shard(index, {name: TensorSource.of(tensor) for name, tensor in tensors.items()})
+        progress(Progress("export", len(chain), len(chain)))
+        writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
+        config = read_object(writer.folder / "config.json")
+        writer.write_json("config.json", {**config, "quantization_config": quantization_config(model)})
+        size = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
+        record = record.model_copy(update={"bytes": size})
+        evaluations = read_results(model.reader.directory).evaluations  # the weights are the same
+        writer.write_text(CARD, card_text(model.run, evaluations, exported=record))
+    return record
 
 
 def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -110,6 +111,20 @@ class CheckpointWriter:
         """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`, and without the path that it came from."""
         config, without = read_object(path), (*FOREIGN_CONFIG_KEYS, "_name_or_path")
         self.write_json("config.json", {key: value for key, value in config.items() if key not in without})
+
+
+@contextlib.contextmanager
+def written(work: WorkingDirectory, shards: int) -> Iterator[CheckpointWriter]:
+    """The writer of a checkpoint that is not resumed. At the end of the context the checkpoint gets its name; after an
+    error no file is left."""
+    with work:
+        writer = CheckpointWriter(work, shards)
+        try:
+            yield writer
+        except BaseException:
+            work.discard()
+            raise
+        writer.finish()
 
 
 def shard_names(shards: int) -> list[str]:

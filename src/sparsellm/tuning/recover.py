@@ -30,7 +30,7 @@ from sparsellm.machine import resolve_device
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
-from sparsellm.storage.writer import CheckpointWriter
+from sparsellm.storage.writer import written
 from sparsellm.tuning.full import KeepZeros
 from sparsepack.checkpoint import is_packed
 from sparsepack.loading import load
@@ -117,22 +117,17 @@ def tune(
     rows = [{"input_ids": row, "labels": row} for row in check_vocabulary(windows, chain.config, tokenizer)]
     loaded = load(source)
     begun = time.perf_counter()
-    with WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart) as work:
-        try:
-            trained, losses = _trained(loaded, training, rows, progress)
-            chain = open_chain(trained, device=torch.device("cpu"))
-            writer = CheckpointWriter(work, len(chain) + 1)
-            for index in range(len(chain)):
-                writer.write_shard(index, chain.block_tensors(index))
-            writer.write_shard(len(chain), chain.outer_tensors())
-            writer.copy_companions(source)
-        except BaseException:
-            work.discard()
-            raise
-        path = writer.finish()
+    work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart)
+    with written(work, len(chain) + 1) as writer:
+        trained, losses = _trained(loaded, training, rows, progress)
+        chain = open_chain(trained, device=torch.device("cpu"))
+        for index in range(len(chain)):
+            writer.write_shard(index, chain.block_tensors(index))
+        writer.write_shard(len(chain), chain.outer_tensors())
+        writer.copy_companions(source)
     few = max(1, len(losses) // 8)
     first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
-    return Tuned(path, calibration, first, last, time.perf_counter() - begun)
+    return Tuned(work.out, calibration, first, last, time.perf_counter() - begun)
 
 
 def _trained(
