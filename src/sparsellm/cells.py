@@ -22,7 +22,7 @@ from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
 from sparsellm.methods import METHODS
-from sparsellm.progress import NOTE, Progress, ProgressCallback, ignore
+from sparsellm.progress import Progress, ProgressCallback, ignore, note
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import Candidate, recommend, write_comparison
@@ -159,8 +159,7 @@ def _with_text(
     source, warnings = "", list[str]()
     if any(recipe.calibration is None for recipe in cells.values()):
         source, warnings = default_source(demo=str(model) == "demo")
-    for warning in warnings:
-        progress(Progress(NOTE, 1, 1, f"note: {warning}"))
+    note(progress, warnings)
     return {name: recipe.updated(calibration=recipe.calibration or source) for name, recipe in cells.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -61,6 +61,12 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def note(progress: ProgressCallback, warnings: Iterable[str]) -> None:
+    """Shows each warning once, as a note."""
+    for warning in warnings:
+        progress(Progress(NOTE, detail=f"note: {warning}"))
 
 
 def ignore(_: Progress) -> None:

@@ -18,7 +18,7 @@ from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
-from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback
+from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback, note
 from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 from sparsellm.run.choice import Choice, patterns_of
@@ -174,8 +174,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         plugins=plugins.loaded(),
         start=started,
     )
-    for warning in warnings:
-        progress(Progress(NOTE, 1, 1, f"note: {warning}"))
+    note(progress, warnings)
     return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
 
 

@@ -27,7 +27,7 @@ from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import MemoryBudgetError, NumericalError, RecipeError
 from sparsellm.inputs import read_object
 from sparsellm.machine import resolve_device
-from sparsellm.progress import NOTE, Progress, ProgressCallback
+from sparsellm.progress import Progress, ProgressCallback, note
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.writer import written
@@ -101,8 +101,7 @@ def tune(
         )
     if calibration is None:
         calibration, warnings = default_source(demo=model == "demo")
-        for warning in warnings:
-            progress(Progress(NOTE, 1, 1, f"note: {warning}"))
+        note(progress, warnings)
     progress(Progress(TUNE, 0, training.steps))
     chain = open_chain(source, device=torch.device("cpu"))
     assert chain.reader is not None
