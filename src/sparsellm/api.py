@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
 from sparsellm.run import prune as story
-from sparsellm.run.counts import MatrixZeros, inspect_block, is_pruned
+from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.opening import default_seq_len, open_model
 from sparsellm.run.plan import Request
@@ -135,7 +136,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     if dense is not None:
         opened.check_comparable(dense, windows)
     perplexity, compared = measured(opened.chain, windows, dense.kept if dense is not None else None, progress)
-    if compared is not None and dense is not None and is_pruned(dense.chain):
+    if compared is not None and dense is not None and dense.is_pruned:
         compared = compared.model_copy(update={"recovery": None})
     results = None
     if tasks and opened.tokenizer is not None:
@@ -180,6 +181,11 @@ class Opened:
         self.kept = Kept(self.chain, without_folders(self.name))
         if tokenizer is None and self.directory is not None and with_tokenizer:
             self.tokenizer = load_tokenizer(self.directory, trust_remote_code=trust)
+
+    @cached_property
+    def is_pruned(self) -> bool:
+        """Whether the model has zeros as no dense one has; its first block is read once."""
+        return pruned_share(self.chain) > 0
 
     @checked
     def windows(

@@ -55,7 +55,7 @@ def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
     return counts
 
 
-def is_pruned(chain: Chain) -> float:
+def pruned_share(chain: Chain) -> float:
     """The share of zeros in the linears of the first block if it is a fifth or more, else 0: dense weights have hardly
     any zeros."""
     with chain.block(0):

@@ -22,7 +22,7 @@ from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, Progres
 from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 from sparsellm.run.choice import Choice, patterns_of
-from sparsellm.run.counts import is_pruned
+from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
 from sparsellm.run.opening import (
@@ -264,6 +264,6 @@ def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bo
 
 def _already_pruned(model: Models) -> list[str]:
     """A warning if the model was pruned before."""
-    zeros = is_pruned(model.chain) if model.start is None else 0.0
+    zeros = pruned_share(model.chain) if model.start is None else 0.0
     said = f"the model is already pruned: {zeros:.1%} of the weights of block 1 are zero; pruning it further"
     return [said] if zeros else []
