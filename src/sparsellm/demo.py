@@ -26,7 +26,7 @@ from sparsellm.evaluation.speed import compared_speed
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Settings
-from sparsellm.report.document import write_report
+from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.sources.cache import cache_dir
@@ -47,7 +47,7 @@ TEXT_TOKENS, TEMPERATURE, TOP_P = 60, 0.2, 0.9  # sampled as the authors of the 
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 
 # Seconds of the phases after pruning, on two quiet cores: weights of the bar.
-COSTS = {"pack": 5.0, "evaluate": 60.0, "load": 3.0, "bench": 20.0, "generate": 20.0}
+COSTS = {"pack": 5.0, "evaluate": 45.0, "load": 3.0, "bench": 20.0, "generate": 20.0}
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,19 @@ class DemoResult:
     texts: Continuation
     seconds: dict[str, float]
 
+    @property
+    def report(self) -> Path | None:
+        """The page of the packed model; None without the chart library."""
+        path = self.packed_path / REPORT
+        return path if path.is_file() else None
+
     def to_dict(self) -> Settings:
         """All results as plain JSON values, as ``--json`` prints them."""
         return {
             **self.pruned.to_dict(),
             "dense_path": str(self.dense_path),
             "packed_path": str(self.packed_path),
-            "report": str(self.packed_path / "report.html"),
+            "report": str(self.report) if self.report is not None else None,
             "forms": {name: getattr(self, name).to_dict() for name in ("dense", "packed", "q4_0")},
             "speeds": self.speeds.model_dump(),
             "continuations": self.texts.model_dump(mode="json"),
@@ -126,7 +132,7 @@ def run_demo(
     with phase("pack"):
         pack(pruned, out=packed, values="int4", head="int8", overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):
-        forms = _evaluated(dense, pruned, packed, progress)
+        evaluation, q4_0 = _evaluated(dense, pruned, packed, progress)
     with phase("bench"):
         speeds = compared_speed(
             packed,
@@ -146,17 +152,23 @@ def run_demo(
     for place in (pruned, packed):
         with suppress(MissingExtraError):  # the run has said what to install
             write_report(place)
-    sizes = {"dense": (speeds.dense_bytes, answers[0][1]), "packed": (speeds.packed_bytes, answers[1][1])}
-    made = {name: Form(size, forms[name][1], peak) for name, (size, peak) in sizes.items()}
+    assert evaluation.against is not None
+    of_dense = evaluation.model_copy(update={"perplexity": evaluation.against.perplexity, "against": None})
     return DemoResult(
-        dense, packed, result, q4_0=Form(*forms["q4_0"]), speeds=speeds, texts=texts, seconds=clock.seconds, **made
+        dense_path=dense,
+        packed_path=packed,
+        pruned=result,
+        dense=Form(speeds.dense_bytes, of_dense, answers[0][1]),
+        packed=Form(speeds.packed_bytes, evaluation, answers[1][1]),
+        q4_0=q4_0,
+        speeds=speeds,
+        texts=texts,
+        seconds=clock.seconds,
     )
 
 
-def _evaluated(
-    dense: Path, pruned: Path, packed: Path, progress: ProgressCallback
-) -> dict[str, tuple[int, Evaluation]]:
-    """Bytes and evaluation of each form, where the form itself says its bytes; the dense model runs once."""
+def _evaluated(dense: Path, pruned: Path, packed: Path, progress: ProgressCallback) -> tuple[Evaluation, Form]:
+    """The evaluation of the packed model against the dense one, which runs once, and llama.cpp's form."""
     tokenizer = load_tokenizer(dense)
     against = api.Opened(str(dense), Recipe(products="float32"), trust=False)
 
@@ -169,7 +181,7 @@ def _evaluated(
         append_result(place, evaluation := evaluated(place))
         api.card(place)
     model, size = in_q4_0(load(dense, dtype="float32"))
-    return {"packed": (0, evaluation), "q4_0": (size, evaluated(model)), "dense": (0, evaluated(dense))}
+    return evaluation, Form(size, evaluated(model))
 
 
 @torch.no_grad()

@@ -141,18 +141,17 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     against = [form.evaluation.against for form in forms]
     shown = table(("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "pruned, packed"), ())
 
-    def row(name: str, *cells: str) -> None:
-        shown.add_row(name, *cells)
-
-    row("weights", *(_megabytes(form.weight_bytes) for form in forms))
-    row("perplexity, held-out text", *(f"{form.evaluation.value:.2f}" for form in forms))
-    row("KL from dense, nats a token", *(f"{each.kl:.3f}" if each is not None else "0" for each in against))
-    row("same next token as dense", *(f"{each.agreement:.1%}" if each is not None else "100%" for each in against))
+    shown.add_row("weights", *(_megabytes(form.weight_bytes) for form in forms))
+    shown.add_row("perplexity, held-out text", *(f"{form.evaluation.value:.2f}" for form in forms))
+    shown.add_row("KL from dense, nats a token", *(f"{each.kl:.3f}" if each is not None else "0" for each in against))
+    shown.add_row(
+        "same next token as dense", *(f"{each.agreement:.1%}" if each is not None else "100%" for each in against)
+    )
     if (pair := speeds.decoding) is not None:
         dense, packed, eager = (f"{each.median:.1f}" for each in (pair.dense, pair.packed, pair.transformers))
-        row("tokens/s, same decoder", dense, "", f"{packed} (×{pair.packed.median / pair.dense.median:.2f})")
-        row("tokens/s by transformers", eager, "", f"(×{pair.ratio.dense_by_transformers:.2f})")
-    row("peak memory of decoding", *("" if form.peak_rss is None else _megabytes(form.peak_rss) for form in forms))
+        shown.add_row("tokens/s, same decoder", dense, "", f"{packed} (×{pair.packed.median / pair.dense.median:.2f})")
+        shown.add_row("tokens/s by transformers", eager, "", f"(×{pair.ratio.dense_by_transformers:.2f})")
+    shown.add_row("peak memory of decoding", *(_megabytes(form.peak_rss) for form in forms))
     out().print(shown)
     pruned = result.pruned
     say(f"packed: {pruned.sparsity_pruned:.0%} zeros, {pruned.bits_per_weight:.2f} bits a weight, embedding in int8")
@@ -163,12 +162,9 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     answers.add_row("packed", Text(visible(texts.pruned.strip())))
     out().print(answers)
     say(f"everything took {duration(sum(result.seconds.values()))}")
-    for name, path in (
-        ("pruned", pruned.path),
-        ("packed", result.packed_path),
-        ("report", result.packed_path / "report.html"),
-    ):
-        say(f"{name}: {path}")
+    for name, path in (("pruned", pruned.path), ("packed", result.packed_path), ("report", result.report)):
+        if path is not None:
+            say(f"{name}: {path}")
 
 
 def _megabytes(size: int | None) -> str:
