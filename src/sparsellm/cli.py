@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -133,13 +132,12 @@ def prune(
     """
     interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, console, parallel, tables
-    from sparsellm.storage.directory import check_destination
+    from sparsellm.storage.directory import check_destination, checkpoints_among
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)
     if pack is not None:
-        read = [Path(os.path.expanduser(name)) for name in (model, dense) if name != "demo"]
-        check_destination(pack, sources=[out, *filter(os.path.exists, read)], overwrite=options["overwrite"])
+        check_destination(pack, sources=[out, *checkpoints_among(model, dense)], overwrite=options["overwrite"])
         if recipe.grid != "own" and recipe.values == "int8":
             raise RecipeError(f"grid {recipe.grid} has no packed form in int8; leave out --pack, and export the result")
     told: set[str] = set()

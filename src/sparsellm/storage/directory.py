@@ -200,10 +200,10 @@ def check_place(out: str | os.PathLike[str], sources: Iterable[str | os.PathLike
     return place
 
 
-def checkpoints_among(*models: object) -> list[str | os.PathLike[str]]:
+def checkpoints_among(*models: object) -> list[Path]:
     """The models that are given by the name of a directory with a checkpoint, before any is opened."""
-    named = [model for model in models if isinstance(model, str | os.PathLike)]
-    return [name for name in named if os.path.isfile(os.path.join(name, "config.json"))]
+    named = (os.path.expanduser(model) for model in models if isinstance(model, str | os.PathLike) and model != "demo")
+    return [Path(name) for name in named if os.path.isfile(os.path.join(name, "config.json"))]
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
