@@ -16,7 +16,6 @@ import contextlib
 import copy
 import fnmatch
 import glob
-import io
 import json
 import os
 import random
@@ -43,6 +42,7 @@ from typer.main import get_command
 
 from sparsellm import cli
 from tests.hub.test_push import Hub
+from tests.line import run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SECRET = "a file outside of the directory of the command"
@@ -316,18 +316,6 @@ def _change_place(path: Path, chance: random.Random) -> None:
 
 class HangingError(BaseException):
     """A command took longer than the limit; no handler of errors catches it."""
-
-
-def run(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of a command line in this process, and what it wrote to stderr."""
-    stderr, code = io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", ["sparsellm", *arguments])
-    with argv, contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = done.code if isinstance(done.code, int) else 1
-    return code, stderr.getvalue()
 
 
 @contextlib.contextmanager

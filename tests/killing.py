@@ -186,7 +186,7 @@ def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
     connection.send((error, Counter(steps)))
 
 
-def some(count: int, of: int, seed: int) -> list[int]:
+def some(count: int, of: int, seed: int | str) -> list[int]:
     """Different numbers from 1 to ``of``, in order."""
     return sorted(random.Random(seed).sample(range(1, of + 1), min(count, of)))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import sys
 import tempfile
@@ -21,12 +20,12 @@ from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from sparsellm.storage.contents import LIST
 from tests import killing
-from tests.killing import KILLED
+from tests.killing import KILLED, some
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.families import family
 from tests.storage.small import tree
 from tests.test_gguf import quantized_llama, write_gguf
 
@@ -76,19 +75,12 @@ def prepare(job: Job, home: Path) -> None:
     (home / "text.txt").write_text(TEXT)
     save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), home / "dense")
     if "mixture" in job.words:
-        save_tiny(mixture(), tiny_tokenizer(), home / "mixture")
+        save_tiny(family("Mixtral"), tiny_tokenizer(), home / "mixture")
     if "dense.gguf" in job.words:
         write_gguf(quantized_llama(Q8_0), home / "dense.gguf", Q8_0)
     for words in job.before:
         ended = killing.run(killing.line, home, words)
         assert (ended.code, ended.error) == (0, ""), (words, ended)
-
-
-def mixture() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 128}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
 
 
 def contents(home: Path) -> dict[str, Any]:
@@ -130,28 +122,24 @@ def started(job: Job, home: Path, at: int | None = None, disk: int | None = None
     return killing.run(killing.line, home, job.words, disk, at=at)
 
 
-def tried(job: Job, folder: Path, kills: int, disks: int, draw: random.Random) -> list[str]:
+def tried(job: Job, folder: Path, kills: int, disks: int, seed: int) -> list[str]:
     """What went wrong in the runs of a job; prints the line of the table."""
     prepare(job, base := folder / job.name)
     ended = started(job, home := copied(base))
     assert (ended.code, ended.error) == (0, ""), (job, ended, (folder / "run.log").read_text())
     expected, steps, writes = contents(home), ended.steps.total(), ended.steps["write"] // 3
     wrong: dict[str, list[str]] = {"kill": [], "disk": []}
-    for at in (kills_at := some(kills, steps, draw)):
+    for at in (kills_at := some(kills, steps, f"{seed} {job.name}")):
         home = copied(base)
         assert started(job, home, at=at).code == KILLED
         wrong["kill"] += [f"{job.name}, killed at {at}: {text}" for text in again(job, home, expected)]
-    for at in (full_at := some(disks, writes, draw)):
+    for at in (full_at := some(disks, writes, f"{seed} {job.name}, disk")):
         home = copied(base)
         assert started(job, home, disk=at).error
         wrong["disk"] += [f"{job.name}, disk full at {at}: {text}" for text in again(job, home, expected)]
     good = len(kills_at) - len(wrong["kill"]), len(full_at) - len(wrong["disk"])
     print(f"| {job.name} | {steps} | {len(kills_at)} | {good[0]} | {len(full_at)} | {good[1]} |", flush=True)
     return wrong["kill"] + wrong["disk"]
-
-
-def some(count: int, of: int, draw: random.Random) -> list[int]:
-    return sorted(draw.sample(range(1, of + 1), min(count, of)))
 
 
 def main() -> int:
@@ -165,8 +153,7 @@ def main() -> int:
     print("| command | operations | kills | same bits | full disks | same bits |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for job in (job for job in JOBS if arguments.only in job.name):
-            draw = random.Random(f"{arguments.seed} {job.name}")
-            wrong += tried(job, Path(folder), arguments.kills, arguments.disks, draw)
+            wrong += tried(job, Path(folder), arguments.kills, arguments.disks, arguments.seed)
     print(*wrong, sep="\n", file=sys.stderr)
     return int(bool(wrong))
 

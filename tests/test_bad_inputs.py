@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import json
 import struct
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import huggingface_hub.constants
 import pytest
@@ -29,6 +26,7 @@ from typer.main import get_command
 
 import sparsellm
 from sparsellm import Recipe, cli
+from tests.line import run
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
@@ -258,18 +256,6 @@ def laid_out(example: Example) -> Iterator[Path]:
 def everything(root: Path) -> dict[str, bytes | None]:
     """What stands below a directory: the content of files, None for directories."""
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
-
-
-def run(arguments: list[str]) -> tuple[int, str]:
-    """The exit code of a command line in this process, and what it wrote to stderr."""
-    stderr, code = io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", ["sparsellm", *arguments])
-    with argv, contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = done.code if isinstance(done.code, int) else 1
-    return code, stderr.getvalue()
 
 
 def check(example: Example) -> None:
