@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from sparsepack.arguments import checked
 from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
-from sparsepack.files import config_difference
+from sparsepack.files import config_difference, context_limit
 from sparsepack.generation import generation_config_set
 from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, gather, kernel_name, threads_set, to_dense
@@ -212,8 +212,8 @@ def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:
 
 def check_positions(config: PretrainedConfig, rounds: Rounds, name: str) -> None:
     """Refuses rounds of more tokens than a model has positions; ``name`` is that of the model in the error."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and limit < rounds.prompt_tokens + rounds.new_tokens:
+    limit = context_limit(config)
+    if limit is not None and limit < rounds.prompt_tokens + rounds.new_tokens:
         raise SettingError(
             f"{rounds.prompt_tokens} + {rounds.new_tokens} tokens are more than the {limit} that {name} takes"
         )

@@ -8,9 +8,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsepack.errors import FormatError, UserError, shown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MOST_JSON = 256 << 20  # bytes: ten times the index of a model with a million tensors
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
@@ -104,6 +107,13 @@ def config_difference(values: Mapping[str, Any], others: Mapping[str, Any]) -> s
         if values.get(key) != others.get(key):
             return f"{key} in config.json is {shown(values.get(key))}, not {shown(others.get(key))}"
     return None
+
+
+def context_limit(config: PretrainedConfig) -> int | None:
+    """The most tokens of one sequence, prompt and continuation together; None if the config names no limit."""
+    # transformers maps n_positions and the like to this name
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:

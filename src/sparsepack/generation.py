@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from sparsepack.arguments import checked
 from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
+from sparsepack.files import context_limit
 from sparsepack.module import threads_set
 
 TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
@@ -175,7 +176,7 @@ def continuation(
     """As :func:`generate`, for a prompt of token ids ``(1, tokens)``. It ends early, after a token, once ``cancelled``
     returns true."""
     settings, length = generation_settings(model, sampling), ids.shape[1]
-    limit = context_limit(model)
+    limit = context_limit(model.config)
     if length == 0:
         raise SettingError("the prompt is empty; give some text to continue")
     if limit is not None and limit < length + sampling.max_new_tokens:
@@ -203,12 +204,6 @@ def continuation(
     first, last = text.times[0], text.times[-1]
     finish = text.over or ("stop" if text.ids[-1] in _ends(settings) else "length")
     return Generation(text.text, length, len(text.ids), first - start, last - first, count, finish)
-
-
-def context_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens of a prompt and its continuation; None if the model names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _decode(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, limit: int, text: _Text) -> None:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sparsellm
 from sparsepack import native
-from sparsepack.bench import Rounds, Speed, compare, measure, resident_bytes, verdict
+from sparsepack.bench import Rounds, Speed, check_positions, compare, measure, resident_bytes, verdict
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.generation import generate
 from sparsepack.module import PackedLinear
@@ -209,3 +209,4 @@ def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(llama: Path, pa
         assert len(report.verdict) == 2
     with pytest.raises(SettingError, match="more than the 128"):
         compare(packed, prompt_tokens=500)
+    check_positions(LlamaConfig(max_position_embeddings=0), Rounds(), "m")  # as generate takes it: no limit

@@ -12,6 +12,7 @@ from sparsellm.calibration.sources import read_source
 from sparsellm.calibration.texts import Text
 from sparsellm.errors import DataError, shown
 from sparsellm.recipe import Bos
+from sparsepack.files import context_limit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -121,9 +122,8 @@ def evaluation_windows(
 
 def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
     """Raises DataError for windows longer than a model has positions; a config without a limit takes any."""
-    # transformers maps n_positions and the like to this name
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < seq_len:
+    limit = context_limit(config)
+    if limit is not None and limit < seq_len:
         raise DataError(f"seq_len is {seq_len}, and this model has {limit} positions; set seq_len to {limit} or less")
 
 

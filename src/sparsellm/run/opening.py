@@ -30,7 +30,7 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 from sparsepack.checkpoint import is_packed
-from sparsepack.files import config_difference
+from sparsepack.files import config_difference, context_limit
 
 Model = str | os.PathLike[str] | PreTrainedModel
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -215,8 +215,7 @@ def read_windows(
 
 def default_seq_len(chain: Chain) -> int:
     """2048 tokens, or the number of the model's positions if that is less."""
-    limit = getattr(chain.config.get_text_config(), "max_position_embeddings", None)
-    return min(DEFAULT_SEQ_LEN, limit) if isinstance(limit, int) and limit > 0 else DEFAULT_SEQ_LEN
+    return min(DEFAULT_SEQ_LEN, context_limit(chain.config) or DEFAULT_SEQ_LEN)
 
 
 def windows_of_pass(samples: int) -> int:

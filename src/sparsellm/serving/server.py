@@ -34,7 +34,8 @@ from sparsellm.serving.protocol import Answer, Asked, ChatRequest, CompletionReq
 from sparsellm.serving.worker import GoneError, Job, Limits, UnavailableError, Worker
 from sparsepack.decode import decodes
 from sparsepack.errors import SettingError, UserError
-from sparsepack.generation import Generation, context_limit
+from sparsepack.files import context_limit
+from sparsepack.generation import Generation
 
 KEY = "SPARSELLM_API_KEY"  # in the environment
 MOST_CONTEXT = 8192  # tokens, unless more is asked for: a longer prompt keeps all others waiting for minutes
@@ -119,7 +120,7 @@ def serve(directory: str, settings: Settings, options: dict[str, str], log: Call
     door = open_door(settings)
     with door.socket:
         model, tokenizer = open_model(directory, **options)
-        limit = context_limit(model)
+        limit = context_limit(model.config)
         context = settings.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and context > limit:
             raise ModelError(f"--context is {context}, and the model takes {limit} tokens")

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import interrupts
 from sparsellm.serving.prompts import Message, chat_ids, check_template, open_model
-from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words, context_limit, continuation
+from sparsepack.files import context_limit
+from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words, continuation
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -56,7 +57,7 @@ def chat(
     """
     model, tokenizer = open_model(directory, **options)
     check_template(tokenizer)
-    limit, seed = context_limit(model), secrets.randbits(62) if manner.seed is None else manner.seed
+    limit, seed = context_limit(model.config), secrets.randbits(62) if manner.seed is None else manner.seed
     beginning: list[Message] = [] if manner.system is None else [{"role": "system", "content": manner.system}]
     messages = list(beginning)
     if isinstance(sys.stdin, io.TextIOWrapper):
