@@ -56,6 +56,13 @@ def test_a_grid_sets_the_values_that_it_implies() -> None:
     assert [(each.grid, each.values) for each in changed] == [("q8_0", "int8"), ("own", "keep"), ("own", "int8")]
 
 
+def test_a_grid_alone_makes_no_zeros() -> None:
+    grid = Recipe(grid="q4_0")
+    assert [each.sparsity for each in (grid, Recipe(seed=1).updated(seed=2, grid="w4a16"))] == [0, 0]
+    assert [Recipe(grid="q4_0", **given).sparsity for given in ({"sparsity": 0.3}, {"pattern": "auto:8"})] == [0.3, 0.5]
+    assert [grid.updated(grid="own").sparsity, grid.updated(sparsity=0.5).sparsity] == [0.5, 0.5]
+
+
 def test_settings_reach_fields_and_options() -> None:
     recipe = Recipe().with_settings(["options.damping=0.5", "seed=3", "exclude=['*.v_proj']", "options.iterations=2"])
     assert recipe.options == {"damping": 0.5, "iterations": 2}

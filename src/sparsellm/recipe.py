@@ -113,8 +113,8 @@ class Recipe(BaseModel):
         Literal["own", "q4_0", "q8_0", "w4a16", "w4a16-64", "w4a16-32", "w3a16", "w8a16", "w8a8"], Option(WHAT, "NAME")
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
-    q4_0 and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8 (compressed-tensors). It implies the values;
-    zeros save nothing there."""
+    q4_0 and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8 (compressed-tensors). It implies the values,
+    and sparsity 0 unless one is given, since zeros save nothing there."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""
     allocation: Annotated[str | None, Option(WHAT, "NAME", null=ALLOCATION, registered=("allocation",)), NAME] = None
@@ -194,8 +194,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
-        """Refuses contradictions; a fixed pattern sets ``sparsity``, and a grid ``values``, so that the recipe shows no
-        wrong default."""
+        """Refuses contradictions; a fixed pattern sets ``sparsity``, and a grid ``values`` and, if nothing else does,
+        ``sparsity``, so that the recipe shows no wrong default."""
         m, pattern = self.chosen_of, f"pattern {self.pattern}"
         fixed = self.pattern is not None and m is None
         if fixed:
@@ -208,6 +208,8 @@ class Recipe(BaseModel):
             if "values" in self.model_fields_set and self.values != implied_values:
                 raise RecipeError(f"grid {self.grid} means values {implied_values}, not {self.values}; give one")
             object.__setattr__(self, "values", implied_values)
+            if self.pattern is None and "sparsity" not in self.model_fields_set:
+                object.__setattr__(self, "sparsity", 0.0)
         if self.pattern is not None and self.sparsity_of:
             raise RecipeError(f"{pattern} fixes the sparsity of every linear; leave out sparsity_of")
         if m is not None and not (m > 1 and 1 / m <= self.sparsity <= 1 - 1 / m):
@@ -269,15 +271,15 @@ class Recipe(BaseModel):
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, or values and a grid, the
         changed one counts."""
-        values = {**self.model_dump(), **changes}
-        if self.grid != "own" or values["grid"] != "own":
+        values = {**self.model_dump(exclude_unset=True), **changes}  # what a field implies is implied again
+        if self.grid != "own" or values.get("grid", "own") != "own":
             if "grid" in changes and "values" not in changes:
-                values.pop("values")
+                values.pop("values", None)
             if "values" in changes and "grid" not in changes:
-                values.pop("grid")
-        if not isinstance(values["pattern"], str) or "auto" not in values["pattern"]:
+                values.pop("grid", None)
+        if "auto" not in str(values.get("pattern")):
             if "pattern" in changes and "sparsity" not in changes:
-                values.pop("sparsity")
+                values.pop("sparsity", None)
             if "sparsity" in changes and "pattern" not in changes:
                 values["pattern"] = None
         return Recipe(**values)
