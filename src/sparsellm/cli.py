@@ -460,10 +460,10 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
     option("--model MODEL", "The dense model.", GGUF, shown="--like, converted"),
     option(
         "--head TYPE",
-        "Type of embedding and output head: keep (that of --like) or q8_0.",
+        "Type of embedding and output head: keep (that of --like), q8_0 or q6_k.",
         GGUF,
         default="keep",
-        values=("keep", "q8_0"),
+        values=("keep", "q8_0", "q6_k"),
     ),
     use.SAVE,
     *use.WRITING,
@@ -476,11 +476,11 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
     """Write DIRECTORY for llama.cpp (GGUF) or vLLM (compressed-tensors), without loss."""
     from sparsellm import tables
     from sparsellm.exports import door
-    from sparsellm.storage import results
+    from sparsellm.records import RESULTS
 
     place = _kept_in(directory, save=save)
-    result = door.export(directory, progress=progress, **options)
-    saved = results.append_result(place, result.record) if place is not None else None
+    result = door.export(directory, save=place is not None, progress=progress, **options)
+    saved = place / RESULTS if place is not None else None
     content = {**result.to_dict(), "results": saved and str(saved)}
     return content, lambda: tables.print_exported(result, saved)
 

@@ -446,9 +446,4 @@ class Results(Measurement):
     evaluations: list[Evaluation] = []
     benchmarks: list[Benchmark] = []
     continuations: list[Continuation] = []
-    exports: list[Export] = []
-
-    @property
-    def files(self) -> list[Export]:
-        """The latest export into each file or directory."""
-        return list({(each.to, each.name): each for each in self.exports}.values())
+    exports: list[Export] = []  # the latest into each file or directory

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import pytest
 
 from sparsellm.report.charts import megabytes
+from sparsellm.storage.results import read_results
 from tests.exports.checkpoints import pruned, wide_llama
+from tests.killing import full_disk
 from tests.models.in_gguf import write_gguf
 
 
@@ -41,6 +44,25 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, r
     assert content["record"]["bytes"] == sum(file.stat().st_size for file in (tmp_path / "ct").glob("*.safetensors"))
     assert content["packed_bytes"] < content["linear_bytes"] < content["record"]["bytes"]
     assert "path" not in content["record"]
+
+
+@pytest.mark.parametrize("to", ["gguf", "compressed-tensors"])
+def test_a_second_start_ends_an_export_on_a_full_disk(tmp_path: Path, run: Any, to: str) -> None:
+    """It is full at every place in turn; the record in the pruned checkpoint is there once."""
+    directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w4a16-32")
+    like: tuple[object, ...] = ()
+    if to == "gguf":
+        write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf", gguf.GGMLQuantizationType.BF16)
+        like = ("--like", tmp_path / "like.gguf")
+    after, code = 0, 2
+    while code == 2:
+        after += 1
+        with full_disk(after):
+            code, _, stderr = run("export", directory, "--to", to, "--out", tmp_path / "out.gguf", *like)
+        if code == 2:
+            assert "is full; make room and run the same command again" in stderr
+            assert not (tmp_path / "out.gguf").exists()
+    assert (code, [each.name for each in read_results(directory).exports]) == (0, ["out.gguf"])
 
 
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, run: Any) -> None:

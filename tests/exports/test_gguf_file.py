@@ -103,6 +103,20 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
     assert np.array_equal(ours, gguf.dequantize(gguf.quantize(theirs["output.weight"], Kind.Q8_0), Kind.Q8_0))
 
 
+def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
+    directory = pruned(wide_llama(hidden_size=256, num_hidden_layers=1), tmp_path / "wide", "q4_0")
+    file = exported(directory, head="q6_k")
+    outside = ("token_embd.weight", "output.weight")
+    assert {each.name for each in file.tensors if each.tensor_type == Kind.Q6_K} == set(outside)
+    assert_is(file, directory, but=outside)
+    ours, theirs = tensors(file), in_gguf(AutoModelForCausalLM.from_pretrained(directory))
+    for name in outside:
+        assert np.square(ours[name] - theirs[name]).sum() < 4e-4 * np.square(theirs[name]).sum()
+    with pytest.raises(RecipeError, match=r"rows of 64 in \S+ are not blocks of 256; leave --head out"):
+        exported(pruned(wide_llama(num_hidden_layers=1), tmp_path / "narrow", "q4_0"), head="q6_k")
+    assert not (tmp_path / "narrow" / "out.gguf").exists()
+
+
 def test_a_template_can_show_its_own_order_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
     directory = pruned(wide_llama(), tmp_path, "q4_0", effort=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +33,11 @@ def check_compressed(model: OnGrid) -> None:
         raise ModelError(f"{min(names)} is a Conv1D, which compressed-tensors does not have; export to gguf")
 
 
-def write_compressed(model: OnGrid, work: WorkingDirectory, record: Export, progress: ProgressCallback) -> Export:
-    """Writes the directory, and returns the record with its size. After a failure no file is left."""
+def write_compressed(
+    model: OnGrid, work: WorkingDirectory, record: Export, progress: ProgressCallback, keep: Callable[[Export], object]
+) -> Export:
+    """Writes the directory, and returns the record with its size. ``keep`` is called with it before the directory gets
+    its name. After a failure no file is left."""
     chain = model.chain
     with written(work, len(chain) + 1) as writer:
         writer.write_shard(len(chain), chain.outer_tensors())
@@ -51,6 +55,7 @@ def write_compressed(model: OnGrid, work: WorkingDirectory, record: Export, prog
         record = record.model_copy(update={"bytes": size})
         evaluations = read_results(model.reader.directory).evaluations  # the weights are the same
         writer.write_text(CARD, card_text(model.run, evaluations, exported=record))
+        keep(record)
     return record
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,7 @@ from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.reader import CheckpointReader, open_checkpoint
+from sparsellm.storage.results import append_result
 from sparsepack.grids import GRIDS
 
 GGUF, COMPRESSED = "gguf", "compressed-tensors"
@@ -51,7 +54,8 @@ def export(  # noqa: PLR0913 - the Python door
     out: Out,
     like: PathGiven | None = None,
     model: Checkpoint | None = None,
-    head: Literal["keep", "q8_0"] = "keep",
+    head: Literal["keep", "q8_0", "q6_k"] = "keep",
+    save: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     progress: ProgressCallback = ignore,
@@ -66,6 +70,7 @@ def export(  # noqa: PLR0913 - the Python door
             All but the pruned linears comes from it. None for that of ``demo``.
         model: for GGUF, the dense model, which shows the order of the template's rows; None to convert the template.
         head: for GGUF, the type of embedding and head; ``keep`` for the template's.
+        save: append the export's record to the checkpoint's ``results.json``, which its card and report read.
         overwrite: replace the file or the checkpoint in ``out``.
         restart: remove the files that an unfinished run left for ``out``. An export is never resumed.
         progress: called with the progress.
@@ -91,17 +96,17 @@ def export(  # noqa: PLR0913 - the Python door
     record = Export(
         **vars(stamp(torch.device("cpu"))), to=to, grid=opened.grid.name, name=place.name, bytes=0, runs_in=RUNS_IN[to]
     )
+    keep: Callable[[Export], object] = partial(append_result, source) if save else lambda _: None
     if to == GGUF:
         template = Template(_template(opened, like))
         dense = _dense(template, model)
         kind = None if head == "keep" else head.upper()
-        size = write_gguf(opened, dense, template, place, head=kind, progress=progress)
-        record = record.model_copy(update={"bytes": size})
+        record = write_gguf(opened, dense, template, place, record, head=kind, progress=progress, keep=keep)
     else:
         check_compressed(opened)
         need = opened.reader.bytes
         work = WorkingDirectory(place, {"kind": "export"}, overwrite=overwrite, restart=restart, need_bytes=need)
-        record = write_compressed(opened, work, record, progress)
+        record = write_compressed(opened, work, record, progress, keep)
     run = opened.run
     linear = sum(opened.grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
     return ExportResult(place, record, run.sparsity_pruned, round(linear), opened.packed_bytes)

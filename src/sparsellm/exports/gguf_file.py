@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -15,10 +15,11 @@ from gguf.gguf_writer import GGUFValue
 from torch import Tensor
 
 from sparsellm.errors import ModelError, RecipeError, StorageError, shown
-from sparsellm.exports.blocks import block_type, to_blocks
+from sparsellm.exports.blocks import block_type, quantised, to_blocks
 from sparsellm.exports.linears import OnGrid
 from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_of
 from sparsellm.progress import Progress, ProgressCallback
+from sparsellm.records import Export
 from sparsellm.storage.directory import check_room
 from sparsellm.storage.files import replace_atomically
 from sparsellm.storage.reader import CheckpointReader
@@ -53,11 +54,13 @@ def write_gguf(
     dense: CheckpointReader,
     template: Template,
     place: Path,
+    record: Export,
     *,
     head: str | None,
     progress: ProgressCallback,
-) -> int:
-    """Writes a GGUF file, complete or not at all, and returns its size.
+    keep: Callable[[Export], object],
+) -> Export:
+    """Writes a GGUF file, complete or not at all, and returns its record with its size.
 
     Args:
         model: the checkpoint, on a grid that GGUF has.
@@ -65,6 +68,7 @@ def write_gguf(
         template: all but the linears comes from it.
         place: the file.
         head: the type of embedding and head, such as ``Q8_0``; None for the template's.
+        keep: called with the record before the file gets its name.
 
     Raises:
         ModelError: checkpoint, dense model and template do not belong together.
@@ -74,11 +78,12 @@ def write_gguf(
         raise StorageError(f"--out {place} is the template; name another file")
     made = _File(model, dense, template, head)
     check_room(place, sum(map(made.bytes_of, template.reader.tensors)))
-    replace_atomically(place, partial(_write, made, progress))
-    return place.stat().st_size
+    return replace_atomically(place, partial(_write, made, record, progress, keep))
 
 
-def _write(made: _File, progress: ProgressCallback, file: BinaryIO) -> None:
+def _write(
+    made: _File, record: Export, progress: ProgressCallback, keep: Callable[[Export], object], file: BinaryIO
+) -> Export:
     tensors = made.template.reader.tensors
     writer = gguf.GGUFWriter(file.name, made.template.arch)
     writer.data_alignment = made.template.reader.alignment
@@ -98,6 +103,9 @@ def _write(made: _File, progress: ProgressCallback, file: BinaryIO) -> None:
     finally:
         writer.close()
     progress(Progress("export", len(tensors), len(tensors)))
+    record = record.model_copy(update={"bytes": os.path.getsize(file.name)})
+    keep(record)
+    return record
 
 
 class _File:
@@ -173,7 +181,7 @@ class _File:
                 f"--like {self.template.path} has {tensor.name} in {kind.name}, and it was trained; give BF16"
             )
         values = self._rows(self.model.reader, tensor)[change.order].float() + change.shift
-        return gguf.quantize(values.numpy(), kind)
+        return quantised(values.numpy(), kind)
 
     def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
         return any(key in self.model.linears for key in self.keys.get(tensor.name, ()))

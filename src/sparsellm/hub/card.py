@@ -64,7 +64,7 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     if not force and os.path.lexists(path) and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
-    text = card_text(run, results.evaluations, packed=is_packed(config), files=results.files)
+    text = card_text(run, results.evaluations, packed=is_packed(config), files=results.exports)
     with changing(directory) as write:
         return write(CARD, text.encode())
 

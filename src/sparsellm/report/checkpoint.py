@@ -98,7 +98,7 @@ def headline(record: Checkpoint) -> list[Row]:
     rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
     if pruning.matrices.weights > pruning.weights:
         rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
-    files = [Row(f"File {each.name}", str(each), None, megabytes(each.bytes / 1e6)) for each in record.results.files]
+    files = [Row(f"File {each.name}", str(each), None, megabytes(each.bytes / 1e6)) for each in record.results.exports]
     return [*rows, *_quality(record), *_tasks(record), *_sizes(record), *files, *_speeds(record)]
 
 

@@ -1,4 +1,4 @@
-"""Reads ``results.json`` of a checkpoint and appends to it: one record for each measurement and each pair of texts.
+"""Reads ``results.json`` of a checkpoint and appends to it: one record for each measurement, pair of texts, and export.
 
 Only directories that sparsellm wrote have one. ``prune`` and ``pack`` write a new checkpoint without it, since results
 hold for the weights that were measured.
@@ -52,6 +52,7 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
             case Continuation():
                 results.continuations.append(record)
             case Export():
-                results.exports.append(record)
+                others = [each for each in results.exports if (each.to, each.name) != (record.to, record.name)]
+                results.exports = [*others, record]  # a second start, or the file was replaced
         write(RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
     return directory / RESULTS
