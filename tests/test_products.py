@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 import sparsellm
 from sparsellm.chain import products
-from sparsellm.chain.products import LEAST, Bf16Products, bf16_is_native
+from sparsellm.chain.products import LEAST, Bf16Products
+from sparsellm.machine import bf16_is_native
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.storage.small import shards_of
 
@@ -98,7 +99,7 @@ def run(model: Path, out: Path, kind: str) -> dict[str, bytes]:
 def test_auto_takes_bf16_where_the_processor_has_it(source: Path, tmp_path: Path) -> None:
     auto, narrow, full = (run(source, tmp_path / name, name) for name in ("auto", "bfloat16", "float32"))
     assert narrow != full
-    assert auto == (narrow if bf16_is_native() else full)
+    assert auto == (narrow if bf16_is_native(torch.device("cpu")) else full)
 
 
 def test_a_run_does_not_go_on_with_other_products(

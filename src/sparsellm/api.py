@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm import arguments
+from sparsellm import arguments, machine
 from sparsellm.arguments import Checkpoint, Model, checked
 from sparsellm.calibration.sources import DOCUMENTS, IDS, as_text, settle_calibration
 from sparsellm.calibration.texts import Text
@@ -135,7 +135,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
         dense = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
     if dense is not None:
         opened.check_comparable(dense, windows)
-    perplexity, compared = measured(opened.chain, windows, dense.kept if dense is not None else None, progress)
+    with machine.computing(opened.chain.device):
+        perplexity, compared = measured(opened.chain, windows, dense.kept if dense is not None else None, progress)
     if compared is not None and dense is not None and dense.is_pruned:
         compared = compared.model_copy(update={"recovery": None})
     results = None

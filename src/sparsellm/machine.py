@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import resource
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
-from sparsellm.errors import RecipeError, shown
+from sparsellm.errors import MemoryBudgetError, RecipeError, one_line, shown
+
+LOWER = "lower batch_tokens, seq_len or device_memory, or take device cpu"  # what a lack of memory on a device suggests
 
 
 def available_devices() -> list[str]:
@@ -39,19 +44,70 @@ def processor_name() -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a recipe or a command names. Raises RecipeError if the machine has no such device, or it cannot
-    hold a tensor."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that a recipe or a command names; ``auto`` is a GPU if there is one. Raises RecipeError if the machine
+    has no such device, or it does not multiply two matrices as it should."""
     here = available_devices()
-    if name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:
         raise RecipeError(f"device {shown(name)} does not exist here; here: {', '.join(here)}, or 'auto'")
+    whole = torch.arange(64.0).remainder_(7).view(8, 8)  # a product of small whole numbers is exact in every precision
     try:
-        torch.empty(1, device=name)
+        if not torch.equal((whole.to(name) @ whole.to(name)).cpu(), whole @ whole):
+            raise RuntimeError("a product of two small matrices is wrong")
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecipeError(f"device {name!r} cannot be used here ({reason[:160]}); try 'cpu' or 'auto'") from None
+        raise RecipeError(f"device {name!r} cannot be used here ({reason[:160]}); try another, such as 'cpu'") from None
     return torch.device(name)
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether a CPU or a CUDA device has units for products in bf16, which it otherwise emulates."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device.type == "cpu" and any(probe is not None and probe() for probe in probes)  # torch may lack the probes
+
+
+@contextlib.contextmanager
+def computing(device: torch.device) -> Iterator[None]:
+    """Sets what the bits of a result depend on, whatever this process has set, and restores it when the context ends.
+
+    Products of fp32 tensors are fp32, never TF32. On a GPU, sums are added up in one order wherever torch has such an
+    algorithm. Raises MemoryBudgetError in place of torch's error if the memory of the device is used up."""
+    with contextlib.ExitStack() as stack:
+
+        def put(part: object, name: str, value: object) -> None:
+            stack.callback(setattr, part, name, getattr(part, name))
+            setattr(part, name, value)
+
+        backends = torch.backends
+        if hasattr(backends, "fp32_precision"):  # reading the older names is an error where a program sets the new ones
+            for part in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul):
+                put(part, "fp32_precision", "ieee")
+        else:
+            put(backends.cuda.matmul, "allow_tf32", False)
+            put(backends.cudnn, "allow_tf32", False)
+        if device.type == "cuda":
+            lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+            before = torch.are_deterministic_algorithms_enabled()
+            stack.callback(torch.use_deterministic_algorithms, before, warn_only=lenient)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            put(torch.utils.deterministic, "fill_uninitialized_memory", False)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise MemoryBudgetError(f"the device has no memory left ({one_line(error)[:160]}); {LOWER}") from error
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a CUDA device: what is free there, and what torch keeps to use
+    again."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def peak_rss() -> int:

@@ -19,8 +19,8 @@ from typing import Any
 import typer
 
 from sparsellm import __version__, interrupts
-from sparsellm.errors import RecipeError, shown
-from sparsepack.errors import UserError
+from sparsellm.errors import RecipeError, one_line, shown
+from sparsepack.errors import Note, UserError
 
 _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
 
@@ -91,6 +91,10 @@ def _exit_code(command: Callable[[], Any]) -> int:
         if (signum := interrupts.received()) is not None:  # it has ended another process, for example
             return _interrupted(signum)
         message = str(error) if isinstance(error, UserError) else None
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
+            message = (
+                f"the GPU has no memory left ({one_line(error)[:160]}); lower batch, tokens or context, or say cpu"
+            )
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
             message = error.format_message()
         if message is not None:
@@ -150,4 +154,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda said, kind, *place: (
+        f"note: {said}\n" if issubclass(kind, Note) else plain(said, kind, *place)
+    )
     warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # sizes of 0 in a config are refused later

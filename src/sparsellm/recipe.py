@@ -165,11 +165,11 @@ class Recipe(BaseModel):
     device: Annotated[str, Option(RESOURCES, "NAME", values=DEVICES), NAME] = "auto"
     """cpu, cuda, cuda:1, mps, or auto for a GPU if there is one."""
     dtype: Annotated[Dtype, Option(RESOURCES, "NAME")] = "auto"
-    """Dtype in which blocks compute: float32, bfloat16, float16, or auto for the stored one, or float32 where a CPU
-    does not multiply in that. Weights are saved in their stored dtype."""
+    """Dtype in which blocks compute: float32, bfloat16, float16, or auto for the stored one, but float32 for float16,
+    and where bfloat16 has no units. Weights are saved in their stored dtype."""
     products: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU with bf16
-    units. Solvers that declare it take them too; statistics are always fp32."""
+    """Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU or GPU with
+    bf16 units. Solvers that declare it take them too; statistics are always fp32."""
 
     def __init__(self, /, **values: Any) -> None:
         try:

@@ -15,6 +15,10 @@ class UserError(Exception):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 
+class Note(UserWarning):
+    """A warning that something runs in another way than it could; the command line prints it as one line."""
+
+
 class PackError(UserError):
     """Base of every error that this package raises on purpose."""
 

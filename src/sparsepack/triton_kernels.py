@@ -12,6 +12,8 @@ With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 from __future__ import annotations
 
 import os
+import warnings
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -20,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsepack.codes import CODES, powers_of
-from sparsepack.errors import KernelError
+from sparsepack.errors import KernelError, Note
 from sparsepack.layout import PackedWeight
 
 MAX_TOKENS = 16
@@ -28,9 +30,24 @@ _KINDS = {"bf16": 0, "fp16": 0, "fp32": 0, "int8": 1, "int4": 2}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
 def available() -> str | None:
-    """``triton``, or None if there is neither a GPU nor the interpreter to run on."""
-    return "triton" if _INTERPRETED or torch.cuda.is_available() else None
+    """``triton``, or None if there is neither a GPU nor the interpreter to run on, or a first product fails there:
+    Triton needs the driver and a C compiler, and reports a lack of them when a kernel is launched. A warning says so.
+    """
+    if not _INTERPRETED and torch.cuda.is_available():
+        try:
+            one, ends = torch.ones(1, 1, device="cuda"), torch.tensor([0, 1], device="cuda")
+            packed = PackedWeight((1, 1), "bitmask", one.to(torch.uint8), one.view(-1), ends, None, "fp32")
+            if _product(packed, one).item() != 1:
+                raise RuntimeError("a product is wrong")
+        except Exception as error:  # of Triton, its compiler, or the driver
+            why = " ".join(str(error).split())[:160] or type(error).__name__
+            said = f"Triton does not run here ({why}), so torch multiplies packed weights, slowly"
+            warnings.warn(said, Note, stacklevel=2)
+            return None
+        return "triton"
+    return "triton" if _INTERPRETED else None
 
 
 # The bytes of a row's mask that a program takes at once, and its warps: a thread has a byte, and no warp waits for
@@ -140,7 +157,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     Raises:
         KernelError: there is no GPU to run on, or layout, shapes, types or devices do not fit.
     """
-    out, columns = packed.shape
+    columns = packed.shape[1]
     if available() is None or (x.device.type != "cuda" and not _INTERPRETED):
         raise KernelError(f"activations on {x.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1)")
     if packed.layout == "nm" or packed.value_type not in _KINDS or packed.mask.device != x.device:
@@ -154,26 +171,35 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
             f"activations {x.dtype} {tuple(x.shape)}: the Triton kernels take fp32, bf16 or fp16 "
             f"of (1 to {MAX_TOKENS}, {columns})"
         )
+    return _product(packed, x)
+
+
+def _product(packed: PackedWeight, x: Tensor) -> Tensor:
+    out, columns = packed.shape
     scaled = x if packed.exponents is None else x.float() * powers_of(packed.exponents)
     unused = packed.offsets
     levels = _plain_levels(x.device) if packed.levels is None else packed.levels
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
-    _multiply[(out,)](
-        packed.mask,
-        packed.values if packed.values.numel() else unused,
-        packed.offsets,
-        unused if packed.scales is None else packed.scales,
-        levels if packed.value_type == "int4" else unused,
-        scaled.contiguous(),
-        y,
-        out,
-        columns,
-        packed.mask.shape[1],
-        0 if packed.layout == "dense" else packed.mask.shape[1],
-        (packed.group or 8) // 8,
-        len(x),
-        KIND=_KINDS[packed.value_type],
-        TOKENS=triton.next_power_of_2(len(x)),
-        **LAUNCH,
-    )
+    here = (
+        torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    )  # Triton launches on the current one
+    with here:
+        _multiply[(out,)](
+            packed.mask,
+            packed.values if packed.values.numel() else unused,
+            packed.offsets,
+            unused if packed.scales is None else packed.scales,
+            levels if packed.value_type == "int4" else unused,
+            scaled.contiguous(),
+            y,
+            out,
+            columns,
+            packed.mask.shape[1],
+            0 if packed.layout == "dense" else packed.mask.shape[1],
+            (packed.group or 8) // 8,
+            len(x),
+            KIND=_KINDS[packed.value_type],
+            TOKENS=triton.next_power_of_2(len(x)),
+            **LAUNCH,
+        )
     return y

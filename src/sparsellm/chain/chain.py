@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from sparsellm.chain.capture import replacing
 from sparsellm.chain.experts import Mixture, mixtures_of
 from sparsellm.chain.open import check_sizes, load_config
-from sparsellm.chain.products import Bf16Products, bf16_products
+from sparsellm.chain.products import Bf16Products, attention_for, bf16_products
 from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.chain.weights import ModelWeights
 from sparsellm.errors import ModelError, SparseLLMError, one_line
@@ -136,7 +136,7 @@ class Chain(ModelWeights):
 
     def apply(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """The output of a loaded block for hidden states ``(batch, seq, hidden)``."""
-        with bf16_products(self.products):
+        with bf16_products(self.products), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
             return _hidden_of(call.on(self.blocks[index], kept), self.blocks[index])
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -81,7 +82,9 @@ def bf16_products(mode: Bf16Products | None) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if mode is None else mode
 
 
-def bf16_is_native() -> bool:
-    """Whether this CPU has instructions for products in bf16."""
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(probe is not None and probe() for probe in probes)  # no, if torch is too old to have the probes
+def attention_for(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context for the forward of a pass with gradients. On a GPU attention is then computed as plain products: the
+    fused kernels add up its gradients in another order at every run."""
+    if device.type != "cuda" or not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)

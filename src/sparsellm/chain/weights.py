@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.experts import gates_of, separate_experts
 from sparsellm.chain.names import checkpoint_names, expert_parts, published_names, refuse_converted, unused_tensors
-from sparsellm.chain.products import bf16_is_native
 from sparsellm.chain.structure import find_blocks, iterate_linears, tower_names
 from sparsellm.errors import ModelError, NumericalError
+from sparsellm.machine import bf16_is_native
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.writer import TensorSource
 
@@ -339,11 +339,11 @@ class ModelWeights:
 
 
 def _fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The stored dtype if the device multiplies matrices in it, else fp32: many CPUs emulate half precision, at a fifth
-    of the speed and with less accuracy."""
-    if stored not in (torch.bfloat16, torch.float16) or device.type != "cpu":
+    """The stored dtype if the device multiplies matrices in it, else fp32: half precision is emulated by many CPUs, and
+    bf16 by older GPUs, slowly. Hidden states may exceed 65504, the largest number of fp16, so that is fp32 too."""
+    if stored not in (torch.bfloat16, torch.float16) or device.type not in ("cpu", "cuda"):
         return stored
-    return stored if stored is torch.bfloat16 and bf16_is_native() else torch.float32
+    return stored if stored is torch.bfloat16 and bf16_is_native(device) else torch.float32
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

@@ -19,11 +19,11 @@ from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import check_vocabulary, load_config, load_tokenizer, shape_difference
-from sparsellm.chain.products import Bf16Products, bf16_is_native
+from sparsellm.chain.products import Bf16Products
 from sparsellm.chain.streams import windows_of
 from sparsellm.errors import DataError, ModelError, RecipeError
 from sparsellm.inputs import read_object
-from sparsellm.machine import resolve_device
+from sparsellm.machine import bf16_is_native, machine_name, resolve_device
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.sources.resolve import checkpoint_directory
@@ -83,14 +83,25 @@ def open_models(
     return Models(chain, start, directory, in_memory, tokenizer, tuple(sources))
 
 
+def device_of(model: Model, recipe: Recipe) -> torch.device:
+    """The device on which a model is pruned: where it is, if it is given as an object, else that of the recipe."""
+    if isinstance(model, PreTrainedModel):
+        return model.device
+    return resolve_device(parallel.own_device(recipe.device))
+
+
 def open_model(
     model: Model, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
 ) -> tuple[Chain, PreTrainedModel | None]:
     """A chain over a model, or over its checkpoint in ``directory``, which is loaded if ``whole``; and the model itself
     if it is in memory. Raises RecipeError if the recipe sets device or dtype for a model that is in memory already."""
-    device = resolve_device(parallel.own_device(recipe.device))
+    device = device_of(model, recipe)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    loaded = None
+    loaded, named = None, [name for name in ("dtype", "products") if getattr(recipe, name) == "bfloat16"]
+    if named and device.type == "cuda" and not bf16_is_native(device):
+        raise RecipeError(
+            f"{machine_name(device)} has no units for bfloat16; give {' and '.join(named)} float32 or auto"
+        )
     if isinstance(model, PreTrainedModel):
         if recipe.device != "auto" or dtype is not None:
             raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
@@ -101,8 +112,7 @@ def open_model(
         if whole:
             loaded = load_whole(directory, chain.dtype, device, trust)
             chain = open_chain(loaded, device=device)
-    native = chain.device.type == "cpu" and bf16_is_native()
-    if recipe.products == "bfloat16" or (recipe.products == "auto" and native):
+    if recipe.products == "bfloat16" or (recipe.products == "auto" and bf16_is_native(chain.device)):
         chain.products = Bf16Products()
     return chain, loaded
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -144,6 +145,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     patterns = {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
     warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain)
     warnings += [] if isinstance(ids, Tensor) else _short_text(windows, choice)
+    warnings += _wider(chain) if recipe.dtype == "auto" else []
     if recipe.grid != "own" and recipe.sparsity:
         warnings.append(
             f"grid {recipe.grid} stores zeros like other values, so they save nothing; sparsity 0 loses less"
@@ -187,6 +189,15 @@ def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, l
     choose = partial(request.once, "the default text", partial(default_source, demo=demo))
     source, warnings = parallel.from_main(choose)
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
+
+
+def _wider(chain: Chain) -> list[str]:
+    """Says that blocks compute in fp32 on a GPU, where their weights are stored in half precision."""
+    stored = {str(linear.storage_dtype).removeprefix("torch.") for linear in chain.linears(0)}
+    if chain.device.type != "cuda" or chain.dtype != torch.float32 or not stored & {"float16", "bfloat16"}:
+        return []
+    why = "whose largest number is 65504" if "float16" in stored else "for which this GPU has no units"
+    return [f"blocks compute in float32: their weights are stored in {' and '.join(sorted(stored))}, {why}"]
 
 
 def _short_text(windows: Windows, choice: Choice) -> list[str]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+import torch
 from transformers import PreTrainedModel
 
 from sparsellm import machine, parallel
 from sparsellm.chain import Feed, Stream
-from sparsellm.errors import SparseLLMError, one_line
+from sparsellm.errors import NumericalError, SparseLLMError, one_line
 from sparsellm.hub.card import CARD, base_of, card_text
 from sparsellm.inputs import without_folders
 from sparsellm.patterns import count_zeros
@@ -20,9 +21,10 @@ from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
+from sparsellm.run.opening import device_of
 from sparsellm.run.plan import Plan, Request, make_plan, seconds_ahead
 from sparsellm.run.predictions import checkpoint_bytes, saved_sweep_bytes
-from sparsellm.run.result import PruneResult, bits_per_weight
+from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 from sparsellm.storage.directory import partial_of
 from sparsellm.storage.files import explained
@@ -45,8 +47,19 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
     """Prunes the model of a request, from the block that an earlier process reached, and writes it to ``out``. Raises a
     subclass of SparseLLMError that names the cause."""
     progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
-    plan = make_plan(request, clock, progress)
-    chain = plan.chain
+    with machine.computing(device_of(request.model, request.recipe)):
+        plan = make_plan(request, clock, progress)
+        try:
+            return _pruned(plan, clock, progress)
+        except NumericalError as error:
+            if plan.chain.dtype != torch.float16:
+                raise
+            advice = "blocks ran in float16, whose largest number is 65504; take dtype float32"
+            raise NumericalError(f"{error}; {advice}") from error
+
+
+def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneResult:
+    request, chain = plan.request, plan.chain
     with Journal(plan.out, len(chain), restart=request.restart, overwrite=request.overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
         finished = journal.finished(progress)
@@ -198,6 +211,7 @@ def _result(
         processes=parallel.size(),
         dense=dense,
         base=_base(plan),
+        environment=environment(chain.device),
         identity=asdict(plan.identity),
     )
 

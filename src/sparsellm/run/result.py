@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from sparsellm import __version__
 from sparsellm.inputs import without_folders
 from sparsellm.interrupts import command_line
-from sparsellm.machine import processor_name
+from sparsellm.machine import machine_name, processor_name
 from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
 from sparsellm.records import LinearResult, Pruning, RunRecord
@@ -38,8 +38,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def environment() -> dict[str, str]:
-    """The system, processor, memory and threads of this machine."""
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """The system, processor, memory and threads of this machine, and the GPU if that is the device of the run."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": machine_name(device) if device is not None and device.type == "cuda" else "none",
     }
 
 

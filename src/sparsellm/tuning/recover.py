@@ -166,6 +166,7 @@ def _trained(
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
+            dataloader_pin_memory=False,  # a batch is a few kilobytes, and some systems cannot pin memory
             use_cpu=resolve_device("auto").type == "cpu",
             seed=training.seed,
         )

@@ -1,0 +1,141 @@
+"""What decides about a device: whether it computes, in which dtype and with which settings, and what it lacks.
+
+No GPU is needed: torch's own functions are replaced where they would ask one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsellm
+from sparsellm import Recipe, api
+from sparsellm.chain.products import attention_for
+from sparsellm.chain.weights import _fast_dtype
+from sparsellm.errors import MemoryBudgetError, NumericalError, RecipeError
+from sparsellm.machine import computing, resolve_device
+from sparsellm.run import opening, walk
+from sparsellm.run.result import environment
+from sparsepack import module, triton_kernels
+from sparsepack.errors import Note
+from tests.line import run
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer, windows
+
+CARD = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that torch sees and cannot use: here, because it was built without CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+@pytest.mark.usefixtures("visible")
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_card_that_does_not_compute_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"device 'cuda(:0)?' cannot be used here .*; try another, such as 'cpu'"):
+        resolve_device(name)
+
+
+def test_a_device_that_multiplies_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: torch.zeros(8, 8) if x is y else torch.mm(x, y))
+    assert resolve_device("auto").type == "cpu"
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: x + 1)
+    with pytest.raises(RecipeError, match=r"'cpu' cannot be used here .+ product of two small matrices is wrong"):
+        resolve_device("cpu")
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_half_precision_widens_where_it_has_no_units(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old Card")
+    new = capability >= (8, 0)
+    assert _fast_dtype(torch.float16, CARD) == _fast_dtype(torch.float32, CARD) == torch.float32
+    assert _fast_dtype(torch.bfloat16, CARD) == (torch.bfloat16 if new else torch.float32)
+    monkeypatch.setattr(opening, "resolve_device", lambda _: CARD)
+    if not new:
+        for field in ("dtype", "products"):
+            with pytest.raises(RecipeError, match=f"Old Card has no units for bfloat16; give {field} float32 or auto"):
+                opening.open_model("x", tmp_path, Recipe(**{field: "bfloat16"}), False, whole=False)
+
+
+def test_fp16_that_overflows_names_the_dtype_to_take(tmp_path: Path) -> None:
+    model = tiny_llama().half()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(3e4)
+    source = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(method="wanda", dtype="float16")
+    with pytest.raises(
+        NumericalError, match="blocks ran in float16, whose largest number is 65504; take dtype float32"
+    ):
+        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "out")
+
+
+def test_settings_of_the_program_change_no_product_and_return() -> None:
+    x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    right = x @ x
+    torch.set_float32_matmul_precision("medium")  # oneDNN multiplies in bf16 where the processor can
+    try:
+        with computing(torch.device("cpu")):
+            assert torch.equal(x @ x, right)
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert not torch.are_deterministic_algorithms_enabled()  # bits on a CPU do not depend on it
+        assert torch.get_float32_matmul_precision() == "medium"
+        with computing(CARD):
+            assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_gradients_on_a_card_take_plain_attention() -> None:
+    with torch.enable_grad(), attention_for(CARD):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    for device, gradients in ((CARD, False), (torch.device("cpu"), True)):
+        with torch.set_grad_enabled(gradients), attention_for(device):
+            assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_device_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of")
+
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    monkeypatch.setattr(walk, "BlockTask", full)
+    monkeypatch.setattr(api, "inspect", full)
+    with pytest.raises(MemoryBudgetError, match=r"no memory left .*2\.00 GiB.*; lower batch_tokens, seq_len or device"):
+        sparsellm.prune(source, Recipe(method="wanda"), calibration=windows(), out=tmp_path / "out")
+    for command, advice in (("prune", "lower batch_tokens"), ("inspect", "lower batch, tokens or context")):
+        code, said = run(
+            [
+                command,
+                str(source),
+                *["--method=wanda", f"--out={tmp_path}/o", "--samples=4", "--calibration=pydoc"] * (command == "prune"),
+            ]
+        )
+        assert code == 2
+        assert advice in said.splitlines()[-1]
+
+
+def test_the_card_of_a_report_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"card at {device}")
+    assert environment(torch.device("cuda", 1))["gpu"] == "card at cuda:1"
+    assert environment(torch.device("cpu"))["gpu"] == "none"
+
+
+@pytest.mark.usefixtures("visible")
+def test_triton_that_cannot_launch_is_said_and_not_used() -> None:
+    for cached in (triton_kernels.available, module._kernels):
+        cached.cache_clear()
+    with pytest.warns(Note, match="Triton does not run here .*, so torch multiplies packed weights, slowly"):
+        assert module.kernel_name("cuda") == "torch"
+    for cached in (triton_kernels.available, module._kernels):
+        cached.cache_clear()
