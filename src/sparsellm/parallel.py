@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -32,7 +34,7 @@ CHUNK_ELEMENTS = 1 << 24  # elements converted to fp64 at a time: 128 MiB
 
 T = TypeVar("T")
 
-_alone = False  # while main_alone() runs
+_alone = False  # within alone()
 _failures: Store | None = None  # counts the processes that have failed
 
 
@@ -53,6 +55,8 @@ def is_main() -> bool:
 
 def on_this_machine() -> int:
     """The number of processes of this run on this machine, which share its memory."""
+    if _alone:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     names = gather(socket.gethostname())
     return names.count(names[rank()])
 
@@ -141,18 +145,50 @@ def main_first(make: Callable[[], T]) -> T:
     return made[0] if made else make()
 
 
-def main_alone(make: Callable[[], T]) -> T:
-    """Same as :func:`from_main`, for work that would otherwise communicate: it runs as if in a single process."""
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Until the context ends, this process works as if it were the only one."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
-    def apart() -> T:
-        global _alone
-        _alone = True
-        try:
-            return make()
-        finally:
-            _alone = False
 
-    return from_main(apart)
+def dealt(items: Sequence[T]) -> Iterator[T]:
+    """The items that this process works on, each :func:`alone`: a process that is free takes the next. Ends when all
+    have ended, without the time limit of other waits."""
+    if size() == 1:
+        yield from items
+        return
+    name, processes = broadcast(uuid4().hex), size()
+    with alone():
+        while (number := _reached(_store().add, name, 1)) <= len(items):
+            yield items[number - 1]
+    _reached(_store().add, f"{name} ended", 1)
+    while _reached(_store().add, f"{name} ended", 0) < processes:
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Waits until no other process is in this context, also :func:`alone`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    while _reached(_store().add, "within", 1) > 1:
+        _reached(_store().add, "within", -1)
+        time.sleep(random.uniform(0, 0.1))
+    yield
+    _reached(_store().add, "within", -1)
+
+
+def _store() -> Store:
+    """What all processes of the group can count in."""
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    return PrefixStore("sparsellm-counts", _get_default_store())
 
 
 def together(make: Callable[[], T]) -> T:
@@ -184,6 +220,14 @@ def all_sum_(tensor: Tensor) -> Tensor:
         _reached(dist.all_reduce, wide)
         part.copy_(wide)
     return tensor
+
+
+def all_sums_(tensors: dict[str, Tensor], sizes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+    """:func:`all_sum_` of fp32 tensors by name, for the names in ``sizes``, in that order. One that a process lacks and
+    another has is added, with that size."""
+    known: set[str] = set().union(*gather(tensors.keys() & sizes.keys()))
+    for name in [name for name in sizes if name in known]:
+        all_sum_(tensors.setdefault(name, torch.zeros(sizes[name], device=device)))
 
 
 def total(number: float) -> float:

@@ -61,6 +61,23 @@ def test_several_processes_prune_as_one_does(name: str, found: Any, alone: dict[
         assert all(other[key] == first[key] for key in ("linears", "allocation", "sweeps"))
 
 
+@pytest.mark.parametrize("count", [workers.WINDOWS, 2])
+def test_the_survey_divides_its_windows(count: int, found: Any) -> None:
+    first, *rest = found(f"survey {count}")
+    (own, squares), (whole, whole_squares) = first
+    for part, expected in ((own["output_squares"], whole["output_squares"]), (squares, whole_squares)):
+        assert part.keys() == expected.keys()
+        for name, value in part.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-9)
+    for name, counts in own["saliency"].items():
+        expected = whole["saliency"][name]
+        assert counts.sum() == expected.sum()
+        assert (counts.cumsum(0) - expected.cumsum(0)).abs().max() <= 0.02 * counts.sum()  # some are near an edge
+    for (other, other_squares), _ in rest:
+        assert all(same_bits(own[key], other[key]) for key in ("output_squares", "saliency"))
+        assert same_bits(squares, other_squares)
+
+
 def test_what_is_compared_is_there(alone: dict[str, Any]) -> None:
     assert len({zeros for _, zeros, _ in alone["allocated"]["linears"]}) > 1
     assert len(alone["swept"]["sweeps"]) == 4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import sparsellm
 from sparsellm import Recipe, parallel
+from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.patterns import highest
@@ -18,8 +21,11 @@ from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.divided import divide, highest_of_all
 from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, GramAccumulator
+from sparsellm.sweep.gradients import loss_gradients
 from sparsepack.grid import INTEGERS
+from tests.allocation.helpers import sizes_of, survey_on
 from tests.models import tiny_gpt2, tiny_llama, windows
+from tests.models.families import mixtral
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
 
@@ -130,7 +136,8 @@ def sums_and_selections(folder: Path) -> None:
     with pytest.raises(RecipeError, match="missing"):
         parallel.from_main(_refuse)
     assert parallel.from_main(lambda: 3) == 3
-    assert parallel.main_alone(parallel.size) == 1
+    with parallel.alone():
+        assert parallel.size() == 1
     assert parallel.size() == size
     assert parallel.on_this_machine() == size
     assert parallel.broadcast(rank, size - 1) == size - 1
@@ -200,8 +207,25 @@ def rounding_of_some_rows(folder: Path) -> None:
     leave(folder, "rounded model", dict(model.state_dict()))
 
 
+def survey_of_some_windows(folder: Path) -> None:
+    """Statistics of the dense model, divided, and as one process takes them; with fewer windows than processes too."""
+    chain = open_chain(mixtral(), device=torch.device("cpu"))
+    for count in (WINDOWS, 2):
+        feed, names = Feed(chain, windows(count), 80), {size.name for size in sizes_of(chain)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chain, "run", Mock(side_effect=partial(Chain.run, chain)))
+            own = loss_gradients(feed, names, saliency=True)
+            ran = sum(len(call.args[1]) for call in chain.run.call_args_list)  # type: ignore[attr-defined]
+        with parallel.alone():
+            whole = loss_gradients(feed, names, saliency=True), survey_on(feed, sizes_of(chain), 0.5).mean_squares
+        assert ran < count * len(chain)
+        found = (own, survey_on(feed, sizes_of(chain), 0.5).mean_squares)
+        leave(folder, f"survey {count}", [(vars(one), squares) for one, squares in (found, whole)])
+
+
 def everything(folder: Path) -> None:
     sums_and_selections(folder)
+    survey_of_some_windows(folder)
     fewer_rows_than_processes(folder)
     rounding_of_some_rows(folder)
     prune_everything(folder)

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.chain import Chain, Feed, LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.errors import RecipeError
@@ -67,9 +68,11 @@ class Survey:
 
     @cached_property
     def mean_squares(self) -> dict[str, Tensor]:
-        """Mean square of every input over the tokens that reach a linear, ``(in,)`` fp32; without unreached linears."""
+        """Mean square of every input over the tokens that reach a linear, ``(in,)`` fp32; without unreached linears.
+        Each process runs some of the windows, and all have the same sums."""
         sums: dict[str, Tensor] = {}
         tokens: dict[str, int] = {}
+        feed, places = self.feed.own()
 
         def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
             rows = x.detach().flatten(0, -2).float()
@@ -77,14 +80,19 @@ class Survey:
             sums[linear.name] = sums[linear.name] + squares if linear.name in sums else squares
             tokens[linear.name] = tokens.get(linear.name, 0) + len(rows)
 
-        stream, blocks = self.feed.stream(), len(self.chain)
+        stream, blocks = feed.stream(), len(self.chain)
         for index in range(blocks):
             self.feed.progress(Progress("survey", index, blocks, f"block {index + 1}/{blocks} inputs"))
-            with self.chain.block(index, self.feed.blocks), watch(self._views(index), see):
+            seen = self._views(index) if places.start < places.stop else []
+            with self.chain.block(index, self.feed.blocks), watch(seen, see):
                 stream.advance(index)
         stream.close()
         self.feed.progress(Progress("survey", blocks, blocks))
-        return {name: total / tokens[name] for name, total in sums.items() if tokens[name]}
+        every = [linear for index in range(blocks) for linear in self._views(index)]
+        parallel.all_sums_(sums, {linear.name: (linear.in_features,) for linear in every}, self.chain.device)
+        counts = parallel.gather(tokens)
+        total = {name: sum(some.get(name, 0) for some in counts) for name in sums}
+        return {name: sums[name] / count for name, count in total.items() if count}
 
     def wanda_metrics(self) -> Iterator[tuple[int, list[Tensor]]]:
         """For each block, ``|w_ij| · √E[x_j²]`` of its linears that a token reached, ``(out, in)`` fp32. The papers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from sparsellm import parallel
 from sparsellm.chain.capture import choosing
 from sparsellm.chain.chain import Call, Chain
 from sparsellm.chain.products import bf16_products
@@ -54,6 +55,12 @@ class Feed:
     def in_pieces(self) -> Feed:
         """A feed of the same windows, in forward calls small enough for gradients."""
         return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
+
+    def own(self) -> tuple[Feed, slice]:
+        """A feed of this process's share of the windows, and their places. With fewer windows than processes some have
+        none: they run the first window, which then has no place, since all processes load the same blocks."""
+        places = parallel.share(len(self.windows), windows_of(self.batch_tokens, self.seq_len))
+        return replace(self, windows=self.windows[places] if places.start < places.stop else self.windows[:1]), places
 
     def stream(self, weights: CheckpointReader | None = None, *, pieces: int = 0) -> Stream:
         """The inputs of block 0, for which embedding and block 0 (with ``weights``) are loaded and released again."""

@@ -156,23 +156,28 @@ class Journal(contextlib.ExitStack):
         """The shards of the result's blocks, in the first process; empty in others and for a model in memory."""
         return self.writer.shards[: self.blocks] if self.writer is not None else []
 
-    # ------------------------------------------------------------------ before the walk; in the first process only
+    # ------------------------------------------------------------------ before the walk
 
     def allocation(self) -> Allocation | None:
-        """The allocation that an earlier process chose, or None."""
-        return kept_record(self._state / f"{ALLOCATION}.json", Allocation) if self.writes else None
+        """The allocation that an earlier start chose, or None."""
+        file = self._state / f"{ALLOCATION}.json"
+        return parallel.from_main(lambda: kept_record(file, Allocation) if self.writes else None)
 
     def keep_allocation(self, allocation: Allocation) -> None:
         self._keep(ALLOCATION, allocation)
 
     def output_costs(self) -> dict[str, Tensor] | None:
-        """``E[g_i²]`` of every linear's outputs from an earlier process, or None."""
+        """``E[g_i²]`` of every linear's outputs from an earlier start, or None."""
         file = self._state / f"{OUTPUT_COSTS}.safetensors"
-        record = kept_record(self._state / f"{OUTPUT_COSTS}.json", dict) if self.writes else None
-        if record is None or not has_digest(file, record["sha256"]):
-            return None
-        reader = CheckpointReader(self._state, [file])
-        return {name: reader.get(name) for name in reader}
+
+        def kept() -> dict[str, Tensor] | None:
+            record = kept_record(self._state / f"{OUTPUT_COSTS}.json", dict) if self.writes else None
+            if record is None or not has_digest(file, record["sha256"]):
+                return None
+            reader = CheckpointReader(self._state, [file])
+            return {name: reader.get(name) for name in reader}
+
+        return parallel.from_main(kept)
 
     def keep_output_costs(self, costs: dict[str, Tensor]) -> None:
         if self.writes:

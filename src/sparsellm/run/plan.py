@@ -249,17 +249,17 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
 
 
 def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bool) -> Demand:
-    """The memory demand of this process; the first one also surveys the dense model, unless the journal knows what an
-    earlier start of the run found."""
+    """The memory demand of this process, with its part of the survey unless the journal knows what an earlier start of
+    the run found."""
     samples, seq_len = windows.first.shape
     needs, surveyed, gradients = choice.allocation_needs, 0, 0
-    if parallel.is_main():
-        allocates = choice.allocates and not journal.knows(ALLOCATION)
-        if allocates:
-            read = needs.surveyed_tokens
-            surveyed = samples if read is None else min(samples, windows_of(read, seq_len))
-        if (allocates and needs.gradient_tokens) or (choice.needs.output_costs and not journal.knows(OUTPUT_COSTS)):
-            gradients = min(samples, max(LEAST_WINDOWS, windows_of(needs.gradient_tokens or TOKENS, seq_len)))
+    allocates = choice.allocates and not journal.knows(ALLOCATION)
+    if allocates:
+        read = needs.surveyed_tokens
+        surveyed = samples if read is None else min(samples, windows_of(read, seq_len))
+    if (allocates and needs.gradient_tokens) or (choice.needs.output_costs and not journal.knows(OUTPUT_COSTS)):
+        gradients = min(samples, max(LEAST_WINDOWS, windows_of(needs.gradient_tokens or TOKENS, seq_len)))
+    surveyed, gradients = (_own(number, windows_of(windows.batch_tokens, seq_len)) for number in (surveyed, gradients))
     return Demand(
         samples=max(surveyed, len(windows.own[0]), gradients),
         seq_len=seq_len,
@@ -271,6 +271,11 @@ def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bo
         fresh=len(windows.swept) > 1,
         unrounded=unrounded,
     )
+
+
+def _own(windows: int, batch: int) -> int:
+    """The windows of a survey that this process runs, see :meth:`Feed.own`."""
+    return windows and max(1, len(range(windows)[parallel.share(windows, batch)]))
 
 
 def _already_pruned(model: Models) -> list[str]:

@@ -70,9 +70,9 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         folder = partial_of(plan.out) if plan.out is not None else None
         scratch = Scratch(plan.memory.hidden_in_memory_bytes, folder, spare=plan.memory.kept_bytes)
         feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
-        targets = parallel.main_alone(partial(survey, plan, feed, journal, len(finished) == len(chain), clock))
+        targets = survey(plan, feed, journal, len(finished) == len(chain), clock)
         if plan.model.start is not None:
-            chain.forget_shared()  # the walk reads the teacher's first, also in a process that did not survey
+            chain.forget_shared()  # the walk reads the teacher's first
         clock.lap()
         dense = _dense_end(plan, feed, clock)
         blocks = _walk(plan, targets, feed, journal, finished, clock)

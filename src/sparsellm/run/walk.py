@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsellm import machine
+from sparsellm import machine, parallel
 from sparsellm.allocation import Allocation, LinearSize, Survey
 from sparsellm.allocation.allocator import divide, in_groups
 from sparsellm.chain import Chain, Feed, Stream
@@ -57,7 +57,7 @@ def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseC
             journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs
     if allocates:
         with clock.phase("allocation"):
-            allocation = _allocate(plan, feed, sizes, gradients)
+            allocation = parallel.broadcast(_allocate(plan, feed, sizes, gradients))
             journal.keep_allocation(allocation)
     return Targets(patterns_of(plan.chain, plan.recipe, allocation), costs or {}, allocation)
 

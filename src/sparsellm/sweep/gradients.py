@@ -3,7 +3,7 @@ cost of errors of outputs, and the saliency of weights.
 
 The forward pass stores the input of each block. The next-token loss is differentiated through the head. Then each
 block, from the last to the first, runs again on its stored input and propagates the gradient to it. Hidden states and
-gradients are in memory, or in files where the scratch has no room.
+gradients are in memory, or in files where the scratch has no room. Each process takes some of the windows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsellm import parallel
 from sparsellm.chain import Chain, Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
 from sparsellm.errors import DataError, ModelError, NumericalError
@@ -72,6 +73,9 @@ def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False
             _add(fisher, linear.name, (costs.to(dtype).T @ rows.to(dtype)).float())
 
     def done(linears: list[LinearView]) -> None:
+        sizes = {linear.name: (linear.out_features, linear.in_features) for linear in linears}
+        parallel.all_sums_(squares, {name: size[:1] for name, size in sizes.items()}, feed.chain.device)
+        parallel.all_sums_(fisher, sizes, feed.chain.device)
         for linear in linears:
             if linear.name in fisher:
                 histograms[linear.name] = histogram(linear, fisher.pop(linear.name).div_(tokens))
@@ -121,11 +125,11 @@ def backward_sweep(
     loss of a scored token, in nats.
 
     Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit. The scratch holds
-    ``blocks + 2`` times the hidden states of the windows.
+    ``blocks + 2`` times the hidden states of this process's windows.
 
     Args:
-        see: called for each linear and batch.
-        done: called with the linears of each block after all its tokens, while it is loaded.
+        see: called for each linear and batch of this process's windows.
+        done: called with the linears of each block after all its tokens, while it is loaded, in every process.
         names: the linears to call them for; None for all.
         share: the share of a window's positions that is scored, see :func:`_positions`. The head, whose vocabulary may
             cost more than all blocks, runs for these alone.
@@ -138,6 +142,7 @@ def backward_sweep(
     """
     if feed.seq_len < 2:
         raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
+    windows, (feed, places) = len(feed.windows), feed.own()
     chain, blocks = feed.chain, len(feed.chain)
     stream = feed.stream()
     with contextlib.ExitStack() as stack:
@@ -152,34 +157,37 @@ def backward_sweep(
                     stream.hidden[position] = output
         gradients = stack.enter_context(stream.store())
         with chain.outer():
-            loss = _through_the_end(feed, stream, gradients, share)
+            loss = _through_the_end(feed, stream, gradients, share, places)
+        loss = parallel.total(loss) / (windows * (feed.seq_len - 1))
+        if not math.isfinite(loss):
+            raise NumericalError(f"the loss of the dense model is {loss} in {chain.dtype}; try dtype float32")
         for index in reversed(range(blocks)):
             event = Event("gradients", 2 * blocks - 1 - index, 2 * blocks, f"block {index + 1}/{blocks} backward")
             feed.progress(event)
             with chain.block(index, feed.blocks), running_on(chain, index, _fp32_copies(chain, index)):
                 linears = [linear for linear in chain.linears(index) if names is None or linear.name in names]
-                _back_through(stream, index, inputs[index], gradients, linears, _hook(see, reads_inputs))
+                seen = linears if places.start < places.stop else []
+                _back_through(stream, index, inputs[index], gradients, seen, _hook(see, reads_inputs))
                 done(linears)
             inputs[index].close()
     feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
     return loss
 
 
-def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, share: float) -> float:
-    """The mean loss; appends the gradient of its sum at the output of the last block to ``gradients``."""
+def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, share: float, places: slice) -> float:
+    """The sum of the losses of the windows at ``places`` among those of all processes; appends its gradient at the
+    output of the last block to ``gradients``."""
     chain, total, start, predicted = feed.chain, 0.0, 0, feed.seq_len - 1
     for hidden in stream.hidden:
         hidden, ids = hidden.float(), feed.windows[start : start + len(hidden)].to(chain.device)
-        scored = _positions(predicted, share, seed=start).to(chain.device)
+        scored = _positions(predicted, share, seed=places.start + start).to(chain.device)
         start += len(hidden)
         following = next_token_loss(ids[:, scored + 1])
         loss, slope = through_head(chain, hidden[:, scored], ids[:, scored], following, gradient=True)
         total += loss * predicted / len(scored)
         slope *= (predicted / len(scored)) ** 0.5
         gradients.append(torch.zeros_like(hidden).index_copy_(1, scored, slope))
-    if not math.isfinite(total):
-        raise NumericalError(f"the loss of the dense model is {total} in {chain.dtype}; try dtype float32")
-    return total / (len(feed.windows) * predicted)
+    return total if places.start < places.stop else 0.0
 
 
 def _positions(predicted: int, share: float, seed: int) -> Tensor:
