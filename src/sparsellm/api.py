@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm import arguments, machine
+from sparsellm import arguments, machine, parallel
 from sparsellm.arguments import Checkpoint, Model, checked
 from sparsellm.calibration.sources import DOCUMENTS, IDS, as_text, settle_calibration
 from sparsellm.calibration.texts import Text
@@ -101,6 +101,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     """Perplexity of a model, its divergence from a dense one, and tasks of lm-eval.
 
     For perplexity and divergence, models are read block by block and need not fit into memory; tasks load the model.
+    Several processes divide the windows, and the first runs the tasks.
 
     Args:
         model, text, tokenizer, trust_remote_code, progress: as in :func:`prune`, the text as ``calibration``.
@@ -124,7 +125,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
     opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
-    windows = opened.windows(words, seq_len, max_tokens, bos)
+    windows = parallel.from_main(partial(opened.windows, words, seq_len, max_tokens, bos))
     leads = opened.tokenizer is not None and leading_token(opened.tokenizer, bos) is not None
     if tasks and opened.tokenizer is None:
         raise DataError("tasks on a model given as an object need tokenizer=...")
@@ -142,7 +143,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
     results = None
     if tasks and opened.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
-        results = run_tasks(opened.in_memory(), opened.tokenizer, tasks, manager, bos=leads)
+        known = opened.tokenizer
+        results = parallel.from_main(lambda: run_tasks(opened.in_memory(), known, tasks, manager, bos=leads))
     return Evaluation(
         protocol=Protocol(
             text=without_folders(words) if isinstance(words, str) else IDS if by_ids else DOCUMENTS,
@@ -176,7 +178,8 @@ class Opened:
         given = model if isinstance(model, PreTrainedModel) else None
         self.name = (str(model) if given is None else str(given.name_or_path)) or type(model).__name__
         self.tokenizer = tokenizer
-        self.directory = checkpoint_directory(str(model), argument) if given is None else None
+        found = partial(checkpoint_directory, str(model), argument)
+        self.directory = parallel.main_first(found) if given is None else None
         self._settings, self._trust = settings, trust
         self.chain, _ = open_model(model, self.directory, settings, trust, whole=False)
         self.kept = Kept(self.chain, without_folders(self.name))

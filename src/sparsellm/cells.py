@@ -10,11 +10,12 @@ import contextlib
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from sparsellm import api
+from sparsellm import api, parallel
 from sparsellm.calibration.sources import check_source, default_source
 from sparsellm.calibration.texts import text_file
 from sparsellm.convert import pack
@@ -113,12 +114,15 @@ def compare(
     place = check_place(out)
     if not cells:
         raise RecipeError("cells is empty; make one or more with cells_of")
+    if protocol.speed and parallel.size() > 1:
+        raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
     first = next(iter(cells.values()))
     dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
-    windows = dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
+    drawn = (protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)
+    windows = parallel.from_main(partial(dense.windows, *drawn))  # refused before the work
     if protocol.speed:
         check_positions(dense.chain.config, Rounds(), "the model")
-    cells = _with_text(cells, model, progress)
+    cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {
         "model": model_fingerprint(dense.chain, progress),
@@ -126,30 +130,38 @@ def compare(
         "text": tokens_fingerprint(windows),
     }
     shared = dict[Hashable, object]()
-    with _opened(check_place(place, [dense.directory] if dense.directory else []), settings, recipes) as grid:
-        known = {cell.name: cell for cell in grid.cells}
-        for number, (name, recipe) in enumerate(cells.items(), 1):
-            if name in known:
-                continue
+    sources = [dense.directory] if dense.directory else []
+    with contextlib.ExitStack() as held:
+
+        def begin() -> set[str]:
+            grid = held.enter_context(_opened(check_place(place, sources), settings, recipes))
+            return {cell.name for cell in grid.cells}
+
+        known = parallel.from_main(begin)
+        for number, name in parallel.dealt([each for each in enumerate(cells, 1) if each[1] not in known]):
 
             def tell(event: Progress, title: str = f"{number}/{len(cells)} {name}") -> None:
                 progress(replace(event, detail=f"{title}: {event.detail}"))
 
-            grid.begun[name] = recipes[name]
-            _keep(grid, place)
-            request = Request(model, recipe, place / name, trust_remote_code=trust_remote_code, shared=shared)
-            known[name] = _measure(request, protocol, dense, grid, tell)
-            grid.cells.append(known[name])
-            _keep(grid, place)
-        finished = [known[name] for name in cells]
-        page = None
-        if len(finished) > 1:
-            with contextlib.suppress(MissingExtraError):
-                packed = [place / f"{cell.name}{PACKED}" for cell in finished]
-                page = write_comparison(packed, place / PAGE, recover=recover, max_bytes=max_bytes)
-    candidates = [Candidate(cell.name, cell.recovery, cell.packed_bytes) for cell in finished]
-    best = recommend(candidates, recover, max_bytes)
-    return GridResult(out=place, page=page, recommended=best.name if best is not None else None, cells=finished)
+            with _changed(place) as grid:
+                grid.begun[name] = recipes[name]
+            request = Request(model, cells[name], place / name, trust_remote_code=trust_remote_code, shared=shared)
+            measured = _measure(request, protocol, dense, grid, tell)
+            with _changed(place) as grid:
+                grid.cells.append(measured)
+
+        def end() -> GridResult:
+            cell_of = {cell.name: cell for cell in _read(place).cells}
+            finished, page = [cell_of[name] for name in cells], None
+            if len(finished) > 1:
+                with contextlib.suppress(MissingExtraError):
+                    packed = [place / f"{cell.name}{PACKED}" for cell in finished]
+                    page = write_comparison(packed, place / PAGE, recover=recover, max_bytes=max_bytes)
+            candidates = [Candidate(cell.name, cell.recovery, cell.packed_bytes) for cell in finished]
+            best = recommend(candidates, recover, max_bytes)
+            return GridResult(out=place, page=page, recommended=best.name if best is not None else None, cells=finished)
+
+        return parallel.from_main(end)
 
 
 def _with_text(
@@ -189,7 +201,7 @@ def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -
     """The record in a directory, which may be new, after all checks of :func:`_opened`."""
     grid = Grid(settings=settings, begun={}, cells=[])
     if (place / GRID).is_file():
-        grid = read_record(Grid, place / GRID, "give another --out")
+        grid = _read(place)
         _check_same(place, grid.settings, settings)
     elif place.is_dir() and not all(map(TORN.fullmatch, os.listdir(place))):
         raise StorageError(f"{place} is not empty, and holds no comparison; give another --out")
@@ -211,6 +223,19 @@ def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -
                 raise StorageError(f"{other[0]} was not written by this comparison; move it, or give another --out")
         _resumed(pruned, grid)
     return grid
+
+
+@contextlib.contextmanager
+def _changed(place: Path) -> Iterator[Grid]:
+    """The record in a directory, which is written again when the context ends; other processes change it too."""
+    with parallel.one_at_a_time():
+        grid = _read(place)
+        yield grid
+        _keep(grid, place)
+
+
+def _read(place: Path) -> Grid:
+    return read_record(Grid, place / GRID, "give another --out")
 
 
 def _keep(grid: Grid, place: Path) -> None:

@@ -87,7 +87,7 @@ _VERSION = typer.Option(
 
 @app.callback()
 def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
-    if process.count() > 1 and context.invoked_subcommand != "prune":
+    if process.count() > 1 and context.invoked_subcommand not in ("prune", "eval", "compare"):
         raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
 
 
@@ -158,7 +158,8 @@ def prune(
     packed, evaluation = None, None
     if pack is not None:
         interrupts.keeps(f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False)
-        packed, evaluation = _packed_and_measured(out, pack, result.recipe, dense, progress, options)
+        with parallel.alone():
+            packed, evaluation = _packed_and_measured(out, pack, result.recipe, dense, progress, options)
         content |= {"packed": packed.to_dict(), "evaluation": evaluation.model_dump(mode="json")}
 
     def show() -> None:
@@ -229,11 +230,13 @@ def _packed_and_measured(
 )
 def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", **options: Any) -> Printed:
     """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
-    from sparsellm import api, tables
+    from sparsellm import api, parallel, tables
     from sparsellm.storage import results
 
     place = _kept_in(model, save=save and model != "demo")  # no directory of that name is meant
     result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
+    if not parallel.is_main():
+        return None
     saved = results.append_result(place, result) if place is not None else None
     content = {"model": model, **result.model_dump(mode="json"), "results": saved and str(saved)}
     return content, lambda: tables.print_evaluation(result, saved)
@@ -318,7 +321,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     """
     interrupts.keeps(f"finished runs and blocks are kept in {out}")
     from sparsellm import cells as grid
-    from sparsellm import tables
+    from sparsellm import parallel, tables
     from sparsellm.inputs import parse_bytes, parse_yaml
 
     asked = {name: use.listed(options.pop(name)) for name in ("method", "pattern", "sparsity", "effort", "values")}
@@ -345,6 +348,8 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
         trust_remote_code=options["trust_remote_code"],
         progress=progress,
     )
+    if not parallel.is_main():
+        return None
     return result.model_dump(mode="json"), lambda: tables.print_grid(
         result, constrained=recover is not None or most is not None
     )

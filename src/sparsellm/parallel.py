@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsellm.errors import ProcessError, RecipeError, SparseLLMError
 
 if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
+    from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 TIMEOUT = timedelta(hours=12)  # for a process that hangs: longer than the main one ever works alone
 LAST_WORDS = 10.0  # seconds to wait for other processes to fail; on a busy machine they take a while to end
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _alone = False  # within alone()
 _failures: Store | None = None  # counts the processes that have failed
+_machines: tuple[Any, Any, int] | None = None  # the group of all processes, that of this machine, its first process
 
 
 def size() -> int:
@@ -129,13 +130,54 @@ def share(total: int, unit: int = 1) -> slice:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Calls ``make`` in the main process and returns its result in all; a SparseLLMError is raised in all, too."""
+    """Calls ``make`` in the main process, :func:`alone`, and returns its result in all; a SparseLLMError is raised in
+    all, too."""
     if size() == 1:
         return make()
-    value, failure = broadcast(_attempt(make) if is_main() else (None, None))
+    value, failure = broadcast(_attempt_alone(make) if is_main() else (None, None))
     if failure is not None:
         raise failure
     return cast(T, value)
+
+
+def once_a_machine(make: Callable[[], tuple[Tensor, T]], device: torch.device) -> tuple[Tensor, T]:
+    """A contiguous tensor and a value that ``make`` returns in the first process of each machine, in all processes, the
+    tensor on the device of each; a SparseLLMError is raised in all processes of the machine, too."""
+    if size() == 1:
+        return make()
+    group, first = _machine()
+    made, failure = _attempt_alone(make) if rank() == first else (None, None)
+    head = [(None if made is None else (made[0].shape, made[0].dtype, made[1]), failure)]
+    _reached(dist.broadcast_object_list, head, src=first, group=group)
+    about, failure = head[0]
+    if failure is not None:
+        raise failure
+    assert about is not None
+    shape, dtype, value = about
+    tensor = torch.empty(shape, dtype=dtype, device=device) if made is None else made[0]
+    if tensor.numel():
+        _reached(dist.broadcast, tensor.reshape(-1).view(torch.uint8), src=first, group=group)
+    return tensor, value
+
+
+def _machine() -> tuple[ProcessGroup, int]:
+    """The group of the processes on this machine, which all make at the same time, and the number of its first."""
+    global _machines
+    if _machines is None or _machines[0] is not dist.group.WORLD:
+        names = gather(socket.gethostname())
+        groups = [dist.new_group([i for i, name in enumerate(names) if name == each]) for each in dict.fromkeys(names)]
+        mine = [*dict.fromkeys(names)].index(names[rank()])
+        _machines = dist.group.WORLD, groups[mine], names.index(names[rank()])
+    return _machines[1:]
+
+
+def greedy(costs: Sequence[float]) -> list[int]:
+    """A process for each job: the longest first, each to the process with the least to do, the lowest among equals."""
+    loads, owners = [0.0] * size(), [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        owners[job] = loads.index(min(loads))
+        loads[owners[job]] += costs[job]
+    return owners
 
 
 def main_first(make: Callable[[], T]) -> T:
@@ -205,6 +247,11 @@ def _attempt(make: Callable[[], T]) -> tuple[T | None, SparseLLMError | None]:
         return make(), None
     except SparseLLMError as error:
         return None, error
+
+
+def _attempt_alone(make: Callable[[], T]) -> tuple[T | None, SparseLLMError | None]:
+    with alone():
+        return _attempt(make)
 
 
 def barrier() -> None:

@@ -129,7 +129,7 @@ def _say_why(first: str, *more: str) -> None:
         # A process with the count that was killed has reported nothing; one that a signal stopped has.
         if not parallel.claims_failure(alone=interrupts.received() is None):
             return
-        first = f"process {parallel.rank()} of {count()}: {first}"
+        first = f"process {os.environ['RANK']} of {count()}: {first}"
     console.say(first, error=True)
     for line in more:
         console.say(line, error=True, whole=True)

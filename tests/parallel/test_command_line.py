@@ -145,7 +145,7 @@ def test_those_who_are_left_end_by_themselves_and_one_says_why(long_run: Any, tm
     ("arguments", "message"),
     [
         (("prune", "--samples=1", "--out=pruned"), "1 calibration windows cannot be divided among 2 processes"),
-        (("eval", "--text=pydoc"), "'sparsellm eval' runs in one process; start it without torchrun"),
+        (("inspect",), "'sparsellm inspect' runs in one process; start it without torchrun"),
     ],
 )
 def test_a_mistake_is_told_once(arguments: tuple[str, ...], message: str, checkpoint: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from sparsellm import parallel
+from sparsellm.cells import GRID, Grid
 from sparsellm.chain.capture import merged
 from sparsellm.errors import RecipeError
+from sparsellm.records import read_record
 from tests.parallel import workers
 from tests.parallel.processes import run_in
 from tests.solvers.problems import gram_of, loss
@@ -20,11 +22,16 @@ from tests.sweep.helpers import same_bits
 
 @pytest.fixture(scope="module", params=[3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """name, process → what it found."""
+    """name → what each process found."""
     size: int = request.param
     folder = tmp_path_factory.mktemp("processes")
     run_in(size, workers.everything, folder)
-    return lambda name: [torch.load(folder / f"{name}-{rank}-of-{size}.pt") for rank in range(size)]
+
+    def load(name: str) -> list[Any]:
+        return [torch.load(folder / f"{name}-{rank}-of-{size}.pt", weights_only=False) for rank in range(size)]
+
+    load.folder = folder  # type: ignore[attr-defined]
+    return load
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +83,24 @@ def test_the_survey_divides_its_windows(count: int, found: Any) -> None:
     for (other, other_squares), _ in rest:
         assert all(same_bits(own[key], other[key]) for key in ("output_squares", "saliency"))
         assert same_bits(squares, other_squares)
+
+
+def test_an_evaluation_divides_its_windows(found: Any) -> None:
+    results = found("evaluated")
+    assert sum(count for count, *_ in results) == workers.WINDOWS
+    assert all(own == whole == results[0][1] for _, own, whole in results)
+
+
+def test_a_comparison_runs_one_cell_a_process(found: Any) -> None:
+    (names, cells), *rest = found("compared")
+    taken = [names, *(others for others, _ in rest)]
+    assert all(taken)  # each process had one or more, and none ran twice
+    assert sorted(itertools.chain(*taken)) == sorted(cell.name for cell in cells)
+    assert all(others == cells for _, others in rest)
+    for shard in (found.folder / "alone").glob("*/*.safetensors"):
+        assert shard.read_bytes() == (found.folder / "divided" / shard.parent.name / shard.name).read_bytes()
+    kept, alone = (read_record(Grid, found.folder / name / GRID, "") for name in ("divided", "alone"))
+    assert {cell.name: cell.kl for cell in kept.cells} == {cell.name: cell.kl for cell in alone.cells}
 
 
 def test_what_is_compared_is_there(alone: dict[str, Any]) -> None:

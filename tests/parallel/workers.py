@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 
 import sparsellm
-from sparsellm import Recipe, parallel
+from sparsellm import Recipe, cells, parallel
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.evaluation import streamed
 from sparsellm.methods import METHODS
 from sparsellm.patterns import highest
+from sparsellm.run.plan import Request
 from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.divided import divide, highest_of_all
 from sparsellm.solvers.solver import Solution, solution
@@ -24,7 +28,7 @@ from sparsellm.statistics import CrossAccumulator, GramAccumulator
 from sparsellm.sweep.gradients import loss_gradients
 from sparsepack.grid import INTEGERS
 from tests.allocation.helpers import sizes_of, survey_on
-from tests.models import tiny_gpt2, tiny_llama, windows
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.families import mixtral
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
@@ -223,9 +227,47 @@ def survey_of_some_windows(folder: Path) -> None:
         leave(folder, f"survey {count}", [(vars(one), squares) for one, squares in (found, whole)])
 
 
+def evaluation_of_some_windows(folder: Path) -> None:
+    source = parallel.from_main(lambda: save_tiny(tiny_llama(), tiny_tokenizer(), folder / "llama"))
+    asked = {"seq_len": 32, "max_tokens": WINDOWS * 32, "against": source}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streamed, "_window", window := Mock(side_effect=streamed._window))
+        own = sparsellm.evaluate(source, "pydoc", **asked)
+    with parallel.alone():
+        whole = sparsellm.evaluate(source, "pydoc", **asked)
+    leave(folder, "evaluated", (window.call_count, *((each.perplexity, each.against) for each in (own, whole))))
+
+
+def comparison_of_some_cells(folder: Path) -> None:
+    """After the evaluation. A process waits in its first cell until each has one; the first then runs all by itself."""
+    names: list[str] = []
+
+    def measure(request: Request, *arguments: Any) -> Any:
+        names.append(Path(str(request.out)).name)
+        (folder / f"took-{os.environ['RANK']}").touch()
+        while len(list(folder.glob("took-*"))) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.01)
+        return real(request, *arguments)
+
+    real, settings = cells._measure, {"samples": 4, "seq_len": 32}
+    asked = cells.cells_of(settings, methods=["magnitude", "wanda"], sparsities=[0.5, 0.6])
+    run = partial(cells.compare, folder / "llama", cells=asked, protocol=cells.Protocol("pydoc", 32, 256))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(parallel.rank()))
+        patch.setenv("WORLD_SIZE", str(parallel.size()))
+        patch.setattr(cells, "_measure", measure)
+        divided = run(out=folder / "divided")
+    if parallel.is_main():
+        with parallel.alone():
+            run(out=folder / "alone")
+    leave(folder, "compared", (names, divided.cells))
+
+
 def everything(folder: Path) -> None:
     sums_and_selections(folder)
     survey_of_some_windows(folder)
+    evaluation_of_some_windows(folder)
+    comparison_of_some_cells(folder)
     fewer_rows_than_processes(folder)
     rounding_of_some_rows(folder)
     prune_everything(folder)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsellm import parallel
 from sparsellm.chain import Chain, Feed
 from sparsellm.errors import NumericalError
 from sparsellm.progress import Progress, ProgressCallback
@@ -48,8 +49,9 @@ def measured(
 ) -> tuple[Interval, Against | None]:
     """The perplexity of a model on token ids ``(windows, seq)``, and its comparison with a dense one of the same
     tokenizer. One block of one model is in memory at a time; then embedding, norm and head of both, and the logits of
-    256 positions. A loss that is not finite is a NumericalError."""
-    chains = [chain] if dense is None else [chain, dense.chain]
+    256 positions. Each process takes some windows. A loss that is not finite is a NumericalError."""
+    feed, places = Feed(chain, windows, _BATCH_TOKENS).own()
+    windows, chains = feed.windows, [chain] if dense is None else [chain, dense.chain]
     element = torch.empty(0, dtype=chain.dtype).element_size()
     width = sum(each.config.get_text_config().hidden_size for each in chains)
     parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * element)))
@@ -59,7 +61,7 @@ def measured(
     def tell(detail: str) -> None:
         progress(Progress("evaluate", next(done), steps, detail))
 
-    rows: list[list[float]] = []
+    rows: list[list[float]] = []  # of this process's windows
     for part in parts:
         hidden = [_outputs(chain, part, tell)]
         if dense is not None:
@@ -73,10 +75,11 @@ def measured(
                 rows.append(_window(chains, states, ids))
                 if not math.isfinite(sum(rows[-1])):
                     raise NumericalError(
-                        f"the loss of window {len(rows) - 1} is {sum(rows[-1])}: weights or activations overflow in "
-                        f"{chain.dtype}; try --dtype float32"
+                        f"the loss of window {places.start + len(rows) - 1} is {sum(rows[-1])}: weights or activations "
+                        f"overflow in {chain.dtype}; try --dtype float32"
                     )
     progress(Progress("evaluate", steps, steps))
+    rows = [row for some in parallel.gather(rows[: places.stop - places.start]) for row in some]
     loss, *more = torch.tensor(rows, dtype=torch.float64).T
     if dense is None:
         return _perplexity(loss), None
