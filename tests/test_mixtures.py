@@ -69,7 +69,7 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
         for number in range(4):
             x, chosen, weights = by_hand(model, number)
             factors = weights.square() * own_weights.flatten()[chosen]
-            own = routed.ExpertTokens(tokens, mixture.expert(number), number)
+            own = routed.ExpertTokens(tokens, mixture.expert(number), number, [])
             assert tokens.count(number) == len(chosen) > 0
             found = routed._moments(own.routed(), 32, task)
             want = (x[chosen].T * factors) @ x[chosen] / factors.sum()

@@ -302,8 +302,8 @@ def gather_list(tensor: Tensor) -> list[Tensor]:
 
 def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     """Overwrites a contiguous tensor with that of the process ``source``."""
-    if size() > 1:
-        _reached(dist.broadcast, tensor, src=source)
+    if size() > 1 and tensor.numel():
+        _reached(dist.broadcast, tensor.reshape(-1).view(torch.uint8), src=source)  # gloo does not know all dtypes
     return tensor
 
 

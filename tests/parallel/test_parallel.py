@@ -63,6 +63,7 @@ def test_several_processes_prune_as_one_does(name: str, found: Any, alone: dict[
     assert first["allocation"] == expected["allocation"]
     for some, wanted in zip(first["sweeps"], expected["sweeps"], strict=True):
         assert some == pytest.approx(wanted, rel=1e-3)
+    assert first["factorised"] + sum(other["factorised"] for other in rest) == expected["factorised"]
     for other in rest:
         assert same_bits(first["weights"], other["weights"])
         assert all(other[key] == first[key] for key in ("linears", "allocation", "sweeps"))
@@ -87,8 +88,17 @@ def test_the_survey_divides_its_windows(count: int, found: Any) -> None:
 
 def test_an_evaluation_divides_its_windows(found: Any) -> None:
     results = found("evaluated")
-    assert sum(count for count, *_ in results) == workers.WINDOWS
+    assert all(count == -(-workers.WINDOWS // len(results)) for count, *_ in results)
     assert all(own == whole == results[0][1] for _, own, whole in results)
+
+
+def test_a_checkpoint_is_read_once_a_machine(found: Any) -> None:
+    alone, first, *rest = found("reads of one machine")[0]
+    assert first == alone > 0
+    assert not any(rest)
+    alone, first, *rest, last = found("reads of two machines")[0]
+    assert first == alone > last > 0  # the first process also copies the weights outside the blocks
+    assert not any(rest)
 
 
 def test_a_comparison_runs_one_cell_a_process(found: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from functools import partial
@@ -24,7 +25,8 @@ from sparsellm.run.plan import Request
 from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.divided import divide, highest_of_all
 from sparsellm.solvers.solver import Solution, solution
-from sparsellm.statistics import CrossAccumulator, GramAccumulator
+from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator
+from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.gradients import loss_gradients
 from sparsepack.grid import INTEGERS
 from tests.allocation.helpers import sizes_of, survey_on
@@ -40,6 +42,10 @@ def two_blocks() -> Any:
     return tiny_llama(num_hidden_layers=2)
 
 
+def two_mixtures() -> Any:
+    return mixtral(num_hidden_layers=2)
+
+
 # name → family and recipe: every solver, N:M, an allocation by gradients, and the method with a median,
 # refits, and Adam on the whole model next to the dense stream
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -52,8 +58,22 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "allocated": (two_blocks, {"method": "wanda", "allocation": "threshold"}),
     "sparsellm": (two_blocks, {"method": "sparsellm", "passes": 0}),
     "sparsellm 2:4": (two_blocks, {"method": "sparsellm", "pattern": "2:4", "passes": 0}),
+    "experts": (two_mixtures, {"method": "sparsellm", "passes": 0}),
+    "experts int4": (two_mixtures, {"method": "sparsegpt", "values": "int4"}),
     "swept": (two_blocks, {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda"}}),
 }
+
+
+def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> Mock:
+    """A mock that counts the calls of a method, which still runs."""
+    real, calls = getattr(owner, name), Mock()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls()
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+    return calls
 
 
 def prune_case(name: str) -> dict[str, Any]:
@@ -62,6 +82,7 @@ def prune_case(name: str) -> dict[str, Any]:
     model = family()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsellm.solvers.sparsegpt.PANEL", 16)  # several panels in so small a model
+        factorised = counted(patch, Gram, "cholesky")
         result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows(WINDOWS))
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
     return {
@@ -71,6 +92,7 @@ def prune_case(name: str) -> dict[str, Any]:
         "allocation": result.allocation,
         "sweeps": [(record.held_out, record.train or 0.0) for record in result.sweeps],
         "tokens": result.calibration_tokens,
+        "factorised": factorised.call_count,
     }
 
 
@@ -238,6 +260,26 @@ def evaluation_of_some_windows(folder: Path) -> None:
     leave(folder, "evaluated", (window.call_count, *((each.perplexity, each.against) for each in (own, whole))))
 
 
+def reads(folder: Path) -> None:
+    """After the evaluation: calls that read a tensor, in a process alone and in each of all, on one machine and two."""
+    for name, machines in (("one machine", 1), ("two machines", 2)):
+        counts: list[int] = []
+        for alone in (True, False):
+            with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as held:
+                if machines == 2:
+                    node = f"node {parallel.rank() == parallel.size() - 1}"
+                    patch.setattr("socket.gethostname", lambda node=node: node)
+                    patch.setattr(parallel, "_machines", None)
+                if alone:
+                    held.enter_context(parallel.alone())
+                read = counted(patch, CheckpointReader, "get")
+                out = folder / (f"{name} {os.getpid()}" if alone else name)
+                recipe = Recipe(method="admm", allocation="owl", samples=4, seq_len=32)
+                sparsellm.prune(folder / "llama", recipe, out=out, calibration="pydoc")
+            counts += [read.call_count] if alone else parallel.gather(read.call_count)
+        leave(folder, f"reads of {name}", counts)
+
+
 def comparison_of_some_cells(folder: Path) -> None:
     """After the evaluation. A process waits in its first cell until each has one; the first then runs all by itself."""
     names: list[str] = []
@@ -267,6 +309,7 @@ def everything(folder: Path) -> None:
     sums_and_selections(folder)
     survey_of_some_windows(folder)
     evaluation_of_some_windows(folder)
+    reads(folder)
     comparison_of_some_cells(folder)
     fewer_rows_than_processes(folder)
     rounding_of_some_rows(folder)

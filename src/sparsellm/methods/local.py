@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.task import BlockTask, Method
-from sparsellm.registry import Entry
+from sparsellm.registry import Entry, Workspace
 from sparsellm.solvers import Solver
 from sparsellm.solvers.divided import divide
+from sparsellm.solvers.rounding import ROUNDING
 from sparsellm.statistics import Fit, Gram
 
 
@@ -28,10 +30,29 @@ def from_solver(entry: Entry[Solver]) -> Entry[Method]:
 
         prune_experts(task, solve)  # first: their inputs come from linears that are not pruned yet
         task.report("statistics")
-        statistics = task.statistics(without_experts(task.linears))
-        while statistics:
-            group, gram = statistics.pop(0)  # frees each Gram matrix after use; the widest inputs come last
+        statistics = dict(enumerate(task.statistics(without_experts(task.linears))))
+        groups = [group for group, _ in statistics.values()]
+
+        def solve_group(number: int) -> None:
+            group, gram = statistics.pop(number)  # frees each Gram matrix after use; the widest inputs come last
             for linear in group:
                 solve(linear, gram)
 
+        if owners := _owners(groups, entry.workspace if task.values == "keep" else entry.workspace.then(ROUNDING)):
+            task.share_out(groups, owners, solve_group)
+        else:
+            for number in range(len(groups)):
+                solve_group(number)
+
     return replace(cast(Entry[Method], entry), function=prune_block, distributed=True)
+
+
+def _owners(groups: list[list[LinearView]], work: Workspace) -> list[int]:
+    """A process for each group of linears with the same input; none if it takes less time that one process of each
+    machine factorises and each solves some rows of every weight."""
+    factors = [2.0 * work.remembered * group[0].in_features ** 3 for group in groups]
+    products = [work.products * sum(x.out_features * x.in_features**2 for x in group) for group in groups]
+    costs = [factor + product for factor, product in zip(factors, products, strict=True)]
+    owners = parallel.greedy(costs)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == one) for one in {*owners}]
+    return owners if max(loads, default=0.0) <= sum(factors) + sum(products) / parallel.size() else []

@@ -7,7 +7,7 @@ few tokens this is a poor estimate. It is shrunk towards the matrix of all token
 has ``α = 1``. The last linear of an expert has inputs for routed tokens only; for ``G_all``, tokens taken evenly from
 all are run through the expert.
 
-The inputs of the mixture are stored once. Then one expert at a time is in memory with its statistics.
+The inputs of the mixture are stored once. Then each process prunes one expert at a time, with its statistics in memory.
 """
 
 from __future__ import annotations
@@ -56,46 +56,69 @@ def prune_experts(
             with task.clock.phase("prune/statistics"):
                 tokens = _record(task, mixture, store, token_weights)
                 every = _moments(tokens.inputs(), store[0].shape[-1], task)
+            experts = []
             for number in range(len(mixture)):
                 expert = mixture.expert(number)
                 linears = [views[id(child)] for child in expert.children() if id(child) in views]
                 if not linears:
                     continue
-                task.report(f"expert {number + 1}/{len(mixture)}")
                 count = tokens.count(number)
                 for linear in linears:
                     task.routed[linear.name] = count
                     if not count:
                         task.notes[linear.name] = (NOT_ROUTED,)
-                _prune(task, ExpertTokens(tokens, expert, number), linears, every, solve, refit)
+                experts.append(ExpertTokens(tokens, expert, number, linears))
+            order = [x.name for own in experts for x in (*own.first, own.down) if x is not None]
+            if parallel.size() > 1:  # so that those of a round take the same time
+                experts.sort(key=ExpertTokens.cost)
+            begin = len(task.results)
+            for place in range(0, len(experts), parallel.size()):
+                task.report(f"expert {place + 1}/{len(experts)}")
+                _prune(task, experts[place : place + parallel.size()], every, solve, refit)
+            task.results[begin:] = sorted(task.results[begin:], key=lambda result: order.index(result.name))
 
 
-def _prune(
-    task: BlockTask, own: ExpertTokens, linears: list[LinearView], every: _Moments, solve: Solve, refit: float | None
-) -> None:
-    """Prunes the linears of one expert; ``every`` are the moments of the inputs of all tokens of the mixture."""
-    down = next((linear for linear in linears if linear.module is own.expert.get_submodule(DOWN)), None)
-    first = [linear for linear in linears if linear is not down]
-    dense = own.expert.frozen() if refit is not None and down is not None and first else None
+def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve: Solve, refit: float | None) -> None:
+    """Prunes the linears of one expert in each process, on the tokens of all; ``every`` are the moments of the inputs
+    of all tokens of the mixture."""
+    dense = [x.expert.frozen() if refit is not None and x.down and x.first else None for x in experts]
+    shared, last = dict[int, _Moments](), dict[int, _Moments]()
     with task.clock.phase("prune/statistics"):
-        shared = _moments(own.routed(), every.features, task).shrunk_to(every).gram() if first else None
-        last = own.last(task, down, None) if down is not None and dense is None else None
-    for linear in first:
-        assert shared is not None
-        solve(linear, shared, None)
-    if down is None:
-        return
-    del shared
-    fit = None
-    if last is None:
-        with task.clock.phase("prune/statistics"):
-            last = own.last(task, down, dense)
-    gram = last.gram()
-    if last.cross is not None and refit is not None:
-        with task.clock.phase("prune/solve"):
-            fit = least_squares(gram, last.cross, refit, prior=down.weight())
-        del last
-    solve(down, gram, fit)
+        for place, own in enumerate(experts):
+            if own.first:
+                _keep(shared, place, _moments(own.routed(), every.features, task).shrunk_to(every))
+            if own.down is not None and dense[place] is None:
+                _keep(last, place, own.last(task, own.down, None))
+
+    def prune_first(place: int) -> None:
+        gram = shared.pop(place).gram() if experts[place].first else None
+        for linear in experts[place].first:
+            assert gram is not None
+            solve(linear, gram, None)
+
+    def prune_last(place: int) -> None:
+        if (down := experts[place].down) is None:
+            return
+        moments, fit = last.pop(place), None
+        gram = moments.gram()
+        if moments.cross is not None and refit is not None:
+            with task.clock.phase("prune/solve"):
+                fit = least_squares(gram, moments.cross, refit, prior=down.weight())
+        del moments
+        solve(down, gram, fit)
+
+    task.share_out([own.first for own in experts], range(len(experts)), prune_first)
+    with task.clock.phase("prune/statistics"):
+        for place, own in enumerate(experts):
+            if own.down is not None and dense[place] is not None:
+                _keep(last, place, own.last(task, own.down, dense[place]))
+    task.share_out([[own.down] if own.down else [] for own in experts], range(len(experts)), prune_last)
+
+
+def _keep(kept: dict[int, _Moments], place: int, moments: _Moments) -> None:
+    """Keeps the moments of an expert in the process that prunes it."""
+    if place == parallel.rank():
+        kept[place] = moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,11 +205,26 @@ class MixtureTokens:
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """The tokens that were routed to one expert."""
+    """The tokens that were routed to one expert, and its linears that are pruned."""
 
     tokens: MixtureTokens
     expert: Expert
     number: int
+    linears: list[LinearView]
+
+    @property
+    def down(self) -> LinearView | None:
+        """The last linear."""
+        return next((x for x in self.linears if x.module is self.expert.get_submodule(DOWN)), None)
+
+    @property
+    def first(self) -> list[LinearView]:
+        """The others, whose inputs are those of the expert."""
+        return [linear for linear in self.linears if linear is not self.down]
+
+    def cost(self) -> int:
+        """A key that sorts experts, the one that takes longest first."""
+        return -sum(linear.out_features * linear.in_features**2 for linear in self.linears)
 
     def routed(self) -> Rows:
         for batch, experts in enumerate(self.tokens.experts):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparsellm import machine
+from sparsellm import machine, parallel
 from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
@@ -107,6 +107,35 @@ class BlockTask:
         with self.clock.phase("prune/solve"), naming(linear.name):
             solution = solver(weight, gram, self.patterns[linear.name])
         self.accept(linear, weight, solution, gram, notes=notes)
+
+    def share_out(
+        self, groups: Sequence[list[LinearView]], owners: Sequence[int], prune: Callable[[int], None]
+    ) -> None:
+        """Calls ``prune`` with the number of each group of linears in the process that owns the group, as if it were
+        the only one. Then all have its weights and results, in the order of the groups. An error is raised in all."""
+        first, me = len(self.results), parallel.rank()
+
+        def own() -> None:
+            with parallel.alone():
+                for number, owner in enumerate(owners):
+                    if owner == me:
+                        prune(number)
+
+        parallel.together(own)
+        if parallel.size() == 1:
+            return
+        everything = parallel.gather((self.results[first:], [*self.unrounded]))
+        results = {result.name: result for made, _ in everything for result in made}
+        del self.results[first:]
+        for group, owner in zip(groups, owners, strict=True):
+            for linear in [linear for linear in group if linear.name in results]:
+                self.results.append(results[linear.name])
+                values = parallel.broadcast_(linear.parameter.detach().contiguous(), owner)
+                linear.parameter.detach().copy_(values)
+                if linear.name in everything[owner][1]:
+                    empty = torch.empty(results[linear.name].shape, dtype=linear.storage_dtype, device=values.device)
+                    kept = self.unrounded.get(linear.name, empty)
+                    self.unrounded[linear.name] = parallel.broadcast_(kept.contiguous(), owner)
 
     def accept(
         self,

@@ -36,6 +36,11 @@ class Factor(NamedTuple):
     damping: float
     notes: tuple[str, ...] = ()
 
+    @property
+    def about(self) -> Factor:
+        """The same without the matrix."""
+        return self._replace(matrix=torch.empty(0))
+
 
 @dataclass(frozen=True, eq=False)
 class Gram:
@@ -102,30 +107,39 @@ class Gram:
         return max(total, 0.0)
 
     def inverse(self, damping: float) -> Factor:
-        """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`."""
+        """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`. One process of each machine computes it."""
 
-        def invert() -> Factor:
+        def invert() -> tuple[Tensor, Factor]:
             factor = self.cholesky(damping)
             torch.cholesky_inverse(factor.matrix, out=factor.matrix)
             # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that
             # one process and several get the same bits.
-            return Factor(factor.matrix.mT, factor.damping, factor.notes)
+            return factor.matrix.mT, factor.about
 
-        return self.remember(("inverse", damping), invert)
+        def inverse() -> Factor:
+            matrix, about = parallel.once_a_machine(invert, self.matrix.device)
+            return about._replace(matrix=matrix)
+
+        return self.remember(("inverse", damping), inverse)
 
     def inverse_cholesky(self, damping: float) -> Factor:
         """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``; damping as in :meth:`cholesky`.
 
         With the order of inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one
-        factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse."""
+        factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse. One process
+        of each machine computes it."""
 
-        def factorise() -> Factor:
+        def factorise() -> tuple[Tensor, Factor]:
             factor = self.cholesky(damping, reverse=True)
             lower = factor.matrix.mT.flip(0, 1)  # Rᵀ
             invert_lower_(lower)
-            return Factor(lower.mT, factor.damping, factor.notes)
+            return lower, factor.about
 
-        return self.remember(("inverse_cholesky", damping), factorise)
+        def upper() -> Factor:
+            lower, about = parallel.once_a_machine(factorise, self.matrix.device)
+            return about._replace(matrix=lower.mT)
+
+        return self.remember(("inverse_cholesky", damping), upper)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """The cached return value of ``make``, about as large as this matrix; the oldest is dropped at the limit."""
@@ -249,11 +263,16 @@ def least_squares(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> F
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``, for ``C = TᵀX / N``.
 
     In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``. Weights on dead
-    inputs equal the prior. Damping and errors are those of :meth:`Gram.cholesky`."""
-    factor = gram.cholesky(damping)
-    residual = cross - prior @ gram.matrix  # (out, features)
-    change = torch.cholesky_solve(residual.T, factor.matrix).T.masked_fill(gram.dead, 0.0)
-    return Fit(prior + change, factor.notes)
+    inputs equal the prior. Damping and errors are those of :meth:`Gram.cholesky`. One process of each machine computes
+    it."""
+
+    def fit() -> tuple[Tensor, tuple[str, ...]]:
+        factor = gram.cholesky(damping)
+        residual = cross - prior @ gram.matrix  # (out, features)
+        change = torch.cholesky_solve(residual.T, factor.matrix).T.masked_fill(gram.dead, 0.0)
+        return prior + change, factor.notes
+
+    return Fit(*parallel.once_a_machine(fit, prior.device))
 
 
 def invert_lower_(matrix: Tensor) -> None:
