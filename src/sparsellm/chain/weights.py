@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sparsellm import parallel
 from sparsellm.chain.experts import gates_of, separate_experts
 from sparsellm.chain.names import checkpoint_names, expert_parts, published_names, refuse_converted, unused_tensors
 from sparsellm.chain.structure import find_blocks, iterate_linears, tower_names
@@ -170,7 +171,8 @@ class ModelWeights:
     @contextlib.contextmanager
     def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
         """Loads the weights of block ``index`` onto the device, in the computing dtype, until the context ends. Those
-        in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good."""
+        in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good. All
+        processes load the same blocks in the same order, since one of each machine reads them."""
         try:
             self._load(self._names_of(index), pruned)
             yield self.blocks[index]
@@ -229,10 +231,14 @@ class ModelWeights:
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
         assert reader is not None
         if name not in self.parts:
-            return reader.get(key, self.device, self.dtype)
+            return self._read(key, reader)
         if key not in tensors:
-            tensors[key] = reader.get(key, self.device, self.dtype)
+            tensors[key] = self._read(key, reader)
         return self.parts[name].of(tensors[key])
+
+    def _read(self, key: str, reader: CheckpointReader) -> Tensor:
+        value, _ = parallel.once_a_machine(lambda: (reader.get(key, self.device), None), self.device)
+        return value.to(self.dtype) if value.is_floating_point() else value
 
     def _release(self, names: list[str]) -> None:
         for name in names if self.reader is not None else ():

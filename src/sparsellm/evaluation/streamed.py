@@ -51,7 +51,9 @@ def measured(
     tokenizer. One block of one model is in memory at a time; then embedding, norm and head of both, and the logits of
     256 positions. Each process takes some windows. A loss that is not finite is a NumericalError."""
     feed, places = Feed(chain, windows, _BATCH_TOKENS).own()
-    windows, chains = feed.windows, [chain] if dense is None else [chain, dense.chain]
+    fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)  # so that all load the same blocks as often
+    windows = torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)]) if fewer else feed.windows
+    chains = [chain] if dense is None else [chain, dense.chain]
     element = torch.empty(0, dtype=chain.dtype).element_size()
     width = sum(each.config.get_text_config().hidden_size for each in chains)
     parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * element)))
@@ -61,7 +63,7 @@ def measured(
     def tell(detail: str) -> None:
         progress(Progress("evaluate", next(done), steps, detail))
 
-    rows: list[list[float]] = []  # of this process's windows
+    rows: list[list[float]] = []  # for the windows that this process has
     for part in parts:
         hidden = [_outputs(chain, part, tell)]
         if dense is not None:
