@@ -19,7 +19,7 @@ from sparsellm.methods import METHODS
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run import predictions
-from sparsellm.run.predictions import Demand, plan_memory, working_bytes
+from sparsellm.run.predictions import Demand, device_budget, plan_memory, working_bytes
 from sparsellm.solvers import SOLVERS
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
@@ -105,6 +105,26 @@ def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chai
         plan = plan_memory(large, Demand(4, 128, 4096, Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
         assert plan.worst == ("gradients" if copies == 3 else "sweeps")
         assert plan.working_bytes - predictions.LIBRARIES == copies * logits  # the model in memory is there already
+
+
+def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Small Card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 1 << 30)
+    chain.device = torch.device("cuda", 0)
+    assert device_budget(chain.device, None) == int(0.9 * (12 << 30))  # free, and what torch keeps to use again
+    assert [device_budget(chain.device, size) for size in ("2GiB", "20GiB")] == [2 << 30, 12 << 30]
+    assert device_budget(CPU, "2GiB") == 0
+    demand, hidden = Demand(1_000_000, 128, 4096, Workspace()), 1_000_000 * 128 * 32 * 4
+    free, tight = (plan_memory(chain, demand, 1 << 50, on_device=size) for size in (1 << 50, 1 << 30))
+    working = max(working_bytes(chain, demand).values())
+    assert (free.hidden_on_device_bytes, free.hidden_in_memory_bytes) == (hidden, 0)
+    assert free.predicted_peak_device_bytes == working + hidden
+    assert 0 < tight.hidden_on_device_bytes < hidden == tight.hidden_on_device_bytes + tight.hidden_in_memory_bytes
+    assert tight.predicted_peak_device_bytes <= 1 << 30
+    with pytest.raises(MemoryBudgetError, match=r"on Small Card for .*may take 0\.00 GB .* lower batch_tokens"):
+        plan_memory(chain, demand, 1 << 50, on_device=1 << 20)
 
 
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ def _with_text(
 def _recorded(recipe: Recipe) -> Settings:
     """The recipe of a cell as the comparison keeps it: with the digest of the file that it calibrates on."""
     source, file = check_source(recipe.calibration or "", "calibration")
-    kept: Settings = recipe.named.model_dump(mode="json", exclude={"memory"})
+    kept: Settings = recipe.named.model_dump(mode="json", exclude={"memory", "device_memory"})
     return {**kept, "calibration_file": sha256(text_file(file)) if file and source != "hub" else None}
 
 

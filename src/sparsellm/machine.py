@@ -10,6 +10,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -83,8 +84,8 @@ def computing(device: torch.device) -> Iterator[None]:
 
         backends = torch.backends
         if hasattr(backends, "fp32_precision"):  # reading the older names is an error where a program sets the new ones
-            for part in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul):
-                put(part, "fp32_precision", "ieee")
+            for part in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul"):
+                put(attrgetter(part)(backends), "fp32_precision", "ieee")
         else:
             put(backends.cuda.matmul, "allow_tf32", False)
             put(backends.cudnn, "allow_tf32", False)

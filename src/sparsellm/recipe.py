@@ -162,6 +162,10 @@ class Recipe(BaseModel):
         str | Integer | None, AfterValidator(_size), Option(RESOURCES, "SIZE", null="80 % of the free memory")
     ] = None
     """Most memory of the run, such as 4GiB; hidden states beyond it go to disk."""
+    device_memory: Annotated[
+        str | Integer | None, AfterValidator(_size), Option(RESOURCES, "SIZE", null="90 % of the GPU's free memory")
+    ] = None
+    """Most memory of the run on a GPU, such as 20GiB; hidden states beyond it are in the machine's memory."""
     device: Annotated[str, Option(RESOURCES, "NAME", values=DEVICES), NAME] = "auto"
     """cpu, cuda, cuda:1, mps, or auto for a GPU if there is one."""
     dtype: Annotated[Dtype, Option(RESOURCES, "NAME")] = "auto"

@@ -172,6 +172,7 @@ class Memory(Record):
     working_bytes: Count = 0  # added at the peak: a block, statistics, the solver's workspace, activations
     worst: str = ""  # the step of the run at the peak
     hidden_in_memory_bytes: Count = 0  # hidden states, and the sweep's copies of the weights
+    hidden_on_device_bytes: Count = 0  # as far as an accelerator has room
     hidden_on_disk_bytes: Count = 0  # the most of these in files at any time
     kept_bytes: Count = 0  # outputs of pruned sublayers that save passes; none of them goes to disk
     predicted_peak_device_bytes: Count = 0  # in the memory of an accelerator; 0 on the CPU

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 
 from sparsellm.errors import StorageError
 from sparsellm.storage import scratch as module
-from sparsellm.storage.scratch import Scratch, TensorStore
+from sparsellm.storage.scratch import Scratch, TensorStore, _Pinned, powers
 
+CPU = torch.device("cpu")
 BATCH = 4 * 6  # bytes of a batch below
 
 
@@ -102,3 +106,49 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     store: TensorStore = Scratch(0, tmp_path).store()
     with pytest.raises(StorageError, match="full; make room"):
         store.append(batch(1))
+
+
+class Queue:
+    """A stream whose copies run when an event behind them is waited for, and no sooner."""
+
+    def __init__(self) -> None:
+        self.copies: list[Callable[[], object]] = []
+
+    def wait_stream(self, _: Queue) -> None:
+        """Nothing is pending on the stream of the computation, which runs at once."""
+
+    def record_event(self) -> list[Callable[[], object]]:
+        return list(self.copies)
+
+    def wait_event(self, before: list[Callable[[], object]]) -> None:
+        for copy in before:
+            copy()
+
+
+def test_what_is_read_from_pinned_memory_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, empty, copy, copying = Queue(), torch.empty, torch.Tensor.copy_, []
+
+    @contextmanager
+    def inside(_: Queue) -> Iterator[None]:
+        copying.append(True)
+        yield
+        copying.pop()
+
+    def later(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> None:
+        assert copying
+        assert non_blocking
+        queue.copies.append(partial(copy, target, source))
+
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: queue)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kind: empty(*size, **kind).zero_())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "copy_", later)
+    first, second = (torch.randn(1, 700_001)[:, 1:].bfloat16() for _ in range(2))
+    pinned = _Pinned(first.T, queue)  # type: ignore[arg-type]
+    assert [len(part) for part in pinned._parts] == powers(1_400_000) == [1 << 20, 1_400_000 - (1 << 20)]
+    assert torch.equal(pinned.read(CPU), first.T)
+    pinned.expect(CPU)
+    pinned.write(second)
+    assert torch.equal(pinned.read(CPU), second)
+    assert torch.equal(pinned.read(CPU), second)

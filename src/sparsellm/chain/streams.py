@@ -161,8 +161,10 @@ class Stream:
 
     def run_batch(self, index: int, position: int) -> Tensor:
         """The output of the loaded block ``index`` for one batch."""
+        hidden = self.hidden[position]
+        self.hidden.expect(position + 1)
         with without(self.known, position):
-            return self.chain.run(index, self.hidden[position], self._calls[position][index])
+            return self.chain.run(index, hidden, self._calls[position][index])
 
     def run_window(self, index: int) -> Tensor:
         """The output of the loaded block ``index`` for the first window; enough to observe how a block runs."""

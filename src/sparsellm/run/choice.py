@@ -84,7 +84,9 @@ class Choice:
     def settings(self, recipe: Recipe) -> Options:
         """Every setting of a recipe that the bits of the result depend on, with all defaults."""
         return {
-            **recipe.named.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort"}),
+            **recipe.named.model_dump(
+                exclude={"memory", "device_memory", "min_tokens_per_expert", "products", "effort"}
+            ),
             "options": self.options,
             "passes": self.passes,
             "sets": self.sets,

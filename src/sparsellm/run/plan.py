@@ -40,6 +40,7 @@ from sparsellm.run.predictions import (
     Demand,
     checkpoint_bytes,
     described,
+    device_budget,
     needed,
     plan_memory,
     predicted_seconds,
@@ -155,7 +156,9 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     unrounded = recipe.values != "keep" and choice.passes > 0
     demand = _demand(choice, windows, journal, unrounded=unrounded)
-    memory = parallel.together(partial(plan_memory, chain, demand, recipe.memory, sharers=parallel.on_this_machine()))
+    card = device_budget(chain.device, recipe.device_memory)
+    sharers = parallel.on_this_machine()
+    memory = parallel.together(partial(plan_memory, chain, demand, recipe.memory, sharers=sharers, on_device=card))
     disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
     seconds = seconds_ahead(chain, choice, windows, memory, journal.begun())
     saved = saved_sweep_bytes(chain, choice.passes, unrounded=unrounded)

@@ -16,6 +16,7 @@ import torch
 from sparsellm import machine
 from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.experts import ExpertLinear
+from sparsellm.chain.streams import PIECE_TOKENS
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs import parse_bytes
 from sparsellm.progress import LEAST, MOST, between
@@ -28,12 +29,15 @@ from sparsellm.sweep.head import HEAD_TOKENS
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 
 DEFAULT_SHARE = 0.8  # share of the free memory; the rest is for the page cache and other processes
+DEVICE_SHARE = 0.9  # share of the free memory of a GPU; the rest is for libraries, and for holes between tensors
 SLACK = 0.05  # hidden states leave this part of the budget free, because the prediction is not exact
 LIBRARIES = 128 << 20  # torch, its kernels and the allocator
 
 GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
 ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on its grid, and a weight's groups
+AHEAD = 3  # fp32 copies of a block that a GPU holds more: the next one's parameters and moments are on their way
+ATTENTION_COPIES = 4  # fp32 matrices (heads, seq, seq) of attention on a GPU, where gradients follow
 SWEPT_COPIES = 4  # fp32 copies of every block during a sweep: parameters, two moments, the best state so far
 SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; the first set stays, since it judges every pass
 SAVED_COPIES = 7  # fp32 copies of every block on disk: the best, and parameters and moments of two passes
@@ -62,18 +66,35 @@ class Demand:
         return whole.then(ROUNDED if self.unrounded else SWEEP) if self.swept else whole
 
 
-def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1) -> Memory:
+def device_budget(device: torch.device, asked: str | int | None) -> int:
+    """The bytes that a run may take of a CUDA device: a share of what is free, or what is asked for if that is free; 0
+    for other devices, whose memory torch does not tell."""
+    if device.type != "cuda":
+        return 0
+    free = machine.free_device_memory(device)
+    return int(DEVICE_SHARE * free) if asked is None else min(parse_bytes(asked), free)
+
+
+def plan_memory(
+    chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1, on_device: int = 0
+) -> Memory:
     """Predicts the peak and divides the budget: first the working memory, then hidden states; the rest goes to disk.
 
     Without a budget the process takes a share of the free memory, on top of what it holds; ``sharers`` processes share
-    the machine. Raises MemoryBudgetError if the run needs more than the budget.
+    the machine. On a GPU the working memory is there, and hidden states as far as ``on_device`` bytes have room. Raises
+    MemoryBudgetError if the run needs more than a budget.
     """
     start = machine.resident()
     most = int(start + DEFAULT_SHARE * machine.free_memory() / sharers) if budget is None else parse_bytes(budget)
     moments = working_bytes(chain, demand)
     worst = max(moments, key=lambda name: moments[name])
-    on_device = moments[worst] if chain.device.type != "cpu" else 0
-    working = LIBRARIES + (_largest_tensor(chain) if on_device else moments[worst])
+    there = moments[worst] if chain.device.type != "cpu" else 0
+    working = LIBRARIES + (_largest_tensor(chain) if there else moments[worst])
+    if chain.device.type == "cuda" and there > on_device:
+        raise MemoryBudgetError(
+            f"this run needs {_gb(there)} on {machine.machine_name(chain.device)} for {worst}, and may take "
+            f"{_gb(on_device)} of what is free there; {machine.LOWER}, or take a method that needs less"
+        )
     if start + working > most:
         raise MemoryBudgetError(
             f"this run needs {_gb(start + working)} ({_gb(start)} before the start, {_gb(working)} for {worst}) and "
@@ -81,13 +102,15 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
             "a method that needs less"
         )
     hidden = hidden_bytes(chain, demand)
+    held = min(hidden, max(0, int(on_device * (1 - SLACK)) - there))
+    hidden -= held
     room = max(0, int(most * (1 - SLACK)) - start - working)
     in_memory = min(hidden, room)
     kept = min(kept_bytes(chain, demand), room - in_memory)
     # The backward sweep ends before the walk and gets no more memory than the walk needs, so the peak is the walk's.
-    on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens)) - in_memory
+    on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens) - held) - in_memory
     during = {"statistics": kept, "solving": kept}
-    steps = {step: start + LIBRARIES + held + in_memory + during.get(step, 0) for step, held in moments.items()}
+    steps = {step: start + LIBRARIES + size + in_memory + during.get(step, 0) for step, size in moments.items()}
     return Memory(
         budget_bytes=most,
         predicted_peak_rss_bytes=start + working + in_memory + kept,
@@ -97,8 +120,9 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
         hidden_in_memory_bytes=in_memory,
         hidden_on_disk_bytes=on_disk,
         kept_bytes=kept,
-        predicted_peak_device_bytes=on_device,
-        steps_bytes={} if on_device else steps,
+        predicted_peak_device_bytes=there + held,
+        hidden_on_device_bytes=held,
+        steps_bytes={} if there else steps,
     )
 
 
@@ -117,6 +141,8 @@ def _about(size: int) -> str:
 def described(plan: Memory) -> str:
     """The prediction of the memory in one line, with its parts."""
     hidden = f"hidden states and swept weights {_gb(plan.hidden_in_memory_bytes)} in memory"
+    if plan.hidden_on_device_bytes:
+        hidden += f", {_gb(plan.hidden_on_device_bytes)} on the device"
     if plan.hidden_on_disk_bytes:
         hidden += f", {_gb(plan.hidden_on_disk_bytes)} on disk"
     if plan.kept_bytes:
@@ -196,7 +222,9 @@ def head_bytes(chain: Chain, copies: int) -> int:
 
 def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
     """The most bytes that each step of a run holds, in the block where that is largest."""
-    workspace = demand.whole_workspace
+    workspace, gpu = demand.whole_workspace, chain.device.type == "cuda"
+    ahead = AHEAD * gpu * demand.swept
+    attention = _attention_bytes(chain, demand) if gpu else 0
     tokens = min(demand.samples, max(1, demand.batch_tokens // demand.seq_len)) * demand.seq_len
     moments = {"checking": _largest_tensor(chain), "embedding": 0, "statistics": 0, "solving": 0}
     for index in range(len(chain)):
@@ -209,7 +237,7 @@ def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
             outer = chain.dtype.itemsize * chain.outer_elements(head=False) if chain.reader is not None else 0
             moments["embedding"] = outer + running
         moments["statistics"] = max(moments["statistics"], running + _statistics_bytes(chain, index, workspace))
-        optimised = running + int(workspace.blocks * 4 * elements)
+        optimised = running + int((workspace.blocks + ahead) * 4 * elements) + attention
         moments["solving"] = max(moments["solving"], optimised, loaded + _solver_bytes(chain, index, workspace))
     if demand.gradient_tokens:
         moments["gradients"] = head_bytes(chain, NEXT_TOKEN_COPIES)
@@ -222,6 +250,13 @@ def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
     """Bytes of a block's activations: gate, up, their product and one more; copies of inputs in attention and norms."""
     widest = max((linear.out_features for linear in chain.linears(index)), default=_width(chain))
     return tokens * (4 * widest + 8 * _width(chain)) * chain.dtype.itemsize
+
+
+def _attention_bytes(chain: Chain, demand: Demand) -> int:
+    """Bytes of attention as plain products, which passes with gradients take on a GPU (``attention_for``)."""
+    seq = demand.seq_len if demand.gradient_tokens else min(demand.seq_len, STEP_TOKENS)
+    tokens = max(seq, min(demand.batch_tokens, PIECE_TOKENS)) if demand.gradient_tokens else seq * demand.swept
+    return ATTENTION_COPIES * 4 * tokens * seq * getattr(chain.config.get_text_config(), "num_attention_heads", 0)
 
 
 def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:

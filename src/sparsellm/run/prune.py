@@ -68,7 +68,10 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         predicted = seconds_ahead(chain, plan.choice, plan.windows, plan.memory, len(finished))
         progress(Progress(PLAN, costs=predicted))
         folder = partial_of(plan.out) if plan.out is not None else None
-        scratch = Scratch(plan.memory.hidden_in_memory_bytes, folder, spare=plan.memory.kept_bytes)
+        memory = plan.memory
+        scratch = Scratch(
+            memory.hidden_in_memory_bytes, folder, spare=memory.kept_bytes, on_device=memory.hidden_on_device_bytes
+        )
         feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
         targets = survey(plan, feed, journal, len(finished) == len(chain), clock)
         if plan.model.start is not None:

@@ -1,10 +1,12 @@
-"""Storage for data that grows with the calibration tokens: in memory up to a budget, then in unnamed files."""
+"""Storage for data that grows with the calibration tokens: on the GPU and in memory up to budgets, then in unnamed
+files."""
 
 from __future__ import annotations
 
 import io
 import math
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsellm.errors import one_line
 from sparsellm.storage.files import explained, write_all
 from sparsellm.storage.reader import memory_of
+from sparsepack.errors import Note
+
+SMALL = 1 << 20  # bytes of pinned memory that are not divided further
 
 
 class Room:
@@ -33,7 +39,8 @@ class Room:
 
 
 class Scratch(Room):
-    """Storage for batches of tensors: up to ``memory`` bytes in memory, shared by all stores, the rest on disk.
+    """Storage for batches of tensors: up to ``on_device`` bytes on the device where they are read, if that is not the
+    CPU, then ``memory`` bytes in memory, both shared by all stores; the rest is on disk.
 
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
@@ -41,10 +48,13 @@ class Scratch(Room):
     ``directory`` of None is the system's temporary one.
     """
 
-    def __init__(self, memory: int | None = None, directory: Path | None = None, spare: int | None = None) -> None:
+    def __init__(
+        self, memory: int | None = None, directory: Path | None = None, spare: int | None = None, on_device: int = 0
+    ) -> None:
         super().__init__(memory)
         self.directory = directory or Path(tempfile.gettempdir())
-        self.spare = Room(spare)
+        self.spare, self.on_device = Room(spare), Room(on_device)
+        self.pins = True  # until the system refuses to pin memory
 
     def store(self, device: torch.device | str = "cpu") -> TensorStore:
         """An empty list of tensors, which are moved to ``device`` when they are read."""
@@ -64,8 +74,60 @@ class _Slot:
         return self.shape.numel() * self.dtype.itemsize
 
 
+class _Pinned:
+    """A tensor in pinned memory, next to a GPU that computes.
+
+    All copies run on one ``stream``, one after the other, so what is read has been written; the stream of the
+    computation waits for those that it reads. Tensors of the device keep their memory until their copies have ended.
+    """
+
+    def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:
+        self.shape, self.dtype, self.nbytes, self._stream = value.shape, value.dtype, value.nbytes, stream
+        self._parts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in powers(value.nbytes)]
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self.write(value)
+
+    def write(self, value: Tensor) -> None:
+        """Copies a tensor from the device, of the same number of bytes; it must not change afterwards."""
+        self.shape, self.dtype, self._coming = value.shape, value.dtype, None
+        value = value.contiguous()
+        self._copy(value, to_host=True)
+
+    def expect(self, device: torch.device) -> None:
+        """Begins to copy the tensor to the device."""
+        if self._coming is None:
+            value = torch.empty(self.shape, dtype=self.dtype, device=device)
+            self._copy(value, to_host=False)
+            self._coming = value, self._stream.record_event()
+
+    def read(self, device: torch.device) -> Tensor:
+        """A copy on the device."""
+        self.expect(device)
+        assert self._coming is not None
+        (value, arrived), self._coming = self._coming, None
+        torch.cuda.current_stream(device).wait_event(arrived)
+        return value
+
+    def _copy(self, value: Tensor, *, to_host: bool) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(value.device))  # which writes the value, or had its memory
+        with torch.cuda.stream(self._stream):
+            pieces = value.reshape(-1).view(torch.uint8).split([len(part) for part in self._parts])
+            for part, piece in zip(self._parts, pieces, strict=True):
+                target, source = (part, piece) if to_host else (piece, part)
+                target.copy_(source, non_blocking=True)
+        value.record_stream(self._stream)
+
+
+def powers(size: int) -> list[int]:
+    """Powers of two that add up to ``size``, and what is left below :data:`SMALL`: torch rounds each piece of pinned
+    memory up to a power of two."""
+    bits = [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
+    large = [bit for bit in bits if bit >= SMALL]
+    return [*large, size - sum(large)] if size > sum(large) else large
+
+
 class TensorStore(Sequence[Tensor]):
-    """A list of tensors, each in memory (on the CPU), or in a file if :class:`Scratch` has no room.
+    """A list of tensors, each on the store's device, in memory, or in a file, where :class:`Scratch` has room.
 
     An item is read as a tensor on the store's device, without gradients; to change it, assign it. Closing the store, or
     the end of its ``with`` block, frees its room.
@@ -73,7 +135,8 @@ class TensorStore(Sequence[Tensor]):
 
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
         self._scratch, self._device = scratch, device
-        self._items: list[Tensor | _Slot] = []
+        self._stream: torch.cuda.Stream | None = None  # of copies between pinned memory and the device
+        self._items: list[Tensor | _Pinned | _Slot] = []
         self._file: io.FileIO | None = None
         self._end = 0  # end of the file
 
@@ -83,14 +146,24 @@ class TensorStore(Sequence[Tensor]):
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         old = self._items[index]
-        if isinstance(old, Tensor):
-            self._scratch.give_back(old.nbytes)
+        if isinstance(old, _Pinned) and old.nbytes == value.nbytes and value.device.type == "cuda":
+            old.write(value.detach())
+            return
+        self._free(old)
         self._items[index] = self._keep(value, old if isinstance(old, _Slot) else None)
+
+    def expect(self, index: int) -> None:
+        """Begins to copy an item to the GPU, next to the computation, if there is one and it is in pinned memory."""
+        item = self._items[index] if 0 <= index < len(self) else None
+        if isinstance(item, _Pinned):
+            item.expect(self._device)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
         item = self._items[index]
         if isinstance(item, Tensor):
             return item.to(self._device)
+        if isinstance(item, _Pinned):
+            return item.read(self._device)
         assert self._file is not None
         value = torch.empty(item.shape, dtype=item.dtype)
         self._file.seek(item.offset)
@@ -109,7 +182,8 @@ class TensorStore(Sequence[Tensor]):
 
     def close(self) -> None:
         """Drops all tensors and frees their room."""
-        self._scratch.give_back(sum(item.nbytes for item in self._items if isinstance(item, Tensor)))
+        for item in self._items:
+            self._free(item)
         self._items.clear()
         if self._file is not None:
             self._file.close()
@@ -121,12 +195,35 @@ class TensorStore(Sequence[Tensor]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Slot:
-        """Stores a tensor: in its slot if it fits, else in memory if there is room, else at the end of the file."""
+    def _free(self, item: Tensor | _Pinned | _Slot) -> None:
+        if not isinstance(item, _Slot):
+            there = isinstance(item, Tensor) and item.device.type != "cpu"
+            (self._scratch.on_device if there else self._scratch).give_back(item.nbytes)
+
+    def _pinned(self, value: Tensor) -> _Pinned | None:
+        """A tensor of a GPU in pinned memory; None for another, or if the system refuses, which a note says."""
+        if value.device.type != "cuda" or self._device.type != "cuda" or not self._scratch.pins:
+            return None
+        try:
+            self._stream = self._stream or torch.cuda.Stream(self._device)
+            return _Pinned(value, self._stream)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._scratch.pins = False
+            warnings.warn(f"memory cannot be pinned, so copies wait for the GPU ({one_line(error)[:160]})", Note, 2)
+            return None
+
+    def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Pinned | _Slot:
+        """Stores a tensor: in its slot if it fits, else on the device or in memory if there is room, else at the end of
+        the file."""
         value = value.detach()
         fits = slot is not None and slot.bytes == value.nbytes
-        if not fits and self._scratch.take(value.nbytes):
-            value = value.to("cpu")
+        there = not fits and self._device.type != "cpu" and self._scratch.on_device.take(value.nbytes)
+        if there or (not fits and self._scratch.take(value.nbytes)):
+            if not there and (pinned := self._pinned(value)) is not None:
+                return pinned
+            value = value.to(self._device if there else "cpu")
             # A view would keep its base tensor in memory.
             return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
         offset = slot.offset if slot is not None and fits else self._end
