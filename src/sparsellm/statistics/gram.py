@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -197,7 +197,7 @@ class GramAccumulator:
             self.silent = self.silent and not bool(rows.any())
             for panel in self.panels:
                 right = rows[:, self.features - panel.shape[1] :]
-                panel += right[:, : len(panel)].T @ right
+                panel += _product(right[:, : len(panel)], right)
             self.tokens += len(rows)
 
     def reduce(self) -> None:
@@ -237,7 +237,7 @@ class CrossAccumulator:
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``target (..., out)``, ``x (..., features)``; weights as in :class:`GramAccumulator`."""
         for target_rows, rows in _chunks((target, x), token_weights, self.total.device):
-            self.total += target_rows.T @ rows
+            self.total += _product(target_rows, rows)
             self.tokens += len(rows)
 
     def reduce(self) -> None:
@@ -295,11 +295,33 @@ def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``LᵀR`` in fp32, for factors ``(tokens, ...)`` from :func:`_chunks`."""
+    return left.T @ right if left.dtype == torch.float32 else torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+@cache
+def _widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU multiplies factors of 16 bits and adds up in fp32. The product of two such numbers is exact there,
+    so the sum is as good as that of fp32 factors, for a fraction of the time."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ones = torch.ones(8, 8, dtype=dtype, device=device)
+    try:
+        return bool((torch.mm(ones, ones, out_dtype=torch.float32) == 8).all())
+    except (RuntimeError, TypeError):  # the card, the device, or this release of torch does not
+        return False
+
+
 def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight."""
+    """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight; without
+    weights they stay in a dtype that the device widens by itself."""
     flat = [tensor.detach().flatten(0, -2) for tensor in tensors]
+    given = {tensor.dtype for tensor in tensors}
+    dtype = given.pop() if len(given) == 1 and weights is None else torch.float32
+    dtype = dtype if _widens(device, dtype) else torch.float32
     root = None if weights is None else weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
     step = max(256, CHUNK_ELEMENTS // max(tensor.shape[-1] for tensor in tensors))
     for start in range(0, len(flat[0]), step):
-        parts = tuple(rows[start : start + step].to(device, torch.float32) for rows in flat)
+        parts = tuple(rows[start : start + step].to(device, dtype) for rows in flat)
         yield parts if root is None else tuple(part * root[start : start + step] for part in parts)
