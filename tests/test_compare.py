@@ -94,7 +94,7 @@ def test_gradients_windows_and_the_dense_model_are_computed_once(
 def test_a_stopped_grid_goes_on_and_takes_further_cells(
     llama: Path, finished: GridResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = compare.pack, []
+    real, calls = api.pack, []
 
     def stop(*args: object, **kwargs: object) -> object:
         calls.append(args)
@@ -102,7 +102,7 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
             raise KeyboardInterrupt
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compare, "pack", stop)
+    monkeypatch.setattr(api, "pack", stop)
     first = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     with pytest.raises(KeyboardInterrupt):
         grid(llama, tmp_path / "out", cells=first)

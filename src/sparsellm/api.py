@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import check_seq_len, evaluation_windows, leading_token, windows_of_ids
 from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
-from sparsellm.errors import DataError, RecipeError
+from sparsellm.convert import PackResult, pack
+from sparsellm.errors import DataError, MissingExtraError, RecipeError
 from sparsellm.evaluation.speed import stamp
 from sparsellm.evaluation.streamed import Kept, measured
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
@@ -26,7 +29,8 @@ from sparsellm.hub.push import push
 from sparsellm.inputs import without_folders
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
-from sparsellm.records import Evaluation, Protocol
+from sparsellm.records import Benchmark, Continuation, Evaluation, Protocol
+from sparsellm.report.document import write_report
 from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.fingerprint import tokens_fingerprint
@@ -35,6 +39,7 @@ from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import as_storage_error
+from sparsellm.storage.results import append_result
 from sparsepack.loading import load
 
 
@@ -160,6 +165,43 @@ def evaluate(  # noqa: PLR0913 - the Python door
         tasks=results,
         **vars(stamp(opened.chain.device)),
     )
+
+
+def pack_and_measure(
+    run: Request,
+    packed: Path,
+    text: str,
+    against: Model | Opened,
+    progress: ProgressCallback,
+    *,
+    seq_len: int | None,
+    max_tokens: int | None,
+) -> tuple[PackResult, Evaluation]:
+    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model, as :func:`evaluate`."""
+    recipe, pruned = run.recipe, os.fspath(run.out or "")
+    again = {"overwrite": run.overwrite, "restart": run.restart}
+    result = pack(pruned, out=packed, values=recipe.values, allow_copy=True, progress=progress, **again)
+    measured = evaluate(
+        result.path,
+        text,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        bos=recipe.bos,
+        against=against,
+        device=recipe.device,
+        trust_remote_code=run.trust_remote_code,
+        progress=progress,
+    )
+    return result, measured
+
+
+def keep_results(directory: Path, *results: Evaluation | Benchmark | Continuation) -> None:
+    """Adds results to those of a checkpoint, and writes its card and its report with them."""
+    for each in results:
+        append_result(directory, each)
+    card(directory)
+    with suppress(MissingExtraError):  # the run has said what to install
+        write_report(directory)
 
 
 class Opened:

@@ -18,7 +18,6 @@ from typing import Literal
 from sparsellm import api, parallel
 from sparsellm.calibration.sources import check_source, default_source
 from sparsellm.calibration.texts import text_file
-from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
@@ -27,13 +26,12 @@ from sparsellm.progress import Progress, ProgressCallback, ignore, note
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import Candidate, recommend, write_comparison
-from sparsellm.report.document import check_page, write_report
+from sparsellm.report.document import check_page
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
-from sparsellm.storage.results import append_result
 from sparsepack.bench import Rounds, check_positions
 
 GRID, PAGE = "compare.json", "compare.html"  # the record of a comparison, and its page
@@ -316,29 +314,13 @@ def _measure(
     pruned = _resumed(place, grid) or prune(request, progress).record
     target = place.with_name(f"{place.name}{PACKED}")
     ours = (target / PRUNING).is_file() and has_digest(target / PRUNING, sha256(place / PRUNING))
-    packed = pack(place, out=target, values=recipe.values, overwrite=ours, allow_copy=True, progress=progress)
-    evaluation = api.evaluate(
-        packed.path,
-        protocol.text,
-        seq_len=protocol.seq_len,
-        max_tokens=protocol.max_tokens,
-        bos=recipe.bos,
-        against=dense,  # type: ignore[arg-type]
-        device=recipe.device,
-        trust_remote_code=request.trust_remote_code,
-        progress=progress,
-    )
+    window = {"seq_len": protocol.seq_len, "max_tokens": protocol.max_tokens}
+    run = replace(request, overwrite=ours)
+    packed, evaluation = api.pack_and_measure(run, target, protocol.text, dense, progress, **window)
+    benchmarks = [compared_speed(packed.path, place, progress=progress)] if protocol.speed else []
     for directory in [packed.path, place] if recipe.values == "keep" else [packed.path]:  # else another model
-        append_result(directory, evaluation)
-        api.card(directory)
-    speeds = None
-    if protocol.speed:
-        measured = compared_speed(packed.path, place, progress=progress)
-        for directory in (place, packed.path):
-            append_result(directory, measured)
-        speeds = measured.decoding
-    with contextlib.suppress(MissingExtraError):  # the run has said so
-        write_report(place)
+        api.keep_results(directory, evaluation, *benchmarks)
+    speeds = benchmarks[0].decoding if benchmarks else None
     against = evaluation.against
     assert against is not None
     return Measured(

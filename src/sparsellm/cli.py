@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,11 +17,6 @@ from sparsellm import options as use
 from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.options import GGUF, MEASURE, SERVER, TEXT, TRAINING, argument, field, flag, option
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
-
-if TYPE_CHECKING:
-    from sparsellm.convert import PackResult
-    from sparsellm.recipe import Recipe
-    from sparsellm.records import Evaluation
 
 Printed = tuple[Any, Callable[[], None]] | None
 MEASURED_TOKENS = 16_384  # that `prune --pack` measures on
@@ -132,6 +127,7 @@ def prune(
     """
     interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, console, parallel, tables
+    from sparsellm.run.plan import Request
     from sparsellm.storage.directory import check_destination, checkpoints_among
 
     recipe = use.take_recipe(options)
@@ -158,8 +154,13 @@ def prune(
     packed, evaluation = None, None
     if pack is not None:
         interrupts.keeps(f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False)
+        given = {name: options[name] for name in ("overwrite", "restart", "trust_remote_code")}
+        run, length = Request(model, result.recipe, out, **given), result.recipe.seq_len
+        text = "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"  # no run calibrates on that part
+        window = {"seq_len": length, "max_tokens": max(MEASURED_TOKENS, length or 0)}
         with parallel.alone():
-            packed, evaluation = _packed_and_measured(out, pack, result.recipe, dense, progress, options)
+            packed, evaluation = api.pack_and_measure(run, pack, text, dense, progress, **window)
+            api.keep_results(pack, evaluation)
         content |= {"packed": packed.to_dict(), "evaluation": evaluation.model_dump(mode="json")}
 
     def show() -> None:
@@ -171,35 +172,6 @@ def prune(
             tables.print_next(out, result.recipe, dense)
 
     return content, lambda: None if quiet else show()
-
-
-def _packed_and_measured(
-    pruned: Path, packed: Path, recipe: Recipe, dense: str, progress: Any, options: dict[str, Any]
-) -> tuple[PackResult, Evaluation]:
-    """Packs a pruned checkpoint, measures it against the dense model on text that no run calibrates on, and writes card
-    and report of the packed one."""
-    from sparsellm import api, convert
-    from sparsellm.report.document import write_report
-    from sparsellm.storage.results import append_result
-
-    again = {name: options[name] for name in ("overwrite", "restart")}
-    result = convert.pack(pruned, out=packed, values=recipe.values, allow_copy=True, progress=progress, **again)
-    measured = api.evaluate(
-        packed,
-        "c4-sample" if recipe.calibration == "c4-sample" else "pydoc",
-        seq_len=recipe.seq_len,
-        max_tokens=max(MEASURED_TOKENS, recipe.seq_len or 0),
-        bos=recipe.bos,
-        against=dense,
-        device=recipe.device,
-        trust_remote_code=options["trust_remote_code"],
-        progress=progress,
-    )
-    append_result(packed, measured)
-    api.card(packed)
-    with suppress(MissingExtraError):  # the run has said what to install
-        write_report(packed)
-    return result, measured
 
 
 @_command(

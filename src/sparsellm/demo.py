@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,16 @@ from sparsellm import api, machine
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import find_blocks, iterate_linears
 from sparsellm.convert import pack
-from sparsellm.errors import MissingExtraError
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Settings
-from sparsellm.report.document import REPORT, write_report
+from sparsellm.report.document import REPORT
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import check_destination, check_place
-from sparsellm.storage.results import append_result
 from sparsepack.generation import generate
 from sparsepack.loading import load
 
@@ -132,7 +130,7 @@ def run_demo(
     with phase("pack"):
         pack(pruned, out=packed, values="int4", head="int8", overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):
-        evaluation, q4_0 = _evaluated(dense, pruned, packed, progress)
+        of_pruned, evaluation, q4_0 = _evaluated(dense, pruned, packed, progress)
     with phase("bench"):
         speeds = compared_speed(
             packed,
@@ -143,15 +141,11 @@ def run_demo(
             new_tokens=NEW_TOKENS,
             repeats=ROUNDS,
         )
-        for place in (pruned, packed):
-            append_result(place, speeds)
     with phase("generate"):
         answers = [_answered(path) for path in (dense, packed)]
         texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
-        append_result(packed, texts)
-    for place in (pruned, packed):
-        with suppress(MissingExtraError):  # the run has said what to install
-            write_report(place)
+    api.keep_results(pruned, of_pruned, speeds)
+    api.keep_results(packed, evaluation, speeds, texts)
     assert evaluation.against is not None
     of_dense = evaluation.model_copy(update={"perplexity": evaluation.against.perplexity, "against": None})
     return DemoResult(
@@ -167,8 +161,10 @@ def run_demo(
     )
 
 
-def _evaluated(dense: Path, pruned: Path, packed: Path, progress: ProgressCallback) -> tuple[Evaluation, Form]:
-    """The evaluation of the packed model against the dense one, which runs once, and llama.cpp's form."""
+def _evaluated(
+    dense: Path, pruned: Path, packed: Path, progress: ProgressCallback
+) -> tuple[Evaluation, Evaluation, Form]:
+    """The evaluations of both models against the dense one, which runs once, and llama.cpp's form."""
     tokenizer = load_tokenizer(dense)
     against = api.Opened(str(dense), Recipe(products="float32"), trust=False)
 
@@ -177,11 +173,8 @@ def _evaluated(dense: Path, pruned: Path, packed: Path, progress: ProgressCallba
         settings = {"seq_len": SEQ_LEN, "max_tokens": EVALUATION_TOKENS, "progress": progress}
         return api.evaluate(model, "pydoc", against=against, tokenizer=given, **settings)  # type: ignore[arg-type]
 
-    for place in (pruned, packed):
-        append_result(place, evaluation := evaluated(place))
-        api.card(place)
     model, size = in_q4_0(load(dense, dtype="float32"))
-    return evaluation, Form(size, evaluated(model))
+    return evaluated(pruned), evaluated(packed), Form(size, evaluated(model))
 
 
 @torch.no_grad()
