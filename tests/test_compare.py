@@ -21,7 +21,7 @@ from sparsellm.errors import RecipeError, StorageError
 from sparsellm.evaluation import streamed
 from sparsellm.interrupts import Interrupted
 from sparsellm.progress import Progress
-from sparsellm.report.comparison import Candidate, recommend
+from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
 from sparsellm.run import walk as running
 from tests.killing import Died, dying
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -132,7 +132,7 @@ def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: Gr
 def test_the_recommendation_satisfies_the_constraints(
     recover: float | None, max_bytes: int | None, name: str | None
 ) -> None:
-    cells = [Candidate("a", 0.95, 80), Candidate("b", 0.92, 50), Candidate("c", 0.6, 30)]
+    cells = [Candidate("a", 0.95, 80, 0.1), Candidate("b", 0.92, 50, 0.2), Candidate("c", 0.6, 30, 0.7)]
     chosen = recommend(cells, recover, max_bytes)
     assert (chosen.name if chosen else None) == name
 
@@ -325,11 +325,19 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
     assert (code, "magnitude-0.5 was made with another calibration_file" in said) == (2, True), said
 
 
+def test_no_run_is_best_in_a_size_if_a_smaller_one_diverges_less() -> None:
+    sizes = {"a": (80, 0.1), "b": (50, 0.2), "c": (60, 0.3), "d": (50, 0.4), "e": (90, 0.1)}
+    runs = [Candidate(name, 1 - kl, size, kl) for name, (size, kl) in sizes.items()]
+    assert [run.name for run in best_at_each_size(runs)] == ["b", "a"]
+
+
 def test_the_command_prints_one_table_and_a_recommendation(llama: Path, tmp_path: Path, run: Any) -> None:
     words = "--method magnitude,wanda --sparsity 0.5 --text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32"
     code, said, stderr = run("compare", llama, "--out", tmp_path, *words.split(), "--recover", "0.01", columns=80)
     assert code == 0, stderr
-    assert all(part in said for part in ("dense", "magnitude-0.5", "wanda-0.5", "recommended: "))
+    assert all(
+        part in said for part in ("dense", "magnitude-0.5", "wanda-0.5", "least KL at each size", "recommended: ")
+    )
     assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)
 
 

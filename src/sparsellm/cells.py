@@ -25,7 +25,7 @@ from sparsellm.methods import METHODS
 from sparsellm.progress import Progress, ProgressCallback, ignore, note
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
-from sparsellm.report.comparison import Candidate, recommend, write_comparison
+from sparsellm.report.comparison import Candidate, best_at_each_size, recommend, write_comparison
 from sparsellm.report.document import check_page
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.plan import Request
@@ -72,6 +72,7 @@ class GridResult(Record):
     out: Path
     page: Path | None  # None without the chart library
     recommended: str | None  # the cell that fits the constraints best; None if there were none, or none fits
+    best_at_each_size: list[str]  # cells that diverge less than every smaller one, smallest first
     cells: list[Measured]
 
 
@@ -155,9 +156,10 @@ def compare(
                 with contextlib.suppress(MissingExtraError):
                     packed = [place / f"{cell.name}{PACKED}" for cell in finished]
                     page = write_comparison(packed, place / PAGE, recover=recover, max_bytes=max_bytes)
-            candidates = [Candidate(cell.name, cell.recovery, cell.packed_bytes) for cell in finished]
-            best = recommend(candidates, recover, max_bytes)
-            return GridResult(out=place, page=page, recommended=best.name if best is not None else None, cells=finished)
+            runs = [Candidate(cell.name, cell.recovery, cell.packed_bytes, cell.kl) for cell in finished]
+            taken, best = recommend(runs, recover, max_bytes), [run.name for run in best_at_each_size(runs)]
+            name = taken.name if taken is not None else None
+            return GridResult(out=place, page=page, recommended=name, best_at_each_size=best, cells=finished)
 
         return parallel.from_main(end)
 

@@ -258,6 +258,7 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
     say("MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl")
     if (eager := first.transformers_tokens_per_second) is not None:
         say(f"tok/s: dense by the same decoder; {eager:.1f} as transformers runs it")
+    say(f"least KL at each size, smallest first: {', '.join(result.best_at_each_size)}")
     if result.recommended is not None:
         say(f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed")
     elif constrained:

@@ -45,15 +45,17 @@ def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> Non
         out = write_comparison([tmp_path / "half", tmp_path / "nm"], tmp_path / "c.html", **constraints)
         return page_of(out).one("p", id="advice").text
 
-    for name, recovery, size in (("half", 0.97, 1_500_000), ("nm", 0.96, 1_200_000)):
+    for name, recovery, kl, size in (("half", 0.97, 0.1, 1_500_000), ("nm", 0.96, 0.2, 1_200_000)):
         content = json.loads(Path(shutil.copytree(runs / name, tmp_path / name) / "results.json").read_text())
-        content["evaluations"][0]["against"]["recovery"] = recovery
+        content["evaluations"][0]["against"] |= {"recovery": recovery, "kl": kl}
         content["benchmarks"][0]["packed_disk_bytes"] = size
         (tmp_path / name / "results.json").write_text(json.dumps(content))
     half, nm = "half (97.0% recovery, 1.5 MB packed)", "nm (96.0% recovery, 1.2 MB packed)"
     best = f"The best recovery is that of {half}."
     why = "it has the smallest size among the runs with a recovery of 95.0% or more"
     assert advice() == f"Take {nm}: {why}. {best}"
+    rows = page_of(tmp_path / "c.html").rows("Best at each size")
+    assert rows[1:] == [["1.2 MB packed", "nm", "0.2", "96.0%"], ["1.5 MB packed", "half", "0.1", "97.0%"]]
     assert advice(recover=0.98) == f"No run has a recovery of 98.0% or more. {best}"
     assert advice(max_bytes=2 * 10**6) == f"Take {half}: it has the best recovery among the runs with at most 2.0 MB."
     rewrite(tmp_path / "half" / "results.json", benchmarks=[])

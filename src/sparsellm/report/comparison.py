@@ -62,6 +62,16 @@ class Candidate(NamedTuple):
     name: str
     recovery: float
     size: float  # bytes of the packed weight files
+    kl: float
+
+
+def best_at_each_size(runs: Sequence[Candidate]) -> list[Candidate]:
+    """The runs that diverge less than every smaller one, smallest first; the last one that fits into a size is best."""
+    best: list[Candidate] = []
+    for run in sorted(runs, key=lambda run: (run.size, run.kl)):
+        if not best or run.kl < best[-1].kl:
+            best.append(run)
+    return best
 
 
 def recommend(runs: Sequence[Candidate], recover: float | None, max_bytes: float | None) -> Candidate | None:
@@ -130,6 +140,15 @@ def render_comparison(
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
     unpacked = [record for record in records if record.decoding() is None]
+    packed = None not in [record.packed_bytes for record in records]
+    runs = [
+        Candidate(name, each["recovery"], (record.packed_bytes or 0) if packed else 1 - each["zeros"], each["KL"])
+        for (name, each), record in zip(values[1:], records, strict=True)
+        if "recovery" in each
+    ]
+    best = [
+        (_size(run, packed), run.name, short_number(run.kl), percent(run.recovery)) for run in best_at_each_size(runs)
+    ]
     return page(
         "comparison.html.jinja",
         f"{len(records)} pruned versions of {records[0].model}",
@@ -140,7 +159,8 @@ def render_comparison(
         names=names,
         protocol=str(protocol) if protocol is not None else "",
         summary=Table(("run", "method", *columns, "prune"), summary),
-        advice=_advice(values[1:], records, recover, max_bytes),
+        advice=_advice(runs, packed, recover, max_bytes),
+        best=Table(("size", "run", "KL", "recovery"), best),
         commands=[*commands, again] if commands else [],
         packed_commands=[command for record in unpacked for command in packed_commands(record)[:-1]],
         quality=quality,
@@ -167,26 +187,20 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
     return names[1:]
 
 
-def _advice(
-    values: Sequence[tuple[str, _Values]], records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None
-) -> str:
+def _size(run: Candidate, packed: bool) -> str:
+    return f"{megabytes(run.size / 1e6)} packed" if packed else f"{percent(1 - run.size)} zeros"
+
+
+def _advice(runs: Sequence[Candidate], packed: bool, recover: float | None, max_bytes: int | None) -> str:
     """The run to take, and why; empty if no recovery was measured. Without the sizes of all packed forms, more zeros
     count as smaller."""
-    sizes = [record.packed_bytes for record in records]
-    packed = None not in sizes
-    runs = [
-        Candidate(name, of["recovery"], size if packed and size is not None else 1 - of["zeros"])
-        for (name, of), size in zip(values, sizes, strict=True)
-        if "recovery" in of
-    ]
     if not runs:
         return ""
     if recover is None and max_bytes is None:
         recover = RECOVERY
 
     def said(run: Candidate) -> str:
-        size = f"{megabytes(run.size / 1e6)} packed" if packed else f"{percent(1 - run.size)} zeros"
-        return f"{run.name} ({percent(run.recovery)} recovery, {size})"
+        return f"{run.name} ({percent(run.recovery)} recovery, {_size(run, packed)})"
 
     asked = [f"a recovery of {percent(recover)} or more"] if recover is not None else []
     asked += [f"at most {megabytes(max_bytes / 1e6)}"] if max_bytes is not None else []
