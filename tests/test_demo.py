@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def test_an_unfinished_demo_begins_anew_and_is_replaced(
     model = save_tiny(dense, tiny_tokenizer(), tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
+    monkeypatch.setattr(demo, "find_spec", lambda _: None)  # llama.cpp decodes no model as small as this
     out = tmp_path / "p"
     WorkingDirectory(out / "pruned", {"a": 1}).close()
     code, _, stderr = run("demo", "--out", out, columns=1000)
@@ -89,6 +91,8 @@ def test_an_unfinished_demo_begins_anew_and_is_replaced(
     assert code == 0, stderr
     assert [line for line in stdout.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
     assert "31% zeros" in stdout  # rounding makes some more
+    (row,) = (line for line in stdout.splitlines() if "same decoder" in line)
+    assert "not installed" in row
     for form in ("pruned", "packed"):
         card = (out / form / "README.md").read_text(encoding="utf-8")
         assert "Not evaluated yet" not in card
@@ -150,6 +154,7 @@ def test_the_demo_prunes_measures_and_saves_a_plain_model(tmp_path: Path) -> Non
     assert 0.4 < packed["evaluation"]["against"]["agreement"] < 1
     assert packed["weight_bytes"] < other["weight_bytes"] < forms["dense"]["weight_bytes"] / 2
     assert packed["peak_rss_bytes"] < forms["dense"]["peak_rss_bytes"]
+    assert (report["q4_0_tokens_per_second"] is None) == (find_spec("llama_cpp") is None)
     assert (speeds["dense_dtype"], speeds["dtype"]) == ("bfloat16", "bfloat16")
     assert {ratio["phase"] for ratio in speeds["ratios"]} == {"prefill", "decode"}
     assert report["continuations"]["dense"] != report["continuations"]["pruned"]

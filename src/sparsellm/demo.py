@@ -1,17 +1,24 @@
 """The demo: prunes and rounds a small model, packs it, and compares it with the forms in which people keep the model.
 
 Those are bf16, in which it was published, and llama.cpp's Q4_0. Its GGUF file is converted to fp32, which holds all
-numbers of four bits; size and speed of the dense model are those of bf16. All forms are scored by the same code.
+numbers of four bits; size and speed of the dense model are those of bf16. All forms are scored by the same code;
+llama.cpp's speed is its own, measured where llama-cpp-python is installed.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
 from gguf import GGMLQuantizationType, dequantize, quantize
@@ -29,10 +36,13 @@ from sparsellm.report.document import REPORT
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.sources.cache import cache_dir
+from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import check_destination, check_place
 from sparsepack.generation import generate
 from sparsepack.loading import load
+
+Result = TypeVar("Result")
 
 # Sized for five minutes on two cores
 SPARSITY = 0.3  # with int4 it takes fewer bytes than Q4_0
@@ -73,6 +83,7 @@ class DemoResult:
     q4_0: Form
     speeds: Benchmark
     texts: Continuation
+    q4_0_tokens_per_second: float | None  # by llama.cpp; None where it is not installed
     seconds: dict[str, float]
 
     @property
@@ -90,6 +101,7 @@ class DemoResult:
             "report": str(self.report) if self.report is not None else None,
             "forms": {name: getattr(self, name).to_dict() for name in ("dense", "packed", "q4_0")},
             "speeds": self.speeds.model_dump(),
+            "q4_0_tokens_per_second": self.q4_0_tokens_per_second,
             "continuations": self.texts.model_dump(mode="json"),
             "demo_seconds": {**self.seconds},
         }
@@ -141,8 +153,9 @@ def run_demo(
             new_tokens=NEW_TOKENS,
             repeats=ROUNDS,
         )
+        llama_cpp = _alone(speed_of_q4_0, demo_gguf(), torch.get_num_threads()) if find_spec("llama_cpp") else None
     with phase("generate"):
-        answers = [_answered(path) for path in (dense, packed)]
+        answers = [_alone(_answer, path, torch.get_num_threads()) for path in (dense, packed)]
         texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
     api.keep_results(pruned, of_pruned, speeds)
     api.keep_results(packed, evaluation, speeds, texts)
@@ -157,6 +170,7 @@ def run_demo(
         q4_0=q4_0,
         speeds=speeds,
         texts=texts,
+        q4_0_tokens_per_second=llama_cpp,
         seconds=clock.seconds,
     )
 
@@ -194,11 +208,27 @@ def in_q4_0(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
     return model, size
 
 
-def _answered(path: Path) -> tuple[str, int]:
-    """The answer of a model in bf16 to the question, in a process of its own, and the peak memory of that process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_answer, path, torch.get_num_threads()).result()
+def _alone(function: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of a function that runs in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def speed_of_q4_0(source: Path, threads: int) -> float:
+    """Tokens a second that llama.cpp decodes, of the Q4_0 file that it makes of a GGUF file."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    with TemporaryDirectory() as folder:
+        llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(path := f"{folder}/q4_0.gguf"), settings)
+        model = llama_cpp.Llama(path, n_threads=threads, verbose=False)
+        model.eval(range(1, PROMPT_TOKENS + 1))
+        start = time.perf_counter()
+        for _ in range(NEW_TOKENS):
+            model.eval([model.sample(temp=0)])
+        return NEW_TOKENS / (time.perf_counter() - start)
 
 
 def _answer(path: Path, threads: int) -> tuple[str, int]:

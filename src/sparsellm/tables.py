@@ -149,7 +149,10 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     )
     if (pair := speeds.decoding) is not None:
         dense, packed, eager = (f"{each.median:.1f}" for each in (pair.dense, pair.packed, pair.transformers))
-        shown.add_row("tokens/s, same decoder", dense, "", f"{packed} (×{pair.packed.median / pair.dense.median:.2f})")
+        other = result.q4_0_tokens_per_second
+        llama_cpp = f"{other:.1f} (×{other / pair.dense.median:.2f})" if other is not None else "not installed"
+        ratio = f"{packed} (×{pair.packed.median / pair.dense.median:.2f})"
+        shown.add_row("tokens/s, same decoder", dense, llama_cpp, ratio)
         shown.add_row("tokens/s by transformers", eager, "", f"(×{pair.ratio.dense_by_transformers:.2f})")
     shown.add_row("peak memory of decoding", *(_megabytes(form.peak_rss) for form in forms))
     out().print(shown)
