@@ -178,9 +178,16 @@ def pack_and_measure(
     max_tokens: int | None,
 ) -> tuple[PackResult, Evaluation]:
     """Packs the checkpoint of a run into ``packed`` and measures that against the dense model, as :func:`evaluate`."""
-    recipe, pruned = run.recipe, os.fspath(run.out or "")
-    again = {"overwrite": run.overwrite, "restart": run.restart}
-    result = pack(pruned, out=packed, values=recipe.values, allow_copy=True, progress=progress, **again)
+    recipe = run.recipe
+    result = pack(
+        os.fspath(run.out or ""),
+        out=packed,
+        values=recipe.values,
+        overwrite=run.overwrite,
+        restart=run.restart,
+        allow_copy=True,
+        progress=progress,
+    )
     measured = evaluate(
         result.path,
         text,

@@ -158,8 +158,8 @@ def compare(
                     page = write_comparison(packed, place / PAGE, recover=recover, max_bytes=max_bytes)
             runs = [Candidate(cell.name, cell.recovery, cell.packed_bytes, cell.kl) for cell in finished]
             taken, best = recommend(runs, recover, max_bytes), [run.name for run in best_at_each_size(runs)]
-            name = taken.name if taken is not None else None
-            return GridResult(out=place, page=page, recommended=name, best_at_each_size=best, cells=finished)
+            advice = taken.name if taken is not None else None
+            return GridResult(out=place, page=page, recommended=advice, best_at_each_size=best, cells=finished)
 
         return parallel.from_main(end)
 
