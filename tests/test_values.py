@@ -22,9 +22,9 @@ from sparsellm.methods import task as block
 from sparsellm.patterns import parse_pattern
 from sparsellm.solvers import rounding
 from sparsellm.storage.scratch import Scratch
-from sparsellm.sweep import whole_model
+from sparsellm.sweep import streamed, whole_model
 from sparsellm.sweep.integers import Integers
-from sparsellm.sweep.whole_model import _Run
+from sparsellm.sweep.task import Run, SweepTask
 from sparsellm.tables import print_packed
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid
@@ -276,13 +276,13 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
     fields = {"sparsity": 0.5, "values": "int4", "products": "float32"}
     sparsellm.prune(source, Recipe(**fields, effort=0), calibration=ids, out=tmp_path / "walked")
     losses: list[float] = []
-    step = _Run.step
+    step = Run.step
 
-    def counted(self: Any, piece: Any, *rest: Any) -> float:
-        losses.append(step(self, piece, *rest) / self.ids(piece).numel())
-        return losses[-1] * self.ids(piece).numel()
+    def counted(self: Any, of: Any, *rest: Any) -> float:
+        losses.append(step(self, of, *rest) / of.tokens)
+        return losses[-1] * of.tokens
 
-    monkeypatch.setattr(_Run, "step", counted)
+    monkeypatch.setattr(Run, "step", counted)
     swept = sparsellm.prune(
         source, Recipe(**fields, passes=1, sweep_rate=1e-9), calibration=ids, out=tmp_path / "swept"
     )
@@ -304,12 +304,12 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
         found.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
 
-    monkeypatch.setattr(whole_model, "adam_step", recorded)
+    monkeypatch.setattr(streamed, "adam_step", recorded)
     dense, model, plain, ids = tiny_gpt2(), halved(tiny_gpt2()), halved(tiny_gpt2()), ids_of(2)
     chain = open_chain(model, device=CPU)
     names = [linear.name for index in range(len(chain)) for linear in chain.linears(index)]
     before = {name: weight.detach().clone() for name, weight in linear_weights(model).items()}
-    task = whole_model.SweepTask(
+    task = SweepTask(
         Feed(chain, ids, 96, Scratch()), dense_end(dense, ids, 96), 1, 0, lambda index: None, learning_rate=0.01,
         integers=Integers("int4", dict.fromkeys(names, "")),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from sparsellm.calibration.windows import calibration_windows
 from sparsellm.run import opening as reading
 from sparsellm.run import prune as story
 from sparsellm.sweep import whole_model
+from sparsellm.sweep.task import Run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.sweep.helpers import Family, dense_end, ids_of, tiny_zamba
 
@@ -34,7 +35,7 @@ def runs_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     seen: list[tuple[Tensor, Tensor]] = []
     real = whole_model._pass
 
-    def record(task: object, run: whole_model._Run, *args: object) -> float:
+    def record(task: object, run: Run, *args: object) -> float:
         seen.append((run.windows, torch.cat(list(run.dense))))
         return real(task, run, *args)  # type: ignore[arg-type]
 

@@ -19,10 +19,11 @@ from sparsellm.errors import ModelError, NumericalError
 from sparsellm.records import SweepPass
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
-from sparsellm.sweep import head
+from sparsellm.sweep import head, streamed
 from sparsellm.sweep import whole_model as module
+from sparsellm.sweep.task import Run, SweepTask
 from sparsellm.sweep.training import adam_step, held_out_of
-from sparsellm.sweep.whole_model import SweepTask, sweep
+from sparsellm.sweep.whole_model import sweep
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.sweep.helpers import (
     CPU,
@@ -75,7 +76,7 @@ def test_gradients_are_those_of_the_whole_model(
     def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
         result.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
 
-    monkeypatch.setattr(module, "adam_step", recorded)
+    monkeypatch.setattr(streamed, "adam_step", recorded)
     dense, model, ids = family(), halved(family()), ids_of(4)
     history = in_memory(model, dense, ids, 1, 0.01)
     blocks = len(result) // 2
@@ -283,14 +284,14 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[float, float, int]] = []
-        step = module._Run.step
+        step = Run.step
 
-        def noted(run: Any, piece: Any, process: int, rate: float, number: int) -> float:
-            loss = step(run, piece, process, rate, number)
+        def noted(run: Any, chosen: Any, rate: float, number: int) -> float:
+            loss = step(run, chosen, rate, number)
             self.seen.append((loss, rate, number))
             return loss
 
-        monkeypatch.setattr(module._Run, "step", noted)
+        monkeypatch.setattr(Run, "step", noted)
 
 
 def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyPatch) -> None:

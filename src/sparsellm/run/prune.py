@@ -30,7 +30,8 @@ from sparsellm.storage.directory import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import CheckpointWriter
-from sparsellm.sweep.whole_model import SweepTask, sweep
+from sparsellm.sweep.task import SweepTask
+from sparsellm.sweep.whole_model import sweep
 
 
 @dataclass(frozen=True)
