@@ -134,11 +134,12 @@ class Chain(ModelWeights):
                 f"{self.block_names[index]}; only models whose blocks follow each other directly are pruned"
             )
 
-    def apply(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """The output of a loaded block for hidden states ``(batch, seq, hidden)``."""
+    def apply(self, index: int, hidden: Tensor, call: Call, block: nn.Module | None = None) -> Tensor:
+        """The output of a loaded block, or of a copy ``block`` of it, for hidden states ``(batch, seq, hidden)``."""
+        block = self.blocks[index] if block is None else block
         with bf16_products(self.products), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
-            return _hidden_of(call.on(self.blocks[index], kept), self.blocks[index])
+            return _hidden_of(call.on(block, kept), block)
 
     run = torch.no_grad()(apply)  # the same without gradients
 

@@ -39,6 +39,10 @@ class Bf16Products(TorchFunctionMode):
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
         return func(*args, **(kwargs or {}))
 
+    def forget(self) -> None:
+        """Drops all copies, where weights were changed without a trace in their versions."""
+        self._rounded.clear()
+
     def _copy(self, weight: Tensor) -> Tensor:
         version, copy = self._rounded.get(weight, (None, None))
         if version != weight._version:

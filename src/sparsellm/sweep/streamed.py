@@ -125,6 +125,10 @@ class Streamed:
                     self.integers.settle(chain, index)
                 chain.settle_block(index)
                 self.task.write_block(index)
+
+    def close(self) -> None:
+        """Frees what the sweep holds."""
+        self.store.close()
         self.best_store.close()
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:

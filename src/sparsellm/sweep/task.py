@@ -28,6 +28,16 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Residence:
+    """How a resident sweep holds and runs the blocks."""
+
+    sharded: bool = False  # each process has some rows of every parameter, not all
+    narrow: bool = False  # blocks run in bf16, on copies of the fp32 parameters; only where they are sharded
+    recomputes: bool = False  # a block runs again in the backward pass, so its activations are not kept
+    offloads: bool = False  # parameters are in the memory of the machine while their block does not run
+
+
+@dataclass(frozen=True)
 class SweepTask:
     """A pruned model to be swept.
 
@@ -43,6 +53,7 @@ class SweepTask:
         saved: storage of the passes, from which an interrupted sweep continues; None to save none.
         fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
             ``dense`` must then be None. A sweep soon fits the windows it has seen.
+        resident: how all blocks are in memory at once; None: one block at a time.
         integers: the linears whose values are rounded; blocks and passes hold the trained values before that.
     """
 
@@ -56,6 +67,7 @@ class SweepTask:
     saved: SavedSweep | None = None
     fresh: Sequence[Tensor] = ()
     integers: Integers | None = None
+    resident: Residence | None = None
 
     def pruned(self, index: int) -> CheckpointReader | None:
         return self.blocks[index] if self.blocks is not None else None
@@ -90,6 +102,9 @@ class Weights(Protocol):
 
     def write(self) -> None:
         """Calls ``write_block`` for each block, loaded with its best weights, rounded as they are written."""
+
+    def close(self) -> None:
+        """Frees what the sweep holds."""
 
 
 class Run:

@@ -44,6 +44,7 @@ def adam_step(
     *,
     pruned: Collection[str] = (),
     factors: Collection[str] = (),
+    sizes: Mapping[str, float] | None = None,
 ) -> None:
     """Takes step ``number`` of Adam, from 1, on fp32 parameters from their gradients, which are cleared.
 
@@ -53,6 +54,7 @@ def adam_step(
         pruned: names of the parameters whose zeros stay exactly zero.
         factors: names of the parameters that multiply groups of values. Their gradients are sums over a group and have
             less noise, so they take longer steps.
+        sizes: the root mean square of each parameter, where only some of its rows are here.
     """
     groups = []
     states: dict[Tensor, dict[str, Tensor]] = {}
@@ -61,11 +63,11 @@ def adam_step(
         end = position + parameter.numel()
         first, second = (moment[position:end].view_as(parameter) for moment in state)
         position = end
-        if parameter.grad is None:
+        if parameter.grad is None or not parameter.numel():
             continue
         if name in pruned:
             _clear_where_zero_(parameter.grad, parameter)
-        size = float(parameter.norm()) / parameter.numel() ** 0.5
+        size = sizes[name] if sizes else float(parameter.norm()) / parameter.numel() ** 0.5
         step = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in factors else rate
         groups.append({"params": [parameter], "lr": step * max(size, EPSILON)})
         before = torch.tensor(number - 1.0, device=parameter.device)

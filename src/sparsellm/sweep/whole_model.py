@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from sparsellm.chain import Chain
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress
 from sparsellm.records import SweepPass
+from sparsellm.sweep.resident import Resident
 from sparsellm.sweep.streamed import Streamed
 from sparsellm.sweep.task import Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import held_out_of, schedule, shuffled
@@ -62,12 +63,13 @@ def sweep(task: SweepTask) -> list[SweepPass]:
     """
     assert task.dense is None or not task.fresh, "the dense model's states belong to one set"
     history = task.saved.last.history if task.saved is not None and task.saved.last is not None else []
-    weights: Weights = Streamed(task)
-    if len(history) <= task.passes:  # else all that is left is to write the best
-        with _on(task, weights, task.feed.windows, 0, task.passes) as run:
-            history = _passes(task, run, history)
-    task.feed.progress(Progress("sweep", 1, 1))
-    weights.write()
+    make: Callable[[SweepTask], Weights] = Streamed if task.resident is None else Resident
+    with contextlib.closing(make(task)) as weights:
+        if len(history) <= task.passes:  # else all that is left is to write the best
+            with _on(task, weights, task.feed.windows, 0, task.passes) as run:
+                history = _passes(task, run, history)
+        task.feed.progress(Progress("sweep", 1, 1))
+        weights.write()
     return history
 
 

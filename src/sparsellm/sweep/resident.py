@@ -1,0 +1,288 @@
+"""The resident sweep: all blocks in memory at once, those of one process or divided over several.
+
+A step runs copies of the blocks as one module, forward and backward, so each block runs once and not twice as in the
+streamed sweep. Several processes, and an accelerator, hold them by torch's fully sharded data parallelism
+(:func:`torch.distributed.fsdp.fully_shard`, arXiv 2304.11277): each holds some rows of every parameter, of its gradient
+and its moments, gathers the rest while a block runs, and gets the sum of all gradients of its rows. Each process runs
+its own windows of a step. Embedding, norm and head are not trained, and every process has them whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
+
+from sparsellm import parallel
+from sparsellm.chain import Call, Chain
+from sparsellm.chain.streams import Piece
+from sparsellm.sweep.task import Run, Step, SweepTask
+from sparsellm.sweep.training import adam_step
+
+
+class _Blocks(nn.Module):
+    """Copies of the blocks of a chain, which run one after another."""
+
+    def __init__(self, chain: Chain, copies: list[nn.Module], recomputes: bool) -> None:
+        super().__init__()
+        self.chain, self.copies, self.recomputes = chain, nn.ModuleList(copies), recomputes
+
+    def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+        for index, (block, call) in enumerate(zip(self.copies, calls, strict=True)):
+            if self.recomputes and torch.is_grad_enabled():
+                hidden = checkpoint(self.chain.apply, index, hidden, call, block, use_reentrant=False)
+            else:
+                hidden = self.chain.apply(index, hidden, call, block)
+        return hidden
+
+
+class Resident:
+    """The fp32 parameters of all blocks and Adam's moments, for each block the rows of this process as one tensor."""
+
+    def __init__(self, task: SweepTask) -> None:
+        assert task.resident is not None
+        assert task.integers is None
+        self.task, self.chain, self.way = task, task.feed.chain, task.resident
+        self.dtype = torch.bfloat16 if self.way.narrow else torch.float32
+        self.best, self.best_store = 0, task.feed.scratch.store()
+        self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
+        self._stored: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # dtypes in the chain and on disk
+        self._shapes: list[dict[str, torch.Size]] = []  # the parameters that each block owns
+        self._parameters: dict[str, nn.Parameter] = {}
+        with contextlib.ExitStack() as opened:
+            self._mesh = self._divided(opened) if self.way.sharded else None
+            self._blocks = self._load()
+            self._opened = opened.pop_all()
+        self._moments = [torch.zeros(2, self._flat(index).numel()).to(self._flat(index)) for index in self._indices]
+        saved, reached = task.saved, task.saved.last if task.saved is not None else None
+        if saved is not None and reached is not None:
+            number = len(reached.history) - 1
+            for index in self._indices if 0 < number < task.passes else ():
+                self._set(index, self._part(index, saved.read("parameters", number, index)))
+                self._moments[index].copy_(self._part(index, saved.read("moments", number, index)))
+            self.best = reached.best
+            for index in self._indices if self.best else ():
+                self.best_store.append(self._part(index, saved.read("parameters", self.best, index)))
+
+    @property
+    def _indices(self) -> range:
+        return range(len(self.chain))
+
+    def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
+        """All processes, in one dimension; a group of one where this process is alone."""
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            opened.callback(dist.destroy_process_group)
+        return init_device_mesh(self.chain.device.type, (parallel.size(),))
+
+    def _load(self) -> _Blocks:
+        """Copies of all blocks with the pruned weights in fp32; a parameter of several blocks is one in all of them."""
+        chain, copies = self.chain, []
+        shared: dict[str, nn.Parameter] = {}
+        for index in self._indices:
+            with chain.block(index, self.task.pruned(index)):
+                parameters = chain.block_parameters(index)
+                self.pruned |= {linear.weight_name for linear in chain.linears(index)}
+                self._shapes.append({name: p.shape for name, p in parameters.items() if chain.owns(name)})
+                self._stored |= {name: (p.dtype, chain.stored_dtype(name)) for name, p in parameters.items()}
+                memo: dict[int, object] = {}
+                for name, p in parameters.items():
+                    first = chain.home(name)[1]
+                    if first not in shared:
+                        wide = p.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+                        shared[first] = nn.Parameter(wide)
+                    memo[id(p)] = shared[first]
+                copies.append(copy.deepcopy(chain.blocks[index], memo))
+            shared = {first: p for first, p in shared.items() if chain.is_shared(first)}
+            if self._mesh is not None:
+                self._shard(copies[-1], set(shared.values()))
+        blocks = _Blocks(chain, copies, self.way.recomputes)
+        if self._mesh is not None:
+            self._shard(blocks)  # what several blocks share is whole while they all run
+        for index, block in enumerate(copies):
+            inner = dict(block.named_parameters(prefix=chain.block_names[index], remove_duplicate=False))
+            self._parameters |= {name: inner[name] for name in self._shapes[index]}
+        return blocks
+
+    def _shard(self, module: nn.Module, ignored: set[nn.Parameter] | None = None) -> None:
+        sharded = fully_shard(
+            module,
+            mesh=self._mesh,
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
+            offload_policy=CPUOffloadPolicy(self.chain.device.type != "cpu") if self.way.offloads else OffloadPolicy(),
+            ignored_params=ignored,
+        )
+        sharded.set_gradient_divide_factor(1.0)  # gradients of a mean over the tokens of all processes are added up
+        sharded.set_force_sum_reduction_for_comms(True)
+
+    # ------------------------------------------------------------------ rows of this process
+
+    def _rows(self, name: str) -> Tensor:
+        return _local(self._parameters[name].detach())
+
+    def _flat(self, index: int) -> Tensor:
+        return torch.cat([self._rows(name).flatten() for name in self._shapes[index]])
+
+    def _set(self, index: int, flat: Tensor) -> None:
+        rows = [self._rows(name) for name in self._shapes[index]]
+        for own, part in zip(rows, flat.split([own.numel() for own in rows]), strict=True):
+            own.copy_(part.view_as(own))
+
+    def _part(self, index: int, whole: Tensor) -> Tensor:
+        """The rows of this process in a block's parameters as one tensor, ``(..., elements)``."""
+        if self._mesh is None:
+            return whole
+        rank, size, parts = parallel.rank(), parallel.size(), []
+        for part, shape in zip(
+            whole.split([s.numel() for s in self._shapes[index].values()], -1),
+            self._shapes[index].values(),
+            strict=True,
+        ):
+            chunks = part.unflatten(-1, shape).chunk(size, -len(shape))
+            parts.append(
+                (chunks[rank] if rank < len(chunks) else chunks[0].narrow(-len(shape), 0, 0)).flatten(-len(shape))
+            )
+        return torch.cat(parts, -1)
+
+    def _whole(self, index: int, flat: Tensor) -> Tensor:
+        """The opposite of :meth:`_part`; every process takes part."""
+        if self._mesh is None:
+            return flat
+        parts, position = [], 0
+        for name, shape in self._shapes[index].items():
+            own = self._rows(name)
+            rows = flat[position : position + own.numel()].view_as(own)
+            position += own.numel()
+            stride = torch.empty(shape, device="meta").stride()
+            parts.append(DTensor.from_local(rows, self._mesh, [Shard(0)], shape=shape, stride=stride).full_tensor())
+        return torch.cat([part.flatten() for part in parts])
+
+    # ------------------------------------------------------------------ what a sweep asks for
+
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
+        """The steps of a pass over pieces with these tokens, those of each process: a piece of each, in order."""
+        counts = zip_longest(*tokens)
+        return [
+            Step(tuple(None if count is None else number for count in some), sum(count or 0 for count in some))
+            for number, some in enumerate(counts)
+        ]
+
+    def outputs(self, run: Run, pieces: Sequence[Piece | None]) -> Iterator[tuple[Piece, Tensor]]:
+        """This process's pieces, and the output of the last block, with the weights as they would be written now."""
+        narrow = [name for name in self._parameters if self._stored[name] != (torch.float32, torch.float32)]
+        before = {name: self._rows(name).clone() for name in narrow}
+        for name in narrow:
+            memory, disk = self._stored[name]
+            self._rows(name).copy_(before[name].to(memory).to(disk))
+        try:
+            for piece in pieces:
+                output = self._run(run, piece)
+                if piece is not None:
+                    yield piece, output.float()
+        finally:
+            for name, rows in before.items():
+                self._rows(name).copy_(rows)
+
+    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+        """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before it, summed over the
+        tokens."""
+        piece = run.piece(step)
+        with torch.enable_grad():
+            output = self._run(run, piece)
+        loss, slope = 0.0, torch.zeros_like(output)
+        if piece is not None:
+            loss, slope = run.end(output.detach().float(), piece, step.tokens)
+        output.backward(slope.to(output.dtype))
+        del output
+        sizes = self._sizes()
+        for index in self._indices:
+            trained = {}
+            for name in self._shapes[index]:
+                parameter = self._parameters[name]
+                trained[name] = nn.Parameter(self._rows(name))
+                trained[name].grad = None if parameter.grad is None else _local(parameter.grad)
+                parameter.grad = None
+            adam_step(trained, self._moments[index], rate, number, pruned=self.pruned, sizes=sizes)
+        return parallel.total(loss)
+
+    def _run(self, run: Run, piece: Piece | None) -> Tensor:
+        """The output of the last block; without a piece, the process takes part for the others."""
+        if self.chain.products is not None:
+            self.chain.products.forget()  # gathered weights are changed behind its back
+        piece = run.stream.pieces[0] if piece is None else piece
+        calls = [run.call(piece, index, self.dtype) for index in self._indices]
+        output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
+        return output
+
+    def _sizes(self) -> dict[str, float]:
+        """The root mean square of each parameter, over the rows of all processes; empty where this one has them all."""
+        if self._mesh is None:
+            return {}
+        squares = torch.stack([self._rows(name).norm().double().square() for name in self._parameters])
+        totals = parallel.all_sum_(squares).tolist()
+        return {
+            name: (total / parameter.numel()) ** 0.5
+            for (name, parameter), total in zip(self._parameters.items(), totals, strict=True)
+        }
+
+    def keep(self, number: int) -> None:
+        """Copies the current parameters, which are those after pass ``number``, as the best."""
+        self.best = number
+        self.best_store.close()
+        for index in self._indices:
+            self.best_store.append(self._flat(index))
+
+    def restart(self) -> None:
+        """Restores the best state, or the blocks as they were pruned if there is none, with moments of zero."""
+        for index in self._indices:
+            if self.best:
+                self._set(index, self.best_store[index])
+            else:
+                with self.chain.block(index, self.task.pruned(index)):
+                    parameters = self.chain.block_parameters(index)
+                    flat = torch.cat([parameters[name].detach().float().flatten() for name in self._shapes[index]])
+                self._set(index, self._part(index, flat))
+            self._moments[index].zero_()
+
+    def parameters(self, block: int) -> Tensor:
+        """The parameters of a block as one, fp32. Every process takes part."""
+        return self._whole(block, self._flat(block))
+
+    def moments(self, block: int) -> Tensor:
+        """Adam's moments of a block, ``(2, elements)``. Every process takes part."""
+        return torch.stack([self._whole(block, moment) for moment in self._moments[block]])
+
+    def write(self) -> None:
+        """Calls ``write_block`` for each block, loaded with its best weights, rounded as they are written."""
+        chain = self.chain
+        for index in self._indices:
+            with chain.block(index, self.task.pruned(index)):
+                if self.best:
+                    whole = self._whole(index, self.best_store[index])
+                    shapes = self._shapes[index]
+                    for (name, shape), part in zip(
+                        shapes.items(), whole.split([s.numel() for s in shapes.values()]), strict=True
+                    ):
+                        chain.block_parameters(index)[name].copy_(part.view(shape))
+                chain.settle_block(index)
+                self.task.write_block(index)
+
+    def close(self) -> None:
+        """Frees what the sweep holds."""
+        self.best_store.close()
+        self._opened.close()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The rows of a parameter or gradient that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

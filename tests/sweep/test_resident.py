@@ -1,0 +1,103 @@
+"""The resident sweep against the streamed one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm.chain import Feed, open_chain
+from sparsellm.records import SweepPass
+from sparsellm.storage.scratch import Scratch
+from sparsellm.sweep.task import Residence, SweepTask
+from sparsellm.sweep.whole_model import sweep
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.sweep.helpers import (
+    CPU,
+    Family,
+    dense_end,
+    halved,
+    ids_of,
+    linear_weights,
+    same_bits,
+    sharing_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_zamba,
+)
+
+TOKENS = 96  # in a batch: four windows of 24
+Swept = tuple[list[SweepPass], dict[str, Tensor]]
+
+
+def swept(
+    model: PreTrainedModel | Path, dense: PreTrainedModel, way: Residence | None, passes: int = 2, rate: float = 0.002
+) -> Swept:
+    """The history, and every block as it is written."""
+    chain, ids = open_chain(model, device=CPU, dtype=torch.float32), ids_of(8)
+    written: dict[str, Tensor] = {}
+
+    def write(index: int) -> None:
+        for name, source in chain.block_tensors(index).items():
+            written[name] = source.read().to(source.dtype, copy=True)
+
+    end = dense_end(dense, ids, TOKENS)
+    feed = Feed(chain, ids, TOKENS, Scratch())
+    return sweep(SweepTask(feed, end, passes, 3, write, learning_rate=rate, resident=way)), written
+
+
+WAYS = {
+    "whole": Residence(),
+    "recomputing": Residence(recomputes=True),
+    "sharded": Residence(sharded=True),
+    "sharded, recomputing": Residence(sharded=True, recomputes=True),
+    "offloaded": Residence(sharded=True, offloads=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "family",
+    [tiny_llama, tiny_opt, tiny_gpt2, tiny_qwen2, tiny_mistral, sharing_llama, tiny_zamba],
+    ids=lambda family: family.__name__,
+)
+def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: Family, way: str) -> None:
+    dense = family()
+    history, expected = swept(halved(family()), dense, None)
+    model = halved(family())
+    zeros = {name: weight == 0 for name, weight in linear_weights(model).items()}
+    found, written = swept(model, dense, WAYS[way])
+    assert history[-1].held_out < history[0].held_out
+    for one, other in zip(history, found, strict=True):
+        assert one.held_out == pytest.approx(other.held_out, rel=1e-5)
+        assert (one.train or 0.0) == pytest.approx(other.train or 0.0, rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(written[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for name, weight in linear_weights(model).items():
+        assert torch.equal(weight == 0, zeros[name]), name
+    assert not torch.distributed.is_initialized()
+
+
+def test_states_are_judged_as_they_will_be_written(tmp_path: Path) -> None:
+    dense = tiny_llama().to(torch.bfloat16).float()
+    path = save_tiny(halved(tiny_llama().to(torch.bfloat16)), None, tmp_path / "halved")
+    (one, expected), (other, written) = (swept(path, dense, way, 4, 0.001) for way in (None, Residence()))
+    assert [record.held_out for record in one] == pytest.approx([record.held_out for record in other], rel=1e-5)
+    assert {value.dtype for value in written.values()} == {torch.bfloat16}
+    differing = sum(int((written[name] != value).sum()) for name, value in expected.items())
+    assert differing < 1e-3 * sum(value.numel() for value in expected.values())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_harmful_pass_is_undone_to_the_bit(sharded: bool) -> None:
+    model, dense = halved(tiny_opt()), tiny_opt()
+    before = copy.deepcopy(model.state_dict())
+    history, _ = swept(model, dense, Residence(sharded=sharded), rate=30.0)
+    assert not any(record.held_out < history[0].held_out for record in history)
+    assert same_bits(model.state_dict(), before)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
