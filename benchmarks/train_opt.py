@@ -19,7 +19,7 @@ import math
 import random
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -167,12 +167,17 @@ def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def run(
-    arguments: argparse.Namespace, make: Callable[[argparse.Namespace, PreTrainedTokenizerFast], PreTrainedModel]
+    arguments: argparse.Namespace,
+    make: Callable[[argparse.Namespace, PreTrainedTokenizerFast], PreTrainedModel],
+    further: Mapping[str, list[str]] | None = None,
 ) -> None:
-    """Trains the model that ``make`` returns, and writes it with its tokenizer and texts."""
-    texts = documents(arguments.seed, arguments.packages)
-    cut = max(1, round(HELD_OUT * len(texts)))
-    held_out, training = texts[:cut], texts[cut:]
+    """Trains the model that ``make`` returns, and writes it with its tokenizer and texts; with ``further`` kinds of
+    text, by name, each kind also has files of its own."""
+    kinds = {"docs": documents(arguments.seed, arguments.packages), **(further or {})}
+    cuts = {kind: max(1, round(HELD_OUT * len(texts))) for kind, texts in kinds.items()}
+    held_out = [text for kind, texts in kinds.items() for text in texts[: cuts[kind]]]
+    training = [text for kind, texts in kinds.items() for text in texts[cuts[kind] :]]
+    random.Random(arguments.seed).shuffle(training)
     tokenizer = tokenizer_of(training, arguments.vocabulary, arguments.positions)
     ids, held_out_ids = ids_of(tokenizer, training), ids_of(tokenizer, held_out)
     print(f"{len(training)} documents of {len(ids)} tokens; held out: {len(held_out)} of {len(held_out_ids)} tokens")
@@ -184,6 +189,9 @@ def run(
     print(f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}")
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    for kind, texts in kinds.items() if further else ():
+        (arguments.out / f"train-{kind}.txt").write_text("\n\n".join(texts[cuts[kind] :]), encoding="utf-8")
+        (arguments.out / f"heldout-{kind}.txt").write_text("\n\n".join(texts[: cuts[kind]]), encoding="utf-8")
     (arguments.out / "train.txt").write_text("\n\n".join(training), encoding="utf-8")
     (arguments.out / "heldout.txt").write_text("\n\n".join(held_out), encoding="utf-8")
     print(f"wrote {arguments.out}")

@@ -329,17 +329,21 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
 
 @_command(use.PLUGIN, use.JSON, examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"))
 def methods() -> Printed:
-    """List the values of --method and --allocation, with options and papers."""
+    """List the values of --method, --allocation and --expert-score, with options and papers."""
     from sparsellm import tables
     from sparsellm.allocation import ALLOCATIONS
     from sparsellm.methods import METHODS
+    from sparsellm.mixtures import SCORES
 
     def show() -> None:
         tables.print_choices("--method", METHODS, "options", allocations=True)
         tables.print_choices("--allocation", ALLOCATIONS, "allocation_options", allocations=False)
+        tables.print_choices("--expert-score", SCORES, "expert_options", allocations=False)
 
     chosen = {entry.name: {**entry.to_dict(), "allocation": entry.allocation} for entry in METHODS.values()}
-    return {**chosen, "allocations": {entry.name: entry.to_dict() for entry in ALLOCATIONS.values()}}, show
+    others = {"allocations": ALLOCATIONS, "expert_scores": SCORES}
+    listed = {key: {entry.name: entry.to_dict() for entry in registry.values()} for key, registry in others.items()}
+    return {**chosen, **listed}, show
 
 
 @_command(

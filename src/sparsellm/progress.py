@@ -20,6 +20,7 @@ PHASES = {  # names of phases, and of parts of them, for people
     "replay": "run finished blocks",
     "read": "read blocks",
     "prune": "prune blocks",
+    "experts": "remove experts",
     "forward": "run pruned blocks",
     "write": "write blocks",
     "count": "count zeros",

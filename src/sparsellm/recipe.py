@@ -121,6 +121,15 @@ class Recipe(BaseModel):
     """How the zeros are divided among blocks and linears; `sparsellm methods` lists all. A fixed pattern needs none."""
     allocation_options: dict[str, JsonValue] = {}
     """Options of the allocation, by name."""
+    experts: Annotated[float | None, Option(WHAT, "SHARE|N", null="keep all"), Field(gt=0, le=1 << 20)] = None
+    """Share of the experts of each mixture to remove before anything else, such as 0.5, or the number to keep, from 1
+    on; with sparsity 0, nothing else is pruned."""
+    expert_score: Annotated[str, Option(WHAT, "NAME", registered=("mixtures",)), NAME] = "coordinated"
+    """How experts to keep are chosen; `sparsellm methods` lists all."""
+    expert_options: dict[str, JsonValue] = {}
+    """Options of the expert score, by name."""
+    expert_refit: bool = True
+    """Whether the experts that stay are refitted to the output of the dense mixture."""
     only: Annotated[Globs, Option(WHAT, "GLOB")] = []
     """Linears to prune, as shell patterns such as '*.mlp.*'; all others stay dense."""
     exclude: Annotated[Globs, Option(WHAT, "GLOB", flag="--skip")] = []
@@ -181,13 +190,13 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise RecipeError(_explain(error)) from None
 
-    @field_validator("options", "allocation_options", "sparsity_of", mode="before")
+    @field_validator("options", "allocation_options", "expert_options", "sparsity_of", mode="before")
     @classmethod
     def _is_small(cls, value: Any) -> Any:
         check_size(value)
         return value
 
-    @field_validator("options", "allocation_options")
+    @field_validator("options", "allocation_options", "expert_options")
     @classmethod
     def _can_be_written(cls, value: Any) -> Any:
         try:
@@ -335,7 +344,7 @@ class Recipe(BaseModel):
         raise RecipeError(f"recipe is {shown(given)}; give a mapping of fields, or the path of a file with such lines")
 
 
-MAPPINGS = ("options", "allocation_options", "sparsity_of")  # fields whose entries a setting names after a dot
+MAPPINGS = ("options", "allocation_options", "expert_options", "sparsity_of")  # their entries are set after a dot
 
 
 def option_of(name: str) -> Option | None:

@@ -179,6 +179,18 @@ class Memory(Record):
     steps_bytes: dict[str, Count] = {}  # at the peak of each step of the run, on the CPU
 
 
+class ExpertsOfBlock(Record):
+    """The experts of one mixture, whose output has the relative error ``error`` with those that were kept alone, and
+    ``refitted`` after the refit of their last linears."""
+
+    block: Count
+    kept: list[Count]  # their numbers in the dense model
+    tokens: list[Count]  # calibration tokens that were routed to each expert of the dense model
+    scores: list[float]
+    error: float
+    refitted: float
+
+
 class Base(Record):
     """The dense model: its name, the digest of config and weights, the bytes of the weights, and, where they are known,
     its hub id as ``model`` and the license that its card states."""
@@ -218,6 +230,7 @@ class RunRecord(Record):
     warnings: list[str] = []
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
+    experts: list[ExpertsOfBlock] = []  # of every mixture, if some were removed
     identity: Settings = {}  # everything that the bits of the result depend on
 
     @computed_field  # type: ignore[prop-decorator]

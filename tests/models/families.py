@@ -214,9 +214,9 @@ _MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def dbrx() -> PreTrainedModel:
+def dbrx(num_experts: int = 4, **_: int) -> PreTrainedModel:
     """Stacks the experts in two dimensions."""
-    experts = {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    experts = {"ffn_hidden_size": 40, "moe_num_experts": num_experts, "moe_top_k": 2, "hidden_size": 32}
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS}
     return _model(
         "DbrxConfig",
@@ -236,11 +236,11 @@ def mixtral(**changes: Any) -> PreTrainedModel:
     return _model("MixtralConfig", "MixtralForCausalLM", {**LLAMA, **_MANY, **changes})
 
 
-def family(name: str) -> PreTrainedModel:
-    """One of :data:`FAMILIES`."""
+def family(name: str, **given: Any) -> PreTrainedModel:
+    """One of :data:`FAMILIES`, with settings of its own in place of the usual ones."""
     if name in _SPECIAL:
-        return _SPECIAL[name]()
-    changes = {**_MANY, **_MIXTURES[name]} if name in _MIXTURES else _TEXT[name]
+        return _SPECIAL[name](**given)
+    changes = {**_MANY, **_MIXTURES[name], **given} if name in _MIXTURES else _TEXT[name]
     settings = {"vocab_size": VOCABULARY, **changes} if "n_embd" in changes else {**LLAMA, **changes}
     if name == "Falcon":
         del settings["head_dim"]  # which it computes

@@ -187,10 +187,10 @@ def open_chain(
     config = load_config(model, trust_remote_code=trust_remote_code)
     reader = open_checkpoint(model)
     check_sizes(config, reader)
-    return Chain(_empty_model(config, model, trust_remote_code), reader, device=device, dtype=dtype)
+    return Chain(empty_model(config, model, trust_remote_code), reader, device=device, dtype=dtype)
 
 
-def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a config, its weights on the meta device."""
     try:
         with init_empty_weights(include_buffers=False):

@@ -86,6 +86,11 @@ class Expert(nn.Module):
             torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
         )
 
+    @property
+    def normed(self) -> bool:
+        """Whether a norm follows the last linear."""
+        return self._layout.normed
+
     def frozen(self) -> Expert:
         """A copy with copies of its weights."""
         linears = {name: copy.deepcopy(child) for name, child in self.named_children()}
@@ -97,6 +102,7 @@ class Mixture:
     """A mixture of experts in a block of a chain, whose children ``0``, ``1``, ... are experts."""
 
     module: nn.Module
+    name: str  # in the block
 
     def __len__(self) -> int:
         return sum(isinstance(child, Expert) for child in self.module.children())
@@ -105,6 +111,11 @@ class Mixture:
         child = self.module.get_submodule(str(number))
         assert isinstance(child, Expert)
         return child
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether the router's weights multiply the outputs of experts; else they multiply the inputs."""
+        return self.expert(0)._layout.routed
 
     def observe(self, record: Callable[[Routed], None] | None) -> None:
         """Calls ``record`` with the tokens of each call from now on, and returns zeros as outputs; None to stop."""
@@ -139,7 +150,7 @@ def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
 
 def mixtures_of(module: nn.Module) -> list[Mixture]:
     """The separated mixtures inside a module of a twin."""
-    return [Mixture(child) for child in module.modules() if _STACKED in vars(child)]
+    return [Mixture(child, name) for name, child in module.named_modules() if _STACKED in vars(child)]
 
 
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
@@ -150,7 +161,7 @@ def gates_of(module: nn.Module, prefix: str) -> set[str]:
     for name, child in module.named_modules():
         experts = 0
         if _STACKED in vars(child):
-            experts = len(Mixture(child))
+            experts = len(Mixture(child, name))
         elif isinstance(child, nn.ModuleList) and len(child) > 1:
             experts = len(child)
         elif isinstance(child, nn.Linear) and child.out_features == 1:
@@ -216,7 +227,7 @@ def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tens
 
 def _forward_of_all(self: Any, inputs: Tensor) -> Tensor:
     """:func:`_forward` for inputs ``(experts · tokens, width)`` that are weighted, and zero where not routed."""
-    by_expert = inputs.view(len(Mixture(self)), -1, inputs.shape[-1])
+    by_expert = inputs.view(len(Mixture(self, "")), -1, inputs.shape[-1])
     numbers, tokens = torch.where((by_expert != 0).any(-1))
     ones = inputs.new_ones(len(numbers), 1)
     total = torch.zeros_like(by_expert)

@@ -138,7 +138,7 @@ class ModelWeights:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which a weight is read and written."""
-        return self._value(name).dtype if self.reader is None else self.reader.dtype(self.key_of[name])
+        return self.value(name).dtype if self.reader is None else self.reader.dtype(self.key_of[name])
 
     def is_shared(self, name: str) -> bool:
         """Whether a parameter is used in several places: in two blocks, or in a block and the embedding."""
@@ -160,7 +160,8 @@ class ModelWeights:
     def _names(self, name: str) -> list[str]:
         return self._same.get(name, [name])
 
-    def _names_of(self, index: int) -> list[str]:
+    def names_of(self, index: int) -> list[str]:
+        """The names of the parameters and buffers of a block that a checkpoint has."""
         return [f"{self.block_names[index]}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
     def _outer_names(self, head: bool) -> list[str]:
@@ -174,10 +175,10 @@ class ModelWeights:
         in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good. All
         processes load the same blocks in the same order, since one of each machine reads them."""
         try:
-            self._load(self._names_of(index), pruned)
+            self._load(self.names_of(index), pruned)
             yield self.blocks[index]
         finally:
-            self._release(self._names_of(index))
+            self._release(self.names_of(index))
 
     @contextlib.contextmanager
     def outer(self, *, head: bool = True) -> Iterator[None]:
@@ -190,7 +191,7 @@ class ModelWeights:
 
     def outer_elements(self, *, head: bool = True) -> int:
         """The number of elements that :meth:`outer` loads."""
-        return sum(self._value(name).numel() for name in {self._names(name)[0] for name in self._outer_names(head)})
+        return sum(self.value(name).numel() for name in {self._names(name)[0] for name in self._outer_names(head)})
 
     def forget_shared(self) -> None:
         """Drops the weights that blocks share, for a walk over other weights."""
@@ -208,7 +209,7 @@ class ModelWeights:
     def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
         if self.reader is None:
             for name in filter(self.owns, names if pruned is not None else ()):
-                self._value(name).detach().copy_(self.parameter(name, pruned))
+                self.value(name).detach().copy_(self.parameter(name, pruned))
             return
         loaded: dict[str, Tensor] = {}
         tensors: dict[str, Tensor] = {}  # tensors of the checkpoint of which several weights are parts
@@ -216,11 +217,7 @@ class ModelWeights:
             first = self._names(name)[0]
             if first not in loaded:  # a weight of an earlier block was pruned with that block
                 loaded[first] = self._fetch(first, pruned if first == name else None, tensors)
-            module, leaf = self._place(name)
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(loaded[first], requires_grad=False)
-            else:
-                module._buffers[leaf] = loaded[first]
+            self.assign(name, loaded[first])
 
     def _fetch(self, name: str, pruned: CheckpointReader | None, tensors: dict[str, Tensor]) -> Tensor:
         """A weight on the device, in the computing dtype. The tensor of which it is a part is added to ``tensors``."""
@@ -254,12 +251,20 @@ class ModelWeights:
         """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint."""
         key, reader = self.key_of[name], pruned
         if reader is None or key not in reader:
-            value = self._value(name).detach()
+            value = self.value(name).detach()
             if not value.is_meta or self.reader is None:
                 return value
             reader = self.reader
         tensor = reader.get(key)
         return self.parts[name].of(tensor) if name in self.parts else tensor
+
+    def assign(self, name: str, value: Tensor) -> None:
+        """Replaces a parameter, which then has no gradient, or a buffer."""
+        module, leaf = self._place(name)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
+        else:
+            module._buffers[leaf] = value
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         module, leaf = self._place(name)
@@ -267,15 +272,15 @@ class ModelWeights:
 
     def block_parameters(self, index: int) -> dict[str, nn.Parameter]:
         """The floating-point parameters of the loaded block ``index``, by name."""
-        values = {name: self._value(name) for name in self._names_of(index)}
+        values = {name: self.value(name) for name in self.names_of(index)}
         return {name: v for name, v in values.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
 
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
         """Rounds every weight of the loaded block to its storage dtype, so that memory and disk have the same block. A
         NumericalError says that a weight is NaN or too large for it; nothing of the block has been written."""
-        for name in self._names_of(index):
-            value, stored = self._value(name), self.stored_dtype(name)
+        for name in self.names_of(index):
+            value, stored = self.value(name), self.stored_dtype(name)
             if value.is_floating_point():
                 if value.dtype != stored:
                     value.copy_(value.to(stored))
@@ -292,12 +297,12 @@ class ModelWeights:
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of a loaded block under the checkpoint's names and in its dtypes, ready to be written."""
-        return self._tensors(self._names_of(index))
+        return self._tensors(self.names_of(index))
 
     def stored_block(self, index: int) -> dict[str, Tensor]:
         """The weights of a block read from the checkpoint, under its names, loaded or not; tied weights once."""
         assert self.reader is not None, "a model in memory has no checkpoint"
-        keys = dict.fromkeys(self.key_of[name] for name in self._names_of(index) if self.owns(name))
+        keys = dict.fromkeys(self.key_of[name] for name in self.names_of(index) if self.owns(name))
         return {key: self.reader.get(key) for key in keys}
 
     def outer_tensors(self) -> dict[str, TensorSource]:
@@ -305,7 +310,7 @@ class ModelWeights:
         if self.reader is None:
             return self._tensors(self._outer)
         reader = self.reader
-        blocks = {self.key_of[name] for index in range(len(self)) for name in self._names_of(index)}
+        blocks = {self.key_of[name] for index in range(len(self)) for name in self.names_of(index)}
         return {
             key: TensorSource(reader.dtype(key), reader.shape(key), partial(reader.get, key))
             for key in reader
@@ -320,7 +325,7 @@ class ModelWeights:
             if name in self.parts:
                 members.setdefault(key, []).append(name)
             else:
-                written[key] = TensorSource.of(self._value(name).detach(), self.stored_dtype(name))
+                written[key] = TensorSource.of(self.value(name).detach(), self.stored_dtype(name))
         for key, parts in members.items():
             shape, dtype = self._shapes[key], self.stored_dtype(parts[0])
             written[key] = TensorSource(dtype, shape, partial(self._joined, parts, shape, dtype))
@@ -330,7 +335,7 @@ class ModelWeights:
         """A tensor of the checkpoint from all weights that are parts of it."""
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         for name in names:
-            self.parts[name].of(tensor).copy_(self._value(name).detach())
+            self.parts[name].of(tensor).copy_(self.value(name).detach())
         return tensor
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
@@ -338,7 +343,8 @@ class ModelWeights:
         owner, _, leaf = name.rpartition(".")
         return self.model.get_submodule(owner), leaf
 
-    def _value(self, name: str) -> Tensor:
+    def value(self, name: str) -> Tensor:
+        """A parameter or a buffer, loaded or not."""
         value = getattr(*self._place(name))
         assert isinstance(value, Tensor)
         return value

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from sparsellm.progress import PHASES
@@ -223,6 +224,39 @@ def maps(pruning: Pruning) -> list[Chart]:
         ),
         _heat_map(("error", "Error of each linear", error), pruning, error_of, axis("log₁₀ error"), log=True),
     ]
+
+
+def experts_chart(pruning: Pruning) -> Chart:
+    """The tokens of every expert of the dense model, by block, and which experts stayed."""
+    first, every = pruning.experts[0], [str(number) for number in range(len(pruning.experts[0].tokens))]
+    shares = [[count / max(1, sum(each.tokens)) for count in each.tokens] for each in pruning.experts]
+    rows = [
+        [f"{'kept' if number in each.kept else 'removed'}, {share:.1%}" for number, share in enumerate(known)]
+        for each, known in zip(pruning.experts, shares, strict=True)
+    ]
+    blocks = [each.block for each in pruning.experts]
+    trace = {
+        "type": "heatmap",
+        "z": [[share if n in each.kept else None for n, share in enumerate(known)]
+              for each, known in zip(pruning.experts, shares, strict=True)],
+        "x": every,
+        "y": [str(block) for block in blocks],
+        "text": rows,
+        "hovertemplate": "block %{y}, expert %{x}<br>%{text}<extra></extra>",
+        "colorscale": "Cividis",
+        "colorbar": {"thickness": 12, **axis("tokens", tickformat=".0%")},
+        "xgap": 1,
+        "ygap": 1,
+    }  # fmt: skip
+    errors = [number(fmean(x)) for x in zip(*((x.error, x.refitted) for x in pruning.experts), strict=True)]
+    text = (
+        f"{len(first.kept)} of {len(every)} experts stayed in each mixture; removed ones are blank. Colours are shares "
+        f"of the calibration tokens. The mean error of the mixtures' outputs is {errors[0]}, and {errors[1]} refitted."
+    )
+    columns = [(str(block), *row) for block, row in zip(blocks, rows, strict=True)]
+    layout = {"xaxis": {"type": "category", **axis("expert")}, "yaxis": {"type": "category", "autorange": "reversed"}}
+    table = Table(("block", *every), columns)
+    return Chart("experts", "Experts that stayed", text, table, [trace], layout, 130 + 24 * max(4, len(blocks)))
 
 
 def allocation_chart(pruning: Pruning) -> Chart:

@@ -93,6 +93,7 @@ def render_run(record: Checkpoint) -> bytes:
     pruning = record.pruning
     rows, course = headline(record), charts.course(pruning)
     linears, allocation = charts.maps(pruning), charts.allocation_chart(pruning)
+    linears += [charts.experts_chart(pruning)] if pruning.experts else []
     sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
     sections += [("course", "The course of the run")] * bool(course) + [("made", "How it was made")]
     if record.results.continuations:

@@ -71,11 +71,13 @@ class Choice:
         needs = (self.needs, self.allocation_needs)
         return self.passes > 0 or any(each.token_states or each.output_costs or each.gradient_tokens for each in needs)
 
-    def on(self, patterns: Collection[Pattern], values: str) -> Choice:
-        """The same choice without needs that are useless for these patterns, and with those of integer values."""
+    def on(self, patterns: Collection[Pattern], values: str, *, reduced: bool = False) -> Choice:
+        """The same choice without needs that are useless for these patterns, and with those of integer values; of a
+        model that is ``reduced`` already, the sweep stays."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
         if values == "keep" and not pruned:
-            return replace(self, needs=Needs(), passes=0, sets=1)  # no weight changes: nothing has to be compensated
+            # No weight changes: nothing has to be compensated.
+            return replace(self, needs=Needs(), passes=self.passes if reduced else 0, sets=1)
         # In N:M, weights of different outputs do not compete.
         costs = needs.output_costs and pruned and any(isinstance(pattern, Unstructured) for pattern in patterns)
         workspace = needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)

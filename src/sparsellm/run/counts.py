@@ -15,7 +15,7 @@ from sparsellm.errors import some
 from sparsellm.methods.task import UNREACHED
 from sparsellm.patterns import count_zeros, most_kept, strictest
 from sparsellm.recipe import Recipe
-from sparsellm.records import DenseMatrix, LinearResult, Matrix, Totals
+from sparsellm.records import DenseMatrix, ExpertsOfBlock, LinearResult, Matrix, Totals
 from sparsellm.storage.reader import CheckpointReader
 
 Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "gate", "small", "not a linear"]
@@ -111,6 +111,9 @@ def _reasons(matrices: Sequence[BlockMatrix], recipe: Recipe, gates: set[str]) -
     return reasons
 
 
+RARE = 0.1  # share of the mean tokens of an expert below which little is known of it
+
+
 def unreached(linears: Sequence[LinearResult]) -> list[str]:
     """A warning that names the linears that no calibration token reached; empty if there are none."""
     names = [linear.name for linear in linears if UNREACHED in linear.notes]
@@ -133,6 +136,24 @@ def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
     return [
         f"fewer than {least} calibration tokens were routed to {len(few)} of {len(tokens)} experts, which were pruned "
         f"mostly by the statistics of all tokens: {said}; more calibration samples may reach them"
+    ]
+
+
+def rarely_chosen(experts: Sequence[ExpertsOfBlock]) -> list[str]:
+    """A warning that names experts which the calibration text hardly reaches, and which were removed for that; or none.
+
+    An expert for a kind of text that calibration lacks looks useless."""
+    few = [
+        f"block {each.block} expert {number} ({tokens})"
+        for each in experts
+        for number, tokens in enumerate(each.tokens)
+        if number not in each.kept and tokens < RARE * sum(each.tokens) / len(each.tokens)
+    ]
+    if not few:
+        return []
+    return [
+        f"{len(few)} removed experts got less than {RARE:.0%} of their share of the calibration tokens: "
+        f"{some(few, _SHOWN)}; if the text lacks a kind that the model will read, add it to the calibration"
     ]
 
 

@@ -18,7 +18,7 @@ from sparsellm import parallel
 from sparsellm.allocation import Allocation
 from sparsellm.errors import StorageError
 from sparsellm.progress import NOTE, Progress, ProgressCallback
-from sparsellm.records import LinearResult, Settings
+from sparsellm.records import ExpertsOfBlock, LinearResult, Settings
 from sparsellm.run.result import versions
 from sparsellm.storage.directory import BLOCKS, STATE, SWEPT, WorkingDirectory, check_room, partial_of, written_bytes
 from sparsellm.storage.files import has_digest, keep_record, kept_record, replace_atomically
@@ -53,6 +53,7 @@ class BlockRecord:
     seconds: dict[str, float]
     peak_rss: int
     sha256: str = ""
+    experts: ExpertsOfBlock | None = None  # of its mixture, in a run that removes experts
 
 
 class Journal(contextlib.ExitStack):

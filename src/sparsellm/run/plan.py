@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import machine, parallel, plugins
 from sparsellm.calibration.sources import default_source
@@ -19,9 +19,11 @@ from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
+from sparsellm.hub.card import base_of
+from sparsellm.inputs import without_folders
 from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback, note
 from sparsellm.recipe import Recipe
-from sparsellm.records import Memory
+from sparsellm.records import Base, ExpertsOfBlock, Memory
 from sparsellm.run.choice import Choice, patterns_of
 from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
@@ -56,6 +58,16 @@ FEW_TOKENS = 32_000  # with fewer calibration tokens the gain over local methods
 
 
 @dataclass(frozen=True)
+class Removed:
+    """The experts that were removed from a dense model, and the directory of the model without them."""
+
+    model: Model  # the dense one
+    directory: Path
+    experts: list[ExpertsOfBlock]
+    base: Base
+
+
+@dataclass(frozen=True)
 class Request:
     """The arguments of :func:`sparsellm.prune`, documented there."""
 
@@ -68,6 +80,7 @@ class Request:
     restart: bool = False
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
+    removed: Removed | None = None  # ``model`` is another one without some experts
     name: str = ""  # in reports, in place of the one that the model was given by
     shared: dict[Hashable, object] = field(default_factory=dict)  # by several requests of one process, see once()
 
@@ -107,6 +120,16 @@ class Plan:
         return self.model.chain
 
     @property
+    def base(self) -> Base:
+        """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
+        if self.request.removed is not None:
+            return self.request.removed.base
+        model = self.request.teacher or self.request.model
+        name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
+        known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
+        return Base(name=self.request.name or without_folders(name), digest=self.identity.model, bytes=size, **known)
+
+    @property
     def trains_integers(self) -> bool:
         """Whether a sweep trains values that are rounded when a block runs."""
         return self.recipe.values != "keep" and self.choice.passes > 0
@@ -130,7 +153,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=request.trust_remote_code,
         )
         chain = model.chain
-        choice = choice.on(patterns_of(chain, recipe).values(), recipe.values)
+        choice = choice.on(patterns_of(chain, recipe).values(), recipe.values, reduced=request.removed is not None)
         copies = 2 if choice.passes else 1  # a sweep writes the blocks again, and the walk's are kept until the end
         disk_bytes = copies * checkpoint_bytes(chain)
         if choice.passes:
@@ -232,8 +255,8 @@ def seconds_ahead(chain: Chain, choice: Choice, windows: Windows, memory: Memory
 def _windows(request: Request, choice: Choice, model: Models, progress: ProgressCallback) -> Windows:
     """The calibration windows; before that, the prediction of the phases."""
     recipe, chain = request.recipe, model.chain
-    # The sweep takes new windows where the dense model can run, and one in memory is not dense any more.
-    passes = choice.passes if chain.reader is not None else 0
+    # The sweep takes new windows where the dense model runs next to the pruned one.
+    passes = choice.passes if chain.reader is not None and request.removed is None else 0
     seq_len = recipe.seq_len or default_seq_len(chain)
     drawn = choice.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
     written = drawn * seq_len if recipe.calibration == "self" else 0

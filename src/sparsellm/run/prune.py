@@ -8,24 +8,24 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
 
 from sparsellm import machine, parallel
 from sparsellm.chain import Feed, Stream
 from sparsellm.errors import NumericalError, SparseLLMError, one_line
-from sparsellm.hub.card import CARD, base_of, card_text
-from sparsellm.inputs import without_folders
+from sparsellm.hub.card import CARD, card_text
 from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
-from sparsellm.records import Base, LinearResult, SweepPass
+from sparsellm.records import LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
-from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
+from sparsellm.run.counts import few_tokens, left_dense, rarely_chosen, shortfall, unreached
+from sparsellm.run.fewer import clean_up, remove_experts_of
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
-from sparsellm.run.opening import device_of
+from sparsellm.run.opening import device_of, open_model
 from sparsellm.run.plan import Plan, Request, make_plan, seconds_ahead
-from sparsellm.run.predictions import checkpoint_bytes, saved_sweep_bytes
+from sparsellm.run.predictions import saved_sweep_bytes
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
+from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
@@ -49,6 +49,11 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
     subclass of SparseLLMError that names the cause."""
     progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
     with machine.computing(device_of(request.model, request.recipe)):
+        if request.recipe.experts is not None and request.removed is None:
+            removed = remove_experts_of(request, progress)
+            result = prune(replace(request, model=str(removed.directory), removed=removed), progress)
+            clean_up(removed)
+            return result
         plan = make_plan(request, clock, progress)
         try:
             return _pruned(plan, clock, progress)
@@ -89,13 +94,17 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
 
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
     """The stream behind the last block of the dense model, for a sweep that cannot run this model any more: pruning
-    overwrites the weights of a model in memory. None if no sweep needs it."""
-    if not plan.choice.passes or plan.chain.reader is not None:
+    overwrites the weights of a model in memory, and one without some experts is another. None if no sweep needs it."""
+    removed, chain = plan.request.removed, plan.chain
+    if not plan.choice.passes or (chain.reader is not None and removed is None):
         return None
     with clock.phase("dense"):
-        stream = replace(feed, windows=plan.windows.swept[0]).stream()
-        for index in range(len(plan.chain)):
-            replay(plan.chain, [stream], index, None)
+        if removed is not None:
+            directory = checkpoint_directory(str(removed.model))
+            chain, _ = open_model(removed.model, directory, plan.recipe, plan.request.trust_remote_code, whole=False)
+        stream = replace(feed, chain=chain, windows=plan.windows.swept[0]).stream()
+        for index in range(len(chain)):
+            replay(chain, [stream], index, None)
     return stream
 
 
@@ -191,7 +200,8 @@ def _result(
         *other_conditions(list(finished)),
         *few_tokens(pruned.linears, recipe.min_tokens_per_expert),
     ]
-    warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
+    experts = plan.request.removed.experts if plan.request.removed is not None else []
+    warnings += rarely_chosen(experts) + unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
     return PruneResult(
         path=plan.out,
         model=plan.model.in_memory,
@@ -214,19 +224,11 @@ def _result(
         allocation={"name": plan.choice.allocator.name, **allocation.report} if allocation is not None else {},
         processes=parallel.size(),
         dense=dense,
-        base=_base(plan),
+        base=plan.base,
         environment=environment(chain.device),
+        experts=experts,
         identity=asdict(plan.identity),
     )
-
-
-def _base(plan: Plan) -> Base:
-    """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
-    model = plan.request.teacher or plan.request.model
-    name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
-    known = base_of(model, plan.model.directory)
-    size = checkpoint_bytes(plan.chain)
-    return Base(name=plan.request.name or without_folders(name), digest=plan.identity.model, bytes=size, **known)
 
 
 def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, progress: ProgressCallback) -> None:

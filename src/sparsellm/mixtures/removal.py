@@ -1,0 +1,292 @@
+"""Removes experts from the mixture of one block, and refits those that stay to the output that it had.
+
+The output of a mixture is ``Y = Σ_e r_e E_e(x)`` over the experts that its router chose for a token. Without some of
+them the router chooses others, with other weights ``r'``. The error is ``‖Y − Σ_e r'_e E_e(x)‖²`` over ``‖Y‖²``, where
+output i counts with the square root of ``E[g_i²]``, as in the solver. It is measured on a sample of tokens, in a random
+projection of the outputs, so that any set of experts costs one pass of the router.
+
+Then the last linear of each expert that stays is fitted, one after the other, to what the others leave of ``Y``: least
+squares over the tokens that are now routed to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm import parallel
+from sparsellm.chain import Stream
+from sparsellm.chain.experts import DOWN, Expert, Mixture, Routed
+from sparsellm.errors import ModelError
+from sparsellm.mixtures.fewer import FewerExperts
+from sparsellm.mixtures.scores import MixtureView
+from sparsellm.records import ExpertsOfBlock
+from sparsellm.statistics import CrossAccumulator, GramAccumulator, least_squares
+from sparsellm.storage.scratch import TensorStore
+
+SAMPLE = 2048  # tokens on which sets of experts are compared
+PROJECTED = 128  # outputs of an expert after a random projection, which keeps norms to about a tenth
+DAMPING = 0.1  # ridge of the refit towards the expert's weight, as in the refit of sublayers
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is decided once for a model."""
+
+    fewer: FewerExperts
+    keep: int
+    groups: int
+    score: Callable[..., Tensor]
+    costs: Mapping[str, Tensor]  # E[g_i²] of the outputs of the experts' last linears, by name; empty for equal ones
+    refit: bool
+    seed: int
+
+
+@torch.no_grad()
+def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlock | None:
+    """Gives block ``index`` of the twin the weights of the model's loaded block without some experts, refitted, in the
+    dtypes in which they are written; ``stream`` has the inputs of the block. None for a block without a mixture."""
+    fewer, mixtures = removal.fewer, stream.chain.mixtures(index)
+    if not mixtures:
+        fewer.fill(index, [])
+        return None
+    (mixture,), (small,) = mixtures, fewer.chain.mixtures(index)
+    with stream.store() as outputs:
+        tokens, strength = _measure(stream, index, mixture, outputs)
+        sample = _Sample.of(stream, index, mixture, removal)
+        view = MixtureView(index, removal.keep, removal.groups, tokens, strength, removal.seed, sample.error_of)
+        scores = removal.score(view)
+        kept = view.best(scores)
+        error = sample.error_of(kept)
+        fewer.fill(index, kept)
+        refitted = _refit(removal, stream, index, small, outputs) if removal.refit else error
+    fewer.settle(index)
+    counts, said = tokens.tolist(), [float(score) for score in scores]
+    return ExpertsOfBlock(block=index, kept=kept, tokens=counts, scores=said, error=error, refitted=refitted)
+
+
+@contextmanager
+def running(stream: Stream, index: int, fewer: FewerExperts) -> Iterator[None]:
+    """Until the context ends, block ``index`` of the stream's chain is that of the twin."""
+    blocks, dense = stream.chain.blocks, stream.chain.blocks[index]
+    blocks[index] = fewer.chain.blocks[index]
+    try:
+        yield
+    finally:
+        blocks[index] = dense
+
+
+def _routed(stream: Stream, index: int, mixture: Mixture) -> Iterator[tuple[int, Routed]]:
+    """The tokens that reach a mixture, batch by batch; its block runs up to there."""
+    seen: list[Routed] = []
+    mixture.observe(seen.append)
+    try:
+        for position in range(len(stream)):
+            stream.run_batch(index, position)
+            yield position, seen.pop()
+    finally:
+        mixture.observe(None)
+
+
+def _calls(mixture: Mixture, routed: Routed) -> Iterator[tuple[int, Expert, Tensor, Tensor]]:
+    """For each expert with tokens its number, itself, the rows of ``routed`` and the weights of its outputs there."""
+    for number in routed.experts.unique().tolist():
+        if number < len(mixture):
+            rows, places = torch.where(routed.experts == number)
+            yield number, mixture.expert(number), rows, routed.weights[rows, places, None].float()
+
+
+def _output(mixture: Mixture, routed: Routed, tokens: int) -> Tensor:
+    """The outputs ``(tokens, width)`` of a mixture in fp32."""
+    total = torch.zeros(tokens, routed.inputs.shape[1], device=routed.inputs.device)
+    for _, expert, rows, weights in _calls(mixture, routed):
+        total.index_add_(0, routed.places[rows], expert(routed.inputs[rows]).float() * weights)
+    return total
+
+
+def _measure(stream: Stream, index: int, mixture: Mixture, outputs: TensorStore) -> tuple[Tensor, Tensor]:
+    """Tokens and strength of every expert, see :class:`MixtureView`; appends the outputs of the mixture."""
+    counts = torch.zeros(len(mixture), dtype=torch.int64)
+    strength = torch.zeros(len(mixture), dtype=torch.float64)
+    for position, routed in _routed(stream, index, mixture):
+        tokens = stream.hidden[position].shape[:2].numel()
+        total = torch.zeros(tokens, routed.inputs.shape[1], device=routed.inputs.device)
+        for number, expert, rows, weights in _calls(mixture, routed):
+            part = expert(routed.inputs[rows]).float() * weights
+            counts[number] += len(rows)
+            strength[number] += part.double().norm(dim=1).sum().cpu()
+            total.index_add_(0, routed.places[rows], part)
+        outputs.append(total)
+    return parallel.all_sum_(counts), parallel.all_sum_(strength)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Some tokens of this process, on which sets of experts are compared."""
+
+    fewer: FewerExperts
+    index: int
+    calls: list[_Call]
+    projection: Tensor  # (width, projected), its rows scaled by the costs of outputs
+    experts: Tensor | None  # projected outputs (experts, tokens, projected); None where inputs are weighted instead
+    goal: Tensor  # projected outputs of the mixture (tokens, projected)
+
+    @classmethod
+    def of(cls, stream: Stream, index: int, mixture: Mixture, removal: Removal) -> _Sample:
+        chain = stream.chain
+        around = _around(chain.blocks[index], mixture)
+        if around is chain.blocks[index]:
+            raise ModelError(f"the experts of {chain.block_names[index]} are not in a module with their router")
+        calls = _first_windows(stream, index, around)
+        routes = [_route(around, mixture, call) for call in calls]
+        width = routes[0].inputs.shape[1]
+        names = [f"{chain.block_names[index]}.{mixture.name}.{n}.{DOWN}" for n in range(len(mixture))]
+        known = [removal.costs[name] for name in names if name in removal.costs]
+        projection = _projection(width, known, removal.seed).to(chain.device)
+        experts = None
+        if mixture.weighs_outputs:
+            x = torch.cat([each.inputs for each in routes])
+            experts = torch.stack([mixture.expert(n)(x).float() @ projection for n in range(len(mixture))])
+        goal = torch.cat([_output(mixture, each, call.tokens) for each, call in zip(routes, calls, strict=True)])
+        return cls(removal.fewer, index, calls, projection, experts, goal @ projection)
+
+    def error_of(self, kept: Sequence[int]) -> float:
+        """The relative error of the mixture's output with these experts alone, before a refit."""
+        self.fewer.fill(self.index, kept)
+        (small,) = self.fewer.chain.mixtures(self.index)
+        around = _around(self.fewer.chain.blocks[self.index], small)
+        routes = [_route(around, small, call) for call in self.calls]
+        if self.experts is None:
+            parts = [_output(small, each, call.tokens) for each, call in zip(routes, self.calls, strict=True)]
+            made = torch.cat(parts) @ self.projection
+        else:
+            numbers = torch.cat([each.experts for each in routes])
+            weights = torch.cat([each.weights for each in routes]).float().masked_fill(numbers >= len(kept), 0.0)
+            originals = torch.tensor(kept, device=numbers.device)[numbers.clamp(max=len(kept) - 1)]
+            every = torch.arange(len(numbers), device=numbers.device)[:, None]
+            made = (self.experts[originals, every] * weights[..., None]).sum(1)
+        lost, whole = (parallel.total(float(each.double().square().sum())) for each in (self.goal - made, self.goal))
+        return lost / whole if whole else 0.0
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of the module around a mixture."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        hidden = next(iter((*self.args, *self.kwargs.values())))
+        return math.prod(hidden.shape[:-1])
+
+
+def _around(block: nn.Module, mixture: Mixture) -> nn.Module:
+    """The module that has the mixture and its router."""
+    return block.get_submodule(mixture.name.rpartition(".")[0])
+
+
+def _first_windows(stream: Stream, index: int, around: nn.Module) -> list[_Call]:
+    """The calls of ``around`` for a window of each batch, then a second one of each, up to :data:`SAMPLE` tokens."""
+    calls: list[_Call] = []
+    handle = around.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(_Call(args, kwargs)), with_kwargs=True
+    )
+    sizes = [stream.hidden[position].shape[:2] for position in range(len(stream))]
+    windows = sorted((row, position) for position, (rows, _) in enumerate(sizes) for row in range(rows))
+    try:
+        for row, position in windows[: max(1, SAMPLE // sizes[0][1])]:
+            stream.chain.run(index, stream.hidden[position][row : row + 1], stream.call_of_window(index))
+    finally:
+        handle.remove()
+    return calls
+
+
+def _route(around: nn.Module, mixture: Mixture, call: _Call) -> Routed:
+    """The tokens that reach a mixture in one call of the module around it."""
+    seen: list[Routed] = []
+    mixture.observe(seen.append)
+    try:
+        around(*call.args, **call.kwargs)
+    finally:
+        mixture.observe(None)
+    return seen[0]
+
+
+def _projection(width: int, costs: Sequence[Tensor], seed: int) -> Tensor:
+    """A matrix ``(width, projected)`` after which norms are about those in the metric of the costs ``E[g_i²]``, which
+    every expert has of its own: output i counts with the square root of their sum, as in the solver."""
+    size = min(width, PROJECTED)
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.eye(width) if size == width else torch.randn(width, size, generator=generator) / size**0.5
+    if not costs:
+        return projection
+    metric = torch.stack(list(costs)).double().sum(0).sqrt()
+    return projection * (metric / metric.mean()).sqrt().float()[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rest:
+    """What the experts that stay leave of the outputs that a mixture had, batch by batch."""
+
+    mixture: Mixture
+    routes: list[Routed]  # without inputs
+    inputs: TensorStore
+    rest: TensorStore  # (tokens, width)
+
+    def energy(self) -> float:
+        return parallel.total(sum(float(each.double().square().sum()) for each in self.rest))
+
+    def rows(self, number: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each batch its number, the places of the tokens that are routed to an expert, and the inputs of its last
+        linear times the router's weights, ``(tokens, inner)``."""
+        expert = self.mixture.expert(number)
+        for position, routed in enumerate(self.routes):
+            rows, slots = torch.where(routed.experts == number)
+            if len(rows):
+                inner = expert.inner(self.inputs[position][rows]).float() * routed.weights[rows, slots, None].float()
+                yield position, routed.places[rows], inner
+
+    def refit(self, number: int, down: nn.Linear) -> None:
+        """Fits the last linear of an expert to what is left plus its own outputs."""
+        dense, device = down.weight.detach().float(), down.weight.device
+        gram = GramAccumulator(down.in_features, device)
+        cross = CrossAccumulator(down.out_features, down.in_features, device)
+        for position, places, inner in self.rows(number):
+            gram.update(inner)
+            cross.update(self.rest[position][places] + inner @ dense.T, inner)
+        gram.reduce()
+        cross.reduce()
+        if gram.silent:
+            return
+        # With few tokens the fit would follow their noise.
+        damping = DAMPING * (1 + down.in_features / gram.tokens)
+        fitted = least_squares(gram.finish(), cross.finish(), damping, prior=dense).weight
+        for position, places, inner in self.rows(number):
+            self.rest[position] = self.rest[position].index_add_(0, places, inner @ (dense - fitted).T)
+        down.weight = nn.Parameter(fitted.to(down.weight.dtype), requires_grad=False)
+
+
+def _refit(removal: Removal, stream: Stream, index: int, small: Mixture, outputs: TensorStore) -> float:
+    """Refits each expert of the twin's block in turn to the ``outputs`` that the mixture had, which then hold what is
+    left. Returns the error relative to their energy."""
+    with running(stream, index, removal.fewer), stream.store() as inputs:
+        rest = _Rest(small, [], inputs, outputs)
+        energy = rest.energy()
+        for position, routed in _routed(stream, index, small):
+            inputs.append(routed.inputs)
+            rest.routes.append(replace(routed, inputs=routed.inputs[:0]))
+            outputs[position] = outputs[position] - _output(small, routed, len(outputs[position]))
+        for number in range(len(small)):
+            expert = small.expert(number)
+            down = expert.get_submodule(DOWN)
+            if not expert.normed and isinstance(down, nn.Linear):  # else its outputs are not linear in the weight
+                rest.refit(number, down)
+        return rest.energy() / energy if energy else 0.0

@@ -1,0 +1,128 @@
+"""Removes experts before a run: writes the model with fewer experts, block by block, which the run then prunes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from pydantic_core import to_jsonable_python
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm import machine, parallel
+from sparsellm.chain import Feed, Stream
+from sparsellm.chain.streams import check_forward
+from sparsellm.errors import RecipeError
+from sparsellm.inputs import read_object
+from sparsellm.mixtures import SCORES
+from sparsellm.mixtures.fewer import FewerExperts, Routing, with_fewer
+from sparsellm.mixtures.removal import Removal, remove_experts, running
+from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.recipe import Recipe
+from sparsellm.records import ExpertsOfBlock
+from sparsellm.run.choice import Choice
+from sparsellm.run.journal import BlockRecord, Journal, conditions
+from sparsellm.run.plan import Plan, Removed, Request, make_plan
+from sparsellm.storage.directory import checkpoints_among, partial_of
+from sparsellm.storage.scratch import Scratch
+from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
+
+EXPERTS = "experts.json"  # in the directory of the model with fewer experts: what was removed, and the run's identity
+_FIELDS = ("calibration", "samples", "seq_len", "seed", "bos", "batch_tokens", "memory", "device", "dtype", "products")
+_SETTINGS = ("experts", "expert_score", "expert_options", "expert_refit")
+
+
+def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
+    """The model of a request without some experts, next to the request's ``out``; from the block that an earlier
+    process reached. Raises a SparseLLMError if the model has no mixture, or too few experts would be left."""
+    if request.out is None or isinstance(request.model, PreTrainedModel) or request.teacher is not None:
+        raise RecipeError("experts are removed from a model on disk, without teacher: give it by name, and out=DIR")
+    recipe = request.recipe
+    request.destination(checkpoints_among(request.model))
+    Choice.of(recipe)
+    score = SCORES[recipe.expert_score]
+    options = score.check(recipe.expert_options)
+    place = Path(f"{request.out}-experts")
+    kept = {name: getattr(recipe, name) for name in (*_FIELDS, *_SETTINGS)}
+    alone = Recipe(method="magnitude", sparsity=0.0, **kept)
+    clock = PhaseClock()
+    plan = make_plan(replace(request, recipe=alone, out=place, overwrite=True), clock, progress)
+    routing = Routing.of(plan.chain)
+    assert recipe.experts is not None
+    keep = routing.keep(recipe.experts)
+    fewer = FewerExperts(plan.chain, keep)
+    check_forward(plan.chain, plan.windows.first, token_states=True)
+    identity, file = to_jsonable_python(asdict(plan.identity)), place / EXPERTS
+    if (known := parallel.from_main(lambda: read_object(file) if file.is_file() else {})).get("identity") == identity:
+        records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
+        return Removed(request.model, place, records, plan.base)
+    with Journal(plan.out, len(plan.chain), restart=request.restart, overwrite=True) as journal:
+        journal.open(plan.identity, plan.disk_bytes)
+        scratch = Scratch(plan.memory.hidden_in_memory_bytes, partial_of(place))
+        feed = Feed(plan.chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
+        costs = _costs(feed) if score.needs(options).output_costs else {}
+        function = partial(score.function, **options)
+        removal = Removal(fewer, keep, routing.groups, function, costs, recipe.expert_refit, recipe.seed)
+        records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, clock)
+        parallel.barrier()
+        parallel.from_main(partial(_save, plan, journal, routing.experts, keep, records, identity))
+    return Removed(request.model, place, records, plan.base)
+
+
+def clean_up(removed: Removed) -> None:
+    """Removes the model with fewer experts, which has been pruned."""
+    parallel.from_main(partial(shutil.rmtree, removed.directory, ignore_errors=True))
+
+
+def _costs(feed: Feed) -> dict[str, Tensor]:
+    linears = (linear for index in range(len(feed.chain)) for linear in feed.chain.linears(index))
+    names = frozenset(linear.name for linear in linears if linear.name.endswith(".down_proj"))
+    return loss_gradients(feed.first(TOKENS, LEAST_WINDOWS), names).output_squares
+
+
+def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: PhaseClock) -> list[ExpertsOfBlock]:
+    """Removes experts of block after block, each on the outputs of the smaller blocks before it."""
+    chain, fewer = plan.chain, removal.fewer
+    done = journal.finished(feed.progress)
+    records = [record.experts for record in done]
+    stream = feed.stream()
+    for index in range(len(chain)):
+        feed.progress(Progress("experts", index, len(chain), f"block {index + 1}/{len(chain)}"))
+        if index < len(done):
+            shard = journal.block(index)
+            assert shard is not None
+            fewer.read(index, shard)
+            _advance(stream, index, fewer)
+            continue
+        with clock.phase("experts"), chain.block(index):
+            records.append(remove_experts(removal, stream, index))
+            _advance(stream, index, fewer)
+            if journal.writes:
+                record = BlockRecord([], conditions(), clock.lap(), machine.peak_rss(), experts=records[-1])
+                journal.write_block(index, fewer.tensors(index), record)
+            fewer.release(index)
+    stream.close()
+    return [record for record in records if record is not None]
+
+
+def _advance(stream: Stream, index: int, fewer: FewerExperts) -> None:
+    with running(stream, index, fewer):
+        stream.advance(index)
+
+
+def _save(
+    plan: Plan, journal: Journal, experts: int, keep: int, records: list[ExpertsOfBlock], identity: dict[str, object]
+) -> None:
+    """Writes the tensors outside the blocks and the files next to the weights, and names the checkpoint."""
+    writer, directory = journal.writer, plan.model.directory
+    if writer is None:
+        return
+    assert directory is not None
+    writer.write_shard(len(plan.chain), plan.chain.outer_tensors())
+    writer.copy_companions(directory)
+    config = with_fewer(read_object(writer.folder / "config.json"), plan.chain.config.to_dict(), experts, keep)
+    writer.write_json("config.json", config)
+    writer.write_json(EXPERTS, {"identity": identity, "experts": [each.model_dump() for each in records]})
+    writer.finish()
