@@ -1,9 +1,11 @@
 """Everything that is measured on a GPU, in one command.
 
     pip install 'sparsellm[bench,gpu]'
-    python benchmarks/gpu.py [--parts gemv prune decode] [--tokens 1 8] [--rounds 20] [--layers 22]
+    python benchmarks/gpu.py [--parts gemv moments store prune decode] [--tokens 1 8] [--rounds 20] [--layers 22]
 
     gemv    the Triton kernel on packed weights against cuBLAS in bf16, torch's 2:4 and bitsandbytes' 4 bits
+    moments Gram matrices of bf16 inputs with fp32 results, against those of fp32 inputs
+    store   a step through parameters and moments that stay on the GPU, in pinned memory, and in a file
     prune   seconds and memory to prune one block
     decode  tokens per second of packed models and of the dense one
 
@@ -34,6 +36,8 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.patterns import NM
+from sparsellm.statistics import GramAccumulator
+from sparsellm.storage.scratch import Scratch, TensorStore
 from sparsepack.bench import Rounds, measure, resident_bytes
 from sparsepack.layout import pack
 
@@ -46,7 +50,7 @@ Product = Callable[[int], object]  # the weight whose turn it is
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed on a GPU.")
-    parser.add_argument("--parts", nargs="+", default=["gemv", "prune", "decode"], choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
@@ -59,9 +63,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22, help="of the model that decodes")
     parser.add_argument("--new-tokens", type=int, default=64)
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("benchmarks/gpu.py: torch finds no CUDA GPU here; run it on a machine with one\n")
-        sys.exit(2)
+    if arguments.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            sys.stderr.write("benchmarks/gpu.py: torch finds no CUDA GPU here; run it on a machine with one\n")
+            sys.exit(2)
+        torch.cuda.set_device(torch.device(arguments.device).index or 0)  # streams, events and launches are there
+        arguments.device = "cuda"
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "no GPU: times mean nothing"
     sys.stdout.write(f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}\n")
@@ -195,6 +202,53 @@ def burst(run: Product, device: str) -> Callable[[], float]:
     return replay
 
 
+def moments(arguments: argparse.Namespace) -> None:
+    """Gram matrices of 4096 tokens."""
+    sys.stdout.write("\nGram matrices of 4096 tokens: seconds, and the relative error of the sum\n\n")
+    table("inputs", "dtype", "ms", "TFLOP/s", "error")
+    sizes = (2048, 4096, 11008) if arguments.device == "cuda" else (256,)
+    for features, dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
+        x = torch.randn(4096, features, device=arguments.device).bfloat16()
+        right = x[:, :64].double().T @ x.double() / len(x)
+        gram = GramAccumulator(features, x.device)
+        seconds = waited(lambda: gram.update(x.to(dtype)), arguments)  # noqa: B023 - called here
+        error = float((gram.finish().matrix[:64].double() - right).norm() / right.norm())
+        speed = 4096 * features**2 / seconds / 1e12  # half of the matrix
+        row(str(features), str(dtype), f"{seconds * 1e3:.2f}", f"{speed:.1f}", f"{error:.1e}")
+
+
+def store(arguments: argparse.Namespace) -> None:
+    """Reads and writes the parameters and moments of 8 blocks of 2^26 weights, as a step of the sweep does."""
+    sys.stdout.write("\nParameters and moments of 8 blocks of 67M weights, read and written once\n\n")
+    table("where", "seconds", "GB/s each way")
+    size = 1 << (26 if arguments.device == "cuda" else 16)
+    for where, on_device, memory in (("GPU", 1 << 40, 0), ("pinned memory", 0, 1 << 40), ("file", 0, 0)):
+        with Scratch(memory, on_device=on_device).store(arguments.device) as kept:
+            for _ in range(8):
+                kept.append(torch.ones(3, size, device=arguments.device))
+
+            def step(kept: TensorStore = kept) -> None:
+                for index in range(8):
+                    block = kept[index]
+                    kept.expect(index + 1)
+                    kept[index] = block.mul_(0.5)
+
+            seconds = waited(step, arguments)
+        row(where, f"{seconds:.3f}", f"{8 * 12 * size / seconds / 1e9:.1f}")
+
+
+def waited(run: Callable[[], object], arguments: argparse.Namespace) -> float:
+    """Seconds of one run, the median of a few, with all that it began."""
+    times = []
+    for _ in range(min(5, arguments.rounds) + 1):
+        start = time.perf_counter()
+        run()
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
 def prune(arguments: argparse.Namespace) -> None:
     """Seconds and memory to prune one block of a real size."""
     sys.stdout.write(f"\nOne block, {arguments.samples} windows of 1024 tokens, 50 %, bf16\n\n")
@@ -252,6 +306,8 @@ def decode(arguments: argparse.Namespace) -> None:
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "gemv": gemv,
+    "moments": moments,
+    "store": store,
     "prune": prune,
     "decode": decode,
 }

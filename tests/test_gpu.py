@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.errors import MemoryBudgetError
+from sparsellm.statistics import GramAccumulator
+from sparsellm.storage.scratch import Scratch
 from sparsepack.bench import one_run
 from sparsepack.generation import generate
 from sparsepack.layout import pack
@@ -110,6 +113,47 @@ def test_the_memory_of_the_device_is_predicted(tmp_path: Path) -> None:
     assert 0.3 * predicted <= used <= 1.1 * predicted + (64 << 20)  # cuBLAS has a workspace
 
 
+def test_the_same_command_gives_the_same_bits(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    for name, memory in (("one", None), ("two", None), ("little", "100kB")):
+        recipe = Recipe(device=DEVICE, dtype="float32", effort=2, device_memory=memory)
+        if memory is not None and DEVICE != "cpu":
+            with pytest.raises(MemoryBudgetError, match="lower batch_tokens"):
+                sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / name)
+            continue
+        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / name)
+    first, second = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("on_device", [0, 3 << 22, 1 << 30])
+def test_a_store_next_to_the_computation_is_a_list(on_device: int) -> None:
+    """Long products run while copies do; each item is read before and after it is replaced."""
+    expected = [torch.full((1024, 1024 + shift), float(shift)) for shift in range(6)]
+    work = torch.ones(2048, 2048, device=DEVICE)
+    with Scratch(1 << 25, on_device=on_device).store(DEVICE) as store:
+        for value in expected:
+            store.append(value.to(DEVICE))
+        for turn in range(6):
+            for index in range(len(store)):
+                item = store[index]
+                store.expect(index + 1)
+                work = (work @ work).clamp_(max=1)
+                assert item.device.type == torch.device(DEVICE).type
+                store[index] = item * 2 + turn + work.max() - 1
+                expected[index] = expected[index] * 2 + turn
+        for item, right in zip(store, expected, strict=True):
+            assert torch.equal(item.cpu(), right)
+
+
+def test_a_gram_matrix_of_bf16_inputs_is_exact_to_fp32() -> None:
+    x = torch.randn(5000, 700, generator=torch.Generator().manual_seed(0)).bfloat16()
+    accumulator = GramAccumulator(700, torch.device(DEVICE))
+    accumulator.update(x.to(DEVICE))
+    found, right = accumulator.finish().matrix.cpu().double(), x.double().T @ x.double() / len(x)
+    assert float((found - right).norm()) <= 1e-5 * float(right.norm())
+
+
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -> None:
@@ -151,6 +195,15 @@ def test_a_packed_model_generates_on_the_device(values: str, tmp_path: Path) -> 
         assert min(one_run(model, 1, 4, 2)) > 0
     torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-3)
     assert all(texts)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_the_kernel_runs_where_its_tensors_are() -> None:
+    packed, dense = random_weight(70, 1100, "int8", 0.5, seed=1)
+    x = activations(4, 1100, torch.float32, seed=2)
+    layer = layer_of(packed, dtype=torch.float32).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert bool(((layer(x.to("cuda:1")).cpu().double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
