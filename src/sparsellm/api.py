@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,16 +169,10 @@ def evaluate(  # noqa: PLR0913 - the Python door
 
 
 def pack_and_measure(
-    run: Request,
-    packed: Path,
-    text: str,
-    against: Model | Opened,
-    progress: ProgressCallback,
-    *,
-    seq_len: int | None,
-    max_tokens: int | None,
+    run: Request, packed: Path, text: str, against: Model | Opened, progress: ProgressCallback, **window: Any
 ) -> tuple[PackResult, Evaluation]:
-    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model, as :func:`evaluate`."""
+    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model. ``window`` is
+    ``seq_len`` and ``max_tokens`` of :func:`evaluate`."""
     recipe = run.recipe
     result = pack(
         os.fspath(run.out or ""),
@@ -191,13 +186,12 @@ def pack_and_measure(
     measured = evaluate(
         result.path,
         text,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
         bos=recipe.bos,
         against=against,
         device=recipe.device,
         trust_remote_code=run.trust_remote_code,
         progress=progress,
+        **window,
     )
     return result, measured
 

@@ -31,7 +31,7 @@ from sparsellm.convert import pack
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
-from sparsellm.records import Benchmark, Continuation, Evaluation, Settings
+from sparsellm.records import Benchmark, Continuation, Evaluation, Record, Settings
 from sparsellm.report.document import REPORT
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
@@ -58,17 +58,12 @@ Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 COSTS = {"pack": 5.0, "evaluate": 45.0, "load": 3.0, "bench": 20.0, "generate": 20.0}
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(Record):
     """A form of the model: bytes of its weights, its evaluation, and the peak memory of a process that decodes it."""
 
     weight_bytes: int
     evaluation: Evaluation
-    peak_rss: int | None = None
-
-    def to_dict(self) -> Settings:
-        record = self.evaluation.model_dump(mode="json")
-        return {"weight_bytes": self.weight_bytes, "peak_rss_bytes": self.peak_rss, "evaluation": record}
+    peak_rss_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ class DemoResult:
             "dense_path": str(self.dense_path),
             "packed_path": str(self.packed_path),
             "report": str(self.report) if self.report is not None else None,
-            "forms": {name: getattr(self, name).to_dict() for name in ("dense", "packed", "q4_0")},
+            "forms": {name: getattr(self, name).model_dump(mode="json") for name in ("dense", "packed", "q4_0")},
             "speeds": self.speeds.model_dump(),
             "q4_0_tokens_per_second": self.q4_0_tokens_per_second,
             "continuations": self.texts.model_dump(mode="json"),
@@ -165,8 +160,8 @@ def run_demo(
         dense_path=dense,
         packed_path=packed,
         pruned=result,
-        dense=Form(speeds.dense_bytes, of_dense, answers[0][1]),
-        packed=Form(speeds.packed_bytes, evaluation, answers[1][1]),
+        dense=Form(weight_bytes=speeds.dense_bytes, evaluation=of_dense, peak_rss_bytes=answers[0][1]),
+        packed=Form(weight_bytes=speeds.packed_bytes, evaluation=evaluation, peak_rss_bytes=answers[1][1]),
         q4_0=q4_0,
         speeds=speeds,
         texts=texts,
@@ -188,7 +183,7 @@ def _evaluated(
         return api.evaluate(model, "pydoc", against=against, tokenizer=given, **settings)  # type: ignore[arg-type]
 
     model, size = in_q4_0(load(dense, dtype="float32"))
-    return evaluated(pruned), evaluated(packed), Form(size, evaluated(model))
+    return evaluated(pruned), evaluated(packed), Form(weight_bytes=size, evaluation=evaluated(model))
 
 
 @torch.no_grad()

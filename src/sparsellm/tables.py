@@ -154,7 +154,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
         ratio = f"{packed} (×{pair.packed.median / pair.dense.median:.2f})"
         shown.add_row("tokens/s, same decoder", dense, llama_cpp, ratio)
         shown.add_row("tokens/s by transformers", eager, "", f"(×{pair.ratio.dense_by_transformers:.2f})")
-    shown.add_row("peak memory of decoding", *(_megabytes(form.peak_rss) for form in forms))
+    shown.add_row("peak memory of decoding", *(_megabytes(form.peak_rss_bytes) for form in forms))
     out().print(shown)
     pruned = result.pruned
     say(f"packed: {pruned.sparsity_pruned:.0%} zeros, {pruned.bits_per_weight:.2f} bits a weight, embedding in int8")
