@@ -1,4 +1,4 @@
-"""Throughput of `sparsellm serve` beside llama.cpp's `llama-server`, with one client and with several.
+"""Throughput of `sparsellm serve` next to llama.cpp's `llama-server`, with one client and with several.
 
     pip install 'sparsellm[serve]'
     python benchmarks/serving.py packed=DIR Q4_1=model.gguf --llama-server PATH [--clients 1 4] [--cpu-seconds]
