@@ -1,7 +1,7 @@
 """One run in several processes: division of the work, and exchange of the results.
 
 ``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that walk the same chain, each with some
-windows. Moments are summed; each solves some rows of a weight, and all get all rows.
+windows. Moments are summed; each solves some linears, or some rows of a weight, and all get all rows.
 
 In a single process every helper here does nothing. Helpers that communicate must be called by all processes, in the
 same order. Tensors are sent by gloo or NCCL, depending on their device, and small Python values are pickled.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +28,17 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     size: int = request.param
     folder = tmp_path_factory.mktemp("processes")
     run_in(size, workers.everything, folder)
+    return Found(folder, size)
 
-    def load(name: str) -> list[Any]:
-        return [torch.load(folder / f"{name}-{rank}-of-{size}.pt", weights_only=False) for rank in range(size)]
 
-    load.folder = folder  # type: ignore[attr-defined]
-    return load
+@dataclass(frozen=True)
+class Found:
+    folder: Path
+    size: int
+
+    def __call__(self, name: str) -> list[Any]:
+        files = [self.folder / f"{name}-{rank}-of-{self.size}.pt" for rank in range(self.size)]
+        return [torch.load(file, weights_only=False) for file in files]
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +127,18 @@ def test_what_is_compared_is_there(alone: dict[str, Any]) -> None:
 
 
 def test_every_process_holds_the_same_moments(found: Any) -> None:
-    assert same_bits(found("again")[0]["weights"], found("admm")[0]["weights"])
     first, *rest = found("gram")
     assert all(torch.equal(first, other) for other in rest)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_same_number_of_processes_gives_the_same_bits(size: int, tmp_path: Path) -> None:
+    run_in(size, workers.prune_twice, tmp_path)
+    found = Found(tmp_path, size)
+    for name in workers.AGAIN:
+        first, *others = itertools.chain(*found(name))
+        assert len(others) == 2 * size - 1
+        assert all(same_bits(first, other) for other in others), name
 
 
 def test_a_solver_that_is_not_registered_as_distributed_solves_whole_weights(found: Any) -> None:

@@ -64,6 +64,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+AGAIN = ("admm", "allocated", "experts", "swept")  # rows, a survey, whole linears, a sweep
+
+
 def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> Mock:
     """A mock that counts the calls of a method, which still runs."""
     real, calls = getattr(owner, name), Mock()
@@ -103,9 +106,13 @@ def leave(folder: Path, name: str, found: Any) -> None:
 def prune_everything(folder: Path) -> None:
     for name in CASES:
         leave(folder, name, prune_case(name))
-    leave(folder, "again", prune_case("admm"))
     _refusals()
     _a_solver_that_knows_nothing_of_processes(folder)
+
+
+def prune_twice(folder: Path) -> None:
+    for name in AGAIN:
+        leave(folder, name, [prune_case(name)["weights"] for _ in range(2)])
 
 
 def _refusals() -> None:
