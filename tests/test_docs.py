@@ -16,6 +16,7 @@ import yaml
 
 from sparsellm import Recipe, api
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.families import mixtral
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +31,7 @@ SMALL = {
     "compare": "--text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32",
 }
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-RUN = [ROOT / "README.md", ROOT / "docs" / "guide.md", TUTORIAL]
+RUN = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "experts.md", TUTORIAL]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -86,6 +87,8 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(api, "run_tasks", lambda *_, **__: {})
     monkeypatch.chdir(tmp_path)
     save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "path" / "to" / "model")
+    if page.name == "experts.md":
+        save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "path" / "to" / "mixture")
     lines = "\n".join(f"Line {number} of a text about nothing in particular." for number in range(400))
     for name in ("my-text.txt", "my-test.txt"):
         Path(name).write_text(lines, encoding="utf-8")
