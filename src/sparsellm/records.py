@@ -230,7 +230,7 @@ class RunRecord(Record):
     warnings: list[str] = []
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
-    experts: list[ExpertsOfBlock] = []  # of every mixture, if some were removed
+    experts: list[ExpertsOfBlock] = []  # a record for each mixture, if experts were removed
     identity: Settings = {}  # everything that the bits of the result depend on
 
     @computed_field  # type: ignore[prop-decorator]

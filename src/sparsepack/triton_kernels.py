@@ -41,7 +41,7 @@ def available() -> str | None:
             packed = PackedWeight((1, 1), "bitmask", one.to(torch.uint8), one.view(-1), ends, None, "fp32")
             if _product(packed, one).item() != 1:
                 raise RuntimeError("a product is wrong")
-        except Exception as error:  # of Triton, its compiler, or the driver
+        except Exception as error:  # from Triton, its compiler, or the driver
             why = " ".join(str(error).split())[:160] or type(error).__name__
             said = f"Triton does not run here ({why}), so torch multiplies packed weights, slowly"
             warnings.warn(said, Note, stacklevel=2)

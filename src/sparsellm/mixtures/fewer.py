@@ -29,7 +29,7 @@ class Routing:
     experts: int
     per_token: int
     groups: int  # consecutive groups of experts that routing compares; 1 without groups
-    chosen_groups: int  # of which a token takes experts
+    chosen_groups: int  # groups from which a token takes experts
 
     @classmethod
     def of(cls, chain: Chain) -> Routing:

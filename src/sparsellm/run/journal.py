@@ -53,7 +53,7 @@ class BlockRecord:
     seconds: dict[str, float]
     peak_rss: int
     sha256: str = ""
-    experts: ExpertsOfBlock | None = None  # of its mixture, in a run that removes experts
+    experts: ExpertsOfBlock | None = None  # what a run that removes experts did
 
 
 class Journal(contextlib.ExitStack):

@@ -135,7 +135,7 @@ class TensorStore(Sequence[Tensor]):
 
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
         self._scratch, self._device = scratch, device
-        self._stream: torch.cuda.Stream | None = None  # of copies between pinned memory and the device
+        self._stream: torch.cuda.Stream | None = None  # copies between pinned memory and the device
         self._items: list[Tensor | _Pinned | _Slot] = []
         self._file: io.FileIO | None = None
         self._end = 0  # end of the file
