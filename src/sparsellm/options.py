@@ -23,7 +23,7 @@ TEXT, MEASURE, VALUES, SERVER = "Text", "Measurement", "Values", "Server"  # pan
 TRAINING, GGUF = "Training", "For GGUF"
 Made = TypeVar("Made", bound=BaseModel)
 # Types by placeholder; values with other placeholders are text.
-KINDS = {"": bool, "N": int, "SHARE|N": float, "0-3": int, "SHARE": float, "T": float, "RATE": float, "DIR": Path, "FILE": Path}
+KINDS = {"": bool, "N": int, "0-3": int, "SHARE": float, "T": float, "RATE": float, "DIR": Path, "FILE": Path}
 
 
 def argument(metavar: str, help: str, kind: Any = str) -> Parameter:

@@ -121,7 +121,7 @@ class Recipe(BaseModel):
     """How the zeros are divided among blocks and linears; `sparsellm methods` lists all. A fixed pattern needs none."""
     allocation_options: dict[str, JsonValue] = {}
     """Options of the allocation, by name."""
-    experts: Annotated[float | None, Option(WHAT, "SHARE|N", null="keep all"), Field(gt=0, le=1 << 20)] = None
+    experts: Annotated[float | None, Option(WHAT, "SHARE", null="keep all"), Field(gt=0, le=1 << 20)] = None
     """Share of the experts of each mixture to remove before anything else, such as 0.5, or the number to keep, from 1
     on; with sparsity 0, nothing else is pruned."""
     expert_score: Annotated[str, Option(WHAT, "NAME", registered=("mixtures",)), NAME] = "coordinated"
