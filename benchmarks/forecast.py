@@ -1,139 +1,180 @@
-"""What a run takes on machines that are not at hand, by the forecast that `sparsellm prune` prints.
+"""What `sparsellm prune` takes on machines that are not at hand, and its predictions against runs on this one.
 
-    python benchmarks/forecast.py --machine laptop=400,20,32,0 server=3000,100,256,2.5 card=200000,25,256,3
+    python benchmarks/forecast.py
+    python benchmarks/forecast.py --models 8b --machines laptop=400,300,40,32,1
+    python benchmarks/forecast.py --against demo /path/to/gemma.gguf --text my-text.txt --cpu-seconds
 
-Writes checkpoints of the shape of Llama 3 whose weights are holes in the files, opens them as a run does, and predicts
-memory, disk and time for the default recipe. Nothing is run: the speed of a machine is given as GFLOP/s of large
-products, GB/s of memory (for a card: between it and the host), GB of memory for hidden states, and dollars an hour.
+The tables come from configs alone, as `sparsellm plan` has them, for the default recipe; where that does not fit, for
+the highest effort or else the local method that does. A machine is a card of `sparsellm plan --card` with GB of memory
+and a number of processes that share it, or, for a CPU, GFLOP/s in bf16 and fp32, GB/s and GB. With `--against`, runs
+are predicted and done, each in a process of its own; `1.1b` and `7b-1-layers` are made of random weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import struct
+import shutil
+import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
-from scale import LLAMA
-from transformers import AutoModelForCausalLM, LlamaConfig
+from scale import CONFIGS, make_checkpoint
+from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from sparsellm import Recipe
-from sparsellm.chain import Chain, open_chain
-from sparsellm.run import predictions
-from sparsellm.run.choice import Choice, patterns_of
-from sparsellm.run.opening import windows_of_pass
-from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
+from sparsellm.chain.chain import Chain, outline
+from sparsellm.inputs import about
+from sparsellm.progress import PHASES
+from sparsellm.records import Prediction
+from sparsellm.run.needs import foresee
+from sparsellm.run.speeds import Speeds, named
 from sparsellm.version import __version__
 
-SHAPES = {  # hidden, intermediate, blocks, heads, heads of keys and values: Llama 3.2 1B, Llama 3.1 8B and 70B
-    "1b": (2048, 8192, 16, 32, 8),
-    "8b": (4096, 14336, 32, 32, 8),
-    "70b": (8192, 28672, 80, 64, 8),
-}
-SHARD = 2e9  # bytes
 
-
-@dataclass(frozen=True)
-class Machine:
-    name: str
-    flops: float  # operations a second in a large product
-    transfer: float  # bytes a second of parameters and moments that a step of Adam moves
-    memory: float  # bytes
-    dollars: float  # an hour; 0 where it is owned
-
-    @classmethod
-    def of(cls, text: str) -> Machine:
-        name, numbers = text.split("=")
-        flops, transfer, memory, dollars = map(float, numbers.split(","))
-        return cls(name, flops * 1e9, transfer * 1e9, memory * 1e9, dollars)
-
-
-def hollow(size: str, directory: Path) -> Path:
-    """A checkpoint whose safetensors files have their headers and, in place of weights, holes."""
-    hidden, intermediate, blocks, heads, kv_heads = SHAPES[size]
-    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": blocks}
-    shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 128256}
-    config = {**LLAMA, **shape, "max_position_embeddings": 131072}
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**config))
-    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
-    index = {}
-    for name, tensor in model.state_dict().items():
-        if sum(2 * tensor.numel() for _, tensor in shards[-1]) > SHARD:
-            shards.append([])
-        shards[-1].append((name, tensor))
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        header: dict[str, object] = {}
-        end = 0
-        for name, tensor in shard:
-            start, end = end, end + 2 * tensor.numel()
-            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
-            index[name] = file
-        text = json.dumps(header).encode()
-        with (directory / file).open("wb") as opened:
-            opened.write(struct.pack("<Q", len(text)) + text)
-            opened.truncate(8 + len(text) + end)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return directory
-
-
-def demand(chain: Chain, choice: Choice, recipe: Recipe, seq_len: int) -> predictions.Demand:
-    """What `sparsellm.run.plan` would ask for, with text for every set of windows."""
-    gradients = max(LEAST_WINDOWS * seq_len, choice.allocation_needs.gradient_tokens or TOKENS)
-    return predictions.Demand(
-        samples=recipe.samples,
-        seq_len=seq_len,
-        batch_tokens=recipe.batch_tokens,
-        workspace=choice.workspace.then(choice.allocator.workspace),
-        gradient_tokens=gradients if choice.needs.output_costs or choice.allocation_needs.gradient_tokens else 0,
-        sets=choice.sets,
-        swept=choice.passes > 0,
-        fresh=choice.passes > 0,
+def llama(hidden: int, intermediate: int, blocks: int, heads: int) -> PretrainedConfig:
+    """Llama 3, with its eight heads of keys and values."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        tie_word_embeddings=hidden == 2048,
+        dtype="bfloat16",
     )
 
 
-def row(chain: Chain, recipe: Recipe, machine: Machine) -> list[str]:
-    choice = Choice.of(recipe).on(patterns_of(chain, recipe).values(), recipe.values)
-    seq_len = recipe.seq_len or 2048
-    asked = demand(chain, choice, recipe, seq_len)
-    working = max(predictions.working_bytes(chain, asked).values()) + predictions.LIBRARIES
-    hidden = predictions.hidden_bytes(chain, asked)
-    held = min(hidden, max(0, int(0.8 * machine.memory) - working))
-    disk = predictions.checkpoint_bytes(chain) * (2 if choice.passes else 1) + hidden - held
-    swept = choice.passes * windows_of_pass(recipe.samples) * seq_len
-    # Operations a second come from the machine's row, not from this one.
-    with mock.patch.multiple(predictions, _speed=lambda device: machine.flops, MEMORY=machine.transfer):
-        phases = predictions.predicted_seconds(chain, choice, recipe.samples * seq_len, seq_len, swept=swept)
-    hours = sum(phases.values()) / 3600
-    fits = f"{(working + held) / 1e9:.0f}" if working < 0.8 * machine.memory else f"needs {working / 0.8e9:.0f}"
-    money = f"{hours * machine.dollars:.0f}" if machine.dollars else "–"
-    method = recipe.method + (f", effort {recipe.effort}" if recipe.method == "sparsellm" else "")
-    return [machine.name, method, fits, f"{disk / 1e9:.0f}", f"{hours:.1f}", money]
+def qwen_mixture(hidden: int, intermediate: int, blocks: int, experts: int) -> PretrainedConfig:
+    """A mixture with the shapes of Qwen3, which routes a token to eight experts."""
+    return Qwen3MoeConfig(
+        hidden_size=hidden,
+        moe_intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=64,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+MODELS = {
+    "1b": llama(2048, 8192, 16, 32),
+    "8b": llama(4096, 14336, 32, 32),
+    "70b": llama(8192, 28672, 80, 64),
+    "400b": qwen_mixture(5120, 1536, 96, 176),  # Qwen3-235B with wider blocks and more experts: 405B, 21B a token
+}
+MACHINES = ["laptop=400,300,40,32,1", "rtx4090=64,1", "h100=256,1", "h100=2000,8"]
+TRIED = ({}, {"effort": 0}, {"method": "sparsegpt"}, {"method": "wanda"})  # the default, and what holds less
+
+
+def machine(text: str) -> tuple[str, Speeds, float, int]:
+    """Name, speeds, bytes of memory of the host, and processes."""
+    name, numbers = text.split("=")
+    *rates, memory, ranks = map(float, numbers.split(","))
+    if rates:
+        blocks, exact, moved = rates
+        speeds = Speeds(name, blocks * 1e9, exact * 1e9, moved * 1e9)
+    else:
+        speeds = named(name)
+        name = f"{int(ranks)} × {speeds.name}"
+    return f"{name}, {memory:g} GB", speeds, memory * 1e9, int(ranks)
+
+
+def hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+
+
+def row(model: str, chain: Chain, text: str) -> str:
+    name, speeds, memory, ranks = machine(text)
+    chain.device = torch.device("cuda" if speeds.card_bytes else "cpu")
+    budget = f"{int(0.8 * memory / ranks)}B"
+    found: Prediction | None = None
+    for changes in TRIED:
+        recipe = Recipe(memory=budget, **changes)
+        found = foresee(chain, recipe, ranks=ranks, speeds=speeds)
+        if not found.notes:
+            break
+    assert found is not None
+    what = (
+        recipe.method if recipe.method != "sparsellm" else f"effort {recipe.effort if recipe.effort is not None else 1}"
+    )
+    what = f"{what}, does not fit" if found.notes else what
+    needs = [found.memory.predicted_peak_rss_bytes, found.memory.predicted_peak_device_bytes, found.disk_bytes]
+    phases = [found.seconds[phase] for phase in ("gradients", "prune", "sweep")]
+    cells = [model, name, what, hours(sum(found.seconds.values())), *map(hours, phases)]
+    return " | ".join([*cells, *(about(size) if size else "–" for size in needs)])
+
+
+def tables(models: list[str], machines: list[str]) -> None:
+    print(f"sparsellm {__version__}, 50 %, 128 windows of 2048 tokens\n")
+    print("| model | machine | what fits | time | gradients | walk | sweep | memory | card | disk |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for model in models:
+        with tempfile.TemporaryDirectory() as folder:
+            MODELS[model].to_json_file(Path(folder) / "config.json")
+            chain = outline(Path(folder), device=torch.device("cpu"), dtype=torch.bfloat16)
+        for text in machines:
+            print(f"| {row(model, chain, text)} |", flush=True)
+
+
+RUN = """
+import json, sys, time
+if sys.argv[4] == "cpu":
+    time.perf_counter = time.process_time
+import sparsellm
+result = sparsellm.prune(sys.argv[1], json.loads(sys.argv[3]), out=sys.argv[2])
+memory = result.memory.predicted_peak_rss_bytes
+print(json.dumps([result.predicted_seconds, result.seconds, memory, result.peak_rss_bytes]))
+"""
+
+
+def against(models: list[str], scratch: Path, settings: dict[str, object], clock: str) -> None:
+    print("| model | what | predicted | measured | ratio |\n|---|---|---|---|---|")
+    for model in models:
+        size, _, layers = model.removesuffix("-layers").partition("-")
+        place = scratch / model if size in CONFIGS else model
+        if size in CONFIGS:
+            config = CONFIGS[size] | ({"num_hidden_layers": int(layers)} if layers else {})
+            make_checkpoint(scratch / model, config, 0)
+        out = scratch / "pruned"
+        command = [sys.executable, "-c", RUN, str(place), str(out), json.dumps(settings), clock]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        shutil.rmtree(out)
+        predicted, measured, memory, peak = json.loads(done.stdout)
+        measured["prune"] = sum(measured.get(name, 0.0) for name in ("read", "prune", "forward", "write"))
+        phases = [name for name in ("gradients", "prune", "sweep") if measured.get(name)]
+        rows = [(PHASES[name], predicted[name], measured[name], "s") for name in phases]
+        rows += [("these phases", *(sum(each[name] for name in phases) for each in (predicted, measured)), "s")]
+        for what, first, second, unit in [*rows, ("memory", memory / 1e9, peak / 1e9, "GB")]:
+            print(f"| {Path(model).name} | {what} | {first:.3g} {unit} | {second:.3g} {unit} | {first / second:.2f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--machine", type=Machine.of, nargs="+", required=True, help="NAME=GFLOP/s,GB/s,GB,$")
-    parser.add_argument("--sizes", nargs="+", default=["8b", "70b"], choices=SHAPES)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--machines", nargs="+", default=MACHINES, metavar="NAME=…", help="CARD=GB,N or NAME=4 rates,N")
+    parser.add_argument("--against", nargs="+", metavar="MODEL", help="run these")
+    parser.add_argument("--text", help="calibration text of the runs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the runs, see `prune`")
+    parser.add_argument("--cpu-seconds", action="store_true", help="processor time of one thread, on a busy machine")
+    parser.add_argument("--scratch", type=Path, default=Path(__file__).parent / "out")
     arguments = parser.parse_args()
-    print(f"sparsellm {__version__}, {arguments.samples} windows of {arguments.seq_len} tokens, 50 %\n")
-    print("| model | machine | method | memory (GB) | disk (GB) | hours | $ |\n|---|---|---|---|---|---|---|")
-    for size in arguments.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            chain = open_chain(hollow(size, Path(folder) / size), device=torch.device("cpu"))
-            for machine in arguments.machine:
-                for changes in ({"method": "sparsegpt"}, {"effort": 0}, {"effort": 1}):
-                    settings = {"sparsity": 0.5, "samples": arguments.samples, "seq_len": arguments.seq_len, **changes}
-                    print(f"| {size} | {' | '.join(row(chain, Recipe(**settings), machine))} |", flush=True)
+    if not arguments.against:
+        return tables(arguments.models, arguments.machines)
+    recipe = Recipe(samples=16, seq_len=512, calibration=arguments.text).with_settings(arguments.set)
+    arguments.scratch.mkdir(exist_ok=True)
+    settings = recipe.model_dump(exclude_unset=True)
+    against(arguments.against, arguments.scratch, settings, "cpu" if arguments.cpu_seconds else "wall")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ DEEP = "[" * 50_000
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
 COMMANDS = {
     "prune": ["prune", "model", "--out=out", *SMALL],
+    "plan": ["plan", "model", *SMALL],
     "eval": ["eval", "model", "--text=note.txt", "--seq-len=16", "--max-tokens=64"],
     "inspect": ["inspect", "model"],
     "report": ["report", "model"],
@@ -139,7 +140,7 @@ def mutated(data: bytes) -> st.SearchStrategy[bytes]:
 
 ON_MODEL = [
     [*COMMANDS["prune"], "--calibration=note.txt"],
-    *(COMMANDS[name] for name in ("eval", "inspect", "pack")),
+    *(COMMANDS[name] for name in ("eval", "inspect", "pack", "plan")),
     ["generate", "model", "The", "--max-new-tokens=2"],
 ]
 HUGE = [-1, 0, 1, 3, 2**31, 10**5, 10**12, 10**30, "32", None, True, 0.5, -0.5, [], [32], {}, {"rope_type": "x"}]

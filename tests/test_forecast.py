@@ -21,6 +21,8 @@ from sparsellm.progress import DETAIL, NOTE, PLAN, Forecast, Progress, between
 from sparsellm.run import predictions
 from sparsellm.run import prune as running
 from sparsellm.run.choice import Choice
+from sparsellm.run.needs import speeds_of
+from sparsellm.run.predictions import Extent
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -153,16 +155,20 @@ def test_a_run_announces_its_phases_and_tells_error_and_sparsity(tmp_path: Path)
 def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -> None:
     chain = open_chain(tiny_llama(), device=torch.device("cpu"))
     choice = Choice.of(Recipe(sparsity=0.5))
-    whole = predictions.predicted_seconds(chain, choice, 4096, 64)
-    resumed = predictions.predicted_seconds(chain, choice, 4096, 64, finished=2)
+
+    def seconds(choice: Choice, tokens: int = 4096, finished: int = 0) -> dict[str, float]:
+        extent = Extent(samples=tokens // 64, own=tokens // 64, seq_len=64, batch_tokens=4096, swept=tokens // 2)
+        return predictions.predicted_seconds(chain, choice, extent, speeds_of(chain), finished=finished)
+
+    whole, resumed = seconds(choice), seconds(choice, finished=2)
     assert min(whole["gradients"], whole["prune"], whole["sweep"], resumed["replay"]) > 0
     assert (whole["replay"], resumed["gradients"]) == (0, 0)
     assert resumed["prune"] < whole["prune"]
-    assert predictions.predicted_seconds(chain, choice, 8192, 64)["sweep"] == pytest.approx(2 * whole["sweep"])
-    local = predictions.predicted_seconds(chain, Choice.of(Recipe(method="wanda")), 4096, 64)
+    assert seconds(choice, 8192)["sweep"] == pytest.approx(2 * whole["sweep"])
+    local = seconds(Choice.of(Recipe(method="wanda")))
     assert (local["gradients"], local["sweep"]) == (0, 0)
     assert local["prune"] < whole["prune"]
-    rounded = predictions.predicted_seconds(chain, choice.on([Unstructured(1, 2)], "int4"), 4096, 64)
+    rounded = seconds(choice.on([Unstructured(1, 2)], "int4"))
     assert rounded["prune"] > whole["prune"]  # rounding to a grid takes time, too
 
 

@@ -19,6 +19,7 @@ from sparsellm.calibration.sources import DOCUMENTS, IDS, as_text, settle_calibr
 from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import check_seq_len, evaluation_windows, leading_token, windows_of_ids
 from sparsellm.chain import open_chain
+from sparsellm.chain.chain import outline
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.convert import PackResult, pack
 from sparsellm.errors import DataError, MissingExtraError, RecipeError
@@ -28,17 +29,20 @@ from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import card
 from sparsellm.hub.push import push
 from sparsellm.inputs import without_folders
+from sparsellm.machine import resolve_device
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
-from sparsellm.records import Benchmark, Continuation, Evaluation, Protocol
+from sparsellm.records import Benchmark, Continuation, Evaluation, Prediction, Protocol
 from sparsellm.report.document import write_report
 from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.fingerprint import tokens_fingerprint
-from sparsellm.run.opening import default_seq_len, open_model
+from sparsellm.run.needs import foresee
+from sparsellm.run.opening import default_seq_len, open_model, set_products
 from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult
-from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.run.speeds import named
+from sparsellm.sources.resolve import checkpoint_directory, config_place
 from sparsellm.storage.reader import as_storage_error
 from sparsellm.storage.results import append_result
 from sparsepack.loading import load
@@ -85,6 +89,53 @@ def prune(  # noqa: PLR0913 - the Python door
     text = None if isinstance(given, str) else given  # the recipe contains a source
     request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
     return story.prune(request, progress)
+
+
+@checked
+def dry_run(
+    model: Model,
+    recipe: arguments.RecipeGiven = None,
+    *,
+    out: arguments.Out,
+    teacher: Checkpoint | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback = ignore,
+) -> Prediction:
+    """Refuses what :func:`prune` with these arguments refuses before the work, and predicts it; writes nothing. A model
+    or text on the hub is downloaded."""
+    settled, door = settle_calibration(Recipe.of(recipe), None), (overwrite, restart, trust_remote_code, teacher)
+    return story.rehearse(Request(model, settled, out, None, None, *door), progress)
+
+
+@checked
+def plan(
+    model: Checkpoint,
+    recipe: arguments.RecipeGiven = None,
+    *,
+    ranks: arguments.Count = 1,
+    card: arguments.Name | None = None,
+    trust_remote_code: bool = False,
+) -> Prediction:
+    """Predicts what :func:`prune` needs, by the config of a model alone: no weights are read.
+
+    Args:
+        model: as in :func:`prune` by name, or a ``config.json``.
+        recipe: as in :func:`prune`; its ``memory`` is that of the machine.
+        ranks: processes of torchrun that divide the work, with a card each if there are cards.
+        card: a card of the table, such as ``h100``; None for this machine, which is measured.
+
+    Raises:
+        SparseLLMError: the config cannot be read, the recipe does not fit it, or the card is not in the table.
+    """
+    settings, speeds = Recipe.of(recipe), named(card) if card is not None else None
+    device = resolve_device(settings.device) if speeds is None else torch.device("cuda")
+    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    chain = outline(config_place(str(model)), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    set_products(chain, settings)
+    found = foresee(chain, settings, ranks=ranks, speeds=speeds)
+    return found.model_copy(update={"model": without_folders(str(model))})
 
 
 @checked
@@ -292,4 +343,5 @@ def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[Matri
     return zeros
 
 
-__all__ = ["Evaluation", "MatrixZeros", "Opened", "PruneResult", "card", "evaluate", "inspect", "prune", "push"]
+__all__ = ["Evaluation", "MatrixZeros", "Opened", "PruneResult", "card", "dry_run", "evaluate", "inspect", "plan"]
+__all__ += ["prune", "push"]

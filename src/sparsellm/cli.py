@@ -108,6 +108,7 @@ def _kept_in(directory: str, *, save: bool) -> Path | None:
     use.TRUST,
     use.out("Directory of the pruned checkpoint."),
     option("--pack DIR", "Also pack the result into DIR, measure that against MODEL, and write its report."),
+    flag("--dry-run", "Refuse what the run would refuse, print what it needs, and write nothing."),
     *use.RESTARTING,
     flag("--quiet -q", "Print warnings and errors only."),
     use.VERBOSE,
@@ -119,7 +120,14 @@ def _kept_in(directory: str, *, save: bool) -> Path | None:
     ),
 )
 def prune(
-    model: str, out: Path, quiet: bool, verbose: bool, progress: Any, pack: Path | None = None, **options: Any
+    model: str,
+    out: Path,
+    quiet: bool,
+    verbose: bool,
+    progress: Any,
+    dry_run: bool,
+    pack: Path | None = None,
+    **options: Any,
 ) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
@@ -136,6 +144,10 @@ def prune(
         check_destination(pack, sources=[out, *checkpoints_among(model, dense)], overwrite=options["overwrite"])
         if recipe.grid != "own" and recipe.values == "int8":
             raise RecipeError(f"grid {recipe.grid} has no packed form in int8; leave out --pack, and export the result")
+    if dry_run:
+        prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
+        shown = prediction.model_dump(mode="json"), lambda: tables.print_prediction(prediction)
+        return shown if parallel.is_main() else None
     told: set[str] = set()
 
     def tell(event: Any) -> None:
@@ -172,6 +184,29 @@ def prune(
             tables.print_next(out, result.recipe, dense)
 
     return content, lambda: None if quiet else show()
+
+
+@_command(
+    argument("MODEL", "As for prune, or a config.json; only the config is read."),
+    *map(field, use.FIELDS),
+    *use.RECIPE,
+    use.PLUGIN,
+    use.TRUST,
+    option("--card NAME", "A card to predict for, such as h100, by its data sheet.", RESOURCES, shown="this machine"),
+    option("--ranks N", "Processes of torchrun, with a card each if there are cards.", RESOURCES, default=1),
+    use.JSON,
+    examples=(
+        "sparsellm plan path/to/model",
+        "sparsellm plan config.json --card h100 --ranks 8 --effort 2",
+        "sparsellm plan demo --samples 32 --memory 2GiB --json",
+    ),
+)
+def plan(model: str, **options: Any) -> Printed:
+    """Predict time, memory and disk of `sparsellm prune` for MODEL, on this machine or on cards."""
+    from sparsellm import api, tables
+
+    found = api.plan(model, use.take_recipe(options), **options)
+    return found.model_dump(mode="json"), lambda: tables.print_prediction(found)
 
 
 @_command(

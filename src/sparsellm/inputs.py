@@ -85,6 +85,11 @@ def dump_yaml(values: Mapping[str, object]) -> str:
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
 
 
+def about(size: int) -> str:
+    """A size such as 270 MB, 3.2 GB or 141 GB."""
+    return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
+
+
 def without_folders(text: str) -> str:
     """A path, a source or an option as files that leave this machine hold it: a path by its last part. The id of a
     model or a data set on the hub stays."""

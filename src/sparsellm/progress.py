@@ -30,6 +30,7 @@ PHASES = {  # names of phases, and of parts of them, for people
     "bench": "measure speed",
     "decode": "decode in turns",
     "sweep": "sweep the whole model",
+    "save": "save the checkpoint",
     "tune": "train",
     "dense": "run the dense model",
     "prune/permutation": "order channels",

@@ -178,6 +178,30 @@ class Memory(Record):
     predicted_peak_device_bytes: Count = 0  # in the memory of an accelerator; 0 on the CPU
     steps_bytes: dict[str, Count] = {}  # at the peak of each step of the run, on the CPU
 
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The shares of hidden states and swept weights that are not where blocks run, and of these, in files."""
+        files = self.hidden_on_disk_bytes
+        away = files + (self.hidden_in_memory_bytes if self.predicted_peak_device_bytes else 0)
+        whole = files + self.hidden_in_memory_bytes + self.hidden_on_device_bytes
+        return (away / whole, files / whole) if whole else (0.0, 0.0)
+
+
+class Prediction(Record):
+    """What a run is predicted to take. A process is one of ``ranks``; files and tokens are those of all together."""
+
+    model: str = ""
+    machine: str  # the processor or card
+    ranks: Count
+    method: str
+    passes: Count  # of the sweep
+    tokens: dict[str, Count]  # of the phases that run on tokens
+    seconds: dict[str, Seconds]  # by phase
+    memory: Memory  # of one process, of them the one that holds most
+    disk_bytes: Count  # at most: the result, the walk's blocks, hidden states, and saved passes
+    wanted_ranks: Count | None = None  # fewest processes, a power of two, in whose memory all of it fits; 0: none
+    notes: list[str] = []  # what does not fit, and what does
+
 
 class ExpertsOfBlock(Record):
     """The experts of one mixture, whose output has the relative error ``error`` with those that were kept alone, and

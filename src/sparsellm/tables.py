@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsellm.console import count, duration, out, phases, say, speed, table, visible
+from sparsellm.inputs import about
+from sparsellm.progress import PHASES
 from sparsellm.records import Totals, by_kind, error_of
 from sparsepack.grids import GRIDS
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from sparsellm.demo import DemoResult
     from sparsellm.exports.door import ExportResult
     from sparsellm.recipe import Recipe
-    from sparsellm.records import Benchmark, Evaluation, Matrix
+    from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
     from sparsellm.registry import Registry
     from sparsellm.tuning.recover import Tuned
 
@@ -55,6 +57,36 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     say(f"written to {result.path}")
     if result.report is not None:
         say(f"report: {result.report}")
+
+
+def print_prediction(found: Prediction) -> None:
+    """Prints the seconds of each phase, and memory, disk and tokens of a run."""
+    memory = found.memory
+    seconds = {name: took for name, took in found.seconds.items() if took}
+    shown = phases(seconds)
+    shown.title = f"Predicted for {visible(found.machine)}" + (f", {found.ranks} processes" * (found.ranks > 1))
+    out().print(shown)
+    needs = table(("need",), ("size",))
+    movable = memory.hidden_in_memory_bytes + memory.kept_bytes
+    rows = {
+        "memory of a process": memory.predicted_peak_rss_bytes,
+        "of it, hidden states and swept weights": movable,
+        "memory of its card": memory.predicted_peak_device_bytes,
+        "disk, at most": found.disk_bytes,
+        "of it, for want of memory": memory.hidden_on_disk_bytes * found.ranks,
+    }
+    for name, size in rows.items():
+        if size:
+            needs.add_row(name, about(size))
+    out().print(needs)
+    tokens = ", ".join(f"{PHASES[name]} {count(number)}" for name, number in found.tokens.items() if number)
+    say(f"tokens: {tokens}")
+    if found.wanted_ranks == 0:
+        say("no number of processes has the memory for all of it")
+    elif found.wanted_ranks is not None:
+        say(f"processes with the memory for all of it: {found.wanted_ranks}")
+    for note in found.notes:
+        say(f"note: {note}")
 
 
 def print_next(out: Path, recipe: Recipe, dense: str) -> None:

@@ -23,6 +23,7 @@ _IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a nam
 _QUICK = 256  # layers that are built in a moment; up to here, the names of the weights decide if they are too many
 DEEPEST = 2048  # layers, which are built in half a minute
 MANY = 4096  # experts and other sizes that are built in a moment
+LARGEST = 1 << 22  # rows or columns, where there are no weights to compare with
 # Keys of a config that describe files, not the function of the model. A model in memory has no architectures.
 _STORAGE = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
 _STORAGE |= {"transformers_version", "transformers_weights", "use_cache"}
@@ -83,17 +84,22 @@ def refused_as(error: type[UserError], where: str) -> Iterator[None]:
         raise error(f"{where} cannot be read: {(str(bad).strip() or 'syntax').splitlines()[0][:200]}") from None
 
 
-def unfit_size(sizes: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> str | None:
+def unfit_size(sizes: Mapping[str, Any], shapes: Mapping[str, Sequence[int]] | None) -> str | None:
     """The first of the sizes in a config with which transformers would take hours to build a model, or fail, as a
     clause: width, vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights, whose shapes
-    are given by name; None if there is none."""
-    longest = 1 + max((int(number) for name in shapes for number in _IN_THEIR_LISTS.findall(name)), default=-1)
-    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    are given by name, or beyond all models, where there are none; None if there is none."""
+    known = shapes or {}
+    longest = 1 + max((int(number) for name in known for number in _IN_THEIR_LISTS.findall(name)), default=-1)
+    largest = max((size for shape in known.values() for size in shape), default=0)
+    rows = LARGEST if shapes is None else largest
     for name, value in sizes.items():
         if type(value) is not int or not (name in SIZES or _COUNTS.fullmatch(name)):
             continue
-        most = min(max(_QUICK, longest), DEEPEST) if _DEPTH.fullmatch(name) else max(MANY, longest, largest)
+        widest = max(MANY, longest, rows if name in SIZES else largest)
+        most = min(max(_QUICK, longest), DEEPEST) if _DEPTH.fullmatch(name) else widest
         if value > most or (value < 1 and name in SIZES):
+            if shapes is None:
+                return f"says {name} {value!s:.40}; a model has 1 to {most}"
             return (
                 f"says {name} {value!s:.40}, and the weights have no list of modules longer than {longest} and no more "
                 f"than {largest} rows or columns" + (f"; at most {DEEPEST} layers are built" if value > DEEPEST else "")

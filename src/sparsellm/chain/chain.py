@@ -186,20 +186,32 @@ def open_chain(
         return Chain(model, None, device=device, dtype=dtype)
     config = load_config(model, trust_remote_code=trust_remote_code)
     reader = open_checkpoint(model)
-    check_sizes(config, reader)
+    check_sizes(config, model / "config.json", reader)
     return Chain(empty_model(config, model, trust_remote_code), reader, device=device, dtype=dtype)
 
 
-def empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a config, its weights on the meta device."""
+def outline(
+    place: Path, *, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Chain:
+    """A chain by a config alone, which is that of a checkpoint directory or a JSON file: names, shapes and dtypes as
+    for a checkpoint that is read block by block, but no weights, and nothing is put on the ``device``. Raises
+    ModelError."""
+    config = load_config(place, trust_remote_code=trust_remote_code)
+    check_sizes(config, place, None)
+    chain = Chain(empty_model(config, place, trust_remote_code), None, device=device, dtype=dtype)
+    chain.describe(place, device, dtype)
+    return chain
+
+
+def empty_model(config: PretrainedConfig, place: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a config, which is that of a directory or a file, its weights on the meta device."""
     try:
         with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         empty.tie_weights()
     except Exception as error:  # a wrong config raises KeyError, ValueError, RuntimeError, ZeroDivisionError, ...
-        raise ModelError(
-            f"transformers cannot build the {config.model_type} of {directory / 'config.json'}: {one_line(error)}"
-        ) from None
+        where = place if place.is_file() else place / "config.json"
+        raise ModelError(f"transformers cannot build the {config.model_type} of {where}: {one_line(error)}") from None
     assert isinstance(empty, PreTrainedModel)
     return empty
 

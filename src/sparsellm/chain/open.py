@@ -21,9 +21,9 @@ DIFFER = "config and weights are of different models: download the checkpoint ag
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a decoder-only language model. A ModelError says that it or the generation config cannot be read,
-    or that it describes another kind of model, or quantised weights."""
-    path = directory / "config.json"
+    """The config of a decoder-only language model: that of a checkpoint, or a JSON file. A ModelError says that it or
+    the generation config cannot be read, or that it describes another kind of model, or quantised weights."""
+    path = directory if directory.is_file() else directory / "config.json"
     read_object(path, ModelError)
     if (generation := directory / "generation_config.json").exists():  # else transformers takes its own defaults
         read_object(generation, ModelError)
@@ -49,13 +49,14 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
-def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
+def check_sizes(config: PretrainedConfig, place: Path, reader: CheckpointReader | None) -> None:
     """Refuses sizes in the config with which transformers would take hours to build a model, or fail: width,
-    vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights."""
+    vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights, if there are any."""
     text = config.get_text_config()
     sizes = {name: getattr(text, name, None) for name in SIZES}  # transformers maps the family's own names to these
-    if (unfit := unfit_size({**text.to_dict(), **sizes}, {name: reader.shape(name) for name in reader})) is not None:
-        raise ModelError(f"{reader.directory / 'config.json'} {unfit}; {DIFFER}")
+    shapes = {name: reader.shape(name) for name in reader} if reader is not None else None
+    if (unfit := unfit_size({**text.to_dict(), **sizes}, shapes)) is not None:
+        raise ModelError(f"{place} {unfit}; {DIFFER if shapes is not None else 'correct the config'}")
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

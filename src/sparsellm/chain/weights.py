@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from sparsellm.chain.names import checkpoint_names, expert_parts, published_name
 from sparsellm.chain.structure import find_blocks, iterate_linears, tower_names
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.machine import bf16_is_native
-from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
+from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, Outline, not_finite
 from sparsellm.storage.writer import TensorSource
 
 
@@ -82,6 +83,15 @@ class ModelWeights:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
+        linear, _ = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
+        self.dtype = dtype or _fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
+
+    def describe(self, place: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Makes a model without weights that of a checkpoint in ``place``, which is not there, to be planned with."""
+        stored = {
+            key: (self.stored_dtype(name), self._shapes[key]) for name, key in self.key_of.items() if self.owns(name)
+        }
+        self.reader, self.device = Outline(place, stored), device
         linear, _ = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.dtype = dtype or _fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
 

@@ -112,9 +112,14 @@ def open_model(
         if whole:
             loaded = load_whole(directory, chain.dtype, device, trust)
             chain = open_chain(loaded, device=device)
+    set_products(chain, recipe)
+    return chain, loaded
+
+
+def set_products(chain: Chain, recipe: Recipe) -> None:
+    """Sets the dtype in which blocks multiply fp32 matrices."""
     if recipe.products == "bfloat16" or (recipe.products == "auto" and bf16_is_native(chain.device)):
         chain.products = Bf16Products()
-    return chain, loaded
 
 
 def load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust: bool) -> PreTrainedModel:

@@ -18,38 +18,27 @@ from sparsellm.calibration.sources import default_source
 from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
-from sparsellm.chain.streams import check_forward, windows_of
+from sparsellm.chain.streams import check_forward
 from sparsellm.hub.card import base_of
 from sparsellm.inputs import without_folders
 from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback, note
 from sparsellm.recipe import Recipe
-from sparsellm.records import Base, ExpertsOfBlock, Memory
+from sparsellm.records import Base, ExpertsOfBlock, Memory, Prediction
 from sparsellm.run.choice import Choice, patterns_of
 from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
-from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
+from sparsellm.run.journal import Identity, Journal
+from sparsellm.run.needs import Budgets, extent_asked, needed, predict, speeds_of
 from sparsellm.run.opening import (
     Model,
     Models,
     Windows,
-    default_seq_len,
     given_windows,
     open_models,
     read_windows,
-    windows_of_pass,
 )
-from sparsellm.run.predictions import (
-    Demand,
-    checkpoint_bytes,
-    described,
-    device_budget,
-    needed,
-    plan_memory,
-    predicted_seconds,
-    saved_sweep_bytes,
-)
+from sparsellm.run.predictions import Extent, checkpoint_bytes, described, device_budget, predicted_seconds
 from sparsellm.storage.directory import check_destination, checkpoints_among
-from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.sweep.whole_model import check_sweepable
 
 T = TypeVar("T")
@@ -109,7 +98,7 @@ class Plan:
     out: Path | None  # absolute and without links; None for a model that is pruned in memory only
     model: Models
     windows: Windows
-    memory: Memory  # predicted for this process
+    prediction: Prediction  # memory is that of this process
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]
@@ -128,6 +117,16 @@ class Plan:
         name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
         known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
         return Base(name=self.request.name or without_folders(name), digest=self.identity.model, bytes=size, **known)
+
+    @property
+    def memory(self) -> Memory:
+        """The memory that is predicted for this process."""
+        return self.prediction.memory
+
+    def seconds_ahead(self, finished: int) -> dict[str, float]:
+        """The predicted seconds of each phase, if the first ``finished`` blocks are pruned."""
+        extent, speeds = _extent(self.windows, self.choice.passes), speeds_of(self.chain)
+        return predicted_seconds(self.chain, self.choice, extent, speeds, finished=finished, memory=self.memory)
 
     @property
     def trains_integers(self) -> bool:
@@ -177,17 +176,12 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
-    unrounded = recipe.values != "keep" and choice.passes > 0
-    demand = _demand(choice, windows, journal, unrounded=unrounded)
-    card = device_budget(chain.device, recipe.device_memory)
-    sharers = parallel.on_this_machine()
-    memory = parallel.together(partial(plan_memory, chain, demand, recipe.memory, sharers=sharers, on_device=card))
-    disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
-    seconds = seconds_ahead(chain, choice, windows, memory, journal.begun())
-    saved = saved_sweep_bytes(chain, choice.passes, unrounded=unrounded)
-    files = disk_bytes + saved if out is not None else 0
-    progress(Progress(NOTE, 1, 1, needed(memory, files, sum(seconds.values()))))
-    progress(Progress(DETAIL, 1, 1, described(memory)))
+    extent = _extent(windows, choice.passes)
+    budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
+    prediction = parallel.together(partial(predict, chain, choice, recipe, extent, budgets, journal=journal))
+    disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
+    progress(Progress(NOTE, 1, 1, needed(prediction)))
+    progress(Progress(DETAIL, 1, 1, described(prediction.memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
         dense = model_fingerprint(chain, progress)
@@ -203,7 +197,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         start=started,
     )
     note(progress, warnings)
-    return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
+    return Plan(request, recipe, choice, out, model, windows, prediction, disk_bytes, identity, tuple(warnings))
 
 
 def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, list[str]]:
@@ -238,17 +232,19 @@ def _short_text(windows: Windows, choice: Choice) -> list[str]:
     return warnings
 
 
-def seconds_ahead(chain: Chain, choice: Choice, windows: Windows, memory: Memory, finished: int) -> dict[str, float]:
-    """The predicted seconds of each phase of a run whose first ``finished`` blocks are pruned."""
-    first, swept = windows.own[0], windows.swept
-    return predicted_seconds(
-        chain,
-        choice,
-        first.numel(),
-        first.shape[1],
-        finished=finished,
-        kept=memory.kept_bytes > 0,
-        swept=sum(swept[number % len(swept)].numel() for number in range(choice.passes)),
+def _extent(windows: Windows, passes: int) -> Extent:
+    """The extent of a run with these windows."""
+    swept, ranks = windows.swept, parallel.size()
+    return Extent(
+        samples=len(windows.first),
+        own=len(windows.own[0]),
+        seq_len=windows.first.shape[1],
+        batch_tokens=windows.batch_tokens,
+        sets=len(windows.sets),
+        swept=ranks * sum(swept[number % len(swept)].numel() for number in range(passes)),
+        fresh=len(windows.swept) > 1,
+        ranks=ranks,
+        sharers=parallel.on_this_machine(),
     )
 
 
@@ -257,11 +253,8 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
     passes = choice.passes if chain.reader is not None and request.removed is None else 0
-    seq_len = recipe.seq_len or default_seq_len(chain)
-    drawn = choice.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
-    written = drawn * seq_len if recipe.calibration == "self" else 0
-    tokens = recipe.samples * seq_len // parallel.size()
-    progress(Progress(PLAN, costs=predicted_seconds(chain, choice, tokens, seq_len, written=written)))
+    asked = extent_asked(chain, choice, recipe, parallel.size())
+    progress(Progress(PLAN, costs=predicted_seconds(chain, choice, asked, speeds_of(chain))))
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
         return parallel.from_main(partial(given_windows, request.calibration, chain, recipe))
@@ -272,36 +265,6 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     key = (str(model.directory), source, settings, chain.dtype, chain.device.type)
     read = partial(read_windows, text, recipe, model, choice.sets, passes, progress)
     return parallel.from_main(partial(request.once, key, read))
-
-
-def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bool) -> Demand:
-    """The memory demand of this process, with its part of the survey unless the journal knows what an earlier start of
-    the run found."""
-    samples, seq_len = windows.first.shape
-    needs, surveyed, gradients = choice.allocation_needs, 0, 0
-    allocates = choice.allocates and not journal.knows(ALLOCATION)
-    if allocates:
-        read = needs.surveyed_tokens
-        surveyed = samples if read is None else min(samples, windows_of(read, seq_len))
-    if (allocates and needs.gradient_tokens) or (choice.needs.output_costs and not journal.knows(OUTPUT_COSTS)):
-        gradients = min(samples, max(LEAST_WINDOWS, windows_of(needs.gradient_tokens or TOKENS, seq_len)))
-    surveyed, gradients = (_own(number, windows_of(windows.batch_tokens, seq_len)) for number in (surveyed, gradients))
-    return Demand(
-        samples=max(surveyed, len(windows.own[0]), gradients),
-        seq_len=seq_len,
-        batch_tokens=windows.batch_tokens,
-        workspace=choice.workspace.then(choice.allocator.workspace),
-        gradient_tokens=gradients * seq_len,
-        sets=len(windows.sets),
-        swept=choice.passes > 0,
-        fresh=len(windows.swept) > 1,
-        unrounded=unrounded,
-    )
-
-
-def _own(windows: int, batch: int) -> int:
-    """The windows of a survey that this process runs, see :meth:`Feed.own`."""
-    return windows and max(1, len(range(windows)[parallel.share(windows, batch)]))
 
 
 def _already_pruned(model: Models) -> list[str]:

@@ -7,26 +7,25 @@ proportions of the seconds count: :class:`sparsellm.progress.Forecast` corrects 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from sparsellm import machine
 from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.experts import ExpertLinear
-from sparsellm.chain.streams import PIECE_TOKENS
+from sparsellm.chain.streams import PIECE_TOKENS, windows_of
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs import parse_bytes
-from sparsellm.progress import LEAST, MOST, between
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run.choice import Choice
+from sparsellm.run.speeds import Speeds
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.gradients import LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
-from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
+from sparsellm.sweep.training import MOST_HELD_OUT
+from sparsellm.sweep.whole_model import STEP_TOKENS
 
 DEFAULT_SHARE = 0.8  # share of the free memory; the rest is for the page cache and other processes
 DEVICE_SHARE = 0.9  # share of the free memory of a GPU; the rest is for libraries, and for holes between tensors
@@ -124,18 +123,6 @@ def plan_memory(
         hidden_on_device_bytes=held,
         steps_bytes={} if there else steps,
     )
-
-
-def needed(plan: Memory, disk: int, seconds: float) -> str:
-    """What a run takes, in one line: memory, bytes of files if it writes any, and a range of time."""
-    device = f", {_about(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
-    files = f", {_about(disk)} of disk" if disk else ""
-    took = between(LEAST * seconds, MOST * seconds)
-    return f"needs about {_about(plan.predicted_peak_rss_bytes)} of memory{device}{files} and {took}"
-
-
-def _about(size: int) -> str:
-    return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
 
 
 def described(plan: Memory) -> str:
@@ -316,51 +303,149 @@ def _width(chain: Chain) -> int:
 
 
 DISK = 1e9  # bytes read, checked or written in a second
-MEMORY = 5e9  # bytes of parameters and moments that a step of Adam moves in a second
+JOINED = 4e9  # bytes of sums that processes exchange in a second
 BUSY = 0.5  # the share of a large product's speed that a block reaches
 PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
-BACKWARD = 3  # passes that a backward pass costs: the block again, and twice that for the gradients
-SALIENCY = 3  # passes that the squared gradients of the weights cost
+BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
+GRADIENT = 3  # the same where only inputs have gradients, and the squared gradients of the weights
+TRIALS = 2  # rates that a sweep tries, each judged by the held-out steps
 WRITING = 10  # passes that a token costs which the model writes itself
+TRIANGLE = 0.6  # share of a Gram matrix that is computed: panels of its upper triangle
+ADAM = 8 * 4  # bytes that a step moves for each weight: parameters, two moments and gradients in fp32, both ways
+UPLOADED, DOWNLOADED = 4 * 4, 3 * 4  # bytes that a step reads for each weight from where it is kept, and writes there
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The calibration windows of a run, and the processes that divide them."""
+
+    samples: int  # windows in a set
+    own: int  # those of one process
+    seq_len: int  # tokens in a window
+    batch_tokens: int  # tokens in one forward call
+    sets: int = 1
+    swept: int = 0  # tokens of all passes of the sweep
+    fresh: bool = False  # whether later passes run on other windows than the first
+    ranks: int = 1
+    sharers: int = 1  # processes that share the memory of this one's machine
+    written: int = 0  # tokens that the model writes itself
+
+    def share_of(self, windows: int) -> int:
+        """The most windows of some that one process runs: whole batches, if there are enough for all processes."""
+        batch = windows_of(self.batch_tokens, self.seq_len)
+        batches = math.ceil(windows / batch)
+        if batches < self.ranks:
+            return math.ceil(windows / self.ranks)
+        return min(windows, math.ceil(batches / self.ranks) * batch)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of a whole model, and bytes."""
+
+    token: float  # for a token to run through all blocks
+    head: float  # for a token to run through the head
+    statistics: float  # for the Gram matrices, for each token
+    solving: float  # for a product of each weight with its Gram matrix
+    weights: int  # elements of all blocks
+    sums: int  # bytes of the sums of all Gram matrices
+    stored: int  # bytes of the checkpoint
+    hidden: int  # bytes of the hidden state of a token, at every block, there and back
+
+    @classmethod
+    def of(cls, chain: Chain, seq_len: int) -> Work:
+        text, blocks, width = chain.config.get_text_config(), range(len(chain)), _width(chain)
+        active = statistics = solving = 0.0
+        sums = 0
+        for index in blocks:
+            routed = _routed(chain, index)
+            inputs: dict[str, list[LinearView]] = {}  # by module, whose first linears share their input
+            for linear in chain.linears(index):
+                size = linear.in_features * linear.out_features
+                active += size * (routed if isinstance(linear.module, ExpertLinear) else 1)
+                solving += 2 * linear.in_features * size
+                inputs.setdefault(linear.name.rpartition(".")[0], []).append(linear)
+            for linears in inputs.values():
+                share = routed if isinstance(linears[0].module, ExpertLinear) else 1
+                for linear in linears[:: max(1, len(linears) - 1)]:
+                    statistics += TRIANGLE * 2 * linear.in_features**2 * share
+                    sums += accumulator_bytes(linear.in_features)
+        return cls(
+            token=2 * active + 4 * seq_len * width * len(chain),
+            head=2.0 * text.vocab_size * width,
+            statistics=statistics,
+            solving=solving,
+            weights=sum(block_elements(chain, index) for index in blocks),
+            sums=sums,
+            stored=checkpoint_bytes(chain),
+            hidden=2 * len(chain) * width * chain.dtype.itemsize,
+        )
+
+
+def _routed(chain: Chain, index: int) -> float:
+    """The share of the experts of a block that a token is routed to, by the names that configs have for it."""
+    experts = max(map(len, chain.mixtures(index)), default=0)
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
+    text = chain.config.get_text_config()
+    chosen = next((value for name in names if isinstance(value := getattr(text, name, None), int)), 1)
+    return min(1.0, chosen / experts) if experts else 1.0
 
 
 def predicted_seconds(
     chain: Chain,
     choice: Choice,
-    tokens: int,  # in the calibration windows of this process, which have ``seq_len`` tokens
-    seq_len: int,
+    extent: Extent,
+    speeds: Speeds,
     *,
     finished: int = 0,  # blocks that an earlier process has pruned; it has chosen the sparsities, too
-    written: int = 0,  # tokens that the model writes itself
-    kept: bool = True,  # whether there is memory for the outputs of pruned sublayers
-    swept: int | None = None,  # tokens of all passes of the sweep; None for those of new windows
+    memory: Memory | None = None,  # None for enough of it
 ) -> dict[str, float]:
     """Seconds of each phase after the model is opened, by the names of the phases in events."""
-    sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
-    config, speed = chain.config.get_text_config(), _speed(chain.device)
-    blocks, stored = len(chain), checkpoint_bytes(chain)
-    weights = sum(inputs * outputs for inputs, outputs in sizes)
-    token = (2 * weights + 4 * seq_len * config.hidden_size) / (BUSY * speed)  # through one block
-    head = 2 * config.vocab_size * config.hidden_size / (BUSY * speed)
-    gram = sum(2 * inputs**2 for inputs, _ in sizes) / speed  # for one token
-    solve = sum(choice.workspace.products * 2 * inputs**2 * outputs for inputs, outputs in sizes) / speed
-    adam = 8 * 4 * weights * blocks / MEMORY  # parameters, two moments and gradients in fp32, read and written
-    asked = choice.allocation_needs.gradient_tokens or TOKENS * choice.needs.output_costs
-    differentiated = min(tokens, max(asked, LEAST_WINDOWS * seq_len)) if asked and not finished else 0
-    surveyed = tokens if choice.allocates and not asked and not finished else 0
-    swept_tokens = choice.passes * SWEEP_SHARE * tokens if swept is None else swept
-    passes = walked_passes(choice, kept=kept and chain.device.type == "cpu")
+    work, left = Work.of(chain, extent.seq_len), 1 - finished / len(chain)
+    blocks, (away, in_files) = BUSY * speeds.blocks, memory.shares if memory is not None else (0.0, 0.0)
+    moving = away / speeds.link + in_files / DISK  # seconds a byte
+    token, head = work.token / blocks + work.hidden * moving, work.head / blocks
+    tokens = extent.own * extent.seq_len
+    differentiated = 0 if finished else extent.share_of(gradient_windows(choice, extent)) * extent.seq_len
+    surveyed = tokens if choice.allocates and not choice.allocation_needs.gradient_tokens and not finished else 0
+    passes = walked_passes(choice, kept=(memory is None or memory.kept_bytes > 0) and chain.device.type == "cpu")
+    narrow = choice.workspace.narrow and chain.products is not None
+    solving = choice.workspace.products * work.solving / (speeds.blocks if narrow else speeds.exact)
+    joining = 2 * work.sums / JOINED if extent.ranks > 1 else 0.0
+    walking = tokens * (passes * token + work.statistics / speeds.exact) + solving / extent.ranks + joining
     return {
-        "calibration": written * WRITING * blocks * token,
-        "check": stored / DISK,
-        "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * SHARE * head),
-        "survey": surveyed * blocks * token,
-        "replay": finished * choice.sets * tokens * token,
-        "prune": (blocks - finished) * (tokens * (passes * token + gram) + solve) + 2 * stored / DISK,
-        "sweep": swept_tokens * (blocks * (2 + BACKWARD) * token + 4 * head) + swept_tokens / STEP_TOKENS * adam,
-        "save": stored / DISK,
+        "calibration": extent.written * WRITING * token,
+        "check": work.stored / DISK,
+        "gradients": differentiated * ((1 + GRADIENT) * token + 3 * SHARE * head),
+        "survey": surveyed * token,
+        "replay": finished / len(chain) * choice.sets * tokens * token,
+        "prune": left * walking + 2 * work.stored / DISK,
+        "sweep": streamed_sweep_seconds(work, extent.swept, choice.passes, speeds, moving),
+        "save": work.stored / DISK,
     }
+
+
+def gradient_windows(choice: Choice, extent: Extent) -> int:
+    """The windows that the gradients of the dense model's loss run on; 0 if nothing asks for gradients."""
+    asked = choice.allocation_needs.gradient_tokens or TOKENS * choice.needs.output_costs
+    return min(extent.samples, max(LEAST_WINDOWS, windows_of(asked, extent.seq_len))) if asked else 0
+
+
+def streamed_sweep_seconds(work: Work, tokens: int, passes: int, speeds: Speeds, moving: float) -> float:
+    """Seconds of a sweep of ``tokens`` tokens in ``passes`` passes, with one block in memory: the dense model once,
+    then forward and backward. All processes wait for the one that has the windows of a step. A byte that is not where
+    blocks run takes ``moving`` seconds."""
+    if not passes:
+        return 0.0
+    steps = tokens / STEP_TOKENS
+    judged = (passes + 1 + TRIALS) * min(MOST_HELD_OUT, steps / passes / 8) * STEP_TOKENS
+    held_out = min(MOST_HELD_OUT * STEP_TOKENS, tokens / passes / 8)  # of the first pass
+    trained = tokens - held_out
+    through = tokens + judged + trained * (1 + BACKWARD)
+    running = (through * work.token + (judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
+    moved = ADAM / speeds.memory + (UPLOADED + DOWNLOADED) * moving
+    return running + trained / STEP_TOKENS * work.weights * moved
 
 
 def walked_passes(choice: Choice, *, kept: bool) -> float:
@@ -368,15 +453,3 @@ def walked_passes(choice: Choice, *, kept: bool) -> float:
     (:mod:`sparsellm.chain.shortcuts`)."""
     again = choice.method.workspace.writers > 0 and not kept
     return (REPEATED if again else PASSES) + choice.sets - 1
-
-
-@cache
-def _speed(device: torch.device) -> float:
-    """Operations a second in a large matrix product, by the fastest of some that take milliseconds each: the first
-    starts threads and libraries, and others are slowed by what else the machine does."""
-    matrix, fastest = torch.ones(768, 768, device=device), math.inf
-    for _ in range(6):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2.0 * 768**3 / max(fastest, 1e-9)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from sparsellm import machine, parallel
 from sparsellm.chain import Feed, Stream
@@ -15,18 +16,18 @@ from sparsellm.errors import NumericalError, SparseLLMError, one_line
 from sparsellm.hub.card import CARD, card_text
 from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
-from sparsellm.records import LinearResult, SweepPass
+from sparsellm.records import LinearResult, Prediction, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import few_tokens, left_dense, rarely_chosen, shortfall, unreached
 from sparsellm.run.fewer import clean_up, remove_experts_of
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import device_of, open_model
-from sparsellm.run.plan import Plan, Request, make_plan, seconds_ahead
+from sparsellm.run.plan import Plan, Request, make_plan
 from sparsellm.run.predictions import saved_sweep_bytes
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import partial_of
+from sparsellm.storage.directory import check_unfinished, partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import CheckpointWriter
@@ -71,7 +72,7 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         finished = journal.finished(progress)
         for record in finished:
             clock.add(record.seconds)
-        predicted = seconds_ahead(chain, plan.choice, plan.windows, plan.memory, len(finished))
+        predicted = plan.seconds_ahead(len(finished))
         progress(Progress(PLAN, costs=predicted))
         folder = partial_of(plan.out) if plan.out is not None else None
         memory = plan.memory
@@ -90,6 +91,18 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(partial(_save, plan, result, journal.writer, progress))
     return result
+
+
+def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
+    """Does all that :func:`prune` does before it writes anything, with the same refusals, and returns the prediction of
+    the run."""
+    progress = progress if parallel.is_main() else ignore
+    with machine.computing(device_of(request.model, request.recipe)):
+        plan = make_plan(request, PhaseClock(), progress)
+    if plan.out is not None:
+        identity = to_jsonable_python(asdict(plan.identity))
+        parallel.from_main(partial(check_unfinished, partial_of(plan.out), identity, restart=request.restart))
+    return plan.prediction
 
 
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:

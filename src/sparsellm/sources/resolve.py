@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from sparsellm.errors import ModelError, one_line
@@ -41,12 +42,24 @@ def checkpoint_directory(model: str, argument: str = "model") -> Path:
     return _from_hub(model, argument)
 
 
-def _from_hub(model: str, argument: str) -> Path:
+def config_place(model: str) -> Path:
+    """A directory with the config of a model, or its config file, to plan with: as :func:`checkpoint_directory`, but of
+    a hub id, only the config is downloaded if it is not there."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # it cannot be a path
+        path = Path(model).expanduser()
+        if path.suffix == ".json" and path.is_file():
+            return path
+        if not path.exists() and model != "demo" and path.suffix != ".gguf":
+            return _from_hub(model, "model", ["config.json"])
+    return checkpoint_directory(model)
+
+
+def _from_hub(model: str, argument: str, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        place = snapshot_download(model, allow_patterns=_HUB_FILES)
+        place = snapshot_download(model, allow_patterns=files)
     except HFValidationError:
         reason = "it is not a directory here, and not a valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors

@@ -81,7 +81,7 @@ class WorkingDirectory(contextlib.ExitStack):
         self.path = partial_of(self.out)
         self.state = self.path / STATE
         self._overwrite = overwrite
-        self._check_entries()
+        _check_entries(self.path)
         with explained(self.path):
             self.state.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
@@ -126,12 +126,7 @@ class WorkingDirectory(contextlib.ExitStack):
 
     def _begin(self, identity: dict[str, object], restart: bool) -> None:
         left = left_in(self.path)
-        if left is not None and not restart and left != identity:
-            changed = differences(left, identity)[:4] if left else [f"its record {self.state / RUN} is damaged"]
-            raise StorageError(
-                f"{self.path} holds another unfinished run: {'; '.join(changed)}; "
-                "repeat its settings to resume it, or give --restart to start again"
-            )
+        _check_identity(self.path, identity, restart=restart)
         with explained(self.path):
             if restart:  # all but the record, by which the run is recognised after a kill
                 empty(self.path, (STATE,))
@@ -141,18 +136,36 @@ class WorkingDirectory(contextlib.ExitStack):
         if left is None or restart:
             keep_record(self.state / RUN, identity)
 
-    def _check_entries(self) -> None:
-        """Refuses foreign files in the directory, which would be removed with it or end in the result."""
-        with explained(self.path):
-            if not self.path.exists():
-                return
-            begun = left_in(self.path) is not None
-            known = [self.path / name for name in (BLOCKS, SWEPT, REPLACED, STATE)] if begun else []
-            ours = {folder for folder in known if folder.is_dir() and not folder.is_symlink()}
-            folders = {self.path, *ours} - {self.state}
-            paths = {folder / name for folder in folders for name in unknown_entries(folder)} - ours
-        if foreign := sorted(str(path.relative_to(self.path)) for path in paths):
-            raise StorageError(f"{self.path} holds {some(foreign)}, which no run wrote; move it elsewhere")
+
+def check_unfinished(partial: Path, identity: Mapping[str, object], *, restart: bool) -> None:
+    """Refuses a working directory with foreign files, or with an unfinished run of another identity that is not to be
+    removed (StorageError)."""
+    _check_entries(partial)
+    _check_identity(partial, identity, restart=restart)
+
+
+def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: bool) -> None:
+    left = left_in(partial)
+    if left is not None and not restart and left != identity:
+        changed = differences(left, identity)[:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
+        raise StorageError(
+            f"{partial} holds another unfinished run: {'; '.join(changed)}; "
+            "repeat its settings to resume it, or give --restart to start again"
+        )
+
+
+def _check_entries(partial: Path) -> None:
+    """Refuses foreign files in a working directory, which would be removed with it or end in the result."""
+    with explained(partial):
+        if not partial.exists():
+            return
+        begun = left_in(partial) is not None
+        known = [partial / name for name in (BLOCKS, SWEPT, REPLACED, STATE)] if begun else []
+        ours = {folder for folder in known if folder.is_dir() and not folder.is_symlink()}
+        folders = {partial, *ours} - {partial / STATE}
+        paths = {folder / name for folder in folders for name in unknown_entries(folder)} - ours
+    if foreign := sorted(str(path.relative_to(partial)) for path in paths):
+        raise StorageError(f"{partial} holds {some(foreign)}, which no run wrote; move it elsewhere")
 
 
 def exchange(first: Path, second: Path) -> bool:

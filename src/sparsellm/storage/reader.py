@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +157,17 @@ class CheckpointReader:
                 "this checkpoint is damaged: download or convert it again"
             )
         return digest.hexdigest()
+
+
+class Outline(CheckpointReader):
+    """The tensors that the checkpoint of a config would have: names, dtypes and shapes, but no values."""
+
+    def __init__(self, place: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self.directory, self.files = place, []
+        self._stored = {
+            name: _Stored(place, (0, 0, 0), dtype, shape, 0, math.prod(shape) * dtype.itemsize)
+            for name, (dtype, shape) in tensors.items()
+        }
 
 
 class PackedReader(CheckpointReader):

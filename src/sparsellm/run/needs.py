@@ -1,0 +1,182 @@
+"""What a run needs, predicted: for the run itself before it starts, and for ``sparsellm plan`` by a config alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from pydantic import JsonValue
+
+from sparsellm.chain import Chain
+from sparsellm.chain.streams import windows_of
+from sparsellm.errors import MemoryBudgetError, RecipeError
+from sparsellm.inputs import about, parse_bytes
+from sparsellm.machine import machine_name
+from sparsellm.progress import LEAST, MOST, between
+from sparsellm.recipe import Recipe
+from sparsellm.records import Prediction
+from sparsellm.run.choice import PASSES, Choice, patterns_of
+from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Journal
+from sparsellm.run.opening import default_seq_len, windows_of_pass
+from sparsellm.run.predictions import (
+    DEVICE_SHARE,
+    Demand,
+    Extent,
+    checkpoint_bytes,
+    device_budget,
+    gradient_windows,
+    plan_memory,
+    predicted_seconds,
+    saved_sweep_bytes,
+    working_bytes,
+)
+from sparsellm.run.speeds import Speeds, measured
+from sparsellm.sweep.whole_model import check_sweepable
+
+UNLIMITED = 1 << 62  # bytes
+LOCAL = ("sparsegpt", "wanda")  # methods that hold less, for models that no effort fits
+
+
+def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, sharers: int = 1) -> Extent:
+    """The windows that a recipe asks for, where the text has room for all."""
+    seq_len = recipe.seq_len or default_seq_len(chain)
+    # The sweep takes new windows where the dense model can run, and one in memory is not dense any more.
+    fresh = choice.passes if chain.reader is not None else 0
+    of_pass = windows_of_pass(recipe.samples)
+    drawn = choice.sets * recipe.samples + fresh * of_pass
+    extent = Extent(
+        samples=recipe.samples,
+        own=0,
+        seq_len=seq_len,
+        batch_tokens=recipe.batch_tokens,
+        sets=choice.sets,
+        swept=choice.passes * of_pass * seq_len,
+        fresh=fresh > 1,
+        ranks=ranks,
+        sharers=sharers,
+        written=drawn * seq_len if recipe.calibration == "self" else 0,
+    )
+    return replace(extent, own=extent.share_of(recipe.samples))
+
+
+class Budgets(NamedTuple):
+    """The most bytes of a process: of the host (None: a share of what is free here) and of its card (None: what the
+    work takes)."""
+
+    host: str | int | None
+    card: int | None
+
+
+def predict(
+    chain: Chain,
+    choice: Choice,
+    recipe: Recipe,
+    extent: Extent,
+    budgets: Budgets,
+    *,
+    speeds: Speeds | None = None,
+    journal: Journal | None = None,
+) -> Prediction:
+    """Memory of this process, seconds, and files of all processes of a run; what its ``journal`` has is not done again.
+    Without one, a run that writes a checkpoint from the start. Raises MemoryBudgetError if it does not fit."""
+    speeds = speeds or speeds_of(chain)
+    unrounded = recipe.values != "keep" and choice.passes > 0
+    knows = journal.knows if journal is not None else lambda name: False
+    gradients = surveyed = 0  # none of what the journal has from an earlier start
+    allocates = choice.allocates and not knows(ALLOCATION)
+    if allocates:
+        read = choice.allocation_needs.surveyed_tokens
+        surveyed = extent.samples if read is None else min(extent.samples, windows_of(read, extent.seq_len))
+    if allocates or not knows(OUTPUT_COSTS):
+        gradients = extent.share_of(gradient_windows(choice, extent))
+    demand = Demand(
+        samples=max(extent.share_of(surveyed), extent.own, gradients),
+        seq_len=extent.seq_len,
+        batch_tokens=extent.batch_tokens,
+        workspace=choice.workspace.then(choice.allocator.workspace),
+        gradient_tokens=gradients * extent.seq_len,
+        sets=extent.sets,
+        swept=choice.passes > 0,
+        fresh=extent.fresh,
+        unrounded=unrounded,
+    )
+    card = max(working_bytes(chain, demand).values()) if budgets.card is None else budgets.card
+    memory = plan_memory(chain, demand, budgets.host, sharers=extent.sharers, on_device=card)
+    finished = journal.begun() if journal is not None else 0
+    seconds = predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)
+    files = (2 if choice.passes else 1) * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
+    files += saved_sweep_bytes(chain, choice.passes, unrounded=unrounded)
+    return Prediction(
+        machine=speeds.name,
+        ranks=extent.ranks,
+        method=recipe.method,
+        passes=choice.passes,
+        tokens={
+            "gradients": gradient_windows(choice, extent) * extent.seq_len,
+            "prune": extent.sets * extent.samples * extent.seq_len,
+            "sweep": extent.swept,
+        },
+        seconds=seconds,
+        memory=memory,
+        disk_bytes=files if journal is None or journal.out is not None else 0,
+    )
+
+
+def speeds_of(chain: Chain) -> Speeds:
+    """The speeds of the device that a chain runs on, which is here."""
+    return measured(chain.device, torch.bfloat16 if chain.products is not None else chain.dtype)
+
+
+def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | None = None) -> Prediction:
+    """The prediction for a chain whose weights need not be there: on this machine, with ``ranks`` processes on it; or,
+    with the ``speeds`` of another one, whose memory is that of the recipe, or else unlimited. A run that does not fit
+    is predicted all the same; a note says so, and what fits. Raises SparseLLMError for what no memory could run."""
+    if recipe.samples < ranks:
+        raise RecipeError(f"{recipe.samples} calibration windows cannot be divided among {ranks} processes")
+    here, patterns = speeds is None, patterns_of(chain, recipe).values()
+    speeds = speeds or speeds_of(chain)
+    if here:
+        budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
+    else:
+        card = int(DEVICE_SHARE * speeds.card_bytes)
+        asked = card if recipe.device_memory is None else min(card, parse_bytes(recipe.device_memory))
+        budgets = Budgets(recipe.memory or UNLIMITED, asked)
+
+    def tried(recipe: Recipe, ranks: int) -> tuple[Prediction, str]:
+        """The prediction, and why the run does not fit, or ""."""
+        choice = Choice.of(recipe).on(patterns, recipe.values)
+        if choice.passes:
+            check_sweepable(chain)
+        extent = extent_asked(chain, choice, recipe, ranks, sharers=ranks if here and chain.device.type == "cpu" else 1)
+        run = partial(predict, chain, choice, recipe, extent, speeds=speeds)
+        why = ""
+        for room in (budgets, Budgets(UNLIMITED, budgets.card), Budgets(UNLIMITED, None)):
+            try:
+                return run(room), why
+            except MemoryBudgetError as error:
+                why = why or str(error).partition("; ")[0].replace(machine_name(chain.device), speeds.name)
+        raise AssertionError("the last has no limit")
+
+    found, why = tried(recipe, ranks)
+    counts = (1 << power for power in range(recipe.samples.bit_length()))
+    wanted = next((n for n in counts if not (more := tried(recipe, n))[1] and not more[0].memory.shares[1]), 0)
+    notes = []
+    if why:
+        lower = [effort for effort, passes in enumerate(PASSES) if passes < found.passes]
+        others: list[dict[str, JsonValue]] = [{"effort": effort, "passes": None} for effort in reversed(lower)]
+        others += [{"method": name, "options": {}, "effort": None, "passes": None} for name in LOCAL]
+        fits = (each for each in others if not tried(recipe.updated(**each), ranks)[1])
+        name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))
+        notes = [f"{why}: it does not fit; {name} {value} does"]
+    return found.model_copy(update={"notes": notes, "wanted_ranks": wanted})
+
+
+def needed(prediction: Prediction) -> str:
+    """What a run takes, in one line: memory, bytes of files if it writes any, and a range of time."""
+    plan, seconds = prediction.memory, sum(prediction.seconds.values())
+    device = f", {about(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
+    files = f", {about(prediction.disk_bytes)} of disk" if prediction.disk_bytes else ""
+    took = between(LEAST * seconds, MOST * seconds)
+    return f"needs about {about(plan.predicted_peak_rss_bytes)} of memory{device}{files} and {took}"

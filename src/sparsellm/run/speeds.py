@@ -1,0 +1,89 @@
+"""What the processor of one process does in a second: measured here, or by the data sheet of a card."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparsellm.errors import RecipeError, nearest
+from sparsellm.machine import machine_name
+
+EFFICIENCY = 0.4  # share of a data sheet's operations and bytes a second that is assumed to be reached
+WIDTH, ROWS = 768, 512  # of a measured product: few milliseconds, and large enough for full speed
+ELEMENTS = 1 << 24  # of a measured sum: more than caches hold
+ROUNDS = 6  # the fastest counts: the first starts threads and libraries, others wait for what else the machine does
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Operations and bytes a second of one process."""
+
+    name: str  # of the machine or card
+    blocks: float  # operations in products when blocks run, which may be in bf16
+    exact: float  # operations in products of statistics and solvers, in fp32
+    memory: float  # bytes read or written in the memory that blocks run in
+    link: float = math.inf  # bytes between host and card
+    card_bytes: int = 0  # memory of the card; 0 on a CPU
+
+
+def _card(name: str, blocks: float, exact: float, memory: float, link: float, size: float) -> Speeds:
+    """A card by TFLOP/s in bf16 and fp32, GB/s of its memory and its link, and GB."""
+    rates = (1e12 * blocks, 1e12 * exact, 1e9 * memory, 1e9 * link)
+    return Speeds(name, *(EFFICIENCY * rate for rate in rates), card_bytes=int(size * 1e9))
+
+
+# Peaks of dense products with fp32 sums, from the vendors' data sheets: NVIDIA A100 80GB SXM, H100 SXM, H200 SXM, L4,
+# L40S, GeForce RTX 3090 (GA102 white paper) and 4090 (Ada white paper); AMD MI300X. fp32 is that without TF32. The link
+# is PCI Express of 16 lanes, generation 4 or 5, one way.
+CARDS = {
+    "a100": _card("A100 80GB", 312, 19.5, 2039, 32, 80),
+    "h100": _card("H100", 989, 67, 3350, 64, 80),
+    "h200": _card("H200", 989, 67, 4800, 64, 141),
+    "l4": _card("L4", 121, 30.3, 300, 32, 24),
+    "l40s": _card("L40S", 362, 91.6, 864, 32, 48),
+    "mi300x": _card("MI300X", 1307, 163, 5300, 64, 192),
+    "rtx3090": _card("RTX 3090", 71, 35.6, 936, 32, 24),
+    "rtx4090": _card("RTX 4090", 165, 82.6, 1008, 32, 24),
+}
+
+
+def named(card: str) -> Speeds:
+    """The speeds of a card in the table. Raises RecipeError if it is not there."""
+    if card.lower() not in CARDS:
+        raise RecipeError(f"card {card!r:.100} is not in the table; {nearest(card[:100], CARDS)}")
+    return CARDS[card.lower()]
+
+
+@cache
+def measured(device: torch.device, dtype: torch.dtype) -> Speeds:
+    """The speeds of a device of this machine, for blocks that multiply in ``dtype``; it takes a second at most."""
+    values = torch.ones(ELEMENTS, device=device)
+    card = device.type != "cpu"
+    there = 4 * ELEMENTS / _least(device, lambda: torch.ones(ELEMENTS).to(device)) if card else math.inf
+    size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    blocks, exact = (_products(device, kind) for kind in (dtype, torch.float32))
+    memory = 8 * ELEMENTS / _least(device, lambda: values.add_(values, alpha=0.5))
+    return Speeds(machine_name(device), blocks, exact, memory, there, size)
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second in a large matrix product."""
+    left = torch.ones(ROWS, WIDTH, device=device, dtype=dtype)
+    right = torch.ones(WIDTH, WIDTH, device=device, dtype=dtype)
+    return 2.0 * ROWS * WIDTH * WIDTH / _least(device, lambda: left @ right)
+
+
+def _least(device: torch.device, work: Callable[[], Tensor]) -> float:
+    """The least seconds of some rounds."""
+    least = math.inf
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work().flatten()[0].item()
+        least = min(least, time.perf_counter() - start)
+    return max(least, 1e-9)

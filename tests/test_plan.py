@@ -1,0 +1,152 @@
+"""What a run needs, by a config alone and at the door of a run: the same numbers, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import LlamaConfig
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.run import predictions
+from sparsellm.run import prune as running
+from sparsellm.run import walk as walking
+from sparsellm.run.speeds import Speeds
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer, windows
+from tests.models.families import mixtral
+
+SMALL = Recipe(samples=4, seq_len=32)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("make", [tiny_llama, mixtral])
+def test_a_config_alone_predicts_what_a_run_does(make: Any, tmp_path: Path) -> None:
+    model = save_tiny(make(), tiny_tokenizer(), tmp_path / "model")
+    alone = shutil.copy(model / "config.json", tmp_path / "some.json")
+    door = sparsellm.dry_run(model, SMALL, out=tmp_path / "out")
+    by_directory, by_config = (sparsellm.plan(each, SMALL) for each in (model, alone))
+    assert by_config.model == "some.json"
+    assert by_config.seconds == by_directory.seconds == pytest.approx(door.seconds)
+    for one in (by_directory, by_config):
+        assert one.tokens == door.tokens
+        assert one.disk_bytes == door.disk_bytes
+        assert one.memory.working_bytes == door.memory.working_bytes
+        assert one.memory.hidden_in_memory_bytes == door.memory.hidden_in_memory_bytes
+
+
+def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(llama: Path, tmp_path: Path, run: Any) -> None:
+    before, out = files(tmp_path), tmp_path / "out"
+    line = (
+        "prune",
+        llama,
+        "--out",
+        out,
+        "--samples",
+        4,
+        "--seq-len",
+        32,
+        "--method",
+        "wanda",
+        "--calibration",
+        "pydoc",
+    )
+    code, stdout, stderr = run(*line, "--dry-run", "--json")
+    assert code == 0, stderr
+    told = json.loads(stdout)
+    assert files(tmp_path) == before
+    assert not list(tmp_path.glob("out*"))
+    code, stdout, _ = run(*line, "--dry-run")
+    assert code == 0
+    assert "prune blocks" in stdout
+    assert run(*line)[0] == 0
+    done = json.loads((out / "pruning.json").read_text())
+    assert done["memory"]["working_bytes"] == told["memory"]["working_bytes"]
+    code, _, stderr = run(*line, "--dry-run")
+    assert (code, "exists and is not empty" in stderr) == (2, True)
+    state = tmp_path / "more.partial" / ".sparsellm-run"
+    state.mkdir(parents=True)
+    (state / "run.json").write_text('{"recipe": {"seed": 1}}')
+    code, _, stderr = run(*line[:3], tmp_path / "more", *line[4:], "--dry-run")
+    assert (code, "holds another unfinished run" in stderr) == (2, True)
+
+
+def config(directory: Path, **changes: Any) -> Path:
+    """Llama 3 of 70B, as a config."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    LlamaConfig(**sizes | {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"} | changes).to_json_file(
+        directory / "config.json"
+    )
+    return directory / "config.json"
+
+
+def test_cards_and_processes_divide_a_large_model(tmp_path: Path) -> None:
+    model = config(tmp_path)
+    one, eight = (sparsellm.plan(model, card="h100", ranks=ranks) for ranks in (1, 8))
+    assert eight.seconds["prune"] < one.seconds["prune"] / 2
+    assert eight.memory.hidden_in_memory_bytes < one.memory.hidden_in_memory_bytes
+    assert (one.notes, one.wanted_ranks) == ([], 1)
+    assert one.memory.predicted_peak_device_bytes < 80e9
+    small = sparsellm.plan(model, card="l4")
+    assert small.memory.predicted_peak_device_bytes > 22e9
+    assert small.wanted_ranks == 0
+    assert small.notes[0].endswith("it does not fit; method sparsegpt does")
+    host = sparsellm.plan(model, {"memory": "200GB"}, card="h100")
+    assert host.memory.hidden_on_disk_bytes > 800e9
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "why"),
+    [
+        (["--card", "h101"], 2, "did you mean 'h100'"),
+        (["--ranks", "0"], 2, "ranks is 0"),
+        (["--ranks", "256"], 2, "128 calibration windows"),
+        ([], 0, "num_hidden_layers 0"),
+        (["--sparsity", "2"], 2, "sparsity"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options: list[str], layers: int, why: str, tmp_path: Path, run: Any) -> None:
+    model = config(tmp_path, hidden_size=64, intermediate_size=96, num_hidden_layers=layers)
+    code, stdout, stderr = run("plan", model, *options)
+    assert (code, stdout, len(stderr.splitlines())) == (2, "", 1)
+    assert why in stderr
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations of products, forward and backward, by torch's formulas."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=value)
+        return value
+
+
+@pytest.mark.parametrize(("module", "name"), [(walking, "loss_gradients"), (running, "sweep")])
+def test_operations_of_backward_passes_are_as_predicted(
+    module: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, counter = getattr(module, name), Counter()
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        with counter:
+            return work(*arguments, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    unit = Speeds("of one operation a second", 1 / predictions.BUSY, 1.0, float("inf"))
+    monkeypatch.setattr("sparsellm.run.plan.speeds_of", lambda chain: unit)
+    model = save_tiny(tiny_llama(hidden_size=64, intermediate_size=192), None, tmp_path / "model")
+    recipe = Recipe(samples=256, seq_len=32, products="float32", sets=1, sweep_rate=1e-4)
+    result = sparsellm.prune(model, recipe, calibration=windows(256, 32), out=tmp_path / "out")
+    predicted = result.predicted_seconds["sweep" if name == "sweep" else "gradients"]
+    assert counter.total == pytest.approx(predicted, rel=0.2)
