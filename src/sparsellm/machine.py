@@ -15,8 +15,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from sparsellm.errors import MemoryBudgetError, RecipeError, one_line, shown
+from sparsepack.errors import Note
 
 LOWER = "lower batch_tokens, seq_len or device_memory, or take device cpu"  # what a lack of memory on a device suggests
 
@@ -111,6 +113,17 @@ def free_device_memory(device: torch.device) -> int:
     again."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def pinned(size: int) -> Tensor | None:
+    """Memory that a GPU can read and write while it computes, uint8 ``(size,)``; None if the system refuses, which a
+    note says."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        said = f"memory cannot be pinned, so copies wait for the GPU ({one_line(error)[:160]})"
+        warnings.warn(said, Note, stacklevel=2)
+        return None
 
 
 def peak_rss() -> int:

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import StorageError
+from sparsellm.machine import pinned
 from sparsellm.storage import scratch as module
 from sparsellm.storage.scratch import Scratch, TensorStore, _Pinned, powers
+from sparsepack.errors import Note
 
 CPU = torch.device("cpu")
 BATCH = 4 * 6  # bytes of a batch below
@@ -141,14 +143,22 @@ def test_what_is_read_from_pinned_memory_has_arrived(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: queue)
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kind: empty(*size, **kind).zero_())
+    monkeypatch.setattr(torch, "empty", lambda *size, **kind: empty(*size, **kind).zero_())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "copy_", later)
     first, second = (torch.randn(1, 700_001)[:, 1:].bfloat16() for _ in range(2))
-    pinned = _Pinned(first.T, queue)  # type: ignore[arg-type]
-    assert [len(part) for part in pinned._parts] == powers(1_400_000) == [1 << 20, 1_400_000 - (1 << 20)]
-    assert torch.equal(pinned.read(CPU), first.T)
-    pinned.expect(CPU)
-    pinned.write(second)
-    assert torch.equal(pinned.read(CPU), second)
-    assert torch.equal(pinned.read(CPU), second)
+    assert powers(1_400_000) == [1 << 20, 1_400_000 - (1 << 20)]
+    parts = [empty(size, dtype=torch.uint8) for size in powers(1_400_000)]
+    kept = _Pinned(first.T, parts, queue)  # type: ignore[arg-type]
+    assert torch.equal(kept.read(CPU), first.T)
+    kept.expect(CPU)
+    kept.write(second)
+    assert torch.equal(kept.read(CPU), second)
+    assert torch.equal(kept.read(CPU), second)
+
+
+def test_memory_that_cannot_be_pinned_is_said() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it can be here")
+    with pytest.warns(Note, match="memory cannot be pinned, so copies wait for the GPU"):
+        assert pinned(1) is None

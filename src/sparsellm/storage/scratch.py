@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsellm.errors import one_line
+from sparsellm import machine
 from sparsellm.storage.files import explained, write_all
 from sparsellm.storage.reader import memory_of
-from sparsepack.errors import Note
 
 SMALL = 1 << 20  # bytes of pinned memory that are not divided further
 
@@ -81,9 +79,8 @@ class _Pinned:
     computation waits for those that it reads. Tensors of the device keep their memory until their copies have ended.
     """
 
-    def __init__(self, value: Tensor, stream: torch.cuda.Stream) -> None:
-        self.shape, self.dtype, self.nbytes, self._stream = value.shape, value.dtype, value.nbytes, stream
-        self._parts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in powers(value.nbytes)]
+    def __init__(self, value: Tensor, parts: list[Tensor], stream: torch.cuda.Stream) -> None:
+        self.nbytes, self._parts, self._stream = value.nbytes, parts, stream
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
         self.write(value)
 
@@ -201,18 +198,17 @@ class TensorStore(Sequence[Tensor]):
             (self._scratch.on_device if there else self._scratch).give_back(item.nbytes)
 
     def _pinned(self, value: Tensor) -> _Pinned | None:
-        """A tensor of a GPU in pinned memory; None for another, or if the system refuses, which a note says."""
+        """A tensor of a GPU in pinned memory; None for another, or if the system has refused to pin memory."""
         if value.device.type != "cuda" or self._device.type != "cuda" or not self._scratch.pins:
             return None
-        try:
-            self._stream = self._stream or torch.cuda.Stream(self._device)
-            return _Pinned(value, self._stream)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self._scratch.pins = False
-            warnings.warn(f"memory cannot be pinned, so copies wait for the GPU ({one_line(error)[:160]})", Note, 2)
-            return None
+        parts: list[Tensor] = []
+        for size in powers(value.nbytes):
+            if (part := machine.pinned(size)) is None:
+                self._scratch.pins = False
+                return None
+            parts.append(part)
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        return _Pinned(value, parts, self._stream)
 
     def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Pinned | _Slot:
         """Stores a tensor: in its slot if it fits, else on the device or in memory if there is room, else at the end of

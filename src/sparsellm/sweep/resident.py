@@ -22,7 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from sparsellm import parallel
+from sparsellm import machine, parallel
 from sparsellm.chain import Call, Chain
 from sparsellm.chain.streams import Piece
 from sparsellm.sweep.task import Run, Step, SweepTask
@@ -53,7 +53,7 @@ class Resident:
         assert task.integers is None
         self.task, self.chain, self.way = task, task.feed.chain, task.resident
         self.dtype = torch.bfloat16 if self.way.narrow else torch.float32
-        self.best, self.best_store = 0, task.feed.scratch.store()
+        self.best, self.best_store = 0, task.feed.scratch.store(self.chain.device)
         self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
         self._stored: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # dtypes in the chain and on disk
         self._shapes: list[dict[str, torch.Size]] = []  # the parameters that each block owns
@@ -114,12 +114,13 @@ class Resident:
         return blocks
 
     def _shard(self, module: nn.Module, ignored: set[nn.Parameter] | None = None) -> None:
+        pins = self.way.offloads and self.chain.device.type == "cuda" and machine.pinned(1) is not None
         sharded = fully_shard(
             module,
             mesh=self._mesh,
             reshard_after_forward=True,
             mp_policy=MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False),
-            offload_policy=CPUOffloadPolicy(self.chain.device.type != "cpu") if self.way.offloads else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy(pins) if self.way.offloads else OffloadPolicy(),
             ignored_params=ignored,
         )
         sharded.set_gradient_divide_factor(1.0)  # gradients of a mean over the tokens of all processes are added up

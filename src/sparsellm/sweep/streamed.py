@@ -29,7 +29,7 @@ class Streamed:
         self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
         self.factors: set[str] = set()  # names of the factors of groups, where values are rounded
         self.store = task.feed.scratch.store(self.chain.device)
-        self.best, self.best_store = 0, task.feed.scratch.store()
+        self.best, self.best_store = 0, task.feed.scratch.store(self.chain.device)
         self.shapes: list[dict[str, torch.Size]] = []
         self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
         self._aliases: list[dict[str, tuple[int, str]]] = []  # other names of parameters: the block and the name there
@@ -157,6 +157,8 @@ class Streamed:
             loss, gradient = run.end(inputs.pop(), piece, step.tokens)
         for index in reversed(range(len(chain))):
             flat, state = self.parameters(index), self.moments(index)
+            for following in (2 * index - 2, 2 * index - 1):
+                self.store.expect(following)
             parameters = used = self.all_views(flat, index)
             if piece is not None:
                 hidden = inputs.pop()
@@ -187,6 +189,7 @@ class Streamed:
         hidden = [run.inputs(piece).float()]
         for index in range(len(self.chain)):
             flat = self.parameters(index)
+            self.store.expect(2 * index + 2)
             parameters = self.all_views(flat, index, running=True, written=written)
             with running_on(self.chain, index, parameters):
                 hidden.append(self.chain.run(index, hidden[-1], run.call(piece, index)))
