@@ -123,7 +123,9 @@ def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypat
     assert free.predicted_peak_device_bytes == working + hidden
     assert 0 < tight.hidden_on_device_bytes < hidden == tight.hidden_on_device_bytes + tight.hidden_in_memory_bytes
     assert tight.predicted_peak_device_bytes <= 1 << 30
-    with pytest.raises(MemoryBudgetError, match=r"on Small Card for .*may take 0\.00 GB .* lower batch_tokens"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"on Small Card for .*may take 0\.00 GB .*--device-memory, lower batch_tokens"
+    ):
         plan_memory(chain, demand, 1 << 50, on_device=1 << 20)
 
 

@@ -92,7 +92,8 @@ def plan_memory(
     if chain.device.type == "cuda" and there > on_device:
         raise MemoryBudgetError(
             f"this run needs {_gb(there)} on {machine.machine_name(chain.device)} for {worst}, and may take "
-            f"{_gb(on_device)} of what is free there; {machine.LOWER}, or take a method that needs less"
+            f"{_gb(on_device)} of what is free there; allow more with --device-memory, lower batch_tokens (now "
+            f"{demand.batch_tokens}), or take a method that needs less, or device cpu"
         )
     if start + working > most:
         raise MemoryBudgetError(
