@@ -28,12 +28,15 @@ from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.gradients import loss_gradients
+from sparsellm.sweep.task import Residence
 from sparsepack.grid import INTEGERS
 from tests.allocation.helpers import sizes_of, survey_on
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.families import mixtral
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
+from tests.sweep.helpers import halved
+from tests.sweep.test_resident import swept
 
 WINDOWS = 7  # three processes do not divide it
 
@@ -287,6 +290,14 @@ def reads(folder: Path) -> None:
         leave(folder, f"reads of {name}", counts)
 
 
+def sweep_alone(folder: Path) -> None:
+    """A resident sweep in shards, as a cell of a comparison runs it, in the last process only."""
+    if parallel.rank() == parallel.size() - 1:
+        with parallel.alone():
+            history, _ = swept(halved(tiny_llama()), tiny_llama(), Residence(sharded=True), passes=1)
+        assert history[-1].held_out < history[0].held_out
+
+
 def comparison_of_some_cells(folder: Path) -> None:
     """After the evaluation. A process waits in its first cell until each has one; the first then runs all by itself."""
     names: list[str] = []
@@ -318,6 +329,7 @@ def everything(folder: Path) -> None:
     evaluation_of_some_windows(folder)
     reads(folder)
     comparison_of_some_cells(folder)
+    sweep_alone(folder)
     fewer_rows_than_processes(folder)
     rounding_of_some_rows(folder)
     prune_everything(folder)

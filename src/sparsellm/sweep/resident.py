@@ -82,6 +82,10 @@ class Resident:
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             opened.callback(dist.destroy_process_group)
+        if parallel.size() < dist.get_world_size():  # parallel.alone()
+            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            opened.callback(dist.destroy_process_group, group)
+            return DeviceMesh.from_group(group, self.chain.device.type)
         return init_device_mesh(self.chain.device.type, (parallel.size(),))
 
     def _load(self) -> _Blocks:
