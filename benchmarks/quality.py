@@ -117,6 +117,7 @@ def conditions_of(arguments: argparse.Namespace) -> str:
     parts = (
         arguments.model, Path(arguments.calibration).name, arguments.samples, arguments.window,
         Path(arguments.text).name, arguments.max_tokens, *arguments.set,
+        *([Path(arguments.other_text).name] if arguments.other_text else []),
     )  # fmt: skip
     return "/".join(str(part) for part in parts)
 
@@ -146,7 +147,7 @@ def run_cell(
     prune = (
         "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
         arguments.calibration, "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
-        "--seed", str(seed), *[f"--set={setting}" for setting in (*arguments.set, *settings)],
+        "--seed", str(seed), *[each if each[:2] == "--" else f"--set={each}" for each in (*arguments.set, *settings)],
     )  # fmt: skip
     try:
         pruned = command(*prune)
@@ -159,7 +160,7 @@ def run_cell(
     scored = measure(arguments, str(directory))
     shutil.rmtree(directory.parent)
     return {
-        "perplexity": scored["perplexity"],
+        **scored,
         "seconds": sum(value for name, value in pruned["seconds"].items() if "/" not in name),
         "cpu_seconds": computed,  # the whole process, imports too: other jobs change it least
         "phases": pruned["seconds"],
@@ -172,13 +173,18 @@ def run_cell(
 
 def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     limit = ["--max-tokens", str(arguments.max_tokens)] if arguments.max_tokens else []
-    measured = command("eval", model, "--text", arguments.text, "--seq-len", str(arguments.window), *limit)
-    return {"perplexity": measured["perplexity"]["value"], "tokens_scored": measured["protocol"]["tokens"]}
+    protocol = ("--seq-len", str(arguments.window), *limit)
+    measured = command("eval", model, "--text", arguments.text, *protocol)
+    scored = {"perplexity": measured["perplexity"]["value"], "tokens_scored": measured["protocol"]["tokens"]}
+    if arguments.other_text:
+        scored["other"] = command("eval", model, "--text", arguments.other_text, *protocol)["perplexity"]["value"]
+    return scored
 
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:
     """What every perplexity is measured under."""
     parser.add_argument("--text", required=True, help="raw WikiText-2 test, a row a line")
+    parser.add_argument("--other-text", help="a second test text, of another kind than the calibration")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
     parser.add_argument("--samples", type=int, default=16)

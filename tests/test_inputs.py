@@ -127,6 +127,7 @@ def test_json_is_read() -> None:
         ("wikitext2:/home/me/w.parquet", "wikitext2:w.parquet"),
         ("--out=/home/me/out", "--out=out"),
         ("--set=calibration=file:/home/me/a.txt", "--set=calibration=file:a.txt"),
+        ("--calibration=/home/me/a.txt:0.5, hub:o/n:c:2,~/b.txt:1", "--calibration=a.txt:0.5,hub:o/n:c:2,b.txt:1"),
         ("owner/name", "owner/name"),
         ("hub:owner/name:config", "hub:owner/name:config"),
         ("folder/name", "name"),

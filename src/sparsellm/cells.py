@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparsellm import api, parallel
-from sparsellm.calibration.sources import check_source, default_source
+from sparsellm.calibration.sources import check_sources, default_source
 from sparsellm.calibration.texts import text_file
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
@@ -177,9 +177,10 @@ def _with_text(
 
 def _recorded(recipe: Recipe) -> Settings:
     """The recipe of a cell as the comparison keeps it: with the digest of the file that it calibrates on."""
-    source, file = check_source(recipe.calibration or "", "calibration")
+    sources = check_sources(recipe.calibration or "", "calibration")
     kept: Settings = recipe.named.model_dump(mode="json", exclude={"memory", "device_memory"})
-    return {**kept, "calibration_file": sha256(text_file(file)) if file and source != "hub" else None}
+    files = [sha256(text_file(file)) for source, file in sources if file and source != "hub"]
+    return {**kept, "calibration_file": " ".join(files) or None}
 
 
 @contextlib.contextmanager

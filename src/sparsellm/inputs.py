@@ -23,6 +23,8 @@ MOST_PARTS = 100_000  # values, at any depth, of a setting that was given in Pyt
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What stands before a path in an option or a source, such as ``--set=calibration=file:``
 _BEFORE_PATH = re.compile(r"(?:--?[\w-]+=)?(?:[\w.]+=)?(?:(?:file|wikitext2):)?")
+# A source and its share in a mixture; the name may hold colons and commas, since a share ends in a comma or the text
+_SHARED = re.compile(r"\s*([^,\s].*?):(\d{1,9}(?:\.\d{0,15})?|\.\d{1,15})\s*(,(?=.)|\Z)", re.ASCII)
 
 SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -90,9 +92,18 @@ def about(size: int) -> str:
     return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
 
 
+def mixture_of(source: str) -> list[tuple[str, str]]:
+    """The sources of ``SOURCE:SHARE,SOURCE:SHARE`` with their shares as they are written; empty for any other text."""
+    shared = list(_SHARED.finditer(source)) if "," in source else []
+    joined = sum(len(part.group()) for part in shared) == len(source)
+    return [(part[1], part[2]) for part in shared] if joined and len(shared) > 1 else []
+
+
 def without_folders(text: str) -> str:
-    """A path, a source or an option as files that leave this machine hold it: a path by its last part. The id of a
-    model or a data set on the hub stays."""
+    """A path, a source, a mixture or an option as files that leave this machine hold it: a path by its last part. The
+    id of a model or a data set on the hub stays."""
+    if parts := mixture_of(text):
+        return ",".join(f"{without_folders(source)}:{share}" for source, share in parts)
     before = _BEFORE_PATH.match(text)
     assert before is not None
     path = text[before.end() :]

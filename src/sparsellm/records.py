@@ -159,6 +159,7 @@ class SweepPass(Record):
 
     passes: int
     held_out: float  # on held-out windows
+    sources: dict[str, float] = {}  # the same on those of each text of a mixture
     train: float | None = None  # on the windows of the last pass, before its steps; None before the first
     rate: float | None = None  # learning rate of the sweep, with the state before the first pass
 

@@ -49,8 +49,9 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         then = "it is packed" if grid is None else "it is exported"
         say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight when {then}")
     if result.sweeps:
-        least = min(each.held_out for each in result.sweeps)
-        before = f"{least:.3f} nats a token ({result.sweeps[0].held_out:.3f} before the sweep)"
+        best = min(result.sweeps, key=lambda each: each.held_out)
+        before = f"{best.held_out:.3f} nats a token ({result.sweeps[0].held_out:.3f} before the sweep)"
+        before += "".join(f", {visible(name)} {divergence:.3f}" for name, divergence in best.sources.items())
         say(f"KL from the dense model on held-out calibration windows: {before}")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss_bytes / 1e9:.2f} GB")

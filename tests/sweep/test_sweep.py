@@ -372,6 +372,22 @@ def test_what_is_held_out(count: int, held: list[int]) -> None:
     train, judges = held_out_of(list(range(count)))
     assert train == [i for i in range(count) if i not in held]
     assert judges == (held or list(range(count)))
+    kinds = ["a"] * 2 + ["b", "c"] * (count // 2 - 1) + ["d"] * (count % 2)  # alternating, as windows of a mixture
+    _, judges = held_out_of(list(range(count)), kinds)
+    assert {kinds[i] for i in judges} == set(kinds)
+
+
+def test_the_divergence_of_each_text_is_that_of_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a step has windows of two texts."""
+    monkeypatch.setattr(module, "STEP_TOKENS", 48)
+    dense, model, ids = tiny_llama(), halved(tiny_llama()), ids_of(6)
+    feed, names = Feed(open_chain(model, device=CPU), ids, TOKENS), ["a", "b", "a", "a", "b", "a"]
+    task = SweepTask(feed, dense_end(dense, ids, TOKENS), 1, 3, lambda _: None, learning_rate=0.0, sources=names)
+    (start, _), alone = sweep(task), {}
+    for name in ("a", "b"):
+        alone[name] = divergence(dense, model, ids[[each == name for each in names]]).item()
+    assert start.sources == pytest.approx(alone, rel=1e-4)
+    assert start.held_out == pytest.approx((4 * alone["a"] + 2 * alone["b"]) / 6, rel=1e-4)
 
 
 @pytest.mark.parametrize(("rate", "step"), [(1e-4, 5e-4), (7e-4, 1e-3)])

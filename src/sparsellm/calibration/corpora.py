@@ -121,7 +121,7 @@ def read_c4_sample(split: Split) -> Text:
 
 
 def read_hub(argument: str, split: Split) -> Text:
-    """Any data set with a column 'text', as hub:owner/name[:config[:split]]; by default split train, or test.
+    """Any data set with 'text' or 'messages', as hub:owner/name[:config[:split]]; by default split train, or test.
 
     A named split is used for calibration and evaluation alike, so name different ones for the two.
     """
@@ -132,10 +132,10 @@ def read_hub(argument: str, split: Split) -> Text:
     return Text(hub_column(f"hub:{argument}", name, config or None, split=chosen or _PARTS[split]))
 
 
-def hub_column(source: str, *arguments: Any, column: str = "text", **settings: Any) -> Sequence[str]:
-    """One column of a data set, for the ``source`` that the user typed; the other arguments are those of
-    ``datasets.load_dataset``. No code from the Hub is run. Raises DataError if ``datasets`` is not installed, the data
-    set cannot be loaded, or it has no such column."""
+def hub_column(source: str, *arguments: Any, column: str = "text", **settings: Any) -> Sequence[Any]:
+    """One column of a data set (``messages`` if it has no ``text``), for the ``source`` that the user typed; the other
+    arguments are those of ``datasets.load_dataset``. No code from the Hub is run. Raises DataError if ``datasets`` is
+    not installed, the data set cannot be loaded, or it has no such column."""
     instead = "or give a file of your own (.txt, .jsonl, .parquet), or 'pydoc', which needs no download"
     try:
         import datasets
@@ -149,7 +149,8 @@ def hub_column(source: str, *arguments: Any, column: str = "text", **settings: A
         raise DataError(
             f"source {source!r} cannot be loaded: {one_line(error)}; check name and network, {instead}"
         ) from error
+    column = "messages" if column == "text" not in data.column_names else column
     if column not in data.column_names:
         raise DataError(f"source {source!r} has no column {column!r}; its columns: {', '.join(data.column_names)}")
-    texts: Sequence[str] = data[column]
+    texts: Sequence[Any] = data[column]
     return texts

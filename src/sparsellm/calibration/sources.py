@@ -1,6 +1,7 @@
 """The text that a user names or passes: a source, a file, token ids, or a data set. Checked before a model is opened.
 
-A source string is ``name`` or ``name:argument`` (``wikitext2``, ``hub:owner/name``), or the path of a file.
+A source string is ``name`` or ``name:argument`` (``wikitext2``, ``hub:owner/name``), or the path of a file. A mixture
+is several of them, each with its share of the windows: ``wiki.txt:0.5,hub:owner/name:0.3,self:0.2``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sparsellm.calibration.corpora import (
 )
 from sparsellm.calibration.texts import READERS, Split, Text, read_file, text_file
 from sparsellm.errors import DataError, nearest, one_line, shown
+from sparsellm.inputs import mixture_of
 from sparsellm.recipe import Recipe
 
 TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequence[Any] | Mapping[str, Any] | Text
@@ -42,8 +44,30 @@ _WITH_ARGUMENT: dict[str, Callable[[str, Split], Text]] = {
 _SUFFIXES = ", ".join(READERS)
 _HINT = (
     "give a source such as 'pydoc', the path of a file, token ids of windows of one length [[id, id, ...], ...], or a "
-    "data set with a column 'text' or 'input_ids', such as [{'text': ...}, ...]"
+    "data set with a column 'text', 'messages' or 'input_ids', such as [{'text': ...}, ...]"
 )
+
+
+def shares_of(source: str) -> dict[str, float]:
+    """The share of the windows that each source of a mixture gets, after division by their sum; 1 for a source alone.
+    Raises DataError for a share of 0, and a source that occurs twice."""
+    parts = mixture_of(source)
+    total, shares = sum(float(share) for _, share in parts), dict[str, float]()
+    for name, share in parts:
+        if not float(share) or name in shares:
+            why = "occurs twice; add its shares" if name in shares else f"has share {share}; leave it out"
+            raise DataError(f"source {shown(name)} in mixture {shown(source)} {why}")
+        shares[name] = float(share) / total
+    return shares or {source: 1.0}
+
+
+def check_sources(source: str, split: Split) -> list[tuple[str, str]]:
+    """:func:`check_source` for each source of a mixture, or for a source alone. Raises DataError also if the shares are
+    wrong (:func:`shares_of`), or for a mixture to evaluate on."""
+    shares = shares_of(source)
+    if len(shares) > 1 and split == "evaluation":
+        raise DataError(f"{shown(source)} mixes texts for calibration; to evaluate, name one of them after the other")
+    return [check_source(each, split) for each in shares]
 
 
 def check_source(source: str, split: Split) -> tuple[str, str]:
@@ -62,6 +86,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
         is_path = Path(source).suffix.lower() in READERS or any(part in source for part in "/\\~")
         if not is_path:
             hint = nearest(name[:100], [*_PLAIN, *(known for known in _WITH_ARGUMENT if known != "file"), SELF])
+            hint = "a mixture is SOURCE:SHARE,SOURCE:SHARE" if "," in source else hint
             raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {_SUFFIXES}")
         name, argument = "file", source
     if name == "file" or (name == "wikitext2" and argument):
@@ -91,7 +116,7 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
         path = os.fsdecode(value)
         value = path if Path(path).suffix.lower() in READERS else f"file:{path}"  # also if it looks like a name
     if isinstance(value, str):
-        check_source(value, split)
+        check_sources(value, split)
         return value
     if isinstance(value, Mapping) and "input_ids" in value:  # the return value of a tokenizer
         value = value["input_ids"]
@@ -102,12 +127,12 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     rows = list(value)
     if not isinstance(rows[0], Mapping):
         return _ids(rows, name)
-    field = "input_ids" if "input_ids" in rows[0] else "text"
+    field = next((name for name in ("input_ids", "text", "messages") if name in rows[0]), "text")
     for at, row in enumerate(rows):
         if not isinstance(row, Mapping) or field not in row or (field == "text" and not isinstance(row["text"], str)):
             raise DataError(f"{name}, row {at}, is {shown(row)}, without a {field!r} of its type; {_HINT}")
     values = [row[field] for row in rows]
-    return Text(values) if field == "text" else _ids(values, name)
+    return _ids(values, name) if field == "input_ids" else Text(values)
 
 
 def default_source(*, demo: bool) -> tuple[str, list[str]]:
@@ -127,7 +152,7 @@ def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) 
     """The recipe with ``calibration`` set to the name of the text that is used; sources pass :func:`check_source`."""
     if calibration is None:
         if recipe.calibration is not None:
-            check_source(recipe.calibration, "calibration")
+            check_sources(recipe.calibration, "calibration")
         return recipe
     if isinstance(calibration, str):
         return recipe.updated(calibration=calibration)

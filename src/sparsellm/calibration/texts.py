@@ -1,11 +1,11 @@
-"""Text from a file: ``.txt``, ``.jsonl`` (field ``text``) or ``.parquet`` (column ``text``)."""
+"""Text from a file: ``.txt``, or the ``text`` or ``messages`` of each record of a ``.jsonl`` or ``.parquet``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -19,7 +19,7 @@ Split = Literal["calibration", "evaluation"]
 class Text:
     """Documents, and the protocol that turns them into token windows."""
 
-    documents: Sequence[str]  # may be lazy (a column of a data set on disk)
+    documents: Sequence[Any]  # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
     joiner: str = "\n\n"  # the string between two documents when all are tokenised as one string
     per_document: bool = False  # calibration windows are drawn inside single long documents
     most_windows: int | None = None  # that the protocol evaluates on
@@ -49,7 +49,7 @@ def read_file(argument: str, split: Split) -> Text:
     return Text(read_rows(argument, READERS[Path(argument).suffix.lower()]))
 
 
-def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
+def read_rows(argument: str, reader: Callable[[Path], list[Any]]) -> list[Any]:
     """The documents that ``reader`` returns for a file; raises DataError if it is unreadable, not UTF-8, or too large
     for the free memory."""
     path = text_file(argument)
@@ -69,29 +69,32 @@ def text_rows(path: Path) -> list[str]:
     return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
 
 
-def _jsonl_rows(path: Path) -> list[str]:
+def _jsonl_rows(path: Path) -> list[Any]:
     rows = []
     for number, line in enumerate(text_rows(path), start=1):
         if not line.strip():
             continue
         record = parse_json(line, f"{path}, line {number},", DataError)
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise DataError(f"{path}, line {number}, has no field 'text' that holds a string")
-        rows.append(record["text"])
+        row = record.get("text", record.get("messages")) if isinstance(record, dict) else None
+        if not isinstance(row, str | list):
+            raise DataError(f"{path}, line {number}, has no field 'text' that holds a string, and no 'messages'")
+        rows.append(row)
     return rows
 
 
-def _parquet_rows(path: Path) -> list[str]:
-    """The strings of the column ``text``; rows without a string are left out."""
+def _parquet_rows(path: Path) -> list[Any]:
+    """The strings of the column ``text``, or else ``messages``; rows without any are left out."""
     import pyarrow.parquet  # here, because the import is slow and few runs need it
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column 'text'; its columns: {', '.join(file.schema_arrow.names)[:300]}")
-        column = file.read(["text"]).column("text")
+        names, kind = file.schema_arrow.names, str if "text" in file.schema_arrow.names else list
+        name = "text" if kind is str else "messages"
+        if name not in names:
+            raise DataError(f"{path} has no column 'text'; its columns: {', '.join(names)[:300]}")
+        column = file.read([name]).column(name)
         rows = [row for row in column.to_pylist() if row is not None]
-        if not all(isinstance(row, str) for row in rows):
+        if not all(isinstance(row, kind) for row in rows):
             raise DataError(f"{path} has a column 'text' of {column.type}; it must hold strings")
         return rows
     except DataError:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from sparsellm.calibration.sources import read_source
+from sparsellm.calibration.sources import read_source, shares_of
 from sparsellm.calibration.texts import Text
-from sparsellm.errors import DataError, shown
+from sparsellm.errors import DataError, one_line, shown
+from sparsellm.inputs import without_folders
 from sparsellm.recipe import Bos
 from sparsepack.files import context_limit
 
@@ -57,6 +59,12 @@ def calibration_windows(
     windows of a source of documents may. Raises DataError if the source cannot be read, the text is too short for one
     window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with.
     """
+    if isinstance(source, str) and len(shares_of(source)) > 1:
+        return mixed_windows(
+            source,
+            [samples, fresh],
+            lambda part, count, more: calibration_windows(part, tokenizer, count, seq_len, seed, bos, more),
+        )[0]
     check_memory(samples, seq_len)
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
@@ -64,7 +72,7 @@ def calibration_windows(
     text = source if isinstance(source, Text) else read_source(source, "calibration")
     if text.per_document:
         return _led(_windows_of_documents(source, text, tokenizer, samples + fresh, length, lead, generator), lead)
-    ids = _tokens(source, tokenizer, text.joined(), lead, length + 1)
+    ids = _tokens(source, tokenizer, _joined(text, tokenizer), lead, length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
         raise DataError(
@@ -72,6 +80,50 @@ def calibration_windows(
             f"{samples}; lower samples, or name a longer text"
         )
     return _led(ids.unfold(0, length, 1)[_offsets(len(ids), samples, fresh, length, generator)], lead)
+
+
+def mixed_windows(
+    source: str, sizes: Sequence[int], draw: Callable[[str, int, int], Tensor]
+) -> tuple[Tensor, list[str]]:
+    """The windows of a mixture in groups of these ``sizes``, such as the sets of a walk and the passes of a sweep.
+
+    In each group every source has its share of the windows, rounded by largest remainders, and they are interleaved
+    evenly, so that a batch has windows of all. ``draw(source, samples, fresh)`` returns the windows ``(samples + up to
+    fresh, seq)`` of one source. Where a source is too short for a further group, groups end.
+
+    Returns the windows ``(windows, seq)``, and the name of each window's source, without folders (none for a source
+    alone). Raises DataError if a source gets no window of the first group, or cannot be drawn from.
+    """
+    shares = shares_of(source)
+    if len(shares) == 1:
+        return draw(source, sizes[0], sum(sizes[1:])), []
+    bare = [without_folders(name) for name in shares]
+    names = [f"{name} ({at})" if bare.count(name) > 1 else name for at, name in enumerate(bare, 1)]
+    counts = [apportioned(list(shares.values()), size) for size in sizes]
+    for name, first in zip(shares, counts[0], strict=True):
+        if not first:
+            why = f"its share of {sizes[0]} windows is none; raise samples, or its share"
+            raise DataError(f"source {shown(name)} in mixture {shown(source)}: {why}")
+    drawn = [iter(draw(name, size, sum(more))) for name, size, *more in zip(shares, *counts, strict=True)]
+    windows, sources = list[Tensor](), list[str]()
+    for group in counts:
+        places = sorted(((k + 0.5) / size, number) for number, size in enumerate(group) for k in range(size))
+        taken = [next(drawn[number], None) for _, number in places]
+        if any(window is None for window in taken):
+            break
+        windows += [window for window in taken if window is not None]
+        sources += [names[number] for _, number in places]
+    return torch.stack(windows), sources
+
+
+def apportioned(shares: Sequence[float], total: int) -> list[int]:
+    """``total`` divided by ``shares``, which sum to 1, into integers by largest remainders, the first of equal ones."""
+    exact = [share * total for share in shares]
+    counts = [int(each + 1e-9) for each in exact]  # 0.3 of 10 is 3
+    order = sorted(range(len(shares)), key=lambda number: counts[number] - exact[number])
+    for number in order[: total - sum(counts)]:
+        counts[number] += 1
+    return counts
 
 
 def windows_of_ids(
@@ -114,7 +166,7 @@ def evaluation_windows(
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
-    ids = _tokens(source, tokenizer, text.joined(), lead, length)
+    ids = _tokens(source, tokenizer, _joined(text, tokenizer), lead, length)
     limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
     windows = min(limit for limit in limits if limit is not None)
     return _led(ids[: windows * length].view(windows, length), lead)
@@ -135,6 +187,22 @@ def check_memory(windows: int, seq_len: int) -> None:
             f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and {free / 1e9:.1f} GB "
             "of memory are free; lower samples, effort or seq_len"
         )
+
+
+def _joined(text: Text, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text as one string, conversations by the tokenizer's chat template. Raises DataError if it refuses one."""
+    return text.joiner.join(each if isinstance(each, str) else _chat(each, tokenizer) for each in text.documents)
+
+
+def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    fields = ([each["role"], each["content"]] for each in messages)
+    try:
+        if not all(isinstance(field, str) for each in fields for field in each):
+            raise ValueError("a role or content is not a string")
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    except Exception as error:  # a template raises what it likes
+        why = one_line(error) if tokenizer.chat_template else "the tokenizer has no chat template"
+        raise DataError(f"a conversation of the text cannot be read: {why}") from None
 
 
 def _tokens(

@@ -298,6 +298,7 @@ def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
     series: dict[str, Values] = {
         "held-out windows": [each.held_out for each in passes],
         "windows of the pass": [each.train for each in passes],
+        **{f"held out of {name}": [each.sources.get(name) for each in passes] for name in passes[0].sources},
     }
     numbers = ("passes", [each.passes for each in passes])
     return lines(("sweep", "The sweep", text), numbers, axis("KL, nats", rangemode="tozero"), series)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from pydantic import JsonValue
 
+from sparsellm.calibration.sources import SELF, shares_of
 from sparsellm.chain import Chain
 from sparsellm.chain.streams import windows_of
 from sparsellm.errors import MemoryBudgetError, RecipeError
@@ -56,7 +57,7 @@ def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, share
         fresh=fresh > 1,
         ranks=ranks,
         sharers=sharers,
-        written=drawn * seq_len if recipe.calibration == "self" else 0,
+        written=round(drawn * seq_len * shares_of(recipe.calibration or "").get(SELF, 0)),
     )
     return replace(extent, own=extent.share_of(recipe.samples))
 

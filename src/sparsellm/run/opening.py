@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sparsellm import parallel
 from sparsellm.calibration.self_generated import self_generated_windows
-from sparsellm.calibration.sources import SELF
+from sparsellm.calibration.sources import DOCUMENTS, SELF
 from sparsellm.calibration.texts import Text
-from sparsellm.calibration.windows import calibration_windows, check_seq_len, leading_token, windows_of_ids
+from sparsellm.calibration.windows import (
+    calibration_windows,
+    check_seq_len,
+    leading_token,
+    mixed_windows,
+    windows_of_ids,
+)
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import check_vocabulary, load_config, load_tokenizer, shape_difference
 from sparsellm.chain.products import Bf16Products
@@ -161,6 +168,7 @@ class Windows:
     bos: str  # whether every window begins with BOS: yes or no, or given for token ids that the user passed
     batch_tokens: int  # tokens in one forward call, by which windows are divided among processes
     passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room
+    sources: Sequence[str] = ()  # for each window of everything, the name of its text in a mixture
 
     @property
     def first(self) -> Tensor:
@@ -187,6 +195,17 @@ class Windows:
         lead = int(self.first[0, 0]) if self.bos == "yes" else None
         return [self._share(_cut(part, lead) if self.bos != "given" else part) for part in (*fresh, *known)]
 
+    @property
+    def swept_sources(self) -> list[str]:
+        """The text of each window of ``swept[0]``, in a mixture."""
+        if not self.sources:
+            return []
+        names = sorted(set(self.sources))  # their numbers take the places of token ids
+        like = torch.tensor([names.index(name) for name in self.sources])[:, None].expand(-1, self.first.shape[1])
+        read = self.sets.shape[0] * self.sets.shape[1]
+        numbers = replace(self, sets=like[:read].reshape(self.sets.shape), fresh=like[read:][: len(self.fresh)])
+        return [names[number] for number in numbers.swept[0][:, -1].tolist()]
+
     def _share(self, windows: Tensor) -> Tensor:
         return windows[parallel.share(len(windows), windows_of(self.batch_tokens, windows.shape[1]))]
 
@@ -209,23 +228,29 @@ def read_windows(
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
-    lead, drawn = leading_token(tokenizer, recipe.bos), (recipe.samples, seq_len, recipe.seed)
-    further = (sets - 1) * recipe.samples + passes * windows_of_pass(recipe.samples)
-    if recipe.calibration == SELF:
+    lead, seed = leading_token(tokenizer, recipe.bos), recipe.seed
+
+    def draw(source: str, samples: int, fresh: int) -> Tensor:
+        """Windows of one source, which may be the dense model."""
+        if source != SELF:
+            named = text if isinstance(text, Text) else source
+            return calibration_windows(named, tokenizer, samples, seq_len, seed, recipe.bos, fresh)
         dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, trust=False)
 
         def tell(done: int, total: int) -> None:
             progress(Progress("calibration", done, total, "the model writes its text"))
 
-        windows = self_generated_windows(dense, tokenizer, *drawn, lead, further, tell)
-    else:
-        windows = calibration_windows(text, tokenizer, *drawn, recipe.bos, further)
+        return self_generated_windows(dense, tokenizer, samples, seq_len, seed, lead, fresh, tell)
+
+    source = text if isinstance(text, str) else DOCUMENTS
+    sizes = [recipe.samples] * sets + [windows_of_pass(recipe.samples)] * passes
+    windows, sources = mixed_windows(source, sizes, draw)
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
     sets = min(sets, len(windows) // max(1, samples))
     read, rest = windows[: sets * samples], windows[sets * samples :]
     bos, fresh = "no" if lead is None else "yes", rest[: passes * windows_of_pass(samples)]
-    return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes)
+    return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes, sources)
 
 
 def default_seq_len(chain: Chain) -> int:

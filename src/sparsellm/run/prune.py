@@ -188,6 +188,7 @@ def _sweep(
                 saved=saved,
                 fresh=others,
                 integers=integers_of(plan, linears),
+                sources=plan.windows.swept_sources,
             )
         )
     if dense is not None:

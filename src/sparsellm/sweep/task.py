@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,6 +55,7 @@ class SweepTask:
             ``dense`` must then be None. A sweep soon fits the windows it has seen.
         resident: how all blocks are in memory at once; None: one block at a time.
         integers: the linears whose values are rounded; blocks and passes hold the trained values before that.
+        sources: the name of each window's text in the feed, for a mixture.
     """
 
     feed: Feed
@@ -68,6 +69,7 @@ class SweepTask:
     fresh: Sequence[Tensor] = ()
     integers: Integers | None = None
     resident: Residence | None = None
+    sources: Sequence[str] = ()
 
     def pruned(self, index: int) -> CheckpointReader | None:
         return self.blocks[index] if self.blocks is not None else None
@@ -111,9 +113,16 @@ class Run:
     """A set of windows, with the dense model's hidden states for them, that weights are trained on."""
 
     def __init__(
-        self, chain: Chain, windows: Tensor, stream: Stream, dense: Sequence[Tensor], weights: Weights
+        self,
+        chain: Chain,
+        windows: Tensor,
+        stream: Stream,
+        dense: Sequence[Tensor],
+        weights: Weights,
+        sources: Sequence[str],
     ) -> None:
         self.chain, self.windows, self.stream, self.dense, self.weights = chain, windows, stream, dense, weights
+        self.sources = sources  # of the windows, in a mixture
         self.starts = [0, *itertools.accumulate(map(len, dense))]
         # A call that several batches or blocks share is converted once.
         self._to: Callable[[Call, torch.dtype], Call] = functools.cache(Call.to)
@@ -121,6 +130,14 @@ class Run:
     def steps(self) -> list[Step]:
         """The steps of a pass over the windows of all processes, in order."""
         return self.weights.steps(parallel.gather([self.ids(piece).numel() for piece in self.stream.pieces]))
+
+    def texts(self, steps: Sequence[Step]) -> list[str]:
+        """The text of a mixture that the first window of each step is from."""
+        texts = parallel.gather([self.text(piece) for piece in self.stream.pieces])
+        return [next(own[at] for own, at in zip(texts, each.pieces, strict=True) if at is not None) for each in steps]
+
+    def text(self, piece: Piece) -> str:
+        return self.sources[self.starts[piece.batch] + piece.rows.start] if self.sources else ""
 
     def piece(self, step: Step) -> Piece | None:
         """The windows of a step that this process has."""
@@ -140,13 +157,23 @@ class Run:
         """The other arguments of block ``index``."""
         return self._to(piece.calls[index], dtype)
 
-    def judge(self, judges: Sequence[Step]) -> float:
+    def judge(self, judges: Sequence[Step]) -> tuple[float, dict[str, float]]:
         """The mean divergence per token over the held-out steps of all processes, with the weights as they would be
-        written now."""
-        outputs = self.weights.outputs(self, [self.piece(step) for step in judges])
-        sums = [self.end(hidden, piece)[0] for piece, hidden in outputs]
-        total = sum(divergence for some in parallel.gather(sums) for divergence in some)
-        return total / sum(step.tokens for step in judges)
+        written now; and that over the windows of each text of a mixture."""
+        sums: list[tuple[str, float, int]] = []  # the text, the divergence, the tokens
+        for piece, hidden in self.weights.outputs(self, [self.piece(step) for step in judges]):
+            rows = range(piece.rows.start, piece.rows.start + len(hidden))
+            parts = [replace(piece, rows=slice(row, row + 1)) for row in rows] if self.sources else [piece]
+            for part, some in zip(parts, hidden.chunk(len(parts)), strict=True):
+                sums.append((self.text(part), self.end(some, part)[0], self.ids(part).numel()))
+        gathered = [each for some in parallel.gather(sums) for each in some]
+
+        def mean(*names: str) -> float:
+            chosen = [each for each in gathered if each[0] in names]
+            return sum(divergence for _, divergence, _ in chosen) / sum(tokens for _, _, tokens in chosen)
+
+        names = sorted({name for name, _, _ in gathered})
+        return mean(*names), {name: mean(name) for name in names if name}
 
     def step(self, step: Step, rate: float, number: int) -> float:
         return self.weights.step(self, step, rate, number)

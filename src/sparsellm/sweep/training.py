@@ -96,11 +96,15 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def held_out_of(steps: Sequence[T]) -> tuple[list[T], list[T]]:
+def held_out_of(steps: Sequence[T], kinds: Sequence[str] = ()) -> tuple[list[T], list[T]]:
     """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`.
-    Fewer than four steps are all in both lists."""
+    Fewer than four steps are all in both lists. Of each of the ``kinds`` of steps, an eighth or one is held out."""
     count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8))) if len(steps) >= 4 else 0
-    held = spread_evenly(count, len(steps))
+    kinds = kinds or [""] * len(steps)
+    order = sorted(range(len(steps)), key=lambda i: kinds[i])
+    held = {order[at] for at in spread_evenly(count, len(steps))}
+    for kind in set(kinds) - {kinds[i] for i in held} if count else ():
+        held.add(next(i for i in order if kinds[i] == kind))
     judges = [step for i, step in enumerate(steps) if i in held]
     return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
 

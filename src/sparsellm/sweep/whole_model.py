@@ -76,7 +76,8 @@ def sweep(task: SweepTask) -> list[SweepPass]:
 def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPass]:
     """Runs the passes after those of ``history``: each is judged, kept or undone, and saved. Returns all passes."""
     chain, weights = task.feed.chain, run.weights
-    train, judges = held_out_of(run.steps())
+    steps = run.steps()
+    train, judges = held_out_of(steps, run.texts(steps))
     history = list(history) or [_start(task, run, train, judges)]
     first = len(history)
     for number in range(first, task.passes + 1):
@@ -89,7 +90,8 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
                 steps = trained.steps()
             stack.enter_context(chain.outer())
             mean = _pass(task, trained, steps, history, first)
-            history.append(SweepPass(passes=number, held_out=run.judge(judges), train=mean))
+            held_out, sources = run.judge(judges)
+            history.append(SweepPass(passes=number, held_out=held_out, sources=sources, train=mean))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
             weights.keep(number)
         elif number < task.passes and number in harmful_passes(history):
@@ -105,23 +107,23 @@ def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> 
     divergence. Where that is small, it may be far too small for a model whose gradients have little noise. So a few
     steps are tried at rates that rise, each from the start, as long as they lower the held-out divergence further."""
     with task.feed.chain.outer():
-        start = run.judge(judges)
+        start, sources = run.judge(judges)
         if not math.isfinite(start):
             raise NumericalError(f"the pruned model diverges from the dense one by {start}; prune less")
         if task.learning_rate is not None:
-            return SweepPass(passes=0, held_out=start, rate=task.learning_rate)
+            return SweepPass(passes=0, held_out=start, sources=sources, rate=task.learning_rate)
         chosen, least = RATE * min(1.0, (start / FAR) ** 2), start
         rate = max(chosen, LOWEST_PROBED)
         while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
             task.feed.progress(Progress("sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"))
             for number, step in enumerate(train[:PROBE_STEPS], 1):
                 run.step(step, rate, number)
-            divergence = run.judge(judges)
+            divergence, _ = run.judge(judges)
             run.weights.restart()
             if not divergence < least:
                 break
             least, chosen, rate = divergence, rate, rate * FASTER
-        return SweepPass(passes=0, held_out=start, rate=chosen)
+        return SweepPass(passes=0, held_out=start, sources=sources, rate=chosen)
 
 
 def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass], first: int) -> float:
@@ -157,7 +159,7 @@ def _on(task: SweepTask, weights: Weights, windows: Tensor, done: int, passes: i
                     with chain.block(index):
                         dense.advance(index)
             goal = dense.hidden
-        yield Run(chain, windows, stream, goal, weights)
+        yield Run(chain, windows, stream, goal, weights, task.sources if windows is task.feed.windows else ())
 
 
 def harmful_passes(history: Sequence[SweepPass]) -> list[int]:

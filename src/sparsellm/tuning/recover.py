@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sparsellm.calibration.sources import SELF, check_source, default_source
+from sparsellm.calibration.sources import SELF, check_sources, default_source
 from sparsellm.calibration.windows import calibration_windows, check_seq_len
 from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
@@ -86,7 +86,7 @@ def tune(
             is refused; all before the work. A NumericalError says that the training diverged.
     """
     check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
-    if calibration is not None and check_source(calibration, "calibration")[0] == SELF:
+    if calibration is not None and (SELF, "") in check_sources(calibration, "calibration"):
         raise RecipeError("tune does not train on text that the model writes (self); name a file or another source")
     if training.way == "lora":
         import sparsellm.tuning.lora  # noqa: F401 - an error without peft

@@ -1,0 +1,143 @@
+"""Other methods in our time, and allocations of one span, on two test texts: the tables in docs/results.md.
+
+    python benchmarks/equal.py --text wikitext2:wikitext2-raw-test.txt --calibration wikipedia.txt --targets 0.7
+
+Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit and output costs, and as many
+passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune` of all kept
+weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0. Finished cells
+are kept in the file of ``quality.py``, so that a stopped script continues when it is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from grids import write_news
+from measure import children_computed
+from quality import ALIKE, OUT, Cells, add_conditions, cell_key, command, conditions_of, heading, measure, run_cell
+from wikipedia import write_wikipedia
+
+ALONE = ("allocation=uniform", ALIKE, "options.refit=false", "options.norm_weighting=0", "sets=2")
+SPAN = 0.15  # of sparsities around the target: threshold's default
+RANDOM = Path(__file__).with_name("random_allocation.py")
+ALLOCATIONS = {
+    "threshold": (f"allocation_options.span={SPAN}",),
+    "uniform": (),
+    "random": (f"allocation_options.span={SPAN}", f"--plugin={RANDOM}"),
+    "owl": (f"allocation_options.lam={SPAN}",),
+    "dlp": (f"allocation_options.alpha={SPAN}",),
+}
+TRIAL = (2, 10)  # steps of two short trainings, whose difference is the time of a step
+
+Row = tuple[str, dict[str, Any]]
+
+
+def cell(arguments: argparse.Namespace, cells: Cells, method: str, target: str, seed: int, *settings: str) -> Any:
+    names = tuple(Path(each).name if each[:2] == "--" else each for each in settings)
+    key = cell_key(arguments, method, target, seed, names)
+    return cells.get(key, partial(run_cell, arguments, method, target, seed, settings))
+
+
+def budgets(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+    """Rows of one target and seed. The first is what ratios divide by."""
+    run = partial(cell, arguments, cells)
+    rows = [("sparsegpt", run("sparsegpt", target, seed))]
+    ours = run("sparsellm", target, seed, f"effort={arguments.effort}")
+    rows.append((f"sparsellm, effort {arguments.effort}", ours))
+    whole = sum(value for name, value in ours["phases"].items() if "/" not in name)
+    passes = max(each["passes"] for each in ours["sweeps"])
+    a_pass = ours["cpu_seconds"] * ours["phases"]["sweep"] / whole / passes
+    for solver in ("admm", "sparsegpt", "wanda"):
+        local = run(solver, target, seed)
+        if solver != "sparsegpt":
+            rows.append((solver, local))
+        count = max(1, math.ceil((ours["cpu_seconds"] - local["cpu_seconds"]) / a_pass))
+        settings = (*ALONE, f"options.solver={solver}", f"passes={count}")
+        rows.append((f"{solver}, then {count} passes of the sweep", run("sparsellm", target, seed, *settings)))
+        if solver == "admm":  # the best of the others first, then what others do after pruning
+            for way in arguments.ways:
+                budget = ours["cpu_seconds"]
+                key = cell_key(arguments, f"sparsegpt, {way} {budget:.0f} s", target, seed)
+                made = cells.get(key, partial(trained, arguments, target, seed, way, budget))
+                rows.append((f"sparsegpt, then {made['steps']} steps of training ({way})", made))
+    return rows
+
+
+def trained(arguments: argparse.Namespace, target: str, seed: int, way: str, budget: float) -> dict[str, Any]:
+    """sparsegpt, and training of the kept weights on the calibration text until ``budget`` CPU seconds are used."""
+    with tempfile.TemporaryDirectory(dir=OUT) as folder:
+
+        def timed(*line: str) -> float:
+            before = children_computed()
+            command(*line)
+            return children_computed() - before
+
+        goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
+        text = ("--calibration", arguments.calibration, "--seed", str(seed))
+        windows = ("--samples", str(arguments.samples), "--seq-len", str(arguments.window))
+        pruned = f"{folder}/pruned"
+        used = timed("prune", arguments.model, "--out", pruned, "--method", "sparsegpt", *goal, *text, *windows)
+
+        def tune(steps: int) -> float:
+            return timed("tune", pruned, "--out", f"{folder}/{steps}", "--way", way, "--steps", str(steps), *text)
+
+        few, more = map(tune, TRIAL)
+        steps = TRIAL[1] + max(1, int((budget - used - more) / ((more - few) / (TRIAL[1] - TRIAL[0]))))
+        used += tune(steps)
+        return {**measure(arguments, f"{folder}/{steps}"), "cpu_seconds": used, "steps": steps}
+
+
+def allocations(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+    """Rows of one target and seed; ``random`` draws other sparsities for each seed."""
+    rows = [("sparsegpt, uniform", cell(arguments, cells, "sparsegpt", target, seed))]
+    for name, options in ALLOCATIONS.items():
+        drawn = (f"allocation_options.seed={seed}",) if name == "random" else ()
+        settings = ("effort=0", f"allocation={name}", *options, *drawn)
+        rows.append((name, cell(arguments, cells, "sparsellm", target, seed, *settings)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_conditions(parser)
+    parser.add_argument("--tables", nargs="+", choices=("budgets", "allocations"), default=["budgets", "allocations"])
+    parser.add_argument("--targets", nargs="+", default=["0.5", "0.7"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--effort", type=int, default=1, help="whose time the other methods get")
+    parser.add_argument("--ways", nargs="*", default=["full", "lora"])
+    parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
+    parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
+    arguments = parser.parse_args()
+    arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
+    arguments.other_text = arguments.other_text or str(write_news(OUT / "news.txt"))
+    cells = Cells(arguments.cells)
+    dense = cells.get(f"{conditions_of(arguments)}/dense", partial(measure, arguments, arguments.model))
+    print(heading(arguments, dense, cells.code))
+    other = Path(arguments.other_text).name
+    for table in arguments.tables:
+        make = budgets if table == "budgets" else allocations
+        print(f"| {table} | {Path(arguments.text).name} | ratio | {other} ({dense['other']:.2f}) | ratio | CPU s |")
+        print("|---|---|---|---|---|---|", flush=True)
+        for target in arguments.targets:
+            by_seed = [make(arguments, cells, target, seed) for seed in arguments.seeds]
+            for same in zip(*by_seed, strict=True):  # a row: one cell of each seed
+                shown = []
+                for text in ("perplexity", "other"):
+                    excess = [
+                        math.log(row[text] / dense[text]) / math.log(rows[0][1][text] / dense[text])
+                        for (_, row), rows in zip(same, by_seed, strict=True)
+                    ]
+                    values = ", ".join(f"{row[text]:.1f}" for _, row in same)
+                    shown.append(f"{values} | {statistics.mean(excess):.3f}")
+                seconds = statistics.mean(row["cpu_seconds"] for _, row in same)
+                print(f"| {target} {same[0][0]} | {' | '.join(shown)} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
