@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from scale import CONFIGS, make_checkpoint
@@ -51,20 +52,10 @@ def llama(hidden: int, intermediate: int, blocks: int, heads: int) -> Pretrained
 
 def qwen_mixture(hidden: int, intermediate: int, blocks: int, experts: int) -> PretrainedConfig:
     """A mixture with the shapes of Qwen3, which routes a token to eight experts."""
-    return Qwen3MoeConfig(
-        hidden_size=hidden,
-        moe_intermediate_size=intermediate,
-        num_hidden_layers=blocks,
-        num_attention_heads=64,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=experts,
-        num_experts_per_tok=8,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
+    sizes: dict[str, Any] = {"hidden_size": hidden, "moe_intermediate_size": intermediate, "num_hidden_layers": blocks}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
+    sizes |= {**heads, "num_experts": experts, "num_experts_per_tok": 8, "vocab_size": 151936}
+    return Qwen3MoeConfig(**sizes, max_position_embeddings=40960, tie_word_embeddings=False, dtype="bfloat16")
 
 
 MODELS = {
@@ -74,7 +65,12 @@ MODELS = {
     "400b": qwen_mixture(5120, 1536, 96, 176),  # Qwen3-235B with wider blocks and more experts: 405B, 21B a token
 }
 MACHINES = ["laptop=400,300,40,32,1", "rtx4090=64,1", "h100=256,1", "h100=2000,8"]
-TRIED = ({}, {"effort": 0}, {"method": "sparsegpt"}, {"method": "wanda"})  # the default, and what holds less
+TRIED: list[dict[str, Any]] = [
+    {},
+    {"effort": 0},
+    {"method": "sparsegpt"},
+    {"method": "wanda"},
+]  # the default, and what holds less
 
 
 def machine(text: str) -> tuple[str, Speeds, float, int]:

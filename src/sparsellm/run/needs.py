@@ -127,7 +127,8 @@ def predict(
 
 def speeds_of(chain: Chain) -> Speeds:
     """The speeds of the device that a chain runs on, which is here."""
-    return measured(chain.device, torch.bfloat16 if chain.products is not None else chain.dtype)
+    dtype = torch.bfloat16 if chain.products is not None else chain.dtype
+    return measured(chain.device, dtype, chain.config.get_text_config().hidden_size)
 
 
 def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | None = None) -> Prediction:

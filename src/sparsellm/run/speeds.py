@@ -15,7 +15,7 @@ from sparsellm.errors import RecipeError, nearest
 from sparsellm.machine import machine_name
 
 EFFICIENCY = 0.4  # share of a data sheet's operations and bytes a second that is assumed to be reached
-WIDTH, ROWS = 768, 512  # of a measured product: few milliseconds, and large enough for full speed
+ROWS, NARROWEST, WIDEST = 512, 256, 4096  # of a measured product, whose matrix is as wide as the model
 ELEMENTS = 1 << 24  # of a measured sum: more than caches hold
 ROUNDS = 6  # the fastest counts: the first starts threads and libraries, others wait for what else the machine does
 
@@ -34,8 +34,8 @@ class Speeds:
 
 def _card(name: str, blocks: float, exact: float, memory: float, link: float, size: float) -> Speeds:
     """A card by TFLOP/s in bf16 and fp32, GB/s of its memory and its link, and GB."""
-    rates = (1e12 * blocks, 1e12 * exact, 1e9 * memory, 1e9 * link)
-    return Speeds(name, *(EFFICIENCY * rate for rate in rates), card_bytes=int(size * 1e9))
+    tera, giga = EFFICIENCY * 1e12, EFFICIENCY * 1e9
+    return Speeds(name, tera * blocks, tera * exact, giga * memory, giga * link, int(1e9 * size))
 
 
 # Peaks of dense products with fp32 sums, from the vendors' data sheets: NVIDIA A100 80GB SXM, H100 SXM, H200 SXM, L4,
@@ -61,22 +61,23 @@ def named(card: str) -> Speeds:
 
 
 @cache
-def measured(device: torch.device, dtype: torch.dtype) -> Speeds:
-    """The speeds of a device of this machine, for blocks that multiply in ``dtype``; it takes a second at most."""
+def measured(device: torch.device, dtype: torch.dtype, width: int) -> Speeds:
+    """The speeds of a device of this machine, for a model of this width whose blocks multiply in ``dtype``; it takes
+    three seconds at most."""
     values = torch.ones(ELEMENTS, device=device)
     card = device.type != "cpu"
     there = 4 * ELEMENTS / _least(device, lambda: torch.ones(ELEMENTS).to(device)) if card else math.inf
     size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    blocks, exact = (_products(device, kind) for kind in (dtype, torch.float32))
+    blocks, exact = (_products(device, kind, min(max(width, NARROWEST), WIDEST)) for kind in (dtype, torch.float32))
     memory = 8 * ELEMENTS / _least(device, lambda: values.add_(values, alpha=0.5))
     return Speeds(machine_name(device), blocks, exact, memory, there, size)
 
 
-def _products(device: torch.device, dtype: torch.dtype) -> float:
+def _products(device: torch.device, dtype: torch.dtype, width: int) -> float:
     """Operations a second in a large matrix product."""
-    left = torch.ones(ROWS, WIDTH, device=device, dtype=dtype)
-    right = torch.ones(WIDTH, WIDTH, device=device, dtype=dtype)
-    return 2.0 * ROWS * WIDTH * WIDTH / _least(device, lambda: left @ right)
+    left = torch.ones(ROWS, width, device=device, dtype=dtype)
+    right = torch.ones(width, width, device=device, dtype=dtype)
+    return 2.0 * ROWS * width * width / _least(device, lambda: left @ right)
 
 
 def _least(device: torch.device, work: Callable[[], Tensor]) -> float:
