@@ -305,7 +305,8 @@ def _width(chain: Chain) -> int:
 
 DISK = 1e9  # bytes read, checked or written in a second
 JOINED = 4e9  # bytes of sums that processes exchange in a second
-BUSY = 0.5  # the share of a large product's speed that a block reaches
+FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
+COUNTING, SOLVING = 0.4, 0.33  # the same for statistics and solvers
 PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
@@ -348,6 +349,7 @@ class Work:
     token: float  # for a token to run through all blocks
     head: float  # for a token to run through the head
     statistics: float  # for the Gram matrices, for each token
+    targets: float  # for the cross-moments of writers, for each token
     solving: float  # for a product of each weight with its Gram matrix
     weights: int  # elements of all blocks
     sums: int  # bytes of the sums of all Gram matrices
@@ -357,7 +359,7 @@ class Work:
     @classmethod
     def of(cls, chain: Chain, seq_len: int) -> Work:
         text, blocks, width = chain.config.get_text_config(), range(len(chain)), _width(chain)
-        active = statistics = solving = 0.0
+        active = statistics = targets = solving = 0.0
         sums = 0
         for index in blocks:
             routed = _routed(chain, index)
@@ -369,6 +371,7 @@ class Work:
                 inputs.setdefault(linear.name.rpartition(".")[0], []).append(linear)
             for linears in inputs.values():
                 share = routed if isinstance(linears[0].module, ExpertLinear) else 1
+                targets += 2 * linears[-1].in_features * linears[-1].out_features * share
                 for linear in linears[:: max(1, len(linears) - 1)]:
                     statistics += TRIANGLE * 2 * linear.in_features**2 * share
                     sums += accumulator_bytes(linear.in_features)
@@ -376,6 +379,7 @@ class Work:
             token=2 * active + 4 * seq_len * width * len(chain),
             head=2.0 * text.vocab_size * width,
             statistics=statistics,
+            targets=targets,
             solving=solving,
             weights=sum(block_elements(chain, index) for index in blocks),
             sums=sums,
@@ -404,21 +408,24 @@ def predicted_seconds(
 ) -> dict[str, float]:
     """Seconds of each phase after the model is opened, by the names of the phases in events."""
     work, left = Work.of(chain, extent.seq_len), 1 - finished / len(chain)
-    blocks, (away, in_files) = BUSY * speeds.blocks, memory.shares if memory is not None else (0.0, 0.0)
+    away, in_files = memory.shares if memory is not None else (0.0, 0.0)
     moving = away / speeds.link + in_files / DISK  # seconds a byte
-    token, head = work.token / blocks + work.hidden * moving, work.head / blocks
+    token = work.token / (FORWARD * speeds.blocks) + work.hidden * moving
     tokens = extent.own * extent.seq_len
     differentiated = 0 if finished else extent.share_of(gradient_windows(choice, extent)) * extent.seq_len
     surveyed = tokens if choice.allocates and not choice.allocation_needs.gradient_tokens and not finished else 0
     passes = walked_passes(choice, kept=(memory is None or memory.kept_bytes > 0) and chain.device.type == "cpu")
     narrow = choice.workspace.narrow and chain.products is not None
-    solving = choice.workspace.products * work.solving / (speeds.blocks if narrow else speeds.exact)
+    solving = choice.workspace.products * work.solving / (SOLVING * (speeds.blocks if narrow else speeds.exact))
+    counted = work.statistics + work.targets * (choice.method.workspace.writers > 0)
+    counting = counted / (COUNTING * speeds.exact)
+    differentiating = ((1 + GRADIENT) * work.token + 3 * SHARE * work.head) / (BUSY * speeds.blocks)
     joining = 2 * work.sums / JOINED if extent.ranks > 1 else 0.0
-    walking = tokens * (passes * token + work.statistics / speeds.exact) + solving / extent.ranks + joining
+    walking = tokens * (passes * token + counting) + solving / extent.ranks + joining
     return {
         "calibration": extent.written * WRITING * token,
         "check": work.stored / DISK,
-        "gradients": differentiated * ((1 + GRADIENT) * token + 3 * SHARE * head),
+        "gradients": differentiated * differentiating,
         "survey": surveyed * token,
         "replay": finished / len(chain) * choice.sets * tokens * token,
         "prune": left * walking + 2 * work.stored / DISK,
