@@ -1,0 +1,163 @@
+"""What the tests of this folder run in a process of its own, since torch must be told of the device before its import.
+
+python -m tests.pretend            # JSON: a fault or "" for every run, and the traffic of solvers, rounding and sweep
+python -m tests.pretend --places   # the lines of src with most launches and synchronisations, for each row of traffic
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.pretend import device  # before torch  # isort: skip
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.patterns import NM, Pattern
+from sparsellm.solvers import SOLVERS
+from sparsellm.solvers.divided import divide
+from sparsellm.solvers.rounding import rounded
+from tests.models import save_tiny, tiny_tokenizer, windows
+from tests.models.families import family
+from tests.shares import Share
+from tests.solvers.problems import gram_of, weight_of
+from tests.storage.small import tensors_of
+
+FAMILIES = ("Llama", "OPT", "Mixtral", "Gemma3Text")
+TARGETS: tuple[dict[str, Any], ...] = ({"sparsity": 0.6}, {"pattern": "2:4"})
+VALUES: tuple[dict[str, Any], ...] = ({}, {"values": "int8"}, {"values": "int4"}, {"values": "int3"}, {"grid": "q4_0"})
+METHODS: tuple[dict[str, Any], ...] = (
+    {"method": "magnitude"},
+    {"method": "wanda"},
+    {"method": "sparsegpt"},
+    {"method": "admm"},
+    {"method": "sparsellm", "effort": 0},
+    {"method": "sparsellm", "effort": 1, "sweep_rate": 0.001},
+    {"method": "sparsellm-paper"},
+)
+WIDTH = 64  # inputs and outputs of the linear whose traffic is counted
+
+
+def runs() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name → family and recipe. Every two of method, values, family and target meet in some run."""
+    cases = {}
+    for at, method in enumerate(METHODS):
+        for turn, values in enumerate(VALUES):
+            name, target = FAMILIES[(at + turn) % 4], TARGETS[(turn + at // 4) % 2]
+            fields = {**method, **target, **values}
+            if values:  # few linears: rounding takes nearly all of the time
+                fields["only"] = ["*.0.*v_proj"] if "grid" in values else ["*.0.*v_proj", "*.0.fc2", "*.0.*down_proj"]
+            cases[" ".join((name, *map(str, fields.values())))] = (name, fields)
+    return cases
+
+
+def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
+    """What differs between a checkpoint pruned on the card and on the CPU; empty if nothing does."""
+    folder.mkdir()
+    for name, context in (("cuda", device.cuda()), ("cpu", contextlib.nullcontext())):
+        recipe = Recipe(device=name, products="float32", batch_tokens=32, **fields)
+        try:
+            with context, sdpa_kernel(SDPBackend.MATH):  # the CPU's own kernel rounds otherwise
+                result = sparsellm.prune(source, recipe, calibration=windows(4, 16), out=folder / name)
+            if result.sweeps and not result.sweeps[-1].held_out < result.sweeps[0].held_out:
+                return f"on {name}: the sweep lowers no divergence, so nothing of it is compared"
+        except Exception:
+            return f"on {name}: {traceback.format_exc()}"
+    found, wanted = tensors_of(folder / "cuda"), tensors_of(folder / "cpu")
+    return ", ".join(name for name in wanted if not torch.equal(found[name], wanted[name]))
+
+
+def of_the_device() -> tuple[list[str], dict[str, Counter[str]]]:
+    """What the pretend device refuses, by the errors; and what some operations count."""
+    host, card = torch.ones(4), torch.ones(4, device="cuda")
+    refused = {
+        "two devices": lambda: card + host,
+        "generator": lambda: torch.rand(4, device="cuda", generator=torch.Generator()),
+        "numpy": lambda: card.numpy(),
+        "whole numbers": lambda: torch.mv(card[None].long(), card.long()),
+        "cat": lambda: torch.cat((card, host)),
+    }
+    errors = []
+    for name, call in refused.items():
+        with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
+            call()
+            errors.append(name)
+    operations = {
+        "add": lambda: card + 1,
+        "view": lambda: card.view(2, 2).T,
+        "item": lambda: card[0].item(),
+        "bool": lambda: bool(card[0] > 0),
+        "nonzero": lambda: card.nonzero(),
+        "by a mask": lambda: card[card > 0],
+        "to the card": lambda: host.to("cuda"),
+        "to the host": lambda: card.cpu(),
+    }
+    table = {}
+    for name, call in operations.items():
+        with device.counted() as table[name]:
+            call()
+    return errors, table
+
+
+def traffic_of_solvers() -> dict[str, Counter[str]]:
+    """Launches, synchronisations and bytes of each solver, and of each rounding, for one linear."""
+    weight, gram, table = weight_of(WIDTH, WIDTH).cuda(), gram_of(WIDTH), {}
+    patterns: dict[str, Pattern] = {"0.6": Share(0.6), "2:4": NM(2, 4)}
+    on_card = type(gram)(gram.matrix.cuda(), gram.tokens)
+    for target, pattern in patterns.items():
+        for name, entry in SOLVERS.items():
+            with device.counted() as table[f"{name} {target}"]:
+                solution = divide(entry)(weight, type(gram)(on_card.matrix, gram.tokens), pattern)
+        with device.counted() as table[f"rounding int4 {target}"]:
+            rounded(solution.weight, on_card, "int4", torch.bfloat16, fixed_mask=target == "2:4")
+    return table
+
+
+def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:
+    """Of one run without and with a sweep, each for a block of the model."""
+    table = {}
+    for effort in (0, 1):
+        recipe = Recipe(device="cuda", batch_tokens=32, effort=effort, sparsity=0.6, sets=1)
+        with device.counted() as traffic:
+            sparsellm.prune(source, recipe, calibration=windows(4, 16), out=folder / f"effort-{effort}")
+        table[f"effort {effort}"] = traffic
+    walk, both = table["effort 0"], table["effort 1"]
+    of_sweep = Counter({what: both[what] - walk[what] for what in both})
+    return {
+        name: Counter({what: number // 2 for what, number in traffic.items()})
+        for name, traffic in (("walk, a block", walk), ("sweep, a block", of_sweep))
+    }
+
+
+def main() -> None:
+    places = "--places" in sys.argv
+    if places:
+        device.PLACES.update(launches=Counter(), syncs=Counter())
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
+        folder, faults = Path(name), {}
+        sources = {each: save_tiny(family(each), tiny_tokenizer(), folder / each) for each in FAMILIES}
+        if not places:
+            for number, (case, (model, fields)) in enumerate(runs().items()):
+                faults[case] = fault_of(sources[model], fields, folder / str(number))
+        with device.cuda():
+            accepted, operations = of_the_device()
+            traffic = traffic_of_solvers() | traffic_of_runs(sources["Llama"], folder)
+    if places:
+        for what, lines in device.PLACES.items():
+            print(what, *(f"{number:9} {line}" for line, number in lines.most_common(25)), sep="\n")
+    found = {"faults": faults, "traffic": traffic, "accepted": accepted, "operations": operations}
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

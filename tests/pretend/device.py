@@ -1,0 +1,300 @@
+"""A pretend CUDA device: tensors that say they are on ``cuda:0`` and are computed by the CPU, with counts of traffic.
+
+    from tests.pretend.device import counted, cuda   # before torch is imported
+    with cuda(), counted() as traffic:
+        x = torch.ones(3, device="cuda") + 1
+    traffic                                          # Counter({"launches": 2, ...})
+
+Each operation on such a tensor passes :func:`_run`. It raises what CUDA raises (tensors on two devices, a generator of
+the CPU, operators without a kernel), and counts launches, synchronisations, and bytes that cross. There are no streams,
+no asynchrony and no memory of the device; numbers are the CPU's and not those of cuBLAS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+# torch's C++ asks for hooks and a guard of CUDA: the first once, while it is imported; the second in autograd.
+SOURCE = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace at {
+struct OneCard final : CUDAHooksInterface {
+  explicit OneCard(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return false; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+};
+C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, OneCard)
+}
+struct Idle final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  static c10::Device card() { return c10::Device(c10::DeviceType::CUDA, 0); }
+  c10::Device getDevice() const override { return card(); }
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, card()); }
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
+};
+namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, Idle) }
+"""
+
+
+def _tell_torch() -> None:
+    """Compiles and loads the library that registers the device, once for each release of torch."""
+    if "torch" in sys.modules:
+        raise ImportError("tests.pretend.device must be imported before torch")
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    torch_root = Path(spec.origin).parent
+    name = hashlib.sha256((SOURCE + (torch_root / "version.py").read_text()).encode()).hexdigest()[:16]
+    library = Path(__file__).parent / "__pycache__" / f"card-{name}.so"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        made = library.with_suffix(f".{os.getpid()}")
+        options = ["-x", "c++", "-", "-std=c++20", "-fPIC", "-shared", f"-I{torch_root}/include", "-o", str(made)]
+        subprocess.run(["g++", *options], input=SOURCE, text=True, check=True)
+        made.rename(library)
+    for path in (torch_root / "lib" / "libc10.so", torch_root / "lib" / "libtorch_cpu.so", library):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+_tell_torch()
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+CARD, MEMORY = torch.device("cuda", 0), 80 << 30
+COPIES = {"copy_", "_to_copy"}
+BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # indices may be on the CPU
+NO_SCALARS_OF_CPU = {"mm", "bmm", "addmm", "addmv", "cat", "stack", "gather", "scatter", "index_select", "embedding"}
+# Operators that wait for the device: their result is on the host, or its shape depends on values.
+WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"}
+WAITS |= {"_unique2", "unique_dim", "unique_consecutive", "_linalg_check_errors", "_linalg_eigh", "linalg_lstsq"}
+WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
+PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "addmv", "addmv_", "baddbmm", "mv", "dot"}  # of floats alone
+ONLY_CPU = ("mkldnn", "for_cpu", "fbgemm", "quantized::")
+# What only describes memory: no kernel runs.
+FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "view"}
+
+# A kernel of CUDA's own, without which autograd would decompose the operator; :func:`_run` takes its place.
+_KERNELS = torch.library.Library("aten", "IMPL")
+_KERNELS.impl("silu_backward", lambda *_: None, "CUDA")
+
+TRAFFIC: Counter[str] = Counter()  # launches, syncs, bytes_in, bytes_out
+PLACES: dict[str, Counter[str]] = {}  # lines of src by the same names; filled in places()
+
+
+class CardTensor(Tensor):
+    """A tensor on the card; ``held`` has its values."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> CardTensor:
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        made = Tensor._make_wrapper_subclass(cls, held.shape, device=CARD, **layout)  # type: ignore[attr-defined]
+        made.held = held
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self, **_: Any) -> str:
+        return f"on the card: {self.held!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            copy = self.detach().clone()
+            memo[id(self)] = nn.Parameter(copy, self.requires_grad) if isinstance(self, nn.Parameter) else copy
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: CardTensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.held = value.held
+
+
+class _Factories(TorchDispatchMode):
+    """Sees operations that have no tensor on the card among their arguments, such as those that make one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments of an operator, and in lists among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """A value with its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)([_each(change, part) for part in value]) if isinstance(value, (list, tuple)) else value
+
+
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.held if isinstance(tensor, CardTensor) else tensor
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an operator, computed on the CPU."""
+    tensors = _tensors((*args, *kwargs.values()))
+    here = [tensor for tensor in tensors if isinstance(tensor, CardTensor)]
+    device = kwargs.get("device")
+    makes = device is not None and torch.device(device).type == "cuda"
+    if not here and not makes:
+        return func(*args, **kwargs)
+    short = func._schema.name.rpartition("::")[2]
+    if short in COPIES:
+        _copied(short, args, kwargs, makes if device is not None else bool(here))
+    else:
+        _refuse(func, short, args, tensors, kwargs.get("generator"))
+    if not (func.is_view or short in FREE):
+        _count("launches")
+        if short in WAITS or _selects(short, args):
+            _count("syncs")
+    of_held = {id(tensor.held): tensor for tensor in here}
+    args, kwargs = _each(_held, args), {name: _each(_held, value) for name, value in kwargs.items()}
+    if makes:
+        kwargs.update(device=torch.device("cpu"))
+    if kwargs.get("pin_memory"):
+        kwargs.update(pin_memory=False)
+    result = func(*args, **kwargs)
+    if short == "_local_scalar_dense" or (device is not None and not makes):
+        return result  # on the host now, or without values
+    if short == "copy_" and id(args[0]) not in of_held:
+        return result  # a tensor of the host that was written to
+    for tensor in here:
+        assert tensor.shape == tensor.held.shape, f"{short} changes a shape in place, which this device cannot"
+    return _each(lambda made: of_held[id(made)] if id(made) in of_held else CardTensor(made), result)
+
+
+def _refuse(func: Any, short: str, args: Any, tensors: list[Tensor], generator: torch.Generator | None) -> None:
+    """Raises what CUDA raises for these arguments."""
+    name = func._schema.name
+    indices = set(map(id, _tensors(args[1]))) if short in BY_INDEX else set()
+    for tensor in tensors:
+        if isinstance(tensor, CardTensor) or tensor.is_meta:
+            continue
+        if id(tensor) in indices:
+            _count("bytes_in", tensor.nbytes)
+            _count("syncs")
+        elif tensor.ndim or short in NO_SCALARS_OF_CPU:
+            raise RuntimeError(f"{name}: all tensors must be on the same device, and are on cuda:0 and {tensor.device}")
+    if any(part in name for part in ONLY_CPU):
+        raise NotImplementedError(f"{name} has no kernel for the CUDA backend")
+    if short in PRODUCTS and WHOLE & {tensor.dtype for tensor in tensors}:
+        raise NotImplementedError(f'"{short}_cuda" not implemented for whole numbers')
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
+
+
+def _selects(short: str, args: Any) -> bool:
+    """Whether an index is a mask whose places are looked up first; one that is filled with a number is not."""
+    if short not in BY_INDEX or ("put" in short and args[2].numel() == 1):
+        return False
+    return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
+
+
+def _copied(short: str, args: Any, kwargs: Any, there: bool) -> None:
+    """Counts a copy between host and card, in either direction."""
+    source, there = (args[1], isinstance(args[0], CardTensor)) if short == "copy_" else (args[0], there)
+    if isinstance(source, CardTensor) != there:
+        _count("bytes_in" if there else "bytes_out", source.nbytes)
+        _count("syncs", not (kwargs.get("non_blocking") or args[2:] == (True,)))
+
+
+def _count(what: str, number: int = 1) -> None:
+    TRAFFIC[what] += number
+    if what in PLACES:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and "/src/sparse" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        PLACES[what][f"{frame.f_code.co_filename.rpartition('/src/')[2]}:{frame.f_lineno}"] += number
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """What the card does until the context ends; filled in then."""
+    before, traffic = TRAFFIC.copy(), Counter[str]()
+    yield traffic
+    traffic.update({what: TRAFFIC[what] - before[what] for what in TRAFFIC if TRAFFIC[what] > before[what]})
+
+
+@contextlib.contextmanager
+def cuda() -> Iterator[None]:
+    """torch has one CUDA device until the context ends."""
+    properties = SimpleNamespace(name="pretend", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132)
+    answers: dict[str, Any] = {
+        **dict.fromkeys(("_lazy_init", "init", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")),
+        **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state")),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "current_device"), 0),
+        **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
+        "device_count": 1,
+        "mem_get_info": (MEMORY, MEMORY),
+        "get_device_name": properties.name,
+        "get_device_capability": (properties.major, properties.minor),
+        "get_device_properties": properties,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, _always(answer)))
+        for name in ("Stream", "Event", "device", "stream"):
+            stack.enter_context(mock.patch.object(torch.cuda, name, mock.MagicMock()))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
+        torch.__future__.set_swap_module_params_on_conversion(True)  # `module.to` keeps its parameters
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes its values on the host, and moves them
+        stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+        stack.enter_context(_Factories())
+        yield
+
+
+def _always(answer: Any) -> Callable[..., Any]:
+    return lambda *_, **__: answer
