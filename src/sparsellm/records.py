@@ -195,10 +195,10 @@ class Prediction(Record):
     machine: str  # the processor or card
     ranks: Count
     method: str
-    passes: Count  # of the sweep
-    tokens: dict[str, Count]  # of the phases that run on tokens
+    passes: Count  # passes of the sweep
+    tokens: dict[str, Count]  # by phase
     seconds: dict[str, Seconds]  # by phase
-    memory: Memory  # of one process, of them the one that holds most
+    memory: Memory  # the process that holds most
     disk_bytes: Count  # at most: the result, the walk's blocks, hidden states, and saved passes
     wanted_ranks: Count | None = None  # fewest processes, a power of two, in whose memory all of it fits; 0: none
     notes: list[str] = []  # what does not fit, and what does

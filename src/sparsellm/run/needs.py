@@ -16,7 +16,7 @@ from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs import about, parse_bytes
 from sparsellm.machine import machine_name
 from sparsellm.progress import LEAST, MOST, between
-from sparsellm.recipe import Recipe
+from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import Prediction
 from sparsellm.run.choice import PASSES, Choice, patterns_of
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Journal
@@ -63,8 +63,8 @@ def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, share
 
 
 class Budgets(NamedTuple):
-    """The most bytes of a process: of the host (None: a share of what is free here) and of its card (None: what the
-    work takes)."""
+    """The most bytes that a process takes from the host (None: a share of what is free here) and from its card (None:
+    what the work takes)."""
 
     host: str | int | None
     card: int | None
@@ -151,7 +151,7 @@ def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | No
         choice = Choice.of(recipe).on(patterns, recipe.values)
         if choice.passes:
             check_sweepable(chain)
-        extent = extent_asked(chain, choice, recipe, ranks, sharers=ranks if here and chain.device.type == "cpu" else 1)
+        extent = extent_asked(chain, choice, recipe, ranks, sharers=ranks if here else 1)
         run = partial(predict, chain, choice, recipe, extent, speeds=speeds)
         why = ""
         for room in (budgets, Budgets(UNLIMITED, budgets.card), Budgets(UNLIMITED, None)):
@@ -168,7 +168,7 @@ def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | No
     if why:
         lower = [effort for effort, passes in enumerate(PASSES) if passes < found.passes]
         others: list[dict[str, JsonValue]] = [{"effort": effort, "passes": None} for effort in reversed(lower)]
-        others += [{"method": name, "options": {}, "effort": None, "passes": None} for name in LOCAL]
+        others += [{"method": name, "options": {}, **dict.fromkeys(SWEEP)} for name in LOCAL]
         fits = (each for each in others if not tried(recipe.updated(**each), ranks)[1])
         name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))
         notes = [f"{why}: it does not fit; {name} {value} does"]

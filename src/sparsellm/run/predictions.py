@@ -448,7 +448,7 @@ def streamed_sweep_seconds(work: Work, tokens: int, passes: int, speeds: Speeds,
         return 0.0
     steps = tokens / STEP_TOKENS
     judged = (passes + 1 + TRIALS) * min(MOST_HELD_OUT, steps / passes / 8) * STEP_TOKENS
-    held_out = min(MOST_HELD_OUT * STEP_TOKENS, tokens / passes / 8)  # of the first pass
+    held_out = min(MOST_HELD_OUT * STEP_TOKENS, tokens / passes / 8)  # in the first pass
     trained = tokens - held_out
     through = tokens + judged + trained * (1 + BACKWARD)
     running = (through * work.token + (judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)

@@ -15,8 +15,8 @@ from sparsellm.errors import RecipeError, nearest
 from sparsellm.machine import machine_name
 
 EFFICIENCY = 0.4  # share of a data sheet's operations and bytes a second that is assumed to be reached
-ROWS, NARROWEST, WIDEST = 512, 256, 4096  # of a measured product, whose matrix is as wide as the model
-ELEMENTS = 1 << 24  # of a measured sum: more than caches hold
+ROWS, NARROWEST, WIDEST = 512, 256, 4096  # a measured product, whose matrix is as wide as the model
+ELEMENTS = 1 << 24  # a measured sum: more than caches hold
 ROUNDS = 6  # the fastest counts: the first starts threads and libraries, others wait for what else the machine does
 
 
@@ -24,7 +24,7 @@ ROUNDS = 6  # the fastest counts: the first starts threads and libraries, others
 class Speeds:
     """Operations and bytes a second of one process."""
 
-    name: str  # of the machine or card
+    name: str  # the machine or card
     blocks: float  # operations in products when blocks run, which may be in bf16
     exact: float  # operations in products of statistics and solvers, in fp32
     memory: float  # bytes read or written in the memory that blocks run in
