@@ -3,12 +3,15 @@
     pip install 'sparsellm[bench]'
     python benchmarks/grids.py --texts wikitext2:wikitext2-raw-test.txt news.txt [--model demo]
     python benchmarks/grids.py ... --grids own q4_0 --sparsities 0 0.5
+    python benchmarks/grids.py ... --grids w4a16 --sparsities 0 --peers gptq=peers/bin/python awq=peers/bin/python
 
 Each cell is one run of `prune --grid` (for own: `--values int4`), measured on every text: KL(dense ‖ pruned) in nats a
-token, and perplexity. At sparsity 0 the dense model rounded to nearest is a row too. The weights measured are those of
-the checkpoint, with which the other program computes; it may round activations too. Models are scored by the same code
-in fp32. Without ``news.txt``, the second text is the news of the Lee corpus in the gensim package, since it should be
-of another kind than the calibration. Finished cells are kept in a file.
+token, and perplexity. At sparsity 0 the dense model rounded to nearest is a row too, and on ``w4a16`` what other tools
+make of it with their defaults on the same windows: GPTQ of gptqmodel (``gptqmodel``), GPTQ and AWQ of llmcompressor
+(``gptq``, ``awq``), each run in its own environment. The weights measured are those of the checkpoint, with which the
+other program computes; it may round activations too. Models are scored by the same code in fp32. Without ``news.txt``,
+the second text is the news of the Lee corpus in the gensim package, since it should be of another kind than the
+calibration. Finished cells are kept in a file.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from typing import Any
 
 import torch
 from forms import block_linears, open_dense
-from measure import cpu_name
+from measure import cpu_name, measured
+from peers import write_windows
 from quality import OUT, Cells
 from transformers import PreTrainedModel
 from wikipedia import write_wikipedia
@@ -89,6 +93,21 @@ def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Opened)
     return {"zeros": result.sparsity_pruned, "bits": result.bits_per_weight, "seconds": took, "texts": found}
 
 
+def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: Opened) -> Row:
+    """Another tool's rounding of the dense model, with its CPU seconds."""
+    group = GRIDS[grid].group
+    worker = str(Path(__file__).with_name("peers_rounding.py"))
+    with tempfile.TemporaryDirectory(prefix="peer-", dir=OUT) as folder:
+        command = [
+            python, worker, str(checkpoint_directory(asked.model)), f"--out={folder}/out", f"--method={method}",
+            f"--group={group}", f"--windows={write_windows(asked)}",
+        ]  # fmt: skip
+        run = measured(command, OUT / f"{method}.log")
+        found = scores(asked, Path(folder) / "out", dense)
+    bits = 4 + 16 / group  # as its file would have
+    return {"zeros": 0.0, "bits": bits, "seconds": run.cpu_seconds, "texts": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="+", required=True, help="test texts; nothing is chosen by them")
@@ -101,6 +120,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, help="of each test text; 0 for all of it")
     parser.add_argument("--effort", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
+    parser.add_argument("--peers", nargs="*", default=[], help="METHOD=PYTHON of the tool's environment")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--cells", type=Path, default=OUT / "grids.json")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,6 +149,10 @@ def main() -> None:
         if sparsity == 0:
             rows[f"{grid}, to nearest"] = cells.get(
                 f"{conditions}/{grid}/nearest", partial(nearest, asked, grid, opened)
+            )
+        for method, python in (each.split("=") for each in asked.peers if sparsity == 0 and grid.startswith("w4a16")):
+            rows[f"{grid}, {method}"] = cells.get(
+                f"{conditions}/{grid}/{method}", partial(peer, asked, method, python, grid, opened)
             )
         for name, row in rows.items():
             found = "".join(f" {each['kl']:.4f} | {each['perplexity']:.2f} |" for each in row["texts"].values())
