@@ -152,8 +152,8 @@ class Recipe(BaseModel):
     """Learning rate of the sweep; null: by the divergence at its start."""
     calibration: Annotated[Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)] = None
     """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2, ptb,
-    c4, hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation); or a mixture with shares of the
-    windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
+    c4, hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation); or a text mixture with
+    shares of the windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
     samples: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)] = 128
     """Calibration windows."""
     seq_len: Annotated[Integer | None, Option(CALIBRATION, "N", null=SEQ_LEN), Field(ge=2, le=MOST_TOKENS)] = None

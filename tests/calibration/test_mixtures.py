@@ -68,10 +68,10 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("pydoc:0.5,self:0", "source 'self' in mixture .* has share 0; leave it out"),
+        ("pydoc:0.5,self:0", "source 'self' in text mixture .* has share 0; leave it out"),
         ("pydoc:1,pydoc:2", "'pydoc' .* occurs twice"),
         ("pydoc:1,wikitxt2:2", "unknown text source 'wikitxt2'; did you mean 'wikitext2'"),
-        ("pydoc,words:0.5", "unknown text source .*; a mixture is SOURCE:SHARE,SOURCE:SHARE"),
+        ("pydoc,words:0.5", "unknown text source .*; a text mixture is SOURCE:SHARE,SOURCE:SHARE"),
         ("pydoc:1,nowhere.txt:2", "nowhere.txt' does not exist"),
     ],
 )

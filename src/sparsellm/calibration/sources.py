@@ -56,7 +56,7 @@ def shares_of(source: str) -> dict[str, float]:
     for name, share in parts:
         if not float(share) or name in shares:
             why = "occurs twice; add its shares" if name in shares else f"has share {share}; leave it out"
-            raise DataError(f"source {shown(name)} in mixture {shown(source)} {why}")
+            raise DataError(f"source {shown(name)} in text mixture {shown(source)} {why}")
         shares[name] = float(share) / total
     return shares or {source: 1.0}
 
@@ -86,7 +86,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
         is_path = Path(source).suffix.lower() in READERS or any(part in source for part in "/\\~")
         if not is_path:
             hint = nearest(name[:100], [*_PLAIN, *(known for known in _WITH_ARGUMENT if known != "file"), SELF])
-            hint = "a mixture is SOURCE:SHARE,SOURCE:SHARE" if "," in source else hint
+            hint = "a text mixture is SOURCE:SHARE,SOURCE:SHARE" if "," in source else hint
             raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {_SUFFIXES}")
         name, argument = "file", source
     if name == "file" or (name == "wikitext2" and argument):

@@ -103,7 +103,7 @@ def mixed_windows(
     for name, first in zip(shares, counts[0], strict=True):
         if not first:
             why = f"its share of {sizes[0]} windows is none; raise samples, or its share"
-            raise DataError(f"source {shown(name)} in mixture {shown(source)}: {why}")
+            raise DataError(f"source {shown(name)} in text mixture {shown(source)}: {why}")
     drawn = [iter(draw(name, size, sum(more))) for name, size, *more in zip(shares, *counts, strict=True)]
     windows, sources = list[Tensor](), list[str]()
     for group in counts:
