@@ -24,7 +24,7 @@ from quality import ALIKE, OUT, Cells, add_conditions, cell_key, command, condit
 from wikipedia import write_wikipedia
 
 ALONE = ("allocation=uniform", ALIKE, "options.refit=false", "options.norm_weighting=0", "sets=2")
-SPAN = 0.15  # of sparsities around the target: threshold's default
+SPAN = 0.15  # how far sparsities are from the target at most: the default of threshold
 RANDOM = Path(__file__).with_name("random_allocation.py")
 ALLOCATIONS = {
     "threshold": (f"allocation_options.span={SPAN}",),
@@ -50,9 +50,9 @@ def budgets(arguments: argparse.Namespace, cells: Cells, target: str, seed: int)
     rows = [("sparsegpt", run("sparsegpt", target, seed))]
     ours = run("sparsellm", target, seed, f"effort={arguments.effort}")
     rows.append((f"sparsellm, effort {arguments.effort}", ours))
-    whole = sum(value for name, value in ours["phases"].items() if "/" not in name)
+    seconds = sum(value for name, value in ours["phases"].items() if "/" not in name)
     passes = max(each["passes"] for each in ours["sweeps"])
-    a_pass = ours["cpu_seconds"] * ours["phases"]["sweep"] / whole / passes
+    a_pass = ours["cpu_seconds"] * ours["phases"]["sweep"] / seconds / passes
     for solver in ("admm", "sparsegpt", "wanda"):
         local = run(solver, target, seed)
         if solver != "sparsegpt":

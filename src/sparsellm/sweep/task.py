@@ -122,7 +122,7 @@ class Run:
         sources: Sequence[str],
     ) -> None:
         self.chain, self.windows, self.stream, self.dense, self.weights = chain, windows, stream, dense, weights
-        self.sources = sources  # of the windows, in a mixture
+        self.sources = sources  # the text of each window, in a mixture
         self.starts = [0, *itertools.accumulate(map(len, dense))]
         # A call that several batches or blocks share is converted once.
         self._to: Callable[[Call, torch.dtype], Call] = functools.cache(Call.to)
