@@ -56,17 +56,14 @@ def is_main() -> bool:
 
 def on_this_machine() -> int:
     """The number of processes of this run on this machine, which share its memory."""
-    if _alone:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    names = gather(socket.gethostname())
-    return names.count(names[rank()])
+    return _machine()[0].size() if size() > 1 or _machines is not None else 1
 
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
     """Joins the processes that torchrun started; raises ProcessError if they cannot be reached. After an error the
     group is not closed, since closing needs all processes, and others may have ended."""
-    global _failures
+    global _failures, _machines
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -78,7 +75,7 @@ def session() -> Iterator[None]:
     yield
     barrier()
     dist.destroy_process_group()
-    _failures = None
+    _failures = _machines = None
 
 
 def claims_failure(*, alone: bool) -> bool:
@@ -132,12 +129,7 @@ def share(total: int, unit: int = 1) -> slice:
 def from_main(make: Callable[[], T]) -> T:
     """Calls ``make`` in the main process, :func:`alone`, and returns its result in all; a SparseLLMError is raised in
     all, too."""
-    if size() == 1:
-        return make()
-    value, failure = broadcast(_attempt_alone(make) if is_main() else (None, None))
-    if failure is not None:
-        raise failure
-    return cast(T, value)
+    return _from_first(make, None, 0) if size() > 1 else make()
 
 
 def once_a_machine(make: Callable[[], tuple[Tensor, T]], device: torch.device) -> tuple[Tensor, T]:
@@ -145,19 +137,27 @@ def once_a_machine(make: Callable[[], tuple[Tensor, T]], device: torch.device) -
     tensor on the device of each; a SparseLLMError is raised in all processes of the machine, too."""
     if size() == 1:
         return make()
+    made: list[Tensor] = []
+
+    def about() -> tuple[torch.Size, torch.dtype, T]:
+        tensor, value = make()
+        made.append(tensor)
+        return tensor.shape, tensor.dtype, value
+
     group, first = _machine()
-    made, failure = _attempt_alone(make) if rank() == first else (None, None)
-    head = [(None if made is None else (made[0].shape, made[0].dtype, made[1]), failure)]
-    _reached(dist.broadcast_object_list, head, src=first, group=group)
-    about, failure = head[0]
+    shape, dtype, value = _from_first(about, group, first)
+    tensor = made[0] if made else torch.empty(shape, dtype=dtype, device=device)
+    return broadcast_(tensor, first, group), value
+
+
+def _from_first(make: Callable[[], T], group: ProcessGroup | None, first: int) -> T:
+    if rank() == first:
+        with alone():
+            made = _attempt(make)
+    value, failure = broadcast(made if rank() == first else (None, None), first, group)
     if failure is not None:
         raise failure
-    assert about is not None
-    shape, dtype, value = about
-    tensor = torch.empty(shape, dtype=dtype, device=device) if made is None else made[0]
-    if tensor.numel():
-        _reached(dist.broadcast, tensor.reshape(-1).view(torch.uint8), src=first, group=group)
-    return tensor, value
+    return cast(T, value)
 
 
 def _machine() -> tuple[ProcessGroup, int]:
@@ -165,9 +165,11 @@ def _machine() -> tuple[ProcessGroup, int]:
     global _machines
     if _machines is None or _machines[0] is not dist.group.WORLD:
         names = gather(socket.gethostname())
-        groups = [dist.new_group([i for i, name in enumerate(names) if name == each]) for each in dict.fromkeys(names)]
-        mine = [*dict.fromkeys(names)].index(names[rank()])
-        _machines = dist.group.WORLD, groups[mine], names.index(names[rank()])
+        for each in dict.fromkeys(names):
+            group = dist.new_group([i for i, name in enumerate(names) if name == each], timeout=TIMEOUT)
+            if each == names[rank()]:
+                _machines = dist.group.WORLD, group, names.index(each)
+    assert _machines is not None
     return _machines[1:]
 
 
@@ -249,11 +251,6 @@ def _attempt(make: Callable[[], T]) -> tuple[T | None, SparseLLMError | None]:
         return None, error
 
 
-def _attempt_alone(make: Callable[[], T]) -> tuple[T | None, SparseLLMError | None]:
-    with alone():
-        return _attempt(make)
-
-
 def barrier() -> None:
     """Waits until all processes have called this."""
     gather(None)
@@ -300,19 +297,19 @@ def gather_list(tensor: Tensor) -> list[Tensor]:
     ]
 
 
-def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
-    """Overwrites a contiguous tensor with that of the process ``source``."""
-    if size() > 1 and tensor.numel():
-        _reached(dist.broadcast, tensor.reshape(-1).view(torch.uint8), src=source)  # gloo does not know all dtypes
+def broadcast_(tensor: Tensor, source: int = 0, group: ProcessGroup | None = None) -> Tensor:
+    """Overwrites a contiguous tensor with that of the process ``source``, in all of a ``group``, or of all."""
+    if size() > 1 and tensor.numel():  # as bytes, since gloo does not know all dtypes
+        _reached(dist.broadcast, tensor.reshape(-1).view(torch.uint8), src=source, group=group)
     return tensor
 
 
-def broadcast(value: T, source: int = 0) -> T:
+def broadcast(value: T, source: int = 0, group: ProcessGroup | None = None) -> T:
     """The value of the process ``source``."""
     if size() == 1:
         return value
     values = [value]
-    _reached(dist.broadcast_object_list, values, src=source)
+    _reached(dist.broadcast_object_list, values, src=source, group=group)
     return values[0]
 
 

@@ -21,26 +21,29 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.test_docs import ROOT, SMALL, blocks
 
 PAGE = ROOT / "docs" / "scale.md"
-(SLURM,) = blocks(PAGE, "bash")
-(SKYPILOT,) = [yaml.safe_load(block) for block in blocks(PAGE, "yaml")]
-LINES = [line for block in blocks(PAGE, "sh") for line in block.splitlines()]
-SCRIPTS = [*LINES, SLURM, SKYPILOT["run"]]
+(SLURM,), (SKYPILOT,) = (blocks(PAGE, language) for language in ("bash", "yaml"))
+LINES, JOBS = "".join(blocks(PAGE, "sh")).splitlines(), [SLURM, yaml.safe_load(SKYPILOT)["run"]]
 LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for
 COMMANDS = {  # for the scripts: torchrun of this Python, and those of Slurm, with two nodes on this machine
     "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     "srun": '"$@" & first=$!; "$@" & wait $! && wait $first',
     "scontrol": "echo localhost",
 }
+VARIABLES = {
+    **{f"SLURM_{name}": "1" for name in ("GPUS_ON_NODE", "CPUS_PER_TASK", "JOB_ID", "JOB_NODELIST")},
+    "SLURM_NNODES": "2",
+    "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NUM_GPUS_PER_NODE": "1",
+    "SKYPILOT_NODE_IPS": "localhost\nlocalhost",
+}
 
 
 def small(script: str, port: int = 29400) -> str:
-    """A script on a tiny model, in a directory of this test, with one process for each node."""
-    script = script.replace("\\\n", " ").rstrip()
-    for name, value in {"/shared": "shared", "node1:29400": f"localhost:{port}", "29400": str(port)}.items():
-        script = script.replace(name, value)
+    """A script on a tiny model, in the working directory, with one process for each node."""
     command = re.search(r"-m sparsellm (\w+)", script)
     assert command is not None
-    return f"{script.replace('--nproc-per-node 8', '--nproc-per-node 1')} {SMALL[command[1]]}"
+    script = script.replace("\\\n", " ").rstrip().replace("/shared", "shared").replace("node1:", "localhost:")
+    return f"{script.replace('node 8', 'node 1').replace('29400', str(port))} {SMALL[command[1]]}"
 
 
 @pytest.fixture
@@ -56,67 +59,31 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_torchrun_and_sparsellm_take_every_command(folder: Path, run: Any) -> None:
-    for script in SCRIPTS:
-        line = re.search(r"torchrun .*", re.sub(r'"?\$\w+', "2", small(script)))
+    for script in [*LINES, *JOBS]:
+        line = re.search(r"torchrun .*", re.sub(r"\$\w+", "2", small(script)))
         assert line is not None
-        given = get_args_parser().parse_args(shlex.split(line[0].replace('"', ""))[1:])
-        assert given.module
-        assert given.training_script == "sparsellm"
+        given = get_args_parser().parse_args(shlex.split(line[0])[1:])
+        assert (given.module, given.training_script) == (True, "sparsellm")
         shutil.rmtree(folder / "shared" / "pruned", ignore_errors=True)
         code, _, stderr = run(*given.training_script_args)
         assert code == 0, f"{line[0]}: {stderr}"
 
 
-def run_script(script: str, folder: Path, nodes: int = 1, **variables: str) -> None:
-    """Runs a script in a shell, on several nodes at the same time; fails with its output if one fails."""
-    places = folder / "bin"
-    places.mkdir(exist_ok=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("scripts", [LINES, JOBS], ids=["lines", "jobs"])
+def test_two_processes_run_every_script(scripts: list[str], folder: Path) -> None:
     for name, text in COMMANDS.items():
-        (places / name).write_text(f"#!/bin/bash\n{text}\n")
-        (places / name).chmod(0o755)
-    environment = {**os.environ, **variables, "PATH": f"{places}{os.pathsep}{os.environ['PATH']}"}
-    started = [
-        subprocess.Popen(["bash", "-ec", script], env=environment, stderr=subprocess.PIPE, text=True)
-        for _ in range(nodes)
-    ]
-    try:
-        assert [each.wait(LIMIT) for each in started] == [0] * nodes, [
-            each.stderr and each.stderr.read() for each in started
-        ]
-    finally:
-        for each in started:
-            each.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@pytest.mark.slow
-def test_two_processes_run_the_lines_of_the_page(folder: Path) -> None:
-    for line in LINES:
-        run_script(small(line, free_port()), folder, nodes=2 if "--nnodes 2" in line else 1)
-    for place in ("pruned", "compared/wanda-0.5", "shared/pruned"):
-        record = json.loads((folder / place / "pruning.json").read_text())
-        assert record["processes"] == (1 if place.startswith("compared") else 2)
-    (evaluation,) = json.loads((folder / "pruned" / "results.json").read_text())["evaluations"]
-    assert evaluation["against"]["kl"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["slurm", "skypilot"])
-def test_the_script_runs_on_two_nodes(script: str, folder: Path) -> None:
-    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "7"}
-    if script == "slurm":
-        run_script(small(SLURM, free_port()), folder, SLURM_JOB_NODELIST="localhost", **slurm)
-    else:
-        assert SKYPILOT["num_nodes"] == 2
-        sky = {
-            "SKYPILOT_NUM_NODES": "2",
-            "SKYPILOT_NUM_GPUS_PER_NODE": "1",
-            "SKYPILOT_NODE_IPS": "localhost\nlocalhost",
-        }
-        run_script(small(SKYPILOT["run"], free_port()), folder, nodes=2, **sky)
-    assert json.loads((folder / "shared" / "pruned" / "pruning.json").read_text())["processes"] == 2
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    environment = {**os.environ, **VARIABLES, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    for script in scripts:
+        shutil.rmtree(folder / "shared" / "pruned", ignore_errors=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = ["timeout", str(LIMIT), "bash", "-ec", small(script, port)]
+        nodes = 2 if "--nnodes" in script and "srun" not in script else 1
+        running = [subprocess.Popen(command, env=environment) for _ in range(nodes)]
+        assert [each.wait() for each in running] == [0] * nodes, script
+        for record in [*folder.glob("pruned/pruning.json"), *folder.glob("shared/pruned/pruning.json")]:
+            assert json.loads(record.read_text())["processes"] == 2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest import mock
 
 import pytest
 import torch
@@ -70,25 +69,17 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 AGAIN = ("admm", "allocated", "experts", "swept")  # rows, a survey, whole linears, a sweep
 
 
-def counted(patch: pytest.MonkeyPatch, owner: Any, name: str) -> Mock:
-    """A mock that counts the calls of a method, which still runs."""
-    real, calls = getattr(owner, name), Mock()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        calls()
-        return real(*args, **kwargs)
-
-    patch.setattr(owner, name, call)
-    return calls
+def counting(owner: type, name: str) -> Any:
+    """A context that counts the calls of a method."""
+    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
 
 
 def prune_case(name: str) -> dict[str, Any]:
     """The pruned model's weights, and the report."""
     family, fields = CASES[name]
     model = family()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, counting(Gram, "cholesky") as factorised:
         patch.setattr("sparsellm.solvers.sparsegpt.PANEL", 16)  # several panels in so small a model
-        factorised = counted(patch, Gram, "cholesky")
         result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows(WINDOWS))
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
     return {
@@ -248,10 +239,9 @@ def survey_of_some_windows(folder: Path) -> None:
     chain = open_chain(mixtral(), device=torch.device("cpu"))
     for count in (WINDOWS, 2):
         feed, names = Feed(chain, windows(count), 80), {size.name for size in sizes_of(chain)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chain, "run", Mock(side_effect=partial(Chain.run, chain)))
+        with counting(Chain, "run") as run:
             own = loss_gradients(feed, names, saliency=True)
-            ran = sum(len(call.args[1]) for call in chain.run.call_args_list)  # type: ignore[attr-defined]
+        ran = sum(len(call.args[2]) for call in run.call_args_list)
         with parallel.alone():
             whole = loss_gradients(feed, names, saliency=True), survey_on(feed, sizes_of(chain), 0.5).mean_squares
         assert ran < count * len(chain)
@@ -262,8 +252,7 @@ def survey_of_some_windows(folder: Path) -> None:
 def evaluation_of_some_windows(folder: Path) -> None:
     source = parallel.from_main(lambda: save_tiny(tiny_llama(), tiny_tokenizer(), folder / "llama"))
     asked = {"seq_len": 32, "max_tokens": WINDOWS * 32, "against": source}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streamed, "_window", window := Mock(side_effect=streamed._window))
+    with mock.patch.object(streamed, "_window", side_effect=streamed._window) as window:
         own = sparsellm.evaluate(source, "pydoc", **asked)
     with parallel.alone():
         whole = sparsellm.evaluate(source, "pydoc", **asked)
@@ -271,23 +260,14 @@ def evaluation_of_some_windows(folder: Path) -> None:
 
 
 def reads(folder: Path) -> None:
-    """After the evaluation: calls that read a tensor, in a process alone and in each of all, on one machine and two."""
-    for name, machines in (("one machine", 1), ("two machines", 2)):
-        counts: list[int] = []
-        for alone in (True, False):
-            with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as held:
-                if machines == 2:
-                    node = f"node {parallel.rank() == parallel.size() - 1}"
-                    patch.setattr("socket.gethostname", lambda node=node: node)
-                    patch.setattr(parallel, "_machines", None)
-                if alone:
-                    held.enter_context(parallel.alone())
-                read = counted(patch, CheckpointReader, "get")
-                out = folder / (f"{name} {os.getpid()}" if alone else name)
-                recipe = Recipe(method="admm", allocation="owl", samples=4, seq_len=32)
-                sparsellm.prune(folder / "llama", recipe, out=out, calibration="pydoc")
-            counts += [read.call_count] if alone else parallel.gather(read.call_count)
-        leave(folder, f"reads of {name}", counts)
+    """After the evaluation: how often each process reads a tensor, on one machine and on two."""
+    for machines in (1, 2):
+        with pytest.MonkeyPatch.context() as patch, counting(CheckpointReader, "get") as read:
+            if machines == 2:
+                patch.setattr("socket.gethostname", lambda: f"node {parallel.rank() == parallel.size() - 1}")
+                patch.setattr(parallel, "_machines", None)
+            sparsellm.evaluate(folder / "llama", "pydoc", seq_len=32, max_tokens=256)
+        leave(folder, f"reads {machines}", read.call_count)
 
 
 def sweep_alone(folder: Path) -> None:

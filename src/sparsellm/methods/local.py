@@ -39,6 +39,8 @@ def from_solver(entry: Entry[Solver]) -> Entry[Method]:
                 solve(linear, gram)
 
         if owners := _owners(groups, entry.workspace if task.values == "keep" else entry.workspace.then(ROUNDING)):
+            for number in [number for number, owner in enumerate(owners) if owner != parallel.rank()]:
+                del statistics[number]
             task.share_out(groups, owners, solve_group)
         else:
             for number in range(len(groups)):

@@ -68,9 +68,7 @@ def prune_experts(
                     if not count:
                         task.notes[linear.name] = (NOT_ROUTED,)
                 experts.append(ExpertTokens(tokens, expert, number, linears))
-            order = [x.name for own in experts for x in (*own.first, own.down) if x is not None]
-            if parallel.size() > 1:  # so that those of a round take the same time
-                experts.sort(key=ExpertTokens.cost)
+            order = [linear.name for own in experts for linear in own.first + own.down]
             begin = len(task.results)
             for place in range(0, len(experts), parallel.size()):
                 task.report(f"expert {place + 1}/{len(experts)}")
@@ -79,27 +77,18 @@ def prune_experts(
 
 
 def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve: Solve, refit: float | None) -> None:
-    """Prunes the linears of one expert in each process, on the tokens of all; ``every`` are the moments of the inputs
-    of all tokens of the mixture."""
-    dense = [x.expert.frozen() if refit is not None and x.down and x.first else None for x in experts]
+    """Prunes the linears of one expert in each process, which alone keeps its moments, on the tokens of all; ``every``
+    are the moments of the inputs of all tokens of the mixture."""
+    dense = [own.expert.frozen() if refit is not None and own.down and own.first else None for own in experts]
     shared, last = dict[int, _Moments](), dict[int, _Moments]()
-    with task.clock.phase("prune/statistics"):
-        for place, own in enumerate(experts):
-            if own.first:
-                _keep(shared, place, _moments(own.routed(), every.features, task).shrunk_to(every))
-            if own.down is not None and dense[place] is None:
-                _keep(last, place, own.last(task, own.down, None))
 
     def prune_first(place: int) -> None:
-        gram = shared.pop(place).gram() if experts[place].first else None
+        gram = shared.pop(place).gram()
         for linear in experts[place].first:
-            assert gram is not None
             solve(linear, gram, None)
 
-    def prune_last(place: int) -> None:
-        if (down := experts[place].down) is None:
-            return
-        moments, fit = last.pop(place), None
+    def prune_down(place: int) -> None:
+        (down,), moments, fit = experts[place].down, last.pop(place), None
         gram = moments.gram()
         if moments.cross is not None and refit is not None:
             with task.clock.phase("prune/solve"):
@@ -107,18 +96,23 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
         del moments
         solve(down, gram, fit)
 
+    def take(pruned: bool) -> None:
+        """Takes the moments before, or after, the other linears of an expert are pruned."""
+        for place, own in enumerate(experts):
+            keeps = place == parallel.rank()
+            if own.first and not pruned:
+                moments = _moments(own.routed(), every.features, task).shrunk_to(every)
+                shared.update({place: moments} if keeps else {})
+            if own.down and (dense[place] is not None) == pruned:
+                moments = own.last(task, own.down[0], dense[place])
+                last.update({place: moments} if keeps else {})
+
+    with task.clock.phase("prune/statistics"):
+        take(pruned=False)
     task.share_out([own.first for own in experts], range(len(experts)), prune_first)
     with task.clock.phase("prune/statistics"):
-        for place, own in enumerate(experts):
-            if own.down is not None and dense[place] is not None:
-                _keep(last, place, own.last(task, own.down, dense[place]))
-    task.share_out([[own.down] if own.down else [] for own in experts], range(len(experts)), prune_last)
-
-
-def _keep(kept: dict[int, _Moments], place: int, moments: _Moments) -> None:
-    """Keeps the moments of an expert in the process that prunes it."""
-    if place == parallel.rank():
-        kept[place] = moments
+        take(pruned=True)
+    task.share_out([own.down for own in experts], range(len(experts)), prune_down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,18 +207,14 @@ class ExpertTokens:
     linears: list[LinearView]
 
     @property
-    def down(self) -> LinearView | None:
-        """The last linear."""
-        return next((x for x in self.linears if x.module is self.expert.get_submodule(DOWN)), None)
+    def down(self) -> list[LinearView]:
+        """The last linear, if it is pruned."""
+        return [linear for linear in self.linears if linear.module is self.expert.get_submodule(DOWN)]
 
     @property
     def first(self) -> list[LinearView]:
         """The others, whose inputs are those of the expert."""
-        return [linear for linear in self.linears if linear is not self.down]
-
-    def cost(self) -> int:
-        """A key that sorts experts, the one that takes longest first."""
-        return -sum(linear.out_features * linear.in_features**2 for linear in self.linears)
+        return [linear for linear in self.linears if linear not in self.down]
 
     def routed(self) -> Rows:
         for batch, experts in enumerate(self.tokens.experts):

@@ -117,8 +117,8 @@ class BlockTask:
 
         def own() -> None:
             with parallel.alone():
-                for number, owner in enumerate(owners):
-                    if owner == me:
+                for number, (group, owner) in enumerate(zip(groups, owners, strict=True)):
+                    if group and owner == me:
                         prune(number)
 
         parallel.together(own)

@@ -36,11 +36,6 @@ class Factor(NamedTuple):
     damping: float
     notes: tuple[str, ...] = ()
 
-    @property
-    def about(self) -> Factor:
-        """The same without the matrix."""
-        return self._replace(matrix=torch.empty(0))
-
 
 @dataclass(frozen=True, eq=False)
 class Gram:
@@ -109,18 +104,14 @@ class Gram:
     def inverse(self, damping: float) -> Factor:
         """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`. One process of each machine computes it."""
 
-        def invert() -> tuple[Tensor, Factor]:
+        def invert() -> Factor:
             factor = self.cholesky(damping)
             torch.cholesky_inverse(factor.matrix, out=factor.matrix)
             # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that
             # one process and several get the same bits.
-            return factor.matrix.mT, factor.about
+            return Factor(factor.matrix.mT, factor.damping, factor.notes)
 
-        def inverse() -> Factor:
-            matrix, about = parallel.once_a_machine(invert, self.matrix.device)
-            return about._replace(matrix=matrix)
-
-        return self.remember(("inverse", damping), inverse)
+        return self._remember_one(("inverse", damping), invert)
 
     def inverse_cholesky(self, damping: float) -> Factor:
         """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``; damping as in :meth:`cholesky`.
@@ -129,17 +120,27 @@ class Gram:
         factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse. One process
         of each machine computes it."""
 
-        def factorise() -> tuple[Tensor, Factor]:
+        def factorise() -> Factor:
             factor = self.cholesky(damping, reverse=True)
             lower = factor.matrix.mT.flip(0, 1)  # Rᵀ
             invert_lower_(lower)
-            return lower, factor.about
+            return Factor(lower, factor.damping, factor.notes)
 
-        def upper() -> Factor:
-            lower, about = parallel.once_a_machine(factorise, self.matrix.device)
-            return about._replace(matrix=lower.mT)
+        factor = self._remember_one(("inverse_cholesky", damping), factorise)
+        return factor._replace(matrix=factor.matrix.mT)
 
-        return self.remember(("inverse_cholesky", damping), upper)
+    def _remember_one(self, key: Hashable, make: Callable[[], Factor]) -> Factor:
+        """The cached return value of ``make``, which one process of each machine calls."""
+
+        def made() -> tuple[Tensor, Factor]:
+            factor = make()
+            return factor.matrix, factor._replace(matrix=torch.empty(0))
+
+        def shared() -> Factor:
+            matrix, factor = parallel.once_a_machine(made, self.matrix.device)
+            return factor._replace(matrix=matrix)
+
+        return self.remember(key, shared)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """The cached return value of ``make``, about as large as this matrix; the oldest is dropped at the limit."""
