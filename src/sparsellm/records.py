@@ -177,6 +177,7 @@ class Memory(Record):
     hidden_on_disk_bytes: Count = 0  # the most of these in files at any time
     kept_bytes: Count = 0  # outputs of pruned sublayers that save passes; none of them goes to disk
     predicted_peak_device_bytes: Count = 0  # in the memory of an accelerator; 0 on the CPU
+    sweep: str = ""  # streamed: one block is in memory at a time; resident: all, perhaps recomputing and offloading
     steps_bytes: dict[str, Count] = {}  # at the peak of each step of the run, on the CPU
 
     @property

@@ -27,15 +27,14 @@ from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.gradients import loss_gradients
-from sparsellm.sweep.task import Residence
+from sparsellm.sweep.task import Residence, Run
 from sparsepack.grid import INTEGERS
 from tests.allocation.helpers import sizes_of, survey_on
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.families import mixtral
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
-from tests.sweep.helpers import halved
-from tests.sweep.test_resident import swept
+from tests.sweep.helpers import halved, swept
 
 WINDOWS = 7  # three processes do not divide it
 
@@ -62,7 +61,17 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sparsellm 2:4": (two_blocks, {"method": "sparsellm", "pattern": "2:4", "passes": 0}),
     "experts": (two_mixtures, {"method": "sparsellm", "passes": 0}),
     "experts int4": (two_mixtures, {"method": "sparsegpt", "values": "int4"}),
-    "swept": (two_blocks, {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda"}}),
+    # one step takes all windows, however many processes divide them
+    "swept": (
+        two_blocks,
+        {
+            "method": "sparsellm",
+            "passes": 3,
+            "options": {"solver": "wanda", "output_metric": 0.0},
+            "allocation": "uniform",
+            "batch_tokens": 1024,
+        },
+    ),
 }
 
 
@@ -80,7 +89,7 @@ def prune_case(name: str) -> dict[str, Any]:
     model = family()
     with pytest.MonkeyPatch.context() as patch, counting(Gram, "cholesky") as factorised:
         patch.setattr("sparsellm.solvers.sparsegpt.PANEL", 16)  # several panels in so small a model
-        result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows(WINDOWS))
+        result = sparsellm.prune(model, Recipe(**{"batch_tokens": 80, **fields}), calibration=windows(WINDOWS))
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
     return {
         "weights": dict(model.state_dict()),
@@ -91,6 +100,36 @@ def prune_case(name: str) -> dict[str, Any]:
         "tokens": result.calibration_tokens,
         "factorised": factorised.call_count,
     }
+
+
+SWEPT = {**CASES["swept"][1], "sweep_rate": 0.003}
+
+
+def sweep_in_directories(folder: Path) -> None:
+    """Two runs of one recipe, one that goes on where a single process ended, and one that ends in its sweep."""
+    for name in ("two", "again", "begun-by-one"):
+        swept_to(folder, name)
+    swept_to(folder, "begun-by-two", fails=True)
+
+
+def swept_to(folder: Path, name: str, *, fails: bool = False) -> sparsellm.PruneResult | None:
+    """A run from the model in ``folder``; with ``fails`` it ends when its second pass is judged."""
+    judged = 0
+    judge = Run.judge
+
+    def failing(run: Run, steps: Any) -> float:
+        nonlocal judged
+        judged += 1
+        if fails and judged == 3:
+            raise NumericalError("the processor caught fire")
+        return judge(run, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "judge", failing)
+        try:
+            return sparsellm.prune(folder / "model", Recipe(**SWEPT), calibration=windows(WINDOWS), out=folder / name)
+        except NumericalError:
+            return None
 
 
 def leave(folder: Path, name: str, found: Any) -> None:

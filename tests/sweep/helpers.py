@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from sparsellm.chain import open_chain, streams
 from sparsellm.chain.streams import Feed
 from sparsellm.chain.structure import find_blocks
+from sparsellm.records import SweepPass
+from sparsellm.storage.scratch import Scratch
+from sparsellm.sweep.task import Residence, SweepTask
+from sparsellm.sweep.whole_model import sweep
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 from tests.models.families import LLAMA, _model, opt_350m
 
@@ -104,3 +109,23 @@ def divergence(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> 
 
 def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+TOKENS = 96  # in a batch: four windows of 24
+Swept = tuple[list[SweepPass], dict[str, Tensor]]
+
+
+def swept(
+    model: PreTrainedModel | Path, dense: PreTrainedModel, way: Residence | None, passes: int = 2, rate: float = 0.002
+) -> Swept:
+    """The history, and every block as it is written."""
+    chain, ids = open_chain(model, device=CPU, dtype=torch.float32), ids_of(8)
+    written: dict[str, Tensor] = {}
+
+    def write(index: int) -> None:
+        for name, source in chain.block_tensors(index).items():
+            written[name] = source.read().to(source.dtype, copy=True)
+
+    end = dense_end(dense, ids, TOKENS)
+    feed = Feed(chain, ids, TOKENS, Scratch())
+    return sweep(SweepTask(feed, end, passes, 3, write, learning_rate=rate, resident=way)), written

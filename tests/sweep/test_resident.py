@@ -7,47 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from sparsellm.chain import Feed, open_chain
-from sparsellm.records import SweepPass
-from sparsellm.storage.scratch import Scratch
-from sparsellm.sweep.task import Residence, SweepTask
-from sparsellm.sweep.whole_model import sweep
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.sweep.task import Residence
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.parallel import workers
+from tests.parallel.processes import run_in
 from tests.sweep.helpers import (
-    CPU,
     Family,
-    dense_end,
     halved,
-    ids_of,
     linear_weights,
     same_bits,
     sharing_llama,
+    swept,
     tiny_mistral,
     tiny_qwen2,
     tiny_zamba,
 )
 
-TOKENS = 96  # in a batch: four windows of 24
-Swept = tuple[list[SweepPass], dict[str, Tensor]]
 
-
-def swept(
-    model: PreTrainedModel | Path, dense: PreTrainedModel, way: Residence | None, passes: int = 2, rate: float = 0.002
-) -> Swept:
-    """The history, and every block as it is written."""
-    chain, ids = open_chain(model, device=CPU, dtype=torch.float32), ids_of(8)
-    written: dict[str, Tensor] = {}
-
-    def write(index: int) -> None:
-        for name, source in chain.block_tensors(index).items():
-            written[name] = source.read().to(source.dtype, copy=True)
-
-    end = dense_end(dense, ids, TOKENS)
-    feed = Feed(chain, ids, TOKENS, Scratch())
-    return sweep(SweepTask(feed, end, passes, 3, write, learning_rate=rate, resident=way)), written
+def tensors(out: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(out.glob("*.safetensors"))]
 
 
 WAYS = {
@@ -80,6 +60,28 @@ def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: Family, way:
     for name, weight in linear_weights(model).items():
         assert torch.equal(weight == 0, zeros[name]), name
     assert not torch.distributed.is_initialized()
+
+
+def test_ranks_repeat_their_bits_and_go_on_for_each_other(tmp_path: Path) -> None:
+    """A sweep saved by one process goes on in two, and one saved by two in one."""
+    save_tiny(workers.two_blocks(), None, tmp_path / "model")
+    one = workers.swept_to(tmp_path, "one")
+    assert workers.swept_to(tmp_path, "begun-by-one", fails=True) is None
+    run_in(2, workers.sweep_in_directories, tmp_path)
+    last = workers.swept_to(tmp_path, "begun-by-two")
+    assert one is not None
+    assert one.memory is not None
+    assert last is not None
+    assert one.memory.sweep == "resident"
+    assert one.sweeps[-1].held_out < one.sweeps[0].held_out
+    assert last.sweeps[-1].held_out == pytest.approx(one.sweeps[-1].held_out, rel=1e-3)
+    assert tensors(tmp_path / "two") == tensors(tmp_path / "again")
+    expected = CheckpointReader(tmp_path / "one")
+    for name in ("two", "begun-by-one", "begun-by-two"):
+        found = CheckpointReader(tmp_path / name)
+        for key in expected:
+            assert torch.equal(found.get(key) == 0, expected.get(key) == 0), key
+            torch.testing.assert_close(found.get(key), expected.get(key), rtol=1e-3, atol=2e-5, msg=f"{key} of {name}")
 
 
 def test_states_are_judged_as_they_will_be_written(tmp_path: Path) -> None:

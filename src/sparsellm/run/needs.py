@@ -17,7 +17,7 @@ from sparsellm.inputs import about, parse_bytes
 from sparsellm.machine import machine_name
 from sparsellm.progress import LEAST, MOST, between
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.records import Prediction
+from sparsellm.records import Memory, Prediction
 from sparsellm.run.choice import PASSES, Choice, patterns_of
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Journal
 from sparsellm.run.opening import default_seq_len, windows_of_pass
@@ -31,6 +31,7 @@ from sparsellm.run.predictions import (
     plan_memory,
     predicted_seconds,
     saved_sweep_bytes,
+    sweeps,
     working_bytes,
 )
 from sparsellm.run.speeds import Speeds, measured
@@ -79,9 +80,11 @@ def predict(
     *,
     speeds: Speeds | None = None,
     journal: Journal | None = None,
+    sweep: str | None = None,
 ) -> Prediction:
     """Memory of this process, seconds, and files of all processes of a run; what its ``journal`` has is not done again.
-    Without one, a run that writes a checkpoint from the start. Raises MemoryBudgetError if it does not fit."""
+    Without one, a run that writes a checkpoint from the start. The sweep holds the blocks in the fastest way that fits,
+    or as ``sweep`` says. Raises MemoryBudgetError if it does not fit."""
     speeds = speeds or speeds_of(chain)
     unrounded = recipe.values != "keep" and choice.passes > 0
     knows = journal.knows if journal is not None else lambda name: False
@@ -102,9 +105,9 @@ def predict(
         swept=choice.passes > 0,
         fresh=extent.fresh,
         unrounded=unrounded,
+        ranks=extent.ranks,
     )
-    card = max(working_bytes(chain, demand).values()) if budgets.card is None else budgets.card
-    memory = plan_memory(chain, demand, budgets.host, sharers=extent.sharers, on_device=card)
+    memory = _fitting(chain, demand, budgets, extent.sharers, sweeps(chain, demand) if sweep is None else [sweep])
     finished = journal.begun() if journal is not None else 0
     seconds = predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)
     files = (2 if choice.passes else 1) * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
@@ -123,6 +126,19 @@ def predict(
         memory=memory,
         disk_bytes=files if journal is None or journal.out is not None else 0,
     )
+
+
+def _fitting(chain: Chain, demand: Demand, budgets: Budgets, sharers: int, ways: list[str]) -> Memory:
+    """The memory of the first way to hold the blocks in a sweep that fits."""
+    for way in ways:
+        demand = replace(demand, sweep=way)
+        card = max(working_bytes(chain, demand).values()) if budgets.card is None else budgets.card
+        try:
+            return plan_memory(chain, demand, budgets.host, sharers=sharers, on_device=card)
+        except MemoryBudgetError:
+            if way == ways[-1]:
+                raise
+    raise AssertionError("the last is returned or raises")
 
 
 def speeds_of(chain: Chain) -> Speeds:

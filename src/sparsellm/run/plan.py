@@ -37,7 +37,15 @@ from sparsellm.run.opening import (
     open_models,
     read_windows,
 )
-from sparsellm.run.predictions import Extent, checkpoint_bytes, described, device_budget, predicted_seconds
+from sparsellm.run.predictions import (
+    RESIDENT,
+    STREAMED,
+    Extent,
+    checkpoint_bytes,
+    described,
+    device_budget,
+    predicted_seconds,
+)
 from sparsellm.storage.directory import check_destination, checkpoints_among
 from sparsellm.sweep.whole_model import check_sweepable
 
@@ -178,7 +186,12 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     extent = _extent(windows, choice.passes)
     budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
-    prediction = parallel.together(partial(predict, chain, choice, recipe, extent, budgets, journal=journal))
+    foreseen = partial(predict, chain, choice, recipe, extent, budgets, journal=journal)
+    prediction = parallel.together(foreseen)
+    kinds = parallel.gather(STREAMED if choice.passes and not min(map(len, windows.swept)) else prediction.memory.sweep)
+    if len(set(kinds)) > 1:  # processes with less room, or without windows
+        slowest = max(kinds, key=[*RESIDENT, STREAMED].index)
+        prediction = parallel.together(partial(foreseen, sweep=slowest))
     disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
     progress(Progress(NOTE, 1, 1, needed(prediction)))
     progress(Progress(DETAIL, 1, 1, described(prediction.memory)))

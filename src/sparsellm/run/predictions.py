@@ -7,7 +7,7 @@ proportions of the seconds count: :class:`sparsellm.progress.Forecast` corrects 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from sparsellm.run.speeds import Speeds
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.gradients import LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
+from sparsellm.sweep.task import Residence
 from sparsellm.sweep.training import MOST_HELD_OUT
 from sparsellm.sweep.whole_model import STEP_TOKENS
 
@@ -38,6 +39,15 @@ ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on it
 AHEAD = 3  # fp32 copies of a block that a GPU holds more: the next one's parameters and moments are on their way
 ATTENTION_COPIES = 4  # fp32 matrices (heads, seq, seq) of attention on a GPU, where gradients follow
 SWEPT_COPIES = 4  # fp32 copies of every block during a sweep: parameters, two moments, the best state so far
+STREAMED = "streamed"
+RESIDENT = {  # name → what it does where all blocks with their activations do not fit
+    "resident": Residence(),
+    "resident, recomputing": Residence(recomputes=True),
+    "resident, offloading": Residence(offloads=True),
+    "resident, recomputing and offloading": Residence(recomputes=True, offloads=True),
+}
+RESIDENT_COPIES = 4  # fp32 copies of every block in a resident one: parameters, two moments, gradients
+KEPT_WIDTHS, KEPT_OUTPUTS = 10, 4  # activations that gradients of a block read: as wide as its input, its outputs
 SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; the first set stays, since it judges every pass
 SAVED_COPIES = 7  # fp32 copies of every block on disk: the best, and parameters and moments of two passes
 FACTORS = 1 / 32  # factors of groups / elements of a block, at most, where values are rounded
@@ -57,12 +67,19 @@ class Demand:
     swept: bool = False  # whether a sweep follows
     fresh: bool = False  # whether later passes run on other windows than the first
     unrounded: bool = False  # whether the sweep trains values that are rounded when a block runs
+    sweep: str = "streamed"  # how it holds the blocks, see :func:`sweeps`
+    ranks: int = 1
+
+    @property
+    def streamed(self) -> bool:
+        """Whether a streamed sweep follows."""
+        return self.swept and self.sweep == STREAMED
 
     @property
     def whole_workspace(self) -> Workspace:
-        """The workspace including that of the gradients and of the sweep."""
+        """The workspace including that of the gradients and of a streamed sweep."""
         whole = self.workspace.then(GRADIENTS) if self.gradient_tokens else self.workspace
-        return whole.then(ROUNDED if self.unrounded else SWEEP) if self.swept else whole
+        return whole.then(ROUNDED if self.unrounded else SWEEP) if self.streamed else whole
 
 
 def device_budget(device: torch.device, asked: str | int | None) -> int:
@@ -88,7 +105,7 @@ def plan_memory(
     moments = working_bytes(chain, demand)
     worst = max(moments, key=lambda name: moments[name])
     there = moments[worst] if chain.device.type != "cpu" else 0
-    working = LIBRARIES + (_largest_tensor(chain) if there else moments[worst])
+    working = LIBRARIES + (_largest_tensor(chain) + resident_bytes(chain, demand)[1] if there else moments[worst])
     if chain.device.type == "cuda" and there > on_device:
         raise MemoryBudgetError(
             f"this run needs {_gb(there)} on {machine.machine_name(chain.device)} for {worst}, and may take "
@@ -123,6 +140,7 @@ def plan_memory(
         predicted_peak_device_bytes=there + held,
         hidden_on_device_bytes=held,
         steps_bytes={} if there else steps,
+        sweep=demand.sweep if demand.swept else "",
     )
 
 
@@ -136,6 +154,7 @@ def described(plan: Memory) -> str:
     if plan.kept_bytes:
         hidden += f", {_gb(plan.kept_bytes)} of outputs kept within a block"
     device = f", {_gb(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
+    hidden += f"; sweep {plan.sweep}" if plan.sweep else ""
     return (
         f"predicted peak memory {_gb(plan.predicted_peak_rss_bytes)} of {_gb(plan.budget_bytes)}{device} "
         f"({_gb(plan.start_bytes)} before the start, {_gb(plan.working_bytes)} for {plan.worst}; {hidden})"
@@ -152,7 +171,8 @@ def hidden_bytes(chain: Chain, demand: Demand) -> int:
     dense = demand.swept and chain.reader is None  # its last hidden states are kept from before the walk
     walked = demand.sets + demand.workspace.streams + mixtures + dense
     streams = max(walked, SWEEP_STREAMS * (demand.swept + demand.fresh))
-    copies = SWEPT_COPIES * 4 * _trained(chain, demand.unrounded) if demand.swept else 0
+    copies = (SWEPT_COPIES if demand.streamed else demand.swept) * 4 * _trained(chain, demand.unrounded)
+    copies //= 1 if demand.streamed else demand.ranks
     return streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize + copies
 
 
@@ -211,7 +231,7 @@ def head_bytes(chain: Chain, copies: int) -> int:
 def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
     """The most bytes that each step of a run holds, in the block where that is largest."""
     workspace, gpu = demand.whole_workspace, chain.device.type == "cuda"
-    ahead = AHEAD * gpu * demand.swept
+    ahead = AHEAD * gpu * demand.streamed
     attention = _attention_bytes(chain, demand) if gpu else 0
     tokens = min(demand.samples, max(1, demand.batch_tokens // demand.seq_len)) * demand.seq_len
     moments = {"checking": _largest_tensor(chain), "embedding": 0, "statistics": 0, "solving": 0}
@@ -230,8 +250,48 @@ def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
     if demand.gradient_tokens:
         moments["gradients"] = head_bytes(chain, NEXT_TOKEN_COPIES)
     if demand.swept:
-        moments["sweeps"] = head_bytes(chain, DIVERGENCE_COPIES)
+        moments["sweeps"] = head_bytes(chain, DIVERGENCE_COPIES) + resident_bytes(chain, demand)[0]
     return moments
+
+
+def sweeps(chain: Chain, demand: Demand) -> list[str]:
+    """The ways to hold the blocks in the sweep of a run, the fastest first; [""] if it has none.
+
+    Experts, rounded values, and parameters without rows that processes could divide are swept by a streamed sweep."""
+    if not demand.swept:
+        return [""]
+    gpu, blocks = chain.device.type == "cuda", range(len(chain))
+    numbers = any(p.dim() == 0 for index in blocks for p in chain.block_parameters(index).values())
+    divided = gpu or demand.ranks > 1
+    if demand.unrounded or any(map(chain.mixtures, blocks)) or (divided and numbers) or not demand.samples:
+        return [STREAMED]
+    fits = gpu or chain.device.type == "cpu"
+    return [*[name for name, way in RESIDENT.items() if fits and (gpu or not way.offloads)], STREAMED]
+
+
+def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
+    """The resident sweep of this name; None for a streamed one or none."""
+    gpu = chain.device.type == "cuda"
+    narrow = gpu and chain.dtype is torch.bfloat16
+    return replace(RESIDENT[sweep], sharded=gpu or ranks > 1, narrow=narrow) if sweep in RESIDENT else None
+
+
+def resident_bytes(chain: Chain, demand: Demand) -> tuple[int, int]:
+    """Bytes that a resident sweep holds where blocks run, and those that it offloads to the memory of the machine."""
+    way, blocks = residence(chain, demand.sweep, demand.ranks), range(len(chain))
+    if way is None:
+        return 0, 0
+    trained = _trained(chain, unrounded=False)
+    masters = 4 * RESIDENT_COPIES * trained // demand.ranks
+    largest = max(block_elements(chain, index) for index in blocks)
+    running = 3 * 4 * largest if way.sharded else 0  # a block that is gathered, its gradients, and the next one
+    running += 2 * trained if chain.products is not None else 0
+    tokens = max(min(demand.seq_len, STEP_TOKENS), STEP_TOKENS // demand.ranks)
+    widest = max((linear.out_features for index in blocks for linear in chain.linears(index)), default=0)
+    kept = tokens * (KEPT_WIDTHS * _width(chain) + KEPT_OUTPUTS * widest) * (2 if way.narrow else 4)
+    kept += _attention_bytes(chain, demand) if chain.device.type == "cuda" else 0
+    activations = kept + len(chain) * tokens * _width(chain) * 4 if way.recomputes else kept * len(chain)
+    return (running + activations, masters) if way.offloads else (masters + running + activations, 0)
 
 
 def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
@@ -429,7 +489,7 @@ def predicted_seconds(
         "survey": surveyed * token,
         "replay": finished / len(chain) * choice.sets * tokens * token,
         "prune": left * walking + 2 * work.stored / DISK,
-        "sweep": streamed_sweep_seconds(work, extent.swept, choice.passes, speeds, moving),
+        "sweep": sweep_seconds(work, extent, choice.passes, speeds, moving, memory.sweep if memory else STREAMED),
         "save": work.stored / DISK,
     }
 
@@ -440,20 +500,23 @@ def gradient_windows(choice: Choice, extent: Extent) -> int:
     return min(extent.samples, max(LEAST_WINDOWS, windows_of(asked, extent.seq_len))) if asked else 0
 
 
-def streamed_sweep_seconds(work: Work, tokens: int, passes: int, speeds: Speeds, moving: float) -> float:
-    """Seconds of a sweep of ``tokens`` tokens in ``passes`` passes, with one block in memory: the dense model once,
-    then forward and backward. All processes wait for the one that has the windows of a step. A byte that is not where
-    blocks run takes ``moving`` seconds."""
+def sweep_seconds(work: Work, extent: Extent, passes: int, speeds: Speeds, moving: float, sweep: str) -> float:
+    """Seconds of a sweep in ``passes`` passes: the dense model once, then forward and backward. In a streamed one
+    all processes wait for the one that has the windows of a step, and a byte that is not where blocks run takes
+    ``moving`` seconds; in a resident one each process has some windows of a step, and some rows of the parameters."""
     if not passes:
         return 0.0
-    steps = tokens / STEP_TOKENS
-    judged = (passes + 1 + TRIALS) * min(MOST_HELD_OUT, steps / passes / 8) * STEP_TOKENS
-    held_out = min(MOST_HELD_OUT * STEP_TOKENS, tokens / passes / 8)  # in the first pass
+    ranks = extent.ranks if sweep in RESIDENT else 1
+    tokens, step = extent.swept / ranks, max(min(extent.seq_len, STEP_TOKENS), STEP_TOKENS // ranks)
+    steps = tokens / step
+    judged = (passes + 1 + TRIALS) * min(MOST_HELD_OUT, steps / passes / 8) * step
+    held_out = min(MOST_HELD_OUT * step, tokens / passes / 8)  # of the first pass
     trained = tokens - held_out
-    through = tokens + judged + trained * (1 + BACKWARD)
+    through = tokens + judged + trained * (1 + BACKWARD - (sweep in RESIDENT and not RESIDENT[sweep].recomputes))
     running = (through * work.token + (judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
-    moved = ADAM / speeds.memory + (UPLOADED + DOWNLOADED) * moving
-    return running + trained / STEP_TOKENS * work.weights * moved
+    away = moving if sweep == STREAMED else (sweep in RESIDENT and RESIDENT[sweep].offloads) / speeds.link
+    moved = ADAM / speeds.memory / ranks + (UPLOADED + DOWNLOADED) * away
+    return running + trained / step * work.weights * moved
 
 
 def walked_passes(choice: Choice, *, kept: bool) -> float:

@@ -23,7 +23,7 @@ from sparsellm.run.fewer import clean_up, remove_experts_of
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import device_of, open_model
 from sparsellm.run.plan import Plan, Request, make_plan
-from sparsellm.run.predictions import saved_sweep_bytes
+from sparsellm.run.predictions import residence, saved_sweep_bytes
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 from sparsellm.sources.resolve import checkpoint_directory
@@ -189,6 +189,7 @@ def _sweep(
                 fresh=others,
                 integers=integers_of(plan, linears),
                 sources=plan.windows.swept_sources,
+                resident=residence(chain, plan.memory.sweep, parallel.size()),
             )
         )
     if dense is not None:

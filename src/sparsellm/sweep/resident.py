@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -80,7 +82,7 @@ class Resident:
     def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
         """All processes, in one dimension; a group of one where this process is alone."""
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
             opened.callback(dist.destroy_process_group)
         if parallel.size() < dist.get_world_size():  # parallel.alone()
             group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
@@ -129,6 +131,7 @@ class Resident:
         )
         sharded.set_gradient_divide_factor(1.0)  # gradients of a mean over the tokens of all processes are added up
         sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_reduce_scatter_unused_params(True, recurse=False)  # also where only others ran a module
 
     # ------------------------------------------------------------------ rows of this process
 
@@ -226,7 +229,9 @@ class Resident:
             self.chain.products.forget()  # gathered weights are changed behind its back
         piece = run.stream.pieces[0] if piece is None else piece
         calls = [run.call(piece, index, self.dtype) for index in self._indices]
-        output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of outputs that are views: none is overwritten
+            output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
         return output
 
     def _sizes(self) -> dict[str, float]:

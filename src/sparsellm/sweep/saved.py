@@ -57,28 +57,30 @@ class SavedSweep:
     ) -> None:
         """Writes the ``parameters`` and ``moments`` of each block after the newest pass of ``history``, then removes
         those of earlier passes except the ``best``. After the ``last`` pass, only the best parameters are kept. A
-        StorageError says that the disk is full."""
+        StorageError says that the disk is full. Every process takes part in ``state``."""
         number, seconds = history[-1].passes, time.perf_counter() - self._began
         kinds = ({("parameters", best)} if best else set()) | (set() if last else {(kind, number) for kind in state})
+        names = {self._file(*each, block).name for each in kinds for block in range(self._blocks)}
+        files = dict(self.last.files) if self.last is not None else {}
 
-        def write() -> None:
+        def write(file: Path, value: Tensor) -> None:
             with explained(self._folder):
                 self._folder.mkdir(exist_ok=True)
-            files = dict(self.last.files) if self.last is not None else {}
-            names = {self._file(*each, block).name for each in kinds for block in range(self._blocks)}
-            new = sorted(kind for kind, at in kinds if at == number)
-            for kind, block in itertools.product(new, range(self._blocks)):
-                # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
-                tensors = {_BITS: TensorSource.of(state[kind](block).contiguous().view(torch.int32))}
-                file = self._file(kind, number, block)
-                files[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
+            # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
+            tensors = {_BITS: TensorSource.of(value.contiguous().view(torch.int32))}
+            files[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
+
+        def record() -> None:
             peak = max(machine.peak_rss(), self.last.peak_rss if self.last is not None else 0)
             self.last = SweepRecord(history, best, {name: files[name] for name in names}, seconds, peak)
             keep_record(self._record, self.last)
             with explained(self._folder):
                 empty(self._folder, tuple(names))
 
-        parallel.from_main(write)
+        new = sorted(kind for kind, at in kinds if at == number)
+        for kind, block in itertools.product(new, range(self._blocks)):
+            parallel.from_main(partial(write, self._file(kind, number, block), state[kind](block)))
+        parallel.from_main(record)
 
     def _file(self, kind: str, number: int, block: int) -> Path:
         return self._folder / f"{kind}-{number:03d}-{block:05d}.safetensors"

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.chain import Chain
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress
@@ -147,7 +148,8 @@ def _on(task: SweepTask, weights: Weights, windows: Tensor, done: int, passes: i
     """A run over a set of windows, with the dense model's hidden states for them, after ``done`` of ``passes``."""
     feed, chain = replace(task.feed, windows=windows), task.feed.chain
     with contextlib.ExitStack() as stack:
-        stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS)
+        sharers = parallel.size() if task.resident is not None else 1  # of a step
+        stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // sharers)
         stack.callback(stream.close)
         goal = task.dense
         if goal is None:
