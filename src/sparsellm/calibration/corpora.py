@@ -149,7 +149,8 @@ def hub_column(source: str, *arguments: Any, column: str = "text", **settings: A
         raise DataError(
             f"source {source!r} cannot be loaded: {one_line(error)}; check name and network, {instead}"
         ) from error
-    column = "messages" if column == "text" not in data.column_names else column
+    if column == "text" and "messages" in data.column_names and "text" not in data.column_names:
+        column = "messages"
     if column not in data.column_names:
         raise DataError(f"source {source!r} has no column {column!r}; its columns: {', '.join(data.column_names)}")
     texts: Sequence[Any] = data[column]
