@@ -53,6 +53,7 @@ def test_a_device_that_multiplies_wrongly_is_refused(monkeypatch: pytest.MonkeyP
 def test_half_precision_widens_where_it_has_no_units(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old Card")
     new = capability >= (8, 0)

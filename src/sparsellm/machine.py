@@ -104,7 +104,11 @@ def computing(device: torch.device) -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not (
+                isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+            ):  # the latter is cuBLAS's
+                raise
             raise MemoryBudgetError(f"the device has no memory left ({one_line(error)[:160]}); {LOWER}") from error
 
 

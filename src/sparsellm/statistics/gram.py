@@ -315,14 +315,25 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight; without
-    weights they stay in a dtype that the device widens by itself."""
+    """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight. Those of
+    weight 1, which are nearly all, stay in a dtype that the device widens by itself."""
     flat = [tensor.detach().flatten(0, -2) for tensor in tensors]
     given = {tensor.dtype for tensor in tensors}
-    dtype = given.pop() if len(given) == 1 and weights is None else torch.float32
-    dtype = dtype if _widens(device, dtype) else torch.float32
+    narrow = given.pop() if len(given) == 1 else torch.float32
+    dtype = narrow if _widens(device, narrow) else torch.float32
     root = None if weights is None else weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
     step = max(256, CHUNK_ELEMENTS // max(tensor.shape[-1] for tensor in tensors))
     for start in range(0, len(flat[0]), step):
         parts = tuple(rows[start : start + step].to(device, dtype) for rows in flat)
-        yield parts if root is None else tuple(part * root[start : start + step] for part in parts)
+        if root is None:
+            yield parts
+            continue
+        roots = root[start : start + step]
+        if dtype == torch.float32:
+            yield tuple(part * roots for part in parts)
+            continue
+        plain = roots[:, 0] == 1
+        for chosen, factor in ((plain, None), (~plain, roots[~plain])):
+            some = tuple(part[chosen] if factor is None else part[chosen].float() * factor for part in parts)
+            if len(some[0]):
+                yield some
