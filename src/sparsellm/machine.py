@@ -20,6 +20,8 @@ from torch import Tensor
 from sparsellm.errors import MemoryBudgetError, RecipeError, one_line, shown
 from sparsepack.errors import Note
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+
 LOWER = "lower batch_tokens, seq_len or device_memory, or take device cpu"  # what a lack of memory on a device suggests
 
 
@@ -156,6 +158,22 @@ def trim() -> None:
     hundred times its size in holes that no tensor fits into."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def keeping_freed() -> Iterator[None]:
+    """Until the context ends, the C heap keeps what is freed, where glibc is the C library: for work that takes and
+    frees the same gigabytes again and again, since the system clears every page that it gives out."""
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError):
+            libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+        trim()
 
 
 def _control_group_rooms() -> list[int]:

@@ -62,6 +62,8 @@ class Resident:
         self._parameters: dict[str, nn.Parameter] = {}
         with contextlib.ExitStack() as opened:
             self._mesh = self._divided(opened) if self.way.sharded else None
+            if self.chain.device.type == "cpu":
+                opened.enter_context(machine.keeping_freed())
             self._blocks = self._load()
             self._opened = opened.pop_all()
         self._moments = [torch.zeros(2, self._flat(index).numel()).to(self._flat(index)) for index in self._indices]
