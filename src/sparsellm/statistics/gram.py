@@ -126,11 +126,10 @@ class Gram:
             invert_lower_(lower)
             return Factor(lower, factor.damping, factor.notes)
 
-        factor = self._remember_one(("inverse_cholesky", damping), factorise)
-        return factor._replace(matrix=factor.matrix.mT)
+        return self._remember_one(("inverse_cholesky", damping), factorise, transposed=True)
 
-    def _remember_one(self, key: Hashable, make: Callable[[], Factor]) -> Factor:
-        """The cached return value of ``make``, which one process of each machine calls."""
+    def _remember_one(self, key: Hashable, make: Callable[[], Factor], *, transposed: bool = False) -> Factor:
+        """The cached return value of ``make``, which one process of each machine calls, or its transpose."""
 
         def made() -> tuple[Tensor, Factor]:
             factor = make()
@@ -138,7 +137,7 @@ class Gram:
 
         def shared() -> Factor:
             matrix, factor = parallel.once_a_machine(made, self.matrix.device)
-            return factor._replace(matrix=matrix)
+            return factor._replace(matrix=matrix.mT if transposed else matrix)
 
         return self.remember(key, shared)
 
