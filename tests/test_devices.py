@@ -5,6 +5,8 @@ No GPU is needed: torch's own functions are replaced where they would ask one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,14 @@ def test_fp16_that_overflows_names_the_dtype_to_take(tmp_path: Path) -> None:
         sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "out")
 
 
-def test_settings_of_the_program_change_no_product_and_return() -> None:
+def test_settings_of_the_program_change_no_product_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+
+    @contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     right = x @ x
     torch.set_float32_matmul_precision("medium")  # oneDNN multiplies in bf16 where the processor can
@@ -88,7 +97,9 @@ def test_settings_of_the_program_change_no_product_and_return() -> None:
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert not torch.are_deterministic_algorithms_enabled()  # bits on a CPU do not depend on it
         assert torch.get_float32_matmul_precision() == "medium"
+        monkeypatch.setattr(torch.cuda, "device", use)
         with computing(CARD):
+            assert current == [CARD]
             assert torch.are_deterministic_algorithms_enabled()
         assert not torch.are_deterministic_algorithms_enabled()
     finally:

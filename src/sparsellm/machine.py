@@ -96,6 +96,7 @@ def computing(device: torch.device) -> Iterator[None]:
             put(backends.cuda.matmul, "allow_tf32", False)
             put(backends.cudnn, "allow_tf32", False)
         if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))  # the current one, on which libraries put what they make
             lenient = torch.is_deterministic_algorithms_warn_only_enabled()
             before = torch.are_deterministic_algorithms_enabled()
             stack.callback(torch.use_deterministic_algorithms, before, warn_only=lenient)

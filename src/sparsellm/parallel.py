@@ -67,15 +67,19 @@ def session() -> Iterator[None]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     store, this, of = _reached(next, rendezvous("env://", timeout=TIMEOUT))
     own = PrefixStore("sparsellm", store)
-    _reached(dist.init_process_group, backend, store=own, rank=this, world_size=of, timeout=TIMEOUT)
+    _reached(dist.init_process_group, backend(), store=own, rank=this, world_size=of, timeout=TIMEOUT)
     _failures = PrefixStore("sparsellm-failures", store)
     yield
     barrier()
     dist.destroy_process_group()
     _failures = _machines = None
+
+
+def backend() -> str:
+    """What sends tensors: gloo those on the CPU, NCCL those on GPUs."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
 def claims_failure(*, alone: bool) -> bool:

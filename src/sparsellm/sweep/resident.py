@@ -84,7 +84,7 @@ class Resident:
     def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
         """All processes, in one dimension; a group of one where this process is alone."""
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(parallel.backend(), store=HashStore(), rank=0, world_size=1)
             opened.callback(dist.destroy_process_group)
         if parallel.size() < dist.get_world_size():  # parallel.alone()
             group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
