@@ -97,6 +97,19 @@ def test_states_are_judged_as_they_will_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
+def test_blocks_in_bf16_train_fp32_parameters_alike(sharded: bool) -> None:
+    """Whole ones round as FSDP2 does, so both lower the divergence of fp32 blocks as far, and keep all zeros."""
+    exact, _ = swept(halved(tiny_opt()), tiny_opt(), Residence())
+    model = halved(tiny_opt())
+    zeros = {name: weight == 0 for name, weight in linear_weights(model).items()}
+    found, written = swept(model, tiny_opt(), Residence(sharded=sharded, narrow=True))
+    gains = [history[0].held_out - history[-1].held_out for history in (exact, found)]
+    assert gains[1] == pytest.approx(gains[0], rel=0.1)
+    assert {value.dtype for value in written.values()} == {torch.float32}
+    assert all(torch.equal(weight == 0, zeros[name]) for name, weight in linear_weights(model).items())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
 def test_a_harmful_pass_is_undone_to_the_bit(sharded: bool) -> None:
     model, dense = halved(tiny_opt()), tiny_opt()
     before = copy.deepcopy(model.state_dict())

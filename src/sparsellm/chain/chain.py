@@ -48,7 +48,7 @@ class Call:
         args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Call(args, kwargs, self.hidden_keyword)
 
-    def on(self, block: nn.Module, hidden: Tensor) -> Any:
+    def on(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         if self.hidden_keyword is None:
             return block(hidden, *self.args, **self.kwargs)
         return block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
@@ -134,12 +134,12 @@ class Chain(ModelWeights):
                 f"{self.block_names[index]}; only models whose blocks follow each other directly are pruned"
             )
 
-    def apply(self, index: int, hidden: Tensor, call: Call, block: nn.Module | None = None) -> Tensor:
+    def apply(self, index: int, hidden: Tensor, call: Call, block: Forward | None = None) -> Tensor:
         """The output of a loaded block, or of a copy ``block`` of it, for hidden states ``(batch, seq, hidden)``."""
         block = self.blocks[index] if block is None else block
         with bf16_products(self.products), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
-            return _hidden_of(call.on(block, kept), block)
+            return _hidden_of(call.on(block, kept), self.blocks[index])
 
     run = torch.no_grad()(apply)  # the same without gradients
 

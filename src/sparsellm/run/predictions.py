@@ -262,18 +262,19 @@ def sweeps(chain: Chain, demand: Demand) -> list[str]:
         return [""]
     gpu, blocks = chain.device.type == "cuda", range(len(chain))
     numbers = any(p.dim() == 0 for index in blocks for p in chain.block_parameters(index).values())
-    divided = gpu or demand.ranks > 1
-    if demand.unrounded or any(map(chain.mixtures, blocks)) or (divided and numbers) or not demand.samples:
+    if demand.unrounded or any(map(chain.mixtures, blocks)) or (demand.ranks > 1 and numbers) or not demand.samples:
         return [STREAMED]
     fits = gpu or chain.device.type == "cpu"
-    return [*[name for name, way in RESIDENT.items() if fits and (gpu or not way.offloads)], STREAMED]
+    offloads = gpu and not numbers
+    return [*[name for name, way in RESIDENT.items() if fits and (offloads or not way.offloads)], STREAMED]
 
 
 def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
     """The resident sweep of this name; None for a streamed one or none."""
     gpu = chain.device.type == "cuda"
     narrow = gpu and chain.dtype is torch.bfloat16
-    return replace(RESIDENT[sweep], sharded=gpu or ranks > 1, narrow=narrow) if sweep in RESIDENT else None
+    way = RESIDENT.get(sweep)
+    return replace(way, sharded=ranks > 1 or way.offloads, narrow=narrow) if way is not None else None
 
 
 def resident_bytes(chain: Chain, demand: Demand) -> tuple[int, int]:
@@ -285,7 +286,7 @@ def resident_bytes(chain: Chain, demand: Demand) -> tuple[int, int]:
     masters = 4 * RESIDENT_COPIES * trained // demand.ranks
     largest = max(block_elements(chain, index) for index in blocks)
     running = 3 * 4 * largest if way.sharded else 0  # a block that is gathered, its gradients, and the next one
-    running += 2 * trained if chain.products is not None else 0
+    running += 2 * trained if chain.products is not None or (way.narrow and not way.sharded) else 0
     tokens = max(min(demand.seq_len, STEP_TOKENS), STEP_TOKENS // demand.ranks)
     widest = max((linear.out_features for index in blocks for linear in chain.linears(index)), default=0)
     kept = tokens * (KEPT_WIDTHS * _width(chain) + KEPT_OUTPUTS * widest) * (2 if way.narrow else 4)

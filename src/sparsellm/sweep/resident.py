@@ -1,7 +1,7 @@
 """The resident sweep: all blocks in memory at once, those of one process or divided over several.
 
 A step runs copies of the blocks as one module, forward and backward, so each block runs once and not twice as in the
-streamed sweep. Several processes, and an accelerator, hold them by torch's fully sharded data parallelism
+streamed sweep. Several processes, and one that offloads them, hold them by torch's fully sharded data parallelism
 (:func:`torch.distributed.fsdp.fully_shard`, arXiv 2304.11277): each holds some rows of every parameter, of its gradient
 and its moments, gathers the rest while a block runs, and gets the sum of all gradients of its rows. Each process runs
 its own windows of a step. Embedding, norm and head are not trained, and every process has them whole.
@@ -14,6 +14,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,29 +23,41 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sparsellm import machine, parallel
 from sparsellm.chain import Call, Chain
 from sparsellm.chain.streams import Piece
-from sparsellm.sweep.task import Run, Step, SweepTask
+from sparsellm.sweep.task import Residence, Run, Step, SweepTask
 from sparsellm.sweep.training import adam_step
 
 
 class _Blocks(nn.Module):
     """Copies of the blocks of a chain, which run one after another."""
 
-    def __init__(self, chain: Chain, copies: list[nn.Module], recomputes: bool) -> None:
+    def __init__(self, chain: Chain, copies: list[nn.Module], way: Residence) -> None:
         super().__init__()
-        self.chain, self.copies, self.recomputes = chain, nn.ModuleList(copies), recomputes
+        self.chain, self.copies, self.way = chain, nn.ModuleList(copies), way
 
     def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
-        for index, (block, call) in enumerate(zip(self.copies, calls, strict=True)):
-            if self.recomputes and torch.is_grad_enabled():
-                hidden = checkpoint(self.chain.apply, index, hidden, call, block, use_reentrant=False)
+        for index in range(len(calls)):
+            if self.way.recomputes and torch.is_grad_enabled():
+                hidden = checkpoint(self._run, index, hidden, calls[index], use_reentrant=False)
             else:
-                hidden = self.chain.apply(index, hidden, call, block)
+                hidden = self._run(index, hidden, calls[index])
         return hidden
+
+    def _run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        block = self.copies[index]
+        if not self.way.narrow or self.way.sharded:
+            return self.chain.apply(index, hidden, call, block)
+        rounded = {name: p.to(torch.bfloat16) for name, p in block.named_parameters()}
+
+        def in_bf16(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(block, rounded, args, kwargs)
+
+        return self.chain.apply(index, hidden, call, in_bf16)
 
 
 class Resident:
@@ -113,7 +126,7 @@ class Resident:
             shared = {first: p for first, p in shared.items() if chain.is_shared(first)}
             if self._mesh is not None:
                 self._shard(copies[-1], set(shared.values()))
-        blocks = _Blocks(chain, copies, self.way.recomputes)
+        blocks = _Blocks(chain, copies, self.way)
         if self._mesh is not None:
             self._shard(blocks)  # what several blocks share is whole while they all run
         for index, block in enumerate(copies):
