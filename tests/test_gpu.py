@@ -207,6 +207,17 @@ def test_the_kernel_runs_where_its_tensors_are() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_a_run_stays_on_the_card_that_it_names(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    for device in ("cuda:0", "cuda:1"):
+        before = torch.cuda.memory_reserved(0)
+        recipe = Recipe(device=device, dtype="float32", effort=1)
+        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / device[-1])
+    assert torch.cuda.memory_reserved(0) == before
+    close(tensors_of(tmp_path / "1"), tensors_of(tmp_path / "0"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 def test_two_processes_join_by_nccl(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     settings = ("prune", str(source), "--method=wanda", "--samples=4", "--seq-len=32", "--device=cuda")
