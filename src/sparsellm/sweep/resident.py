@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsellm import machine, parallel
 from sparsellm.chain import Call, Chain
 from sparsellm.chain.streams import Piece
-from sparsellm.sweep.task import Residence, Run, Step, SweepTask
+from sparsellm.sweep.task import Residence, Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import adam_step
 
 
@@ -60,7 +60,7 @@ class _Blocks(nn.Module):
         return self.chain.apply(index, hidden, call, in_bf16)
 
 
-class Resident:
+class Resident(Weights):
     """The fp32 parameters of all blocks and Adam's moments, for each block the rows of this process as one tensor."""
 
     def __init__(self, task: SweepTask) -> None:
@@ -193,7 +193,6 @@ class Resident:
     # ------------------------------------------------------------------ what a sweep asks for
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
-        """The steps of a pass over pieces with these tokens, those of each process: a piece of each, in order."""
         counts = zip_longest(*tokens)
         return [
             Step(tuple(None if count is None else number for count in some), sum(count or 0 for count in some))
@@ -201,7 +200,6 @@ class Resident:
         ]
 
     def outputs(self, run: Run, pieces: Sequence[Piece | None]) -> Iterator[tuple[Piece, Tensor]]:
-        """This process's pieces, and the output of the last block, with the weights as they would be written now."""
         narrow = [name for name in self._parameters if self._stored[name] != (torch.float32, torch.float32)]
         before = {name: self._rows(name).clone() for name in narrow}
         for name in narrow:
@@ -217,8 +215,6 @@ class Resident:
                 self._rows(name).copy_(rows)
 
     def step(self, run: Run, step: Step, rate: float, number: int) -> float:
-        """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before it, summed over the
-        tokens."""
         piece = run.piece(step)
         with torch.enable_grad():
             output = self._run(run, piece)
@@ -261,14 +257,12 @@ class Resident:
         }
 
     def keep(self, number: int) -> None:
-        """Copies the current parameters, which are those after pass ``number``, as the best."""
         self.best = number
         self.best_store.close()
         for index in self._indices:
             self.best_store.append(self._flat(index))
 
     def restart(self) -> None:
-        """Restores the best state, or the blocks as they were pruned if there is none, with moments of zero."""
         for index in self._indices:
             if self.best:
                 self._set(index, self.best_store[index])
@@ -280,15 +274,12 @@ class Resident:
             self._moments[index].zero_()
 
     def parameters(self, block: int) -> Tensor:
-        """The parameters of a block as one, fp32. Every process takes part."""
         return self._whole(block, self._flat(block))
 
     def moments(self, block: int) -> Tensor:
-        """Adam's moments of a block, ``(2, elements)``. Every process takes part."""
         return torch.stack([self._whole(block, moment) for moment in self._moments[block]])
 
     def write(self) -> None:
-        """Calls ``write_block`` for each block, loaded with its best weights, rounded as they are written."""
         chain = self.chain
         for index in self._indices:
             with chain.block(index, self.task.pruned(index)):
@@ -303,7 +294,6 @@ class Resident:
                 self.task.write_block(index)
 
     def close(self) -> None:
-        """Frees what the sweep holds."""
         self.best_store.close()
         self._opened.close()
 

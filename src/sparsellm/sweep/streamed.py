@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain.streams import Piece
-from sparsellm.sweep.task import Run, Step, SweepTask
+from sparsellm.sweep.task import Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import adam_step, running_on, share_gradients
 
 
-class Streamed:
+class Streamed(Weights):
     """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1.
 
     A parameter that several blocks use belongs to the first of them; the others borrow it. Another store holds the
@@ -54,14 +54,12 @@ class Streamed:
                 self.best_store.append(saved.read("parameters", self.best, index))
 
     def keep(self, number: int) -> None:
-        """Copies the current parameters, which are those after pass ``number``, as the best."""
         self.best = number
         self.best_store.close()
         for index in range(len(self.chain)):
             self.best_store.append(self.parameters(index).clone())
 
     def restart(self) -> None:
-        """Restores the best state, or the blocks as they were pruned if there is none, with moments of zero."""
         for index in range(len(self.chain)):
             if self.best:
                 flat = self.best_store[index].clone()
@@ -111,7 +109,6 @@ class Streamed:
         return {first: name for name, (at, first) in self._aliases[index].items() if at != index}
 
     def write(self) -> None:
-        """Calls ``write_block`` for each block, loaded with its best weights, rounded as they are written."""
         chain = self.chain
         self.store.close()
         for index in range(len(chain)):
@@ -127,12 +124,10 @@ class Streamed:
                 self.task.write_block(index)
 
     def close(self) -> None:
-        """Frees what the sweep holds."""
         self.store.close()
         self.best_store.close()
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
-        """The steps of a pass over pieces with these tokens, those of each process: one piece each, in order."""
         return [
             Step(tuple(number if at == process else None for at in range(len(tokens))), count)
             for process, some in enumerate(tokens)
@@ -140,14 +135,11 @@ class Streamed:
         ]
 
     def outputs(self, run: Run, pieces: Sequence[Piece | None]) -> Iterator[tuple[Piece, Tensor]]:
-        """This process's pieces, and the output of the last block, with the weights as they would be written now."""
         for piece in pieces:
             if piece is not None:
                 yield piece, self._forward(run, piece, written=True)[-1]
 
     def step(self, run: Run, step: Step, rate: float, number: int) -> float:
-        """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before it, summed over the
-        tokens."""
         chain, piece = self.chain, run.piece(step)
         process = next(at for at, place in enumerate(step.pieces) if place is not None)
         loss, inputs, gradient = 0.0, [], None
