@@ -87,6 +87,8 @@ def machine(text: str) -> tuple[str, Speeds, float, int]:
 
 
 def hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
 
