@@ -65,7 +65,7 @@ def print_prediction(found: Prediction) -> None:
     memory = found.memory
     seconds = {name: took for name, took in found.seconds.items() if took}
     shown = phases(seconds)
-    shown.title = f"Predicted for {visible(found.machine)}" + (f", {found.ranks} processes" * (found.ranks > 1))
+    shown.title = f"Predicted for {visible(found.machine)}" + (f" × {found.ranks}" * (found.ranks > 1))
     out().print(shown)
     needs = table(("need",), ("size",))
     movable = memory.hidden_in_memory_bytes + memory.kept_bytes
@@ -81,7 +81,7 @@ def print_prediction(found: Prediction) -> None:
             needs.add_row(name, about(size))
     out().print(needs)
     tokens = ", ".join(f"{PHASES[name]} {count(number)}" for name, number in found.tokens.items() if number)
-    say(f"tokens: {tokens}")
+    say(f"tokens: {tokens}" + f"; sweep {memory.sweep}" * bool(memory.sweep))
     if found.wanted_ranks == 0:
         say("no number of processes has the memory for all of it")
     elif found.wanted_ranks is not None:

@@ -22,7 +22,7 @@ from sparsellm.registry import Workspace
 from sparsellm.run.choice import Choice
 from sparsellm.run.speeds import Speeds
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
-from sparsellm.sweep.gradients import LEAST_WINDOWS, SHARE, TOKENS
+from sparsellm.sweep.gradients import LEAST_SCORED, LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
 from sparsellm.sweep.task import Residence
 from sparsellm.sweep.training import MOST_HELD_OUT
@@ -365,9 +365,10 @@ def _width(chain: Chain) -> int:
 
 
 DISK = 1e9  # bytes read, checked or written in a second
-JOINED = 4e9  # bytes of sums that processes exchange in a second
+JOINED = 4e9  # bytes that processes on CPUs exchange in a second; those on cards exchange them by the cards' links
+GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight: bf16, twice, and its gradient
 FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
-COUNTING, SOLVING = 0.4, 0.33  # the same for statistics and solvers
+COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
 PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
@@ -477,11 +478,13 @@ def predicted_seconds(
     surveyed = tokens if choice.allocates and not choice.allocation_needs.gradient_tokens and not finished else 0
     passes = walked_passes(choice, kept=(memory is None or memory.kept_bytes > 0) and chain.device.type == "cpu")
     narrow = choice.workspace.narrow and chain.products is not None
-    solving = choice.workspace.products * work.solving / (SOLVING * (speeds.blocks if narrow else speeds.exact))
+    solving = choice.workspace.products * work.solving / (NARROW * speeds.blocks if narrow else SOLVING * speeds.exact)
     counted = work.statistics + work.targets * (choice.method.workspace.writers > 0)
+    passes -= choice.sets / len(chain)  # outputs of the last block are not needed
     counting = counted / (COUNTING * speeds.exact)
-    differentiating = ((1 + GRADIENT) * work.token + 3 * SHARE * work.head) / (BUSY * speeds.blocks)
-    joining = 2 * work.sums / JOINED if extent.ranks > 1 else 0.0
+    scored = max(SHARE, min(1.0, LEAST_SCORED / extent.seq_len))
+    differentiating = ((1 + GRADIENT) * work.token + 3 * scored * work.head) / (BUSY * speeds.blocks)
+    joining = 2 * work.sums / _exchanged(speeds) if extent.ranks > 1 else 0.0
     walking = tokens * (passes * token + counting) + solving / extent.ranks + joining
     return {
         "calibration": extent.written * WRITING * token,
@@ -509,15 +512,21 @@ def sweep_seconds(work: Work, extent: Extent, passes: int, speeds: Speeds, movin
         return 0.0
     ranks = extent.ranks if sweep in RESIDENT else 1
     tokens, step = extent.swept / ranks, max(min(extent.seq_len, STEP_TOKENS), STEP_TOKENS // ranks)
-    steps = tokens / step
-    judged = (passes + 1 + TRIALS) * min(MOST_HELD_OUT, steps / passes / 8) * step
-    held_out = min(MOST_HELD_OUT * step, tokens / passes / 8)  # of the first pass
-    trained = tokens - held_out
+    steps = tokens / step / passes
+    held = min(MOST_HELD_OUT, max(1.0, steps / 8)) * step
+    judged = (passes + 1 + TRIALS * (steps >= 8)) * held
+    trained = tokens - held * (steps >= 4)  # in the first pass
     through = tokens + judged + trained * (1 + BACKWARD - (sweep in RESIDENT and not RESIDENT[sweep].recomputes))
-    running = (through * work.token + (judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
+    running = (through * work.token + (2 * judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
     away = moving if sweep == STREAMED else (sweep in RESIDENT and RESIDENT[sweep].offloads) / speeds.link
     moved = ADAM / speeds.memory / ranks + (UPLOADED + DOWNLOADED) * away
+    moved += GATHERED / _exchanged(speeds) if ranks > 1 else 0.0
     return running + trained / step * work.weights * moved
+
+
+def _exchanged(speeds: Speeds) -> float:
+    """Bytes that processes exchange in a second."""
+    return speeds.link if speeds.card_bytes else JOINED
 
 
 def walked_passes(choice: Choice, *, kept: bool) -> float:
