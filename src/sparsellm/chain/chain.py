@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,8 @@ def outline(
     check_sizes(config, place, None)
     chain = Chain(empty_model(config, place, trust_remote_code), None, device=device, dtype=dtype)
     chain.describe(place, device, dtype)
+    for name in ("linears", "mixtures", "block_tensors"):  # they do not change, and a mixture has thousands
+        setattr(chain, name, cache(getattr(chain, name)))
     return chain
 
 

@@ -179,7 +179,8 @@ def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | No
 
     found, why = tried(recipe, ranks)
     counts = (1 << power for power in range(recipe.samples.bit_length()))
-    wanted = next((n for n in counts if not (more := tried(recipe, n))[1] and not more[0].memory.shares[1]), 0)
+    tries = ((n, (found, why) if n == ranks else tried(recipe, n)) for n in counts)
+    wanted = next((n for n, (made, missed) in tries if not missed and not made.memory.shares[1]), 0)
     notes = []
     if why:
         lower = [effort for effort, passes in enumerate(PASSES) if passes < found.passes]
