@@ -68,9 +68,10 @@ def session() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     store, this, of = _reached(next, rendezvous("env://", timeout=TIMEOUT))
-    own = PrefixStore("sparsellm", store)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store keeps the addresses of processes that ended
+    own = PrefixStore(f"sparsellm-{start}", store)
     _reached(dist.init_process_group, backend(), store=own, rank=this, world_size=of, timeout=TIMEOUT)
-    _failures = PrefixStore("sparsellm-failures", store)
+    _failures = PrefixStore(f"sparsellm-failures-{start}", store)
     yield
     barrier()
     dist.destroy_process_group()

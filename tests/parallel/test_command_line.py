@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,8 +42,9 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=50")
 
 
-def by_torchrun(size: int, *arguments: str) -> subprocess.Popen[str]:
+def by_torchrun(size: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    command += [f"--max-restarts={restarts}"] if restarts else []
     return subprocess.Popen(
         [*command, "-m", "sparsellm", *arguments],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -184,3 +186,13 @@ def test_a_signal_to_torchrun_is_told_once_with_its_command(long_run: Any, tmp_p
     assert f"finished blocks are kept next to {out}; " in line
     assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m sparsellm prune " in line
     check_what_is_left(out)
+
+
+def test_torchrun_starts_a_run_again_and_it_goes_on(long_run: Any, tmp_path: Path) -> None:
+    run = by_torchrun(2, *long_run, f"--out={tmp_path / 'pruned'}", restarts=1)
+    wait_for_blocks(tmp_path / "pruned.partial", run)
+    children = psutil.Process(run.pid).children()
+    children[-1].kill()
+    _, stderr = ended(run)
+    assert run.returncode == 0, stderr
+    assert stderr.count("resuming an unfinished run") == 1
