@@ -85,7 +85,8 @@ def trained(arguments: argparse.Namespace, target: str, seed: int, way: str, bud
         used = timed("prune", arguments.model, "--out", pruned, "--method", "sparsegpt", *goal, *text, *windows)
 
         def tune(steps: int) -> float:
-            return timed("tune", pruned, "--out", f"{folder}/{steps}", "--way", way, "--steps", str(steps), *text)
+            how = ("--way", way, "--steps", str(steps), "--seq-len", str(min(512, arguments.window)))
+            return timed("tune", pruned, "--out", f"{folder}/{steps}", *how, *text)
 
         few, more = map(tune, TRIAL)
         steps = TRIAL[1] + max(1, int((budget - used - more) / ((more - few) / (TRIAL[1] - TRIAL[0]))))
