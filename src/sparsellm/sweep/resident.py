@@ -241,7 +241,7 @@ class Resident(Weights):
         piece = run.stream.pieces[0] if piece is None else piece
         calls = [run.call(piece, index, self.dtype) for index in self._indices]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of outputs that are views: none is overwritten
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # outputs that are views; none is overwritten
             output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
         return output
 

@@ -148,7 +148,7 @@ def _on(task: SweepTask, weights: Weights, windows: Tensor, done: int, passes: i
     """A run over a set of windows, with the dense model's hidden states for them, after ``done`` of ``passes``."""
     feed, chain = replace(task.feed, windows=windows), task.feed.chain
     with contextlib.ExitStack() as stack:
-        sharers = parallel.size() if task.resident is not None else 1  # of a step
+        sharers = parallel.size() if task.resident is not None else 1  # processes that divide a step
         stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // sharers)
         stack.callback(stream.close)
         goal = task.dense
