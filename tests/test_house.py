@@ -15,6 +15,7 @@ EXCEPTIONS = {
     "src/sparsellm/api.py:evaluate",  # what a user can say of a measurement
     "src/sparsellm/exports/door.py:export",  # what a user can say of an export
     "src/sparsepack/triton_kernels.py:_multiply",  # a kernel
+    "src/sparsellm/solvers/panels.py:_panel",  # a kernel
 }
 
 

@@ -21,6 +21,10 @@ Scope = Literal["matrix", "row"]
 
 SAMPLED = 1 << 15  # from this length on a threshold is first located in a sample: two passes instead of a partition
 STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
+# Digits of a score as (shift, bins), the highest first. Each digit is decided by counting scores into bins; few bins
+# are quick to sum over processes.
+DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
+SIGN = -(1 << 31)
 RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
 
 
@@ -103,8 +107,21 @@ class NM(Pattern):
             )
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
-        self.validate(scores.shape, "scores")
         require_finite(scores, "scores")
+        return self._highest(scores)
+
+    def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
+        return self._highest(scores.T).T
+
+    def _highest(self, scores: Tensor) -> Tensor:
+        """The ``n`` highest of every ``m`` scores."""
+        self.validate(scores.shape, "scores")
+        if scores.device.type != "cpu" and self.m <= RANKED // 2:  # few operations, and much memory
+            groups = scores.reshape(-1, self.m, 1)
+            others = groups.mT
+            before = torch.ones(self.m, self.m, dtype=torch.bool, device=scores.device).tril(-1)
+            beaten = (others > groups) | ((others == groups) & before)
+            return (beaten.sum(dim=2) < self.n).view(scores.shape)
         members = [member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)]  # m times (groups,)
         if self.m > RANKED:
             order = torch.stack(members).argsort(dim=0, descending=True, stable=True)
@@ -118,9 +135,6 @@ class NM(Pattern):
                     rank[earlier] += beaten ^ 1
             kept = rank < self.n
         return torch.stack(kept.unbind(), dim=1).reshape(scores.shape)
-
-    def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
-        return self.mask(scores.T).T
 
 
 def parse_pattern(text: str) -> NM:
@@ -173,6 +187,9 @@ def highest(scores: Tensor, zeros: int) -> Tensor:
     threshold = lowest(scores, zeros)  # (rows, 1)
     kept = scores > threshold
     surplus = scores.shape[1] - zeros - kept.sum(dim=1, dtype=torch.int32)  # (rows,) equals that stay
+    if scores.device.type != "cpu":  # which would wait for the number of ties
+        equal = scores == threshold
+        return kept | (equal & (equal.cumsum(dim=1) <= surplus[:, None]))
     tied = surplus.nonzero()[:, 0]
     if len(tied):
         row, column, place = places_in_rows(scores[tied] == threshold[tied])
@@ -209,7 +226,33 @@ def lowest(scores: Tensor, rank: int) -> Tensor:
             return torch.from_numpy(numpy.array([[_lowest_of_long(row, rank)] for row in rows]))
         # numpy selects with vector instructions: twenty times faster than torch.kthvalue
         return torch.from_numpy(numpy.partition(rows, rank - 1, axis=1)[:, rank - 1 : rank].copy())
+    if len(scores) == 1 and scores.dtype == torch.float32:
+        return _lowest_by_digits(scores, rank)
     return scores.kthvalue(rank, dim=1, keepdim=True).values
+
+
+def ordered(scores: Tensor) -> Tensor:
+    """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _lowest_by_digits(scores: Tensor, rank: int) -> Tensor:
+    """:func:`lowest` of one row, by counts of its digits: a GPU selects with one of its processors, and counts with
+    all. It never waits for a count."""
+    keys = ordered(scores.flatten()) ^ SIGN
+    inside, place = torch.ones_like(keys, dtype=torch.bool), torch.full((1,), rank, device=keys.device)
+    threshold = torch.zeros_like(place)
+    for shift, bins in DIGITS:
+        digits = ((keys >> shift) & (bins - 1)).long()
+        counts = torch.zeros(bins, dtype=torch.int64, device=keys.device).scatter_add_(0, digits, inside.long())
+        running = counts.cumsum(0)
+        digit = torch.searchsorted(running, place)
+        place = place - running[digit] + counts[digit]
+        inside &= digits == digit
+        threshold += digit << shift
+    bits = (threshold + SIGN).to(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32).view(1, 1)
 
 
 def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:

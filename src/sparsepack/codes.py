@@ -73,7 +73,7 @@ class Levels:
         if self.even:
             return whole if zero else whole.add_(whole.abs().clamp_(max=1).sub_(1).neg_().mul_(units.sign()))
         places = whole.sub_(self.lowest).nan_to_num_().to(torch.int32)  # a scale is NaN where a value is
-        nearest = _nearest_levels(self.numbers, units.device).index_select(0, places.view(-1)).view_as(units)
+        nearest = nearest_levels(self.numbers, units.device).index_select(0, places.view(-1)).view_as(units)
         return nearest.mul_(units.sign().abs_())
 
     def codes(self, whole: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Levels:
 
 
 @cache
-def _nearest_levels(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+def nearest_levels(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """The number that is nearest to each whole number from the first to the last, fp32."""
     levels = torch.tensor(numbers)
     every = torch.arange(int(levels[0]), int(levels[-1]) + 1)

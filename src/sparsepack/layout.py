@@ -179,8 +179,8 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
 
     Both depend on its zeros alone.
     """
-    kept = weight.detach().cpu() != 0
-    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), detect(kept), value_type)
+    kept = weight.detach() != 0
+    forms = _forms(_shape(weight), kept.count_nonzero(dim=1).cpu(), detect(kept), value_type)
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
 

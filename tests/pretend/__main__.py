@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+os.environ["TRITON_INTERPRET"] = "1"  # before triton
 from tests.pretend import device  # before torch  # isort: skip
 
 import torch
@@ -23,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.patterns import NM, Pattern
-from sparsellm.solvers import SOLVERS
+from sparsellm.solvers import SOLVERS, panels, rounding
 from sparsellm.solvers.divided import divide
-from sparsellm.solvers.rounding import rounded
+from sparsellm.statistics import Gram
 from tests.models import save_tiny, tiny_tokenizer, windows
 from tests.models.families import family
 from tests.shares import Share
@@ -66,7 +69,12 @@ def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
     for name, context in (("cuda", device.cuda()), ("cpu", contextlib.nullcontext())):
         recipe = Recipe(device=name, products="float32", batch_tokens=32, **fields)
         try:
-            with context, sdpa_kernel(SDPBackend.MATH):  # the CPU's own kernel rounds otherwise
+            # The CPU's own kernel of attention rounds otherwise. The interpreter of the other kernel is slow.
+            with (
+                context,
+                sdpa_kernel(SDPBackend.MATH),
+                mock.patch.object(rounding, "kernel_name", return_value="torch"),
+            ):
                 result = sparsellm.prune(source, recipe, calibration=windows(4, 16), out=folder / name)
             if result.sweeps and not result.sweeps[-1].held_out < result.sweeps[0].held_out:
                 return f"on {name}: the sweep lowers no divergence, so nothing of it is compared"
@@ -108,18 +116,30 @@ def of_the_device() -> tuple[list[str], dict[str, Counter[str]]]:
     return errors, table
 
 
-def traffic_of_solvers() -> dict[str, Counter[str]]:
-    """Launches, synchronisations and bytes of each solver, and of each rounding, for one linear."""
-    weight, gram, table = weight_of(WIDTH, WIDTH).cuda(), gram_of(WIDTH), {}
-    patterns: dict[str, Pattern] = {"0.6": Share(0.6), "2:4": NM(2, 4)}
-    on_card = type(gram)(gram.matrix.cuda(), gram.tokens)
-    for target, pattern in patterns.items():
+def traffic_of_solvers() -> tuple[dict[str, Counter[str]], dict[str, str]]:
+    """Launches, synchronisations and bytes of each solver and of rounding, for one linear; and faults of the kernel
+    that rounds, which Triton's interpreter runs."""
+    weight, matrix, tokens = weight_of(WIDTH, WIDTH).cuda(), gram_of(WIDTH).matrix.cuda(), 4 * WIDTH
+    table: dict[str, Counter[str]] = {}
+    faults, kernel = {}, panels.round_panel
+
+    def launched(*arguments: Any, **mode: int) -> Any:
+        device.TRAFFIC["launches"] += 1
+        return kernel(*arguments, **mode)
+
+    for target, values in (("0.6", "int4"), ("2:4", "int3")):
+        pattern: Pattern = NM(2, 4) if target == "2:4" else Share(0.6)
         for name, entry in SOLVERS.items():
             with device.counted() as table[f"{name} {target}"]:
-                solution = divide(entry)(weight, type(gram)(on_card.matrix, gram.tokens), pattern)
-        with device.counted() as table[f"rounding int4 {target}"]:
-            rounded(solution.weight, on_card, "int4", torch.bfloat16, fixed_mask=target == "2:4")
-    return table
+                solution = divide(entry)(weight, Gram(matrix, tokens), pattern)
+        name, options = f"rounding {target}", {"fixed_mask": target == "2:4"}
+        gram = Gram(matrix, tokens)
+        with mock.patch.object(panels, "round_panel", launched), device.counted() as table[name]:
+            found = rounding.rounded(solution.weight, gram, values, torch.bfloat16, **options)
+        wanted = rounding.rounded(solution.weight.cpu(), Gram(matrix.cpu(), tokens), values, torch.bfloat16, **options)
+        same = torch.equal(found.weight.cpu(), wanted.weight)
+        faults[name] = "" if same else "the kernel has other numbers than the CPU"
+    return table, faults
 
 
 def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:
@@ -151,7 +171,9 @@ def main() -> None:
                 faults[case] = fault_of(sources[model], fields, folder / str(number))
         with device.cuda():
             accepted, operations = of_the_device()
-            traffic = traffic_of_solvers() | traffic_of_runs(sources["Llama"], folder)
+            traffic, of_kernel = traffic_of_solvers()
+            traffic.update(traffic_of_runs(sources["Llama"], folder))
+            faults.update(of_kernel)
     if places:
         for what, lines in device.PLACES.items():
             print(what, *(f"{number:9} {line}" for line, number in lines.most_common(25)), sep="\n")

@@ -285,7 +285,7 @@ def cuda() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, _always(answer)))
-        for name in ("Stream", "Event", "device", "stream"):
+        for name in ("Stream", "Event", "device", "device_of", "stream"):
             stack.enter_context(mock.patch.object(torch.cuda, name, mock.MagicMock()))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
         torch.__future__.set_swap_module_params_on_conversion(True)  # `module.to` keeps its parameters

@@ -14,15 +14,22 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.chain.products import Bf16Products, bf16_products
-from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, places_in_rows, require_finite, share
+from sparsellm.patterns import (
+    DIGITS,
+    SIGN,
+    Pattern,
+    Scope,
+    Unstructured,
+    highest_of_rows,
+    ordered,
+    places_in_rows,
+    require_finite,
+    share,
+)
 from sparsellm.registry import Entry
 from sparsellm.solvers.solver import Solution, Solver, solution
 from sparsellm.statistics import Gram
 
-# Digits of a score as (shift, bins), the highest first. Each digit is decided by counting scores into bins; few bins
-# are quick to sum over processes.
-DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
-SIGN = -(1 << 31)
 SAFE = 32  # weights up to 2^32 and down to 2^-32 have squares and errors that fp32 holds
 
 
@@ -80,7 +87,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
 def safe_factor(weight: Tensor) -> float:
     """The power of two that brings the largest value of a weight near 1, if its squares could leave the range of fp32;
     1 for all other weights, and for one that is 0."""
-    largest = max(map(abs, map(float, torch.aminmax(weight))))
+    largest = max(map(abs, torch.stack(torch.aminmax(weight)).tolist()))
     if largest == 0 or not math.isfinite(largest) or abs(exponent := math.frexp(largest)[1]) <= SAFE:
         return 1.0
     return math.ldexp(1.0, -max(exponent, -120))
@@ -111,7 +118,7 @@ def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
     fp32 or coarser. Indices run over outer, then the processes, then inner; ``zeros`` are those of all processes."""
     if zeros <= 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    keys = _ordered(scores)
+    keys = ordered(scores)
     threshold, surplus = _lowest_of_all(keys, zeros)
     kept, tied = keys > threshold, keys == threshold
     if surplus:
@@ -122,12 +129,6 @@ def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
         first = place + before[row] < surplus
         kept[row[first], column[first]] = True
     return kept
-
-
-def _ordered(scores: Tensor) -> Tensor:
-    """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _lowest_of_all(keys: Tensor, rank: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ lower the error in the metric of G itself:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from sparsellm.statistics import Gram
 from sparsellm.statistics.gram import Factor
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
 from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_of
+from sparsepack.module import kernel_name
 
 # It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)
@@ -46,6 +48,18 @@ PANEL = 64  # inputs in a panel: its errors reach the inputs after it by one pro
 POWERS = (0.25, 0.5, 0.75)  # powers of the inputs' root mean square tried after 0; 1 was worse
 JUDGES = 256  # rows of the weight that choose the power
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
+
+
+HALVES = {torch.bfloat16: 1, torch.float16: 2}  # dtypes of a checkpoint, for the kernel
+
+
+def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel that rounds a panel on a GPU; None on a CPU, or where Triton does not run."""
+    if device.type == "cuda" and kernel_name("cuda") == "triton":
+        from sparsellm.solvers.panels import round_panel
+
+        return round_panel
+    return None
 
 
 class Rounded(NamedTuple):
@@ -147,6 +161,11 @@ class _Grid:
         """The scale of each value, ``(out, in)``, from those of groups ``(groups, 1)``."""
         return self.groups.spread(scales.expand(-1, self.groups.size)).mul_(self.powers)
 
+    @property
+    def mode(self) -> dict[str, int]:
+        """How the kernel rounds; see :mod:`sparsellm.solvers.panels`."""
+        return {"ZERO": int(self.groups.dense), "HALF": HALVES.get(self.dtype, 0)}
+
     def within_cells(self, weight: Tensor, best: Tensor, scales: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
         levels, scales = self.groups.levels, self.scales(scales).abs_()
@@ -167,9 +186,15 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
     columns = target.T[order]  # (in, out), a copy
     result = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are
     scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
+    kernel = _kernel(target.device)
     for start in range(0, len(columns), PANEL):
         rows = slice(start, start + PANEL)
         upper = factor.matrix[rows, rows].contiguous()
+        if kernel is not None:
+            parts = (columns[rows], result[rows], scales[rows], free[rows], upper)
+            errors, _ = kernel(*parts, grid.groups.levels, **grid.mode, FIRST=1)
+            columns[start + PANEL :].addmm_(factor.matrix[rows, start + PANEL :].T, errors, alpha=-1)
+            continue
         errors = torch.zeros_like(columns[rows])
         for number, place in enumerate(range(start, start + len(errors))):
             goal = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
@@ -196,6 +221,9 @@ class _Descent:
         self.columns = start.T.contiguous()
         self.free = grid.free.T.to(self.columns.dtype).contiguous()
         self.slope = self.matrix @ (self.columns - self.target)  # half the gradient of the error
+        self.curvatures: list[float] = self.matrix.diagonal().tolist()
+        # Inputs that no token reaches have no part in the error, and no slope: they are rounded to nearest.
+        self.unreached = (self.matrix.diagonal() <= 0).nonzero().flatten()
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight ``(out, in)``, the best value of each entry with all others held, and the scales of groups."""
@@ -215,8 +243,8 @@ class _Descent:
         columns = as_stored(numbers, grid.scales(scales).T, grid.dtype)
         slope = self.matrix @ (columns - self.target)
         worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))  # (out,)
-        columns[:, worse], slope[:, worse] = self.columns[:, worse], self.slope[:, worse]
-        self.columns, self.slope = columns, slope
+        self.columns = torch.where(worse, self.columns, columns)
+        self.slope = torch.where(worse, self.slope, slope)
         kept = worse.repeat_interleave(len(scales) // len(worse))[:, None]
         self.scales = torch.where(kept, self.scales, scales)
 
@@ -229,29 +257,34 @@ class _Descent:
         grid = self.grid
         scales = grid.scales(self.scales).T.contiguous()
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
-        # Inputs that no token reaches have no part in the error, and no slope: they are rounded to nearest.
-        places = (self.matrix.diagonal() <= 0).nonzero().flatten()
+        places = self.unreached
         numbers = grid.groups.levels.nearest(self.target[places] * inverse[places], zero=grid.groups.dense)
         nearest = as_stored(numbers, scales[places], grid.dtype)
         self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
         error = parallel.total(float(self._errors(self.columns, self.slope).double().sum()))
         for _ in range(PASSES):
             panels = range(0, len(self.columns), PANEL)
-            gained = parallel.total(sum(self._panel(start, scales, inverse) for start in panels))
+            gains = [self._panel(start, scales, inverse) for start in panels]
+            gained = parallel.total(sum(torch.stack(gains).tolist()))  # read once: a GPU would wait for each panel
             error -= gained
             if gained <= ENOUGH * max(error, 0.0):
                 break
 
-    def _panel(self, start: int, scales: Tensor, inverse: Tensor) -> float:
-        """Moves some inputs one after another, then corrects the slopes of all; returns how far the error fell."""
+    def _panel(self, start: int, scales: Tensor, inverse: Tensor) -> Tensor:
+        """Moves some inputs one after another, then corrects the slopes of all; how far the error fell, fp64 ``()``."""
         rows = slice(start, min(start + PANEL, len(self.columns)))
         inner = self.matrix[rows, rows].contiguous()
+        if (kernel := _kernel(inner.device)) is not None:
+            parts = (self.slope[rows], self.columns[rows], scales[rows], self.free[rows], inner)
+            moves, gained = kernel(*parts, self.grid.groups.levels, **self.grid.mode, FIRST=0)
+            self.slope.addmm_(self.matrix[:, rows], moves)
+            return gained.double().sum()
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
         levels, zero, dtype = self.grid.groups.levels, self.grid.groups.dense, self.grid.dtype
         parts = (part[rows].unbind() for part in (self.columns, self.slope, scales, self.free, inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
-        columns = zip(inner.diagonal().tolist(), *parts, strict=True)
+        columns = zip(self.curvatures[rows], *parts, strict=True)
         for number, (curvature, column, slope, scale, free, inverted) in enumerate(columns):
             if curvature <= 0:
                 continue  # no token reaches it
@@ -264,7 +297,7 @@ class _Descent:
             column.copy_(torch.where(gain < 0, value, column))  # adding the move may miss the grid by an ulp
             gained -= gain.clamp_(max=0)
         self.slope.addmm_(self.matrix[:, rows], moves)
-        return float(gained.double().sum())
+        return gained.double().sum()
 
 
 def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) -> Tensor:

@@ -87,7 +87,7 @@ class Gram:
 
         Products are fp32, sums fp64. Some rows at a time: a copy of a large weight would be most of a solver's memory.
         """
-        total = 0.0
+        total = self.matrix.new_zeros((), dtype=torch.float64)  # read once: a GPU would wait for each part
         rows = max(1, CHUNK_ELEMENTS // self.features)
         for top in range(0, weight.shape[0], rows):
             part = weight[top : top + rows]
@@ -98,8 +98,8 @@ class Gram:
                 rest = part[:, start:]  # (rows, features - start)
                 products = (rest[:, :PANEL] @ self.matrix[start : start + PANEL, start:]).mul_(rest)
                 inside = products[:, :PANEL]
-                total += float(2 * products.sum(dim=1).double().sum() - inside.sum(dim=1).double().sum())
-        return max(total, 0.0)
+                total += 2 * products.sum(dim=1).double().sum() - inside.sum(dim=1).double().sum()
+        return max(float(total), 0.0)
 
     def inverse(self, damping: float) -> Factor:
         """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`. One process of each machine computes it."""
@@ -167,7 +167,7 @@ class Gram:
             torch.linalg.cholesky_ex(lower, out=(lower, failed))
             # A pivot that lost every digit to cancellation is a failure, even if rounding left its sign positive.
             pivots = lower.diagonal().square() / diagonal
-            if not failed and bool((pivots > 4 * torch.finfo(matrix.dtype).eps).all()):
+            if bool((pivots > 4 * torch.finfo(matrix.dtype).eps).all() & (failed == 0)):
                 notes = (f"damping raised from {asked:g} to {damping:g}: {name} could not be factorised",)
                 return Factor(lower, damping, notes if damping != asked else ())
             damping = damping * 10 if damping > 0 else 1e-6

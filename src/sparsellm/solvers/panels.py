@@ -1,0 +1,110 @@
+"""Rounding a panel of inputs on a GPU in one launch: the loops of :mod:`sparsellm.solvers.rounding` in Triton.
+
+Outputs are independent, so a program takes some of them through all inputs of the panel. What earlier inputs changed is
+subtracted from the later ones at once, in registers, where the CPU sums it up when an input's turn comes: the sums have
+another order. Launched one by one, the operations of a panel would take five hundred times as long as their arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsepack.codes import Levels, nearest_levels
+
+PANEL = 64  # inputs in a panel, and rows of the state that a program holds
+BLOCK = 32  # outputs of a program
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _nearest(units, table, LOWEST, HIGHEST, EVEN: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The numbers of the grid, as ``Levels.nearest`` has them."""
+    whole = tl.minimum(tl.maximum(units, LOWEST), HIGHEST) + 12582912.0 - 12582912.0  # 1.5 · 2²³: half to even
+    sign = (units > 0).to(tl.float32) - (units < 0).to(tl.float32)
+    if EVEN:
+        return whole if ZERO else tl.where(whole == 0, sign, whole)
+    return tl.load(table + (whole - LOWEST).to(tl.int32)) * tl.abs(sign)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _stored(values, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The values as a checkpoint has them: 1 for bf16, 2 for fp16, 0 for fp32. 0.0 for -0.0."""
+    if HALF == 1:
+        bits = values.to(tl.uint32, bitcast=True)
+        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    if HALF == 2:
+        values = values.to(tl.float16).to(tl.float32)
+    return values + 0.0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
+    state_pointer,  # (n, out): slopes, or goals where FIRST
+    columns_pointer,  # (n, out): the rounded values, changed
+    scales_pointer,  # (n, out)
+    free_pointer,  # (n, out): 1 where a value may move
+    inner_pointer,  # (n, n): the matrix, or the factor where FIRST
+    moves_pointer,  # (n, out): how far values moved, or their errors where FIRST
+    gains_pointer,  # (out,): how far the error fell
+    table,
+    n,
+    out,
+    LOWEST,
+    HIGHEST,
+    EVEN: tl.constexpr,
+    ZERO: tl.constexpr,
+    HALF: tl.constexpr,
+    FIRST: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, real = tl.arange(0, PANEL), place < out
+    inside = (row < n)[:, None] & real[None, :]
+    state = tl.load(state_pointer + row[:, None].to(tl.int64) * out + place[None, :], mask=inside, other=0)
+    gained = tl.zeros([BLOCK], dtype=tl.float32)
+    for number in range(n):
+        at = tl.cast(number, tl.int64) * out + place
+        own = tl.sum(tl.where((row == number)[:, None], state, 0.0), axis=0)
+        old = tl.load(columns_pointer + at, mask=real, other=0)
+        scale = tl.load(scales_pointer + at, mask=real, other=0)
+        free = tl.load(free_pointer + at, mask=real, other=0)
+        pivot = tl.load(inner_pointer + number * n + number)
+        goal = own if FIRST else old - own / pivot
+        units = tl.where(scale == 0, 0.0, goal / tl.where(scale == 0, 1.0, scale))
+        value = _stored(_nearest(units, table, LOWEST, HIGHEST, EVEN, ZERO) * scale, HALF)
+        if FIRST:
+            new = old + value * free  # anchors and zeros are what they are
+            move = (own - new) / pivot
+            change = -move
+        else:
+            move = (value - old) * free
+            gain = (2 * own + pivot * move) * move  # negative where the error falls
+            better = tl.where(pivot > 0, gain, 0.0) < 0
+            new, move = tl.where(better, value, old), tl.where(better, move, 0.0)
+            gained -= tl.where(better, gain, 0.0)
+            change = move
+        tl.store(columns_pointer + at, new, mask=real)
+        tl.store(moves_pointer + at, move, mask=real)
+        factor = tl.load(inner_pointer + number * n + row, mask=row < n, other=0)
+        state += factor[:, None] * change[None, :]
+    tl.store(gains_pointer + place, gained, mask=real)
+
+
+def round_panel(
+    state: Tensor, columns: Tensor, scales: Tensor, free: Tensor, inner: Tensor, levels: Levels, **mode: int
+) -> tuple[Tensor, Tensor]:
+    """Rounds ``columns (n, out)`` one after another in place; returns their moves, or errors, and the gains ``(out,)``.
+
+    All tensors are contiguous; see the kernel for them. ``mode``: ZERO, HALF and FIRST.
+    """
+    moves, gains = torch.empty_like(columns), columns.new_empty(columns.shape[1])
+    table = gains if levels.even else nearest_levels(levels.numbers, columns.device)
+    ends = float(levels.lowest), float(levels.numbers[-1])
+    tensors, sizes = (state, columns, scales, free, inner, moves, gains, table), columns.shape
+    with torch.cuda.device_of(columns):
+        programs = (triton.cdiv(sizes[1], BLOCK),)
+        _panel[programs](*tensors, *sizes, *ends, EVEN=levels.even, **mode, PANEL=PANEL, BLOCK=BLOCK)
+    return moves, gains
