@@ -18,7 +18,7 @@ from sparsellm import Recipe, api
 from sparsellm import cells as compare
 from sparsellm.cells import GridResult, Protocol, cells_of
 from sparsellm.errors import RecipeError, StorageError
-from sparsellm.evaluation import streamed
+from sparsellm.evaluation import perplexity
 from sparsellm.interrupts import Interrupted
 from sparsellm.progress import Progress
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
@@ -78,7 +78,7 @@ def test_gradients_windows_and_the_dense_model_are_computed_once(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    for module, name in ((running, "loss_gradients"), (streamed, "_outputs")):
+    for module, name in ((running, "loss_gradients"), (perplexity, "_outputs")):
         real = getattr(module, name)
 
         def counted(*args: object, real: object = real, name: str = name, **kwargs: object) -> object:

@@ -21,7 +21,7 @@ from sparsellm.methods.task import BlockTask
 from sparsellm.run import prune as story
 from sparsellm.run.choice import Choice
 from sparsellm.statistics import CrossAccumulator
-from sparsellm.sweep.task import SweepTask
+from sparsellm.sweep.sweep_task import SweepTask
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.sweep.helpers import ids_of, tiny_mistral
 

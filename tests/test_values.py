@@ -24,7 +24,7 @@ from sparsellm.solvers import rounding
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import streamed, whole_model
 from sparsellm.sweep.integers import Integers
-from sparsellm.sweep.task import Run, SweepTask
+from sparsellm.sweep.sweep_task import Run, SweepTask
 from sparsellm.tables import print_packed
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid

@@ -23,8 +23,8 @@ from sparsellm.chain.chain import outline
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.convert import PackResult, pack
 from sparsellm.errors import DataError, MissingExtraError, RecipeError
+from sparsellm.evaluation.perplexity import Kept, measured
 from sparsellm.evaluation.speed import stamp
-from sparsellm.evaluation.streamed import Kept, measured
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import card
 from sparsellm.hub.push import push

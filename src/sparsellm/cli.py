@@ -376,9 +376,9 @@ def methods() -> Printed:
         tables.print_choices("--expert-score", SCORES, "expert_options", allocations=False)
 
     chosen = {entry.name: {**entry.to_dict(), "allocation": entry.allocation} for entry in METHODS.values()}
-    others = {"allocations": ALLOCATIONS, "expert_scores": SCORES}
-    listed = {key: {entry.name: entry.to_dict() for entry in registry.values()} for key, registry in others.items()}
-    return {**chosen, **listed}, show
+    allocations = {entry.name: entry.to_dict() for entry in ALLOCATIONS.values()}
+    scores = {entry.name: entry.to_dict() for entry in SCORES.values()}
+    return {**chosen, "allocations": allocations, "expert_scores": scores}, show
 
 
 @_command(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm import Recipe, api
 from sparsellm.errors import ModelError, NumericalError, RecipeError
-from sparsellm.evaluation import streamed
+from sparsellm.evaluation import perplexity
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -124,9 +124,9 @@ def test_parts_and_chunks_of_the_text_change_nothing(
 ) -> None:
     other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(add_bos=True), tmp_path / "other")
     whole = sparsellm.evaluate(other, text, seq_len=16, against=llama)
-    monkeypatch.setattr(streamed, "_HIDDEN_BYTES", 2 * 3 * 16 * 32 * 4)  # three windows of both models
-    monkeypatch.setattr(streamed, "CHUNK", 4)
-    monkeypatch.setattr(streamed, "_BATCH_TOKENS", 32)
+    monkeypatch.setattr(perplexity, "_HIDDEN_BYTES", 2 * 3 * 16 * 32 * 4)  # three windows of both models
+    monkeypatch.setattr(perplexity, "CHUNK", 4)
+    monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 32)
     parts = sparsellm.evaluate(other, text, seq_len=16, against=llama)
     assert parts.value == pytest.approx(whole.value, rel=1e-5)
     assert parts.against is not None

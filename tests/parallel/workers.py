@@ -17,7 +17,7 @@ import sparsellm
 from sparsellm import Recipe, cells, parallel
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import NumericalError, RecipeError
-from sparsellm.evaluation import streamed
+from sparsellm.evaluation import perplexity
 from sparsellm.methods import METHODS
 from sparsellm.patterns import highest
 from sparsellm.run.plan import Request
@@ -27,7 +27,7 @@ from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.gradients import loss_gradients
-from sparsellm.sweep.task import Residence, Run
+from sparsellm.sweep.sweep_task import Residence, Run
 from sparsepack.grid import INTEGERS
 from tests.allocation.helpers import sizes_of, survey_on
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
@@ -291,7 +291,7 @@ def survey_of_some_windows(folder: Path) -> None:
 def evaluation_of_some_windows(folder: Path) -> None:
     source = parallel.from_main(lambda: save_tiny(tiny_llama(), tiny_tokenizer(), folder / "llama"))
     asked = {"seq_len": 32, "max_tokens": WINDOWS * 32, "against": source}
-    with mock.patch.object(streamed, "_window", side_effect=streamed._window) as window:
+    with mock.patch.object(perplexity, "_window", side_effect=perplexity._window) as window:
         own = sparsellm.evaluate(source, "pydoc", **asked)
     with parallel.alone():
         whole = sparsellm.evaluate(source, "pydoc", **asked)

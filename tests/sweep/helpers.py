@@ -16,7 +16,7 @@ from sparsellm.chain.streams import Feed
 from sparsellm.chain.structure import find_blocks
 from sparsellm.records import SweepPass
 from sparsellm.storage.scratch import Scratch
-from sparsellm.sweep.task import Residence, SweepTask
+from sparsellm.sweep.sweep_task import Residence, SweepTask
 from sparsellm.sweep.whole_model import sweep
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 from tests.models.families import LLAMA, _model, opt_350m

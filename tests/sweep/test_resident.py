@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.sweep.task import Residence
+from sparsellm.sweep.sweep_task import Residence
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 from tests.parallel import workers
 from tests.parallel.processes import run_in

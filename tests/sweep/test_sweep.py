@@ -21,7 +21,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import head, streamed
 from sparsellm.sweep import whole_model as module
-from sparsellm.sweep.task import Run, SweepTask
+from sparsellm.sweep.sweep_task import Run, SweepTask
 from sparsellm.sweep.training import adam_step, held_out_of
 from sparsellm.sweep.whole_model import sweep
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer

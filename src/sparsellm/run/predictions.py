@@ -24,7 +24,7 @@ from sparsellm.run.speeds import Speeds
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.gradients import LEAST_SCORED, LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
-from sparsellm.sweep.task import Residence
+from sparsellm.sweep.sweep_task import Residence
 from sparsellm.sweep.training import MOST_HELD_OUT
 from sparsellm.sweep.whole_model import STEP_TOKENS
 

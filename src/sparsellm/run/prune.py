@@ -19,11 +19,11 @@ from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallbac
 from sparsellm.records import LinearResult, Prediction, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import few_tokens, left_dense, rarely_chosen, shortfall, unreached
-from sparsellm.run.fewer import clean_up, remove_experts_of
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import device_of, open_model
 from sparsellm.run.plan import Plan, Request, make_plan
 from sparsellm.run.predictions import residence, saved_sweep_bytes
+from sparsellm.run.reduction import clean_up, remove_experts_of
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 from sparsellm.sources.resolve import checkpoint_directory
@@ -31,7 +31,7 @@ from sparsellm.storage.directory import check_unfinished, partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import CheckpointWriter
-from sparsellm.sweep.task import SweepTask
+from sparsellm.sweep.sweep_task import SweepTask
 from sparsellm.sweep.whole_model import sweep
 
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsellm import machine, parallel
 from sparsellm.chain import Call, Chain
 from sparsellm.chain.streams import Piece
-from sparsellm.sweep.task import Residence, Run, Step, SweepTask, Weights
+from sparsellm.sweep.sweep_task import Residence, Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import adam_step
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain.streams import Piece
-from sparsellm.sweep.task import Run, Step, SweepTask, Weights
+from sparsellm.sweep.sweep_task import Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import adam_step, running_on, share_gradients
 
 

@@ -22,7 +22,7 @@ from sparsellm.progress import Progress
 from sparsellm.records import SweepPass
 from sparsellm.sweep.resident import Resident
 from sparsellm.sweep.streamed import Streamed
-from sparsellm.sweep.task import Run, Step, SweepTask, Weights
+from sparsellm.sweep.sweep_task import Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import held_out_of, schedule, shuffled
 
 # The learning rate of a model that is far from the dense one: three times as much diverges there within one pass. What
