@@ -42,8 +42,8 @@ CEILINGS = {
     "admm 2:4": (730, 36),
     "rounding 0.6": (3100, 30),
     "rounding 2:4": (3100, 30),
-    "walk, a block": (6600, 720),
-    "sweep, a block": (1300, 210),
+    "walk, a block": (14_500, 560),
+    "sweep, a block": (1300, 170),
 }
 
 
