@@ -21,9 +21,7 @@ ROOT = Path(__file__).parents[2]
 def found() -> dict[str, Any]:
     """What one process with the pretend device finds."""
     if shutil.which("g++") is None or find_spec("triton") is None:
-        pytest.skip(
-            "there is no g++, which compiles the pretend device, or no Triton, whose interpreter runs its kernel"
-        )
+        pytest.skip("there is no g++, which compiles the device, or no Triton, which runs its kernel")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.pretend"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
