@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,7 @@ def by_llmcompressor(model: nn.Module, windows: Tensor, method: str, group: int)
 
 def by_gptqmodel(directory: str, windows: Tensor, group: int) -> dict[str, Tensor]:
     """Weights by name."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it needs two, and takes one on a machine of two cores
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(
@@ -61,7 +63,10 @@ def by_gptqmodel(directory: str, windows: Tensor, group: int) -> dict[str, Tenso
     weights = {name: parameter.detach() for name, parameter in model.model.named_parameters()}
     for name, module in model.model.named_modules():
         if hasattr(module, "dequantize_weight"):
-            weights[f"{name}.weight"] = module.dequantize_weight().detach().t()  # (in, out)
+            weight = module.dequantize_weight().detach()  # (in, out)
+            if module.qzero_format() == 1:  # stored zeros are one less, which is mended only when a file is loaded
+                weight = weight - module.scales[module.g_idx.long()]
+            weights[f"{name}.weight"] = weight.t()
     return weights
 
 
