@@ -282,9 +282,9 @@ class _Descent:
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
         levels, zero, dtype = self.grid.groups.levels, self.grid.groups.dense, self.grid.dtype
-        parts = (part[rows].unbind() for part in (self.columns, self.slope, scales, self.free, inverse))
+        views = (part[rows].unbind() for part in (self.columns, self.slope, scales, self.free, inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
-        columns = zip(self.curvatures[rows], *parts, strict=True)
+        columns = zip(self.curvatures[rows], *views, strict=True)
         for number, (curvature, column, slope, scale, free, inverted) in enumerate(columns):
             if curvature <= 0:
                 continue  # no token reaches it
