@@ -29,11 +29,11 @@ def by_llmcompressor(model: nn.Module, windows: Tensor, method: str, group: int)
     from llmcompressor.modifiers.transform import AWQModifier
 
     if not torch.cuda.is_available():
-        Tensor.pin_memory = lambda self, *_: self  # AWQ calls it without an accelerator too, where torch refuses
+        Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign] # AWQ calls it without an accelerator too, where torch refuses
     numbers = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group)
-    scheme = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=numbers)}}
-    scheme["ignore"] = ["re:.*lm_head"]
-    recipe = [GPTQModifier(**scheme)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**scheme)]
+    scheme = QuantizationScheme(targets=["Linear"], weights=numbers)
+    fields = {"config_groups": {"group_0": scheme}, "ignore": ["re:.*lm_head"]}
+    recipe = [GPTQModifier(**fields)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**fields)]
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     oneshot(
         model=model,
@@ -45,8 +45,8 @@ def by_llmcompressor(model: nn.Module, windows: Tensor, method: str, group: int)
     )
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        if (scheme := getattr(module, "quantization_scheme", None)) is not None:
-            weights[f"{name}.weight"] = forward_quantize(module, module.weight, "weight", scheme.weights).detach()
+        if (given := getattr(module, "quantization_scheme", None)) is not None:
+            weights[f"{name}.weight"] = forward_quantize(module, module.weight, "weight", given.weights).detach()
     return weights
 
 
