@@ -27,7 +27,7 @@ from sparsellm.storage.contents import LIST
 from sparsellm.storage.directory import BLOCKS, STATE, partial_of
 from sparsellm.storage.files import keep_record, kept_record
 from sparsellm.storage.writer import CheckpointWriter
-from sparsellm.sweep import task
+from sparsellm.sweep.sweep_task import Run
 from tests import killing
 from tests.killing import KILLED, Ended, full_disk, some
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
@@ -119,13 +119,13 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
     damaged: bool, source: Path, swept: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    step, out = task.Run.step, tmp_path / "p"
+    step, out = Run.step, tmp_path / "p"
 
     def counted(self: Any, chosen: Any, rate: float, number: int) -> float:
         steps.append(number)
         return step(self, chosen, rate, number)
 
-    monkeypatch.setattr(task.Run, "step", counted)
+    monkeypatch.setattr(Run, "step", counted)
     with monkeypatch.context() as patched:
         fail_after_passes(2, patched)
         with pytest.raises(NumericalError):
@@ -176,7 +176,7 @@ def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> No
 
 def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
     """An error when the pass after ``saved`` ones is judged."""
-    judge, left = task.Run.judge, [saved + 1]
+    judge, left = Run.judge, [saved + 1]
 
     def failing(self: Any, judges: Any) -> float:
         left[0] -= 1
@@ -184,7 +184,7 @@ def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
             raise NumericalError("the processor caught fire")
         return judge(self, judges)
 
-    patched.setattr(task.Run, "judge", failing)
+    patched.setattr(Run, "judge", failing)
 
 
 def test_gradients_of_the_first_start_are_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

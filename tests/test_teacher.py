@@ -14,7 +14,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, StorageError
 from sparsellm.run import prune as story
-from sparsellm.sweep import task
+from sparsellm.sweep.sweep_task import Run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import FAMILIES, STAY_DENSE, family
 from tests.storage.small import shards_of
@@ -94,7 +94,7 @@ def test_a_run_is_resumed_with_its_teacher_alone(
     out, whole = tmp_path / "p", tmp_path / "whole"
     sparsellm.prune(half, SWEPT, out=whole, teacher=dense)
     with monkeypatch.context() as patch:
-        patch.setattr(task.Run, "step", lambda *_: 1 / 0)
+        patch.setattr(Run, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sparsellm.prune(half, SWEPT, out=out, teacher=dense)
     with pytest.raises(StorageError, match=r"start is '[0-9a-f]{16}' there and '' here"):

@@ -11,11 +11,9 @@ squares over the tokens that are now routed to it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,11 +126,11 @@ def _measure(stream: Stream, index: int, mixture: Mixture, outputs: TensorStore)
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """Some tokens of this process, on which sets of experts are compared."""
+    """Some tokens of this process, evenly spaced over all windows, on which sets of experts are compared."""
 
     fewer: FewerExperts
     index: int
-    calls: list[_Call]
+    inputs: Tensor  # of the module around the mixture, (1, tokens, width)
     projection: Tensor  # (width, projected), its rows scaled by the costs of outputs
     experts: Tensor | None  # projected outputs (experts, tokens, projected); None where inputs are weighted instead
     goal: Tensor  # projected outputs of the mixture (tokens, projected)
@@ -143,78 +141,64 @@ class _Sample:
         around = _around(chain.blocks[index], mixture)
         if around is chain.blocks[index]:
             raise ModelError(f"the experts of {chain.block_names[index]} are not in a module with their router")
-        calls = _first_windows(stream, index, around)
-        routes = [_route(around, mixture, call) for call in calls]
-        width = routes[0].inputs.shape[1]
+        inputs = _some_tokens(stream, index, around)
+        route = _route(around, mixture, inputs)
         names = [f"{chain.block_names[index]}.{mixture.name}.{n}.{DOWN}" for n in range(len(mixture))]
         known = [removal.costs[name] for name in names if name in removal.costs]
-        projection = _projection(width, known, removal.seed).to(chain.device)
+        projection = _projection(inputs.shape[-1], known, removal.seed).to(chain.device)
         experts = None
         if mixture.weighs_outputs:
-            x = torch.cat([each.inputs for each in routes])
-            experts = torch.stack([mixture.expert(n)(x).float() @ projection for n in range(len(mixture))])
-        goal = torch.cat([_output(mixture, each, call.tokens) for each, call in zip(routes, calls, strict=True)])
-        return cls(removal.fewer, index, calls, projection, experts, goal @ projection)
+            outputs = (mixture.expert(number)(route.inputs).float() for number in range(len(mixture)))
+            experts = torch.stack([output @ projection for output in outputs])
+        goal = _output(mixture, route, inputs.shape[1]) @ projection
+        return cls(removal.fewer, index, inputs, projection, experts, goal)
 
     def error_of(self, kept: Sequence[int]) -> float:
         """The relative error of the mixture's output with these experts alone, before a refit."""
         self.fewer.fill(self.index, kept)
         (small,) = self.fewer.chain.mixtures(self.index)
-        around = _around(self.fewer.chain.blocks[self.index], small)
-        routes = [_route(around, small, call) for call in self.calls]
+        route = _route(_around(self.fewer.chain.blocks[self.index], small), small, self.inputs)
         if self.experts is None:
-            parts = [_output(small, each, call.tokens) for each, call in zip(routes, self.calls, strict=True)]
-            made = torch.cat(parts) @ self.projection
+            made = _output(small, route, self.inputs.shape[1]) @ self.projection
         else:
-            numbers = torch.cat([each.experts for each in routes])
-            weights = torch.cat([each.weights for each in routes]).float().masked_fill(numbers >= len(kept), 0.0)
+            numbers, beyond = route.experts, route.experts >= len(kept)
             originals = torch.tensor(kept, device=numbers.device)[numbers.clamp(max=len(kept) - 1)]
             every = torch.arange(len(numbers), device=numbers.device)[:, None]
+            weights = route.weights.float().masked_fill(beyond, 0.0)
             made = (self.experts[originals, every] * weights[..., None]).sum(1)
         lost, whole = (parallel.total(float(each.double().square().sum())) for each in (self.goal - made, self.goal))
         return lost / whole if whole else 0.0
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of the module around a mixture."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def tokens(self) -> int:
-        hidden = next(iter((*self.args, *self.kwargs.values())))
-        return math.prod(hidden.shape[:-1])
-
-
 def _around(block: nn.Module, mixture: Mixture) -> nn.Module:
-    """The module that has the mixture and its router."""
+    """The module that has the mixture and its router, and computes each token by itself."""
     return block.get_submodule(mixture.name.rpartition(".")[0])
 
 
-def _first_windows(stream: Stream, index: int, around: nn.Module) -> list[_Call]:
-    """The calls of ``around`` for a window of each batch, then a second one of each, up to :data:`SAMPLE` tokens."""
-    calls: list[_Call] = []
-    handle = around.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(_Call(args, kwargs)), with_kwargs=True
-    )
-    sizes = [stream.hidden[position].shape[:2] for position in range(len(stream))]
-    windows = sorted((row, position) for position, (rows, _) in enumerate(sizes) for row in range(rows))
+def _some_tokens(stream: Stream, index: int, around: nn.Module) -> Tensor:
+    """Inputs of the module around a mixture for about :data:`SAMPLE` tokens of all windows, ``(1, tokens, width)``."""
+    step = max(1, sum(stream.hidden[position].shape[:2].numel() for position in range(len(stream))) // SAMPLE)
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        hidden = next(iter((*args, *kwargs.values())))
+        seen.append(hidden.reshape(1, -1, hidden.shape[-1])[:, ::step].clone())
+
+    handle = around.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        for row, position in windows[: max(1, SAMPLE // sizes[0][1])]:
-            stream.chain.run(index, stream.hidden[position][row : row + 1], stream.call_of_window(index))
+        for position in range(len(stream)):
+            stream.run_batch(index, position)
     finally:
         handle.remove()
-    return calls
+    return torch.cat(seen, dim=1)
 
 
-def _route(around: nn.Module, mixture: Mixture, call: _Call) -> Routed:
-    """The tokens that reach a mixture in one call of the module around it."""
+def _route(around: nn.Module, mixture: Mixture, inputs: Tensor) -> Routed:
+    """The tokens that reach a mixture in a call of the module around it."""
     seen: list[Routed] = []
     mixture.observe(seen.append)
     try:
-        around(*call.args, **call.kwargs)
+        around(inputs)
     finally:
         mixture.observe(None)
     return seen[0]
