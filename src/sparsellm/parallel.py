@@ -229,8 +229,10 @@ def one_at_a_time() -> Iterator[None]:
     while _reached(_store().add, "within", 1) > 1:
         _reached(_store().add, "within", -1)
         time.sleep(random.uniform(0, 0.1))
-    yield
-    _reached(_store().add, "within", -1)
+    try:
+        yield
+    finally:
+        _reached(_store().add, "within", -1)
 
 
 def _store() -> Store:

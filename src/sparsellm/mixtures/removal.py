@@ -130,7 +130,7 @@ class _Sample:
 
     fewer: FewerExperts
     index: int
-    inputs: Tensor  # of the module around the mixture, (1, tokens, width)
+    inputs: Tensor  # what the module around the mixture gets, (1, tokens, width)
     projection: Tensor  # (width, projected), its rows scaled by the costs of outputs
     experts: Tensor | None  # projected outputs (experts, tokens, projected); None where inputs are weighted instead
     goal: Tensor  # projected outputs of the mixture (tokens, projected)
