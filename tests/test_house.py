@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -34,3 +36,10 @@ def test_no_two_files_have_one_name() -> None:
         files = (ROOT / "src" / package).rglob("*.py")
         names = Counter(path.name for path in files if path.name != "__init__.py")
         assert {name for name, count in names.items() if count > 1} == set()
+
+
+def test_it_starts_without_what_only_extras_bring() -> None:
+    extras = ("triton", "plotly", "peft", "lm_eval", "fastapi", "uvicorn", "compressed_tensors", "datasets")
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in extras)
+    code = f"import sys; {blocked}import sparsellm.api, sparsellm.cli, sparsellm.tables, sparsellm.demo"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,11 +1,6 @@
 """Local solvers: (weight, Gram matrix, pattern) → sparse weight. Importing a module registers its solver."""
 
-import importlib
-import pkgutil
-
+from sparsellm.solvers import admm, magnitude_and_wanda, sparsegpt  # noqa: F401  (each registers its solvers)
 from sparsellm.solvers.solver import SOLVERS, Solution, Solver
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["SOLVERS", "Solution", "Solver"]
