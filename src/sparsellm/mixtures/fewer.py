@@ -94,8 +94,11 @@ class FewerExperts:
 
     def __init__(self, dense: Chain, keep: int) -> None:
         self.dense, experts = dense, Routing.of(dense).experts
-        full = dense.config.to_dict()
-        config = type(dense.config).from_dict(with_fewer(full, full, experts, keep))
+        config = copy.deepcopy(dense.config)
+        for holder in (config, *(getattr(config, inner, None) for inner in _INNER)):
+            for name in NUMBERS:
+                if getattr(holder, name, None) == experts:
+                    setattr(holder, name, keep)
         assert dense.reader is not None
         self.chain = Chain(empty_model(config, dense.reader.directory, False), None, device=dense.device, dtype=None)
         self.chain.device, self.chain.dtype = dense.device, dense.dtype
