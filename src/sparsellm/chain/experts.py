@@ -7,9 +7,10 @@ read from the checkpoint one by one. The twin shares everything else with the mo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -117,9 +118,14 @@ class Mixture:
         """Whether the router's weights multiply the outputs of experts; else they multiply the inputs."""
         return self.expert(0)._layout.routed
 
-    def observe(self, record: Callable[[Routed], None] | None) -> None:
-        """Calls ``record`` with the tokens of each call from now on, and returns zeros as outputs; None to stop."""
+    @contextlib.contextmanager
+    def observed(self, record: Callable[[Routed], None]) -> Iterator[None]:
+        """Calls ``record`` with the tokens of each call, and returns zeros as outputs, until the context ends."""
         vars(self.module)["record"] = record
+        try:
+            yield
+        finally:
+            vars(self.module)["record"] = None
 
 
 @dataclass(frozen=True)

@@ -242,10 +242,7 @@ def _record(task: BlockTask, mixture: Mixture, store: TensorStore, token_weights
         tokens.factors.append(routed.weights.detach().float().square() * own[:, None])
         tokens.weights.append(own)
 
-    mixture.observe(see)
-    try:
+    with mixture.observed(see):
         for position in range(len(task.stream)):
             task.stream.run_batch(task.index, position)
-    finally:
-        mixture.observe(None)
     return tokens

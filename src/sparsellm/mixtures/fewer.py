@@ -48,7 +48,6 @@ class Routing:
         """The experts that stay: a share below 1 of those that go, or the number that stays. A RecipeError says that
         too few are left for the routing."""
         keep = self.experts - round(experts * self.experts) if experts < 1 else int(experts)
-        size = keep // self.groups
         pairs = 2 if self.groups > 1 else 1  # the routing compares groups by their two best experts
         if keep >= self.experts:
             raise RecipeError(f"experts {experts:g} removes none of {self.experts} experts; give a larger share")
@@ -59,7 +58,6 @@ class Routing:
                 f"experts {experts:g} leaves {keep} of {self.experts} experts, and routing needs {least} or more{parts}"
                 "; give a smaller share, or the number to keep"
             )
-        assert size
         return keep
 
 
@@ -72,33 +70,23 @@ def _number(config: Any, names: Sequence[str]) -> int | None:
     return None
 
 
-def with_fewer(config: dict[str, Any], full: dict[str, Any], experts: int, keep: int) -> dict[str, Any]:
-    """The contents of a ``config.json`` with ``keep`` in place of ``experts`` experts; a number that the file leaves to
-    its default is written out. ``full`` has all defaults."""
-    changed = copy.deepcopy(config)
-    for path in ((), *((inner,) for inner in _INNER)):
-        defaults, holder = full, changed
-        for inner in path:
-            defaults, holder = defaults.get(inner) or {}, holder.get(inner)  # type: ignore[assignment]
-        if isinstance(holder, dict):
-            holder.update({name: keep for name in NUMBERS if defaults.get(name) == experts})
-    return changed
-
-
 class FewerExperts:
     """A twin of a chain's model with fewer experts, one block of which has weights at a time.
 
     Attributes:
         chain: the twin as a chain of its own; its blocks run in place of those of the model.
+        keep: the experts of each mixture.
     """
 
-    def __init__(self, dense: Chain, keep: int) -> None:
-        self.dense, experts = dense, Routing.of(dense).experts
+    def __init__(self, dense: Chain, experts: int, keep: int) -> None:
+        self.dense, self.keep, full = dense, keep, dense.config.to_dict()
+        parts = {"": full, **{inner: full[inner] for inner in _INNER if isinstance(full.get(inner), dict)}}
+        # Names that have the number of experts, by the part of the config, "" for the config itself.
+        self._numbers = {part: [name for name in NUMBERS if parts[part].get(name) == experts] for part in parts}
         config = copy.deepcopy(dense.config)
-        for holder in (config, *(getattr(config, inner, None) for inner in _INNER)):
-            for name in NUMBERS:
-                if getattr(holder, name, None) == experts:
-                    setattr(holder, name, keep)
+        for part, names in self._numbers.items():
+            for name in names:
+                setattr(getattr(config, part) if part else config, name, keep)
         assert dense.reader is not None
         self.chain = Chain(empty_model(config, dense.reader.directory, False), None, device=dense.device, dtype=None)
         self.chain.device, self.chain.dtype = dense.device, dense.dtype
@@ -109,10 +97,17 @@ class FewerExperts:
                     "have; leave experts out"
                 )
 
+    def change(self, config: dict[str, Any]) -> None:
+        """Puts the number of experts into the contents of a ``config.json``, also one that it leaves to its default."""
+        for part, names in self._numbers.items():
+            holder = config.get(part) if part else config
+            if isinstance(holder, dict):
+                holder.update(dict.fromkeys(names, self.keep))
+
     def fill(self, index: int, kept: Sequence[int]) -> None:
         """Gives the block weights of the model's block, which is loaded: those of the ``kept`` experts."""
         mixtures = "|".join(re.escape(f"{self.dense.block_names[index]}.{m.name}") for m in self.dense.mixtures(index))
-        number = re.compile(rf"(?<=^)({mixtures})\.(\d+)(?=\.(?:{GATE}|{UP}|{DOWN})\.)")
+        number = re.compile(rf"^({mixtures})\.(\d+)(?=\.(?:{GATE}|{UP}|{DOWN})\.)")
         for name in self.chain.names_of(index):
             source = number.sub(lambda match: f"{match[1]}.{kept[int(match[2])]}", name) if mixtures else name
             value, shape = self.dense.value(source), self.chain.value(name).shape

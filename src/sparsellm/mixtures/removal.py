@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.chain import Stream
-from sparsellm.chain.experts import DOWN, Expert, Mixture, Routed
+from sparsellm.chain import Chain, Stream
+from sparsellm.chain.capture import hooked
+from sparsellm.chain.experts import DOWN, Mixture, Routed
 from sparsellm.errors import ModelError
 from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.mixtures.scores import MixtureView
@@ -38,7 +39,6 @@ class Removal:
     """What is decided once for a model."""
 
     fewer: FewerExperts
-    keep: int
     groups: int
     score: Callable[..., Tensor]
     costs: Mapping[str, Tensor]  # E[g_i²] of the outputs of the experts' last linears, by name; empty for equal ones
@@ -56,9 +56,10 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
         return None
     (mixture,), (small,) = mixtures, fewer.chain.mixtures(index)
     with stream.store() as outputs:
-        tokens, strength = _measure(stream, index, mixture, outputs)
-        sample = _Sample.of(stream, index, mixture, removal)
-        view = MixtureView(index, removal.keep, removal.groups, tokens, strength, removal.seed, sample.error_of)
+        with _sampled(stream, index, mixture) as inputs:
+            tokens, strength = _measure(stream, index, mixture, outputs)
+        sample = _Sample.of(stream.chain, index, torch.cat(inputs, dim=1), removal)
+        view = MixtureView(index, fewer.keep, removal.groups, tokens, strength, removal.seed, sample.error_of)
         scores = removal.score(view)
         kept = view.best(scores)
         error = sample.error_of(kept)
@@ -83,28 +84,24 @@ def running(stream: Stream, index: int, fewer: FewerExperts) -> Iterator[None]:
 def _routed(stream: Stream, index: int, mixture: Mixture) -> Iterator[tuple[int, Routed]]:
     """The tokens that reach a mixture, batch by batch; its block runs up to there."""
     seen: list[Routed] = []
-    mixture.observe(seen.append)
-    try:
+    with mixture.observed(seen.append):
         for position in range(len(stream)):
             stream.run_batch(index, position)
             yield position, seen.pop()
-    finally:
-        mixture.observe(None)
 
 
-def _calls(mixture: Mixture, routed: Routed) -> Iterator[tuple[int, Expert, Tensor, Tensor]]:
-    """For each expert with tokens its number, itself, the rows of ``routed`` and the weights of its outputs there."""
+def _output(
+    mixture: Mixture, routed: Routed, tokens: int, see: Callable[[int, Tensor], None] = lambda number, part: None
+) -> Tensor:
+    """The outputs ``(tokens, width)`` of a mixture in fp32; ``see`` gets the number and the weighted outputs of each
+    expert that has tokens."""
+    total = torch.zeros(tokens, routed.inputs.shape[1], device=routed.inputs.device)
     for number in routed.experts.unique().tolist():
         if number < len(mixture):
-            rows, places = torch.where(routed.experts == number)
-            yield number, mixture.expert(number), rows, routed.weights[rows, places, None].float()
-
-
-def _output(mixture: Mixture, routed: Routed, tokens: int) -> Tensor:
-    """The outputs ``(tokens, width)`` of a mixture in fp32."""
-    total = torch.zeros(tokens, routed.inputs.shape[1], device=routed.inputs.device)
-    for _, expert, rows, weights in _calls(mixture, routed):
-        total.index_add_(0, routed.places[rows], expert(routed.inputs[rows]).float() * weights)
+            rows, slots = torch.where(routed.experts == number)
+            part = mixture.expert(number)(routed.inputs[rows]).float() * routed.weights[rows, slots, None].float()
+            see(number, part)
+            total.index_add_(0, routed.places[rows], part)
     return total
 
 
@@ -112,15 +109,13 @@ def _measure(stream: Stream, index: int, mixture: Mixture, outputs: TensorStore)
     """Tokens and strength of every expert, see :class:`MixtureView`; appends the outputs of the mixture."""
     counts = torch.zeros(len(mixture), dtype=torch.int64)
     strength = torch.zeros(len(mixture), dtype=torch.float64)
+
+    def tally(number: int, part: Tensor) -> None:
+        counts[number] += len(part)
+        strength[number] += part.double().norm(dim=1).sum().cpu()
+
     for position, routed in _routed(stream, index, mixture):
-        tokens = stream.hidden[position].shape[:2].numel()
-        total = torch.zeros(tokens, routed.inputs.shape[1], device=routed.inputs.device)
-        for number, expert, rows, weights in _calls(mixture, routed):
-            part = expert(routed.inputs[rows]).float() * weights
-            counts[number] += len(rows)
-            strength[number] += part.double().norm(dim=1).sum().cpu()
-            total.index_add_(0, routed.places[rows], part)
-        outputs.append(total)
+        outputs.append(_output(mixture, routed, stream.hidden[position].shape[:2].numel(), tally))
     return parallel.all_sum_(counts), parallel.all_sum_(strength)
 
 
@@ -136,15 +131,10 @@ class _Sample:
     goal: Tensor  # projected outputs of the mixture (tokens, projected)
 
     @classmethod
-    def of(cls, stream: Stream, index: int, mixture: Mixture, removal: Removal) -> _Sample:
-        chain = stream.chain
-        around = _around(chain.blocks[index], mixture)
-        if around is chain.blocks[index]:
-            raise ModelError(f"the experts of {chain.block_names[index]} are not in a module with their router")
-        inputs = _some_tokens(stream, index, around)
-        route = _route(around, mixture, inputs)
-        names = [f"{chain.block_names[index]}.{mixture.name}.{n}.{DOWN}" for n in range(len(mixture))]
-        known = [removal.costs[name] for name in names if name in removal.costs]
+    def of(cls, chain: Chain, index: int, inputs: Tensor, removal: Removal) -> _Sample:
+        (mixture,) = chain.mixtures(index)
+        route = _route(_around(chain.blocks[index], mixture), mixture, inputs)
+        known = [removal.costs[name] for name in last_linears(chain, index) if name in removal.costs]
         projection = _projection(inputs.shape[-1], known, removal.seed).to(chain.device)
         experts = None
         if mixture.weighs_outputs:
@@ -175,32 +165,39 @@ def _around(block: nn.Module, mixture: Mixture) -> nn.Module:
     return block.get_submodule(mixture.name.rpartition(".")[0])
 
 
-def _some_tokens(stream: Stream, index: int, around: nn.Module) -> Tensor:
-    """Inputs of the module around a mixture for about :data:`SAMPLE` tokens of all windows, ``(1, tokens, width)``."""
+@contextmanager
+def _sampled(stream: Stream, index: int, mixture: Mixture) -> Iterator[list[Tensor]]:
+    """Until the context ends, takes what the module around a mixture gets for about :data:`SAMPLE` tokens of all
+    windows: for each batch that runs ``(1, tokens, width)``."""
+    around = _around(stream.chain.blocks[index], mixture)
+    if around is stream.chain.blocks[index]:
+        raise ModelError(f"the experts of {stream.chain.block_names[index]} are not in a module with their router")
     step = max(1, sum(stream.hidden[position].shape[:2].numel() for position in range(len(stream))) // SAMPLE)
     seen: list[Tensor] = []
 
-    def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         hidden = next(iter((*args, *kwargs.values())))
+        assert isinstance(hidden, Tensor)
         seen.append(hidden.reshape(1, -1, hidden.shape[-1])[:, ::step].clone())
 
-    handle = around.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        for position in range(len(stream)):
-            stream.run_batch(index, position)
-    finally:
-        handle.remove()
-    return torch.cat(seen, dim=1)
+    with hooked({around: see}):
+        yield seen
+
+
+def last_linears(chain: Chain, index: int) -> list[str]:
+    """The names of the last linears of all experts in a block."""
+    return [
+        f"{chain.block_names[index]}.{mixture.name}.{number}.{DOWN}"
+        for mixture in chain.mixtures(index)
+        for number in range(len(mixture))
+    ]
 
 
 def _route(around: nn.Module, mixture: Mixture, inputs: Tensor) -> Routed:
     """The tokens that reach a mixture in a call of the module around it."""
     seen: list[Routed] = []
-    mixture.observe(seen.append)
-    try:
+    with mixture.observed(seen.append):
         around(inputs)
-    finally:
-        mixture.observe(None)
     return seen[0]
 
 

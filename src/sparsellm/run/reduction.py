@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm import machine, parallel
-from sparsellm.chain import Feed, Stream
+from sparsellm.chain import Feed
 from sparsellm.chain.streams import check_forward
 from sparsellm.errors import RecipeError
 from sparsellm.inputs import read_object
 from sparsellm.mixtures import SCORES
-from sparsellm.mixtures.fewer import FewerExperts, Routing, with_fewer
-from sparsellm.mixtures.removal import Removal, remove_experts, running
+from sparsellm.mixtures.fewer import FewerExperts, Routing
+from sparsellm.mixtures.removal import Removal, last_linears, remove_experts, running
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock
@@ -40,21 +41,21 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     if request.out is None or isinstance(request.model, PreTrainedModel) or request.teacher is not None:
         raise RecipeError("experts are removed from a model on disk, without teacher: give it by name, and out=DIR")
     recipe = request.recipe
-    request.destination(checkpoints_among(request.model))
+    request.destination(checkpoints_among(request.model))  # what the run itself refuses, it refuses before this work
     Choice.of(recipe)
     score = SCORES[recipe.expert_score]
     options = score.check(recipe.expert_options)
     place = Path(f"{request.out}-experts")
+    file = place / EXPERTS
     kept = {name: getattr(recipe, name) for name in (*_FIELDS, *_SETTINGS)}
     alone = Recipe(method="magnitude", sparsity=0.0, **kept)
     clock = PhaseClock()
     plan = make_plan(replace(request, recipe=alone, out=place, overwrite=True), clock, progress)
     routing = Routing.of(plan.chain)
     assert recipe.experts is not None
-    keep = routing.keep(recipe.experts)
-    fewer = FewerExperts(plan.chain, keep)
+    fewer = FewerExperts(plan.chain, routing.experts, routing.keep(recipe.experts))
     check_forward(plan.chain, plan.windows.first, token_states=True)
-    identity, file = to_jsonable_python(asdict(plan.identity)), place / EXPERTS
+    identity = to_jsonable_python(asdict(plan.identity))
     if (known := parallel.from_main(lambda: read_object(file) if file.is_file() else {})).get("identity") == identity:
         records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
         return Removed(request.model, place, records, plan.base)
@@ -64,10 +65,10 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         feed = Feed(plan.chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
         costs = _costs(feed) if score.needs(options).output_costs else {}
         function = partial(score.function, **options)
-        removal = Removal(fewer, keep, routing.groups, function, costs, recipe.expert_refit, recipe.seed)
+        removal = Removal(fewer, routing.groups, function, costs, recipe.expert_refit, recipe.seed)
         records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, clock)
         parallel.barrier()
-        parallel.from_main(partial(_save, plan, journal, routing.experts, keep, records, identity))
+        parallel.from_main(partial(_save, plan, fewer, journal, records, identity))
     return Removed(request.model, place, records, plan.base)
 
 
@@ -77,9 +78,8 @@ def clean_up(removed: Removed) -> None:
 
 
 def _costs(feed: Feed) -> dict[str, Tensor]:
-    linears = (linear for index in range(len(feed.chain)) for linear in feed.chain.linears(index))
-    names = frozenset(linear.name for linear in linears if linear.name.endswith(".down_proj"))
-    return loss_gradients(feed.first(TOKENS, LEAST_WINDOWS), names).output_squares
+    names = [name for index in range(len(feed.chain)) for name in last_linears(feed.chain, index)]
+    return loss_gradients(feed.first(TOKENS, LEAST_WINDOWS), frozenset(names)).output_squares
 
 
 def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: PhaseClock) -> list[ExpertsOfBlock]:
@@ -90,16 +90,18 @@ def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: Pha
     stream = feed.stream()
     for index in range(len(chain)):
         feed.progress(Progress("experts", index, len(chain), f"block {index + 1}/{len(chain)}"))
-        if index < len(done):
-            shard = journal.block(index)
-            assert shard is not None
-            fewer.read(index, shard)
-            _advance(stream, index, fewer)
-            continue
-        with clock.phase("experts"), chain.block(index):
-            records.append(remove_experts(removal, stream, index))
-            _advance(stream, index, fewer)
-            if journal.writes:
+        with contextlib.ExitStack() as stack:
+            if index < len(done):
+                shard = journal.block(index)
+                assert shard is not None
+                fewer.read(index, shard)
+            else:
+                stack.enter_context(clock.phase("experts"))
+                stack.enter_context(chain.block(index))
+                records.append(remove_experts(removal, stream, index))
+            with running(stream, index, fewer):
+                stream.advance(index)
+            if index >= len(done) and journal.writes:
                 record = BlockRecord([], conditions(), clock.lap(), machine.peak_rss(), experts=records[-1])
                 journal.write_block(index, fewer.tensors(index), record)
             fewer.release(index)
@@ -107,13 +109,8 @@ def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: Pha
     return [record for record in records if record is not None]
 
 
-def _advance(stream: Stream, index: int, fewer: FewerExperts) -> None:
-    with running(stream, index, fewer):
-        stream.advance(index)
-
-
 def _save(
-    plan: Plan, journal: Journal, experts: int, keep: int, records: list[ExpertsOfBlock], identity: dict[str, object]
+    plan: Plan, fewer: FewerExperts, journal: Journal, records: list[ExpertsOfBlock], identity: dict[str, object]
 ) -> None:
     """Writes the tensors outside the blocks and the files next to the weights, and names the checkpoint."""
     writer, directory = journal.writer, plan.model.directory
@@ -122,7 +119,8 @@ def _save(
     assert directory is not None
     writer.write_shard(len(plan.chain), plan.chain.outer_tensors())
     writer.copy_companions(directory)
-    config = with_fewer(read_object(writer.folder / "config.json"), plan.chain.config.to_dict(), experts, keep)
+    config = read_object(writer.folder / "config.json")
+    fewer.change(config)
     writer.write_json("config.json", config)
     writer.write_json(EXPERTS, {"identity": identity, "experts": [each.model_dump() for each in records]})
     writer.finish()
