@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.errors import ModelError, RecipeError
+from sparsellm.errors import ModelError, RecipeError, StorageError
 from sparsellm.mixtures.scores import SCORES, MixtureView
 from tests import killing
 from tests.killing import KILLED
@@ -146,3 +146,12 @@ def test_a_model_without_mixtures_is_refused(tmp_path: Path) -> None:
         removed(source, tmp_path / "small")
     with pytest.raises(RecipeError, match="on disk"):
         sparsellm.prune(tiny_llama(), Recipe(**RECIPE), calibration=IDS)
+
+
+def test_a_checkpoint_of_the_user_is_not_taken_for_the_smaller_model(tmp_path: Path) -> None:
+    source = save_tiny(mixtral(), None, tmp_path / "dense")
+    removed(source, tmp_path / "small-experts", experts=3)
+    before = tree(tmp_path / "small-experts")
+    with pytest.raises(StorageError, match="small-experts"):
+        removed(source, tmp_path / "small")
+    assert tree(tmp_path / "small-experts") == before

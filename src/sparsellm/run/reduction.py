@@ -26,6 +26,7 @@ from sparsellm.records import ExpertsOfBlock
 from sparsellm.run.choice import Choice
 from sparsellm.run.journal import BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan, Removed, Request, make_plan
+from sparsellm.storage.contents import foreign_entries
 from sparsellm.storage.directory import checkpoints_among, partial_of
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
@@ -47,10 +48,11 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     options = score.check(recipe.expert_options)
     place = Path(f"{request.out}-experts")
     file = place / EXPERTS
+    overwrite = request.overwrite or file.is_file()  # without that file it is a checkpoint of the user's
     kept = {name: getattr(recipe, name) for name in (*_FIELDS, *_SETTINGS)}
     alone = Recipe(method="magnitude", sparsity=0.0, **kept)
     clock = PhaseClock()
-    plan = make_plan(replace(request, recipe=alone, out=place, overwrite=True), clock, progress)
+    plan = make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite), clock, progress)
     routing = Routing.of(plan.chain)
     assert recipe.experts is not None
     fewer = FewerExperts(plan.chain, routing.experts, routing.keep(recipe.experts))
@@ -59,7 +61,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     if (known := parallel.from_main(lambda: read_object(file) if file.is_file() else {})).get("identity") == identity:
         records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
         return Removed(request.model, place, records, plan.base)
-    with Journal(plan.out, len(plan.chain), restart=request.restart, overwrite=True) as journal:
+    with Journal(plan.out, len(plan.chain), restart=request.restart, overwrite=overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
         scratch = Scratch(plan.memory.hidden_in_memory_bytes, partial_of(place))
         feed = Feed(plan.chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
@@ -73,8 +75,13 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
 
 
 def clean_up(removed: Removed) -> None:
-    """Removes the model with fewer experts, which has been pruned."""
-    parallel.from_main(partial(shutil.rmtree, removed.directory, ignore_errors=True))
+    """Removes the model with fewer experts, which has been pruned; not if it has files of others now."""
+
+    def remove() -> None:
+        if not foreign_entries(removed.directory):
+            shutil.rmtree(removed.directory, ignore_errors=True)
+
+    parallel.from_main(remove)
 
 
 def _costs(feed: Feed) -> dict[str, Tensor]:
