@@ -71,12 +71,11 @@ def coordinated(
     while left > 0:
         inside = sorted(kept, key=lambda number: float(scores[number]))
         outside = sorted(set(range(len(scores))) - set(kept), key=lambda number: -float(scores[number]))
-        pairs = sorted(itertools.product(range(len(inside)), range(len(outside))), key=sum)  # the most likely first
-        for first, second in pairs:
-            if inside[first] // size != outside[second] // size or not left:
-                continue
+        places = sorted(itertools.product(range(len(inside)), range(len(outside))), key=sum)  # the most likely first
+        pairs = [(inside[first], outside[second]) for first, second in places]
+        for goes, comes in [pair for pair in pairs if pair[0] // size == pair[1] // size][:left]:
             left -= 1
-            tried = sorted({*kept, outside[second]} - {inside[first]})
+            tried = sorted({*kept, comes} - {goes})
             if (error := view.error_of(tried)) < least:
                 kept, least = tried, error
                 break
