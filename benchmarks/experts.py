@@ -2,11 +2,9 @@
 
     python benchmarks/train_mixture.py --articles wikipedia.txt --minutes 30 --out out/mixture
     python benchmarks/experts.py --model out/mixture --shares 0.25 0.5 --seeds 0 1 2
-    python benchmarks/experts.py --model out/mixture --bytes        # experts, zeros and bits at equal bytes
 
 Calibration is on ``train.txt`` of all kinds, or on that of one kind (``--calibration docs``); tests are the held-out
-documents of each kind. ``reap`` is scored as published, in our code; ``--peer`` compares the experts that it keeps with
-those of llm-compressor's, in an environment that has it.
+documents of each kind. ``reap`` is scored as published, in our code.
 """
 
 from __future__ import annotations
@@ -33,20 +31,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "coordinated, refit, one sweep": {"expert_score": "coordinated", "effort": 1},
     "coordinated, refit, three sweeps": {"expert_score": "coordinated", "effort": 2},
 }
-BYTES: dict[str, dict[str, Any]] = {
-    "experts 50 %, bf16": {"experts": 0.5, "sparsity": 0.0},
-    "experts 25 %, 50 % zeros, packed": {"experts": 0.25, "sparsity": 0.5},
-    "int4": {"sparsity": 0.0, "values": "int4"},
-    "experts 25 %, int4": {"experts": 0.25, "sparsity": 0.0, "values": "int4"},
-}
 
 
 def kinds_of(model: Path) -> list[str]:
     return sorted(path.stem.removeprefix("heldout-") for path in model.glob("heldout-*.txt"))
 
 
-def run(arguments: argparse.Namespace, name: str, fields: dict[str, Any], seed: int) -> tuple[list[float], list[float]]:
-    """KL and perplexity on each kind of text."""
+def run(arguments: argparse.Namespace, name: str, fields: dict[str, Any], seed: int) -> None:
+    """Prints a row: KL and perplexity on each kind of text."""
     text = arguments.model / (f"train-{arguments.calibration}.txt" if arguments.calibration else "train.txt")
     recipe = Recipe(
         calibration=str(text),
@@ -67,13 +59,14 @@ def run(arguments: argparse.Namespace, name: str, fields: dict[str, Any], seed: 
             )
             for kind in kinds_of(arguments.model)
         ]  # fmt: skip
-    errors = [statistics.fmean(values) for values in zip(*((x.error, x.refitted) for x in result.experts), strict=True)]
+    before, after = (
+        statistics.fmean(values) for values in zip(*((x.error, x.refitted) for x in result.experts), strict=True)
+    )
     divergences = [each.against.divergence.value for each in measured if each.against is not None]
     perplexities = [each.perplexity.value for each in measured]
     numbers = " | ".join(f"{kl:.4f} / {ppl:.2f}" for kl, ppl in zip(divergences, perplexities, strict=True))
-    said = f"{errors[0]:.3f} → {errors[1]:.3f}" if errors else "–"
-    print(f"| {name} | {seed} | {numbers} | {statistics.fmean(divergences):.4f} | {said} | {seconds:.0f} |", flush=True)
-    return divergences, perplexities
+    mean, error = statistics.fmean(divergences), f"{before:.3f} → {after:.3f}"
+    print(f"| {name} | {seed} | {numbers} | {mean:.4f} | {error} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -86,19 +79,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192, help="of each test text")
-    parser.add_argument("--bytes", action="store_true", help="experts, zeros and bits, one seed")
     arguments = parser.parse_args()
     print(f"{cpu_name()}, sparsellm {code_version()}")
     print(
         f"{arguments.samples} × {arguments.window} calibration tokens; KL / perplexity on {kinds_of(arguments.model)}"
     )
-    for share in [None] if arguments.bytes else arguments.shares:
-        print(f"\n{share or ''}\n| way | seed | {' | '.join(kinds_of(arguments.model))} | mean KL | error | CPU s |")
-        ways = BYTES if arguments.bytes else {k: {"experts": share, "sparsity": 0.0, **v} for k, v in WAYS.items()}
-        for name, fields in ways.items():
+    for share in arguments.shares:
+        print(f"\n{share}\n| way | seed | {' | '.join(kinds_of(arguments.model))} | mean KL | error | CPU s |")
+        for name, fields in WAYS.items():
             if not arguments.ways or any(part in name for part in arguments.ways):
                 for seed in arguments.seeds:
-                    run(arguments, name, fields, seed)
+                    run(arguments, name, {"experts": share, "sparsity": 0.0, **fields}, seed)
 
 
 if __name__ == "__main__":
