@@ -30,7 +30,7 @@ from sparsellm import machine, parallel
 from sparsellm.chain import Call, Chain
 from sparsellm.chain.streams import Piece
 from sparsellm.sweep.sweep_task import Residence, Run, Step, SweepTask, Weights
-from sparsellm.sweep.training import adam_step
+from sparsellm.sweep.training import adam_step, joined, split
 
 
 class _Blocks(nn.Module):
@@ -41,11 +41,11 @@ class _Blocks(nn.Module):
         self.chain, self.copies, self.way = chain, nn.ModuleList(copies), way
 
     def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
-        for index in range(len(calls)):
+        for index, call in enumerate(calls):
             if self.way.recomputes and torch.is_grad_enabled():
-                hidden = checkpoint(self._run, index, hidden, calls[index], use_reentrant=False)
+                hidden = checkpoint(self._run, index, hidden, call, use_reentrant=False)
             else:
-                hidden = self._run(index, hidden, calls[index])
+                hidden = self._run(index, hidden, call)
         return hidden
 
     def _run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
@@ -66,12 +66,9 @@ class Resident(Weights):
     def __init__(self, task: SweepTask) -> None:
         assert task.resident is not None
         assert task.integers is None
-        self.task, self.chain, self.way = task, task.feed.chain, task.resident
+        super().__init__(task)
+        self.way = task.resident
         self.dtype = torch.bfloat16 if self.way.narrow else torch.float32
-        self.best, self.best_store = 0, task.feed.scratch.store(self.chain.device)
-        self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
-        self._stored: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # dtypes in the chain and on disk
-        self._shapes: list[dict[str, torch.Size]] = []  # the parameters that each block owns
         self._parameters: dict[str, nn.Parameter] = {}
         with contextlib.ExitStack() as opened:
             self._mesh = self._divided(opened) if self.way.sharded else None
@@ -79,20 +76,13 @@ class Resident(Weights):
                 opened.enter_context(machine.keeping_freed())
             self._blocks = self._load()
             self._opened = opened.pop_all()
-        self._moments = [torch.zeros(2, self._flat(index).numel()).to(self._flat(index)) for index in self._indices]
-        saved, reached = task.saved, task.saved.last if task.saved is not None else None
-        if saved is not None and reached is not None:
-            number = len(reached.history) - 1
-            for index in self._indices if 0 < number < task.passes else ():
-                self._set(index, self._part(index, saved.read("parameters", number, index)))
-                self._moments[index].copy_(self._part(index, saved.read("moments", number, index)))
-            self.best = reached.best
-            for index in self._indices if self.best else ():
-                self.best_store.append(self._part(index, saved.read("parameters", self.best, index)))
-
-    @property
-    def _indices(self) -> range:
-        return range(len(self.chain))
+        self._moments: list[Tensor] = []
+        for index in range(len(self.chain)):
+            flat = self.copied(index)
+            self._moments.append(flat.new_zeros(2, len(flat)))
+            if (state := self.saved_state(index)) is not None:
+                self.replace(index, *state)
+        self.keep_saved()
 
     def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
         """All processes, in one dimension; a group of one where this process is alone."""
@@ -109,14 +99,11 @@ class Resident(Weights):
         """Copies of all blocks with the pruned weights in fp32; a parameter of several blocks is one in all of them."""
         chain, copies = self.chain, []
         shared: dict[str, nn.Parameter] = {}
-        for index in self._indices:
+        for index in range(len(self.chain)):
             with chain.block(index, self.task.pruned(index)):
-                parameters = chain.block_parameters(index)
-                self.pruned |= {linear.weight_name for linear in chain.linears(index)}
-                self._shapes.append({name: p.shape for name, p in parameters.items() if chain.owns(name)})
-                self._stored |= {name: (p.dtype, chain.stored_dtype(name)) for name, p in parameters.items()}
+                self.describe(index)
                 memo: dict[int, object] = {}
-                for name, p in parameters.items():
+                for name, p in chain.block_parameters(index).items():
                     first = chain.home(name)[1]
                     if first not in shared:
                         wide = p.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -131,7 +118,7 @@ class Resident(Weights):
             self._shard(blocks)  # what several blocks share is whole while they all run
         for index, block in enumerate(copies):
             inner = dict(block.named_parameters(prefix=chain.block_names[index], remove_duplicate=False))
-            self._parameters |= {name: inner[name] for name in self._shapes[index]}
+            self._parameters |= {name: inner[name] for name in self.shapes[index]}
         return blocks
 
     def _shard(self, module: nn.Module, ignored: set[nn.Parameter] | None = None) -> None:
@@ -153,42 +140,38 @@ class Resident(Weights):
     def _rows(self, name: str) -> Tensor:
         return _local(self._parameters[name].detach())
 
-    def _flat(self, index: int) -> Tensor:
-        return torch.cat([self._rows(name).flatten() for name in self._shapes[index]])
+    def _rows_of(self, index: int) -> dict[str, Tensor]:
+        return {name: self._rows(name) for name in self.shapes[index]}
 
-    def _set(self, index: int, flat: Tensor) -> None:
-        rows = [self._rows(name) for name in self._shapes[index]]
-        for own, part in zip(rows, flat.split([own.numel() for own in rows]), strict=True):
-            own.copy_(part.view_as(own))
+    def copied(self, index: int) -> Tensor:
+        return joined(self._rows_of(index))
 
-    def _part(self, index: int, whole: Tensor) -> Tensor:
-        """The rows of this process in a block's parameters as one tensor, ``(..., elements)``."""
+    def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
+        rows = self._rows_of(index)
+        for name, part in split(parameters, {name: tensor.shape for name, tensor in rows.items()}).items():
+            rows[name].copy_(part)
+        self._moments[index].copy_(moments)
+
+    def part(self, index: int, complete: Tensor) -> Tensor:
         if self._mesh is None:
-            return whole
+            return complete
         rank, size, parts = parallel.rank(), parallel.size(), []
-        for part, shape in zip(
-            whole.split([s.numel() for s in self._shapes[index].values()], -1),
-            self._shapes[index].values(),
-            strict=True,
-        ):
-            chunks = part.unflatten(-1, shape).chunk(size, -len(shape))
-            parts.append(
-                (chunks[rank] if rank < len(chunks) else chunks[0].narrow(-len(shape), 0, 0)).flatten(-len(shape))
-            )
+        for name, tensor in split(complete, self.shapes[index]).items():
+            first = -len(self.shapes[index][name])  # the dimension of rows
+            chunks = tensor.chunk(size, first)
+            rows = chunks[rank] if rank < len(chunks) else chunks[0].narrow(first, 0, 0)
+            parts.append(rows.flatten(first))
         return torch.cat(parts, -1)
 
-    def _whole(self, index: int, flat: Tensor) -> Tensor:
-        """The opposite of :meth:`_part`; every process takes part."""
+    def complete(self, index: int, part: Tensor) -> Tensor:
         if self._mesh is None:
-            return flat
-        parts, position = [], 0
-        for name, shape in self._shapes[index].items():
-            own = self._rows(name)
-            rows = flat[position : position + own.numel()].view_as(own)
-            position += own.numel()
+            return part
+        tensors = split(part, {name: rows.shape for name, rows in self._rows_of(index).items()})
+        for name, shape in self.shapes[index].items():
             stride = torch.empty(shape, device="meta").stride()
-            parts.append(DTensor.from_local(rows, self._mesh, [Shard(0)], shape=shape, stride=stride).full_tensor())
-        return torch.cat([part.flatten() for part in parts])
+            divided = DTensor.from_local(tensors[name], self._mesh, [Shard(0)], shape=shape, stride=stride)
+            tensors[name] = divided.full_tensor()
+        return joined(tensors)
 
     # ------------------------------------------------------------------ what a sweep asks for
 
@@ -200,11 +183,10 @@ class Resident(Weights):
         ]
 
     def outputs(self, run: Run, pieces: Sequence[Piece | None]) -> Iterator[tuple[Piece, Tensor]]:
-        narrow = [name for name in self._parameters if self._stored[name] != (torch.float32, torch.float32)]
+        narrow = [name for name in self._parameters if self.dtypes[name] != (torch.float32, torch.float32)]
         before = {name: self._rows(name).clone() for name in narrow}
         for name in narrow:
-            memory, disk = self._stored[name]
-            self._rows(name).copy_(before[name].to(memory).to(disk))
+            self._rows(name).copy_(self.as_written(name, before[name]))
         try:
             for piece in pieces:
                 output = self._run(run, piece)
@@ -224,9 +206,9 @@ class Resident(Weights):
         output.backward(slope.to(output.dtype))
         del output
         sizes = self._sizes()
-        for index in self._indices:
+        for index in range(len(self.chain)):
             trained = {}
-            for name in self._shapes[index]:
+            for name in self.shapes[index]:
                 parameter = self._parameters[name]
                 trained[name] = nn.Parameter(self._rows(name))
                 trained[name].grad = None if parameter.grad is None else _local(parameter.grad)
@@ -239,7 +221,7 @@ class Resident(Weights):
         if self.chain.products is not None:
             self.chain.products.forget()  # gathered weights are changed behind its back
         piece = run.stream.pieces[0] if piece is None else piece
-        calls = [run.call(piece, index, self.dtype) for index in self._indices]
+        calls = [run.call(piece, index, self.dtype) for index in range(len(self.chain))]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # outputs that are views; none is overwritten
             output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
@@ -256,45 +238,14 @@ class Resident(Weights):
             for (name, parameter), total in zip(self._parameters.items(), totals, strict=True)
         }
 
-    def keep(self, number: int) -> None:
-        self.best = number
-        self.best_store.close()
-        for index in self._indices:
-            self.best_store.append(self._flat(index))
-
-    def restart(self) -> None:
-        for index in self._indices:
-            if self.best:
-                self._set(index, self.best_store[index])
-            else:
-                with self.chain.block(index, self.task.pruned(index)):
-                    parameters = self.chain.block_parameters(index)
-                    flat = torch.cat([parameters[name].detach().float().flatten() for name in self._shapes[index]])
-                self._set(index, self._part(index, flat))
-            self._moments[index].zero_()
-
     def parameters(self, block: int) -> Tensor:
-        return self._whole(block, self._flat(block))
+        return self.complete(block, self.copied(block))
 
     def moments(self, block: int) -> Tensor:
-        return torch.stack([self._whole(block, moment) for moment in self._moments[block]])
-
-    def write(self) -> None:
-        chain = self.chain
-        for index in self._indices:
-            with chain.block(index, self.task.pruned(index)):
-                if self.best:
-                    whole = self._whole(index, self.best_store[index])
-                    shapes = self._shapes[index]
-                    for (name, shape), part in zip(
-                        shapes.items(), whole.split([s.numel() for s in shapes.values()]), strict=True
-                    ):
-                        chain.block_parameters(index)[name].copy_(part.view(shape))
-                chain.settle_block(index)
-                self.task.write_block(index)
+        return torch.stack([self.complete(block, moment) for moment in self._moments[block]])
 
     def close(self) -> None:
-        self.best_store.close()
+        super().close()
         self._opened.close()
 
 

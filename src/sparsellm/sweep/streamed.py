@@ -15,59 +15,27 @@ from torch import Tensor, nn
 from sparsellm import parallel
 from sparsellm.chain.streams import Piece
 from sparsellm.sweep.sweep_task import Run, Step, SweepTask, Weights
-from sparsellm.sweep.training import adam_step, running_on, share_gradients
+from sparsellm.sweep.training import adam_step, joined, running_on, share_gradients
 
 
 class Streamed(Weights):
-    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1.
-
-    A parameter that several blocks use belongs to the first of them; the others borrow it. Another store holds the
-    parameters after the best pass, unless that is pass 0, the state before the first pass."""
+    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1."""
 
     def __init__(self, task: SweepTask) -> None:
-        self.task, self.chain, self.integers = task, task.feed.chain, task.integers
-        self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
+        super().__init__(task)
         self.factors: set[str] = set()  # names of the factors of groups, where values are rounded
         self.store = task.feed.scratch.store(self.chain.device)
-        self.best, self.best_store = 0, task.feed.scratch.store(self.chain.device)
-        self.shapes: list[dict[str, torch.Size]] = []
-        self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
         self._aliases: list[dict[str, tuple[int, str]]] = []  # other names of parameters: the block and the name there
-        saved, reached = task.saved, task.saved.last if task.saved is not None else None
-        number = len(reached.history) - 1 if reached is not None else 0  # passes that an earlier process saved
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
-                parameters, trained = self.chain.block_parameters(index), self._trained(index)
-                self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
+                trained, parameters = self.describe(index), self.chain.block_parameters(index)
                 self.factors |= trained.keys() - parameters.keys()
-                self.shapes.append({name: p.shape for name, p in trained.items()})
                 self._aliases.append({name: self.chain.home(name) for name in parameters if name not in trained})
-                self._dtypes.append({n: (p.dtype, self.chain.stored_dtype(n)) for n, p in parameters.items()})
-                flat, moments = _flat(trained)
-            if saved is not None and 0 < number < task.passes:
-                flat, moments = (saved.read(kind, number, index) for kind in ("parameters", "moments"))
+                flat = joined(trained)
+            flat, moments = self.saved_state(index) or (flat, flat.new_zeros(2, len(flat)))
             self.store.append(flat)
             self.store.append(moments)
-        if saved is not None and reached is not None and reached.best:
-            self.best = reached.best
-            for index in range(len(self.chain)):
-                self.best_store.append(saved.read("parameters", self.best, index))
-
-    def keep(self, number: int) -> None:
-        self.best = number
-        self.best_store.close()
-        for index in range(len(self.chain)):
-            self.best_store.append(self.parameters(index).clone())
-
-    def restart(self) -> None:
-        for index in range(len(self.chain)):
-            if self.best:
-                flat = self.best_store[index].clone()
-                moments = torch.zeros(2, len(flat), device=flat.device)
-            else:
-                with self.chain.block(index, self.task.pruned(index)):
-                    flat, moments = _flat(self._trained(index))
-            self.store[2 * index], self.store[2 * index + 1] = flat, moments
+        self.keep_saved()
 
     def parameters(self, block: int) -> Tensor:
         return self.store[2 * block]
@@ -75,17 +43,19 @@ class Streamed(Weights):
     def moments(self, block: int) -> Tensor:
         return self.store[2 * block + 1]
 
-    def _trained(self, index: int) -> dict[str, Tensor]:
-        """What is trained in the loaded block: the parameters it owns, and factors of groups if values are rounded."""
-        factors = {} if self.integers is None else self.integers.factors(self.chain, index)
-        parameters = self.chain.block_parameters(index)
-        return {**{name: p for name, p in parameters.items() if self.chain.owns(name)}, **factors}
+    def copied(self, index: int) -> Tensor:
+        return self.parameters(index).clone()
 
-    def views(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
-        """Views of a block's flat tensor, by parameter. All require gradients, so that moments have the same layout."""
-        shapes = self.shapes[index]
-        parts = flat.split([shape.numel() for shape in shapes.values()])
-        return {name: nn.Parameter(part.view(shapes[name])) for name, part in zip(shapes, parts, strict=True)}
+    def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
+        self.store[2 * index], self.store[2 * index + 1] = parameters, moments
+
+    def write(self) -> None:
+        self.store.close()
+        super().write()
+
+    def close(self) -> None:
+        self.store.close()
+        super().close()
 
     def all_views(
         self, flat: Tensor, index: int, *, running: bool = False, written: bool = False
@@ -100,32 +70,12 @@ class Streamed(Weights):
                     views[at] = self.integers.of(views[at], self.chain, at)
                 if written:
                     for name, parameter in views[at].items():
-                        memory, disk = self._dtypes[at][name]
-                        views[at][name] = nn.Parameter(parameter.detach().to(memory).to(disk).float())
+                        views[at][name] = nn.Parameter(self.as_written(name, parameter.detach()))
         return {**views[index], **{name: views[at][first] for name, (at, first) in self._aliases[index].items()}}
 
     def borrowed(self, index: int) -> dict[str, str]:
         """For each parameter that block ``index`` borrows of another, by its name there, its name in the block."""
         return {first: name for name, (at, first) in self._aliases[index].items() if at != index}
-
-    def write(self) -> None:
-        chain = self.chain
-        self.store.close()
-        for index in range(len(chain)):
-            with chain.block(index, self.task.pruned(index)):
-                if self.best:
-                    trained = self.views(self.best_store[index].to(chain.device), index)
-                    trained = trained if self.integers is None else self.integers.of(trained, chain, index)
-                    for name, value in trained.items():
-                        chain.block_parameters(index)[name].copy_(value)
-                elif self.integers is not None:
-                    self.integers.settle(chain, index)
-                chain.settle_block(index)
-                self.task.write_block(index)
-
-    def close(self) -> None:
-        self.store.close()
-        self.best_store.close()
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
         return [
@@ -173,7 +123,7 @@ class Streamed(Weights):
                 self.integers.pull_back(trained, used, chain, index)
             share_gradients(trained.values(), process)
             adam_step(trained, state, rate, number, pruned=self.pruned, factors=self.factors)
-            self.store[2 * index], self.store[2 * index + 1] = flat, state
+            self.replace(index, flat, state)
         return parallel.broadcast(loss, process)
 
     def _forward(self, run: Run, piece: Piece, *, written: bool) -> list[Tensor]:
@@ -186,9 +136,3 @@ class Streamed(Weights):
             with running_on(self.chain, index, parameters):
                 hidden.append(self.chain.run(index, hidden[-1], run.call(piece, index)))
         return hidden
-
-
-def _flat(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The tensors as one, fp32, and Adam's moments for it, which are zero."""
-    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
-    return flat, torch.zeros(2, len(flat), device=flat.device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain import Call, Chain, Feed, Stream
@@ -18,6 +19,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.head import divergence_from, through_head
 from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.saved import SavedSweep
+from sparsellm.sweep.training import joined, split
 
 
 class Step(NamedTuple):
@@ -75,38 +77,132 @@ class SweepTask:
         return self.blocks[index] if self.blocks is not None else None
 
 
-class Weights(Protocol):
-    """The fp32 parameters of all blocks and Adam's moments, wherever they are, and the blocks that run on them."""
+class Weights(ABC):
+    """The fp32 parameters of all blocks and Adam's moments, wherever they are, and the blocks that run on them.
 
-    best: int  # the pass after which the kept parameters are; 0 for the state before the first
+    The parameters of a block are one tensor, ``(elements,)``, its moments are ``(2, elements)``. A parameter that
+    several blocks use belongs to the first of them."""
 
+    def __init__(self, task: SweepTask) -> None:
+        self.task, self.chain, self.integers = task, task.feed.chain, task.integers
+        self.best = 0  # the pass after which the kept parameters are; 0 for the blocks as they were pruned
+        self._best_store = task.feed.scratch.store(self.chain.device)  # empty where that is 0
+        self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
+        self.shapes: list[dict[str, torch.Size]] = []  # what each block trains, in the order of its tensor
+        self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # of each parameter in the chain and on disk
+
+    @abstractmethod
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
         """The steps of a pass over pieces with these tokens, those of each process."""
 
+    @abstractmethod
     def outputs(self, run: Run, pieces: Sequence[Piece | None]) -> Iterator[tuple[Piece, Tensor]]:
         """This process's pieces, and the output of the last block, with the weights as they would be written now."""
 
+    @abstractmethod
     def step(self, run: Run, step: Step, rate: float, number: int) -> float:
         """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before it, summed over the
         tokens."""
 
+    @abstractmethod
+    def parameters(self, block: int) -> Tensor:
+        """The parameters of a block. Every process takes part."""
+
+    @abstractmethod
+    def moments(self, block: int) -> Tensor:
+        """Adam's moments of a block. Every process takes part."""
+
     def keep(self, number: int) -> None:
         """Copies the current parameters, which are those after pass ``number``, as the best."""
+        self.best = number
+        self._best_store.close()
+        for index in range(len(self.chain)):
+            self._best_store.append(self.copied(index))
 
     def restart(self) -> None:
         """Restores the best state, or the blocks as they were pruned if there is none, with moments of zero."""
-
-    def parameters(self, block: int) -> Tensor:
-        """The parameters of a block as one, fp32. Every process takes part."""
-
-    def moments(self, block: int) -> Tensor:
-        """Adam's moments of a block, ``(2, elements)``. Every process takes part."""
+        for index in range(len(self.chain)):
+            if self.best:
+                parameters = self._best_store[index].clone()
+            else:
+                with self.chain.block(index, self.task.pruned(index)):
+                    parameters = self.part(index, joined(self.trained(index)))
+            self.replace(index, parameters, parameters.new_zeros(2, len(parameters)))
 
     def write(self) -> None:
         """Calls ``write_block`` for each block, loaded with its best weights, rounded as they are written."""
+        chain = self.chain
+        for index in range(len(chain)):
+            with chain.block(index, self.task.pruned(index)):
+                if self.best:
+                    trained = self.views(self.complete(index, self._best_store[index]), index)
+                    trained = trained if self.integers is None else self.integers.of(trained, chain, index)
+                    for name, value in trained.items():
+                        chain.block_parameters(index)[name].copy_(value)
+                elif self.integers is not None:
+                    self.integers.settle(chain, index)
+                chain.settle_block(index)
+                self.task.write_block(index)
 
     def close(self) -> None:
         """Frees what the sweep holds."""
+        self._best_store.close()
+
+    @abstractmethod
+    def copied(self, index: int) -> Tensor:
+        """A copy of this process's part of the parameters of a block."""
+
+    @abstractmethod
+    def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
+        """Replaces this process's part of a block; a subclass may go on using the tensors."""
+
+    def part(self, index: int, complete: Tensor) -> Tensor:
+        """What this process has of the parameters or moments of a block."""
+        return complete
+
+    def complete(self, index: int, part: Tensor) -> Tensor:
+        """The parameters or one of the moments of a block, of which every process gives its part."""
+        return part
+
+    def trained(self, index: int) -> dict[str, Tensor]:
+        """What is trained in the loaded block: the parameters it owns, and factors of groups if values are rounded."""
+        factors = {} if self.integers is None else self.integers.factors(self.chain, index)
+        parameters = self.chain.block_parameters(index)
+        return {**{name: p for name, p in parameters.items() if self.chain.owns(name)}, **factors}
+
+    def describe(self, index: int) -> dict[str, Tensor]:
+        """Notes names, shapes and dtypes of the loaded block, the next one; returns what is trained in it."""
+        trained, parameters = self.trained(index), self.chain.block_parameters(index)
+        self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
+        self.shapes.append({name: tensor.shape for name, tensor in trained.items()})
+        self.dtypes |= {name: (p.dtype, self.chain.stored_dtype(name)) for name, p in parameters.items()}
+        return trained
+
+    def saved_state(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """This process's part of the parameters and moments after the last saved pass, if more passes follow it."""
+        saved = self.task.saved
+        number = saved.last.history[-1].passes if saved is not None and saved.last is not None else 0
+        if saved is None or not 0 < number < self.task.passes:
+            return None
+        parameters, moments = (self.part(index, saved.read(kind, number, index)) for kind in ("parameters", "moments"))
+        return parameters, moments
+
+    def keep_saved(self) -> None:
+        """Keeps the best parameters of the saved passes, if there are any."""
+        saved = self.task.saved
+        if saved is not None and saved.last is not None and saved.last.best:
+            self.best = saved.last.best
+            for index in range(len(self.chain)):
+                self._best_store.append(self.part(index, saved.read("parameters", self.best, index)))
+
+    def views(self, parameters: Tensor, index: int) -> dict[str, nn.Parameter]:
+        """Views of a block's tensor, by parameter. All require gradients, so that moments have the same layout."""
+        return {name: nn.Parameter(part) for name, part in split(parameters, self.shapes[index]).items()}
+
+    def as_written(self, name: str, value: Tensor) -> Tensor:
+        """Values of a parameter, rounded as they will be written; fp32."""
+        in_chain, on_disk = self.dtypes[name]
+        return value.to(in_chain).to(on_disk).float()
 
 
 class Run:

@@ -35,6 +35,17 @@ def running_on(chain: Chain, index: int, parameters: Mapping[str, nn.Parameter])
             chain.set_parameter(name, before[name])
 
 
+def joined(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The elements of all tensors in order, ``(elements,)`` fp32."""
+    return torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
+
+
+def split(elements: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Views ``(..., *shape)`` of ``(..., elements)``, in which tensors of these shapes follow each other."""
+    parts = elements.split([shape.numel() for shape in shapes.values()], -1)
+    return {name: part.view(elements.shape[:-1] + shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+
 @torch.no_grad()
 def adam_step(
     parameters: Mapping[str, nn.Parameter],
@@ -58,11 +69,8 @@ def adam_step(
     """
     groups = []
     states: dict[Tensor, dict[str, Tensor]] = {}
-    position = 0
+    moments = split(state, {name: parameter.shape for name, parameter in parameters.items()})
     for name, parameter in parameters.items():
-        end = position + parameter.numel()
-        first, second = (moment[position:end].view_as(parameter) for moment in state)
-        position = end
         if parameter.grad is None or not parameter.numel():
             continue
         if name in pruned:
@@ -71,6 +79,7 @@ def adam_step(
         step = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in factors else rate
         groups.append({"params": [parameter], "lr": step * max(size, EPSILON)})
         before = torch.tensor(number - 1.0, device=parameter.device)
+        first, second = moments[name]
         states[parameter] = {"step": before, "exp_avg": first, "exp_avg_sq": second}
     if not groups:
         return
