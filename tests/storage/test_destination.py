@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -220,6 +223,16 @@ def test_a_working_directory_of_another_user_is_refused(
     monkeypatch.setattr(directory, "user_of_new_files", lambda folder: os.geteuid() + 1)
     with pytest.raises(StorageError, match=f"p.partial belongs to another user \\(id {os.geteuid()}\\)"):
         write(tmp_path / "p", 1, model, restart=True)
+
+
+def test_a_full_disk_is_not_another_user(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "p.partial").mkdir()
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(StorageError, match="is full; make room"):
+        check_destination(tmp_path / "p")
 
 
 def test_a_link_in_the_place_of_a_file_is_not_followed(model: Path, tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ def _check_private(path: Path) -> None:
     if sys.platform == "win32":
         return
     status, why = path.stat(), ""
-    if status.st_uid != os.geteuid() and status.st_uid != user_of_new_files(path.parent):
+    ours = status.st_uid == os.geteuid()
+    with contextlib.suppress(OSError):  # nothing can be written there
+        ours = ours or status.st_uid == user_of_new_files(path.parent)
+    if not ours:
         why = f"belongs to another user (id {status.st_uid})"
     elif status.st_mode & _OTHERS_WRITE:
         why = f"can be written by other users (mode {stat.S_IMODE(status.st_mode):o})"

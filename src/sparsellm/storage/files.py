@@ -81,13 +81,10 @@ def sync_tree(directory: Path) -> None:
         sync(Path(folder))
 
 
-def user_of_new_files(folder: Path) -> int | None:
-    """The owner of files made here, which on some file systems is always the same; None if none can be made."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return os.fstat(file.fileno()).st_uid
-    except OSError:
-        return None
+def user_of_new_files(folder: Path) -> int:
+    """The owner of files made here, which on some file systems is always the same. Raises OSError if none can be."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid
 
 
 def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
