@@ -87,8 +87,7 @@ class _Pinned:
     def write(self, value: Tensor) -> None:
         """Copies a tensor from the device, of the same number of bytes; it must not change afterwards."""
         self.shape, self.dtype, self._coming = value.shape, value.dtype, None
-        value = value.contiguous()
-        self._copy(value, to_host=True)
+        self._copy(value.contiguous(), to_host=True)
 
     def expect(self, device: torch.device) -> None:
         """Begins to copy the tensor to the device."""
@@ -214,15 +213,13 @@ class TensorStore(Sequence[Tensor]):
         """Stores a tensor: in its slot if it fits, else on the device or in memory if there is room, else at the end of
         the file."""
         value = value.detach()
-        fits = slot is not None and slot.bytes == value.nbytes
-        there = not fits and self._device.type != "cpu" and self._scratch.on_device.take(value.nbytes)
-        if there or (not fits and self._scratch.take(value.nbytes)):
-            if not there and (pinned := self._pinned(value)) is not None:
-                return pinned
-            value = value.to(self._device if there else "cpu")
-            # A view would keep its base tensor in memory.
-            return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-        offset = slot.offset if slot is not None and fits else self._end
+        if slot is None or slot.bytes != value.nbytes:
+            if self._device.type != "cpu" and self._scratch.on_device.take(value.nbytes):
+                return _without_base(value.to(self._device))
+            if self._scratch.take(value.nbytes):
+                return self._pinned(value) or _without_base(value.to("cpu"))
+            slot = None
+        offset = self._end if slot is None else slot.offset
         with explained(self._scratch.directory):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._scratch.directory, buffering=0)  # noqa: SIM115
@@ -230,3 +227,8 @@ class TensorStore(Sequence[Tensor]):
             write_all(self._file, memory_of(value.to("cpu").contiguous()))
         self._end = max(self._end, offset + value.nbytes)
         return _Slot(offset, value.shape, value.dtype)
+
+
+def _without_base(value: Tensor) -> Tensor:
+    """The tensor, or a copy of a view, which would keep its base tensor in memory."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
