@@ -78,22 +78,24 @@ class ModelWeights:
             first = next(self.blocks[0].parameters())
             self.device, self.dtype = first.device, first.dtype
             return
-        self.device = device
+        self._compute(device, dtype)
         for module in self.model.modules():  # buffers that no checkpoint has, such as rotary frequencies
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
-        linear, _ = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
-        self.dtype = dtype or _fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
 
     def describe(self, place: Path, device: torch.device, dtype: torch.dtype | None) -> None:
         """Makes a model without weights that of a checkpoint in ``place``, which is not there, to be planned with."""
         stored = {
             key: (self.stored_dtype(name), self._shapes[key]) for name, key in self.key_of.items() if self.owns(name)
         }
-        self.reader, self.device = Outline(place, stored), device
+        self.reader = Outline(place, stored)
+        self._compute(device, dtype)
+
+    def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Sets the device, and the dtype of blocks: by that of the first linear, if None."""
         linear, _ = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
-        self.dtype = dtype or _fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
+        self.device, self.dtype = device, dtype or _fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
 
     def _in_tower(self, name: str) -> bool:
         return name.startswith(tuple(f"{tower}." for tower in self.towers))
