@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -35,19 +34,21 @@ def available() -> str | None:
     """``triton``, or None if there is neither a GPU nor the interpreter to run on, or a first product fails there:
     Triton needs the driver and a C compiler, and reports a lack of them when a kernel is launched. A warning says so.
     """
-    if not _INTERPRETED and torch.cuda.is_available():
-        try:
-            one, ends = torch.ones(1, 1, device="cuda"), torch.tensor([0, 1], device="cuda")
-            packed = PackedWeight((1, 1), "bitmask", one.to(torch.uint8), one.view(-1), ends, None, "fp32")
-            if _product(packed, one).item() != 1:
-                raise RuntimeError("a product is wrong")
-        except Exception as error:  # from Triton, its compiler, or the driver
-            why = " ".join(str(error).split())[:160] or type(error).__name__
-            said = f"Triton does not run here ({why}), so torch multiplies packed weights, slowly"
-            warnings.warn(said, Note, stacklevel=2)
-            return None
+    if _INTERPRETED:
         return "triton"
-    return "triton" if _INTERPRETED else None
+    if not torch.cuda.is_available():
+        return None
+    try:
+        one, ends = torch.ones(1, 1, device="cuda"), torch.tensor([0, 1], device="cuda")
+        packed = PackedWeight((1, 1), "bitmask", one.to(torch.uint8), one.view(-1), ends, None, "fp32")
+        if _product(packed, one).item() != 1:
+            raise RuntimeError("a product is wrong")
+    except Exception as error:  # from Triton, its compiler, or the driver
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        said = f"Triton does not run here ({why}), so torch multiplies packed weights, slowly"
+        warnings.warn(said, Note, stacklevel=2)
+        return None
+    return "triton"
 
 
 # The bytes of a row's mask that a program takes at once, and its warps: a thread has a byte, and no warp waits for
@@ -180,10 +181,7 @@ def _product(packed: PackedWeight, x: Tensor) -> Tensor:
     unused = packed.offsets
     levels = _plain_levels(x.device) if packed.levels is None else packed.levels
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
-    here = (
-        torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-    )  # Triton launches on the current one
-    with here:
+    with torch.cuda.device_of(x):  # Triton launches on the current one
         _multiply[(out,)](
             packed.mask,
             packed.values if packed.values.numel() else unused,
