@@ -108,9 +108,7 @@ def computing(device: torch.device) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if not (
-                isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
-            ):  # the latter is cuBLAS's
+            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # cuBLAS says that
                 raise
             raise MemoryBudgetError(f"the device has no memory left ({one_line(error)[:160]}); {LOWER}") from error
 
