@@ -34,7 +34,7 @@ from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windo
 from tests.models.families import mixtral
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
-from tests.sweep.helpers import halved, swept
+from tests.sweep.helpers import halved, swept_by
 
 WINDOWS = 7  # three processes do not divide it
 
@@ -313,7 +313,7 @@ def sweep_alone(folder: Path) -> None:
     """A resident sweep in shards, as a cell of a comparison runs it, in the last process only."""
     if parallel.rank() == parallel.size() - 1:
         with parallel.alone():
-            history, _ = swept(halved(tiny_llama()), tiny_llama(), Residence(sharded=True), passes=1)
+            history, _ = swept_by(Residence(sharded=True), halved(tiny_llama()), tiny_llama(), passes=1)
         assert history[-1].held_out < history[0].held_out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsellm.chain import open_chain, streams
+from sparsellm.chain import Chain, open_chain, streams
 from sparsellm.chain.streams import Feed
 from sparsellm.chain.structure import find_blocks
 from sparsellm.records import SweepPass
@@ -116,16 +116,28 @@ Swept = tuple[list[SweepPass], dict[str, Tensor]]
 
 
 def swept(
-    model: PreTrainedModel | Path, dense: PreTrainedModel, way: Residence | None, passes: int = 2, rate: float = 0.002
+    chain: Chain,
+    dense: PreTrainedModel,
+    ids: Tensor,
+    passes: int,
+    rate: float | None,
+    scratch: Scratch | None = None,
+    way: Residence | None = None,
 ) -> Swept:
     """The history, and every block as it is written."""
-    chain, ids = open_chain(model, device=CPU, dtype=torch.float32), ids_of(8)
     written: dict[str, Tensor] = {}
 
     def write(index: int) -> None:
         for name, source in chain.block_tensors(index).items():
             written[name] = source.read().to(source.dtype, copy=True)
 
-    end = dense_end(dense, ids, TOKENS)
-    feed = Feed(chain, ids, TOKENS, Scratch())
-    return sweep(SweepTask(feed, end, passes, 3, write, learning_rate=rate, resident=way)), written
+    feed = Feed(chain, ids, TOKENS, scratch or Scratch())
+    task = SweepTask(feed, dense_end(dense, ids, TOKENS), passes, 3, write, learning_rate=rate, resident=way)
+    return sweep(task), written
+
+
+def swept_by(
+    way: Residence | None, model: PreTrainedModel | Path, dense: PreTrainedModel, passes: int = 2, rate: float = 0.002
+) -> Swept:
+    """:func:`swept` over eight windows, in fp32."""
+    return swept(open_chain(model, device=CPU, dtype=torch.float32), dense, ids_of(8), passes, rate, way=way)

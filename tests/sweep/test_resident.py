@@ -19,7 +19,7 @@ from tests.sweep.helpers import (
     linear_weights,
     same_bits,
     sharing_llama,
-    swept,
+    swept_by,
     tiny_mistral,
     tiny_qwen2,
     tiny_zamba,
@@ -47,10 +47,10 @@ WAYS = {
 )
 def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: Family, way: str) -> None:
     dense = family()
-    history, expected = swept(halved(family()), dense, None)
+    history, expected = swept_by(None, halved(family()), dense)
     model = halved(family())
     zeros = {name: weight == 0 for name, weight in linear_weights(model).items()}
-    found, written = swept(model, dense, WAYS[way])
+    found, written = swept_by(WAYS[way], model, dense)
     assert history[-1].held_out < history[0].held_out
     for one, other in zip(history, found, strict=True):
         assert one.held_out == pytest.approx(other.held_out, rel=1e-5)
@@ -89,7 +89,7 @@ def test_ranks_repeat_their_bits_and_go_on_for_each_other(tmp_path: Path) -> Non
 def test_states_are_judged_as_they_will_be_written(tmp_path: Path) -> None:
     dense = tiny_llama().to(torch.bfloat16).float()
     path = save_tiny(halved(tiny_llama().to(torch.bfloat16)), None, tmp_path / "halved")
-    (one, expected), (other, written) = (swept(path, dense, way, 4, 0.001) for way in (None, Residence()))
+    (one, expected), (other, written) = (swept_by(way, path, dense, 4, 0.001) for way in (None, Residence()))
     assert [record.held_out for record in one] == pytest.approx([record.held_out for record in other], rel=1e-5)
     assert {value.dtype for value in written.values()} == {torch.bfloat16}
     differing = sum(int((written[name] != value).sum()) for name, value in expected.items())
@@ -99,10 +99,10 @@ def test_states_are_judged_as_they_will_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_blocks_in_bf16_train_fp32_parameters_alike(sharded: bool) -> None:
     """Whole ones round as FSDP2 does, so both lower the divergence of fp32 blocks as far, and keep all zeros."""
-    exact, _ = swept(halved(tiny_opt()), tiny_opt(), Residence())
+    exact, _ = swept_by(Residence(), halved(tiny_opt()), tiny_opt())
     model = halved(tiny_opt())
     zeros = {name: weight == 0 for name, weight in linear_weights(model).items()}
-    found, written = swept(model, tiny_opt(), Residence(sharded=sharded, narrow=True))
+    found, written = swept_by(Residence(sharded=sharded, narrow=True), model, tiny_opt())
     gains = [history[0].held_out - history[-1].held_out for history in (exact, found)]
     assert gains[1] == pytest.approx(gains[0], rel=0.1)
     assert {value.dtype for value in written.values()} == {torch.float32}
@@ -113,7 +113,7 @@ def test_blocks_in_bf16_train_fp32_parameters_alike(sharded: bool) -> None:
 def test_a_harmful_pass_is_undone_to_the_bit(sharded: bool) -> None:
     model, dense = halved(tiny_opt()), tiny_opt()
     before = copy.deepcopy(model.state_dict())
-    history, _ = swept(model, dense, Residence(sharded=sharded), rate=30.0)
+    history, _ = swept_by(Residence(sharded=sharded), model, dense, rate=30.0)
     assert not any(record.held_out < history[0].held_out for record in history)
     assert same_bits(model.state_dict(), before)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

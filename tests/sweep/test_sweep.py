@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Chain, Feed, open_chain
+from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.records import SweepPass
 from sparsellm.storage.reader import CheckpointReader
@@ -28,6 +28,7 @@ from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokeni
 from tests.sweep.helpers import (
     CPU,
     FAMILIES,
+    TOKENS,
     Family,
     block_parameters,
     dense_end,
@@ -37,26 +38,10 @@ from tests.sweep.helpers import (
     linear_weights,
     same_bits,
     sharing_llama,
+    swept,
     tiny_mistral,
     tiny_zamba,
 )
-
-TOKENS = 96  # in a batch: four windows of 24
-
-
-def swept(
-    chain: Chain, dense: PreTrainedModel, ids: Tensor, passes: int, rate: float | None, scratch: Scratch | None = None
-) -> tuple[list[SweepPass], dict[str, Tensor]]:
-    """The history, and every block as it is written."""
-    written: dict[str, Tensor] = {}
-
-    def write(index: int) -> None:
-        for name, source in chain.block_tensors(index).items():
-            written[name] = source.read().to(source.dtype, copy=True)
-
-    feed = Feed(chain, ids, TOKENS, scratch or Scratch())
-    history = sweep(SweepTask(feed, dense_end(dense, ids, TOKENS), passes, 3, write, learning_rate=rate))
-    return history, written
 
 
 def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> list[SweepPass]:
