@@ -124,14 +124,9 @@ def test_a_device_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(api, "inspect", full)
     with pytest.raises(MemoryBudgetError, match=r"no memory left .*2\.00 GiB.*; lower batch_tokens, seq_len or device"):
         sparsellm.prune(source, Recipe(method="wanda"), calibration=windows(), out=tmp_path / "out")
+    more = ["--method=wanda", f"--out={tmp_path}/o", "--samples=4", "--calibration=pydoc"]
     for command, advice in (("prune", "lower batch_tokens"), ("inspect", "lower batch, tokens or context")):
-        code, said = run(
-            [
-                command,
-                str(source),
-                *["--method=wanda", f"--out={tmp_path}/o", "--samples=4", "--calibration=pydoc"] * (command == "prune"),
-            ]
-        )
+        code, said = run([command, str(source), *(more if command == "prune" else [])])
         assert code == 2
         assert advice in said.splitlines()[-1]
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -38,22 +38,9 @@ def old(model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "out",
-    [
-        "",
-        Path(""),
-        ".",
-        "a/..",
-        "/",
-        "a\0b",
-        "x" * 250,
-        "//",
-        "/..",
-        "y/" * 3000,
-        "z\udcff",
-        "p.partial",
-        "p.partial/q",
-    ],
-)
+    ["", Path(""), ".", "a/..", "/", "//", "/..", "a\0b", "x" * 250,
+     "y/" * 3000, "z\udcff", "p.partial", "p.partial/q"],
+)  # fmt: skip
 def test_a_path_for_no_checkpoint_is_refused(out: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``x`` times 250 is a name that the system takes, but not with what is added to it while it is written."""
     (tmp_path / "a").mkdir()
@@ -225,12 +212,9 @@ def test_a_working_directory_of_another_user_is_refused(
         write(tmp_path / "p", 1, model, restart=True)
 
 
-def test_a_full_disk_is_not_another_user(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(**_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_full_disk_is_not_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.partial").mkdir()
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(errno.ENOSPC, "full")))
     with pytest.raises(StorageError, match="is full; make room"):
         check_destination(tmp_path / "p")
 

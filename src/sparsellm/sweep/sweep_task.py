@@ -89,7 +89,7 @@ class Weights(ABC):
         self._best_store = task.feed.scratch.store(self.chain.device)  # empty where that is 0
         self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
         self.shapes: list[dict[str, torch.Size]] = []  # what each block trains, in the order of its tensor
-        self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # of each parameter in the chain and on disk
+        self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}  # by parameter: in the chain, on disk
 
     @abstractmethod
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
