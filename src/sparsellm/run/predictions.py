@@ -67,7 +67,7 @@ class Demand:
     swept: bool = False  # whether a sweep follows
     fresh: bool = False  # whether later passes run on other windows than the first
     unrounded: bool = False  # whether the sweep trains values that are rounded when a block runs
-    sweep: str = "streamed"  # how it holds the blocks, see :func:`sweeps`
+    sweep: str = STREAMED  # how it holds the blocks, see :func:`sweeps`
     ranks: int = 1
 
     @property
@@ -261,8 +261,10 @@ def sweeps(chain: Chain, demand: Demand) -> list[str]:
     if not demand.swept:
         return [""]
     gpu, blocks = chain.device.type == "cuda", range(len(chain))
+    if demand.unrounded or any(map(chain.mixtures, blocks)) or not demand.samples:
+        return [STREAMED]
     numbers = any(p.dim() == 0 for index in blocks for p in chain.block_parameters(index).values())
-    if demand.unrounded or any(map(chain.mixtures, blocks)) or (demand.ranks > 1 and numbers) or not demand.samples:
+    if demand.ranks > 1 and numbers:
         return [STREAMED]
     fits = gpu or chain.device.type == "cpu"
     offloads = gpu and not numbers
