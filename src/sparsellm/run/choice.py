@@ -83,6 +83,10 @@ class Choice:
         workspace = needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
         return replace(self, needs=replace(needs, workspace=workspace, output_costs=costs))
 
+    def trains_integers(self, recipe: Recipe) -> bool:
+        """Whether a sweep trains values that are rounded when a block runs."""
+        return recipe.values != "keep" and self.passes > 0
+
     def settings(self, recipe: Recipe) -> Options:
         """Every setting of a recipe that the bits of the result depend on, with all defaults."""
         return {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -86,7 +86,38 @@ def predict(
     Without one, a run that writes a checkpoint from the start. The sweep holds the blocks in the fastest way that fits,
     or as ``sweep`` says. Raises MemoryBudgetError if it does not fit."""
     speeds = speeds or speeds_of(chain)
-    unrounded = recipe.values != "keep" and choice.passes > 0
+    memory = memory_of(chain, choice, recipe, extent, budgets, journal=journal, sweep=sweep)
+    finished = journal.begun() if journal is not None else 0
+    seconds = predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)
+    files = (2 if choice.passes else 1) * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
+    files += saved_sweep_bytes(chain, choice.passes, unrounded=choice.trains_integers(recipe))
+    return Prediction(
+        machine=speeds.name,
+        ranks=extent.ranks,
+        method=recipe.method,
+        passes=choice.passes,
+        tokens={
+            "gradients": gradient_windows(choice, extent) * extent.seq_len,
+            "prune": extent.sets * extent.samples * extent.seq_len,
+            "sweep": extent.swept,
+        },
+        seconds=seconds,
+        memory=memory,
+        disk_bytes=files if journal is None or journal.out is not None else 0,
+    )
+
+
+def memory_of(
+    chain: Chain,
+    choice: Choice,
+    recipe: Recipe,
+    extent: Extent,
+    budgets: Budgets,
+    *,
+    journal: Journal | None = None,
+    sweep: str | None = None,
+) -> Memory:
+    """The memory of this process, as in :func:`predict`."""
     knows = journal.knows if journal is not None else lambda name: False
     gradients = surveyed = 0  # none of what the journal has from an earlier start
     allocates = choice.allocates and not knows(ALLOCATION)
@@ -104,41 +135,25 @@ def predict(
         sets=extent.sets,
         swept=choice.passes > 0,
         fresh=extent.fresh,
-        unrounded=unrounded,
+        unrounded=choice.trains_integers(recipe),
         ranks=extent.ranks,
     )
-    memory = _fitting(chain, demand, budgets, extent.sharers, sweeps(chain, demand) if sweep is None else [sweep])
-    finished = journal.begun() if journal is not None else 0
-    seconds = predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)
-    files = (2 if choice.passes else 1) * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
-    files += saved_sweep_bytes(chain, choice.passes, unrounded=unrounded)
-    return Prediction(
-        machine=speeds.name,
-        ranks=extent.ranks,
-        method=recipe.method,
-        passes=choice.passes,
-        tokens={
-            "gradients": gradient_windows(choice, extent) * extent.seq_len,
-            "prune": extent.sets * extent.samples * extent.seq_len,
-            "sweep": extent.swept,
-        },
-        seconds=seconds,
-        memory=memory,
-        disk_bytes=files if journal is None or journal.out is not None else 0,
-    )
+    return _fitting(chain, demand, budgets, extent.sharers, sweeps(chain, demand) if sweep is None else [sweep])
 
 
 def _fitting(chain: Chain, demand: Demand, budgets: Budgets, sharers: int, ways: list[str]) -> Memory:
     """The memory of the first way to hold the blocks in a sweep that fits."""
-    for way in ways:
-        demand = replace(demand, sweep=way)
-        card = max(working_bytes(chain, demand).values()) if budgets.card is None else budgets.card
-        try:
-            return plan_memory(chain, demand, budgets.host, sharers=sharers, on_device=card)
-        except MemoryBudgetError:
-            if way == ways[-1]:
-                raise
-    raise AssertionError("the last is returned or raises")
+
+    def held(way: str) -> Memory:
+        asked = replace(demand, sweep=way)
+        card = max(working_bytes(chain, asked).values()) if budgets.card is None else budgets.card
+        return plan_memory(chain, asked, budgets.host, sharers=sharers, on_device=card)
+
+    *others, last = ways
+    for way in others:
+        with suppress(MemoryBudgetError):
+            return held(way)
+    return held(last)
 
 
 def speeds_of(chain: Chain) -> Speeds:
@@ -162,34 +177,39 @@ def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | No
         asked = card if recipe.device_memory is None else min(card, parse_bytes(recipe.device_memory))
         budgets = Budgets(recipe.memory or UNLIMITED, asked)
 
-    def tried(recipe: Recipe, ranks: int) -> tuple[Prediction, str]:
-        """The prediction, and why the run does not fit, or ""."""
+    def asked(recipe: Recipe, ranks: int) -> tuple[Choice, Recipe, Extent]:
         choice = Choice.of(recipe).on(patterns, recipe.values)
-        if choice.passes:
-            check_sweepable(chain)
-        extent = extent_asked(chain, choice, recipe, ranks, sharers=ranks if here else 1)
-        run = partial(predict, chain, choice, recipe, extent, speeds=speeds)
-        why = ""
-        for room in (budgets, Budgets(UNLIMITED, budgets.card), Budgets(UNLIMITED, None)):
-            try:
-                return run(room), why
-            except MemoryBudgetError as error:
-                why = why or str(error).partition("; ")[0].replace(machine_name(chain.device), speeds.name)
-        raise AssertionError("the last has no limit")
+        return choice, recipe, extent_asked(chain, choice, recipe, ranks, sharers=ranks if here else 1)
 
-    found, why = tried(recipe, ranks)
+    def fitting(recipe: Recipe, ranks: int) -> Memory | None:
+        """The memory; None if the run does not fit."""
+        with suppress(MemoryBudgetError):
+            return memory_of(chain, *asked(recipe, ranks), budgets)
+        return None
+
+    run, why = asked(recipe, ranks), ""
+    if run[0].passes:
+        check_sweepable(chain)
+    try:
+        prediction = predict(chain, *run, budgets, speeds=speeds)
+    except MemoryBudgetError as error:
+        why = str(error).partition("; ")[0].replace(machine_name(chain.device), speeds.name)
+        try:
+            prediction = predict(chain, *run, Budgets(UNLIMITED, budgets.card), speeds=speeds)
+        except MemoryBudgetError:
+            prediction = predict(chain, *run, Budgets(UNLIMITED, None), speeds=speeds)
     counts = (1 << power for power in range(recipe.samples.bit_length()))
-    tries = ((n, (found, why) if n == ranks else tried(recipe, n)) for n in counts)
-    wanted = next((n for n, (made, missed) in tries if not missed and not made.memory.shares[1]), 0)
+    tries = ((count, fitting(recipe, count)) for count in counts)
+    least = next((count for count, memory in tries if memory is not None and not memory.shares[1]), 0)
     notes = []
     if why:
-        lower = [effort for effort, passes in enumerate(PASSES) if passes < found.passes]
+        lower = [effort for effort, passes in enumerate(PASSES) if passes < prediction.passes]
         others: list[dict[str, JsonValue]] = [{"effort": effort, "passes": None} for effort in reversed(lower)]
         others += [{"method": name, "options": {}, **dict.fromkeys(SWEEP)} for name in LOCAL]
-        fits = (each for each in others if not tried(recipe.updated(**each), ranks)[1])
+        fits = (each for each in others if fitting(recipe.updated(**each), ranks) is not None)
         name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))
         notes = [f"{why}: it does not fit; {name} {value} does"]
-    return found.model_copy(update={"notes": notes, "wanted_ranks": wanted})
+    return prediction.model_copy(update={"notes": notes, "wanted_ranks": least})
 
 
 def needed(prediction: Prediction) -> str:

@@ -136,11 +136,6 @@ class Plan:
         extent, speeds = _extent(self.windows, self.choice.passes), speeds_of(self.chain)
         return predicted_seconds(self.chain, self.choice, extent, speeds, finished=finished, memory=self.memory)
 
-    @property
-    def trains_integers(self) -> bool:
-        """Whether a sweep trains values that are rounded when a block runs."""
-        return self.recipe.values != "keep" and self.choice.passes > 0
-
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
     """Opens the model, reads the calibration text, predicts the memory and checks every weight. Raises SparseLLMError
@@ -255,7 +250,7 @@ def _extent(windows: Windows, passes: int) -> Extent:
         batch_tokens=windows.batch_tokens,
         sets=len(windows.sets),
         swept=ranks * sum(swept[number % len(swept)].numel() for number in range(passes)),
-        fresh=len(windows.swept) > 1,
+        fresh=len(swept) > 1,
         ranks=ranks,
         sharers=parallel.on_this_machine(),
     )

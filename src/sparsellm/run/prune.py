@@ -160,7 +160,7 @@ def _sweep(
     if not plan.choice.passes:
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
-    state_bytes = saved_sweep_bytes(chain, plan.choice.passes, unrounded=plan.trains_integers)
+    state_bytes = saved_sweep_bytes(chain, plan.choice.passes, unrounded=plan.choice.trains_integers(plan.recipe))
     saved = journal.open_sweep(state_bytes, plan.disk_bytes, feed.progress)
     if saved is not None and saved.last is not None:
         clock.add({"sweep": saved.last.seconds})

@@ -125,7 +125,7 @@ def walk(
                 results,
                 output_costs=targets.costs,
                 values=plan.recipe.rounding,
-                trained=plan.trains_integers,
+                trained=plan.choice.trains_integers(plan.recipe),
             )
             with clock.phase("prune"):
                 if linears:
