@@ -123,7 +123,7 @@ def traffic_of_solvers() -> tuple[dict[str, Counter[str]], dict[str, str]]:
     table: dict[str, Counter[str]] = {}
     faults, kernel = {}, panels.round_panel
 
-    def launched(*arguments: Any, **mode: int) -> Any:
+    def launched(*arguments: Any, **mode: bool) -> Any:
         device.TRAFFIC["launches"] += 1
         return kernel(*arguments, **mode)
 

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsepack.codes import Levels, nearest_levels
+from sparsellm.solvers.rounding import PANEL  # rows of the state that a program holds
+from sparsepack.codes import nearest_levels
+from sparsepack.grid import Groups
 
-PANEL = 64  # inputs in a panel, and rows of the state that a program holds
 BLOCK = 32  # outputs of a program
+HALVES = {torch.bfloat16: 1, torch.float16: 2}  # dtypes of a checkpoint as the kernel knows them; 0 is fp32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -30,7 +32,7 @@ def _nearest(units, table, LOWEST, HIGHEST, EVEN: tl.constexpr, ZERO: tl.constex
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _stored(values, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The values as a checkpoint has them: 1 for bf16, 2 for fp16, 0 for fp32. 0.0 for -0.0."""
+    """The values as a checkpoint has them, in the dtype of :data:`HALVES`. 0.0 for -0.0."""
     if HALF == 1:
         bits = values.to(tl.uint32, bitcast=True)
         values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -94,16 +96,24 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
 
 
 def round_panel(
-    state: Tensor, columns: Tensor, scales: Tensor, free: Tensor, inner: Tensor, levels: Levels, **mode: int
+    state: Tensor,
+    columns: Tensor,
+    scales: Tensor,
+    free: Tensor,
+    inner: Tensor,
+    groups: Groups,
+    dtype: torch.dtype,
+    *,
+    first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rounds ``columns (n, out)`` one after another in place; returns their moves, or errors, and the gains ``(out,)``.
-
-    All tensors are contiguous; see the kernel for them. ``mode``: ZERO, HALF and FIRST.
-    """
+    """Rounds ``columns (n, out)`` one after another in place, for a checkpoint in this dtype; returns their moves, or
+    errors where ``first``, and the gains ``(out,)``. All tensors are contiguous; see the kernel for them."""
+    levels = groups.levels
     moves, gains = torch.empty_like(columns), columns.new_empty(columns.shape[1])
     table = gains if levels.even else nearest_levels(levels.numbers, columns.device)
     ends = float(levels.lowest), float(levels.numbers[-1])
     tensors, sizes = (state, columns, scales, free, inner, moves, gains, table), columns.shape
+    mode = {"ZERO": groups.dense, "HALF": HALVES.get(dtype, 0), "FIRST": first}
     with torch.cuda.device_of(columns):
         programs = (triton.cdiv(sizes[1], BLOCK),)
         _panel[programs](*tensors, *sizes, *ends, EVEN=levels.even, **mode, PANEL=PANEL, BLOCK=BLOCK)

@@ -50,9 +50,6 @@ JUDGES = 256  # rows of the weight that choose the power
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
 
 
-HALVES = {torch.bfloat16: 1, torch.float16: 2}  # dtypes of a checkpoint, for the kernel
-
-
 def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The kernel that rounds a panel on a GPU; None on a CPU, or where Triton does not run."""
     if device.type == "cuda" and kernel_name("cuda") == "triton":
@@ -161,11 +158,6 @@ class _Grid:
         """The scale of each value, ``(out, in)``, from those of groups ``(groups, 1)``."""
         return self.groups.spread(scales.expand(-1, self.groups.size)).mul_(self.powers)
 
-    @property
-    def mode(self) -> dict[str, int]:
-        """How the kernel rounds; see :mod:`sparsellm.solvers.panels`."""
-        return {"ZERO": int(self.groups.dense), "HALF": HALVES.get(self.dtype, 0)}
-
     def within_cells(self, weight: Tensor, best: Tensor, scales: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
         levels, scales = self.groups.levels, self.scales(scales).abs_()
@@ -192,15 +184,14 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
         upper = factor.matrix[rows, rows].contiguous()
         if kernel is not None:
             parts = (columns[rows], result[rows], scales[rows], free[rows], upper)
-            errors, _ = kernel(*parts, grid.groups.levels, **grid.mode, FIRST=1)
-            columns[start + PANEL :].addmm_(factor.matrix[rows, start + PANEL :].T, errors, alpha=-1)
-            continue
-        errors = torch.zeros_like(columns[rows])
-        for number, place in enumerate(range(start, start + len(errors))):
-            goal = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
-            value = as_stored(grid.numbers(goal, scales[place]), scales[place], grid.dtype)
-            result[place].add_(value.mul_(free[place]))
-            torch.sub(goal, result[place], out=errors[number]).div_(upper[number, number])
+            errors, _ = kernel(*parts, grid.groups, grid.dtype, first=True)
+        else:
+            errors = torch.zeros_like(columns[rows])
+            for number, place in enumerate(range(start, start + len(errors))):
+                goal = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
+                value = as_stored(grid.numbers(goal, scales[place]), scales[place], grid.dtype)
+                result[place].add_(value.mul_(free[place]))
+                torch.sub(goal, result[place], out=errors[number]).div_(upper[number, number])
         columns[start + PANEL :].addmm_(factor.matrix[rows, start + PANEL :].T, errors, alpha=-1)
     del columns, scales, free
     return torch.empty_like(result).index_copy_(0, order, result).T.contiguous(), factor.notes
@@ -272,13 +263,18 @@ class _Descent:
 
     def _panel(self, start: int, scales: Tensor, inverse: Tensor) -> Tensor:
         """Moves some inputs one after another, then corrects the slopes of all; how far the error fell, fp64 ``()``."""
-        rows = slice(start, min(start + PANEL, len(self.columns)))
+        rows = slice(start, start + PANEL)
         inner = self.matrix[rows, rows].contiguous()
         if (kernel := _kernel(inner.device)) is not None:
             parts = (self.slope[rows], self.columns[rows], scales[rows], self.free[rows], inner)
-            moves, gained = kernel(*parts, self.grid.groups.levels, **self.grid.mode, FIRST=0)
-            self.slope.addmm_(self.matrix[:, rows], moves)
-            return gained.double().sum()
+            moves, gained = kernel(*parts, self.grid.groups, self.grid.dtype, first=False)
+        else:
+            moves, gained = self._move(rows, inner, scales, inverse)
+        self.slope.addmm_(self.matrix[:, rows], moves)
+        return gained.double().sum()
+
+    def _move(self, rows: slice, inner: Tensor, scales: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Moves the inputs ``rows`` one after another; their moves, and how far the error of each output fell."""
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
         levels, zero, dtype = self.grid.groups.levels, self.grid.groups.dense, self.grid.dtype
@@ -296,8 +292,7 @@ class _Descent:
             torch.mul(move, gain < 0, out=moves[number])
             column.copy_(torch.where(gain < 0, value, column))  # adding the move may miss the grid by an ulp
             gained -= gain.clamp_(max=0)
-        self.slope.addmm_(self.matrix[:, rows], moves)
-        return gained.double().sum()
+        return moves, gained
 
 
 def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) -> Tensor:
