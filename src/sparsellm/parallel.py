@@ -213,10 +213,10 @@ def dealt(items: Sequence[T]) -> Iterator[T]:
         return
     name, processes = broadcast(uuid4().hex), size()
     with alone():
-        while (number := _reached(_store().add, name, 1)) <= len(items):
+        while (number := _count(name, 1)) <= len(items):
             yield items[number - 1]
-    _reached(_store().add, f"{name} ended", 1)
-    while _reached(_store().add, f"{name} ended", 0) < processes:
+    _count(f"{name} ended", 1)
+    while _count(f"{name} ended", 0) < processes:
         time.sleep(0.05)
 
 
@@ -226,20 +226,20 @@ def one_at_a_time() -> Iterator[None]:
     if not (dist.is_available() and dist.is_initialized()):
         yield
         return
-    while _reached(_store().add, "within", 1) > 1:
-        _reached(_store().add, "within", -1)
+    while _count("within", 1) > 1:
+        _count("within", -1)
         time.sleep(random.uniform(0, 0.1))
     try:
         yield
     finally:
-        _reached(_store().add, "within", -1)
+        _count("within", -1)
 
 
-def _store() -> Store:
-    """What all processes of the group can count in."""
+def _count(name: str, change: int) -> int:
+    """A number that all processes of the group share, from 0, after this change of it."""
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-    return PrefixStore("sparsellm-counts", _get_default_store())
+    return _reached(PrefixStore("sparsellm-counts", _get_default_store()).add, name, change)
 
 
 def together(make: Callable[[], T]) -> T:
