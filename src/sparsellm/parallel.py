@@ -178,13 +178,14 @@ def _machine() -> tuple[ProcessGroup, int]:
     return _machines[1:]
 
 
-def greedy(costs: Sequence[float]) -> list[int]:
-    """A process for each job: the longest first, each to the process with the least to do, the lowest among equals."""
+def greedy(costs: Sequence[float]) -> tuple[list[int], float]:
+    """A process for each job: the longest first, each to the process with the least to do, the lowest among equals.
+    And the cost of the jobs of the process with the most."""
     loads, owners = [0.0] * size(), [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
         owners[job] = loads.index(min(loads))
         loads[owners[job]] += costs[job]
-    return owners
+    return owners, max(loads)
 
 
 def main_first(make: Callable[[], T]) -> T:

@@ -55,6 +55,5 @@ def _owners(groups: list[list[LinearView]], work: Workspace) -> list[int]:
     factors = [2.0 * work.remembered * group[0].in_features ** 3 for group in groups]
     products = [work.products * sum(x.out_features * x.in_features**2 for x in group) for group in groups]
     costs = [factor + product for factor, product in zip(factors, products, strict=True)]
-    owners = parallel.greedy(costs)
-    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == one) for one in {*owners}]
-    return owners if max(loads, default=0.0) <= sum(factors) + sum(products) / parallel.size() else []
+    owners, longest = parallel.greedy(costs)
+    return owners if longest <= sum(factors) + sum(products) / parallel.size() else []
