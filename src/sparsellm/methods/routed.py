@@ -99,13 +99,14 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
     def take(pruned: bool) -> None:
         """Takes the moments before, or after, the other linears of an expert are pruned."""
         for place, own in enumerate(experts):
-            keeps = place == parallel.rank()
             if own.first and not pruned:
                 moments = _moments(own.routed(), every.features, task).shrunk_to(every)
-                shared.update({place: moments} if keeps else {})
+                if place == parallel.rank():
+                    shared[place] = moments
             if own.down and (dense[place] is not None) == pruned:
                 moments = own.last(task, own.down[0], dense[place])
-                last.update({place: moments} if keeps else {})
+                if place == parallel.rank():
+                    last[place] = moments
 
     with task.clock.phase("prune/statistics"):
         take(pruned=False)
