@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -320,11 +319,12 @@ def sweep_alone(folder: Path) -> None:
 def comparison_of_some_cells(folder: Path) -> None:
     """After the evaluation. A process waits in its first cell until each has one; the first then runs all by itself."""
     names: list[str] = []
+    rank, size = parallel.rank(), parallel.size()  # in a cell a process is alone
 
     def measure(request: Request, *arguments: Any) -> Any:
         names.append(Path(str(request.out)).name)
-        (folder / f"took-{os.environ['RANK']}").touch()
-        while len(list(folder.glob("took-*"))) < int(os.environ["WORLD_SIZE"]):
+        (folder / f"took-{rank}").touch()
+        while len(list(folder.glob("took-*"))) < size:
             time.sleep(0.01)
         return real(request, *arguments)
 
@@ -332,8 +332,6 @@ def comparison_of_some_cells(folder: Path) -> None:
     asked = cells.cells_of(settings, methods=["magnitude", "wanda"], sparsities=[0.5, 0.6])
     run = partial(cells.compare, folder / "llama", cells=asked, protocol=cells.Protocol("pydoc", 32, 256))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", str(parallel.rank()))
-        patch.setenv("WORLD_SIZE", str(parallel.size()))
         patch.setattr(cells, "_measure", measure)
         divided = run(out=folder / "divided")
     if parallel.is_main():
