@@ -233,7 +233,11 @@ def lowest(scores: Tensor, rank: int) -> Tensor:
 
 def ordered(scores: Tensor) -> Tensor:
     """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
+    return _reversed((scores.float() + 0.0).view(torch.int32))  # + 0.0: −0.0 equals 0.0, and its bits must too
+
+
+def _reversed(bits: Tensor) -> Tensor:
+    """Negative integers in the reverse order, and others as they are; twice gives what it was given."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -251,8 +255,7 @@ def _lowest_by_digits(scores: Tensor, rank: int) -> Tensor:
         place = place - running[digit] + counts[digit]
         inside &= digits == digit
         threshold += digit << shift
-    bits = (threshold + SIGN).to(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32).view(1, 1)
+    return _reversed((threshold + SIGN).to(torch.int32)).view(torch.float32).view(1, 1)
 
 
 def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
