@@ -101,7 +101,7 @@ _KERNELS = torch.library.Library("aten", "IMPL")
 _KERNELS.impl("silu_backward", lambda *_: None, "CUDA")
 
 TRAFFIC: Counter[str] = Counter()  # launches, syncs, bytes_in, bytes_out
-PLACES: dict[str, Counter[str]] = {}  # lines of src by the same names; filled in places()
+PLACES: dict[str, Counter[str]] = {}  # lines of src by the same names, for those that somebody asks for
 
 
 class CardTensor(Tensor):
