@@ -107,6 +107,12 @@ def log_axis(title: str) -> Plotly:
     return axis(title, type="log", tickformat=".5~g", nticks=4)
 
 
+def _heat(*, bar: Plotly, **values: Any) -> Plotly:
+    """Cells coloured by their values ``z``; ``bar`` is the axis of the colours."""
+    looks = {"colorscale": "Cividis", "colorbar": {"thickness": 12, **bar}, "xgap": 1, "ygap": 1}
+    return {"type": "heatmap", **values, **looks}
+
+
 def reference_line(y: float) -> Plotly:
     """A dashed line across the chart; the page gives it the colour of its text."""
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"dash": "dash", "width": 1}}
@@ -190,18 +196,14 @@ def _heat_map(
     blocks = pruning.blocks
     values = {kind: by_block(part, blocks, of) for kind, part in _kinds(pruning).items()}
     known = [value for row in values.values() for value in row if value is not None and math.isfinite(value)]
-    trace = {
-        "type": "heatmap",
-        "z": [[z(value) for value in row] for row in values.values()],
-        "x": blocks,
-        "y": list(values),
-        "text": [[shown(value) for value in row] for row in values.values()],
-        "hovertemplate": f"block %{{x}}, %{{y}}<br>{name} %{{text}}<extra></extra>",
-        "colorscale": "Cividis",
-        "colorbar": {"thickness": 12, **bar},
-        "xgap": 1,
-        "ygap": 1,
-    }
+    trace = _heat(
+        z=[[z(value) for value in row] for row in values.values()],
+        x=blocks,
+        y=list(values),
+        text=[[shown(value) for value in row] for row in values.values()],
+        hovertemplate=f"block %{{x}}, %{{y}}<br>{name} %{{text}}<extra></extra>",
+        bar=bar,
+    )
     layout = {
         "xaxis": _whole_axis("block", blocks, showgrid=False, zeroline=False),
         "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
@@ -235,19 +237,17 @@ def experts_chart(pruning: Pruning) -> Chart:
         for each, known in zip(pruning.experts, shares, strict=True)
     ]
     blocks = [each.block for each in pruning.experts]
-    trace = {
-        "type": "heatmap",
-        "z": [[share if n in each.kept else None for n, share in enumerate(known)]
-              for each, known in zip(pruning.experts, shares, strict=True)],
-        "x": every,
-        "y": [str(block) for block in blocks],
-        "text": rows,
-        "hovertemplate": "block %{y}, expert %{x}<br>%{text}<extra></extra>",
-        "colorscale": "Cividis",
-        "colorbar": {"thickness": 12, **axis("tokens", tickformat=".0%")},
-        "xgap": 1,
-        "ygap": 1,
-    }  # fmt: skip
+    trace = _heat(
+        z=[
+            [share if n in each.kept else None for n, share in enumerate(known)]
+            for each, known in zip(pruning.experts, shares, strict=True)
+        ],
+        x=every,
+        y=[str(block) for block in blocks],
+        text=rows,
+        hovertemplate="block %{y}, expert %{x}<br>%{text}<extra></extra>",
+        bar=axis("tokens", tickformat=".0%"),
+    )
     errors = [number(fmean(x)) for x in zip(*((x.error, x.refitted) for x in pruning.experts), strict=True)]
     text = (
         f"{len(first.kept)} of {len(every)} experts stayed in each mixture; removed ones are blank. Colours are shares "
