@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm.chain.open import load_tokenizer
-from sparsepack.bench import Rounds, measure, resident_bytes
+from sparsepack.bench import Rounds, measure, resident_bytes, weight_file_bytes
 from sparsepack.module import kernel_name
 
 PROMPT = "The Python programming language is"
@@ -86,12 +86,12 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
     prune_at_random(source, sparsity)
     source.save_pretrained(folder / "dense")
     del source
-    sizes = {"bf16": disk(folder / "dense")}
+    sizes = {"bf16": weight_file_bytes(folder / "dense")}
     models: dict[str, PreTrainedModel] = {"bf16": sparsellm.load(folder / "dense", dtype="bfloat16")}
     for values in arguments.values:
         name = f"packed {values}"
         sparsellm.pack(folder / "dense", out=folder / values, values=values)
-        sizes[name] = disk(folder / values)
+        sizes[name] = weight_file_bytes(folder / values)
         models[name] = sparsellm.load(folder / values)
     measured = measure(
         models,
@@ -143,10 +143,6 @@ def text(directory: Path, tokens: int) -> None:
     print(
         f"linears: {result.packed_bytes / (2 * result.weights):.4f} of dense bf16 ({result.packed_bytes / 1e6:.1f} MB)"
     )
-
-
-def disk(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def conditions(threads: int) -> str:

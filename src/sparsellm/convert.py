@@ -24,6 +24,7 @@ from sparsellm.storage.directory import WorkingDirectory, check_destination, che
 from sparsellm.storage.reader import PackedReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource, written
 from sparsepack import PackError
+from sparsepack.bench import weight_file_bytes
 from sparsepack.checkpoint import MANIFEST, WAY_IN, PackedEntry, is_packed, manifest, quantization_config
 from sparsepack.codes import GROUPED, exponents_of_text
 from sparsepack.grid import INTEGERS
@@ -169,7 +170,7 @@ def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResu
             config = read_object(writer.folder / "config.json")
             writer.write_json("config.json", {**config, **WAY_IN, "quantization_config": quantization_config(entries)})
             writer.write_json(MANIFEST, manifest(writer.folder))
-        result.checkpoint_bytes = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
+        result.checkpoint_bytes = weight_file_bytes(writer.folder)
     result.path = work.out
 
 

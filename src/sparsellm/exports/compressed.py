@@ -18,6 +18,7 @@ from sparsellm.records import PRUNING, Export
 from sparsellm.storage.directory import WorkingDirectory
 from sparsellm.storage.results import read_results
 from sparsellm.storage.writer import TensorSource, written
+from sparsepack.bench import weight_file_bytes
 
 _INT8_ACTIVATIONS = "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
 
@@ -51,8 +52,7 @@ def write_compressed(
         writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
         config = read_object(writer.folder / "config.json")
         writer.write_json("config.json", {**config, "quantization_config": quantization_config(model)})
-        size = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
-        record = record.model_copy(update={"bytes": size})
+        record = record.model_copy(update={"bytes": weight_file_bytes(writer.folder)})
         evaluations = read_results(model.reader.directory).evaluations  # the weights are the same
         writer.write_text(CARD, card_text(model.run, evaluations, exported=record))
         keep(record)

@@ -15,7 +15,7 @@ from sparsellm.inputs import without_folders
 from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Metric, Pruning, Results, read_pruning
 from sparsellm.report.charts import megabytes, number, percent
 from sparsellm.storage.results import read_results
-from sparsepack.bench import Pair
+from sparsepack.bench import Pair, weight_file_bytes
 
 NOT_MEASURED = "not measured"
 _TEXTS = ("c4-sample", "pydoc", "wikitext2", "ptb", "c4")
@@ -74,9 +74,8 @@ def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[s
     pruning = read_pruning(place)
     if not pruning.linears:
         raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")
-    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     last = Path(os.path.abspath(place if name is None else name)).name  # pages leave this machine
-    return Checkpoint(place, last, pruning, read_results(place), size)
+    return Checkpoint(place, last, pruning, read_results(place), weight_file_bytes(place))
 
 
 @dataclass(frozen=True)
