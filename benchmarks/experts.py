@@ -20,6 +20,7 @@ from measure import code_version, cpu_name
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.api import Opened
 
 WAYS: dict[str, dict[str, Any]] = {
     "random": {"expert_score": "random", "expert_refit": False, "effort": 0},
@@ -37,8 +38,8 @@ def kinds_of(model: Path) -> list[str]:
     return sorted(path.stem.removeprefix("heldout-") for path in model.glob("heldout-*.txt"))
 
 
-def run(arguments: argparse.Namespace, name: str, fields: dict[str, Any], seed: int) -> None:
-    """Prints a row: KL and perplexity on each kind of text."""
+def run(arguments: argparse.Namespace, dense: dict[str, Opened], name: str, fields: dict[str, Any], seed: int) -> None:
+    """Prints a row: KL and perplexity on each kind of text; ``dense`` has the dense model for each."""
     text = arguments.model / (f"train-{arguments.calibration}.txt" if arguments.calibration else "train.txt")
     recipe = Recipe(
         calibration=str(text),
@@ -55,9 +56,9 @@ def run(arguments: argparse.Namespace, name: str, fields: dict[str, Any], seed: 
         measured = [
             sparsellm.evaluate(
                 str(Path(folder) / "out"), str(arguments.model / f"heldout-{kind}.txt"), seq_len=arguments.window,
-                max_tokens=arguments.tokens, against=str(arguments.model),
+                max_tokens=arguments.tokens, against=opened,
             )
-            for kind in kinds_of(arguments.model)
+            for kind, opened in dense.items()
         ]  # fmt: skip
     before, after = (
         statistics.fmean(values) for values in zip(*((x.error, x.refitted) for x in result.experts), strict=True)
@@ -80,16 +81,16 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192, help="of each test text")
     arguments = parser.parse_args()
+    kinds, settings = kinds_of(arguments.model), Recipe(products="float32")
+    dense = {kind: Opened(str(arguments.model), settings, trust=False) for kind in kinds}
     print(f"{cpu_name()}, sparsellm {code_version()}")
-    print(
-        f"{arguments.samples} × {arguments.window} calibration tokens; KL / perplexity on {kinds_of(arguments.model)}"
-    )
+    print(f"{arguments.samples} × {arguments.window} calibration tokens; KL / perplexity on {kinds}")
     for share in arguments.shares:
-        print(f"\n{share}\n| way | seed | {' | '.join(kinds_of(arguments.model))} | mean KL | error | CPU s |")
+        print(f"\n{share}\n| way | seed | {' | '.join(kinds)} | mean KL | error | CPU s |")
         for name, fields in WAYS.items():
             if not arguments.ways or any(part in name for part in arguments.ways):
                 for seed in arguments.seeds:
-                    run(arguments, name, {"experts": share, "sparsity": 0.0, **fields}, seed)
+                    run(arguments, dense, name, {"experts": share, "sparsity": 0.0, **fields}, seed)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS
 
 Row = dict[str, Any]
+Dense = dict[str, Opened]  # by the text on which its outputs are kept
 
 
 def write_news(path: Path) -> Path:
@@ -51,13 +52,13 @@ def write_news(path: Path) -> Path:
     return path
 
 
-def scores(asked: argparse.Namespace, model: str | Path | PreTrainedModel, dense: Opened | None = None) -> Row:
+def scores(asked: argparse.Namespace, model: str | Path | PreTrainedModel, dense: Dense | None = None) -> Row:
     """For each text its perplexity, the tokens scored, and the divergence from the dense model if there is one."""
     rows: Row = {}
     for text in asked.texts:
         result = sparsellm.evaluate(
-            model if isinstance(model, PreTrainedModel) else str(model), text, against=dense, seq_len=asked.window,
-            max_tokens=asked.max_tokens or None,
+            model if isinstance(model, PreTrainedModel) else str(model), text,
+            against=dense[text] if dense else None, seq_len=asked.window, max_tokens=asked.max_tokens or None,
             tokenizer=load_tokenizer(checkpoint_directory(asked.model)) if isinstance(model, PreTrainedModel) else None,
         )  # fmt: skip
         kl = result.against.kl if result.against is not None else 0.0
@@ -66,7 +67,7 @@ def scores(asked: argparse.Namespace, model: str | Path | PreTrainedModel, dense
 
 
 @torch.no_grad()
-def nearest(asked: argparse.Namespace, grid: str, dense: Opened) -> Row:
+def nearest(asked: argparse.Namespace, grid: str, dense: Dense) -> Row:
     """The dense model with each weight at the nearest number, the largest of a group at the lowest."""
     model = open_dense(checkpoint_directory(asked.model))
     bits = weights = 0.0
@@ -78,7 +79,7 @@ def nearest(asked: argparse.Namespace, grid: str, dense: Opened) -> Row:
     return {"zeros": 0.0, "bits": bits / weights, "texts": scores(asked, model, dense)}
 
 
-def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Opened) -> Row:
+def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Dense) -> Row:
     """One run and its scores, with the bits a weight and the CPU seconds of pruning."""
     rounding = {"values": "int4"} if grid == "own" else {"grid": grid}
     recipe = sparsellm.Recipe(
@@ -93,7 +94,7 @@ def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Opened)
     return {"zeros": result.sparsity_pruned, "bits": result.bits_per_weight, "seconds": took, "texts": found}
 
 
-def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: Opened) -> Row:
+def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: Dense) -> Row:
     """Another tool's rounding of the dense model, with its CPU seconds."""
     group = GRIDS[grid].group
     worker = str(Path(__file__).with_name("peers_rounding.py"))
@@ -134,7 +135,8 @@ def main() -> None:
         map(str, (asked.model, *asked.texts, asked.calibration, asked.samples, asked.window, asked.max_tokens))
     )
     dense = cells.get(f"{conditions}/dense", partial(scores, asked, asked.model))
-    opened = Opened(str(checkpoint_directory(asked.model)), sparsellm.Recipe(products="float32"), trust=False)
+    directory, settings = str(checkpoint_directory(asked.model)), sparsellm.Recipe(products="float32")
+    opened = {text: Opened(directory, settings, trust=False) for text in asked.texts}
     read = "; ".join(f"{name} {row['tokens']} tokens, dense {row['perplexity']:.2f}" for name, row in dense.items())
     print(
         f"Model {asked.model}; windows of {asked.window}: {read}; calibration {asked.samples} × {asked.window} tokens "
