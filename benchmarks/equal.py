@@ -18,10 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grids import write_news
 from measure import children_computed
 from quality import ALIKE, OUT, Cells, add_conditions, cell_key, command, conditions_of, heading, measure, run_cell
-from wikipedia import write_wikipedia
+from wikipedia import write_news, write_wikipedia
 
 ALONE = ("allocation=uniform", ALIKE, "options.refit=false", "options.norm_weighting=0", "sets=2")
 SPAN = 0.15  # how far sparsities are from the target at most: the default of threshold

@@ -30,7 +30,7 @@ from measure import cpu_name, measured
 from peers import write_windows
 from quality import OUT, Cells
 from transformers import PreTrainedModel
-from wikipedia import write_wikipedia
+from wikipedia import write_news, write_wikipedia
 
 import sparsellm
 from sparsellm.api import Opened
@@ -42,14 +42,6 @@ from sparsepack.grids import GRIDS
 
 Row = dict[str, Any]
 Dense = dict[str, Opened]  # by the text on which its outputs are kept
-
-
-def write_news(path: Path) -> Path:
-    """The Lee corpus, news of a few hundred words each, as a ``.txt`` source of an article a line."""
-    from gensim.test.utils import datapath
-
-    path.write_text(Path(datapath("lee_background.cor")).read_text(encoding="utf-8"), encoding="utf-8")
-    return path
 
 
 def scores(asked: argparse.Namespace, model: str | Path | PreTrainedModel, dense: Dense | None = None) -> Row:

@@ -1,8 +1,8 @@
-"""Calibration text for the benchmarks: a sample of English Wikipedia that ships inside the gensim package.
+"""Texts for the benchmarks that ship inside the gensim package: a sample of English Wikipedia, and news.
 
     python benchmarks/wikipedia.py wikipedia.txt
 
-The text is by Wikipedia's authors, under CC BY-SA. It is read from the installed package and not stored here.
+The first is by Wikipedia's authors, under CC BY-SA. Both are read from the installed package and not stored here.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ def write_wikipedia(path: Path) -> Path:
     """Writes the articles, a paragraph a line, as a ``.txt`` source."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(wikipedia_articles()), encoding="utf-8")
+    return path
+
+
+def write_news(path: Path) -> Path:
+    """Writes the Lee corpus, news of a few hundred words each, as a ``.txt`` source of an article a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(Path(datapath("lee_background.cor")).read_text(encoding="utf-8"), encoding="utf-8")
     return path
 
 
