@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from measure import children_computed
-from quality import ALIKE, OUT, Cells, add_conditions, cell_key, command, conditions_of, heading, measure, run_cell
+from quality import (
+    ALIKE,
+    OUT,
+    Cells,
+    add_conditions,
+    cell_key,
+    command,
+    conditions_of,
+    excess_ratio,
+    heading,
+    measure,
+    run_cell,
+)
 from wikipedia import write_news, write_wikipedia
 
 ALONE = ("allocation=uniform", ALIKE, "options.refit=false", "options.norm_weighting=0", "sets=2")
@@ -130,7 +142,7 @@ def main() -> None:
                 shown = []
                 for text in ("perplexity", "other"):
                     excess = [
-                        math.log(row[text] / dense[text]) / math.log(rows[0][1][text] / dense[text])
+                        excess_ratio(row, rows[0][1], dense[text], text)
                         for (_, row), rows in zip(same, by_seed, strict=True)
                     ]
                     values = ", ".join(f"{row[text]:.1f}" for _, row in same)

@@ -255,9 +255,10 @@ def columns(rows: list[dict[str, Any]], base: list[dict[str, Any]], dense: float
     return f"{perplexity} | {spread(ratios, 3)} | {times} | {peak:.2f}"
 
 
-def excess_ratio(row: dict[str, Any], base: dict[str, Any], dense: float) -> float:
-    """How much of the base's excess of log perplexity over the dense model's a cell has."""
-    return math.log(row["perplexity"] / dense) / math.log(base["perplexity"] / dense)
+def excess_ratio(row: dict[str, Any], base: dict[str, Any], dense: float, text: str = "perplexity") -> float:
+    """How much of the base's excess of log perplexity over the dense model's a cell has; ``other`` is that on the
+    second text."""
+    return math.log(row[text] / dense) / math.log(base[text] / dense)
 
 
 def spread(values: list[float], digits: int) -> str:
