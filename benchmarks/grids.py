@@ -114,8 +114,8 @@ def main() -> None:
     parser.add_argument("--effort", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
     parser.add_argument("--peers", nargs="*", default=[], help="METHOD=PYTHON of the tool's environment")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--cells", type=Path, default=OUT / "grids.json")
+    parser.set_defaults(seed=sparsellm.Recipe().seed)  # of the windows: other tools get those of our runs
     asked = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
