@@ -30,8 +30,7 @@ from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import find_blocks, iterate_linears, weight_of
 from sparsellm.tuning.full import KeepZeros
-
-RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
+from sparsellm.tuning.recover import RATES
 
 
 def tuned(arguments: argparse.Namespace, way: str, windows: Tensor, out: Path) -> dict[str, Any]:
