@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from tests.models import _seeded, save_tiny, tiny_llama, tiny_tokenizer, windows
-from tests.models.families import LLAMA
+from tests.models import families, save_tiny, tiny_llama, tiny_tokenizer, windows
 
 IDS = windows(4, 32)
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole groups of 32 columns
@@ -26,12 +24,11 @@ def wide_llama(**changes: Any) -> PreTrainedModel:
 
 def family(name: str, **changes: Any) -> PreTrainedModel:
     """A model of a family in bf16."""
-    config = getattr(transformers, f"{name}Config")(**{**LLAMA, **WIDE, **changes})
-    return _seeded(getattr(transformers, f"{name}ForCausalLM"), config, 0).to(torch.bfloat16)
+    return families.family(name, **{**WIDE, **changes}).to(torch.bfloat16)
 
 
 def mixtral() -> PreTrainedModel:
-    return family("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+    return family("Mixtral")
 
 
 def pruned(model: PreTrainedModel, place: Path, grid: str, **settings: Any) -> Path:

@@ -17,7 +17,6 @@ from sparsellm.storage.reader import CheckpointReader
 from tests.exports.checkpoints import family, logits, mixtral, pruned, wide_llama
 from tests.models import tiny_gpt2
 
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS = {
     "llama": wide_llama,
     "fp32": lambda: wide_llama().float(),
@@ -25,7 +24,7 @@ MODELS = {
     "tied": lambda: wide_llama(tie_word_embeddings=True),
     "phi3": lambda: family("Phi3"),  # q, k and v in one linear, gate and up in another
     "mixtral": mixtral,
-    "qwen2moe": lambda: family("Qwen2Moe", **EXPERTS, shared_expert_intermediate_size=32, decoder_sparse_step=1),
+    "qwen2moe": lambda: family("Qwen2Moe", moe_intermediate_size=32, shared_expert_intermediate_size=32),
 }
 
 

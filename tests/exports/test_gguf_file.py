@@ -278,7 +278,7 @@ def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:
         }
         return {name: parted(weight) if "qkv" in name else weight for name, weight in weights.items()}
 
-    directory = pruned(family("GPTNeoX", tie_word_embeddings=False, rotary_pct=0.5), tmp_path, "q8_0", effort=1)
+    directory = pruned(family("GPTNeoX"), tmp_path, "q8_0", effort=1)
     writer = gguf.GGUFWriter(str(tmp_path / "like.gguf"), "gptneox")
     writer.add_block_count(2)
     for name, weight in in_neox(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")).items():

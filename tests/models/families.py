@@ -233,14 +233,14 @@ def sparse_attention() -> PreTrainedModel:
 
 def mixtral(**changes: Any) -> PreTrainedModel:
     """Published with a matrix for each expert, which transformers stacks."""
-    return _model("MixtralConfig", "MixtralForCausalLM", {**LLAMA, **_MANY, **changes})
+    return family("Mixtral", **changes)
 
 
 def family(name: str, **given: Any) -> PreTrainedModel:
     """One of :data:`FAMILIES`, with settings of its own in place of the usual ones."""
     if name in _SPECIAL:
         return _SPECIAL[name](**given)
-    changes = {**_MANY, **_MIXTURES[name], **given} if name in _MIXTURES else _TEXT[name]
+    changes = {**({**_MANY, **_MIXTURES[name]} if name in _MIXTURES else _TEXT[name]), **given}
     settings = {"vocab_size": VOCABULARY, **changes} if "n_embd" in changes else {**LLAMA, **changes}
     if name == "Falcon":
         del settings["head_dim"]  # which it computes
