@@ -157,7 +157,7 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
     choice = Choice.of(Recipe(sparsity=0.5))
 
     def seconds(choice: Choice, tokens: int = 4096, finished: int = 0) -> dict[str, float]:
-        extent = Extent(samples=tokens // 64, own=tokens // 64, seq_len=64, batch_tokens=4096, swept=tokens // 2)
+        extent = Extent(samples=tokens // 64, seq_len=64, batch_tokens=4096, swept=tokens // 2)
         return predictions.predicted_seconds(chain, choice, extent, speeds_of(chain), finished=finished)
 
     whole, resumed = seconds(choice), seconds(choice, finished=2)

@@ -22,8 +22,6 @@ from sparsepack.errors import Note
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
-LOWER = "lower batch_tokens, seq_len or device_memory, or take device cpu"  # what a lack of memory on a device suggests
-
 
 def available_devices() -> list[str]:
     """The names of the devices of this machine that torch can use, ``cpu`` first."""
@@ -110,7 +108,10 @@ def computing(device: torch.device) -> Iterator[None]:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # cuBLAS says that
                 raise
-            raise MemoryBudgetError(f"the device has no memory left ({one_line(error)[:160]}); {LOWER}") from error
+            raise MemoryBudgetError(
+                f"the device has no memory left ({one_line(error)[:160]}); "
+                "lower batch_tokens, seq_len or device_memory, or take device cpu"
+            ) from error
 
 
 def free_device_memory(device: torch.device) -> int:

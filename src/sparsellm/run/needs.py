@@ -11,7 +11,6 @@ from pydantic import JsonValue
 
 from sparsellm.calibration.sources import SELF, shares_of
 from sparsellm.chain import Chain
-from sparsellm.chain.streams import windows_of
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs import about, parse_bytes
 from sparsellm.machine import machine_name
@@ -48,9 +47,8 @@ def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, share
     fresh = choice.passes if chain.reader is not None else 0
     of_pass = windows_of_pass(recipe.samples)
     drawn = choice.sets * recipe.samples + fresh * of_pass
-    extent = Extent(
+    return Extent(
         samples=recipe.samples,
-        own=0,
         seq_len=seq_len,
         batch_tokens=recipe.batch_tokens,
         sets=choice.sets,
@@ -60,7 +58,6 @@ def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, share
         sharers=sharers,
         written=round(drawn * seq_len * shares_of(recipe.calibration or "").get(SELF, 0)),
     )
-    return replace(extent, own=extent.share_of(recipe.samples))
 
 
 class Budgets(NamedTuple):
@@ -119,15 +116,11 @@ def memory_of(
 ) -> Memory:
     """The memory of this process, as in :func:`predict`."""
     knows = journal.knows if journal is not None else lambda name: False
-    gradients = surveyed = 0  # none of what the journal has from an earlier start
-    allocates = choice.allocates and not knows(ALLOCATION)
-    if allocates:
-        read = choice.allocation_needs.surveyed_tokens
-        surveyed = extent.samples if read is None else min(extent.samples, windows_of(read, extent.seq_len))
-    if allocates or not knows(OUTPUT_COSTS):
+    gradients = 0  # none of what the journal has from an earlier start
+    if (choice.allocates and not knows(ALLOCATION)) or not knows(OUTPUT_COSTS):
         gradients = extent.share_of(gradient_windows(choice, extent))
     demand = Demand(
-        samples=max(extent.share_of(surveyed), extent.own, gradients),
+        samples=extent.share,
         seq_len=extent.seq_len,
         batch_tokens=extent.batch_tokens,
         workspace=choice.workspace.then(choice.allocator.workspace),

@@ -245,7 +245,6 @@ def _extent(windows: Windows, passes: int) -> Extent:
     swept, ranks = windows.swept, parallel.size()
     return Extent(
         samples=len(windows.first),
-        own=len(windows.own[0]),
         seq_len=windows.first.shape[1],
         batch_tokens=windows.batch_tokens,
         sets=len(windows.sets),

@@ -261,7 +261,7 @@ def sweeps(chain: Chain, demand: Demand) -> list[str]:
     if not demand.swept:
         return [""]
     gpu, blocks = chain.device.type == "cuda", range(len(chain))
-    if demand.unrounded or any(map(chain.mixtures, blocks)) or not demand.samples:
+    if demand.unrounded or any(map(chain.mixtures, blocks)):
         return [STREAMED]
     numbers = any(p.dim() == 0 for index in blocks for p in chain.block_parameters(index).values())
     if demand.ranks > 1 and numbers:
@@ -387,7 +387,6 @@ class Extent:
     """The calibration windows of a run, and the processes that divide them."""
 
     samples: int  # windows in a set
-    own: int  # those of one process
     seq_len: int  # tokens in a window
     batch_tokens: int  # tokens in one forward call
     sets: int = 1
@@ -396,6 +395,11 @@ class Extent:
     ranks: int = 1
     sharers: int = 1  # processes that share the memory of this one's machine
     written: int = 0  # tokens that the model writes itself
+
+    @property
+    def share(self) -> int:
+        """The most windows of a set that one process runs."""
+        return self.share_of(self.samples)
 
     def share_of(self, windows: int) -> int:
         """The most windows of some that one process runs: whole batches, if there are enough for all processes."""
@@ -475,7 +479,7 @@ def predicted_seconds(
     away, in_files = memory.shares if memory is not None else (0.0, 0.0)
     moving = away / speeds.link + in_files / DISK  # seconds a byte
     token = work.token / (FORWARD * speeds.blocks) + work.hidden * moving
-    tokens = extent.own * extent.seq_len
+    tokens = extent.share * extent.seq_len
     differentiated = 0 if finished else extent.share_of(gradient_windows(choice, extent)) * extent.seq_len
     surveyed = tokens if choice.allocates and not choice.allocation_needs.gradient_tokens and not finished else 0
     passes = walked_passes(choice, kept=(memory is None or memory.kept_bytes > 0) and chain.device.type == "cpu")

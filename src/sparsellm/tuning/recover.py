@@ -28,6 +28,7 @@ from sparsellm.errors import MemoryBudgetError, NumericalError, RecipeError
 from sparsellm.inputs import read_object
 from sparsellm.machine import resolve_device
 from sparsellm.progress import Progress, ProgressCallback, note
+from sparsellm.records import PRUNING, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.writer import written
@@ -94,11 +95,8 @@ def tune(
     place = check_destination(out, overwrite=overwrite, sources=[source])
     if is_packed(read_object(source / "config.json")):
         raise RecipeError(f"{source} is packed, and packed weights cannot be trained; unpack it first")
-    recipe = read_object(source / "pruning.json").get("recipe") if (source / "pruning.json").is_file() else None
-    if isinstance(recipe, dict) and recipe.get("values", "keep") != "keep":
-        raise RecipeError(
-            f"{source} is rounded to {recipe['values']}, and training would undo that; prune with values keep"
-        )
+    if (source / PRUNING).is_file() and (values := read_pruning(source).values) != "keep":
+        raise RecipeError(f"{source} is rounded to {values}, and training would undo that; prune with values keep")
     if calibration is None:
         calibration, warnings = default_source(demo=model == "demo")
         note(progress, warnings)
