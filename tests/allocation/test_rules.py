@@ -47,21 +47,6 @@ def test_uniform_is_the_same_count_that_the_recipe_gives() -> None:
     assert list(ALLOCATIONS["uniform"].function(survey).zeros.values()) == [round(0.37 * n) for n in (63, 15, 100)]
 
 
-def test_atp_is_an_arithmetic_progression() -> None:
-    survey = bare_survey([[(100, 50), (10, 100)]] * 5, 0.7)
-    result = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=0.04).zeros)
-    assert result == pytest.approx([0.62, 0.66, 0.70, 0.74, 0.78], abs=2e-4)
-    falling = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=-0.04).zeros)
-    assert falling == pytest.approx(result[::-1], abs=2e-4)
-
-
-def test_atp_that_leaves_the_range_is_clipped_and_made_up_for() -> None:
-    survey = bare_survey([[(100, 100)]] * 3, 0.9)
-    result = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=0.2).zeros)
-    assert result == pytest.approx([0.9 - 0.145, 0.9 + 0.055, 0.99], abs=2e-4)  # .7 + t, .9 + t, .99 add up to 2.7
-    assert sum(result) == pytest.approx(2.7)
-
-
 def test_owl_counts_outliers(family: Family) -> None:
     model = family()
     survey = survey_of(model, 0.6)
@@ -85,7 +70,7 @@ def test_dlp_compares_medians(family: Family) -> None:
     assert block_sparsities(survey, allocation.zeros) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["atp", "owl", "dlp"])
+@pytest.mark.parametrize("name", ["owl", "dlp"])
 def test_allocations_on_disk_are_those_in_memory(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
     chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m"), device=torch.device("cpu"))

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from sparsellm.allocation.allocator import ALLOCATIONS, Allocation, from_block_importance, from_sparsities
+from sparsellm.allocation.allocator import ALLOCATIONS, Allocation, from_block_importance
 from sparsellm.allocation.survey import Survey
 from sparsellm.patterns import lowest
 from sparsellm.registry import Workspace
@@ -17,18 +17,6 @@ from sparsellm.registry import Workspace
 def uniform(survey: Survey) -> Allocation:
     """The same sparsity in every linear, each rounded by itself, as in the pruning papers."""
     return Allocation.of(survey.linears, [round(survey.sparsity * linear.weights) for linear in survey.linears])
-
-
-@ALLOCATIONS.register("atp", paper="arXiv 2502.14770", workspace=Workspace(weights=0, grams=0))
-def atp(
-    survey: Survey,
-    *,
-    b: Annotated[float, "how much sparser each block is than the one before it"] = 0.005,
-) -> Allocation:
-    """Arithmetic progression over the L blocks: s_i = S − b (L − 1) / 2 + b i for i = 0 … L − 1."""
-    first = survey.sparsity - b * (len(survey.blocks) - 1) / 2
-    place = {block: i for i, block in enumerate(survey.blocks)}
-    return from_sparsities(survey, {linear.name: first + b * place[linear.block] for linear in survey.linears})
 
 
 @ALLOCATIONS.register("owl", paper="arXiv 2310.05175", workspace=Workspace(weights=1, grams=0, blocks=1))
