@@ -38,9 +38,10 @@ def _card(name: str, blocks: float, exact: float, memory: float, link: float, si
     return Speeds(name, tera * blocks, tera * exact, giga * memory, giga * link, int(1e9 * size))
 
 
-# Peaks of dense products with fp32 sums, from the vendors' data sheets: NVIDIA A100 80GB SXM, H100 SXM, H200 SXM, L4,
-# L40S, GeForce RTX 3090 (GA102 white paper) and 4090 (Ada white paper); AMD MI300X. fp32 is that without TF32. The link
-# is PCI Express of 16 lanes, generation 4 or 5, one way.
+# Peaks of dense products with fp32 sums; fp32 is that without TF32. The link is PCI Express of 16 lanes, generation 4
+# or 5, one way. By copies of NVIDIA's data sheets: A100 (nvidia-a100-datasheet-us-nvidia-1758950-r4), H100 SXM
+# (nvidia-tensor-core-gpu-datasheet), L4, L40S; H200 computes as H100 does. By lists of others, since we read no page
+# from the vendor: RTX 3090 and 4090 (white papers of GA102 and Ada have them), MI300X (AMD's data sheet).
 CARDS = {
     "a100": _card("A100 80GB", 312, 19.5, 2039, 32, 80),
     "h100": _card("H100", 989, 67, 3350, 64, 80),
