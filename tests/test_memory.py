@@ -19,7 +19,7 @@ from sparsellm.methods import METHODS
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run import predictions
-from sparsellm.run.predictions import Demand, device_budget, plan_memory, working_bytes
+from sparsellm.run.predictions import Demand, Extent, device_budget, plan_memory, steps_of
 from sparsellm.solvers import SOLVERS
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
@@ -55,7 +55,7 @@ def chain(tmp_path: Path) -> Chain:
 
 def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: Chain) -> None:
     def plan(budget: int | None, streams: int = 0) -> Memory:
-        return plan_memory(chain, Demand(1_000_000, 128, 4096, Workspace(streams=streams)), budget)
+        return plan_memory(chain, Demand(Extent(1_000_000, 128, 4096), Workspace(streams=streams)), budget)
 
     hidden = 1_000_000 * 128 * 32 * 4
     free = plan(1 << 50)
@@ -72,7 +72,7 @@ def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: C
 
 def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
     def plan(budget: int, writers: int = 2) -> Memory:
-        return plan_memory(chain, Demand(100_000, 128, 4096, Workspace(writers=writers)), budget)
+        return plan_memory(chain, Demand(Extent(100_000, 128, 4096), Workspace(writers=writers)), budget)
 
     one = 100_000 * 128 * 4
     free = plan(1 << 50)
@@ -93,18 +93,28 @@ def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
 
 
 def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chain) -> None:
-    plain = plan_memory(chain, Demand(4, 128, 4096, Workspace()), 1 << 50)
-    swept = plan_memory(chain, Demand(4, 128, 4096, Workspace(), gradient_tokens=512), 1 << 50)
+    plain = plan_memory(chain, Demand(Extent(4, 128, 4096), Workspace()), 1 << 50)
+    swept = plan_memory(chain, Demand(Extent(4, 128, 4096), Workspace(), gradient_tokens=512), 1 << 50)
     blocks = chain.config.num_hidden_layers
     assert (plain.hidden_in_memory_bytes, plain.hidden_on_disk_bytes) == (512 * 32 * 4, 0)
-    assert swept.hidden_in_memory_bytes == plain.hidden_in_memory_bytes
-    assert swept.hidden_on_disk_bytes == 512 * 32 * 4 * (blocks + 1)  # the first of blocks + 2 is in memory
+    assert (swept.hidden_in_memory_bytes, swept.hidden_on_disk_bytes) == (512 * 32 * 4 * (blocks + 2), 0)
     large = open_chain(tiny_llama(vocab_size=100_000), device=CPU)
-    logits = 256 * 100_000 * 4
-    for given, copies in (({"gradient_tokens": 512}, 3), ({"swept": True}, 4)):
-        plan = plan_memory(large, Demand(4, 128, 4096, Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
-        assert plan.worst == ("gradients" if copies == 3 else "sweeps")
-        assert plan.working_bytes - predictions.LIBRARIES == copies * logits  # the model in memory is there already
+    logits, inputs = 3.5 * 256 * 100_000 * 4, blocks * 512 * 32 * 4  # at every block, in a step
+    for given, step, more in (({"gradient_tokens": 512}, "gradients", 0), ({"passes": 1}, "sweeps", inputs)):
+        plan = plan_memory(large, Demand(Extent(4, 128, 4096), Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
+        assert plan.worst == step
+        assert plan.working_bytes - predictions.LIBRARIES == logits + more  # the model in memory is there already
+
+
+def test_what_a_sweep_holds_in_files_is_read_a_block_at_a_time(chain: Chain) -> None:
+    """The best state is a copy more at the end of a first pass, and during later ones."""
+    block = 4 * sum(parameter.numel() for parameter in chain.blocks[0].parameters())
+    for passes, copies in ((1, 3), (2, 4)):
+        steps = steps_of(chain, Demand(Extent(4, 128, 4096, swept=256 * passes), Workspace(), passes=passes))
+        states = 2 * 256 * 32 * 4
+        assert steps["sweeps"].movable == states + copies * len(chain) * block
+        assert steps["keeping"].movable == states + 4 * len(chain) * block
+        assert steps["sweeps"].read == 3 * block
 
 
 def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +126,9 @@ def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypat
     assert device_budget(chain.device, None) == int(0.9 * (12 << 30))  # free, and what torch keeps to use again
     assert [device_budget(chain.device, size) for size in ("2GiB", "20GiB")] == [2 << 30, 12 << 30]
     assert device_budget(CPU, "2GiB") == 0
-    demand, hidden = Demand(1_000_000, 128, 4096, Workspace()), 1_000_000 * 128 * 32 * 4
+    demand, hidden = Demand(Extent(1_000_000, 128, 4096), Workspace()), 1_000_000 * 128 * 32 * 4
     free, tight = (plan_memory(chain, demand, 1 << 50, on_device=size) for size in (1 << 50, 1 << 30))
-    working = max(working_bytes(chain, demand).values())
+    working = max(step.working for step in steps_of(chain, demand).values())
     assert (free.hidden_on_device_bytes, free.hidden_in_memory_bytes) == (hidden, 0)
     assert free.predicted_peak_device_bytes == working + hidden
     assert 0 < tight.hidden_on_device_bytes < hidden == tight.hidden_on_device_bytes + tight.hidden_in_memory_bytes
@@ -131,7 +141,7 @@ def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypat
 
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_memory", lambda: 10 << 30)
-    plan = plan_memory(chain, Demand(4, 32, 4096, Workspace()), None)
+    plan = plan_memory(chain, Demand(Extent(4, 32, 4096), Workspace()), None)
     assert plan.budget_bytes == pytest.approx(plan.start_bytes + 8 * (1 << 30))
 
 
@@ -144,28 +154,25 @@ def test_what_a_block_needs_by_hand() -> None:
     """One linear of each kind: the moments against sums written out."""
     config = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1}
     chain = open_chain(tiny_llama(**config), device=CPU)  # in memory: its weights are there already
-    found = working_bytes(chain, Demand(100, 16, 64, Workspace(weights=3, grams=2)))
-    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (80, 32), (80, 32), (32, 80)]
+    found = steps_of(chain, Demand(Extent(100, 16, 64), Workspace(weights=3, grams=2)))
+    groups = [([32, 16, 16], 32), ([32], 32), ([80, 80], 32), ([32], 80)]  # outputs of linears with the same inputs
     activations = 64 * (4 * 80 + 8 * 32) * 4
-    grams = sum(8 * inputs**2 for _, inputs in shapes)  # sums are fp64; one panel holds such a small one whole
-    assert found["statistics"] == activations + grams + 4 * 80**2 + 2 * 4 * (1 << 23)
+    grams = sum(8 * inputs**2 for _, inputs in groups)  # sums are fp64; one panel holds such a small one whole
+    assert found["statistics"].working == activations + grams + 4 * 80**2 + 2 * 4 * (1 << 23)
     solving = []
-    for position, (outputs, inputs) in enumerate(shapes):
-        later = sum(4 * i**2 for _, i in shapes[position + 1 :])
-        solving.append(3 * 4 * outputs * inputs + 2 * 4 * inputs**2 + later)
-    assert found["solving"] == max(*solving, activations)
+    for position, (outputs, inputs) in enumerate(groups):
+        later = sum(4 * i**2 for _, i in groups[position + 1 :])
+        solving.append(3 * 4 * max(outputs) * inputs + 2 * 4 * inputs**2 + later)
+    assert found["solving"].working == max(*solving, activations)
 
 
 @pytest.mark.parametrize("solver", ["admm", "sparsegpt", "wanda"])
-@pytest.mark.parametrize("effort", [0, 1])
-def test_the_solver_inside_a_method_counts(solver: str, effort: int) -> None:
+def test_the_solver_inside_a_method_counts(solver: str) -> None:
     inside, method = SOLVERS[solver].workspace, METHODS["sparsellm"]
     whole = method.workspace.then(method.needs(method.check({"solver": solver})).workspace)
     assert whole.weights >= inside.weights + 1  # the weight and the one that its outputs' costs weigh
     assert whole.grams >= inside.grams
     assert whole.remembered == inside.remembered
-    demand = Demand(1, 1, 1, whole, swept=effort > 0)
-    assert (demand.whole_workspace.blocks > 0) == (effort > 0)  # a sweep's moments
 
 
 def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.run import predictions
+from sparsellm.run import needs, predictions
 from sparsellm.run import prune as running
 from sparsellm.run import walk as walking
 from sparsellm.run.speeds import Speeds
@@ -101,6 +101,17 @@ def test_cards_and_processes_divide_a_large_model(tmp_path: Path) -> None:
     assert small.notes[0].endswith("it does not fit; method sparsegpt does")
     host = sparsellm.plan(model, {"memory": "200GB"}, card="h100")
     assert host.memory.hidden_on_disk_bytes > 800e9
+
+
+def test_the_sweep_is_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = config(tmp_path, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    chosen, seconds = sparsellm.plan(model, card="h100"), []
+    for way in [*predictions.RESIDENT, predictions.STREAMED]:
+        monkeypatch.setattr(needs, "sweeps", lambda *_, way=way: [way])
+        alone = sparsellm.plan(model, card="h100")
+        seconds += [] if alone.notes else [sum(alone.seconds.values())]
+    assert len(set(seconds)) > 1
+    assert sum(chosen.seconds.values()) == min(seconds)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Journal
 from sparsellm.run.opening import default_seq_len, windows_of_pass
 from sparsellm.run.predictions import (
     DEVICE_SHARE,
+    STREAMED,
     Demand,
     Extent,
     checkpoint_bytes,
@@ -31,7 +32,6 @@ from sparsellm.run.predictions import (
     predicted_seconds,
     saved_sweep_bytes,
     sweeps,
-    working_bytes,
 )
 from sparsellm.run.speeds import Speeds, measured
 from sparsellm.sweep.whole_model import check_sweepable
@@ -80,73 +80,40 @@ def predict(
     sweep: str | None = None,
 ) -> Prediction:
     """Memory of this process, seconds, and files of all processes of a run; what its ``journal`` has is not done again.
-    Without one, a run that writes a checkpoint from the start. The sweep holds the blocks in the fastest way that fits,
-    or as ``sweep`` says. Raises MemoryBudgetError if it does not fit."""
+    Without one, a run that writes a checkpoint from the start. The sweep holds the blocks as ``sweep`` says, or in the
+    way that is predicted to be the fastest of those that fit. Raises MemoryBudgetError if none does."""
     speeds = speeds or speeds_of(chain)
-    memory = memory_of(chain, choice, recipe, extent, budgets, journal=journal, sweep=sweep)
     finished = journal.begun() if journal is not None else 0
-    seconds = predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)
+    gradients = gradient_windows(choice, extent)
+    # None of what the journal has from an earlier start.
+    done = journal is not None and journal.knows(OUTPUT_COSTS) and (journal.knows(ALLOCATION) or not choice.allocates)
+    workspace = choice.workspace.then(choice.allocator.workspace)
+    differentiated = 0 if done else extent.share_of(gradients) * extent.seq_len
+    demand = Demand(extent, workspace, differentiated, choice.passes, choice.trains_integers(recipe))
+    fitting: list[tuple[Memory, dict[str, float]]] = []
+    for way in sweeps(chain, demand) if sweep is None else [sweep]:
+        try:
+            memory = plan_memory(chain, replace(demand, sweep=way), budgets.host, budgets.card)
+        except MemoryBudgetError as error:
+            refused = error
+        else:
+            fitting.append((memory, predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)))
+    if not fitting:
+        raise refused
+    memory, seconds = min(fitting, key=lambda each: sum(each[1].values()))  # the first of equals
     files = (2 if choice.passes else 1) * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
-    files += saved_sweep_bytes(chain, choice.passes, unrounded=choice.trains_integers(recipe))
+    files += saved_sweep_bytes(chain, choice.passes, unrounded=demand.unrounded)
+    tokens = {"gradients": gradients, "prune": extent.sets * extent.samples}
     return Prediction(
         machine=speeds.name,
         ranks=extent.ranks,
         method=recipe.method,
         passes=choice.passes,
-        tokens={
-            "gradients": gradient_windows(choice, extent) * extent.seq_len,
-            "prune": extent.sets * extent.samples * extent.seq_len,
-            "sweep": extent.swept,
-        },
+        tokens={name: windows * extent.seq_len for name, windows in tokens.items()} | {"sweep": extent.swept},
         seconds=seconds,
         memory=memory,
         disk_bytes=files if journal is None or journal.out is not None else 0,
     )
-
-
-def memory_of(
-    chain: Chain,
-    choice: Choice,
-    recipe: Recipe,
-    extent: Extent,
-    budgets: Budgets,
-    *,
-    journal: Journal | None = None,
-    sweep: str | None = None,
-) -> Memory:
-    """The memory of this process, as in :func:`predict`."""
-    knows = journal.knows if journal is not None else lambda name: False
-    gradients = 0  # none of what the journal has from an earlier start
-    if (choice.allocates and not knows(ALLOCATION)) or not knows(OUTPUT_COSTS):
-        gradients = extent.share_of(gradient_windows(choice, extent))
-    demand = Demand(
-        samples=extent.share,
-        seq_len=extent.seq_len,
-        batch_tokens=extent.batch_tokens,
-        workspace=choice.workspace.then(choice.allocator.workspace),
-        gradient_tokens=gradients * extent.seq_len,
-        sets=extent.sets,
-        swept=choice.passes > 0,
-        fresh=extent.fresh,
-        unrounded=choice.trains_integers(recipe),
-        ranks=extent.ranks,
-    )
-    return _fitting(chain, demand, budgets, extent.sharers, sweeps(chain, demand) if sweep is None else [sweep])
-
-
-def _fitting(chain: Chain, demand: Demand, budgets: Budgets, sharers: int, ways: list[str]) -> Memory:
-    """The memory of the first way to hold the blocks in a sweep that fits."""
-
-    def held(way: str) -> Memory:
-        asked = replace(demand, sweep=way)
-        card = max(working_bytes(chain, asked).values()) if budgets.card is None else budgets.card
-        return plan_memory(chain, asked, budgets.host, sharers=sharers, on_device=card)
-
-    *others, last = ways
-    for way in others:
-        with suppress(MemoryBudgetError):
-            return held(way)
-    return held(last)
 
 
 def speeds_of(chain: Chain) -> Speeds:
@@ -170,30 +137,31 @@ def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | No
         asked = card if recipe.device_memory is None else min(card, parse_bytes(recipe.device_memory))
         budgets = Budgets(recipe.memory or UNLIMITED, asked)
 
-    def asked(recipe: Recipe, ranks: int) -> tuple[Choice, Recipe, Extent]:
+    def foreseen(recipe: Recipe, ranks: int, budgets: Budgets = budgets, sweep: str | None = None) -> Prediction:
         choice = Choice.of(recipe).on(patterns, recipe.values)
-        return choice, recipe, extent_asked(chain, choice, recipe, ranks, sharers=ranks if here else 1)
+        extent = extent_asked(chain, choice, recipe, ranks, sharers=ranks if here else 1)
+        return predict(chain, choice, recipe, extent, budgets, speeds=speeds, sweep=sweep)
 
     def fitting(recipe: Recipe, ranks: int) -> Memory | None:
         """The memory; None if the run does not fit."""
         with suppress(MemoryBudgetError):
-            return memory_of(chain, *asked(recipe, ranks), budgets)
+            return foreseen(recipe, ranks).memory
         return None
 
-    run, why = asked(recipe, ranks), ""
-    if run[0].passes:
+    why = ""
+    if Choice.of(recipe).on(patterns, recipe.values).passes:
         check_sweepable(chain)
     try:
-        prediction = predict(chain, *run, budgets, speeds=speeds)
+        prediction = foreseen(recipe, ranks)
     except MemoryBudgetError as error:
         why = str(error).partition("; ")[0].replace(machine_name(chain.device), speeds.name)
         try:
-            prediction = predict(chain, *run, Budgets(UNLIMITED, budgets.card), speeds=speeds)
+            prediction = foreseen(recipe, ranks, Budgets(UNLIMITED, budgets.card), STREAMED)
         except MemoryBudgetError:
-            prediction = predict(chain, *run, Budgets(UNLIMITED, None), speeds=speeds)
+            prediction = foreseen(recipe, ranks, Budgets(UNLIMITED, None), STREAMED)
     counts = (1 << power for power in range(recipe.samples.bit_length()))
     tries = ((count, fitting(recipe, count)) for count in counts)
-    least = next((count for count, memory in tries if memory is not None and not memory.shares[1]), 0)
+    least = next((count for count, memory in tries if memory is not None and not memory.hidden_on_disk_bytes), 0)
     notes = []
     if why:
         lower = [effort for effort, passes in enumerate(PASSES) if passes < prediction.passes]

@@ -23,7 +23,7 @@ from sparsellm.hub.card import base_of
 from sparsellm.inputs import without_folders
 from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback, note
 from sparsellm.recipe import Recipe
-from sparsellm.records import Base, ExpertsOfBlock, Memory, Prediction
+from sparsellm.records import Base, ExpertsOfBlock, Prediction
 from sparsellm.run.choice import Choice, patterns_of
 from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
@@ -126,15 +126,11 @@ class Plan:
         known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
         return Base(name=self.request.name or without_folders(name), digest=self.identity.model, bytes=size, **known)
 
-    @property
-    def memory(self) -> Memory:
-        """The memory that is predicted for this process."""
-        return self.prediction.memory
-
     def seconds_ahead(self, finished: int) -> dict[str, float]:
         """The predicted seconds of each phase, if the first ``finished`` blocks are pruned."""
-        extent, speeds = _extent(self.windows, self.choice.passes), speeds_of(self.chain)
-        return predicted_seconds(self.chain, self.choice, extent, speeds, finished=finished, memory=self.memory)
+        extent, memory = _extent(self.windows, self.choice.passes), self.prediction.memory
+        speeds = speeds_of(self.chain)
+        return predicted_seconds(self.chain, self.choice, extent, speeds, finished=finished, memory=memory)
 
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:

@@ -7,13 +7,15 @@ proportions of the seconds count: :class:`sparsellm.progress.Forecast` corrects 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from sparsellm import machine
-from sparsellm.chain import Chain, LinearView
-from sparsellm.chain.experts import ExpertLinear
+from sparsellm.chain import Chain
+from sparsellm.chain.chain import Kind, Size
 from sparsellm.chain.streams import PIECE_TOKENS, windows_of
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs import parse_bytes
@@ -33,12 +35,11 @@ DEVICE_SHARE = 0.9  # share of the free memory of a GPU; the rest is for librari
 SLACK = 0.05  # hidden states leave this part of the budget free, because the prediction is not exact
 LIBRARIES = 128 << 20  # torch, its kernels and the allocator
 
-GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
-SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
-ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on its grid, and a weight's groups
+GRADIENTS = 2.5  # fp32 copies of a block: its parameters in fp32 and in bf16, Fisher diagonals of its weights
+STREAMED_COPIES, ROUNDED_COPIES = 1.5, 3.5  # fp32 copies of a block in a step: gradients, half in bf16; two on its grid
+MOVED = 3  # fp32 copies of a block that a step of a streamed sweep reads: parameters, two moments
 AHEAD = 3  # fp32 copies of a block that a GPU holds more: the next one's parameters and moments are on their way
 ATTENTION_COPIES = 4  # fp32 matrices (heads, seq, seq) of attention on a GPU, where gradients follow
-SWEPT_COPIES = 4  # fp32 copies of every block during a sweep: parameters, two moments, the best state so far
 STREAMED = "streamed"
 RESIDENT = {  # name → what it does where all blocks with their activations do not fit
     "resident": Residence(),
@@ -46,340 +47,13 @@ RESIDENT = {  # name → what it does where all blocks with their activations do
     "resident, offloading": Residence(offloads=True),
     "resident, recomputing and offloading": Residence(recomputes=True, offloads=True),
 }
-RESIDENT_COPIES = 4  # fp32 copies of every block in a resident one: parameters, two moments, gradients
+KEPT = ("statistics", "solving")  # the steps that outputs of pruned sublayers are kept for
+TRAINED_COPIES = 3  # fp32 copies of every block in a sweep: parameters and two moments; the best state is one more
 KEPT_WIDTHS, KEPT_OUTPUTS = 10, 4  # activations that gradients of a block read: as wide as its input, its outputs
 SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; the first set stays, since it judges every pass
 SAVED_COPIES = 7  # fp32 copies of every block on disk: the best, and parameters and moments of two passes
 FACTORS = 1 / 32  # factors of groups / elements of a block, at most, where values are rounded
-NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4  # fp32 copies of a chunk of logits, in each loss of the head
-
-
-@dataclass(frozen=True)
-class Demand:
-    """The properties of a run that determine the memory of one process."""
-
-    samples: int  # calibration windows that this process runs, in each of ``sets`` sets
-    seq_len: int  # tokens in a window
-    batch_tokens: int  # tokens in one forward call
-    workspace: Workspace  # holds for the method, the solver inside it, and the allocation
-    gradient_tokens: int = 0  # calibration tokens for the gradients of the dense model
-    sets: int = 1
-    swept: bool = False  # whether a sweep follows
-    fresh: bool = False  # whether later passes run on other windows than the first
-    unrounded: bool = False  # whether the sweep trains values that are rounded when a block runs
-    sweep: str = STREAMED  # how it holds the blocks, see :func:`sweeps`
-    ranks: int = 1
-
-    @property
-    def streamed(self) -> bool:
-        """Whether a streamed sweep follows."""
-        return self.swept and self.sweep == STREAMED
-
-    @property
-    def whole_workspace(self) -> Workspace:
-        """The workspace including that of the gradients and of a streamed sweep."""
-        whole = self.workspace.then(GRADIENTS) if self.gradient_tokens else self.workspace
-        return whole.then(ROUNDED if self.unrounded else SWEEP) if self.streamed else whole
-
-
-def device_budget(device: torch.device, asked: str | int | None) -> int:
-    """The bytes that a run may take of a CUDA device: a share of what is free, or what is asked for if that is free; 0
-    for other devices, whose memory torch does not tell."""
-    if device.type != "cuda":
-        return 0
-    free = machine.free_device_memory(device)
-    return int(DEVICE_SHARE * free) if asked is None else min(parse_bytes(asked), free)
-
-
-def plan_memory(
-    chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1, on_device: int = 0
-) -> Memory:
-    """Predicts the peak and divides the budget: first the working memory, then hidden states; the rest goes to disk.
-
-    Without a budget the process takes a share of the free memory, on top of what it holds; ``sharers`` processes share
-    the machine. On a GPU the working memory is there, and hidden states as far as ``on_device`` bytes have room. Raises
-    MemoryBudgetError if the run needs more than a budget.
-    """
-    start = machine.resident()
-    most = int(start + DEFAULT_SHARE * machine.free_memory() / sharers) if budget is None else parse_bytes(budget)
-    moments = working_bytes(chain, demand)
-    worst = max(moments, key=lambda name: moments[name])
-    there = moments[worst] if chain.device.type != "cpu" else 0
-    working = LIBRARIES + (_largest_tensor(chain) + resident_bytes(chain, demand)[1] if there else moments[worst])
-    if chain.device.type == "cuda" and there > on_device:
-        raise MemoryBudgetError(
-            f"this run needs {_gb(there)} on {machine.machine_name(chain.device)} for {worst}, and may take "
-            f"{_gb(on_device)} of what is free there; allow more with --device-memory, lower batch_tokens (now "
-            f"{demand.batch_tokens}), or take a method that needs less, or device cpu"
-        )
-    if start + working > most:
-        raise MemoryBudgetError(
-            f"this run needs {_gb(start + working)} ({_gb(start)} before the start, {_gb(working)} for {worst}) and "
-            f"may take {_gb(most)}; allow more with --memory, lower batch_tokens (now {demand.batch_tokens}), or take "
-            "a method that needs less"
-        )
-    hidden = hidden_bytes(chain, demand)
-    held = min(hidden, max(0, int(on_device * (1 - SLACK)) - there))
-    hidden -= held
-    room = max(0, int(most * (1 - SLACK)) - start - working)
-    in_memory = min(hidden, room)
-    kept = min(kept_bytes(chain, demand), room - in_memory)
-    # The backward sweep ends before the walk and gets no more memory than the walk needs, so the peak is the walk's.
-    on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens) - held) - in_memory
-    during = {"statistics": kept, "solving": kept}
-    steps = {step: start + LIBRARIES + size + in_memory + during.get(step, 0) for step, size in moments.items()}
-    return Memory(
-        budget_bytes=most,
-        predicted_peak_rss_bytes=start + working + in_memory + kept,
-        start_bytes=start,
-        working_bytes=working,
-        worst=worst,
-        hidden_in_memory_bytes=in_memory,
-        hidden_on_disk_bytes=on_disk,
-        kept_bytes=kept,
-        predicted_peak_device_bytes=there + held,
-        hidden_on_device_bytes=held,
-        steps_bytes={} if there else steps,
-        sweep=demand.sweep if demand.swept else "",
-    )
-
-
-def described(plan: Memory) -> str:
-    """The prediction of the memory in one line, with its parts."""
-    hidden = f"hidden states and swept weights {_gb(plan.hidden_in_memory_bytes)} in memory"
-    if plan.hidden_on_device_bytes:
-        hidden += f", {_gb(plan.hidden_on_device_bytes)} on the device"
-    if plan.hidden_on_disk_bytes:
-        hidden += f", {_gb(plan.hidden_on_disk_bytes)} on disk"
-    if plan.kept_bytes:
-        hidden += f", {_gb(plan.kept_bytes)} of outputs kept within a block"
-    device = f", {_gb(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
-    hidden += f"; sweep {plan.sweep}" if plan.sweep else ""
-    return (
-        f"predicted peak memory {_gb(plan.predicted_peak_rss_bytes)} of {_gb(plan.budget_bytes)}{device} "
-        f"({_gb(plan.start_bytes)} before the start, {_gb(plan.working_bytes)} for {plan.worst}; {hidden})"
-    )
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
-
-
-def hidden_bytes(chain: Chain, demand: Demand) -> int:
-    """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
-    mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
-    dense = demand.swept and chain.reader is None  # its last hidden states are kept from before the walk
-    walked = demand.sets + demand.workspace.streams + mixtures + dense
-    streams = max(walked, SWEEP_STREAMS * (demand.swept + demand.fresh))
-    copies = (SWEPT_COPIES if demand.streamed else demand.swept) * 4 * _trained(chain, demand.unrounded)
-    copies //= 1 if demand.streamed else demand.ranks
-    return streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize + copies
-
-
-def kept_bytes(chain: Chain, demand: Demand) -> int:
-    """The most bytes of the inputs, or the outputs where these are larger, of a block's writers for all tokens; they
-    are kept on the CPU only (:meth:`Stream.keep`)."""
-    if chain.device.type != "cpu":
-        return 0
-    width, most = _width(chain), 0
-    for index in range(len(chain)):
-        linears, _ = _parted(chain, index)
-        inputs = sorted((max(each.in_features, width) for each in linears if each.out_features == width), reverse=True)
-        most = max(most, sum(inputs[: demand.workspace.writers]))
-    return most * demand.samples * demand.seq_len * chain.dtype.itemsize
-
-
-def gradient_bytes(chain: Chain, tokens: int) -> int:
-    """Bytes that a backward sweep keeps for ``tokens`` tokens: hidden states around every block, and a gradient."""
-    return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
-
-
-def saved_sweep_bytes(chain: Chain, passes: int, *, unrounded: bool) -> int:
-    """The most disk space that the saved passes of a sweep take; of a single one only its parameters are saved."""
-    return (SAVED_COPIES if passes > 1 else passes) * 4 * _trained(chain, unrounded)
-
-
-def _trained(chain: Chain, unrounded: bool) -> int:
-    """The most elements that a sweep trains."""
-    elements = sum(block_elements(chain, index) for index in range(len(chain)))
-    return elements + round(FACTORS * elements) if unrounded else elements
-
-
-def checkpoint_bytes(chain: Chain) -> int:
-    """Bytes of the checkpoint's weight files; for a model in memory, of its parameters and buffers."""
-    if chain.reader is not None:
-        return chain.reader.bytes
-    return sum(value.numel() * value.element_size() for value in chain.model.state_dict().values())
-
-
-def block_elements(chain: Chain, index: int) -> int:
-    return sum(math.prod(source.shape) for source in chain.block_tensors(index).values())
-
-
-def accumulator_bytes(features: int) -> int:
-    """Bytes of a :class:`~sparsellm.statistics.GramAccumulator`: fp64 panels of its upper triangle."""
-    starts = range(0, features, PANEL)
-    return 8 * sum(min(PANEL, features - start) * (features - start) for start in starts)
-
-
-def head_bytes(chain: Chain, copies: int) -> int:
-    """Bytes of the weights outside the blocks, and of ``copies`` fp32 copies of a chunk of logits."""
-    outer = chain.dtype.itemsize * chain.outer_elements() if chain.reader is not None else 0
-    return outer + copies * 4 * HEAD_TOKENS * int(chain.config.get_text_config().vocab_size)
-
-
-def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
-    """The most bytes that each step of a run holds, in the block where that is largest."""
-    workspace, gpu = demand.whole_workspace, chain.device.type == "cuda"
-    ahead = AHEAD * gpu * demand.streamed
-    attention = _attention_bytes(chain, demand) if gpu else 0
-    tokens = min(demand.samples, max(1, demand.batch_tokens // demand.seq_len)) * demand.seq_len
-    moments = {"checking": _largest_tensor(chain), "embedding": 0, "statistics": 0, "solving": 0}
-    for index in range(len(chain)):
-        elements = block_elements(chain, index)
-        loaded = chain.dtype.itemsize * elements if chain.reader is not None else 0
-        loaded += 2 * elements if chain.products is not None else 0  # the factors in bf16
-        loaded += chain.dtype.itemsize * elements if demand.unrounded else 0
-        running = loaded + _activation_bytes(chain, index, tokens)
-        if index == 0:
-            outer = chain.dtype.itemsize * chain.outer_elements(head=False) if chain.reader is not None else 0
-            moments["embedding"] = outer + running
-        moments["statistics"] = max(moments["statistics"], running + _statistics_bytes(chain, index, workspace))
-        optimised = running + int((workspace.blocks + ahead) * 4 * elements) + attention
-        moments["solving"] = max(moments["solving"], optimised, loaded + _solver_bytes(chain, index, workspace))
-    if demand.gradient_tokens:
-        moments["gradients"] = head_bytes(chain, NEXT_TOKEN_COPIES)
-    if demand.swept:
-        moments["sweeps"] = head_bytes(chain, DIVERGENCE_COPIES) + resident_bytes(chain, demand)[0]
-    return moments
-
-
-def sweeps(chain: Chain, demand: Demand) -> list[str]:
-    """The ways to hold the blocks in the sweep of a run, the fastest first; [""] if it has none.
-
-    Experts, rounded values, and parameters without rows that processes could divide are swept by a streamed sweep."""
-    if not demand.swept:
-        return [""]
-    gpu, blocks = chain.device.type == "cuda", range(len(chain))
-    if demand.unrounded or any(map(chain.mixtures, blocks)):
-        return [STREAMED]
-    numbers = any(p.dim() == 0 for index in blocks for p in chain.block_parameters(index).values())
-    if demand.ranks > 1 and numbers:
-        return [STREAMED]
-    fits = gpu or chain.device.type == "cpu"
-    offloads = gpu and not numbers
-    return [*[name for name, way in RESIDENT.items() if fits and (offloads or not way.offloads)], STREAMED]
-
-
-def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
-    """The resident sweep of this name; None for a streamed one or none."""
-    gpu = chain.device.type == "cuda"
-    narrow = gpu and chain.dtype is torch.bfloat16
-    way = RESIDENT.get(sweep)
-    return replace(way, sharded=ranks > 1 or way.offloads, narrow=narrow) if way is not None else None
-
-
-def resident_bytes(chain: Chain, demand: Demand) -> tuple[int, int]:
-    """Bytes that a resident sweep holds where blocks run, and those that it offloads to the memory of the machine."""
-    way, blocks = residence(chain, demand.sweep, demand.ranks), range(len(chain))
-    if way is None:
-        return 0, 0
-    trained = _trained(chain, unrounded=False)
-    masters = 4 * RESIDENT_COPIES * trained // demand.ranks
-    largest = max(block_elements(chain, index) for index in blocks)
-    running = 3 * 4 * largest if way.sharded else 0  # a block that is gathered, its gradients, and the next one
-    running += 2 * trained if chain.products is not None or (way.narrow and not way.sharded) else 0
-    tokens = max(min(demand.seq_len, STEP_TOKENS), STEP_TOKENS // demand.ranks)
-    widest = max((linear.out_features for index in blocks for linear in chain.linears(index)), default=0)
-    kept = tokens * (KEPT_WIDTHS * _width(chain) + KEPT_OUTPUTS * widest) * (2 if way.narrow else 4)
-    kept += _attention_bytes(chain, demand) if chain.device.type == "cuda" else 0
-    activations = kept + len(chain) * tokens * _width(chain) * 4 if way.recomputes else kept * len(chain)
-    return (running + activations, masters) if way.offloads else (masters + running + activations, 0)
-
-
-def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
-    """Bytes of a block's activations: gate, up, their product and one more; copies of inputs in attention and norms."""
-    widest = max((linear.out_features for linear in chain.linears(index)), default=_width(chain))
-    return tokens * (4 * widest + 8 * _width(chain)) * chain.dtype.itemsize
-
-
-def _attention_bytes(chain: Chain, demand: Demand) -> int:
-    """Bytes of attention as plain products, which passes with gradients take on a GPU (``attention_for``)."""
-    seq = demand.seq_len if demand.gradient_tokens else min(demand.seq_len, STEP_TOKENS)
-    tokens = max(seq, min(demand.batch_tokens, PIECE_TOKENS)) if demand.gradient_tokens else seq * demand.swept
-    return ATTENTION_COPIES * 4 * tokens * seq * getattr(chain.config.get_text_config(), "num_attention_heads", 0)
-
-
-def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
-    """Bytes of the statistics: sums for every linear, the largest Gram matrix, and a chunk of tokens in fp32. Experts
-    have statistics one at a time; which linears share an input is known when the block runs, so none is assumed to."""
-    if not workspace.grams:
-        return 2 * 4 * CHUNK_ELEMENTS
-    linears, experts = _parted(chain, index)
-    sums = sum(accumulator_bytes(linear.in_features) for linear in linears)
-    largest = max((4 * linear.in_features**2 for linear in linears), default=0)
-    return 2 * 4 * CHUNK_ELEMENTS + max(sums + largest, max(map(_expert_bytes, experts), default=0))
-
-
-def _expert_bytes(linears: list[LinearView]) -> int:
-    """Bytes of the statistics of one expert: matrices of its tokens and of all, their mean, sums, cross-moments of its
-    last linear, and a copy of its weights."""
-    matrices = sum(3 * 4 * linear.in_features**2 + accumulator_bytes(linear.in_features) for linear in linears)
-    last = linears[-1].in_features * linears[-1].out_features
-    return matrices + 5 * 4 * last + 4 * sum(linear.in_features * linear.out_features for linear in linears)
-
-
-def _parted(chain: Chain, index: int) -> tuple[list[LinearView], list[list[LinearView]]]:
-    """The linears of a block that belong to no stacked expert, and those of each expert."""
-    experts: dict[str, list[LinearView]] = {}
-    others = []
-    for linear in chain.linears(index):
-        if isinstance(linear.module, ExpertLinear):
-            experts.setdefault(linear.name.rpartition(".")[0], []).append(linear)
-        else:
-            others.append(linear)
-    return others, list(experts.values())
-
-
-def _solver_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
-    """Bytes for the most expensive linear of a block: copies of its weight, its Gram matrices and factorisations, and
-    the Gram matrices of later linears; for a linear of an expert, those of all tokens."""
-
-    def solving(linear: LinearView, others: list[LinearView]) -> int:
-        solved = int(workspace.weights * 4 * linear.in_features * linear.out_features)
-        square = 4 * linear.in_features**2
-        remembered = min(workspace.remembered * square, max(REMEMBERED_BYTES, square))
-        later = sum(4 * other.in_features**2 for other in others)
-        return solved + (int(workspace.grams * square) + remembered + later if workspace.grams else 0)
-
-    linears, experts = _parted(chain, index)
-    pairs = [(linear, linears[position:]) for position, linear in enumerate(linears, 1)]
-    pairs += [(linear, expert) for expert in experts for linear in expert]
-    return max((solving(*pair) for pair in pairs), default=0)
-
-
-def _largest_tensor(chain: Chain) -> int:
-    return max(source.bytes for source in [*chain.outer_tensors().values(), *chain.block_tensors(0).values()])
-
-
-def _width(chain: Chain) -> int:
-    return int(chain.config.get_text_config().hidden_size)
-
-
-DISK = 1e9  # bytes read, checked or written in a second
-JOINED = 4e9  # bytes that processes on CPUs exchange in a second; those on cards exchange them by the cards' links
-GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight: bf16, twice, and its gradient
-FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
-COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
-PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
-REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
-BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
-GRADIENT = 3  # the same where only inputs have gradients, and the squared gradients of the weights
-TRIALS = 2  # rates that a sweep tries, each judged by the held-out steps
-WRITING = 10  # passes that a token costs which the model writes itself
-TRIANGLE = 0.6  # share of a Gram matrix that is computed: panels of its upper triangle
-ADAM = 8 * 4  # bytes that a step moves for each weight: parameters, two moments and gradients in fp32, both ways
-UPLOADED, DOWNLOADED = 4 * 4, 3 * 4  # bytes that a step reads for each weight from where it is kept, and writes there
+LOGITS = 2.5  # fp32 copies of a chunk of logits in a loss: they, their gradient, others in bf16; in fp32 one more
 
 
 @dataclass(frozen=True)
@@ -411,6 +85,348 @@ class Extent:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """The properties of a run that determine the memory of one process."""
+
+    extent: Extent
+    workspace: Workspace  # holds for the method, the solver inside it, and the allocation
+    gradient_tokens: int = 0  # calibration tokens of this process for the gradients of the dense model
+    passes: int = 0  # those of the sweep that follows
+    unrounded: bool = False  # whether the sweep trains values that are rounded when a block runs
+    sweep: str = STREAMED  # how it holds the blocks, see :func:`sweeps`
+
+    @property
+    def step(self) -> int:
+        """The most tokens of a step of the sweep in this process; windows of two steps and more are cut."""
+        seq_len, sharers = self.extent.seq_len, self.extent.ranks if self.sweep in RESIDENT else 1
+        return max(STEP_TOKENS if seq_len >= 2 * STEP_TOKENS else seq_len, STEP_TOKENS // sharers)
+
+
+class Held(NamedTuple):
+    """Bytes of one process in a step of a run."""
+
+    working: int  # where blocks run
+    movable: int = 0  # hidden states and swept weights, which are in memory as far as there is room, then in files
+    read: int = 0  # what is in memory of those in files
+    host: int = 0  # next to a GPU, in the memory of the machine
+
+
+def device_budget(device: torch.device, asked: str | int | None) -> int:
+    """The bytes that a run may take of a CUDA device: a share of what is free, or what is asked for if that is free; 0
+    for other devices, whose memory torch does not tell."""
+    if device.type != "cuda":
+        return 0
+    free = machine.free_device_memory(device)
+    return int(DEVICE_SHARE * free) if asked is None else min(parse_bytes(asked), free)
+
+
+def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_device: int | None = 0) -> Memory:
+    """Predicts the peak and divides the budget: first what every step holds, then hidden states; the rest goes to disk.
+
+    Without a budget the process takes a share of the free memory, on top of what it holds. On a GPU blocks run there,
+    and hidden states stay there as far as ``on_device`` bytes have room; None for as many as the blocks take. Raises
+    MemoryBudgetError if the run needs more than a budget.
+    """
+    start = machine.resident()
+    share = DEFAULT_SHARE / demand.extent.sharers
+    most = int(start + share * machine.free_memory()) if budget is None else parse_bytes(budget)
+    steps, base, held, there = steps_of(chain, demand), start + LIBRARIES, 0, 0
+    advice = f"lower batch_tokens (now {demand.extent.batch_tokens}), or take a method that needs less"
+    worst = max(steps, key=lambda name: steps[name].working + steps[name].read)
+    if chain.device.type != "cpu":
+        needs = steps[worst].working
+        on_device = needs if on_device is None else on_device
+        if chain.device.type == "cuda" and needs > on_device:
+            raise MemoryBudgetError(
+                f"this run needs {_gb(needs)} on {machine.machine_name(chain.device)} for {worst}, and may take "
+                f"{_gb(on_device)} of what is free there; allow more with --device-memory, {advice}, or device cpu"
+            )
+        held = _room(steps, int(on_device * (1 - SLACK)))
+        there = max(step.working + min(step.movable, held) for step in steps.values())
+        base += _largest_tensor(chain) + max(step.host for step in steps.values())
+        steps = {name: Held(0, max(0, step.movable - held)) for name, step in steps.items()}
+    needs = base + steps[worst].working + steps[worst].read
+    if needs > most:
+        raise MemoryBudgetError(
+            f"this run needs {_gb(needs)} ({_gb(start)} before the start, {_gb(needs - start)} for {worst}) and "
+            f"may take {_gb(most)}; allow more with --memory, {advice}"
+        )
+    room = int(most * (1 - SLACK)) - base
+    memory = _room(steps, room)
+    sizes = {
+        name: step.working + (step.movable if step.movable <= memory else memory + step.read)
+        for name, step in steps.items()
+    }
+    kept = min(kept_bytes(chain, demand), max(0, room - max(sizes[name] for name in KEPT)))
+    sizes |= {name: sizes[name] + kept for name in KEPT}
+    peak = max(sizes, key=lambda name: sizes[name])
+    return Memory(
+        budget_bytes=most,
+        predicted_peak_rss_bytes=base + sizes[peak],
+        start_bytes=start,
+        working_bytes=base - start + steps[peak].working,
+        worst=worst if there else peak,
+        hidden_in_memory_bytes=memory,
+        hidden_on_disk_bytes=max(step.movable for step in steps.values()) - memory,
+        kept_bytes=kept,
+        predicted_peak_device_bytes=there,
+        hidden_on_device_bytes=held,
+        steps_bytes={} if there else {name: base + size for name, size in sizes.items()},
+        sweep=demand.sweep if demand.passes else "",
+    )
+
+
+def _room(steps: Mapping[str, Held], most: int) -> int:
+    """The bytes of what is movable that every step has room for, next to what it works on, in ``most`` bytes."""
+    rooms = (most - step.working - step.read for step in steps.values() if step.working + step.movable > most)
+    return max(0, min([max(step.movable for step in steps.values()), *rooms]))
+
+
+def described(plan: Memory) -> str:
+    """The prediction of the memory in one line, with its parts."""
+    hidden = f"hidden states and swept weights {_gb(plan.hidden_in_memory_bytes)} in memory"
+    if plan.hidden_on_device_bytes:
+        hidden += f", {_gb(plan.hidden_on_device_bytes)} on the device"
+    if plan.hidden_on_disk_bytes:
+        hidden += f", {_gb(plan.hidden_on_disk_bytes)} on disk"
+    if plan.kept_bytes:
+        hidden += f", {_gb(plan.kept_bytes)} of outputs kept within a block"
+    device = f", {_gb(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
+    hidden += f"; sweep {plan.sweep}" if plan.sweep else ""
+    return (
+        f"predicted peak memory {_gb(plan.predicted_peak_rss_bytes)} of {_gb(plan.budget_bytes)}{device} "
+        f"({_gb(plan.start_bytes)} before the start, {_gb(plan.working_bytes)} for {plan.worst}; {hidden})"
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def kept_bytes(chain: Chain, demand: Demand) -> int:
+    """The most bytes of the inputs, or the outputs where these are larger, of a block's writers for all tokens; they
+    are kept on the CPU only (:meth:`Stream.keep`)."""
+    if chain.device.type != "cpu":
+        return 0
+    width, most = _width(chain), 0
+    for kind in chain.kinds:
+        inputs = sorted((max(each.features, width) for each in kind.linears if each.outputs == width), reverse=True)
+        most = max(most, sum(inputs[: demand.workspace.writers]))
+    return most * demand.extent.share * demand.extent.seq_len * chain.dtype.itemsize
+
+
+def gradient_bytes(chain: Chain, tokens: int) -> int:
+    """Bytes that a backward sweep keeps for ``tokens`` tokens: hidden states around every block, and a gradient."""
+    return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
+
+
+def saved_sweep_bytes(chain: Chain, passes: int, *, unrounded: bool) -> int:
+    """The most disk space that the saved passes of a sweep take; of a single one only its parameters are saved."""
+    return (SAVED_COPIES if passes > 1 else passes) * 4 * _trained(chain, unrounded)
+
+
+def _trained(chain: Chain, unrounded: bool) -> int:
+    """The most elements that a sweep trains."""
+    elements = sum(kind.number * kind.elements for kind in chain.kinds)
+    return elements + round(FACTORS * elements) if unrounded else elements
+
+
+def checkpoint_bytes(chain: Chain) -> int:
+    """Bytes of the checkpoint's weight files; for a model in memory, of its parameters and buffers."""
+    if chain.reader is not None:
+        return chain.reader.bytes
+    return sum(value.numel() * value.element_size() for value in chain.model.state_dict().values())
+
+
+def accumulator_bytes(features: int) -> int:
+    """Bytes of a :class:`~sparsellm.statistics.GramAccumulator`: fp64 panels of its upper triangle."""
+    starts = range(0, features, PANEL)
+    return 8 * sum(min(PANEL, features - start) * (features - start) for start in starts)
+
+
+def head_bytes(chain: Chain) -> tuple[int, int]:
+    """Bytes of the weights outside the blocks, and of a loss: logits, their gradient, and copies of a chunk of them."""
+    outer = chain.dtype.itemsize * chain.outer_elements() if chain.reader is not None else 0
+    copies = LOGITS if chain.dtype.itemsize == 2 else LOGITS + 1
+    return outer, int(copies * 4 * HEAD_TOKENS) * int(chain.config.get_text_config().vocab_size)
+
+
+def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
+    """The most that each step of a run holds, in the block where that is largest."""
+    extent, item, read = demand.extent, chain.dtype.itemsize, chain.reader is not None
+    tokens = min(extent.share, windows_of(extent.batch_tokens, extent.seq_len)) * extent.seq_len
+    piece = max(extent.seq_len, min(extent.batch_tokens, PIECE_TOKENS))  # tokens of a pass with gradients
+    work, statistics, solving, gradients = demand.workspace, [0], [0], [sum(head_bytes(chain))]
+    for kind in chain.kinds:
+        loaded = item * kind.elements * (read + demand.unrounded)
+        loaded += 2 * kind.elements if chain.products is not None and item == 4 else 0  # the factors in bf16
+        running = loaded + _activation_bytes(chain, kind, tokens)
+        statistics.append(running + _statistics_bytes(kind, work))
+        solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(kind, work)]
+        gradients.append(running + int(GRADIENTS * 4 * kind.elements) + _attention_bytes(chain, piece, extent.seq_len))
+        if kind.first == 0:
+            outer = item * chain.outer_elements(head=False) if read else 0
+            embedding = outer + running
+    mixtures = any(kind.experts for kind in chain.kinds)  # their inputs are stored
+    dense = demand.passes > 0 and not read  # its last hidden states are kept from before the walk
+    streams = extent.sets + work.streams + mixtures + dense
+    walked = streams * extent.share * extent.seq_len * _width(chain) * item
+    steps = {"checking": Held(_largest_tensor(chain)), "embedding": Held(embedding, walked)}
+    steps |= {"statistics": Held(max(statistics), walked), "solving": Held(max(solving), walked)}
+    if demand.gradient_tokens:
+        steps["gradients"] = Held(max(gradients), gradient_bytes(chain, demand.gradient_tokens))
+    if demand.passes:
+        steps |= _sweep_steps(chain, demand)
+    return steps
+
+
+def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
+    """The same for the sweep, and for the end of its first pass, when a copy of the best state is made."""
+    gpu, extent, (outer, loss) = chain.device.type == "cuda", demand.extent, head_bytes(chain)
+    windows = math.ceil(extent.swept / demand.passes / extent.seq_len)  # in a pass
+    moved = SWEEP_STREAMS * (1 + extent.fresh) * extent.share_of(windows) * extent.seq_len
+    moved *= _width(chain) * chain.dtype.itemsize
+    inputs = len(chain) * demand.step * _width(chain) * 4
+    best, largest = 4 * _trained(chain, demand.unrounded), 4 * max(kind.elements for kind in chain.kinds)
+    later = demand.passes > 1  # the best state is there from the second pass on
+    way = residence(chain, demand.sweep, extent.ranks)
+    if way is None:
+        copies = (ROUNDED_COPIES if demand.unrounded else STREAMED_COPIES) + (MOVED + AHEAD) * gpu
+        block = int(copies * largest) + _activations_for_gradients(chain, demand, 4)
+        moved, read = moved + TRAINED_COPIES * best, 0 if gpu else MOVED * largest
+        working = outer + inputs + max(loss, block)
+        return {"sweeps": Held(working, moved + best * later, read), "keeping": Held(outer, moved + best, read)}
+    running = outer + 3 * largest * way.sharded  # a block that is gathered, its gradients, and the next one
+    running += best // 2 if chain.products is not None or (way.narrow and not way.sharded) else 0  # in bf16
+    kept = _activations_for_gradients(chain, demand, 2 if way.narrow else 4)
+    activations = loss + (kept + inputs if way.recomputes else kept * len(chain))
+    best //= extent.ranks
+    masters = TRAINED_COPIES * best
+    step = Held(running + activations, moved + best * later, host=masters + best)  # their gradients, too
+    if not way.offloads:
+        step = step._replace(working=step.working + step.host, host=0)
+    return {"sweeps": step, "keeping": Held(0 if way.offloads else masters, moved + best)}
+
+
+def sweeps(chain: Chain, demand: Demand) -> list[str]:
+    """The ways to hold the blocks in the sweep of a run, the fastest first; [""] if it has none.
+
+    Experts, rounded values, and parameters without rows that processes could divide are swept by a streamed sweep."""
+    if not demand.passes:
+        return [""]
+    gpu, numbers = chain.device.type == "cuda", any(kind.scalars for kind in chain.kinds)
+    if demand.unrounded or any(kind.experts for kind in chain.kinds) or (demand.extent.ranks > 1 and numbers):
+        return [STREAMED]
+    fits = gpu or chain.device.type == "cpu"
+    offloads = gpu and not numbers
+    return [*[name for name, way in RESIDENT.items() if fits and (offloads or not way.offloads)], STREAMED]
+
+
+def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
+    """The resident sweep of this name; None for a streamed one or none."""
+    gpu = chain.device.type == "cuda"
+    narrow = gpu and chain.dtype is torch.bfloat16
+    way = RESIDENT.get(sweep)
+    return replace(way, sharded=ranks > 1 or way.offloads, narrow=narrow) if way is not None else None
+
+
+def _activations_for_gradients(chain: Chain, demand: Demand, item: int) -> int:
+    """Bytes that the gradients of a block in a step read, in a dtype of ``item`` bytes."""
+    widest = max(_widest(chain, kind) for kind in chain.kinds)
+    kept = item * demand.step * (KEPT_WIDTHS * _width(chain) + KEPT_OUTPUTS * widest)
+    return kept + _attention_bytes(chain, demand.step, min(demand.step, demand.extent.seq_len))
+
+
+def _activation_bytes(chain: Chain, kind: Kind, tokens: int) -> int:
+    """Bytes of a block's activations: gate, up, their product and one more; copies of inputs in attention and norms."""
+    return tokens * (4 * _widest(chain, kind) + 8 * _width(chain)) * chain.dtype.itemsize
+
+
+def _widest(chain: Chain, kind: Kind) -> int:
+    """The most outputs of a linear."""
+    return max((each.outputs for linears in (kind.linears, *kind.experts) for each in linears), default=_width(chain))
+
+
+def _attention_bytes(chain: Chain, tokens: int, seq: int) -> int:
+    """Bytes of attention as plain products, which passes with gradients take on a GPU (``attention_for``)."""
+    if chain.device.type != "cuda":
+        return 0
+    return ATTENTION_COPIES * 4 * tokens * seq * getattr(chain.config.get_text_config(), "num_attention_heads", 0)
+
+
+def _statistics_bytes(kind: Kind, workspace: Workspace) -> int:
+    """Bytes of the statistics: a chunk of tokens in fp32, sums for every input, the largest Gram matrix. Experts have
+    statistics one at a time."""
+    if not workspace.grams:
+        return 2 * 4 * CHUNK_ELEMENTS
+    inputs = [features for _, features, _ in _inputs(kind.linears)]
+    sums = sum(map(accumulator_bytes, inputs)) + max((4 * features**2 for features in inputs), default=0)
+    return 2 * 4 * CHUNK_ELEMENTS + max(sums, *map(_expert_bytes, kind.experts), 0)
+
+
+def _expert_bytes(linears: Sequence[Size]) -> int:
+    """Bytes of the statistics of one expert: matrices of its tokens and of all, their mean, sums, cross-moments of its
+    last linear, and a copy of its weights."""
+    matrices = sum(3 * 4 * linear.features**2 + accumulator_bytes(linear.features) for linear in linears)
+    weights = [linear.features * linear.outputs for linear in linears]
+    return matrices + 5 * 4 * weights[-1] + 4 * sum(weights)
+
+
+def _inputs(linears: Sequence[Size]) -> dict[tuple[str, int, bool], list[Size]]:
+    """The linears that share an input, by their module, their number of inputs, and whether they are the module's last:
+    a guess, since which do is known only when the block runs."""
+    last = {linear.module: position for position, linear in enumerate(linears)}
+    groups: dict[tuple[str, int, bool], list[Size]] = {}
+    for position, linear in enumerate(linears):
+        key = (linear.module, linear.features, position == last[linear.module])
+        groups.setdefault(key, []).append(linear)
+    return groups
+
+
+def _solver_bytes(kind: Kind, workspace: Workspace) -> int:
+    """Bytes for the most expensive linear of a block: copies of its weight, its Gram matrices and factorisations, and
+    the Gram matrices of later inputs, of which a method that refits writers has none; for a linear of an expert, those
+    of all tokens."""
+
+    def solving(linear: Size, others: Sequence[int]) -> int:
+        solved = int(workspace.weights * 4 * linear.features * linear.outputs)
+        square = 4 * linear.features**2
+        remembered = min(workspace.remembered * square, max(REMEMBERED_BYTES, square))
+        later = sum(4 * features**2 for features in others)
+        return solved + (int(workspace.grams * square) + remembered + later if workspace.grams else 0)
+
+    groups = _inputs(kind.linears)
+    inputs = [] if workspace.writers else [features for _, features, _ in groups]
+    sizes = [solving(each, inputs[at:]) for at, group in enumerate(groups.values(), 1) for each in group]
+    sizes += [solving(each, [other.features for other in expert]) for expert in kind.experts for each in expert]
+    return max(sizes, default=0)
+
+
+def _largest_tensor(chain: Chain) -> int:
+    return max(source.bytes for source in [*chain.outer_tensors().values(), *chain.block_tensors(0).values()])
+
+
+def _width(chain: Chain) -> int:
+    return int(chain.config.get_text_config().hidden_size)
+
+
+DISK = 1e9  # bytes read, checked or written in a second
+JOINED = 4e9  # bytes that processes on CPUs exchange in a second; those on cards exchange them by the cards' links
+GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight: bf16, twice, and its gradient
+FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
+COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
+PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
+REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
+BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
+GRADIENT = 3  # the same where only inputs have gradients, and the squared gradients of the weights
+TRIALS = 2  # rates that a sweep tries, each judged by the held-out steps
+WRITING = 10  # passes that a token costs which the model writes itself
+TRIANGLE = 0.6  # share of a Gram matrix that is computed: panels of its upper triangle
+ADAM = 8 * 4  # bytes that a step moves for each weight: parameters, two moments and gradients in fp32, both ways
+UPLOADED, DOWNLOADED = 4 * 4, 3 * 4  # bytes that a step reads for each weight from where it is kept, and writes there
+
+
+@dataclass(frozen=True)
 class Work:
     """Operations of a whole model, and bytes."""
 
@@ -426,43 +442,40 @@ class Work:
 
     @classmethod
     def of(cls, chain: Chain, seq_len: int) -> Work:
-        text, blocks, width = chain.config.get_text_config(), range(len(chain)), _width(chain)
+        text, width = chain.config.get_text_config(), _width(chain)
         active = statistics = targets = solving = 0.0
         sums = 0
-        for index in blocks:
-            routed = _routed(chain, index)
-            inputs: dict[str, list[LinearView]] = {}  # by module, whose first linears share their input
-            for linear in chain.linears(index):
-                size = linear.in_features * linear.out_features
-                active += size * (routed if isinstance(linear.module, ExpertLinear) else 1)
-                solving += 2 * linear.in_features * size
-                inputs.setdefault(linear.name.rpartition(".")[0], []).append(linear)
-            for linears in inputs.values():
-                share = routed if isinstance(linears[0].module, ExpertLinear) else 1
-                targets += 2 * linears[-1].in_features * linears[-1].out_features * share
-                for linear in linears[:: max(1, len(linears) - 1)]:
-                    statistics += TRIANGLE * 2 * linear.in_features**2 * share
-                    sums += accumulator_bytes(linear.in_features)
+        for kind in chain.kinds:
+            experts = sum(kind.experts.values())
+            parts: list[tuple[Sequence[Size], int, float]] = [(kind.linears, 1, 1.0)]
+            parts += [(linears, number, _routed(chain, experts)) for linears, number in kind.experts.items()]
+            for linears, number, routed in parts:
+                for (_, features, last), group in _inputs(linears).items():
+                    outputs, every = sum(linear.outputs for linear in group), number * kind.number
+                    active += every * routed * features * outputs
+                    statistics += every * routed * TRIANGLE * 2 * features**2
+                    targets += every * routed * 2 * features * outputs * last
+                    solving += every * 2 * features**2 * outputs
+                    sums += every * accumulator_bytes(features)
         return cls(
             token=2 * active + 4 * seq_len * width * len(chain),
             head=2.0 * text.vocab_size * width,
             statistics=statistics,
             targets=targets,
             solving=solving,
-            weights=sum(block_elements(chain, index) for index in blocks),
+            weights=_trained(chain, unrounded=False),
             sums=sums,
             stored=checkpoint_bytes(chain),
             hidden=2 * len(chain) * width * chain.dtype.itemsize,
         )
 
 
-def _routed(chain: Chain, index: int) -> float:
+def _routed(chain: Chain, experts: int) -> float:
     """The share of the experts of a block that a token is routed to, by the names that configs have for it."""
-    experts = max(map(len, chain.mixtures(index)), default=0)
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
     text = chain.config.get_text_config()
     chosen = next((value for name in names if isinstance(value := getattr(text, name, None), int)), 1)
-    return min(1.0, chosen / experts) if experts else 1.0
+    return min(1.0, chosen / experts)
 
 
 def predicted_seconds(

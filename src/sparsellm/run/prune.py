@@ -75,7 +75,7 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         predicted = plan.seconds_ahead(len(finished))
         progress(Progress(PLAN, costs=predicted))
         folder = partial_of(plan.out) if plan.out is not None else None
-        memory = plan.memory
+        memory = plan.prediction.memory
         scratch = Scratch(
             memory.hidden_in_memory_bytes, folder, spare=memory.kept_bytes, on_device=memory.hidden_on_device_bytes
         )
@@ -175,6 +175,7 @@ def _sweep(
 
     shards = [journal.block(index) for index in range(len(chain))]
     first, *others = plan.windows.swept
+    machine.trim()  # what the walk has freed
     with clock.phase("sweep"):
         sweeps = sweep(
             SweepTask(
@@ -189,7 +190,7 @@ def _sweep(
                 fresh=others,
                 integers=integers_of(plan, linears),
                 sources=plan.windows.swept_sources,
-                resident=residence(chain, plan.memory.sweep, parallel.size()),
+                resident=residence(chain, plan.prediction.memory.sweep, parallel.size()),
             )
         )
     if dense is not None:
@@ -234,7 +235,7 @@ def _result(
         predicted_seconds=predicted,
         resumed=len(finished),
         warnings=warnings,
-        memory=plan.memory,
+        memory=plan.prediction.memory,
         sweeps=pruned.sweeps,
         allocation={"name": plan.choice.allocator.name, **allocation.report} if allocation is not None else {},
         processes=parallel.size(),

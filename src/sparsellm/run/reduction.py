@@ -63,7 +63,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         return Removed(request.model, place, records, plan.base)
     with Journal(plan.out, len(plan.chain), restart=request.restart, overwrite=overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
-        scratch = Scratch(plan.memory.hidden_in_memory_bytes, partial_of(place))
+        scratch = Scratch(plan.prediction.memory.hidden_in_memory_bytes, partial_of(place))
         feed = Feed(plan.chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
         costs = _costs(feed) if score.needs(options).output_costs else {}
         function = partial(score.function, **options)

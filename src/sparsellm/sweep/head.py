@@ -41,6 +41,7 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
         slope = slopes[: logits.numel()].view_as(logits)
         total += loss(logits.detach(), span, slope)
         parts.append(torch.autograd.grad(logits, part, slope)[0])
+        del logits  # before the next are computed
     return total, torch.cat(parts, dim=1) if gradient else hidden
 
 
