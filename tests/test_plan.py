@@ -45,20 +45,8 @@ def test_a_config_alone_predicts_what_a_run_does(make: Any, tmp_path: Path) -> N
 
 def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(llama: Path, tmp_path: Path, run: Any) -> None:
     before, out = files(tmp_path), tmp_path / "out"
-    line = (
-        "prune",
-        llama,
-        "--out",
-        out,
-        "--samples",
-        4,
-        "--seq-len",
-        32,
-        "--method",
-        "wanda",
-        "--calibration",
-        "pydoc",
-    )
+    few = ("--samples", 4, "--seq-len", 32, "--method", "wanda", "--calibration", "pydoc")
+    line = ("prune", llama, "--out", out, *few)
     code, stdout, stderr = run(*line, "--dry-run", "--json")
     assert code == 0, stderr
     told = json.loads(stdout)
