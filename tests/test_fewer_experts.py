@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.errors import ModelError, RecipeError, StorageError
+from sparsellm.chain import open_chain
+from sparsellm.errors import MemoryBudgetError, ModelError, RecipeError, StorageError
 from sparsellm.mixtures.scores import SCORES, MixtureView
+from sparsellm.progress import Progress
+from sparsellm.registry import Workspace
+from sparsellm.run.predictions import Demand, Extent, steps_of
 from tests import killing
 from tests.killing import KILLED
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -63,6 +68,31 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     assert torch.equal(small(IDS).logits, hand(IDS).logits)
     assert small.num_parameters() < dense.num_parameters()
     assert not (tmp_path / "small-experts").exists()
+    assert result.predicted_seconds["experts"] > 0
+    assert result.seconds["experts"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+def test_every_family_is_cut_short_resumed_and_rounded(name: str, tmp_path: Path) -> None:
+    source = save_tiny(family(name, **EIGHT).to(torch.bfloat16), None, tmp_path / "dense")
+    recipe = {"experts": 4, "values": "int4", "method": "sparsegpt"}
+
+    def cut(event: Progress) -> None:
+        if event.phase == "experts" and event.done == 1:
+            raise KeyboardInterrupt
+
+    removed(source, tmp_path / "whole", **recipe)
+    with pytest.raises(KeyboardInterrupt):
+        sparsellm.prune(source, Recipe(**{**RECIPE, **recipe}), out=tmp_path / "cut", calibration=IDS, progress=cut)
+    result = removed(source, tmp_path / "cut", **recipe)
+    whole, resumed = tree(tmp_path / "whole"), tree(tmp_path / "cut")
+    written = [file for file in whole if file.endswith((".safetensors", "config.json"))]
+    assert len(written) > 3
+    assert all(whole[file] == resumed[file] for file in written)
+    rounded = [linear for linear in result.linears if ".experts." in linear.name]
+    assert len(rounded) == 3 * 4 * len(result.experts)
+    assert result.bits_per_weight is not None
+    assert loaded(tmp_path / "cut")(IDS).logits.isfinite().all()
 
 
 def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Path) -> None:
@@ -80,7 +110,9 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
     assert (
         "| experts of each mixture | 2 of 4, kept by `coordinated` |" in (tmp_path / "small" / "README.md").read_text()
     )
-    assert "2 of 4 experts stayed in each mixture" in (tmp_path / "small" / "report.html").read_text()
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert "2 of 4 experts stayed in each mixture" in page
+    assert ", score " in page
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
 
 
@@ -97,6 +129,80 @@ def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:
         assert killing.run(killing.prune, source, out, recipe).code == 0
         assert tree(out)["model-00001-of-00003.safetensors"] == first
         assert tree(out)["config.json"] == last
+
+
+def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
+    many, few = (
+        save_tiny(family("Mixtral", **dict.fromkeys(EIGHT, count)), tiny_tokenizer(), tmp_path / str(count))
+        for count in (8, 2)
+    )
+    recipe = {"samples": 64, "seq_len": 32, "effort": 1}
+    whole = sparsellm.plan(many, {**recipe, "experts": 0.75})
+    alone = sparsellm.plan(few, recipe)
+    door = sparsellm.dry_run(many, {**recipe, "experts": 0.75, "calibration": "pydoc"}, out=tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    assert (whole.tokens, whole.disk_bytes) == (door.tokens, door.disk_bytes)
+    assert whole.seconds == pytest.approx(door.seconds)
+    assert whole.memory.working_bytes == door.memory.working_bytes
+    assert whole.tokens["experts"] == 64 * 32
+    assert {name: whole.seconds[name] for name in ("prune", "sweep")} == pytest.approx(
+        {name: alone.seconds[name] for name in ("prune", "sweep")}
+    )
+    assert whole.seconds["experts"] > 0
+    assert whole.seconds["gradients"] > alone.seconds["gradients"]
+    assert whole.disk_bytes > alone.disk_bytes
+    assert whole.memory.steps_bytes["experts"] > 0
+    unscored = sparsellm.plan(many, {**recipe, "experts": 0.75, "expert_score": "reap"})
+    assert unscored.seconds["experts"] < whole.seconds["experts"]
+    assert unscored.seconds["gradients"] < whole.seconds["gradients"]
+
+
+def test_the_memory_of_a_removal_by_hand() -> None:
+    chain = open_chain(mixtral(num_hidden_layers=1), device=torch.device("cpu"))
+    demand = Demand(Extent(samples=100, seq_len=16, batch_tokens=64), Workspace(0, 0))
+    removing, other = steps_of(chain, replace(demand, removes=True)), steps_of(chain, demand)
+    width, inner, experts, tokens, every = 32, 80, 4, 64, 1600
+    activations = tokens * (4 * inner + 8 * width) * 4
+    sample = every * (experts * width + 4 * width)
+    refit = 4 * inner**2 + 7 * width * inner + tokens * (2 * inner + 3 * width)
+    block = 4 * sum(value.numel() for value in chain.blocks[0].state_dict().values())
+    routes = every * (12 * 2 + 8)
+    assert removing["experts"].working == activations + block + routes + 4 * max(sample, refit)
+    assert removing["experts"].movable == other["solving"].movable + every * width * 4  # what the mixture returned
+
+
+def test_a_run_that_cannot_fit_later_is_refused_at_first(tmp_path: Path) -> None:
+    source = save_tiny(mixtral(intermediate_size=2048), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(samples=4, seq_len=32, experts=2, calibration="pydoc", effort=0, options={"solver": "admm"})
+    needed = sparsellm.dry_run(source, recipe, out=tmp_path / "small").memory
+    assert needed.predicted_peak_rss_bytes - needed.steps_bytes["experts"] > 60 << 20
+    tight = recipe.updated(memory=needed.predicted_peak_rss_bytes - (30 << 20))
+    with pytest.raises(MemoryBudgetError, match="for solving"):
+        sparsellm.prune(source, tight, out=tmp_path / "small")
+    assert not list(tmp_path.glob("small*"))
+
+
+def test_inspect_says_which_experts_can_go(tmp_path: Path, run: Any) -> None:
+    source = save_tiny(family("DeepseekV3", **EIGHT), tiny_tokenizer(), tmp_path / "deep")
+    code, stdout, _ = run("inspect", source)
+    said = "mixtures: 8 experts in 1 of 2 blocks, 2 for a token, 1 shared, 2 groups; prune --experts can keep 4 or more"
+    assert (code, said in " ".join(stdout.split())) == (0, True)
+    source = save_tiny(mixtral(num_experts_per_tok=4), tiny_tokenizer(), tmp_path / "all")
+    found = json.loads(run("inspect", source, "--json")[1])["mixtures"]
+    assert found["experts"] == {"0": 4, "1": 4}
+    assert (found["least"], found["why"]) == (4, "routing needs all 4 experts")
+    llama = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "llama")
+    assert json.loads(run("inspect", llama, "--json")[1])["mixtures"] is None
+
+
+def test_a_comparison_has_runs_with_fewer_experts(tmp_path: Path, run: Any) -> None:
+    source = save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "dense")
+    line = ("compare", source, "--out", tmp_path / "compared", "--method", "wanda", "--sparsity", "0.5")
+    line += ("--experts", "0.25,2", "--text-seq-len", 32, "--max-tokens", 256, "--samples", 4, "--seq-len", 32)
+    code, stdout, stderr = run(*line, "--calibration", "pydoc", "--json")
+    assert code == 0, stderr
+    cells = {cell["name"]: cell["packed_bytes"] for cell in json.loads(stdout)["cells"]}
+    assert cells["wanda-0.5-experts0.25"] > cells["wanda-0.5-experts2"]
 
 
 def view(**changes: Any) -> MixtureView:

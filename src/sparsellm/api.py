@@ -30,6 +30,7 @@ from sparsellm.hub.card import card
 from sparsellm.hub.push import push
 from sparsellm.inputs import without_folders
 from sparsellm.machine import resolve_device
+from sparsellm.mixtures.fewer import Routing
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Prediction, Protocol
@@ -343,5 +344,13 @@ def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[Matri
     return zeros
 
 
-__all__ = ["Evaluation", "MatrixZeros", "Opened", "PruneResult", "card", "dry_run", "evaluate", "inspect", "plan"]
-__all__ += ["prune", "push"]
+@checked
+def inspect_experts(model: Checkpoint, *, trust_remote_code: bool = False) -> Routing:
+    """The mixtures of experts of a model, by its config alone, and whether :func:`prune` can remove experts of them, or
+    why not. Errors as :func:`plan`."""
+    place, cpu = config_place(str(model)), torch.device("cpu")
+    return Routing.of(outline(place, device=cpu, trust_remote_code=trust_remote_code))
+
+
+__all__ = ["Evaluation", "MatrixZeros", "Opened", "PruneResult", "card", "dry_run", "evaluate", "inspect"]
+__all__ += ["inspect_experts", "plan", "prune", "push"]

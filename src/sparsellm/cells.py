@@ -251,11 +251,12 @@ def cells_of(
     patterns: Sequence[str] = (),
     efforts: Sequence[int] = (),
     values: Sequence[str] = (),
+    experts: Sequence[float] = (),
 ) -> dict[str, Recipe]:
-    """The cells by name: every method at every sparsity, then at every pattern; each with every effort, if
-    the method has a sweep, and with every type of values. The other settings are those of ``base``, whose options hold
-    for the methods that have them, and those of a sweep for the methods with one. A RecipeError if nothing is asked
-    for, something is named twice or wrong, or no method has an option of the base."""
+    """The cells by name: every method at every sparsity, then at every pattern; each with every effort, if the method
+    has a sweep, with every type of values, and with every ``experts``. The other settings are those of ``base``, whose
+    options hold for the methods that have them, and those of a sweep for the methods with one. A RecipeError if nothing
+    is asked for, something is named twice or wrong, or no method has an option of the base."""
     recipe = Recipe.of(base)
     if not methods or not (sparsities or patterns):
         raise RecipeError("a comparison needs one method or more, and one sparsity or pattern or more")
@@ -270,12 +271,14 @@ def cells_of(
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
     targets += [{"pattern": pattern} for pattern in patterns]
     typed: list[Settings] = [{"values": each} for each in values] or [{}]
-    for target, entry, kept in product(targets, entries, typed):
+    fewer: list[Settings] = [{"experts": each} for each in experts] or [{}]
+    for left, target, entry, kept in product(fewer, targets, entries, typed):
         options = {key: value for key, value in recipe.options.items() if key in entry.options.model_fields}
         without = dict.fromkeys(swept) if entry.effort is None else {}
         for sweep in [{"effort": each} for each in efforts if entry.effort is not None] or [{}]:
-            one = recipe.updated(method=entry.name, options=options, **{**without, **sweep}, **target, **kept)
+            one = recipe.updated(method=entry.name, options=options, **{**without, **sweep}, **target, **kept, **left)
             name = f"{entry.name}-{one.pattern.replace(':', '-') if one.pattern else format(one.sparsity, 'g')}"
+            name += f"-experts{one.experts:g}" if one.experts is not None else ""
             name += f"-effort{one.effort}" if sweep else ""
             name += f"-{one.values}" if one.values != "keep" else ""
             if name in cells:

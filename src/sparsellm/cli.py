@@ -253,12 +253,13 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
     argument("DIRECTORY", "A checkpoint, pruned or not."), use.TRUST, use.JSON, examples=["sparsellm inspect pruned"]
 )
 def inspect(directory: str, trust_remote_code: bool) -> Printed:
-    """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
+    """Count the zeros of a checkpoint per matrix, per block, and in all, check N:M, and say which experts can go."""
     from sparsellm import api, tables
     from sparsellm.patterns import strictest
     from sparsellm.records import Totals
 
     matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
+    mixtures = api.inspect_experts(directory, trust_remote_code=trust_remote_code)
     blocks: dict[int, list[api.MatrixZeros]] = {}
     for matrix in matrices:
         blocks.setdefault(matrix.block, []).append(matrix)
@@ -272,8 +273,9 @@ def inspect(directory: str, trust_remote_code: bool) -> Printed:
         "blocks": [{"block": i, "sparsity": part.sparsity, "zeros": part.zeros} for i, part in totals.items()],
         "linears": [matrix.model_dump(mode="json") for matrix in matrices if matrix.linear],
         "others": [matrix.model_dump(mode="json") for matrix in matrices if not matrix.linear],
+        "mixtures": mixtures.model_dump(mode="json") if mixtures.experts else None,
     }
-    return content, lambda: tables.print_zeros(matrices, blocks, pattern)
+    return content, lambda: tables.print_zeros(matrices, blocks, pattern, mixtures)
 
 
 @_command(
@@ -305,6 +307,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     use.PLUGIN,
     option("--effort LIST", "Efforts of the sweep, with commas: 0,1,2.", WHAT, default=""),
     option("--values TYPES", "Types of the kept values, with commas: keep,int4. As in prune.", WHAT, default=""),
+    option("--experts LIST", "Experts to remove or keep, as in prune, with commas: 0.25,0.5.", WHAT, default=""),
     *map(field, ("calibration", "samples", "seq_len", "memory", "device")),
     option("--text SOURCE", "Text to measure on, as in eval.", TEXT, default="pydoc", values=SOURCES),
     option("--text-seq-len N", "Tokens in a window of that text.", TEXT, shown=SEQ_LEN),
@@ -321,7 +324,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     ),
 )
 def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
-    """Prune MODEL by every method, at every sparsity, effort and type of values, and measure each against it.
+    """Prune MODEL in every combination of the lists, and measure each run against it.
 
     With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
     is a checkpoint in DIR.
@@ -331,8 +334,9 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     from sparsellm import parallel, tables
     from sparsellm.inputs import parse_bytes, parse_yaml
 
-    asked = {name: use.listed(options.pop(name)) for name in ("method", "pattern", "sparsity", "effort", "values")}
-    numbers = {name: [parse_yaml(each, f"--{name}") for each in asked[name]] for name in ("sparsity", "effort")}
+    numeric = ("sparsity", "effort", "experts")
+    asked = {name: use.listed(options.pop(name)) for name in ("method", "pattern", "values", *numeric)}
+    numbers = {name: [parse_yaml(each, f"--{name}") for each in asked[name]] for name in numeric}
     recover, most = options.get("recover"), options.get("max_bytes")
     if recover is not None and not 0 < recover <= 1:
         raise RecipeError(f"--recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
@@ -348,6 +352,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
             values=asked["values"],
             sparsities=numbers["sparsity"],
             efforts=numbers["effort"],
+            experts=numbers["experts"],
         ),
         protocol=protocol,
         recover=recover,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.exports.door import ExportResult
+    from sparsellm.mixtures.fewer import Routing
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
     from sparsellm.registry import Registry
@@ -125,9 +126,14 @@ def _kinds(result: PruneResult) -> Table:
     return shown
 
 
-def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
-    """Prints the zeros of every matrix, every block, and all. The experts of a block share one row for each kind of
-    matrix, because a mixture may have thousands."""
+def print_zeros(
+    matrices: list[MatrixZeros],
+    blocks: dict[int, list[MatrixZeros]],
+    pattern: str | None,
+    mixtures: Routing,
+) -> None:
+    """Prints the zeros of every matrix, every block, and all, and what is known of mixtures. The experts of a block
+    share one row for each kind of matrix, because a mixture may have thousands."""
     from sparsellm.patterns import strictest
 
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
@@ -147,6 +153,13 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
         shown.add_section()
     row("all", "", matrices, pattern or "–", "bold")
     out().print(shown)
+    if mixtures.experts:
+        sizes = " or ".join(map(str, sorted(set(mixtures.experts.values()))))
+        parts = [f"{sizes} experts in {len(mixtures.experts)} of {len(blocks)} blocks"]
+        named = {"for a token": mixtures.per_token, "shared": mixtures.shared, "groups": mixtures.groups}
+        parts += [f"{number} {what}" for what, number in named.items() if number and (what, number) != ("groups", 1)]
+        can = f"prune --experts can keep {mixtures.least} or more of them"
+        say(f"mixtures: {', '.join(parts)}; {f'none can be removed: {mixtures.why}' if mixtures.why else can}")
 
 
 def print_choices(option: str, registry: Registry[Any], prefix: str, *, allocations: bool) -> None:

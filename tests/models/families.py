@@ -210,6 +210,7 @@ _MIXTURES: dict[str, dict[str, Any]] = {
     "Glm4Moe": {**_NARROW, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "GptOss": {"sliding_window": 16},
     "Llama4Text": {"intermediate_size_mlp": 80, "interleave_moe_layer_step": 1, "num_experts_per_tok": 1},
+    "Lfm2Moe": {**_NARROW, "layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "Jamba": _JAMBA,
 }
 

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,9 +242,6 @@ def outline(
     check_sizes(config, place, None)
     chain = Chain(empty_model(config, place, trust_remote_code), None, device=device, dtype=dtype)
     chain.describe(place, device, dtype)
-    # They do not change, and a mixture has thousands.
-    for name in ("linears", "mixtures", "block_tensors", "names_of", "outer_tensors"):
-        setattr(chain, name, cache(getattr(chain, name)))
     return chain
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -91,6 +91,9 @@ class ModelWeights:
         }
         self.reader = Outline(place, stored)
         self._compute(device, dtype)
+        # They do not change, and a mixture has thousands.
+        for name in ("linears", "mixtures", "block_tensors", "names_of", "outer_tensors"):
+            setattr(self, name, cache(getattr(self, name)))
 
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Sets the device, and the dtype of blocks: by that of the first linear, if None."""

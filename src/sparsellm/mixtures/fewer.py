@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,55 +14,76 @@ from sparsellm.chain import Chain
 from sparsellm.chain.chain import empty_model
 from sparsellm.chain.experts import DOWN, GATE, UP
 from sparsellm.errors import ModelError, RecipeError
+from sparsellm.records import Record
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import TensorSource
 
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys of configs
-_PER_TOKEN = ("num_experts_per_tok", "moe_top_k")
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
 _INNER = ("text_config", "ffn_config")  # parts of a config that may have these keys
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The numbers of a model's mixtures, which are the same in every block with a mixture."""
+class Routing(Record):
+    """The mixtures of a model, and whether experts of them can be removed."""
 
-    experts: int
-    per_token: int
+    experts: dict[int, int]  # by block
+    per_token: int | None  # experts that a token takes; None if the config does not say
+    shared: int  # experts that all tokens take, which stay
     groups: int  # consecutive groups of experts that routing compares; 1 without groups
-    chosen_groups: int  # groups from which a token takes experts
+    least: int  # the fewest experts that the routing needs, a multiple of the groups
+    why: str  # experts cannot be removed; empty if they can
 
     @classmethod
     def of(cls, chain: Chain) -> Routing:
-        """The routing of a model. Raises ModelError if it has no mixtures, or they differ in a way not supported."""
-        sizes = {len(mixture) for index in range(len(chain)) for mixture in chain.mixtures(index)}
-        kind = chain.config.model_type
-        if not sizes:
-            raise ModelError(f"a {kind} has no mixture of experts whose experts can be removed; leave experts out")
-        if len(sizes) > 1 or any(len(chain.mixtures(index)) > 1 for index in range(len(chain))):
-            raise ModelError(f"the mixtures of this {kind} differ in size or share a block; leave experts out")
-        text = chain.config.get_text_config()
-        groups = _number(text, ("n_group",)) or 1
-        return cls(sizes.pop(), _number(text, _PER_TOKEN) or 1, groups, _number(text, ("topk_group",)) or groups)
+        """The routing of a model."""
+        kind, mixtures = chain.config.model_type, [chain.mixtures(index) for index in range(len(chain))]
+        experts = {index: len(mixture) for index, each in enumerate(mixtures) for mixture in each}
+        per_token, groups, why = experts_of_token(chain), _number(chain, ("n_group",)) or 1, ""
+        if not experts:
+            why = f"a {kind} has no mixture of experts whose experts can be removed"
+        elif len({*experts.values()}) > 1 or max(map(len, mixtures)) > 1:
+            why = f"the mixtures of this {kind} differ in size or share a block"
+        elif any("." not in mixture.name for each in mixtures for mixture in each):
+            why = f"the experts of a {kind} are not in a module with their router"
+        elif per_token is None:
+            why = f"the config of a {kind} does not say how many experts a token takes"
+        elif _number(chain, NUMBERS) not in experts.values():
+            why = f"a {kind} has no number in its config that sets how many experts its blocks have"
+        has_shared = any("shared" in name for block in chain.blocks for name, _ in block.named_modules())
+        shared = (_number(chain, ("n_shared_experts",)) or 1) if has_shared else 0
+        chosen = _number(chain, ("topk_group",)) or groups
+        pairs = 2 if groups > 1 else 1  # the routing compares groups by their two best experts
+        least = groups * max(pairs, -(-(per_token or 1) // chosen))
+        if not why and least >= max(experts.values()):
+            why = f"routing needs all {max(experts.values())} experts"
+        return cls(experts=experts, per_token=per_token, shared=shared, groups=groups, least=least, why=why)
 
     def keep(self, experts: float) -> int:
-        """The experts that stay: a share below 1 of those that go, or the number that stays. A RecipeError says that
-        too few are left for the routing."""
-        keep = self.experts - round(experts * self.experts) if experts < 1 else int(experts)
-        pairs = 2 if self.groups > 1 else 1  # the routing compares groups by their two best experts
-        if keep >= self.experts:
-            raise RecipeError(f"experts {experts:g} removes none of {self.experts} experts; give a larger share")
-        least = self.groups * max(pairs, -(-self.per_token // self.chosen_groups))
-        if keep < least or keep % self.groups:
+        """The experts that stay: a share below 1 of those that go, or the number that stays. Raises ModelError if none
+        can be removed, and RecipeError if too few would be left for the routing."""
+        if self.why:
+            raise ModelError(f"{self.why}; leave experts out")
+        many = next(iter(self.experts.values()))
+        keep = many - round(experts * many) if experts < 1 else int(experts)
+        if keep >= many:
+            raise RecipeError(f"experts {experts:g} removes none of {many} experts; give a larger share")
+        if keep < self.least or keep % self.groups:
             parts = f", in {self.groups} equal groups" if self.groups > 1 else ""
             raise RecipeError(
-                f"experts {experts:g} leaves {keep} of {self.experts} experts, and routing needs {least} or more{parts}"
+                f"experts {experts:g} leaves {keep} of {many} experts, and routing needs {self.least} or more{parts}"
                 "; give a smaller share, or the number to keep"
             )
         return keep
 
 
-def _number(config: Any, names: Sequence[str]) -> int | None:
-    """The first whole number that a config, or a part of it, has under one of these names."""
+def experts_of_token(chain: Chain) -> int | None:
+    """The experts that a token takes in a mixture, by the names that configs have for it; None if there is none."""
+    return _number(chain, _PER_TOKEN)
+
+
+def _number(chain: Chain, names: Sequence[str]) -> int | None:
+    """The first whole number that the config of a text model, or a part of it, has under one of these names."""
+    config = chain.config.get_text_config()
     for holder in (config, *(getattr(config, inner, None) for inner in _INNER)):
         for name in names:
             if type(value := getattr(holder, name, None)) is int and value > 0:
@@ -74,28 +95,32 @@ class FewerExperts:
     """A twin of a chain's model with fewer experts, one block of which has weights at a time.
 
     Attributes:
-        chain: the twin as a chain of its own; its blocks run in place of those of the model.
-        keep: the experts of each mixture.
+        chain: the twin as a chain by its config alone; its blocks run in place of those of the model.
+        routing, keep: the routing of the model; the experts of each mixture that stay, by ``experts`` of a recipe.
+
+    Raises:
+        ModelError, RecipeError: none of the experts, or not as many, can be removed.
     """
 
-    def __init__(self, dense: Chain, experts: int, keep: int) -> None:
-        self.dense, self.keep, full = dense, keep, dense.config.to_dict()
+    def __init__(self, dense: Chain, experts: float) -> None:
+        self.dense, self.routing, full = dense, Routing.of(dense), dense.config.to_dict()
+        self.keep = keep = self.routing.keep(experts)
         parts = {"": full, **{inner: full[inner] for inner in _INNER if isinstance(full.get(inner), dict)}}
         # Names that have the number of experts, by the part of the config, "" for the config itself.
-        self._numbers = {part: [name for name in NUMBERS if parts[part].get(name) == experts] for part in parts}
+        many = next(iter(self.routing.experts.values()))
+        self._numbers = {part: [name for name in NUMBERS if each.get(name) == many] for part, each in parts.items()}
         config = copy.deepcopy(dense.config)
         for part, names in self._numbers.items():
             for name in names:
                 setattr(getattr(config, part) if part else config, name, keep)
         assert dense.reader is not None
-        self.chain = Chain(empty_model(config, dense.reader.directory, False), None, device=dense.device, dtype=None)
-        self.chain.device, self.chain.dtype = dense.device, dense.dtype
+        place = dense.reader.directory
+        self.chain = Chain(empty_model(config, place, False), None, device=dense.device, dtype=None)
+        self.chain.describe(place, dense.device, dense.dtype)
+        self.chain.products = dense.products
         for index in range(len(dense)):
             if [len(mixture) for mixture in self.chain.mixtures(index)] != [keep] * len(dense.mixtures(index)):
-                raise ModelError(
-                    f"a {dense.config.model_type} has no number in its config that sets how many experts its blocks "
-                    "have; leave experts out"
-                )
+                raise ModelError(f"a {config.model_type} has other experts in some blocks; leave experts out")
 
     def change(self, config: dict[str, Any]) -> None:
         """Puts the number of experts into the contents of a ``config.json``, also one that it leaves to its default."""
@@ -132,7 +157,7 @@ class FewerExperts:
     def tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of the block under the names and in the dtypes of the checkpoint."""
         dtypes = {self.chain.key_of[name]: self.dense.stored_dtype(name) for name in self.chain.names_of(index)}
-        sources = self.chain.block_tensors(index).items()
+        sources = Chain.block_tensors(self.chain, index).items()  # those of an outline would be the first ones
         return {key: replace(source, dtype=dtypes[key]) for key, source in sources}
 
     def release(self, index: int) -> None:

@@ -22,7 +22,6 @@ from sparsellm import parallel
 from sparsellm.chain import Chain, Stream
 from sparsellm.chain.capture import hooked
 from sparsellm.chain.experts import DOWN, Mixture, Routed
-from sparsellm.errors import ModelError
 from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.mixtures.scores import MixtureView
 from sparsellm.records import ExpertsOfBlock
@@ -170,8 +169,6 @@ def _sampled(stream: Stream, index: int, mixture: Mixture) -> Iterator[list[Tens
     """Until the context ends, takes what the module around a mixture gets for about :data:`SAMPLE` tokens of all
     windows: for each batch that runs ``(1, tokens, width)``."""
     around = _around(stream.chain.blocks[index], mixture)
-    if around is stream.chain.blocks[index]:
-        raise ModelError(f"the experts of {stream.chain.block_names[index]} are not in a module with their router")
     step = max(1, sum(stream.hidden[position].shape[:2].numel() for position in range(len(stream))) // SAMPLE)
     seen: list[Tensor] = []
 

@@ -229,11 +229,14 @@ def maps(pruning: Pruning) -> list[Chart]:
 
 
 def experts_chart(pruning: Pruning) -> Chart:
-    """The tokens of every expert of the dense model, by block, and which experts stayed."""
+    """The tokens and the score of every expert of the dense model, by block, and which experts stayed."""
     first, every = pruning.experts[0], [str(number) for number in range(len(pruning.experts[0].tokens))]
     shares = [[count / max(1, sum(each.tokens)) for count in each.tokens] for each in pruning.experts]
     rows = [
-        [f"{'kept' if number in each.kept else 'removed'}, {share:.1%}" for number, share in enumerate(known)]
+        [
+            f"{'kept' if at in each.kept else 'removed'}, {share:.1%}, score {number(score)}"
+            for at, (share, score) in enumerate(zip(known, each.scores, strict=True))
+        ]
         for each, known in zip(pruning.experts, shares, strict=True)
     ]
     blocks = [each.block for each in pruning.experts]

@@ -16,6 +16,7 @@ from sparsellm.chain.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.errors import RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods.task import Method
+from sparsellm.mixtures import SCORES
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.registry import Entry, Needs, Options, Workspace
@@ -38,6 +39,7 @@ class Choice:
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs
     allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
+    removes: bool = False  # whether this is the pass that removes experts, before the run
 
     @classmethod
     def of(cls, recipe: Recipe) -> Choice:
@@ -60,10 +62,18 @@ class Choice:
         needs = method.needs(options)
         return cls(method, options, needs, passes, sets, allocator, allocation_options, allocation_needs, allocates)
 
+    @classmethod
+    def removing(cls, recipe: Recipe) -> Choice:
+        """The choice of the pass that removes the experts of a recipe; errors as in :meth:`of` for that recipe."""
+        score = SCORES[recipe.expert_score]
+        cls.of(recipe)
+        nothing = cls.of(Recipe(method="magnitude", sparsity=0.0))
+        return replace(nothing, needs=score.needs(score.check(recipe.expert_options)), removes=True)
+
     @property
     def workspace(self) -> Workspace:
         """The memory and work of the method and the functions that its options choose."""
-        return self.method.workspace.then(self.needs.workspace)
+        return self.needs.workspace if self.removes else self.method.workspace.then(self.needs.workspace)
 
     @property
     def token_states(self) -> bool:

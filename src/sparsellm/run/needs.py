@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from sparsellm.chain import Chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs import about, parse_bytes
 from sparsellm.machine import machine_name
+from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.progress import LEAST, MOST, between
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import Memory, Prediction
@@ -36,6 +38,7 @@ from sparsellm.run.predictions import (
 from sparsellm.run.speeds import Speeds, measured
 from sparsellm.sweep.whole_model import check_sweepable
 
+Choose = Callable[[Recipe], Choice]
 UNLIMITED = 1 << 62  # bytes
 LOCAL = ("sparsegpt", "wanda")  # methods that hold less, for models that no effort fits
 
@@ -43,8 +46,8 @@ LOCAL = ("sparsegpt", "wanda")  # methods that hold less, for models that no eff
 def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, sharers: int = 1) -> Extent:
     """The windows that a recipe asks for, where the text has room for all."""
     seq_len = recipe.seq_len or default_seq_len(chain)
-    # The sweep takes new windows where the dense model can run, and one in memory is not dense any more.
-    fresh = choice.passes if chain.reader is not None else 0
+    # The sweep takes new windows where the dense model can run: one in memory, or with fewer experts, is another.
+    fresh = choice.passes if chain.reader is not None and recipe.experts is None else 0
     of_pass = windows_of_pass(recipe.samples)
     drawn = choice.sets * recipe.samples + fresh * of_pass
     return Extent(
@@ -90,6 +93,7 @@ def predict(
     workspace = choice.workspace.then(choice.allocator.workspace)
     differentiated = 0 if done else extent.share_of(gradients) * extent.seq_len
     demand = Demand(extent, workspace, differentiated, choice.passes, choice.trains_integers(recipe))
+    demand = replace(demand, removes=choice.removes, reduced=recipe.experts is not None and not choice.removes)
     fitting: list[tuple[Memory, dict[str, float]]] = []
     for way in sweeps(chain, demand) if sweep is None else [sweep]:
         try:
@@ -103,7 +107,7 @@ def predict(
     memory, seconds = min(fitting, key=lambda each: sum(each[1].values()))  # the first of equals
     files = (2 if choice.passes else 1) * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
     files += saved_sweep_bytes(chain, choice.passes, unrounded=demand.unrounded)
-    tokens = {"gradients": gradients, "prune": extent.sets * extent.samples}
+    tokens = {"gradients": gradients, "experts" if choice.removes else "prune": extent.sets * extent.samples}
     return Prediction(
         machine=speeds.name,
         ranks=extent.ranks,
@@ -122,13 +126,46 @@ def speeds_of(chain: Chain) -> Speeds:
     return measured(chain.device, dtype, chain.config.get_text_config().hidden_size)
 
 
-def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | None = None) -> Prediction:
+def added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of two mappings, those of the same name added up."""
+    return {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
+
+
+def after_removal(first: Prediction, smaller: Chain, rest: Prediction) -> Prediction:
+    """The prediction of a run that first removes experts, then does the ``rest`` on the ``smaller`` model."""
+    larger = max(first.memory, rest.memory, key=lambda memory: memory.predicted_peak_rss_bytes)
+    changes = {
+        "tokens": added(first.tokens, rest.tokens),
+        "seconds": added(first.seconds, rest.seconds),
+        "memory": larger.model_copy(update={"steps_bytes": {**first.memory.steps_bytes, **larger.steps_bytes}}),
+        "disk_bytes": checkpoint_bytes(smaller) + first.memory.hidden_on_disk_bytes * first.ranks + rest.disk_bytes,
+        "notes": [*first.notes, *rest.notes],
+        "wanted_ranks": first.wanted_ranks and rest.wanted_ranks and max(first.wanted_ranks, rest.wanted_ranks),
+    }
+    return rest.model_copy(update=changes)
+
+
+def chosen_for(chain: Chain, recipe: Recipe) -> Choose:
+    """How a recipe chooses for a chain that is pruned, by the patterns of one; errors as :func:`patterns_of`."""
+    patterns = patterns_of(chain, recipe).values()
+    return lambda recipe: Choice.of(recipe).on(patterns, recipe.values, reduced=recipe.experts is not None)
+
+
+def foresee(
+    chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | None = None, choose: Choose | None = None
+) -> Prediction:
     """The prediction for a chain whose weights need not be there: on this machine, with ``ranks`` processes on it; or,
     with the ``speeds`` of another one, whose memory is that of the recipe, or else unlimited. A run that does not fit
-    is predicted all the same; a note says so, and what fits. Raises SparseLLMError for what no memory could run."""
+    is predicted all the same; a note says so, and what fits. ``choose`` makes it one of the passes of a run that
+    removes experts. Raises SparseLLMError for what no memory could run."""
     if recipe.samples < ranks:
         raise RecipeError(f"{recipe.samples} calibration windows cannot be divided among {ranks} processes")
-    here, patterns = speeds is None, patterns_of(chain, recipe).values()
+    if recipe.experts is not None and choose is None:
+        smaller = FewerExperts(chain, recipe.experts).chain
+        rest = foresee(smaller, recipe, ranks=ranks, speeds=speeds, choose=chosen_for(smaller, recipe))
+        first = foresee(chain, recipe, ranks=ranks, speeds=speeds, choose=Choice.removing)
+        return after_removal(first, smaller, rest)
+    here, choose = speeds is None, choose or chosen_for(chain, recipe)
     speeds = speeds or speeds_of(chain)
     if here:
         budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
@@ -138,7 +175,7 @@ def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | No
         budgets = Budgets(recipe.memory or UNLIMITED, asked)
 
     def foreseen(recipe: Recipe, ranks: int, budgets: Budgets = budgets, sweep: str | None = None) -> Prediction:
-        choice = Choice.of(recipe).on(patterns, recipe.values)
+        choice = choose(recipe)
         extent = extent_asked(chain, choice, recipe, ranks, sharers=ranks if here else 1)
         return predict(chain, choice, recipe, extent, budgets, speeds=speeds, sweep=sweep)
 
@@ -149,7 +186,7 @@ def foresee(chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | No
         return None
 
     why = ""
-    if Choice.of(recipe).on(patterns, recipe.values).passes:
+    if choose(recipe).passes:
         check_sweepable(chain)
     try:
         prediction = foreseen(recipe, ranks)

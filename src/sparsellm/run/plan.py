@@ -21,14 +21,15 @@ from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward
 from sparsellm.hub.card import base_of
 from sparsellm.inputs import without_folders
+from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback, note
 from sparsellm.recipe import Recipe
 from sparsellm.records import Base, ExpertsOfBlock, Prediction
-from sparsellm.run.choice import Choice, patterns_of
+from sparsellm.run.choice import Choice
 from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
 from sparsellm.run.journal import Identity, Journal
-from sparsellm.run.needs import Budgets, extent_asked, needed, predict, speeds_of
+from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked, needed, predict, speeds_of
 from sparsellm.run.opening import (
     Model,
     Models,
@@ -56,12 +57,11 @@ FEW_TOKENS = 32_000  # with fewer calibration tokens the gain over local methods
 
 @dataclass(frozen=True)
 class Removed:
-    """The experts that were removed from a dense model, and the directory of the model without them."""
+    """What the pass that removes experts did, and the seconds of its phases."""
 
-    model: Model  # the dense one
-    directory: Path
+    plan: Plan  # of the dense model, into the directory of the smaller one
     experts: list[ExpertsOfBlock]
-    base: Base
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Request:
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
     removed: Removed | None = None  # ``model`` is another one without some experts
+    then: Recipe | None = None  # this is the pass that removes experts; the run by this recipe follows
     name: str = ""  # in reports, in place of the one that the model was given by
     shared: dict[Hashable, object] = field(default_factory=dict)  # by several requests of one process, see once()
 
@@ -107,9 +108,11 @@ class Plan:
     model: Models
     windows: Windows
     prediction: Prediction  # memory is that of this process
+    whole: Prediction  # the same with the run that follows, if one does
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]
+    fewer: FewerExperts | None = None  # the smaller model, in the pass that makes it
 
     @property
     def chain(self) -> Chain:
@@ -120,7 +123,7 @@ class Plan:
     def base(self) -> Base:
         """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
         if self.request.removed is not None:
-            return self.request.removed.base
+            return self.request.removed.plan.base
         model = self.request.teacher or self.request.model
         name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
         known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
@@ -137,7 +140,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     """Opens the model, reads the calibration text, predicts the memory and checks every weight. Raises SparseLLMError
     if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
-    choice = Choice.of(recipe)
+    choice = Choice.of(recipe) if request.then is None else Choice.removing(request.then)
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
@@ -151,9 +154,10 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=request.trust_remote_code,
         )
         chain = model.chain
-        choice = choice.on(patterns_of(chain, recipe).values(), recipe.values, reduced=request.removed is not None)
-        copies = 2 if choice.passes else 1  # a sweep writes the blocks again, and the walk's are kept until the end
-        disk_bytes = copies * checkpoint_bytes(chain)
+        fewer = FewerExperts(chain, request.then.experts or 0) if request.then is not None else None
+        choice = choice if choice.removes else chosen_for(chain, recipe)(recipe)
+        # A sweep writes the blocks again, and the walk's are kept until the end.
+        disk_bytes = (2 if choice.passes else 1) * checkpoint_bytes(chain)
         if choice.passes:
             check_sweepable(chain)
         out = request.destination(model.sources, disk_bytes)
@@ -165,8 +169,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     recipe = request.recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
     patterns = {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
-    warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain)
-    warnings += [] if isinstance(ids, Tensor) else _short_text(windows, choice)
+    warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain) + _short_text(windows, choice)
     warnings += _wider(chain) if recipe.dtype == "auto" else []
     if recipe.grid != "own" and recipe.sparsity:
         warnings.append(
@@ -184,7 +187,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         slowest = max(kinds, key=[*RESIDENT, STREAMED].index)
         prediction = parallel.together(partial(foreseen, sweep=slowest))
     disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
-    progress(Progress(NOTE, 1, 1, needed(prediction)))
+    whole = prediction if fewer is None else _with_rest(request, recipe, fewer.chain, prediction, budgets)
+    progress(Progress(NOTE, 1, 1, needed(whole)))
     progress(Progress(DETAIL, 1, 1, described(prediction.memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
@@ -201,7 +205,21 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         start=started,
     )
     note(progress, warnings)
-    return Plan(request, recipe, choice, out, model, windows, prediction, disk_bytes, identity, tuple(warnings))
+    opened = (request, recipe, choice, out, model, windows)
+    return Plan(*opened, prediction, whole, disk_bytes, identity, tuple(warnings), fewer)
+
+
+def _with_rest(request: Request, settled: Recipe, smaller: Chain, first: Prediction, budgets: Budgets) -> Prediction:
+    """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
+    assert request.then is not None
+    recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
+    choice = chosen_for(smaller, recipe)(recipe)
+    choice.check_processes(recipe.samples)
+    if choice.passes:
+        check_sweepable(smaller)
+    extent = extent_asked(smaller, choice, recipe, parallel.size(), parallel.on_this_machine())
+    rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
+    return after_removal(first, smaller, rest)
 
 
 def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, list[str]]:
@@ -225,8 +243,10 @@ def _wider(chain: Chain) -> list[str]:
 
 
 def _short_text(windows: Windows, choice: Choice) -> list[str]:
-    """Warnings of few calibration tokens, and of a text with too little room for all sets."""
+    """Warnings of few calibration tokens, and of a text with too little room for all sets; none for token ids."""
     warnings, tokens = [], windows.first.numel()
+    if windows.bos == "given":
+        return []
     if tokens < FEW_TOKENS:
         few = f"{tokens} calibration tokens are few; from {FEW_TOKENS} on the model loses less"
         warnings.append(f"{few} (--samples, --seq-len)")

@@ -19,6 +19,8 @@ from sparsellm.chain.chain import Kind, Size
 from sparsellm.chain.streams import PIECE_TOKENS, windows_of
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs import parse_bytes
+from sparsellm.mixtures.fewer import experts_of_token
+from sparsellm.mixtures.removal import PROJECTED, SAMPLE
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run.choice import Choice
@@ -94,6 +96,8 @@ class Demand:
     passes: int = 0  # those of the sweep that follows
     unrounded: bool = False  # whether the sweep trains values that are rounded when a block runs
     sweep: str = STREAMED  # how it holds the blocks, see :func:`sweeps`
+    removes: bool = False  # whether it removes experts
+    reduced: bool = False  # whether that was done before
 
     @property
     def step(self) -> int:
@@ -256,23 +260,28 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
     extent, item, read = demand.extent, chain.dtype.itemsize, chain.reader is not None
     tokens = min(extent.share, windows_of(extent.batch_tokens, extent.seq_len)) * extent.seq_len
     piece = max(extent.seq_len, min(extent.batch_tokens, PIECE_TOKENS))  # tokens of a pass with gradients
-    work, statistics, solving, gradients = demand.workspace, [0], [0], [sum(head_bytes(chain))]
+    work, statistics, solving, gradients, removing = demand.workspace, [0], [0], [sum(head_bytes(chain))], [0]
     for kind in chain.kinds:
         loaded = item * kind.elements * (read + demand.unrounded)
         loaded += 2 * kind.elements if chain.products is not None and item == 4 else 0  # the factors in bf16
         running = loaded + _activation_bytes(chain, kind, tokens)
         statistics.append(running + _statistics_bytes(kind, work))
+        removing.append(running + _removal_bytes(chain, kind, tokens, extent.share * extent.seq_len))
         solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(kind, work)]
         gradients.append(running + int(GRADIENTS * 4 * kind.elements) + _attention_bytes(chain, piece, extent.seq_len))
         if kind.first == 0:
             outer = item * chain.outer_elements(head=False) if read else 0
             embedding = outer + running
     mixtures = any(kind.experts for kind in chain.kinds)  # their inputs are stored
-    dense = demand.passes > 0 and not read  # its last hidden states are kept from before the walk
+    # The last hidden states of a dense model that will not be there any more are kept from before the walk.
+    dense = demand.passes > 0 and (not read or demand.reduced)
     streams = extent.sets + work.streams + mixtures + dense
-    walked = streams * extent.share * extent.seq_len * _width(chain) * item
+    outputs = 4 * demand.removes  # those of a mixture, in fp32
+    walked = (streams * item + outputs) * extent.share * extent.seq_len * _width(chain)
     steps = {"checking": Held(_largest_tensor(chain)), "embedding": Held(embedding, walked)}
     steps |= {"statistics": Held(max(statistics), walked), "solving": Held(max(solving), walked)}
+    if demand.removes:
+        steps["experts"] = Held(max(removing), walked)
     if demand.gradient_tokens:
         steps["gradients"] = Held(max(gradients), gradient_bytes(chain, demand.gradient_tokens))
     if demand.passes:
@@ -372,6 +381,17 @@ def _expert_bytes(linears: Sequence[Size]) -> int:
     return matrices + 5 * 4 * weights[-1] + 4 * sum(weights)
 
 
+def _removal_bytes(chain: Chain, kind: Kind, tokens: int, every: int) -> int:
+    """Bytes of the removal of experts from a block, with ``tokens`` in a forward call and ``every`` one of this
+    process: a copy of the block, the routes of all tokens, and the sample with the outputs of all experts, or the refit
+    of one; see :mod:`sparsellm.mixtures.removal`."""
+    width, inner = _width(chain), max((linears[-1].features for linears in kind.experts), default=0)
+    sample = min(every, 2 * SAMPLE) * (sum(kind.experts.values()) * min(width, PROJECTED) + 4 * width)
+    refit = 4 * inner**2 + 7 * width * inner + tokens * (2 * inner + 3 * width)
+    routes = every * (12 * (experts_of_token(chain) or 1) + 8)
+    return chain.dtype.itemsize * kind.elements + routes + 4 * max(sample, refit)
+
+
 def _inputs(linears: Sequence[Size]) -> dict[tuple[str, int, bool], list[Size]]:
     """The linears that share an input, by their module, their number of inputs, and whether they are the module's last:
     a guess, since which do is known only when the block runs."""
@@ -416,6 +436,7 @@ GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight
 FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
 COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
 PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
+REMOVING = 3  # the same while experts are removed: for scores, refits, and outputs
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
 GRADIENT = 3  # the same where only inputs have gradients, and the squared gradients of the weights
@@ -471,11 +492,8 @@ class Work:
 
 
 def _routed(chain: Chain, experts: int) -> float:
-    """The share of the experts of a block that a token is routed to, by the names that configs have for it."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
-    text = chain.config.get_text_config()
-    chosen = next((value for name in names if isinstance(value := getattr(text, name, None), int)), 1)
-    return min(1.0, chosen / experts)
+    """The share of the experts of a block that a token is routed to."""
+    return min(1.0, (experts_of_token(chain) or 1) / experts)
 
 
 def predicted_seconds(
@@ -505,16 +523,33 @@ def predicted_seconds(
     differentiating = ((1 + GRADIENT) * work.token + 3 * scored * work.head) / (BUSY * speeds.blocks)
     joining = 2 * work.sums / _exchanged(speeds) if extent.ranks > 1 else 0.0
     walking = tokens * (passes * token + counting) + solving / extent.ranks + joining
+    if choice.removes:
+        walking = REMOVING * tokens * token + _removal_work(chain, choice, tokens) / (COUNTING * speeds.exact)
     return {
         "calibration": extent.written * WRITING * token,
         "check": work.stored / DISK,
         "gradients": differentiated * differentiating,
         "survey": surveyed * token,
         "replay": finished / len(chain) * choice.sets * tokens * token,
-        "prune": left * walking + 2 * work.stored / DISK,
+        "experts" if choice.removes else "prune": left * walking + 2 * work.stored / DISK,
         "sweep": sweep_seconds(work, extent, choice.passes, speeds, moving, memory.sweep if memory else STREAMED),
         "save": work.stored / DISK,
     }
+
+
+def _removal_work(chain: Chain, choice: Choice, tokens: int) -> float:
+    """Operations of choosing and refitting experts on ``tokens``, next to the runs of the blocks."""
+    taken, width, total = experts_of_token(chain) or 1, _width(chain), 0.0
+    for kind in chain.kinds:
+        for linears, number in kind.experts.items():
+            around = f"{chain.block_names[kind.first]}.{chain.mixtures(kind.first)[0].name.rpartition('.')[0]}."
+            shared = sum(each.features * each.outputs for each in kind.linears if each.module.startswith(around))
+            routing = 2 * choice.needs.trials * (shared + number * width)
+            expert, inner = sum(each.features * each.outputs for each in linears), linears[-1].features
+            chosen = min(SAMPLE, tokens) * (2 * number * (expert + width * min(width, PROJECTED)) + routing)
+            refitted = tokens * taken * (4 * expert + 2 * TRIANGLE * inner**2 + 2 * width * inner)
+            total += kind.number * (chosen + refitted + number * 6 * width * inner**2)
+    return total
 
 
 def gradient_windows(choice: Choice, extent: Extent) -> int:

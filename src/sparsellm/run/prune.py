@@ -20,13 +20,12 @@ from sparsellm.records import LinearResult, Prediction, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import few_tokens, left_dense, rarely_chosen, shortfall, unreached
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
-from sparsellm.run.opening import device_of, open_model
+from sparsellm.run.opening import device_of
 from sparsellm.run.plan import Plan, Request, make_plan
 from sparsellm.run.predictions import residence, saved_sweep_bytes
-from sparsellm.run.reduction import clean_up, remove_experts_of
+from sparsellm.run.reduction import clean_up, plan_removal, remove_experts_of
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
-from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import check_unfinished, partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
@@ -52,7 +51,7 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
     with machine.computing(device_of(request.model, request.recipe)):
         if request.recipe.experts is not None and request.removed is None:
             removed = remove_experts_of(request, progress)
-            result = prune(replace(request, model=str(removed.directory), removed=removed), progress)
+            result = prune(replace(request, model=str(removed.plan.out), removed=removed), progress)
             clean_up(removed)
             return result
         plan = make_plan(request, clock, progress)
@@ -74,6 +73,9 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
             clock.add(record.seconds)
         predicted = plan.seconds_ahead(len(finished))
         progress(Progress(PLAN, costs=predicted))
+        if request.removed is not None:
+            clock.add(request.removed.seconds)
+            predicted = request.removed.plan.whole.seconds
         folder = partial_of(plan.out) if plan.out is not None else None
         memory = plan.prediction.memory
         scratch = Scratch(
@@ -97,12 +99,13 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
     """Does all that :func:`prune` does before it writes anything, with the same refusals, and returns the prediction of
     the run."""
     progress = progress if parallel.is_main() else ignore
+    make = make_plan if request.recipe.experts is None else plan_removal
     with machine.computing(device_of(request.model, request.recipe)):
-        plan = make_plan(request, PhaseClock(), progress)
+        plan = make(request, PhaseClock(), progress)
     if plan.out is not None:
         identity = to_jsonable_python(asdict(plan.identity))
         parallel.from_main(partial(check_unfinished, partial_of(plan.out), identity, restart=request.restart))
-    return plan.prediction
+    return plan.whole
 
 
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
@@ -113,8 +116,7 @@ def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
         return None
     with clock.phase("dense"):
         if removed is not None:
-            directory = checkpoint_directory(str(removed.model))
-            chain, _ = open_model(removed.model, directory, plan.recipe, plan.request.trust_remote_code, whole=False)
+            chain = removed.plan.chain
         stream = replace(feed, chain=chain, windows=plan.windows.swept[0]).stream()
         for index in range(len(chain)):
             replay(chain, [stream], index, None)

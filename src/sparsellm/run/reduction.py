@@ -18,12 +18,11 @@ from sparsellm.chain.streams import check_forward
 from sparsellm.errors import RecipeError
 from sparsellm.inputs import read_object
 from sparsellm.mixtures import SCORES
-from sparsellm.mixtures.fewer import FewerExperts, Routing
+from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.mixtures.removal import Removal, last_linears, remove_experts, running
-from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock
-from sparsellm.run.choice import Choice
 from sparsellm.run.journal import BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan, Removed, Request, make_plan
 from sparsellm.storage.contents import foreign_entries
@@ -36,52 +35,60 @@ _FIELDS = ("calibration", "samples", "seq_len", "seed", "bos", "batch_tokens", "
 _SETTINGS = ("experts", "expert_score", "expert_options", "expert_refit")
 
 
-def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
-    """The model of a request without some experts, next to the request's ``out``; from the block that an earlier
-    process reached. Raises a SparseLLMError if the model has no mixture, or too few experts would be left."""
+def plan_removal(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
+    """The plan of the pass that writes the model of a request without some experts, next to the request's ``out``, and
+    the prediction of all that follows. Raises a SparseLLMError for what the pass, or the run after it, refuses."""
     if request.out is None or isinstance(request.model, PreTrainedModel) or request.teacher is not None:
         raise RecipeError("experts are removed from a model on disk, without teacher: give it by name, and out=DIR")
     recipe = request.recipe
-    request.destination(checkpoints_among(request.model))  # what the run itself refuses, it refuses before this work
-    Choice.of(recipe)
-    score = SCORES[recipe.expert_score]
-    options = score.check(recipe.expert_options)
+    request.destination(checkpoints_among(request.model))
     place = Path(f"{request.out}-experts")
-    file = place / EXPERTS
-    overwrite = request.overwrite or file.is_file()  # without that file it is a checkpoint of the user's
+    overwrite = request.overwrite or (place / EXPERTS).is_file()  # without that file it is a checkpoint of the user's
     kept = {name: getattr(recipe, name) for name in (*_FIELDS, *_SETTINGS)}
     alone = Recipe(method="magnitude", sparsity=0.0, **kept)
+    return make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite, then=recipe), clock, progress)
+
+
+def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
+    """The model of a request without some experts, from the block that an earlier process reached; errors as
+    :func:`plan_removal`."""
     clock = PhaseClock()
-    plan = make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite), clock, progress)
-    routing = Routing.of(plan.chain)
-    assert recipe.experts is not None
-    fewer = FewerExperts(plan.chain, routing.experts, routing.keep(recipe.experts))
+    plan = plan_removal(request, clock, progress)
+    progress(Progress(PLAN, costs=plan.whole.seconds))
+    fewer, place, recipe = plan.fewer, plan.out, plan.recipe
+    assert fewer is not None
+    assert place is not None
     check_forward(plan.chain, plan.windows.first, token_states=True)
-    identity = to_jsonable_python(asdict(plan.identity))
+    identity, file = to_jsonable_python(asdict(plan.identity)), place / EXPERTS
     if (known := parallel.from_main(lambda: read_object(file) if file.is_file() else {})).get("identity") == identity:
         records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
-        return Removed(request.model, place, records, plan.base)
-    with Journal(plan.out, len(plan.chain), restart=request.restart, overwrite=overwrite) as journal:
+        return Removed(plan, records, known.get("seconds", {}))
+    with Journal(place, len(plan.chain), restart=request.restart, overwrite=plan.request.overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
         scratch = Scratch(plan.prediction.memory.hidden_in_memory_bytes, partial_of(place))
-        feed = Feed(plan.chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
-        costs = _costs(feed) if score.needs(options).output_costs else {}
-        function = partial(score.function, **options)
-        removal = Removal(fewer, routing.groups, function, costs, recipe.expert_refit, recipe.seed)
+        feed = Feed(plan.chain, plan.windows.first, recipe.batch_tokens, scratch, progress)
+        costs = journal.output_costs() if plan.choice.needs.output_costs else {}
+        if costs is None:
+            with clock.phase("gradients"):
+                costs = _costs(feed)
+            journal.keep_output_costs(costs)
+        clock.lap()
+        score = SCORES[recipe.expert_score]
+        function = partial(score.function, **score.check(recipe.expert_options))
+        removal = Removal(fewer, fewer.routing.groups, function, costs, recipe.expert_refit, recipe.seed)
         records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, clock)
         parallel.barrier()
-        parallel.from_main(partial(_save, plan, fewer, journal, records, identity))
-    return Removed(request.model, place, records, plan.base)
+        kept = {"identity": identity, "experts": [each.model_dump() for each in records], "seconds": clock.seconds}
+        parallel.from_main(partial(_save, plan, fewer, journal, kept))
+    return Removed(plan, records, clock.seconds)
 
 
 def clean_up(removed: Removed) -> None:
     """Removes the model with fewer experts, which has been pruned; not if it has files of others now."""
 
-    def remove() -> None:
-        if not foreign_entries(removed.directory):
-            shutil.rmtree(removed.directory, ignore_errors=True)
-
-    parallel.from_main(remove)
+    directory = removed.plan.out
+    if parallel.is_main() and directory is not None and not foreign_entries(directory):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _costs(feed: Feed) -> dict[str, Tensor]:
@@ -94,6 +101,8 @@ def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: Pha
     chain, fewer = plan.chain, removal.fewer
     done = journal.finished(feed.progress)
     records = [record.experts for record in done]
+    for record in done:
+        clock.add(record.seconds)
     stream = feed.stream()
     for index in range(len(chain)):
         feed.progress(Progress("experts", index, len(chain), f"block {index + 1}/{len(chain)}"))
@@ -116,9 +125,7 @@ def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: Pha
     return [record for record in records if record is not None]
 
 
-def _save(
-    plan: Plan, fewer: FewerExperts, journal: Journal, records: list[ExpertsOfBlock], identity: dict[str, object]
-) -> None:
+def _save(plan: Plan, fewer: FewerExperts, journal: Journal, kept: dict[str, object]) -> None:
     """Writes the tensors outside the blocks and the files next to the weights, and names the checkpoint."""
     writer, directory = journal.writer, plan.model.directory
     if writer is None:
@@ -129,5 +136,5 @@ def _save(
     config = read_object(writer.folder / "config.json")
     fewer.change(config)
     writer.write_json("config.json", config)
-    writer.write_json(EXPERTS, {"identity": identity, "experts": [each.model_dump() for each in records]})
+    writer.write_json(EXPERTS, kept)
     writer.finish()
