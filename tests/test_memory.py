@@ -115,6 +115,7 @@ def test_what_a_sweep_holds_in_files_is_read_a_block_at_a_time(chain: Chain) -> 
         assert steps["sweeps"].movable == states + copies * len(chain) * block
         assert steps["keeping"].movable == states + 4 * len(chain) * block
         assert steps["sweeps"].read == 3 * block
+    assert [Extent(4, 2048, 4096, cut=cut).step(1) for cut in (True, False)] == [512, 2048]
 
 
 def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:

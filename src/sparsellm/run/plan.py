@@ -268,6 +268,7 @@ def _extent(windows: Windows, passes: int) -> Extent:
         fresh=len(swept) > 1,
         ranks=ranks,
         sharers=parallel.on_this_machine(),
+        cut=windows.bos != "given",
     )
 
 

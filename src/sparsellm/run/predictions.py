@@ -71,6 +71,12 @@ class Extent:
     ranks: int = 1
     sharers: int = 1  # processes that share the memory of this one's machine
     written: int = 0  # tokens that the model writes itself
+    cut: bool = True  # whether a sweep cuts windows of two steps and more, as it does but for given token ids
+
+    def step(self, sharers: int) -> int:
+        """The most tokens of a step of the sweep that one of its ``sharers`` runs."""
+        window = STEP_TOKENS if self.cut and self.seq_len >= 2 * STEP_TOKENS else self.seq_len
+        return max(window, STEP_TOKENS // sharers)
 
     @property
     def share(self) -> int:
@@ -101,9 +107,8 @@ class Demand:
 
     @property
     def step(self) -> int:
-        """The most tokens of a step of the sweep in this process; windows of two steps and more are cut."""
-        seq_len, sharers = self.extent.seq_len, self.extent.ranks if self.sweep in RESIDENT else 1
-        return max(STEP_TOKENS if seq_len >= 2 * STEP_TOKENS else seq_len, STEP_TOKENS // sharers)
+        """The most tokens of a step of the sweep in this process."""
+        return self.extent.step(self.extent.ranks if self.sweep in RESIDENT else 1)
 
 
 class Held(NamedTuple):
@@ -318,7 +323,7 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
 
 
 def sweeps(chain: Chain, demand: Demand) -> list[str]:
-    """The ways to hold the blocks in the sweep of a run, the fastest first; [""] if it has none.
+    """The ways to hold the blocks in the sweep of a run; [""] if it has none.
 
     Experts, rounded values, and parameters without rows that processes could divide are swept by a streamed sweep."""
     if not demand.passes:
@@ -565,7 +570,7 @@ def sweep_seconds(work: Work, extent: Extent, passes: int, speeds: Speeds, movin
     if not passes:
         return 0.0
     ranks = extent.ranks if sweep in RESIDENT else 1
-    tokens, step = extent.swept / ranks, max(min(extent.seq_len, STEP_TOKENS), STEP_TOKENS // ranks)
+    tokens, step = extent.swept / ranks, extent.step(ranks)
     steps = tokens / step / passes
     held = min(MOST_HELD_OUT, max(1.0, steps / 8)) * step
     judged = (passes + 1 + TRIALS * (steps >= 8)) * held
