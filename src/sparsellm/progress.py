@@ -34,6 +34,7 @@ PHASES = {  # names of phases, and of parts of them, for people
     "tune": "train",
     "dense": "run the dense model",
     "prune/permutation": "order channels",
+    "prune/rotation": "rotate values",
     "prune/statistics": "gather statistics",
     "prune/solve": "solve",
     "prune/rounding": "round",

@@ -49,7 +49,7 @@ class LinearView:
     @property
     def bias(self) -> Tensor | None:
         bias = self.module.bias
-        return bias.detach().float() if isinstance(bias, Tensor) else None
+        return bias.detach().to(torch.float32, copy=True) if isinstance(bias, Tensor) else None
 
     def weight(self) -> Tensor:
         """A copy of the weight, ``(out, in)``, fp32."""

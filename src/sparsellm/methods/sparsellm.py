@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -26,8 +26,10 @@ from sparsellm.chain.shortcuts import KnownOutput
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, relu
 from sparsellm.decomposition.loop import Settings
 from sparsellm.errors import RecipeError
+from sparsellm.methods.channels import find_channels
 from sparsellm.methods.feed_forward import UNIT_STREAMS, prune_unit
 from sparsellm.methods.permutation import permute_block
+from sparsellm.methods.rotation import rotate_block
 from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask, naming
@@ -80,7 +82,10 @@ def sparsellm(
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens whose norm is above this many medians get less weight; 0: equal weights"
     ] = 1.5,
-    permute: Annotated[bool, "N:M: order inputs so that the largest weights do not share a group"] = True,
+    symmetries: Annotated[
+        Literal["none", "permute", "rotate"],
+        "N:M: permute inputs so that the largest weights do not share a group; and rotate attention's values first",
+    ] = "rotate",
     iterations: Annotated[
         int | None,
         Field(ge=0),
@@ -92,8 +97,10 @@ def sparsellm(
         return  # without zeros there is no error to compensate: the weights keep every bit
     task.stream.forget()
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
-    if permute:
-        permute_block(task, weights)
+    channels = find_channels(task) if symmetries != "none" else []
+    if symmetries == "rotate":
+        rotate_block(task, channels, weights)
+    permute_block(task, channels, weights)
     order = RunOrder()
     sublayers = find_sublayers(task, order)
     solvers = weighted_solvers(task, solver, output_metric)

@@ -1,4 +1,4 @@
-"""Channels in another order: the model is the same, N:M keeps more, and what cannot be proved is left alone."""
+"""Channels permuted or rotated: the model is the same, N:M loses less, and what cannot be proved is left alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Feed, open_chain
+from sparsellm.chain import Feed, LinearView, open_chain
 from sparsellm.methods import BlockTask
-from sparsellm.methods.permutation import Channels, find_channels, permute_block, spread
+from sparsellm.methods.channels import Channels, find_channels
+from sparsellm.methods.permutation import permute_block, spread
+from sparsellm.methods.rotation import DAMPING, cayley, rotate_block
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
+from sparsellm.statistics import Gram
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.models.families import family, gemma4_text
 from tests.shares import Share
@@ -30,8 +33,8 @@ IDS = ids_of(6, 40, seed=3)
 def permuted(
     model: PreTrainedModel, pattern: Pattern = TWO_OF_FOUR, dense: tuple[str, ...] = (), index: int = 0
 ) -> tuple[BlockTask, list[Channels], set[str]]:
-    """Permutes block ``index``, but for linears whose names end with one of ``dense``, of a model that must compute the
-    same afterwards. The last of the result are the names of the parameters that changed."""
+    """Rotates and permutes block ``index``, but for linears whose names end with one of ``dense``, of a model that must
+    compute the same afterwards. The last of the result are the names of the parameters that changed."""
     before, logits = copy.deepcopy(model.state_dict()), model(IDS).logits
     chain = open_chain(model, device=torch.device("cpu"))
     stream = Feed(chain, IDS, 80).stream()
@@ -43,8 +46,8 @@ def permuted(
         patterns = dict.fromkeys([linear.name for linear in linears], pattern)
         task = BlockTask(index, linears, patterns, stream, lambda step: None, PhaseClock())
         found = find_channels(task)
-        task.notes.clear()
-        permute_block(task, None)
+        rotate_block(task, found, None)
+        permute_block(task, found, None)
     torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
     return task, found, {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
@@ -73,6 +76,7 @@ EXPECTED = {
 def test_the_model_is_the_same_and_its_channels_are_known(name: str) -> None:
     task, found, changed = permuted(family(name))
     assert roles(found) == EXPECTED[name]
+    assert [each.rotates for each in found] == [True, False]  # values; a feed-forward unit is not linear
     assert not task.notes
     for channels in found:
         assert {each.weight_name for each in (channels.reader, *(source for source, _ in channels.sources))} <= changed
@@ -151,6 +155,42 @@ def test_only_n_of_m_is_permuted() -> None:
     assert not changed
 
 
+def test_a_rotation_lowers_what_pruning_costs() -> None:
+    """The cost is summed weight by weight: in each group of four, the two least ``w² / [(G + λI)⁻¹]_jj``."""
+    model = tiny_opt()
+    chain = open_chain(model, device=torch.device("cpu"))
+
+    def cost(linear: LinearView, gram: Gram) -> float:
+        matrix = gram.matrix.double()
+        damped = matrix + DAMPING * matrix.diagonal().mean() * torch.eye(len(matrix))
+        weight = linear.weight().double()
+        errors = weight.square() / damped.inverse().diagonal()
+        groups = errors.reshape(-1, 4).sort(dim=1).values
+        return float(groups[:, :2].sum() / ((weight @ matrix) * weight).sum())
+
+    with chain.block(0):
+        stream = Feed(chain, IDS, 80).stream()
+        linears = chain.linears(0)
+        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
+        task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock())
+        values = next(each for each in find_channels(task) if each.rotates)
+        chosen = [values.reader, *(linear for linear, _ in values.sources)]
+
+        def total() -> float:
+            grams = {linear.name: gram for group, gram in task.statistics(chosen) for linear in group}
+            return sum(cost(linear, grams[linear.name]) for linear in chosen)
+
+        before = total()
+        rotate_block(task, [values], None)
+        assert total() < 0.8 * before
+
+
+def test_cayleys_map_is_orthogonal() -> None:
+    matrices = cayley(torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(16).expand(3, 16, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(matrices), torch.ones(3))
+
+
 def test_costs_follow_their_outputs() -> None:
     model = tiny_llama()
     chain = open_chain(model, device=torch.device("cpu"))
@@ -160,7 +200,7 @@ def test_costs_follow_their_outputs() -> None:
         stream = Feed(chain, IDS, 80).stream()
         costs = {linear.name: linear.weight().square().sum(1) for linear in linears}
         task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock(), output_costs=costs)
-        permute_block(task, None)
+        permute_block(task, find_channels(task), None)
         for linear in linears:
             torch.testing.assert_close(task.output_costs[linear.name], linear.weight().square().sum(1))
     assert not torch.equal(task.output_costs["model.layers.0.mlp.up_proj"], costs["model.layers.0.mlp.up_proj"])
@@ -199,13 +239,13 @@ def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda make: make.__name__)
 def test_the_order_lowers_the_error(make: Callable[..., PreTrainedModel]) -> None:
-    def error(permute: bool) -> float:
+    def error(symmetries: str) -> float:
         model = make()
-        options: dict[str, Any] = {"refit": False, "permute": permute}
+        options: dict[str, Any] = {"refit": False, "symmetries": symmetries}
         result = sparsellm.prune(
             model, Recipe(pattern="2:4", effort=0, options=options), calibration=ids_of(24, 48, seed=3)
         )
         names = ("o_proj", "out_proj", "c_proj", "fc2", "down_proj")
         return sum(each.error for each in result.linears if each.name.endswith(names))
 
-    assert error(True) < 0.97 * error(False)
+    assert error("permute") < 0.97 * error("none")
