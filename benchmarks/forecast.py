@@ -108,15 +108,15 @@ def row(model: str, chain: Chain, text: str) -> str:
     )
     what = f"{what}, does not fit" if found.notes else what
     needs = [found.memory.predicted_peak_rss_bytes, found.memory.predicted_peak_device_bytes, found.disk_bytes]
-    phases = [found.seconds[phase] for phase in ("gradients", "prune", "sweep")]
+    phases = [found.seconds[phase] for phase in ("prune", "sweep")]
     cells = [model, name, what, hours(sum(found.seconds.values())), *map(hours, phases)]
     return " | ".join([*cells, *(about(size) if size else "–" for size in needs)])
 
 
 def tables(models: list[str], machines: list[str]) -> None:
     print(f"sparsellm {__version__}, 50 %, 128 windows of 2048 tokens\n")
-    print("| model | machine | what fits | time | gradients | walk | sweep | memory | card | disk |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| model | machine | what fits | time | walk | sweep | memory | card | disk |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
             MODELS[model].to_json_file(Path(folder) / "config.json")

@@ -28,14 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [
-        ("4GiB", 4 << 30),
-        ("500MB", 500_000_000),
-        ("1.5 gib", 3 << 29),
-        ("2tb", 2 * 10**12),
-        ("7 kB", 7000),
-        (12345, 12345),
-    ],
+    [("4GiB", 4 << 30), ("500MB", 500_000_000), ("1.5 gib", 3 << 29), ("2tb", 2 * 10**12), ("7 kB", 7000), (12, 12)],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
