@@ -331,16 +331,13 @@ def sweeps(chain: Chain, demand: Demand) -> list[str]:
     gpu, numbers = chain.device.type == "cuda", any(kind.scalars for kind in chain.kinds)
     if demand.unrounded or any(kind.experts for kind in chain.kinds) or (demand.extent.ranks > 1 and numbers):
         return [STREAMED]
-    fits = gpu or chain.device.type == "cpu"
-    offloads = gpu and not numbers
-    return [*[name for name, way in RESIDENT.items() if fits and (offloads or not way.offloads)], STREAMED]
+    resident = RESIDENT.items() if gpu or chain.device.type == "cpu" else ()
+    return [*[name for name, way in resident if (gpu and not numbers) or not way.offloads], STREAMED]
 
 
 def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
     """The resident sweep of this name; None for a streamed one or none."""
-    gpu = chain.device.type == "cuda"
-    narrow = gpu and chain.dtype is torch.bfloat16
-    way = RESIDENT.get(sweep)
+    way, narrow = RESIDENT.get(sweep), chain.device.type == "cuda" and chain.dtype is torch.bfloat16
     return replace(way, sharded=ranks > 1 or way.offloads, narrow=narrow) if way is not None else None
 
 
