@@ -30,8 +30,8 @@ class Share(Pattern):
     def validate(self, shape: Sequence[int], name: str = "weight") -> None:
         pass
 
-    def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
-        return self.of(scores.shape).mask(scores, scope)
+    def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
+        return self.of(scores.shape).unchecked(scores, scope)
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
         return self.of((scores.shape[1], inputs)).mask_columns(scores, start, inputs)

@@ -40,13 +40,18 @@ class Pattern(ABC):
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
         """Raises RecipeError, with the name of the weight, if this pattern does not fit a weight of this shape."""
 
-    @abstractmethod
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         """The kept weights ``(out, in)``: True at the highest ``scores`` that the pattern allows.
 
         ``matrix`` compares all weights, ``row`` those of one output, with the same total, spread evenly over the rows;
         N:M compares within groups. A NumericalError if a score is not finite.
         """
+        require_finite(scores, "scores")
+        return self.unchecked(scores, scope)
+
+    @abstractmethod
+    def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
+        """:meth:`mask` of scores that the caller checks, since a GPU waits for each check."""
 
     @abstractmethod
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
@@ -69,9 +74,8 @@ class Unstructured(Pattern):
         if math.prod(shape) != self.weights:
             raise RecipeError(f"{name} of shape {tuple(shape)} has not the {self.weights} weights of its pattern")
 
-    def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
+    def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
-        require_finite(scores, "scores")
         if scope == "matrix":
             return highest(scores.reshape(1, -1), self.zeros).reshape(scores.shape)
         return highest_of_rows(scores, self.zeros, 0, len(scores))
@@ -106,15 +110,10 @@ class NM(Pattern):
                 f"leave it out, or choose another pattern than {self}"
             )
 
-    def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
-        require_finite(scores, "scores")
-        return self._highest(scores)
-
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
-        return self._highest(scores.T).T
+        return self.unchecked(scores.T).T
 
-    def _highest(self, scores: Tensor) -> Tensor:
-        """The ``n`` highest of every ``m`` scores."""
+    def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
         if scores.device.type != "cpu" and self.m <= RANKED // 2:  # few operations, and much memory
             groups = scores.reshape(-1, self.m, 1)
@@ -184,12 +183,12 @@ def highest(scores: Tensor, zeros: int) -> Tensor:
     with the lowest index is kept."""
     if zeros <= 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    if scores.device.type != "cpu":  # A GPU sorts faster than it counts, and never waits for the number of ties.
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : scores.shape[1] - zeros]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
     threshold = lowest(scores, zeros)  # (rows, 1)
     kept = scores > threshold
     surplus = scores.shape[1] - zeros - kept.sum(dim=1, dtype=torch.int32)  # (rows,) equals that stay
-    if scores.device.type != "cpu":  # which would wait for the number of ties
-        equal = scores == threshold
-        return kept | (equal & (equal.cumsum(dim=1) <= surplus[:, None]))
     tied = surplus.nonzero()[:, 0]
     if len(tied):
         row, column, place = places_in_rows(scores[tied] == threshold[tied])
@@ -226,36 +225,13 @@ def lowest(scores: Tensor, rank: int) -> Tensor:
             return torch.from_numpy(numpy.array([[_lowest_of_long(row, rank)] for row in rows]))
         # numpy selects with vector instructions: twenty times faster than torch.kthvalue
         return torch.from_numpy(numpy.partition(rows, rank - 1, axis=1)[:, rank - 1 : rank].copy())
-    if len(scores) == 1 and scores.dtype == torch.float32:
-        return _lowest_by_digits(scores, rank)
     return scores.kthvalue(rank, dim=1, keepdim=True).values
 
 
 def ordered(scores: Tensor) -> Tensor:
     """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
-    return _reversed((scores.float() + 0.0).view(torch.int32))  # + 0.0: −0.0 equals 0.0, and its bits must too
-
-
-def _reversed(bits: Tensor) -> Tensor:
-    """Negative integers in the reverse order, and others as they are; twice gives what it was given."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _lowest_by_digits(scores: Tensor, rank: int) -> Tensor:
-    """:func:`lowest` of one row, by counts of its digits: a GPU selects with one of its processors, and counts with
-    all. It never waits for a count."""
-    keys = ordered(scores.flatten()) ^ SIGN
-    inside, place = torch.ones_like(keys, dtype=torch.bool), torch.full((1,), rank, device=keys.device)
-    threshold = torch.zeros_like(place)
-    for shift, bins in DIGITS:
-        digits = ((keys >> shift) & (bins - 1)).long()
-        counts = torch.zeros(bins, dtype=torch.int64, device=keys.device).scatter_add_(0, digits, inside.long())
-        running = counts.cumsum(0)
-        digit = torch.searchsorted(running, place)
-        place = place - running[digit] + counts[digit]
-        inside &= digits == digit
-        threshold += digit << shift
-    return _reversed((threshold + SIGN).to(torch.int32)).view(torch.float32).view(1, 1)
 
 
 def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:

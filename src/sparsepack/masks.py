@@ -56,10 +56,12 @@ def set_bits(mask: Tensor) -> Tensor:
 def detect(kept: Tensor) -> NM | None:
     """The strictest of :data:`PATTERNS` that bool ``(out, in)`` satisfies, if any."""
 
-    def satisfied(rows: Tensor, n: int, m: int) -> bool:
-        return rows.shape[1] % m == 0 and bool((rows.reshape(-1, m).sum(dim=1) <= n).all())
+    def satisfied(rows: Tensor, *patterns: NM) -> list[NM]:
+        fitting = [(n, m) for n, m in patterns if rows.shape[1] % m == 0]
+        flags = [(rows.reshape(-1, m).sum(dim=1) <= n).all() for n, m in fitting]
+        return list(itertools.compress(fitting, torch.stack(flags).tolist() if flags else ()))  # one read
 
-    return next((nm for nm in PATTERNS if satisfied(kept[:_SAMPLE], *nm) and satisfied(kept, *nm)), None)
+    return next((nm for nm in satisfied(kept[:_SAMPLE], *PATTERNS) if satisfied(kept, nm)), None)
 
 
 def implies(pattern: NM, other: NM) -> bool:

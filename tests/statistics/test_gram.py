@@ -88,7 +88,7 @@ def test_energy_is_the_mean_square_of_the_output(monkeypatch: pytest.MonkeyPatch
     for minus in (None, other):
         wide = weight.double() - (0 if minus is None else minus.double())
         expected = float((x.double() @ wide.T).square().sum() / 200)
-        assert gram_of(x).energy(weight, minus) == pytest.approx(expected, rel=1e-5)
+        assert float(gram_of(x).energy(weight, minus)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_factors_are_of_the_damped_matrix():

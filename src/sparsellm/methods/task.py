@@ -191,7 +191,7 @@ class BlockTask:
         with self.clock.phase("prune/rounding"):
             fixed = isinstance(self.patterns[linear.name], NM)
             grid = rounded(weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed)
-            energy, lost = gram.energy(dense), gram.energy(grid.weight, minus=dense)
+            energy, lost = torch.stack((gram.energy(dense), gram.energy(grid.weight, minus=dense))).tolist()
         if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
             self.unrounded[linear.name] = grid.unrounded.to(linear.storage_dtype)
         return grid, lost / energy if energy > 0 else 0.0

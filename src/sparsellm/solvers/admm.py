@@ -80,7 +80,7 @@ def admm(
         multiplier = (state - sparse).mul_(last_rho / rho)  # V, in units of the present ρ
         pull = sparse.sub_(multiplier).sub_(dense).mul_(inverse.damping * metric.mean_diagonal)  # ρ(D − V − W₀)
         state = torch.addmm(multiplier.add_(dense), pull, inverse.matrix)  # in bf16 where the run multiplies in it
-        kept = pattern.mask(state.abs())
+        kept = pattern.unchecked(state.abs())  # what is not finite stays so, and `solution` refuses it
         last_rho = rho
         del sparse, multiplier, pull, inverse  # the fit that follows takes the most memory
 

@@ -23,7 +23,6 @@ from sparsellm.patterns import (
     highest_of_rows,
     ordered,
     places_in_rows,
-    require_finite,
     share,
 )
 from sparsellm.registry import Entry
@@ -71,7 +70,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         if isinstance(pattern, Unstructured):  # groups of N:M lie within rows
             pattern = DividedUnstructured(pattern.zeros, pattern.weights, rows.start, len(weight))
         part = run(rows, weight, gram, pattern, **options)
-        energy = gram.energy(weight[rows])
+        energy = float(gram.energy(weight[rows]))
         parts = parallel.gather((energy, part.error * energy, part.notes))
         energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
         return Solution(
@@ -103,8 +102,7 @@ class DividedUnstructured(Unstructured):
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
         super().validate((self.rows, shape[1]), name)
 
-    def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
-        require_finite(scores, "scores")
+    def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         if scope == "row":
             return highest_of_rows(scores, self.zeros, self.first, self.rows)
         return highest_of_all(scores.reshape(1, -1), self.zeros).reshape(scores.shape)

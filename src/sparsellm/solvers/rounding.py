@@ -18,7 +18,6 @@ lower the error in the metric of G itself:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,11 +26,11 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.registry import Workspace
+from sparsellm.solvers.solver import kernels_for
 from sparsellm.statistics import Gram
 from sparsellm.statistics.gram import Factor
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
 from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_of
-from sparsepack.module import kernel_name
 
 # It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)
@@ -48,15 +47,6 @@ PANEL = 64  # inputs in a panel: its errors reach the inputs after it by one pro
 POWERS = (0.25, 0.5, 0.75)  # powers of the inputs' root mean square tried after 0; 1 was worse
 JUDGES = 256  # rows of the weight that choose the power
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
-
-
-def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The kernel that rounds a panel on a GPU; None on a CPU, or where Triton does not run."""
-    if device.type == "cuda" and kernel_name("cuda") == "triton":
-        from sparsellm.solvers.panels import round_panel
-
-        return round_panel
-    return None
 
 
 class Rounded(NamedTuple):
@@ -90,7 +80,8 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     if not fixed_mask:  # values that are nearer to 0 than to the smallest number of their grid
         nearest = _Grid(weight, gram, powers, replace(groups, dense=False), dtype).nearest
         start = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
-    return _fitted(start, weight, gram, powers, replace(Groups.of(start, value_type), dense=False), dtype)
+        groups = Groups.of(start, value_type)
+    return _fitted(start, weight, gram, powers, replace(groups, dense=False), dtype)
 
 
 def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, dtype: torch.dtype) -> Rounded:
@@ -114,17 +105,17 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
     magnitudes = gram.scale.log2()  # 0 for dead inputs
     magnitudes = torch.where(gram.dead, 0.0, magnitudes - magnitudes.sum() / (~gram.dead).sum().clamp(min=1))
     judges = weight[:: max(1, len(weight) // JUDGES)]
-    best, least = torch.ones_like(magnitudes), math.inf
+    best, least = torch.ones_like(magnitudes), magnitudes.new_full((), math.inf, dtype=torch.float64)
+    fits = torch.ones_like(least, dtype=torch.bool)
     for power in (0.0, *POWERS):
         exponents = (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
         powers = powers_of(exponents.to(torch.int8))
         if power and dtype == torch.float16:  # every number of the grid must be one of fp16, in any column
             ends = groups.collect((weight / powers).abs()).amax(1) * groups.collect(powers.expand_as(weight)).amax(1)
-            if float(ends.max()) > LARGEST_FP16:
-                break
+            fits &= ends.max() <= LARGEST_FP16
         error = gram.energy(_Grid(judges, gram, powers, groups, dtype).nearest, minus=judges)
-        if error < least:
-            best, least = powers, error
+        better = fits & (error < least)  # chosen without a read, for which a GPU would wait
+        best, least = torch.where(better, powers, best), torch.where(better, error, least)
     return parallel.broadcast_(best)
 
 
@@ -178,13 +169,13 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
     columns = target.T[order]  # (in, out), a copy
     result = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are
     scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
-    kernel = _kernel(target.device)
+    kernels = kernels_for(target.device)
     for start in range(0, len(columns), PANEL):
         rows = slice(start, start + PANEL)
         upper = factor.matrix[rows, rows].contiguous()
-        if kernel is not None:
+        if kernels is not None:
             parts = (columns[rows], result[rows], scales[rows], free[rows], upper)
-            errors, _ = kernel(*parts, grid.groups, grid.dtype, first=True)
+            errors, _ = kernels.round_panel(*parts, grid.groups, grid.dtype, first=True)
         else:
             errors = torch.zeros_like(columns[rows])
             for number, place in enumerate(range(start, start + len(errors))):
@@ -212,7 +203,6 @@ class _Descent:
         self.columns = start.T.contiguous()
         self.free = grid.free.T.to(self.columns.dtype).contiguous()
         self.slope = self.matrix @ (self.columns - self.target)  # half the gradient of the error
-        self.curvatures: list[float] = self.matrix.diagonal().tolist()
         # Inputs that no token reaches have no part in the error, and no slope: they are rounded to nearest.
         self.unreached = (self.matrix.diagonal() <= 0).nonzero().flatten()
 
@@ -252,11 +242,14 @@ class _Descent:
         numbers = grid.groups.levels.nearest(self.target[places] * inverse[places], zero=grid.groups.dense)
         nearest = as_stored(numbers, scales[places], grid.dtype)
         self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
-        error = parallel.total(float(self._errors(self.columns, self.slope).double().sum()))
-        for _ in range(PASSES):
+        before = self._errors(self.columns, self.slope).double().sum()
+        for number in range(PASSES):
             panels = range(0, len(self.columns), PANEL)
             gains = [self._panel(start, scales, inverse) for start in panels]
-            gained = parallel.total(sum(torch.stack(gains).tolist()))  # read once: a GPU would wait for each panel
+            first, *known = torch.stack([before, *gains]).tolist()  # read once: a GPU would wait for each
+            if number == 0:
+                error = parallel.total(first)
+            gained = parallel.total(sum(known))
             error -= gained
             if gained <= ENOUGH * max(error, 0.0):
                 break
@@ -265,11 +258,11 @@ class _Descent:
         """Moves some inputs one after another, then corrects the slopes of all; how far the error fell, fp64 ``()``."""
         rows = slice(start, start + PANEL)
         inner = self.matrix[rows, rows].contiguous()
-        if (kernel := _kernel(inner.device)) is not None:
-            parts = (self.slope[rows], self.columns[rows], scales[rows], self.free[rows], inner)
-            moves, gained = kernel(*parts, self.grid.groups, self.grid.dtype, first=False)
-        else:
+        if (kernels := kernels_for(inner.device)) is None:
             moves, gained = self._move(rows, inner, scales, inverse)
+        else:
+            parts = (self.slope[rows], self.columns[rows], scales[rows], self.free[rows], inner)
+            moves, gained = kernels.round_panel(*parts, self.grid.groups, self.grid.dtype, first=False)
         self.slope.addmm_(self.matrix[:, rows], moves)
         return gained.double().sum()
 
@@ -280,7 +273,7 @@ class _Descent:
         levels, zero, dtype = self.grid.groups.levels, self.grid.groups.dense, self.grid.dtype
         views = (part[rows].unbind() for part in (self.columns, self.slope, scales, self.free, inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
-        columns = zip(self.curvatures[rows], *views, strict=True)
+        columns = zip(inner.diagonal().tolist(), *views, strict=True)
         for number, (curvature, column, slope, scale, free, inverted) in enumerate(columns):
             if curvature <= 0:
                 continue  # no token reaches it

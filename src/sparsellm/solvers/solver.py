@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from sparsellm.errors import NumericalError
 from sparsellm.registry import Registry
 from sparsellm.statistics import Gram
+from sparsepack.module import kernel_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,15 @@ Solver = Callable[..., Solution]
 SOLVERS: Registry[Solver] = Registry("solver")
 
 
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """The module :mod:`~sparsellm.solvers.panels` on a GPU; None on a CPU, or where Triton does not run."""
+    if device.type == "cuda" and kernel_name("cuda") == "triton":
+        from sparsellm.solvers import panels
+
+        return panels
+    return None
+
+
 def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()) -> Solution:
     """The solution with exact zeros off the mask and its relative error.
 
@@ -39,7 +50,7 @@ def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: 
     # A product with floats takes a twentieth of the time of torch.where. + 0.0 turns −0.0 into 0.0; a packed file would
     # store −0.0 as a kept value.
     sparse = (weight * mask.view(torch.uint8).to(weight.dtype)).add_(0.0)
-    energy, lost = gram.energy(original), gram.energy(sparse, minus=original)
+    energy, lost = torch.stack((gram.energy(original), gram.energy(sparse, minus=original))).tolist()
     if not math.isfinite(lost) or not math.isfinite(energy):
         raise NumericalError(f"a pruned weight of shape {tuple(weight.shape)} has error {lost} of energy {energy}")
     return Solution(sparse, mask, lost / energy if energy > 0 else 0.0, notes)

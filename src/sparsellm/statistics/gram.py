@@ -69,7 +69,8 @@ class Gram:
     @cached_property
     def mean_diagonal(self) -> float:
         """Mean square over the live inputs: the unit of damping; 1 where every input is dead."""
-        live = self.diagonal[~self.dead]
+        squares = self.diagonal.cpu()  # read once: a GPU would wait for a selection, too
+        live = squares[squares > 0]
         return float(live.mean()) if len(live) else 1.0
 
     @cached_property
@@ -82,12 +83,13 @@ class Gram:
         """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare. Not cached."""
         return Gram((self.matrix / self.scale).div_(self.scale[:, None]), self.tokens)
 
-    def energy(self, weight: Tensor, minus: Tensor | None = None) -> float:
-        """``‖W G^½‖²_F``, the mean over tokens of ``‖W x‖²``, for ``weight (out, features)``, or ``weight − minus``.
+    def energy(self, weight: Tensor, minus: Tensor | None = None) -> Tensor:
+        """``‖W G^½‖²_F``, fp64 ``()``, the mean over tokens of ``‖W x‖²``, for ``weight (out, features)``, or
+        ``weight − minus``.
 
         Products are fp32, sums fp64. Some rows at a time: a copy of a large weight would be most of a solver's memory.
         """
-        total = self.matrix.new_zeros((), dtype=torch.float64)  # read once: a GPU would wait for each part
+        total = self.matrix.new_zeros((), dtype=torch.float64)
         rows = max(1, CHUNK_ELEMENTS // self.features)
         for top in range(0, weight.shape[0], rows):
             part = weight[top : top + rows]
@@ -99,7 +101,7 @@ class Gram:
                 products = (rest[:, :PANEL] @ self.matrix[start : start + PANEL, start:]).mul_(rest)
                 inside = products[:, :PANEL]
                 total += 2 * products.sum(dim=1).double().sum() - inside.sum(dim=1).double().sum()
-        return max(float(total), 0.0)
+        return total.clamp_(min=0.0)
 
     def inverse(self, damping: float) -> Factor:
         """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`. One process of each machine computes it."""
