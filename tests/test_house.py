@@ -18,6 +18,7 @@ EXCEPTIONS = {
     "src/sparsellm/exports/door.py:export",  # what a user can say of an export
     "src/sparsepack/triton_kernels.py:_multiply",  # a kernel
     "src/sparsellm/solvers/panels.py:_panel",  # a kernel
+    "src/sparsellm/solvers/panels.py:_eliminate",  # a kernel
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import pytest
 
@@ -48,27 +49,41 @@ def test_products_are_within_the_error_bound_of_fp32_sums() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("kind", "values", "scales"), [(0, "*bf16", "*i64"), (1, "*i8", "*fp32"), (2, "*u8", "*bf16")])
-def test_it_compiles_for_a_card_as_it_was_meant(kind: int, values: str, scales: str) -> None:
-    """Without a card: eight activations in one load, no warp that waits for another."""
+def compiled(kernel: Any, capability: int, types: dict[str, str], constants: dict[str, int], warps: int = 4) -> str:
+    """The PTX of a kernel, compiled without a card. Arguments with a type are multiples of 16; others are any int."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return str(made.asm["ptx"])
+
+
+@pytest.mark.parametrize("capability", [75, 120])
+def test_a_solver_has_a_kernel_for_old_and_new_cards(capability: int) -> None:
+    from sparsellm.solvers.panels import BLOCK, PRUNED, _eliminate
+
+    types = {name: "*u8" if name == "kept_pointer" else "*fp32" for name in _eliminate.arg_names[:4]}
+    for n, m in ((0, PRUNED), (2, 4)):
+        assert compiled(_eliminate, capability, types, {"N": n, "M": m, "PANEL": PRUNED, "BLOCK": BLOCK})
+
+
+@pytest.mark.parametrize(("kind", "values", "scales"), [(0, "*bf16", "*i64"), (1, "*i8", "*fp32"), (2, "*u8", "*bf16")])
+def test_it_compiles_for_a_card_as_it_was_meant(kind: int, values: str, scales: str) -> None:
+    """Without a card: eight activations in one load, no warp that waits for another."""
     from sparsepack.triton_kernels import LAUNCH, _multiply
 
-    names = _multiply.arg_names
     types = {"mask_pointer": "*u8", "values_pointer": values, "offsets_pointer": "*i64", "scales_pointer": scales}
     types["levels_pointer"] = "*i8"
     constants = {"KIND": kind, "TOKENS": 1, "BYTES": LAUNCH["BYTES"]}
-    types |= {"x_pointer": "*bf16", "y_pointer": "*bf16", **dict.fromkeys(constants, "constexpr")}
-    aligned = [name for name in names if name.endswith("pointer") or name in ("out", "columns", "row_bytes")]
-    source = ASTSource(
-        fn=_multiply,
-        signature={name: types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": LAUNCH["num_warps"]})
-    assert compiled.asm["ptx"].count("ld.global.v4.b32") == 1
-    assert "bar.sync" not in compiled.asm["ptx"]
+    types |= {"x_pointer": "*bf16", "y_pointer": "*bf16", **dict.fromkeys(("out", "columns", "row_bytes"), "i32")}
+    ptx = compiled(_multiply, 80, types, constants, LAUNCH["num_warps"])
+    assert ptx.count("ld.global.v4.b32") == 1
+    assert "bar.sync" not in ptx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.statistics import Gram
+from tests.runtime.extension import child
 from tests.shares import Share, zeros_of
 from tests.solvers.problems import best_on, gram_of, loss, weight_of
 
@@ -63,6 +65,27 @@ def test_equals_column_by_column(pattern: Pattern, panel: int, monkeypatch: pyte
     expected = column_by_column(weight, gram, pattern, panel)
     assert torch.equal(result.weight != 0, expected != 0)
     torch.testing.assert_close(result.weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def by_the_kernel() -> None:
+    """Called in a child: Triton's interpreter has to be chosen before Triton is imported."""
+    from sparsellm.solvers import panels
+
+    weight, gram = weight_of(33, 140), gram_of(140)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsellm.solvers.sparsegpt.kernels_for", lambda _: panels)
+        tied = sparsegpt(torch.ones(2, 140), Gram(torch.eye(140), 140), NM(2, 4)).mask
+        assert torch.equal(tied, (torch.arange(140) % 4 < 2).expand(2, -1))
+        for pattern, panel in ((Share(0.7), 128), (NM(2, 4), 4), (NM(3, 7), 7), (NM(5, 35), 35), (NM(50, 140), 140)):
+            result, expected = sparsegpt(weight, gram, pattern), column_by_column(weight, gram, pattern, panel)
+            assert torch.equal(result.mask, expected != 0)
+            torch.testing.assert_close(result.weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernel_equals_column_by_column() -> None:
+    done = child("from tests.solvers.test_sparsegpt import by_the_kernel; by_the_kernel()", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_pruned_weight_is_made_up_for_in_closed_form():

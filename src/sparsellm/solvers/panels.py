@@ -1,4 +1,5 @@
-"""Rounding a panel of inputs on a GPU in one launch: the loops of :mod:`sparsellm.solvers.rounding` in Triton.
+"""Pruning or rounding a panel of inputs on a GPU in one launch: the loops of :mod:`sparsellm.solvers.sparsegpt` and
+:mod:`sparsellm.solvers.rounding` in Triton.
 
 Outputs are independent, so a program takes some of them through all inputs of the panel. What earlier inputs changed is
 subtracted from the later ones at once, in registers, where the CPU sums it up when an input's turn comes: the sums have
@@ -12,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsellm.patterns import NM
 from sparsellm.solvers.rounding import PANEL  # rows of the state that a program holds
 from sparsepack.codes import nearest_levels
 from sparsepack.grid import Groups
 
+PRUNED = 128  # the same where weights are pruned
 BLOCK = 32  # outputs of a program
 HALVES = {torch.bfloat16: 1, torch.float16: 2}  # dtypes of a checkpoint as the kernel knows them; 0 is fp32
 
@@ -118,3 +121,52 @@ def round_panel(
         programs = (triton.cdiv(sizes[1], BLOCK),)
         _panel[programs](*tensors, *sizes, *ends, EVEN=levels.even, **mode, PANEL=PANEL, BLOCK=BLOCK)
     return moves, gains
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
+    columns_pointer,  # (n, out): the weight, changed
+    kept_pointer,  # (n, out): 1 where a weight stays; written where N
+    errors_pointer,  # (n, out)
+    upper_pointer,  # (n, n): the factor
+    n,
+    out,
+    N: tl.constexpr,  # weights that stay of every M; 0 where the mask is given
+    M: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, real = tl.arange(0, PANEL), place < out
+    inside = (row < n)[:, None] & real[None, :]
+    state = tl.load(columns_pointer + row[:, None].to(tl.int64) * out + place[None, :], mask=inside, other=0)
+    pivots = tl.load(upper_pointer + row * (n + 1), mask=row < n, other=1)
+    for group in range(0, n, M):
+        scores = state / pivots[:, None]
+        scores = tl.where(((row >= group) & (row < group + M))[:, None], scores * scores, -1.0)  # others beat none
+        for number in range(group, tl.minimum(group + M, n)):
+            at = tl.cast(number, tl.int64) * out + place
+            here = (row == number)[:, None]
+            own = tl.sum(tl.where(here, state, 0.0), axis=0)
+            if N:
+                score = tl.sum(tl.where(here, scores, 0.0), axis=0)[None, :]
+                beaten = (scores > score) | ((scores == score) & (row < number)[:, None])
+                kept = (tl.sum(beaten.to(tl.int32), axis=0) < N).to(tl.uint8)
+                tl.store(kept_pointer + at, kept, mask=real)
+            else:
+                kept = tl.load(kept_pointer + at, mask=real, other=1)
+            error = tl.where(kept != 0, 0.0, own / tl.load(upper_pointer + number * (n + 1)))
+            tl.store(columns_pointer + at, own, mask=real)
+            tl.store(errors_pointer + at, error, mask=real)
+            factor = tl.load(upper_pointer + number * n + row, mask=row < n, other=0)
+            state -= factor[:, None] * error[None, :]
+
+
+def prune_panel(columns: Tensor, kept: Tensor, errors: Tensor, upper: Tensor, pattern: NM | None) -> None:
+    """Prunes at most :data:`PRUNED` columns ``(n, out)`` one after another in place, and writes their errors. The mask
+    ``kept`` is given, or chosen for a pattern whose groups fit. All tensors are contiguous."""
+    n, m = (pattern.n, pattern.m) if pattern is not None else (0, PRUNED)
+    with torch.cuda.device_of(columns):
+        programs = (triton.cdiv(columns.shape[1], BLOCK),)
+        tensors = (columns, kept.view(torch.uint8), errors, upper)
+        _eliminate[programs](*tensors, *columns.shape, N=n, M=m, PANEL=PRUNED, BLOCK=BLOCK)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsellm.patterns import NM, Pattern
 from sparsellm.registry import Workspace
-from sparsellm.solvers.solver import SOLVERS, Solution, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, kernels_for, solution
 from sparsellm.statistics import Gram
 
 PANEL = 128  # columns whose mask is chosen together, as in the paper; N:M chooses by its groups of M
@@ -39,7 +39,7 @@ def sparsegpt(
     """Prunes input by input, and updates the weights of later inputs to compensate the error."""
     factor = gram.inverse_cholesky(damping)
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
-    elimination.prune(0, weight.shape[1], pattern.m if isinstance(pattern, NM) else PANEL)
+    elimination.prune(0, weight.shape[1], elimination.step)
     pruned, kept = elimination.columns.T.contiguous(), elimination.kept.T.contiguous()
     del elimination
     return solution(weight, pruned, kept, gram, factor.notes)
@@ -54,6 +54,10 @@ class _Elimination:
         self.kept = torch.empty_like(self.columns, dtype=torch.bool)  # (in, out)
         self.upper = upper  # (in, in)
         self.pattern = pattern
+        self.kernels, self.groups = kernels_for(weight.device), None
+        self.step = pattern.m if isinstance(pattern, NM) else PANEL
+        if self.kernels is not None and isinstance(pattern, NM) and pattern.m <= PANEL:
+            self.groups, self.step = pattern, PANEL // pattern.m * pattern.m  # the kernel chooses the mask of a group
 
     def prune(self, start: int, stop: int, step: int) -> None:
         """Chooses the mask of columns ``start:stop``, ``step`` columns at a time, and eliminates the pruned weights."""
@@ -64,8 +68,17 @@ class _Elimination:
             self.prune(middle, stop, step)
             return
         pivots = self.upper.diagonal()[start:stop, None]
-        kept = self.pattern.mask_columns((self.columns[start:stop] / pivots).square_(), start, len(self.columns))
-        self.kept[start:stop] = kept
+        kept = self.kept[start:stop]
+        if self.groups is None:
+            scores = (self.columns[start:stop] / pivots).square_()
+            kept.copy_(self.pattern.mask_columns(scores, start, len(self.columns)))
+        if self.kernels is not None:
+            for first in range(start, stop, PANEL):
+                rows = slice(first, min(first + PANEL, stop))
+                parts = (part[rows] for part in (self.columns, self.kept, self.errors))
+                self.kernels.prune_panel(*parts, self.upper[rows, rows].contiguous(), self.groups)
+                self.carry(first, rows.stop, stop)
+            return
         # Divisors are U_jj where pruned and ∞ where kept, so that an error is w_j / divisor, one operation. They come
         # from one-byte integers: torch selects by a bool mask, or converts one, several times as slowly.
         self.eliminate(start, stop, pivots / kept.logical_not().view(torch.uint8))
