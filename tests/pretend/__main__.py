@@ -7,6 +7,7 @@ python -m tests.pretend --places   # the lines of src with most launches and syn
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -21,14 +22,15 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton
 from tests.pretend import device  # before torch  # isort: skip
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.patterns import NM, Pattern
-from sparsellm.solvers import SOLVERS, panels, rounding
+from sparsellm.solvers import SOLVERS, rounding, solver
 from sparsellm.solvers.divided import divide
-from sparsellm.statistics import Gram
+from sparsellm.statistics import Gram, gram
 from tests.models import save_tiny, tiny_tokenizer, windows
 from tests.models.families import family
 from tests.shares import Share
@@ -47,7 +49,8 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "sparsellm", "effort": 1, "sweep_rate": 0.001},
     {"method": "sparsellm-paper"},
 )
-WIDTH = 64  # inputs and outputs of the linear whose traffic is counted
+PATTERNS: dict[str, Pattern] = {"0.6": Share(0.6), "2:4": NM(2, 4)}
+WIDE, OUTPUTS = 4096, 32  # inputs and outputs of the linear whose traffic is counted, and outputs that are computed
 
 
 def runs() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -73,7 +76,7 @@ def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
             with (
                 context,
                 sdpa_kernel(SDPBackend.MATH),
-                mock.patch.object(rounding, "kernel_name", return_value="torch"),
+                mock.patch.object(solver, "kernel_name", return_value="torch"),
             ):
                 result = sparsellm.prune(source, recipe, calibration=windows(4, 16), out=folder / name)
             if result.sweeps and not result.sweeps[-1].held_out < result.sweeps[0].held_out:
@@ -117,29 +120,40 @@ def of_the_device() -> tuple[list[str], dict[str, Counter[str]]]:
 
 
 def traffic_of_solvers() -> tuple[dict[str, Counter[str]], dict[str, str]]:
-    """Launches, synchronisations and bytes of each solver and of rounding, for one linear; and faults of the kernel
-    that rounds, which Triton's interpreter runs."""
-    weight, matrix, tokens = weight_of(WIDTH, WIDTH).cuda(), gram_of(WIDTH).matrix.cuda(), 4 * WIDTH
-    table: dict[str, Counter[str]] = {}
-    faults, kernel = {}, panels.round_panel
-
-    def launched(*arguments: Any, **mode: bool) -> Any:
-        device.TRAFFIC["launches"] += 1
-        return kernel(*arguments, **mode)
-
-    for target, values in (("0.6", "int4"), ("2:4", "int3")):
-        pattern: Pattern = NM(2, 4) if target == "2:4" else Share(0.6)
-        for name, entry in SOLVERS.items():
-            with device.counted() as table[f"{name} {target}"]:
-                solution = divide(entry)(weight, Gram(matrix, tokens), pattern)
-        name, options = f"rounding {target}", {"fixed_mask": target == "2:4"}
-        gram = Gram(matrix, tokens)
-        with mock.patch.object(panels, "round_panel", launched), device.counted() as table[name]:
-            found = rounding.rounded(solution.weight, gram, values, torch.bfloat16, **options)
-        wanted = rounding.rounded(solution.weight.cpu(), Gram(matrix.cpu(), tokens), values, torch.bfloat16, **options)
-        same = torch.equal(found.weight.cpu(), wanted.weight)
-        faults[name] = "" if same else "the kernel has other numbers than the CPU"
+    """Launches, synchronisations and bytes of each solver and of rounding, for one linear of the width :data:`WIDE`;
+    and whether the card has other numbers than the CPU. Launches are counted with few inputs and with twice as many,
+    since they grow by the panel or group, and with what is done for some rows at a time as often as in the linear."""
+    table, faults = {}, {}
+    for (target, pattern), name in itertools.product(PATTERNS.items(), (*SOLVERS, "rounding")):
+        few = 512 if name in SOLVERS else 128  # the interpreter takes long to round
+        (first, fault), (second, another) = (_traffic(name, pattern, inputs) for inputs in (few, 2 * few))
+        launches = second["launches"] + (WIDE // few - 2) * (second["launches"] - first["launches"])
+        waits = max(first["syncs"], second["syncs"])
+        table[f"{name} {target}"] = Counter({**second, "launches": launches, "syncs": waits})
+        faults[f"{name} {target}"] = fault + another
     return table, faults
+
+
+def _traffic(name: str, pattern: Pattern, inputs: int) -> tuple[Counter[str], str]:
+    weight, matrix = weight_of(OUTPUTS, inputs), gram_of(inputs).matrix
+
+    def solved(weight: Tensor, matrix: Tensor) -> Tensor:
+        given = Gram(matrix, 4 * inputs)
+        if name in SOLVERS:
+            return divide(SOLVERS[name])(weight, given, pattern).weight
+        fixed = isinstance(pattern, NM)
+        return rounding.rounded(weight, given, "int3" if fixed else "int4", torch.bfloat16, fixed_mask=fixed).weight
+
+    weight = weight if name in SOLVERS else weight * pattern.mask(weight.abs())
+    there, share = (weight.cuda(), matrix.cuda()), OUTPUTS * inputs / WIDE**2
+    with contextlib.ExitStack() as stack:
+        for module, limit in ((gram, "CHUNK_ELEMENTS"), (rounding, "SYSTEMS")):
+            stack.enter_context(mock.patch.object(module, limit, int(getattr(module, limit) * share)))
+        with device.counted() as traffic:
+            result = solved(*there)
+        found, wanted = result.cpu(), solved(weight, matrix)
+    same = torch.equal(found == 0, wanted == 0) and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    return traffic, "" if same else f"the card has other numbers than the CPU for {inputs} inputs. "
 
 
 def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:

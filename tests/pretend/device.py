@@ -82,6 +82,7 @@ _tell_torch()
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
 CARD, MEMORY = torch.device("cuda", 0), 80 << 30
 COPIES = {"copy_", "_to_copy"}
@@ -282,7 +283,14 @@ def cuda() -> Iterator[None]:
         "get_device_properties": properties,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
     }
+    launch = GridExecutor.__call__
+
+    def launched(*arguments: Any, **named: Any) -> Any:  # a kernel of Triton's, which its interpreter runs
+        _count("launches")
+        return launch(*arguments, **named)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(GridExecutor, "__call__", launched))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, _always(answer)))
         for name in ("Stream", "Event", "device", "device_of", "stream"):

@@ -29,23 +29,17 @@ def found() -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-# The most launches and waits of a linear with 64 inputs and outputs, and of a block of a tiny Llama. With 4096, errors
-# take 500 launches more. Rounding takes 15,000: 4 for 64 inputs in a pass, and 20 for the scales of a group. sparsegpt
-# takes 11,000, or 25,000 in 2:4: 2 for an input, and 15 for a group. Waits stay as they are.
-CEILINGS = {
-    "magnitude 0.6": (115, 5),
-    "magnitude 2:4": (50, 5),
-    "wanda 0.6": (70, 10),
-    "wanda 2:4": (55, 5),
-    "sparsegpt 0.6": (280, 7),
-    "sparsegpt 2:4": (450, 7),
-    "admm 0.6": (1800, 36),
-    "admm 2:4": (730, 36),
-    "rounding 0.6": (3100, 30),
-    "rounding 2:4": (3100, 30),
-    "walk, a block": (14_500, 560),
-    "sweep, a block": (1300, 170),
+# The most launches and waits of a linear with 4096 inputs and outputs, and of a block of a tiny Llama. 700 launches are
+# the two errors of a solution. Each pass of a rounding waits once: the linears of a 135M model take six or seven.
+LINEAR = {
+    "magnitude": (750, 5),
+    "wanda": (760, 10),
+    "sparsegpt": (1200, 7),
+    "admm": (1400, 20),
+    "rounding": (10_000, 20),
 }
+CEILINGS = {f"{name} {target}": most for name, most in LINEAR.items() for target in ("0.6", "2:4")}
+CEILINGS |= {"walk, a block": (6300, 400), "sweep, a block": (1300, 170)}
 
 
 def test_the_device_refuses_and_counts_like_cuda(found: dict[str, Any]) -> None:
@@ -64,7 +58,7 @@ def test_the_device_refuses_and_counts_like_cuda(found: dict[str, Any]) -> None:
 
 
 def test_all_runs_end_with_the_bits_of_the_cpu(found: dict[str, Any]) -> None:
-    assert len(found["faults"]) == 37
+    assert len(found["faults"]) == 45
     assert {name: fault for name, fault in found["faults"].items() if fault} == {}
 
 
@@ -76,7 +70,7 @@ def test_launches_and_waits_stay_below_ceilings(name: str, found: dict[str, Any]
     assert traffic["launches"] <= launches
     assert traffic["syncs"] <= waits
     if not name.endswith("a block"):  # a weight stays on the card
-        assert traffic.get("bytes_in", 0) + traffic.get("bytes_out", 0) <= 4 * 64 * 10
+        assert traffic.get("bytes_in", 0) + traffic.get("bytes_out", 0) <= 4 * 1024 * 10
 
 
 def test_every_row_of_the_traffic_has_a_ceiling(found: dict[str, Any]) -> None:
