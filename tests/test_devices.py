@@ -142,7 +142,7 @@ def test_the_card_of_a_report_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch
 def test_triton_that_cannot_launch_is_said_and_not_used() -> None:
     for cached in (triton_kernels.available, module._kernels):
         cached.cache_clear()
-    with pytest.warns(Note, match="Triton does not run here .*, so torch multiplies packed weights, slowly"):
+    with pytest.warns(Note, match="Triton does not run here .*, so torch does the work of its kernels, slowly"):
         assert module.kernel_name("cuda") == "torch"
     for cached in (triton_kernels.available, module._kernels):
         cached.cache_clear()

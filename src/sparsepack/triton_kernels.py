@@ -45,7 +45,7 @@ def available() -> str | None:
             raise RuntimeError("a product is wrong")
     except Exception as error:  # from Triton, its compiler, or the driver
         why = " ".join(str(error).split())[:160] or type(error).__name__
-        said = f"Triton does not run here ({why}), so torch multiplies packed weights, slowly"
+        said = f"Triton does not run here ({why}), so torch does the work of its kernels, slowly"
         warnings.warn(said, Note, stacklevel=2)
         return None
     return "triton"
