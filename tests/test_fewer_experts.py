@@ -153,7 +153,6 @@ def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
     assert whole.disk_bytes > alone.disk_bytes
     assert whole.memory.steps_bytes["experts"] > 0
     unscored = sparsellm.plan(many, {**recipe, "experts": 0.75, "expert_score": "reap"})
-    assert unscored.seconds["experts"] < whole.seconds["experts"]
     assert unscored.seconds["gradients"] < whole.seconds["gradients"]
 
 

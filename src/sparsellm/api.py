@@ -346,10 +346,9 @@ def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[Matri
 
 @checked
 def inspect_experts(model: Checkpoint, *, trust_remote_code: bool = False) -> Routing:
-    """The mixtures of experts of a model, by its config alone, and whether :func:`prune` can remove experts of them, or
-    why not. Errors as :func:`plan`."""
-    place, cpu = config_place(str(model)), torch.device("cpu")
-    return Routing.of(outline(place, device=cpu, trust_remote_code=trust_remote_code))
+    """The mixtures of a model, by its config alone, and whether experts can be removed. Errors as :func:`plan`."""
+    chain = outline(config_place(str(model)), device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+    return Routing.of(chain)
 
 
 __all__ = ["Evaluation", "MatrixZeros", "Opened", "PruneResult", "card", "dry_run", "evaluate", "inspect"]

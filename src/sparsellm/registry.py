@@ -44,7 +44,6 @@ class Needs:
     surveyed_tokens: int | None = None  # calibration tokens that an allocation reads, in complete windows; None: all
     gradient_tokens: int = 0  # the first of these, for which it needs gradients; four windows or more
     token_states: bool = False  # hidden states (windows, seq, width), to select windows or tokens by position
-    trials: int = 0  # the most sets of experts that a score compares in a mixture
     one_process: str = ""  # an option in use that works in one process only
     workspace: Workspace = Workspace(weights=0, grams=0)  # for functions that the options choose, such as a solver
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm.registry import Needs, Options, Registry
+from sparsellm.registry import Needs, Registry
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +58,7 @@ def random(view: MixtureView) -> Tensor:
     return torch.rand(len(view.tokens), generator=torch.Generator().manual_seed(view.seed * 1_000_003 + view.block))
 
 
-def _needs(options: Options) -> Needs:
-    return Needs(output_costs=True, trials=int(str(options["trials"])))
-
-
-@SCORES.register("coordinated", paper="–", needs=_needs)
+@SCORES.register("coordinated", paper="–", needs=lambda options: Needs(output_costs=True))
 def coordinated(
     view: MixtureView,
     *,

@@ -438,7 +438,7 @@ GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight
 FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
 COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
 PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
-REMOVING = 3  # the same while experts are removed: for scores, refits, and outputs
+REMOVING = 5  # the same while experts are removed: for scores, refits, which take two more, and outputs
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
 GRADIENT = 3  # the same where only inputs have gradients, and the squared gradients of the weights
@@ -526,7 +526,7 @@ def predicted_seconds(
     joining = 2 * work.sums / _exchanged(speeds) if extent.ranks > 1 else 0.0
     walking = tokens * (passes * token + counting) + solving / extent.ranks + joining
     if choice.removes:
-        walking = REMOVING * tokens * token + _removal_work(chain, choice, tokens) / (COUNTING * speeds.exact)
+        walking = tokens * (REMOVING * token + (work.statistics + work.targets) / (COUNTING * speeds.exact))
     return {
         "calibration": extent.written * WRITING * token,
         "check": work.stored / DISK,
@@ -537,21 +537,6 @@ def predicted_seconds(
         "sweep": sweep_seconds(work, extent, choice.passes, speeds, moving, memory.sweep if memory else STREAMED),
         "save": work.stored / DISK,
     }
-
-
-def _removal_work(chain: Chain, choice: Choice, tokens: int) -> float:
-    """Operations of choosing and refitting experts on ``tokens``, next to the runs of the blocks."""
-    taken, width, total = experts_of_token(chain) or 1, _width(chain), 0.0
-    for kind in chain.kinds:
-        for linears, number in kind.experts.items():
-            around = f"{chain.block_names[kind.first]}.{chain.mixtures(kind.first)[0].name.rpartition('.')[0]}."
-            shared = sum(each.features * each.outputs for each in kind.linears if each.module.startswith(around))
-            routing = 2 * choice.needs.trials * (shared + number * width)
-            expert, inner = sum(each.features * each.outputs for each in linears), linears[-1].features
-            chosen = min(SAMPLE, tokens) * (2 * number * (expert + width * min(width, PROJECTED)) + routing)
-            refitted = tokens * taken * (4 * expert + 2 * TRIANGLE * inner**2 + 2 * width * inner)
-            total += kind.number * (chosen + refitted + number * 6 * width * inner**2)
-    return total
 
 
 def gradient_windows(choice: Choice, extent: Extent) -> int:
