@@ -181,7 +181,7 @@ def test_a_run_that_cannot_fit_later_is_refused_at_first(tmp_path: Path) -> None
     assert not list(tmp_path.glob("small*"))
 
 
-def test_inspect_says_which_experts_can_go(tmp_path: Path, run: Any) -> None:
+def test_inspect_says_which_experts_can_go(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(family("DeepseekV3", **EIGHT), tiny_tokenizer(), tmp_path / "deep")
     code, stdout, _ = run("inspect", source)
     said = "mixtures: 8 experts in 1 of 2 blocks, 2 for a token, 1 shared, 2 groups; prune --experts can keep 4 or more"
@@ -190,6 +190,10 @@ def test_inspect_says_which_experts_can_go(tmp_path: Path, run: Any) -> None:
     found = json.loads(run("inspect", source, "--json")[1])["mixtures"]
     assert found["experts"] == {"0": 4, "1": 4}
     assert (found["least"], found["why"]) == (4, "routing needs all 4 experts")
+    monkeypatch.setattr("sparsellm.mixtures.fewer.NUMBERS", ())  # a config without such a number
+    assert "has no number in its config" in json.loads(run("inspect", source, "--json")[1])["mixtures"]["why"]
+    with pytest.raises(ModelError, match="has no number in its config"):
+        removed(source, tmp_path / "small", experts=3)
     llama = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "llama")
     assert json.loads(run("inspect", llama, "--json")[1])["mixtures"] is None
 
