@@ -149,7 +149,7 @@ def main() -> None:
                 f"{conditions}/{grid}/{method}", partial(peer, asked, method, python, grid, opened)
             )
         for name, row in rows.items():
-            found = "".join(f" {each['kl']:.4f} | {each['perplexity']:.2f} |" for each in row["texts"].values())
+            found = "".join(f" {each['kl']:.3g} | {each['perplexity']:.2f} |" for each in row["texts"].values())
             print(f"| {name} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{found}", flush=True)
 
 
