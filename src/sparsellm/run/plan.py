@@ -59,7 +59,7 @@ FEW_TOKENS = 32_000  # with fewer calibration tokens the gain over local methods
 class Removed:
     """What the pass that removes experts did, and the seconds of its phases."""
 
-    plan: Plan  # of the dense model, into the directory of the smaller one
+    plan: Plan  # that of the dense model, into the directory of the smaller one
     experts: list[ExpertsOfBlock]
     seconds: dict[str, float]
 
