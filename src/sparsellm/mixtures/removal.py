@@ -31,6 +31,7 @@ from sparsellm.storage.scratch import TensorStore
 SAMPLE = 2048  # tokens on which sets of experts are compared
 PROJECTED = 128  # outputs of an expert after a random projection, which keeps norms to about a tenth
 DAMPING = 0.1  # ridge of the refit towards the expert's weight, as in the refit of sublayers
+ROUNDS = 2  # of refits of all experts, since each changes what is left for the others
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _refit(removal: Removal, stream: Stream, index: int, small: Mixture, outputs
             inputs.append(routed.inputs)
             rest.routes.append(replace(routed, inputs=routed.inputs[:0]))
             outputs[position] = outputs[position] - _output(small, routed, len(outputs[position]))
-        for number in range(len(small)):
+        for number in [*range(len(small))] * ROUNDS:
             expert = small.expert(number)
             down = expert.get_submodule(DOWN)
             if not expert.normed and isinstance(down, nn.Linear):  # else its outputs are not linear in the weight
