@@ -31,7 +31,7 @@ from sparsellm.storage.scratch import TensorStore
 SAMPLE = 2048  # tokens on which sets of experts are compared
 PROJECTED = 128  # outputs of an expert after a random projection, which keeps norms to about a tenth
 DAMPING = 0.1  # ridge of the refit towards the expert's weight, as in the refit of sublayers
-ROUNDS = 2  # of refits of all experts, since each changes what is left for the others
+ROUNDS = 2  # refits of every expert, since each changes what is left for the others
 
 
 @dataclass(frozen=True)
