@@ -205,8 +205,7 @@ def test_stop_strings_and_a_caller_end_both_paths_alike(tmp_path: Path, monkeypa
         cut, tokens, finish = outcome(calls=4)
         assert text.startswith(cut)
         assert (tokens in (5, 6), finish) == (True, "cancelled")  # transformers may ask before it hands out a token
-        first = int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
-        model.generation_config.eos_token_id = [first]
+        model.generation_config.eos_token_id = [int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])]
         assert outcome()[2] == "stop"
         model.generation_config.eos_token_id = 1
 
