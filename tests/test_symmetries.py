@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -28,6 +29,17 @@ from tests.sweep.helpers import ids_of
 
 TWO_OF_FOUR = NM(2, 4)
 IDS = ids_of(6, 40, seed=3)
+
+
+@contextmanager
+def loaded(model: PreTrainedModel, costs: bool = False) -> Iterator[BlockTask]:
+    """The first block of a model, every linear of which gets 2:4; the squares of its rows as costs of its outputs."""
+    chain = open_chain(model, device=torch.device("cpu"))
+    with chain.block(0):
+        linears, stream = chain.linears(0), Feed(chain, IDS, 80).stream()
+        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
+        squares = {linear.name: linear.weight().square().sum(1) for linear in linears if costs}
+        yield BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock(), output_costs=squares)
 
 
 def permuted(
@@ -157,8 +169,6 @@ def test_only_n_of_m_is_permuted() -> None:
 
 def test_a_rotation_lowers_what_pruning_costs() -> None:
     """The cost is summed weight by weight: in each group of four, the two least ``w² / [(G + λI)⁻¹]_jj``."""
-    model = tiny_opt()
-    chain = open_chain(model, device=torch.device("cpu"))
 
     def cost(linear: LinearView, gram: Gram) -> float:
         matrix = gram.matrix.double()
@@ -168,11 +178,7 @@ def test_a_rotation_lowers_what_pruning_costs() -> None:
         groups = errors.reshape(-1, 4).sort(dim=1).values
         return float(groups[:, :2].sum() / ((weight @ matrix) * weight).sum())
 
-    with chain.block(0):
-        stream = Feed(chain, IDS, 80).stream()
-        linears = chain.linears(0)
-        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
-        task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock())
+    with loaded(tiny_opt()) as task:
         values = next(each for each in find_channels(task) if each.rotates)
         chosen = [values.reader, *(linear for linear, _ in values.sources)]
 
@@ -192,16 +198,10 @@ def test_cayleys_map_is_orthogonal() -> None:
 
 
 def test_costs_follow_their_outputs() -> None:
-    model = tiny_llama()
-    chain = open_chain(model, device=torch.device("cpu"))
-    with chain.block(0):
-        linears = chain.linears(0)
-        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], NM(2, 4))
-        stream = Feed(chain, IDS, 80).stream()
-        costs = {linear.name: linear.weight().square().sum(1) for linear in linears}
-        task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock(), output_costs=costs)
+    with loaded(tiny_llama(), costs=True) as task:
+        costs = task.output_costs
         permute_block(task, find_channels(task), None)
-        for linear in linears:
+        for linear in task.linears:
             torch.testing.assert_close(task.output_costs[linear.name], linear.weight().square().sum(1))
     assert not torch.equal(task.output_costs["model.layers.0.mlp.up_proj"], costs["model.layers.0.mlp.up_proj"])
 

@@ -92,7 +92,7 @@ class ModelWeights:
         self.reader = Outline(place, stored)
         self._compute(device, dtype)
         # They do not change, and a mixture has thousands.
-        for name in ("linears", "mixtures", "block_tensors", "names_of", "outer_tensors"):
+        for name in ("linears", "mixtures", "names_of", "outer_tensors"):
             setattr(self, name, cache(getattr(self, name)))
 
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -43,9 +43,17 @@ class Channels:
 
     def permute(self, order: Tensor) -> None:
         """Moves channel ``order[h, p]`` of each head h to position p, in all linears."""
-        self.reader.permute(inputs=places_from(self.reader.in_features, self.inputs, order))
+        self.reader.permute(inputs=_places_from(self.reader.in_features, self.inputs, order))
         for linear, outputs in self.sources:
-            linear.permute(outputs=places_from(linear.out_features, outputs, order))
+            linear.permute(outputs=_places_from(linear.out_features, outputs, order))
+
+    def change_costs(self, task: BlockTask, change: Callable[[Tensor], Tensor]) -> None:
+        """Gives the outputs of the sources the costs that ``change`` makes of theirs, ``(copies, heads, width)``."""
+        for linear, outputs in self.sources:
+            if (costs := task.output_costs.get(linear.name)) is not None:
+                places, changed = outputs.cpu(), costs.cpu().clone()
+                changed[places] = change(changed[places])
+                task.output_costs = {**task.output_costs, linear.name: changed}
 
     def rotate(self, rotation: Tensor) -> None:
         """Puts ``rotation (heads, width, width)`` into the sources, and its transpose into the reader."""
@@ -199,7 +207,7 @@ def _inside(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _inside(item)]
 
 
-def places_from(length: int, places: Tensor, order: Tensor) -> Tensor:
+def _places_from(length: int, places: Tensor, order: Tensor) -> Tensor:
     """For each of ``length`` places, the place its value comes from: ``order`` within the heads of ``places``."""
     index = torch.arange(length, device=places.device)
     index[places] = places.gather(-1, order.to(places.device).expand(len(places), *order.shape))

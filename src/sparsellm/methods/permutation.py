@@ -16,7 +16,7 @@ from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.errors import NumericalError
-from sparsellm.methods.channels import Channels, places_from
+from sparsellm.methods.channels import Channels
 from sparsellm.methods.task import BlockTask
 from sparsellm.patterns import NM
 from sparsellm.solvers.divided import safe_factor
@@ -35,10 +35,7 @@ def permute_block(task: BlockTask, proved: list[Channels], weights: list[Tensor]
     with task.clock.phase("prune/permutation"), torch.no_grad():
         for channels, order in zip(proved, parallel.from_main(partial(_orders, task, proved, weights)), strict=True):
             channels.permute(order)
-            for linear, outputs in channels.sources:
-                if (costs := task.output_costs.get(linear.name)) is not None:
-                    index = places_from(len(costs), outputs, order).to(costs.device)
-                    task.output_costs = {**task.output_costs, linear.name: costs[index]}
+            channels.change_costs(task, partial(torch.take_along_dim, indices=order[None], dim=-1))
 
 
 def _orders(task: BlockTask, proved: list[Channels], weights: list[Tensor] | None) -> list[Tensor]:

@@ -42,11 +42,12 @@ def rotate_block(task: BlockTask, proved: list[Channels], weights: list[Tensor] 
         for channels in rotating:
             rotation = parallel.from_main(partial(best_rotation, channels, grams, patterns))
             channels.rotate(rotation.to(channels.inputs.device))
-            for linear, (places,) in channels.sources:
-                if (costs := task.output_costs.get(linear.name)) is not None:
-                    changed = costs.clone()
-                    changed[places.cpu()] = (rotation.square() @ costs[places.cpu()][..., None])[..., 0]
-                    task.output_costs = {**task.output_costs, linear.name: changed}
+            channels.change_costs(task, partial(_rotated, rotation))
+
+
+def _rotated(rotation: Tensor, costs: Tensor) -> Tensor:
+    """``E[g²]`` of rotated outputs, as if the gradients of different outputs were uncorrelated."""
+    return (rotation.square() @ costs[..., None])[..., 0]
 
 
 def best_rotation(channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, NM]) -> Tensor:
@@ -89,7 +90,7 @@ def _cost(channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, 
 
     def cost(rotation: Tensor) -> Tensor:
         pivots = torch.einsum("hkj,chji,hki->chk", rotation, blocks, rotation)
-        total = _pruned(torch.einsum("ochj,hkj->ochk", columns, rotation).square() / pivots, patterns[reader.name])
+        total = _pruned(torch.einsum("ochj,hkj->ochk", columns, rotation).square() / pivots, channels.pattern)
         for rows, pattern in scaled:  # (heads, width, in)
             total = total + _pruned((rotation @ rows).square(), pattern)
         return total

@@ -157,8 +157,7 @@ class FewerExperts:
     def tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of the block under the names and in the dtypes of the checkpoint."""
         dtypes = {self.chain.key_of[name]: self.dense.stored_dtype(name) for name in self.chain.names_of(index)}
-        sources = Chain.block_tensors(self.chain, index).items()  # those of an outline would be the first ones
-        return {key: replace(source, dtype=dtypes[key]) for key, source in sources}
+        return {key: replace(source, dtype=dtypes[key]) for key, source in self.chain.block_tensors(index).items()}
 
     def release(self, index: int) -> None:
         """Takes the weights from the block."""

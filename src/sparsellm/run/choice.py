@@ -76,6 +76,11 @@ class Choice:
         return self.needs.workspace if self.removes else self.method.workspace.then(self.needs.workspace)
 
     @property
+    def copies(self) -> int:
+        """How often blocks are written: a sweep writes them again, and the walk's are kept until the end."""
+        return 2 if self.passes else 1
+
+    @property
     def token_states(self) -> bool:
         """Whether hidden states must be ``(windows, seq, width)``, as for gradients and the sweep."""
         needs = (self.needs, self.allocation_needs)

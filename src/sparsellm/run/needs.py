@@ -105,7 +105,7 @@ def predict(
     if not fitting:
         raise refused
     memory, seconds = min(fitting, key=lambda each: sum(each[1].values()))  # the first of equals
-    files = (2 if choice.passes else 1) * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
+    files = choice.copies * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
     files += saved_sweep_bytes(chain, choice.passes, unrounded=demand.unrounded)
     tokens = {"gradients": gradients, "experts" if choice.removes else "prune": extent.sets * extent.samples}
     return Prediction(

@@ -156,8 +156,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         chain = model.chain
         fewer = FewerExperts(chain, request.then.experts or 0) if request.then is not None else None
         choice = choice if choice.removes else chosen_for(chain, recipe)(recipe)
-        # A sweep writes the blocks again, and the walk's are kept until the end.
-        disk_bytes = (2 if choice.passes else 1) * checkpoint_bytes(chain)
+        disk_bytes = choice.copies * checkpoint_bytes(chain)
         if choice.passes:
             check_sweepable(chain)
         out = request.destination(model.sources, disk_bytes)

@@ -85,7 +85,6 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
 
 def clean_up(removed: Removed) -> None:
     """Removes the model with fewer experts, which has been pruned; not if it has files of others now."""
-
     directory = removed.plan.out
     if parallel.is_main() and directory is not None and not foreign_entries(directory):
         shutil.rmtree(directory, ignore_errors=True)
