@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import open_chain
+from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import MemoryBudgetError, ModelError, RecipeError, StorageError
+from sparsellm.mixtures.sample import HELD, Sample
 from sparsellm.mixtures.scores import SCORES, MixtureView
 from sparsellm.progress import Progress
 from sparsellm.registry import Workspace
@@ -114,6 +115,49 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
     assert "2 of 4 experts stayed in each mixture" in page
     assert ", score " in page
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Llama4Text", "Mixtral"])
+def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = family(name, **EIGHT)
+    for key, value in dense.named_parameters():
+        if ".experts." in key:  # every expert is there twice, so that the one can have the tokens of the other
+            value.data[4:] = value.data[:4].clone()
+    source, make, fit = save_tiny(dense, None, tmp_path / "dense"), Sample.of, Sample.fit_router
+    goals: dict[int, Tensor] = {}
+    gains, changed = [], set()
+
+    def output(chain: Chain, sample: Sample) -> Tensor:  # as the model computes it, without the sample's projection
+        (mixture,) = chain.mixtures(sample.index)
+        made = chain.blocks[sample.index].get_submodule(mixture.name.rpartition(".")[0])(sample.inputs)
+        return (made[0] if isinstance(made, tuple) else made).reshape(sample.inputs.shape[1:]).double()
+
+    def made(*arguments: Any) -> Sample:
+        sample = make(*arguments)
+        goals.setdefault(sample.index, output(sample.fewer.dense, sample))
+        return sample
+
+    def fitted(sample: Sample) -> None:
+        chain, errors, values = sample.fewer.chain, [], []
+        for act in (lambda: None, lambda: fit(sample)):
+            act()
+            errors.append((output(chain, sample) - goals[sample.index]).square().sum(1)[::HELD].sum())
+            values.append({key: value.clone() for key, value in chain.blocks[sample.index].state_dict().items()})
+        gains.append(float(1 - errors[1] / errors[0]))
+        changed.update(key for key, value in values[0].items() if not torch.equal(value, values[1][key]))
+        assert not any(each.requires_grad for each in chain.blocks[sample.index].parameters())
+
+    monkeypatch.setattr(Sample, "of", made)
+    monkeypatch.setattr(Sample, "fit_router", fitted)
+    ids = torch.randint(4, 300, (32, 64), generator=torch.Generator().manual_seed(3))
+    recipe = Recipe(**RECIPE | {"experts": 4, "samples": 32, "seq_len": 64}, effort=0, expert_score="reap")
+    sparsellm.prune(source, recipe, out=tmp_path / "small", calibration=ids)
+    assert min(gains) > -1e-6
+    assert max(gains) > 1e-3 or name == "Llama4Text"  # one expert a token: its weight is all that can change
+    assert bool(changed) == (max(gains) > 0)
+    assert all("router" in key or "gate." in key for key in changed)
 
 
 def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:

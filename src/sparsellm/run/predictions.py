@@ -20,7 +20,7 @@ from sparsellm.chain.streams import PIECE_TOKENS, windows_of
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs import parse_bytes
 from sparsellm.mixtures.fewer import experts_of_token
-from sparsellm.mixtures.removal import PROJECTED, SAMPLE
+from sparsellm.mixtures.sample import PROJECTED, SAMPLE
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run.choice import Choice
@@ -438,7 +438,7 @@ GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight
 FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
 COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
 PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
-REMOVING = 5  # the same while experts are removed: for scores, refits, which take two more, and outputs
+REMOVING = 7  # the same while experts are removed: for scores, outputs, and two rounds of refits, of two or three each
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
 GRADIENT = 3  # the same where only inputs have gradients, and the squared gradients of the weights
@@ -514,7 +514,6 @@ def predicted_seconds(
     token = work.token / (FORWARD * speeds.blocks) + work.hidden * moving
     tokens = extent.share * extent.seq_len
     differentiated = 0 if finished else extent.share_of(gradient_windows(choice, extent)) * extent.seq_len
-    surveyed = tokens if choice.allocates and not choice.allocation_needs.gradient_tokens and not finished else 0
     passes = walked_passes(choice, kept=(memory is None or memory.kept_bytes > 0) and chain.device.type == "cpu")
     narrow = choice.workspace.narrow and chain.products is not None
     solving = choice.workspace.products * work.solving / (NARROW * speeds.blocks if narrow else SOLVING * speeds.exact)
@@ -531,7 +530,6 @@ def predicted_seconds(
         "calibration": extent.written * WRITING * token,
         "check": work.stored / DISK,
         "gradients": differentiated * differentiating,
-        "survey": surveyed * token,
         "replay": finished / len(chain) * choice.sets * tokens * token,
         "experts" if choice.removes else "prune": left * walking + 2 * work.stored / DISK,
         "sweep": sweep_seconds(work, extent, choice.passes, speeds, moving, memory.sweep if memory else STREAMED),

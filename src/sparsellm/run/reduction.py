@@ -19,7 +19,8 @@ from sparsellm.errors import RecipeError
 from sparsellm.inputs import read_object
 from sparsellm.mixtures import SCORES
 from sparsellm.mixtures.fewer import FewerExperts
-from sparsellm.mixtures.removal import Removal, last_linears, remove_experts, running
+from sparsellm.mixtures.removal import Removal, remove_experts, running
+from sparsellm.mixtures.sample import last_linears
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock
