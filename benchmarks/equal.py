@@ -36,13 +36,13 @@ from wikipedia import write_news, write_wikipedia
 
 ALONE = ("allocation=uniform", ALIKE, "options.refit=false", "options.norm_weighting=0", "sets=2")
 SPAN = 0.15  # how far sparsities are from the target at most: the default of threshold
-RANDOM = Path(__file__).with_name("random_allocation.py")
+PLUGIN = f"--plugin={Path(__file__).with_name('allocations.py')}"
 ALLOCATIONS = {
     "threshold": (f"allocation_options.span={SPAN}",),
     "uniform": (),
-    "random": (f"allocation_options.span={SPAN}", f"--plugin={RANDOM}"),
-    "owl": (f"allocation_options.lam={SPAN}",),
-    "dlp": (f"allocation_options.alpha={SPAN}",),
+    "random": (f"allocation_options.span={SPAN}", PLUGIN),
+    "owl": (f"allocation_options.lam={SPAN}", PLUGIN),
+    "dlp": (f"allocation_options.alpha={SPAN}", PLUGIN),
 }
 TRIAL = (2, 10)  # steps of two short trainings, whose difference is the time of a step
 

@@ -42,8 +42,7 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("refit, with sparsegpt inside", "sparsellm", (*UNIFORM, "options.solver=sparsegpt")),
     ("refit, outputs compete by E[g²]^½", "sparsellm", ("effort=0", "allocation=uniform")),
     ("refit, variables, 2 iterations", "sparsellm", (*UNIFORM, "options.iterations=2")),
-    *((f"refit, allocation {name}", "sparsellm", ("effort=0", f"allocation={name}", ALIKE))
-      for name in ("owl", "dlp", "threshold")),
+    ("refit, allocation threshold", "sparsellm", ("effort=0", "allocation=threshold", ALIKE)),
     ("effort 0: threshold, and outputs compete by E[g²]^½", "sparsellm", ("effort=0",)),
     ("effort 1, uniform, outputs alike", "sparsellm", ("effort=1", "allocation=uniform", ALIKE)),
     ("effort 1: one pass of the sweep", "sparsellm", ("effort=1",)),

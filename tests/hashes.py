@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda values int8": {"method": "wanda", "values": "int8"},
     "sparsellm values int4": {"method": "sparsellm", "effort": 1, "values": "int4"},
 }
-ALLOCATIONS = ("uniform", "owl", "dlp", "threshold")
+ALLOCATIONS = ("uniform", "threshold")
 
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:

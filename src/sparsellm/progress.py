@@ -24,7 +24,6 @@ PHASES = {  # names of phases, and of parts of them, for people
     "forward": "run pruned blocks",
     "write": "write blocks",
     "count": "count zeros",
-    "survey": "survey of inputs",
     "verify": "check finished blocks",
     "fetch": "fetch the model",
     "bench": "measure speed",

@@ -41,8 +41,7 @@ class Needs:
     """The needs of a method or an allocation with given options."""
 
     output_costs: bool = False  # costs of outputs, from a backward sweep; not for N:M, where outputs do not compete
-    surveyed_tokens: int | None = None  # calibration tokens that an allocation reads, in complete windows; None: all
-    gradient_tokens: int = 0  # the first of these, for which it needs gradients; four windows or more
+    gradient_tokens: int = 0  # the first calibration tokens, for which it needs gradients; four windows or more
     token_states: bool = False  # hidden states (windows, seq, width), to select windows or tokens by position
     one_process: str = ""  # an option in use that works in one process only
     workspace: Workspace = Workspace(weights=0, grams=0)  # for functions that the options choose, such as a solver

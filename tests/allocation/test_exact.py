@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsellm.allocation.allocator import from_block_importance, from_sparsities
+from sparsellm.allocation.allocator import ALLOCATIONS, from_sparsities
 from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, round_to_groups, shift_to_total
 from tests.allocation.helpers import bare_survey
 
@@ -73,7 +73,6 @@ def test_largest_remainders_round_up_within_the_limits() -> None:
         round_exactly([1.0, 1.0], 4, ([0, 0], [1, 2]))
 
 
-def test_blocks_of_equal_importance_are_pruned_alike() -> None:
-    survey = bare_survey([[(100, 100)]] * 3, 0.7)
-    level = from_block_importance(survey, {0: 1.0, 1: 1.0, 2: 1.0}, 0.08, {}).zeros
-    assert list(level.values()) == [7000] * 3
+def test_uniform_is_the_same_count_that_the_recipe_gives() -> None:
+    survey = bare_survey([[(7, 9), (3, 5)], [(10, 10)]], 0.37)
+    assert list(ALLOCATIONS["uniform"].function(survey).zeros.values()) == [round(0.37 * n) for n in (63, 15, 100)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -141,3 +142,16 @@ def histogram(at: int, weights: int) -> Tensor:
     counts = torch.zeros(BINS, dtype=torch.int64)
     counts[at] = weights
     return counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_model_is_left_as_it_was(family: Family, dtype: torch.dtype) -> None:
+    model = family().to(dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    objects = {key: id(value) for key, value in model.named_parameters()}
+    survey = survey_of(model, 0.6, gradients=True)
+    assert sum(ALLOCATIONS["threshold"].function(survey).zeros.values()) == survey.zeros
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert {key: id(value) for key, value in model.named_parameters()} == objects
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())

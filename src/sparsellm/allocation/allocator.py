@@ -1,4 +1,4 @@
-"""The registry of allocations, what they return, zeros that the recipe fixes, and block scores as sparsities."""
+"""The registry of allocations, what they return, and zeros that the recipe fixes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, round_to_
 from sparsellm.allocation.survey import LinearSize, Survey
 from sparsellm.errors import RecipeError
 from sparsellm.records import Settings
-from sparsellm.registry import Registry
+from sparsellm.registry import Registry, Workspace
 
 _DIGITS = 10**6  # bounds of the possible sparsity are shown with six digits, rounded inward
 
@@ -48,21 +48,10 @@ def from_sparsities(survey: Survey, sparsities: Mapping[str, float], report: Set
     return Allocation.of(survey.linears, round_exactly(shifted, survey.zeros, limits), report)
 
 
-def from_block_importance(
-    survey: Survey, importance: Mapping[int, float], reach: float, report: Settings
-) -> Allocation:
-    """The allocation from the importance of blocks, by the rescaling of OWL (2310.05175, section 3.2) and DLP
-    (2505.23807).
-
-    With ``d_l = 2 reach (I_l − min I) / (max I − min I)``, block l keeps the fraction ``1 − S + d_l − mean(d)``. So
-    sparsity falls linearly with importance, and the most and least important block are ``2 reach`` apart.
-    """
-    least, most = min(importance.values()), max(importance.values())
-    unit = 2 * reach / (most - least) if most > least else 0.0
-    above = {block: unit * (value - least) for block, value in importance.items()}
-    mean = sum(above.values()) / len(above)
-    blocks = {block: survey.sparsity - (value - mean) for block, value in above.items()}
-    return from_sparsities(survey, {linear.name: blocks[linear.block] for linear in survey.linears}, report)
+@ALLOCATIONS.register("uniform", paper="none", workspace=Workspace(weights=0, grams=0))
+def uniform(survey: Survey) -> Allocation:
+    """The same sparsity in every linear, each rounded by itself, as in the pruning papers."""
+    return Allocation.of(survey.linears, [round(survey.sparsity * linear.weights) for linear in survey.linears])
 
 
 @dataclass(frozen=True)

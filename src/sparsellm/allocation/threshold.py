@@ -20,7 +20,7 @@ from sparsellm.sweep.gradients import BINS, TOKENS
 
 
 def _needs(options: Options) -> Needs:
-    return Needs(surveyed_tokens=options["tokens"], gradient_tokens=options["tokens"], token_states=True)
+    return Needs(gradient_tokens=options["tokens"], token_states=True)
 
 
 @ALLOCATIONS.register(
