@@ -36,7 +36,7 @@ def refused(call: Callable[[], Any], error: type[SparseLLMError], *said: str) ->
 def numbers(model: Any, text: Any, **options: Any) -> tuple[Any, ...]:
     """The parts of an evaluation that depend on its arguments only."""
     measured = sparsellm.evaluate(model, text, **options)
-    return measured.perplexity, measured.nll, measured.protocol.digest, measured.protocol.window
+    return measured.perplexity, measured.protocol.digest, measured.protocol.window
 
 
 def test_a_path_calibrates_on_its_file(llama: Path, tmp_path: Path) -> None:

@@ -438,11 +438,6 @@ class Evaluation(Stamp):
         return self.perplexity.value
 
     @property
-    def nll(self) -> float:
-        """The mean negative log-likelihood of a scored token, in nats."""
-        return math.log(self.value)
-
-    @property
     def tokens(self) -> int:
         """The number of tokens scored."""
         return self.protocol.tokens

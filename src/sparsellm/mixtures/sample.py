@@ -22,11 +22,11 @@ from sparsellm.chain.experts import DOWN, Mixture, Routed
 from sparsellm.mixtures.fewer import FewerExperts
 
 SAMPLE = 8192  # tokens of all windows, on which the router is fitted
-COMPARED = 4  # sets of experts are compared on every so many-th of them
+COMPARED = 4  # one of them in four is enough to compare sets of experts
 PROJECTED = 128  # outputs of an expert after the projection
-STEPS = 100  # of Adam, on the parameters of a router
+STEPS = 100  # that Adam takes on the parameters of a router
 RATE = 0.01  # Adam's at first, relative to the root mean square of a parameter; it falls to 0
-HELD = 4  # every so many-th token is held out of the fit of a router
+HELD = 4  # one token in four is held out of the fit of a router
 
 
 @dataclass(frozen=True, eq=False)
