@@ -57,6 +57,8 @@ NOT_BUILT, TOO_SLOW = "not built", "too slow"
 FAILS, WRONG, DIED = "fails", "wrong", "died"  # none of these may be
 ORDER = (RIGHT, SOME_DENSE, PART, REFUSED, TOO_SLOW, NOT_BUILT, FAILS, WRONG, DIED)
 REASON = 150  # characters of a reason on the page
+UNFINISHED = re.compile(r" \([^()]*$")  # what is cut inside brackets
+UNKNOWN = "transformers does not build, save or read a small model of the type"
 SUGGESTED = re.compile(r"allow_dense=(\[.*\])")
 
 # The first that matches a name gives its size; {heads}, {kv} and {head_dim} vary from one attempt to the next.
@@ -183,7 +185,8 @@ def grouped(done: Sequence[Tried]) -> str:
     for tried in done:
         percent = next(iter(tried.cells.values()), "").removeprefix("✓").strip().removesuffix("%")
         low = f" ({percent} %)" if percent.replace(".", "").isdigit() and float(percent) < 49.5 else ""
-        rows.setdefault((tried.result, tried.reason()[:REASON]), []).append(tried.kind + low)
+        reason = UNFINISHED.sub("", tried.reason()[:REASON]) if tried.result != NOT_BUILT else UNKNOWN
+        rows.setdefault((tried.result, reason), []).append(tried.kind + low)
     ordered = sorted(rows.items(), key=lambda row: (ORDER.index(row[0][0]), -len(row[1])))
     lines = [f"| {result} | {', '.join(types)} | {reason} |" for (result, reason), types in ordered]
     return "\n".join(["| result | types | why |", "|---|---|---|", *lines])

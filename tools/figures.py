@@ -1,4 +1,4 @@
-"""Figures of the size and shape of the code, for docs/architecture.md, and the budget of lines of each package.
+"""Figures of the size and shape of the code, and the budget of lines of each package.
 
     python tools/figures.py                      # of this checkout, as rows of a table
     python tools/figures.py 35ebe64 HEAD         # before | after: the table itself
