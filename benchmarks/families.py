@@ -58,7 +58,7 @@ FAILS, WRONG, DIED = "fails", "wrong", "died"  # none of these may be
 ORDER = (RIGHT, SOME_DENSE, PART, REFUSED, TOO_SLOW, NOT_BUILT, FAILS, WRONG, DIED)
 REASON = 150  # characters of a reason on the page
 UNFINISHED = re.compile(r" \([^()]*$")  # what is cut inside brackets
-UNKNOWN = "transformers does not build, save or read a small model of the type"
+CONVERTED = re.compile(r"(?<=transposes) \d+ tensors of .*")
 SUGGESTED = re.compile(r"allow_dense=(\[.*\])")
 
 # The first that matches a name gives its size; {heads}, {kv} and {head_dim} vary from one attempt to the next.
@@ -138,6 +138,12 @@ class Tried:
     def reason(self) -> str:
         return "; ".join(self.reasons).replace("|", "/").replace("*", r"\*").replace("<", "&lt;")
 
+    def short_reason(self) -> str:
+        """The reason as the page has it: alike for types that are refused, or not built, for the same cause."""
+        if self.result == NOT_BUILT:
+            return "transformers does not build, save or read a small model of the type"
+        return UNFINISHED.sub("", CONVERTED.sub(" tensors while it loads the type", self.reason())[:REASON])
+
     def row(self) -> str:
         cells = [self.cells.get(run, "–") for run in RUNS]
         return f"| {self.kind} | {self.result} | {' | '.join(cells)} | {self.reason()} |"
@@ -185,8 +191,7 @@ def grouped(done: Sequence[Tried]) -> str:
     for tried in done:
         percent = next(iter(tried.cells.values()), "").removeprefix("✓").strip().removesuffix("%")
         low = f" ({percent} %)" if percent.replace(".", "").isdigit() and float(percent) < 49.5 else ""
-        reason = UNFINISHED.sub("", tried.reason()[:REASON]) if tried.result != NOT_BUILT else UNKNOWN
-        rows.setdefault((tried.result, reason), []).append(tried.kind + low)
+        rows.setdefault((tried.result, tried.short_reason()), []).append(tried.kind + low)
     ordered = sorted(rows.items(), key=lambda row: (ORDER.index(row[0][0]), -len(row[1])))
     lines = [f"| {result} | {', '.join(types)} | {reason} |" for (result, reason), types in ordered]
     return "\n".join(["| result | types | why |", "|---|---|---|", *lines])
