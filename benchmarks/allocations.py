@@ -40,7 +40,7 @@ def owl(
     survey: Survey,
     *,
     M: Annotated[float, "an outlier is above M times the mean of its block"] = 5.0,
-    lam: Annotated[float, "sparsities of blocks differ by twice as much at most"] = 0.08,
+    lam: Annotated[float, "sparsities of blocks differ by 2 lam at most"] = 0.08,
 ) -> Allocation:
     """Importance of a block by its outliers: the share of its metrics above M times their mean (section 3.2)."""
     shares = {block: float((values > M * values.double().mean()).double().mean()) for block, values in _metrics(survey)}
@@ -49,7 +49,7 @@ def owl(
 
 @ALLOCATIONS.register("dlp", paper="arXiv 2505.23807", workspace=Workspace(weights=1, grams=0, blocks=3))
 def dlp(
-    survey: Survey, *, alpha: Annotated[float, "sparsities of blocks differ by twice as much at most"] = 0.15
+    survey: Survey, *, alpha: Annotated[float, "sparsities of blocks differ by 2 alpha at most"] = 0.15
 ) -> Allocation:
     """Relative importance of a block: 1 less the median of its metrics divided by the sum of all blocks' medians."""
     medians = {block: float(values.median()) for block, values in _metrics(survey)}
@@ -74,9 +74,11 @@ def _metrics(survey: Survey) -> Iterator[tuple[int, Tensor]]:
         seen = [linear for linear in chain.linears(index) if linear.name in survey.names]
         with chain.block(index, feed.blocks), watch(seen, see):
             stream.advance(index)
-            if seen:
-                roots = {name: (total / tokens[name]).sqrt() for name, total in sums.items()}
-                yield index, torch.cat([(x.weight().abs() * roots[x.name]).flatten() for x in seen if x.name in roots])
+            reached = [linear for linear in seen if linear.name in sums]
+            roots = ((sums[linear.name] / tokens[linear.name]).sqrt() for linear in reached)
+            parts = [(linear.weight().abs() * root).flatten() for linear, root in zip(reached, roots, strict=True)]
+        if parts:
+            yield index, torch.cat(parts)
     stream.close()
 
 

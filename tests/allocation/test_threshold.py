@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel
 from sparsellm import Recipe, prune
 from sparsellm.allocation import ALLOCATIONS, Survey
 from sparsellm.allocation.threshold import from_histograms
+from sparsellm.chain import Feed, open_chain
 from sparsellm.chain.products import Bf16Products
 from sparsellm.sweep.gradients import BINS, HIGHEST, LOWEST, loss_gradients
-from tests.allocation.helpers import Record, bare_survey, survey_of, weight_of, windows
-from tests.models import tiny_llama, tiny_opt
+from tests.allocation.helpers import Record, bare_survey, sizes_of, survey_of, survey_on, weight_of, windows
+from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
 Family = Callable[..., PreTrainedModel]
 
@@ -155,3 +157,14 @@ def test_the_model_is_left_as_it_was(family: Family, dtype: torch.dtype) -> None
     assert {key: id(value) for key, value in model.named_parameters()} == objects
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_allocation_on_disk_is_that_in_memory(tmp_path: Path) -> None:
+    model = tiny_llama()
+    chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m"), device=torch.device("cpu"))
+    feed, sizes = Feed(chain, windows(), 40), sizes_of(chain)
+    gradients = loss_gradients(feed, {size.name for size in sizes}, saliency=True)
+    lazy = survey_on(feed, sizes, 0.6, gradients)
+    function = ALLOCATIONS["threshold"].function
+    assert function(lazy) == function(survey_of(model, 0.6, gradients=True))
+    assert all(parameter.is_meta for parameter in chain.model.parameters())  # nothing stays loaded

@@ -39,13 +39,13 @@ def in_groups(allocation: Allocation, linears: Sequence[LinearSize], m: int, tot
     return Allocation.of(linears, zeros, allocation.report)
 
 
-def from_sparsities(survey: Survey, sparsities: Mapping[str, float], report: Settings | None = None) -> Allocation:
+def from_sparsities(survey: Survey, sparsities: Mapping[str, float]) -> Allocation:
     """The allocation nearest to these sparsities, with the exact total: one number is added to all sparsities, so that
     the mean over the weights is right; they are clipped to [0, 0.99]."""
     weights = [linear.weights for linear in survey.linears]
     limits = bounds(weights, survey.sparsity)
     shifted = shift_to_total(weights, [sparsities[linear.name] for linear in survey.linears], survey.zeros, limits)
-    return Allocation.of(survey.linears, round_exactly(shifted, survey.zeros, limits), report)
+    return Allocation.of(survey.linears, round_exactly(shifted, survey.zeros, limits))
 
 
 @ALLOCATIONS.register("uniform", paper="none", workspace=Workspace(weights=0, grams=0))

@@ -52,15 +52,12 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
     with stream.store() as outputs:
         with sampled(stream, index) as inputs:
             tokens, strength = _measure(stream, index, mixture, outputs)
-        sample, compared = (
-            Sample.of(fewer, index, torch.cat(inputs, dim=1)[:, ::step], removal.costs, removal.seed)
-            for step in (1, COMPARED)
-        )
+        sample = Sample.of(fewer, index, torch.cat(inputs, dim=1), removal.costs, removal.seed)
+        compared = replace(sample, inputs=sample.inputs[:, ::COMPARED], goal=sample.goal[::COMPARED])
         view = MixtureView(index, fewer.keep, removal.groups, tokens, strength, removal.seed, compared.error_of)
         scores = removal.score(view)
         kept = view.best(scores)
-        error = compared.error_of(kept)
-        fewer.fill(index, kept)
+        error = compared.error_of(kept)  # the block of the twin has these experts now
         refitted = _repair(sample, stream, outputs) if removal.refit else error
     fewer.settle(index)
     counts, said = tokens.tolist(), [float(score) for score in scores]
@@ -113,7 +110,7 @@ class _Rest:
     @classmethod
     @contextmanager
     def of(cls, stream: Stream, index: int, mixture: Mixture, outputs: TensorStore) -> Iterator[_Rest]:
-        """What the mixture of the twin's block, which runs, leaves of ``outputs``, which are changed."""
+        """Subtracts from ``outputs`` those of the mixture of the twin's block, which runs in place of the model's."""
         with stream.store() as inputs:
             rest = cls(mixture, [], inputs, outputs)
             for _, routed in _routed(stream, index, mixture):

@@ -24,7 +24,7 @@ from sparsellm.mixtures.fewer import FewerExperts
 SAMPLE = 8192  # tokens of all windows, on which the router is fitted
 COMPARED = 4  # one of them in four is enough to compare sets of experts
 PROJECTED = 128  # outputs of an expert after the projection
-STEPS = 100  # that Adam takes on the parameters of a router
+STEPS = 100  # Adam's, for a router
 RATE = 0.01  # Adam's at first, relative to the root mean square of a parameter; it falls to 0
 HELD = 4  # one token in four is held out of the fit of a router
 
@@ -67,9 +67,10 @@ class Sample:
         least one on the others. What only chooses experts, as a correction bias, has no gradient and stays."""
         chain, index = self.fewer.chain, self.index
         (small,) = chain.mixtures(index)
-        experts, numbers, own = self._projected(chain), range(len(small)), f"{small.name.rpartition('.')[2]}."
+        experts, numbers = self._projected(chain), range(len(small))
         held = torch.arange(len(self.goal), device=self.goal.device) % HELD == 0
-        values = [p for name, p in _around(chain, index).named_parameters() if not name.startswith(own)]
+        # With the others, such as shared experts, every step would copy and differentiate what it does not change.
+        values = [p for p in _around(chain, index).parameters() if p.shape[:1] == (len(small),)]
         exact = [value.detach().float().clone() for value in values]
         groups = [{"params": [each], "lr": RATE * (float(each.square().mean().sqrt()) or 1.0)} for each in exact]
         adam = torch.optim.Adam(groups)
