@@ -185,6 +185,26 @@ def test_effort_is_a_number_of_passes() -> None:
     assert Choice.of(Recipe(method="wanda")).passes == 0
 
 
+def test_tokens_of_the_sweep_are_divided_into_at_most_sixteen_passes() -> None:
+    def passes(tokens: Any, **fields: Any) -> tuple[int, int]:
+        choice = Choice.of(Recipe(sweep_tokens=tokens, **fields))
+        return choice.passes, choice.windows_of_pass(8, 1024)
+
+    assert [passes(tokens) for tokens in (1, "16384", "64k", "256K")] == [(1, 1), (1, 16), (4, 16), (16, 16)]
+    assert passes("1M") == passes(1e6) == (16, 62)  # 16 · 62 · 1024 is the first above a million
+    assert passes("64k", passes=2) == (2, 32)
+    assert passes("64k", passes=0)[0] == 0
+    for wrong in ("1.5k", "many", "-5", "5G", ""):
+        with pytest.raises(RecipeError, match=f"number of tokens '{wrong}' is unknown; .* 256k or 1M"):
+            Recipe(sweep_tokens=wrong)
+    with pytest.raises(RecipeError, match="sweep_tokens is 0"):
+        Recipe(sweep_tokens=0)
+    with pytest.raises(RecipeError, match="effort and sweep_tokens both"):
+        passes("64k", effort=1)
+    with pytest.raises(RecipeError, match="method wanda has no sweep, so no sweep_tokens"):
+        passes("64k", method="wanda")
+
+
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "nothing.yaml"])
 def test_a_file_that_cannot_be_read_is_named(path: str) -> None:
     with pytest.raises(RecipeError, match="cannot read"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import numbers
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone take 16 GiB
 MOST_SEED = (1 << 63) - 1
-SWEEP = ("effort", "passes", "sets", "sweep_rate")  # fields for methods that a sweep may follow
+SWEEP = ("effort", "sweep_tokens", "passes", "sets", "sweep_rate")  # fields for methods that a sweep may follow
 
 SOURCES = ("c4-sample", "pydoc", "self", "wikitext2", "ptb", "c4", "hub:")  # for a shell, as are the next
 DEVICES = ("cpu", "cuda", "mps", "auto")
@@ -75,7 +76,18 @@ def _yes_or_no(value: Any) -> Any:
     return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
+def _count(value: Any) -> Any:
+    """The number that ``256k``, ``1M`` or the text of a command line means."""
+    if not isinstance(value, str):
+        return _integer(value)
+    match = re.fullmatch(r"(\d{1,12})([kKM]?)", value.strip())
+    if match is None:
+        raise RecipeError(f"number of tokens {shown(value)} is unknown; write a whole number such as 16384, 256k or 1M")
+    return int(match[1]) * {"": 1, "K": 1000, "M": 10**6}[match[2].upper()]
+
+
 Integer = Annotated[int, BeforeValidator(_integer)]
+Count = Annotated[int, BeforeValidator(_count), Field(ge=1, le=MOST_TOKENS)]
 Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -143,8 +155,12 @@ class Recipe(BaseModel):
     effort: Annotated[Integer | None, Option(WHAT, "0-3", null=EFFORT), Field(ge=0, le=3)] = None
     """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More passes take longer and lose
     less."""
+    sweep_tokens: Annotated[Count | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
+    """Tokens that all passes of the sweep train on, such as 256k or 1M: text that nothing was fitted to as far as there
+    is any, then the same again. It replaces `effort`."""
     passes: Annotated[Integer | None, Field(ge=0)] = None
-    """Passes of the sweep, as a number; null: by `effort`."""
+    """Passes of the sweep, as a number, after each of which the model is judged and saved; null: by `effort`, or
+    `sweep_tokens`."""
     sets: Annotated[Integer | None, Field(ge=1, le=8)] = None
     """Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass, 4 with three
     or more."""

@@ -24,6 +24,8 @@ from sparsellm.solvers.rounding import ROUNDING
 from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
+PASS_TOKENS, MOST_PASSES = 16_000, 16  # of a sweep over a number of tokens: each pass is judged and saved
+SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains depends more on its steps
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Choice:
     options: dict[str, JsonValue]
     needs: Needs
     passes: int  # passes of the sweep over the whole model; 0 for no sweep
+    sweep_tokens: int | None  # tokens of all passes; None for a share of the calibration's in each
     sets: int  # sets of calibration windows, which the blocks take in turn
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]
@@ -50,8 +53,12 @@ class Choice:
         given = next((name for name in SWEEP if getattr(recipe, name)), None)
         if method.effort is None and given is not None:
             raise RecipeError(f"method {recipe.method} has no sweep, so no {given}; leave it out")
-        passes = recipe.passes
-        if passes is None:
+        passes, tokens = recipe.passes, recipe.sweep_tokens
+        if tokens is not None and recipe.effort is not None:
+            raise RecipeError("effort and sweep_tokens both say how long the sweep is; give one of them")
+        if passes is None and tokens is not None:
+            passes = min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
+        elif passes is None:
             passes = PASSES[(method.effort or 0) if recipe.effort is None else recipe.effort]
         # More sets cost a forward pass each and gain most where a sweep follows.
         sets = recipe.sets or (4 if passes >= PASSES[2] else 2 if passes else 1)
@@ -60,7 +67,8 @@ class Choice:
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
         allocation_needs = allocator.needs(allocation_options) if allocates else Needs()
         needs = method.needs(options)
-        return cls(method, options, needs, passes, sets, allocator, allocation_options, allocation_needs, allocates)
+        how_long = (passes, tokens, sets)
+        return cls(method, options, needs, *how_long, allocator, allocation_options, allocation_needs, allocates)
 
     @classmethod
     def removing(cls, recipe: Recipe) -> Choice:
@@ -79,6 +87,12 @@ class Choice:
     def copies(self) -> int:
         """How often blocks are written: a sweep writes them again, and the walk's are kept until the end."""
         return 2 if self.passes else 1
+
+    def windows_of_pass(self, samples: int, seq_len: int) -> int:
+        """The windows of one pass of the sweep, in a run with ``samples`` calibration windows."""
+        if self.sweep_tokens is None or not self.passes:
+            return math.ceil(SWEEP_SHARE * samples)
+        return math.ceil(self.sweep_tokens / self.passes / seq_len)
 
     @property
     def token_states(self) -> bool:

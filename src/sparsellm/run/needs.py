@@ -21,7 +21,7 @@ from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import Memory, Prediction
 from sparsellm.run.choice import PASSES, Choice, patterns_of
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Journal
-from sparsellm.run.opening import default_seq_len, windows_of_pass
+from sparsellm.run.opening import default_seq_len
 from sparsellm.run.predictions import (
     DEVICE_SHARE,
     STREAMED,
@@ -48,7 +48,7 @@ def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, share
     seq_len = recipe.seq_len or default_seq_len(chain)
     # The sweep takes new windows where the dense model can run: one in memory, or with fewer experts, is another.
     fresh = choice.passes if chain.reader is not None and recipe.experts is None else 0
-    of_pass = windows_of_pass(recipe.samples)
+    of_pass = choice.windows_of_pass(recipe.samples, seq_len)
     drawn = choice.sets * recipe.samples + fresh * of_pass
     return Extent(
         samples=recipe.samples,
@@ -202,7 +202,8 @@ def foresee(
     notes = []
     if why:
         lower = [effort for effort, passes in enumerate(PASSES) if passes < prediction.passes]
-        others: list[dict[str, JsonValue]] = [{"effort": effort, "passes": None} for effort in reversed(lower)]
+        shorter = dict.fromkeys(SWEEP[1:3])
+        others: list[dict[str, JsonValue]] = [{"effort": effort, **shorter} for effort in reversed(lower)]
         others += [{"method": name, "options": {}, **dict.fromkeys(SWEEP)} for name in LOCAL]
         fits = (each for each in others if fitting(recipe.updated(**each), ranks) is not None)
         name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))

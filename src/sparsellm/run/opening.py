@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,9 +33,10 @@ from sparsellm.inputs import read_object
 from sparsellm.machine import bf16_is_native, machine_name, resolve_device
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.recipe import Recipe
+from sparsellm.run.choice import Choice
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import CheckpointReader, open_checkpoint
-from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
+from sparsellm.sweep.whole_model import STEP_TOKENS
 from sparsepack.checkpoint import is_packed
 from sparsepack.files import config_difference, context_limit
 
@@ -168,6 +169,7 @@ class Windows:
     bos: str  # whether every window begins with BOS: yes or no, or given for token ids that the user passed
     batch_tokens: int  # tokens in one forward call, by which windows are divided among processes
     passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room
+    of_pass: int = 1  # windows of a pass
     sources: Sequence[str] = ()  # for each window of everything, the name of its text in a mixture
 
     @property
@@ -186,14 +188,23 @@ class Windows:
         return torch.cat([*self.sets, self.fresh])
 
     @property
-    def swept(self) -> list[Tensor]:
-        """This process's share of the windows of each pass: new ones as far as there are any, then those of the
-        statistics, which the pruned weights fit already."""
-        size = windows_of_pass(len(self.first))
-        fresh = [part for part in self.fresh.split(size) if 2 * len(part) >= size]
+    def parts(self) -> list[Tensor]:
+        """The windows of each pass, of all processes: new ones as far as there are any, then those of the statistics,
+        which the pruned weights fit already. After the last, they come again in turn."""
+        fresh = [part for part in self.fresh.split(self.of_pass) if 2 * len(part) >= self.of_pass]
         known = [] if fresh and len(fresh) == self.passes else [self.first]
         lead = int(self.first[0, 0]) if self.bos == "yes" else None
-        return [self._share(_cut(part, lead) if self.bos != "given" else part) for part in (*fresh, *known)]
+        return [_cut(part, lead) if self.bos != "given" else part for part in (*fresh, *known)]
+
+    @property
+    def swept(self) -> list[Tensor]:
+        """This process's share of the windows of each pass."""
+        return [self._share(part) for part in self.parts]
+
+    def passes_over(self, tokens: int) -> int:
+        """The passes that have this many tokens together: more where a short text makes them shorter."""
+        sizes = itertools.cycle(part.numel() for part in self.parts)
+        return next(number for number, total in enumerate(itertools.accumulate(sizes), 1) if total >= tokens)
 
     @property
     def swept_sources(self) -> list[str]:
@@ -218,9 +229,9 @@ def given_windows(ids: Tensor, chain: Chain, recipe: Recipe) -> Windows:
 
 
 def read_windows(
-    text: Text | str, recipe: Recipe, model: Models, sets: int, passes: int, progress: ProgressCallback
+    text: Text | str, recipe: Recipe, model: Models, choice: Choice, passes: int, progress: ProgressCallback
 ) -> Windows:
-    """Windows of a text, or of the one that the dense model writes if the recipe says so: ``sets`` sets for the
+    """Windows of a text, or of the one that the dense model writes if the recipe says so: the choice's sets for the
     statistics and further ones for ``passes`` passes, as far as the text has room. Raises DataError if the model has no
     tokenizer, or the text is too short for one set."""
     chain, tokenizer, directory = model.chain, model.tokenizer, model.directory
@@ -243,24 +254,20 @@ def read_windows(
         return self_generated_windows(dense, tokenizer, samples, seq_len, seed, lead, fresh, tell)
 
     source = text if isinstance(text, str) else DOCUMENTS
-    sizes = [recipe.samples] * sets + [windows_of_pass(recipe.samples)] * passes
+    sets, of_pass = choice.sets, choice.windows_of_pass(recipe.samples, seq_len)
+    sizes = [recipe.samples] * sets + [of_pass] * passes
     windows, sources = mixed_windows(source, sizes, draw)
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
     sets = min(sets, len(windows) // max(1, samples))
     read, rest = windows[: sets * samples], windows[sets * samples :]
-    bos, fresh = "no" if lead is None else "yes", rest[: passes * windows_of_pass(samples)]
-    return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes, sources)
+    bos, fresh = "no" if lead is None else "yes", rest[: passes * of_pass]
+    return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes, of_pass, sources)
 
 
 def default_seq_len(chain: Chain) -> int:
     """2048 tokens, or the number of the model's positions if that is less."""
     return min(DEFAULT_SEQ_LEN, context_limit(chain.config) or DEFAULT_SEQ_LEN)
-
-
-def windows_of_pass(samples: int) -> int:
-    """The windows of one pass of the sweep, in a run with ``samples`` calibration windows."""
-    return math.ceil(SWEEP_SHARE * samples)
 
 
 def _cut(windows: Tensor, lead: int | None) -> Tensor:

@@ -162,7 +162,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         out = request.destination(model.sources, disk_bytes)
     with clock.phase("calibration"):
         request, warnings = _with_text(request, progress)
-        windows = _windows(request, choice, model, progress)
+        windows, choice = _windows(request, choice, model, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
         machine.trim()
     recipe = request.recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
@@ -271,8 +271,9 @@ def _extent(windows: Windows, passes: int) -> Extent:
     )
 
 
-def _windows(request: Request, choice: Choice, model: Models, progress: ProgressCallback) -> Windows:
-    """The calibration windows; before that, the prediction of the phases."""
+def _windows(request: Request, choice: Choice, model: Models, progress: ProgressCallback) -> tuple[Windows, Choice]:
+    """The calibration windows, and the choice with as many passes over them as have its tokens; before that, the
+    prediction of the phases."""
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
     passes = choice.passes if chain.reader is not None and request.removed is None else 0
@@ -280,14 +281,24 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     progress(Progress(PLAN, costs=predicted_seconds(chain, choice, asked, speeds_of(chain))))
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
-        return parallel.from_main(partial(given_windows, request.calibration, chain, recipe))
+        return _passing(parallel.from_main(partial(given_windows, request.calibration, chain, recipe)), choice, recipe)
     text = recipe.calibration if request.calibration is None else request.calibration
     assert text is not None  # see _with_text
-    settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens, choice.sets, passes)
+    settings = (
+        *(recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens),
+        *(choice.sets, passes, choice.sweep_tokens),
+    )
     source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
     key = (str(model.directory), source, settings, chain.dtype, chain.device.type)
-    read = partial(read_windows, text, recipe, model, choice.sets, passes, progress)
-    return parallel.from_main(partial(request.once, key, read))
+    read = partial(read_windows, text, recipe, model, choice, passes, progress)
+    return _passing(parallel.from_main(partial(request.once, key, read)), choice, recipe)
+
+
+def _passing(windows: Windows, choice: Choice, recipe: Recipe) -> tuple[Windows, Choice]:
+    """The windows, and the choice with as many passes as have the tokens of the sweep, unless the recipe has both."""
+    if choice.passes and choice.sweep_tokens is not None and recipe.passes is None:
+        choice = replace(choice, passes=windows.passes_over(choice.sweep_tokens))
+    return windows, choice
 
 
 def _already_pruned(model: Models) -> list[str]:

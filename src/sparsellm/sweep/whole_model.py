@@ -36,7 +36,6 @@ PROBE_STEPS = 2  # steps at each; a pass of fewer than four times as many is not
 CUT = 1 / 3  # factor of the rate after a harmful pass
 HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
 STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
-SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains depends more on its steps
 
 
 def check_sweepable(chain: Chain) -> None:
