@@ -1,10 +1,10 @@
-"""Other methods in our time, and allocations of one span, on two test texts: the tables in docs/results.md.
+"""Other methods in our time, allocations of one span, long sweeps, on two test texts: the tables in docs/results.md.
 
     python benchmarks/equal.py --text wikitext2:wikitext2-raw-test.txt --calibration wikipedia.txt --targets 0.7
 
 Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit and output costs, and as many
 passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune` of all kept
-weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0. Finished cells
+weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0. Table ``sweeps``: sparsellm with longer and longer sweeps. Finished cells
 are kept in the file of ``quality.py``, so that a stopped script continues when it is run again.
 """
 
@@ -115,14 +115,27 @@ def allocations(arguments: argparse.Namespace, cells: Cells, target: str, seed: 
     return rows
 
 
+def sweeps(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+    """Rows of one target and seed: longer and longer sweeps behind the same walk."""
+    rows = [("sparsegpt", cell(arguments, cells, "sparsegpt", target, seed))]
+    for tokens in arguments.sweep_tokens:
+        settings = ("sets=4", f"sweep_tokens={tokens}") if tokens != "0" else ("sets=4", "effort=0")
+        rows.append((f"{tokens} tokens", cell(arguments, cells, "sparsellm", target, seed, *settings)))
+    return rows
+
+
+TABLES = {"budgets": budgets, "allocations": allocations, "sweeps": sweeps}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_conditions(parser)
-    parser.add_argument("--tables", nargs="+", choices=("budgets", "allocations"), default=["budgets", "allocations"])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[*TABLES])
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--effort", type=int, default=1, help="whose time the other methods get")
     parser.add_argument("--ways", nargs="*", default=["full", "lora"])
+    parser.add_argument("--sweep-tokens", nargs="*", default=["0", "16k", "64k", "256k"], help="of the table sweeps")
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
     arguments = parser.parse_args()
@@ -133,11 +146,10 @@ def main() -> None:
     print(heading(arguments, dense, cells.code))
     other = Path(arguments.other_text).name
     for table in arguments.tables:
-        make = budgets if table == "budgets" else allocations
         print(f"| {table} | {Path(arguments.text).name} | ratio | {other} ({dense['other']:.2f}) | ratio | CPU s |")
         print("|---|---|---|---|---|---|", flush=True)
         for target in arguments.targets:
-            by_seed = [make(arguments, cells, target, seed) for seed in arguments.seeds]
+            by_seed = [TABLES[table](arguments, cells, target, seed) for seed in arguments.seeds]
             for same in zip(*by_seed, strict=True):  # a row: one cell of each seed
                 shown = []
                 for text in ("perplexity", "other"):

@@ -309,6 +309,14 @@ def test_a_small_distance_tries_rates_and_takes_the_best(monkeypatch: pytest.Mon
     assert history[1].held_out < by_rule[1].held_out
 
 
+def test_the_rate_rises_over_ten_steps_also_when_moments_begin_anew() -> None:
+    rates = [module.schedule(step, 40, step + 1) for step in range(40)]
+    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    assert rates[25] == pytest.approx(0.5)  # half of the way down
+    assert module.schedule(25, 40, 2) == pytest.approx(0.2 * 0.5)
+    assert [module.schedule(step, 4, step + 1) for step in range(4)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+
+
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_a_pass_that_does_harm_is_undone_and_the_next_is_slower(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -326,7 +334,9 @@ def test_a_pass_that_does_harm_is_undone_and_the_next_is_slower(
     for number, record in enumerate(history[1:-1]):
         cuts += record.passes in harmful
         least = min(least, record.held_out * ids.numel())
-        assert rates[number + 1] == pytest.approx(module.CUT**cuts * module.schedule(number + 1, 8))
+        assert rates[number + 1] == pytest.approx(
+            module.CUT**cuts * module.schedule(number + 1, 8, numbers[number + 1])
+        )
         if record.passes in harmful:
             assert losses[number + 1] == pytest.approx(least, rel=1e-5)
             assert numbers[number + 1] == 1

@@ -136,8 +136,8 @@ def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass]
     for place, chosen in enumerate(shuffled(count, task.seed + (number - 1) * 1_000_003)):
         task.feed.progress(Progress("sweep", number - first + place / count, task.passes - first + 1, text))
         step = steps[chosen]
-        factor = schedule((number - 1) * count + place, task.passes * count)
         since = (number - 1 - undone) * count + place + 1  # steps since Adam's moments began
+        factor = schedule((number - 1) * count + place, task.passes * count, since)
         total += run.step(step, rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)
 
