@@ -4,8 +4,9 @@
 
 Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit and output costs, and as many
 passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune` of all kept
-weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0. Table ``sweeps``: sparsellm with longer and longer sweeps. Finished cells
-are kept in the file of ``quality.py``, so that a stopped script continues when it is run again.
+weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0. Table
+``sweeps``: sparsellm with longer and longer sweeps. Finished cells are kept in the file of ``quality.py``, so that a
+stopped script continues when it is run again.
 """
 
 from __future__ import annotations
