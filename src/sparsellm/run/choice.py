@@ -24,7 +24,7 @@ from sparsellm.solvers.rounding import ROUNDING
 from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
-PASS_TOKENS, MOST_PASSES = 16_000, 16  # of a sweep over `sweep_tokens`: each pass is judged and saved
+PASS_TOKENS, MOST_PASSES = 16_000, 16  # by `sweep_tokens`; every pass is judged and saved
 SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains depends more on its steps
 
 

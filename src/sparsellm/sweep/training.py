@@ -17,9 +17,7 @@ from sparsellm.statistics.held_out import spread_evenly
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 FACTOR_RATE, FACTOR_LIMIT = 5.0, 1e-3  # steps of factors of groups: this multiple of the rate, and at most the limit
-# Adam's first step is as long for a gradient of noise as for one of signal. With a rate that rises over 1 step, not 5
-# or 10, a sweep of 14 steps ends where it began (demo, 70 %).
-RISING = 10
+RISING = 10  # steps: with 1, a sweep of 14 steps ends where it began, since Adam's first steps are as long for noise
 MOST_HELD_OUT = 8  # steps: enough to compare states; further steps are worth more as training data
 
 T = TypeVar("T")
@@ -101,9 +99,8 @@ def _clear_where_zero_(gradient: Tensor, parameter: Tensor) -> None:
 
 
 def schedule(step: int, steps: int, number: int) -> float:
-    """The factor of the learning rate at ``step`` of ``steps``, from 0: a cosine to zero after the first tenth or
-    :data:`RISING` steps, but at most half of them; and a linear rise over as many while Adam's moments are young, of
-    which this is step ``number``, from 1."""
+    """The factor of the learning rate at ``step``, from 0: a linear rise over the first tenth or :data:`RISING` steps,
+    at most half of all, then a cosine to zero; it rises anew with Adam's moments, of which this is step ``number``."""
     rising = max(1, min(max(RISING, round(0.1 * steps)), steps // 2))
     falling = max(0, step - rising) / max(1, steps - rising)
     return min(1.0, number / rising) * 0.5 * (1 + math.cos(math.pi * falling))
