@@ -91,6 +91,7 @@ class Resident(Weights):
             opened.callback(dist.destroy_process_group)
         if parallel.size() < dist.get_world_size():  # parallel.alone()
             group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup), "this process is in it"
             opened.callback(dist.destroy_process_group, group)
             return DeviceMesh.from_group(group, self.chain.device.type)
         return init_device_mesh(self.chain.device.type, (parallel.size(),))

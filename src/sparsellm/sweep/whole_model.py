@@ -135,10 +135,9 @@ def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass]
     text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
     for place, chosen in enumerate(shuffled(count, task.seed + (number - 1) * 1_000_003)):
         task.feed.progress(Progress("sweep", number - first + place / count, task.passes - first + 1, text))
-        step = steps[chosen]
         since = (number - 1 - undone) * count + place + 1  # steps since Adam's moments began
         factor = schedule((number - 1) * count + place, task.passes * count, since)
-        total += run.step(step, rate * CUT ** len(harmful) * factor, since)
+        total += run.step(steps[chosen], rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)
 
 
