@@ -64,7 +64,7 @@ MODELS = {
     "70b": llama(8192, 28672, 80, 64),
     "400b": qwen_mixture(5120, 1536, 96, 176),  # Qwen3-235B with wider blocks and more experts: 405B, 21B a token
 }
-MACHINES = ["laptop=400,300,40,32,1", "rtx4090=64,1", "h100=256,1", "h100=2000,8"]
+MACHINES = ["laptop=400,300,40,32,1", "server=6000,3000,400,512,1", "rtx4090=64,1", "h100=256,1", "h100=2000,8"]
 TRIED: list[dict[str, Any]] = [
     {},
     {"effort": 0},
