@@ -1,4 +1,4 @@
-"""Other methods in our time, allocations of one span, long sweeps, on two test texts: the tables in docs/results.md.
+"""Other methods in our time, allocations of one span and long sweeps, on two test texts: the tables in docs/results.md.
 
     python benchmarks/equal.py --text wikitext2:wikitext2-raw-test.txt --calibration wikipedia.txt --targets 0.7
 
@@ -120,8 +120,8 @@ def sweeps(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) 
     """Rows of one target and seed: longer and longer sweeps behind the same walk."""
     rows = [("sparsegpt", cell(arguments, cells, "sparsegpt", target, seed))]
     for tokens in arguments.sweep_tokens:
-        settings = ("sets=4", f"sweep_tokens={tokens}") if tokens != "0" else ("sets=4", "effort=0")
-        rows.append((f"{tokens} tokens", cell(arguments, cells, "sparsellm", target, seed, *settings)))
+        how_long = "effort=0" if tokens == "0" else f"sweep_tokens={tokens}"
+        rows.append((f"{tokens} tokens", cell(arguments, cells, "sparsellm", target, seed, "sets=4", how_long)))
     return rows
 
 

@@ -83,7 +83,7 @@ def test_a_sweep_over_more_tokens_than_a_text_has_reads_it_again(fresh: int, par
     """64 windows are asked for, in 4 passes of 16: fresh ones, then those of the statistics, until they are enough."""
     ids = torch.arange((fresh + SAMPLES) * SEQ_LEN).view(-1, SEQ_LEN)
     windows = Windows(ids[None, :SAMPLES], ids[SAMPLES:], "no", 32, passes=4, of_pass=16)
-    assert (list(map(len, windows.parts)), windows.passes_over(64 * SEQ_LEN)) == (parts, passes)
+    assert (list(map(len, windows.by_pass)), windows.passes_over(64 * SEQ_LEN)) == (parts, passes)
 
 
 def test_a_short_text_makes_more_passes(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def _yes_or_no(value: Any) -> Any:
     return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
-def _count(value: Any) -> Any:
+def _tokens(value: Any) -> Any:
     """The number that ``256k``, ``1M`` or the text of a command line means."""
     if not isinstance(value, str):
         return _integer(value)
@@ -87,7 +87,7 @@ def _count(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_integer)]
-Count = Annotated[int, BeforeValidator(_count), Field(ge=1, le=MOST_TOKENS)]
+Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=MOST_TOKENS)]
 Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -155,7 +155,7 @@ class Recipe(BaseModel):
     effort: Annotated[Integer | None, Option(WHAT, "0-3", null=EFFORT), Field(ge=0, le=3)] = None
     """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More passes take longer and lose
     less."""
-    sweep_tokens: Annotated[Count | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
+    sweep_tokens: Annotated[Tokens | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
     """Tokens that all passes of the sweep train on, such as 256k or 1M: text that nothing was fitted to as far as there
     is any, then the same again. It replaces `effort`."""
     passes: Annotated[Integer | None, Field(ge=0)] = None

@@ -356,7 +356,7 @@ def test_pieces_are_whole_windows_that_cover_each_batch_once() -> None:
     assert all(len(piece.calls) == len(chain) for piece in stream.pieces)
 
 
-@pytest.mark.parametrize(("count", "held"), [(3, []), (4, [2]), (16, [4, 12]), (200, [*range(12, 200, 25)])])
+@pytest.mark.parametrize(("count", "held"), [(3, []), (4, [2]), (8, [4]), (16, [4, 12]), (200, [*range(12, 200, 25)])])
 def test_what_is_held_out(count: int, held: list[int]) -> None:
     train, judges = held_out_of(list(range(count)))
     assert train == [i for i in range(count) if i not in held]

@@ -56,10 +56,9 @@ class Choice:
         passes, tokens = recipe.passes, recipe.sweep_tokens
         if tokens is not None and recipe.effort is not None:
             raise RecipeError("effort and sweep_tokens both say how long the sweep is; give one of them")
-        if passes is None and tokens is not None:
-            passes = min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
-        elif passes is None:
-            passes = PASSES[(method.effort or 0) if recipe.effort is None else recipe.effort]
+        if passes is None:
+            by_effort = PASSES[(method.effort or 0) if recipe.effort is None else recipe.effort]
+            passes = by_effort if tokens is None else min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
         # More sets cost a forward pass each and gain most where a sweep follows.
         sets = recipe.sets or (4 if passes >= PASSES[2] else 2 if passes else 1)
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
@@ -67,8 +66,9 @@ class Choice:
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
         allocation_needs = allocator.needs(allocation_options) if allocates else Needs()
         needs = method.needs(options)
-        how_long = (passes, tokens, sets)
-        return cls(method, options, needs, *how_long, allocator, allocation_options, allocation_needs, allocates)
+        return cls(
+            method, options, needs, passes, tokens, sets, allocator, allocation_options, allocation_needs, allocates
+        )
 
     @classmethod
     def removing(cls, recipe: Recipe) -> Choice:

@@ -202,8 +202,8 @@ def foresee(
     notes = []
     if why:
         lower = [effort for effort, passes in enumerate(PASSES) if passes < prediction.passes]
-        shorter = dict.fromkeys(SWEEP[1:3])
-        others: list[dict[str, JsonValue]] = [{"effort": effort, **shorter} for effort in reversed(lower)]
+        others: list[dict[str, JsonValue]]
+        others = [{"effort": effort, "sweep_tokens": None, "passes": None} for effort in reversed(lower)]
         others += [{"method": name, "options": {}, **dict.fromkeys(SWEEP)} for name in LOCAL]
         fits = (each for each in others if fitting(recipe.updated(**each), ranks) is not None)
         name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))

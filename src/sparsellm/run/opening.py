@@ -188,7 +188,7 @@ class Windows:
         return torch.cat([*self.sets, self.fresh])
 
     @property
-    def parts(self) -> list[Tensor]:
+    def by_pass(self) -> list[Tensor]:
         """The windows of each pass, of all processes: new ones as far as there are any, then those of the statistics,
         which the pruned weights fit already. After the last, they come again in turn."""
         fresh = [part for part in self.fresh.split(self.of_pass) if 2 * len(part) >= self.of_pass]
@@ -199,11 +199,11 @@ class Windows:
     @property
     def swept(self) -> list[Tensor]:
         """This process's share of the windows of each pass."""
-        return [self._share(part) for part in self.parts]
+        return [self._share(part) for part in self.by_pass]
 
     def passes_over(self, tokens: int) -> int:
         """The passes that have this many tokens together: more where a short text makes them shorter."""
-        sizes = itertools.cycle(part.numel() for part in self.parts)
+        sizes = itertools.cycle(part.numel() for part in self.by_pass)
         return next(number for number, total in enumerate(itertools.accumulate(sizes), 1) if total >= tokens)
 
     @property

@@ -281,21 +281,17 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     progress(Progress(PLAN, costs=predicted_seconds(chain, choice, asked, speeds_of(chain))))
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
-        return _passing(parallel.from_main(partial(given_windows, request.calibration, chain, recipe)), choice, recipe)
-    text = recipe.calibration if request.calibration is None else request.calibration
-    assert text is not None  # see _with_text
-    settings = (
-        *(recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens),
-        *(choice.sets, passes, choice.sweep_tokens),
-    )
-    source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
-    key = (str(model.directory), source, settings, chain.dtype, chain.device.type)
-    read = partial(read_windows, text, recipe, model, choice, passes, progress)
-    return _passing(parallel.from_main(partial(request.once, key, read)), choice, recipe)
-
-
-def _passing(windows: Windows, choice: Choice, recipe: Recipe) -> tuple[Windows, Choice]:
-    """The windows, and the choice with as many passes as have the tokens of the sweep, unless the recipe has both."""
+        read: Callable[[], Windows] = partial(given_windows, request.calibration, chain, recipe)
+    else:
+        text = recipe.calibration if request.calibration is None else request.calibration
+        assert text is not None  # see _with_text
+        settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens)
+        lengths = (choice.sets, passes, choice.sweep_tokens)
+        source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
+        key = (str(model.directory), source, settings, lengths, chain.dtype, chain.device.type)
+        drawn = partial(read_windows, text, recipe, model, choice, passes, progress)
+        read = partial(request.once, key, drawn)
+    windows = parallel.from_main(read)
     if choice.passes and choice.sweep_tokens is not None and recipe.passes is None:
         choice = replace(choice, passes=windows.passes_over(choice.sweep_tokens))
     return windows, choice

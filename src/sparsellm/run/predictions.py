@@ -438,9 +438,7 @@ GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight
 FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
 COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
 PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
-REMOVING = (
-    7  # the same while experts are removed: for scores, two rounds of refits, with two or three each, and outputs
-)
+REMOVING = 7  # the same while experts are removed: for scores, outputs, and two rounds of refits, of two or three each
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass of the sweep costs: the block again, and twice that for the gradients
 GRADIENT = 3  # the same where only inputs have gradients, and the squared gradients of the weights

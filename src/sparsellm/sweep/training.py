@@ -17,7 +17,7 @@ from sparsellm.statistics.held_out import spread_evenly
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 FACTOR_RATE, FACTOR_LIMIT = 5.0, 1e-3  # steps of factors of groups: this multiple of the rate, and at most the limit
-RISING = 10  # steps: with 1, a sweep of 14 steps ends where it began, since Adam's first steps are as long for noise
+RISING = 10  # steps: with 1, a sweep of 14 steps ends where it began, as Adam's first steps follow noise
 MOST_HELD_OUT = 8  # steps: enough to compare states; further steps are worth more as training data
 
 T = TypeVar("T")
