@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sparsellm.methods import METHODS
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run import predictions
-from sparsellm.run.predictions import Demand, Extent, device_budget, plan_memory, steps_of
+from sparsellm.run.predictions import Demand, Extent, device_budget, kept_share, plan_memory, steps_of
 from sparsellm.solvers import SOLVERS
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
@@ -108,6 +109,11 @@ def test_what_a_sweep_holds_in_files_is_read_a_block_at_a_time(chain: Chain) -> 
         assert steps["sweeps"].movable == states + copies * len(chain) * block
         assert steps["keeping"].movable == states + 4 * len(chain) * block
         assert steps["sweeps"].read == 3 * block
+    whole = Demand(Extent(4, 128, 4096, swept=256), Workspace(), passes=1)
+    plain, pruned = (steps_of(chain, replace(whole, zeros=zeros))["sweeps"] for zeros in (0.0, 0.75))
+    share = kept_share(chain, 0.75)
+    assert 0.25 < share < 0.3  # norms are kept
+    assert pruned.movable - states == pytest.approx(4 / 3 * share * (plain.movable - states), rel=1e-3)  # with places
     assert [Extent(4, 2048, 4096, cut=cut).step(1) for cut in (True, False)] == [512, 2048]
 
 

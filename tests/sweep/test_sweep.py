@@ -21,6 +21,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import head, streamed
 from sparsellm.sweep import whole_model as module
+from sparsellm.sweep.saved import SWEEP, SavedSweep
 from sparsellm.sweep.sweep_task import Run, SweepTask
 from sparsellm.sweep.training import adam_step, held_out_of
 from sparsellm.sweep.whole_model import sweep
@@ -167,6 +168,22 @@ def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
         assert history == runs[0][0]
         assert same_bits(written, runs[0][1])
     assert min(record.held_out for record in runs[0][0]) < runs[0][0][0].held_out
+
+
+def test_pruned_weights_and_their_moments_are_not_stored(tmp_path: Path) -> None:
+    chain = open_chain(halved(tiny_llama()), device=CPU)
+    weights = streamed.Streamed(SweepTask(Feed(chain, ids_of(4), TOKENS), [], 1, 0, print))
+    for block, parameters in enumerate(map(weights.parameters, range(len(chain)))):
+        kept = int(parameters.count_nonzero())
+        assert [weights.store[2 * block + at].shape[-1] for at in (0, 1)] == [kept, kept]
+        assert kept < 0.6 * len(parameters)
+        state = torch.stack([parameters, parameters.square()])
+        assert torch.equal(weights.complete(block, weights.part(block, state)), state)
+    saved, state = SavedSweep(tmp_path, 1), torch.zeros(2, 90_001)
+    state[0, 5], state[1, 7] = -0.0, 2.5
+    saved.save([SweepPass(passes=1, held_out=1.0)], 0, {"moments": lambda _: state}, last=False)
+    assert torch.equal(saved.read("moments", 1, 0).view(torch.int32), state.view(torch.int32))
+    assert sum(file.stat().st_size for file in (tmp_path / SWEEP).iterdir()) < 30_000  # a bit for each
 
 
 def test_bfloat16_is_rounded_at_the_end_and_judged_as_rounded(tmp_path: Path) -> None:

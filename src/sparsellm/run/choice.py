@@ -42,6 +42,7 @@ class Choice:
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs
     allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
+    zeros: float = 0.0  # the share of zeros in the linears of every block; 0 where the recipe chooses linears by name
     removes: bool = False  # whether this is the pass that removes experts, before the run
 
     @classmethod
@@ -66,8 +67,19 @@ class Choice:
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
         allocation_needs = allocator.needs(allocation_options) if allocates else Needs()
         needs = method.needs(options)
+        zeros = 0.0 if recipe.only or recipe.exclude else recipe.sparsity
         return cls(
-            method, options, needs, passes, tokens, sets, allocator, allocation_options, allocation_needs, allocates
+            method,
+            options,
+            needs,
+            passes,
+            tokens,
+            sets,
+            allocator,
+            allocation_options,
+            allocation_needs,
+            allocates,
+            zeros,
         )
 
     @classmethod

@@ -93,7 +93,8 @@ def predict(
     workspace = choice.workspace.then(choice.allocator.workspace)
     differentiated = 0 if done else extent.share_of(gradients) * extent.seq_len
     demand = Demand(extent, workspace, differentiated, choice.passes, choice.trains_integers(recipe))
-    demand = replace(demand, removes=choice.removes, reduced=recipe.experts is not None and not choice.removes)
+    reduced = recipe.experts is not None and not choice.removes
+    demand = replace(demand, removes=choice.removes, reduced=reduced, zeros=choice.zeros)
     fitting: list[tuple[Memory, dict[str, float]]] = []
     for way in sweeps(chain, demand) if sweep is None else [sweep]:
         try:
@@ -106,7 +107,7 @@ def predict(
         raise refused
     memory, seconds = min(fitting, key=lambda each: sum(each[1].values()))  # the first of equals
     files = choice.copies * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
-    files += saved_sweep_bytes(chain, choice.passes, unrounded=demand.unrounded)
+    files += saved_sweep_bytes(chain, choice.passes, choice.zeros, unrounded=demand.unrounded)
     tokens = {"gradients": gradients, "experts" if choice.removes else "prune": extent.sets * extent.samples}
     return Prediction(
         machine=speeds.name,

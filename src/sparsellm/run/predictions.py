@@ -28,6 +28,7 @@ from sparsellm.run.speeds import Speeds
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.gradients import LEAST_SCORED, LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
+from sparsellm.sweep.streamed import MOST_KEPT
 from sparsellm.sweep.sweep_task import Residence
 from sparsellm.sweep.training import MOST_HELD_OUT
 from sparsellm.sweep.whole_model import STEP_TOKENS
@@ -104,6 +105,7 @@ class Demand:
     sweep: str = STREAMED  # how it holds the blocks, see :func:`sweeps`
     removes: bool = False  # whether it removes experts
     reduced: bool = False  # whether that was done before
+    zeros: float = 0.0  # the share of zeros in the linears of a pruned block
 
     @property
     def step(self) -> int:
@@ -229,9 +231,23 @@ def gradient_bytes(chain: Chain, tokens: int) -> int:
     return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
 
 
-def saved_sweep_bytes(chain: Chain, passes: int, *, unrounded: bool) -> int:
-    """The most disk space that the saved passes of a sweep take; of a single one only its parameters are saved."""
-    return (SAVED_COPIES if passes > 1 else passes) * 4 * _trained(chain, unrounded)
+def saved_sweep_bytes(chain: Chain, passes: int, zeros: float, *, unrounded: bool) -> int:
+    """The most disk space that the saved passes of a sweep take, without the ``zeros`` of the linears; of a single one
+    only its parameters are saved."""
+    copies = SAVED_COPIES if passes > 1 else passes
+    return round(copies * (4 * kept_share(chain, zeros) + 1 / 8) * _trained(chain, unrounded))
+
+
+def kept_share(chain: Chain, zeros: float) -> float:
+    """The share of the elements of all blocks that are not pruned, with these ``zeros`` in their linears."""
+    pruned = sum(kind.number * zeros * _linear_weights(kind) for kind in chain.kinds)
+    return 1 - pruned / _trained(chain, unrounded=False)
+
+
+def _linear_weights(kind: Kind) -> int:
+    """The weights of the linears of a block."""
+    groups: list[tuple[Sequence[Size], int]] = [(kind.linears, 1), *kind.experts.items()]
+    return sum(number * linear.features * linear.outputs for linears, number in groups for linear in linears)
 
 
 def _trained(chain: Chain, unrounded: bool) -> int:
@@ -306,8 +322,12 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
     way = residence(chain, demand.sweep, extent.ranks)
     if way is None:
         copies = (ROUNDED_COPIES if demand.unrounded else STREAMED_COPIES) + (MOVED + AHEAD) * gpu
+        held, share = TRAINED_COPIES * best, kept_share(chain, demand.zeros)
+        if share <= MOST_KEPT:  # with the places of what is kept; a block is made whole to run
+            best, copies = int(share * best), copies + MOVED * (not gpu)
+            held = (TRAINED_COPIES + 1) * best
         block = int(copies * largest) + _activations_for_gradients(chain, demand, 4)
-        moved, read = moved + TRAINED_COPIES * best, 0 if gpu else MOVED * largest
+        moved, read = moved + held, 0 if gpu else MOVED * largest
         working = outer + inputs + max(loss, block)
         return {"sweeps": Held(working, moved + best * later, read), "keeping": Held(outer, moved + best, read)}
     running = outer + 3 * largest * way.sharded  # a block that is gathered, its gradients, and the next one
@@ -447,6 +467,7 @@ WRITING = 10  # passes that a token costs which the model writes itself
 TRIANGLE = 0.6  # share of a Gram matrix that is computed: panels of its upper triangle
 ADAM = 8 * 4  # bytes that a step moves for each weight: parameters, two moments and gradients in fp32, both ways
 UPLOADED, DOWNLOADED = 4 * 4, 3 * 4  # bytes that a step reads for each weight from where it is kept, and writes there
+PLACES = 2 * 4  # the same for the place of a weight where pruned ones are not stored
 
 
 @dataclass(frozen=True)
@@ -532,7 +553,15 @@ def predicted_seconds(
         "gradients": differentiated * differentiating,
         "replay": finished / len(chain) * choice.sets * tokens * token,
         "experts" if choice.removes else "prune": left * walking + 2 * work.stored / DISK,
-        "sweep": sweep_seconds(work, extent, choice.passes, speeds, moving, memory.sweep if memory else STREAMED),
+        "sweep": sweep_seconds(
+            work,
+            extent,
+            choice.passes,
+            speeds,
+            moving,
+            memory.sweep if memory else STREAMED,
+            kept_share(chain, choice.zeros),
+        ),
         "save": work.stored / DISK,
     }
 
@@ -543,10 +572,13 @@ def gradient_windows(choice: Choice, extent: Extent) -> int:
     return min(extent.samples, max(LEAST_WINDOWS, windows_of(asked, extent.seq_len))) if asked else 0
 
 
-def sweep_seconds(work: Work, extent: Extent, passes: int, speeds: Speeds, moving: float, sweep: str) -> float:
+def sweep_seconds(
+    work: Work, extent: Extent, passes: int, speeds: Speeds, moving: float, sweep: str, kept: float
+) -> float:
     """Seconds of a sweep in ``passes`` passes: the dense model once, then forward and backward. In a streamed one
     all processes wait for the one that has the windows of a step, and a byte that is not where blocks run takes
-    ``moving`` seconds; in a resident one each process has some windows of a step, and some rows of the parameters."""
+    ``moving`` seconds, of the share of the weights that is ``kept``; in a resident one each process has some windows of
+    a step, and some rows of the parameters."""
     if not passes:
         return 0.0
     ranks = extent.ranks if sweep in RESIDENT else 1
@@ -558,7 +590,10 @@ def sweep_seconds(work: Work, extent: Extent, passes: int, speeds: Speeds, movin
     through = tokens + judged + trained * (1 + BACKWARD - (sweep in RESIDENT and not RESIDENT[sweep].recomputes))
     running = (through * work.token + (2 * judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
     away = moving if sweep == STREAMED else (sweep in RESIDENT and RESIDENT[sweep].offloads) / speeds.link
-    moved = ADAM / speeds.memory / ranks + (UPLOADED + DOWNLOADED) * away
+    carried: float = UPLOADED + DOWNLOADED
+    if sweep == STREAMED and kept <= MOST_KEPT:
+        carried = kept * (carried + PLACES)
+    moved = ADAM / speeds.memory / ranks + carried * away
     moved += GATHERED / _exchanged(speeds) if ranks > 1 else 0.0
     return running + trained / step * work.weights * moved
 

@@ -162,7 +162,8 @@ def _sweep(
     if not plan.choice.passes:
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
-    state_bytes = saved_sweep_bytes(chain, plan.choice.passes, unrounded=plan.choice.trains_integers(plan.recipe))
+    choice, unrounded = plan.choice, plan.choice.trains_integers(plan.recipe)
+    state_bytes = saved_sweep_bytes(chain, choice.passes, choice.zeros, unrounded=unrounded)
     saved = journal.open_sweep(state_bytes, plan.disk_bytes, feed.progress)
     if saved is not None and saved.last is not None:
         clock.add({"sweep": saved.last.seconds})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import TensorSource, write_shard
 
 SWEEP = "sweep"  # name of the record, and of the folder of its files
-_BITS = "bits"  # the one tensor of a file
+_BITS, _PLACES, _SHAPE = "bits", "places", "shape"  # tensors of a file: what is not zero, a bit for each element
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class SweepRecord:
 class SavedSweep:
     """The saved passes of one run. Every process reads them, the first writes.
 
-    The parameters after each pass (flat, fp32), and Adam's moments ``(2, elements)``, are one file per block. One
-    record, written last, has the history and the checksums of the files. Files of earlier passes are then removed.
+    The parameters after each pass (flat, fp32), and Adam's moments ``(2, elements)``, are one file per block, without
+    its zeros. One record, written last, has the history and the checksums of the files. Files of earlier passes are
+    then removed.
 
     Attributes:
         last: the last saved pass whose files are intact; None if there is none and the sweep must begin.
@@ -50,7 +52,11 @@ class SavedSweep:
 
     def read(self, kind: str, number: int, block: int) -> Tensor:
         """The ``parameters`` or ``moments`` of a block after pass ``number``, on the CPU."""
-        return CheckpointReader(self._folder, [self._file(kind, number, block)]).get(_BITS).view(torch.float32)
+        file = CheckpointReader(self._folder, [self._file(kind, number, block)])
+        value = torch.zeros(tuple(file.get(_SHAPE).tolist()), dtype=torch.int32)
+        places = np.unpackbits(file.get(_PLACES).numpy(), count=value.numel())
+        value.flatten().masked_scatter_(torch.from_numpy(places).bool(), file.get(_BITS))
+        return value.view(torch.float32)
 
     def save(
         self, history: list[SweepPass], best: int, state: Mapping[str, Callable[[int], Tensor]], *, last: bool
@@ -67,7 +73,11 @@ class SavedSweep:
             with explained(self._folder):
                 self._folder.mkdir(exist_ok=True)
             # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
-            tensors = {_BITS: TensorSource.of(value.contiguous().view(torch.int32))}
+            bits = value.cpu().contiguous().view(torch.int32)
+            places = bits.flatten() != 0  # pruned weights and their moments are not written
+            parts = {_BITS: bits.flatten()[places], _PLACES: torch.from_numpy(np.packbits(places.numpy()))}
+            parts[_SHAPE] = torch.tensor(bits.shape)
+            tensors = {name: TensorSource.of(part) for name, part in parts.items()}
             files[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
 
         def record() -> None:

@@ -2,12 +2,13 @@
 
 Each step runs the blocks forward and stores their inputs. On the way back each block runs again on its stored input,
 Adam updates it, and it is stored. Weights and moments of the other blocks are in memory or on disk, depending on the
-room. With several processes, the one that has the windows of a step computes the gradient, and all take the step.
+room; those of pruned weights, which stay zero, are not stored. With several processes, the one that has the windows of
+a step computes the gradient, and all take the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +18,73 @@ from sparsellm.chain.streams import Piece
 from sparsellm.sweep.sweep_task import Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import adam_step, joined, running_on, share_gradients
 
+MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is kept take as much as is saved
+
 
 class Streamed(Weights):
-    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1."""
+    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1. A process's
+    part of a block is what is not pruned, and another store has its places, int32; none where the part is all."""
 
     def __init__(self, task: SweepTask) -> None:
         super().__init__(task)
         self.factors: set[str] = set()  # names of the factors of groups, where values are rounded
         self.store = task.feed.scratch.store(self.chain.device)
+        self._places = task.feed.scratch.store(self.chain.device)
         self._aliases: list[dict[str, tuple[int, str]]] = []  # other names of parameters: the block and the name there
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
                 trained, parameters = self.describe(index), self.chain.block_parameters(index)
                 self.factors |= trained.keys() - parameters.keys()
                 self._aliases.append({name: self.chain.home(name) for name in parameters if name not in trained})
-                flat = joined(trained)
+                self._places.append(self._kept(trained))
+                flat = self.part(index, joined(trained))
             flat, moments = self.saved_state(index) or (flat, flat.new_zeros(2, len(flat)))
             self.store.append(flat)
             self.store.append(moments)
         self.keep_saved()
 
+    def _kept(self, trained: Mapping[str, Tensor]) -> Tensor:
+        """The places of a block's elements that are not pruned, ``(kept,)`` int32; ``(0,)`` if these are most of it."""
+        # By their bits: a zero with a sign keeps it.
+        flags = torch.cat(
+            [
+                joined({name: value}).view(torch.int32) != 0
+                if name in self.pruned
+                else value.new_ones(value.numel()) > 0
+                for name, value in trained.items()
+            ]
+        )
+        few = int(flags.count_nonzero()) <= MOST_KEPT * len(flags)
+        return flags.nonzero().flatten().int() if few else flags.new_empty(0, dtype=torch.int32)
+
+    def part(self, index: int, complete: Tensor) -> Tensor:
+        places = self._places[index]
+        return complete.to(places.device).index_select(-1, places) if len(places) else complete
+
+    def complete(self, index: int, part: Tensor) -> Tensor:
+        places = self._places[index]
+        if not len(places):
+            return part
+        elements = sum(shape.numel() for shape in self.shapes[index].values())
+        return part.new_zeros(*part.shape[:-1], elements).index_copy_(-1, places.long(), part)
+
     def parameters(self, block: int) -> Tensor:
-        return self.store[2 * block]
+        return self.complete(block, self.store[2 * block])
 
     def moments(self, block: int) -> Tensor:
-        return self.store[2 * block + 1]
+        return self.complete(block, self.store[2 * block + 1])
 
     def copied(self, index: int) -> Tensor:
-        return self.parameters(index).clone()
+        return self.store[2 * index].clone()
 
     def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
         self.store[2 * index], self.store[2 * index + 1] = parameters, moments
+
+    def expect(self, index: int, *, moments: bool) -> None:
+        """Says which block is read next, with its moments or without."""
+        self._places.expect(index)
+        for place in range(2 * index, 2 * index + 1 + moments):
+            self.store.expect(place)
 
     def write(self) -> None:
         self.store.close()
@@ -55,6 +92,7 @@ class Streamed(Weights):
 
     def close(self) -> None:
         self.store.close()
+        self._places.close()
         super().close()
 
     def all_views(
@@ -99,8 +137,7 @@ class Streamed(Weights):
             loss, gradient = run.end(inputs.pop(), piece, step.tokens)
         for index in reversed(range(len(chain))):
             flat, state = self.parameters(index), self.moments(index)
-            for following in (2 * index - 2, 2 * index - 1):
-                self.store.expect(following)
+            self.expect(index - 1, moments=True)
             parameters = used = self.all_views(flat, index)
             if piece is not None:
                 hidden = inputs.pop()
@@ -123,7 +160,7 @@ class Streamed(Weights):
                 self.integers.pull_back(trained, used, chain, index)
             share_gradients(trained.values(), process)
             adam_step(trained, state, rate, number, pruned=self.pruned, factors=self.factors)
-            self.replace(index, flat, state)
+            self.replace(index, self.part(index, flat), self.part(index, state))
         return parallel.broadcast(loss, process)
 
     def _forward(self, run: Run, piece: Piece, *, written: bool) -> list[Tensor]:
@@ -131,7 +168,7 @@ class Streamed(Weights):
         hidden = [run.inputs(piece).float()]
         for index in range(len(self.chain)):
             flat = self.parameters(index)
-            self.store.expect(2 * index + 2)
+            self.expect(index + 1, moments=False)
             parameters = self.all_views(flat, index, running=True, written=written)
             with running_on(self.chain, index, parameters):
                 hidden.append(self.chain.run(index, hidden[-1], run.call(piece, index)))
