@@ -28,7 +28,7 @@ from sparsellm.run.speeds import Speeds
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.gradients import LEAST_SCORED, LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
-from sparsellm.sweep.streamed import MOST_KEPT
+from sparsellm.sweep.streamed import MOST_KEPT, place_dtype
 from sparsellm.sweep.sweep_task import Residence
 from sparsellm.sweep.training import MOST_HELD_OUT
 from sparsellm.sweep.whole_model import STEP_TOKENS
@@ -325,7 +325,7 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
         held, share = TRAINED_COPIES * best, kept_share(chain, demand.zeros)
         if share <= MOST_KEPT:  # with the places of what is kept; a block is made whole to run
             best, copies = int(share * best), copies + MOVED * (not gpu)
-            held = (TRAINED_COPIES + 1) * best
+            held = (TRAINED_COPIES + place_dtype(largest // 4).itemsize // 4) * best
         block = int(copies * largest) + _activations_for_gradients(chain, demand, 4)
         moved, read = moved + held, 0 if gpu else MOVED * largest
         working = outer + inputs + max(loss, block)

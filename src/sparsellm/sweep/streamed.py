@@ -21,9 +21,14 @@ from sparsellm.sweep.training import adam_step, joined, running_on, share_gradie
 MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is kept take as much as is saved
 
 
+def place_dtype(elements: int) -> torch.dtype:
+    """The dtype of places in a block of so many elements."""
+    return torch.int32 if elements < 1 << 31 else torch.int64
+
+
 class Streamed(Weights):
     """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1. A process's
-    part of a block is what is not pruned, and another store has its places, int32; none where the part is all."""
+    part of a block is what is not pruned, and another store has its places; none where the part is all."""
 
     def __init__(self, task: SweepTask) -> None:
         super().__init__(task)
@@ -44,18 +49,16 @@ class Streamed(Weights):
         self.keep_saved()
 
     def _kept(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """The places of a block's elements that are not pruned, ``(kept,)`` int32; ``(0,)`` if these are most of it."""
-        # By their bits: a zero with a sign keeps it.
-        flags = torch.cat(
-            [
-                joined({name: value}).view(torch.int32) != 0
-                if name in self.pruned
-                else value.new_ones(value.numel()) > 0
-                for name, value in trained.items()
-            ]
-        )
-        few = int(flags.count_nonzero()) <= MOST_KEPT * len(flags)
-        return flags.nonzero().flatten().int() if few else flags.new_empty(0, dtype=torch.int32)
+        """The places of a block's elements that are not pruned, ``(kept,)``; ``(0,)`` if these are most of it."""
+        flags = []
+        for name, value in trained.items():
+            bits = joined({name: value}).view(torch.int32)  # a zero with a sign keeps it
+            flags.append(bits != 0 if name in self.pruned else torch.ones_like(bits, dtype=torch.bool))
+        kept = torch.cat(flags)
+        dtype = place_dtype(len(kept))
+        if int(kept.count_nonzero()) > MOST_KEPT * len(kept):
+            return kept.new_empty(0, dtype=dtype)
+        return kept.nonzero().flatten().to(dtype)
 
     def part(self, index: int, complete: Tensor) -> Tensor:
         places = self._places[index]
