@@ -148,6 +148,15 @@ class TensorStore(Sequence[Tensor]):
         self._free(old)
         self._items[index] = self._keep(value, old if isinstance(old, _Slot) else None)
 
+    def overwrite(self, index: int, value: Tensor) -> None:
+        """Assigns an item that nothing else refers to, in its own memory if it is there: a new tensor for each value
+        would leave holes between others."""
+        old = self._items[index]
+        if isinstance(old, Tensor) and old.device == value.device and old.shape == value.shape:
+            old.copy_(value)
+        else:
+            self[index] = value
+
     def expect(self, index: int) -> None:
         """Begins to copy an item to the GPU, next to the computation, if there is one and it is in pinned memory."""
         item = self._items[index] if 0 <= index < len(self) else None

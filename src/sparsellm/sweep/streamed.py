@@ -81,7 +81,8 @@ class Streamed(Weights):
         return self.store[2 * index].clone()
 
     def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
-        self.store[2 * index], self.store[2 * index + 1] = parameters, moments
+        self.store.overwrite(2 * index, parameters)
+        self.store.overwrite(2 * index + 1, moments)
 
     def expect(self, index: int, *, moments: bool) -> None:
         """Says which block is read next, with its moments or without."""
