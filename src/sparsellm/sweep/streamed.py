@@ -22,7 +22,7 @@ MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is
 
 
 def place_dtype(elements: int) -> torch.dtype:
-    """The dtype of places in a block of so many elements."""
+    """The dtype of places in a block with this number of elements."""
     return torch.int32 if elements < 1 << 31 else torch.int64
 
 
