@@ -67,7 +67,7 @@ def cloze(text: str, count: int, choices: int, seed: int) -> list[dict[str, Any]
     docs = []
     for context in chosen:
         others = draw.sample([word for word in words if word != paragraphs[context]], choices - 1)
-        docs.append({"context": context, "choices": [f" {word}" for word in (paragraphs[context], *others)]})
+        docs.append({"context": context, "choices": [paragraphs[context], *others]})
     return docs
 
 
