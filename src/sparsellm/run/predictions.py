@@ -244,6 +244,12 @@ def kept_share(chain: Chain, zeros: float) -> float:
     return 1 - pruned / _trained(chain, unrounded=False)
 
 
+def stored_share(chain: Chain, zeros: float) -> float:
+    """The share of the elements of all blocks that a streamed sweep stores; below 1 with the place of each."""
+    share = kept_share(chain, zeros)
+    return share if share <= MOST_KEPT else 1.0
+
+
 def _linear_weights(kind: Kind) -> int:
     """The weights of the linears of a block."""
     groups: list[tuple[Sequence[Size], int]] = [(kind.linears, 1), *kind.experts.items()]
@@ -321,13 +327,13 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
     later = demand.passes > 1  # the best state is there from the second pass on
     way = residence(chain, demand.sweep, extent.ranks)
     if way is None:
-        copies = (ROUNDED_COPIES if demand.unrounded else STREAMED_COPIES) + (MOVED + AHEAD) * gpu
-        held, share = TRAINED_COPIES * best, kept_share(chain, demand.zeros)
-        if share <= MOST_KEPT:  # with the places of what is kept; a block is made whole to run
-            best, copies = int(share * best), copies + MOVED * (not gpu)
-            held = (TRAINED_COPIES + place_dtype(largest // 4).itemsize // 4) * best
+        share = stored_share(chain, demand.zeros)
+        places = place_dtype(largest // 4).itemsize // 4 * (share < 1)
+        best = int(share * best)
+        copies = ROUNDED_COPIES if demand.unrounded else STREAMED_COPIES
+        copies += MOVED * (gpu or share < 1) + AHEAD * gpu  # a block is made whole to run
         block = int(copies * largest) + _activations_for_gradients(chain, demand, 4)
-        moved, read = moved + held, 0 if gpu else MOVED * largest
+        moved, read = moved + (TRAINED_COPIES + places) * best, 0 if gpu else MOVED * largest
         working = outer + inputs + max(loss, block)
         return {"sweeps": Held(working, moved + best * later, read), "keeping": Held(outer, moved + best, read)}
     running = outer + 3 * largest * way.sharded  # a block that is gathered, its gradients, and the next one
@@ -531,6 +537,7 @@ def predicted_seconds(
     """Seconds of each phase after the model is opened, by the names of the phases in events."""
     work, left = Work.of(chain, extent.seq_len), 1 - finished / len(chain)
     away, in_files = memory.shares if memory is not None else (0.0, 0.0)
+    way = memory.sweep if memory is not None else STREAMED
     moving = away / speeds.link + in_files / DISK  # seconds a byte
     token = work.token / (FORWARD * speeds.blocks) + work.hidden * moving
     tokens = extent.share * extent.seq_len
@@ -553,15 +560,7 @@ def predicted_seconds(
         "gradients": differentiated * differentiating,
         "replay": finished / len(chain) * choice.sets * tokens * token,
         "experts" if choice.removes else "prune": left * walking + 2 * work.stored / DISK,
-        "sweep": sweep_seconds(
-            work,
-            extent,
-            choice.passes,
-            speeds,
-            moving,
-            memory.sweep if memory else STREAMED,
-            kept_share(chain, choice.zeros),
-        ),
+        "sweep": sweep_seconds(work, extent, choice.passes, speeds, moving, way, stored_share(chain, choice.zeros)),
         "save": work.stored / DISK,
     }
 
@@ -573,12 +572,12 @@ def gradient_windows(choice: Choice, extent: Extent) -> int:
 
 
 def sweep_seconds(
-    work: Work, extent: Extent, passes: int, speeds: Speeds, moving: float, sweep: str, kept: float
+    work: Work, extent: Extent, passes: int, speeds: Speeds, moving: float, sweep: str, stored: float
 ) -> float:
     """Seconds of a sweep in ``passes`` passes: the dense model once, then forward and backward. In a streamed one
     all processes wait for the one that has the windows of a step, and a byte that is not where blocks run takes
-    ``moving`` seconds, of the share of the weights that is ``kept``; in a resident one each process has some windows of
-    a step, and some rows of the parameters."""
+    ``moving`` seconds, for the share of the weights that is ``stored``; in a resident one each process has some windows
+    of a step, and some rows of the parameters."""
     if not passes:
         return 0.0
     ranks = extent.ranks if sweep in RESIDENT else 1
@@ -591,8 +590,8 @@ def sweep_seconds(
     running = (through * work.token + (2 * judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
     away = moving if sweep == STREAMED else (sweep in RESIDENT and RESIDENT[sweep].offloads) / speeds.link
     carried: float = UPLOADED + DOWNLOADED
-    if sweep == STREAMED and kept <= MOST_KEPT:
-        carried = kept * (carried + PLACES)
+    if sweep == STREAMED and stored < 1:
+        carried = stored * (carried + PLACES)
     moved = ADAM / speeds.memory / ranks + carried * away
     moved += GATHERED / _exchanged(speeds) if ranks > 1 else 0.0
     return running + trained / step * work.weights * moved

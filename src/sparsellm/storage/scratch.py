@@ -152,7 +152,8 @@ class TensorStore(Sequence[Tensor]):
         """Assigns an item that nothing else refers to, in its own memory if it is there: a new tensor for each value
         would leave holes between others."""
         old = self._items[index]
-        if isinstance(old, Tensor) and old.device == value.device and old.shape == value.shape:
+        alike = (value.device, value.dtype, value.shape)
+        if isinstance(old, Tensor) and (old.device, old.dtype, old.shape) == alike:
             old.copy_(value)
         else:
             self[index] = value

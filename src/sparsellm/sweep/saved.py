@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +17,10 @@ from sparsellm.records import SweepPass
 from sparsellm.storage.files import empty, explained, has_digest, keep_record, kept_record, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import TensorSource, write_shard
+from sparsepack.masks import from_bits, to_bits
 
 SWEEP = "sweep"  # name of the record, and of the folder of its files
-_BITS, _PLACES, _SHAPE = "bits", "places", "shape"  # tensors of a file: what is not zero, a bit for each element
+_BITS, _MASK, _SHAPE = "bits", "mask", "shape"  # tensors of a file: what is not zero, and a bitmask of where that is
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class SavedSweep:
     def read(self, kind: str, number: int, block: int) -> Tensor:
         """The ``parameters`` or ``moments`` of a block after pass ``number``, on the CPU."""
         file = CheckpointReader(self._folder, [self._file(kind, number, block)])
-        value = torch.zeros(tuple(file.get(_SHAPE).tolist()), dtype=torch.int32)
-        places = np.unpackbits(file.get(_PLACES).numpy(), count=value.numel())
-        value.flatten().masked_scatter_(torch.from_numpy(places).bool(), file.get(_BITS))
+        value = torch.zeros(file.get(_SHAPE).tolist(), dtype=torch.int32)
+        kept = from_bits(file.get(_MASK), value.shape[-1])
+        value.view(kept.shape).masked_scatter_(kept, file.get(_BITS))
         return value.view(torch.float32)
 
     def save(
@@ -74,9 +74,8 @@ class SavedSweep:
                 self._folder.mkdir(exist_ok=True)
             # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
             bits = value.cpu().contiguous().view(torch.int32)
-            places = bits.flatten() != 0  # pruned weights and their moments are not written
-            parts = {_BITS: bits.flatten()[places], _PLACES: torch.from_numpy(np.packbits(places.numpy()))}
-            parts[_SHAPE] = torch.tensor(bits.shape)
+            kept = bits != 0  # pruned weights and their moments are not written
+            parts = {_BITS: bits[kept], _MASK: to_bits(kept.view(-1, bits.shape[-1])), _SHAPE: torch.tensor(bits.shape)}
             tensors = {name: TensorSource.of(part) for name, part in parts.items()}
             files[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
 

@@ -35,37 +35,42 @@ class Streamed(Weights):
         self.factors: set[str] = set()  # names of the factors of groups, where values are rounded
         self.store = task.feed.scratch.store(self.chain.device)
         self._places = task.feed.scratch.store(self.chain.device)
+        self._read: tuple[int, Tensor] | None = None  # the block whose places were read last, and these
         self._aliases: list[dict[str, tuple[int, str]]] = []  # other names of parameters: the block and the name there
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
                 trained, parameters = self.describe(index), self.chain.block_parameters(index)
                 self.factors |= trained.keys() - parameters.keys()
                 self._aliases.append({name: self.chain.home(name) for name in parameters if name not in trained})
-                self._places.append(self._kept(trained))
+                self._places.append(self._places_in(trained))
                 flat = self.part(index, joined(trained))
             flat, moments = self.saved_state(index) or (flat, flat.new_zeros(2, len(flat)))
             self.store.append(flat)
             self.store.append(moments)
         self.keep_saved()
 
-    def _kept(self, trained: Mapping[str, Tensor]) -> Tensor:
+    def _places_in(self, trained: Mapping[str, Tensor]) -> Tensor:
         """The places of a block's elements that are not pruned, ``(kept,)``; ``(0,)`` if these are most of it."""
         flags = []
         for name, value in trained.items():
             bits = joined({name: value}).view(torch.int32)  # a zero with a sign keeps it
             flags.append(bits != 0 if name in self.pruned else torch.ones_like(bits, dtype=torch.bool))
         kept = torch.cat(flags)
-        dtype = place_dtype(len(kept))
-        if int(kept.count_nonzero()) > MOST_KEPT * len(kept):
-            return kept.new_empty(0, dtype=dtype)
-        return kept.nonzero().flatten().to(dtype)
+        few = int(kept.count_nonzero()) <= MOST_KEPT * len(kept)
+        return (kept if few else kept[:0]).nonzero().flatten().to(place_dtype(len(kept)))
+
+    def _places_of(self, index: int) -> Tensor:
+        """The places of a block, read once for all of its tensors in a step."""
+        if self._read is None or self._read[0] != index:
+            self._read = index, self._places[index]
+        return self._read[1]
 
     def part(self, index: int, complete: Tensor) -> Tensor:
-        places = self._places[index]
+        places = self._places_of(index)
         return complete.to(places.device).index_select(-1, places) if len(places) else complete
 
     def complete(self, index: int, part: Tensor) -> Tensor:
-        places = self._places[index]
+        places = self._places_of(index)
         if not len(places):
             return part
         elements = sum(shape.numel() for shape in self.shapes[index].values())
