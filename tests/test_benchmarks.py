@@ -63,18 +63,6 @@ def rows_of(output: str, key: int = 0) -> dict[str, list[str]]:
     return {row[key]: row[key + 1 :] for row in rows}
 
 
-def test_tuning_keeps_zeros_and_says_so(pruned: Path, text: Path, tmp_path: Path, printed: Any) -> None:
-    common = ("--train-window", "16", "--window", "16", "--windows", "4", "--steps", "4", "--rate", "0.01")
-    rows = rows_of(printed("tuning.py", pruned, "--text", text, "--train", text, *common, "--out", tmp_path))
-    assert rows.keys() == {"pruned", "full", "lora"}
-    for way in ("full", "lora"):
-        _, _, perplexity, zeros, same = rows[way]
-        assert same == "yes"
-        assert zeros == rows["pruned"][3]
-        assert float(perplexity) != float(rows["pruned"][2])
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / way) is not None
-
-
 def test_the_forms_of_a_model_are_counted_and_scored(pruned: Path, text: Path, tmp_path: Path, printed: Any) -> None:
     common = ("--window", "16", "--windows", "4", "--new-tokens", "2", "--prompt-tokens", "3", "--repeats", "1")
     output = printed(
