@@ -2,11 +2,11 @@
 
     python benchmarks/equal.py --text wikitext2:wikitext2-raw-test.txt --calibration wikipedia.txt --targets 0.7
 
-Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit and output costs, and as many
-passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune` of all kept
-weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0. Table
-``sweeps``: sparsellm with longer and longer sweeps. Finished cells are kept in the file of ``quality.py``, so that a
-stopped script continues when it is run again.
+Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit, output costs and symmetries,
+and as many passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune`
+of all kept weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0.
+Table ``sweeps``: sparsellm with longer and longer sweeps. Finished cells are kept in the file of ``quality.py``, so
+that a stopped script continues when it is run again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ from quality import (
 )
 from wikipedia import write_news, write_wikipedia
 
-ALONE = ("allocation=uniform", ALIKE, "options.refit=false", "options.norm_weighting=0", "sets=2")
+ALONE = (
+    "allocation=uniform",
+    ALIKE,
+    "options.refit=false",
+    "options.norm_weighting=0",
+    "options.symmetries=none",
+    "sets=2",
+)
 SPAN = 0.15  # how far sparsities are from the target at most: the default of threshold
 PLUGIN = f"--plugin={Path(__file__).with_name('allocations.py')}"
 ALLOCATIONS = {
