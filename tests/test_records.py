@@ -25,7 +25,7 @@ from sparsellm.records import (
     Results,
     read_record,
 )
-from sparsellm.storage import files, results
+from sparsellm.storage import results
 from sparsellm.storage.results import append_result, read_results
 from tests.report.pages import results as measured
 
@@ -82,7 +82,6 @@ def test_fields_of_a_later_release_stay_in_the_results(tmp_path: Path) -> None:
     assert (kept["later"], kept["evaluations"][0]["perplexity"]["later"]) == (1, 2)
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="there are no locks")
 def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME = 0.5  # seconds; two signals within this time count as one, since `timeout` and closing terminals send two
 EXIT_CODE = 128  # plus the signal, as shells show it: 130 for SIGINT, 143 for SIGTERM
 RESUMES = "; the same command resumes it:  "

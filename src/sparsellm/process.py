@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 import warnings
@@ -67,11 +66,9 @@ def execute(command: Sequence[str]) -> None:
     if program is None:
         raise RecipeError(f"{name} is not a command on PATH; give one, such as lm_eval, or python FILE")
     try:
-        if os.name == "posix":
-            for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; the next program would inherit that
-                signal.signal(ignored, signal.SIG_DFL)
-            os.execve(program, list(command), environment)
-        sys.exit(subprocess.run([program, *command[1:]], env=environment, check=False).returncode)
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; the next program would inherit that
+            signal.signal(ignored, signal.SIG_DFL)
+        os.execve(program, list(command), environment)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{name} cannot be run: {getattr(error, 'strerror', None) or error}") from None
 

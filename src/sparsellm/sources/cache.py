@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import stat
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +63,6 @@ def cached(final: Path, make: Callable[[Path], Path], is_valid: Callable[[Path],
 
 def _check_private(path: Path) -> None:
     """Refuses what another user owns or can write, as ssh does."""
-    if sys.platform == "win32":
-        return
     status, why = path.stat(), ""
     ours = status.st_uid == os.geteuid()
     with contextlib.suppress(OSError):  # nothing can be written there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,11 +21,6 @@ from pydantic_core import to_jsonable_python
 
 from sparsellm.errors import StorageError
 from sparsellm.inputs import read_object
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl; two runs into one directory are not detected there
-    fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 
@@ -146,9 +142,6 @@ def explained(path: Path) -> Iterator[None]:
 def locked(folder: Path, place: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Locks a directory against other processes until the context ends; with ``wait``, waits for another's lock. Raises
     StorageError if another process holds the lock, and ``wait`` is False; it names ``place``, by default the parent."""
-    if fcntl is None:
-        yield
-        return
     with explained(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
