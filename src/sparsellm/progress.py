@@ -37,9 +37,7 @@ PHASES = {  # names of phases, and of parts of them, for people
     "prune/statistics": "gather statistics",
     "prune/solve": "solve",
     "prune/rounding": "round",
-    "prune/targets": "targets",
     "prune/variables": "auxiliary variables",
-    "prune/refine": "refit",
 }
 
 PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
