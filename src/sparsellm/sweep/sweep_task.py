@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.chain import Call, Chain, Feed, Stream
+from sparsellm.chain import Call, Feed, Stream
 from sparsellm.chain.streams import Piece
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.head import divergence_from, through_head
@@ -209,15 +209,9 @@ class Run:
     """A set of windows, with the dense model's hidden states for them, that weights are trained on."""
 
     def __init__(
-        self,
-        chain: Chain,
-        windows: Tensor,
-        stream: Stream,
-        dense: Sequence[Tensor],
-        weights: Weights,
-        sources: Sequence[str],
+        self, windows: Tensor, stream: Stream, dense: Sequence[Tensor], weights: Weights, sources: Sequence[str]
     ) -> None:
-        self.chain, self.windows, self.stream, self.dense, self.weights = chain, windows, stream, dense, weights
+        self.windows, self.stream, self.dense, self.weights = windows, stream, dense, weights
         self.sources = sources  # the text of each window, in a mixture
         self.starts = [0, *itertools.accumulate(map(len, dense))]
         # A call that several batches or blocks share is converted once.
@@ -278,6 +272,6 @@ class Run:
         """The divergence summed over the tokens of a piece; and, if its step has ``tokens``, the gradient of the step's
         mean at the output of the last block."""
         ids = self.ids(piece)
-        loss = divergence_from(self.chain, self.dense[piece.batch][piece.rows], ids)
-        total, slope = through_head(self.chain, hidden, ids, loss, gradient=tokens > 0)
+        loss = divergence_from(self.stream.chain, self.dense[piece.batch][piece.rows], ids)
+        total, slope = through_head(self.stream.chain, hidden, ids, loss, gradient=tokens > 0)
         return total, slope / tokens if tokens else slope

@@ -159,7 +159,7 @@ def _on(task: SweepTask, weights: Weights, windows: Tensor, done: int, passes: i
                     with chain.block(index):
                         dense.advance(index)
             goal = dense.hidden
-        yield Run(chain, windows, stream, goal, weights, task.sources if windows is task.feed.windows else ())
+        yield Run(windows, stream, goal, weights, task.sources if windows is task.feed.windows else ())
 
 
 def harmful_passes(history: Sequence[SweepPass]) -> list[int]:
