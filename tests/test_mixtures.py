@@ -81,7 +81,7 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
             targets = h @ model.model.layers[0].mlp.experts.down_proj[number].T
             assert found.cross is not None
             assert torch.allclose(found.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6)
-        every = routed._moments(tokens.inputs(), 32, task)
+        every = routed._moments(zip(tokens.store, tokens.weights, strict=True), 32, task)
         own_weights = own_weights.flatten()
         assert torch.allclose(every.matrix, (x.T * own_weights) @ x / own_weights.sum(), atol=1e-5)
         few = torch.cat([rows for rows, _ in tokens.sample(20)])

@@ -23,13 +23,6 @@ from sparsepack.errors import Note
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
 
-def available_devices() -> list[str]:
-    """The names of the devices of this machine that torch can use, ``cpu`` first."""
-    counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
-    named = [f"{kind}:{index}" for kind, count in counts.items() for index in range(count)]
-    return ["cpu", *named, *["mps"] * torch.backends.mps.is_available()]
-
-
 def machine_name(device: torch.device) -> str:
     """The model of a GPU that is here; or that of the processor, and the threads in use."""
     if device.type == "cuda":
@@ -51,7 +44,9 @@ def processor_name() -> str:
 def resolve_device(name: str) -> torch.device:
     """The device that a recipe or a command names; ``auto`` is a GPU if there is one. Raises RecipeError if the machine
     has no such device, or it does not multiply two matrices as it should."""
-    here = available_devices()
+    counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
+    named = [f"{kind}:{index}" for kind, count in counts.items() for index in range(count)]
+    here = ["cpu", *named, *["mps"] * torch.backends.mps.is_available()]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:
@@ -144,8 +139,7 @@ def peak_rss() -> int:
 
 def resident() -> int:
     """The memory this process holds now, in bytes."""
-    held: int = psutil.Process().memory_info().rss
-    return held
+    return int(psutil.Process().memory_info().rss)
 
 
 def free_memory() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from sparsellm.chain import Chain, Feed, LinearView
+from sparsellm.chain import Chain, Feed
 from sparsellm.errors import RecipeError
 from sparsellm.sweep.gradients import LossGradients
 
@@ -53,13 +53,10 @@ class Survey:
     @cached_property
     def shared(self) -> frozenset[str]:
         """The names of linears whose weight is used in several places of the model."""
-        views = (linear for index in self.blocks for linear in self._views(index))
-        return frozenset(linear.name for linear in views if self.chain.is_shared(linear.weight_name))
+        views = (linear for index in self.blocks for linear in self.chain.linears(index))
+        return frozenset(x.name for x in views if x.name in self.names and self.chain.is_shared(x.weight_name))
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
         """The blocks that have a linear to prune, in order."""
         return tuple(dict.fromkeys(linear.block for linear in self.linears))
-
-    def _views(self, index: int) -> list[LinearView]:
-        return [linear for linear in self.chain.linears(index) if linear.name in self.names]

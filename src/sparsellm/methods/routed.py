@@ -55,7 +55,7 @@ def prune_experts(
         with task.stream.store() as store:
             with task.clock.phase("prune/statistics"):
                 tokens = _record(task, mixture, store, token_weights)
-                every = _moments(tokens.inputs(), store[0].shape[-1], task)
+                every = _moments(zip(store, tokens.weights, strict=True), store[0].shape[-1], task)
             experts = []
             for number in range(len(mixture)):
                 expert = mixture.expert(number)
@@ -182,9 +182,6 @@ class MixtureTokens:
     def count(self, number: int) -> int:
         """The number of tokens that are routed to an expert, in all processes."""
         return int(parallel.total(sum(int((experts == number).sum()) for experts in self.experts)))
-
-    def inputs(self) -> Rows:
-        yield from zip(self.store, self.weights, strict=True)
 
     def sample(self, about: int) -> Rows:
         """About that many tokens of all processes, taken evenly."""

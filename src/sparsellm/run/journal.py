@@ -150,7 +150,7 @@ class Journal(contextlib.ExitStack):
         """Writes a block that the walk has finished, then its record."""
         assert self._walked is not None
         digest = self._walked.write_shard(index, tensors)
-        self._keep(self._shards[index].name, replace(record, sha256=digest))
+        self.keep(self._shards[index].name, replace(record, sha256=digest))
 
     @property
     def written(self) -> list[Path]:
@@ -163,9 +163,6 @@ class Journal(contextlib.ExitStack):
         """The allocation that an earlier start chose, or None."""
         file = self._state / f"{ALLOCATION}.json"
         return parallel.from_main(lambda: kept_record(file, Allocation) if self.writes else None)
-
-    def keep_allocation(self, allocation: Allocation) -> None:
-        self._keep(ALLOCATION, allocation)
 
     def output_costs(self) -> dict[str, Tensor] | None:
         """``E[g_i²]`` of every linear's outputs from an earlier start, or None."""
@@ -184,9 +181,10 @@ class Journal(contextlib.ExitStack):
         if self.writes:
             tensors = {name: TensorSource.of(value) for name, value in costs.items()}
             file = self._state / f"{OUTPUT_COSTS}.safetensors"
-            self._keep(OUTPUT_COSTS, {"sha256": replace_atomically(file, partial(write_shard, tensors=tensors))})
+            self.keep(OUTPUT_COSTS, {"sha256": replace_atomically(file, partial(write_shard, tensors=tensors))})
 
-    def _keep(self, name: str, record: object) -> None:
+    def keep(self, name: str, record: object) -> None:
+        """Writes a record, in the first process."""
         if self.writes:
             keep_record(self._state / f"{name}.json", record)
 

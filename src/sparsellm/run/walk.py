@@ -21,7 +21,7 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.records import LinearResult
 from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.fingerprint import tokens_fingerprint
-from sparsellm.run.journal import BlockRecord, Journal, conditions
+from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, LossGradients, loss_gradients
@@ -51,22 +51,18 @@ def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseC
     if saliency or costs is None:
         with clock.phase("gradients"):
             tokens = choice.allocation_needs.gradient_tokens or TOKENS
-            gradients = _gradients(plan, feed.first(tokens, LEAST_WINDOWS), sizes, saliency)
+            first, names = feed.first(tokens, LEAST_WINDOWS), frozenset(size.name for size in sizes)
+            who = (plan.identity.model, plan.identity.start, plan.identity.computing)
+            key = (*who, tokens_fingerprint(first.windows), names, saliency)
+            gradients = plan.request.once(key, partial(loss_gradients, first, names, saliency=saliency))
         if choice.needs.output_costs:
             costs = gradients.output_squares
             journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs
     if allocates:
         with clock.phase("allocation"):
             allocation = parallel.broadcast(_allocate(plan, feed, sizes, gradients))
-            journal.keep_allocation(allocation)
+            journal.keep(ALLOCATION, allocation)
     return Targets(patterns_of(plan.chain, plan.recipe, allocation), costs or {}, allocation)
-
-
-def _gradients(plan: Plan, feed: Feed, sizes: list[LinearSize], saliency: bool) -> LossGradients:
-    names = frozenset(size.name for size in sizes)
-    who = (plan.identity.model, plan.identity.start, plan.identity.computing)
-    key = (*who, tokens_fingerprint(feed.windows), names, saliency)
-    return plan.request.once(key, partial(loss_gradients, feed, names, saliency=saliency))
 
 
 def _allocate(plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGradients | None) -> Allocation:

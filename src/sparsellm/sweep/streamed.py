@@ -120,10 +120,6 @@ class Streamed(Weights):
                         views[at][name] = nn.Parameter(self.as_written(name, parameter.detach()))
         return {**views[index], **{name: views[at][first] for name, (at, first) in self._aliases[index].items()}}
 
-    def borrowed(self, index: int) -> dict[str, str]:
-        """For each parameter that block ``index`` borrows of another, by its name there, its name in the block."""
-        return {first: name for name, (at, first) in self._aliases[index].items() if at != index}
-
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
         return [
             Step(tuple(number if at == process else None for at in range(len(tokens))), count)
@@ -160,7 +156,8 @@ class Streamed(Weights):
                 for name in used:
                     parameters[name].grad = used[name].grad  # straight through the rounding
             trained = {name: parameters[name] for name in self.shapes[index]}
-            for first, name in [*self.borrowed(index).items(), *((n, n) for n in trained.keys() & waiting.keys())]:
+            borrowed = {first: name for name, (at, first) in self._aliases[index].items() if at != index}
+            for first, name in [*borrowed.items(), *((n, n) for n in trained.keys() & waiting.keys())]:
                 if (part := parameters[name].grad) is not None:
                     waiting[first] = waiting[first] + part if first in waiting else part
             for name in trained.keys() & waiting.keys():
