@@ -33,10 +33,6 @@ class Activation:
         return self.function(z)
 
 
-def _relu(z: Tensor) -> Derivatives:
-    return torch.relu(z), (z > 0).to(z.dtype)
-
-
 def _sloped_silu(z: Tensor, slope: float) -> Derivatives:
     """z σ(kz): SiLU for k = 1, the sigmoid approximation of GELU for k = 1.702."""
     gate = torch.sigmoid(z * slope)
@@ -54,7 +50,7 @@ def _square_of_relu(z: Tensor) -> Tensor:
     return torch.relu(z).square()
 
 
-relu = Activation("relu", torch.relu, _relu)
+relu = Activation("relu", torch.relu, partial(_by_autograd, torch.relu))
 relu2 = Activation("relu2", _square_of_relu, partial(_by_autograd, _square_of_relu))
 silu = Activation("silu", functional.silu, partial(_sloped_silu, slope=1.0))
 gelu = Activation("gelu", functional.gelu, partial(_by_autograd, functional.gelu))
