@@ -14,21 +14,7 @@ from typing import NamedTuple
 from sparsellm.errors import StorageError, shown
 from sparsellm.records import Protocol, error_of
 from sparsellm.report import charts
-from sparsellm.report.charts import (
-    COLOURS,
-    MOST_NAMED,
-    Chart,
-    Plotly,
-    Table,
-    axis,
-    line,
-    log_axis,
-    megabytes,
-    number,
-    percent,
-    share_axis,
-    short_number,
-)
+from sparsellm.report.charts import Chart, Plotly, Table, megabytes, number, percent, short_number
 from sparsellm.report.checkpoint import (
     NOT_MEASURED,
     Checkpoint,
@@ -243,9 +229,9 @@ def _quality(values: Sequence[tuple[str, _Values]]) -> list[Chart]:
     """Perplexity against size, speed and sparsity, each where a run has both values."""
     drawn = []
     for name, x, measure in (
-        ("size", axis("weight files, MB"), "weight files"),
-        ("speed", axis("tokens a second, decoding"), "tokens/s"),
-        ("sparsity", share_axis("zeros in the pruned linears"), "zeros"),
+        ("size", charts.axis("weight files, MB"), "weight files"),
+        ("speed", charts.axis("tokens a second, decoding"), "tokens/s"),
+        ("sparsity", charts.share_axis("zeros in the pruned linears"), "zeros"),
     ):
         points = [
             (place, run, of[measure], of["perplexity"])
@@ -262,14 +248,14 @@ def _scatter(name: str, x: Plotly, measure: str, points: list[tuple[int, str, fl
     _, first, _, lowest = min((point for point in points if point[0]), key=lambda point: point[3])
     text = f"{first} has the lowest perplexity, {number(lowest)}"
     title, every = "perplexity, lower is better", [y for *_, y in points]
-    y_axis = log_axis(title) if max(every) > _LARGE_SPAN * min(every) else axis(title)
-    layout: Plotly = {"xaxis": x, "yaxis": y_axis, "showlegend": len(points) <= MOST_NAMED}
+    y_axis = charts.log_axis(title) if max(every) > _LARGE_SPAN * min(every) else charts.axis(title)
+    layout: Plotly = {"xaxis": x, "yaxis": y_axis, "showlegend": len(points) <= charts.MOST_NAMED}
     traces = []
     for place, label, at, y in points:
-        trace = line(label, [at], [y], place - 1)
-        marker = {"color": COLOURS[(place - 1) % len(COLOURS)], **trace["marker"], "size": 12}
+        trace = charts.line(label, [at], [y], place - 1)
+        marker = {"color": charts.COLOURS[(place - 1) % len(charts.COLOURS)], **trace["marker"], "size": 12}
         if not place:
-            marker |= {"size": 14, "color": COLOURS[-1], "symbol": "star"}
+            marker |= {"size": 14, "color": charts.COLOURS[-1], "symbol": "star"}
             text += f"; the dense model, the dashed line, has {number(y)}"
             layout["shapes"] = [charts.reference_line(y)]
         traces.append(trace | {"mode": "markers", "cliponaxis": False, "marker": marker})
@@ -287,6 +273,6 @@ def _depth(records: Sequence[Checkpoint], names: Sequence[str]) -> list[Chart]:
     error = {name: charts.by_block(part, blocks, error_of) for name, part in linears.items()}
     x = ("block", blocks)
     return [
-        charts.lines(("depth-sparsity", "Sparsity by block", text), x, share_axis("zeros"), sparsity, percent),
-        charts.lines(("depth-error", "Mean error by block", text), x, log_axis("error"), error, short_number),
+        charts.lines(("depth-sparsity", "Sparsity by block", text), x, charts.share_axis("zeros"), sparsity, percent),
+        charts.lines(("depth-error", "Mean error by block", text), x, charts.log_axis("error"), error, short_number),
     ]
