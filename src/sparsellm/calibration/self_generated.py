@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.calibration.windows import check_memory
 from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import NumericalError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Windows sampled in one batch: enough for efficient matrix products, few enough for the memory of the key-value cache.
 BATCH = 16

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sparsellm.calibration.sources import read_source, shares_of
 from sparsellm.calibration.texts import Text
@@ -15,9 +16,6 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import without_folders
 from sparsellm.recipe import Bos
 from sparsepack.files import context_limit
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _MOST_MISSES = 10_000  # documents in a row that are too short, before a source is refused for having too few long ones
 _MOST_REPEATED = 1024  # windows that may be drawn from a text of any length; more that overlap only repeat the text

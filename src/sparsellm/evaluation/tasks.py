@@ -6,14 +6,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.errors import DataError, RecipeError, nearest, one_line, shown
 from sparsellm.records import Metric, Tasks
 from sparsellm.sources.gguf import without_bars
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
