@@ -64,7 +64,7 @@ def test_yaml_that_could_hurt_later_is_refused(data: bytes | str, said: str) -> 
 )
 def test_json_that_could_hurt_later_is_refused(data: bytes, said: str) -> None:
     with pytest.raises(DataError, match=f"^the file .*{said}") as caught:
-        parse_json(data, "the file", DataError)
+        parse_json(data, "the file", error=DataError)
     assert str(caught.value).isprintable()
 
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import yaml
 
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
 from sparsepack import files
-from sparsepack.errors import UserError
 
 MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
 MOST_PARTS = 100_000  # values, at any depth, of a setting that was given in Python
@@ -31,14 +31,8 @@ SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
 
 
-def parse_json(data: bytes | str, where: str, error: type[UserError] = StorageError) -> Any:
-    """Same as :func:`sparsepack.files.parse_json`, with an error of this package."""
-    return files.parse_json(data, where, error)
-
-
-def read_object(path: Path, error: type[UserError] = StorageError) -> dict[str, Any]:
-    """Same as :func:`sparsepack.files.read_object`, with an error of this package."""
-    return files.read_object(path, error)
+# With an error of this package
+parse_json, read_object = partial(files.parse_json, error=StorageError), partial(files.read_object, error=StorageError)
 
 
 def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:

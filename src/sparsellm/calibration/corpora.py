@@ -112,7 +112,7 @@ def read_c4_sample(split: Split) -> Text:
         with gzip.open(path) as file:
             for number in range(first + count):
                 line = file.readline(_LONGEST)
-                record = parse_json(line, f"{path}, line {number + 1},", DataError) if number >= first else None
+                record = parse_json(line, f"{path}, line {number + 1},", error=DataError) if number >= first else None
                 if record is not None:
                     documents.append(record["text"])
     except (OSError, EOFError, zlib.error, KeyError, TypeError) as error:

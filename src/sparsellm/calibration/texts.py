@@ -74,7 +74,7 @@ def _jsonl_rows(path: Path) -> list[Any]:
     for number, line in enumerate(text_rows(path), start=1):
         if not line.strip():
             continue
-        record = parse_json(line, f"{path}, line {number},", DataError)
+        record = parse_json(line, f"{path}, line {number},", error=DataError)
         row = record.get("text", record.get("messages")) if isinstance(record, dict) else None
         if not isinstance(row, str | list):
             raise DataError(f"{path}, line {number}, has no field 'text' that holds a string, and no 'messages'")

@@ -24,9 +24,9 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     """The config of a decoder-only language model: that of a checkpoint, or a JSON file. A ModelError says that it or
     the generation config cannot be read, or that it describes another kind of model, or quantised weights."""
     path = directory if directory.is_file() else directory / "config.json"
-    read_object(path, ModelError)
+    read_object(path, error=ModelError)
     if (generation := directory / "generation_config.json").exists():  # else transformers takes its own defaults
-        read_object(generation, ModelError)
+        read_object(generation, error=ModelError)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
@@ -62,7 +62,7 @@ def check_sizes(config: PretrainedConfig, place: Path, reader: CheckpointReader 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory. A ModelError says that there is none, or that it cannot be used."""
     if (settings := directory / "tokenizer_config.json").exists():
-        read_object(settings, ModelError)
+        read_object(settings, error=ModelError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are only looked at when they are used
