@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, computed_field
 
@@ -142,7 +142,7 @@ class Totals(Record):
     weights: Count = 0
 
     @classmethod
-    def of(cls, matrices: Iterable[Matrix]) -> Totals:
+    def of(cls, matrices: Iterable[Matrix]) -> Self:
         every = list(matrices)
         return cls(zeros=sum(each.zeros for each in every), weights=sum(each.weights for each in every))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, round_to_groups, shift_to_total
 from sparsellm.allocation.survey import LinearSize, Survey
@@ -23,7 +24,7 @@ class Allocation:
     report: Settings = field(default_factory=dict)
 
     @classmethod
-    def of(cls, linears: Sequence[LinearSize], zeros: Sequence[int], report: Settings | None = None) -> Allocation:
+    def of(cls, linears: Sequence[LinearSize], zeros: Sequence[int], report: Settings | None = None) -> Self:
         return cls({linear.name: count for linear, count in zip(linears, zeros, strict=True)}, report or {})
 
 

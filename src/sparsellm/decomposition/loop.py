@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Settings:
     @classmethod
     def of_the_paper(
         cls, epochs: int, penalty: float, down_fit: Literal["pseudo-inverse", "gradient"], *, safeguard: bool = False
-    ) -> Settings:
+    ) -> Self:
         """The loop of the authors' code (2402.17946): the first epoch is local pruning, ``penalty`` is α = β = γ."""
         return cls(epochs - 1, safeguard, epochs, Coefficients(penalty, penalty, penalty), published=down_fit)
 

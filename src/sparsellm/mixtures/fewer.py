@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -34,7 +34,7 @@ class Routing(Record):
     why: str  # experts cannot be removed; empty if they can
 
     @classmethod
-    def of(cls, chain: Chain) -> Routing:
+    def of(cls, chain: Chain) -> Self:
         """The routing of a model."""
         kind, mixtures = chain.config.model_type, [chain.mixtures(index) for index in range(len(chain))]
         experts = {index: len(mixture) for index, each in enumerate(mixtures) for mixture in each}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Sample:
     goal: Tensor  # projected outputs of the mixture (tokens, projected)
 
     @classmethod
-    def of(cls, fewer: FewerExperts, index: int, inputs: Tensor, costs: Mapping[str, Tensor], seed: int) -> Sample:
+    def of(cls, fewer: FewerExperts, index: int, inputs: Tensor, costs: Mapping[str, Tensor], seed: int) -> Self:
         """The sample ``inputs`` of the mixture in the model's block; ``costs`` as in a removal."""
         chain = fewer.dense
         (mixture,) = chain.mixtures(index)

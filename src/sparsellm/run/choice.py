@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Self
 
 from pydantic import JsonValue
 
@@ -46,7 +47,7 @@ class Choice:
     removes: bool = False  # whether this is the pass that removes experts, before the run
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Choice:
+    def of(cls, recipe: Recipe) -> Self:
         """The choice of a recipe. Raises RecipeError if a name or an option is unknown, an option does not fit, or the
         method has no sweep and the recipe sets one."""
         method = METHODS[recipe.method]
@@ -83,7 +84,7 @@ class Choice:
         )
 
     @classmethod
-    def removing(cls, recipe: Recipe) -> Choice:
+    def removing(cls, recipe: Recipe) -> Self:
         """The choice of the pass that removes the experts of a recipe; errors as in :meth:`of` for that recipe."""
         score = SCORES[recipe.expert_score]
         cls.of(recipe)
@@ -112,7 +113,7 @@ class Choice:
         needs = (self.needs, self.allocation_needs)
         return self.passes > 0 or any(each.token_states or each.output_costs or each.gradient_tokens for each in needs)
 
-    def on(self, patterns: Collection[Pattern], values: str, *, reduced: bool = False) -> Choice:
+    def on(self, patterns: Collection[Pattern], values: str, *, reduced: bool = False) -> Self:
         """The same choice without needs that are useless for these patterns, and with those of integer values; of a
         model that is ``reduced`` already, the sweep stays."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -491,7 +491,7 @@ class Work:
     hidden: int  # bytes of the hidden state of a token, at every block, there and back
 
     @classmethod
-    def of(cls, chain: Chain, seq_len: int) -> Work:
+    def of(cls, chain: Chain, seq_len: int) -> Self:
         text, width = chain.config.get_text_config(), _width(chain)
         active = statistics = targets = solving = 0.0
         sums = 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class TensorSource:
     read: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSource:
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> Self:
         """The source of a tensor in memory, to be written in ``dtype``, or in its own if that is None."""
         return cls(dtype or tensor.dtype, tuple(tensor.shape), lambda: tensor)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class ZeroKeeper:
         self.masks: dict[str, Tensor] = {key: weight.detach() != 0 for key, weight in self._weights.items()}
         self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> ZeroKeeper:
+    def __enter__(self) -> Self:
         for name, weight in self._weights.items():
             if weight.requires_grad:
                 mask = self.masks[name]
