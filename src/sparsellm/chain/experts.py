@@ -66,13 +66,13 @@ class Expert(nn.Module):
     def __init__(self, mixture: nn.Module, layout: _Layout, matrices: dict[str, ExpertLinear]) -> None:
         super().__init__()
         self._mixture: tuple[Any] = (mixture,)  # in a tuple, so that it is not a submodule
-        self._layout = layout
+        self._layout, self.normed = layout, layout.normed
         for role, linear in matrices.items():
             self.add_module(role, linear)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.get_submodule(DOWN)(self.inner(x))
-        return self._mixture[0].post_expert_norm(y) if self._layout.normed else y
+        return self._mixture[0].post_expert_norm(y) if self.normed else y
 
     def inner(self, x: Tensor) -> Tensor:
         """The input of the last linear, for ``x (tokens, width)``."""
@@ -86,11 +86,6 @@ class Expert(nn.Module):
         return layout.apply_gate(
             torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
         )
-
-    @property
-    def normed(self) -> bool:
-        """Whether a norm follows the last linear."""
-        return self._layout.normed
 
     def frozen(self) -> Expert:
         """A copy with copies of its weights."""

@@ -33,7 +33,6 @@ class Removal:
     """What is decided once for a model."""
 
     fewer: FewerExperts
-    groups: int
     score: Callable[..., Tensor]
     costs: Mapping[str, Tensor]  # E[g_i²] of the outputs of the experts' last linears, by name; empty for equal ones
     refit: bool
@@ -54,7 +53,7 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
             tokens, strength = _measure(stream, index, mixture, outputs)
         sample = Sample.of(fewer, index, torch.cat(inputs, dim=1), removal.costs, removal.seed)
         compared = replace(sample, inputs=sample.inputs[:, ::COMPARED], goal=sample.goal[::COMPARED])
-        view = MixtureView(index, fewer.keep, removal.groups, tokens, strength, removal.seed, compared.error_of)
+        view = MixtureView(index, fewer.keep, fewer.routing.groups, tokens, strength, removal.seed, compared.error_of)
         scores = removal.score(view)
         kept = view.best(scores)
         error = compared.error_of(kept)  # the block of the twin has these experts now

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from pydantic_core import to_jsonable_python
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm import machine, parallel
@@ -71,12 +70,13 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         costs = journal.output_costs() if plan.choice.needs.output_costs else {}
         if costs is None:
             with clock.phase("gradients"):
-                costs = _costs(feed)
+                names = [name for index in range(len(feed.chain)) for name in last_linears(feed.chain, index)]
+                costs = loss_gradients(feed.first(TOKENS, LEAST_WINDOWS), frozenset(names)).output_squares
             journal.keep_output_costs(costs)
         clock.lap()
         score = SCORES[recipe.expert_score]
         function = partial(score.function, **score.check(recipe.expert_options))
-        removal = Removal(fewer, fewer.routing.groups, function, costs, recipe.expert_refit, recipe.seed)
+        removal = Removal(fewer, function, costs, recipe.expert_refit, recipe.seed)
         records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, clock)
         parallel.barrier()
         kept = {"identity": identity, "experts": [each.model_dump() for each in records], "seconds": clock.seconds}
@@ -89,11 +89,6 @@ def clean_up(removed: Removed) -> None:
     directory = removed.plan.out
     if parallel.is_main() and directory is not None and not foreign_entries(directory):
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _costs(feed: Feed) -> dict[str, Tensor]:
-    names = [name for index in range(len(feed.chain)) for name in last_linears(feed.chain, index)]
-    return loss_gradients(feed.first(TOKENS, LEAST_WINDOWS), frozenset(names)).output_squares
 
 
 def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: PhaseClock) -> list[ExpertsOfBlock]:
