@@ -6,8 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,20 +37,26 @@ parse_json, read_object = partial(files.parse_json, error=StorageError), partial
 def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
     Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
-    with _refused_as(error, where):
-        text = files.text_of(data, MOST_YAML)
-        depth = 0
-        for event in yaml.parse(text, Loader=_Loader):  # before a value is made
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MOST_DEPTH:
-                raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"the alias *{event.anchor} is not read; write the value again")
-            if (tag := getattr(event, "tag", None)) is not None:
-                raise ValueError(f"the tag {tag[:80]} is not allowed; write plain values")
-            if isinstance(event, yaml.ScalarEvent):
-                event.value.encode()  # refuses half of a surrogate pair
-        return yaml.load(text, Loader=_Loader)
+    with files.refused_as(error, where):
+        text, depth = files.text_of(data, MOST_YAML), 0
+        try:
+            for event in yaml.parse(text, Loader=_Loader):  # before a value is made
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > MOST_DEPTH:
+                    raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+                if isinstance(event, yaml.AliasEvent):
+                    raise ValueError(f"the alias *{event.anchor} is not read; write the value again")
+                if (tag := getattr(event, "tag", None)) is not None:
+                    raise ValueError(f"the tag {tag[:80]} is not allowed; write plain values")
+                if isinstance(event, yaml.ScalarEvent):
+                    event.value.encode()  # refuses half of a surrogate pair
+            return yaml.load(text, Loader=_Loader)
+        except yaml.MarkedYAMLError as bad:
+            mark = bad.problem_mark
+            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+            raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
+        except yaml.YAMLError as bad:
+            raise ValueError(bad) from None
 
 
 def check_size(value: object) -> None:
@@ -115,20 +120,6 @@ def parse_bytes(text: str | int) -> int:
             f"size {shown(text)} is unknown; write a positive number and one of {', '.join(SIZES)}, such as 4GiB"
         )
     return size
-
-
-@contextmanager
-def _refused_as(error: type[SparseLLMError], where: str) -> Iterator[None]:
-    """Turns what the parser of YAML raises into one line with ``where`` first."""
-    with files.refused_as(error, where):
-        try:
-            yield
-        except yaml.MarkedYAMLError as bad:
-            mark = bad.problem_mark
-            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-            raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
-        except yaml.YAMLError as bad:
-            raise ValueError(bad) from None
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
