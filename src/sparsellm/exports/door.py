@@ -16,14 +16,14 @@ from sparsellm.evaluation.speed import stamp
 from sparsellm.exports.blocks import block_type
 from sparsellm.exports.compressed import check_compressed, write_compressed
 from sparsellm.exports.gguf_file import check_file, write_gguf
-from sparsellm.exports.linears import OnGrid, open_on_grid
+from sparsellm.exports.linears import open_on_grid
 from sparsellm.exports.template import Template
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
-from sparsellm.storage.reader import CheckpointReader, open_checkpoint
+from sparsellm.storage.reader import open_checkpoint
 from sparsellm.storage.results import append_result
 from sparsepack.grids import GRIDS
 
@@ -98,8 +98,16 @@ def export(  # noqa: PLR0913 - the Python door
     )
     keep: Callable[[Export], object] = partial(append_result, source) if save else lambda _: None
     if to == GGUF:
-        template = Template(_template(opened, like))
-        dense = _dense(template, model)
+        if like is None and opened.run.base.name != "demo":
+            raise RecipeError(
+                f"GGUF needs a file of the dense model {shown(opened.run.base.name)} as a template: give the one that "
+                "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
+            )
+        template = Template(demo_gguf() if like is None else Path(like).expanduser())
+        try:
+            dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
+        except ModelError as error:
+            raise ModelError(str(error) if model is not None else f"{error}, and name it with --model") from None
         kind = None if head == "keep" else head.upper()
         record = write_gguf(opened, dense, template, place, record, head=kind, progress=progress, keep=keep)
     else:
@@ -110,21 +118,3 @@ def export(  # noqa: PLR0913 - the Python door
     run = opened.run
     linear = sum(opened.grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
     return ExportResult(place, record, run.sparsity_pruned, round(linear), opened.packed_bytes)
-
-
-def _template(opened: OnGrid, like: PathGiven | None) -> Path:
-    if like is not None:
-        return Path(like).expanduser()
-    if opened.run.base.name == "demo":
-        return demo_gguf()
-    raise RecipeError(
-        f"GGUF needs a file of the dense model {shown(opened.run.base.name)} as a template: give the one that was "
-        "pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
-    )
-
-
-def _dense(template: Template, model: Checkpoint | None) -> CheckpointReader:
-    try:
-        return open_checkpoint(checkpoint_directory(str(model or template.path)))
-    except ModelError as error:
-        raise ModelError(str(error) if model is not None else f"{error}, and name it with --model") from None
