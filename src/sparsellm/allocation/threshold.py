@@ -15,16 +15,14 @@ from sparsellm.allocation.allocator import ALLOCATIONS, Allocation
 from sparsellm.allocation.exact import bounds, round_exactly
 from sparsellm.allocation.survey import Survey
 from sparsellm.records import Settings
-from sparsellm.registry import Needs, Options
+from sparsellm.registry import Needs
 from sparsellm.sweep.gradients import BINS, TOKENS
 
 
-def _needs(options: Options) -> Needs:
-    return Needs(gradient_tokens=options["tokens"], token_states=True)
-
-
 @ALLOCATIONS.register(
-    "threshold", paper="optimal brain damage (LeCun et al. 1990) with the empirical Fisher", needs=_needs
+    "threshold",
+    paper="optimal brain damage (LeCun et al. 1990) with the empirical Fisher",
+    needs=lambda options: Needs(gradient_tokens=options["tokens"], token_states=True),
 )
 def threshold(
     survey: Survey,

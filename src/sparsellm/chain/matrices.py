@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from sparsellm.chain.chain import Chain
 from sparsellm.chain.structure import LinearView, iterate_linears, weight_of
-from sparsellm.errors import ModelError
+from sparsellm.errors import ModelError, some
 
 DENSE_LIMIT = 0.02  # fraction of a block; routers, convolutions and the like stay below it in published models
 _SHOWN = 4  # kinds of parameters that a message names
@@ -102,9 +102,8 @@ def outside_blocks(chain: Chain) -> list[str]:
     share = sum(outside.values()) / sum(matrix.weights for matrix in all_matrices(chain))
     if share <= DENSE_LIMIT:
         return []
-    more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
     return [
-        f"linears outside the blocks stay dense and are not counted: {', '.join(list(outside)[:_SHOWN])}{more}, as "
+        f"linears outside the blocks stay dense and are not counted: {some(list(outside), _SHOWN)}, as "
         f"many weights as {share:.1%} of the blocks"
     ]
 

@@ -76,9 +76,8 @@ class Returns:
 
     def recorded(self) -> contextlib.AbstractContextManager[None]:
         """Records returns until the context ends."""
-        return hooked(
-            dict.fromkeys((module for module in self._block.modules() if module is not self._block), self._see)
-        )
+        inside = (module for module in self._block.modules() if module is not self._block)
+        return hooked(dict.fromkeys(inside, self._see))
 
     def _see(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
         items = len(output) if type(output) is tuple else 0

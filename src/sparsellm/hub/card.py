@@ -7,6 +7,7 @@ import importlib.resources
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sparsellm.arguments import Checkpoint, checked
@@ -35,15 +36,12 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
     if directory is not None and directory.parent.name == "snapshots":  # in the hub's cache
         name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
     known = {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
-    try:
-        card = directory / CARD if directory is not None else None
-        stated = (
-            metadata_load(card) if card is not None and card.is_file() and card.stat().st_size <= _MOST_BYTES else None
-        ) or {}
-        license = {key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)}
-    except Exception:  # the card belongs to somebody else and does not stop the run
-        license = {}
-    return known | {key: value for key, value in license.items() if 0 < len(value.strip()) <= _MOST_CHARACTERS}
+    with suppress(Exception):  # the card belongs to somebody else and does not stop the run
+        if directory is not None and (card := directory / CARD).is_file() and card.stat().st_size <= _MOST_BYTES:
+            stated = metadata_load(card) or {}
+            license = {key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)}
+            known |= {key: value for key, value in license.items() if 0 < len(value.strip()) <= _MOST_CHARACTERS}
+    return known
 
 
 @checked

@@ -59,17 +59,11 @@ def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | 
         return None
     if (grid := GRIDS.get(recipe.grid)) is not None:
         return sum(grid.bits_per_weight(linear.shape[1]) * linear.weights for linear in linears) / weights
-    sizes = (
-        predicted_bytes(
-            linear.shape,
-            linear.zeros,
-            recipe.values,
-            None if linear.pattern is None else astuple(parse_pattern(linear.pattern)),
-            exponents=bool(linear.exponents),
-        )
-        for linear in linears
-    )
-    return 8 * sum(sizes) / weights
+    size = 0
+    for linear in linears:
+        fixed = None if linear.pattern is None else astuple(parse_pattern(linear.pattern))
+        size += predicted_bytes(linear.shape, linear.zeros, recipe.values, fixed, exponents=bool(linear.exponents))
+    return 8 * size / weights
 
 
 class PruneResult(RunRecord):
