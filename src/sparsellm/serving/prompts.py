@@ -18,11 +18,8 @@ Message = dict[str, str]
 
 
 def open_model(directory: str, **options: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`.
-
-    Raises:
-        UserError: one of them cannot be read, or the generation config has a value that cannot be used.
-    """
+    """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`. A UserError says that one
+    of them cannot be read, or that the generation config has a value that cannot be used."""
     model, tokenizer = load(directory, **options), load_tokenizer(Path(directory).expanduser())
     generation_settings(model, Sampling(temperature=None))
     return model, tokenizer
@@ -35,11 +32,8 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:
-    """The token ids ``(1, tokens)`` of a conversation, up to where the answer begins.
-
-    Raises:
-        ModelError: the tokenizer has no chat template.
-        DataError: the template refuses the conversation, for example its order of roles.
+    """The token ids ``(1, tokens)`` of a conversation, up to where the answer begins. A ModelError says that the
+    tokenizer has no chat template, a DataError that the template refuses the conversation, such as its order of roles.
     """
     check_template(tokenizer)
     try:

@@ -75,11 +75,8 @@ class Door:
 
 
 def open_door(settings: Settings) -> Door:
-    """Listens, so that a busy port is known before the model is loaded.
-
-    Raises:
-        RecipeError: the port is in use, the host is not of this machine, or a key is unusable or missing.
-    """
+    """Listens, so that a busy port is known before the model is loaded. A RecipeError says that the port is in use, the
+    host is not of this machine, or a key is unusable or missing."""
     key, host, port = _key(settings.key_file), settings.host, settings.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

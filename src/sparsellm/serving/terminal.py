@@ -43,18 +43,9 @@ def chat(
     show: Callable[[str], None],
     say: Callable[[str], None],
 ) -> None:
-    """Answers each line of stdin, until its end or ``/quit``.
-
-    Args:
-        directory: a checkpoint, packed or dense; ``options`` are those of :func:`sparsepack.loading.load`.
-        manner: how.
-        show: prints a piece of an answer.
-        say: prints a line about the conversation.
-
-    Raises:
-        ModelError: the model has no chat template.
-        DataError: its template refuses the conversation.
-    """
+    """Answers each line of stdin with the checkpoint of a directory, packed or dense, until its end or ``/quit``.
+    ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about
+    the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
     model, tokenizer = open_model(directory, **options)
     check_template(tokenizer)
     limit, seed = context_limit(model.config), secrets.randbits(62) if manner.seed is None else manner.seed

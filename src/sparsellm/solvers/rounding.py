@@ -64,11 +64,8 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     with the same arguments and get the same result.
 
     With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
-    and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case.
-
-    Raises:
-        NumericalError: the Gram matrix cannot be factorised with any damping.
-    """
+    and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case. A
+    NumericalError says that the Gram matrix cannot be factorised with any damping."""
     groups = Groups.of(weight, value_type)
     # Other programs have no exponents of columns.
     powers = torch.ones_like(gram.diagonal) if groups.half else _powers(weight, gram, groups, dtype)

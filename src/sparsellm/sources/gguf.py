@@ -28,11 +28,8 @@ def gguf_checkpoint(path: Path) -> Path:
     It holds safetensors shards, a config without quantisation, the tokenizer with its chat template, and the generation
     config. transformers reads the file and maps its tensors; no code from a checkpoint runs. A block-quantised weight
     is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, in which it is stored. The cache key is
-    the SHA-256 of the contents, so the file may be moved.
-
-    Raises:
-        ModelError: transformers cannot convert the file, or the cache cannot be written.
-    """
+    the SHA-256 of the contents, so the file may be moved. A ModelError says that transformers cannot convert the file,
+    or that the cache cannot be written."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))

@@ -56,11 +56,8 @@ def sweep(task: SweepTask) -> list[SweepPass]:
 
     The result is the state with the least divergence on held-out windows, which may be the one at the start. States are
     judged with weights rounded as they will be written. A harmful pass is undone, and later passes take smaller steps.
-    The loss is ``KL(dense ‖ pruned)``, averaged over tokens. :func:`check_sweepable` comes before.
-
-    Raises:
-        NumericalError: the divergence is not finite at the start.
-    """
+    The loss is ``KL(dense ‖ pruned)``, averaged over tokens. :func:`check_sweepable` comes before. A NumericalError
+    says that the divergence is not finite at the start."""
     assert task.dense is None or not task.fresh, "the dense model's states belong to one set"
     history = task.saved.last.history if task.saved is not None and task.saved.last is not None else []
     make: Callable[[SweepTask], Weights] = Streamed if task.resident is None else Resident
