@@ -30,7 +30,7 @@ SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
 
 
-# With an error of this package
+# sparsepack's readers of JSON; they raise StorageError unless ``error=`` names another.
 parse_json, read_object = partial(files.parse_json, error=StorageError), partial(files.read_object, error=StorageError)
 
 
