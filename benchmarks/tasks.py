@@ -86,8 +86,7 @@ def agreement(count: int, seed: int) -> list[dict[str, Any]]:
 def write_tasks(folder: Path, source: str, count: int, choices: int, seed: int) -> None:
     """The files of both tasks."""
     folder.mkdir(parents=True, exist_ok=True)
-    evaluated = read_source(source, "evaluation")
-    text = evaluated.joiner.join(evaluated.documents)
+    text = read_source(source, "evaluation").joined()
     docs = {"cloze": cloze(text, count, choices, seed), "agreement": agreement(count, seed)}
     for name, rows in docs.items():
         data = folder / f"{name}.jsonl"

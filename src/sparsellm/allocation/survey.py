@@ -53,8 +53,8 @@ class Survey:
     @cached_property
     def shared(self) -> frozenset[str]:
         """The names of linears whose weight is used in several places of the model."""
-        views = (linear for index in self.blocks for linear in self.chain.linears(index))
-        return frozenset(x.name for x in views if x.name in self.names and self.chain.is_shared(x.weight_name))
+        views = (linear for index in self.blocks for linear in self.chain.linears(index) if linear.name in self.names)
+        return frozenset(linear.name for linear in views if self.chain.is_shared(linear.weight_name))
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:

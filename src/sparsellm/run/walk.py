@@ -52,8 +52,8 @@ def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseC
         with clock.phase("gradients"):
             tokens = choice.allocation_needs.gradient_tokens or TOKENS
             first, names = feed.first(tokens, LEAST_WINDOWS), frozenset(size.name for size in sizes)
-            who = (plan.identity.model, plan.identity.start, plan.identity.computing)
-            key = (*who, tokens_fingerprint(first.windows), names, saliency)
+            model, start, computing = plan.identity.model, plan.identity.start, plan.identity.computing
+            key = (model, start, computing, tokens_fingerprint(first.windows), names, saliency)
             gradients = plan.request.once(key, partial(loss_gradients, first, names, saliency=saliency))
         if choice.needs.output_costs:
             costs = gradients.output_squares
