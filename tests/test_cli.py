@@ -186,10 +186,10 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
 def test_a_full_disk_is_said_before_the_work(
     llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsellm.storage import writer
+    from sparsellm.storage import directory
 
-    usage = writer.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = directory.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     code, _, stderr = run("prune", llama, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
     assert code == 2
     assert "0.00 GB free" in stderr

@@ -118,7 +118,7 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
 def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: GridResult) -> None:
     before = sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
     cells = cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5])
-    with pytest.raises(sparsellm.SparseLLMError, match=r"another protocol\.max_tokens"):
+    with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: protocol\.max_tokens is"):
         grid(llama, finished.out, protocol=Protocol("pydoc", 32, 512))
     with pytest.raises(sparsellm.SparseLLMError, match=r"another seed"):
         grid(llama, finished.out, cells=cells)
@@ -314,15 +314,15 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
     assert not list(out.glob(".*.tmp"))
     other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(), tmp_path / "other")
     for arguments, message in (
-        ((other, *words), "was made with another model"),
-        ((llama, *words, "--set", "bos=yes"), "was made with another text"),
-        ((llama, *words, "--max-tokens", 128), "was made with another protocol.max_tokens"),
+        ((other, *words), "was made with other settings: model is"),
+        ((llama, *words, "--set", "bos=yes"), "was made with other settings: text is"),
+        ((llama, *words, "--max-tokens", 128), "was made with other settings: protocol.max_tokens is"),
     ):
         code, _, said = run("compare", *arguments)
         assert (code, message in said) == (2, True), said
     text.write_text(" ".join(map(str, range(400, 800))))
     code, _, said = run("compare", llama, *words)
-    assert (code, "magnitude-0.5 was made with another calibration_file" in said) == (2, True), said
+    assert (code, "magnitude-0.5 was made with other settings: calibration_file is" in said) == (2, True), said
 
 
 def test_no_run_is_best_in_a_size_if_a_smaller_one_diverges_less() -> None:

@@ -143,7 +143,7 @@ def test_operations_of_backward_passes_are_as_predicted(
 
     monkeypatch.setattr(module, name, counted)
     unit = Speeds("of one operation a second", 1 / predictions.BUSY, 1.0, float("inf"))
-    monkeypatch.setattr("sparsellm.run.plan.speeds_of", lambda chain: unit)
+    monkeypatch.setattr("sparsellm.run.needs.speeds_of", lambda chain: unit)
     model = save_tiny(tiny_llama(hidden_size=64, intermediate_size=192), None, tmp_path / "model")
     recipe = Recipe(samples=256, seq_len=32, products="float32", sets=1, sweep_rate=1e-4)
     result = sparsellm.prune(model, recipe, calibration=windows(256, 32), out=tmp_path / "out")

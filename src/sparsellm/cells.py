@@ -18,7 +18,7 @@ from typing import Literal
 from sparsellm import api, parallel
 from sparsellm.calibration.sources import check_sources, default_source
 from sparsellm.calibration.texts import text_file
-from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
+from sparsellm.errors import MissingExtraError, RecipeError, StorageError
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
 from sparsellm.methods import METHODS
@@ -30,7 +30,7 @@ from sparsellm.report.document import check_page
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
-from sparsellm.storage.directory import check_destination, check_place, partial_of
+from sparsellm.storage.directory import check_destination, check_place, differences, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
 from sparsepack.bench import Rounds, check_positions
 
@@ -287,18 +287,10 @@ def cells_of(
     return cells
 
 
-def _check_same(place: Path, known: Settings, asked: Settings, before: str = "") -> None:
+def _check_same(place: Path, known: Settings, asked: Settings) -> None:
     """Raises RecipeError, with the first setting that differs, if a cell was made with other settings."""
-    for key, value in asked.items():
-        was = known.get(key)
-        if was == value:
-            continue
-        if isinstance(was, dict) and isinstance(value, dict):
-            _check_same(place, was, value, f"{before}{key}.")
-        raise RecipeError(
-            f"{place} was made with another {before}{key} ({shown(was)}, not {shown(value)}); give another --out, or "
-            "the same settings"
-        )
+    for change in differences({key: known.get(key) for key in asked}, asked):
+        raise RecipeError(f"{place} was made with other settings: {change}; give another --out, or the same settings")
 
 
 def _resumed(place: Path, grid: Grid) -> Pruning | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -84,17 +83,6 @@ _VERSION = typer.Option(
 def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     if process.count() > 1 and context.invoked_subcommand not in ("prune", "eval", "compare"):
         raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
-
-
-def _kept_in(directory: str, *, save: bool) -> Path | None:
-    """The directory that keeps the results, checked before the work; None if they are not to be kept."""
-    from sparsellm.storage import results
-
-    with suppress(OSError, RuntimeError, ValueError):  # what cannot be a path is refused as a model
-        place = Path(directory).expanduser()
-        if save and results.keeps_results(place):
-            return place
-    return None
 
 
 @_command(
@@ -240,7 +228,7 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
     from sparsellm import api, parallel, tables
     from sparsellm.storage import results
 
-    place = _kept_in(model, save=save and model != "demo")  # no directory of that name is meant
+    place = results.place_of_results(model) if save and model != "demo" else None  # no directory of that name is meant
     result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
     if not parallel.is_main():
         return None
@@ -498,8 +486,9 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
     from sparsellm import tables
     from sparsellm.exports import door
     from sparsellm.records import RESULTS
+    from sparsellm.storage import results
 
-    place = _kept_in(directory, save=save)
+    place = results.place_of_results(directory) if save else None
     result = door.export(directory, save=place is not None, progress=progress, **options)
     saved = place / RESULTS if place is not None else None
     content = {**result.to_dict(), "results": saved and str(saved)}
@@ -669,7 +658,7 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
     from sparsellm.evaluation.speed import compared_speed
     from sparsellm.storage import results
 
-    place = _kept_in(directory, save=save)
+    place = results.place_of_results(directory) if save else None
     measured = compared_speed(directory, options.pop("dense", None), batches=batch, progress=progress, **options)
     saved = results.append_result(place, measured) if place is not None else None
     return {**measured.model_dump(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)

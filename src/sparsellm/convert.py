@@ -44,19 +44,14 @@ class PackResult:
     """The result of packing or unpacking into ``path``."""
 
     path: Path
-    linears: dict[str, PackedEntry | None] = field(default_factory=dict)  # None for one that is smaller dense
+    linears: dict[str, PackedEntry | None] = field(default_factory=dict, repr=False)  # None: it is smaller dense
     dense_bytes: int = 0  # the size of the weights of these linears
     packed_bytes: int = 0
     weights: int = 0
     checkpoint_bytes: int = 0  # all weight files of the new checkpoint
     head: dict[str, PackedEntry] = field(default_factory=dict)  # embedding and output head; empty if they were copied
     expert_weights: int = 0  # weights of experts, which stay dense and are not counted above
-    rounded: list[str] = field(default_factory=list)  # linears whose values were not on their integer grid
-
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{name}={len(getattr(self, name))}" for name in ("linears", "head", "rounded"))
-        numbers = (f"{name}={value}" for name, value in vars(self).items() if isinstance(value, int))
-        return f"PackResult(path={str(self.path)!r}, {', '.join(numbers)}, entries: {counts})"
+    rounded: list[str] = field(default_factory=list, repr=False)  # linears whose values were not on their integer grid
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -102,9 +97,8 @@ def pack(
         NumericalError: a weight does not fit into the value type.
     """
     source, place = _places(model, out, PACK, overwrite=overwrite)
-    group = _group(source, values)
     chain, result = open_chain(source, device=torch.device("cpu")), PackResult(place)
-    exponents = _exponents(chain, source, values)
+    group, exponents = _rounding(chain, source, values)
     assert chain.reader is not None
     need = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
     work = WorkingDirectory(place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need)
@@ -225,12 +219,19 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
     return _sources(tensors)
 
 
-def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
-    """The exponents of columns, by linear, with which the run that wrote a checkpoint rounded values of this type; a
-    StorageError if they do not fit the model."""
+def _rounding(chain: Chain, directory: Path, values: str) -> tuple[int | None, dict[str, Tensor]]:
+    """How the run that wrote a checkpoint rounded values of this type, if it did: the columns that share a scale on the
+    grid of another program, and the exponents of columns, by linear. A RecipeError if the packed format does not have
+    that grid, a StorageError if the exponents do not fit the model."""
     path, exponents = directory / PRUNING, dict[str, Tensor]()
     if values not in INTEGERS or not path.is_file() or (pruning := read_pruning(directory)).values != values:
-        return exponents
+        return None, exponents
+    grid = GRIDS.get(pruning.grid)
+    if grid is not None and values not in GROUPED:
+        raise RecipeError(
+            f"{directory} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of the packed "
+            f"format begins at {grid.lowest + 1}; pack it with values keep, or export it"
+        )
     columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
     for linear in pruning.linears:
         if (numbers := exponents_of_text(linear.exponents)) is not None:
@@ -239,24 +240,7 @@ def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
                 mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
                 raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
             exponents[linear.name] = numbers
-    return exponents
-
-
-def _group(directory: Path, values: str) -> int | None:
-    """The columns that share a scale if the run that wrote a checkpoint rounded it to the grid of another program with
-    values of this type, else None; a RecipeError if the packed format does not have that grid."""
-    if values not in INTEGERS or not (directory / PRUNING).is_file():
-        return None
-    pruning = read_pruning(directory)
-    grid = GRIDS.get(pruning.grid)
-    if grid is None or pruning.values != values:
-        return None
-    if values not in GROUPED:
-        raise RecipeError(
-            f"{directory} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of the packed "
-            f"format begins at {grid.lowest + 1}; pack it with values keep, or export it"
-        )
-    return grid.group
+    return None if grid is None else grid.group, exponents
 
 
 def _packed_block(

@@ -109,13 +109,6 @@ def computing(device: torch.device) -> Iterator[None]:
             ) from error
 
 
-def free_device_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a CUDA device: what is free there, and what torch keeps to use
-    again."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 def pinned(size: int) -> Tensor | None:
     """Memory that a GPU can read and write while it computes, uint8 ``(size,)``; None if the system refuses, which a
     note says."""

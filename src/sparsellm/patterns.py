@@ -121,19 +121,16 @@ class NM(Pattern):
             before = torch.ones(self.m, self.m, dtype=torch.bool, device=scores.device).tril(-1)
             beaten = (others > groups) | ((others == groups) & before)
             return (beaten.sum(dim=2) < self.n).view(scores.shape)
-        members = [member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)]  # m times (groups,)
         if self.m > RANKED:
-            order = torch.stack(members).argsort(dim=0, descending=True, stable=True)
-            kept = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order[: self.n], True)
-        else:  # a member's rank is the number of higher members
-            rank = torch.zeros(self.m, len(members[0]), dtype=torch.uint8, device=scores.device)
-            for later in range(1, self.m):
-                for earlier in range(later):
-                    beaten = (members[earlier] >= members[later]).view(torch.uint8)  # the earlier of two equals wins
-                    rank[later] += beaten
-                    rank[earlier] += beaten ^ 1
-            kept = rank < self.n
-        return torch.stack(kept.unbind(), dim=1).reshape(scores.shape)
+            return highest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
+        members = [member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)]  # m times (groups,)
+        rank = torch.zeros(self.m, len(members[0]), dtype=torch.uint8, device=scores.device)  # number of higher members
+        for later in range(1, self.m):
+            for earlier in range(later):
+                beaten = (members[earlier] >= members[later]).view(torch.uint8)  # the earlier of two equals wins
+                rank[later] += beaten
+                rank[earlier] += beaten ^ 1
+        return torch.stack((rank < self.n).unbind(), dim=1).reshape(scores.shape)
 
 
 def parse_pattern(text: str) -> NM:
@@ -207,9 +204,7 @@ def places_in_rows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def highest_of_rows(scores: Tensor, zeros: int, first: int, rows: int) -> Tensor:
     """Same as :func:`highest` for the rows ``scores``, the first of which is row ``first`` of a matrix with ``rows``
     rows, over which its ``zeros`` are spread evenly."""
-    shares = torch.tensor(
-        [share(zeros, row, row + 1, rows) for row in range(first, first + len(scores))], device=scores.device
-    )
+    shares = (torch.arange(first, first + len(scores) + 1, device=scores.device) * zeros // rows).diff()
     kept = torch.empty_like(scores, dtype=torch.bool)
     for count in (zeros // rows, zeros // rows + 1):  # rows differ by one zero at most
         chosen = shares == count

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, V
 
 from sparsellm.errors import StorageError, refusal
 from sparsellm.inputs import read_object
-from sparsepack.bench import Comparison, Pair
+from sparsepack.bench import Comparison, Measurement, Pair
 
 PRUNING, RESULTS = "pruning.json", "results.json"
 PUT_BACK = "put the file back as it was"
@@ -35,13 +35,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, ser_json_inf_nan="constants")
 
 
-class Measurement(Record):
-    """A part of ``results.json``: finite numbers only; fields of a later release are kept when it is written again."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
-
-
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=BaseModel)
 
 
 def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
@@ -478,7 +472,7 @@ class Results(Measurement):
     """The contents of ``results.json``."""
 
     format: Literal[1] = 1
-    evaluations: list[Evaluation] = []
-    benchmarks: list[Benchmark] = []
-    continuations: list[Continuation] = []
-    exports: list[Export] = []  # the latest into each file or directory
+    evaluations: list[Evaluation] = Field(default_factory=list)
+    benchmarks: list[Benchmark] = Field(default_factory=list)
+    continuations: list[Continuation] = Field(default_factory=list)
+    exports: list[Export] = Field(default_factory=list)  # the latest into each file or directory

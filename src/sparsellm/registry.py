@@ -106,13 +106,10 @@ class Registry(dict[str, Entry[F]]):
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
-            fields: dict[str, Any] = {}
-            for parameter in inspect.signature(function).parameters.values():
-                if parameter.kind is parameter.KEYWORD_ONLY:
-                    default = ... if parameter.default is parameter.empty else parameter.default
-                    if default is not ...:
-                        json.dumps(default)  # raises TypeError: options go into reports and identities
-                    fields[parameter.name] = (hints[parameter.name], default)
+            spec = inspect.getfullargspec(inspect.unwrap(function))
+            defaults = spec.kwonlydefaults or {}
+            json.dumps(defaults)  # raises TypeError: options go into reports and identities
+            fields: dict[str, Any] = {name: (hints[name], defaults.get(name, ...)) for name in spec.kwonlyargs}
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
             options = create_model(name, __config__=_OPTIONS, **fields)
             for field in options.model_fields.values():

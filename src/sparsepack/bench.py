@@ -31,13 +31,13 @@ _Decoder = Literal["compiled", "transformers"]
 _SAME = 0.03  # relative difference in speed below which two models count as equally fast: what repeats differ by
 
 
-class _Measured(BaseModel):
+class Measurement(BaseModel):
     """Finite numbers only; fields of a later release are kept when it is written again."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
 
-class Speed(_Measured):
+class Speed(Measurement):
     """Tokens per second of one model in one setting, over all ``batch`` sequences and all repeats.
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
@@ -55,7 +55,7 @@ class Speed(_Measured):
     decoder: _Decoder | None = None
 
 
-class Ratio(_Measured):
+class Ratio(Measurement):
     """How many times as fast as the dense model the packed one is in a setting, if the same decoder runs both, and if
     transformers runs the dense one. ``same_decoder`` is None where a record of an older release lacks that speed."""
 
@@ -95,7 +95,7 @@ class Pair:
         return Ratio(**setting, same_decoder=same, dense_by_transformers=eager)
 
 
-class Comparison(_Measured):
+class Comparison(Measurement):
     """A packed checkpoint against a dense one.
 
     Attributes:

@@ -127,4 +127,4 @@ def test_a_run_on_a_mixture_reports_each_text(files: list[str], run: Any) -> Non
         assert code == 0, stderr
     Path("chat.jsonl").write_text((json.dumps({"messages": CHAT}) + "\n") * 300)
     code, _, stderr = run(*line, *given, "--max-tokens", 128)
-    assert (code, "was made with another calibration_file" in stderr) == (2, True)
+    assert (code, "other settings: calibration_file is" in stderr) == (2, True)

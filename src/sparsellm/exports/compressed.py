@@ -73,12 +73,7 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
 def quantization_config(model: OnGrid) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``. It ignores every linear that is not on the grid, by its name in
     the model and by that in the checkpoint, where these differ. It has no ``sparsity_config``, which vLLM refuses."""
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        QuantizationStatus,
-    )
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     grid, chain = model.grid, model.chain
     group = {"strategy": "group", "group_size": grid.group} if grid.group else {"strategy": "channel"}
@@ -90,13 +85,11 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
     linears = [name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")]
     dense = [name for name in linears if name not in exported]
     dense += [gate.removesuffix(".weight") for gate in chain.gates]  # routers, which vLLM has as linears
-    keys = [
-        chain.key_of[f"{name}.weight"].removesuffix(".weight") for name in dense if f"{name}.weight" in chain.key_of
-    ]
+    keys = [key.removesuffix(".weight") for name in dense if (key := chain.key_of.get(f"{name}.weight"))]
     config = QuantizationConfig(
         config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
         format="pack-quantized" if inputs is None else "int-quantized",
-        quantization_status=QuantizationStatus.COMPRESSED,
+        quantization_status="compressed",
         ignore=sorted({*dense, *keys}),
     )
     return dict(config.model_dump(mode="json"))

@@ -26,6 +26,7 @@ from sparsellm.storage.directory import WorkingDirectory, check_destination, che
 from sparsellm.storage.reader import open_checkpoint
 from sparsellm.storage.results import append_result
 from sparsepack.grids import GRIDS
+from sparsepack.layout import predicted_bytes
 
 GGUF, COMPRESSED = "gguf", "compressed-tensors"
 RUNS_IN = {GGUF: "llama.cpp, Ollama, LM Studio", COMPRESSED: "vLLM; transformers, with the package compressed-tensors"}
@@ -115,6 +116,7 @@ def export(  # noqa: PLR0913 - the Python door
         need = opened.reader.bytes
         work = WorkingDirectory(place, {"kind": "export"}, overwrite=overwrite, restart=restart, need_bytes=need)
         record = write_compressed(opened, work, record, progress, keep)
-    run = opened.run
-    linear = sum(opened.grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
-    return ExportResult(place, record, run.sparsity_pruned, round(linear), opened.packed_bytes)
+    run, grid = opened.run, opened.grid
+    linear = sum(grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
+    packed = sum(predicted_bytes(each.shape, each.zeros, grid.values) for each in run.linears)
+    return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)

@@ -15,7 +15,6 @@ from sparsellm.records import PRUNING, PUT_BACK, Pruning, read_pruning
 from sparsellm.storage.reader import CheckpointReader, as_storage_error
 from sparsepack.grid import codes_of
 from sparsepack.grids import GRIDS, Grid
-from sparsepack.layout import predicted_bytes
 
 # What keeps values from other programs, by the type to which they were rounded
 _OWN = {
@@ -56,11 +55,6 @@ class OnGrid:
         with as_storage_error():
             codes, scales = codes_of(weight, self.grid, self.linears[key])
         return codes, scales.to(weight.dtype)
-
-    @property
-    def packed_bytes(self) -> int:
-        """What the packed format needs for the linears, with as many bits for a value."""
-        return sum(predicted_bytes(each.shape, each.zeros, self.grid.values) for each in self.run.linears)
 
 
 def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:

@@ -116,7 +116,7 @@ def card_text(
         run=run,
         base=base,
         name=base or run.base.name or "a model from memory",
-        results=[(each.protocol, _rows(each)) for each in evaluations],
+        evaluations=evaluations,
         packed=packed,
         exported=exported,
         files=files,
@@ -126,14 +126,6 @@ def card_text(
     )
     text = f"{card}\n"
     return text + _MARK.format(_digest(text))
-
-
-def _rows(one: Evaluation) -> list[tuple[str, str, str]]:
-    """The rows of the table of one evaluation: quantity, dense, pruned."""
-    rows = [(name, dense or "", value) for name, dense, value in one.rows()]
-    for task, metrics in (one.tasks or {}).items():
-        rows += [(f"{_code(task)}, {_code(name)}", "", metric.shown()) for name, metric in metrics.items()]
-    return rows
 
 
 def _code(value: object) -> str:

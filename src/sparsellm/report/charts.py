@@ -231,20 +231,15 @@ def maps(pruning: Pruning) -> list[Chart]:
 def experts_chart(pruning: Pruning) -> Chart:
     """The tokens and the score of every expert of the dense model, by block, and which experts stayed."""
     first, every = pruning.experts[0], [str(number) for number in range(len(pruning.experts[0].tokens))]
-    shares = [[count / max(1, sum(each.tokens)) for count in each.tokens] for each in pruning.experts]
-    rows = [
-        [
-            f"{'kept' if at in each.kept else 'removed'}, {share:.1%}, score {number(score)}"
-            for at, (share, score) in enumerate(zip(known, each.scores, strict=True))
-        ]
-        for each, known in zip(pruning.experts, shares, strict=True)
-    ]
+    shares, rows = list[Values](), list[list[str]]()
+    for each in pruning.experts:
+        known = [(count / max(1, sum(each.tokens)), at in each.kept) for at, count in enumerate(each.tokens)]
+        shares.append([share if stays else None for share, stays in known])
+        said = [f"{'kept' if stays else 'removed'}, {share:.1%}" for share, stays in known]
+        rows.append([f"{what}, score {number(score)}" for what, score in zip(said, each.scores, strict=True)])
     blocks = [each.block for each in pruning.experts]
     trace = _heat(
-        z=[
-            [share if n in each.kept else None for n, share in enumerate(known)]
-            for each, known in zip(pruning.experts, shares, strict=True)
-        ],
+        z=shares,
         x=every,
         y=[str(block) for block in blocks],
         text=rows,

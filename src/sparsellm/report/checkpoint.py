@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs import without_folders
-from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Metric, Pruning, Results, read_pruning
+from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Pruning, Results, read_pruning
 from sparsellm.report.charts import megabytes, number, percent
 from sparsellm.storage.results import read_results
 from sparsepack.bench import Pair, weight_file_bytes
@@ -49,15 +49,6 @@ class Checkpoint:
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
         """The latest evaluation of each protocol, by the protocol's key."""
         return {each.protocol.key: each for each in self.results.evaluations}
-
-    def tasks(self) -> dict[tuple[str, str], Metric]:
-        """The latest value of each task and metric."""
-        return {
-            (task, name): metric
-            for evaluation in self.results.evaluations
-            for task, metrics in (evaluation.tasks or {}).items()
-            for name, metric in metrics.items()
-        }
 
     def decoding(self) -> tuple[Benchmark, Pair] | None:
         """The latest benchmark with decoding, and its speeds while decoding."""
@@ -141,8 +132,12 @@ def _quality(record: Checkpoint) -> list[Row]:
 
 
 def _tasks(record: Checkpoint) -> list[Row]:
-    tasks = record.tasks().items()
-    rows = [Row(f"{task}: {metric}", "", None, value.shown()) for (task, metric), value in tasks]
+    """The latest value of each task and metric."""
+    latest: dict[str, str] = {}
+    for evaluation in record.results.evaluations:
+        for task, metrics in (evaluation.tasks or {}).items():
+            latest |= {f"{task}: {name}": metric.shown() for name, metric in metrics.items()}
+    rows = [Row(name, pruned=value) for name, value in latest.items()]
     return rows or [Row("Tasks", command=_evaluate(record, "hellaswag,arc_easy"))]
 
 

@@ -103,9 +103,7 @@ def write_comparison(
     return write_page(render_comparison(records, recover, max_bytes), out)
 
 
-def render_comparison(
-    records: Sequence[Checkpoint], recover: float | None = None, max_bytes: int | None = None
-) -> bytes:
+def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None) -> bytes:
     """The comparison as HTML."""
     protocol, names = _common_protocol(records), _names(records)
     values = _values(records, names, protocol)
@@ -113,15 +111,10 @@ def render_comparison(
     seconds = [f"{sum(each.pruning.whole_seconds.values()):,.0f} s" for each in records]
     measured = {"perplexity"}.union(*(each for _, each in values[1:]))
     columns = {key: text for key, text in _MEASURES.items() if key in measured}
-    summary = [
-        (
-            name,
-            method.strip(),
-            *(text(each[key]) if key in each else NOT_MEASURED for key, text in columns.items()),
-            took,
-        )
-        for (name, each), method, took in zip(values, ["", *methods], ["", *seconds], strict=True)
-    ]
+    summary = []
+    for (name, each), method, took in zip(values, ["", *methods], ["", *seconds], strict=True):
+        cells = (text(each[key]) if key in each else NOT_MEASURED for key, text in columns.items())
+        summary.append((name, method.strip(), *cells, took))
     quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"

@@ -25,6 +25,7 @@ from sparsellm.report.charts import Chart, Table
 from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
 from sparsellm.storage.contents import changing, listed_files
 from sparsellm.storage.files import write_bytes
+from sparsepack.files import read_bytes
 
 REPORT = "report.html"
 GENERATOR = "sparsellm report"  # tells a file of ours from others
@@ -70,22 +71,13 @@ def check_page(out: str | os.PathLike[str]) -> Path:
     place = Path(os.path.realpath(given.parent)) / given.name
     if os.path.isdir(place):
         raise StorageError(f"--out {shown(text)} is a directory; name a file, such as compare.html")
-    if os.path.lexists(place) and not _is_ours(place):
+    mark = f'name="generator" content="{GENERATOR}"'.encode()
+    if os.path.lexists(place) and mark not in read_bytes(place, _HEAD, StorageError):
         raise StorageError(f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file")
     if not os.path.isdir(place.parent):  # False for a path that is too long
         parent = shown(str(place.parent))
         raise StorageError(f"--out {shown(text)}: {parent} is not a directory; create it, or name another file")
     return place
-
-
-def _is_ours(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return f'name="generator" content="{GENERATOR}"'.encode() in file.read(_HEAD)
-    except OSError:
-        return False
 
 
 def render_run(record: Checkpoint) -> bytes:
@@ -153,9 +145,7 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
 def _templates() -> Environment:
     """The templates of this package; every value in them is escaped."""
     loader = PackageLoader("sparsellm.report", "page")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["thousands"] = lambda count: f"{count:,}"
-    return environment
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
 def _part(name: str) -> str:

@@ -64,24 +64,11 @@ class Choice:
         # More sets cost a forward pass each and gain most where a sweep follows.
         sets = recipe.sets or (4 if passes >= PASSES[2] else 2 if passes else 1)
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
-        allocation_options = allocator.check(recipe.allocation_options)
+        chosen = allocator.check(recipe.allocation_options)
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
-        allocation_needs = allocator.needs(allocation_options) if allocates else Needs()
-        needs = method.needs(options)
+        allocation = (allocator, chosen, allocator.needs(chosen) if allocates else Needs(), allocates)
         zeros = 0.0 if recipe.only or recipe.exclude else recipe.sparsity
-        return cls(
-            method,
-            options,
-            needs,
-            passes,
-            tokens,
-            sets,
-            allocator,
-            allocation_options,
-            allocation_needs,
-            allocates,
-            zeros,
-        )
+        return cls(method, options, method.needs(options), passes, tokens, sets, *allocation, zeros)
 
     @classmethod
     def removing(cls, recipe: Recipe) -> Self:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -36,23 +37,19 @@ class MatrixZeros(Matrix):
         return strictest([self.kept])
 
 
-def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
+def inspect_block(chain: Chain, index: int) -> Iterator[MatrixZeros]:
     """The zeros of every matrix of the loaded block ``index``."""
-    counts = []
     for matrix in block_matrices(chain, index):
         linear = matrix.linear
         weight = linear.weight() if linear is not None else chain.parameter(matrix.name)
-        counts.append(
-            MatrixZeros(
-                name=matrix.label,
-                block=index,
-                shape=tuple(weight.shape) if linear is not None else matrix.shape,
-                zeros=count_zeros(weight),
-                kept=most_kept(weight) if linear is not None else (4, 8),
-                linear=linear is not None,
-            )
+        yield MatrixZeros(
+            name=matrix.label,
+            block=index,
+            shape=tuple(weight.shape),
+            zeros=count_zeros(weight),
+            kept=most_kept(weight) if linear is not None else (4, 8),
+            linear=linear is not None,
         )
-    return counts
 
 
 def pruned_share(chain: Chain) -> float:
@@ -72,7 +69,9 @@ def left_dense(
     done = {result.name for result in pruned}
     everything = all_matrices(chain)
     kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
-    reasons = _reasons(everything, recipe, chain.gates)
+    weights = Counter[int]()  # by block
+    for matrix in everything:
+        weights[matrix.block] += matrix.weights
     readers = {
         block: CheckpointReader(shards[block].parent, [shards[block]])
         for block in {matrix.block for matrix in kept if shards}
@@ -83,32 +82,24 @@ def left_dense(
             block=matrix.block,
             shape=matrix.shape,
             zeros=count_zeros(chain.parameter(matrix.name, readers.get(matrix.block))),
-            reason=reasons[matrix.name],
+            reason=_reason(matrix, recipe, chain.gates, weights[matrix.block]),
             kind=kind_of(chain, matrix.label, matrix.block),
         )
         for matrix in kept
     ]
 
 
-def _reasons(matrices: Sequence[BlockMatrix], recipe: Recipe, gates: set[str]) -> dict[str, Reason]:
-    """The reason why each of the matrices would stay dense, by parameter name."""
-    of_block: dict[int, int] = {}
-    for matrix in matrices:
-        of_block[matrix.block] = of_block.get(matrix.block, 0) + matrix.weights
-    reasons: dict[str, Reason] = {}
-    for matrix in matrices:
-        if is_excluded(matrix.name, recipe.exclude, recipe.only):
-            reasons[matrix.name] = "excluded"
-        elif matrix.linear is None and is_excluded(matrix.name, recipe.allow_dense):
-            reasons[matrix.name] = "allowed dense"
-        elif matrix.shared:
-            reasons[matrix.name] = "shared with the embedding or the head"
-        elif matrix.name in gates:
-            reasons[matrix.name] = "gate"
-        else:
-            small = matrix.weights <= DENSE_LIMIT * of_block[matrix.block]
-            reasons[matrix.name] = "small" if small else "not a linear"
-    return reasons
+def _reason(matrix: BlockMatrix, recipe: Recipe, gates: set[str], block_weights: int) -> Reason:
+    """The reason why a matrix stays dense, in a block with ``block_weights`` weights."""
+    if is_excluded(matrix.name, recipe.exclude, recipe.only):
+        return "excluded"
+    if matrix.linear is None and is_excluded(matrix.name, recipe.allow_dense):
+        return "allowed dense"
+    if matrix.shared:
+        return "shared with the embedding or the head"
+    if matrix.name in gates:
+        return "gate"
+    return "small" if matrix.weights <= DENSE_LIMIT * block_weights else "not a linear"
 
 
 RARE = 0.1  # share of the mean tokens of an expert below which little is known of it

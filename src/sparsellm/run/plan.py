@@ -129,12 +129,6 @@ class Plan:
         known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
         return Base(name=self.request.name or without_folders(name), digest=self.identity.model, bytes=size, **known)
 
-    def seconds_ahead(self, finished: int) -> dict[str, float]:
-        """The predicted seconds of each phase, if the first ``finished`` blocks are pruned."""
-        extent, memory = _extent(self.windows, self.choice.passes), self.prediction.memory
-        speeds = speeds_of(self.chain)
-        return predicted_seconds(self.chain, self.choice, extent, speeds, finished=finished, memory=memory)
-
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
     """Opens the model, reads the calibration text, predicts the memory and checks every weight. Raises SparseLLMError

@@ -127,7 +127,8 @@ def device_budget(device: torch.device, asked: str | int | None) -> int:
     for other devices, whose memory torch does not tell."""
     if device.type != "cuda":
         return 0
-    free = machine.free_device_memory(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
+    free = torch.cuda.mem_get_info(device)[0] + kept
     return int(DEVICE_SHARE * free) if asked is None else min(parse_bytes(asked), free)
 
 

@@ -71,7 +71,7 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         finished = journal.finished(progress)
         for record in finished:
             clock.add(record.seconds)
-        predicted = plan.seconds_ahead(len(finished))
+        predicted = plan.prediction.seconds
         progress(Progress(PLAN, costs=predicted))
         if request.removed is not None:
             clock.add(request.removed.seconds)
@@ -214,13 +214,10 @@ def _result(
     chain, recipe, allocation = plan.chain, plan.recipe, targets.allocation
     with clock.phase("count"):
         dense = parallel.from_main(partial(left_dense, chain, recipe, pruned.linears, journal.written))
-    warnings = [
-        *plan.warnings,
-        *other_conditions(list(finished)),
-        *few_tokens(pruned.linears, recipe.min_tokens_per_expert),
-    ]
     experts = plan.request.removed.experts if plan.request.removed is not None else []
-    warnings += rarely_chosen(experts) + unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
+    warnings = [*plan.warnings, *other_conditions(list(finished))]
+    warnings += few_tokens(pruned.linears, recipe.min_tokens_per_expert) + rarely_chosen(experts)
+    warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
     return PruneResult(
         path=plan.out,
         model=plan.model.in_memory,

@@ -50,16 +50,14 @@ def left_in(partial: Path) -> dict[str, object] | None:
     return (kept_record(path, dict) or {}) if os.path.lexists(path) else None
 
 
-def differences(there: Mapping[str, object], here: Mapping[str, object], prefix: str = "") -> list[str]:
+def differences(there: Mapping[str, object], here: Mapping[str, object], prefix: str = "") -> Iterator[str]:
     """Sentences such as ``recipe.seed is 0 there and 1 here``."""
-    sentences = []
     for key in {**there, **here}:
         name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            sentences += differences(old, new, f"{name}.")
+            yield from differences(old, new, f"{name}.")
         elif old != new:
-            sentences.append(f"{name} is {shown(old, 80)} there and {shown(new, 80)} here")
-    return sentences
+            yield f"{name} is {shown(old, 80)} there and {shown(new, 80)} here"
 
 
 class WorkingDirectory(contextlib.ExitStack):
@@ -147,7 +145,7 @@ def check_unfinished(partial: Path, identity: Mapping[str, object], *, restart: 
 def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: bool) -> None:
     left = left_in(partial)
     if left is not None and not restart and left != identity:
-        changed = differences(left, identity)[:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
+        changed = [*differences(left, identity)][:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
         raise StorageError(
             f"{partial} holds another unfinished run: {'; '.join(changed)}; "
             "repeat its settings to resume it, or give --restart to start again"

@@ -6,6 +6,7 @@ hold for the weights that were measured.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -16,15 +17,17 @@ from sparsellm.storage.contents import changing
 _ADVICE = "move the file elsewhere, or give --no-save"
 
 
-def keeps_results(directory: Path) -> bool:
-    """Whether results are kept in a directory, because sparsellm wrote it. Raises StorageError if they would be, but
-    the directory cannot be written, or its results.json cannot be read."""
-    if not any((directory / name).is_file() for name in (PRUNING, "packed.json")):
-        return False
-    read_results(directory)
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise StorageError(f"{directory} cannot be written, and results are kept in it; give --no-save")
-    return True
+def place_of_results(directory: str) -> Path | None:
+    """The directory if results are kept in it, because sparsellm wrote it. Raises StorageError if they would be, but it
+    cannot be written, or its results.json cannot be read."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # what cannot be a path is refused as a model
+        place = Path(directory).expanduser()
+        if any((place / name).is_file() for name in (PRUNING, "packed.json")):
+            read_results(place)
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise StorageError(f"{place} cannot be written, and results are kept in it; give --no-save")
+            return place
+    return None
 
 
 def read_results(directory: Path) -> Results:

@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +90,8 @@ class CheckpointWriter:
         files = sorted(file for file in source.iterdir() if is_companion(file.name) or file.name in more)
         files = [file for file in files if file.is_file()]
         for file in filter(partial(belongs_to, source), files):
-            replace_atomically(self.folder / file.name, partial(_copy, file))
+            with explained(self.folder):
+                write_bytes(self.folder / file.name, file.read_bytes())
         self.write_config(source / "config.json")
         return [file.name for file in files if not belongs_to(source, file)]
 
@@ -172,8 +172,3 @@ def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
         if dtype.is_floating_point and dtype.itemsize > 1:
             piece = piece + 0.0  # -0.0 + 0.0 is +0.0
         yield memory_of(piece.contiguous())
-
-
-def _copy(file: Path, target: BinaryIO) -> None:
-    with file.open("rb") as opened:
-        shutil.copyfileobj(opened, target, 1 << 20)
