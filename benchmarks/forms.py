@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm.chain.structure import find_blocks, iterate_linears, weight_of
+from sparsellm.chain.structure import find_blocks, iterate_linears
 from sparsepack.bench import resident_bytes
 
 # By model_type of transformers: the architecture's name in llama.cpp, which its mixtures of types depend on.
@@ -65,9 +65,9 @@ def torchao_numbers(directory: Path, bits: int) -> Numbers:
     """The weights that the model of :func:`torchao_model` multiplies by."""
     quantised, numbers = block_linears(torchao_model(directory, bits)), Numbers()
     for name, linear in block_linears(open_dense(directory)).items():
-        weight: Any = weight_of(quantised[name])
+        weight: Any = quantised[name].get_parameter("weight")
         if hasattr(weight, "scale_and_zero"):  # int4 for the CPU keeps its codes in the order of its kernel
-            numbers.weights[name] = rounded(weight_of(linear).detach(), weight.scale_and_zero)
+            numbers.weights[name] = rounded(linear.get_parameter("weight").detach(), weight.scale_and_zero)
         else:
             numbers.weights[name] = weight.dequantize().detach()
         numbers.bytes[name] = resident_bytes(nn.ModuleList([quantised[name]]), linears_only=True)
@@ -149,7 +149,7 @@ def importance_matrix(directory: Path, windows: Tensor) -> dict[str, Tensor]:
         windows: ``(windows, tokens)`` ids of the calibration text.
     """
     model = open_dense(directory)
-    sums = {name: torch.zeros(weight_of(linear).shape[1]) for name, linear in block_linears(model).items()}
+    sums = {name: torch.zeros(linear.get_parameter("weight").shape[1]) for name, linear in block_linears(model).items()}
 
     def add(name: str, inputs: tuple[Tensor, ...]) -> None:
         sums[name] += inputs[0].flatten(0, -2).square().sum(0)

@@ -56,7 +56,6 @@ import sparsellm
 from sparsellm.api import Opened
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.chain.structure import weight_of
 from sparsellm.errors import RecipeError
 from sparsellm.sources.gguf import without_bars
 from sparsellm.sources.resolve import checkpoint_directory
@@ -83,7 +82,7 @@ class Bench:
                 f"{arguments.model} is in {model.dtype}; give a checkpoint in float32, as which all are scored"
             )
         self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        self.linears = {name: weight_of(linear).numel() for name, linear in block_linears(model).items()}
+        self.linears = {name: linear.get_parameter("weight").numel() for name, linear in block_linears(model).items()}
 
     @cached_property
     def source(self) -> tuple[Path, dict[str, str]]:

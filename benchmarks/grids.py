@@ -35,7 +35,6 @@ from wikipedia import write_news, write_wikipedia
 import sparsellm
 from sparsellm.api import Opened
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.chain.structure import weight_of
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS
@@ -64,7 +63,7 @@ def nearest(asked: argparse.Namespace, grid: str, dense: Dense) -> Row:
     model = open_dense(checkpoint_directory(asked.model))
     bits = weights = 0.0
     for linear in block_linears(model).values():
-        weight = weight_of(linear)
+        weight = linear.get_parameter("weight")
         weight.copy_(on_grid(weight.float(), "int4" if grid == "own" else grid, torch.float32))
         weights += weight.numel()
         bits += weight.numel() * (GRIDS[grid].bits_per_weight(weight.shape[1]) if grid in GRIDS else 4.5)

@@ -28,7 +28,7 @@ from sparsellm.calibration.sources import read_source
 from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.chain.structure import find_blocks, iterate_linears, weight_of
+from sparsellm.chain.structure import find_blocks, iterate_linears
 from sparsellm.patterns import Unstructured, parse_pattern
 from sparsellm.solvers import admm as solver
 from sparsellm.sources.resolve import checkpoint_directory
@@ -97,7 +97,7 @@ def main() -> None:
     def error(target: str, damping: float, rho: tuple[float, float]) -> float:
         logarithms = []
         for name, linear in linears.items():
-            weight = weight_of(linear).detach().float()
+            weight = linear.get_parameter("weight").detach().float()
             count = weight.numel()
             pattern = parse_pattern(target) if ":" in target else Unstructured(round(float(target) * count), count)
             with scheduled(*rho):

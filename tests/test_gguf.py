@@ -113,7 +113,7 @@ HEADERS: dict[str, tuple[bytes, bytes, str]] = {
     "no number of blocks": (BLOCKS, b"llama.block_covnt", "no weight model.layers"),
     "no end of tokens": (TOKENS + u32(9, 8, 300), TOKENS + u32(9, 4, 2**31), "8589934592 bytes at"),
     "an array of arrays": (TOKENS + u32(9, 8), TOKENS + u32(9, 9), "values of type 9"),
-    "unknown type": (TOKENS + u32(9), TOKENS + u32(77), "unknown type 77"),
+    "unknown type": (TOKENS + u32(9), TOKENS + u32(77), "values of type 77"),
     "a width of a billion": (
         b"llama.embedding_length" + u32(4, 32),
         b"llama.embedding_length" + u32(4, 10**9),

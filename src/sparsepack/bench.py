@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from sparsepack.arguments import checked
 from sparsepack.decode import Decoder, decodes
@@ -353,27 +354,16 @@ def one_run(
         for position in range(prompt_tokens, prompt_tokens + new_tokens):
             logits = decoder.step(int(logits.argmax()), position)
         return read - start, clock() - read
+    calls, times = itertools.count(), list[float]()
+
+    def put(_: Tensor) -> None:  # transformers copies each token to the CPU, which waits for a GPU
+        if next(calls) in (1, new_tokens + 1):  # the first call has the prompt
+            times.append(clock())
+
     greedy = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=new_tokens + 1)
-    ends = _Ends(new_tokens + 1, clock)
+    ends = SimpleNamespace(put=put, end=lambda: None)
     with generation_config_set(model, greedy):
         start = clock()
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=ends)  # type: ignore[operator]
-    first, last = ends.times
+    first, last = times
     return first - start, last - first
-
-
-class _Ends(BaseStreamer):  # type: ignore[misc]
-    """Reads the clock when transformers has the first of some tokens, and the last; it copies each to the CPU, which
-    waits for a GPU."""
-
-    def __init__(self, tokens: int, clock: Callable[[], float]) -> None:
-        self._calls, self._taken, self._clock = 0, (1, tokens), clock  # the first call has the prompt
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        if self._calls in self._taken:
-            self.times.append(self._clock())
-        self._calls += 1
-
-    def end(self) -> None:
-        """Called by transformers after the last token."""

@@ -64,7 +64,8 @@ class PackedEntry(BaseModel):
     @classmethod
     def of(cls, packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False) -> PackedEntry:
         """The entry of a packed weight whose dense weight has this dtype."""
-        fields = {"shape": packed.shape, "layout": packed.layout, "value_type": packed.written_type}
+        value_type = "int3" if packed.narrow else packed.value_type
+        fields = {"shape": packed.shape, "layout": packed.layout, "value_type": value_type}
         more = {"dtype": str(dtype).removeprefix("torch."), "pattern": packed.pattern, "transposed": transposed}
         return cls.model_validate(fields | more)
 
@@ -139,7 +140,7 @@ class PackedTensors:
         self, directory: Path, files: list[Path], described: Mapping[str, Tensor], get: Callable[[str], Tensor]
     ) -> None:
         self.directory, self._get = directory, get
-        config = read_config(directory)
+        config = read_object(directory / "config.json")
         if not is_packed(config):
             raise FormatError(f"{directory / 'config.json'} has no quantization_config of sparsellm; {PACK_AGAIN}")
         self.entries = packed_entries(config["quantization_config"])
@@ -244,17 +245,12 @@ def adapter_in(directory: Path) -> str | None:
     return f"{directory} has an adapter_config.json; merge the adapter first: merge_and_unload(), then save_pretrained"
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The content of ``config.json`` of a checkpoint; a FormatError if it cannot be read."""
-    return read_object(directory / "config.json")
-
-
 def manifest(directory: Path) -> dict[str, object]:
     """The content of ``packed.json``: SHA-256 of the weight files of a directory and of its ``quantization_config``."""
     return {
         "format_version": FORMAT_VERSION,
         "sha256": _hashes(sorted(directory.glob("*.safetensors"))),
-        "quantization_config_sha256": config_digest(read_config(directory).get("quantization_config")),
+        "quantization_config_sha256": config_digest(read_object(directory / "config.json").get("quantization_config")),
     }
 
 

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -133,7 +132,7 @@ def generate(
     prompt: Words,
     *,
     max_new_tokens: Tokens = 100,
-    temperature: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 0.0,
+    temperature: Annotated[Temperature, Field(strict=False)] = 0.0,
     seed: Seed = 0,
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None,
     on_text: Callable[[str], Any] | None = None,
@@ -154,10 +153,7 @@ def generate(
         SettingError: the prompt has no token, or is too long for the model; or another argument is out of range.
         FormatError: a setting of the generation config that is used has another type or is out of range.
     """
-    try:
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    except ValidationError as error:
-        raise SettingError(refusal(error)) from None
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     return continuation(model, tokenizer, ids, sampling, threads=threads, on_text=on_text)
 
@@ -185,6 +181,10 @@ def continuation(
             f"the model takes {limit} in all"
         )
     text = _Text(tokenizer, sampling.stop, on_text, cancelled)
+
+    def ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(ids),), text.over is not None, device=ids.device)
+
     torch.manual_seed(sampling.seed)
     ids = ids.to(model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -199,7 +199,7 @@ def continuation(
                 max_new_tokens=sampling.max_new_tokens,
                 pad_token_id=padding,
                 streamer=text,
-                stopping_criteria=StoppingCriteriaList([_WhenOver(text)]),
+                stopping_criteria=StoppingCriteriaList([ended]),
             )
     first, last = text.times[0], text.times[-1]
     finish = text.over or ("stop" if text.ids[-1] in _ends(settings) else "length")
@@ -346,11 +346,3 @@ class _Text(BaseStreamer):
         """The characters at the end of the text with which a stop string may begin."""
         sizes = range(min(len(self.text), self._longest - 1), 0, -1)
         return next((size for size in sizes if any(s.startswith(self.text[-size:]) for s in self._stop)), 0)
-
-
-class _WhenOver(StoppingCriteria):
-    def __init__(self, text: _Text) -> None:
-        self._text = text
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
-        return torch.full((input_ids.shape[0],), self._text.over is not None, device=input_ids.device)

@@ -83,11 +83,6 @@ class PackedWeight:
     narrow: bool = False
 
     @property
-    def written_type(self) -> str:
-        """The type of the values in a file."""
-        return "int3" if self.narrow else self.value_type
-
-    @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors in memory, by field."""
         return {field: getattr(self, field) for field in FIELDS if getattr(self, field) is not None}

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsepack.arguments import SHORT_DTYPES, checked
-from sparsepack.checkpoint import adapter_in, read_config
+from sparsepack.checkpoint import adapter_in
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
 from sparsepack.files import read_object, unfit_size, weight_files
@@ -91,7 +91,7 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
         raise FormatError(f"{what} is not a directory; give one that `sparsellm pack` or save_pretrained wrote")
     if adapter := adapter_in(path):
         raise FormatError(adapter)
-    read_config(path)
+    read_object(path / "config.json")
     if (path / "generation_config.json").exists():
         read_object(path / "generation_config.json")  # transformers takes defaults for a damaged one
     weight_files(path)
@@ -100,7 +100,7 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
 
 def _check_sizes(path: Path) -> None:
     """Refuses a config for which transformers would build modules for hours, before it does."""
-    config, shapes = read_config(path), dict[str, tuple[int, ...]]()
+    config, shapes = read_object(path / "config.json"), dict[str, tuple[int, ...]]()
     for file in weight_files(path)[0]:
         try:
             with safe_open(file, framework="np") as opened:

@@ -214,10 +214,7 @@ class PackedLinear(nn.Module):
         """The packed weight, without a copy; a PackError if none was loaded."""
         if self.weight_mask is None:
             raise PackError("this PackedLinear has no weight yet; load it with sparsepack.load(DIR)")
-        return _assemble(self._parts(), self.in_features)
-
-    def _parts(self) -> list[Tensor | None]:
-        return [self._buffers[name] for name in PACKED_BUFFERS]
+        return _assemble([self._buffers[name] for name in PACKED_BUFFERS], self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
@@ -254,9 +251,7 @@ class PackedLinear(nn.Module):
                 self._buffers[name] = buffer.view(_SAME_SIZE[buffer.dtype.itemsize])
         super()._apply(fn, recurse)
         for name, dtype in kinds.items():
-            buffer = self._buffers[name]
-            assert buffer is not None
-            self._buffers[name] = buffer.view(dtype)
+            self._buffers[name] = self.get_buffer(name).view(dtype)
         return self
 
     def _load_from_state_dict(

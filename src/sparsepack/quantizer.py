@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,6 +23,7 @@ from sparsepack.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, row
 _PACKED_KEY = rf"\.({'|'.join(PACKED_BUFFERS)})$"
 
 
+@register_quantization_config(QUANT_METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed checkpoint; see ``docs/format.md``."""
 
@@ -32,6 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
         self.linears = linears
 
 
+@register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
     """Replaces the linears with packed weights by :class:`~sparsepack.module.PackedLinear`.
 
@@ -39,6 +41,7 @@ class PackedQuantizer(HfQuantizer):
     """
 
     requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
+    is_trainable = False
 
     quantization_config: PackedConfig
 
@@ -67,7 +70,7 @@ class PackedQuantizer(HfQuantizer):
             raise FormatError(f"the given config describes other packed weights than {files[0].parent / 'config.json'}")
         self._modules = _module_names(model, list(self._entries))
         for name, entry in self._entries.items():
-            parent, leaf, linear = _find(model, self._modules[name])
+            linear = _find(model, self._modules[name])
             transposed = isinstance(linear, Conv1D)
             out, columns = linear.weight.shape[::-1] if transposed else linear.weight.shape
             if entry.shape != (out, columns) or entry.transposed != transposed:
@@ -75,22 +78,19 @@ class PackedQuantizer(HfQuantizer):
                     f"packed weight {name} has shape {entry.shape}, where the model has {(int(out), int(columns))}; "
                     "config.json does not belong to these weights: pack the model again"
                 )
-            embedding = row_scale(linear) is not None
-            packed = PackedEmbedding(linear) if embedding else _packed_linear(linear, out, columns)
-            packed.requires_grad_(False)
-            setattr(parent, leaf, packed)
-        # transformers must ignore the tensors that are loaded below. The attribute is a list in some releases of
-        # transformers and a set in others.
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-        kind = list if ignored is None else type(ignored)
-        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), _PACKED_KEY])
+            kind = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+            embeds = row_scale(linear) is not None
+            packed = PackedEmbedding(linear) if embeds else PackedLinear(columns, out, linear.bias is not None, **kind)
+            model.set_submodule(self._modules[name], packed.requires_grad_(False))
+        # transformers must ignore the tensors that are loaded below.
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _PACKED_KEY}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._tensors is not None
         linears: dict[str, object] = {}
         for name, entry in self._entries.items():
-            _, _, module = _find(model, self._modules[name])
+            module = _find(model, self._modules[name])
             assert isinstance(module, PackedLinear)
             if module.weight.is_meta:
                 raise FormatError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
@@ -112,17 +112,6 @@ class PackedQuantizer(HfQuantizer):
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-
-def register() -> None:
-    """Registers ``quant_method: sparsellm`` with transformers; does nothing the second time."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(PackedConfig)
-        register_quantizer(QUANT_METHOD)(PackedQuantizer)
 
 
 def _module_names(model: Any, names: list[str]) -> dict[str, str]:
@@ -170,21 +159,14 @@ def _share_embedding(model: Any) -> None:
         model.set_output_embeddings(packed)
 
 
-def _packed_linear(linear: Any, out: int, columns: int) -> PackedLinear:
-    weight = linear.weight
-    return PackedLinear(columns, out, linear.bias is not None, dtype=weight.dtype, device=weight.device)
-
-
-def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    """The parent module, attribute name and module of a linear."""
-    parent_name, _, leaf = name.rpartition(".")
+def _find(model: nn.Module, name: str) -> Any:
+    """The linear of this name in the model."""
     try:
-        parent = model.get_submodule(parent_name)
-        module = parent.get_submodule(leaf)
+        module = model.get_submodule(name)
     except AttributeError:
         module = None
     if isinstance(module, (nn.Linear, Conv1D, PackedLinear)) or row_scale(module) is not None:
-        return parent, leaf, module
+        return module
     raise FormatError(
         f"packed weight {name} is not a linear of {type(model).__name__}; config.json is not this model's"
     )

@@ -6,12 +6,7 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from importlib.abc import MetaPathFinder
-else:  # importing the base class takes longer than all the rest of ``import sparsepack``, and it does nothing here
-    MetaPathFinder = object
+from typing import Any
 
 _HOST = "transformers.quantizers.auto"  # the module with the registry of quantisation methods
 
@@ -19,18 +14,12 @@ _HOST = "transformers.quantizers.auto"  # the module with the registry of quanti
 def register_when_needed() -> None:
     """Registers the method ``sparsellm`` now if transformers' registry is loaded, else right after it is loaded."""
     if _HOST in sys.modules:
-        _register()
+        import sparsepack.quantizer  # noqa: F401  (it registers itself)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _register() -> None:
-    from sparsepack.quantizer import register
-
-    register()
-
-
-class _AfterImport(MetaPathFinder):
+class _AfterImport:
     """An import hook for one module: the ordinary finder loads it, and registration follows its execution."""
 
     def find_spec(
@@ -47,7 +36,7 @@ class _AfterImport(MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 del loader.exec_module  # from the instance, so that the class's own method is back
                 execute(module)
-                _register()
+                import sparsepack.quantizer  # noqa: F401  (it registers itself)
 
             loader.exec_module = exec_module
         return spec

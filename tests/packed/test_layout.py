@@ -130,7 +130,7 @@ def test_other_weights_and_codes_of_nm_get_no_gap(values: str) -> None:
 def test_int3_is_int4_in_memory_and_three_bits_in_a_file(sparsity: float) -> None:
     weight = sparse_weight(7, 101, sparsity)
     packed = packed_of(weight, "int3", "auto")
-    assert (packed.value_type, packed.written_type) == ("int4", "int3")
+    assert (packed.value_type, packed.narrow) == ("int4", True)
     slots, written = int(packed.offsets[-1]), packed.stored["values"]
     assert len(written) == (3 * slots + 7) // 8
     assert torch.equal(widened(written, slots), packed.values)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import convert, tables
 from sparsellm.errors import RecipeError
-from sparsepack.checkpoint import read_config
 from sparsepack.errors import FormatError
+from sparsepack.files import read_object
 from sparsepack.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 from tests.models.families import family
@@ -59,7 +59,7 @@ def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) ->
     before, after = tensors_of(pruned), tensors_of(again)
     assert {name: value.dtype for name, value in before.items()} == {n: v.dtype for n, v in after.items()}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert "quantization_config" not in read_config(again)
+    assert "quantization_config" not in read_object(again / "config.json")
     assert not (again / "packed.json").exists()
 
 
@@ -97,7 +97,7 @@ def test_a_loaded_model_generates_saves_and_becomes_dense(packed: Path, llama: P
     assert not [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert torch.allclose(logits(model), before, atol=1e-4)
     model.save_pretrained(tmp_path / "plain")
-    assert "quantization_config" not in read_config(tmp_path / "plain")
+    assert "quantization_config" not in read_object(tmp_path / "plain" / "config.json")
 
 
 def test_n_m_is_stored_in_its_shorter_code(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_eval_inspect_and_prune_read_it_as_if_dense(packed: Path, llama: Path, t
     recipe = sparsellm.Recipe(method="magnitude", sparsity=0.9)
     result = sparsellm.prune(packed, recipe, out=tmp_path / "more", calibration=IDS)
     assert result.sparsity == pytest.approx(0.9, abs=0.01)
-    assert "quantization_config" not in read_config(tmp_path / "more")
+    assert "quantization_config" not in read_object(tmp_path / "more" / "config.json")
     with pytest.raises(RecipeError, match="out"):
         sparsellm.prune(packed, recipe, calibration=IDS)
 

@@ -21,8 +21,9 @@ import sparsepack
 from sparsellm.errors import SparseLLMError, StorageError
 from sparsellm.storage.reader import CheckpointReader, PackedReader
 from sparsepack import PackError
-from sparsepack.checkpoint import manifest, read_config
+from sparsepack.checkpoint import manifest
 from sparsepack.errors import FormatError
+from sparsepack.files import read_object
 from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
 from tests.storage.small import tensors_of
@@ -51,7 +52,7 @@ def forget_config_digest(directory: Path) -> Path:
 
 
 def change_config(directory: Path, change: Change) -> None:
-    config = read_config(directory)
+    config = read_object(directory / "config.json")
     change(config["quantization_config"])
     (directory / "config.json").write_text(json.dumps(config))
 
@@ -160,7 +161,7 @@ def test_shards_elsewhere_and_adapters_are_not_loaded(llama: Path, tmp_path: Pat
 
 def test_other_keys_of_the_config_have_no_checksum(packed: Path, llama: Path, copy: Path, tmp_path: Path) -> None:
     """Other tools rewrite them, and the order of all."""
-    config = read_config(copy)
+    config = read_object(copy / "config.json")
     changed = {**dict(reversed(config.items())), "transformers_version": "9", "dtype": "bfloat16"}
     (copy / "config.json").write_text(json.dumps(changed))
     assert PackedReader(copy).entries == PackedReader(packed).entries

@@ -23,7 +23,7 @@ import pytest
 from openai import OpenAI
 
 from sparsellm.serving.prompts import text_ids
-from sparsellm.serving.worker import Job, Limits, UnavailableError, Worker
+from sparsellm.serving.worker import Job, UnavailableError, Worker
 from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
@@ -265,7 +265,7 @@ def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> 
 
 def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any, tokenizer: Any) -> None:
     async def run() -> None:
-        worker = Worker(model, tokenizer, Limits(CONTEXT, CONTEXT, 2), log=lambda _: None)
+        worker = Worker(model, tokenizer, context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
         first, second, late = (Job(lambda t: text_ids(t, PROMPT), Sampling(), LONG) for _ in range(3))
         worker.submit(first)
         await first.event()
@@ -290,7 +290,7 @@ def test_a_broken_request_leaves_the_server_alive(model: Any, tokenizer: Any, ca
         raise RuntimeError("no memory")
 
     async def run() -> None:
-        worker = Worker(model, tokenizer, Limits(CONTEXT, CONTEXT, 2), log=lambda _: None)
+        worker = Worker(model, tokenizer, context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
         job, next_job = Job(broken, Sampling(), 4), Job(lambda t: text_ids(t, PROMPT), Sampling(), 4)
         worker.submit(job)
         worker.submit(next_job)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.calibration.windows import check_memory
-from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import NumericalError
+from sparsepack.decode import cache_keyword
 
 # Windows sampled in one batch: enough for efficient matrix products, few enough for the memory of the key-value cache.
 BATCH = 16
@@ -41,8 +41,6 @@ def self_generated_windows(
     model's logits are not finite.
     """
     check_memory(samples + fresh, seq_len)
-    was_training = model.training
-    model.train(False)
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
     starts = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
@@ -69,12 +67,9 @@ def self_generated_windows(
             progress(len(windows) * seq_len + rows * len(columns), (samples + fresh) * seq_len)
         return torch.stack(columns, dim=1)[:, :seq_len]
 
-    try:
-        for count in (samples, fresh):
-            for first in range(0, count, BATCH):
-                windows += batch(min(BATCH, count - first))
-    finally:
-        model.train(was_training)
+    for count in (samples, fresh):
+        for first in range(0, count, BATCH):
+            windows += batch(min(BATCH, count - first))
     return torch.stack(windows)
 
 

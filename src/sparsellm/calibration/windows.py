@@ -124,6 +124,12 @@ def apportioned(shares: Sequence[float], total: int) -> list[int]:
     return counts
 
 
+def spread_evenly(count: int, total: int) -> set[int]:
+    """``count`` of the numbers below ``total``, as far from each other and from both ends as possible: the windows or
+    chunks that are held out from a fit."""
+    return {(2 * i + 1) * total // (2 * count) for i in range(count)}
+
+
 def windows_of_ids(
     ids: Tensor,
     config: PretrainedConfig,

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.capture import replacing
-from sparsellm.chain.experts import ExpertLinear, Mixture, mixtures_of
+from sparsellm.chain.experts import STACKED, ExpertLinear, Mixture
 from sparsellm.chain.open import check_sizes, load_config
-from sparsellm.chain.products import Bf16Products, attention_for, bf16_products
+from sparsellm.chain.products import Bf16Products, attention_for
 from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.chain.weights import ModelWeights
 from sparsellm.errors import ModelError, SparseLLMError, one_line
@@ -117,7 +117,8 @@ class Chain(ModelWeights):
 
     def mixtures(self, index: int) -> list[Mixture]:
         """The mixtures of block ``index`` whose experts the model stacks."""
-        return mixtures_of(self.blocks[index])
+        modules = self.blocks[index].named_modules()
+        return [Mixture(module, name) for name, module in modules if STACKED in vars(module)]
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
@@ -179,7 +180,7 @@ class Chain(ModelWeights):
     def apply(self, index: int, hidden: Tensor, call: Call, block: Forward | None = None) -> Tensor:
         """The output of a loaded block, or of a copy ``block`` of it, for hidden states ``(batch, seq, hidden)``."""
         block = self.blocks[index] if block is None else block
-        with bf16_products(self.products), attention_for(self.device):
+        with self.products or contextlib.nullcontext(), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
             return _hidden_of(call.on(block, kept), self.blocks[index])
 
@@ -196,7 +197,7 @@ class Chain(ModelWeights):
         # The loss of the routers would need outputs of the blocks, which do not run here.
         without_loss = "output_router_logits" in signature(self.model.forward).parameters
         options = {"output_router_logits": False} if without_loss else {}
-        with self._intercepted(replay), bf16_products(self.products):
+        with self._intercepted(replay), self.products or contextlib.nullcontext():
             logits = self.model(ids.to(self.device), use_cache=False, **options).logits
         assert isinstance(logits, Tensor)
         return logits

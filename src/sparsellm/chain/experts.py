@@ -23,7 +23,7 @@ from sparsellm.errors import ModelError
 Index = tuple[int | slice, ...]
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 _ROUTED = 3  # arguments of a forward that gets tokens, the experts of each, and their weights
-_STACKED = "separated"  # attribute of a mixture in the twin: the parts of its stacked parameters
+STACKED = "separated"  # attribute of a mixture in the twin: the parts of its stacked parameters
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,9 @@ def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
     twin = _twin(model, twins)
     parts: dict[str, Part] = {}
     for name, module in twin.named_modules(remove_duplicate=False):
-        for inner, part in vars(module).get(_STACKED, {}).items():
+        for inner, part in vars(module).get(STACKED, {}).items():
             parts[f"{name}.{inner}"] = Part(f"{name}.{part.source}", part.index, part.transposed)
     return twin, parts
-
-
-def mixtures_of(module: nn.Module) -> list[Mixture]:
-    """The separated mixtures inside a module of a twin."""
-    return [Mixture(child, name) for name, child in module.named_modules() if _STACKED in vars(child)]
 
 
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
@@ -161,7 +156,7 @@ def gates_of(module: nn.Module, prefix: str) -> set[str]:
     gates: set[str] = set()
     for name, child in module.named_modules():
         experts = 0
-        if _STACKED in vars(child):
+        if STACKED in vars(child):
             experts = len(Mixture(child, name))
         elif isinstance(child, nn.ModuleList) and len(child) > 1:
             experts = len(child)
@@ -216,7 +211,7 @@ def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
         else:
             vars(twin)["_parameters"] = {name: p for name, p in twin._parameters.items() if name != leaf}
     forward = MethodType(_forward if layout.routed else _forward_of_all, twin)
-    vars(twin).update({_STACKED: stacked, "record": None, "forward": forward})
+    vars(twin).update({STACKED: stacked, "record": None, "forward": forward})
 
 
 def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sparsellm.chain.chain import Chain
-from sparsellm.chain.structure import LinearView, iterate_linears, weight_of
+from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.errors import ModelError, some
 
 DENSE_LIMIT = 0.02  # fraction of a block; routers, convolutions and the like stay below it in published models
@@ -97,8 +97,8 @@ def outside_blocks(chain: Chain) -> list[str]:
     more than :data:`DENSE_LIMIT` of the weights of the blocks."""
     inside = tuple(f"{name}." for name in (*chain.block_names, *chain.towers))
     head = chain.model.get_output_embeddings()
-    linears = [(name.removeprefix("."), module) for name, module in iterate_linears(chain.model, "")]
-    outside = {name: weight_of(m).numel() for name, m in linears if m is not head and not name.startswith(inside)}
+    linears = [(name.removeprefix("."), m) for name, m in iterate_linears(chain.model, "") if m is not head]
+    outside = {name: m.get_parameter("weight").numel() for name, m in linears if not name.startswith(inside)}
     share = sum(outside.values()) / sum(matrix.weights for matrix in all_matrices(chain))
     if share <= DENSE_LIMIT:
         return []

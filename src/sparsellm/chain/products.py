@@ -81,11 +81,6 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def bf16_products(mode: Bf16Products | None) -> contextlib.AbstractContextManager[Any]:
-    """``mode`` as a context; with None, nothing changes."""
-    return contextlib.nullcontext() if mode is None else mode
-
-
 def attention_for(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context for the forward of a pass with gradients. On a GPU attention is then computed as plain products: the
     fused kernels add up its gradients in another order at every run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +14,6 @@ from torch.utils._pytree import tree_flatten
 from sparsellm import parallel
 from sparsellm.chain.capture import choosing
 from sparsellm.chain.chain import Call, Chain
-from sparsellm.chain.products import bf16_products
 from sparsellm.chain.shortcuts import KnownOutput, without
 from sparsellm.errors import ModelError
 from sparsellm.progress import ProgressCallback, ignore
@@ -84,6 +84,7 @@ class Stream:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk. Each access may read a file, so access it once.
         pieces: the batches in smaller parts, in order; empty without pieces.
         known: modules of the current block that :meth:`run_batch` does not run, until the stream advances.
+        first_window: the arguments of every block for the first window, with the changes by blocks that ran.
     """
 
     def __init__(self, feed: Feed, pieces: int) -> None:
@@ -107,7 +108,7 @@ class Stream:
                 # Captured again rather than cut: only the model defines which dimension of an argument is windows.
                 calls = self._calls[-1] if rows >= len(batch) else unique.calls(chain.start(batch[part])[1])
                 self.pieces.append(Piece(len(self._calls) - 1, part, calls))
-        self._first_window = unique.calls(chain.start(windows[:1])[1])
+        self.first_window = unique.calls(chain.start(windows[:1])[1])
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -137,7 +138,7 @@ class Stream:
 
     def use(self, known: KnownOutput) -> None:
         """Leaves out the module in later runs: the linears before its writer, and the writer, are pruned now."""
-        with bf16_products(self.chain.products):
+        with self.chain.products or nullcontext():
             known.finish()
         self.known.append(known)
 
@@ -168,11 +169,7 @@ class Stream:
 
     def run_window(self, index: int) -> Tensor:
         """The output of the loaded block ``index`` for the first window; enough to observe how a block runs."""
-        return self.chain.run(index, self.hidden[0][:1], self.call_of_window(index))
-
-    def call_of_window(self, index: int) -> Call:
-        """The arguments of block ``index`` for the first window, with the changes by blocks that ran."""
-        return self._first_window[index]
+        return self.chain.run(index, self.hidden[0][:1], self.first_window[index])
 
     def advance(self, index: int) -> None:
         """Replaces the input of block ``index`` by its output."""

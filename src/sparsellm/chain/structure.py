@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ class LinearView:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return weight_of(self.module)
+        return self.module.get_parameter("weight")
 
     @property
     def bias(self) -> Tensor | None:
@@ -64,8 +63,7 @@ class LinearView:
 
     @torch.no_grad()
     def assign_bias(self, bias: Tensor) -> None:
-        target = self.module.bias
-        assert isinstance(target, Tensor)
+        target = self.module.get_parameter("bias")
         target.copy_(bias.to(self.storage_dtype).to(target.dtype))
 
     @torch.no_grad()
@@ -76,13 +74,6 @@ class LinearView:
                 self.parameter.copy_(self.parameter.index_select(1 - axis if self.transposed else axis, index))
         if outputs is not None and isinstance(self.module.bias, Tensor):
             self.module.bias.copy_(self.module.bias[outputs])
-
-
-def weight_of(module: nn.Module) -> nn.Parameter:
-    """The weight of a linear, as its module stores it."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
 
 
 def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -97,7 +88,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     linears, the outer one of two that hold equally many. A ModelError says that no ``ModuleList`` holds linears."""
     towers = tuple(f"{tower}." for tower in tower_names(model)) if isinstance(model, PreTrainedModel) else ()
     sizes = {
-        name: sum(weight_of(linear).numel() for _, linear in iterate_linears(module, name))
+        name: sum(linear.get_parameter("weight").numel() for _, linear in iterate_linears(module, name))
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and not name.startswith(towers)
     }
@@ -107,11 +98,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     blocks = model.get_submodule(name)
     assert isinstance(blocks, nn.ModuleList)
     return name, blocks
-
-
-def cache_keyword(model: nn.Module) -> str:
-    """The name of the key-value cache in a model's forward and its output, which later releases rename."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def tower_names(model: PreTrainedModel) -> list[str]:

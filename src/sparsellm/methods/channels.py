@@ -195,7 +195,7 @@ def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
     seen: list[Tensor] = []
     with watch([reader], lambda linear, x, y: seen.append(y.clone())):
         output = task.stream.run_window(task.index)
-    call = task.stream.call_of_window(task.index)
+    call = task.stream.first_window[task.index]
     return [*seen, output, *(tensor.clone() for tensor in _inside((call.args, call.kwargs)))]
 
 

@@ -30,14 +30,7 @@ from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
 from sparsellm.run.journal import Identity, Journal
 from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked, needed, predict, speeds_of
-from sparsellm.run.opening import (
-    Model,
-    Models,
-    Windows,
-    given_windows,
-    open_models,
-    read_windows,
-)
+from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows
 from sparsellm.run.predictions import (
     RESIDENT,
     STREAMED,

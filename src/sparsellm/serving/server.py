@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -31,7 +30,7 @@ from sparsellm import interrupts
 from sparsellm.errors import DataError, ModelError, RecipeError, shown
 from sparsellm.serving.prompts import open_model
 from sparsellm.serving.protocol import Answer, Asked, ChatRequest, CompletionRequest, error
-from sparsellm.serving.worker import GoneError, Job, Limits, UnavailableError, Worker
+from sparsellm.serving.worker import GoneError, Job, UnavailableError, Worker
 from sparsepack.decode import decodes
 from sparsepack.errors import SettingError, UserError
 from sparsepack.files import context_limit
@@ -59,24 +58,10 @@ class Settings(BaseModel):
     quiet: bool = False
 
 
-@dataclass(frozen=True)
-class Door:
-    """A listening socket and who may come in: the key, None for everybody, and the most bytes of a request."""
-
-    socket: socket.socket
-    key: str | None
-    max_body: int
-
-    @property
-    def url(self) -> str:
-        """Where clients find the API."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
-def open_door(settings: Settings) -> Door:
-    """Listens, so that a busy port is known before the model is loaded. A RecipeError says that the port is in use, the
-    host is not of this machine, or a key is unusable or missing."""
+def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
+    """A listening socket, so that a busy port is known before the model is loaded, and the key of those who may come
+    in; None for everybody. A RecipeError says that the port is in use, the host is not of this machine, or a key is
+    unusable or missing."""
     key, host, port = _key(settings.key_file), settings.host, settings.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -90,7 +75,7 @@ def open_door(settings: Settings) -> Door:
         busy = isinstance(failed, OSError) and failed.errno == errno.EADDRINUSE
         why = "in use; stop what listens there, or give another --port" if busy else getattr(failed, "strerror", failed)
         raise RecipeError(f"port {port} of {host!r:.100} is {'' if busy else 'not available: '}{why}") from None
-    return Door(listening, key, settings.max_body)
+    return listening, key
 
 
 def _key(file: Path | None) -> str | None:
@@ -114,28 +99,30 @@ def _key(file: Path | None) -> str | None:
 def serve(directory: str, settings: Settings, options: dict[str, str], log: Callable[[str], None]) -> None:
     """Serves a checkpoint until a signal stops it. ``options`` are those of :func:`sparsepack.loading.load`; ``log``
     gets a line at the start, and unless quiet one for each request."""
-    door = open_door(settings)
-    with door.socket:
+    listening, key = open_door(settings)
+    with listening:
+        host, port = listening.getsockname()[:2]
         model, tokenizer = open_model(directory, **options)
         limit = context_limit(model.config)
         context = settings.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and context > limit:
             raise ModelError(f"--context is {context}, and the model takes {limit} tokens")
-        limits = Limits(context, settings.max_tokens, settings.queue)
+        limits = {"context": context, "max_tokens": settings.max_tokens, "queue": settings.queue}
         told = (lambda line: None) if settings.quiet else log
-        worker = Worker(model, tokenizer, limits, threads=settings.threads, log=told)
+        worker = Worker(model, tokenizer, **limits, threads=settings.threads, log=told)
         name = settings.name or Path(directory).expanduser().resolve().name
         config = uvicorn.Config(
-            _Gate(application(worker, name), door),
+            _Gate(application(worker, name), key, settings.max_body),
             log_level="warning",
             access_log=False,
             server_header=False,
             lifespan="off",
             timeout_graceful_shutdown=int(GRACE) + 2,  # the worker cancels before
         )
-        log(f"{name} listens at {door.url}, {'with' if door.key else 'without'} a key; Ctrl-C stops it")
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        log(f"{name} listens at {url}, {'with' if key else 'without'} a key; Ctrl-C stops it")
         log(f"{context} tokens of context, decoded by {'the compiled decoder' if decodes(model) else 'transformers'}")
-        _Server(config, worker).run(sockets=[door.socket])
+        _Server(config, worker).run(sockets=[listening])
     worker.stop(0)
     if not worker.ended(GRACE):  # it reads a long prompt; the interpreter must not end under a thread that computes
         sys.stdout.flush()
@@ -163,9 +150,9 @@ class _Server(uvicorn.Server):
 class _Gate:
     """Refuses requests without the key, of web pages that a browser has open, and with a body that is too large."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self._app, self._most = app, door.max_body
-        self._key = None if door.key is None else f"Bearer {door.key}".encode()
+    def __init__(self, app: ASGIApp, key: str | None, most: int) -> None:
+        self._app, self._most = app, most
+        self._key = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -220,14 +207,12 @@ async def _of_error(_: Request, failed: Exception) -> Response:
     return _problem(503 if isinstance(failed, UnavailableError) else status, str(failed))
 
 
-async def _of_status(_: Request, failed: Exception) -> Response:
-    assert isinstance(failed, HTTPException)
+async def _of_status(_: Request, failed: HTTPException) -> Response:
     return _problem(failed.status_code, str(failed.detail))
 
 
-async def _of_validation(_: Request, failed: Exception) -> Response:
+async def _of_validation(_: Request, failed: RequestValidationError) -> Response:
     """Names the first value of a body that is refused."""
-    assert isinstance(failed, RequestValidationError)
     first = failed.errors()[0]
     place, kind = ".".join(str(part) for part in first["loc"][1:]), first["type"]
     if kind == "json_invalid":

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,21 +23,8 @@ class UnavailableError(SparseLLMError):
     """The server cannot take or finish a request now."""
 
 
-class FailedError(SparseLLMError):
-    """A request ended with an error that is not the client's."""
-
-
 class GoneError(SparseLLMError):
     """The client is gone."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Most tokens of a prompt and its answer together, most tokens of an answer, and most requests that wait."""
-
-    context: int
-    max_tokens: int
-    waiting: int
 
 
 class Job:
@@ -72,19 +58,22 @@ class Job:
 
 
 class Worker:
-    """Runs one job after another, first come, first served."""
+    """Runs one job after another, first come, first served: at most ``context`` tokens of a prompt and its answer,
+    ``max_tokens`` of an answer, and ``queue`` jobs that wait."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        limits: Limits,
         *,
+        context: int,
+        max_tokens: int,
+        queue: int,
         threads: int | None = None,
         log: Callable[[str], None],
     ) -> None:
-        self._model, self._tokenizer, self._limits = model, tokenizer, limits
-        self._threads, self._log = threads, log
+        self._model, self._tokenizer, self._threads, self._log = model, tokenizer, threads, log
+        self._context, self._max_tokens, self._queue = context, max_tokens, queue
         self._running: Job | None = None
         self._changed, self._waiting = threading.Condition(), deque[Job]()
         self._end: float | None = None  # by time.monotonic(), when the running job is cancelled
@@ -94,15 +83,14 @@ class Worker:
 
     def submit(self, job: Job) -> None:
         """Lines a job up. An UnavailableError if too many wait already, or the server stops."""
-        most, waiting = self._limits.max_tokens, self._limits.waiting
-        if job.limit is not None and job.limit > most:
-            raise SettingError(f"max_tokens is {job.limit}; an answer has at most {most} tokens here")
+        if job.limit is not None and job.limit > self._max_tokens:
+            raise SettingError(f"max_tokens is {job.limit}; an answer has at most {self._max_tokens} tokens here")
         with self._changed:
             if self._end is not None:
                 raise UnavailableError("the server is stopping")
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
-            if len(self._waiting) + (self._running is not None) > waiting:
-                raise UnavailableError(f"{waiting} requests wait already; try again later")
+            if len(self._waiting) + (self._running is not None) > self._queue:
+                raise UnavailableError(f"{self._queue} requests wait already; try again later")
             self._waiting.append(job)
             self._changed.notify()
 
@@ -150,12 +138,12 @@ class Worker:
                 job.send(error)
             except Exception as error:  # such as no memory: the next request may fit
                 logging.getLogger(__name__).exception("a request failed")
-                job.send(FailedError(f"the server failed ({type(error).__name__}); its log says why"))
+                job.send(SparseLLMError(f"the server failed ({type(error).__name__}); its log says why"))
 
     def _run(self, job: Job) -> Generation:
         ids = job.ids(self._tokenizer)
-        tokens, context = ids.shape[1], self._limits.context
-        limit = min(self._limits.max_tokens, context - tokens) if job.limit is None else job.limit
+        tokens, context = ids.shape[1], self._context
+        limit = min(self._max_tokens, context - tokens) if job.limit is None else job.limit
         if tokens + limit > context or limit < 1:
             more = f" and {limit} are to follow" if limit > 0 else ""
             raise SettingError(f"the prompt has {tokens} tokens{more}; prompt and answer have at most {context} here")

@@ -7,13 +7,14 @@ as if it had all rows.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsellm import parallel
-from sparsellm.chain.products import Bf16Products, bf16_products
+from sparsellm.chain.products import Bf16Products
 from sparsellm.patterns import (
     DIGITS,
     SIGN,
@@ -50,7 +51,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
     def run(rows: slice, weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
         weight = weight[rows]
         scaled = weight if root is None else weight * root[rows]
-        with bf16_products(products if entry.workspace.narrow else None):
+        with products if products is not None and entry.workspace.narrow else nullcontext():
             result = entry.function(scaled, gram, pattern, **options)
         return result if root is None else solution(weight, result.weight / root[rows], result.mask, gram, result.notes)
 

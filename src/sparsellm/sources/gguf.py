@@ -69,29 +69,22 @@ def _convert(path: Path, folder: Path) -> Path:
                 f"{path} cannot be converted: it has no weight {missing[0]}, nor {len(missing) - 1} more of its model; "
                 "the file is damaged, or of another model: fetch it again"
             )
-        _without_quantization(model.to(torch.float32)).save_pretrained(directory)
+        # transformers does not save a model that it dequantised: its weights go into one without quantisation.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config)
+        plain.load_state_dict(model.to(torch.float32).state_dict(), assign=True)
+        plain.tie_weights()
+        plain.generation_config = model.generation_config
+        plain.config.dtype = model.dtype
+        plain.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     settings = directory / "tokenizer_config.json"
     named = {**json.loads(settings.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
     # Tools with transformers 4 refuse the class name that version 5 writes.
     settings.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return directory
-
-
-def _without_quantization(model: Any) -> Any:
-    """The same weights in a model without quantisation, since transformers does not save the model it dequantised."""
-    from transformers import AutoModelForCausalLM
-
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    plain.config.dtype = model.dtype
-    return plain
 
 
 @contextlib.contextmanager

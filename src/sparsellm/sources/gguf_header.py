@@ -72,19 +72,14 @@ def _value(file: BinaryIO, kind: int, size: int) -> bytes:
     """The bytes of a scalar; strings and arrays are skipped."""
     if kind in _SCALARS:
         return _bytes(file, _SCALARS[kind])
-    if kind == _STRING:
-        _skip_text(file, size)
-        return b""
-    if kind != _ARRAY:
-        raise ValueError(f"a value has the unknown type {kind}")
-    inside, count = _read(file, "<IQ")
+    inside, count = _read(file, "<IQ") if kind == _ARRAY else (kind, 1)
     if inside in _SCALARS:
         _skip(file, count * _SCALARS[inside], size)
     elif inside != _STRING or count > _MOST_ITEMS:
-        raise ValueError(f"it has an array of {count} values of type {inside}")
+        raise ValueError(f"it has {count} values of type {inside}")
     else:
         for _ in range(count):
-            _skip_text(file, size)
+            _skip(file, _read(file, "<Q")[0], size)
     return b""
 
 
@@ -93,11 +88,6 @@ def _text(file: BinaryIO, size: int) -> str:
     if length > min(size, 1 << 16):  # a name is shorter
         raise ValueError(f"it states a name of {length} bytes")
     return _bytes(file, length).decode("utf-8", "replace")
-
-
-def _skip_text(file: BinaryIO, size: int) -> None:
-    (length,) = _read(file, "<Q")
-    _skip(file, length, size)
 
 
 def _skip(file: BinaryIO, length: int, size: int) -> None:

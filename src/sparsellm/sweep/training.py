@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
+from sparsellm.calibration.windows import spread_evenly
 from sparsellm.chain import Chain
-from sparsellm.statistics.held_out import spread_evenly
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8

@@ -44,8 +44,7 @@ class MaskedLoraLinear(LoraLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The masked update that is merged, in the shape of the weight."""
         delta = super().get_delta_weight(adapter)
-        assert isinstance(self.kept, Tensor)
-        return delta * self.kept.to(delta.device)
+        return delta * self.get_buffer("kept").to(delta.device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:

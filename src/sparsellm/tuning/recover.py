@@ -7,7 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -35,9 +35,6 @@ from sparsellm.storage.writer import written
 from sparsellm.tuning.full import KeepZeros
 from sparsepack.checkpoint import is_packed
 from sparsepack.loading import load
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
 MOST_WINDOWS = 1024  # that are drawn from a text; more steps take them again
@@ -133,23 +130,18 @@ def _trained(
     """The model after training, in its own dtypes and on the CPU, and the loss of each step."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()
-    wrapped: PreTrainedModel | PeftModel = model
+    wrapped: Any = model
     callbacks = [KeepZeros()] if training.way == "full" else []
     if training.way == "lora":
         from sparsellm.tuning.lora import add_adapter
 
         wrapped = add_adapter(model)
-    losses: list[float] = []
 
     class Tell(TrainerCallback):
-        """Passes steps and losses on."""
+        """Passes steps on."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress(Progress(TUNE, state.global_step, training.steps, f"step {state.global_step}/{training.steps}"))
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in (logs or {}):
-                losses.append(float(logs["loss"]))
 
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
@@ -171,7 +163,8 @@ def _trained(
         trainer = Trainer(wrapped, settings, train_dataset=rows, callbacks=[*callbacks, Tell()])  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    merged: Any = wrapped.merge_and_unload() if training.way == "lora" else wrapped  # type: ignore[operator]
+    losses = [float(each["loss"]) for each in trainer.state.log_history if "loss" in each]
+    merged = wrapped.merge_and_unload() if training.way == "lora" else wrapped
     merged.to("cpu")
     for name, parameter in merged.named_parameters():
         if not torch.isfinite(parameter).all():
