@@ -146,6 +146,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
         ["0.9999999999", "every"],
     ),
     "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
+    "pack without the model's code": (
+        ["prune", "{llama}", "--pack", "{tmp}/p", "--trust-remote-code"],
+        ["a packed model runs no code of a checkpoint"],
+    ),
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),
     "quiet and verbose": (
         ["pack", "{llama}", "--out", "{tmp}/p", "--quiet", "--verbose"],

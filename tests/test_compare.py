@@ -150,6 +150,12 @@ def test_the_recommendation_satisfies_the_constraints(
         ("--sparsity 0.5 --values int9", "recipe field values is 'int9'"),
         ("--sparsity 0.5 --text-seq-len 4000", "4000"),
         ("--sparsity 0.5 --max-tokens 0", "max_tokens is 0"),
+        ("--sparsity 0.5 --method wanda,sparsegpt --set options.damping=abc", "option damping of sparsegpt is 'abc'"),
+        ("--pattern 2:4,3:7 --method wanda", "which 7 does not divide"),
+        ("--sparsity 0.5 --method wanda,sparsellm --effort 1 --set sweep_tokens=2k", "effort and sweep_tokens both"),
+        ("--sparsity 0 --method wanda,sparsegpt --set grid=w8a16", "no packed form in int8"),
+        ("--sparsity 0.3 --values int4 --set grid=q4_0", "grid q4_0 means values int4; leave out"),
+        ("--sparsity 0.3 --experts 0.5", "has no mixture"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_work(
@@ -352,6 +358,8 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
         "sparsellm-0.3-effort0-int4": ("sparsellm", 0, "int4"),
         "sparsellm-0.3-effort2-int4": ("sparsellm", 2, "int4"),
     }
+    chosen = cells_of({**base, "pattern": "auto:8"}, methods=["sparsegpt"], sparsities=[0.5, 0.6])
+    assert [*chosen] == ["sparsegpt-auto-8-0.5", "sparsegpt-auto-8-0.6"]
     with pytest.raises(RecipeError, match="effort is known to none of the methods wanda"):
         cells_of(base, methods=["wanda"], sparsities=[0.3], efforts=[1])
     with pytest.raises(RecipeError, match="cells is empty"):

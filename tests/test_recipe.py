@@ -68,6 +68,10 @@ def test_settings_reach_fields_and_options() -> None:
     assert recipe.options == {"damping": 0.5, "iterations": 2}
     assert recipe.seed == 3
     assert recipe.exclude == ["*.v_proj"]
+    assert Recipe().with_settings(["seed=3"], seed=2, samples=5) == Recipe(seed=3, samples=5)
+    for setting, given in (("sparsity=0.6", {"pattern": "2:4"}), ("values=int8", {"grid": "q4_0"})):
+        with pytest.raises(RecipeError, match="give one"):
+            Recipe().with_settings([setting], **given)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,7 @@ def test_settings_reach_fields_and_options() -> None:
         ("{grid: q4_0, values: int8}", "grid q4_0 means values int4, not int8; give one"),
         ("grid: q5_0", "grid is 'q5_0'"),
         ("samples: 0", "samples"),
+        ("experts: 2.9", "experts 2.9 is neither a share below 1 nor a whole number"),
         ("dtype: int8", "dtype"),
         ("bos: maybe", "bos is 'maybe'"),
         ("- 1", "mapping"),
@@ -193,6 +198,7 @@ def test_tokens_of_the_sweep_are_divided_into_at_most_sixteen_passes() -> None:
     assert [passes("1M"), passes(1e6), passes("64k", passes=2)] == [(16, 62), (16, 62), (2, 32)]  # 62 is rounded up
     refused: dict[str, Any] = {f"number of tokens '{w}' is unknown": {"tokens": w} for w in ("1.5k", "5G", "")}
     refused |= {"sweep_tokens is 0": {"tokens": 0}, "effort and sweep_tokens both": {"tokens": "64k", "effort": 1}}
+    refused |= {"passes 0 leaves out the sweep": {"tokens": "64k", "passes": 0}}
     refused |= {"method wanda has no sweep, so no sweep_tokens": {"tokens": "64k", "method": "wanda"}}
     for why, fields in refused.items():
         with pytest.raises(RecipeError, match=why):

@@ -161,7 +161,7 @@ def test_a_grid_without_a_packed_form_is_refused_before_the_work(tmp_path: Path,
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     code, shown, error = run("prune", source, "--out", tmp_path / "a", "--grid", "w8a8", "--pack", tmp_path / "b")
     assert (code, shown) == (2, "")
-    assert "grid w8a8 has no packed form in int8; leave out --pack" in " ".join(error.split())
+    assert "grid w8a8 has no packed form in int8; export the result" in " ".join(error.split())
     assert not list(tmp_path.glob("[ab]*"))
 
 

@@ -135,6 +135,24 @@ def test_what_stands_next_to_the_weights(tmp_path: Path) -> None:
     assert not (tmp_path / "pruned.partial").exists()
 
 
+def test_code_of_a_checkpoint_runs_where_it_is_trusted_and_is_not_copied(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.MineLM"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Mine(LlamaConfig):\n    model_type = 'mine'\n\n\n"
+        "class MineLM(LlamaForCausalLM):\n    config_class = Mine\n"
+    )
+    recipe = Recipe(method="wanda", calibration="self", samples=2, seq_len=16)
+    with pytest.raises(sparsellm.SparseLLMError, match="transformers cannot read"):
+        sparsellm.prune(source, recipe, out=tmp_path / "pruned")
+    result = sparsellm.prune(source, recipe, out=tmp_path / "pruned", trust_remote_code=True)
+    assert any("code that came with the model is not copied" in each for each in result.warnings)
+    assert not list((tmp_path / "pruned").glob("*.py"))
+
+
 def test_nan_weights_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     model = tiny_llama()
     model.model.layers[2].self_attn.v_proj.weight.data[3, 4] = float("nan")

@@ -18,17 +18,21 @@ from typing import Literal
 from sparsellm import api, parallel
 from sparsellm.calibration.sources import check_sources, default_source
 from sparsellm.calibration.texts import text_file
+from sparsellm.chain import Chain
+from sparsellm.convert import check_packable
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
 from sparsellm.methods import METHODS
+from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.progress import Progress, ProgressCallback, ignore, note
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend, write_comparison
 from sparsellm.report.document import check_page
+from sparsellm.run.choice import Choice
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.run.plan import Request
+from sparsellm.run.plan import Request, check_recipe
 from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, differences, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
@@ -94,13 +98,12 @@ def compare(
     protocol: Protocol,
     recover: float | None = None,
     max_bytes: int | None = None,
-    trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> GridResult:
     """Prunes, packs and measures a model in every cell, and writes one page that compares them.
 
     Args:
-        model, trust_remote_code, progress: as in :func:`sparsellm.prune`, the model by name.
+        model, progress: as in :func:`sparsellm.prune`, the model by name; none with code of its own.
         out: the directory; each cell has its checkpoint in it. An earlier comparison is continued.
         cells: the recipe of each cell by the name of its directory, as :func:`cells_of` makes them.
         protocol: how they are measured.
@@ -116,11 +119,13 @@ def compare(
     if protocol.speed and parallel.size() > 1:
         raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
     first = next(iter(cells.values()))
-    dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
+    dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust=False)
     drawn = (protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)
     windows = parallel.from_main(partial(dense.windows, *drawn))  # refused before the work
     if protocol.speed:
         check_positions(dense.chain.config, Rounds(), "the model")
+    for recipe in cells.values():
+        _check_cell(dense.chain, recipe)
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {
@@ -144,7 +149,7 @@ def compare(
 
             with _changed(place) as grid:
                 grid.begun[name] = recipes[name]
-            request = Request(model, cells[name], place / name, trust_remote_code=trust_remote_code, shared=shared)
+            request = Request(model, cells[name], place / name, shared=shared)
             measured = _measure(request, protocol, dense, grid, tell)
             with _changed(place) as grid:
                 grid.cells.append(measured)
@@ -162,6 +167,15 @@ def compare(
             return GridResult(out=place, page=page, recommended=advice, best_at_each_size=best, cells=finished)
 
         return parallel.from_main(end)
+
+
+def _check_cell(chain: Chain, recipe: Recipe) -> None:
+    """Refuses, before the first cell is pruned, one that could not be pruned or packed. Raises SparseLLMError."""
+    check_packable(recipe)
+    if recipe.experts is not None:
+        Choice.removing(recipe)
+        chain = FewerExperts(chain, recipe.experts).chain
+    check_recipe(chain, recipe)
 
 
 def _with_text(
@@ -258,6 +272,8 @@ def cells_of(
     options hold for the methods that have them, and those of a sweep for the methods with one. A RecipeError if nothing
     is asked for, something is named twice or wrong, or no method has an option of the base."""
     recipe = Recipe.of(base)
+    if values and recipe.grid != "own":
+        raise RecipeError(f"grid {recipe.grid} means values {recipe.values}; leave out values, or the grid")
     if not methods or not (sparsities or patterns):
         raise RecipeError("a comparison needs one method or more, and one sparsity or pattern or more")
     entries = [METHODS[name] for name in methods]
@@ -278,6 +294,7 @@ def cells_of(
         for sweep in [{"effort": each} for each in efforts if entry.effort is not None] or [{}]:
             one = recipe.updated(method=entry.name, options=options, **{**without, **sweep}, **target, **kept, **left)
             name = f"{entry.name}-{one.pattern.replace(':', '-') if one.pattern else format(one.sparsity, 'g')}"
+            name += f"-{one.sparsity:g}" if one.chosen_of is not None else ""
             name += f"-experts{one.experts:g}" if one.experts is not None else ""
             name += f"-effort{one.effort}" if sweep else ""
             name += f"-{one.values}" if one.values != "keep" else ""

@@ -18,7 +18,7 @@ from sparsellm.options import GGUF, MEASURE, SERVER, TEXT, TRAINING, argument, f
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
 
 Printed = tuple[Any, Callable[[], None]] | None
-MEASURED_TOKENS = 16_384  # that `prune --pack` measures on
+MEASURED_WINDOW, MEASURED_TOKENS = 2048, 16_384  # the longest window and the tokens that `prune --pack` measures on
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,6 +123,7 @@ def prune(
     """
     interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, console, parallel, tables
+    from sparsellm.convert import check_packable
     from sparsellm.run.plan import Request
     from sparsellm.storage.directory import check_destination, checkpoints_among
 
@@ -130,8 +131,9 @@ def prune(
     dense = options.get("teacher", model)
     if pack is not None:
         check_destination(pack, sources=[out, *checkpoints_among(model, dense)], overwrite=options["overwrite"])
-        if recipe.grid != "own" and recipe.values == "int8":
-            raise RecipeError(f"grid {recipe.grid} has no packed form in int8; leave out --pack, and export the result")
+        check_packable(recipe)
+        if options["trust_remote_code"]:
+            raise RecipeError("a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack")
     if dry_run:
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
         shown = prediction.model_dump(mode="json"), lambda: tables.print_prediction(prediction)
@@ -155,9 +157,9 @@ def prune(
     if pack is not None:
         interrupts.keeps(f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False)
         given = {name: options[name] for name in ("overwrite", "restart", "trust_remote_code")}
-        run, length = Request(model, result.recipe, out, **given), result.recipe.seq_len
+        run, length = Request(model, result.recipe, out, **given), result.recipe.seq_len or MEASURED_WINDOW
         text = "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"  # no run calibrates on that part
-        window = {"seq_len": length, "max_tokens": max(MEASURED_TOKENS, length or 0)}
+        window = {"seq_len": min(length, MEASURED_WINDOW), "max_tokens": MEASURED_TOKENS}
         with parallel.alone():
             packed, evaluation = api.pack_and_measure(run, pack, text, dense, progress, **window)
             api.keep_results(pack, evaluation)
@@ -303,7 +305,6 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),
     option("--recover SHARE", "Recommend the smallest model with this recovery, such as 0.95.", MEASURE),
     option("--max-bytes SIZE", "Recommend among packed models up to this size, such as 1GB.", MEASURE),
-    use.TRUST,
     use.out("Directory of the comparison; an earlier one goes on."),
     *use.REPORTING,
     examples=(
@@ -345,7 +346,6 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
         protocol=protocol,
         recover=recover,
         max_bytes=parse_bytes(most) if most is not None else None,
-        trust_remote_code=options["trust_remote_code"],
         progress=progress,
     )
     if not parallel.is_main():

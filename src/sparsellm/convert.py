@@ -18,6 +18,7 @@ from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import NumericalError, RecipeError, StorageError, shown
 from sparsellm.inputs import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
@@ -63,6 +64,12 @@ class PackResult:
             "head": {name: entry.to_dict() for name, entry in self.head.items()},
             "linears": {name: entry.to_dict() if entry else "dense" for name, entry in self.linears.items()},
         }
+
+
+def check_packable(recipe: Recipe) -> None:
+    """Raises RecipeError if what a recipe makes has no packed form."""
+    if recipe.grid != "own" and recipe.values == "int8":
+        raise RecipeError(f"grid {recipe.grid} has no packed form in int8; export the result, and do not pack it")
 
 
 @checked

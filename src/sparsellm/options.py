@@ -108,11 +108,11 @@ RECIPE = [
 
 
 def take_recipe(options: dict[str, Any]) -> Recipe:
-    """Takes the recipe out of a command's options: the file, then the fields over it, then ``--set``."""
+    """Takes the recipe out of a command's options: the file, and over it the fields and ``--set`` together."""
     chosen = Recipe.from_yaml(options.pop("recipe")) if "recipe" in options else Recipe()
     given = {name: options.pop(name) for name in FIELDS if name in options}
     entries = [f"{name}.{entry}" for name in MAPPINGS for entry in given.pop(name, ())]
-    return chosen.updated(**given).with_settings([*entries, *options.pop("set", ())])
+    return chosen.with_settings([*entries, *options.pop("set", ())], **given)
 
 
 def take_running(options: dict[str, Any]) -> dict[str, str]:

@@ -251,6 +251,8 @@ class Recipe(BaseModel):
                 f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens; "
                 "lower samples or seq_len"
             )
+        if self.experts is not None and self.experts > 1 and self.experts % 1:
+            raise RecipeError(f"experts {self.experts:g} is neither a share below 1 nor a whole number to keep")
         if m is not None and self.allocation == "uniform":
             raise RecipeError(f"{pattern} needs an allocation, and uniform chooses none; take another, or fix the N")
         if fixed and self.allocation not in (None, "uniform"):
@@ -314,9 +316,9 @@ class Recipe(BaseModel):
                 values["pattern"] = None
         return Recipe(**values)
 
-    def with_settings(self, settings: list[str]) -> Recipe:
-        """Applies ``key=value`` settings in order, with values in YAML; ``options.damping=0.1`` sets one entry."""
-        changes: dict[str, Any] = {}
+    def with_settings(self, settings: list[str], /, **changes: Any) -> Recipe:
+        """A copy with other fields: ``changes``, and over them ``key=value`` settings in order, with values in YAML;
+        ``options.damping=0.1`` sets one entry."""
         for setting in settings:
             key, equals, text = setting.partition("=")
             field, dot, name = (part.strip() for part in key.partition("."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def test_what_cannot_be_trained_is_one_line(pruned: Path, llama: Path, text: Pat
         (tmp_path / "packed", (), "unpack it first"),
         (tmp_path / "int8", (), "is rounded to int8, and training would undo that"),
         (llama, (), "prune the model first"),
+        *([(llama, ("--way", "lora"), "prune the model first")] if find_spec("peft") else []),
+        (pruned, ("--calibration", f"{text}:0.99,pydoc:0.01"), "take more windows"),
         (pruned, ("--way", "half"), "--way is 'half'"),
         (pruned, ("--steps", "0"), "--steps is 0"),
         (pruned, ("--calibration", "nofile"), "unknown text source"),

@@ -100,7 +100,7 @@ def mixed_windows(
     counts = [apportioned(list(shares.values()), size) for size in sizes]
     for name, first in zip(shares, counts[0], strict=True):
         if not first:
-            why = f"its share of {sizes[0]} windows is none; raise samples, or its share"
+            why = f"its share of {sizes[0]} windows is none; raise its share, or take more windows"
             raise DataError(f"source {shown(name)} in text mixture {shown(source)}: {why}")
     drawn = [iter(draw(name, size, sum(more))) for name, size, *more in zip(shares, *counts, strict=True)]
     windows, sources = list[Tensor](), list[str]()

@@ -58,6 +58,8 @@ class Choice:
         passes, tokens = recipe.passes, recipe.sweep_tokens
         if tokens is not None and recipe.effort is not None:
             raise RecipeError("effort and sweep_tokens both say how long the sweep is; give one of them")
+        if tokens is not None and passes == 0:
+            raise RecipeError("passes 0 leaves out the sweep, and sweep_tokens says how long it is; give one of them")
         if passes is None:
             by_effort = PASSES[(method.effort or 0) if recipe.effort is None else recipe.effort]
             passes = by_effort if tokens is None else min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))

@@ -28,7 +28,7 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import check_vocabulary, load_config, load_tokenizer, shape_difference
 from sparsellm.chain.products import Bf16Products
 from sparsellm.chain.streams import windows_of
-from sparsellm.errors import DataError, ModelError, RecipeError
+from sparsellm.errors import DataError, ModelError, RecipeError, one_line
 from sparsellm.inputs import read_object
 from sparsellm.machine import bf16_is_native, machine_name, resolve_device
 from sparsellm.progress import Progress, ProgressCallback
@@ -54,6 +54,7 @@ class Models:
     in_memory: PreTrainedModel | None  # the model that is pruned in memory; None if it is read block by block
     tokenizer: PreTrainedTokenizerBase | None  # None for token ids
     sources: tuple[Path, ...]  # directories that the result must not replace
+    trust: bool = False  # whether modelling code of the checkpoint runs
 
 
 def open_models(
@@ -88,7 +89,7 @@ def open_models(
     name = getattr(model, "name_or_path", "")  # the directory that a model in memory was loaded from
     if not sources and name and Path(name).is_dir():
         sources = [Path(name)]
-    return Models(chain, start, directory, in_memory, tokenizer, tuple(sources))
+    return Models(chain, start, directory, in_memory, tokenizer, tuple(sources), trust)
 
 
 def device_of(model: Model, recipe: Recipe) -> torch.device:
@@ -131,8 +132,12 @@ def set_products(chain: Chain, recipe: Recipe) -> None:
 
 
 def load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust: bool) -> PreTrainedModel:
-    """The model of a directory, in memory."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust, use_safetensors=True)
+    """The model of a directory, in memory. Raises ModelError if transformers cannot load it."""
+    how = {"dtype": dtype, "trust_remote_code": trust, "use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, **how)
+    except Exception as error:  # transformers, and code of the checkpoint, raise errors of many kinds
+        raise ModelError(f"transformers cannot load {directory}: {one_line(error)}") from None
     assert isinstance(model, PreTrainedModel)
     torch.nn.Module.to(model, device)
     return model
@@ -246,7 +251,7 @@ def read_windows(
         if source != SELF:
             named = text if isinstance(text, Text) else source
             return calibration_windows(named, tokenizer, samples, seq_len, seed, recipe.bos, fresh)
-        dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, trust=False)
+        dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, model.trust)
 
         def tell(done: int, total: int) -> None:
             progress(Progress("calibration", done, total, "the model writes its text"))

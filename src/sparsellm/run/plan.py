@@ -157,12 +157,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     patterns = {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
     warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain) + _short_text(windows, choice)
     warnings += _wider(chain) if recipe.dtype == "auto" else []
-    if recipe.grid != "own" and recipe.sparsity:
-        warnings.append(
-            f"grid {recipe.grid} stores zeros like other values, so they save nothing; sparsity 0 loses less"
-        )
-    if request.teacher is not None and not choice.passes:
-        warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
+    warnings += _of_little_use(request, choice, chain)
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     extent = _extent(windows, choice.passes)
     budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
@@ -195,14 +190,20 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     return Plan(*opened, prediction, whole, disk_bytes, identity, tuple(warnings), fewer)
 
 
+def check_recipe(chain: Chain, recipe: Recipe) -> Choice:
+    """The choice of a recipe for the chain that is pruned. Raises RecipeError or ModelError if the two do not fit."""
+    choice = chosen_for(chain, recipe)(recipe)
+    if choice.passes:
+        check_sweepable(chain)
+    return choice
+
+
 def _with_rest(request: Request, settled: Recipe, smaller: Chain, first: Prediction, budgets: Budgets) -> Prediction:
     """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
     assert request.then is not None
     recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
-    choice = chosen_for(smaller, recipe)(recipe)
+    choice = check_recipe(smaller, recipe)
     choice.check_processes(recipe.samples)
-    if choice.passes:
-        check_sweepable(smaller)
     extent = extent_asked(smaller, choice, recipe, parallel.size(), parallel.on_this_machine())
     rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
     return after_removal(first, smaller, rest)
@@ -217,6 +218,19 @@ def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, l
     choose = partial(request.once, "the default text", partial(default_source, demo=demo))
     source, warnings = parallel.from_main(choose)
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
+
+
+def _of_little_use(request: Request, choice: Choice, chain: Chain) -> list[str]:
+    """Warnings of settings that gain less than they seem to."""
+    warnings, recipe = [], request.recipe
+    if request.trust_remote_code and getattr(chain.config, "auto_map", None):
+        warnings.append("code that came with the model is not copied; the result loads where it is put next to it")
+    if recipe.grid != "own" and recipe.sparsity:
+        saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
+        warnings.append(f"{saves}; sparsity 0 loses less")
+    if request.teacher is not None and not choice.passes:
+        warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
+    return warnings
 
 
 def _wider(chain: Chain) -> list[str]:

@@ -32,7 +32,7 @@ from sparsellm.records import PRUNING, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.writer import written
-from sparsellm.tuning.full import KeepZeros
+from sparsellm.tuning.full import KeepZeros, ZeroKeeper
 from sparsepack.checkpoint import is_packed
 from sparsepack.loading import load
 
@@ -110,6 +110,7 @@ def tune(
     windows = calibration_windows(calibration, tokenizer, samples, training.seq_len, training.seed)
     rows = [{"input_ids": row, "labels": row} for row in check_vocabulary(windows, chain.config, tokenizer)]
     loaded = load(source)
+    ZeroKeeper(loaded)  # refuses a model without zeros, which LoRA would train too
     begun = time.perf_counter()
     work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart)
     with written(work, len(chain) + 1) as writer:
