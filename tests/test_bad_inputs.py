@@ -29,6 +29,7 @@ from sparsellm import Recipe, cli
 from tests.line import run
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
+from tests.storage.small import tree
 
 SMALL = ["--samples=2", "--seq-len=16", "--method=magnitude"]
 
@@ -254,16 +255,11 @@ def laid_out(example: Example) -> Iterator[Path]:
             yield Path(folder)
 
 
-def everything(root: Path) -> dict[str, bytes | None]:
-    """What stands below a directory: the content of files, None for directories."""
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
-
-
 def check(example: Example) -> None:
     with laid_out(example) as root:
-        before = everything(root)
+        before = tree(root)
         code, stderr = run(example.arguments)
-        after = everything(root)
+        after = tree(root)
     assert code in (0, 2), (code, stderr)
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert "Traceback" not in stderr

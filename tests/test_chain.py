@@ -17,16 +17,11 @@ from sparsellm import Recipe
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.errors import ModelError, StorageError
-from tests.models import VOCABULARY, families, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import families, save_tiny, tiny_gpt2, tiny_llama, tiny_opt, windows
 
 CPU = torch.device("cpu")
-
-
+IDS = windows(3, 20, seed=7)
 FAMILIES = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2, "gemma2": partial(families.family, "Gemma2")}
-
-
-def ids(samples: int = 3, seq: int = 20) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (samples, seq), generator=torch.Generator().manual_seed(7))
 
 
 def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
@@ -34,7 +29,7 @@ def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
     seen: list[Any] = []
     handles = [module.register_forward_hook(lambda m, args, output: seen.append(output)) for module in modules]
     with torch.no_grad():
-        model(ids(), use_cache=False)
+        model(IDS, use_cache=False)
     for handle in handles:
         handle.remove()
     return [output[0] if isinstance(output, tuple) else output for output in seen]
@@ -42,13 +37,13 @@ def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
 
 def run_by_blocks(chain: Chain) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The hidden states after each block, and the logits."""
-    stream, hidden = Feed(chain, ids(), 60).stream(), []
+    stream, hidden = Feed(chain, IDS, 60).stream(), []
     for index in range(len(chain)):
         with chain.block(index):
             stream.advance(index)
         hidden.append(torch.cat(list(stream.hidden)))
     with chain.outer():
-        return hidden, chain.finish(hidden[-1], ids())
+        return hidden, chain.finish(hidden[-1], IDS)
 
 
 @pytest.mark.parametrize("lazily", [False, True])
@@ -58,7 +53,7 @@ def test_the_chain_run_block_by_block_equals_the_whole_model(name: str, lazily: 
     chain = open_chain(save_tiny(model, None, tmp_path) if lazily else model, device=CPU)
     expected = hooked(model, list(Chain(model, None, device=CPU, dtype=None).blocks))
     with torch.no_grad():
-        logits = model(ids(), use_cache=False).logits
+        logits = model(IDS, use_cache=False).logits
     hidden, found = run_by_blocks(chain)
     assert all(map(torch.equal, hidden, expected))
     assert torch.equal(found, logits)
@@ -72,7 +67,7 @@ def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
     }
     for family, kinds in expected.items():
         chain = open_chain(family(), device=CPU)
-        stream = Feed(chain, ids(), 60).stream()
+        stream = Feed(chain, IDS, 60).stream()
         groups = InputGroups()
         with watch(chain.linears(0), lambda linear, x, y, g=groups: g.add(linear, x)):
             list(stream.run(0))
@@ -107,7 +102,7 @@ def test_a_checkpoint_of_the_bare_base_model_is_read(tmp_path: Path) -> None:
     model.transformer.save_pretrained(tmp_path)  # the hub's gpt2 looks like this: no 'transformer.' in the names
     model.config.save_pretrained(tmp_path)
     logits = run_by_blocks(open_chain(tmp_path, device=CPU))[1]
-    assert torch.equal(logits, model(ids(), use_cache=False).logits)
+    assert torch.equal(logits, model(IDS, use_cache=False).logits)
 
 
 def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
@@ -120,7 +115,7 @@ def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
 
 def test_equal_masks_of_equal_batches_are_kept_once() -> None:
     chain = open_chain(tiny_llama(), device=CPU)
-    stream = Feed(chain, ids(samples=8), 20).stream()
+    stream = Feed(chain, windows(8, 20, seed=7), 20).stream()
     cosines = {id(call.kwargs["position_embeddings"][0]) for index in range(3) for call in stream.calls(index)}
     assert len(stream) == 8
     assert len(cosines) == 1
@@ -169,7 +164,7 @@ def rearranged(arrange: Callable[[nn.ModuleList], list[Any]]) -> PreTrainedModel
 def test_what_is_no_plain_chain_is_refused_before_the_work(arrange: Any, told: str, tmp_path: Path) -> None:
     """Statistics of its blocks would be those of other hidden states than the model computes."""
     with pytest.raises(ModelError, match=told):
-        sparsellm.prune(rearranged(arrange), Recipe(method="wanda"), calibration=ids(), out=tmp_path / "out")
+        sparsellm.prune(rearranged(arrange), Recipe(method="wanda"), calibration=IDS, out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
@@ -191,5 +186,5 @@ def test_a_block_that_returns_a_named_tuple_is_replaced_by_one() -> None:
     """The model reads it by name, as Reformer's does."""
     model = rearranged(lambda layers: [lambda *args, b=block, **kwargs: b(*args, **kwargs).hidden for block in layers])
     model.model.layers = type(model.model.layers)(Named(block) for block in model.model.layers)
-    stream = Feed(open_chain(model, device=CPU), ids(), 60).stream()
+    stream = Feed(open_chain(model, device=CPU), IDS, 60).stream()
     assert stream.hidden[0].shape == (3, 20, 32)

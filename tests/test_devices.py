@@ -115,18 +115,17 @@ def test_gradients_on_a_card_take_plain_attention() -> None:
             assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_a_device_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_device_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, llama: Path, tmp_path: Path) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of")
 
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     monkeypatch.setattr(walk, "BlockTask", full)
     monkeypatch.setattr(api, "inspect", full)
     with pytest.raises(MemoryBudgetError, match=r"no memory left .*2\.00 GiB.*; lower batch_tokens, seq_len or device"):
-        sparsellm.prune(source, Recipe(method="wanda"), calibration=windows(), out=tmp_path / "out")
+        sparsellm.prune(llama, Recipe(method="wanda"), calibration=windows(), out=tmp_path / "out")
     more = ["--method=wanda", f"--out={tmp_path}/o", "--samples=4", "--calibration=pydoc"]
     for command, advice in (("prune", "lower batch_tokens"), ("inspect", "lower batch, tokens or context")):
-        code, said = run([command, str(source), *(more if command == "prune" else [])])
+        code, said = run([command, str(llama), *(more if command == "prune" else [])])
         assert code == 2
         assert advice in said.splitlines()[-1]
 

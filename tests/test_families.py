@@ -23,13 +23,11 @@ from sparsellm.progress import Progress
 from sparsellm.storage.reader import CheckpointReader
 from tests.models import save_tiny
 from tests.models.families import FAMILIES, MIXTURES, STAY_DENSE, family, gemma3, git, mixtral, qwen3_5
+from tests.storage.small import tensors_of
+from tests.sweep.helpers import same_bits
 
 IDS = torch.arange(4, 100).view(4, 24)
 RECIPE = Recipe(method="sparsegpt", samples=4, seq_len=24, sparsity=0.5, allow_dense=STAY_DENSE)
-
-
-class StoppedError(Exception):
-    pass
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -45,15 +43,6 @@ def source(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pruned(source: Path) -> sparsellm.PruneResult:
     return sparsellm.prune(source, RECIPE, out=source.parent / "pruned", calibration=IDS)
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    reader = CheckpointReader(directory)
-    return {key: reader.get(key) for key in reader}
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return sorted(first) == sorted(second) and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def read_back(directory: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
@@ -96,27 +85,27 @@ def test_at_sparsity_zero_no_bit_changes(source: Path, tmp_path: Path) -> None:
     recipe = RECIPE.updated(sparsity=0.0, method="magnitude")
     sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=IDS)
     assert torch.equal(logits(read_back(tmp_path / "p")[0]), logits(read_back(source)[0]))
-    assert same(tensors(tmp_path / "p"), tensors(source))
+    assert same_bits(tensors_of(tmp_path / "p"), tensors_of(source))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Zamba2", "Mixtral", "GptOss", "Gemma4Text"], indirect=True, scope="module")
 def test_a_resumed_run_has_the_same_bits(source: Path, pruned: Any, tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.phase == "prune" and progress.done == 1:
-            raise StoppedError
+            raise KeyboardInterrupt
 
-    with pytest.raises(StoppedError):
+    with pytest.raises(KeyboardInterrupt):
         sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS, progress=stop)
     resumed = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
     assert resumed.resumed == 1
-    assert same(tensors(tmp_path / "p"), tensors(pruned.path))
+    assert same_bits(tensors_of(tmp_path / "p"), tensors_of(pruned.path))
 
 
 def test_packed_and_unpacked_bit_for_bit(pruned: Any, tmp_path: Path) -> None:
     packed = sparsellm.pack(pruned.path, out=tmp_path / "packed")
     assert any(packed.linears.values())
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "dense")
-    assert same(tensors(tmp_path / "dense"), tensors(pruned.path))
+    assert same_bits(tensors_of(tmp_path / "dense"), tensors_of(pruned.path))
     loaded = sparsellm.load(tmp_path / "packed")
     assert torch.allclose(logits(loaded), logits(read_back(pruned.path)[0]), atol=1e-4)
 
@@ -127,7 +116,7 @@ def test_a_model_in_memory_is_saved_under_published_names(name: str, source: Pat
     recipe = RECIPE.updated(method="magnitude")
     result = sparsellm.prune(model, recipe, out=tmp_path / "p", calibration=IDS)
     sparsellm.prune(source, recipe, out=tmp_path / "q", calibration=IDS)
-    assert same(tensors(tmp_path / "p"), tensors(tmp_path / "q"))
+    assert same_bits(tensors_of(tmp_path / "p"), tensors_of(tmp_path / "q"))
     assert list(model.state_dict()) == names  # the caller's object is as it was, but for the values
     assert result.model is model
     assert not torch.equal(logits(model), before)
@@ -138,10 +127,10 @@ def test_a_model_in_memory_is_saved_under_published_names(name: str, source: Pat
 def test_a_vision_tower_is_copied_and_said_so(build: Any, tmp_path: Path) -> None:
     source = save_tiny(build(), None, tmp_path / "dense")
     result = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
-    before, after = tensors(source), tensors(tmp_path / "p")
+    before, after = tensors_of(source), tensors_of(tmp_path / "p")
     tower = {key for key in before if "vision" in key or "visual" in key or "image" in key}
     assert len(tower) > 5
-    assert same({key: before[key] for key in tower}, {key: after[key] for key in tower})
+    assert same_bits({key: before[key] for key in tower}, {key: after[key] for key in tower})
     assert any("copied as they are, not pruned" in warning for warning in result.warnings)
     assert all("vision" not in linear.name for linear in result.linears)
 
@@ -152,7 +141,7 @@ def test_a_tower_stays_packed_under_its_names_and_is_not_loaded(tmp_path: Path) 
     sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
     sparsellm.load(tmp_path / "packed").save_pretrained(tmp_path / "again")
     sparsellm.unpack(tmp_path / "again", out=tmp_path / "unpacked")
-    assert same(tensors(tmp_path / "unpacked"), tensors(tmp_path / "p"))
+    assert same_bits(tensors_of(tmp_path / "unpacked"), tensors_of(tmp_path / "p"))
     chain = open_chain(source, device=torch.device("cpu"))
     with chain.outer():
         assert all(parameter.is_meta for parameter in chain.model.get_submodule(chain.towers[0]).parameters())
@@ -163,7 +152,7 @@ def test_a_text_model_of_a_multimodal_directory_is_read_back(tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(source)
     model.save_pretrained(tmp_path / "saved")
     sparsellm.prune(model, RECIPE.updated(sparsity=0.0, method="magnitude"), out=tmp_path / "p", calibration=IDS)
-    assert same(tensors(tmp_path / "p"), tensors(tmp_path / "saved"))
+    assert same_bits(tensors_of(tmp_path / "p"), tensors_of(tmp_path / "saved"))
     assert read_back(tmp_path / "p")[1] == read_back(tmp_path / "saved")[1]
 
 

@@ -23,7 +23,7 @@ from sparsellm.run import prune as running
 from sparsellm.run.choice import Choice
 from sparsellm.run.needs import speeds_of
 from sparsellm.run.predictions import Extent
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models import tiny_llama
 
 
 class Clock:
@@ -135,11 +135,10 @@ def test_the_share_never_falls_and_no_time_left_is_negative(
     assert (forecast.share, forecast.left) == (1.0, 0.0)
 
 
-def test_a_run_announces_its_phases_and_tells_error_and_sparsity(tmp_path: Path) -> None:
-    model = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
+def test_a_run_announces_its_phases_and_tells_error_and_sparsity(llama: Path, tmp_path: Path) -> None:
     events: list[Progress] = []
     recipe = Recipe(sparsity=0.5, samples=4, seq_len=32)
-    result = sparsellm.prune(model, recipe, out=tmp_path / "out", progress=events.append)
+    result = sparsellm.prune(llama, recipe, out=tmp_path / "out", progress=events.append)
     planned = [event for event in events if event.phase == PLAN]
     phases = {event.phase for event in events} - {DETAIL, NOTE, PLAN}
     assert phases - planned[-1].costs.keys() == {"open"}

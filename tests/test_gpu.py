@@ -74,11 +74,10 @@ def test_pruning_on_the_device_is_that_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_is_streamed_through_the_device(dtype: str, tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+def test_a_checkpoint_is_streamed_through_the_device(dtype: str, llama: Path, tmp_path: Path) -> None:
     for name, device in (("device", DEVICE), ("cpu", "cpu")):
         recipe = Recipe(device=device, dtype=dtype, method="admm", options={"iterations": 8}, sparsity=0.5)
-        result = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / name)
+        result = sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / name)
         assert result.zeros == round(0.5 * result.weights)
     found, wanted = tensors_of(tmp_path / "device"), tensors_of(tmp_path / "cpu")
     if dtype == "float32":
@@ -112,11 +111,10 @@ def test_the_memory_of_the_device_is_predicted(tmp_path: Path) -> None:
     assert 0.3 * predicted <= used <= 1.1 * predicted + (64 << 20)  # cuBLAS has a workspace
 
 
-def test_the_same_command_gives_the_same_bits(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+def test_the_same_command_gives_the_same_bits(llama: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         recipe = Recipe(device=DEVICE, dtype="float32", effort=2)
-        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / name)
+        sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / name)
     first, second = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -202,20 +200,18 @@ def test_the_kernel_runs_where_its_tensors_are() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
-def test_a_run_stays_on_the_card_that_it_names(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+def test_a_run_stays_on_the_card_that_it_names(llama: Path, tmp_path: Path) -> None:
     for device in ("cuda:0", "cuda:1"):
         before = torch.cuda.memory_reserved(0)
         recipe = Recipe(device=device, dtype="float32", effort=1)
-        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / device[-1])
+        sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / device[-1])
     assert torch.cuda.memory_reserved(0) == before
     close(tensors_of(tmp_path / "1"), tensors_of(tmp_path / "0"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
-def test_two_processes_join_by_nccl(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    settings = ("prune", str(source), "--method=wanda", "--samples=4", "--seq-len=32", "--device=cuda")
+def test_two_processes_join_by_nccl(llama: Path, tmp_path: Path) -> None:
+    settings = ("prune", str(llama), "--method=wanda", "--samples=4", "--seq-len=32", "--device=cuda")
     for size in (1, 2):
         process = by_torchrun(size, *settings, f"--out={tmp_path / str(size)}")
         _, said = ended(process)

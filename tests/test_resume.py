@@ -277,7 +277,6 @@ def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path)
 
 
 DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("recipe", {"sparsity": 0.5}, ["recipe.sparsity is 0.6 there and 0.5 here"]),
     ("recipe", {"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration_tokens is"]),
     ("weights", {}, ["model is"]),
     ("config", {}, ["model is"]),

@@ -18,7 +18,7 @@ from sparsellm.chain.matrices import refuse_silent_dense
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.progress import Progress
 from tests.allocation.helpers import windows
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models import tiny_llama, tiny_tokenizer
 from tests.test_matrices import with_stacks
 
 OF = {"*.down_proj": 0.75, "model.layers.0.*": 0.25, "*.v_proj": 0}
@@ -98,8 +98,7 @@ def test_an_allocation_that_misses_the_total_is_corrected() -> None:
     assert result.allocation == {"name": "rough"}
 
 
-def test_the_order_of_patterns_is_part_of_the_identity(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+def test_the_order_of_patterns_is_part_of_the_identity(llama: Path, tmp_path: Path) -> None:
     recipe = Recipe(method="magnitude", sparsity=0.6, sparsity_of=OF, only=["*.mlp", "*.v_proj"])
 
     def stop(event: Progress) -> None:
@@ -107,11 +106,11 @@ def test_the_order_of_patterns_is_part_of_the_identity(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut", progress=stop)
+        sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / "cut", progress=stop)
     turned = recipe.updated(sparsity_of=dict(reversed(OF.items())))
     with pytest.raises(sparsellm.SparseLLMError, match="sparsity_of"):
-        sparsellm.prune(source, turned, calibration=windows(), out=tmp_path / "cut")
-    resumed = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut")
+        sparsellm.prune(llama, turned, calibration=windows(), out=tmp_path / "cut")
+    resumed = sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / "cut")
     assert resumed.zeros == round(0.6 * resumed.weights)
     assert Recipe.from_yaml(tmp_path / "cut" / "recipe.yaml").sparsity_of == OF
 

@@ -24,15 +24,10 @@ SWEPT = Recipe(**SETTINGS, sparsity=0.8, effort=0, passes=2, sweep_rate=0.01)
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
-def half(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dense model at 60 %."""
     out = tmp_path_factory.mktemp("half") / "p"
-    sparsellm.prune(dense, Recipe(**SETTINGS, sparsity=0.6, method="magnitude"), out=out)
+    sparsellm.prune(llama, Recipe(**SETTINGS, sparsity=0.6, method="magnitude"), out=out)
     return out
 
 
@@ -42,21 +37,21 @@ def divergence(model: Path, dense: Path) -> float:
     return found.against.kl
 
 
-def test_the_sweep_follows_the_teacher(dense: Path, half: Path, tmp_path: Path) -> None:
+def test_the_sweep_follows_the_teacher(llama: Path, half: Path, tmp_path: Path) -> None:
     recipe = SWEPT.updated(samples=32, passes=4, sweep_rate=0.03)
-    result = sparsellm.prune(half, recipe, out=tmp_path / "taught", teacher=dense)
+    result = sparsellm.prune(half, recipe, out=tmp_path / "taught", teacher=llama)
     alone = sparsellm.prune(half, recipe, out=tmp_path / "alone")
-    assert divergence(tmp_path / "taught", dense) < 0.9 * divergence(tmp_path / "alone", dense)
+    assert divergence(tmp_path / "taught", llama) < 0.9 * divergence(tmp_path / "alone", llama)
     assert result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out  # from the dense model, not the half-pruned one
     assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
-    assert result.base.name == dense.name
+    assert result.base.name == llama.name
     assert not any("already pruned" in warning for warning in result.warnings)
 
 
-def test_before_the_sweep_it_is_the_model_that_is_pruned(dense: Path, half: Path, tmp_path: Path) -> None:
+def test_before_the_sweep_it_is_the_model_that_is_pruned(llama: Path, half: Path, tmp_path: Path) -> None:
     """Without a sweep and with statistics that ask for no gradients, the teacher changes no bit."""
     recipe = Recipe(**SETTINGS, sparsity=0.8, method="wanda")
-    for name, teacher in (("taught", dense), ("alone", None)):
+    for name, teacher in (("taught", llama), ("alone", None)):
         result = sparsellm.prune(half, recipe, out=tmp_path / name, teacher=teacher)
         assert any("the teacher changes no weight" in said for said in result.warnings) == (teacher is not None)
     assert shards_of(tmp_path / "taught") == shards_of(tmp_path / "alone")
@@ -89,17 +84,17 @@ def test_a_teacher_of_blocks_that_share_weights(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_is_resumed_with_its_teacher_alone(
-    dense: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, whole = tmp_path / "p", tmp_path / "whole"
-    sparsellm.prune(half, SWEPT, out=whole, teacher=dense)
+    sparsellm.prune(half, SWEPT, out=whole, teacher=llama)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            sparsellm.prune(half, SWEPT, out=out, teacher=dense)
+            sparsellm.prune(half, SWEPT, out=out, teacher=llama)
     with pytest.raises(StorageError, match=r"start is '[0-9a-f]{16}' there and '' here"):
-        sparsellm.prune(dense, SWEPT, out=out)
-    assert sparsellm.prune(half, SWEPT, out=out, teacher=dense).resumed == 3
+        sparsellm.prune(llama, SWEPT, out=out)
+    assert sparsellm.prune(half, SWEPT, out=out, teacher=llama).resumed == 3
     assert shards_of(out) == shards_of(whole)
 
 
@@ -137,8 +132,8 @@ def test_a_teacher_that_is_not_there_is_named_as_such(
     assert not list(tmp_path.iterdir())
 
 
-def test_another_tokenizer_is_refused(dense: Path, half: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(dense, tmp_path / "other")
+def test_another_tokenizer_is_refused(llama: Path, half: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(llama, tmp_path / "other")
     known = json.loads((other / "tokenizer.json").read_text())
     vocabulary = known["model"]["vocab"]
     first, second, *_ = [token for token in vocabulary if len(token) == 1]
@@ -148,7 +143,7 @@ def test_another_tokenizer_is_refused(dense: Path, half: Path, tmp_path: Path) -
         sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=other)
 
 
-def test_models_in_memory_have_no_teacher(dense: Path, half: Path, tmp_path: Path) -> None:
+def test_models_in_memory_have_no_teacher(llama: Path, half: Path, tmp_path: Path) -> None:
     for model, out in ((half, None), (tiny_llama(), tmp_path / "p")):
         with pytest.raises(RecipeError, match="teacher needs models on disk"):
-            sparsellm.prune(model, SWEPT, out=out, teacher=dense, tokenizer=tiny_tokenizer())
+            sparsellm.prune(model, SWEPT, out=out, teacher=llama, tokenizer=tiny_tokenizer())

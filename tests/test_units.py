@@ -12,13 +12,12 @@ from transformers.activations import ACT2FN
 from sparsellm.chain import open_chain
 from sparsellm.chain.streams import Feed
 from sparsellm.chain.units import KNOWN, Activation, FeedForwardUnit, find_feed_forward
-from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import tiny_gpt2, tiny_llama, tiny_opt, windows
 
 
 def units_of(model: PreTrainedModel) -> list[FeedForwardUnit]:
-    ids = torch.randint(VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
     chain = open_chain(model, device=torch.device("cpu"))
-    stream = Feed(chain, ids, 20).stream()
+    stream = Feed(chain, windows(1, 20, seed=1), 20).stream()
     return find_feed_forward(chain.linears(0), lambda: stream.run_batch(0, 0))
 
 

@@ -17,7 +17,7 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError
 from sparsellm.storage.directory import partial_of
 from tests.models import save_tiny, tiny_llama
-from tests.sweep.helpers import halved
+from tests.sweep.helpers import halved, swept
 
 CPU = torch.device("cpu")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -69,8 +69,6 @@ def test_a_block_is_settled_only_if_all_of_it_can_be_written(
 
 
 def test_so_is_a_block_after_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.sweep.test_sweep import swept
-
     ids = torch.arange(96).view(4, 24)
     chain = open_chain(save_tiny(halved(tiny_llama().half()), None, tmp_path), device=CPU, dtype=torch.float32)
     outer, block, ended = Chain.outer, Chain.block, False

@@ -68,7 +68,6 @@ def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\xff', "not UTF-8 text"),
         ("a.txt", b"abc\xff", "not UTF-8 text .byte 3."),
         ("a.txt", "abc".encode("utf-16"), "not UTF-8 text .byte 0."),
-        ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -110,13 +109,11 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
         ("wikitxt2", "did you mean 'wikitext2'"),
         (" ", "is empty"),
         ("pydoc:", "pydoc takes nothing after its name"),
-        ("c4:en", "c4 takes nothing after its name"),
         ("self:foo", "self takes nothing after its name"),
         ("wikitext2:nowhere.raw", "nowhere.raw' does not exist"),
         ("texts/nowhere", "texts/nowhere' does not exist"),
         ("file:", "is a directory"),
         (f"file:{__file__}", "not a kind of file"),
-        ("self", "for calibration only"),
         ("hub:a/b:c:d:e", "names no data set"),
     ],
 )

@@ -22,7 +22,7 @@ from sparsellm.calibration.windows import (
     windows_of_ids,
 )
 from sparsellm.errors import DataError
-from tests.models import POSITIONS, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models import POSITIONS, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture
@@ -167,9 +167,8 @@ def test_more_windows_than_the_text_has_are_refused(counting: tuple[str, list[in
     assert calibration_windows(source, tiny_tokenizer(), most, 16, 0).shape == (most, 16)
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
-def test_windows_longer_than_the_positions_are_refused(build: Callable[[], PreTrainedModel]) -> None:
-    config = build().config
+def test_windows_longer_than_the_positions_are_refused(family: Callable[[], PreTrainedModel]) -> None:
+    config = family().config
     check_seq_len(config, POSITIONS)
     with pytest.raises(DataError, match=f"seq_len is {POSITIONS + 1}, and this model has {POSITIONS} positions"):
         check_seq_len(config, POSITIONS + 1)
@@ -232,5 +231,3 @@ def test_the_leading_token_follows_the_tokenizer() -> None:
     without = copy.deepcopy(plain)
     without.bos_token = None
     assert leading_token(without) is None
-    with pytest.raises(DataError, match="no beginning-of-text token"):
-        leading_token(without, "yes")

@@ -31,11 +31,6 @@ LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is en
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
-
-
-@pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A run of many blocks, each of which takes a while."""
     source = save_tiny(tiny_llama(num_hidden_layers=40), tiny_tokenizer(), tmp_path_factory.mktemp("deep"))
@@ -91,11 +86,11 @@ def check_what_is_left(out: Path) -> None:
         assert all(bool(torch.isfinite(value).all()) for value in load_file(shard).values())
 
 
-def test_torchrun_writes_what_one_process_writes(checkpoint: Path, tmp_path: Path) -> None:
+def test_torchrun_writes_what_one_process_writes(llama: Path, tmp_path: Path) -> None:
     """With a sweep, which reads the shards of the walk in every process."""
     out, alone = tmp_path / "pruned", tmp_path / "alone"
     given = ("--method=sparsellm", "--samples=5", "--seq-len=40", "--set=batch_tokens=80", "--set=allocation=uniform")
-    run = by_torchrun(2, "prune", str(checkpoint), f"--out={out}", *given, "--set=passes=2", "--json")
+    run = by_torchrun(2, "prune", str(llama), f"--out={out}", *given, "--set=passes=2", "--json")
     stdout, stderr = ended(run)
     assert run.returncode == 0, stderr
     report = json.loads(stdout)  # one report, by one process
@@ -103,7 +98,7 @@ def test_torchrun_writes_what_one_process_writes(checkpoint: Path, tmp_path: Pat
     assert report["calibration_tokens"] == 200
     assert {**json.loads((out / "pruning.json").read_text()), "path": str(out)} == report
     recipe = Recipe(method="sparsellm", samples=5, seq_len=40, batch_tokens=80, allocation="uniform", passes=2)
-    expected_report = sparsellm.prune(checkpoint, recipe, out=alone)
+    expected_report = sparsellm.prune(llama, recipe, out=alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "pruned"]
     assert [linear["zeros"] for linear in report["linears"]] == [each.zeros for each in expected_report.linears]
     assert len(report["sweeps"]) == len(expected_report.sweeps) == 3
@@ -150,9 +145,9 @@ def test_those_who_are_left_end_by_themselves_and_one_says_why(long_run: Any, tm
         (("inspect",), "'sparsellm inspect' runs in one process; start it without torchrun"),
     ],
 )
-def test_a_mistake_is_told_once(arguments: tuple[str, ...], message: str, checkpoint: Path) -> None:
+def test_a_mistake_is_told_once(arguments: tuple[str, ...], message: str, llama: Path) -> None:
     command, *options = arguments
-    runs = side_by_side(2, command, str(checkpoint), *options)
+    runs = side_by_side(2, command, str(llama), *options)
     printed = "".join(ended(run)[1] for run in runs)
     assert [run.returncode for run in runs] == [2, 2]
     assert printed.count(message) == printed.count("error:") == 1

@@ -23,11 +23,6 @@ def layer(values: str = "keep", *, exponents: bool = False) -> PackedLinear:
     return layer_of(packed, torch.randn(48), torch.float32)
 
 
-@pytest.fixture
-def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime_module, "_kernels", lambda device: None)
-
-
 WITH_EXPONENTS = [*((values, False) for values in VALUE_TYPES), ("int8", True), ("int4", True)]
 
 
@@ -47,9 +42,9 @@ def test_product_is_that_of_the_dense_weight(values: str, exponents: bool, dtype
         assert ((product.double() - x.double() @ dense).abs() <= slack).all()
 
 
-@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("tile", [1, 130 * 7, 130 * 100, 1 << 20])
 def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_module, "_kernels", lambda device: None)
     monkeypatch.setattr(runtime_module, "TILE", tile)
     weight = sparse_weight(148, 130, 0.6)
     x = torch.randn(20, 130)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -234,30 +233,18 @@ def test_forked_children_and_python_threads_multiply() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Sets ``SPARSELLM_KERNEL`` as if the process began with it."""
-
-    def choose(name: str) -> None:
-        monkeypatch.setenv("SPARSELLM_KERNEL", name)
-        native.available.cache_clear()
-
-    yield choose
-    monkeypatch.undo()
-    native.available.cache_clear()
-
-
-def test_the_environment_chooses(environment: Callable[[str], None]) -> None:
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = random_weight(5, 70, "int8", 0.5, seed=1)
-    environment("")
+    monkeypatch.setattr(native, "available", native.available.__wrapped__)  # it is remembered
+    monkeypatch.setenv("SPARSELLM_KERNEL", "")
     assert native.available() == native.instruction_sets()[0]
-    environment("scalar")
+    monkeypatch.setenv("SPARSELLM_KERNEL", "scalar")
     assert native.available() == "scalar"
-    environment("torch")
+    monkeypatch.setenv("SPARSELLM_KERNEL", "torch")
     assert native.available() is None
     with pytest.raises(KernelError, match="SPARSELLM_KERNEL=torch"):
         native.multiply(packed, activations(2, 70, torch.float32, seed=2))
-    environment("scaler")
+    monkeypatch.setenv("SPARSELLM_KERNEL", "scaler")
     with pytest.raises(KernelError, match="choose one of"):
         native.available()
 

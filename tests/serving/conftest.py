@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import sparsellm
 from sparsepack.loading import load
@@ -34,18 +34,12 @@ def model(packed: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    """Without the chat template, which the tests write out."""
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[str, int], str]:
+def greedy(model: PreTrainedModel) -> Callable[[str, int], str]:
     """The likeliest tokens after a prompt, by transformers' own ``generate``."""
 
     def text(prompt: str, tokens: int) -> str:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = tiny_tokenizer()(prompt, return_tensors="pt")["input_ids"]
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
-        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        return str(tiny_tokenizer().decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
     return text

@@ -68,13 +68,13 @@ def health(url: str) -> Any:
     return httpx.get(url.removesuffix("v1") + "health").json()
 
 
-def test_chat_is_the_greedy_text_of_transformers(client: OpenAI, greedy: Any, tokenizer: Any) -> None:
+def test_chat_is_the_greedy_text_of_transformers(client: OpenAI, greedy: Any) -> None:
     answer = client.chat.completions.create(model="tiny", messages=ASKED, max_completion_tokens=24)
     (choice,) = answer.choices
     assert choice.message.content == greedy(TEMPLATED, 24)
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == len(tokenizer(TEMPLATED)["input_ids"])
+    assert answer.usage.prompt_tokens == len(tiny_tokenizer()(TEMPLATED)["input_ids"])
     assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (24, 24 + answer.usage.prompt_tokens)
     assert [model.id for model in client.models.list()] == ["tiny"]
 
@@ -196,12 +196,12 @@ def test_a_bad_body_is_one_line_that_names_it(url: str, body: Any, status: int, 
     assert "\n" not in message
 
 
-def test_an_end_of_text_can_be_ignored(model: Any, tokenizer: Any) -> None:
-    ids, before = text_ids(tokenizer, PROMPT), model.generation_config
+def test_an_end_of_text_can_be_ignored(model: Any) -> None:
+    ids, before = text_ids(tiny_tokenizer(), PROMPT), model.generation_config
     model.generation_config = type(before)(eos_token_id=list(range(model.config.vocab_size)))
     try:
         results = [
-            continuation(model, tokenizer, ids, Sampling(max_new_tokens=8, ignore_eos=ignored))
+            continuation(model, tiny_tokenizer(), ids, Sampling(max_new_tokens=8, ignore_eos=ignored))
             for ignored in (False, True)
         ]
     finally:
@@ -263,9 +263,9 @@ def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> 
     assert "".join(piece.choices[0].text for piece in pieces) == expected
 
 
-def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any, tokenizer: Any) -> None:
+def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
     async def run() -> None:
-        worker = Worker(model, tokenizer, context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
+        worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
         first, second, late = (Job(lambda t: text_ids(t, PROMPT), Sampling(), LONG) for _ in range(3))
         worker.submit(first)
         await first.event()
@@ -285,12 +285,12 @@ def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any, tokenizer: 
     asyncio.run(run())
 
 
-def test_a_broken_request_leaves_the_server_alive(model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_request_leaves_the_server_alive(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     def broken(_: Any) -> Any:
         raise RuntimeError("no memory")
 
     async def run() -> None:
-        worker = Worker(model, tokenizer, context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
+        worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
         job, next_job = Job(broken, Sampling(), 4), Job(lambda t: text_ids(t, PROMPT), Sampling(), 4)
         worker.submit(job)
         worker.submit(next_job)

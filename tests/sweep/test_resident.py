@@ -13,6 +13,7 @@ from sparsellm.sweep.sweep_task import Residence
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 from tests.parallel import workers
 from tests.parallel.processes import run_in
+from tests.storage.small import shards_of
 from tests.sweep.helpers import (
     Family,
     halved,
@@ -24,11 +25,6 @@ from tests.sweep.helpers import (
     tiny_qwen2,
     tiny_zamba,
 )
-
-
-def tensors(out: Path) -> list[bytes]:
-    return [file.read_bytes() for file in sorted(out.glob("*.safetensors"))]
-
 
 WAYS = {
     "whole": Residence(),
@@ -77,7 +73,7 @@ def test_ranks_repeat_their_bits_and_go_on_for_each_other(tmp_path: Path) -> Non
     assert one.memory.sweep == "resident"
     assert one.sweeps[-1].held_out < one.sweeps[0].held_out
     assert last.sweeps[-1].held_out == pytest.approx(one.sweeps[-1].held_out, rel=1e-3)
-    assert tensors(tmp_path / "two") == tensors(tmp_path / "again")
+    assert shards_of(tmp_path / "two") == shards_of(tmp_path / "again")
     expected = CheckpointReader(tmp_path / "one")
     for name in ("two", "begun-by-one", "begun-by-two"):
         found = CheckpointReader(tmp_path / name)
