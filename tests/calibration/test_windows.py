@@ -220,6 +220,11 @@ def test_self_generated_text_is_greedy_first_and_then_follows_the_model(monkeypa
     assert not torch.equal(sampled[:, 6:], greedy[:, 6:])
 
 
+def test_a_model_with_fewer_tokens_than_its_tokenizer_writes_with_those_it_has() -> None:
+    known = len(tiny_tokenizer()) - 20
+    assert int(written(8, 20, model=tiny_llama(vocab_size=known)).max()) < known
+
+
 def test_pydoc_is_long_enough_for_a_first_try() -> None:
     assert calibration_windows("pydoc", tiny_tokenizer(), 32, 128, 0).shape == (32, 128)
 

@@ -43,7 +43,8 @@ def self_generated_windows(
     check_memory(samples + fresh, seq_len)
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
-    starts = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)  # some tokenizers have more than the model
+    starts = torch.tensor([token for token in range(known) if token not in special])
     windows: list[Tensor] = []
 
     def pick(rows: int) -> Tensor:
@@ -54,7 +55,7 @@ def self_generated_windows(
         age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
         new, cache = torch.stack(columns, dim=1), None  # (rows, 1 or 2)
         while len(columns) < seq_len:
-            logits, cache = _next(model, new, cache, len(tokenizer))
+            logits, cache = _next(model, new, cache, known)
             if not torch.isfinite(logits).all():
                 raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")
             sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

@@ -136,7 +136,7 @@ class Worker:
                 job.send(self._run(job))
             except UserError as error:
                 job.send(error)
-            except Exception as error:  # such as no memory: the next request may fit
+            except BaseException as error:  # no memory, or a PanicException of a tokenizer: the next request may work
                 logging.getLogger(__name__).exception("a request failed")
                 job.send(SparseLLMError(f"the server failed ({type(error).__name__}); its log says why"))
 
