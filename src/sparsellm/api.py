@@ -241,7 +241,6 @@ def pack_and_measure(
         bos=recipe.bos,
         against=against,
         device=recipe.device,
-        trust_remote_code=run.trust_remote_code,
         progress=progress,
         **window,
     )

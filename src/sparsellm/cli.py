@@ -156,7 +156,7 @@ def prune(
     packed, evaluation = None, None
     if pack is not None:
         interrupts.keeps(f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False)
-        given = {name: options[name] for name in ("overwrite", "restart", "trust_remote_code")}
+        given = {name: options[name] for name in ("overwrite", "restart")}
         run, length = Request(model, result.recipe, out, **given), result.recipe.seq_len or MEASURED_WINDOW
         text = "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"  # no run calibrates on that part
         window = {"seq_len": min(length, MEASURED_WINDOW), "max_tokens": MEASURED_TOKENS}

@@ -157,7 +157,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     patterns = {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
     warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain) + _short_text(windows, choice)
     warnings += _wider(chain) if recipe.dtype == "auto" else []
-    warnings += _of_little_use(request, choice, chain)
+    warnings += _warned(request, choice, chain)
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     extent = _extent(windows, choice.passes)
     budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
@@ -220,8 +220,8 @@ def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, l
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
 
 
-def _of_little_use(request: Request, choice: Choice, chain: Chain) -> list[str]:
-    """Warnings of settings that gain less than they seem to."""
+def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
+    """Warnings of what the settings of a run do not do."""
     warnings, recipe = [], request.recipe
     if request.trust_remote_code and getattr(chain.config, "auto_map", None):
         warnings.append("code that came with the model is not copied; the result loads where it is put next to it")
