@@ -84,7 +84,7 @@ def test_unusable_mixtures_are_refused_before_the_work(source: str, message: str
 
 def test_a_text_that_has_no_window_is_named(files: list[str]) -> None:
     Path("short.txt").write_text("12345")
-    with pytest.raises(DataError, match=r"'words\.jsonl' .* its share of 4 windows is none; raise samples"):
+    with pytest.raises(DataError, match=r"'words\.jsonl' .* its share of 4 windows is none; raise its share"):
         mixed_windows("pydoc:9,words.jsonl:1", [4], drawn)
     with pytest.raises(DataError, match=r"source 'short\.txt' has 5 tokens and 33 are needed"):
         mixed_windows("pydoc:1,short.txt:1", [4], drawn)
