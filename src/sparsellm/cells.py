@@ -32,7 +32,7 @@ from sparsellm.report.comparison import Candidate, best_at_each_size, recommend,
 from sparsellm.report.document import check_page
 from sparsellm.run.choice import Choice
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.run.plan import Request, check_recipe
+from sparsellm.run.plan import Request, checked_choice
 from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, differences, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
@@ -175,7 +175,7 @@ def _check_cell(chain: Chain, recipe: Recipe) -> None:
     if recipe.experts is not None:
         Choice.removing(recipe)
         chain = FewerExperts(chain, recipe.experts).chain
-    check_recipe(chain, recipe)
+    checked_choice(chain, recipe)
 
 
 def _with_text(

@@ -54,7 +54,7 @@ class Models:
     in_memory: PreTrainedModel | None  # the model that is pruned in memory; None if it is read block by block
     tokenizer: PreTrainedTokenizerBase | None  # None for token ids
     sources: tuple[Path, ...]  # directories that the result must not replace
-    trust: bool = False  # whether modelling code of the checkpoint runs
+    trust: bool  # whether modelling code of the checkpoint runs
 
 
 def open_models(

@@ -142,10 +142,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         )
         chain = model.chain
         fewer = FewerExperts(chain, request.then.experts or 0) if request.then is not None else None
-        choice = choice if choice.removes else chosen_for(chain, recipe)(recipe)
+        choice = choice if choice.removes else checked_choice(chain, recipe)
         disk_bytes = choice.copies * checkpoint_bytes(chain)
-        if choice.passes:
-            check_sweepable(chain)
         out = request.destination(model.sources, disk_bytes)
     with clock.phase("calibration"):
         request, warnings = _with_text(request, progress)
@@ -190,7 +188,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     return Plan(*opened, prediction, whole, disk_bytes, identity, tuple(warnings), fewer)
 
 
-def check_recipe(chain: Chain, recipe: Recipe) -> Choice:
+def checked_choice(chain: Chain, recipe: Recipe) -> Choice:
     """The choice of a recipe for the chain that is pruned. Raises RecipeError or ModelError if the two do not fit."""
     choice = chosen_for(chain, recipe)(recipe)
     if choice.passes:
@@ -202,7 +200,7 @@ def _with_rest(request: Request, settled: Recipe, smaller: Chain, first: Predict
     """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
     assert request.then is not None
     recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
-    choice = check_recipe(smaller, recipe)
+    choice = checked_choice(smaller, recipe)
     choice.check_processes(recipe.samples)
     extent = extent_asked(smaller, choice, recipe, parallel.size(), parallel.on_this_machine())
     rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
@@ -224,7 +222,7 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     """Warnings of what the settings of a run do not do."""
     warnings, recipe = [], request.recipe
     if request.trust_remote_code and getattr(chain.config, "auto_map", None):
-        warnings.append("code that came with the model is not copied; the result loads where it is put next to it")
+        warnings.append("code that came with the model is not copied; copy it into the result, which needs it to load")
     if recipe.grid != "own" and recipe.sparsity:
         saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
         warnings.append(f"{saves}; sparsity 0 loses less")
