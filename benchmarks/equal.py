@@ -72,7 +72,7 @@ def budgets(arguments: argparse.Namespace, cells: Cells, target: str, seed: int)
     seconds = sum(value for name, value in ours["phases"].items() if "/" not in name)
     passes = max(each["passes"] for each in ours["sweeps"])
     a_pass = ours["cpu_seconds"] * ours["phases"]["sweep"] / seconds / passes
-    for solver in ("admm", "sparsegpt", "wanda"):
+    for solver in arguments.solvers:
         local = run(solver, target, seed)
         if solver != "sparsegpt":
             rows.append((solver, local))
@@ -142,7 +142,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--effort", type=int, default=1, help="whose time the other methods get")
-    parser.add_argument("--ways", nargs="*", default=["full", "lora"])
+    parser.add_argument("--solvers", nargs="*", default=["admm", "sparsegpt", "wanda"], help="that passes follow")
+    parser.add_argument("--ways", nargs="*", default=["full", "lora"], help="of training, behind the solver admm")
     parser.add_argument("--sweep-tokens", nargs="*", default=["0", "16k", "64k", "256k"], help="of the table sweeps")
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
