@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sparsellm
 from sparsellm import Recipe, machine
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
@@ -19,7 +20,7 @@ from sparsellm.inputs import parse_bytes
 from sparsellm.methods import METHODS
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
-from sparsellm.run import predictions
+from sparsellm.run import opening, predictions
 from sparsellm.run.predictions import Demand, Extent, device_budget, kept_share, plan_memory, steps_of
 from sparsellm.solvers import SOLVERS
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
@@ -62,6 +63,14 @@ def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: C
     assert tight.predicted_peak_rss_bytes <= 3 << 30
     with pytest.raises(MemoryBudgetError, match=r"may take 0\.00 GB; allow more with --memory"):
         plan(1 << 20)
+
+
+def test_text_of_a_model_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    monkeypatch.setattr(opening, "load_whole", None)  # must not be reached
+    recipe = Recipe(method="wanda", calibration="self:0.5,pydoc:0.5", samples=2, seq_len=16, memory="1MB")
+    with pytest.raises(MemoryBudgetError, match=r"its own text with all .* room for 0\.00 GB; name a text with --cal"):
+        sparsellm.prune(source, recipe, out=tmp_path / "pruned")
 
 
 def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:

@@ -35,6 +35,7 @@ from sparsellm.run.predictions import (
     RESIDENT,
     STREAMED,
     Extent,
+    check_writing,
     checkpoint_bytes,
     described,
     device_budget,
@@ -282,6 +283,9 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     if isinstance(request.calibration, Tensor):
         read: Callable[[], Windows] = partial(given_windows, request.calibration, chain, recipe)
     else:
+        if asked.written and chain.reader is not None:
+            card = device_budget(chain.device, recipe.device_memory)
+            parallel.from_main(partial(check_writing, chain, recipe.memory, card))
         text = recipe.calibration if request.calibration is None else request.calibration
         assert text is not None  # see _with_text
         settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens)

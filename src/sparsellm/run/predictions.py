@@ -139,9 +139,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_devic
     and hidden states stay there as far as ``on_device`` bytes have room; None for as many as the blocks take. Raises
     MemoryBudgetError if the run needs more than a budget.
     """
-    start = machine.resident()
-    share = DEFAULT_SHARE / demand.extent.sharers
-    most = int(start + share * machine.free_memory()) if budget is None else parse_bytes(budget)
+    start, most = _start_and_most(demand.extent.sharers, budget)
     steps, base, held, there = steps_of(chain, demand), start + LIBRARIES, 0, 0
     advice = f"lower batch_tokens (now {demand.extent.batch_tokens}), or take a method that needs less"
     worst = max(steps, key=lambda name: steps[name].working + steps[name].read)
@@ -186,6 +184,27 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_devic
         steps_bytes={} if there else {name: base + size for name, size in sizes.items()},
         sweep=demand.sweep if demand.passes else "",
     )
+
+
+def _start_and_most(sharers: int, budget: str | int | None) -> tuple[int, int]:
+    """Bytes that the process holds, and the most that it may hold."""
+    start = machine.resident()
+    free = DEFAULT_SHARE / sharers * machine.free_memory()
+    return start, int(start + free) if budget is None else parse_bytes(budget)
+
+
+def check_writing(chain: Chain, budget: str | int | None, on_device: int) -> None:
+    """Raises MemoryBudgetError if the whole model has no room in ``budget``, or in ``on_device`` bytes of a GPU: it
+    writes its own calibration text with all weights in memory."""
+    start, most = _start_and_most(1, budget)
+    elements = sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements()
+    weights, room = chain.dtype.itemsize * elements, most - start - LIBRARIES
+    room = min(room, on_device) if chain.device.type == "cuda" else room
+    if weights > room:
+        raise MemoryBudgetError(
+            f"a model writes its own text with all of its weights in memory: {_gb(weights)}, and there is room for "
+            f"{_gb(max(0, room))}; name a text with --calibration, or allow more with --memory"
+        )
 
 
 def _room(steps: Mapping[str, Held], most: int) -> int:
