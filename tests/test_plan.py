@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.run import needs, predictions
+from sparsellm.run import predictions
 from sparsellm.run import prune as running
 from sparsellm.run import walk as walking
 from sparsellm.run.speeds import Speeds
@@ -91,7 +91,7 @@ def test_the_sweep_is_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest.
     model = config(tmp_path, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
     chosen, seconds = sparsellm.plan(model, card="h100"), []
     for way in [*predictions.RESIDENT, predictions.STREAMED]:
-        monkeypatch.setattr(needs, "sweeps", lambda *_, way=way: [way])
+        monkeypatch.setattr(predictions, "sweeps", lambda *_, way=way: [way])
         alone = sparsellm.plan(model, card="h100")
         seconds += [] if alone.notes else [sum(alone.seconds.values())]
     assert len(set(seconds)) > 1

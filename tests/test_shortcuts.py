@@ -14,7 +14,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream
 from sparsellm.methods import sublayers
-from sparsellm.run import needs as planning
+from sparsellm.run import predictions as planning
 from tests.models import tiny_llama
 from tests.models.families import STAY_DENSE, family
 from tests.sweep.helpers import ids_of, same_bits

@@ -184,24 +184,22 @@ def evaluate(  # noqa: PLR0913 - the Python door
     settings = Recipe(device=device, dtype=dtype, products="float32")
     opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
     windows = parallel.from_main(partial(opened.windows, words, seq_len, max_tokens, bos))
-    leads = opened.tokenizer is not None and leading_token(opened.tokenizer, bos) is not None
-    if tasks and opened.tokenizer is None:
+    known, results = opened.tokenizer, None
+    leads = known is not None and leading_token(known, bos) is not None
+    if tasks and known is None:
         raise DataError("tasks on a model given as an object need tokenizer=...")
-    if tasks and opened.tokenizer is not None and leads and leading_token(opened.tokenizer) is None:
+    if tasks and known is not None and leads and leading_token(known) is None:
         raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
-    dense = against if isinstance(against, Opened) else None
     if against is not None and not isinstance(against, Opened):
-        dense = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
-    if dense is not None:
-        opened.check_comparable(dense, windows)
+        against = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
+    if against is not None:
+        opened.check_comparable(against, windows)
     with machine.computing(opened.chain.device):
-        perplexity, compared = measured(opened.chain, windows, dense.kept if dense is not None else None, progress)
-    if compared is not None and dense is not None and dense.is_pruned:
+        perplexity, compared = measured(opened.chain, windows, against.kept if against is not None else None, progress)
+    if compared is not None and against is not None and against.is_pruned:
         compared = compared.model_copy(update={"recovery": None})
-    results = None
-    if tasks and opened.tokenizer is not None:
+    if tasks and known is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
-        known = opened.tokenizer
         results = parallel.from_main(lambda: run_tasks(opened.in_memory(), known, tasks, manager, bos=leads))
     return Evaluation(
         protocol=Protocol(

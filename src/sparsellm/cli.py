@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -250,9 +251,7 @@ def inspect(directory: str, trust_remote_code: bool) -> Printed:
 
     matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
     mixtures = api.inspect_experts(directory, trust_remote_code=trust_remote_code)
-    blocks: dict[int, list[api.MatrixZeros]] = {}
-    for matrix in matrices:
-        blocks.setdefault(matrix.block, []).append(matrix)
+    blocks = {index: list(part) for index, part in groupby(matrices, lambda matrix: matrix.block)}
     pattern = strictest(matrix.kept for matrix in matrices)
     totals = {index: Totals.of(part) for index, part in blocks.items()}
     total = Totals.of(matrices)

@@ -21,10 +21,6 @@ Scope = Literal["matrix", "row"]
 
 SAMPLED = 1 << 15  # from this length on a threshold is first located in a sample: two passes instead of a partition
 STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
-# Digits of a score as (shift, bins), the highest first. Each digit is decided by counting scores into bins; few bins
-# are quick to sum over processes.
-DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
-SIGN = -(1 << 31)
 RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
 
 

@@ -15,15 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from sparsellm.calibration.corpora import (
-    fetch_c4_sample,
-    read_c4,
-    read_c4_sample,
-    read_hub,
-    read_ptb,
-    read_pydoc,
-    read_wikitext2,
-)
+from sparsellm.calibration import corpora
 from sparsellm.calibration.texts import READERS, Split, Text, read_file, text_file
 from sparsellm.errors import DataError, nearest, one_line, shown
 from sparsellm.inputs import mixture_of
@@ -36,10 +28,10 @@ SELF = "self"  # the only source that reads no text: the dense model writes its 
 IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # recorded in the recipe as ``calibration``
 
 _PLAIN: dict[str, Callable[[Split], Text]] = {
-    "pydoc": read_pydoc, "ptb": read_ptb, "c4": read_c4, "c4-sample": read_c4_sample
+    "pydoc": corpora.read_pydoc, "ptb": corpora.read_ptb, "c4": corpora.read_c4, "c4-sample": corpora.read_c4_sample
 }  # fmt: skip
 _WITH_ARGUMENT: dict[str, Callable[[str, Split], Text]] = {
-    "file": read_file, "wikitext2": read_wikitext2, "hub": read_hub
+    "file": read_file, "wikitext2": corpora.read_wikitext2, "hub": corpora.read_hub
 }  # fmt: skip
 _SUFFIXES = ", ".join(READERS)
 _HINT = (
@@ -141,7 +133,7 @@ def default_source(*, demo: bool) -> tuple[str, list[str]]:
     if demo:
         return "pydoc", []
     try:
-        fetch_c4_sample()
+        corpora.fetch_c4_sample()
     except DataError as error:
         used = f"calibrated on Python's documentation (pydoc), since no text was named and {error}"
         return "pydoc", [f"{used}; --calibration with a text of the kind that the model reads loses less"]

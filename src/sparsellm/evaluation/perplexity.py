@@ -54,9 +54,8 @@ def measured(
     fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)  # so that all load the same blocks as often
     windows = torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)]) if fewer else feed.windows
     chains = [chain] if dense is None else [chain, dense.chain]
-    element = torch.empty(0, dtype=chain.dtype).element_size()
     width = sum(each.config.get_text_config().hidden_size for each in chains)
-    parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * element)))
+    parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * chain.dtype.itemsize)))
     steps = len(parts) * (sum(map(len, chains)) + 1)  # the heads count as one more block
     done = itertools.count()
 

@@ -84,14 +84,11 @@ def export(  # noqa: PLR0913 - the Python door
     """
     if to == COMPRESSED and (like is not None or model is not None or head != "keep"):
         raise RecipeError("like, model and head are settings of GGUF; leave them out for compressed-tensors")
-    place = (
-        check_file(out, overwrite=overwrite)
-        if to == GGUF
-        else check_destination(out, overwrite=overwrite, sources=checkpoints_among(directory))
-    )
+    check = partial(check_destination, out, overwrite=overwrite)
+    place = check_file(out, overwrite=overwrite) if to == GGUF else check(sources=checkpoints_among(directory))
     source = checkpoint_directory(str(directory), "directory")
     if to == COMPRESSED:
-        check_destination(out, overwrite=overwrite, sources=[source])
+        check(sources=[source])
     grids = [name for name, grid in GRIDS.items() if to == COMPRESSED or block_type(grid) is not None]
     opened = open_on_grid(source, sorted(grids, key=lambda name: GRIDS[name].form != to))
     record = Export(

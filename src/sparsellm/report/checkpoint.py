@@ -17,7 +17,6 @@ from sparsellm.report.charts import megabytes, number, percent
 from sparsellm.storage.results import read_results
 from sparsepack.bench import Pair, weight_file_bytes
 
-NOT_MEASURED = "not measured"
 _TEXTS = ("c4-sample", "pydoc", "wikitext2", "ptb", "c4")
 
 

@@ -15,14 +15,7 @@ from sparsellm.errors import StorageError, shown
 from sparsellm.records import Protocol, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Plotly, Table, megabytes, number, percent, short_number
-from sparsellm.report.checkpoint import (
-    NOT_MEASURED,
-    Checkpoint,
-    commands_of,
-    headline,
-    packed_commands,
-    read_checkpoint,
-)
+from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
 from sparsellm.report.document import page, write_page
 
 DENSE = "dense"  # the name of the dense model, which no run has
@@ -113,7 +106,7 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
     columns = {key: text for key, text in _MEASURES.items() if key in measured}
     summary = []
     for (name, each), method, took in zip(values, ["", *methods], ["", *seconds], strict=True):
-        cells = (text(each[key]) if key in each else NOT_MEASURED for key, text in columns.items())
+        cells = (text(each[key]) if key in each else "not measured" for key, text in columns.items())
         summary.append((name, method.strip(), *cells, took))
     quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))

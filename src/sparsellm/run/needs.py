@@ -19,22 +19,11 @@ from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.progress import LEAST, MOST, between
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import Memory, Prediction
+from sparsellm.run import predictions
 from sparsellm.run.choice import PASSES, Choice, patterns_of
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Journal
 from sparsellm.run.opening import default_seq_len
-from sparsellm.run.predictions import (
-    DEVICE_SHARE,
-    STREAMED,
-    Demand,
-    Extent,
-    checkpoint_bytes,
-    device_budget,
-    gradient_windows,
-    plan_memory,
-    predicted_seconds,
-    saved_sweep_bytes,
-    sweeps,
-)
+from sparsellm.run.predictions import DEVICE_SHARE, STREAMED, Demand, Extent, checkpoint_bytes
 from sparsellm.run.speeds import Speeds, measured
 from sparsellm.sweep.whole_model import check_sweepable
 
@@ -87,7 +76,7 @@ def predict(
     way that is predicted to be the fastest of those that fit. Raises MemoryBudgetError if none does."""
     speeds = speeds or speeds_of(chain)
     finished = journal.begun() if journal is not None else 0
-    gradients = gradient_windows(choice, extent)
+    gradients = predictions.gradient_windows(choice, extent)
     # None of what the journal has from an earlier start.
     done = journal is not None and journal.knows(OUTPUT_COSTS) and (journal.knows(ALLOCATION) or not choice.allocates)
     workspace = choice.workspace.then(choice.allocator.workspace)
@@ -96,18 +85,19 @@ def predict(
     reduced = recipe.experts is not None and not choice.removes
     demand = replace(demand, removes=choice.removes, reduced=reduced, zeros=choice.zeros)
     fitting: list[tuple[Memory, dict[str, float]]] = []
-    for way in sweeps(chain, demand) if sweep is None else [sweep]:
+    for way in predictions.sweeps(chain, demand) if sweep is None else [sweep]:
         try:
-            memory = plan_memory(chain, replace(demand, sweep=way), budgets.host, budgets.card)
+            memory = predictions.plan_memory(chain, replace(demand, sweep=way), budgets.host, budgets.card)
         except MemoryBudgetError as error:
             refused = error
         else:
-            fitting.append((memory, predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)))
+            took = predictions.predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)
+            fitting.append((memory, took))
     if not fitting:
         raise refused
     memory, seconds = min(fitting, key=lambda each: sum(each[1].values()))  # the first of equals
     files = choice.copies * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
-    files += saved_sweep_bytes(chain, choice.passes, choice.zeros, unrounded=demand.unrounded)
+    files += predictions.saved_sweep_bytes(chain, choice.passes, choice.zeros, unrounded=demand.unrounded)
     tokens = {"gradients": gradients, "experts" if choice.removes else "prune": extent.sets * extent.samples}
     return Prediction(
         machine=speeds.name,
@@ -169,7 +159,7 @@ def foresee(
     here, choose = speeds is None, choose or chosen_for(chain, recipe)
     speeds = speeds or speeds_of(chain)
     if here:
-        budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
+        budgets = Budgets(recipe.memory, predictions.device_budget(chain.device, recipe.device_memory))
     else:
         card = int(DEVICE_SHARE * speeds.card_bytes)
         asked = card if recipe.device_memory is None else min(card, parse_bytes(recipe.device_memory))

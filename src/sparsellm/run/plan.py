@@ -25,22 +25,14 @@ from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback, note
 from sparsellm.recipe import Recipe
 from sparsellm.records import Base, ExpertsOfBlock, Prediction
+from sparsellm.run import predictions
 from sparsellm.run.choice import Choice
 from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
 from sparsellm.run.journal import Identity, Journal
 from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked, needed, predict, speeds_of
 from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows
-from sparsellm.run.predictions import (
-    RESIDENT,
-    STREAMED,
-    Extent,
-    check_writing,
-    checkpoint_bytes,
-    described,
-    device_budget,
-    predicted_seconds,
-)
+from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
 from sparsellm.storage.directory import check_destination, checkpoints_among
 from sparsellm.sweep.whole_model import check_sweepable
 
@@ -169,7 +161,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
     whole = prediction if fewer is None else _with_rest(request, recipe, fewer.chain, prediction, budgets)
     progress(Progress(NOTE, 1, 1, needed(whole)))
-    progress(Progress(DETAIL, 1, 1, described(prediction.memory)))
+    progress(Progress(DETAIL, 1, 1, predictions.described(prediction.memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
         dense = model_fingerprint(chain, progress)
@@ -278,14 +270,14 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     # The sweep takes new windows where the dense model runs next to the pruned one.
     passes = choice.passes if chain.reader is not None and request.removed is None else 0
     asked = extent_asked(chain, choice, recipe, parallel.size())
-    progress(Progress(PLAN, costs=predicted_seconds(chain, choice, asked, speeds_of(chain))))
+    progress(Progress(PLAN, costs=predictions.predicted_seconds(chain, choice, asked, speeds_of(chain))))
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
         read: Callable[[], Windows] = partial(given_windows, request.calibration, chain, recipe)
     else:
         if asked.written and chain.reader is not None:
             card = device_budget(chain.device, recipe.device_memory)
-            parallel.from_main(partial(check_writing, chain, recipe.memory, card))
+            parallel.from_main(partial(predictions.check_writing, chain, recipe.memory, card))
         text = recipe.calibration if request.calibration is None else request.calibration
         assert text is not None  # see _with_text
         settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens)

@@ -311,7 +311,8 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
     for kind in chain.kinds:
         loaded = item * kind.elements * (read + demand.unrounded)
         loaded += 2 * kind.elements if chain.products is not None and item == 4 else 0  # the factors in bf16
-        running = loaded + _activation_bytes(chain, kind, tokens)
+        # Activations: gate, up, their product and one more; copies of inputs in attention and norms
+        running = loaded + tokens * (4 * _widest(chain, kind) + 8 * _width(chain)) * item
         statistics.append(running + _statistics_bytes(kind, work))
         removing.append(running + _removal_bytes(chain, kind, tokens, extent.share * extent.seq_len))
         solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(kind, work)]
@@ -392,11 +393,6 @@ def _activations_for_gradients(chain: Chain, demand: Demand, item: int) -> int:
     widest = max(_widest(chain, kind) for kind in chain.kinds)
     kept = item * demand.step * (KEPT_WIDTHS * _width(chain) + KEPT_OUTPUTS * widest)
     return kept + _attention_bytes(chain, demand.step, min(demand.step, demand.extent.seq_len))
-
-
-def _activation_bytes(chain: Chain, kind: Kind, tokens: int) -> int:
-    """Bytes of a block's activations: gate, up, their product and one more; copies of inputs in attention and norms."""
-    return tokens * (4 * _widest(chain, kind) + 8 * _width(chain)) * chain.dtype.itemsize
 
 
 def _widest(chain: Chain, kind: Kind) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -67,10 +67,10 @@ def measured(device: torch.device, dtype: torch.dtype, width: int) -> Speeds:
     three seconds at most."""
     values = torch.ones(ELEMENTS, device=device)
     card = device.type != "cpu"
-    there = 4 * ELEMENTS / _least(device, lambda: torch.ones(ELEMENTS).to(device)) if card else math.inf
+    there = 4 * ELEMENTS / _least(lambda: torch.ones(ELEMENTS).to(device)) if card else math.inf
     size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     blocks, exact = (_products(device, kind, min(max(width, NARROWEST), WIDEST)) for kind in (dtype, torch.float32))
-    memory = 8 * ELEMENTS / _least(device, lambda: values.add_(values, alpha=0.5))
+    memory = 8 * ELEMENTS / _least(lambda: values.add_(values, alpha=0.5))
     return Speeds(machine_name(device), blocks, exact, memory, there, size)
 
 
@@ -78,14 +78,9 @@ def _products(device: torch.device, dtype: torch.dtype, width: int) -> float:
     """Operations a second in a large matrix product."""
     left = torch.ones(ROWS, width, device=device, dtype=dtype)
     right = torch.ones(width, width, device=device, dtype=dtype)
-    return 2.0 * ROWS * width * width / _least(device, lambda: left @ right)
+    return 2.0 * ROWS * width * width / _least(lambda: left @ right)
 
 
-def _least(device: torch.device, work: Callable[[], Tensor]) -> float:
+def _least(work: Callable[[], Tensor]) -> float:
     """The least seconds of some rounds."""
-    least = math.inf
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        work().flatten()[0].item()
-        least = min(least, time.perf_counter() - start)
-    return max(least, 1e-9)
+    return max(1e-9, min(timeit.repeat(lambda: work().flatten()[0].item(), repeat=ROUNDS, number=1)))

@@ -18,7 +18,7 @@ from sparsellm.chain import Chain, Feed, Stream
 from sparsellm.methods import BlockTask
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
-from sparsellm.records import LinearResult
+from sparsellm.records import LinearResult, Totals
 from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
@@ -94,8 +94,7 @@ def walk(
     def tell(index: int, here: Sequence[LinearResult], step: str, part: float | None = None) -> None:
         """Reports a step in block ``index``, which has the results ``here`` so far."""
         known = [*done, *here]
-        weights = sum(each.shape[0] * each.shape[1] for each in known)
-        sparsity = sum(each.zeros for each in known) / weights if weights else None
+        sparsity = Totals.of(known).sparsity if known else None
         if part is None:
             part = len(here) / (len(chain.linears(index)) + 1)  # the outputs of the block take about one more
         error, said = known[-1].error if known else None, f"block {index + 1}/{blocks} {step}"

@@ -15,21 +15,15 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.chain.products import Bf16Products
-from sparsellm.patterns import (
-    DIGITS,
-    SIGN,
-    Pattern,
-    Scope,
-    Unstructured,
-    highest_of_rows,
-    ordered,
-    places_in_rows,
-    share,
-)
+from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, ordered, places_in_rows, share
 from sparsellm.registry import Entry
 from sparsellm.solvers.solver import Solution, Solver, solution
 from sparsellm.statistics import Gram
 
+# Digits of a score as (shift, bins), the highest first. Each digit is decided by counting scores into bins; few bins
+# are quick to sum over processes.
+DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
+SIGN = -(1 << 31)
 SAFE = 32  # weights up to 2^32 and down to 2^-32 have squares and errors that fp32 holds
 
 

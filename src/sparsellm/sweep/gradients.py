@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsellm import parallel
 from sparsellm.chain import Chain, Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
-from sparsellm.errors import DataError, ModelError, NumericalError
+from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress as Event
 from sparsellm.storage.scratch import TensorStore
 from sparsellm.sweep.head import next_token_loss, through_head
@@ -52,12 +52,8 @@ def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False
     """The squared gradients at outputs of the linears ``names``, and optionally the saliency of every weight.
 
     Saliency takes one product ``F = (g∘g)ᵀ(x∘x)`` a batch, with factors in bf16 where blocks multiply in it (their
-    rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time.
-
-    Raises:
-        NumericalError: a gradient is NaN or infinite.
-        ModelError, DataError: as :func:`backward_sweep`.
-    """
+    rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time. A NumericalError says that a
+    gradient is NaN or infinite; others are as in :func:`backward_sweep`."""
     tokens, dtype = feed.windows.numel(), torch.float32 if feed.chain.products is None else torch.bfloat16
     squares: dict[str, Tensor] = {}  # (out,) fp32, sums over tokens
     fisher: dict[str, Tensor] = {}  # (out, in) fp32, those of one block
@@ -135,13 +131,8 @@ def backward_sweep(
             cost more than all blocks, runs for these alone.
         reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
 
-    Raises:
-        DataError: windows have a single token, which is not scored.
-        NumericalError: the loss is not finite.
-        ModelError: a block has no gradient, or changes the input of a linear in place, where inputs are read.
-    """
-    if feed.seq_len < 2:
-        raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
+    A NumericalError says that the loss is not finite; a ModelError that a block has no gradient, or changes the input
+    of a linear in place, where inputs are read."""
     windows, (feed, places) = len(feed.windows), feed.own()
     chain, blocks = feed.chain, len(feed.chain)
     stream = feed.stream()
