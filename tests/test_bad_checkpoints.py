@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import sparsellm
 import sparsepack
@@ -92,13 +92,17 @@ CONFIGS: dict[str, tuple[Break, str]] = {
 # ---------------------------------------------------------------------- the index of shards
 
 
-def index(weight_map: Any, **rest: Any) -> Break:
-    return content(INDEX, json.dumps({"weight_map": weight_map, **rest}).encode())
+def index(weight_map: Any, data: bytes | None = None) -> Break:
+    def change(directory: Path) -> None:
+        (directory / WEIGHTS).rename(directory / "one.safetensors")
+        (directory / INDEX).write_bytes(json.dumps({"weight_map": weight_map}).encode() if data is None else data)
+
+    return change
 
 
 INDICES: dict[str, tuple[Break, str]] = {
-    "not JSON": (content(INDEX, b"{"), "not valid JSON"),
-    "no map": (content(INDEX, b"{}"), "no weight_map"),
+    "not JSON": (index(None, b"{"), "not valid JSON"),
+    "no map": (index(None, b"{}"), "no weight_map"),
     "map is a list": (index([WEIGHTS]), "no weight_map"),
     "overlong name": (index({"a": "x" * 5000}), "names the shard"),
     "NUL": (index({"a": "x\0y"}), "names the shard"),
@@ -164,6 +168,16 @@ def test_a_tensor_in_two_files_needs_an_index(copy: Path, tmp_path: Path) -> Non
     (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     chain = open_chain(copy, device=CPU)
     assert not chain.parameter(Q_PROJ).any()
+
+
+def test_an_index_next_to_the_one_file_counts_for_nothing(copy: Path) -> None:
+    """As in transformers, whose save_pretrained leaves the index of the shards that it replaces."""
+    expected = load_file(copy / WEIGHTS)
+    save_file({name: torch.zeros_like(value) for name, value in expected.items()}, copy / "old.safetensors")
+    (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(expected, "old.safetensors")}))
+    theirs = AutoModelForCausalLM.from_pretrained(copy).state_dict()[Q_PROJ]
+    assert torch.equal(theirs, expected[Q_PROJ])
+    assert torch.equal(open_chain(copy, device=CPU).parameter(Q_PROJ), expected[Q_PROJ])
 
 
 # ---------------------------------------------------------------------- dtypes

@@ -549,16 +549,18 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
     """Continue PROMPT, token by token, and print the speed."""
     from sparsellm import console
     from sparsellm.chain.open import load_tokenizer
+    from sparsepack.generation import check_sampling
     from sparsepack.generation import generate as continue_prompt
     from sparsepack.loading import load
 
+    check_sampling({name: options[name] for name in ("max_new_tokens", "temperature", "seed")})  # before the load
     model, tokenizer = load(directory, **use.take_running(options)), load_tokenizer(Path(directory).expanduser())
 
-    def show(text: str) -> None:
-        console.out().print(text, end="", soft_wrap=True)
+    before = [prompt]  # printed with the first piece, since errors may come before that
 
-    if not json:
-        show(prompt)
+    def show(text: str) -> None:
+        console.out().print(before.pop() + text if before else text, end="", soft_wrap=True)
+
     result = continue_prompt(model, tokenizer, prompt, on_text=None if json else show, **options)
     speed = (
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "

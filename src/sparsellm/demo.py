@@ -113,7 +113,7 @@ def run_demo(
     """
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
     if out is not None:
-        check_place(out)  # so that --out "$UNSET" writes nothing into the current directory, or into the root
+        out = check_place(out)  # so that --out "$UNSET" writes nothing into the current directory, or into the root
     pruned, packed = places(out)
     for place in (pruned, packed):
         check_destination(place, overwrite=overwrite)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from sparsepack.arguments import checked
+from sparsepack.checkpoint import is_packed
 from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.files import config_difference, context_limit
@@ -172,6 +173,8 @@ def compare(
         chosen = Rounds(**rounds)
     except ValidationError as error:
         raise SettingError(refusal(error)) from None
+    if dense is not None and is_packed(_config(dense).to_dict()):
+        raise SettingError(f"dense is {dense}, which is packed; leave it out, or unpack it: sparsellm unpack {dense}")
     if dense is not None and (difference := config_difference(_config(packed).to_dict(), _config(dense).to_dict())):
         raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 0, 2, "packed")

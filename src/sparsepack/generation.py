@@ -35,6 +35,7 @@ TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
+CONTEXT = 8  # tokens of the prompt that the first piece of text is read after: enough to end any character
 
 
 @dataclass(frozen=True)
@@ -82,26 +83,28 @@ Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)]
 
 
 class Sampling(BaseModel):
-    """How a prompt is continued.
-
-    Attributes:
-        max_new_tokens: the most tokens to generate.
-        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled; None does what the model's
-            generation config recommends, which is the likeliest token where it recommends nothing.
-        top_p: the probability of the tokens that are sampled from; None for that of the generation config.
-        seed: that of the sampling.
-        stop: the text ends before the first of these strings.
-        ignore_eos: an end-of-text token does not end it, as a measurement of speed needs.
-    """
+    """How a prompt is continued."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_new_tokens: Tokens = 100
+    max_new_tokens: Tokens = 100  # the most tokens to generate
+    # 0 takes the likeliest token each time; above 0, tokens are sampled; None does what the model's generation config
+    # recommends, which is the likeliest token where it recommends nothing.
     temperature: Temperature | None = 0.0
+    # The probability of the tokens that are sampled from; None for that of the generation config.
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Seed = 0
+    # The text ends before the first of these strings.
     stop: Annotated[Sequence[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=16)] = ()
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # whether an end-of-text token does not end it, as a measurement of speed needs
+
+
+def check_sampling(given: dict[str, Any]) -> Sampling:
+    """Raises SettingError if a field of :class:`Sampling` is out of range."""
+    try:
+        return Sampling(**given)
+    except ValidationError as error:
+        raise SettingError(refusal(error)) from None
 
 
 class _Settings(BaseModel):
@@ -303,7 +306,7 @@ class _Text(BaseStreamer):
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
         self._stop, self._longest = tuple(stop), max(map(len, stop), default=0)
         self._on_text, self._cancelled = on_text, cancelled
-        self._prompt = True  # what comes first
+        self._tokens: list[int] = []  # the last of the prompt, which comes first, and those that follow
         self._before = self._read = 0  # tokens up to the last but one piece, and up to the last
         self._given = 0  # characters
         self.ids: list[int] = []
@@ -312,11 +315,14 @@ class _Text(BaseStreamer):
         self.over: Literal["stop", "cancelled"] | None = None
 
     def put(self, value: Tensor) -> None:
-        if self._prompt:
-            self._prompt = False
+        new = value.flatten().tolist()
+        if not self._tokens:
+            self._tokens = new[-CONTEXT:]
+            self._read = len(self._tokens)
             return
         self.times.append(time.perf_counter())
-        self.ids += value.flatten().tolist()
+        self._tokens += new
+        self.ids += new
         self._take()
         if self.over is None and self._cancelled():
             self.over = "cancelled"
@@ -329,10 +335,10 @@ class _Text(BaseStreamer):
         write a token in another way at the beginning of a text."""
         if self.over == "stop":
             return
-        known = len(self._decode(self.ids[self._before : self._read]))
-        piece = self._decode(self.ids[self._before :])[known:]
+        known = len(self._decode(self._tokens[self._before : self._read]))
+        piece = self._decode(self._tokens[self._before :])[known:]
         if piece and (last or not piece.endswith("\ufffd")):  # the beginning of a character
-            self._before, self._read = self._read, len(self.ids)
+            self._before, self._read = self._read, len(self._tokens)
             begin = max(0, len(self.text) - self._longest + 1)
             self.text += piece
             if places := [place for stop in self._stop if (place := self.text.find(stop, begin)) >= 0]:

@@ -64,6 +64,9 @@ def test_every_command_shows_names_as_they_are_and_one_json(model: Path, tmp_pat
     assert f"written to {again}\n" in shown["unpack"]
     assert all(part in shown["bench"] for part in ("packed is", "weights in memory"))
     assert shown["generate"].startswith("see [bold]x[/bold] :smile: [/]")
+    code, stdout, stderr = run("generate", packed, "see", "--max-new-tokens", 0)
+    assert (code, stdout) == (2, "")
+    assert "max_new_tokens is 0" in stderr
 
 
 @pytest.mark.parametrize(

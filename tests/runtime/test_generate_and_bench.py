@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sparsellm
 from sparsepack import native
 from sparsepack.bench import Rounds, Speed, check_positions, compare, measure, resident_bytes, verdict
 from sparsepack.errors import FormatError, SettingError
-from sparsepack.generation import generate
+from sparsepack.generation import _Text, generate
 from sparsepack.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -40,6 +41,23 @@ def test_greedy_text_is_that_of_transformers_and_streams_whole(llama: Path, pack
         assert (result.prompt_tokens, result.new_tokens) == (ids.shape[1], output.shape[1] - ids.shape[1])
         assert result.tokens_per_second > 0
         assert result.to_dict()["tokens_per_second"] == result.tokens_per_second
+
+
+def test_the_space_before_the_first_word_is_kept() -> None:
+    """Decoders such as Llama 2's drop the space at the beginning of what they decode."""
+    words = Tokenizer(models.WordLevel({"\u2581Once": 0, "\u2581the": 1, "s": 2}, unk_token="s"))
+    words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer, pieces = PreTrainedTokenizerFast(tokenizer_object=words), list[str]()
+    text = _Text(tokenizer, [], pieces.append, lambda: False)
+    for ids in ([[0]], [1], [2], [1]):
+        text.put(torch.tensor(ids))
+    text.end()
+    assert tokenizer.decode([0, 1, 2, 1]) == "Once" + text.text == "Once" + "".join(pieces) == "Once thes the"
+    assert text.ids == [1, 2, 1]
+    stopped = _Text(tokenizer, [" the"], None, lambda: False)
+    for ids in ([[0]], [1]):
+        stopped.put(torch.tensor(ids))
+    assert (stopped.text, stopped.over) == ("", "stop")
 
 
 BAD_ARGUMENTS: list[tuple[Callable[[Path], Any], str]] = [
@@ -185,6 +203,8 @@ def test_another_model_is_not_compared_with(packed: Path, tmp_path: Path) -> Non
     with pytest.raises(SettingError, match=re.escape(said)) as caught:
         compare(packed, other)
     assert "\n" not in str(caught.value)
+    with pytest.raises(SettingError, match="which is packed; leave it out, or unpack it"):
+        compare(packed, packed)
 
 
 def test_other_names_and_no_architectures_are_the_same_model(packed: Path, llama: Path, tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ def test_chat_is_the_greedy_text_of_transformers(client: OpenAI, greedy: Any) ->
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(tiny_tokenizer()(TEMPLATED)["input_ids"])
     assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (24, 24 + answer.usage.prompt_tokens)
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
+    with pytest.raises(openai.NotFoundError, match="model is 'other/one'; this server has 'tiny'"):
+        client.models.retrieve("other/one")
 
 
 def test_a_stream_has_the_text_in_pieces_and_usage(client: OpenAI, greedy: Any) -> None:

@@ -180,6 +180,16 @@ def test_the_target_of_a_link_is_written(old: Path, model: Path, tmp_path: Path)
         check_destination(tmp_path / "round")
 
 
+def test_a_path_may_begin_with_the_home(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert write("~/new", 1, model) == tmp_path / "new"
+    assert partial_of("~/new") == tmp_path / "new.partial"
+    with pytest.raises(StorageError, match="the model"):
+        check_destination("~/model", sources=["~/model"], overwrite=True)
+    assert not Path("~").exists()
+
+
 def test_a_mount_point_is_refused(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/" in {disk.mountpoint for disk in directory.psutil.disk_partitions(all=True)}
     mounts = [SimpleNamespace(mountpoint=str(old))]

@@ -27,20 +27,13 @@ _OWN = {
 
 @dataclass(frozen=True)
 class OnGrid:
-    """A checkpoint whose pruned linears are on a grid.
+    """A checkpoint whose pruned linears are on a grid."""
 
-    Attributes:
-        chain: the checkpoint, read block by block.
-        run: its ``pruning.json``.
-        linears: the names of pruned linears in the model, by the tensors of the checkpoint that have their weights.
-        transposed: tensors of linears that are stored as ``(in, out)``.
-    """
-
-    chain: Chain
-    run: Pruning
+    chain: Chain  # the checkpoint, read block by block
+    run: Pruning  # its ``pruning.json``
     grid: Grid
-    linears: dict[str, str]
-    transposed: frozenset[str]
+    linears: dict[str, str]  # names of pruned linears in the model, by the tensors that have their weights
+    transposed: frozenset[str]  # tensors of linears that are stored as ``(in, out)``
 
     @property
     def reader(self) -> CheckpointReader:
@@ -58,12 +51,9 @@ class OnGrid:
 
 
 def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
-    """A checkpoint that was pruned on one of these grids.
-
-    Raises:
-        RecipeError: it is on another grid, or on none.
-        ModelError, StorageError: it cannot be read, its files contradict each other, or a linear is a part of a tensor.
-    """
+    """A checkpoint that was pruned on one of these grids. A RecipeError says that it is on another grid, or on none; a
+    ModelError or StorageError that it cannot be read, its files contradict each other, or a linear is a part of a
+    tensor."""
     if not (directory / PRUNING).is_file():
         raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote")
     chain, run = open_chain(directory, device=torch.device("cpu")), read_pruning(directory)

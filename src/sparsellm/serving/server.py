@@ -243,9 +243,16 @@ def application(worker: Worker, name: str) -> FastAPI:
     async def _models() -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
+    @app.get("/v1/models/{asked:path}")
+    async def _model(asked: str) -> Response:
+        return JSONResponse(card) if asked == name else unknown(asked)
+
+    def unknown(asked: str) -> Response:
+        return _problem(404, f"model is {shown(asked)}; this server has {name!r}", code="model_not_found")
+
     async def answer(asked: Asked, request: Request) -> Response:
         if asked.model not in (None, name):
-            return _problem(404, f"model is {shown(asked.model)}; this server has {name!r}", code="model_not_found")
+            return unknown(asked.model)
         job, made = Job(asked.ids, asked.sampling(), asked.limit), Answer(asked, name)
         worker.submit(job)
         events = _events(job, request)

@@ -41,37 +41,26 @@ class Residence:
 
 @dataclass(frozen=True)
 class SweepTask:
-    """A pruned model to be swept.
+    """A pruned model to be swept."""
 
-    Attributes:
-        feed: the pruned chain and the windows of the first pass, this process's share.
-        dense: the output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed; None for
-            a chain that holds the dense model's weights, which then runs.
-        passes, seed: the number of passes, each over a set of windows, and the seed of the windows' order.
-        write_block: called for each final block in order, while it is loaded.
-        learning_rate: Adam's rate, relative to the root mean square of each parameter; None: by the divergence at
-            the start, at most :data:`~sparsellm.sweep.whole_model.RATE`.
-        blocks: the shard of each pruned block, or None for a chain that holds its weights.
-        saved: storage of the passes, from which an interrupted sweep continues; None to save none.
-        fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
-            ``dense`` must then be None. A sweep soon fits the windows it has seen.
-        resident: how all blocks are in memory at once; None: one block at a time.
-        integers: the linears whose values are rounded; blocks and passes hold the trained values before that.
-        sources: the name of each window's text in the feed, for a mixture.
-    """
-
-    feed: Feed
+    feed: Feed  # the pruned chain and the windows of the first pass, this process's share
+    # The output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed; None for a chain
+    # that holds the dense model's weights, which then runs.
     dense: Sequence[Tensor] | None
-    passes: int
-    seed: int
-    write_block: Callable[[int], None]
+    passes: int  # each over a set of windows
+    seed: int  # of the windows' order
+    write_block: Callable[[int], None]  # called for each final block in order, while it is loaded
+    # Adam's rate, relative to the root mean square of each parameter; None: by the divergence at the start, at most
+    # whole_model.RATE.
     learning_rate: float | None = None
-    blocks: Sequence[CheckpointReader] | None = None
-    saved: SavedSweep | None = None
+    blocks: Sequence[CheckpointReader] | None = None  # the shard of each; None for a chain that holds pruned weights
+    saved: SavedSweep | None = None  # storage of passes, from which an interrupted sweep continues; None to save none
+    # This process's windows for later passes, one tensor a pass; after the last, the sets come again in turn. ``dense``
+    # must then be None. A sweep soon fits the windows it has seen.
     fresh: Sequence[Tensor] = ()
-    integers: Integers | None = None
-    resident: Residence | None = None
-    sources: Sequence[str] = ()
+    integers: Integers | None = None  # linears with rounded values; blocks and passes hold the trained ones before that
+    resident: Residence | None = None  # how all blocks are in memory at once; None: one block at a time
+    sources: Sequence[str] = ()  # the name of each window's text in the feed, for a mixture
 
     def pruned(self, index: int) -> CheckpointReader | None:
         return self.blocks[index] if self.blocks is not None else None
