@@ -218,6 +218,7 @@ def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: 
     ]
     answer = client.chat.completions.create(
         model="tiny", messages=parts, max_tokens=8, n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0,
+        tool_choice="none", parallel_tool_calls=True, metadata={}, top_logprobs=0,
         user="me", response_format={"type": "text"}, stop=None,
     )  # fmt: skip
     assert answer.choices[0].message.content == greedy(TEMPLATED, 8)
