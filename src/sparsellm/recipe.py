@@ -164,7 +164,7 @@ class Recipe(BaseModel):
     sets: Annotated[Integer | None, Field(ge=1, le=8)] = None
     """Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass, 4 with three
     or more."""
-    sweep_rate: Annotated[float | None, Field(gt=0)] = None
+    sweep_rate: Annotated[float | None, Field(gt=0, le=1)] = None
     """Learning rate of the sweep; null: by the divergence at its start."""
     calibration: Annotated[Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)] = None
     """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2, ptb,

@@ -72,6 +72,7 @@ def test_what_cannot_be_trained_is_one_line(pruned: Path, llama: Path, text: Pat
         (pruned, ("--calibration", f"{text}:0.99,pydoc:0.01"), "take more windows"),
         (pruned, ("--way", "half"), "--way is 'half'"),
         (pruned, ("--steps", "0"), "--steps is 0"),
+        (pruned, ("--rate", "1e30"), "--rate is 1e+30"),
         (pruned, ("--calibration", "nofile"), "unknown text source"),
         (pruned, ("--calibration", "self"), "does not train on text that the model writes"),
         (pruned, ("--seq-len", "4096"), "positions"),

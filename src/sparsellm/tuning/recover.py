@@ -49,7 +49,7 @@ class Training(BaseModel):
 
     way: Literal["full", "lora"] = "full"
     steps: int = Field(128, ge=1, le=1 << 31)
-    rate: float | None = Field(None, gt=0)  # learning rate; None: that of the way
+    rate: float | None = Field(None, gt=0, le=1)  # learning rate; None: that of the way
     batch: int = Field(1, ge=1, le=1 << 16)  # windows in a step
     seq_len: int = Field(512, ge=2, le=1 << 24)  # tokens in a window
     seed: int = Field(0, ge=0, lt=1 << 32)
