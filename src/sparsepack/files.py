@@ -127,7 +127,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     says that there are none, or that the index names a file that is not in the directory. Next to ``model.safetensors``
     an index counts for nothing, as in transformers, whose ``save_pretrained`` may leave one there."""
     index, single = directory / INDEX, directory / SINGLE
-    if os.path.lexists(index) and not os.path.lexists(single):
+    if os.path.lexists(index) and not single.is_file():
         shard_of = read_object(index).get("weight_map")
         if not isinstance(shard_of, dict) or not shard_of or {type(name) for name in shard_of.values()} != {str}:
             raise FormatError(f"{index} has no weight_map from tensors to names of files; download it again")
