@@ -48,7 +48,7 @@ class SweepTask:
     # that holds the dense model's weights, which then runs.
     dense: Sequence[Tensor] | None
     passes: int  # each over a set of windows
-    seed: int  # of the windows' order
+    seed: int  # decides the order of the windows
     write_block: Callable[[int], None]  # called for each final block in order, while it is loaded
     # Adam's rate, relative to the root mean square of each parameter; None: by the divergence at the start, at most
     # whole_model.RATE.
