@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsellm import parallel
 from sparsellm.chain import Chain, Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
-from sparsellm.errors import ModelError, NumericalError
+from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.progress import Progress as Event
 from sparsellm.storage.scratch import TensorStore
 from sparsellm.sweep.head import next_token_loss, through_head
@@ -132,7 +132,9 @@ def backward_sweep(
         reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
 
     A NumericalError says that the loss is not finite; a ModelError that a block has no gradient, or changes the input
-    of a linear in place, where inputs are read."""
+    of a linear in place, where inputs are read; a DataError that windows have one token, which is not scored."""
+    if feed.seq_len < 2:
+        raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
     windows, (feed, places) = len(feed.windows), feed.own()
     chain, blocks = feed.chain, len(feed.chain)
     stream = feed.stream()
