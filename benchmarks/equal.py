@@ -142,8 +142,12 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--effort", type=int, default=1, help="whose time the other methods get")
-    parser.add_argument("--solvers", nargs="*", default=["admm", "sparsegpt", "wanda"], help="that passes follow")
-    parser.add_argument("--ways", nargs="*", default=["full", "lora"], help="of training, behind the solver admm")
+    parser.add_argument(
+        "--solvers", nargs="*", default=["admm", "sparsegpt", "wanda"], help="local methods whose passes are measured"
+    )
+    parser.add_argument(
+        "--ways", nargs="*", default=["full", "lora"], help="how sparsegpt is trained, where admm is a solver"
+    )
     parser.add_argument("--sweep-tokens", nargs="*", default=["0", "16k", "64k", "256k"], help="of the table sweeps")
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")

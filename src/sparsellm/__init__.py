@@ -46,8 +46,8 @@ _MODULES = {
 
 __all__ = ["Evaluation", "ExportResult", "PackResult", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
 __all__ += ["Protocol", "bench", "card", "cells_of", "compare", "dry_run", "evaluate", "export", "generate"]
-__all__ += ["inspect", "load", "pack", "plan", "prune", "push", "show_progress", "unpack", "write_comparison"]
-__all__ += ["write_report"]
+__all__ += ["inspect", "load", "pack", "plan", "prune", "push", "show_progress", "unpack"]
+__all__ += ["write_comparison", "write_report"]
 _OTHER_NAMES = {"show_progress": "progress", "bench": "compared_speed"}  # in their modules
 
 

@@ -184,11 +184,11 @@ def evaluate(  # noqa: PLR0913 - the Python door
     settings = Recipe(device=device, dtype=dtype, products="float32")
     opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
     windows = parallel.from_main(partial(opened.windows, words, seq_len, max_tokens, bos))
-    known, results = opened.tokenizer, None
-    leads = known is not None and leading_token(known, bos) is not None
-    if tasks and known is None:
+    tokenizer, results = opened.tokenizer, None
+    leads = tokenizer is not None and leading_token(tokenizer, bos) is not None
+    if tasks and tokenizer is None:
         raise DataError("tasks on a model given as an object need tokenizer=...")
-    if tasks and known is not None and leads and leading_token(known) is None:
+    if tasks and tokenizer is not None and leads and leading_token(tokenizer) is None:
         raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
     if against is not None and not isinstance(against, Opened):
         against = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
@@ -198,9 +198,9 @@ def evaluate(  # noqa: PLR0913 - the Python door
         perplexity, compared = measured(opened.chain, windows, against.kept if against is not None else None, progress)
     if compared is not None and against is not None and against.is_pruned:
         compared = compared.model_copy(update={"recovery": None})
-    if tasks and known is not None:
+    if tasks and tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
-        results = parallel.from_main(lambda: run_tasks(opened.in_memory(), known, tasks, manager, bos=leads))
+        results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
     return Evaluation(
         protocol=Protocol(
             text=without_folders(words) if isinstance(words, str) else IDS if by_ids else DOCUMENTS,

@@ -194,8 +194,8 @@ def _start_and_most(sharers: int, budget: str | int | None) -> tuple[int, int]:
 
 
 def check_writing(chain: Chain, budget: str | int | None, on_device: int) -> None:
-    """Raises MemoryBudgetError if the whole model has no room in ``budget``, or in ``on_device`` bytes of a GPU: it
-    writes its own calibration text with all weights in memory."""
+    """Raises MemoryBudgetError if a model that writes its own calibration text, with all of its weights in memory, has
+    no room in ``budget``, or in ``on_device`` bytes of a GPU."""
     start, most = _start_and_most(1, budget)
     elements = sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements()
     weights, room = chain.dtype.itemsize * elements, most - start - LIBRARIES
@@ -203,7 +203,7 @@ def check_writing(chain: Chain, budget: str | int | None, on_device: int) -> Non
     if weights > room:
         raise MemoryBudgetError(
             f"a model writes its own text with all of its weights in memory: {_gb(weights)}, and there is room for "
-            f"{_gb(max(0, room))}; name a text with --calibration, or allow more with --memory"
+            f"{_gb(max(0, room))}; name a text with --calibration, or allow more (--memory, --device-memory)"
         )
 
 
