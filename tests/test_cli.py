@@ -151,10 +151,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
         ["a packed model runs no code of a checkpoint"],
     ),
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),
-    "quiet and verbose": (
-        ["pack", "{llama}", "--out", "{tmp}/p", "--quiet", "--verbose"],
-        ["contradict each other"],
-    ),
+    "quiet and verbose": (["pack", "{llama}", "--out", "{tmp}/p", "--quiet", "--verbose"], ["contradict each other"]),
     "eval without text": (["eval", "{llama}"], ["--text"]),
     "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),

@@ -10,17 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import NumericalError, RecipeError
-from sparsellm.patterns import (
-    NM,
-    SAMPLED,
-    STRIDE,
-    Pattern,
-    Unstructured,
-    most_kept,
-    parse_pattern,
-    share,
-    strictest,
-)
+from sparsellm.patterns import NM, SAMPLED, STRIDE, Pattern, Unstructured, most_kept, parse_pattern, share, strictest
 from tests.shares import Share, violations
 
 

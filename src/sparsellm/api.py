@@ -234,13 +234,7 @@ def pack_and_measure(
         progress=progress,
     )
     measured = evaluate(
-        result.path,
-        text,
-        bos=recipe.bos,
-        against=against,
-        device=recipe.device,
-        progress=progress,
-        **window,
+        result.path, text, bos=recipe.bos, against=against, device=recipe.device, progress=progress, **window
     )
     return result, measured
 
@@ -285,11 +279,7 @@ class Opened:
 
     @checked
     def windows(
-        self,
-        text: str | Tensor | Text,
-        seq_len: arguments.SeqLen | None,
-        max_tokens: arguments.Count | None,
-        bos: Bos,
+        self, text: str | Tensor | Text, seq_len: arguments.SeqLen | None, max_tokens: arguments.Count | None, bos: Bos
     ) -> Tensor:
         """The windows to score, checked against the model."""
         config = self.chain.config

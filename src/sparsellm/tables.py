@@ -127,10 +127,7 @@ def _kinds(result: PruneResult) -> Table:
 
 
 def print_zeros(
-    matrices: list[MatrixZeros],
-    blocks: dict[int, list[MatrixZeros]],
-    pattern: str | None,
-    mixtures: Routing,
+    matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None, mixtures: Routing
 ) -> None:
     """Prints the zeros of every matrix, every block, and all, and what is known of mixtures. The experts of a block
     share one row for each kind of matrix, because a mixture may have thousands."""

@@ -22,11 +22,7 @@ SMALL = ("--samples", "4", "--seq-len", "24")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
-    [
-        ("treshold", {}, "'threshold'"),
-        ("threshold", {"span": 7}, "span of threshold is 7"),
-    ],
+    ("name", "options", "said"), [("treshold", {}, "'threshold'"), ("threshold", {"span": 7}, "span of threshold is 7")]
 )
 def test_mistakes_are_named(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):

@@ -7,14 +7,7 @@ import pytest
 import torch
 
 from sparsellm.decomposition.loop import Settings
-from sparsellm.decomposition.objective import (
-    Chunk,
-    FeedForward,
-    Linear,
-    split,
-    stored,
-    true_error,
-)
+from sparsellm.decomposition.objective import Chunk, FeedForward, Linear, split, stored, true_error
 from sparsellm.errors import NumericalError
 from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import Solution

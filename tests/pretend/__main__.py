@@ -73,11 +73,7 @@ def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
         recipe = Recipe(device=name, products="float32", batch_tokens=32, **fields)
         try:
             # The CPU's own kernel of attention rounds otherwise. The interpreter of the other kernel is slow.
-            with (
-                context,
-                sdpa_kernel(SDPBackend.MATH),
-                mock.patch.object(solver, "kernel_name", return_value="torch"),
-            ):
+            with context, sdpa_kernel(SDPBackend.MATH), mock.patch.object(solver, "kernel_name", return_value="torch"):
                 result = sparsellm.prune(source, recipe, calibration=windows(4, 16), out=folder / name)
             if result.sweeps and not result.sweeps[-1].held_out < result.sweeps[0].held_out:
                 return f"on {name}: the sweep lowers no divergence, so nothing of it is compared"

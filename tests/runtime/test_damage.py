@@ -194,12 +194,7 @@ def test_values_that_the_dense_dtype_cannot_hold_are_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("field", "change"),
-    [
-        ("_mask", lambda tensor: tensor ^ 1),
-        ("_values", None),
-        ("", None),
-        ("", lambda tensor: torch.zeros(80, 32)),
-    ],
+    [("_mask", lambda tensor: tensor ^ 1), ("_values", None), ("", None), ("", lambda tensor: torch.zeros(80, 32))],
 )
 def test_tensors_that_do_not_fit_are_refused_without_checksums(field: str, change: Any, copy: Path) -> None:
     change_tensor(copy, f"{UP}.weight{field}", change)

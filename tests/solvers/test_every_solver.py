@@ -17,16 +17,7 @@ from tests.shares import Share, violations, zeros_of
 from tests.solvers.problems import gram_of, relative, true_best, weight_of
 
 NAMES = sorted(SOLVERS)
-PATTERNS = [
-    Share(0.0),
-    Share(0.3),
-    Share(0.7),
-    Share(0.97),
-    NM(2, 4),
-    NM(1, 4),
-    NM(4, 8),
-    NM(3, 5),
-]
+PATTERNS = [Share(0.0), Share(0.3), Share(0.7), Share(0.97), NM(2, 4), NM(1, 4), NM(4, 8), NM(3, 5)]
 
 
 def solve(name: str, weight: torch.Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:

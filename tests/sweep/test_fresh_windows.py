@@ -20,14 +20,7 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.sweep.helpers import Family, dense_end, ids_of, tiny_zamba
 
 SAMPLES, SEQ_LEN = 4, 16
-RECIPE = {
-    "sparsity": 0.6,
-    "samples": SAMPLES,
-    "seq_len": SEQ_LEN,
-    "batch_tokens": 32,
-    "passes": 4,
-    "sweep_rate": 0.001,
-}
+RECIPE = {"sparsity": 0.6, "samples": SAMPLES, "seq_len": SEQ_LEN, "batch_tokens": 32, "passes": 4, "sweep_rate": 0.001}
 
 
 def runs_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:

@@ -131,11 +131,7 @@ def spread_evenly(count: int, total: int) -> set[int]:
 
 
 def windows_of_ids(
-    ids: Tensor,
-    config: PretrainedConfig,
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
-    bos: Bos = "auto",
+    ids: Tensor, config: PretrainedConfig, seq_len: int | None = None, max_tokens: int | None = None, bos: Bos = "auto"
 ) -> Tensor:
     """The windows ``(windows, tokens)`` of token ids that a user passed, up to ``max_tokens`` tokens. Raises DataError
     if the windows are longer than the model's positions, or not ``seq_len`` long, or ``bos`` is set."""

@@ -124,12 +124,7 @@ def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
 
 
 def _walk(
-    plan: Plan,
-    targets: Targets,
-    feed: Feed,
-    journal: Journal,
-    finished: Sequence[BlockRecord],
-    clock: PhaseClock,
+    plan: Plan, targets: Targets, feed: Feed, journal: Journal, finished: Sequence[BlockRecord], clock: PhaseClock
 ) -> list[BlockRecord]:
     """Prunes and writes the blocks that an earlier process has not; returns the records of all blocks."""
     chain, records = plan.chain, list(finished)

@@ -36,12 +36,7 @@ class Manner(BaseModel):
 
 
 def chat(
-    directory: str,
-    manner: Manner,
-    options: dict[str, str],
-    *,
-    show: Callable[[str], None],
-    say: Callable[[str], None],
+    directory: str, manner: Manner, options: dict[str, str], *, show: Callable[[str], None], say: Callable[[str], None]
 ) -> None:
     """Answers each line of stdin with the checkpoint of a directory, packed or dense, until its end or ``/quit``.
     ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about

@@ -12,13 +12,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sparsellm.calibration.sources import SELF, check_sources, default_source
 from sparsellm.calibration.windows import calibration_windows, check_seq_len
