@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsepack.codes import SCALES_OF, VALUE_TYPES
+from sparsepack.codes import SCALES_OF, VALUE_TYPES, Levels, nearest_levels
 from sparsepack.compiled import NOT_BUILT, extension, instruction_sets
 from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
@@ -91,6 +91,29 @@ def decode(plan: Tensor, token: int, position: int) -> None:
     """One token through the decoder that a plan of :mod:`sparsepack.decode` describes."""
     library, index = _kernel(None)
     library.decode(index, plan.data_ptr(), token, position, torch.get_num_threads())
+
+
+def round_panel(
+    parts: tuple[Tensor, ...], levels: Levels, dtype: torch.dtype, *, zero: bool, first: bool
+) -> tuple[Tensor, Tensor]:
+    """Rounds a panel of at most 64 inputs to a grid, one after another in place; what ``round.h`` says of it.
+
+    ``parts`` are contiguous fp32 matrices on the CPU: half the slopes of the error, or the values to be rounded where
+    ``first``; the rounded values, which change; the scales; 1 where a value may move, else 0, all ``(n, out)``; and the
+    matrix of the error, or its factor, ``(n, n)``. ``zero`` says that 0 is a number like the others, ``dtype`` what
+    values are stored in. Returns the moves ``(n, out)``, or the errors, and the gains ``(out,)``. A KernelError says
+    that a matrix is another one."""
+    library, _ = _kernel(None)
+    columns = parts[1]
+    for part in parts:
+        if part.dtype != torch.float32 or not part.is_cpu or not part.is_contiguous():
+            raise KernelError(f"{part.dtype} on {part.device}: a panel takes contiguous fp32 on the CPU")
+    moves, gains = torch.empty_like(columns), torch.empty_like(columns[0])
+    table = None if levels.even else nearest_levels(levels.numbers, columns.device)
+    addresses = [0 if part is None else part.data_ptr() for part in (*parts, moves, gains, table)]
+    modes = (levels.lowest, levels.numbers[-1], int(zero), int(first), _ACTIVATIONS[dtype])
+    library.round_panel(*columns.shape, *addresses, *modes, torch.get_num_threads())
+    return moves, gains
 
 
 def _kind(tensor: Tensor, what: str) -> int:

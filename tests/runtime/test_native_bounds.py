@@ -10,12 +10,14 @@ import dataclasses
 import itertools
 import mmap
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from sparsepack import native
+from sparsepack.codes import GAPPED, PLAIN
 from sparsepack.layout import PackedWeight
 from tests.runtime.extension import child
 from tests.runtime.reference import VALUE_TYPES, activations, bound, random_weight
@@ -81,6 +83,12 @@ def run(kernel: str, at_end: bool) -> None:
             rows = guarded.copy(torch.zeros(out, columns, dtype=dtype))
             native.unpack_rows(held, 0, out, rows, kernel=kernel)
             assert torch.equal(rows, dense.float().to(dtype))
+    for (out, inputs), levels in itertools.product(((1, 1), (70, 3), (64, 64)), (PLAIN["int4"], GAPPED["int3"])):
+        parts = [guarded.copy(torch.ones(inputs, out)) for _ in range(4)]
+        parts.append(guarded.copy(torch.eye(inputs)))
+        with patch.object(torch, "empty_like", lambda tensor: guarded.copy(torch.zeros_like(tensor))):
+            moves, gains = native.round_panel(tuple(parts), levels, torch.float16, zero=False, first=at_end)
+        assert bool(moves.isfinite().all() & gains.isfinite().all())
 
 
 def test_no_byte_outside_the_buffers() -> None:

@@ -15,7 +15,9 @@ from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import rounding
 from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram
+from sparsepack import native
 from sparsepack.codes import EXPONENTS, GAPPED, PLAIN, Levels, exponents_of_text, levels_of, text_of_exponents
+from sparsepack.errors import KernelError
 from sparsepack.grid import INTEGERS, Groups, codes_of, on_grid
 from sparsepack.grids import GRIDS
 from sparsepack.layout import form_of, pack, unpack
@@ -29,6 +31,15 @@ PATTERNS = [Share(0.5), Share(0.9), Share(0.0), NM(2, 4)]
 def pruned(out: int, inputs: int, pattern: Pattern, seed: int = 0) -> Tensor:
     weight = weight_of(out, inputs, seed)
     return weight * pattern.mask(weight.abs())
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both loops over the inputs of a panel; other tests run the one that a user gets here."""
+    if request.param == "torch":
+        monkeypatch.setattr(rounding, "_kernel", lambda _: None)
+    elif native.available() is None:
+        pytest.skip("the kernels were not built")
 
 
 @pytest.fixture
@@ -73,6 +84,7 @@ def test_weights_near_the_end_of_fp16_are_rounded_like_small_ones(values: str, s
             assert float(grid.weight[beyond].abs().mean()) > 40000.0
 
 
+@pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -133,6 +145,7 @@ def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels
     return float(losses(rows, weight, gram).min())
 
 
+@pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("values", "layout", "columns"), [("int4", "dense", 6), ("int4", "bitmask", 216), ("int3", "bitmask", 216)]
@@ -154,6 +167,7 @@ def test_is_near_the_best_of_all_grid_points(
     assert least - 1e-9 <= loss(result, weight, gram) <= 1.5 * least + 1e-9
 
 
+@pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize(("name", "kept"), [("q4_0", 4), ("w3a16", 5), ("w4a16-64", 4)])
 @pytest.mark.parametrize("seed", range(3))
 def test_numbers_and_scale_of_a_group_are_near_the_best(name: str, kept: int, seed: int) -> None:
@@ -199,6 +213,7 @@ def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: T
     return result
 
 
+@pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_each_input_is_made_up_for_by_all_after_it(values: str, sparsity: float) -> None:
@@ -250,6 +265,7 @@ def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(rounded(result.weight, gram, values, torch.bfloat16).weight, result.weight)
 
 
+@pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsity: float) -> None:
@@ -349,3 +365,41 @@ def test_many_small_weights_leave_no_dense_form() -> None:
         packed = pack(result.weight, values, exponents=result.exponents)
         assert packed is not None
         assert torch.equal(unpack(packed), result.weight)
+
+
+@pytest.mark.skipif(native.available() is None, reason="the kernels were not built")
+@pytest.mark.parametrize("values", ["int4", "int3", "q4_0"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_loops_end_alike_and_threads_change_no_bit(
+    values: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sums have other orders, so a value in the middle of two numbers may go to either."""
+    weight, gram = pruned(150, 80, Share(0.5)), gram_of(80)
+    compiled = rounded(weight, gram, values, dtype).weight
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # what the kernel asks
+    assert torch.equal(rounded(weight, gram, values, dtype).weight, compiled)
+    monkeypatch.setattr(rounding, "_kernel", lambda _: None)
+    other = rounded(weight, gram, values, dtype).weight
+    assert float((compiled == other).float().mean()) > 0.97
+    assert loss(compiled, weight, gram) == pytest.approx(loss(other, weight, gram), rel=0.01)
+
+
+@pytest.mark.skipif(native.available() is None, reason="the kernels were not built")
+@pytest.mark.parametrize("levels", [*PLAIN.values(), *GAPPED.values()], ids=lambda levels: str(len(levels.numbers)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_panel_of_one_input_is_rounded_to_nearest_and_stored(levels: Levels, dtype: torch.dtype) -> None:
+    """Bit for bit, 0 and scales of 0 included; and one of too many inputs is refused."""
+    goal, scales = weight_of(1, 2000) * 9, weight_of(1, 2000, seed=1)
+    goal[:, ::50], scales[:, ::70] = 0.0, 0.0
+    for zero in (False, True):
+        columns, ones = torch.zeros(1, 2000), torch.ones(1, 2000)
+        parts = (goal, columns, scales, ones, torch.full((1, 1), 2.0))
+        errors, _ = native.round_panel(parts, levels, dtype, zero=zero, first=True)
+        units = goal / scales.masked_fill(scales == 0, math.inf)
+        assert torch.equal(columns, (levels.nearest(units, zero=zero) * scales).to(dtype).float())
+        assert torch.equal(errors, (goal - columns) / 2)
+    many = torch.zeros(65, 4)
+    with pytest.raises(KernelError, match="contiguous fp32"):
+        native.round_panel((many.T, many, many, many, torch.eye(65)), levels, dtype, zero=False, first=True)
+    with pytest.raises(ValueError, match="too many inputs"):
+        native.round_panel((many, many, many, many, torch.eye(65)), levels, dtype, zero=False, first=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from sparsellm.patterns import NM
 from sparsellm.solvers.rounding import PANEL  # rows of the state that a program holds
-from sparsepack.codes import nearest_levels
-from sparsepack.grid import Groups
+from sparsepack.codes import Levels, nearest_levels
 
 PRUNED = 128  # the same where weights are pruned
 BLOCK = 32  # outputs of a program
@@ -99,24 +98,15 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
 
 
 def round_panel(
-    state: Tensor,
-    columns: Tensor,
-    scales: Tensor,
-    free: Tensor,
-    inner: Tensor,
-    groups: Groups,
-    dtype: torch.dtype,
-    *,
-    first: bool,
+    parts: tuple[Tensor, ...], levels: Levels, dtype: torch.dtype, *, zero: bool, first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Rounds ``columns (n, out)`` one after another in place, for a checkpoint in this dtype; returns their moves, or
-    errors where ``first``, and the gains ``(out,)``. All tensors are contiguous; see the kernel for them."""
-    levels = groups.levels
+    """What :func:`sparsepack.native.round_panel` does, on a GPU."""
+    columns = parts[1]
     moves, gains = torch.empty_like(columns), columns.new_empty(columns.shape[1])
     table = gains if levels.even else nearest_levels(levels.numbers, columns.device)
     ends = float(levels.lowest), float(levels.numbers[-1])
-    tensors, sizes = (state, columns, scales, free, inner, moves, gains, table), columns.shape
-    mode = {"ZERO": groups.dense, "HALF": HALVES.get(dtype, 0), "FIRST": first}
+    tensors, sizes = (*parts, moves, gains, table), columns.shape
+    mode = {"ZERO": zero, "HALF": HALVES.get(dtype, 0), "FIRST": first}
     with torch.cuda.device_of(columns):
         programs = (triton.cdiv(sizes[1], BLOCK),)
         _panel[programs](*tensors, *sizes, *ends, EVEN=levels.even, **mode, PANEL=PANEL, BLOCK=BLOCK)

@@ -6,6 +6,7 @@
 
 #include "driver.h"
 #include "pool.h"
+#include "round.h"
 
 namespace {
 
@@ -130,6 +131,20 @@ PyObject* py_decode(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// inputs, out, state, columns, scales, free, inner, moves, gains, table, lowest, highest, zero, first, type, threads
+PyObject* py_round_panel(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[16];
+  if (!read_numbers(args, count, 16, n)) return nullptr;
+  if (n[0] < 0 || n[0] > kMaxInputs || n[1] < 0 || n[10] >= n[11] || !is_float(n[14])) {
+    PyErr_SetString(PyExc_ValueError, "too many inputs, no numbers, or a type that is no float");
+    return nullptr;
+  }
+  const auto at = [&](int i) { return reinterpret_cast<float*>(static_cast<uintptr_t>(n[i])); };
+  const RoundPanel panel{n[0],  n[1],  at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), static_cast<float>(n[10]),
+                         static_cast<float>(n[11]), n[12] != 0, n[13] != 0, static_cast<ValueType>(n[14])};
+  return without_gil([&] { round_panel(panel, static_cast<int>(n[15])); });
+}
+
 // (name, supported by this machine) of every instruction set built in, best first.
 PyObject* py_instruction_sets(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
@@ -155,6 +170,7 @@ PyMethodDef methods[] = {
     {"unpack_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unpack_rows)), METH_FASTCALL,
      nullptr},
     {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_decode)), METH_FASTCALL, nullptr},
+    {"round_panel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_round_panel)), METH_FASTCALL, nullptr},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
     {"use_openmp", py_use_openmp, METH_O, nullptr},
     {"pool_name", py_pool_name, METH_NOARGS, nullptr},
