@@ -86,7 +86,7 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
         else:
             move = (value - old) * free
             gain = (2 * own + pivot * move) * move  # negative where the error falls
-            better = tl.where(pivot > 0, gain, 0.0) < 0
+            better = gain < 0
             new, move = tl.where(better, value, old), tl.where(better, move, 0.0)
             gained -= tl.where(better, gain, 0.0)
             change = move

@@ -35,10 +35,10 @@ from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
 from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_of
 
 # It takes the time of 80 products in linears with 576 inputs, and of 32 with 2048 to 5632.
-ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=35)
+ROUNDING = Workspace(weights=16, grams=3, remembered=2, products=35)
 
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))  # anchor / largest magnitude; values beyond are clipped
-DAMPING = 0.03  # for rounding one after another; 0.01 and 0.1 give the same error after the descent
+DAMPING = 0.1  # in units of the mean square of inputs: without it, errors fit the tokens of calibration
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
 FACTORS = (0.5, 2.0)  # bounds of the change of a scale in a turn, for systems that are nearly singular
@@ -70,6 +70,7 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case. A
     NumericalError says that the Gram matrix cannot be factorised with any damping."""
     groups = Groups.of(weight, value_type)
+    gram = gram.remember("rounding", lambda: _damped(gram))
     # Other programs have no exponents of columns.
     powers = torch.ones_like(gram.diagonal) if groups.half else _powers(weight, gram, groups, dtype)
     if groups.dense:
@@ -82,6 +83,13 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         start = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
         groups = Groups.of(start, value_type)
     return _fitted(start, weight, gram, powers, replace(groups, dense=False), dtype)
+
+
+def _damped(gram: Gram) -> Gram:
+    """``G + λI``, in whose metric values are rounded. Inputs that no token reaches count too."""
+    matrix = gram.matrix.clone()
+    matrix.diagonal().add_(DAMPING * gram.mean_diagonal)
+    return Gram(matrix, gram.tokens)
 
 
 def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, dtype: torch.dtype) -> Rounded:
@@ -165,7 +173,7 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
     With ``UᵀU = (G + λI)⁻¹`` the best change of the later inputs for an error ``e_j`` of one is ``−(e_j / U_jj) U_jk``
     (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up.
     """
-    order, factor = gram.remember(("rounding", DAMPING), lambda: _ordered(gram))
+    order, factor = gram.remember("ordered", lambda: _ordered(gram))
     columns = target.T[order]  # (in, out), a copy
     result = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are
     scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
@@ -210,16 +218,13 @@ class _Descent:
         self.columns = start.T.contiguous()
         self.free = grid.free.T.to(self.columns.dtype).contiguous()
         self.slope = self.matrix @ (self.columns - self.target)  # half the gradient of the error
-        # Inputs that no token reaches have no part in the error, and no slope: they are rounded to nearest.
-        self.unreached = (self.matrix.diagonal() <= 0).nonzero().flatten()
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight ``(out, in)``, the best value of each entry with all others held, and the scales of groups."""
         for _ in range(ROUNDS):
             self._fit_scales()
             self._fit_numbers()
-        curvature = self.matrix.diagonal()[:, None]
-        best = torch.where(curvature > 0, self.columns - self.slope / curvature, self.columns)
+        best = self.columns - self.slope / self.matrix.diagonal()[:, None]
         return self.columns.T.contiguous(), best.T.contiguous(), self.scales
 
     def _fit_scales(self) -> None:
@@ -245,10 +250,6 @@ class _Descent:
         grid = self.grid
         scales = grid.scales(self.scales).T.contiguous()
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
-        places = self.unreached
-        numbers = grid.groups.levels.nearest(self.target[places] * inverse[places], zero=grid.groups.dense)
-        nearest = as_stored(numbers, scales[places], grid.dtype)
-        self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
         before = self._errors(self.columns, self.slope).double().sum()
         for number in range(PASSES):
             first, *known = torch.stack([before, *self._pass(scales, inverse)]).tolist()  # a GPU would wait for each
@@ -289,8 +290,6 @@ class _Descent:
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
         columns = zip(inner.diagonal().tolist(), *views, strict=True)
         for number, (curvature, column, slope, scale, free, inverted) in enumerate(columns):
-            if curvature <= 0:
-                continue  # no token reaches it
             slope = torch.addmv(slope, moves[:number].T, inner[number, :number])
             units = column.add(slope, alpha=-1 / curvature).mul_(inverted)  # 0 where not free
             value = as_stored(levels.nearest(units, zero=zero), scale, dtype)

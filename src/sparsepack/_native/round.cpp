@@ -61,10 +61,6 @@ void round_outputs(const RoundPanel& panel, int64_t start, int64_t count) {
     float* const SPARSELLM_ALONE moves = panel.moves + at;
     const float* const SPARSELLM_ALONE scales = panel.scales + at;
     const float* const SPARSELLM_ALONE free = panel.free + at;
-    if (!kFirst && !(pivot > 0)) {  // no token reaches it
-      for (int64_t o = 0; o < count; ++o) moves[o] = 0;
-      continue;
-    }
     const float inverse = 1 / pivot;
     for (int64_t o = 0; o < count; ++o) {
       const float own = state[j][o], old = columns[o];
