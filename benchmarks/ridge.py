@@ -1,9 +1,12 @@
-"""Ridge and schedule of `admm`, chosen on held-out articles: the error of linears on tokens that no Gram matrix has.
+"""Ridge and schedule of `admm`, or with ``--values`` the damping of rounding, chosen on held-out articles: the error of
+linears on tokens that no Gram matrix has.
 
     python benchmarks/ridge.py --calibration wikipedia.txt --blocks 2 14 27 --targets 0.5 0.7 2:4
+    python benchmarks/ridge.py --calibration wikipedia.txt --values int4 q4_0
 
 The first half of the text gives the Gram matrices, the second half, which are other articles, the errors; no test text
-takes part. A cell is the geometric mean over the linears of the blocks, divided by that of the default.
+takes part. A cell is the geometric mean over the linears of the blocks, divided by that of the default; for rounding
+also on Python's documentation, and divided by that without damping.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import find_blocks, iterate_linears
 from sparsellm.patterns import Unstructured, parse_pattern
 from sparsellm.solvers import admm as solver
+from sparsellm.solvers import rounding
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.statistics import Gram
 
 RIDGES = (0.0, 0.01, 0.02, 0.1, 0.2)  # and the default, 0.05
+DAMPINGS = (0.03, 0.1, 0.2, 0.4)  # of rounding, in units of the mean square of inputs
 SCHEDULES = ((0.1, 0.8), (0.4, 0.8), (0.2, 0.4), (0.2, 1.6))  # first and last ρ; the default is (0.2, 0.8)
 
 
@@ -71,6 +76,20 @@ def scheduled(first: float, last: float) -> Iterator[None]:
         yield
 
 
+def rounded_error(
+    linears: dict[str, Any], fitted: dict[str, Gram], held: dict[str, Gram], type_: str, by: float
+) -> float:
+    """The geometric mean of the errors of dense weights that are rounded with a damping."""
+    logarithms = []
+    for name, linear in linears.items():
+        weight = linear.get_parameter("weight").detach().float()
+        with mock.patch.object(rounding, "DAMPING", by):
+            gram = Gram(fitted[name].matrix, fitted[name].tokens)  # remembers no other damping
+            result = rounding.rounded(weight, gram, type_, torch.bfloat16).weight
+        logarithms.append(math.log(held[name].energy(result, minus=weight)))
+    return math.exp(statistics.mean(logarithms))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -79,6 +98,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 14, 27])
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7", "2:4"])
+    parser.add_argument("--values", nargs="+", default=[], help="types whose rounding is tried instead")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     directory = checkpoint_directory(asked.model)
@@ -105,13 +125,29 @@ def main() -> None:
             logarithms.append(math.log(held[name].energy(pruned, minus=weight) / held[name].energy(weight)))
         return math.exp(statistics.mean(logarithms))
 
-    settings = [(ridge, solver.RHO) for ridge in RIDGES] + [(0.05, rho) for rho in SCHEDULES]
-    base = {target: error(target, 0.05, solver.RHO) for target in asked.targets}
-    print(
+    conditions = (
         f"Model {asked.model}, blocks {asked.blocks}, {len(linears)} linears; {asked.samples} × {asked.window} tokens "
         f"of each half of {Path(asked.calibration or 'wikipedia.txt').name}, seed {asked.seed}; {cpu_name()}, torch "
         f"{torch.__version__}, code {code_version()}.\n"
     )
+    if asked.values:
+        other = grams(model, linears, calibration_windows("pydoc", tokenizer, asked.samples, asked.window, asked.seed))
+        print(f"{conditions}\n| damping | {' | '.join(asked.values)} |")
+        print("|---" * (1 + len(asked.values)) + "|")
+        plain = [[rounded_error(linears, fitted, text, each, 0.0) for text in (held, other)] for each in asked.values]
+        for by in DAMPINGS:
+            cells = [
+                ", ".join(
+                    f"{rounded_error(linears, fitted, text, each, by) / base:.3f}"
+                    for text, base in zip((held, other), bases, strict=True)
+                )
+                for each, bases in zip(asked.values, plain, strict=True)
+            ]
+            print(f"| {by:g} | {' | '.join(cells)} |", flush=True)
+        return
+    settings = [(ridge, solver.RHO) for ridge in RIDGES] + [(0.05, rho) for rho in SCHEDULES]
+    base = {target: error(target, 0.05, solver.RHO) for target in asked.targets}
+    print(conditions)
     print(f"| ridge, ρ | {' | '.join(asked.targets)} |")
     print("|---" * (1 + len(asked.targets)) + "|")
     print(f"| **0.05, {solver.RHO}**: error | {' | '.join(f'{value:.4f}' for value in base.values())} |", flush=True)
