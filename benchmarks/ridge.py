@@ -39,7 +39,7 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.statistics import Gram
 
 RIDGES = (0.0, 0.01, 0.02, 0.1, 0.2)  # and the default, 0.05
-DAMPINGS = (0.03, 0.1, 0.2, 0.4)  # of rounding, in units of the mean square of inputs
+DAMPINGS = (0.03, 0.1, 0.2, 0.4)  # for rounding, in units of the mean square of inputs
 SCHEDULES = ((0.1, 0.8), (0.4, 0.8), (0.2, 0.4), (0.2, 1.6))  # first and last ρ; the default is (0.2, 0.8)
 
 
