@@ -39,6 +39,7 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.statistics import Gram
 
 RIDGES = (0.0, 0.01, 0.02, 0.1, 0.2)  # and the default, 0.05
+Texts = tuple[dict[str, Gram], ...]
 DAMPINGS = (0.03, 0.1, 0.2, 0.4)  # for rounding, in units of the mean square of inputs
 SCHEDULES = ((0.1, 0.8), (0.4, 0.8), (0.2, 0.4), (0.2, 1.6))  # first and last ρ; the default is (0.2, 0.8)
 
@@ -76,18 +77,31 @@ def scheduled(first: float, last: float) -> Iterator[None]:
         yield
 
 
-def rounded_error(
-    linears: dict[str, Any], fitted: dict[str, Gram], held: dict[str, Gram], type_: str, by: float
-) -> float:
-    """The geometric mean of the errors of dense weights that are rounded with a damping."""
-    logarithms = []
+def rounded_errors(
+    linears: dict[str, Any], fitted: dict[str, Gram], texts: Texts, type_: str, by: float
+) -> list[float]:
+    """The geometric mean, on each text, of the errors of dense weights that are rounded with a damping."""
+    logarithms: list[list[float]] = [[] for _ in texts]
     for name, linear in linears.items():
         weight = linear.get_parameter("weight").detach().float()
         with mock.patch.object(rounding, "DAMPING", by):
             gram = Gram(fitted[name].matrix, fitted[name].tokens)  # remembers no other damping
             result = rounding.rounded(weight, gram, type_, torch.bfloat16).weight
-        logarithms.append(math.log(held[name].energy(result, minus=weight)))
-    return math.exp(statistics.mean(logarithms))
+        for known, text in zip(logarithms, texts, strict=True):
+            known.append(math.log(text[name].energy(result, minus=weight)))
+    return [math.exp(statistics.mean(known)) for known in logarithms]
+
+
+def print_dampings(asked: argparse.Namespace, linears: dict[str, Any], fitted: dict[str, Gram], texts: Texts) -> None:
+    print(f"| damping | {' | '.join(asked.values)} |")
+    print("|---" * (1 + len(asked.values)) + "|")
+    plain = [rounded_errors(linears, fitted, texts, each, 0.0) for each in asked.values]
+    for by in DAMPINGS:
+        cells = []
+        for each, bases in zip(asked.values, plain, strict=True):
+            errors = rounded_errors(linears, fitted, texts, each, by)
+            cells.append(", ".join(f"{error / base:.3f}" for error, base in zip(errors, bases, strict=True)))
+        print(f"| {by:g} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -130,24 +144,12 @@ def main() -> None:
         f"of each half of {Path(asked.calibration or 'wikipedia.txt').name}, seed {asked.seed}; {cpu_name()}, torch "
         f"{torch.__version__}, code {code_version()}.\n"
     )
+    print(conditions)
     if asked.values:
         other = grams(model, linears, calibration_windows("pydoc", tokenizer, asked.samples, asked.window, asked.seed))
-        print(f"{conditions}\n| damping | {' | '.join(asked.values)} |")
-        print("|---" * (1 + len(asked.values)) + "|")
-        plain = [[rounded_error(linears, fitted, text, each, 0.0) for text in (held, other)] for each in asked.values]
-        for by in DAMPINGS:
-            cells = [
-                ", ".join(
-                    f"{rounded_error(linears, fitted, text, each, by) / base:.3f}"
-                    for text, base in zip((held, other), bases, strict=True)
-                )
-                for each, bases in zip(asked.values, plain, strict=True)
-            ]
-            print(f"| {by:g} | {' | '.join(cells)} |", flush=True)
-        return
+        return print_dampings(asked, linears, fitted, (held, other))
     settings = [(ridge, solver.RHO) for ridge in RIDGES] + [(0.05, rho) for rho in SCHEDULES]
     base = {target: error(target, 0.05, solver.RHO) for target in asked.targets}
-    print(conditions)
     print(f"| ridge, ρ | {' | '.join(asked.targets)} |")
     print("|---" * (1 + len(asked.targets)) + "|")
     print(f"| **0.05, {solver.RHO}**: error | {' | '.join(f'{value:.4f}' for value in base.values())} |", flush=True)
