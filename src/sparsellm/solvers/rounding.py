@@ -38,7 +38,7 @@ from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_
 ROUNDING = Workspace(weights=16, grams=3, remembered=2, products=35)
 
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))  # anchor / largest magnitude; values beyond are clipped
-DAMPING = 0.1  # in units of the mean square of inputs: without it, errors fit the tokens of calibration
+DAMPING = 0.1  # in units of the inputs' mean square: without it, values fit the text of calibration more than others
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
 FACTORS = (0.5, 2.0)  # bounds of the change of a scale in a turn, for systems that are nearly singular
