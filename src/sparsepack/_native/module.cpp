@@ -136,7 +136,7 @@ PyObject* py_round_panel(PyObject*, PyObject* const* args, Py_ssize_t count) {
   long long n[16];
   if (!read_numbers(args, count, 16, n)) return nullptr;
   if (n[0] < 0 || n[0] > kMaxInputs || n[1] < 0 || n[10] >= n[11] || !is_float(n[14])) {
-    PyErr_SetString(PyExc_ValueError, "too many inputs, no numbers, or a type that is no float");
+    PyErr_SetString(PyExc_ValueError, "too many inputs, no numbers, or a type that is not a float");
     return nullptr;
   }
   const auto at = [&](int i) { return reinterpret_cast<float*>(static_cast<uintptr_t>(n[i])); };
