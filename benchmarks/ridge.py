@@ -39,9 +39,10 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.statistics import Gram
 
 RIDGES = (0.0, 0.01, 0.02, 0.1, 0.2)  # and the default, 0.05
-Texts = tuple[dict[str, Gram], ...]
 DAMPINGS = (0.03, 0.1, 0.2, 0.4)  # for rounding, in units of the mean square of inputs
 SCHEDULES = ((0.1, 0.8), (0.4, 0.8), (0.2, 0.4), (0.2, 1.6))  # first and last ρ; the default is (0.2, 0.8)
+
+Texts = tuple[dict[str, Gram], ...]  # the Gram matrices of the linears' inputs on each text
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Products with a packed weight by the compiled kernels: one to sixteen tokens at a time, on the CPU.
+"""The compiled kernels on the CPU: products with a packed weight, one to sixteen tokens at a time, and rounding.
 
 The kernels are a small C++ extension without torch; this module checks the tensors and passes their addresses. Kernels
 sum in fp32. A row is never split between threads, and its order of summation depends only on the instruction set. So
@@ -102,12 +102,13 @@ def round_panel(
     ``first``; the rounded values, which change; the scales; 1 where a value may move, else 0, all ``(n, out)``; and the
     matrix of the error, or its factor, ``(n, n)``. ``zero`` says that 0 is a number like the others, ``dtype`` what
     values are stored in. Returns the moves ``(n, out)``, or the errors, and the gains ``(out,)``. A KernelError says
-    that a matrix is another one."""
-    library, _ = _kernel(None)
-    columns = parts[1]
-    for part in parts:
-        if part.dtype != torch.float32 or not part.is_cpu or not part.is_contiguous():
-            raise KernelError(f"{part.dtype} on {part.device}: a panel takes contiguous fp32 on the CPU")
+    that a matrix has another shape or type."""
+    (library, _), columns = _kernel(None), parts[1]
+    for part, shape in zip(parts, (*[columns.shape] * 4, (len(columns),) * 2), strict=True):
+        if part.shape != shape or part.dtype != torch.float32 or not part.is_cpu or not part.is_contiguous():
+            raise KernelError(
+                f"{part.dtype} {tuple(part.shape)}: a panel takes contiguous fp32 on the CPU, {tuple(shape)}"
+            )
     moves, gains = torch.empty_like(columns), torch.empty_like(columns[0])
     table = None if levels.even else nearest_levels(levels.numbers, columns.device)
     addresses = [0 if part is None else part.data_ptr() for part in (*parts, moves, gains, table)]
