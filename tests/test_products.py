@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 import sparsellm
@@ -82,6 +84,22 @@ def test_small_and_other_products_stay_as_they_are() -> None:
         with Bf16Products():
             found = small(x), big(narrow), x @ small.weight
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+
+
+def test_attention_errs_by_a_few_roundings_and_not_where_a_mask_has_numbers() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 256, 32, requires_grad=True) for heads in (4, 2, 2))
+    causal = torch.ones(256, 256, dtype=torch.bool).tril()
+    for mask in (causal, torch.zeros(256, 256).masked_fill(~causal, -1e9)):
+        results = []
+        for mode in (contextlib.nullcontext(), Bf16Products()):
+            with mode:
+                y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            results.append([y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))])
+        for true, found in zip(*results, strict=True):
+            assert found.dtype is torch.float32
+            assert torch.equal(found, true) == (mask is not causal)
+            assert (found - true).norm() <= 3 * UNIT * true.norm()
 
 
 @pytest.fixture

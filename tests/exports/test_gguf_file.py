@@ -20,7 +20,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import TensorSource, write_shard
 from tests.exports.checkpoints import family, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
-from tests.models.in_gguf import in_gguf, write_gguf
+from tests.models.in_gguf import finish, in_gguf, write_gguf
 
 Kind = gguf.GGMLQuantizationType
 
@@ -158,10 +158,7 @@ def split(place: Path) -> Path:
     writer.add_block_count(2)  # more than the tensors of one file
     for name in ("a", "b"):
         writer.add_tensor(name, np.zeros(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return place / "split-00001-of-00002.gguf"
 
 
@@ -283,10 +280,7 @@ def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:
     writer.add_block_count(2)
     for name, weight in in_neox(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")).items():
         writer.add_tensor(name, weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     settings = {"like": tmp_path / "like.gguf", "model": tmp_path / "dense"}
     sparsellm.export(directory, to="gguf", out=tmp_path / "out.gguf", **settings)
     here = in_neox(AutoModelForCausalLM.from_pretrained(directory))

@@ -82,6 +82,10 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationTy
     for name, weight in in_gguf(model).items():
         matrix = weight.ndim > 1
         writer.add_tensor(name, gguf.quantize(weight, kind) if matrix else weight, raw_dtype=kind if matrix else None)
+    finish(writer)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-LEAST = 1 << 16  # elements of a weight: rounding the factors of smaller products takes longer than it saves
+LEAST = 1 << 16  # elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
 
 
 class Bf16Products(TorchFunctionMode):
-    """As a context, runs linears with fp32 weights in bf16, forward and backward, and nothing else. The rounded copy of
-    a weight is kept as long as the weight lives and is not changed."""
+    """As a context, runs linears with fp32 weights and fused attention in bf16, forward and backward, and nothing else.
+    The rounded copy of a weight is kept as long as the weight lives and is not changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +37,8 @@ class Bf16Products(TorchFunctionMode):
             return _Linear.apply(args[0], args[1], bias, self._copy(args[1]))
         if func is torch.addmm and not kwargs and len(args) == 3 and _fits(args[1], args[2]):  # Conv1D of GPT-2
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
+        if func is functional.scaled_dot_product_attention and _is_wide(*args, **(kwargs or {})):
+            return func(*(each.to(torch.bfloat16) for each in args), **(kwargs or {})).float()
         return func(*args, **(kwargs or {}))
 
     def forget(self) -> None:
@@ -55,6 +57,14 @@ class Bf16Products(TorchFunctionMode):
 def _fits(x: Any, weight: Any) -> bool:
     fp32 = isinstance(weight, Tensor) and weight.dtype is x.dtype is torch.float32
     return fp32 and weight.numel() >= LEAST and not weight.is_meta
+
+
+def _is_wide(*inputs: Any, attn_mask: Tensor | None = None, **_: Any) -> bool:
+    """Whether attention is in fp32 and large enough. In a mask with numbers bf16 would round distances of tokens."""
+    if len(inputs) != 3 or (attn_mask is not None and attn_mask.dtype is not torch.bool):
+        return False
+    scores: int = inputs[0].shape[-2] * inputs[1].shape[-2]
+    return inputs[0].dtype is torch.float32 and scores >= LEAST
 
 
 class _Linear(torch.autograd.Function):
