@@ -69,9 +69,7 @@ def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch
     assert cache_dir() == tmp_path / "chosen"
 
 
-def test_an_unfinished_demo_begins_anew_and_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
-) -> None:
+def test_an_unfinished_demo_begins_anew_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     """The demo on another model, and on less text."""
     sizes = {"SAMPLES": 4, "SEQ_LEN": 32, "EVALUATION_TOKENS": 256, "PROMPT_TOKENS": 4, "NEW_TOKENS": 2, "ROUNDS": 1}
     for name, size in {**sizes, "TEXT_TOKENS": 4}.items():

@@ -120,9 +120,7 @@ def test_auto_takes_bf16_where_the_processor_has_it(source: Path, tmp_path: Path
     assert auto == (narrow if bf16_is_native(torch.device("cpu")) else full)
 
 
-def test_a_run_does_not_go_on_with_other_products(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_run_goes_on_with_other_products(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -124,9 +124,7 @@ def test_the_order_of_patterns_is_part_of_the_identity(llama: Path, tmp_path: Pa
         (0.0, {"b": 0.5}, "0.25 to 0.745 are possible"),
     ],
 )
-def test_a_total_out_of_reach_is_refused_with_possible_ones(
-    sparsity: float, of: dict[str, float], possible: str
-) -> None:
+def test_impossible_totals_are_refused_with_possible_ones(sparsity: float, of: dict[str, float], possible: str) -> None:
     sizes = [LinearSize(name, 0, (20, 50), round(1000 * of[name]) if name in of else None) for name in "ab"]
     with pytest.raises(RecipeError, match=f"sparsity {sparsity:g} cannot be reached.*{possible}"):
         divide(sizes, sparsity)

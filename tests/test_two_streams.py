@@ -49,9 +49,7 @@ def nothing(task: BlockTask) -> None:
 
 @pytest.mark.usefixtures("forgotten_plugins")
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_mistral], ids=lambda family: family.__name__)
-def test_the_dense_stream_is_that_of_the_dense_model(
-    family: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_dense_stream_is_of_the_dense_model(family: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     METHODS.register("nothing", paper="none", effort=1)(nothing)
     tasks: list[SweepTask] = []
     monkeypatch.setattr(story, "sweep", lambda task: tasks.append(task) or 1 / 0)

@@ -23,9 +23,7 @@ AUTO: dict[str, Any] = {"pattern": "auto:8", "sparsity": 0.5}
 
 @given(st.lists(st.sampled_from([16, 32, 40, 48]), min_size=1, max_size=5), st.floats(0.13, 0.87), st.data())
 @settings(max_examples=60, deadline=None)
-def test_the_total_is_the_nearest_and_the_choice_the_best(
-    groups: list[int], sparsity: float, data: st.DataObject
-) -> None:
+def test_the_total_is_nearest_and_the_choice_best(groups: list[int], sparsity: float, data: st.DataObject) -> None:
     weights = [8 * count for count in groups]
     shares = [min(max(sparsity + data.draw(st.floats(-0.15, 0.15)), 0.02), 0.98) for _ in weights]
     goals = [share * count for share, count in zip(shares, weights, strict=True)]

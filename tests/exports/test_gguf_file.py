@@ -270,10 +270,8 @@ def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:
 
     def in_neox(model: PreTrainedModel) -> dict[str, np.ndarray]:
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPTNEOX, 2)
-        weights = {
-            names.get_name(key, (".weight", ".bias")): x.numpy() for key, x in model.float().state_dict().items()
-        }
-        return {name: parted(weight) if "qkv" in name else weight for name, weight in weights.items()}
+        arrays = {names.get_name(key, (".weight", ".bias")): x.numpy() for key, x in model.float().state_dict().items()}
+        return {name: parted(weight) if "qkv" in name else weight for name, weight in arrays.items()}
 
     directory = pruned(family("GPTNeoX"), tmp_path, "q8_0", effort=1)
     writer = gguf.GGUFWriter(str(tmp_path / "like.gguf"), "gptneox")

@@ -221,9 +221,7 @@ def pruned(runs: Path, out: Path) -> tuple[PruneResult, str]:
     return result, "\n".join(notes)
 
 
-def test_without_the_extra_the_checkpoint_is_complete(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_extra_a_checkpoint_is_whole(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document._library.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly", None)
     result, said = pruned(runs, tmp_path / "p")

@@ -51,9 +51,7 @@ def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> lis
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 @pytest.mark.parametrize("head_tokens", [1 << 20, 12])
-def test_gradients_are_those_of_the_whole_model(
-    family: Family, head_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_of_the_whole_model(family: Family, head_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(module, "STEP_TOKENS", 48)
