@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,13 +49,14 @@ class Hub:
     def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
         self.files.setdefault((repo, branch), {})
 
-    def upload_folder(
-        self, repo_id: str, folder_path: Path, revision: str | None, allow_patterns: Sequence[str], commit_message: str
-    ) -> Any:
+    def upload_folder(self, repo_id: str, folder_path: Path, revision: str | None, **patterns: Any) -> Any:
         self._called("upload_folder")
+        stored = self.files[repo_id, revision or "main"]
+        for name in [name for name in stored if any(fnmatch(name, each) for each in patterns["delete_patterns"])]:
+            del stored[name]
         names = [str(file.relative_to(folder_path)) for file in folder_path.rglob("*") if file.is_file()]
-        for name in (name for name in names if any(fnmatch(name, pattern) for pattern in allow_patterns)):
-            self.files[repo_id, revision or "main"][name] = (folder_path / name).read_bytes()
+        for name in (name for name in names if any(fnmatch(name, each) for each in patterns["allow_patterns"])):
+            stored[name] = (folder_path / name).read_bytes()
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/0")
 
 
@@ -87,7 +87,9 @@ def test_the_files_of_the_checkpoint_arrive_and_nothing_else(server: Hub, checkp
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "short.jinja").write_text("x")
     wanted["additional_chat_templates/short.jinja"] = b"x"
+    server.files["me/mine", "main"] = {"model-00001-of-00002.safetensors": b"", "eval/model.safetensors": b""}
     pushed = push(directory, "me/mine")
+    assert server.files["me/mine", "main"].pop("eval/model.safetensors") == b""
     assert server.files["me/mine", "main"] == wanted
     assert pushed.files == sorted(wanted)
     assert pushed.left_out == [".0123.tmp", ".sparsellm-run", "link.json", "notes.md"]

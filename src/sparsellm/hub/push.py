@@ -12,6 +12,8 @@ from sparsellm.errors import StorageError, one_line
 from sparsellm.inputs import HUB_ID
 from sparsellm.storage.contents import checkpoint_files, has_weights
 
+# A file of weights that an earlier upload left would be read in place of shards, or with them.
+_REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 _TOKEN = re.compile(r"hf_\w+|Bearer \S+")
 _ADVICE = {
     401: "run `hf auth login`, or set HF_TOKEN",
@@ -34,7 +36,7 @@ class Pushed:
 @checked
 def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: Name | None = None) -> Pushed:
     """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds. Files
-    that are not part of the checkpoint are left out.
+    that are not part of the checkpoint are left out. Weights that the repository has are removed.
 
     Args:
         repo: ``owner/name``; created if the hub has none.
@@ -64,6 +66,7 @@ def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: 
             folder_path=directory,
             revision=revision,
             allow_patterns=[glob.escape(name) for name in files],
+            delete_patterns=_REPLACED,
             commit_message="Upload a checkpoint pruned by sparsellm",
         )
     except StorageError:
