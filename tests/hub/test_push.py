@@ -143,6 +143,9 @@ def test_a_name_that_is_no_repository(checkpoint: Path, repo: str) -> None:
         push(checkpoint, repo)
 
 
-def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_directory_that_is_no_checkpoint(server: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
     with pytest.raises(StorageError, match=r"has no config\.json with weights"):
         push(tmp_path, "me/mine")
+    assert not server.files

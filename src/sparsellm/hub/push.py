@@ -10,10 +10,11 @@ from pathlib import Path
 from sparsellm.arguments import Checkpoint, Name, checked
 from sparsellm.errors import StorageError, one_line
 from sparsellm.inputs import HUB_ID
-from sparsellm.storage.contents import checkpoint_files, has_weights
+from sparsellm.storage.contents import LIST, checkpoint_files, has_weights
 
-# A file of weights that an earlier upload left would be read in place of shards, or with them.
+# What an earlier upload left of these would be read in place of the shards, or as said of them.
 _REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+_REPLACED += [LIST, "results.json", "pruning.json", "packed.json", "recipe.yaml", "report.html"]
 _TOKEN = re.compile(r"hf_\w+|Bearer \S+")
 _ADVICE = {
     401: "run `hf auth login`, or set HF_TOKEN",
@@ -35,8 +36,8 @@ class Pushed:
 
 @checked
 def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: Name | None = None) -> Pushed:
-    """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds. Files
-    that are not part of the checkpoint are left out. Weights that the repository has are removed.
+    """Uploads a checkpoint to the Hugging Face hub, with the token that the hub's client finds. Files that are not part
+    of the checkpoint are left out. Weights that the repository has are replaced.
 
     Args:
         repo: ``owner/name``; created if the hub has none.
@@ -51,10 +52,15 @@ def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: 
     directory = Path(directory).expanduser()
     if not HUB_ID.fullmatch(repo):
         raise StorageError(f"repository {repo!r:.120} is not a name of the hub; give owner/name")
-    if not directory.is_dir() or not has_weights(directory):
-        raise StorageError(f"{directory} has no config.json with weights; give the directory of a checkpoint")
+    if not directory.is_dir():
+        raise StorageError(f"{directory} is no directory; give that of a checkpoint")
     try:
         files, left_out = checkpoint_files(directory)
+        if not has_weights(files):
+            raise StorageError(
+                f"{directory} has no config.json with weights, as files in its {LIST} if there is one; links do not "
+                "count. Give the directory of a checkpoint"
+            )
         api = HfApi(library_name="sparsellm")
         api.create_repo(repo, private=True if private else None, exist_ok=True)
         if private and not api.repo_info(repo).private:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,9 +85,9 @@ def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
     return files, sorted({path.name for path in directory.iterdir()} - {name.partition("/")[0] for name in files})
 
 
-def has_weights(directory: Path) -> bool:
-    """Whether a directory has a config and weights, like a checkpoint."""
-    return (directory / "config.json").is_file() and any(_WEIGHTS.fullmatch(name) for name in os.listdir(directory))
+def has_weights(files: Collection[str]) -> bool:
+    """Whether files of these names are a config and weights, like a checkpoint."""
+    return "config.json" in files and any(_WEIGHTS.fullmatch(name) for name in files)
 
 
 @contextlib.contextmanager
