@@ -79,10 +79,11 @@ def test_the_copy_of_a_weight_follows_its_changes() -> None:
 def test_small_and_other_products_stay_as_they_are() -> None:
     small, x = nn.Linear(64, 64), torch.randn(3, 64)
     big, narrow = linear_of("linear", 320, 256), torch.randn(3, 320).bfloat16()
+    router, states = nn.Linear(1024, 128), torch.randn(3, 1024)
     with torch.no_grad():
-        wanted = small(x), big.bfloat16()(narrow), x @ small.weight
+        wanted = small(x), big.bfloat16()(narrow), x @ small.weight, router(states)
         with Bf16Products():
-            found = small(x), big(narrow), x @ small.weight
+            found = small(x), big(narrow), x @ small.weight, router(states)
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 

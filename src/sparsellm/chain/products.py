@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 LEAST = 1 << 16  # elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
+ROUTED, ROUTED_INPUTS = 512, 8  # the most outputs of a router, and the fewest inputs for each
 
 
 class Bf16Products(TorchFunctionMode):
@@ -56,15 +57,23 @@ class Bf16Products(TorchFunctionMode):
 
 def _fits(x: Any, weight: Any) -> bool:
     fp32 = isinstance(weight, Tensor) and weight.dtype is x.dtype is torch.float32
-    return fp32 and weight.numel() >= LEAST and not weight.is_meta
+    return fp32 and weight.numel() >= LEAST and not weight.is_meta and not _routes(weight)
+
+
+def _routes(weight: Tensor) -> bool:
+    """Whether a weight ``(out, in)`` has as few outputs as a router, which models run in fp32: one output that is
+    rounded chooses other experts for 3 % of the tokens, and the product is small."""
+    return len(weight) <= ROUTED and ROUTED_INPUTS * len(weight) <= weight.shape[1]
 
 
 def _is_wide(*inputs: Any, attn_mask: Tensor | None = None, **_: Any) -> bool:
-    """Whether attention is in fp32 and large enough. In a mask with numbers bf16 would round distances of tokens."""
+    """Whether attention is in fp32, large enough and fused (:func:`attention_for`). In a mask with numbers bf16 would
+    round distances of tokens."""
     if len(inputs) != 3 or (attn_mask is not None and attn_mask.dtype is not torch.bool):
         return False
-    scores: int = inputs[0].shape[-2] * inputs[1].shape[-2]
-    return inputs[0].dtype is torch.float32 and scores >= LEAST
+    query, plain = inputs[0], inputs[0].is_cuda and torch.is_grad_enabled()
+    scores: int = query.shape[-2] * inputs[1].shape[-2]
+    return query.dtype is torch.float32 and scores >= LEAST and not plain
 
 
 class _Linear(torch.autograd.Function):
