@@ -184,9 +184,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
     assert not (tmp_path / "pruned").exists()
 
 
-def test_a_full_disk_is_said_before_the_work(
-    llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_said_at_once(llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsellm.storage import directory
 
     usage = directory.shutil.disk_usage(tmp_path)

@@ -112,7 +112,8 @@ def round_panel(
     moves, gains = torch.empty_like(columns), torch.empty_like(columns[0])
     table = None if levels.even else nearest_levels(levels.numbers, columns.device)
     addresses = [0 if part is None else part.data_ptr() for part in (*parts, moves, gains, table)]
-    modes = (levels.lowest, levels.numbers[-1], int(zero), int(first), _ACTIVATIONS[dtype])
+    stored = _ACTIVATIONS.get(dtype, _ACTIVATIONS[torch.float32])  # fp64 stores an fp32 value as it is
+    modes = (levels.lowest, levels.numbers[-1], int(zero), int(first), stored)
     library.round_panel(*columns.shape, *addresses, *modes, torch.get_num_threads())
     return moves, gains
 

@@ -234,9 +234,7 @@ def test_without_the_extra_a_checkpoint_is_whole(runs: Path, tmp_path: Path, mon
     assert "<table>" in result._repr_html_()
 
 
-def test_a_report_that_fails_does_not_cost_the_checkpoint(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_report_costs_no_checkpoint(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document, "render_run", lambda *_: 1 / 0)
     assert "report.html was not written: ZeroDivisionError: division by zero; afterwards" in pruned(runs, tmp_path)[1]
     assert (tmp_path / "config.json").is_file()

@@ -23,7 +23,7 @@ from sparsepack.layout import form_of, pack, unpack
 from tests.shares import Share
 from tests.solvers.problems import gram_of, loss, losses, weight_of
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PATTERNS = [Share(0.5), Share(0.9), Share(0.0), NM(2, 4)]
 
 
