@@ -158,9 +158,7 @@ def test_the_recommendation_satisfies_the_constraints(
         ("--sparsity 0.3 --experts 0.5", "has no mixture"),
     ],
 )
-def test_what_is_wrong_is_one_line_before_the_work(
-    words: str, message: str, llama: Path, tmp_path: Path, run: Any
-) -> None:
+def test_mistakes_are_one_line_before_the_work(words: str, message: str, llama: Path, tmp_path: Path, run: Any) -> None:
     code, _, said = run("compare", llama, "--out", tmp_path / "out", *words.split())
     assert code == 2
     assert message in said
@@ -366,9 +364,7 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
         sparsellm.compare("demo", out="grid", cells={}, protocol=Protocol("pydoc"))
 
 
-def test_options_of_compare_mean_what_they_mean_in_prune(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_mean_what_they_mean_in_prune(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
 
     def stop(model: str, **settings: Any) -> None:

@@ -144,9 +144,7 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
     assert contents(out) == swept[0]
 
 
-def test_without_room_for_its_state_a_sweep_begins_anew(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_room_a_sweep_begins_anew(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def room(place: Path, need: int) -> None:
         if place.name == "p.partial":
             raise StorageError("its disk is full")

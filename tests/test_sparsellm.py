@@ -103,9 +103,7 @@ def test_iterations_in_other_units_are_told_and_change_nothing() -> None:
         (tiny_gpt2, {"sparsity": 0.9}, "sparsegpt", False),  # GELU
     ],
 )
-def test_auxiliary_variables_are_taken_where_they_pay(
-    family: Family, goal: dict[str, Any], solver: str, taken: bool
-) -> None:
+def test_auxiliary_variables_run_where_they_pay(family: Family, goal: dict[str, Any], solver: str, taken: bool) -> None:
     def histories(**options: Any) -> list[Any]:
         recipe = Recipe(effort=0, options={"solver": solver, **options}, allocation="uniform", **goal)
         return [x.history for x in sparsellm.prune(family(), recipe, calibration=IDS).linears if x.history]

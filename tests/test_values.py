@@ -206,9 +206,7 @@ def test_exponents_that_do_not_fit_are_refused(
     [("int3", {}, 0.02), ("int4", {"pattern": "2:4"}, 0), ("int8", {"pattern": "4:8"}, 0)],
     ids=["int3", "int4 2:4", "int8 4:8"],
 )  # rows that keep different numbers of values each count an even one
-def test_bits_a_weight_are_those_of_the_packed_file(
-    values: str, goal: dict[str, Any], near: float, tmp_path: Path
-) -> None:
+def test_bits_a_weight_are_of_the_packed_file(values: str, goal: dict[str, Any], near: float, tmp_path: Path) -> None:
     source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(**{**RECIPE, "sparsity": 0.5, **goal, "values": values})
     result = sparsellm.prune(source, recipe, out=tmp_path / "pruned")
@@ -336,9 +334,7 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rounding", [{"values": "int4"}, {"grid": "q4_0"}], ids=["own", "q4_0"])
-def test_a_run_goes_on_with_the_same_bits(
-    rounding: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_bit_for_bit(rounding: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops in a block and in its second pass; blocks and passes hold unrounded values."""
     source = save_tiny(LLAMA_OF_32().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(**{**RECIPE, **SWEPT, **rounding, "dtype": "float32", "allocation": "uniform"})
@@ -376,9 +372,7 @@ def test_experts_are_rounded_too() -> None:
                     assert is_on_grid(result, linear.name, weight), linear.name
 
 
-def test_a_packed_model_with_exponents_computes_as_pruned(
-    pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path
-) -> None:
+def test_packed_with_exponents_computes_as_pruned(pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path) -> None:
     """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
     out, ids = pruned[0], ids_of(2)
     packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path

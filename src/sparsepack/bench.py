@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sparsepack.arguments import checked
 from sparsepack.checkpoint import is_packed
@@ -318,7 +319,7 @@ def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
     modules: Sequence[nn.Module] = [model]
     if linears_only:
         blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        linears = [m for block in blocks for m in block.modules() if isinstance(m, (nn.Linear, PackedLinear))]
+        linears = [m for block in blocks for m in block.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]
         modules = list(dict.fromkeys(linears))
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum({part.data_ptr(): part.nbytes for tensor in tensors for part in _plain_parts(tensor)}.values())

@@ -35,6 +35,7 @@ TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
+MOST_TOKENS = 4  # of one character
 CONTEXT = 8  # tokens of the prompt that the first piece of text is read after: enough to end any character
 
 
@@ -317,7 +318,9 @@ class _Text(BaseStreamer):
     def put(self, value: Tensor) -> None:
         new = value.flatten().tolist()
         if not self._tokens:
-            self._tokens = new[-CONTEXT:]
+            tails = [new[-CONTEXT:][start:] for start in range(MOST_TOKENS)]
+            # The first that begins with a whole character: byte tokens are decoded only if all of a run are characters.
+            self._tokens = next((tail for tail in tails if not self._decode(tail).startswith("\ufffd")), tails[0])
             self._read = len(self._tokens)
             return
         self.times.append(time.perf_counter())

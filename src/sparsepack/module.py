@@ -45,8 +45,8 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
     may round a small batch to int8, where the weight is int8 or int4.
     """
-    kernels = _kernels(x.device.type)
-    if kernels is not None and 0 < len(x) <= SMALL_BATCH and x.dtype in FLOAT_TYPES.values():
+    kernels = _kernels(x.device.type) if x.dtype in FLOAT_TYPES.values() else None
+    if kernels is not None and 0 < len(x) <= SMALL_BATCH:
         options = {"rounded": True} if rounded and x.device.type == "cpu" else {}
         product: Tensor = kernels.multiply(packed, x.contiguous(), **options)
         return product
@@ -185,6 +185,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.rounded = activations_of() == "int8"
+        self.transposed = False  # whether the model had a Conv1D here, whose weight is (in, out)
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
         for name in PACKED_BUFFERS:
             self.register_buffer(name, None)
@@ -229,8 +230,14 @@ class PackedLinear(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The same layer with a dense weight, in the dtype of the placeholder."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(unpack(self.packed, self.weight.dtype), requires_grad=False)
+        weight = unpack(self.packed, self.weight.dtype)
+        linear: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                linear, weight = Conv1D(self.out_features, self.in_features), weight.t().contiguous()
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = self.bias
         return linear.train(self.training)

@@ -81,6 +81,7 @@ class PackedQuantizer(HfQuantizer):
             kind = {"dtype": linear.weight.dtype, "device": linear.weight.device}
             embeds = row_scale(linear) is not None
             packed = PackedEmbedding(linear) if embeds else PackedLinear(columns, out, linear.bias is not None, **kind)
+            packed.transposed = transposed
             model.set_submodule(self._modules[name], packed.requires_grad_(False))
         # transformers must ignore the tensors that are loaded below.
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _PACKED_KEY}

@@ -60,6 +60,7 @@ def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> Non
     assert advice(max_bytes=2 * 10**6) == f"Take {half}: it has the best recovery among the runs with at most 2.0 MB."
     rewrite(tmp_path / "half" / "results.json", benchmarks=[])
     assert "Take half (97.0% recovery, 50.0% zeros): it has the most zeros among" in advice()
+    assert advice(max_bytes=2 * 10**6) == f"Take {nm}: it has the best recovery among the runs with at most 2.0 MB."
 
 
 def test_a_directory_called_dense_is_not_the_dense_model(runs: Path, tmp_path: Path) -> None:

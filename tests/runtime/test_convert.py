@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import convert, tables
 from sparsellm.errors import RecipeError
+from sparsepack.bench import resident_bytes
 from sparsepack.errors import FormatError
 from sparsepack.files import read_object
 from sparsepack.module import PackedLinear
@@ -61,6 +62,10 @@ def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) ->
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert "quantization_config" not in read_object(again / "config.json")
     assert not (again / "packed.json").exists()
+    model.dequantize()
+    assert 0 < resident_bytes(model, linears_only=True) == resident_bytes(dense(pruned), linears_only=True)
+    model.save_pretrained(tmp_path / "plain")
+    assert torch.allclose(logits(dense(tmp_path / "plain")), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("values", ["bf16", "fp16", "fp32", "int8", "int4"])

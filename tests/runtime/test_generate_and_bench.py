@@ -60,6 +60,17 @@ def test_the_space_before_the_first_word_is_kept() -> None:
     assert (stopped.text, stopped.over) == ("", "stop")
 
 
+def test_a_prompt_that_is_cut_within_a_character_spoils_none() -> None:
+    """Decoders such as Llama 2's give a run of byte tokens only if all of it is characters."""
+    characters = Tokenizer(models.WordLevel({f"<0x{byte:02X}>": byte for byte in range(256)}, unk_token="<0x00>"))
+    characters.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    text = _Text(PreTrainedTokenizerFast(tokenizer_object=characters), [], None, lambda: False)
+    ids = [*"\u6f22\u5b57\u6f22\u5b57".encode()]
+    for some in (ids[:9], *([each] for each in ids[9:])):
+        text.put(torch.tensor(some))
+    assert text.text == "\u5b57"
+
+
 BAD_ARGUMENTS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: sparsellm.load(path, device=None), "device"),  # type: ignore[arg-type]
     (lambda path: sparsellm.load(path, device="cuda:9"), "'cuda:9' cannot be used here"),

@@ -80,6 +80,8 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert module(x).shape == (*shape[:-1], 48)
     assert torch.allclose(module(x), module.to_dense()(x), atol=1e-5)
+    wide = module.double()(x.double())  # which no kernel takes
+    assert torch.allclose(wide, module.to_dense()(x.double()), atol=1e-12)
 
 
 def test_dtype_changes_leave_the_values_alone() -> None:

@@ -48,7 +48,7 @@ def test_ctrl_c_stops_an_answer_and_sigterm_the_talk(packed: Path, monkeypatch: 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with pytest.raises(Interrupted):
-            chat(str(packed), Manner(max_new_tokens=40), {}, show=show, say=pieces.append)
+            chat(str(packed), Manner(max_new_tokens=40, seed=2**63 - 1), {}, show=show, say=pieces.append)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert pieces.count("|") == 2

@@ -209,9 +209,7 @@ def test_a_link_in_the_place_of_the_working_directory(model: Path, tmp_path: Pat
     assert tree(tmp_path / "victim") == {}
 
 
-def test_a_working_directory_of_another_user_is_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_working_directory_of_others_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.partial").mkdir()
     monkeypatch.setattr(directory, "user_of_new_files", lambda folder: os.geteuid() + 1)
     with pytest.raises(StorageError, match=f"p.partial belongs to another user \\(id {os.geteuid()}\\)"):

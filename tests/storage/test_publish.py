@@ -117,9 +117,7 @@ def test_dead_at_every_call_of_a_first_checkpoint(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_rename_that_fails_leaves_both(
-    failing: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_renames_leave_both(failing: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's work is kept, and goes on when the trouble is over."""
     out = write(tmp_path / "p", 1, model)
     replace, left = os.replace, [failing]

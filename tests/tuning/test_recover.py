@@ -36,9 +36,7 @@ def pruned(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("way", ["full", "lora"])
-def test_a_pruned_checkpoint_recovers_and_keeps_zeros(
-    way: str, pruned: Path, text: Path, tmp_path: Path, run: Any
-) -> None:
+def test_a_checkpoint_recovers_and_keeps_zeros(way: str, pruned: Path, text: Path, tmp_path: Path, run: Any) -> None:
     if way == "lora":
         pytest.importorskip("peft")
     out = tmp_path / "tuned"

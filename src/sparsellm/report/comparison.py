@@ -73,8 +73,8 @@ def write_comparison(
     max_bytes: int | None = None,
 ) -> Path:
     """Writes one page that compares two or more pruned checkpoints of one model, and returns its path. It recommends a
-    run with a recovery of at least ``recover``, and at most ``max_bytes`` of packed weight files; if both are None, one
-    that recovers :data:`RECOVERY`.
+    run with a recovery of at least ``recover``, and at most ``max_bytes`` of packed weight files, as far as their size
+    is known; if both are None, one that recovers :data:`RECOVERY`.
 
     Raises:
         StorageError: a directory was not written by ``prune``, is named twice or is of another base model, or ``out``
@@ -112,11 +112,11 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
     unpacked = [record for record in records if record.decoding() is None]
-    packed = None not in [record.packed_bytes for record in records]
+    packed = max_bytes is not None or None not in [record.packed_bytes for record in records]
     runs = [
         Candidate(name, each["recovery"], (record.packed_bytes or 0) if packed else 1 - each["zeros"], each["KL"])
         for (name, each), record in zip(values[1:], records, strict=True)
-        if "recovery" in each
+        if "recovery" in each and (record.packed_bytes or not packed)
     ]
     best = [
         (_size(run, packed), run.name, short_number(run.kl), percent(run.recovery)) for run in best_at_each_size(runs)

@@ -64,7 +64,7 @@ def chat(
             messages.pop()
             say(f"the conversation has {ids.shape[1]} tokens and the model takes {limit}; /reset begins anew")
             continue
-        sampling = Sampling(max_new_tokens=room, temperature=manner.temperature, seed=seed + len(messages))
+        sampling = Sampling(max_new_tokens=room, temperature=manner.temperature, seed=(seed + len(messages)) % 2**63)
         answer = _answer(model, tokenizer, ids, sampling, manner.threads, show)
         show("\n")
         messages.append({"role": "assistant", "content": answer.text})
