@@ -83,8 +83,7 @@ def hashes(only: list[str]) -> dict[str, str]:
 
 def in_one_of_several(folder: Path, only: list[str]) -> None:
     """What each of several joined processes runs."""
-    result = hashes(only)
-    (folder / f"{parallel.rank()}.json").write_text(json.dumps(result))
+    (folder / f"{parallel.rank()}.json").write_text(json.dumps(hashes(only)))
 
 
 def main() -> int:

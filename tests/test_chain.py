@@ -168,6 +168,13 @@ def test_what_is_no_plain_chain_is_refused_before_the_work(arrange: Any, told: s
     assert not any(tmp_path.iterdir())
 
 
+def test_choices_that_another_block_hands_on_are_refused() -> None:
+    """While arguments are captured, all blocks get what block 0 returns besides hidden states."""
+    model = families.sparse_attention("GlmMoeDsa", num_hidden_layers=3, indexer_types=["full", "full", "shared"])
+    with pytest.raises(ModelError, match=r"layers\.2 reads what the block before it returns"):
+        sparsellm.prune(model, Recipe(method="wanda"), calibration=IDS)
+
+
 class Returned(NamedTuple):
     hidden: torch.Tensor
     extra: None

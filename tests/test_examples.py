@@ -22,9 +22,7 @@ SMALL = ("--samples", 4, "--seq-len", 32)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_says_when_to_take_it_and_prunes_as_it_says(
-    recipe: Path, llama: Path, tmp_path: Path, run: Any
-) -> None:
+def test_a_recipe_says_when_to_take_it_and_prunes_so(recipe: Path, llama: Path, tmp_path: Path, run: Any) -> None:
     model = llama if recipe.stem != "experts" else save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "mixture")
     code, stdout, stderr = run("prune", model, "--out", tmp_path / "p", "--recipe", recipe, *SMALL, "--json")
     assert code == 0, stderr

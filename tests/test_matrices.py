@@ -297,6 +297,15 @@ def test_methods_that_look_at_linears_alone_prune_such_models() -> None:
     assert result.sparsity_pruned >= 0.5
 
 
+def test_keys_that_later_blocks_read_go_with_local_methods_alone() -> None:
+    """Gemma 4 gives all its blocks one mapping of keys and values."""
+    types = ["sliding_attention", "full_attention"] * 2
+    model = gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types)
+    with pytest.raises(ModelError, match="read keys and values of earlier ones"):
+        sparsellm.prune(model, Recipe(sparsity=0.5), calibration=IDS)
+    assert sparsellm.prune(model, Recipe(method="wanda", sparsity=0.5, only=["*.3.*"]), calibration=IDS).linears
+
+
 @pytest.mark.parametrize("method", ["magnitude", "sparsellm"])
 def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path: Path) -> None:
     """Rotary angles of another width than the heads: transformers builds such a model, and cannot run it."""
@@ -317,3 +326,27 @@ def test_allow_dense_accepts_what_no_linear_owns() -> None:
     (warning,) = result.warnings
     assert "allowed dense" in warning
     assert "50.00% was requested" in warning
+
+
+def test_a_shared_expert_as_wide_as_experts_are_many_is_no_router() -> None:
+    chain = open_chain(family("Qwen2Moe", shared_expert_intermediate_size=4), device=CPU)
+    assert {name.partition(".mlp.")[2] for name in chain.gates} == {"gate.weight", "shared_expert_gate.weight"}
+
+
+class Unused(nn.Module):
+    """Experts, two of which are called without tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts[0](x) + self.parts[1](x[:0]).sum() + self.parts[2](x[:0]).sum()
+
+
+def test_experts_that_are_called_without_tokens_are_pruned_by_magnitude() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp = Unused()
+    result = sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.5), calibration=IDS)
+    assert all(linear.zeros * 2 == linear.weights for linear in result.linears)
+    assert [line for line in result.warnings if "parts.1" in line]

@@ -31,8 +31,7 @@ def task_of(model: PreTrainedModel) -> BlockTask:
     chain = open_chain(model, device=torch.device("cpu"))
     linears = chain.linears(0)
     patterns = {linear.name: Share(0.5) for linear in linears}
-    stream = Feed(chain, IDS, 48).stream()
-    return BlockTask(0, linears, dict(patterns), stream, lambda step: None, PhaseClock())
+    return BlockTask(0, linears, dict(patterns), Feed(chain, IDS, 48).stream(), lambda step: None, PhaseClock())
 
 
 @torch.no_grad()
@@ -53,8 +52,7 @@ def by_hand(model: PreTrainedModel, number: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
-    experts = model.model.layers[0].mlp.experts
-    gate, up = nn.functional.linear(x, experts.gate_up_proj[number]).chunk(2, dim=-1)
+    gate, up = nn.functional.linear(x, model.model.layers[0].mlp.experts.gate_up_proj[number]).chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
 
 
@@ -72,10 +70,8 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
             own = routed.ExpertTokens(tokens, mixture.expert(number), number, [])
             assert tokens.count(number) == len(chosen) > 0
             found = routed._moments(own.routed(), 32, task)
-            want = (x[chosen].T * factors) @ x[chosen] / factors.sum()
-            assert torch.allclose(found.matrix, want, atol=1e-5)
-            dense = own.expert.frozen()
-            found = routed._moments(own.routed(), 80, task, own.expert, dense)
+            assert torch.allclose(found.matrix, (x[chosen].T * factors) @ x[chosen] / factors.sum(), atol=1e-5)
+            found = routed._moments(own.routed(), 80, task, own.expert, own.expert.frozen())
             h = inner(model, number, x[chosen])
             assert torch.allclose(found.matrix, (h.T * factors) @ h / factors.sum(), atol=1e-6)
             targets = h @ model.model.layers[0].mlp.experts.down_proj[number].T
@@ -84,8 +80,7 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
         every = routed._moments(zip(tokens.store, tokens.weights, strict=True), 32, task)
         own_weights = own_weights.flatten()
         assert torch.allclose(every.matrix, (x.T * own_weights) @ x / own_weights.sum(), atol=1e-5)
-        few = torch.cat([rows for rows, _ in tokens.sample(20)])
-        assert torch.allclose(few, x[::7], atol=1e-5)
+        assert torch.allclose(torch.cat([rows for rows, _ in tokens.sample(20)]), x[::7], atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 40, 1_000_000])
@@ -121,8 +116,7 @@ def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> Non
     pruned = model.model.layers[0].mlp.experts.gate_up_proj[4, :80]
     scores = dense.abs() * mean_square.sqrt()  # attention changes the inputs of a mixture only in later blocks
     kept = scores.argsort(dim=1, descending=True)[:, :16]
-    mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, kept, True)
-    assert torch.equal(pruned != 0, mask)
+    assert torch.equal(pruned != 0, torch.zeros_like(dense, dtype=torch.bool).scatter_(1, kept, True))
     of_expert = [linear for linear in result.linears if ".experts.4." in linear.name]
     assert [linear.tokens for linear in of_expert] == [0] * 6
     assert all(routed.NOT_ROUTED in linear.notes and linear.sparsity == 0.5 for linear in of_expert)
@@ -256,8 +250,7 @@ def test_zeros_of_experts_stay_in_fine_tuning() -> None:
 
 def test_an_indexer_that_chooses_tokens_stays_dense(tmp_path: Path) -> None:
     """Sparse attention of DeepSeek 3.2: what chooses is known by what it returns, whatever it is called."""
-    model = sparse_attention()
-    result = sparsellm.prune(model, RECIPE, calibration=IDS, out=tmp_path / "p")
+    result = sparsellm.prune(sparse_attention(), RECIPE, calibration=IDS, out=tmp_path / "p")
     dense = {matrix.name: matrix.reason for matrix in result.dense if "indexer" in matrix.name}
     assert len(dense) == 6
     assert set(dense.values()) == {"gate"}

@@ -101,8 +101,7 @@ def test_killed_again_and_again(source: Path, uncut: Files, tmp_path: Path) -> N
 @pytest.mark.parametrize(("kind", "back"), [("remove", 0), ("rename", 0), ("rename", 3), ("write", 40), ("sync", 9)])
 def test_killed_in_the_sweep(kind: str, back: int, source: Path, swept: Files, tmp_path: Path) -> None:
     """Also at its end, where the result gets its name and files are removed."""
-    at = (kind, swept[1][kind] - back)
-    assert run(source, tmp_path / "p", SWEEPING, at).code == KILLED
+    assert run(source, tmp_path / "p", SWEEPING, (kind, swept[1][kind] - back)).code == KILLED
     assert finish(source, tmp_path / "p", SWEEPING) == swept[0]
 
 
@@ -311,8 +310,7 @@ def test_a_restart_with_bad_input_removes_nothing(source: Path, unfinished: Path
 
 
 def test_memory_place_and_shards_make_no_other_run(unfinished: Path, tmp_path: Path) -> None:
-    model = tiny_llama().to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "moved", max_shard_size="20KB")
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "moved", max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(tmp_path / "moved")
     assert len(list((tmp_path / "moved").glob("*.safetensors"))) > 1
     assert sparsellm.prune(tmp_path / "moved", Recipe(**FLOAT, memory="1TiB"), out=unfinished).resumed == 2

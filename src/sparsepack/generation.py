@@ -35,7 +35,7 @@ TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
-MOST_TOKENS = 4  # of one character
+MOST_TOKENS = 4  # that write a character
 CONTEXT = 8  # tokens of the prompt that the first piece of text is read after: enough to end any character
 
 

@@ -92,5 +92,4 @@ class Record:
     def fisher(self, name: str) -> Tensor:
         """``E[g_i² x_j²]`` token by token, fp64 ``(out, in)``."""
         g, x = self.gradient[name].double(), self.inputs[name].double()
-        products = torch.einsum("ti,tj->tij", g, x).square()
-        return products.mean(0)
+        return torch.einsum("ti,tj->tij", g, x).square().mean(0)

@@ -55,8 +55,7 @@ def test_every_gradient_is_that_of_the_whole_model(
 ) -> None:
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)  # several chunks of a window, the last one shorter
     model = family()
-    source = save_tiny(model, tiny_tokenizer(), tmp_path / "m") if lazy else model
-    chain = open_chain(source, device=CPU)
+    chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m") if lazy else model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)]
     record = Record(model, windows(), names)
     seen = Everything()

@@ -79,15 +79,12 @@ def test_histograms_count_every_weight_free_ones_first() -> None:
     counts = survey.gradients.saliency
     for linear in survey.linears:
         assert int(counts[linear.name].sum()) == linear.weights
-    down = counts["model.layers.1.mlp.down_proj"]
-    assert int(down[0]) == 16 * 80
-    result = from_histograms(survey, counts, span=1.0).zeros
-    assert result["model.layers.1.mlp.down_proj"] >= 16 * 80
+    assert int(counts["model.layers.1.mlp.down_proj"][0]) == 16 * 80
+    assert from_histograms(survey, counts, span=1.0).zeros["model.layers.1.mlp.down_proj"] >= 16 * 80
 
 
 def test_rounded_factors_move_a_saliency_by_about_a_bin() -> None:
-    model = tiny_llama()
-    survey = survey_of(model, gradients=True, sparsity=0.6)
+    survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
     names, exact = survey.names, survey.gradients.saliency
     survey.feed.chain.products = Bf16Products()
     rounded = loss_gradients(survey.feed, names, saliency=True).saliency
@@ -126,8 +123,7 @@ def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
 def test_a_weight_in_two_places_keeps_the_target_and_is_reported() -> None:
     model = tiny_llama()
     model.model.layers[2].mlp.up_proj = model.model.layers[1].mlp.up_proj
-    survey = survey_of(model, gradients=True, sparsity=0.6)
-    result = ALLOCATIONS["threshold"].function(survey)
+    result = ALLOCATIONS["threshold"].function(survey_of(model, gradients=True, sparsity=0.6))
     name = "model.layers.1.mlp.up_proj"
     assert result.report == {"tokens": 6 * 20, "kept_target": [name]}
     assert abs(result.zeros[name] - 0.6 * 80 * 32) <= 1
@@ -163,8 +159,7 @@ def test_an_allocation_on_disk_is_that_in_memory(tmp_path: Path) -> None:
     model = tiny_llama()
     chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m"), device=torch.device("cpu"))
     feed, sizes = Feed(chain, windows(), 40), sizes_of(chain)
-    gradients = loss_gradients(feed, {size.name for size in sizes}, saliency=True)
-    lazy = survey_on(feed, sizes, 0.6, gradients)
+    lazy = survey_on(feed, sizes, 0.6, loss_gradients(feed, {size.name for size in sizes}, saliency=True))
     function = ALLOCATIONS["threshold"].function
     assert function(lazy) == function(survey_of(model, 0.6, gradients=True))
     assert all(parameter.is_meta for parameter in chain.model.parameters())  # nothing stays loaded

@@ -59,8 +59,7 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
     for batch in range(0, 20, 4):
         assert sorted(sources[batch : batch + 4]) == ["a,b.txt", "a,b.txt", "pydoc", "words.jsonl"]
     for source, first, further in (("a,b.txt", 4, 6), ("words.jsonl", 2, 3), ("pydoc", 2, 3)):
-        alone = windows[[name == source for name in sources]]
-        assert torch.equal(alone, drawn(source, first, further))
+        assert torch.equal(windows[[name == source for name in sources]], drawn(source, first, further))
     most = len(drawn("words.jsonl", 2, 10_000)) - 2  # where one text ends, whole groups end
     assert len(mixed_windows("pydoc:1,words.jsonl:1", [4] * (most + 9), drawn)[0]) == 4 * (1 + most // 2)
 

@@ -86,8 +86,7 @@ def test_the_seed_decides(counting: tuple[str, list[int]]) -> None:
 
 def test_evaluation_cuts_the_text_in_order_and_drops_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
-    rows = [" = Heading = ", " ", *(f" Row {number} . " for number in range(60)), ""]
-    path.write_text("\n".join(rows))
+    path.write_text("\n".join([" = Heading = ", " ", *(f" Row {number} . " for number in range(60)), ""]))
     for add_bos in (False, True):
         tokenizer = tiny_tokenizer(add_bos)
         ids = tokenizer("\n\n".join(path.read_text().split("\n")))["input_ids"]

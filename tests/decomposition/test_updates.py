@@ -156,8 +156,7 @@ def test_weight_from_moments_is_the_pseudo_inverses(weighted: bool, bias: bool) 
 def test_centring_keeps_the_digits_of_a_massive_mean() -> None:
     x, t, _ = _data(400, 6, 3)
     x[:, 2] += 3000.0  # fp32 moments about zero would lose this feature's variance of one in 9·10⁶
-    linear = Linear(torch.zeros(3, 6), torch.zeros(3))
-    moments = _moments(linear, x, t, None, chunk=50)
+    moments = _moments(Linear(torch.zeros(3, 6), torch.zeros(3)), x, t, None, chunk=50)
     expected = x.double().T.cov(correction=0)
     torch.testing.assert_close(moments.gram.matrix.double(), expected, rtol=1e-2, atol=1e-2)
 

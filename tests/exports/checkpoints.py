@@ -42,5 +42,4 @@ def pruned(model: PreTrainedModel, place: Path, grid: str, **settings: Any) -> P
 
 def logits(directory: Path, **options: Any) -> Tensor:
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(directory, **options)
-        return model(IDS).logits
+        return AutoModelForCausalLM.from_pretrained(directory, **options)(IDS).logits

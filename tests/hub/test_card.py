@@ -40,8 +40,7 @@ def results(directory: Path, *evaluations: Any) -> None:
 @pytest.fixture
 def pruned(tmp_path: Path) -> Path:
     """Pruned from a snapshot of the hub, whose card states a license."""
-    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), snapshot)
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "models--some--model" / "snapshots" / "0123")
     (source / "README.md").write_text(
         "---\nlicense: llama3.2\nlicense_link: [x]\nlanguage: en\n---\n# The dense model\n"
     )

@@ -133,6 +133,5 @@ def _seeded(family: type[Any], config: PretrainedConfig, seed: int) -> Any:
         model = family(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
-                parameter.normal_(centre, 0.1)
+                parameter.normal_(1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0, 0.1)
     return model

@@ -226,10 +226,10 @@ def dbrx(num_experts: int = 4, **_: int) -> PreTrainedModel:
     )
 
 
-def sparse_attention() -> PreTrainedModel:
-    """DeepSeek 3.2: an indexer chooses the tokens that attention sees."""
-    changes = {**_MANY, **_LATENT, "head_dim": 4, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
-    return _model("DeepseekV32Config", "DeepseekV32ForCausalLM", {**LLAMA, **changes})
+def sparse_attention(name: str = "DeepseekV32", **given: Any) -> PreTrainedModel:
+    """DeepSeek 3.2 and others: an indexer chooses the tokens that attention sees."""
+    changes = {**_MANY, **_LATENT, "head_dim": 4, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, **given}
+    return _model(f"{name}Config", f"{name}ForCausalLM", {**LLAMA, **changes})
 
 
 def mixtral(**changes: Any) -> PreTrainedModel:

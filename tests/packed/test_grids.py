@@ -94,8 +94,7 @@ def test_the_scale_of_a_group_is_near_the_best() -> None:
     shared = bits[torch.isfinite(bits) & (bits.half().double() == bits)]
     found = on_grid(weight, "q4_0", torch.float32).double()
     for row, values in zip(weight.double(), found, strict=True):
-        extreme = row[row.abs().argmax()]
-        candidates = -shared * torch.sign(extreme)
+        candidates = -shared * torch.sign(row[row.abs().argmax()])
         whole = (row / candidates[:, None]).round().clamp(-8, 7)
         whole[:, row.abs().argmax()] = -8
         ends = ((whole * candidates[:, None] - row)[:, row.abs().argmax()]).abs()

@@ -197,8 +197,7 @@ def test_rows_are_unpacked_alone(values: str) -> None:
 
 
 def test_zeros_lose_their_sign_and_nan_stays() -> None:
-    weight = torch.tensor([[0.0, -0.0, math.nan, math.inf, 1.0, 0.0, 0.0, 0.0]])
-    back = unpack(packed_of(weight))
+    back = unpack(packed_of(torch.tensor([[0.0, -0.0, math.nan, math.inf, 1.0, 0.0, 0.0, 0.0]])))
     assert torch.equal(torch.nan_to_num(back, 7.0, 8.0), torch.tensor([[0.0, 0.0, 7.0, 8.0, 1.0, 0.0, 0.0, 0.0]]))
 
 
@@ -272,9 +271,7 @@ DAMAGE: list[tuple[str, str, Callable[[Any], Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "field", "change", "said"), DAMAGE)
-def test_damage_is_named_before_anything_is_computed(
-    values: str, field: str, change: Callable[[Any], Any], said: str
-) -> None:
+def test_damage_is_named_before_the_work(values: str, field: str, change: Callable[[Any], Any], said: str) -> None:
     packed = packed_of(sparse_weight(5, 100, 0.5), values)
     damaged = dataclasses.replace(packed, **{field: change(getattr(packed, field))})
     with pytest.raises(FormatError, match=f"(?s)up_proj.*{said}"):

@@ -186,8 +186,7 @@ def test_a_signal_to_torchrun_is_told_once_with_its_command(long_run: Any, tmp_p
 def test_torchrun_starts_a_run_again_and_it_goes_on(long_run: Any, tmp_path: Path) -> None:
     run = by_torchrun(2, *long_run, f"--out={tmp_path / 'pruned'}", restarts=1)
     wait_for_blocks(tmp_path / "pruned.partial", run)
-    children = psutil.Process(run.pid).children()
-    children[-1].kill()
+    psutil.Process(run.pid).children()[-1].kill()
     _, stderr = ended(run)
     assert run.returncode == 0, stderr
     assert stderr.count("resuming an unfinished run") == 1

@@ -151,8 +151,7 @@ def test_processes_round_some_rows_each_to_what_one_rounds_all(found: Any) -> No
     for name, (weight, one, unrounded) in first.items():
         assert all(torch.equal(other[name][1], one) and torch.equal(other[name][2], unrounded) for other, _ in rest)
         # Products of fewer rows round otherwise, and a value in the middle between two numbers falls to either side.
-        differing = int((one != alone[name][1]).any(dim=1).sum())
-        assert differing <= len(weight) // 10, name
+        assert int((one != alone[name][1]).any(dim=1).sum()) <= len(weight) // 10, name
         assert loss(one, weight, gram) == pytest.approx(loss(alone[name][1], weight, gram), rel=0.02)
     models = found("rounded model")
     assert all(same_bits(models[0], other) for other in models[1:])

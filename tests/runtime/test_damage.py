@@ -146,8 +146,7 @@ def test_a_config_that_does_not_fit_is_refused(change: Change, said: str, copy: 
 def test_shards_elsewhere_and_adapters_are_not_loaded(llama: Path, tmp_path: Path) -> None:
     """transformers follows an index out of the directory, and applies an adapter that `prune` and `eval` do not see."""
     copy = Path(shutil.copytree(llama, tmp_path / "copy"))
-    weights = (copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    names = load_file(weights)
+    names = load_file((copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors"))
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")})
     )

@@ -153,8 +153,7 @@ def test_a_compiled_model_computes_the_same() -> None:
 
 
 def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
-    weight = sparse_weight(1024, 4096, 0.5)
-    model = nn.Sequential(layer_of(packed_of(weight)), nn.ReLU(), layer("int8"))
+    model = nn.Sequential(layer_of(packed_of(sparse_weight(1024, 4096, 0.5))), nn.ReLU(), layer("int8"))
     shared = PackedLinear(4096, 1024)
     shared.set_packed(model[0].packed)  # as a head that is the embedding
     model.append(shared)

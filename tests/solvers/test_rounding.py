@@ -334,9 +334,7 @@ def test_exponents_of_columns_lower_the_error(
 @given(
     st.sampled_from(INTEGERS), st.sampled_from(DTYPES), st.sampled_from([0.0, 0.1, 0.5, 0.95]), st.integers(0, 2**32)
 )
-def test_with_any_exponents_packing_finds_the_numbers_again(
-    values: str, dtype: torch.dtype, zeros: float, seed: int
-) -> None:
+def test_with_exponents_packing_finds_the_numbers(values: str, dtype: torch.dtype, zeros: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(5, 72, generator=random) * 0.05
     weight[torch.rand(5, 72, generator=random) < zeros] = 0.0

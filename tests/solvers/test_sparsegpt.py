@@ -101,6 +101,5 @@ def test_one_pruned_weight_is_made_up_for_in_closed_form():
 
 def test_a_singular_gram_is_said_in_the_notes():
     gram = gram_of(40, tokens=5)
-    result = sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.0)
-    assert "damping raised from 0 to" in result.notes[0]
+    assert "damping raised from 0 to" in sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.0).notes[0]
     assert sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.01).notes == ()

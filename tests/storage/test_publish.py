@@ -141,9 +141,7 @@ def test_failed_renames_leave_both(failing: int, model: Path, tmp_path: Path, mo
     assert {path.name for path in tmp_path.iterdir()} == {"model", "p"}
 
 
-def test_a_rename_that_cannot_be_undone_is_completed_later(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_undone_is_completed_later(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = write(tmp_path / "p", 1, model)
     replace, older = os.replace, out.stat().st_ino
 

@@ -57,8 +57,7 @@ def test_a_store_is_a_list(actions: list[Any], memory: int | None) -> None:
             assert tensor.dtype == right.dtype
             assert torch.equal(tensor, right)
         if memory is not None:
-            in_memory = sum(tensor.nbytes for tensor in expected) - store.bytes_on_disk
-            assert in_memory <= memory
+            assert sum(tensor.nbytes for tensor in expected) - store.bytes_on_disk <= memory
 
 
 def test_stores_share_one_budget_and_give_it_back() -> None:

@@ -85,8 +85,7 @@ def halved(model: PreTrainedModel, two_of_four: bool = False) -> PreTrainedModel
     """Half of the weights of every linear at zero, the smallest, of all or of every four."""
     for weight in linear_weights(model).values():
         groups = weight.view(-1, 4) if two_of_four else weight.view(1, -1)
-        lowest = groups.abs().argsort(1)[:, : groups.shape[1] // 2]
-        groups.scatter_(1, lowest, 0.0)
+        groups.scatter_(1, groups.abs().argsort(1)[:, : groups.shape[1] // 2], 0.0)
     return model
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.capture import replacing
@@ -77,15 +77,11 @@ class Kind:
 
 
 class Chain(ModelWeights):
-    """A decoder-only model, block by block. Build one with :func:`open_chain`.
+    """A decoder-only model, block by block. Build one with :func:`open_chain`."""
 
-    Attributes:
-        products: the mode in which blocks multiply fp32 matrices in bf16; None for products in fp32.
-    """
-
-    products: Bf16Products | None = None
+    products: Bf16Products | None = None  # the mode in which blocks multiply fp32 matrices in bf16; None for fp32
     _as_returned: Callable[[Tensor], Any] | None = None  # hidden states → the return value of a block
-    _returns_more = False
+    _others: tuple[object, ...] = ()  # what block 0 returned besides, which start() hands to all blocks
 
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
@@ -124,12 +120,9 @@ class Chain(ModelWeights):
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The inputs of block 0, ``(batch, seq, hidden)``, and the other arguments of every block, for token ids
         ``(batch, seq)``, from the model's own forward. Embedding and block 0 must be loaded: block 0 runs in the first
-        call, which shows the type of its return value, and in every call if it returns more than hidden states.
-
-        Raises:
-            ModelError: the model's own forward fails, or is not a plain chain of the blocks.
-        """
-        if self._returns_more:  # the shapes of the other values may depend on the tokens
+        call, which shows the type of its return value, and in every call if it returns more than hidden states. A
+        ModelError says that the model's own forward fails, or is not a plain chain of the blocks."""
+        if self._others:  # the shapes of the other values may depend on the tokens
             self._as_returned = None
         inputs: list[Tensor] = []
         calls: list[Call] = []
@@ -142,7 +135,8 @@ class Chain(ModelWeights):
                 hidden = hidden.clone()  # the block may change its input in place
                 output = forward(*args, **kwargs)
                 self._as_returned = _learn_return(output, hidden, self.blocks[index])
-                self._returns_more = isinstance(output, (tuple, list)) and any(x is not None for x in output[1:])
+                others = _others_of(output)
+                self._others = others if any(value is not None for value in others) else ()
             if not inputs:
                 inputs.append(hidden)
             return self._as_returned(hidden)
@@ -160,6 +154,31 @@ class Chain(ModelWeights):
         if len(calls) < len(self.blocks):
             raise ModelError(f"the forward of {type(self.model).__name__} does not call {self.block_names[len(calls)]}")
         return inputs[0], calls
+
+    @torch.no_grad()
+    def check_handed(self, ids: Tensor) -> None:
+        """Runs all blocks on token ids ``(batch, seq)``, if they hand on more than hidden states. A ModelError says
+        that this changes from block to block, such as the state of a router: :meth:`start` gives all that of block 0,
+        as is right for positions."""
+        if not self._others:
+            return
+        with self.outer(head=False), self.block(0):
+            hidden, calls = self.start(ids)
+        others: list[Any] = [*self._others]
+        places = {id(value): place for place, value in enumerate(self._others) if isinstance(value, Tensor)}
+        leaves = tree_leaves([(call.args, call.kwargs) for call in calls[1:]])
+        for index, call in enumerate(calls if any(id(leaf) in places for leaf in leaves) else []):
+            now = {key: others[place] for key, place in places.items()}
+            real = call.map(lambda value, now=now: now.get(id(value), value))  # type: ignore[misc]
+            with self.block(index) as block:
+                output, given = (each.on(block, hidden.clone()) for each in (real, call))
+                following = _hidden_of(output, block)
+                if not torch.allclose(following, _hidden_of(given, block), rtol=1e-3, atol=1e-3, equal_nan=True):
+                    raise ModelError(
+                        f"{self.block_names[index]} reads what the block before it returns besides hidden states; only "
+                        "models whose blocks hand on hidden states alone run block by block"
+                    )
+            hidden, others = following, [*_others_of(output), *others[len(_others_of(output)) :]]
 
     def _check_next(self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]) -> None:
         """Refuses a call of block ``index`` after ``called`` others, if that is not a step of a plain chain: while
@@ -219,12 +238,8 @@ def open_chain(
 ) -> Chain:
     """A chain over a checkpoint directory (weights read lazily) or over a model in memory, which a walk changes and
     which runs where it is. ``dtype`` is the computing dtype of blocks; None for the fastest that is at least as precise
-    as the stored one.
-
-    Raises:
-        ModelError: not a decoder-only model, or weights do not fit its config.
-        StorageError: the weight files cannot be read.
-    """
+    as the stored one. A ModelError says that it is not a decoder-only model, or weights do not fit its config; a
+    StorageError that the weight files cannot be read."""
     if isinstance(model, PreTrainedModel):
         return Chain(model, None, device=device, dtype=dtype)
     config = load_config(model, trust_remote_code=trust_remote_code)
@@ -277,12 +292,17 @@ def _hidden_of(output: object, block: nn.Module) -> Tensor:
     return hidden
 
 
+def _others_of(output: object) -> tuple[object, ...]:
+    """What a block returns besides hidden states."""
+    return tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
+
+
 def _learn_return(output: object, hidden: Tensor, block: nn.Module) -> Callable[[Tensor], object]:
     """A function that gives hidden states the form of the return value of a block."""
     if _hidden_of(output, block).shape != hidden.shape:
         raise ModelError(f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain")
     if isinstance(output, (tuple, list)):
-        rest = tuple(output[1:])
+        rest = _others_of(output)
         make = getattr(output, "_make", tuple)  # how a named tuple is made
         return lambda value: make((value, *rest))
     return lambda value: value

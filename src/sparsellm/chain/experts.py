@@ -151,8 +151,8 @@ def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
 
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
     """The weights inside a block whose outputs choose or scale other modules, by name: matrices next to the experts of
-    a mixture with as many outputs as there are experts (routers), and linears with a single output, which scales all
-    features alike (the gate of a shared expert)."""
+    a mixture with as many outputs as there are experts (routers), but those that another matrix reads (a shared expert
+    of that width), and linears with a single output, which scales all features alike (the gate of a shared expert)."""
     gates: set[str] = set()
     for name, child in module.named_modules():
         experts = 0
@@ -166,7 +166,10 @@ def gates_of(module: nn.Module, prefix: str) -> set[str]:
             scope = name.rpartition(".")[0]
             for other, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
                 if parameter.dim() == 2 and len(parameter) == experts and not other.startswith(f"{name}."):
-                    gates.add(f"{prefix}.{other}")
+                    around = other.rpartition(".")[0].rpartition(".")[0]
+                    readers = module.get_submodule(around).parameters() if around != scope else ()
+                    if not any(each.dim() == 2 and each.shape[1] == experts for each in readers):
+                        gates.add(f"{prefix}.{other}")
     return gates
 
 

@@ -21,21 +21,15 @@ from sparsellm.chain.structure import LinearView
 
 @dataclass(eq=False)
 class KnownOutput:
-    """The output of a module that ends with its writer, a linear, for each batch.
-
-    Attributes:
-        writer, module: the linear, and the largest module that returns its output; the linear itself if no other does.
-        items: length of the tuple that the module returns, whose first item is the output and whose others, such as
-            attention weights, nobody reads; 0 for the output alone.
-        unread: linears whose outputs only the writer depends on.
-        values: inputs of the writer, batch by batch, that :meth:`finish` replaces by its outputs.
-    """
+    """The output of a module that ends with its writer, a linear, for each batch."""
 
     writer: LinearView
-    module: nn.Module
+    module: nn.Module  # the largest that returns the writer's output; the linear itself if no other does
+    # Length of the tuple that the module returns, whose first item is the output and whose others, such as attention
+    # weights, nobody reads; 0 for the output alone.
     items: int
-    unread: list[LinearView]
-    values: list[Tensor] = field(default_factory=list)
+    unread: list[LinearView]  # whose outputs only the writer depends on
+    values: list[Tensor] = field(default_factory=list)  # inputs of the writer, replaced by its outputs in finish()
 
     @torch.no_grad()
     def finish(self) -> None:

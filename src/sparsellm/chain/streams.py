@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from sparsellm import parallel
 from sparsellm.chain.capture import choosing
@@ -20,6 +20,7 @@ from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch, TensorStore
 
+LOCAL = "take method sparsegpt, wanda or magnitude, and an allocation other than threshold"
 PIECE_TOKENS = 2048  # in one forward call of a pass with gradients, which keeps every activation in memory
 
 
@@ -173,6 +174,8 @@ class Stream:
 
     def advance(self, index: int) -> None:
         """Replaces the input of block ``index`` by its output."""
+        if _keeps_state(self.first_window[index]) and self.hidden[0].dim() == 3:
+            self.run_window(index)  # later blocks read what it leaves
         for position, output in enumerate(self.run(index)):
             self.hidden[position] = output
         self.forget()
@@ -182,23 +185,31 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
     """Runs the model's own forward up to block 0 on a few tokens of the windows, so that it fails early.
 
     Linears in a module that returns whole numbers, such as an indexer of sparse attention, become gates in every block.
-
-    Raises:
-        ModelError: the forward fails, or is not a plain chain of the blocks. Or, with ``token_states``, hidden states
-            are not ``(windows, seq, width)``, so that selecting windows or tokens by position would select the wrong
-            ones: Gemma 3n carries several states for each token, CPM-Ant more tokens than the window has.
-    """
+    A ModelError says that the forward fails, or is not a plain chain of the blocks; or, with ``token_states``, that
+    hidden states are not ``(windows, seq, width)``, so that selecting windows or tokens by position would select the
+    wrong ones: Gemma 3n carries several states for each token, CPM-Ant more tokens than the window has."""
     few = windows[:2, :8]  # enough to see what a block takes and returns
     chosen: set[str] = set()
     with chain.outer(head=False), chain.block(0) as block, choosing(block, chosen):
-        hidden, _ = chain.start(few)
+        hidden, calls = chain.start(few)
     chain.gates |= {f"{name}.{inner}" for inner in chosen for name in chain.block_names}
     if token_states and (hidden.dim() != 3 or hidden.shape[:2] != few.shape):
         raise ModelError(
             f"the blocks of {type(chain.model).__name__} take hidden states of shape {tuple(hidden.shape)} for "
             f"{len(few)} windows of {few.shape[1]} tokens, not (windows, tokens, width), which gradients and sweeps "
-            "need; take method sparsegpt, wanda or magnitude, and an allocation other than threshold"
+            f"need; {LOCAL}"
         )
+    if token_states and _keeps_state(calls[0]):
+        raise ModelError(
+            f"blocks of {type(chain.model).__name__} read keys and values of earlier ones, to which gradients and "
+            f"sweeps do not go back; {LOCAL}"
+        )
+    chain.check_handed(windows[:1])
+
+
+def _keeps_state(call: Call) -> bool:
+    """Whether a block may leave something for later ones, in a mapping that all get, as Gemma 4 shares keys."""
+    return any(isinstance(leaf, MutableMapping) for leaf in tree_leaves((call.args, call.kwargs)))
 
 
 class _Unique:

@@ -34,8 +34,7 @@ class ModelWeights:
         gates: names of weights that choose or scale other modules; they are not pruned.
         device, dtype: where and in which dtype blocks run.
 
-    Raises:
-        ModelError: config and weights do not fit, or a weight has a dtype that is not supported; the first is named.
+    A ModelError says that config and weights do not fit, or a weight has a dtype that is not supported, the first one.
     """
 
     def __init__(

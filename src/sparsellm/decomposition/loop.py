@@ -47,26 +47,19 @@ ACCUMULATED_DAMPING = 0.01  # what SparseGPT adds to the stored Gram matrix in e
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the loop; :meth:`of_the_paper` are those of the authors' code.
+    """The settings of the loop; :meth:`of_the_paper` are those of the authors' code."""
 
-    Attributes:
-        iterations: the number after the local solution, which is iteration 0.
-        safeguard: keep the iterate with the least true error. False keeps the last, which must be finite.
-        patience: iterations without a lower error before the loop stops, with the safeguard.
-        coefficients: α, β, γ; None: :func:`~sparsellm.decomposition.objective.default_coefficients`.
-        damping: ridge of the least squares towards the current weight (the dense one for ``down``), relative to the
-            mean of the Gram matrix's diagonal. At 2.3 tokens per hidden unit 0.1 in place of 0.01 lowered the error of
-            the local solution on held-out tokens by 6 to 9 %; 1 was too much. More tokens need less.
-        published: the fit of ``down`` in the authors' code; None for ours. There the first half is pruned from the
-            pseudo-inverse, where ours takes only its masks from the variables and fits the weights to the dense
-            products; ``down`` is fitted to A, where ours takes what the pruned first half produces; biases are fixed.
-    """
-
-    iterations: int = 4
-    safeguard: bool = True
-    patience: int = 2
-    coefficients: Coefficients | None = None
+    iterations: int = 4  # after the local solution, which is iteration 0
+    safeguard: bool = True  # keep the iterate with the least true error; False keeps the last, which must be finite
+    patience: int = 2  # iterations without a lower error before the loop stops, with the safeguard
+    coefficients: Coefficients | None = None  # α, β, γ; None: objective.default_coefficients
+    # Ridge of the least squares towards the current weight (the dense one for ``down``), relative to the mean of the
+    # Gram matrix's diagonal. At 2.3 tokens per hidden unit 0.1 in place of 0.01 lowered the error of the local solution
+    # on held-out tokens by 6 to 9 %; 1 was too much. More tokens need less.
     damping: float = 0.1
+    # The fit of ``down`` in the authors' code; None for ours. There the first half is pruned from the pseudo-inverse,
+    # where ours takes only its masks from the variables and fits the weights to the dense products; ``down`` is fitted
+    # to A, where ours takes what the pruned first half produces; biases are fixed.
     published: Literal["pseudo-inverse", "gradient"] | None = None
 
     @classmethod
@@ -100,16 +93,10 @@ def prune_feed_forward(
     """Prunes up, gate (if any) and down of one unit so that its output stays near the targets; returns the chosen
     iterate, and the records of all iterations.
 
-    Args:
-        dense: the unit before pruning; iteration 0 prunes its weights.
-        train: tokens that weights are fitted to.
-        held_out: tokens that choose the iterate, which is then fitted to them too. If empty, ``train`` chooses.
-        solvers, patterns: by role (``up``, ``gate``, ``down``).
-        scratch: storage for the variables of all tokens.
-
-    Raises:
-        NumericalError: an iterate is not finite; with the safeguard, the local solution is not.
-    """
+    ``dense`` is the unit before pruning; iteration 0 prunes its weights. Weights are fitted to the tokens ``train``;
+    those ``held_out`` choose the iterate, which is then fitted to them too; if empty, ``train`` chooses. ``solvers``
+    and ``patterns`` are by role (``up``, ``gate``, ``down``); ``scratch`` stores the variables of all tokens. A
+    NumericalError says that an iterate is not finite; with the safeguard, that the local solution is not."""
     history: list[Step] = []
     best: Pruned | None = None
     with ExitStack() as stack:

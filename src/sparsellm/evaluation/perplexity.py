@@ -122,6 +122,7 @@ def _outputs(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iter
     by_window = stream.hidden[0].shape[1:2] == windows.shape[1:]
     if not by_window:  # some models carry several states for each token; a batch of one window is not divided
         stream = Feed(chain, windows, 1).stream()
+    chain.check_handed(windows[:1])
     for index in range(len(chain)):
         tell(f"block {index + 1}/{len(chain)}")
         with chain.block(index):

@@ -18,16 +18,11 @@ def block_type(grid: Grid) -> str | None:
 
 
 def to_blocks(codes: Tensor, scales: Tensor, bits: int) -> np.ndarray:
-    """Blocks as uint8 ``(out, bytes of a row)``: the scale in fp16, then the numbers.
+    """Blocks as uint8 ``(out, bytes of a row)``: the scale in fp16, then the numbers, of ``codes`` int8 ``(out, in)``,
+    where ``in`` is a multiple of 32, and ``scales (out, in/32)``, which fp16 has exactly.
 
     Q4_0 stores number + 8; the low nibble of byte ``j`` is number ``j`` of the block, the high one number ``j + 16``.
-    Q8_0 stores one byte a number.
-
-    Args:
-        codes: int8 ``(out, in)``; ``in`` is a multiple of 32.
-        scales: ``(out, in/32)``, which fp16 has exactly.
-        bits: 4 or 8.
-    """
+    Q8_0 stores one byte a number."""
     numbers = codes.numpy().reshape(len(codes), -1, SIZE)
     if bits == 4:
         shifted = (numbers + 8).astype(np.uint8)

@@ -62,18 +62,11 @@ def write_gguf(
 ) -> Export:
     """Writes a GGUF file, complete or not at all, and returns its record with its size.
 
-    Args:
-        model: the checkpoint, on a grid that GGUF has.
-        dense: the dense model, by which the order of the template's rows is found.
-        template: all but the linears comes from it.
-        place: the file.
-        head: the type of embedding and head, such as ``Q8_0``; None for the template's.
-        keep: called with the record before the file gets its name.
-
-    Raises:
-        ModelError: checkpoint, dense model and template do not belong together.
-        StorageError: a weight is not on the grid, or the file cannot be written.
-    """
+    ``model`` is the checkpoint, on a grid that GGUF has; all but its linears comes from the ``template``, the order of
+    whose rows is found by the ``dense`` model. ``head`` is the type of embedding and head, such as ``Q8_0``; None for
+    the template's. ``keep`` is called with the record before the file gets its name. A ModelError says that checkpoint,
+    dense model and template do not belong together; a StorageError that a weight is not on the grid, or the file cannot
+    be written."""
     if place == Path(os.path.realpath(template.path)):
         raise StorageError(f"--out {place} is the template; name another file")
     made = _File(model, dense, template, head)

@@ -94,13 +94,9 @@ def _number(chain: Chain, names: Sequence[str]) -> int | None:
 class FewerExperts:
     """A twin of a chain's model with fewer experts, one block of which has weights at a time.
 
-    Attributes:
-        chain: the twin as a chain by its config alone; its blocks run in place of those of the model.
-        routing, keep: the routing of the model; the experts of each mixture that stay, by ``experts`` of a recipe.
-
-    Raises:
-        ModelError, RecipeError: none of the experts, or not as many, can be removed.
-    """
+    ``chain`` is the twin as a chain by its config alone; its blocks run in place of those of the model. ``routing`` is
+    that of the model, ``keep`` the experts of each mixture that stay, by ``experts`` of a recipe. A ModelError or a
+    RecipeError says that none of the experts, or not as many, can be removed."""
 
     def __init__(self, dense: Chain, experts: float) -> None:
         self.dense, self.routing, full = dense, Routing.of(dense), dense.config.to_dict()

@@ -55,7 +55,8 @@ def frequency(view: MixtureView) -> Tensor:
 @SCORES.register("random", paper="–")
 def random(view: MixtureView) -> Tensor:
     """Random numbers, as a control."""
-    return torch.rand(len(view.tokens), generator=torch.Generator().manual_seed(view.seed * 1_000_003 + view.block))
+    seed = (view.seed * 1_000_003 + view.block) % (1 << 63)
+    return torch.rand(len(view.tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @SCORES.register("coordinated", paper="–", needs=lambda options: Needs(output_costs=True))

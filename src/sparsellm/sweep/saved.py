@@ -39,11 +39,8 @@ class SavedSweep:
 
     The parameters after each pass (flat, fp32), and Adam's moments ``(2, elements)``, are one file per block, without
     its zeros. One record, written last, has the history and the checksums of the files. Files of earlier passes are
-    then removed.
-
-    Attributes:
-        last: the last saved pass whose files are intact; None if there is none and the sweep must begin.
-    """
+    then removed. ``last`` is the last saved pass whose files are intact; None if there is none and the sweep must
+    begin."""
 
     def __init__(self, state: Path, blocks: int) -> None:
         self._folder, self._record, self._blocks = state / SWEEP, state / f"{SWEEP}.json", blocks

@@ -109,10 +109,11 @@ def tune(
     work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart)
     with written(work, len(chain) + 1) as writer:
         trained, losses = _trained(loaded, training, rows, progress)
+        others = chain.outer_tensors()  # also what the trained model does not load, such as a vision tower
         chain = open_chain(trained, device=torch.device("cpu"))
         for index in range(len(chain)):
             writer.write_shard(index, chain.block_tensors(index))
-        writer.write_shard(len(chain), chain.outer_tensors())
+        writer.write_shard(len(chain), {**others, **chain.outer_tensors()})
         writer.copy_companions(source)
     few = max(1, len(losses) // 8)
     first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
