@@ -199,7 +199,8 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
             f"{len(few)} windows of {few.shape[1]} tokens, not (windows, tokens, width), which gradients and sweeps "
             f"need; {LOCAL}"
         )
-    if token_states and _keeps_state(calls[0]):
+    readers: int = getattr(chain.config.get_text_config(), "num_kv_shared_layers", 0)
+    if token_states and _keeps_state(calls[0]) and readers:
         raise ModelError(
             f"blocks of {type(chain.model).__name__} read keys and values of earlier ones, to which gradients and "
             f"sweeps do not go back; {LOCAL}"
