@@ -132,7 +132,7 @@ def heading(arguments: argparse.Namespace, dense: dict[str, Any], code: str) -> 
         f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
         f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
         f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seeds}; "
-        f"scored in {arguments.dtype or 'fp32'}; "
+        f"scored in {arguments.dtype or 'the stored dtype'}; "
         f"{' '.join(arguments.set)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}; "
         f"code {code}.\n"
     )

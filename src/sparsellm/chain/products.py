@@ -61,8 +61,8 @@ def _fits(x: Any, weight: Any) -> bool:
 
 
 def _routes(weight: Tensor) -> bool:
-    """Whether a weight ``(out, in)`` has as few outputs as a router, which models run in fp32: one output that is
-    rounded chooses other experts for 3 % of the tokens, and the product is small."""
+    """Whether a weight ``(out, in)`` has as few outputs as a router. Models run routers in fp32: rounded, they send 3 %
+    of the tokens to other experts, and their products are small."""
     return len(weight) <= ROUTED and ROUTED_INPUTS * len(weight) <= weight.shape[1]
 
 
