@@ -129,7 +129,7 @@ def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: Gr
     ("recover", "max_bytes", "name"),
     [(None, None, None), (0.9, None, "b"), (0.5, None, "c"), (None, 60, "b"), (None, 20, None), (0.9, 40, None)],
 )
-def test_the_recommendation_fits_the_constraints(
+def test_the_recommendation_satisfies_the_constraints(
     recover: float | None, max_bytes: int | None, name: str | None
 ) -> None:
     cells = [Candidate("a", 0.95, 80, 0.1), Candidate("b", 0.92, 50, 0.2), Candidate("c", 0.6, 30, 0.7)]

@@ -133,7 +133,7 @@ def test_every_epoch_is_that_of_the_published_formulas(
 @pytest.mark.parametrize(
     ("gated", "output_update", "outlier"), [(True, "pseudo-inverse", 30.0), (False, "gradient", 1000.0)]
 )
-def test_the_safeguard_never_ends_worse_than_sparsegpt(
+def test_with_the_safeguard_it_never_ends_worse_than_sparsegpt(
     gated: bool, output_update: OutputUpdate, outlier: float
 ) -> None:
     """Massive activations: gradient steps overshoot on S in the one unit, on the last weight in the other."""

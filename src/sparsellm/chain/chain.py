@@ -81,7 +81,7 @@ class Chain(ModelWeights):
 
     products: Bf16Products | None = None  # the mode in which blocks multiply fp32 matrices in bf16; None for fp32
     _as_returned: Callable[[Tensor], Any] | None = None  # hidden states → the return value of a block
-    _others: tuple[object, ...] = ()  # what block 0 returned besides, which start() hands to all blocks
+    _others: tuple[object, ...] = ()  # what block 0 returned after hidden states; all blocks get it
 
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
@@ -171,14 +171,14 @@ class Chain(ModelWeights):
             now = {key: others[place] for key, place in places.items()}
             real = call.map(lambda value, now=now: now.get(id(value), value))  # type: ignore[misc]
             with self.block(index) as block:
-                output, given = (each.on(block, hidden.clone()) for each in (real, call))
+                output, other = (each.on(block, hidden.clone()) for each in (real, call))
                 following = _hidden_of(output, block)
-                if not torch.allclose(following, _hidden_of(given, block), rtol=1e-3, atol=1e-3, equal_nan=True):
+                if not torch.allclose(following, _hidden_of(other, block), rtol=1e-3, atol=1e-3, equal_nan=True):
                     raise ModelError(
                         f"{self.block_names[index]} reads what the block before it returns besides hidden states; only "
                         "models whose blocks hand on hidden states alone run block by block"
                     )
-            hidden, others = following, [*_others_of(output), *others[len(_others_of(output)) :]]
+            hidden, others = following, [*(given := _others_of(output)), *others[len(given) :]]
 
     def _check_next(self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]) -> None:
         """Refuses a call of block ``index`` after ``called`` others, if that is not a step of a plain chain: while

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 LEAST = 1 << 16  # elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
-ROUTED, ROUTED_INPUTS = 512, 8  # the most outputs of a router, and the fewest inputs for each
+MOST_EXPERTS, INPUTS_OF_EACH = 512, 8  # a weight with no more outputs, and as many inputs for each, is a router's
 
 
 class Bf16Products(TorchFunctionMode):
@@ -38,7 +38,7 @@ class Bf16Products(TorchFunctionMode):
             return _Linear.apply(args[0], args[1], bias, self._copy(args[1]))
         if func is torch.addmm and not kwargs and len(args) == 3 and _fits(args[1], args[2]):  # Conv1D of GPT-2
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
-        if func is functional.scaled_dot_product_attention and _is_wide(*args, **(kwargs or {})):
+        if func is functional.scaled_dot_product_attention and _attention_fits(*args, **(kwargs or {})):
             return func(*(each.to(torch.bfloat16) for each in args), **(kwargs or {})).float()
         return func(*args, **(kwargs or {}))
 
@@ -63,17 +63,15 @@ def _fits(x: Any, weight: Any) -> bool:
 def _routes(weight: Tensor) -> bool:
     """Whether a weight ``(out, in)`` has as few outputs as a router. Models run routers in fp32: rounded, they send 3 %
     of the tokens to other experts, and their products are small."""
-    return len(weight) <= ROUTED and ROUTED_INPUTS * len(weight) <= weight.shape[1]
+    return len(weight) <= MOST_EXPERTS and INPUTS_OF_EACH * len(weight) <= weight.shape[1]
 
 
-def _is_wide(*inputs: Any, attn_mask: Tensor | None = None, **_: Any) -> bool:
-    """Whether attention is in fp32, large enough and fused (:func:`attention_for`). In a mask with numbers bf16 would
-    round distances of tokens."""
+def _attention_fits(*inputs: Any, attn_mask: Tensor | None = None, **_: Any) -> bool:
+    """Whether attention is in fp32, large enough and fused. In a mask's numbers bf16 would round distances."""
     if len(inputs) != 3 or (attn_mask is not None and attn_mask.dtype is not torch.bool):
         return False
-    query, plain = inputs[0], inputs[0].is_cuda and torch.is_grad_enabled()
-    scores: int = query.shape[-2] * inputs[1].shape[-2]
-    return query.dtype is torch.float32 and scores >= LEAST and not plain
+    large = bool(inputs[0].shape[-2] * inputs[1].shape[-2] >= LEAST)
+    return inputs[0].dtype is torch.float32 and large and not _is_plain(inputs[0].device)
 
 
 class _Linear(torch.autograd.Function):
@@ -103,6 +101,9 @@ class _Linear(torch.autograd.Function):
 def attention_for(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context for the forward of a pass with gradients. On a GPU attention is then computed as plain products: the
     fused kernels add up its gradients in another order at every run."""
-    if device.type != "cuda" or not torch.is_grad_enabled():
-        return contextlib.nullcontext()
-    return sdpa_kernel(SDPBackend.MATH)
+    return sdpa_kernel(SDPBackend.MATH) if _is_plain(device) else contextlib.nullcontext()
+
+
+def _is_plain(device: torch.device) -> bool:
+    """Whether :func:`attention_for` has attention computed as plain products."""
+    return device.type == "cuda" and torch.is_grad_enabled()

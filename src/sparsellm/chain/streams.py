@@ -186,8 +186,8 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
 
     Linears in a module that returns whole numbers, such as an indexer of sparse attention, become gates in every block.
     A ModelError says that the forward fails, or is not a plain chain of the blocks; or, with ``token_states``, that
-    hidden states are not ``(windows, seq, width)``, so that selecting windows or tokens by position would select the
-    wrong ones: Gemma 3n carries several states for each token, CPM-Ant more tokens than the window has."""
+    blocks read keys of earlier ones, or that a position of the hidden states is not that of a window and token: Gemma
+    3n carries several states for each token, CPM-Ant more tokens than the window has."""
     few = windows[:2, :8]  # enough to see what a block takes and returns
     chosen: set[str] = set()
     with chain.outer(head=False), chain.block(0) as block, choosing(block, chosen):

@@ -12,7 +12,7 @@ from sparsellm.errors import StorageError, one_line
 from sparsellm.inputs import HUB_ID
 from sparsellm.storage.contents import LIST, checkpoint_files, has_weights
 
-# What an earlier upload left of these would be read in place of the shards, or as said of them.
+# If an earlier upload left one of these, readers would take it for weights or records of the new checkpoint.
 _REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 _REPLACED += [LIST, "results.json", "pruning.json", "packed.json", "recipe.yaml", "report.html"]
 _TOKEN = re.compile(r"hf_\w+|Bearer \S+")
@@ -53,13 +53,13 @@ def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: 
     if not HUB_ID.fullmatch(repo):
         raise StorageError(f"repository {repo!r:.120} is not a name of the hub; give owner/name")
     if not directory.is_dir():
-        raise StorageError(f"{directory} is no directory; give that of a checkpoint")
+        raise StorageError(f"{directory} is not a directory; give the directory of a checkpoint")
     try:
         files, left_out = checkpoint_files(directory)
         if not has_weights(files):
             raise StorageError(
-                f"{directory} has no config.json with weights, as files in its {LIST} if there is one; links do not "
-                "count. Give the directory of a checkpoint"
+                f"{directory} has no config.json with weights to upload; links are left out, and, where there is "
+                f"a {LIST}, files that it does not name; give the directory of a checkpoint"
             )
         api = HfApi(library_name="sparsellm")
         api.create_repo(repo, private=True if private else None, exist_ok=True)
