@@ -150,27 +150,28 @@ def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
 
 
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
-    """The weights inside a block whose outputs choose or scale other modules, by name: matrices next to the experts of
-    a mixture with as many outputs as there are experts (routers), but those that another matrix reads (a shared expert
-    of that width), and linears with a single output, which scales all features alike (the gate of a shared expert)."""
+    """The weights inside a block whose outputs choose or scale other modules, by name: routers of mixtures, and linears
+    with a single output, which scales all features alike (the gate of a shared expert)."""
     gates: set[str] = set()
     for name, child in module.named_modules():
-        experts = 0
         if STACKED in vars(child):
-            experts = len(Mixture(child, name))
+            gates.update(_routers(module, name, len(Mixture(child, name))))
         elif isinstance(child, nn.ModuleList) and len(child) > 1:
-            experts = len(child)
+            gates.update(_routers(module, name, len(child)))
         elif isinstance(child, nn.Linear) and child.out_features == 1:
-            gates.add(f"{prefix}.{name}.weight")
-        if experts:
-            scope = name.rpartition(".")[0]
-            for other, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
-                if parameter.dim() == 2 and len(parameter) == experts and not other.startswith(f"{name}."):
-                    around = other.rpartition(".")[0].rpartition(".")[0]
-                    readers = module.get_submodule(around).parameters() if around != scope else ()
-                    if not any(each.dim() == 2 and each.shape[1] == experts for each in readers):
-                        gates.add(f"{prefix}.{other}")
-    return gates
+            gates.add(f"{name}.weight")
+    return {f"{prefix}.{name}" for name in gates}
+
+
+def _routers(module: nn.Module, mixture: str, experts: int) -> Iterator[str]:
+    """Matrices next to a mixture with an output for each expert, unless another matrix reads it (a shared expert)."""
+    scope = mixture.rpartition(".")[0]
+    for name, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
+        around = name.rpartition(".")[0].rpartition(".")[0]
+        readers = module.get_submodule(around).parameters() if around != scope else ()
+        fits = parameter.dim() == 2 and len(parameter) == experts and not name.startswith(f"{mixture}.")
+        if fits and not any(each.dim() == 2 and each.shape[1] == experts for each in readers):
+            yield name
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:

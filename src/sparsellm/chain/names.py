@@ -98,8 +98,7 @@ def expert_parts(
     parts: Mapping[str, Part], names: Names, values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Part]:
     """For each weight of a separated expert, which is a part of a parameter in ``values``, the part of a tensor of the
-    checkpoint, whose tensors have ``shapes``. One whose conversion is not known, or that lacks tensors, is left out.
-    """
+    checkpoint, whose tensors have ``shapes``, unless its conversion is not known or tensors are missing."""
     before: dict[str, Part | None] = {}
     for name, part in parts.items():
         if part.source in names.key_of:
