@@ -114,8 +114,8 @@ def compare(
             holds other files, or a cell with other settings, or is in use by another process.
     """
     place = check_place(out)
-    if not cells:
-        raise RecipeError("cells is empty; make one or more with cells_of")
+    if not cells or not all(isinstance(each, Recipe) and Path(name).name == name for name, each in cells.items()):
+        raise RecipeError("cells is empty, or not recipes by names of directories; make one or more with cells_of")
     if protocol.speed and parallel.size() > 1:
         raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
     first = next(iter(cells.values()))
@@ -285,7 +285,8 @@ def cells_of(
         raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
     cells: dict[str, Recipe] = {}
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
-    targets += [{"pattern": pattern} for pattern in patterns]
+    for pattern in patterns:  # auto:M has a sparsity, too
+        targets += [{"pattern": pattern, **each} for each in targets[: len(sparsities) * ("auto" in pattern)] or [{}]]
     typed: list[Settings] = [{"values": each} for each in values] or [{}]
     fewer: list[Settings] = [{"experts": each} for each in experts] or [{}]
     for left, target, entry, kept in product(fewer, targets, entries, typed):

@@ -120,8 +120,7 @@ def prune(
 ) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
-    If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
-    """
+    If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
     interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, console, parallel, tables
     from sparsellm.convert import check_packable
@@ -315,8 +314,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     """Prune MODEL in every combination of the lists, and measure each run against it.
 
     With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
-    is a checkpoint in DIR.
-    """
+    is a checkpoint in DIR."""
     interrupts.keeps(f"finished runs and blocks are kept in {out}")
     from sparsellm import cells as grid
     from sparsellm import parallel, tables
@@ -593,8 +591,7 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
 def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> Printed:
     """Serve DIRECTORY to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
 
-    Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file.
-    """
+    Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
     from sparsellm import console
     from sparsellm.inputs import parse_bytes
 
@@ -624,8 +621,7 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> Printed
 def chat(directory: str, **options: Any) -> Printed:
     """Talk with DIRECTORY in the terminal.
 
-    /reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.
-    """
+    /reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
     from sparsellm import console
     from sparsellm.serving import terminal
 

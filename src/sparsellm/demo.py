@@ -109,8 +109,7 @@ def run_demo(
 
     ``out`` is a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
     The other arguments are those of :func:`sparsellm.prune`. Without the model and a package index, a ModelError; where
-    ``out`` cannot take the checkpoints, a StorageError.
-    """
+    ``out`` cannot take the checkpoints, a StorageError."""
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
     if out is not None:
         out = check_place(out)  # so that --out "$UNSET" writes nothing into the current directory, or into the root

@@ -40,8 +40,7 @@ class Pattern(ABC):
         """The kept weights ``(out, in)``: True at the highest ``scores`` that the pattern allows.
 
         ``matrix`` compares all weights, ``row`` those of one output, with the same total, spread evenly over the rows;
-        N:M compares within groups. A NumericalError if a score is not finite.
-        """
+        N:M compares within groups. A NumericalError if a score is not finite."""
         require_finite(scores, "scores")
         return self.unchecked(scores, scope)
 

@@ -23,8 +23,7 @@ def load_plugin(name_or_path: str | os.PathLike[str]) -> None:
     a plugin that is loaded already is not run again.
 
     A RecipeError if it cannot be imported, a name that it registers is taken, or its file has changed since it was
-    loaded. What it registered before it failed stays registered.
-    """
+    loaded. What it registered before it failed stays registered."""
     given = os.fspath(name_or_path)
     if given.endswith(".py") or os.sep in given:
         _load_file(Path(given))

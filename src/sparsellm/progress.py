@@ -89,8 +89,7 @@ class Forecast:
     """The seconds of each phase of a run, the share done of the whole, and the time left.
 
     A :data:`PLAN` predicts the seconds of phases. They are corrected by one factor, measured over the finished phases
-    and the done part of the current one. Without a plan, share and time left are those of the current phase.
-    """
+    and the done part of the current one. Without a plan, share and time left are those of the current phase."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one

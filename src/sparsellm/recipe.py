@@ -158,7 +158,7 @@ class Recipe(BaseModel):
     sweep_tokens: Annotated[Tokens | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
     """Tokens that all passes of the sweep train on, such as 256k or 1M: text that nothing was fitted to as far as there
     is any, then the same again. It replaces `effort`."""
-    passes: Annotated[Integer | None, Field(ge=0)] = None
+    passes: Annotated[Integer | None, Field(ge=0, le=1000)] = None
     """Passes of the sweep, as a number, after each of which the model is judged and saved; null: by `effort`, or
     `sweep_tokens`."""
     sets: Annotated[Integer | None, Field(ge=1, le=8)] = None

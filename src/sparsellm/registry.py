@@ -52,8 +52,7 @@ class Entry(Generic[F]):
     """A registered function; ``needs`` takes all options, and raises RecipeError if they contradict each other.
 
     A solver is ``distributed``, fit for several processes, if rows may be solved apart because it compares them through
-    its pattern only; a method if every process may run it on its share of the windows.
-    """
+    its pattern only; a method if every process may run it on its share of the windows."""
 
     name: str
     function: F
@@ -85,7 +84,8 @@ class Entry(Generic[F]):
         for name, info in self.options.model_fields.items():
             kind = info.annotation
             type_name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-            options[name] = {"type": type_name, "default": info.get_default(), "description": info.description}
+            default = None if info.is_required() else info.get_default()
+            options[name] = {"type": type_name, "default": default, "description": info.description}
         return {"summary": self.summary, "paper": self.paper, "options": options}
 
 
@@ -101,8 +101,7 @@ class Registry(dict[str, Entry[F]]):
         """A decorator that registers a function; ``declared`` are further attributes of its :class:`Entry`.
 
         Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``. pydantic checks values
-        against the type, and users see the description. A default that is not a JSON value is a TypeError.
-        """
+        against the type, and users see the description. A default that is not a JSON value is a TypeError."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)

@@ -69,10 +69,9 @@ def print_prediction(found: Prediction) -> None:
     shown.title = f"Predicted for {visible(found.machine)}" + (f" × {found.ranks}" * (found.ranks > 1))
     out().print(shown)
     needs = table(("need",), ("size",))
-    movable = memory.hidden_in_memory_bytes + memory.kept_bytes
     rows = {
         "memory of a process": memory.predicted_peak_rss_bytes,
-        "of it, hidden states and swept weights": movable,
+        "of it, hidden states and swept weights": memory.hidden_in_memory_bytes,
         "memory of its card": memory.predicted_peak_device_bytes,
         "disk, at most": found.disk_bytes,
         "of it, for want of memory": memory.hidden_on_disk_bytes * found.ranks,

@@ -69,8 +69,7 @@ def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total
     Each is one of the three multiples nearest to its aim. Among these the sum is the nearest to ``total`` that can be
     reached, and then ``Σ (z_i − aims_i)² / weights_i`` the least, by dynamic programming over the sum. Where many aims
     are outside the limits and the sum is a whole step of a linear away, it goes on from there. Aims must add up to
-    about ``total``, and weights be multiples of m.
-    """
+    about ``total``, and weights be multiples of m."""
     unit = math.gcd(*weights) // m
     steps = [count // m // unit for count in weights]  # units of one more zero in every group
     base = [min(max(round(m * aim / count), 1), m - 1) for aim, count in zip(aims, weights, strict=True)]

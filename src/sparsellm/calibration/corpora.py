@@ -27,8 +27,7 @@ def read_pydoc(split: Split) -> Text:
 
     It is technical prose of one kind, so it calibrates worse than a broad corpus. Its text changes with the version of
     Python, so results compare only within one version. Topics quote each other; a repeated paragraph counts only in the
-    first topic, so that no paragraph is in both parts.
-    """
+    first topic, so that no paragraph is in both parts."""
     parts: dict[Split, list[str]] = {"calibration": [], "evaluation": []}
     held_out = total = 0  # characters
     seen: set[str] = set()
@@ -58,8 +57,7 @@ def read_wikitext2(argument: str, split: Split) -> Text:
 
     The Hub's rows keep the line break of each line that is not blank, and these breaks are part of the string that the
     papers tokenise. ``wikitext2:PATH`` treats the lines of ``wiki.test.raw`` in the same way, so both yield one string:
-    the test split has 287,644 tokens of GPT-2's vocabulary.
-    """
+    the test split has 287,644 tokens of GPT-2's vocabulary."""
     if argument:
         lines = read_rows(argument, text_rows)
         if not lines[-1]:  # the line break at the end of the file starts no further row
@@ -123,8 +121,7 @@ def read_c4_sample(split: Split) -> Text:
 def read_hub(argument: str, split: Split) -> Text:
     """Any data set with 'text' or 'messages', as hub:owner/name[:config[:split]]; by default split train, or test.
 
-    A named split is used for calibration and evaluation alike, so name different ones for the two.
-    """
+    A named split is used for calibration and evaluation alike, so name different ones for the two."""
     name, _, rest = argument.partition(":")
     config, _, chosen = rest.partition(":")
     if not name or ":" in chosen:

@@ -38,8 +38,7 @@ def self_generated_windows(
 
     Returns ``(samples + fresh, seq_len)`` int64 token ids, on the CPU; fresh ones are written after the others, which
     do not depend on them. Raises DataError if the windows do not fit into the memory, and NumericalError if the
-    model's logits are not finite.
-    """
+    model's logits are not finite."""
     check_memory(samples + fresh, seq_len)
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)

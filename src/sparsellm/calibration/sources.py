@@ -100,8 +100,7 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
 
     The value is a source, a path, a tensor or array of ids, a sequence of id sequences of one length, or a data set: a
     sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``. Raises DataError if it is none of
-    these, the source or file does not exist, or the ids are not integers in rows of one length of 2 or more.
-    """
+    these, the source or file does not exist, or the ids are not integers in rows of one length of 2 or more."""
     if isinstance(value, Text):
         return value
     if isinstance(value, os.PathLike):

@@ -44,8 +44,7 @@ def read_file(argument: str, split: Split) -> Text:
     """Every line of a .txt, record of a .jsonl or row of a .parquet as one document.
 
     Documents are joined with a blank line, as in GPTQ (2210.17323). A file has no splits: use different files to
-    calibrate and to evaluate, or the perplexity will be too low.
-    """
+    calibrate and to evaluate, or the perplexity will be too low."""
     return Text(read_rows(argument, READERS[Path(argument).suffix.lower()]))
 
 

@@ -26,8 +26,7 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int 
 
     ``auto`` takes BOS where the tokenizer puts it before a text by itself. ``no`` is the protocol of the papers: a text
     begins by the tokenizer's defaults, and windows begin anywhere. Raises DataError if ``bos`` is ``yes``, and the
-    tokenizer has no such token.
-    """
+    tokenizer has no such token."""
     token = tokenizer.bos_token_id
     if bos == "yes":
         if token is None:
@@ -55,8 +54,7 @@ def calibration_windows(
     Returns ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU; ``seq_len`` includes BOS, if a window
     begins with it (:func:`leading_token`). Fresh windows overlap with no other, as far as the text has any, except that
     windows of a source of documents may. Raises DataError if the source cannot be read, the text is too short for one
-    window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with.
-    """
+    window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
     if isinstance(source, str) and len(shares_of(source)) > 1:
         return mixed_windows(
             source,
@@ -90,8 +88,7 @@ def mixed_windows(
     fresh, seq)`` of one source. Where a source is too short for a further group, groups end.
 
     Returns the windows ``(windows, seq)``, and the name of each window's source, without folders (none for a source
-    alone). Raises DataError if a source gets no window of the first group, or cannot be drawn from.
-    """
+    alone). Raises DataError if a source gets no window of the first group, or cannot be drawn from."""
     shares = shares_of(source)
     if len(shares) == 1:
         return draw(source, sizes[0], sum(sizes[1:])), []
@@ -159,8 +156,7 @@ def evaluation_windows(
 
     Returns ``(windows, seq_len)`` int64 token ids, on the CPU, with BOS as in :func:`calibration_windows`; only the
     first windows that fit in ``max_tokens``, if that is given. Raises DataError if the source cannot be read, text or
-    ``max_tokens`` is shorter than one window, or the tokenizer has no BOS to begin with.
-    """
+    ``max_tokens`` is shorter than one window, or the tokenizer has no BOS to begin with."""
     if max_tokens is not None and max_tokens < seq_len:
         raise DataError(f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len")
     lead = leading_token(tokenizer, bos)
@@ -191,13 +187,13 @@ def check_memory(windows: int, seq_len: int) -> None:
 
 def _joined(text: Text, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text as one string, conversations by the tokenizer's chat template. Raises DataError if it refuses one."""
-    return text.joiner.join(each if isinstance(each, str) else _chat(each, tokenizer) for each in text.documents)
+    documents = (each for each in text.documents if each is not None)  # data sets have nulls
+    return text.joiner.join(each if isinstance(each, str) else _chat(each, tokenizer) for each in documents)
 
 
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    fields = ([each["role"], each["content"]] for each in messages)
     try:
-        if not all(isinstance(field, str) for each in fields for field in each):
+        if not all(isinstance(each[field], str) for each in messages for field in ("role", "content")):
             raise ValueError("a role or content is not a string")
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
     except Exception as error:  # a template raises what it likes
@@ -233,8 +229,7 @@ def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: tor
     """The offsets of the windows: disjoint if they fit, else independent draws, as in the papers.
 
     The tokens between disjoint windows are divided at random among the gaps. Windows are in random order, so that a few
-    held-out ones are not all from one end of the text. Fresh ones lie in the gaps and do not change the others.
-    """
+    held-out ones are not all from one end of the text. Fresh ones lie in the gaps and do not change the others."""
     spare = tokens - samples * seq_len
     if spare < 0:
         return torch.randint(0, tokens - seq_len, (samples,), generator=generator)

@@ -45,8 +45,7 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
 
     A matrix is the weight of a linear, a gate, or any other floating-point parameter with two or more dimensions longer
     than one whose name does not end in ``bias``. A parameter used in several places counts in the first block that uses
-    it. One that belongs to the embedding or the head is shared with them, and no linear owns it.
-    """
+    it. One that belongs to the embedding or the head is shared with them, and no linear owns it."""
     linears = {linear.weight_name: linear for linear in chain.linears(index)}
     matrices = []
     for inner, parameter in chain.blocks[index].named_parameters():

@@ -80,8 +80,7 @@ def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: dict[s
 def published_names(model: PreTrainedModel, values: dict[str, Tensor]) -> tuple[Names, dict[str, tuple[int, ...]]]:
     """The names under which ``save_pretrained`` writes the weights of a model, and the shape of each tensor.
 
-    A weight that would not be read back into its place keeps the model's name, which transformers reads as well.
-    """
+    A weight that would not be read back into its place keeps the model's name, which transformers reads as well."""
     written = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
     with contextlib.suppress(Exception):  # a rule that cannot be reversed: the model's names are read as well
         written = loading.revert_weight_conversion(model, written)

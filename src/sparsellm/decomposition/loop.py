@@ -158,8 +158,7 @@ class _Loop:
     ) -> tuple[FeedForward, dict[str, Tensor], float | None, tuple[str, ...]]:
         """Updates the variables, then the first half, then ``down``; returns the unit, masks, objective and notes.
 
-        In iteration 0 the variables are the dense products, so the fit of the first half is its dense weights.
-        """
+        In iteration 0 the variables are the dense products, so the fit of the first half is its dense weights."""
         moments, value = self._move_variables(unit, iteration)
         published = self.settings.published
         masks: dict[str, Tensor] = {}

@@ -148,8 +148,7 @@ def default_coefficients(unit: FeedForward, x: Tensor, y: Tensor) -> Coefficient
 
         γ = COUPLING · β c,   α = PRODUCER · β c · E[φ'(Z)²], measured on x (tokens, d) and y (tokens, d_out).
 
-    The minimiser then does not change if inputs, targets, or a layer's weights against its neighbour's are scaled.
-    """
+    The minimiser then does not change if inputs, targets, or a layer's weights against its neighbour's are scaled."""
     tiny = torch.finfo(torch.float32).tiny
     beta = 1 / max(squares(y) / len(y), tiny)
     column = float(unit.down.weight.double().square().sum()) / unit.down.weight.shape[1]

@@ -47,8 +47,7 @@ def update_preactivation(m: Tensor, a: Tensor, coefficients: Coefficients) -> Te
     """Z = argmin α(z − m)² + γ(A − relu(z))², elementwise. All (tokens, f).
 
     It is the better of p = max((αm + γA)/(α + γ), 0) and min(m, 0) (the paper's eq. 8, for any α and γ): for z > 0 the
-    objective is α(z − m)² + γ(a − z)², for z ≤ 0 it is α(z − m)² + γa², a parabola each.
-    """
+    objective is α(z − m)² + γ(a − z)², for z ≤ 0 it is α(z − m)² + γa², a parabola each."""
     alpha, _, gamma = coefficients
     positive = (m * (alpha / (alpha + gamma))).add_(a, alpha=gamma / (alpha + gamma)).clamp_(min=0)
     negative = m.clamp(max=0)

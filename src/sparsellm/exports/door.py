@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 
 from sparsellm.arguments import Checkpoint, Out, PathGiven, checked
-from sparsellm.errors import ModelError, RecipeError, shown
+from sparsellm.errors import ModelError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import stamp
 from sparsellm.exports.blocks import block_type
 from sparsellm.exports.compressed import check_compressed, write_compressed
@@ -102,6 +103,9 @@ def export(  # noqa: PLR0913 - the Python door
                 "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
             )
         template = Template(demo_gguf() if like is None else Path(like).expanduser())
+        read = (os.path.realpath(os.path.expanduser(each)) for each in (template.path, model or template.path, source))
+        if {*read} & {str(place), str(place.parent)}:
+            raise StorageError(f"--out {place} is the template or the dense model, or in the checkpoint; name another")
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
         except ModelError as error:

@@ -67,8 +67,6 @@ def write_gguf(
     the template's. ``keep`` is called with the record before the file gets its name. A ModelError says that checkpoint,
     dense model and template do not belong together; a StorageError that a weight is not on the grid, or the file cannot
     be written."""
-    if place == Path(os.path.realpath(template.path)):
-        raise StorageError(f"--out {place} is the template; name another file")
     made = _File(model, dense, template, head)
     check_room(place, sum(map(made.bytes_of, template.reader.tensors)))
     return replace_atomically(place, partial(_write, made, record, progress, keep))

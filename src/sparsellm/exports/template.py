@@ -76,8 +76,7 @@ class Template:
     def change(self, tensor: gguf.ReaderTensor, dense: Tensor, orders: Sequence[Tensor]) -> Change | None:
         """The change that makes ``tensor`` of the dense model's rows ``(rows, columns)``, by one of these orders.
 
-        A tensor in floating point must be equal, a quantised one near. None if no change does it, or several do.
-        """
+        A tensor in floating point must be equal, a quantised one near. None if no change does it, or several do."""
         if dense.numel() != tensor.n_elements or any(len(order) != len(dense) for order in orders):
             return None
         shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
@@ -96,8 +95,7 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
     """The orders of rows in which llama.cpp's converter may store a matrix, each once.
 
     As they are; the halves of each head interleaved (Llama's q and k); or q, k and v apart that are stored next to each
-    other, those of each head or group of heads (BLOOM, GPT-NeoX, Falcon). ``groups`` are possible numbers of groups.
-    """
+    other, those of each head or group of heads (BLOOM, GPT-NeoX, Falcon). ``groups`` are possible numbers of groups."""
     order = torch.arange(rows)
     orders = [order]
     for count in groups:

@@ -49,8 +49,7 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
 
     ``prune`` must have written the checkpoint, and ``evaluate`` measured it or ``export`` read it; ``force`` replaces a
-    card that somebody else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written.
-    """
+    card that somebody else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written."""
     directory = Path(directory).expanduser()
     path = directory / CARD
     if not (directory / PRUNING).is_file():

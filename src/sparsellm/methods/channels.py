@@ -32,8 +32,7 @@ UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
 class Channels:
     """Outputs of some linears that are, elementwise or averaged over tokens, the inputs of another, the reader.
 
-    Their places are ``(copies, heads, width)``. Channels are changed within a head, alike in all copies.
-    """
+    Their places are ``(copies, heads, width)``. Channels are changed within a head, alike in all copies."""
 
     reader: LinearView
     pattern: NM  # the pattern of the reader

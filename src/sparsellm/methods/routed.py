@@ -48,8 +48,7 @@ def prune_experts(
 
     Without ``refit`` all statistics of an expert are taken before any of its linears is pruned. Otherwise the last one
     is pruned after the others, on their outputs, and first refitted to the output that the expert had, with this
-    damping.
-    """
+    damping."""
     views = {id(linear.module): linear for linear in task.linears if isinstance(linear.module, ExpertLinear)}
     for mixture in task.stream.chain.mixtures(task.index) if views else []:
         with task.stream.store() as store:

@@ -129,8 +129,7 @@ def _rounds(task: BlockTask, unit: FeedForwardUnit, solver: str, asked: int | No
 
     In a ReLU model the variables lower the excess by about a tenth from :data:`PAYS` on, unstructured with SparseGPT
     inside and in N:M with ADMM inside (docs/results.md, *What the auxiliary variables are worth*). Elsewhere they gain
-    nothing that three seeds agree on. In gated units iteration 0 had the least error in every block.
-    """
+    nothing that three seeds agree on. In gated units iteration 0 had the least error in every block."""
     if unit.gate is not None or unit.activation is not relu:
         if asked:
             task.notes[unit.down.name] = ("pruned without auxiliary variables, which are for two-layer ReLU units",)
@@ -195,8 +194,7 @@ class _Fitting:
         """The Gram matrix of the input of ``head``, and its cross-moment with the target ``(out, in)`` if it is fitted.
 
         They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
-        Linears that only run after both are skipped.
-        """
+        Linears that only run after both are skipped."""
         stream, index = self.task.stream, self.task.index
         gram = GramAccumulator(head.in_features, stream.chain.device)
         cross = CrossAccumulator(head.out_features, head.in_features, stream.chain.device) if fitted else None

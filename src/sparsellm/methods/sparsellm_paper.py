@@ -61,6 +61,12 @@ def sparsellm_paper(
 
     linears = without_experts(task.linears)
     units = find_feed_forward(linears, lambda: task.stream.run_window(task.index))
+    for unit in units:
+        if unit.gate is None and unit.activation.name != "relu":
+            raise ModelError(
+                f"{unit.down.name}: the published algorithm updates only ReLU in a two-layer unit, "
+                f"not {unit.activation.name!r}"
+            )
     inside = {linear.name: solver for unit in units for linear in unit.linears().values()}
     with ExitStack() as held:
         inputs = {unit.up.name: held.enter_context(task.stream.store()) for unit in units}
@@ -87,13 +93,7 @@ def sparsellm_paper(
 def _prune_unit(
     task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, solvers: Mapping[str, Solver], settings: Settings
 ) -> None:
-    """Prunes one unit by the published loop; raises ModelError for an activation that the paper has no update for, and
-    NumericalError if the loop diverges."""
-    if unit.gate is None and unit.activation.name != "relu":
-        raise ModelError(
-            f"{unit.down.name}: the published algorithm updates only ReLU in a two-layer unit, "
-            f"not {unit.activation.name!r}"
-        )
+    """Prunes one unit by the published loop; raises NumericalError if it diverges."""
     task.report("alternating")
     dense = current(unit)
     with task.clock.phase("prune/variables"), task.stream.store() as targets:

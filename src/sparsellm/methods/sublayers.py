@@ -19,8 +19,7 @@ class Sublayer:
     """Groups of linears that share an input, in the order in which they run.
 
     The writer is the output projection, which adds to the residual stream: the last linear, alone on its input, with as
-    many outputs as the stream is wide. It is None if it is not pruned, or is the only linear of the sublayer.
-    """
+    many outputs as the stream is wide. It is None if it is not pruned, or is the only linear of the sublayer."""
 
     groups: list[list[LinearView]]  # at least one, none empty
     writer: LinearView | None

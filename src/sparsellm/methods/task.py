@@ -39,8 +39,7 @@ class BlockTask:
 
     Keys of the mappings are names of linears. ``output_costs`` are ``E[g_i²]`` of every output of each linear,
     ``(out,)``: the cost of an error there to the loss, to second order. ``unrounded`` are the weights, in the storage
-    dtype, from which training goes on if values are rounded and ``trained`` is set; they round to the assigned ones.
-    """
+    dtype, from which training goes on if values are rounded and ``trained`` is set; they round to the assigned ones."""
 
     index: int  # from 0
     linears: list[LinearView]  # to be pruned
@@ -68,8 +67,7 @@ class BlockTask:
 
         The tokens are those of all processes. A linear that no calibration token reaches is left out, see
         :meth:`finish`; experts are in :mod:`sparsellm.methods.routed`. ``token_weights`` are ``(batch, seq)`` for each
-        batch; linears that do not get every token do without, since theirs cannot be identified.
-        """
+        batch; linears that do not get every token do without, since theirs cannot be identified."""
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
         accumulators: dict[str, GramAccumulator] = {}
         grouping, order, position = InputGroups(), RunOrder(), 0

@@ -19,8 +19,7 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
     """The weight ``min(1, (medians · median norm / norm)²)`` of each token, in batches ``(batch, seq)``, for batches
     ``(batch, seq, hidden)``.
 
-    Without weights, a few tokens with massive activations (2402.17762) would dominate every squared error.
-    """
+    Without weights, a few tokens with massive activations (2402.17762) would dominate every squared error."""
     norms = [batch.float().norm(dim=-1) for batch in hidden]
     limit = medians * torch.cat(parallel.gather_list(torch.cat([norm.flatten() for norm in norms]))).median()
     if not 0 < limit < math.inf:
@@ -35,8 +34,7 @@ def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, So
     """The local solver of each linear, by name; its outputs compete for weights by ``E[g²]^power``.
 
     Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and in a linear that no token
-    reached.
-    """
+    reached."""
     products, device = task.stream.chain.products, task.stream.chain.device
     solvers = {}
     for linear in task.linears:

@@ -152,8 +152,7 @@ def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = No
     """The pattern of every linear that will be pruned, by name: with the zeros of an allocation, or that of the recipe.
 
     Raises RecipeError if the pattern does not fit a weight, no linear is left to prune, or ``sparsity_of`` does not go
-    with the sparsity; ModelError if a large part of a block is not in linears, which the recipe does not accept.
-    """
+    with the sparsity; ModelError if a large part of a block is not in linears, which the recipe does not accept."""
     patterns: dict[str, Pattern] = {}
     sizes = sizes_of(chain, recipe)
     if allocation is None and any(linear.fixed is not None for linear in sizes):

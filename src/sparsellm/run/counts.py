@@ -152,8 +152,7 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
     """A warning if the sparsity over every matrix of the blocks is below the requested one; else empty.
 
     Rounding may leave each matrix one zero short. The warning names the matrices that stayed dense, largest first, each
-    kind once, and the linears with too few zeros.
-    """
+    kind once, and the linears with too few zeros."""
     whole = Totals.of([*linears, *dense])
     if asked * whole.weights - whole.zeros <= len(linears) + len(dense):
         return []

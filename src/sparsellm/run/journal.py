@@ -60,8 +60,7 @@ class Journal(contextlib.ExitStack):
     """The records of one run into ``out``, and the checkpoint that it writes.
 
     Every process of a run has one. The first process writes; the others read the finished shards. Without ``out``
-    nothing is written, and there is nothing to resume.
-    """
+    nothing is written, and there is nothing to resume."""
 
     def __init__(self, out: Path | None, blocks: int, *, restart: bool, overwrite: bool) -> None:
         super().__init__()
@@ -97,8 +96,7 @@ class Journal(contextlib.ExitStack):
         """Begins to write every block again, while the walk's blocks are kept until the end.
 
         Returns the storage for the passes of the sweep, at most ``state_bytes``; None if nothing is written, or if the
-        disk has no room for them next to the run's other files, ``run_bytes`` in all, which ``progress`` is told.
-        """
+        disk has no room for them next to the run's other files, ``run_bytes`` in all, which ``progress`` is told."""
 
         def begin() -> bool:
             if self._walked is None:

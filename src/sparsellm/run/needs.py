@@ -11,6 +11,7 @@ import torch
 from pydantic import JsonValue
 
 from sparsellm.calibration.sources import SELF, shares_of
+from sparsellm.calibration.windows import check_seq_len
 from sparsellm.chain import Chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs import about, parse_bytes
@@ -35,6 +36,7 @@ LOCAL = ("sparsegpt", "wanda")  # methods that hold less, for models that no eff
 def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, sharers: int = 1) -> Extent:
     """The windows that a recipe asks for, where the text has room for all."""
     seq_len = recipe.seq_len or default_seq_len(chain)
+    check_seq_len(chain.config, seq_len)
     # The sweep takes new windows where the dense model can run: one in memory, or with fewer experts, is another.
     fresh = choice.passes if chain.reader is not None and recipe.experts is None else 0
     of_pass = choice.windows_of_pass(recipe.samples, seq_len)

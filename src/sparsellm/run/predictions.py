@@ -137,8 +137,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_devic
 
     Without a budget the process takes a share of the free memory, on top of what it holds. On a GPU blocks run there,
     and hidden states stay there as far as ``on_device`` bytes have room; None for as many as the blocks take. Raises
-    MemoryBudgetError if the run needs more than a budget.
-    """
+    MemoryBudgetError if the run needs more than a budget."""
     start, most = _start_and_most(demand.extent.sharers, budget)
     steps, base, held, there = steps_of(chain, demand), start + LIBRARIES, 0, 0
     advice = f"lower batch_tokens (now {demand.extent.batch_tokens}), or take a method that needs less"
@@ -197,8 +196,7 @@ def check_writing(chain: Chain, budget: str | int | None, on_device: int) -> Non
     """Raises MemoryBudgetError if a model that writes its own calibration text, with all of its weights in memory, has
     no room in ``budget``, or in ``on_device`` bytes of a GPU."""
     start, most = _start_and_most(1, budget)
-    elements = sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements()
-    weights, room = chain.dtype.itemsize * elements, most - start - LIBRARIES
+    weights, room = _all_bytes(chain), most - start - LIBRARIES
     room = min(room, on_device) if chain.device.type == "cuda" else room
     if weights > room:
         raise MemoryBudgetError(
@@ -315,7 +313,7 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         running = loaded + tokens * (4 * _widest(chain, kind) + 8 * _width(chain)) * item
         statistics.append(running + _statistics_bytes(kind, work))
         removing.append(running + _removal_bytes(chain, kind, tokens, extent.share * extent.seq_len))
-        solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(kind, work)]
+        solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(chain, kind, work)]
         gradients.append(running + int(GRADIENTS * 4 * kind.elements) + _attention_bytes(chain, piece, extent.seq_len))
         if kind.first == 0:
             outer = item * chain.outer_elements(head=False) if read else 0
@@ -328,6 +326,8 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
     walked = (streams * item + outputs) * extent.share * extent.seq_len * _width(chain)
     steps = {"checking": Held(_largest_tensor(chain)), "embedding": Held(embedding, walked)}
     steps |= {"statistics": Held(max(statistics), walked), "solving": Held(max(solving), walked)}
+    if extent.written:
+        steps["calibration"] = Held(_all_bytes(chain))
     if demand.removes:
         steps["experts"] = Held(max(removing), walked)
     if demand.gradient_tokens:
@@ -372,14 +372,16 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
 def sweeps(chain: Chain, demand: Demand) -> list[str]:
     """The ways to hold the blocks in the sweep of a run; [""] if it has none.
 
-    Experts, rounded values, and parameters without rows that processes could divide are swept by a streamed sweep."""
+    Experts and rounded values are swept by a streamed sweep, and where processes would divide it, so are parameters
+    without rows or of several blocks."""
     if not demand.passes:
         return [""]
-    gpu, numbers = chain.device.type == "cuda", any(kind.scalars for kind in chain.kinds)
-    if demand.unrounded or any(kind.experts for kind in chain.kinds) or (demand.extent.ranks > 1 and numbers):
+    gpu, whole = chain.device.type == "cuda", any(kind.scalars for kind in chain.kinds)
+    whole |= any(not chain.owns(name) for index in range(len(chain)) for name in chain.names_of(index))
+    if demand.unrounded or any(kind.experts for kind in chain.kinds) or (demand.extent.ranks > 1 and whole):
         return [STREAMED]
     resident = RESIDENT.items() if gpu or chain.device.type == "cpu" else ()
-    return [*[name for name, way in resident if (gpu and not numbers) or not way.offloads], STREAMED]
+    return [*[name for name, way in resident if (gpu and not whole) or not way.offloads], STREAMED]
 
 
 def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
@@ -447,7 +449,7 @@ def _inputs(linears: Sequence[Size]) -> dict[tuple[str, int, bool], list[Size]]:
     return groups
 
 
-def _solver_bytes(kind: Kind, workspace: Workspace) -> int:
+def _solver_bytes(chain: Chain, kind: Kind, workspace: Workspace) -> int:
     """Bytes for the most expensive linear of a block: copies of its weight, its Gram matrices and factorisations, and
     the Gram matrices of later inputs, of which a method that refits writers has none; for a linear of an expert, those
     of all tokens."""
@@ -456,6 +458,7 @@ def _solver_bytes(kind: Kind, workspace: Workspace) -> int:
         solved = int(workspace.weights * 4 * linear.features * linear.outputs)
         square = 4 * linear.features**2
         remembered = min(workspace.remembered * square, max(REMEMBERED_BYTES, square))
+        remembered += remembered // 2 * (workspace.narrow and chain.products is not None)  # copies in bf16
         later = sum(4 * features**2 for features in others)
         return solved + (int(workspace.grams * square) + remembered + later if workspace.grams else 0)
 
@@ -464,6 +467,11 @@ def _solver_bytes(kind: Kind, workspace: Workspace) -> int:
     sizes = [solving(each, inputs[at:]) for at, group in enumerate(groups.values(), 1) for each in group]
     sizes += [solving(each, [other.features for other in expert]) for expert in kind.experts for each in expert]
     return max(sizes, default=0)
+
+
+def _all_bytes(chain: Chain) -> int:
+    elements = sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements()
+    return chain.dtype.itemsize * elements
 
 
 def _largest_tensor(chain: Chain) -> int:

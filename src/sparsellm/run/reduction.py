@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
@@ -42,8 +43,8 @@ def plan_removal(request: Request, clock: PhaseClock, progress: ProgressCallback
         raise RecipeError("experts are removed from a model on disk, without teacher: give it by name, and out=DIR")
     recipe = request.recipe
     request.destination(checkpoints_among(request.model))
-    place = Path(f"{request.out}-experts")
-    overwrite = request.overwrite or (place / EXPERTS).is_file()  # without that file it is a checkpoint of the user's
+    place = Path(f"{os.path.expanduser(request.out)}-experts")
+    overwrite = (place / EXPERTS).is_file()  # without that file it is a checkpoint of the user's
     kept = {name: getattr(recipe, name) for name in (*_FIELDS, *_SETTINGS)}
     alone = Recipe(method="magnitude", sparsity=0.0, **kept)
     return make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite, then=recipe), clock, progress)

@@ -98,8 +98,7 @@ def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:
     """``H = G + ridge`` with inputs scaled so that weights compare, and the scale of the weights (in,).
 
     ``1 / (R + τI)⁻¹_jj − τ`` is the part of an input's mean square (1 in the normalised ``R``) that others do not
-    predict. The mean diagonal of the scaled ``G`` is 1.
-    """
+    predict. The mean diagonal of the scaled ``G`` is 1."""
     normalised = gram.normalised
     unexplained = 1 / normalised.inverse(PREDICTION_RIDGE).matrix.diagonal() - PREDICTION_RIDGE
     unit = unexplained.clamp(min=1e-4).sqrt()

@@ -171,8 +171,7 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
     """The target ``(out, in)`` rounded input by input, with later inputs compensating each error; and notes.
 
     With ``UᵀU = (G + λI)⁻¹`` the best change of the later inputs for an error ``e_j`` of one is ``−(e_j / U_jj) U_jk``
-    (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up.
-    """
+    (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up."""
     order, factor = gram.remember("ordered", lambda: _ordered(gram))
     columns = target.T[order]  # (in, out), a copy
     result = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are

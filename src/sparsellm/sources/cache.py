@@ -23,7 +23,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def cache_dir() -> Path:
     """The cache directory, which may not exist yet: ``SPARSELLM_CACHE``, or the platform's directory for caches."""
     if chosen := os.environ.get("SPARSELLM_CACHE"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))  # which leaves an unknown ~user as it is
     return user_cache_path("sparsellm", appauthor=False)
 
 

@@ -47,15 +47,17 @@ def _convert(path: Path, folder: Path) -> Path:
     import transformers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    directory = folder / "checkpoint"
+    directory, alone = folder / "checkpoint", folder / "gguf" / path.name
+    alone.parent.mkdir()
+    alone.symlink_to(path.resolve())  # transformers would take a tokenizer.json next to the file
     config = getattr(transformers, "GgufConfig", None)  # in later releases, which else keep weights quantised
     dense = {} if config is None else {"quantization_config": config(dequantize=True)}
     with without_bars():
         try:
             # Not AutoTokenizer, which would parse the whole file again to choose this class.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(alone.parent, gguf_file=path.name)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, output_loading_info=True, **dense
+                alone.parent, gguf_file=path.name, output_loading_info=True, **dense
             )
         except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
             raise ModelError(

@@ -96,8 +96,7 @@ def changing(directory: str | os.PathLike[str]) -> Iterator[Callable[[str, bytes
     path. The directory is locked meanwhile, and what killed processes were writing there is removed first.
 
     The file is complete or unchanged, and in the list of the checkpoint, if that has one. A link in its place is
-    replaced and not followed. Raises StorageError if the directory cannot be written.
-    """
+    replaced and not followed. Raises StorageError if the directory cannot be written."""
     folder = Path(os.path.realpath(directory))
 
     def write(name: str, data: bytes) -> Path:

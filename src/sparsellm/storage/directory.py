@@ -97,8 +97,7 @@ class WorkingDirectory(contextlib.ExitStack):
 
         An older checkpoint is exchanged with it in one step (Linux), else first renamed into the working directory.
         Raises StorageError if files were added to ``out`` in the meantime, or a renaming fails: both checkpoints are
-        then as before, or the next start completes the renaming.
-        """
+        then as before, or the next start completes the renaming."""
         check_replaceable(self.out, overwrite=self._overwrite)
         record, replaced = self.state / PUBLISHING, self.path / REPLACED
         with interrupts.held(), explained(self.out):
@@ -190,8 +189,7 @@ def check_destination(
     Nothing is changed, except that a renaming that was cut short by a kill is completed or undone. Call it before the
     work, and again when sources, the directories that are read, and size are known. Raises StorageError if ``out``
     cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is not empty or holds foreign
-    files, cannot be written, or its disk has too little space.
-    """
+    files, cannot be written, or its disk has too little space."""
     place = check_place(out, sources)
     partial = partial_of(place)
     _settle(partial, place)
@@ -249,7 +247,8 @@ def check_room(place: Path, need_bytes: int) -> None:
 def written_bytes(partial: Path) -> int:
     """Disk space of the blocks that an unfinished run has written."""
     with explained(partial):
-        return sum(shard.lstat().st_size for shard in (partial / BLOCKS).glob("*.safetensors"))
+        shards = (shard for name in (BLOCKS, SWEPT) for shard in (partial / name).glob("*.safetensors"))
+        return sum(shard.lstat().st_size for shard in shards)
 
 
 def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[str]:

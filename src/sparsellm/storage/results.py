@@ -43,8 +43,7 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
     """Appends one record to results.json, which is replaced atomically, and returns the path of that file.
 
     The directory is locked from reading to writing, so that no record is lost if two processes append at once. Raises
-    StorageError if the file cannot be read or written.
-    """
+    StorageError if the file cannot be read or written."""
     with changing(directory) as write:
         results = read_results(directory)
         match record:

@@ -43,8 +43,7 @@ class Scratch(Room):
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
     ``spare`` is a second budget, in bytes, for tensors that only save time. A budget of None has no limit; a
-    ``directory`` of None is the system's temporary one.
-    """
+    ``directory`` of None is the system's temporary one."""
 
     def __init__(
         self, memory: int | None = None, directory: Path | None = None, spare: int | None = None, on_device: int = 0
@@ -76,8 +75,7 @@ class _Pinned:
     """A tensor in pinned memory, next to a GPU that computes.
 
     All copies run on one ``stream``, one after the other, so what is read has been written; the stream of the
-    computation waits for those that it reads. Tensors of the device keep their memory until their copies have ended.
-    """
+    computation waits for those that it reads. Tensors of the device keep their memory until their copies have ended."""
 
     def __init__(self, value: Tensor, parts: list[Tensor], stream: torch.cuda.Stream) -> None:
         self.nbytes, self._parts, self._stream = value.nbytes, parts, stream
@@ -126,8 +124,7 @@ class TensorStore(Sequence[Tensor]):
     """A list of tensors, each on the store's device, in memory, or in a file, where :class:`Scratch` has room.
 
     An item is read as a tensor on the store's device, without gradients; to change it, assign it. Closing the store, or
-    the end of its ``with`` block, frees its room.
-    """
+    the end of its ``with`` block, frees its room."""
 
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
         self._scratch, self._device = scratch, device

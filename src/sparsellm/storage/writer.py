@@ -85,8 +85,7 @@ class CheckpointWriter:
         of the same repository, which belong to the model. Python files are not copied: loading must run no code.
 
         Returns the names of the links that were not copied. Raises StorageError if a file cannot be read or written, or
-        the config is not a JSON object.
-        """
+        the config is not a JSON object."""
         files = sorted(file for file in source.iterdir() if is_companion(file.name) or file.name in more)
         files = [file for file in files if file.is_file()]
         for file in filter(partial(belongs_to, source), files):
@@ -144,8 +143,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
 
     Zeros are written as +0.0: packed formats would store −0.0 as a kept value, and bitwise comparison would differ.
 
-    Returns the SHA-256 of the file, in hexadecimal.
-    """
+    Returns the SHA-256 of the file, in hexadecimal."""
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0

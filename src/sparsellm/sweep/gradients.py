@@ -173,13 +173,14 @@ def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, share: 
     chain, total, start, predicted = feed.chain, 0.0, 0, feed.seq_len - 1
     for hidden in stream.hidden:
         hidden, ids = hidden.float(), feed.windows[start : start + len(hidden)].to(chain.device)
-        scored = _positions(predicted, share, seed=places.start + start).to(chain.device)
-        start += len(hidden)
-        following = next_token_loss(ids[:, scored + 1])
-        loss, slope = through_head(chain, hidden[:, scored], ids[:, scored], following, gradient=True)
-        total += loss * predicted / len(scored)
-        slope *= (predicted / len(scored)) ** 0.5
-        gradients.append(torch.zeros_like(hidden).index_copy_(1, scored, slope))
+        seeds = range(places.start + start, places.start + start + len(hidden))
+        scored = torch.stack([_positions(predicted, share, seed) for seed in seeds]).to(chain.device)
+        start, spots = start + len(hidden), scored[..., None].expand(-1, -1, hidden.shape[-1])
+        following = next_token_loss(ids.gather(1, scored + 1))
+        loss, slope = through_head(chain, hidden.gather(1, spots), ids.gather(1, scored), following, gradient=True)
+        total += loss * predicted / scored.shape[1]
+        slope *= (predicted / scored.shape[1]) ** 0.5
+        gradients.append(torch.zeros_like(hidden).scatter_(1, spots, slope))
     return total if places.start < places.stop else 0.0
 
 
@@ -190,8 +191,7 @@ def _positions(predicted: int, share: float, seed: int) -> Tensor:
     The gradient ``g`` at a token sums those of later positions, ``Σ_s a_s``. Of a share p of the positions it is
     ``ĝ = Σ_s m_s a_s``, scaled by ``1/√p`` so that ``E ĝ² = p g² + (1 − p) Σ_s a_s²``. Errors of predictions at
     different positions are uncorrelated in a calibrated model, so ``E g² = E Σ_s a_s²``: squares keep their expectation
-    for any share, while gradients themselves are ``√p`` of theirs.
-    """
+    for any share, while gradients themselves are ``√p`` of theirs."""
     count = min(predicted, max(LEAST_SCORED, round(share * predicted)))
     if count == predicted:
         return torch.arange(predicted)

@@ -32,6 +32,7 @@ class SweepRecord:
     files: dict[str, str]  # SHA-256 of the files, by name
     seconds: float  # that the sweep took so far, in all processes that ran it
     peak_rss: int  # the highest in any of them
+    way: str = ""  # how processes divide the windows, on which the held-out ones depend
 
 
 class SavedSweep:
@@ -40,7 +41,9 @@ class SavedSweep:
     The parameters after each pass (flat, fp32), and Adam's moments ``(2, elements)``, are one file per block, without
     its zeros. One record, written last, has the history and the checksums of the files. Files of earlier passes are
     then removed. ``last`` is the last saved pass whose files are intact; None if there is none and the sweep must
-    begin."""
+    begin. ``way`` is set by the sweep."""
+
+    way = ""
 
     def __init__(self, state: Path, blocks: int) -> None:
         self._folder, self._record, self._blocks = state / SWEEP, state / f"{SWEEP}.json", blocks
@@ -78,7 +81,7 @@ class SavedSweep:
 
         def record() -> None:
             peak = max(machine.peak_rss(), self.last.peak_rss if self.last is not None else 0)
-            self.last = SweepRecord(history, best, {name: files[name] for name in names}, seconds, peak)
+            self.last = SweepRecord(history, best, {name: files[name] for name in names}, seconds, peak, self.way)
             keep_record(self._record, self.last)
             with explained(self._folder):
                 empty(self._folder, tuple(names))

@@ -116,7 +116,7 @@ def held_out_of(steps: Sequence[T], kinds: Sequence[str] = ()) -> tuple[list[T],
     for kind in set(kinds) - {kinds[i] for i in held} if count else ():
         held.add(next(i for i in order if kinds[i] == kind))
     judges = [step for i, step in enumerate(steps) if i in held]
-    return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
+    return [step for i, step in enumerate(steps) if i not in held] or list(steps), judges or list(steps)
 
 
 def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:

@@ -39,8 +39,11 @@ STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens co
 
 
 def check_sweepable(chain: Chain) -> None:
-    """Raises a ModelError for a model that a sweep cannot train: a weight is used in a block and outside the blocks."""
+    """Raises a ModelError for a model that a sweep cannot train: a weight is used in a block and outside the blocks, or
+    a block has no weight of its own."""
     for index in range(len(chain)):
+        if not any(map(chain.owns, chain.block_parameters(index))):
+            raise ModelError(f"block {index} has no weight of its own that a sweep could train; set passes=0")
         for name in chain.block_parameters(index):
             outside = chain.outside(name)
             if outside is not None:
@@ -75,6 +78,10 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
     chain, weights = task.feed.chain, run.weights
     steps = run.steps()
     train, judges = held_out_of(steps, run.texts(steps))
+    if task.saved is not None:
+        task.saved.way = f"{parallel.size()} {type(weights).__name__}"
+        if task.saved.last is not None and task.saved.last.way != task.saved.way:
+            history = _on_these(history, task, run, judges)
     history = list(history) or [_start(task, run, train, judges)]
     first = len(history)
     for number in range(first, task.passes + 1):
@@ -97,6 +104,15 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
             state = {"parameters": weights.parameters, "moments": weights.moments}
             task.saved.save(history, weights.best, state, last=number == task.passes)
     return history
+
+
+def _on_these(history: list[SweepPass], task: SweepTask, run: Run, judges: list[Step]) -> list[SweepPass]:
+    """The history of a sweep that processes divided otherwise, whose held-out windows were others: its divergences
+    times what they are for the present state on these windows, divided by what they were."""
+    present = min(record.held_out for record in history) if history[-1].passes in harmful_passes(history) else None
+    with task.feed.chain.outer():
+        factor = run.judge(judges)[0] / (present or history[-1].held_out)
+    return [record.model_copy(update={"held_out": record.held_out * factor}) for record in history]
 
 
 def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> SweepPass:

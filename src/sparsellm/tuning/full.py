@@ -68,8 +68,7 @@ class ZeroKeeper:
 class KeepZeros(TrainerCallback):
     """A :class:`ZeroKeeper` for ``transformers.Trainer``: ``Trainer(..., callbacks=[KeepZeros()])``.
 
-    It keeps the zeros that the model has when training begins.
-    """
+    It keeps the zeros that the model has when training begins."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._keeper = ZeroKeeper(model).__enter__()

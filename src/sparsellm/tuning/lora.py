@@ -85,14 +85,14 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
     ``config`` None is rank 16 on all linears.
 
     Raises:
-        ModelError: the model is packed.
-        RecipeError: the configuration cannot keep zeros.
+        ModelError: the model is packed, or its blocks share weights.
+        RecipeError: the configuration cannot keep zeros, or those of stacked experts.
     """
     _refuse_packed(model)
     config = config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, masked(config), adapter_name)
     assert isinstance(wrapped, PeftModel)
-    return wrapped
+    return _keeping_zeros(wrapped)
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -106,7 +106,18 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig):
         raise RecipeError(f"{directory} holds a {config.peft_type} adapter; only LoRA keeps zeros")
-    return PeftModel.from_pretrained(model, str(directory), config=masked(config), is_trainable=is_trainable)
+    masks = masked(config)
+    return _keeping_zeros(PeftModel.from_pretrained(model, str(directory), config=masks, is_trainable=is_trainable))
+
+
+def _keeping_zeros(wrapped: PeftModel) -> PeftModel:
+    """Refuses what peft adapts unmasked, and a weight with several adapters, which merge into another model."""
+    if any(getattr(config, "target_parameters", None) for config in wrapped.peft_config.values()):
+        raise RecipeError("peft would adapt the stacked experts of this model and fill their zeros; take --way full")
+    weights = [id(each.get_base_layer().weight) for each in wrapped.modules() if isinstance(each, MaskedLoraLinear)]
+    if len({*weights}) < len(weights):
+        raise ModelError("blocks of this model share weights, and each would get an adapter; take --way full")
+    return wrapped
 
 
 def _refuse_packed(model: nn.Module) -> None:

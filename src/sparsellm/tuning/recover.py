@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -20,7 +19,7 @@ from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import MemoryBudgetError, NumericalError, RecipeError
 from sparsellm.inputs import read_object
-from sparsellm.machine import resolve_device
+from sparsellm.machine import free_memory, resolve_device
 from sparsellm.progress import Progress, ProgressCallback, note
 from sparsellm.records import PRUNING, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
@@ -95,7 +94,7 @@ def tune(
     chain = open_chain(source, device=torch.device("cpu"))
     assert chain.reader is not None
     weights = sum(math.prod(chain.reader.shape(name)) for name in chain.reader)
-    if (needed := BYTES[training.way] * weights) > psutil.virtual_memory().available:
+    if (needed := BYTES[training.way] * weights) > free_memory():
         ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
     check_seq_len(chain.config, training.seq_len)
@@ -106,10 +105,11 @@ def tune(
     loaded = load(source)
     ZeroKeeper(loaded)  # refuses a model without zeros, which LoRA would train too
     begun = time.perf_counter()
-    work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart)
+    work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart, need_bytes=chain.reader.bytes)
     with written(work, len(chain) + 1) as writer:
         trained, losses = _trained(loaded, training, rows, progress)
-        others = chain.outer_tensors()  # also what the trained model does not load, such as a vision tower
+        trains = {*chain.key_of.values()}  # not what the model does not load, such as a vision tower
+        others = {key: tensor for key, tensor in chain.outer_tensors().items() if key not in trains}
         chain = open_chain(trained, device=torch.device("cpu"))
         for index in range(len(chain)):
             writer.write_shard(index, chain.block_tensors(index))
