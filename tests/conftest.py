@@ -26,8 +26,7 @@ def pytest_configure() -> None:
 
     Distributing work costs a tiny model more than the work, on a busy machine ten times more; and a fixture of a module
     must compute with as many threads as its tests do, or bits differ. Signals that whoever started the tests ignores
-    (``nohup``, a shell's background) are not ignored here: the tests send them, and every child inherits that.
-    """
+    (``nohup``, a shell's background) are not ignored here: the tests send them, and every child inherits that."""
     torch.set_num_threads(1)
     for signum, usual in (
         (signal.SIGINT, signal.default_int_handler),

@@ -69,8 +69,7 @@ def dying(at: int | tuple[str, int] | None = None, *, signalled: bool = False) -
         signalled: die by SIGKILL.
 
     Yields:
-        The number of steps so far, by kind.
-    """
+        The number of steps so far, by kind."""
     steps: Counter[str] = Counter()
 
     def step(kind: str) -> None:
@@ -257,8 +256,7 @@ def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProce
     Args:
         folder: where it leaves ``stdout`` and ``stderr``.
         arguments: the words of the command line.
-        options: ``how`` it waits; ``ignore``, signals that it ignores from the start, as under nohup; ``closed``.
-    """
+        options: ``how`` it waits; ``ignore``, signals that it ignores from the start, as under nohup; ``closed``."""
     with started(command_line, [str(word) for word in arguments], folder, **options) as process:
         await_file(folder / "reached", process)
         yield process

@@ -166,8 +166,7 @@ def test_a_tensor_in_two_files_needs_an_index(copy: Path, tmp_path: Path) -> Non
     assert f"tensor {Q_PROJ} is in both one.safetensors and two.safetensors" in str(error)
     weight_map = {**dict.fromkeys(tensors, "one.safetensors"), Q_PROJ: "two.safetensors"}
     (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    chain = open_chain(copy, device=CPU)
-    assert not chain.parameter(Q_PROJ).any()
+    assert not open_chain(copy, device=CPU).parameter(Q_PROJ).any()
 
 
 def test_an_index_next_to_the_one_file_counts_for_nothing(copy: Path) -> None:
@@ -175,8 +174,7 @@ def test_an_index_next_to_the_one_file_counts_for_nothing(copy: Path) -> None:
     expected = load_file(copy / WEIGHTS)
     save_file({name: torch.zeros_like(value) for name, value in expected.items()}, copy / "old.safetensors")
     (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(expected, "old.safetensors")}))
-    theirs = AutoModelForCausalLM.from_pretrained(copy).state_dict()[Q_PROJ]
-    assert torch.equal(theirs, expected[Q_PROJ])
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(copy).state_dict()[Q_PROJ], expected[Q_PROJ])
     assert torch.equal(open_chain(copy, device=CPU).parameter(Q_PROJ), expected[Q_PROJ])
 
 
@@ -206,8 +204,7 @@ def test_so_are_those_of_a_model_in_memory() -> None:
 
 
 def test_tensors_that_the_model_does_not_use_are_told(copy: Path, tmp_path: Path) -> None:
-    tensors = load_file(copy / WEIGHTS)
-    save_file({**tensors, "score.weight": torch.ones(64, 64)}, copy / WEIGHTS)
+    save_file({**load_file(copy / WEIGHTS), "score.weight": torch.ones(64, 64)}, copy / WEIGHTS)
     result = sparsellm.prune(copy, Recipe(method="magnitude"), out=tmp_path / "p", calibration=IDS)
     assert "does not use score.weight (7.3% of the checkpoint's bytes); copied as they are" in result.warnings[0]
 

@@ -74,8 +74,7 @@ def test_the_forms_of_a_model_are_counted_and_scored(pruned: Path, text: Path, t
         *("dense fp32", "dense bf16", "dense bf16 by transformers"),
         *("packed 60%, keep", "packed 60%, int8"),
     }
-    dense = AutoModelForCausalLM.from_pretrained(pruned)
-    megabytes = resident_bytes(dense, linears_only=True) / 1e6
+    megabytes = resident_bytes(AutoModelForCausalLM.from_pretrained(pruned), linears_only=True) / 1e6
     assert float(rows["dense fp32"][0]) == pytest.approx(megabytes, abs=0.05)
     assert [float(rows[name][1]) for name in ("dense fp32", "dense bf16")] == [32, 16]
     assert float(rows["packed 60%, int8"][1]) < float(rows["packed 60%, keep"][1]) < 16

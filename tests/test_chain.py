@@ -114,8 +114,7 @@ def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
 
 
 def test_equal_masks_of_equal_batches_are_kept_once() -> None:
-    chain = open_chain(tiny_llama(), device=CPU)
-    stream = Feed(chain, windows(8, 20, seed=7), 20).stream()
+    stream = Feed(open_chain(tiny_llama(), device=CPU), windows(8, 20, seed=7), 20).stream()
     cosines = {id(call.kwargs["position_embeddings"][0]) for index in range(3) for call in stream.calls(index)}
     assert len(stream) == 8
     assert len(cosines) == 1
@@ -193,5 +192,4 @@ def test_a_block_that_returns_a_named_tuple_is_replaced_by_one() -> None:
     """The model reads it by name, as Reformer's does."""
     model = rearranged(lambda layers: [lambda *args, b=block, **kwargs: b(*args, **kwargs).hidden for block in layers])
     model.model.layers = type(model.model.layers)(Named(block) for block in model.model.layers)
-    stream = Feed(open_chain(model, device=CPU), IDS, 60).stream()
-    assert stream.hidden[0].shape == (3, 20, 32)
+    assert Feed(open_chain(model, device=CPU), IDS, 60).stream().hidden[0].shape == (3, 20, 32)

@@ -170,8 +170,7 @@ def test_evaluation_stops_as_well(source: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_digests_are_those_of_the_stored_bytes_and_progress_ends(source: Path) -> None:
     seen: list[tuple[int, int]] = []
-    reader = CheckpointReader(source)
-    digests = reader.digests(lambda done, total: seen.append((done, total)))
+    digests = CheckpointReader(source).digests(lambda done, total: seen.append((done, total)))
     tensors = load_file(source / WEIGHTS)
     assert digests == {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
     assert seen[-1][0] == seen[-1][1] == sum(value.nbytes for value in tensors.values())

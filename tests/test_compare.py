@@ -312,8 +312,7 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
     words = ("--out", out, *SMALL, "magnitude", "--calibration", text)
     assert run("compare", llama, *words)[0] == 0
     (out / f".{'a' * 24}.tmp").write_text("what a killed process wrote")
-    copied = shutil.copytree(llama, tmp_path / "another-place")
-    code, _, said = run("compare", copied, *words)
+    code, _, said = run("compare", shutil.copytree(llama, tmp_path / "another-place"), *words)
     assert code == 0, said
     assert not list(out.glob(".*.tmp"))
     other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(), tmp_path / "other")

@@ -136,8 +136,7 @@ def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert model.dtype == torch.float32
     assert tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id  # this tokenizer adds none
-    windows = evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)
-    assert sparsellm.evaluate(model, windows).value < 30
+    assert sparsellm.evaluate(model, evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)).value < 30
 
 
 @pytest.mark.slow

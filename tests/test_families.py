@@ -102,8 +102,7 @@ def test_a_resumed_run_has_the_same_bits(source: Path, pruned: Any, tmp_path: Pa
 
 
 def test_packed_and_unpacked_bit_for_bit(pruned: Any, tmp_path: Path) -> None:
-    packed = sparsellm.pack(pruned.path, out=tmp_path / "packed")
-    assert any(packed.linears.values())
+    assert any(sparsellm.pack(pruned.path, out=tmp_path / "packed").linears.values())
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "dense")
     assert same_bits(tensors_of(tmp_path / "dense"), tensors_of(pruned.path))
     loaded = sparsellm.load(tmp_path / "packed")
@@ -148,8 +147,7 @@ def test_a_tower_stays_packed_under_its_names_and_is_not_loaded(tmp_path: Path) 
 
 
 def test_a_text_model_of_a_multimodal_directory_is_read_back(tmp_path: Path) -> None:
-    source = save_tiny(qwen3_5(), None, tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(qwen3_5(), None, tmp_path / "dense"))
     model.save_pretrained(tmp_path / "saved")
     sparsellm.prune(model, RECIPE.updated(sparsity=0.0, method="magnitude"), out=tmp_path / "p", calibration=IDS)
     assert same_bits(tensors_of(tmp_path / "p"), tensors_of(tmp_path / "saved"))

@@ -39,8 +39,7 @@ def quantized_llama(kind: gguf.GGMLQuantizationType) -> LlamaForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                packed = gguf.quantize(parameter.numpy(), kind)
-                parameter.copy_(torch.from_numpy(gguf.dequantize(packed, kind)))
+                parameter.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)))
     return model
 
 
@@ -74,10 +73,10 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
 def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    (tmp_path / "tokenizer.json").write_text("{}")  # another model's
     first = gguf_checkpoint(path)
     before = (first / "config.json").stat().st_mtime_ns
-    moved = path.rename(tmp_path / "moved.gguf")
-    assert gguf_checkpoint(moved) == first
+    assert gguf_checkpoint(path.rename(tmp_path / "moved.gguf")) == first
     assert (first / "config.json").stat().st_mtime_ns == before
 
 
@@ -213,6 +212,5 @@ def test_a_conversion_is_on_the_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "replace", checked)
-    directory = gguf_checkpoint(tmp_path / "tiny.gguf")
-    assert len(list(directory.iterdir())) > 3
+    assert len(list(gguf_checkpoint(tmp_path / "tiny.gguf").iterdir())) > 3
     assert own_cache.stat().st_ino in synced

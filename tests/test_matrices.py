@@ -256,8 +256,7 @@ def test_a_linear_never_called_is_pruned_by_magnitude_and_named() -> None:
 
 def test_many_linears_outside_the_blocks_are_named() -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5)
-    result = sparsellm.prune(tiny_opt(word_embed_proj_dim=24), recipe, calibration=IDS)
-    (warning,) = result.warnings
+    (warning,) = sparsellm.prune(tiny_opt(word_embed_proj_dim=24), recipe, calibration=IDS).warnings
     assert "model.decoder.project_out, model.decoder.project_in, as many weights as 5.8% of the blocks" in warning
     assert sparsellm.prune(tiny_opt(word_embed_proj_dim=8), recipe, calibration=IDS).warnings == []
 
@@ -318,8 +317,7 @@ def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path:
 
 def test_allow_dense_accepts_what_no_linear_owns() -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.mlp"])
-    model = with_router(8)
-    result = sparsellm.prune(model, recipe, calibration=IDS)
+    result = sparsellm.prune(with_router(8), recipe, calibration=IDS)
     assert result.sparsity_pruned == 0.5
     assert len(result.linears) == 3 * 5  # q, k, v, o, and one of the mixture's three; the others are gates
     assert {matrix.reason for matrix in result.dense} == {"allowed dense"}

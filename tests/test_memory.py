@@ -37,7 +37,7 @@ def test_sizes(text: str | int, size: int) -> None:
     assert Recipe(memory=text).memory == text
 
 
-@pytest.mark.parametrize("text", ["", "much", "4 gigs", "4G", "-1GiB", "GiB", "0MB", "1e9", "4GiB!", 0])
+@pytest.mark.parametrize("text", ["", "much", "4 gigs", "4G", "-1GiB", "GiB", "0MB", "1e9", "4GiB!", 0, "8388608TiB"])
 def test_bad_sizes_are_refused_with_the_units(text: str | int) -> None:
     with pytest.raises(RecipeError, match="such as 4GiB"):
         Recipe(memory=text)

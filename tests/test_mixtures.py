@@ -127,8 +127,7 @@ def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> Non
 
 
 def test_tokens_of_experts_are_counted_and_few_are_warned_of() -> None:
-    recipe = RECIPE.updated(min_tokens_per_expert=10_000)
-    result = sparsellm.prune(mixtral(), recipe, calibration=IDS)
+    result = sparsellm.prune(mixtral(), RECIPE.updated(min_tokens_per_expert=10_000), calibration=IDS)
     counts = {linear.name: linear.tokens for linear in result.linears}
     assert sum(counts[f"model.layers.1.mlp.experts.{n}.up_proj"] or 0 for n in range(4)) == 2 * IDS.numel()
     assert counts["model.layers.1.self_attn.q_proj"] is None

@@ -84,6 +84,7 @@ def test_settings_reach_fields_and_options() -> None:
         ("{grid: q4_0, values: int8}", "grid q4_0 means values int4, not int8; give one"),
         ("grid: q5_0", "grid is 'q5_0'"),
         ("samples: 0", "samples"),
+        ("passes: 1001", "passes"),
         ("experts: 2.9", "experts 2.9 is neither a share below 1 nor a whole number"),
         ("dtype: int8", "dtype"),
         ("bos: maybe", "bos is 'maybe'"),

@@ -152,8 +152,7 @@ def test_every_division_is_exact_or_refused(linears: list[tuple[int, int | None]
     except RecipeError:
         return
     total = round(sparsity * sum(size.weights for size in sizes))
-    free = any(size.fixed is None for size in sizes)
-    assert abs(sum(zeros.values()) - total) <= (0 if free else len(sizes))
+    assert abs(sum(zeros.values()) - total) <= (0 if any(size.fixed is None for size in sizes) else len(sizes))
     for size in sizes:
         assert 0 <= zeros[size.name] <= size.weights
         assert size.fixed is None or zeros[size.name] == size.fixed

@@ -175,8 +175,7 @@ def test_a_rotation_lowers_what_pruning_costs() -> None:
         damped = matrix + DAMPING * matrix.diagonal().mean() * torch.eye(len(matrix))
         weight = linear.weight().double()
         errors = weight.square() / damped.inverse().diagonal()
-        groups = errors.reshape(-1, 4).sort(dim=1).values
-        return float(groups[:, :2].sum() / ((weight @ matrix) * weight).sum())
+        return float(errors.reshape(-1, 4).sort(dim=1).values[:, :2].sum() / ((weight @ matrix) * weight).sum())
 
     with loaded(tiny_opt()) as task:
         values = next(each for each in find_channels(task) if each.rotates)
@@ -233,8 +232,7 @@ def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch)
     assert sorted(parts.tolist()) == list(range(64))
     assert kept(parts) > natural
     best = spread(scores, pattern)
-    again = best[spread(scores[:, best], pattern)]
-    assert kept(again) >= kept(best)
+    assert kept(best[spread(scores[:, best], pattern)]) >= kept(best)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda make: make.__name__)

@@ -359,8 +359,7 @@ def test_weights_that_blocks_share_are_rounded_once() -> None:
 
 def test_experts_are_rounded_too() -> None:
     model = mixtral()
-    recipe = Recipe(sparsity=0.5, values="int4", effort=0)
-    result = sparsellm.prune(model, recipe, calibration=ids_of(4))
+    result = sparsellm.prune(model, Recipe(sparsity=0.5, values="int4", effort=0), calibration=ids_of(4))
     chain = open_chain(model, device=torch.device("cpu"))
     for index in range(len(chain)):
         with chain.block(index):
@@ -382,5 +381,4 @@ def test_packed_with_exponents_computes_as_pruned(pruned: tuple[Path, sparsellm.
         found = sparsellm.load(packed, dtype="float32")
         assert torch.equal(found(ids).logits, dense(ids).logits)
         found.save_pretrained(tmp_path / "saved")
-        again = sparsellm.load(tmp_path / "saved", dtype="float32")
-        assert torch.equal(again(ids).logits, dense(ids).logits)
+        assert torch.equal(sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits, dense(ids).logits)

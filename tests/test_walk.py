@@ -70,8 +70,7 @@ def test_the_walk_equals_a_plain_reference(family: Family, solver: str) -> None:
     model = family()
     expected = reference(model, IDS, solver, 0.5)
     # batches of several windows: the streamed statistics must add up to the same
-    recipe = Recipe(method=solver, sparsity=0.5, batch_tokens=48)
-    sparsellm.prune(model, recipe, calibration=IDS)
+    sparsellm.prune(model, Recipe(method=solver, sparsity=0.5, batch_tokens=48), calibration=IDS)
     for (name, pruned), plain in zip(model.named_parameters(), expected.parameters(), strict=True):
         disagree = ((pruned == 0) != (plain == 0)).float().mean()
         assert disagree < 0.002, name  # a score at the threshold may fall to either side of rounding

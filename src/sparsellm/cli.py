@@ -557,7 +557,7 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
     before = [prompt]  # printed with the first piece, since errors may come before that
 
     def show(text: str) -> None:
-        console.out().print(before.pop() + text if before else text, end="", soft_wrap=True)
+        console.piece(before.pop() + text if before else text)
 
     result = continue_prompt(model, tokenizer, prompt, on_text=None if json else show, **options)
     speed = (
@@ -630,7 +630,7 @@ def chat(directory: str, **options: Any) -> Printed:
         directory,
         use.made(terminal.Manner, **options),
         running,
-        show=lambda text: console.out().print(text, end="", soft_wrap=True),
+        show=console.piece,
         say=lambda line: console.say(line, error=True),
     )
     return None

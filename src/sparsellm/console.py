@@ -19,6 +19,7 @@ from typing import IO, Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment, Segments
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -60,6 +61,11 @@ def out() -> PlainConsole:
 def log() -> PlainConsole:
     """The console for everything else, on stderr."""
     return PlainConsole(stderr=True)
+
+
+def piece(text: str) -> None:
+    """Prints a piece of generated text, whose tabs rich would replace by spaces."""
+    out().print(Segments([Segment(visible(text))]), end="", soft_wrap=True)
 
 
 def visible(text: str) -> str:

@@ -45,8 +45,7 @@ class Speed(Measurement):
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
     ``decoder`` is the program that decoded: ``compiled`` is that of :mod:`sparsepack.decode`, ``transformers`` its
-    ``generate``. Records of older releases lack it: a dense model was decoded by transformers there.
-    """
+    ``generate``. Records of older releases lack it: a dense model was decoded by transformers there."""
 
     model: str
     phase: str
@@ -110,8 +109,7 @@ class Comparison(Measurement):
         kernel: the kernel for small batches; see :func:`~sparsepack.module.kernel_name`.
         verdict: one sentence a setting.
         ratios: what the speeds are to each other, in every setting.
-        packed_name, dense_name: the names of the directories; None for a model that was unpacked in memory.
-    """
+        packed_name, dense_name: the names of the directories; None for a model that was unpacked in memory."""
 
     speeds: list[Speed]
     dense_bytes: int
@@ -345,8 +343,7 @@ def one_run(
     """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it.
 
     With ``compiled``, one sequence is decoded as :func:`~sparsepack.generation.generate` does, if the compiled decoder
-    knows the model; all else by transformers' ``generate``.
-    """
+    knows the model; all else by transformers' ``generate``."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)

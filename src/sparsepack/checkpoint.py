@@ -49,8 +49,7 @@ class PackedEntry(BaseModel):
         layout, pattern: those of :class:`~sparsepack.layout.PackedWeight`.
         value_type: the type in the file.
         dtype: that of the dense weight, before packing and after unpacking.
-        transposed: the dense weight is stored as ``(in, out)``, as GPT-2's is.
-    """
+        transposed: the dense weight is stored as ``(in, out)``, as GPT-2's is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -257,8 +256,7 @@ def manifest(directory: Path) -> dict[str, object]:
 def config_digest(quantization_config: Any) -> str:
     """SHA-256 of a ``quantization_config``, as JSON in ASCII with sorted keys and without spaces.
 
-    The other keys of ``config.json`` are left out: tools rewrite them (``torch_dtype``, ``transformers_version``).
-    """
+    The other keys of ``config.json`` are left out: tools rewrite them (``torch_dtype``, ``transformers_version``)."""
     text = json.dumps(quantization_config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
@@ -267,8 +265,7 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
     """Compares weight files and ``quantization_config`` with the SHA-256 in ``packed.json``; whether there is one.
 
     ``save_pretrained`` writes none: such a directory is checked by the structure of its tensors alone. A FormatError
-    says what is missing, not listed, malformed or has changed.
-    """
+    says what is missing, not listed, malformed or has changed."""
     path = directory / MANIFEST
     if not path.is_file():
         return False

@@ -46,8 +46,7 @@ class Levels:
     """The whole numbers that values of an integer type are, in units of their scale, ascending.
 
     Of two neighbours in uneven ones, one is odd and one even, so their middle is not a whole number: a value that is
-    rounded to a whole number first still has the same nearest one.
-    """
+    rounded to a whole number first still has the same nearest one."""
 
     numbers: tuple[int, ...]
 
@@ -232,8 +231,7 @@ def decode_values(
 ) -> Tensor:
     """The kept values of some rows of a weight, in order; floating types as they are stored, integers as fp32.
 
-    ``kept``: bool ``(rows, in)``. Other arguments are those of :func:`encode_values`.
-    """
+    ``kept``: bool ``(rows, in)``. Other arguments are those of :func:`encode_values`."""
     values, offsets, scales, levels = stored
     start, stop = int(offsets[rows.start]), int(offsets[rows.stop])
     if value_type in FLOAT_TYPES:
@@ -300,8 +298,7 @@ def _in_pairs(codes: Tensor) -> Tensor:
 def _is_on(grouped: Tensor, levels: Levels) -> bool:
     """Whether the values are these numbers times scales already, up to a dtype's rounding, judged by some groups.
 
-    Others must not be brought to a grid with a gap: small values of large inputs would become many times as large.
-    """
+    Others must not be brought to a grid with a gap: small values of large inputs would become many times as large."""
     judges = grouped[:: max(1, len(grouped) // _JUDGES)]
     return _quantise_groups(judges, levels)[2] <= ON_GRID * float(judges.double().square().sum())
 
@@ -309,8 +306,7 @@ def _is_on(grouped: Tensor, levels: Levels) -> bool:
 def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, float]:
     """Whole numbers ``(groups, columns)``, the best bf16 scales ``(groups,)`` of those tried, and the squared error.
 
-    The anchor becomes the lowest number, which has no positive counterpart, so a scale may be negative.
-    """
+    The anchor becomes the lowest number, which has no positive counterpart, so a scale may be negative."""
     whole, scales = torch.empty_like(grouped), grouped.new_empty(len(grouped), dtype=torch.bfloat16)
     total = 0.0
     for first in range(0, len(grouped), _GROUPS_AT_ONCE):

@@ -46,8 +46,7 @@ class Generation:
     Attributes:
         prefill_seconds: from the start to the first new token.
         decode_seconds: from the first new token to the last.
-        finish: what ended it: an end-of-text token or a stop string, the limit on new tokens, or the caller.
-    """
+        finish: what ended it: an end-of-text token or a stop string, the limit on new tokens, or the caller."""
 
     text: str
     prompt_tokens: int
@@ -294,8 +293,7 @@ class _Text(BaseStreamer):
     its characters are complete, and no stop string can begin in it.
 
     Attributes:
-        over: why no further token is needed; None until then.
-    """
+        over: why no further token is needed; None until then."""
 
     def __init__(
         self,
@@ -318,7 +316,7 @@ class _Text(BaseStreamer):
     def put(self, value: Tensor) -> None:
         new = value.flatten().tolist()
         if not self._tokens:
-            tails = [new[-CONTEXT:][start:] for start in range(MOST_TOKENS)]
+            tails = [new[-CONTEXT:][start:] or new for start in range(MOST_TOKENS)]
             # The first that begins with a whole character: byte tokens are decoded only if all of a run are characters.
             self._tokens = next((tail for tail in tails if not self._decode(tail).startswith("\ufffd")), tails[0])
             self._read = len(self._tokens)

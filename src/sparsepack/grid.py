@@ -37,8 +37,7 @@ class Groups:
     """The groups of a weight with ``columns`` whose values share a scale; ``size`` columns, at the end of a row fewer.
 
     ``levels`` are the numbers of the grid; ``dense``, whether the weight is packed dense, where a value may become 0;
-    ``half``, whether scales must be numbers of fp16 too, as other programs store them.
-    """
+    ``half``, whether scales must be numbers of fp16 too, as other programs store them."""
 
     columns: int
     size: int
@@ -104,8 +103,7 @@ def on_grid(
     """The fp32 weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero.
 
     The scales follow from the largest magnitudes of ``weight``, so nothing is clipped. ``dtype`` is that of the
-    checkpoint; ``exponents``, int8 ``(in,)``; ``groups``, those of the weight, where they are known already.
-    """
+    checkpoint; ``exponents``, int8 ``(in,)``; ``groups``, those of the weight, where they are known already."""
     groups = Groups.of(weight, value_type) if groups is None else groups
     powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)
     rounded = on_grid_of(groups, weight, dtype, powers)
@@ -131,8 +129,7 @@ def codes_of(weight: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
     """The whole numbers, int8 ``(out, in)``, and scales, fp32 ``(out, groups)``, of a weight that is on a grid.
 
     ``weight`` is ``(out, in)`` in the dtype of its checkpoint and equals the numbers times the scales, rounded to it;
-    ``name`` is that of its linear. Raises FormatError if the weight is not on the grid, or groups do not fit a row.
-    """
+    ``name`` is that of its linear. Raises FormatError if the weight is not on the grid, or groups do not fit a row."""
     groups = Groups.of(weight, grid.name)
     if weight.shape[1] % groups.size:
         fault = f"its {weight.shape[1]} inputs are not a multiple of {groups.size}, the group"

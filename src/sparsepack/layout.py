@@ -67,8 +67,7 @@ class PackedWeight:
         exponents: int8 ``(in,)``, -8 … 7, for integers: column ``j`` is multiplied by ``2^exponents[j]``; None for
             none.
         levels: the whole number of each code of int4, int8 ``(16,)``; None for the code minus 8.
-        narrow: whether all codes of int4 are 4 … 11, so that a file has them as int3.
-    """
+        narrow: whether all codes of int4 are 4 … 11, so that a file has them as int3."""
 
     shape: tuple[int, int]
     layout: str
@@ -172,8 +171,7 @@ def pack(
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
     """The layout in which :func:`pack` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
 
-    Both depend on its zeros alone.
-    """
+    Both depend on its zeros alone."""
     kept = weight.detach() != 0
     forms = _forms(_shape(weight), kept.count_nonzero(dim=1).cpu(), detect(kept), value_type)
     layout = min(forms, key=lambda name: forms[name][0])
@@ -185,8 +183,7 @@ def predicted_bytes(
 ) -> int:
     """Bytes of a weight ``(out, in)`` in its smallest form, with its zeros spread evenly over the rows.
 
-    ``pattern`` is the N:M that it satisfies, if any; ``exponents``, whether its columns have exponents.
-    """
+    ``pattern`` is the N:M that it satisfies, if any; ``exponents``, whether its columns have exponents."""
     out, columns = shape
     counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
     coded = next((other for other in PATTERNS if pattern is not None and implies(pattern, other)), None)

@@ -35,7 +35,6 @@ LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pag
 
 ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default
 PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
-_SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it calls compiled kernels
@@ -43,8 +42,7 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)`` on the weight's device: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
-    may round a small batch to int8, where the weight is int8 or int4.
-    """
+    may round a small batch to int8, where the weight is int8 or int4."""
     kernels = _kernels(x.device.type) if x.dtype in FLOAT_TYPES.values() else None
     if kernels is not None and 0 < len(x) <= SMALL_BATCH:
         options = {"rounded": True} if rounded and x.device.type == "cpu" else {}
@@ -66,8 +64,7 @@ def gather(model: nn.Module, *, dense: bool = False) -> None:
     """Moves masks and values of all packed layers on the CPU, with ``dense`` all other weights too, into one block, in
     large pages where there are any.
 
-    Products stream through them: with pages of 4 KB, a seventh of the time of a token goes to the pages' addresses.
-    """
+    Products stream through them: with pages of 4 KB, a seventh of the time of a token goes to the pages' addresses."""
     places: dict[int, list[Tensor]] = {}
     for module in model.modules():
         names = ("weight_mask", "weight_values") if isinstance(module, PackedLinear) else ("weight",)
@@ -82,7 +79,8 @@ def gather(model: nn.Module, *, dense: bool = False) -> None:
     _ask_for_large_pages(block)
     for users, piece in zip(places.values(), block.split(sizes), strict=True):
         tensor = users[0].detach()
-        moved = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        # A storage of its own: with a view of the block, pickle and torch.save would write the whole block.
+        moved = torch.frombuffer(piece.numpy(), dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
         moved.copy_(tensor)
         for user in users:  # the old memory is freed when all have moved: no second copy of the model is held
             user.data = moved
@@ -148,8 +146,7 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
 def _assemble(parts: Sequence[Tensor | None], columns: int, name: str = "weight") -> PackedWeight:
     """The packed weight of the tensors of :data:`FIELDS`; one mask for several rows is that of the layout ``dense``.
 
-    A FormatError says that the values have a type that the format does not have.
-    """
+    A FormatError says that the values have a type that the format does not have."""
     mask, values, offsets = (part for part in parts[:3] if part is not None)
     scales, exponents, levels = parts[3:]
     kind = next((kind for kind, stored in STORED_AS.items() if stored == values.dtype), None)
@@ -166,8 +163,7 @@ class PackedLinear(nn.Module):
     ``weight`` is a placeholder with one element. It has the dtype and device that other code reads from a linear's
     weight, and its shape makes loaders without support for the format raise an error. The packed weight is in the
     buffers :data:`PACKED_BUFFERS`. ``.to`` moves them, but a change of dtype converts only the placeholder and the
-    bias: values keep the type in which they were packed.
-    """
+    bias: values keep the type in which they were packed."""
 
     weight: Tensor
     weight_mask: Tensor | None
@@ -200,7 +196,10 @@ class PackedLinear(nn.Module):
         self._check(packed, name)
         packed = as_bitmask(packed).to(self.weight.device)
         for name, field in zip(PACKED_BUFFERS, FIELDS, strict=True):
-            setattr(self, name, getattr(packed, field))
+            new, held = getattr(packed, field), self._buffers[name]
+            # In place, since a tied head has the same tensors
+            kinds = {(each.shape, each.dtype, each.device) for each in (new, held) if each is not None}
+            setattr(self, name, held.copy_(new) if held is not None and new is not None and len(kinds) == 1 else new)
 
     def _check(self, packed: PackedWeight, name: str) -> None:
         if packed.shape != (self.out_features, self.in_features):
@@ -249,16 +248,15 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        # Viewed as integers, values and scales move with .to(device) and do not change in .to(dtype) or .half().
-        kinds = {}
-        for name in ("weight_values", "weight_scales"):
-            buffer = self._buffers[name]
-            if buffer is not None and buffer.is_floating_point():
-                kinds[name] = buffer.dtype
-                self._buffers[name] = buffer.view(_SAME_SIZE[buffer.dtype.itemsize])
-        super()._apply(fn, recurse)
-        for name, dtype in kinds.items():
-            self._buffers[name] = self.get_buffer(name).view(dtype)
+        # Values, scales and masks move with .to(device) and do not change in .to(dtype), .half() or .type(dtype).
+        packed = [self._buffers[name] for name in PACKED_BUFFERS]
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            same = new.dtype == tensor.dtype or not any(tensor is each for each in packed)
+            return new if same else tensor.to(new.device)
+
+        super()._apply(moved, recurse)
         return self
 
     def _load_from_state_dict(
@@ -280,8 +278,7 @@ def row_scale(module: Any) -> float | None:
     """The factor of the rows that an embedding returns: 1 for ``nn.Embedding``, another for those of the Gemma kind;
     None for other modules, and where it is not known.
 
-    Gemma's hold it as a buffer, without a value before the weights are loaded, and newer ones as a number too.
-    """
+    Gemma's hold it as a buffer, without a value before the weights are loaded, and newer ones as a number too."""
     if type(module) is nn.Embedding:
         return 1.0
     held = getattr(module, "embed_scale", None)
@@ -317,7 +314,8 @@ class PackedEmbedding(PackedLinear):
         """The rows of token ids, ``(..., columns)`` in the dtype of the placeholder."""
         packed = self.packed
         assert packed.scales is not None
-        rows = packed.values.view(packed.shape)[ids].float() * packed.scales[ids].unsqueeze(-1)
+        values = nn.functional.embedding(ids, packed.values.view(packed.shape))  # refuses negative ids
+        rows = values.float() * packed.scales[ids].unsqueeze(-1)
         rows = rows.to(self.weight.dtype)
         # The factor is rounded to the dtype first, as the dense embedding does.
         return rows if self.kind is nn.Embedding else rows * torch.tensor(self.scale).to(rows)

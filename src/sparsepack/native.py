@@ -184,8 +184,7 @@ def _openmp_of_torch() -> int | None:
     """The address of ``GOMP_parallel`` in the OpenMP library of torch, so that kernels and torch share threads.
 
     LLVM's and Intel's libraries have the function too. None if it is not available (macOS, Windows); the kernels then
-    use their own threads.
-    """
+    use their own threads."""
     if "OpenMP" not in torch.__config__.parallel_info():
         return None
     try:

@@ -6,8 +6,8 @@ linears, so that no release of transformers converts them to the model's dtype.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -37,8 +37,7 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Replaces the linears with packed weights by :class:`~sparsepack.module.PackedLinear`.
 
-    Loading raises a FormatError if files are damaged, do not fit ``config.json``, or are not those of the model.
-    """
+    Loading raises a FormatError if files are damaged, do not fit ``config.json``, or are not those of the model."""
 
     requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
     is_trainable = False
@@ -102,7 +101,7 @@ class PackedQuantizer(HfQuantizer):
             held = {"layout": layout, "value_type": value_type, "pattern": None}
             linears[name] = entry.model_copy(update=held).to_dict()
         _share_embedding(model)
-        model.num_parameters = MethodType(_num_parameters, model)
+        model.num_parameters = partial(_num_parameters, model)  # pickle would look a method up by its name
         self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears

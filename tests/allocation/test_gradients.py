@@ -32,6 +32,12 @@ def squares(chain: Chain, batch_tokens: int = 2048, names: list[str] | None = No
     return loss_gradients(Feed(chain, windows(), batch_tokens), chosen).output_squares
 
 
+def test_the_scored_positions_do_not_depend_on_batches() -> None:
+    chain, ids = open_chain(tiny_llama(max_position_embeddings=256), device=CPU), windows(4, 200)
+    one, two = (loss_gradients(Feed(chain, ids, tokens), ["model.layers.0.mlp.up_proj"]) for tokens in (200, 800))
+    torch.testing.assert_close(one.output_squares, two.output_squares)
+
+
 class Everything:
     """The inputs of linears and the gradients at their outputs, and the linears of each block."""
 
@@ -76,12 +82,13 @@ def test_gradients_of_a_share_of_the_positions_are_scaled(monkeypatch: pytest.Mo
     assert abs(loss - backward_sweep(Feed(chain, windows(), 45), complete.see)) < 1  # an estimate of the same
     last, drawn = "model.layers.2.mlp.down_proj", []  # its gradient is that of the residual stream
     for some, all_of_it in zip(seen.gradient[last], complete.gradient[last], strict=True):
-        scored = some.view(-1, 20, 32).abs().sum(dim=(0, 2)) > 0
-        assert int(scored.sum()) == 8  # from 19
-        rows = scored.repeat(len(some) // 20)
+        scored = some.view(-1, 20, 32).abs().sum(dim=2) > 0
+        assert scored.sum(1).eq(8).all()  # from 19
+        rows = scored.flatten()
         torch.testing.assert_close(some[rows], all_of_it[rows] * (19 / 8) ** 0.5, rtol=1e-4, atol=1e-7)
         drawn.append(scored.tolist())
     assert drawn[0] != drawn[1]
+    assert drawn[0][0] != drawn[0][1]
 
 
 def test_short_windows_are_scored_whole() -> None:

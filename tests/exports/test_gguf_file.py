@@ -217,6 +217,8 @@ def test_without_a_template_or_a_dense_model_the_option_is_named(ready: Path, tm
             sparsellm.export(ready, to="gguf", out=tmp_path / name, overwrite=True, **settings)
     with pytest.raises(StorageError, match="is the template"):
         sparsellm.export(ready, to="gguf", out=like, overwrite=True, **settings)
+    with pytest.raises(StorageError, match="in the checkpoint"):
+        sparsellm.export(ready, to="gguf", out=ready / "a.gguf", **settings)
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,7 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows in llama.cpp's order: it rotates neighbouring pairs, Hugging Face the two halves of a head."""
-    half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:

@@ -21,8 +21,7 @@ def random_weight(
     """A random packed weight and its dense form in fp64.
 
     With ``special_rows``, the first row is empty, the second full and the last empty. A sparsity below 0 is the layout
-    ``dense``. ``group`` columns share a scale of int4, whose numbers are random with an even seed, else plain.
-    """
+    ``dense``. ``group`` columns share a scale of int4, whose numbers are random with an even seed, else plain."""
     random = torch.Generator().manual_seed(seed)
     kept = torch.rand(out, columns, generator=random) >= sparsity
     if special_rows and sparsity >= 0:
@@ -67,8 +66,7 @@ def bound(dense: Tensor, x: Tensor) -> Tensor:
     """How far a product ``(tokens, out)`` in fp32 may be from the exact one, then rounded to the type of ``x``.
 
     The sum of n products differs by at most ``(n + 3) u Σ|w x|`` with u = 2⁻²⁴ (Higham, section 3.1); a rounding to k
-    bits adds ``2⁻ᵏ |y|``.
-    """
+    bits adds ``2⁻ᵏ |y|``."""
     magnitude = x.double().abs() @ dense.abs().T
     exact = (x.double() @ dense.T).abs()
     rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[x.dtype]
@@ -78,8 +76,7 @@ def bound(dense: Tensor, x: Tensor) -> Tensor:
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 4)`` and fp32 scales ``(tokens, groups)``.
 
-    Groups of four columns that lie 64, 128 or 192 columns apart within 256 share a scale.
-    """
+    Groups of four columns that lie 64, 128 or 192 columns apart within 256 share a scale."""
     padded = functional.pad(x.float(), (0, -x.shape[1] % 256)).view(len(x), -1, 4, 16, 4)
     largest = padded.abs().amax(dim=(2, 4), keepdim=True)
     integers = torch.where(largest > 0, padded * torch.tensor(127.0).div(largest), 0).round().long()

@@ -69,6 +69,10 @@ def test_a_prompt_that_is_cut_within_a_character_spoils_none() -> None:
     for some in (ids[:9], *([each] for each in ids[9:])):
         text.put(torch.tensor(some))
     assert text.text == "\u5b57"
+    text = _Text(PreTrainedTokenizerFast(tokenizer_object=characters), [], None, lambda: False)
+    for each in ids[:4]:  # a prompt of half a character
+        text.put(torch.tensor([each]))
+    assert text.ids == ids[1:4]
 
 
 BAD_ARGUMENTS: list[tuple[Callable[[Path], Any], str]] = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +89,7 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
 def test_dtype_changes_leave_the_values_alone() -> None:
     module = layer("fp32")
     before = unpack(module.packed)
-    for changed in (module.bfloat16(), module.half(), module.double(), module.to(torch.bfloat16)):
+    for changed in (module.bfloat16(), module.half(), module.double(), module.type(torch.bfloat16)):
         assert changed is module
         assert torch.equal(unpack(module.packed), before)
         assert module.weight_values.dtype == torch.float32  # type: ignore[union-attr]
@@ -152,6 +154,11 @@ def test_a_compiled_model_computes_the_same() -> None:
             assert torch.allclose(compiled(x), model(x), atol=1e-5)
 
 
+def in_one_block(parts: list[Tensor]) -> bool:
+    ends = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    return all(0 <= start - end < 64 for (_, end), (start, _) in itertools.pairwise(ends))
+
+
 def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
     model = nn.Sequential(layer_of(packed_of(sparse_weight(1024, 4096, 0.5))), nn.ReLU(), layer("int8"))
     shared = PackedLinear(4096, 1024)
@@ -163,7 +170,8 @@ def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
         assert torch.equal(module.packed.mask, mask)
         assert torch.equal(module.packed.values, values)
     parts = [part for module in (model[0], model[2]) for part in (module.weight_mask, module.weight_values)]
-    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert in_one_block(parts)
+    assert len(pickle.dumps(model[2])) < 2 * model[2].packed.nbytes  # not the whole block
     assert shared.weight_values.data_ptr() == model[0].weight_values.data_ptr()
     dense = nn.ModuleDict({"embedding": nn.Embedding(1024, 2048), "head": nn.Linear(2048, 1024), "norm": nn.RMSNorm(9)})
     dense["head"].weight = dense["embedding"].weight
@@ -171,5 +179,4 @@ def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
     runtime_module.gather(dense, dense=True)
     assert dense["head"].weight is dense["embedding"].weight
     assert dense["head"].weight[5, 7].item() == number
-    parts = [dense["head"].weight, dense["norm"].weight]
-    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert in_one_block([dense["head"].weight, dense["norm"].weight])

@@ -52,8 +52,7 @@ class Guarded:
         return copy.copy_(tensor)
 
     def weight(self, packed: PackedWeight) -> PackedWeight:
-        fields = ("mask", "values", "offsets", "scales")
-        tensors = {name: getattr(packed, name) for name in fields}
+        tensors = {name: getattr(packed, name) for name in ("mask", "values", "offsets", "scales")}
         return dataclasses.replace(packed, **{n: None if t is None else self.copy(t) for n, t in tensors.items()})
 
 

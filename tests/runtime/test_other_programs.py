@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -114,10 +115,16 @@ def test_the_number_of_parameters_is_the_dense_models(tied: bool, head: str, tmp
     dense = prune_tiny(tiny_llama(tie_word_embeddings=tied, attention_bias=True))
     source = save_tiny(dense, None, tmp_path / "dense")
     packed = sparsellm.load(sparsellm.pack(source, out=tmp_path / "packed", head=head).path)  # type: ignore[arg-type]
-    for model in (packed, copy.deepcopy(packed)):
+    for model in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         for exclude in (False, True):
             assert model.num_parameters(exclude_embeddings=exclude) == dense.num_parameters(exclude_embeddings=exclude)
         assert model.num_parameters(only_trainable=True) <= dense.num_parameters()
+    other = save_tiny(
+        prune_tiny(tiny_llama(1, tie_word_embeddings=tied, attention_bias=True)), None, tmp_path / "other"
+    )
+    loaded = sparsellm.load(sparsellm.pack(other, out=tmp_path / "packed-other", head=head).path)  # type: ignore[arg-type]
+    loaded.load_state_dict(packed.state_dict())
+    assert loaded(**packed.dummy_inputs).logits.equal(packed(**packed.dummy_inputs).logits)
     packed.dequantize()
     assert packed.num_parameters() == dense.num_parameters()
 

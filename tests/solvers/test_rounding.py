@@ -172,8 +172,7 @@ def test_numbers_and_scale_of_a_group_are_near_the_best(name: str, kept: int, se
     grid = GRIDS[name]
     weight, gram = torch.zeros(1, grid.group), gram_of(grid.group, seed=seed)
     weight[:, :kept] = weight_of(1, kept, seed) / 30
-    result = rounded(weight, gram, name, torch.bfloat16)
-    codes, scales = codes_of(result.weight.bfloat16(), grid, "a")
+    codes, scales = codes_of(rounded(weight, gram, name, torch.bfloat16).weight.bfloat16(), grid, "a")
     assert not bool(codes[:, kept:].any())
     inside = Gram(gram.matrix[:kept, :kept], gram.tokens)
     fixed = int(weight.abs().argmax())
@@ -221,8 +220,7 @@ def test_each_input_is_made_up_for_by_all_after_it(values: str, sparsity: float)
     damped.diagonal().add_(rounding.DAMPING * gram.mean_diagonal)
     expected = removing_one_input_at_a_time(weight, grid, damped)
     # A value in the middle between two numbers may fall to either side in fp32, and all later ones of its row differ.
-    same = torch.isclose(result.double(), expected, atol=1e-6).all(dim=1)
-    assert int(same.sum()) >= 5
+    assert int(torch.isclose(result.double(), expected, atol=1e-6).all(dim=1).sum()) >= 5
     assert notes == ()
     assert torch.equal(result == 0, grid.nearest == 0) or grid.groups.dense
 

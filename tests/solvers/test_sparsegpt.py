@@ -22,8 +22,7 @@ sparsegpt = SOLVERS["sparsegpt"].function
 def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, step: int, damping: float = 0.01) -> Tensor:
     """Column j is pruned, then every later column is updated, with the inverse of what is left recomputed each time.
 
-    The mask is chosen for ``step`` columns at a time.
-    """
+    The mask is chosen for ``step`` columns at a time."""
     outputs, inputs = weight.shape
     work = weight.double().clone()
     damped = gram.matrix.double() + damping * gram.matrix.double().diagonal().mean() * torch.eye(inputs)

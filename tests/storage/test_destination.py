@@ -192,8 +192,7 @@ def test_a_path_may_begin_with_the_home(model: Path, tmp_path: Path, monkeypatch
 
 def test_a_mount_point_is_refused(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/" in {disk.mountpoint for disk in directory.psutil.disk_partitions(all=True)}
-    mounts = [SimpleNamespace(mountpoint=str(old))]
-    monkeypatch.setattr(directory.psutil, "disk_partitions", lambda all: mounts)
+    monkeypatch.setattr(directory.psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint=str(old))])
     with pytest.raises(StorageError, match="it is a mount point"):
         check_destination(old, overwrite=True)
 
@@ -283,8 +282,7 @@ def test_an_unset_variable_or_the_root_is_refused(
     """``--out "$UNSET" --overwrite`` in a directory that could be replaced; before the model is looked for."""
     here = write(tmp_path / "here", 1, source(tmp_path / "model"))
     monkeypatch.chdir(here)
-    flags = [] if command in (["demo"], COMPARE) else ["--overwrite"]
-    code, _, said = run(*command, "--out", out, *flags)
+    code, _, said = run(*command, "--out", out, *[] if command in (["demo"], COMPARE) else ["--overwrite"])
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith("error: ")
     assert "--out" in said

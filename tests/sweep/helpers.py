@@ -102,8 +102,7 @@ def divergence(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> 
     """A scalar, with gradients: mean over all tokens of ``Σ p (log p − log q)``."""
     with torch.no_grad():
         p = torch.log_softmax(dense(ids, use_cache=False).logits.float(), -1)
-    q = torch.log_softmax(pruned(ids, use_cache=False).logits.float(), -1)
-    return (p.exp() * (p - q)).sum(-1).mean()
+    return (p.exp() * (p - torch.log_softmax(pruned(ids, use_cache=False).logits.float(), -1))).sum(-1).mean()
 
 
 def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -84,8 +84,7 @@ def test_sets_come_again_in_turn_when_the_text_is_used_up(tmp_path: Path, monkey
     tokens = len(ids_in(text(tmp_path / "text.txt", 5)))
     assert tokens // SEQ_LEN == 6, "the windows of the statistics, and up to two between them"
     seen = runs_of(monkeypatch)
-    recipe = {**RECIPE, "calibration": str(tmp_path / "text.txt")}
-    sparsellm.prune(source, recipe, out=tmp_path / "out")
+    sparsellm.prune(source, {**RECIPE, "calibration": str(tmp_path / "text.txt")}, out=tmp_path / "out")
     first, second, third, fourth = (windows for windows, _ in seen)
     assert torch.equal(first, third)
     assert torch.equal(second, fourth)

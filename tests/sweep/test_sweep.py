@@ -17,6 +17,8 @@ from sparsellm import Recipe
 from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.records import SweepPass
+from sparsellm.registry import Workspace
+from sparsellm.run.predictions import Demand, Extent, sweeps
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import head, streamed
@@ -207,13 +209,15 @@ def test_blocks_that_share_weights_are_swept_as_one(tmp_path: Path) -> None:
     small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
     ids, recipe = ids_of(4), Recipe(sparsity=0.5, samples=4, seq_len=24, sweep_rate=0.001, exclude=small)
     source = save_tiny(tiny_zamba(), None, tmp_path / "dense")
-    model = tiny_zamba()
-    result = sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p")
+    result = sparsellm.prune(tiny_zamba(), recipe, calibration=ids, out=tmp_path / "p")
     assert result.sweeps[1].held_out < result.sweeps[0].held_out
     sparsellm.prune(source, recipe, calibration=ids, out=tmp_path / "q")
     first, second = (CheckpointReader(tmp_path / out) for out in "pq")
     assert set(first) == set(second) == set(CheckpointReader(source))
     assert all(torch.equal(first.get(name), second.get(name)) for name in first)
+    for ranks, ways in ((1, 3), (2, 1)):  # several processes would divide them
+        demand = Demand(Extent(4, 24, 2048, swept=96, ranks=ranks), Workspace(), passes=1)
+        assert len(sweeps(open_chain(source, device=CPU), demand)) == ways
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     shared = "shared_transf.feed_forward.up_proj.weight"
     weights = [value for name, value in loaded.state_dict().items() if name.endswith(shared)]
@@ -378,6 +382,7 @@ def test_what_is_held_out(count: int, held: list[int]) -> None:
     kinds = ["a"] * 2 + ["b", "c"] * (count // 2 - 1) + ["d"] * (count % 2)  # alternating, as windows of a mixture
     _, judges = held_out_of(list(range(count)), kinds)
     assert {kinds[i] for i in judges} == set(kinds)
+    assert held_out_of([0, 1, 2, 3], "abcd") == ([0, 1, 2, 3], [0, 1, 2, 3])
 
 
 def test_the_divergence_of_each_text_is_that_of_its_windows(monkeypatch: pytest.MonkeyPatch) -> None:

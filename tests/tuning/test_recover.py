@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.interrupts import Interrupted
 from sparsellm.tuning import recover
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.storage.small import tensors_of
 
 SMALL = ("--steps", 12, "--seq-len", 32, "--batch", 4)
@@ -31,12 +31,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pruned(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tune") / "pruned"
-    llama = Path(shutil.copytree(llama, out.with_name("dense")))  # with a tensor that the model does not load
-    save_file({**tensors_of(llama), "visual.weight": torch.ones(2)}, llama / "model.safetensors", {"format": "pt"})
+    dense = save_tiny(tiny_llama(tie_word_embeddings=True), tiny_tokenizer(), out.with_name("dense"))
+    tensors = tensors_of(dense)  # with a tensor that the model does not load, and a head that is stored twice
+    tensors |= {"visual.weight": torch.ones(2), "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, dense / "model.safetensors", {"format": "pt"})
     recipe = Recipe(method="magnitude", sparsity=0.6, calibration=str(text), samples=4, seq_len=32)
-    sparsellm.prune(llama, recipe, out=out)
+    sparsellm.prune(dense, recipe, out=out)
     return out
 
 
@@ -59,6 +61,7 @@ def test_a_checkpoint_recovers_and_keeps_zeros(way: str, pruned: Path, text: Pat
             trained += int(not torch.equal(weight, other))
     assert trained >= 7
     assert "visual.weight" in tensors_of(out)
+    assert "lm_head.weight" not in tensors_of(out)  # it would be the untrained one
     values = [sparsellm.evaluate(place, text, seq_len=32, max_tokens=640).value for place in (pruned, out)]
     assert values[1] < 0.9 * values[0]
 

@@ -14,8 +14,9 @@ import sparsellm
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.tuning.full import KeepZeros, ZeroKeeper
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models.families import mixtral
 from tests.models.pruned import prune_tiny
-from tests.sweep.helpers import ids_of
+from tests.sweep.helpers import ids_of, sharing_llama
 
 IDS = ids_of(8, 16)
 DATA = [{"input_ids": row, "labels": row} for row in IDS]
@@ -148,8 +149,7 @@ def test_a_checkpoint_becomes_tuned_and_packed_again(tmp_path: Path) -> None:
         adapter_on(sparsellm.load(tmp_path / "packed"))
     tuned = trained(adapter_on(sparsellm.load(source)), tmp_path / "run").merge_and_unload()
     tuned.save_pretrained(tmp_path / "tuned")
-    second = sparsellm.pack(tmp_path / "tuned", out=tmp_path / "again")
-    assert second.packed_bytes == first.packed_bytes
+    assert sparsellm.pack(tmp_path / "tuned", out=tmp_path / "again").packed_bytes == first.packed_bytes
     assert torch.allclose(logits(sparsellm.load(tmp_path / "again")), logits(tuned), atol=1e-4)
 
 
@@ -157,3 +157,10 @@ def test_a_checkpoint_becomes_tuned_and_packed_again(tmp_path: Path) -> None:
 def test_variants_that_cannot_keep_zeros_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(changes))):
         adapter_on(prune_tiny(tiny_llama()), **changes)
+
+
+def test_what_peft_adapts_without_the_mask_is_refused() -> None:
+    with pytest.raises(RecipeError, match="stacked experts"):
+        adapter_on(mixtral())
+    with pytest.raises(ModelError, match="share weights"):
+        adapter_on(sharing_llama())

@@ -196,7 +196,9 @@ def _heat_map(
     blocks = pruning.blocks
     values = {kind: by_block(part, blocks, of) for kind, part in _kinds(pruning).items()}
     known = [value for row in values.values() for value in row if value is not None and math.isfinite(value)]
+    ends = {} if log or not known else {"zmin": max(0.0, min(known) - 0.05), "zmax": min(1.0, max(known) + 0.05)}
     trace = _heat(
+        **ends,  # else equal values would have the colours of both ends
         z=[[z(value) for value in row] for row in values.values()],
         x=blocks,
         y=list(values),

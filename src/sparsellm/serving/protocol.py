@@ -33,6 +33,9 @@ _NEUTRAL: dict[str, object] = {
     "presence_penalty": 0,
     "response_format": {"type": "text"},
     "store": False,
+    "service_tier": "auto",
+    "modalities": ["text"],
+    "include_obfuscation": False,
     "tools": [],
 }
 
@@ -52,7 +55,7 @@ def _joined(content: Any) -> Any:
 
 def _is_neutral(name: str, value: object) -> bool:
     """In JSON, ``logprobs: 0`` asks for something, and ``false`` does not."""
-    neutral = _NEUTRAL.get(name)
+    neutral = value if (name, value) == ("tool_choice", "auto") else _NEUTRAL.get(name)  # tools are refused
     return neutral is not None and neutral == value and isinstance(neutral, bool) == isinstance(value, bool)
 
 
@@ -70,7 +73,10 @@ class _Given(BaseModel):
 class Message(_Given):
     """One message of a conversation; only text."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[
+        Literal["system", "user", "assistant"],
+        BeforeValidator(lambda role: "system" if role == "developer" else role),  # OpenAI's newer name
+    ]
     content: Annotated[Words, BeforeValidator(_joined)]
     name: str | None = None
 

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,7 +152,7 @@ class _Gate:
 
     def __init__(self, app: ASGIApp, key: str | None, most: int) -> None:
         self._app, self._most = app, most
-        self._key = None if key is None else f"Bearer {key}".encode()
+        self._key = None if key is None else f"bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -177,7 +177,8 @@ class _Gate:
         await refused(scope, receive, send)
 
     def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
-        given = headers.get("authorization", "").encode("latin-1")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = f"{scheme.lower()} {key.strip()}".encode("latin-1")
         if self._key is not None and path != "/health" and not hmac.compare_digest(given, self._key):
             return _problem(401, "the API key is missing or wrong", code="invalid_api_key")
         if self._key is None and not _is_local(headers.get("host", "")):
@@ -197,9 +198,9 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _problem(status: int, message: str, **parts: str | None) -> JSONResponse:
+def _problem(status: int, message: str, headers: Mapping[str, str] | None = None, **parts: str | None) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse(error(message, kind, **parts), status, {"Retry-After": "1"} if status == 503 else None)
+    return JSONResponse(error(message, kind, **parts), status, {"Retry-After": "1"} if status == 503 else headers)
 
 
 async def _of_error(_: Request, failed: Exception) -> Response:
@@ -208,7 +209,7 @@ async def _of_error(_: Request, failed: Exception) -> Response:
 
 
 async def _of_status(_: Request, failed: HTTPException) -> Response:
-    return _problem(failed.status_code, str(failed.detail))
+    return _problem(failed.status_code, str(failed.detail), failed.headers)
 
 
 async def _of_validation(_: Request, failed: RequestValidationError) -> Response:
@@ -235,11 +236,11 @@ def application(worker: Worker, name: str) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)  # type: ignore[arg-type]
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sparsellm"}
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def _health() -> Response:
         return JSONResponse({"model": name, **worker.state()})
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
     async def _models() -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
@@ -314,4 +315,4 @@ async def _stream(event: str | Generation, events: AsyncIterator[str | Generatio
 
 
 def _sent(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"

@@ -89,7 +89,7 @@ class Worker:
                 raise UnavailableError("the server is stopping")
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
             if len(self._waiting) + (self._running is not None) > self._queue:
-                raise UnavailableError(f"{self._queue} requests wait already; try again later")
+                raise UnavailableError(f"an answer is being made, and {self._queue} requests wait; try again later")
             self._waiting.append(job)
             self._changed.notify()
 
