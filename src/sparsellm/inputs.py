@@ -75,9 +75,10 @@ def check_size(value: object) -> None:
     raise ValueError(f"it is nested deeper than {MOST_DEPTH - 1} levels")
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
-    return parse_yaml(files.read_bytes(path, MOST_YAML, RecipeError, pipe=True), str(path))
+    file = Path(os.path.expanduser(path))
+    return parse_yaml(files.read_bytes(file, MOST_YAML, RecipeError, pipe=True), str(path))
 
 
 def dump_yaml(values: Mapping[str, object]) -> str:

@@ -346,7 +346,7 @@ class Recipe(BaseModel):
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
         """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path."""
-        values = parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(Path(source))
+        values = parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(source)
         if not isinstance(values, Mapping):
             raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.5'")
         return cls.of(values)

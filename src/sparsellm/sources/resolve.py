@@ -27,7 +27,7 @@ def checkpoint_directory(model: str, argument: str = "model") -> Path:
         pass  # it may be a hub id
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
         raise ModelError(f"{argument} {model!r:.100} cannot be looked up: {one_line(error)}") from None
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise ModelError(f"{argument} {model}: there is no such file; give the path of a .gguf file")
         return gguf_checkpoint(path)
