@@ -116,7 +116,7 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.fullmatch(text if isinstance(text, str) else shown(text))
     units = {name.lower(): size for name, size in SIZES.items()}
     size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0)) if match is not None else 0
-    if not 1 <= size < 1 << 62:
+    if not 1 <= size <= 1 << 62:
         raise RecipeError(
             f"size {shown(text)} is unknown; write a positive number and one of {', '.join(SIZES)}, such as 4GiB"
         )
