@@ -285,8 +285,9 @@ def cells_of(
         raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
     cells: dict[str, Recipe] = {}
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
-    for pattern in patterns:  # auto:M has a sparsity, too
-        targets += [{"pattern": pattern, **each} for each in targets[: len(sparsities) * ("auto" in pattern)] or [{}]]
+    for pattern in patterns:
+        shares = targets[: len(sparsities)] if pattern.startswith("auto") else []  # auto:M has a sparsity too
+        targets += [{"pattern": pattern, **share} for share in shares or [{}]]
     typed: list[Settings] = [{"values": each} for each in values] or [{}]
     fewer: list[Settings] = [{"experts": each} for each in experts] or [{}]
     for left, target, entry, kept in product(fewer, targets, entries, typed):

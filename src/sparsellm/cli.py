@@ -488,8 +488,7 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
     place = results.place_of_results(directory) if save else None
     result = door.export(directory, save=place is not None, progress=progress, **options)
     saved = place / RESULTS if place is not None else None
-    content = {**result.to_dict(), "results": saved and str(saved)}
-    return content, lambda: tables.print_exported(result, saved)
+    return {**result.to_dict(), "results": saved and str(saved)}, lambda: tables.print_exported(result, saved)
 
 
 @_command(

@@ -188,7 +188,8 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
-        """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.
+        """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask. Tensors of
+        the same shape that the layer holds are overwritten, so a tied head, which has the same ones, follows.
 
         Raises:
             FormatError: it is inconsistent, or has another shape than this layer.
@@ -197,7 +198,6 @@ class PackedLinear(nn.Module):
         packed = as_bitmask(packed).to(self.weight.device)
         for name, field in zip(PACKED_BUFFERS, FIELDS, strict=True):
             new, held = getattr(packed, field), self._buffers[name]
-            # In place, since a tied head has the same tensors
             kinds = {(each.shape, each.dtype, each.device) for each in (new, held) if each is not None}
             setattr(self, name, held.copy_(new) if held is not None and new is not None and len(kinds) == 1 else new)
 

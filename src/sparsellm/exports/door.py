@@ -103,8 +103,10 @@ def export(  # noqa: PLR0913 - the Python door
                 "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
             )
         template = Template(demo_gguf() if like is None else Path(like).expanduser())
-        read = (os.path.realpath(os.path.expanduser(each)) for each in (template.path, model or template.path, source))
-        if {*read} & {str(place), str(place.parent)}:
+        sources = (
+            os.path.realpath(os.path.expanduser(each)) for each in (template.path, model or template.path, source)
+        )
+        if {*sources} & {str(place), str(place.parent)}:
             raise StorageError(f"--out {place} is the template or the dense model, or in the checkpoint; name another")
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))

@@ -147,8 +147,7 @@ class Journal(contextlib.ExitStack):
     def write_block(self, index: int, tensors: Mapping[str, TensorSource], record: BlockRecord) -> None:
         """Writes a block that the walk has finished, then its record."""
         assert self._walked is not None
-        digest = self._walked.write_shard(index, tensors)
-        self.keep(self._shards[index].name, replace(record, sha256=digest))
+        self.keep(self._shards[index].name, replace(record, sha256=self._walked.write_shard(index, tensors)))
 
     @property
     def written(self) -> list[Path]:

@@ -260,8 +260,7 @@ def read_windows(
 
     source = text if isinstance(text, str) else DOCUMENTS
     sets, of_pass = choice.sets, choice.windows_of_pass(recipe.samples, seq_len)
-    sizes = [recipe.samples] * sets + [of_pass] * passes
-    windows, sources = mixed_windows(source, sizes, draw)
+    windows, sources = mixed_windows(source, [recipe.samples] * sets + [of_pass] * passes, draw)
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
     sets = min(sets, len(windows) // max(1, samples))

@@ -470,8 +470,7 @@ def _solver_bytes(chain: Chain, kind: Kind, workspace: Workspace) -> int:
 
 
 def _all_bytes(chain: Chain) -> int:
-    elements = sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements()
-    return chain.dtype.itemsize * elements
+    return chain.dtype.itemsize * (sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements())
 
 
 def _largest_tensor(chain: Chain) -> int:

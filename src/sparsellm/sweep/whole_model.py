@@ -81,7 +81,7 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
     if task.saved is not None:
         task.saved.way = f"{parallel.size()} {type(weights).__name__}"
         if task.saved.last is not None and task.saved.last.way != task.saved.way:
-            history = _on_these(history, task, run, judges)
+            history = _rescaled(history, task, run, judges)
     history = list(history) or [_start(task, run, train, judges)]
     first = len(history)
     for number in range(first, task.passes + 1):
@@ -106,12 +106,13 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
     return history
 
 
-def _on_these(history: list[SweepPass], task: SweepTask, run: Run, judges: list[Step]) -> list[SweepPass]:
+def _rescaled(history: list[SweepPass], task: SweepTask, run: Run, judges: list[Step]) -> list[SweepPass]:
     """The history of a sweep that processes divided otherwise, whose held-out windows were others: its divergences
     times what they are for the present state on these windows, divided by what they were."""
-    present = min(record.held_out for record in history) if history[-1].passes in harmful_passes(history) else None
+    undone = history[-1].passes in harmful_passes(history)  # then the best state is there again
+    before = min(record.held_out for record in history) if undone else history[-1].held_out
     with task.feed.chain.outer():
-        factor = run.judge(judges)[0] / (present or history[-1].held_out)
+        factor = run.judge(judges)[0] / before
     return [record.model_copy(update={"held_out": record.held_out * factor}) for record in history]
 
 

@@ -99,7 +99,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     """A saved masked adapter on the pruned model that it was trained on.
 
     Raises:
-        ModelError: the model is packed.
+        ModelError: the model is packed, or its blocks share weights.
         RecipeError: the adapter is not LoRA, or one that cannot keep zeros.
     """
     _refuse_packed(model)

@@ -108,8 +108,8 @@ def tune(
     work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart, need_bytes=chain.reader.bytes)
     with written(work, len(chain) + 1) as writer:
         trained, losses = _trained(loaded, training, rows, progress)
-        trains = {*chain.key_of.values()}  # not what the model does not load, such as a vision tower
-        others = {key: tensor for key, tensor in chain.outer_tensors().items() if key not in trains}
+        loads = {*chain.key_of.values()}  # all else, such as a vision tower, is copied
+        others = {key: tensor for key, tensor in chain.outer_tensors().items() if key not in loads}
         chain = open_chain(trained, device=torch.device("cpu"))
         for index in range(len(chain)):
             writer.write_shard(index, chain.block_tensors(index))
