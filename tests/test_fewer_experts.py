@@ -302,6 +302,7 @@ def test_a_checkpoint_of_the_user_is_not_taken_for_the_smaller_model(tmp_path: P
     source = save_tiny(mixtral(), None, tmp_path / "dense")
     removed(source, tmp_path / "small-experts", experts=3)
     before = tree(tmp_path / "small-experts")
-    with pytest.raises(StorageError, match="small-experts"):
-        sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "small", calibration=IDS, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(StorageError, match="small-experts"):
+            sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "small", calibration=IDS, overwrite=overwrite)
     assert tree(tmp_path / "small-experts") == before

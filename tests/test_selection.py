@@ -39,8 +39,7 @@ def test_only_what_is_named_is_pruned_the_rest_counts_as_dense() -> None:
     }
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(module, torch.nn.Linear):
-            share = 0.5 if name in names else 0.0
-            assert int((module.weight == 0).sum()) == share * module.weight.numel()
+            assert int((module.weight == 0).sum()) == (0.5 if name in names else 0.0) * module.weight.numel()
     assert result.sparsity_pruned == 0.5
     assert {(matrix.name, matrix.reason) for matrix in result.dense} >= {
         ("model.layers.1.mlp.up_proj", "excluded"),

@@ -267,10 +267,10 @@ def cells_of(
     values: Sequence[str] = (),
     experts: Sequence[float] = (),
 ) -> dict[str, Recipe]:
-    """The cells by name: every method at every sparsity, then at every pattern; each with every effort, if the method
-    has a sweep, with every type of values, and with every ``experts``. The other settings are those of ``base``, whose
-    options hold for the methods that have them, and those of a sweep for the methods with one. A RecipeError if nothing
-    is asked for, something is named twice or wrong, or no method has an option of the base."""
+    """The cells by name: every method at every sparsity, then at every pattern, auto:M at every sparsity; each with
+    every effort, if the method has a sweep, type of values and ``experts``. The other settings are those of ``base``,
+    whose options hold for the methods that have them, and those of a sweep for the methods with one. A RecipeError if
+    nothing is asked for, something is named twice or wrong, or no method has an option of the base."""
     recipe = Recipe.of(base)
     if values and recipe.grid != "own":
         raise RecipeError(f"grid {recipe.grid} means values {recipe.values}; leave out values, or the grid")

@@ -87,9 +87,9 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
 
 
 def test_dtype_changes_leave_the_values_alone() -> None:
-    module = layer("fp32")
+    module = layer("fp32").type(torch.float32)
     before = unpack(module.packed)
-    for changed in (module.bfloat16(), module.half(), module.double(), module.type(torch.bfloat16)):
+    for changed in (module.bfloat16(), module.half(), module.double(), module.to(torch.bfloat16)):
         assert changed is module
         assert torch.equal(unpack(module.packed), before)
         assert module.weight_values.dtype == torch.float32  # type: ignore[union-attr]

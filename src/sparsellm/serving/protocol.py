@@ -55,7 +55,7 @@ def _joined(content: Any) -> Any:
 
 def _is_neutral(name: str, value: object) -> bool:
     """In JSON, ``logprobs: 0`` asks for something, and ``false`` does not."""
-    neutral = value if (name, value) == ("tool_choice", "auto") else _NEUTRAL.get(name)  # tools are refused
+    neutral = value if (name, value) == ("tool_choice", "auto") else _NEUTRAL.get(name)  # the same without tools
     return neutral is not None and neutral == value and isinstance(neutral, bool) == isinstance(value, bool)
 
 
