@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
+from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among, resolved
 from sparsellm.storage.reader import open_checkpoint
 from sparsellm.storage.results import append_result
 from sparsepack.grids import GRIDS
@@ -103,10 +102,8 @@ def export(  # noqa: PLR0913 - the Python door
                 "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
             )
         template = Template(demo_gguf() if like is None else Path(like).expanduser())
-        sources = (
-            os.path.realpath(os.path.expanduser(each)) for each in (template.path, model or template.path, source)
-        )
-        if {*sources} & {str(place), str(place.parent)}:
+        sources = {resolved(each) for each in (template.path, model or template.path, source)}
+        if sources & {place, place.parent}:
             raise StorageError(f"--out {place} is the template or the dense model, or in the checkpoint; name another")
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))

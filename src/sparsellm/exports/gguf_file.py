@@ -20,7 +20,7 @@ from sparsellm.exports.linears import OnGrid
 from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_of
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
-from sparsellm.storage.directory import check_room
+from sparsellm.storage.directory import check_room, resolved
 from sparsellm.storage.files import replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.version import __version__
@@ -35,7 +35,7 @@ _HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")  # in co
 def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The path of a GGUF file to be written, without links. A StorageError says why it cannot be, or that there is a
     file, which only ``overwrite`` replaces, if it is a GGUF file."""
-    place = Path(os.path.realpath(os.path.expanduser(os.fspath(out))))
+    place = resolved(out)
     said = f"--out {shown(os.fspath(out))}"
     if place.suffix != ".gguf" or place.is_dir():
         raise StorageError(f"{said} is not the name of a .gguf file; name one, such as model.gguf")

@@ -18,7 +18,7 @@ from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Export, Pruning, read_pruning
 from sparsellm.storage.contents import changing
 from sparsellm.storage.results import read_results
-from sparsepack.checkpoint import is_packed
+from sparsepack.checkpoint import is_packed, packed_entries
 
 CARD = "README.md"
 _MARK = "<!-- Written by `sparsellm card`, which replaces it unless it was edited: {} -->\n"
@@ -61,7 +61,9 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     if not force and os.path.lexists(path) and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
-    text = card_text(run, results.evaluations, packed=is_packed(config), files=results.exports)
+    packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
+    types = sorted({entry.value_type for entry in packed.values()})
+    text = card_text(run, results.evaluations, packed=types, files=results.exports)
     with changing(directory) as write:
         return write(CARD, text.encode())
 
@@ -81,7 +83,7 @@ def card_text(
     run: Pruning,
     evaluations: Sequence[Evaluation] = (),
     *,
-    packed: bool = False,
+    packed: Sequence[str] = (),
     exported: Export | None = None,
     files: Sequence[Export] = (),
 ) -> str:
@@ -90,7 +92,7 @@ def card_text(
 
     Args:
         run, evaluations: what is known of the checkpoint.
-        packed: whether its weights are packed.
+        packed: the types of its packed values, if it is packed.
         exported: the export that it is, if it is one.
         files: what was exported from it.
     """

@@ -105,7 +105,7 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
     if plan.out is not None:
         identity = to_jsonable_python(asdict(plan.identity))
         parallel.from_main(partial(check_unfinished, partial_of(plan.out), identity, restart=request.restart))
-    return plan.whole
+    return plan.whole.model_copy(update={"model": plan.base.name})
 
 
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:

@@ -40,11 +40,11 @@ BLOCKS, SWEPT, REPLACED = "blocks", "swept", "replaced"  # folders: the walk's c
 
 def partial_of(out: str | os.PathLike[str]) -> Path:
     """The working directory of a checkpoint: next to the directory that ``out`` leads to."""
-    place = _resolved(out)
+    place = resolved(out)
     return place.with_name(f"{place.name}{PARTIAL}")
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
+def resolved(path: str | os.PathLike[str]) -> Path:
     """The absolute path without links; ``~`` is the user's home, as in the name of a model."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
@@ -202,14 +202,14 @@ def check_place(out: str | os.PathLike[str], sources: Iterable[str | os.PathLike
     """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it
     cannot be written, overlaps with a source or with another run, or is a mount point."""
     try:
-        place = _resolved(out) if os.fspath(out) else Path("/")
+        place = resolved(out) if os.fspath(out) else Path("/")
         str(place).encode()  # fails for names that are not UTF-8, as records and reports are
     except ValueError:
         place = Path("/")
     if not place.name:
         raise StorageError(f"--out {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
     with explained(place):
-        for reason in _refusals(place, partial_of(place), map(_resolved, sources)):
+        for reason in _refusals(place, partial_of(place), map(resolved, sources)):
             raise StorageError(f"--out {out} {reason}; name another directory")
     return place
 
