@@ -273,7 +273,7 @@ def check(example: Example) -> None:
     given = dict(word.partition("=")[::2] for word in example.arguments)  # the last one of a name counts
     inside = {Path("outer/work") / given.get(name, "/") for name in ("--out", "--pack")}
     if example.arguments[0] in ("bench", "eval"):  # they keep what they measured next to the checkpoint
-        changed -= {f"outer/work/{directory}/results.json" for directory in example.arguments[1:2]}
+        changed -= {f"outer/work/{example.arguments[1]}/{each}" for each in ("results.json", "sparsellm-files.json")}
     assert all(inside & {Path(path), *Path(path).parents} for path in changed), changed
     assert not any(name.endswith(".partial") for name in after)
 

@@ -195,7 +195,7 @@ def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
 def test_the_prediction_is_within_a_quarter_of_a_real_process(method: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparsellm", "prune", "demo", "--out", str(tmp_path / "p"), "--method", method]
-    command += ["--samples", "4", "--seq-len", "512", "--json"]
+    command += ["--samples", "4", "--seq-len", "512", "--json", "--verbose"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
     report = json.loads(done.stdout)
     assert f"predicted peak memory {report['memory']['predicted_peak_rss_bytes'] / 1e9:.2f} GB" in done.stderr
