@@ -95,12 +95,15 @@ def claims_failure(*, alone: bool) -> bool:
 
 
 def await_other_failures() -> None:
-    """Waits until all processes have failed, at most :data:`LAST_WORDS` seconds, since this one may hold the count that
-    :func:`claims_failure` reads in the others."""
+    """Closes the connections of process 0, for which others may wait, then waits until all have failed, at most
+    :data:`LAST_WORDS` seconds, since it may hold the count that :func:`claims_failure` reads in them."""
+    global _machines
     if _failures is None or os.environ["RANK"] != "0":
         return
-    deadline = time.monotonic() + LAST_WORDS
+    deadline, _machines = time.monotonic() + LAST_WORDS, None
     with contextlib.suppress(RuntimeError):
+        if backend() == "gloo":  # NCCL would wait for those that have ended
+            dist.destroy_process_group()
         while int(_failures.add("count", 0)) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
             time.sleep(0.05)
 

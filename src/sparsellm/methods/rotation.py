@@ -62,8 +62,7 @@ def best_rotation(channels: Channels, grams: Mapping[str, Gram], patterns: Mappi
             adam.zero_grad()
             cost(cayley(free)).backward()  # type: ignore[no-untyped-call]
             adam.step()
-    least = min(torch.eye(width, device=free.device).repeat(heads, 1, 1), cayley(free.detach()), key=cost)
-    return least.cpu()
+    return min(torch.eye(width, device=free.device).repeat(heads, 1, 1), cayley(free.detach()), key=cost).cpu()
 
 
 def cayley(free: Tensor) -> Tensor:

@@ -289,8 +289,7 @@ def checkpoint_bytes(chain: Chain) -> int:
 
 def accumulator_bytes(features: int) -> int:
     """Bytes of a :class:`~sparsellm.statistics.GramAccumulator`: fp64 panels of its upper triangle."""
-    starts = range(0, features, PANEL)
-    return 8 * sum(min(PANEL, features - start) * (features - start) for start in starts)
+    return 8 * sum(min(PANEL, features - start) * (features - start) for start in range(0, features, PANEL))
 
 
 def head_bytes(chain: Chain) -> tuple[int, int]:
