@@ -102,7 +102,7 @@ def await_other_failures() -> None:
         return
     deadline, _machines = time.monotonic() + LAST_WORDS, None
     with contextlib.suppress(RuntimeError):
-        if backend() == "gloo":  # NCCL would wait for those that have ended
+        if dist.is_initialized() and backend() == "gloo":  # NCCL would wait for those that have ended
             dist.destroy_process_group()
         while int(_failures.add("count", 0)) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
             time.sleep(0.05)
