@@ -221,10 +221,9 @@ def _waiting(block: Callable[..., Any], folder: Path, how: str) -> Callable[...,
 
     def waiting(chain: Chain, index: int, *rest: Any) -> Any:
         waits = index == 1 and not (folder / "reached").exists()
-        if waits:
-            (folder / "reached").touch()
         while waits:
             try:
+                (folder / "reached").touch()  # a signal that comes right after it is in here too
                 time.sleep(0.01)
                 waits = not (folder / "go").exists()
             except BaseException:
