@@ -223,7 +223,7 @@ def _waiting(block: Callable[..., Any], folder: Path, how: str) -> Callable[...,
         waits = index == 1 and not (folder / "reached").exists()
         while waits:
             try:
-                (folder / "reached").touch()  # a signal that comes right after it is in here too
+                (folder / "reached").touch()  # in here, so that a signal right after it is caught
                 time.sleep(0.01)
                 waits = not (folder / "go").exists()
             except BaseException:
