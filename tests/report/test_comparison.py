@@ -65,10 +65,11 @@ def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> Non
 
 def test_a_directory_called_dense_is_not_the_dense_model(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "half", tmp_path / "dense")
-    page = page_of(write_comparison([tmp_path / "dense", runs / "nm"], tmp_path / "c.html"))
-    assert [row[0] for row in page.rows(SUMMARY)[1:]] == ["dense", "dense (2)", "nm"]
-    points = {trace["name"]: trace["marker"]["symbol"] for trace in page.figures()["quality-size"]["data"]}
-    assert [name for name, symbol in points.items() if symbol == "star"] == ["dense"]
+    shutil.copytree(runs / "nm", tmp_path / "a<br>b")
+    page = page_of(write_comparison([tmp_path / "dense", tmp_path / "a<br>b"], tmp_path / "c.html"))
+    assert [row[0] for row in page.rows(SUMMARY)[1:]] == ["dense", "dense (2)", "a<br>b"]
+    stars = {trace["name"]: trace["marker"]["symbol"] == "star" for trace in page.figures()["quality-size"]["data"]}
+    assert stars == {"dense": True, "dense (2)": False, "a&lt;br&gt;b": False}  # Plotly's markup is text
 
 
 def test_scales_and_numbers_are_readable(runs: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from statistics import fmean
 from typing import Any
 
@@ -82,11 +83,11 @@ def sparsity_of(linears: Iterable[LinearResult]) -> float:
 
 
 def line(name: str, x: Sequence[float], y: Values, position: int) -> Plotly:
-    """A line with a colour, a dash and a symbol by its position among others."""
+    """A line with a colour, a dash and a symbol by its position among others. Markup in the name is shown as text."""
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": name,
+        "name": "<br>".join(map(escape, textwrap.wrap(name, 40))),
         "x": list(x),
         "y": list(y),
         "line": {"color": COLOURS[position % len(COLOURS)], "dash": _DASHES[position // 2 % len(_DASHES)]},
@@ -144,10 +145,9 @@ def lines(
     for position, values in enumerate(series.values()):
         alike.setdefault(tuple(map(shown, values)), []).append(position)
     names, every = list(series), list(series.values())
-    traces = []
-    for first, *others in alike.values():
-        name = ", ".join(names[position] for position in (first, *others))
-        traces.append(line("<br>".join(textwrap.wrap(name, 40)), x[1], every[first], first))
+    traces = [
+        line(", ".join(names[each] for each in places), x[1], every[places[0]], places[0]) for places in alike.values()
+    ]
     layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(traces) <= MOST_NAMED}
     return Chart(*heading, _table(*x, series, shown), traces, layout)
 
