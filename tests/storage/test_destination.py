@@ -190,7 +190,10 @@ def test_a_path_may_begin_with_the_home(model: Path, tmp_path: Path, monkeypatch
     assert not Path("~").exists()
 
 
-def test_a_mount_point_is_refused(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_renamed_is_refused(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != old)  # root may do all
+    with pytest.raises(StorageError, match=f"{old} is not writable"):
+        check_destination(old, overwrite=True)
     assert "/" in {disk.mountpoint for disk in directory.psutil.disk_partitions(all=True)}
     monkeypatch.setattr(directory.psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint=str(old))])
     with pytest.raises(StorageError, match="it is a mount point"):
@@ -243,14 +246,16 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(model: Path, tmp_path: Pa
 
 def test_links_out_of_the_model_are_not_copied(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
-    model = source(tmp_path / "model", NOTICE="ours")
+    model = source(tmp_path / "model", NOTICE="ours", tekken__json="{}")
     (model / "LICENSE").symlink_to(tmp_path / "secret")
     (model / "vocab.json").symlink_to("tokenizer.json")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     with WorkingDirectory(tmp_path / "p", {}) as work:
         writer = CheckpointWriter(work, 1)
         assert writer.copy_companions(model) == ["LICENSE"]
-        copied = {path.name: path.is_symlink() for path in writer.folder.iterdir()}
-    assert copied == dict.fromkeys(("config.json", "tokenizer.json", "vocab.json", "NOTICE"), False)
+        copied = {path.name + "@" * path.is_symlink() for path in writer.folder.rglob("*") if path.is_file()}
+    assert copied == {"config.json", "tokenizer.json", "vocab.json", "tekken.json", "rag.jinja", "NOTICE"}
 
 
 def test_a_snapshot_of_the_hub_is_copied_from_its_blobs(tmp_path: Path) -> None:

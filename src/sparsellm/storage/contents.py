@@ -21,15 +21,15 @@ LATER = ("results.json", "README.md", "report.html")  # what commands write into
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # What the tokenizers of transformers read, and what else belongs to a model.
 _COMPANIONS = re.compile(
-    r"(generation|tokenizer|(pre|video_pre)?processor)_config\.json|(tokenizer|vocab|added_tokens|emoji)\.json|"
-    r"special_tokens_map\.json|(vocab|merges|dict)\.txt|(tokenizer|spiece|spm|sentencepiece(\.bpe)?)\.model|"
+    r"(generation|tokenizer|(pre|video_pre)?processor)_config\.json|(tokenizer|tekken|vocab|added_tokens|emoji)\.json|"
+    r"special_tokens_map\.json|(vocab|merges|dict)\.txt|(tokenizer|tiktoken|spiece|spm|sentencepiece(\.bpe)?)\.model|"
     r"bpe\.codes|[\w-]+\.tiktoken|chat_template[\w-]*\.(jinja|json)|"
+    r"additional_chat_templates/[^/]+\.jinja|"  # the only folder that save_pretrained makes
     r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)([-_.][A-Z]\w*)?(\.(txt|md|rst))?"
 )
 _CHECKPOINT = re.compile(
     rf"{_WEIGHTS.pattern}|model\.safetensors\.index\.json|{_COMPANIONS.pattern}|{re.escape(LIST)}|"
-    r"(config|pruning|packed|results)\.json|recipe\.yaml|report\.html|README\.md|"
-    r"additional_chat_templates/[^/]+\.jinja"  # the only folder that save_pretrained makes
+    r"(config|pruning|packed|results|experts)\.json|recipe\.yaml|report\.html|README\.md"
 )
 
 

@@ -271,8 +271,9 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}  # os.path.ismount misses some
     if mounted & {str(place), str(partial)}:
         yield "cannot be replaced: it is a mount point"
-    if not os.access(_existing(place), os.W_OK | os.X_OK):
-        yield f"cannot be written: {_existing(place)} is not writable"
+    for path in (_existing(place), place):  # whose own entry for its parent changes where it is replaced
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+            yield f"cannot be written: {path} is not writable"
 
 
 def _existing(place: Path) -> Path:

@@ -86,13 +86,15 @@ class CheckpointWriter:
 
         Returns the names of the links that were not copied. Raises StorageError if a file cannot be read or written, or
         the config is not a JSON object."""
-        files = sorted(file for file in source.iterdir() if is_companion(file.name) or file.name in more)
-        files = [file for file in files if file.is_file()]
-        for file in filter(partial(belongs_to, source), files):
+        found = sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")])
+        names = {file: file.relative_to(source).as_posix() for file in found if file.is_file()}
+        names = {file: name for file, name in names.items() if is_companion(name) or name in more}
+        for file in filter(partial(belongs_to, source), names):
             with explained(self.folder):
-                write_bytes(self.folder / file.name, file.read_bytes())
+                (self.folder / names[file]).parent.mkdir(exist_ok=True)
+                write_bytes(self.folder / names[file], file.read_bytes())
         self.write_config(source / "config.json")
-        return [file.name for file in files if not belongs_to(source, file)]
+        return [name for file, name in names.items() if not belongs_to(source, file)]
 
     def finish(self) -> Path:
         """Writes the index and the list of files, and gives the checkpoint its final name. Raises StorageError if the
