@@ -178,6 +178,8 @@ def continuation(
     limit = context_limit(model.config)
     if length == 0:
         raise SettingError("the prompt is empty; give some text to continue")
+    if (most := int(ids.max())) >= (size := model.config.get_text_config().vocab_size):
+        raise SettingError(f"the prompt has token id {most}, and the model has {size} tokens; resize its embedding")
     if limit is not None and limit < length + sampling.max_new_tokens:
         raise SettingError(
             f"the prompt has {length} tokens and {sampling.max_new_tokens} are to follow; "

@@ -83,6 +83,7 @@ BAD_ARGUMENTS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: compare(path, batches=[1, 0]), "batches.1 is 0"),
     (lambda path: generate("m", tiny_tokenizer(), "x"), "model is 'm'"),  # type: ignore[arg-type]
     (lambda path: generate(tiny_llama(), tiny_tokenizer(), ""), "the prompt is empty"),
+    (lambda path: generate(tiny_llama(vocab_size=50), tiny_tokenizer(), "x"), "and the model has 50 tokens; resize"),
     (lambda path: generate(tiny_llama(), tiny_tokenizer(), "\udcff"), "half of a surrogate pair"),  # no UTF-8
     (lambda path: generate(tiny_llama(), tiny_tokenizer(), "x", seed=2**63), "seed is 9223372036854775808"),
     (lambda path: generate(tiny_llama(), tiny_tokenizer(), "x", temperature=math.nan), "temperature is nan"),
