@@ -123,9 +123,9 @@ def last_words(signum: int) -> str:
 
 def command_line(*, without: str = "") -> str:
     """The current command line (under torchrun, that of torchrun), quoted for a shell, without an option."""
-    if Path(sys.argv[0]).name != "__main__.py":
-        words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    else:
+    program = Path(sys.argv[0])
+    words = [program.name, *(sys.argv[1:] if program.stem == "sparsellm" else ())]  # others may be given secrets
+    if program.parts[-2:] == ("sparsellm", "__main__.py"):
         words = [sys.orig_argv[0], "-m", "sparsellm", *sys.argv[1:]]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         import psutil

@@ -161,8 +161,8 @@ def test_a_forked_child_ends_by_its_own_signal() -> None:
     [
         (["/opt/bin/sparsellm", "prune", "a b"], "sparsellm prune 'a b'"),
         (["/x/sparsellm/__main__.py", "prune", "m"], f"{shlex.quote(sys.orig_argv[0])} -m sparsellm prune m"),
+        (["/x/other/__main__.py", "--token", "secret"], "__main__.py"),
     ],
-    ids=["program", "module"],
 )
 def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", argv)
