@@ -120,8 +120,7 @@ def test_the_other_form_has_the_numbers_of_q4_0() -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     groups = before[name].reshape(-1, 32)
     extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    steps = (groups / (extreme / -8) + 8.5).floor().clamp(0, 15) - 8
-    expected = steps * (extreme / -8).half().float()
+    expected = ((groups / (extreme / -8) + 8.5).floor().clamp(0, 15) - 8) * (extreme / -8).half().float()
     assert torch.equal(after[name], expected.reshape(before[name].shape))
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
     bits = {key: 32 if weight.dim() == 1 else 4.5 if ".layers." in key else 8.5 for key, weight in before.items()}

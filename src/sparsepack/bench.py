@@ -51,7 +51,7 @@ class Speed(Measurement):
     phase: str
     batch: int
     threads: int
-    median: float
+    median: Annotated[float, Field(gt=0)]
     slowest: float
     fastest: float
     decoder: _Decoder | None = None

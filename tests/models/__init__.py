@@ -36,20 +36,19 @@ def windows(count: int = 8, length: int = 40, seed: int = 3) -> torch.Tensor:
 
 POSITIONS = 128
 BOS, EOS = "<s>", "</s>"  # ids 0 and 1 of the tiny tokenizer
+_IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """Llama: RMS norm, gated FFN, grouped-query attention, rotary positions, no biases. 3 blocks of width 32."""
     settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        **_IDS,
         "hidden_size": 32,
         "intermediate_size": 80,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": POSITIONS,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
         "tie_word_embeddings": False,
         **changes,
     }
@@ -59,15 +58,13 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 def tiny_opt(seed: int = 0, **changes: Any) -> OPTForCausalLM:
     """OPT: layer norm, ReLU FFN, biases everywhere, learned positions, tied head. 2 blocks of width 48."""
     settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        **_IDS,
         "hidden_size": 48,
         "word_embed_proj_dim": 48,
         "ffn_dim": 112,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": POSITIONS,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
         "pad_token_id": 1,
         "dropout": 0.0,
         **changes,
@@ -78,17 +75,13 @@ def tiny_opt(seed: int = 0, **changes: Any) -> OPTForCausalLM:
 def tiny_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """GPT-2: ``Conv1D`` weights stored (in, out), fused q, k, v, GELU FFN, learned positions. 2 blocks of width 48."""
     settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        **_IDS,
         "n_embd": 48,
         "n_inner": 112,
         "n_layer": 2,
         "n_head": 4,
         "n_positions": POSITIONS,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
         **changes,
     }
     return _seeded(GPT2LMHeadModel, GPT2Config(**settings), seed)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
     page = page_of(write_report(copied))
     assert len(page.all("script")) == 3
     assert not page.all("img")
-    assert evil in page.figures()["sparsity-map"]["data"][0]["y"]
+    assert escape(evil) in page.figures()["sparsity-map"]["data"][0]["y"]
     assert page.source.count("onerror=alert(1)>") == 0
 
 

@@ -201,7 +201,7 @@ def _heat_map(
         **ends,  # else equal values would have the colours of both ends
         z=[[z(value) for value in row] for row in values.values()],
         x=blocks,
-        y=list(values),
+        y=list(map(escape, values)),
         text=[[shown(value) for value in row] for row in values.values()],
         hovertemplate=f"block %{{x}}, %{{y}}<br>{name} %{{text}}<extra></extra>",
         bar=bar,
@@ -238,7 +238,7 @@ def experts_chart(pruning: Pruning) -> Chart:
         known = [(count / max(1, sum(each.tokens)), at in each.kept) for at, count in enumerate(each.tokens)]
         shares.append([share if stays else None for share, stays in known])
         said = [f"{'kept' if stays else 'removed'}, {share:.1%}" for share, stays in known]
-        rows.append([f"{what}, score {number(score)}" for what, score in zip(said, each.scores, strict=True)])
+        rows.append([f"{what}, score {number(score)}" for what, score in zip(said, each.scores, strict=False)])
     blocks = [each.block for each in pruning.experts]
     trace = _heat(
         z=shares,
@@ -344,14 +344,13 @@ def _time_chart(pruning: Pruning) -> Chart:
     text += f"Peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
     if (plan := pruning.memory) is not None:
         text += f"; {plan.predicted_peak_rss_bytes / 1e9:.2f} GB of {plan.budget_bytes / 1e9:.2f} GB were predicted"
-    named = [PHASES.get(name, name) for name in order]
-    bar = {"type": "bar", "orientation": "h", "y": named, "marker": {"color": COLOURS[0]}}
+    bar = {"type": "bar", "orientation": "h", "marker": {"color": COLOURS[0]}}
     return Chart(
         "time",
         "Time of each phase",
         f"{text}.",
         Table(("phase", "seconds", "share"), rows),
-        [{**bar, "x": [took[name] for name in order]}],
+        [{**bar, "x": [took[name] for name in order], "y": [escape(PHASES.get(name, name)) for name in order]}],
         {"xaxis": axis("seconds"), "yaxis": {"type": "category", "autorange": "reversed"}},
         120 + 26 * len(order),
     )
