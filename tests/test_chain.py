@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -111,6 +112,18 @@ def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
     with chain.block(0) as block:
         assert block.self_attn.q_proj.weight.dtype is torch.float32
         assert next(iter(chain.block_tensors(0).values())).dtype is torch.bfloat16
+
+
+def test_what_is_only_rounded_to_compute_is_written_as_it_was(tmp_path: Path) -> None:
+    dense = save_tiny(families.family("DeepseekV3"), None, tmp_path)
+    chain, values = open_chain(dense, device=CPU, dtype=torch.bfloat16), load_file(dense / "model.safetensors")
+    with chain.block(1) as block, torch.no_grad():
+        assert block.mlp.gate.e_score_correction_bias.dtype is torch.float32  # as transformers keeps it
+        block.self_attn.o_proj.weight.zero_()
+        written = {name: source.read() for name, source in chain.block_tensors(1).items()}
+    changed = "model.layers.1.self_attn.o_proj.weight"
+    assert not written.pop(changed).any()
+    assert all(torch.equal(value, values[name]) for name, value in written.items() if ".experts." not in name)
 
 
 def test_equal_masks_of_equal_batches_are_kept_once() -> None:

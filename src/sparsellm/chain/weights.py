@@ -179,8 +179,7 @@ class ModelWeights:
         return [f"{self.block_names[index]}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
     def _outer_names(self, head: bool) -> list[str]:
-        base = f"{self.model.base_model_prefix}."
-        inside = [name for name in self._run_outer if name.startswith(base)]
+        inside = [name for name in self._run_outer if name.startswith(f"{self.model.base_model_prefix}.")]
         return inside if inside and not head else self._run_outer
 
     @contextlib.contextmanager
@@ -249,7 +248,8 @@ class ModelWeights:
 
     def _read(self, key: str, reader: CheckpointReader) -> Tensor:
         value, _ = parallel.once_a_machine(lambda: (reader.get(key, self.device), None), self.device)
-        return value.to(self.dtype) if value.is_floating_point() else value
+        wide = {*key.split(".")} & {*(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())}
+        return value.to(torch.float32 if wide else self.dtype) if value.is_floating_point() else value
 
     def _release(self, names: list[str]) -> None:
         for name in names if self.reader is not None else ():
@@ -339,11 +339,20 @@ class ModelWeights:
             if name in self.parts:
                 members.setdefault(key, []).append(name)
             else:
-                written[key] = TensorSource.of(self.value(name).detach(), self.stored_dtype(name))
+                shape = tuple(self.value(name).shape)
+                written[key] = TensorSource(self.stored_dtype(name), shape, partial(self._unrounded, name))
         for key, parts in members.items():
             shape, dtype = self._shapes[key], self.stored_dtype(parts[0])
             written[key] = TensorSource(dtype, shape, partial(self._joined, parts, shape, dtype))
         return written
+
+    def _unrounded(self, name: str) -> Tensor:
+        """A weight; as the checkpoint has it, if it was only rounded to a narrower type to compute."""
+        value = self.value(name).detach()
+        if self.reader is None or self.stored_dtype(name).itemsize <= value.dtype.itemsize:
+            return value
+        stored = self.reader.get(self.key_of[name], self.device)
+        return stored if torch.equal(stored.to(value.dtype), value) else value
 
     def _joined(self, names: list[str], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of the checkpoint from all weights that are parts of it."""
