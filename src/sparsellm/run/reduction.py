@@ -32,7 +32,8 @@ from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
 
 EXPERTS = "experts.json"  # in the directory of the model with fewer experts: what was removed, and the run's identity
-_FIELDS = ("calibration", "samples", "seq_len", "seed", "bos", "batch_tokens", "memory", "device", "dtype", "products")
+_TEXT = ("calibration", "samples", "seq_len", "seed", "bos", "batch_tokens")
+_COMPUTING = ("memory", "device", "device_memory", "dtype", "products")
 _SETTINGS = ("experts", "expert_score", "expert_options", "expert_refit")
 
 
@@ -45,7 +46,7 @@ def plan_removal(request: Request, clock: PhaseClock, progress: ProgressCallback
     request.destination(checkpoints_among(request.model))
     place = Path(f"{os.path.expanduser(request.out)}-experts")
     overwrite = (place / EXPERTS).is_file()  # without that file it is a checkpoint of the user's
-    kept = {name: getattr(recipe, name) for name in (*_FIELDS, *_SETTINGS)}
+    kept = {name: getattr(recipe, name) for name in (*_TEXT, *_COMPUTING, *_SETTINGS)}
     alone = Recipe(method="magnitude", sparsity=0.0, **kept)
     return make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite, then=recipe), clock, progress)
 
@@ -66,7 +67,8 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         return Removed(plan, records, known.get("seconds", {}))
     with Journal(place, len(plan.chain), restart=request.restart, overwrite=plan.request.overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
-        scratch = Scratch(plan.prediction.memory.hidden_in_memory_bytes, partial_of(place))
+        memory = plan.prediction.memory
+        scratch = Scratch(memory.hidden_in_memory_bytes, partial_of(place), on_device=memory.hidden_on_device_bytes)
         feed = Feed(plan.chain, plan.windows.first, recipe.batch_tokens, scratch, progress)
         costs = journal.output_costs() if plan.choice.needs.output_costs else {}
         if costs is None:
