@@ -215,7 +215,7 @@ def dealt(items: Sequence[T]) -> Iterator[T]:
     if size() == 1:
         yield from items
         return
-    name, processes = broadcast(uuid4().hex), size()
+    name, processes, _ = broadcast(uuid4().hex), size(), on_this_machine()  # which a process alone cannot find out
     with alone():
         while (number := _count(name, 1)) <= len(items):
             yield items[number - 1]
