@@ -129,7 +129,7 @@ def prune_feed_forward(
     assert best is not None
     history[chosen] = history[chosen].model_copy(update={"chosen": True})
     if held_out:  # make the chosen iterate again, from all tokens
-        again = replace(settings, iterations=chosen, patience=chosen + 1, coefficients=coefficients)
+        again = replace(settings, iterations=chosen, patience=chosen + 1, coefficients=coefficients, safeguard=False)
         refit, _ = prune_feed_forward(dense, [*train, *held_out], [], solvers, patterns, again, scratch)
         best = replace(best, unit=refit.unit, masks=refit.masks)
     return best, history
