@@ -45,8 +45,7 @@ def resolve_device(name: str) -> torch.device:
     """The device that a recipe or a command names; ``auto`` is a GPU if there is one. Raises RecipeError if the machine
     has no such device, or it does not multiply two matrices as it should."""
     counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
-    named = [f"{kind}:{index}" for kind, count in counts.items() for index in range(count)]
-    here = ["cpu", *named, *["mps"] * torch.backends.mps.is_available()]
+    here = ["cpu", *(f"{kind}:{index}" for kind, count in counts.items() for index in range(count))]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:

@@ -39,7 +39,7 @@ MOST_SEED = (1 << 63) - 1
 SWEEP = ("effort", "sweep_tokens", "passes", "sets", "sweep_rate")  # fields for methods that a sweep may follow
 
 SOURCES = ("c4-sample", "pydoc", "self", "wikitext2", "ptb", "c4", "hub:")  # for a shell, as are the next
-DEVICES = ("cpu", "cuda", "mps", "auto")
+DEVICES = ("cpu", "cuda", "auto")
 WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
 ALLOCATION, EFFORT = "threshold with sparsellm, else uniform", "1 for sparsellm; the other methods have no sweep"
 SEQ_LEN = "2048, or the limit of the model"
@@ -162,8 +162,8 @@ class Recipe(BaseModel):
     """Passes of the sweep, as a number, after each of which the model is judged and saved; null: by `effort`, or
     `sweep_tokens`."""
     sets: Annotated[Integer | None, Field(ge=1, le=8)] = None
-    """Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass, 4 with three
-    or more."""
+    """Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass or two,
+    4 with more."""
     sweep_rate: Annotated[float | None, Field(gt=0, le=1)] = None
     """Learning rate of the sweep; null: by the divergence at its start."""
     calibration: Annotated[Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)] = None
@@ -193,7 +193,7 @@ class Recipe(BaseModel):
     ] = None
     """Most memory of the run on a GPU, such as 20GiB; hidden states beyond it are in the machine's memory."""
     device: Annotated[str, Option(RESOURCES, "NAME", values=DEVICES), NAME] = "auto"
-    """cpu, cuda, cuda:1, mps, or auto for a GPU if there is one."""
+    """cpu, cuda, cuda:1, or auto for a GPU if there is one."""
     dtype: Annotated[Dtype, Option(RESOURCES, "NAME")] = "auto"
     """Dtype in which blocks compute: float32, bfloat16, float16, or auto for the stored one, but float32 for float16,
     and where bfloat16 has no units. Weights are saved in their stored dtype."""

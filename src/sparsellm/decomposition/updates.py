@@ -20,8 +20,8 @@ from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator
 
 def activation_gain(weight: Tensor, coefficients: Coefficients) -> Tensor:
     """``W₂ (γ/β I + W₂ᵀW₂)⁻¹ = (γ/β I + W₂W₂ᵀ)⁻¹ W₂`` of W₂ (d_out, f), for the update of A on every chunk, from the
-    factorisation of the smaller of the two Gram matrices, in fp64 if the device has it."""
-    wide = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    factorisation of the smaller of the two Gram matrices, in fp64."""
+    wide = weight.double()
     narrow = wide if len(wide) < wide.shape[1] else wide.T
     square = narrow @ narrow.T
     square.diagonal().add_(coefficients.gamma / coefficients.beta)
@@ -161,8 +161,7 @@ def pseudo_inverse_weight(moments: Moments) -> Fit:
     ``pinv(XᵀX) Xᵀ = pinv(X)``; its singular values below 1e-12 of the largest are noise of fp32 inputs."""
     assert moments.exact is not None, "accumulate with exact=True"
     square, cross = moments.exact
-    inverse = torch.linalg.pinv(square, rtol=1e-12, hermitian=True)
-    return Fit((cross @ inverse).to(moments.cross.dtype))
+    return Fit((cross @ torch.linalg.pinv(square, rtol=1e-12, hermitian=True)).to(moments.cross.dtype))
 
 
 def descend_weight(moments: Moments, weight: Tensor) -> Fit:

@@ -189,9 +189,8 @@ class GramAccumulator:
     def __init__(self, features: int, device: torch.device = CPU) -> None:
         self.features, self.device, self.tokens = features, device, 0
         self.silent = True  # every input was 0 in every token
-        self.panels = [
-            _zeros(min(PANEL, features - start), features - start, self.device) for start in range(0, features, PANEL)
-        ]
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        self.panels = [none.new_zeros(min(PANEL, size), size) for size in range(features, 0, -PANEL)]
 
     def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``x (..., features)``; one of weight w ≥ 0 adds ``w x xᵀ``, and N stays the token count."""
@@ -234,7 +233,7 @@ class CrossAccumulator:
     """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64."""
 
     def __init__(self, out: int, features: int, device: torch.device = CPU) -> None:
-        self.tokens, self.total = 0, _zeros(out, features, device)
+        self.tokens, self.total = 0, torch.zeros(out, features, dtype=torch.float64, device=device)
 
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``target (..., out)``, ``x (..., features)``; weights as in :class:`GramAccumulator`."""
@@ -290,11 +289,6 @@ def invert_lower_(matrix: Tensor) -> None:
     invert_lower_(first)
     invert_lower_(last)
     below.copy_((last @ below) @ first).neg_()
-
-
-def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
-    """A matrix of zeros, in fp64 if the device has it, else fp32."""
-    return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
