@@ -45,7 +45,7 @@ class Speed(Measurement):
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
     ``decoder`` is the program that decoded: ``compiled`` is that of :mod:`sparsepack.decode`, ``transformers`` its
-    ``generate``. Records of older releases lack it: a dense model was decoded by transformers there."""
+    ``generate``."""
 
     model: str
     phase: str
@@ -54,12 +54,12 @@ class Speed(Measurement):
     median: Annotated[float, Field(gt=0)]
     slowest: float
     fastest: float
-    decoder: _Decoder | None = None
+    decoder: _Decoder
 
 
 class Ratio(Measurement):
     """How many times as fast as the dense model the packed one is in a setting, if the same decoder runs both, and if
-    transformers runs the dense one. ``same_decoder`` is None where a record of an older release lacks that speed."""
+    transformers runs the dense one. ``same_decoder`` is None if that does not run the dense one."""
 
     phase: str
     batch: int
@@ -70,8 +70,8 @@ class Ratio(Measurement):
 
 @dataclass(frozen=True)
 class Pair:
-    """One setting: the packed model's speed, the dense one's by the same decoder (None in records of older releases),
-    and the dense one's as transformers runs it."""
+    """One setting: the packed model's speed, the dense one's by the same decoder (None if that does not run it), and
+    the dense one's as transformers runs it."""
 
     packed: Speed
     same: Speed | None
@@ -279,9 +279,9 @@ def pairs_of(speeds: Sequence[Speed]) -> list[Pair]:
     pairs = []
     for each in settings.values():
         packed = next((speed for speed in each if speed.model == "packed"), None)
-        dense = {str(speed.decoder or "transformers"): speed for speed in each if speed.model == "dense"}
+        dense = {speed.decoder: speed for speed in each if speed.model == "dense"}
         if packed is not None and "transformers" in dense:
-            pairs.append(Pair(packed, dense.get(str(packed.decoder)), dense["transformers"]))
+            pairs.append(Pair(packed, dense.get(packed.decoder), dense["transformers"]))
     return pairs
 
 

@@ -105,20 +105,6 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 
-def test_an_older_record_has_one_speed_of_the_dense_model(copied: Path) -> None:
-    """Releases that had one decoder for each model wrote none of the newer fields."""
-    content = json.loads((copied / "results.json").read_text())
-    (record,) = content["benchmarks"]
-    record["speeds"] = [speed for speed in record["speeds"] if speed["decoder"] == "compiled"]
-    for speed in record["speeds"]:
-        del speed["decoder"]
-    del record["packed_name"]
-    (copied / "results.json").write_text(json.dumps(content))
-    shown = page_of(write_report(copied)).one("table", **{"class": "headline"}).text
-    assert "dense by transformerspacked, batch 1, 2 threads 20 33 × 1.65" in shown
-    assert "same decoder" not in shown
-
-
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
     assert [quote.text for quote in half.all("blockquote")] == ["two </script><script>alert(1)</script>", "three"]
     assert len(half.all("script")) == 3

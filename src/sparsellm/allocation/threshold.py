@@ -51,7 +51,7 @@ def from_histograms(survey: Survey, counts: Mapping[str, Tensor], *, span: float
         else:
             fewest[i], most[i] = math.floor(survey.sparsity * weights[i]), math.ceil(survey.sparsity * weights[i])
     low, high = (torch.tensor(limits, dtype=torch.float64)[:, None] for limits in (fewest, most))
-    zeros = below.clamp(low, high)  # with the threshold at each edge
+    zeros = below.clamp_(low, high)  # with the threshold at each edge
     edge = int(torch.searchsorted(zeros.sum(0), float(survey.zeros)))
     if edge == 0 or edge > BINS:  # all at their fewest, or all at their most
         chosen = zeros[:, min(edge, BINS)]

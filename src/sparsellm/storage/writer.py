@@ -86,9 +86,9 @@ class CheckpointWriter:
 
         Returns the names of the links that were not copied. Raises StorageError if a file cannot be read or written, or
         the config is not a JSON object."""
-        found = sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")])
-        names = {file: file.relative_to(source).as_posix() for file in found if file.is_file()}
-        names = {file: name for file, name in names.items() if is_companion(name) or name in more}
+        every = sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")])
+        found = {file: file.relative_to(source).as_posix() for file in every if file.is_file()}
+        names = {file: name for file, name in found.items() if is_companion(name) or name in more}
         for file in filter(partial(belongs_to, source), names):
             with explained(self.folder):
                 (self.folder / names[file]).parent.mkdir(exist_ok=True)
