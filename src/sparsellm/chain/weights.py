@@ -332,34 +332,27 @@ class ModelWeights:
         }
 
     def _tensors(self, names: list[str]) -> dict[str, TensorSource]:
-        written = {}
         members: dict[str, list[str]] = {}
         for name in filter(self.owns, names):
-            key = self.key_of[name]
-            if name in self.parts:
-                members.setdefault(key, []).append(name)
-            else:
-                shape = tuple(self.value(name).shape)
-                written[key] = TensorSource(self.stored_dtype(name), shape, partial(self._unrounded, name))
-        for key, parts in members.items():
-            shape, dtype = self._shapes[key], self.stored_dtype(parts[0])
-            written[key] = TensorSource(dtype, shape, partial(self._joined, parts, shape, dtype))
-        return written
+            members.setdefault(self.key_of[name], []).append(name)
+        return {
+            key: TensorSource(self.stored_dtype(parts[0]), self._shapes[key], partial(self._written, parts))
+            for key, parts in members.items()
+        }
 
-    def _unrounded(self, name: str) -> Tensor:
-        """A weight; as the checkpoint has it, if it was only rounded to a narrower type to compute."""
-        value = self.value(name).detach()
-        if self.reader is None or self.stored_dtype(name).itemsize <= value.dtype.itemsize:
+    def _written(self, names: list[str]) -> Tensor:
+        """A tensor of the checkpoint from all weights that are parts of it, or from a weight: then the checkpoint's own
+        if it was only rounded to a narrower type to compute."""
+        value, dtype = self.value(names[0]).detach(), self.stored_dtype(names[0])
+        if names[0] in self.parts:
+            tensor = torch.empty(self._shapes[self.key_of[names[0]]], dtype=dtype, device=self.device)
+            for name in names:
+                self.parts[name].of(tensor).copy_(self.value(name).detach())
+            return tensor
+        if self.reader is None or isinstance(self.reader, Outline) or dtype.itemsize <= value.dtype.itemsize:
             return value
-        stored = self.reader.get(self.key_of[name], self.device)
+        stored = self.reader.get(self.key_of[names[0]], self.device)
         return stored if torch.equal(stored.to(value.dtype), value) else value
-
-    def _joined(self, names: list[str], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of the checkpoint from all weights that are parts of it."""
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        for name in names:
-            self.parts[name].of(tensor).copy_(self.value(name).detach())
-        return tensor
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """The module that has a weight, and the name there."""
