@@ -277,8 +277,9 @@ def test_json_is_readable_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_speeds_of_five_digits_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"median": 12_345.6, "slowest": 9_876.4, "fastest": 13_000.0}
     speeds = [
-        Speed(model=model, phase="prefill", batch=64, threads=128, median=12_345.6, slowest=9_876.4, fastest=13_000.0)
+        Speed(model=model, phase="prefill", batch=64, threads=128, decoder="transformers", **rates)
         for model in ("dense", "packed")
     ]
     sizes = {f"{model}{part}_bytes": 1 for model in ("dense", "packed") for part in ("", "_linear", "_disk")}
