@@ -189,8 +189,8 @@ class GramAccumulator:
     def __init__(self, features: int, device: torch.device = CPU) -> None:
         self.features, self.device, self.tokens = features, device, 0
         self.silent = True  # every input was 0 in every token
-        none = torch.zeros(0, dtype=torch.float64, device=device)
-        self.panels = [none.new_zeros(min(PANEL, size), size) for size in range(features, 0, -PANEL)]
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        self.panels = [empty.new_zeros(min(PANEL, size), size) for size in range(features, 0, -PANEL)]
 
     def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``x (..., features)``; one of weight w ≥ 0 adds ``w x xᵀ``, and N stays the token count."""

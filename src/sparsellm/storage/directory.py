@@ -271,7 +271,7 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}  # os.path.ismount misses some
     if mounted & {str(place), str(partial)}:
         yield "cannot be replaced: it is a mount point"
-    for path in (_existing(place), place):  # whose own entry for its parent changes where it is replaced
+    for path in (_existing(place), place):  # to rename a directory, its entry for its parent is written
         if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             yield f"cannot be written: {path} is not writable"
 

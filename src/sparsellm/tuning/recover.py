@@ -31,7 +31,7 @@ from sparsepack.loading import load
 
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
 MOST_WINDOWS = 1024  # that are drawn from a text; more steps take them again
-BYTES = {"full": 16, "lora": 9}  # of a weight in training: fp32; its gradient and two moments, or mask and update
+BYTES = {"full": 16, "lora": 9}  # that a weight takes in training: fp32, with gradient and moments, or mask and update
 TUNE = "tune"  # kind of run
 
 
