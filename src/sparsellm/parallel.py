@@ -215,7 +215,8 @@ def dealt(items: Sequence[T]) -> Iterator[T]:
     if size() == 1:
         yield from items
         return
-    name, processes, _ = broadcast(uuid4().hex), size(), on_this_machine()  # which a process alone cannot find out
+    name, processes = broadcast(uuid4().hex), size()
+    on_this_machine()  # remembers who shares this machine, which a process alone cannot find out
     with alone():
         while (number := _count(name, 1)) <= len(items):
             yield items[number - 1]

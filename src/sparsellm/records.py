@@ -102,7 +102,8 @@ class LinearResult(Matrix):
     @property
     def kind(self) -> str:
         """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
-        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", re.split(r"\.\d+\.", self.name, maxsplit=1)[-1])
+        inner = re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
 
 
 def by_kind(linears: Iterable[LinearResult]) -> dict[str, list[LinearResult]]:

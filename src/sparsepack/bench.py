@@ -59,7 +59,7 @@ class Speed(Measurement):
 
 class Ratio(Measurement):
     """How many times as fast as the dense model the packed one is in a setting, if the same decoder runs both, and if
-    transformers runs the dense one. ``same_decoder`` is None if that does not run the dense one."""
+    transformers runs the dense one. ``same_decoder`` is None if that decoder does not run the dense one."""
 
     phase: str
     batch: int

@@ -161,7 +161,8 @@ def pseudo_inverse_weight(moments: Moments) -> Fit:
     ``pinv(XᵀX) Xᵀ = pinv(X)``; its singular values below 1e-12 of the largest are noise of fp32 inputs."""
     assert moments.exact is not None, "accumulate with exact=True"
     square, cross = moments.exact
-    return Fit((cross @ torch.linalg.pinv(square, rtol=1e-12, hermitian=True)).to(moments.cross.dtype))
+    inverse = torch.linalg.pinv(square, rtol=1e-12, hermitian=True)
+    return Fit((cross @ inverse).to(moments.cross.dtype))
 
 
 def descend_weight(moments: Moments, weight: Tensor) -> Fit:

@@ -48,7 +48,8 @@ class Sample:
         route = _route(chain, index, inputs)
         known = [costs[name] for name in last_linears(chain, index) if name in costs]
         projection = _projection(inputs.shape[-1], known, seed).to(chain.device)
-        return cls(fewer, index, inputs, projection, output_of(mixture, route, inputs.shape[1]) @ projection)
+        goal = output_of(mixture, route, inputs.shape[1]) @ projection
+        return cls(fewer, index, inputs, projection, goal)
 
     @cached_property
     def experts(self) -> Tensor | None:

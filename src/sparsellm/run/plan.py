@@ -156,7 +156,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     prediction = parallel.together(foreseen)
     kinds = parallel.gather(STREAMED if choice.passes and not min(map(len, windows.swept)) else prediction.memory.sweep)
     if len(set(kinds)) > 1:  # processes with less room, or without windows
-        prediction = parallel.together(partial(foreseen, sweep=max(kinds, key=[*RESIDENT, STREAMED].index)))
+        slowest = max(kinds, key=[*RESIDENT, STREAMED].index)
+        prediction = parallel.together(partial(foreseen, sweep=slowest))
     disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
     whole = prediction if fewer is None else _with_rest(request, recipe, fewer.chain, prediction, budgets)
     progress(Progress(NOTE, 1, 1, needed(whole)))
