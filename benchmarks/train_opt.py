@@ -1,8 +1,8 @@
-"""Trains a small OPT (ReLU) or Llama from scratch, on text that every Python installation has, as a reference model.
+"""Trains a small OPT (ReLU), Llama or Phi (parallel blocks) from scratch, as a reference model.
 
-Writes DIR with a checkpoint and its tokenizer for ``sparsellm prune DIR``, ``train.txt`` for calibration, and
-``heldout.txt``, other documents, for evaluation. The seed determines weights, text and the order of batches. The number
-of steps within the given minutes depends on the machine and is printed.
+The text is what every Python installation has. Writes DIR with a checkpoint and its tokenizer for ``sparsellm prune
+DIR``, ``train.txt`` for calibration, and ``heldout.txt``, other documents, for evaluation. The seed determines weights,
+text and the order of batches. The number of steps within the given minutes depends on the machine and is printed.
 
     python benchmarks/train_opt.py --out out/opt                    # ten minutes
     python benchmarks/quality.py --model out/opt --text out/opt/heldout.txt --calibration out/opt/train.txt --window 256
@@ -33,6 +33,8 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -144,26 +146,18 @@ def train(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespa
 
 def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The untrained model."""
+    common = {
+        "vocab_size": len(tokenizer), "hidden_size": arguments.width, "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.width // 64 or 1, "max_position_embeddings": arguments.positions,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
     if arguments.architecture == "llama":
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=arguments.width, intermediate_size=3 * arguments.width,
-                num_hidden_layers=arguments.layers, num_attention_heads=arguments.width // 64 or 1,
-                max_position_embeddings=arguments.positions, tie_word_embeddings=True,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )  # fmt: skip
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=arguments.width, word_embed_proj_dim=arguments.width,
-            ffn_dim=4 * arguments.width, num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.width // 64 or 1, max_position_embeddings=arguments.positions,
-            activation_function="relu", dropout=0.0,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
+        return LlamaForCausalLM(LlamaConfig(intermediate_size=3 * arguments.width, tie_word_embeddings=True, **common))
+    if arguments.architecture == "phi":
+        return PhiForCausalLM(PhiConfig(intermediate_size=4 * arguments.width, **common))
+    width = {"word_embed_proj_dim": arguments.width, "ffn_dim": 4 * arguments.width}
+    return OPTForCausalLM(OPTConfig(activation_function="relu", dropout=0.0, **width, **common))
 
 
 def run(
@@ -217,7 +211,7 @@ def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser
 
 def main() -> None:
     parser = options(__doc__, out=OUT / "opt", layers=6, width=256, vocabulary=4096, batch=8, rate=1e-3)
-    parser.add_argument("--architecture", choices=("opt", "llama"), default="opt")
+    parser.add_argument("--architecture", choices=("opt", "llama", "phi"), default="opt")
     run(parser.parse_args(), build)
 
 

@@ -14,9 +14,13 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
+from sparsellm.methods import sparsellm as sparsellm_method
 from sparsellm.methods.weighting import token_weights
+from sparsellm.statistics import Fit, Gram, least_squares
 from sparsellm.sweep.gradients import loss_gradients
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
+from tests.models.families import STAY_DENSE
+from tests.models.families import family as family_of
 from tests.sweep.helpers import ids_of
 
 Family = Callable[..., PreTrainedModel]
@@ -49,6 +53,22 @@ def pruned(family: Family, method: str, **settings: Any) -> PreTrainedModel:
 def test_the_refit_lowers_the_error_on_unseen_tokens(family: Family) -> None:
     dense = family()
     assert error(pruned(family, "sparsellm", effort=0), dense) < error(pruned(family, "admm"), dense)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPTJ", "Phi", "Cohere", "Falcon"])
+def test_both_writers_are_refitted_where_sublayers_read_one_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[Tensor] = []
+
+    def recorded(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> Fit:
+        fitted.append(prior)
+        return least_squares(gram, cross, damping, prior=prior)
+
+    monkeypatch.setattr(sparsellm_method, "least_squares", recorded)
+    model = family_of(name)
+    dense = {key: value.clone() for key, value in model.state_dict().items()}
+    sparsellm.prune(model, Recipe(sparsity=0.6, effort=0, allow_dense=STAY_DENSE), calibration=IDS)
+    writers = [weight for key, weight in dense.items() if any(torch.equal(weight, prior) for prior in fitted)]
+    assert len(fitted) == len(writers) == 2 * model.config.num_hidden_layers
 
 
 def test_token_weights_tame_massive_activations_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -54,15 +55,20 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     for group in grouping.agreed(task.linears):
         groups.append(group)
         later = [linear for linear in later if linear not in group]
-        if len(groups) > 1 and len(group) == 1 and group[0].out_features == width:
-            known = _shortcut(task, groups, order, returns, later)
+        if len(group) > 1 or group[0].out_features != width:
+            continue
+        # In a parallel block the feed-forward unit shares the input of attention, but runs after attention's writer.
+        late = [[x for x in each if _run_later(task, [x], group[0], order)] for each in groups]
+        own = [[x for x in each if x not in after] for each, after in zip(groups, late, strict=True)]
+        if len(groups) > 1 and all(own):
+            known = _shortcut(task, own, order, returns, [*later, *chain.from_iterable(late)])
             trial = [*proven, replace(known, values=[outputs[group[0].name]])] if known is not None else []
             if trial and _proves(task, trial, output):
                 proven = trial
             else:
                 known = None
-            sublayers.append(Sublayer(groups, group[0], known))
-            groups = []
+            sublayers.append(Sublayer(own, group[0], known))
+            groups = [each for each in late if each]
     return [*sublayers, Sublayer(groups, None)] if groups else sublayers
 
 
