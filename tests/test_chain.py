@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,11 +115,12 @@ def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
         assert next(iter(chain.block_tensors(0).values())).dtype is torch.bfloat16
 
 
-def test_what_is_only_rounded_to_compute_is_written_as_it_was(tmp_path: Path) -> None:
-    dense = save_tiny(families.family("DeepseekV3"), None, tmp_path)
+@pytest.mark.parametrize(("name", "wide"), [("DeepseekV3", "gate.e_score_correction_bias"), ("Glm4Moe", "gate.weight")])
+def test_what_is_only_rounded_to_compute_is_written_as_it_was(tmp_path: Path, name: str, wide: str) -> None:
+    dense = save_tiny(families.family(name), None, tmp_path)
     chain, values = open_chain(dense, device=CPU, dtype=torch.bfloat16), load_file(dense / "model.safetensors")
     with chain.block(1) as block, torch.no_grad():
-        assert block.mlp.gate.e_score_correction_bias.dtype is torch.float32  # as transformers keeps it
+        assert attrgetter(wide)(block.mlp).dtype is torch.float32  # as transformers keeps it
         block.self_attn.o_proj.weight.zero_()
         written = {name: source.read() for name, source in chain.block_tensors(1).items()}
     changed = "model.layers.1.self_attn.o_proj.weight"

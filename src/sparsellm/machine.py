@@ -44,8 +44,7 @@ def processor_name() -> str:
 def resolve_device(name: str) -> torch.device:
     """The device that a recipe or a command names; ``auto`` is a GPU if there is one. Raises RecipeError if the machine
     has no such device, or it does not multiply two matrices as it should."""
-    counts = {"cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count()}
-    here = ["cpu", *(f"{kind}:{index}" for kind, count in counts.items() for index in range(count))]
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:
@@ -80,13 +79,8 @@ def computing(device: torch.device) -> Iterator[None]:
             stack.callback(setattr, part, name, getattr(part, name))
             setattr(part, name, value)
 
-        backends = torch.backends
-        if hasattr(backends, "fp32_precision"):  # reading the older names is an error where a program sets the new ones
-            for part in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul"):
-                put(attrgetter(part)(backends), "fp32_precision", "ieee")
-        else:
-            put(backends.cuda.matmul, "allow_tf32", False)
-            put(backends.cudnn, "allow_tf32", False)
+        for part in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul"):
+            put(attrgetter(part)(torch.backends), "fp32_precision", "ieee")
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))  # the current one, on which libraries put what they make
             lenient = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from sparsellm.errors import NumericalError, RecipeError, shown
 
 Scope = Literal["matrix", "row"]
+Limits = tuple[list[int], list[int]]
+"""The fewest and the most zeros of each linear."""
 
 SAMPLED = 1 << 15  # from this length on a threshold is first located in a sample: two passes instead of a partition
 STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
@@ -251,3 +253,21 @@ def require_finite(values: Tensor, name: str) -> None:
 
 def count_zeros(weight: Tensor) -> int:
     return int(weight.numel() - torch.count_nonzero(weight))
+
+
+def round_exactly(aims: Sequence[float], total: int, limits: Limits) -> list[int]:
+    """Whole numbers near ``aims``, within the limits, that add up to ``total``; the largest remainders round up.
+
+    If ``aims`` add up to ``total``, each number is within one of its aim. Among equal remainders the first is raised.
+    A ValueError says that the limits do not allow the total."""
+    fewest, most = limits
+    if not sum(fewest) <= total <= sum(most):
+        raise ValueError(f"{total} zeros are not between {sum(fewest)} and {sum(most)}")
+    zeros = [min(max(math.floor(value), low), high) for value, low, high in zip(aims, fewest, most, strict=True)]
+    while (missing := total - sum(zeros)) != 0:
+        step = 1 if missing > 0 else -1
+        room = [i for i in range(len(zeros)) if fewest[i] <= zeros[i] + step <= most[i]]
+        room.sort(key=lambda i: (step * (zeros[i] - aims[i]), i))  # the furthest from its aim comes first
+        for i in room[: abs(missing)]:
+            zeros[i] += step
+    return zeros

@@ -27,7 +27,6 @@ PHASES = {  # names of phases, and of parts of them, for people
     "verify": "check finished blocks",
     "fetch": "fetch the model",
     "bench": "measure speed",
-    "decode": "decode in turns",
     "sweep": "sweep the whole model",
     "save": "save the checkpoint",
     "tune": "train",

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, computed_field
 
-from sparsellm.errors import StorageError, refusal
+from sparsellm.errors import StorageError, refusal, shown
 from sparsellm.inputs import read_object
 from sparsepack.bench import Comparison, Measurement, Pair
 
@@ -316,6 +316,9 @@ class Pruning(RunRecord):
 
 def read_pruning(directory: Path) -> Pruning:
     """``pruning.json`` of a checkpoint; errors as in :func:`read_record`."""
+    if not os.path.isfile(directory / PRUNING):  # also for a name that is too long
+        advice = "give a directory that `sparsellm prune` wrote, or its packed form"
+        raise StorageError(f"{shown(str(directory))} has no {PRUNING}; {advice}")
     return read_record(Pruning, directory / PRUNING)
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.allocation.allocator import ALLOCATIONS, from_sparsities
-from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, round_to_groups, shift_to_total
+from sparsellm.allocation.exact import LARGEST, bounds, round_to_groups, shift_to_total
+from sparsellm.patterns import round_exactly
 from tests.allocation.helpers import bare_survey
 
 SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=30)

@@ -12,9 +12,10 @@ import torch
 
 from sparsellm.calibration.sources import as_text, check_sources, read_source, shares_of
 from sparsellm.calibration.texts import Text
-from sparsellm.calibration.windows import apportioned, calibration_windows, mixed_windows
+from sparsellm.calibration.windows import calibration_windows, mixed_windows
 from sparsellm.errors import DataError
 from sparsellm.inputs import mixture_of
+from sparsellm.patterns import round_exactly
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a name"}]
@@ -46,7 +47,7 @@ def test_shares_follow_names_with_commas_and_colons() -> None:
 @pytest.mark.parametrize("shares", [[0.5, 0.3, 0.2], [1 / 3] * 3, [0.9, 0.1]], ids=str)
 def test_windows_are_divided_by_largest_remainders(shares: list[float]) -> None:
     for total in range(1, 12):
-        counts = apportioned(shares, total)
+        counts = round_exactly([total * share for share in shares], total, ([0] * len(shares), [total] * len(shares)))
         ways = (way for way in itertools.product(range(total + 1), repeat=len(shares)) if sum(way) == total)
         distance = {way: sum(abs(n - total * share) for n, share in zip(way, shares, strict=True)) for way in ways}
         assert distance[tuple(counts)] == pytest.approx(min(distance.values()))

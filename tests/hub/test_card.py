@@ -110,7 +110,7 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> N
 
 def test_what_was_never_pruned_or_evaluated_has_no_new_card(pruned: Path, run: Any) -> None:
     before = (pruned / "README.md").read_bytes()
-    said = {pruned.parent: "has no pruning.json; give a checkpoint that", pruned: "was never evaluated; run `sparsellm"}
+    said = {pruned.parent: "has no pruning.json; give a directory that", pruned: "was never evaluated; run `sparsellm"}
     for directory, part in said.items():
         code, stdout, stderr = run("card", directory)
         assert (code, stdout, stderr.strip().count("\n")) == (2, "", 0)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, round_to_groups, shift_to_total
+from sparsellm.allocation.exact import LARGEST, bounds, round_to_groups, shift_to_total
 from sparsellm.allocation.survey import LinearSize, Survey
 from sparsellm.errors import RecipeError
+from sparsellm.patterns import round_exactly
 from sparsellm.records import Settings
 from sparsellm.registry import Registry, Workspace
 

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 import numpy
 
-LARGEST = 0.99  # sparsity of one linear; without any weights it would cut its block in two
-_HALVINGS = 200
+from sparsellm.patterns import Limits
 
-Limits = tuple[list[int], list[int]]
-"""The fewest and the most zeros of each linear."""
+LARGEST = 0.99  # sparsity of one linear; without any weights it would cut its block in two
 
 
 def bounds(weights: Sequence[int], sparsity: float, span: float = 1.0) -> Limits:
@@ -28,6 +26,7 @@ def bounds(weights: Sequence[int], sparsity: float, span: float = 1.0) -> Limits
 def shift_to_total(weights: Sequence[int], aims: Sequence[float], total: int, limits: Limits) -> list[float]:
     """Zeros ``z_i = clip(n_i (s_i + t), fewest_i, most_i)`` with the one ``t`` that makes them add up to ``total``, for
     ``n_i`` weights and sparsities ``s_i``, which may be any real numbers; the limits must allow the total."""
+    from scipy.optimize import bisect
 
     def shifted(shift: float) -> list[float]:
         return [
@@ -36,31 +35,7 @@ def shift_to_total(weights: Sequence[int], aims: Sequence[float], total: int, li
         ]
 
     low, high = -1.0 - max(aims), 1.0 - min(aims)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if math.fsum(shifted(middle)) < total:
-            low = middle
-        else:
-            high = middle
-    return shifted(high)
-
-
-def round_exactly(aims: Sequence[float], total: int, limits: Limits) -> list[int]:
-    """Whole numbers near ``aims``, within the limits, that add up to ``total``; the largest remainders round up.
-
-    If ``aims`` add up to ``total``, each number is within one of its aim. Among equal remainders the first is raised.
-    A ValueError says that the limits do not allow the total."""
-    fewest, most = limits
-    if not sum(fewest) <= total <= sum(most):
-        raise ValueError(f"{total} zeros are not between {sum(fewest)} and {sum(most)}")
-    zeros = [min(max(math.floor(value), low), high) for value, low, high in zip(aims, fewest, most, strict=True)]
-    while (missing := total - sum(zeros)) != 0:
-        step = 1 if missing > 0 else -1
-        room = [i for i in range(len(zeros)) if fewest[i] <= zeros[i] + step <= most[i]]
-        room.sort(key=lambda i: (step * (zeros[i] - aims[i]), i))  # the furthest from its aim comes first
-        for i in room[: abs(missing)]:
-            zeros[i] += step
-    return zeros
+    return shifted(bisect(lambda shift: math.fsum(shifted(shift)) - total, low, high))
 
 
 def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total: int) -> list[int]:

@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsellm.allocation.allocator import ALLOCATIONS, Allocation
-from sparsellm.allocation.exact import bounds, round_exactly
+from sparsellm.allocation.exact import bounds
 from sparsellm.allocation.survey import Survey
+from sparsellm.patterns import round_exactly
 from sparsellm.records import Settings
 from sparsellm.registry import Needs
 from sparsellm.sweep.gradients import BINS, TOKENS

@@ -14,6 +14,7 @@ from sparsellm.calibration.sources import read_source, shares_of
 from sparsellm.calibration.texts import Text
 from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import without_folders
+from sparsellm.patterns import round_exactly
 from sparsellm.recipe import Bos
 from sparsepack.files import context_limit
 
@@ -94,7 +95,10 @@ def mixed_windows(
         return draw(source, sizes[0], sum(sizes[1:])), []
     bare = [without_folders(name) for name in shares]
     names = [f"{name} ({at})" if bare.count(name) > 1 else name for at, name in enumerate(bare, 1)]
-    counts = [apportioned(list(shares.values()), size) for size in sizes]
+    counts = [
+        round_exactly([share * size for share in shares.values()], size, ([0] * len(shares), [size] * len(shares)))
+        for size in sizes
+    ]
     for name, first in zip(shares, counts[0], strict=True):
         if not first:
             why = f"its share of {sizes[0]} windows is none; raise its share, or take more windows"
@@ -109,16 +113,6 @@ def mixed_windows(
         windows += [window for window in taken if window is not None]
         sources += [names[number] for _, number in places]
     return torch.stack(windows), sources
-
-
-def apportioned(shares: Sequence[float], total: int) -> list[int]:
-    """``total`` divided by ``shares``, which sum to 1, into integers by largest remainders, the first of equal ones."""
-    exact = [share * total for share in shares]
-    counts = [int(each + 1e-9) for each in exact]  # 0.3 of 10 is 3
-    order = sorted(range(len(shares)), key=lambda number: counts[number] - exact[number])
-    for number in order[: total - sum(counts)]:
-        counts[number] += 1
-    return counts
 
 
 def spread_evenly(count: int, total: int) -> set[int]:

@@ -18,45 +18,29 @@ from sparsellm.chain.structure import LinearView
 
 TOLERANCE = 1e-2  # above the rounding of half precision, far below the distance of a wrong activation
 
-Derivatives = tuple[Tensor, Tensor]
-
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function φ; ``derivatives(z)`` returns ``(φ(z), φ'(z))``, which share their expensive parts."""
+    """An elementwise function φ."""
 
     name: str
     function: Callable[[Tensor], Tensor] = field(repr=False)
-    derivatives: Callable[[Tensor], Derivatives] = field(repr=False)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.function(z)
 
-
-def _sloped_silu(z: Tensor, slope: float) -> Derivatives:
-    """z σ(kz): SiLU for k = 1, the sigmoid approximation of GELU for k = 1.702."""
-    gate = torch.sigmoid(z * slope)
-    rest = (1 - gate) * slope
-    value = z * gate
-    return value, torch.addcmul(gate, value, rest)
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``(φ(z), φ'(z))``."""
+        value, slope = torch.func.jvp(self.function, (z,), (torch.ones_like(z),))
+        return value, slope
 
 
-def _by_autograd(function: Callable[[Tensor], Tensor], z: Tensor) -> Derivatives:
-    both = torch.func.jvp(function, (z,), (torch.ones_like(z),))
-    return both[0], both[1]
-
-
-def _square_of_relu(z: Tensor) -> Tensor:
-    return torch.relu(z).square()
-
-
-relu = Activation("relu", torch.relu, partial(_by_autograd, torch.relu))
-relu2 = Activation("relu2", _square_of_relu, partial(_by_autograd, _square_of_relu))
-silu = Activation("silu", functional.silu, partial(_sloped_silu, slope=1.0))
-gelu = Activation("gelu", functional.gelu, partial(_by_autograd, functional.gelu))
-_gelu_tanh = partial(functional.gelu, approximate="tanh")
-gelu_tanh = Activation("gelu_tanh", _gelu_tanh, partial(_by_autograd, _gelu_tanh))
-quick_gelu = Activation("quick_gelu", lambda z: z * torch.sigmoid(1.702 * z), partial(_sloped_silu, slope=1.702))
+relu = Activation("relu", torch.relu)
+relu2 = Activation("relu2", lambda z: torch.relu(z).square())
+silu = Activation("silu", functional.silu)
+gelu = Activation("gelu", functional.gelu)
+gelu_tanh = Activation("gelu_tanh", partial(functional.gelu, approximate="tanh"))
+quick_gelu = Activation("quick_gelu", lambda z: z * torch.sigmoid(1.702 * z))
 
 KNOWN = (relu, relu2, silu, gelu, gelu_tanh, quick_gelu)
 

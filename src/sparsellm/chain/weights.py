@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from sparsellm import parallel
 from sparsellm.chain.experts import gates_of, separate_experts
 from sparsellm.chain.names import checkpoint_names, expert_parts, published_names, refuse_converted, unused_tensors
 from sparsellm.chain.structure import find_blocks, iterate_linears, tower_names
-from sparsellm.errors import ModelError, NumericalError
+from sparsellm.errors import ModelError, NumericalError, some
 from sparsellm.machine import bf16_is_native
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, Outline, not_finite
 from sparsellm.storage.writer import TensorSource
@@ -83,10 +84,14 @@ class ModelWeights:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
 
-    def describe(self, place: Path, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Makes a model without weights that of a checkpoint in ``place``, which is not there, to be planned with."""
+    def describe(
+        self, place: Path, device: torch.device, dtype: torch.dtype | None, like: ModelWeights | None = None
+    ) -> None:
+        """Makes a model without weights that of a checkpoint in ``place``, which is not there, to be planned with. Its
+        dtypes are those of the weights of the same names in ``like``, if that is given."""
+        known = like or self
         stored = {
-            key: (self.stored_dtype(name), self._shapes[key]) for name, key in self.key_of.items() if self.owns(name)
+            key: (known.stored_dtype(name), self._shapes[key]) for name, key in self.key_of.items() if self.owns(name)
         }
         self.reader = Outline(place, stored)
         self._compute(device, dtype)
@@ -145,9 +150,8 @@ class ModelWeights:
         if tensors := len(self._outer) - len(self._run_outer):
             said.append(f"{' and '.join(self.towers)} ({tensors} tensors) read no text; {copied}")
         if self._unused and self.reader is not None:
-            more = f" and {len(self._unused) - 1} more" if len(self._unused) > 1 else ""
             share = f"{sum(map(self.reader.bytes_of, self._unused)) / self.reader.bytes:.1%} of the checkpoint's bytes"
-            said.append(f"the model of config.json does not use {self._unused[0]}{more} ({share}); {copied}")
+            said.append(f"the model of config.json does not use {some(self._unused, 1)} ({share}); {copied}")
         return said
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -241,15 +245,16 @@ class ModelWeights:
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
         assert reader is not None
         if name not in self.parts:
-            return self._read(key, reader)
+            return self._read(name, reader)
         if key not in tensors:
-            tensors[key] = self._read(key, reader)
+            tensors[key] = self._read(name, reader)
         return self.parts[name].of(tensors[key])
 
-    def _read(self, key: str, reader: CheckpointReader) -> Tensor:
-        value, _ = parallel.once_a_machine(lambda: (reader.get(key, self.device), None), self.device)
-        wide = {*key.split(".")} & {*(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())}
-        return value.to(torch.float32 if wide else self.dtype) if value.is_floating_point() else value
+    def _read(self, name: str, reader: CheckpointReader) -> Tensor:
+        value, _ = parallel.once_a_machine(lambda: (reader.get(self.key_of[name], self.device), None), self.device)
+        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()  # patterns, in which "*" is anything
+        kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in wide)
+        return value.to(torch.float32 if kept else self.dtype) if value.is_floating_point() else value
 
     def _release(self, names: list[str]) -> None:
         for name in names if self.reader is not None else ():

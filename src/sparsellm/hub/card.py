@@ -15,7 +15,7 @@ from sparsellm.errors import StorageError
 from sparsellm.inputs import HUB_ID, dump_yaml, read_object
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
-from sparsellm.records import PRUNING, Evaluation, Export, Pruning, read_pruning
+from sparsellm.records import Evaluation, Export, Pruning, read_pruning
 from sparsellm.storage.contents import changing
 from sparsellm.storage.results import read_results
 from sparsepack.checkpoint import is_packed, packed_entries
@@ -52,12 +52,10 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     card that somebody else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written."""
     directory = Path(directory).expanduser()
     path = directory / CARD
-    if not (directory / PRUNING).is_file():
-        raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune` has written")
+    run = read_pruning(directory)
     results = read_results(directory)
     if not results.evaluations and not results.exports:
         raise StorageError(f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again")
-    run = read_pruning(directory)
     if not force and os.path.lexists(path) and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -15,8 +14,6 @@ from sparsellm.chain.chain import empty_model
 from sparsellm.chain.experts import DOWN, GATE, UP
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.records import Record
-from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.writer import TensorSource
 
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys of configs
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k")
@@ -112,7 +109,7 @@ class FewerExperts:
         assert dense.reader is not None
         place = dense.reader.directory
         self.chain = Chain(empty_model(config, place, False), None, device=dense.device, dtype=None)
-        self.chain.describe(place, dense.device, dense.dtype)
+        self.chain.describe(place, dense.device, dense.dtype, like=dense)
         self.chain.products = dense.products
         for index in range(len(dense)):
             if [len(mixture) for mixture in self.chain.mixtures(index)] != [keep] * len(dense.mixtures(index)):
@@ -136,24 +133,6 @@ class FewerExperts:
                 across = next(d for d, (many, few) in enumerate(zip(value.shape, shape, strict=True)) if many != few)
                 value = value.index_select(across, torch.tensor(kept, device=value.device))
             self.chain.assign(name, value)
-
-    def read(self, index: int, shard: CheckpointReader) -> None:
-        """Gives the block the weights of a finished shard."""
-        for name in self.chain.names_of(index):
-            value = self.chain.parameter(name, shard).to(self.chain.device)
-            self.chain.assign(name, value.to(self.chain.dtype) if value.is_floating_point() else value)
-
-    def settle(self, index: int) -> None:
-        """Rounds the weights of the block to the dtypes in which they are written."""
-        for name in self.chain.names_of(index):
-            value = self.chain.value(name)
-            if value.is_floating_point():  # the model has a weight of the same name
-                self.chain.assign(name, value.to(self.dense.stored_dtype(name)).to(value.dtype))
-
-    def tensors(self, index: int) -> dict[str, TensorSource]:
-        """The weights of the block under the names and in the dtypes of the checkpoint."""
-        dtypes = {self.chain.key_of[name]: self.dense.stored_dtype(name) for name in self.chain.names_of(index)}
-        return {key: replace(source, dtype=dtypes[key]) for key, source in self.chain.block_tensors(index).items()}
 
     def release(self, index: int) -> None:
         """Takes the weights from the block."""

@@ -58,7 +58,7 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
         kept = view.best(scores)
         error = compared.error_of(kept)  # the block of the twin has these experts now
         refitted = _repair(sample, stream, outputs) if removal.refit else error
-    fewer.settle(index)
+    fewer.chain.settle_block(index)
     counts, said = tokens.tolist(), [float(score) for score in scores]
     return ExpertsOfBlock(block=index, kept=kept, tokens=counts, scores=said, error=error, refitted=refitted)
 

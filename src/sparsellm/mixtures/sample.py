@@ -71,14 +71,14 @@ class Sample:
         experts, numbers = self._projected(chain), range(len(small))
         held = torch.arange(len(self.goal), device=self.goal.device) % HELD == 0
         # With the others, such as shared experts, every step would copy and differentiate what it does not change.
-        values = [p for p in _around(chain, index).parameters() if p.shape[:1] == (len(small),)]
+        values = [p.requires_grad_() for p in _around(chain, index).parameters() if p.shape[:1] == (len(small),)]
         exact = [value.detach().float().clone() for value in values]
         groups = [{"params": [each], "lr": RATE * (float(each.square().mean().sqrt()) or 1.0)} for each in exact]
         adam = torch.optim.Adam(groups)
         falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, STEPS)
         least, best = float("inf"), [value.detach().clone() for value in values]
         for _ in range(STEPS):
-            with torch.enable_grad(), _trained(values):
+            with torch.enable_grad():
                 errors = self._errors(experts, numbers)
                 found = torch.autograd.grad(errors[~held].sum(), values, allow_unused=True)
             error = parallel.total(float(errors.detach()[held].sum()))
@@ -92,7 +92,7 @@ class Sample:
             for value, each in zip(values, exact, strict=True):
                 value.copy_(each)
         for value, each in zip(values, best, strict=True):
-            value.copy_(each)
+            value.requires_grad_(False).copy_(each)
 
     def _projected(self, chain: Chain) -> Tensor | None:
         """The projected outputs ``(experts, tokens, projected)`` of all experts; None for those whose inputs are
@@ -157,17 +157,6 @@ def last_linears(chain: Chain, index: int) -> list[str]:
         for mixture in chain.mixtures(index)
         for number in range(len(mixture))
     ]
-
-
-@contextmanager
-def _trained(values: Sequence[nn.Parameter]) -> Iterator[None]:
-    for value in values:
-        value.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for value in values:
-            value.requires_grad_(False)
 
 
 def _around(chain: Chain, index: int) -> nn.Module:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsellm.errors import StorageError, shown
+from sparsellm.errors import StorageError
 from sparsellm.inputs import without_folders
 from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Pruning, Results, read_pruning
 from sparsellm.report.charts import megabytes, number, percent
@@ -58,9 +58,6 @@ def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[s
     """What a pruned checkpoint says of itself; ``name`` replaces the directory in commands. What ``prune`` has not
     written, or cannot be read, is a StorageError."""
     place = Path(directory).expanduser()
-    if not os.path.isfile(place / PRUNING):  # also for a name that is too long
-        advice = "give a directory that `sparsellm prune` wrote, or its packed form"
-        raise StorageError(f"{shown(str(directory))} has no {PRUNING}; {advice}")
     pruning = read_pruning(place)
     if not pruning.linears:
         raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")

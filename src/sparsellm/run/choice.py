@@ -78,7 +78,8 @@ class Choice:
         score = SCORES[recipe.expert_score]
         cls.of(recipe)
         nothing = cls.of(Recipe(method="magnitude", sparsity=0.0))
-        return replace(nothing, needs=score.needs(score.check(recipe.expert_options)), removes=True)
+        needs = replace(score.needs(score.check(recipe.expert_options)), token_states=True)
+        return replace(nothing, needs=needs, removes=True)
 
     @property
     def workspace(self) -> Workspace:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from sparsellm import machine, parallel
 from sparsellm.chain import Feed
-from sparsellm.chain.streams import check_forward
 from sparsellm.errors import RecipeError
 from sparsellm.inputs import read_object
 from sparsellm.mixtures import SCORES
@@ -60,7 +59,6 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     fewer, place, recipe = plan.fewer, plan.out, plan.recipe
     assert fewer is not None
     assert place is not None
-    check_forward(plan.chain, plan.windows.first, token_states=True)
     identity, file = to_jsonable_python(asdict(plan.identity)), place / EXPERTS
     if (known := parallel.from_main(lambda: read_object(file) if file.is_file() else {})).get("identity") == identity:
         records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
@@ -106,19 +104,17 @@ def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: Pha
         feed.progress(Progress("experts", index, len(chain), f"block {index + 1}/{len(chain)}"))
         with contextlib.ExitStack() as stack:
             if index < len(done):
-                shard = journal.block(index)
-                assert shard is not None
-                fewer.read(index, shard)
+                stack.enter_context(fewer.chain.block(index, journal.block(index)))
             else:
                 stack.enter_context(clock.phase("experts"))
                 stack.enter_context(chain.block(index))
+                stack.callback(fewer.release, index)
                 records.append(remove_experts(removal, stream, index))
             with running(stream, index, fewer):
                 stream.advance(index)
             if index >= len(done) and journal.writes:
                 record = BlockRecord([], conditions(), clock.lap(), machine.peak_rss(), experts=records[-1])
-                journal.write_block(index, fewer.tensors(index), record)
-            fewer.release(index)
+                journal.write_block(index, fewer.chain.block_tensors(index), record)
     stream.close()
     return [record for record in records if record is not None]
 

@@ -145,10 +145,9 @@ def walk(
 
 def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
-    values = plan.recipe.rounding
-    if values == "keep" or not plan.choice.passes:
+    if not plan.choice.trains_integers(plan.recipe):
         return None
-    return Integers(values, {each.name: each.exponents for each in linears})
+    return Integers(plan.recipe.rounding, {each.name: each.exponents for each in linears})
 
 
 def replay(

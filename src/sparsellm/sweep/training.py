@@ -129,9 +129,3 @@ def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
         if has_gradient:
             gradient = parameter.grad if parameter.grad is not None else torch.empty_like(parameter)
             parameter.grad = parallel.broadcast_(gradient.detach().contiguous(), source)
-
-
-def shuffled(count: int, seed: int) -> list[int]:
-    """The indices below ``count`` in a random order."""
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[::-1]

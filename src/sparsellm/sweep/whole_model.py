@@ -23,7 +23,7 @@ from sparsellm.records import SweepPass
 from sparsellm.sweep.resident import Resident
 from sparsellm.sweep.streamed import Streamed
 from sparsellm.sweep.sweep_task import Run, Step, SweepTask, Weights
-from sparsellm.sweep.training import held_out_of, schedule, shuffled
+from sparsellm.sweep.training import held_out_of, schedule
 
 # The learning rate of a model that is far from the dense one: three times as much diverges there within one pass. What
 # a step gains falls with the square of the divergence, what its noise costs does not. So the rate does, too.
@@ -147,7 +147,8 @@ def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass]
     rate, undone = history[0].rate, harmful[-1] if harmful else 0  # the pass after which Adam's moments began anew
     assert rate is not None, "the state before the first pass has the rate"
     text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
-    for place, chosen in enumerate(shuffled(count, task.seed + (number - 1) * 1_000_003)):
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(task.seed + (number - 1) * 1_000_003))
+    for place, chosen in enumerate(order.flip(0).tolist()):
         task.feed.progress(Progress("sweep", number - first + place / count, task.passes - first + 1, text))
         since = (number - 1 - undone) * count + place + 1  # steps since Adam's moments began
         factor = schedule((number - 1) * count + place, task.passes * count, since)
