@@ -31,8 +31,8 @@ class Activation:
 
     def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``(φ(z), φ'(z))``."""
-        value, slope = torch.func.jvp(self.function, (z,), (torch.ones_like(z),))
-        return value, slope
+        both = torch.func.jvp(self.function, (z,), (torch.ones_like(z),))
+        return both[0], both[1]
 
 
 relu = Activation("relu", torch.relu)
