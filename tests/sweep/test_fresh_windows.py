@@ -126,3 +126,18 @@ def test_windows_of_a_sweep_are_cut_to_its_steps() -> None:
     assert set(led[:, 0].tolist()) == {9}
     assert windows[0, 0] == 0, "the windows of the statistics changed"
     assert torch.equal(reading._cut(windows[:, :1000], 9), windows[:, :1000])
+
+
+def test_a_model_that_is_read_from_disk_writes_its_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it wrote is kept, so that a run that is resumed does not wait for it again."""
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    source, written = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense"), list[Tensor]()
+    write, drawn = reading.self_generated_windows, runs_of(monkeypatch)
+    monkeypatch.setattr(reading, "self_generated_windows", lambda *given: written.append(write(*given)) or written[-1])
+    for number, seed in enumerate((0, 0, 1)):
+        recipe = {**RECIPE, "calibration": "self", "seed": seed, "passes": 1}
+        sparsellm.prune(source, recipe, out=tmp_path / str(number))
+    assert len(written) == 2
+    first, second, third = (windows for windows, _ in drawn)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)

@@ -47,7 +47,7 @@ def _short(content: bytes) -> str:
 
 
 def _on_disk(reader: CheckpointReader, progress: ProgressCallback) -> str:
-    digests = parallel.from_main(partial(reader.digests, partial(_report, progress)))
+    digests = parallel.from_main(partial(reader.digests, partial(reading, progress)))
     reader.expect(digests)
     return "".join(f"{name} {reader.stored_as(name)} {digests[name]}" for name in sorted(digests))
 
@@ -62,10 +62,11 @@ def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
         weights.append(f"{name} {value.dtype} {tuple(value.shape)} {digest.hexdigest()}")
         done += value.nbytes
-        _report(progress, done, sum(each.nbytes for each in values.values()))
+        reading(progress, done, sum(each.nbytes for each in values.values()))
     return "".join(weights)
 
 
-def _report(progress: ProgressCallback, done: int, total: int) -> None:
+def reading(progress: ProgressCallback, done: int, total: int) -> None:
+    """Tells how many bytes of all weights have been read for their checksums."""
     said = f"reading all weights once, for their checksums: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
     progress(Progress("check", done, max(total, 1), said))

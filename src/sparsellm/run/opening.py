@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +36,8 @@ from sparsellm.machine import bf16_is_native, machine_name, resolve_device
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.run.choice import Choice
+from sparsellm.run.fingerprint import reading
+from sparsellm.sources.cache import cache_dir, cached
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 from sparsellm.sweep.whole_model import STEP_TOKENS
@@ -240,6 +244,10 @@ def read_windows(
     statistics and further ones for ``passes`` passes, as far as the text has room. Raises DataError if the model has no
     tokenizer, or the text is too short for one set."""
     chain, tokenizer, directory = model.chain, model.tokenizer, model.directory
+
+    def tell(done: int, total: int) -> None:
+        progress(Progress("calibration", done, total, "the model writes its text"))
+
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     seq_len = recipe.seq_len or default_seq_len(chain)
@@ -251,12 +259,14 @@ def read_windows(
         if source != SELF:
             named = text if isinstance(text, Text) else source
             return calibration_windows(named, tokenizer, samples, seq_len, seed, recipe.bos, fresh)
-        dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, model.trust)
 
-        def tell(done: int, total: int) -> None:
-            progress(Progress("calibration", done, total, "the model writes its text"))
+        def write() -> Tensor:
+            dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, model.trust)
+            return self_generated_windows(dense, tokenizer, samples, seq_len, seed, lead, fresh, tell)
 
-        return self_generated_windows(dense, tokenizer, samples, seq_len, seed, lead, fresh, tell)
+        words = sorted(tokenizer.get_vocab().items())
+        asked = (samples, seq_len, seed, lead, fresh, words, sorted(tokenizer.all_special_ids))
+        return write() if chain.reader is None else _kept(chain, progress, asked, write)
 
     source = text if isinstance(text, str) else DOCUMENTS
     sets, of_pass = choice.sets, choice.windows_of_pass(recipe.samples, seq_len)
@@ -267,6 +277,20 @@ def read_windows(
     read, rest = windows[: sets * samples], windows[sets * samples :]
     bos, fresh = "no" if lead is None else "yes", rest[: passes * of_pass]
     return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes, of_pass, sources)
+
+
+def _kept(chain: Chain, progress: ProgressCallback, asked: object, write: Callable[[], Tensor]) -> Tensor:
+    """The windows that a model wrote for what is ``asked``, from the cache if they are there, since a large model takes
+    hours to write them; torch, the device and the model's config and weights are asked for, too."""
+    weights = chain.reader.digests(partial(reading, progress)) if chain.reader is not None else {}
+    run = (torch.__version__, str(chain.dtype), chain.device.type)
+    key = hashlib.sha256(repr((asked, run, chain.config.to_dict(), sorted(weights.items()))).encode()).hexdigest()
+
+    def make(folder: Path) -> Path:
+        save_file({"windows": write()}, folder / "windows.safetensors")
+        return folder / "windows.safetensors"
+
+    return load_file(cached(cache_dir() / "written" / f"{key}.safetensors", make))["windows"]
 
 
 def default_seq_len(chain: Chain) -> int:
