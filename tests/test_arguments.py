@@ -73,7 +73,7 @@ class Rows:
 
 
 KINDS = [IDS, IDS.int(), IDS.numpy(), IDS.numpy().astype(numpy.uint16), ROWS, tuple(map(tuple, ROWS)), list(IDS)]
-KINDS += [list(IDS.numpy()), {"input_ids": IDS, "attention_mask": IDS}, Rows([{"input_ids": row} for row in ROWS])]
+KINDS += [list(IDS.numpy()), {"input_ids": IDS, "attention_mask": IDS + 1}, Rows([{"input_ids": row} for row in ROWS])]
 
 
 @pytest.mark.parametrize("ids", KINDS, ids=lambda value: type(value).__name__)
@@ -110,6 +110,8 @@ def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
         ([[1, 2], [3]], "not windows of ids"),
         ([[1, 10**30]], "not windows of ids"),
         ([[-1, 2]], "the vocabulary has"),
+        ({"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 0]]}, "has padding (attention_mask is 0"),
+        ([{"input_ids": [1, 2], "attention_mask": [0, 1]}], "has padding"),
         (torch.ones(3), "2 or more"),
         (torch.ones(2, 4, dtype=torch.bool), "must be integers"),
         (torch.ones(2, 4, dtype=torch.int64, device="meta"), "ordinary tensor"),

@@ -159,6 +159,35 @@ def test_a_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.free_memory() == 123
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_groups_around_this_one_count_and_the_page_cache_does_not(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path / "groups")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    line = "0::/job/step\n" if version == 2 else "9:name=x:/\n5:cpu,memory:/job/step\n"
+    (tmp_path / "proc" / "self" / "cgroup").write_text(line)
+    limit, usage, total = ("max", "current", "") if version == 2 else ("limit_in_bytes", "usage_in_bytes", "total_")
+    root = tmp_path / "groups" / ("" if version == 2 else "memory")
+    for group, most in (("job/step", "max"), ("job", "1000")):
+        (root / group).mkdir(parents=True, exist_ok=True)
+        (root / group / f"memory.{limit}").write_text(f"{most}\n")
+        (root / group / f"memory.{usage}").write_text("700\n")
+        counts = f"anon 300\n{total}inactive_file 150\n{total}active_file 200\nactive_anon 50\n"
+        (root / group / "memory.stat").write_text(counts)
+    assert machine._control_group_rooms() == [1000 - 700 + 150 + 200]
+
+
+def test_keys_and_values_of_a_model_that_writes_its_text_count(chain: Chain) -> None:
+    extents = [Extent(samples, 32, 4096, written=samples * 32) for samples in (1, 3, 16, 40)]
+    steps = [steps_of(chain, Demand(extent, Workspace()))["calibration"] for extent in extents]
+    one, three, most, more = (step.working for step in steps)
+    config = chain.config
+    window = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 32 * chain.dtype.itemsize
+    assert (three - one, most - one, more) == (2 * window, 15 * window, most)
+
+
 def test_what_a_block_needs_by_hand() -> None:
     """One linear of each kind: the moments against sums written out."""
     config = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1}

@@ -71,6 +71,18 @@ def test_both_writers_are_refitted_where_sublayers_read_one_input(name: str, mon
     assert len(fitted) == len(writers) == 2 * model.config.num_hidden_layers
 
 
+def test_a_writer_that_runs_twice_in_a_block_is_not_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window has one target."""
+    model = tiny_llama()
+    for block in model.model.layers:
+        monkeypatch.setattr(block.mlp, "forward", lambda x, once=block.mlp.forward: once(once(x)))
+    twice: list[int] = []
+    monkeypatch.setattr(sparsellm_method, "least_squares", lambda *x, **y: twice.append(1) or least_squares(*x, **y))
+    result = sparsellm.prune(model, Recipe(sparsity=0.6, effort=0), calibration=IDS)
+    assert len(twice) == len(model.model.layers)  # attention's
+    assert result.sparsity == pytest.approx(0.6, abs=1e-3)
+
+
 def test_token_weights_tame_massive_activations_only() -> None:
     hidden = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0))
     hidden[1, 7] *= 1000

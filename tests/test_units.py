@@ -9,13 +9,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from sparsellm.chain import open_chain
+from sparsellm.chain import LinearView, open_chain
 from sparsellm.chain.streams import Feed
 from sparsellm.chain.units import KNOWN, Activation, FeedForwardUnit, find_feed_forward
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt, windows
 
 
-def units_of(model: PreTrainedModel) -> list[FeedForwardUnit]:
+def units_of(model: PreTrainedModel) -> list[FeedForwardUnit[LinearView]]:
     chain = open_chain(model, device=torch.device("cpu"))
     stream = Feed(chain, windows(1, 20, seed=1), 20).stream()
     return find_feed_forward(chain.linears(0), lambda: stream.run_batch(0, 0))

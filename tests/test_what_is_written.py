@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
-from sparsellm.errors import NumericalError
+from sparsellm.errors import ModelError, NumericalError
 from sparsellm.storage.directory import partial_of
 from tests.models import save_tiny, tiny_llama
 from tests.sweep.helpers import halved, swept
@@ -43,6 +44,39 @@ def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(method: str, tmp_p
     assert not any(name.startswith("model.layers.1.") for name in written)
     excluded = recipe.updated(exclude=[DOWN])
     assert sparsellm.prune(source, excluded, out=tmp_path / "q", calibration=ids).sparsity > 0.5
+
+
+@pytest.mark.parametrize("part", ["config", "generation_config"])
+def test_what_transformers_does_not_save_is_refused_before_the_work(part: str, tmp_path: Path) -> None:
+    model, ids = tiny_llama(), torch.arange(96).view(4, 24)
+    getattr(model, part).temperature = 0.6  # of a model that does not sample
+    with pytest.raises(ModelError, match=r"transformers does not save the model's .*Config"):
+        sparsellm.prune(model, Recipe(method="wanda"), out=tmp_path / "p", calibration=ids)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_that_was_given_as_an_object_is_named_in_its_config(tmp_path: Path) -> None:
+    model, ids = tiny_llama().bfloat16(), torch.arange(96).view(4, 24)
+    model.config.architectures = None
+    before = torch.get_rng_state()
+    sparsellm.prune(model, Recipe(method="wanda"), out=tmp_path / "p", calibration=ids)
+    assert torch.equal(torch.get_rng_state(), before)
+    config = json.loads((tmp_path / "p" / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
+    model.model.layers[1].to("meta")
+    with pytest.raises(ModelError, match="on several devices, or not in memory; load it without device_map"):
+        sparsellm.prune(model, Recipe(method="wanda"), calibration=ids)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_kept_weights_that_are_rounded_to_the_computing_dtype_are_told(stored: str, asked: str, tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama().to(getattr(torch, stored)), None, tmp_path / "model")
+    recipe, ids = Recipe(method="wanda", dtype=asked), torch.arange(96).view(4, 24)
+    said = sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=ids).warnings
+    told = any(f"kept weights are rounded to {asked}, and stored in {stored}" in each for each in said)
+    assert told == (asked == "bfloat16")
 
 
 TOO_LARGE = [

@@ -39,14 +39,12 @@ from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.needs import foresee
-from sparsellm.run.opening import default_seq_len, open_model, set_products
+from sparsellm.run.opening import default_seq_len, load_whole, open_model, set_products
 from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult
 from sparsellm.run.speeds import named
 from sparsellm.sources.resolve import checkpoint_directory, config_place
-from sparsellm.storage.reader import as_storage_error
 from sparsellm.storage.results import append_result
-from sparsepack.loading import load
 
 
 @checked
@@ -311,9 +309,7 @@ class Opened:
     def in_memory(self) -> PreTrainedModel:
         """The complete model in memory."""
         if self.directory is not None:
-            device, dtype = self._settings.device, self._settings.dtype
-            with as_storage_error():
-                return load(self.directory, device=device, dtype=dtype, trust_remote_code=self._trust)
+            return load_whole(self.directory, self._settings.dtype, self._settings.device, self._trust)
         assert isinstance(self.chain.model, PreTrainedModel)
         return self.chain.model
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsellm.errors import MemoryBudgetError, RecipeError, one_line, shown
 from sparsepack.errors import Note
 
+PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 
 
@@ -79,6 +80,7 @@ def computing(device: torch.device) -> Iterator[None]:
             stack.callback(setattr, part, name, getattr(part, name))
             setattr(part, name, value)
 
+        stack.enter_context(torch.random.fork_rng([]))
         for part in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul"):
             put(attrgetter(part)(torch.backends), "fp32_precision", "ieee")
         if device.type == "cuda":
@@ -157,13 +159,23 @@ def keeping_freed() -> Iterator[None]:
 
 
 def _control_group_rooms() -> list[int]:
-    """The bytes that each memory limit of the container (cgroup version 2 or 1) still leaves; empty without a limit."""
-    rooms = []
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """The bytes that each memory limit of this process's control group, and of the groups around it (version 2 or 1),
+    still leaves; empty without a limit. The page cache counts as free, as it does for the machine."""
+    rooms, groups = [], {"": "/", "memory": "/"}  # by the controllers that /proc names: none in version 2
+    with contextlib.suppress(OSError):
+        for line in (PROC / "self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            groups |= {name: path for name in controllers.split(",") if name in groups}
+    for name, limit, usage, total in (
+        ("", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            most, used = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, usage))
-            rooms.append(max(0, most - used))
+        own = PurePosixPath(groups[name])
+        for group in (own, *own.parents):  # in a container, paths of the machine do not exist
+            folder = CONTROL_GROUPS / name / group.relative_to("/")
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                most, used = (int((folder / file).read_text()) for file in (limit, usage))
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cached = sum(int(counts.get(f"{total}{part}_file", 0)) for part in ("active", "inactive"))
+                rooms.append(max(0, most - used + cached))
     return rooms

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from sparsellm import machine
 from sparsellm.calibration import self_generated, windows
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.texts import Text
@@ -151,11 +151,24 @@ def test_a_text_that_is_too_short_says_by_how_much(tmp_path: Path) -> None:
 def test_more_windows_than_the_memory_holds_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the text is read, and before anything is allocated for them."""
     monkeypatch.setattr(windows, "read_source", lambda *_: pytest.fail("the text was read"))
-    monkeypatch.setattr(windows.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
     with pytest.raises(DataError, match="of memory are free"):
         calibration_windows("pydoc", tiny_tokenizer(), 8, 16, 0)
     with pytest.raises(DataError, match=r"8 windows of 16 .* lower samples, effort or seq_len"):
         written(7, 16, fresh=1)
+
+
+def test_a_text_whose_tokens_do_not_fit_into_the_memory_is_refused(
+    counting: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer holds a text more than a hundred times."""
+    source, _ = counting
+    needed = windows.TOKENISING * len(Path(source).read_text())
+    monkeypatch.setattr(machine, "free_memory", lambda: needed - 1)
+    with pytest.raises(DataError, match=r"tokenising it takes about .* give a part of it"):
+        evaluation_windows(source, tiny_tokenizer(), 16)
+    monkeypatch.setattr(machine, "free_memory", lambda: needed)
+    assert len(evaluation_windows(source, tiny_tokenizer(), 16))
 
 
 def test_more_windows_than_the_text_has_are_refused(counting: tuple[str, list[int]]) -> None:

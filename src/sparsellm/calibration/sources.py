@@ -7,7 +7,7 @@ is several of them, each with its share of the windows: ``wiki.txt:0.5,hub:owner
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequenc
 """The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
 
 SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
+DEFAULTS = ("c4-sample", "pydoc")  # where no text is named: from the hub, else what Python has
 IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # recorded in the recipe as ``calibration``
 
 _PLAIN: dict[str, Callable[[Split], Text]] = {
@@ -110,6 +111,7 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
         check_sources(value, split)
         return value
     if isinstance(value, Mapping) and "input_ids" in value:  # the return value of a tokenizer
+        _refuse_padding([value], name)
         value = value["input_ids"]
     if isinstance(value, Tensor | numpy.ndarray):
         return _ids(value, name)
@@ -122,8 +124,15 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     for at, row in enumerate(rows):
         if not isinstance(row, Mapping) or field not in row or (field == "text" and not isinstance(row["text"], str)):
             raise DataError(f"{name}, row {at}, is {shown(row)}, without a {field!r} of its type; {_HINT}")
+    _refuse_padding(rows if field == "input_ids" else [], name)
     values = [row[field] for row in rows]
     return _ids(values, name) if field == "input_ids" else Text(values)
+
+
+def _refuse_padding(rows: Iterable[Mapping[str, Any]], name: str) -> None:
+    masks = (row["attention_mask"] for row in rows if row.get("attention_mask") is not None)
+    if not all(torch.as_tensor(mask).all() for mask in masks):
+        raise DataError(f"{name} has padding (attention_mask is 0 there); give windows of one length without padding")
 
 
 def default_source(*, demo: bool) -> tuple[str, list[str]]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
+from sparsellm import machine
 from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import parse_json
 
@@ -54,7 +53,7 @@ def read_rows(argument: str, reader: Callable[[Path], list[Any]]) -> list[Any]:
     path = text_file(argument)
     try:
         size = path.stat().st_size
-        if size > psutil.virtual_memory().available // 4:  # room for bytes, text and token ids
+        if size > machine.free_memory() // 4:  # room for bytes, text and token ids
             raise DataError(f"{path} has {size / 1e9:.1f} GB, too much for the memory that is free; give a part of it")
         return reader(path)
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,21 +43,26 @@ gelu = Activation("gelu", functional.gelu)
 gelu_tanh = Activation("gelu_tanh", partial(functional.gelu, approximate="tanh"))
 quick_gelu = Activation("quick_gelu", lambda z: z * torch.sigmoid(1.702 * z))
 
+T = TypeVar("T")  # a linear
 KNOWN = (relu, relu2, silu, gelu, gelu_tanh, quick_gelu)
 
 
 @dataclass(frozen=True)
-class FeedForwardUnit:
-    """``down(φ(up(x)))``, or ``down(φ(gate(x)) ∘ up(x))``."""
+class FeedForwardUnit(Generic[T]):
+    """Two-layer ``down(φ(up(x)))``, or gated ``down(φ(gate(x)) ∘ up(x))``; up and gate (f, d), down (d_out, f)."""
 
-    up: LinearView
-    down: LinearView
+    up: T
+    down: T
     activation: Activation
-    gate: LinearView | None = None
+    gate: T | None = None
 
-    def linears(self) -> dict[str, LinearView]:
-        """By role, in the order in which they run."""
-        return {"up": self.up, **({"gate": self.gate} if self.gate is not None else {}), "down": self.down}
+    def first_half(self) -> dict[str, T]:
+        """The linears by role: up, and gate if there is one."""
+        return {"up": self.up, **({"gate": self.gate} if self.gate is not None else {})}
+
+    def linears(self) -> dict[str, T]:
+        """The linears by role, in the order in which they run: up, gate (if there is one), down."""
+        return {**self.first_half(), "down": self.down}
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class _Seen:
     output: Tensor
 
 
-def find_feed_forward(linears: list[LinearView], run: Callable[[], object]) -> list[FeedForwardUnit]:
+def find_feed_forward(linears: list[LinearView], run: Callable[[], object]) -> list[FeedForwardUnit[LinearView]]:
     """The feed-forward units among the linears of a block, recognised while ``run`` runs it once, on few tokens: a
     linear is ``down`` if its input equals φ(output of an earlier linear), or that times the output of another."""
     seen: list[_Seen] = []
@@ -78,11 +84,11 @@ def find_feed_forward(linears: list[LinearView], run: Callable[[], object]) -> l
     return [unit for unit in units if unit is not None]
 
 
-def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit | None:
+def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit[LinearView] | None:
     """The unit that reproduces the input of ``down`` best; None if none is within :data:`TOLERANCE`. Several may be:
     the GELUs differ by no more than the rounding of half precision."""
     earlier = [call for call in before if call.output.shape == down.input.shape]
-    candidates: list[tuple[float, FeedForwardUnit]] = []
+    candidates: list[tuple[float, FeedForwardUnit[LinearView]]] = []
     for activation in KNOWN:
         for first in earlier:
             value = activation(first.output.clone())

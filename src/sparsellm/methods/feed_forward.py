@@ -21,7 +21,7 @@ UNIT_STREAMS = 10
 
 def prune_unit(
     task: BlockTask,
-    unit: FeedForwardUnit,
+    unit: FeedForwardUnit[LinearView],
     weights: list[Tensor] | None,
     solvers: Mapping[str, Solver],
     settings: Settings,
@@ -46,7 +46,7 @@ def prune_unit(
 
 def alternate(
     task: BlockTask,
-    unit: FeedForwardUnit,
+    unit: FeedForwardUnit[LinearView],
     train: Chunks,
     held_out: Chunks,
     solvers: Mapping[str, Solver],
@@ -69,7 +69,7 @@ def alternate(
             linears[role].assign_bias(linear.bias)
 
 
-def current(unit: FeedForwardUnit) -> FeedForward:
+def current(unit: FeedForwardUnit[LinearView]) -> FeedForward:
     """The current weights of the unit, as plain tensors."""
     linears = {role: Linear(linear.weight(), linear.bias) for role, linear in unit.linears().items()}
     return FeedForward(linears["up"], linears["down"], unit.activation, linears.get("gate"))

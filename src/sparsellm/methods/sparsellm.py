@@ -106,7 +106,7 @@ def sparsellm(
     solvers = weighted_solvers(task, solver, output_metric)
     fitting = _Fitting(task, weights, solvers, refit_damping if refit else None, order)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
-    units: list[FeedForwardUnit] = []
+    units: list[FeedForwardUnit[LinearView]] = []
     if iterations or (iterations is None and refit and sparsest >= PAYS):
         units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
     for sublayer in sublayers:
@@ -124,7 +124,7 @@ def sparsellm(
             fitting.solve(linear, gram)
 
 
-def _rounds(task: BlockTask, unit: FeedForwardUnit, solver: str, asked: int | None) -> int:
+def _rounds(task: BlockTask, unit: FeedForwardUnit[LinearView], solver: str, asked: int | None) -> int:
     """Alternations of a unit: ``asked`` for, or None for a choice by the solver and the sparsity.
 
     In a ReLU model the variables lower the excess by about a tenth from :data:`PAYS` on, unstructured with SparseGPT

@@ -91,7 +91,11 @@ def sparsellm_paper(
 
 
 def _prune_unit(
-    task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, solvers: Mapping[str, Solver], settings: Settings
+    task: BlockTask,
+    unit: FeedForwardUnit[LinearView],
+    inputs: TensorStore,
+    solvers: Mapping[str, Solver],
+    settings: Settings,
 ) -> None:
     """Prunes one unit by the published loop; raises NumericalError if it diverges."""
     task.report("alternating")

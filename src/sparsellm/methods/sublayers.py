@@ -39,12 +39,14 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     pruned = {linear.name for linear in without_experts(task.linears)}
     grouping = InputGroups()
     outputs: dict[str, Tensor] = {}  # outputs of the linears that could be writers
+    repeated: set[str] = set()  # linears that run again, so that a window has several targets
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         order.see(linear)
         if linear.name in pruned and x.shape[:-1].numel() == tokens:
             grouping.add(linear, x)
             if linear.out_features == width:
+                repeated.update({linear.name} & outputs.keys())
                 outputs[linear.name] = y.clone()
 
     with returns.recorded(), watch(task.stream.chain.linears(task.index), see):
@@ -55,7 +57,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     for group in grouping.agreed(task.linears):
         groups.append(group)
         later = [linear for linear in later if linear not in group]
-        if len(group) > 1 or group[0].out_features != width:
+        if len(group) > 1 or group[0].out_features != width or group[0].name in repeated:
             continue
         # In a parallel block the feed-forward unit shares the input of attention, but runs after attention's writer.
         late = [[x for x in each if _run_later(task, [x], group[0], order)] for each in groups]

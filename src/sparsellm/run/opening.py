@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import parallel
 from sparsellm.calibration.self_generated import self_generated_windows
@@ -39,10 +39,12 @@ from sparsellm.run.choice import Choice
 from sparsellm.run.fingerprint import reading
 from sparsellm.sources.cache import cache_dir, cached
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.reader import CheckpointReader, open_checkpoint
+from sparsellm.storage.files import explained
+from sparsellm.storage.reader import CheckpointReader, as_storage_error, open_checkpoint
 from sparsellm.sweep.whole_model import STEP_TOKENS
 from sparsepack.checkpoint import is_packed
 from sparsepack.files import config_difference, context_limit
+from sparsepack.loading import load
 
 Model = str | os.PathLike[str] | PreTrainedModel
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -116,6 +118,11 @@ def open_model(
             f"{machine_name(device)} has no units for bfloat16; give {' and '.join(named)} float32 or auto"
         )
     if isinstance(model, PreTrainedModel):
+        if len({parameter.device for parameter in model.parameters()}) > 1 or model.device.type == "meta":
+            raise ModelError(
+                "the model's weights are on several devices, or not in memory; load it without device_map, or give it "
+                "by name, so that it is read block by block"
+            )
         if recipe.device != "auto" or dtype is not None:
             raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
         chain, loaded = open_chain(model, device=device), model
@@ -135,16 +142,24 @@ def set_products(chain: Chain, recipe: Recipe) -> None:
         chain.products = Bf16Products()
 
 
-def load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust: bool) -> PreTrainedModel:
-    """The model of a directory, in memory. Raises ModelError if transformers cannot load it."""
-    how = {"dtype": dtype, "trust_remote_code": trust, "use_safetensors": True}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, **how)
-    except Exception as error:  # transformers, and code of the checkpoint, raise errors of many kinds
-        raise ModelError(f"transformers cannot load {directory}: {one_line(error)}") from None
-    assert isinstance(model, PreTrainedModel)
-    torch.nn.Module.to(model, device)
-    return model
+def load_whole(directory: Path, dtype: str | torch.dtype, device: str | torch.device, trust: bool) -> PreTrainedModel:
+    """The model of a directory, in memory. Raises StorageError if transformers cannot load it."""
+    with as_storage_error():
+        return load(directory, device=device, dtype=dtype, trust_remote_code=trust)
+
+
+def save_companions(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Writes config, generation config and tokenizer of a model that was given as an object, as transformers does.
+    Raises ModelError if one of them has settings that transformers does not write."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    for part in (model.config, getattr(model, "generation_config", None), tokenizer):
+        try:
+            with explained(folder):
+                if part is not None:
+                    part.save_pretrained(folder)
+        except ValueError as error:
+            why = one_line(error)
+            raise ModelError(f"transformers does not save the model's {type(part).__name__}: {why}") from None
 
 
 def _open_start(

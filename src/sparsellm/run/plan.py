@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import machine, parallel, plugins
-from sparsellm.calibration.sources import default_source
+from sparsellm.calibration.sources import DEFAULTS, default_source
 from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
@@ -31,9 +32,9 @@ from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
 from sparsellm.run.journal import Identity, Journal
 from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked, needed, predict, speeds_of
-from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows
+from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows, save_companions
 from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
-from sparsellm.storage.directory import check_destination, checkpoints_among
+from sparsellm.storage.directory import check_destination, checkpoints_among, left_in, partial_of
 from sparsellm.sweep.whole_model import check_sweepable
 
 T = TypeVar("T")
@@ -134,6 +135,9 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=request.trust_remote_code,
         )
         chain = model.chain
+        if request.out is not None and model.directory is None:  # transformers may refuse what it saves last
+            with tempfile.TemporaryDirectory() as folder:
+                save_companions(Path(folder), chain.model, request.tokenizer)
         fewer = FewerExperts(chain, request.then.experts or 0) if request.then is not None else None
         choice = choice if choice.removes else checked_choice(chain, recipe)
         disk_bytes = choice.copies * checkpoint_bytes(chain)
@@ -206,7 +210,15 @@ def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, l
         return request, []
     progress(Progress("calibration", 0, 1))
     demo = any(isinstance(model, str) and model == "demo" for model in (request.model, request.teacher))
-    choose = partial(request.once, "the default text", partial(default_source, demo=demo))
+
+    def choose() -> tuple[str, list[str]]:
+        """That of the run that is resumed, since the hub may have been out of reach then, or be so now."""
+        left = left_in(partial_of(request.out)) if request.out is not None and not request.restart else None
+        recipe = left.get("recipe") if left is not None else None
+        begun = recipe.get("calibration") if isinstance(recipe, dict) else None
+        source, warnings = request.once("the default text", partial(default_source, demo=demo))
+        return (begun, []) if begun in DEFAULTS and begun != source else (source, warnings)
+
     source, warnings = parallel.from_main(choose)
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
 
@@ -219,6 +231,10 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     if recipe.grid != "own" and recipe.sparsity:
         saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
         warnings.append(f"{saves}; sparsity 0 loses less")
+    stored = max((each.storage_dtype for each in chain.linears(0)), key=lambda dtype: -torch.finfo(dtype).eps)
+    if torch.finfo(chain.dtype).eps > torch.finfo(stored).eps:
+        stays = f"kept weights are rounded to {chain.dtype}, and stored in {stored}"
+        warnings.append(f"{stays.replace('torch.', '')}; leave dtype out to keep their bits")
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     return warnings
@@ -277,7 +293,7 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     else:
         if asked.written and chain.reader is not None:
             card = device_budget(chain.device, recipe.device_memory)
-            parallel.from_main(partial(predictions.check_writing, chain, recipe.memory, card))
+            parallel.from_main(partial(predictions.check_writing, chain, asked, recipe.memory, card))
         text = recipe.calibration if request.calibration is None else request.calibration
         assert text is not None  # see _with_text
         settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 import torch
 
 from sparsellm import machine
+from sparsellm.calibration.self_generated import BATCH
 from sparsellm.chain import Chain
 from sparsellm.chain.chain import Kind, Size
 from sparsellm.chain.streams import PIECE_TOKENS, windows_of
@@ -192,15 +193,15 @@ def _start_and_most(sharers: int, budget: str | int | None) -> tuple[int, int]:
     return start, int(start + free) if budget is None else parse_bytes(budget)
 
 
-def check_writing(chain: Chain, budget: str | int | None, on_device: int) -> None:
+def check_writing(chain: Chain, extent: Extent, budget: str | int | None, on_device: int) -> None:
     """Raises MemoryBudgetError if a model that writes its own calibration text, with all of its weights in memory, has
     no room in ``budget``, or in ``on_device`` bytes of a GPU."""
     start, most = _start_and_most(1, budget)
-    weights, room = _all_bytes(chain), most - start - LIBRARIES
+    held, room = _writing_bytes(chain, extent), most - start - LIBRARIES
     room = min(room, on_device) if chain.device.type == "cuda" else room
-    if weights > room:
+    if held > room:
         raise MemoryBudgetError(
-            f"a model writes its own text with all of its weights in memory: {_gb(weights)}, and there is room for "
+            f"a model writes its own text with all of its weights in memory: {_gb(held)}, and there is room for "
             f"{_gb(max(0, room))}; name a text with --calibration, or allow more (--memory, --device-memory)"
         )
 
@@ -326,7 +327,7 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
     steps = {"checking": Held(_largest_tensor(chain)), "embedding": Held(embedding, walked)}
     steps |= {"statistics": Held(max(statistics), walked), "solving": Held(max(solving), walked)}
     if extent.written:
-        steps["calibration"] = Held(_all_bytes(chain))
+        steps["calibration"] = Held(_writing_bytes(chain, extent))
     if demand.removes:
         steps["experts"] = Held(max(removing), walked)
     if demand.gradient_tokens:
@@ -470,6 +471,15 @@ def _solver_bytes(chain: Chain, kind: Kind, workspace: Workspace) -> int:
 
 def _all_bytes(chain: Chain) -> int:
     return chain.dtype.itemsize * (sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements())
+
+
+def _writing_bytes(chain: Chain, extent: Extent) -> int:
+    """All weights, and keys and values of the windows that a model writes at once."""
+    text, width = chain.config.get_text_config(), _width(chain)
+    heads = getattr(text, "num_attention_heads", None) or 1
+    size = getattr(text, "head_dim", None) or width // heads
+    values = 2 * len(chain) * (getattr(text, "num_key_value_heads", None) or heads) * size
+    return _all_bytes(chain) + chain.dtype.itemsize * values * min(BATCH, extent.samples) * extent.seq_len
 
 
 def _largest_tensor(chain: Chain) -> int:

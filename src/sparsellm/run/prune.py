@@ -20,14 +20,13 @@ from sparsellm.records import LinearResult, Prediction, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import few_tokens, left_dense, rarely_chosen, shortfall, unreached
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
-from sparsellm.run.opening import device_of
+from sparsellm.run.opening import device_of, save_companions
 from sparsellm.run.plan import Plan, Request, make_plan
 from sparsellm.run.predictions import residence, saved_sweep_bytes
 from sparsellm.run.reduction import clean_up, plan_removal, remove_experts_of
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 from sparsellm.storage.directory import check_unfinished, partial_of
-from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep.sweep_task import SweepTask
@@ -253,11 +252,7 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
         links = writer.copy_companions(directory)
         result.warnings += [f"{name} of the model was not copied: it is a link out of its directory" for name in links]
     else:  # the model was given as an object
-        generation = getattr(plan.chain.model, "generation_config", None)
-        with explained(writer.folder):
-            for part in (plan.chain.config, generation, plan.request.tokenizer):
-                if part is not None:
-                    part.save_pretrained(writer.folder)
+        save_companions(writer.folder, plan.chain.model, plan.request.tokenizer)
         writer.write_config(writer.folder / "config.json")
     writer.write_text("recipe.yaml", result.recipe.named.to_yaml())
     writer.write_json("pruning.json", result.record.model_dump(mode="json"))

@@ -178,11 +178,6 @@ class TensorStore(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._items)
 
-    @property
-    def bytes_on_disk(self) -> int:
-        """Bytes of the tensors in the file."""
-        return sum(item.bytes for item in self._items if isinstance(item, _Slot))
-
     def close(self) -> None:
         """Drops all tensors and frees their room."""
         for item in self._items:
