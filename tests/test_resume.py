@@ -21,7 +21,7 @@ from sparsellm.chain import Chain
 from sparsellm.errors import DataError, NumericalError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress
-from sparsellm.run import journal, plan
+from sparsellm.run import journal
 from sparsellm.run.journal import BlockRecord
 from sparsellm.storage.contents import LIST
 from sparsellm.storage.directory import BLOCKS, STATE, partial_of
@@ -221,18 +221,6 @@ def test_a_full_disk_for_the_files_of_a_model_in_memory(tmp_path: Path, monkeypa
     monkeypatch.setattr(model.config, "save_pretrained", full)
     with pytest.raises(StorageError, match=r"disk of .* is full"):
         sparsellm.prune(model, Recipe(method="magnitude"), calibration=torch.arange(96).view(4, 24), out=tmp_path / "p")
-
-
-def test_the_default_text_stays_that_of_the_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the hub is reached again in the meantime."""
-    short = Recipe(method="sparsegpt", samples=2, seq_len=16)
-    monkeypatch.setattr(plan, "default_source", lambda demo: ("pydoc", []))
-    with monkeypatch.context() as patched:
-        fail_in_block(1, patched)
-        with pytest.raises(NumericalError):
-            sparsellm.prune(source, short, out=tmp_path / "p")
-    monkeypatch.setattr(plan, "default_source", lambda demo: ("c4-sample", []))
-    assert sparsellm.prune(source, short, out=tmp_path / "p").recipe.calibration == "pydoc"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from sparsellm.allocation.exact import LARGEST, bounds, round_to_groups, shift_to_total
+from sparsellm.allocation.exact import LARGEST, bounds, shift_to_total
 from sparsellm.allocation.survey import LinearSize, Survey
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import round_exactly
@@ -33,12 +33,6 @@ Allocator = Callable[..., Allocation]
 """``allocator(survey, **options) -> Allocation``. It must not change the model of the survey."""
 
 ALLOCATIONS: Registry[Allocator] = Registry("allocation")
-
-
-def in_groups(allocation: Allocation, linears: Sequence[LinearSize], m: int, total: int) -> Allocation:
-    """The allocation of N:M nearest to one of single weights, with ``total`` zeros or the nearest number possible."""
-    zeros = round_to_groups([allocation.zeros[x.name] for x in linears], [x.weights for x in linears], m, total)
-    return Allocation.of(linears, zeros, allocation.report)
 
 
 def from_sparsities(survey: Survey, sparsities: Mapping[str, float]) -> Allocation:

@@ -25,7 +25,6 @@ TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequenc
 """The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
 
 SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
-DEFAULTS = ("c4-sample", "pydoc")  # where no text is named: from the hub, else what Python has
 IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # recorded in the recipe as ``calibration``
 
 _PLAIN: dict[str, Callable[[Split], Text]] = {

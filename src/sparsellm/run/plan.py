@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import machine, parallel, plugins
-from sparsellm.calibration.sources import DEFAULTS, default_source
+from sparsellm.calibration.sources import default_source
 from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
@@ -34,7 +34,7 @@ from sparsellm.run.journal import Identity, Journal
 from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked, needed, predict, speeds_of
 from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows, save_companions
 from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
-from sparsellm.storage.directory import check_destination, checkpoints_among, left_in, partial_of
+from sparsellm.storage.directory import check_destination, checkpoints_among
 from sparsellm.sweep.whole_model import check_sweepable
 
 T = TypeVar("T")
@@ -210,15 +210,7 @@ def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, l
         return request, []
     progress(Progress("calibration", 0, 1))
     demo = any(isinstance(model, str) and model == "demo" for model in (request.model, request.teacher))
-
-    def choose() -> tuple[str, list[str]]:
-        """That of the run that is resumed, since the hub may have been out of reach then, or be so now."""
-        left = left_in(partial_of(request.out)) if request.out is not None and not request.restart else None
-        recipe = left.get("recipe") if left is not None else None
-        begun = recipe.get("calibration") if isinstance(recipe, dict) else None
-        source, warnings = request.once("the default text", partial(default_source, demo=demo))
-        return (begun, []) if begun in DEFAULTS and begun != source else (source, warnings)
-
+    choose = partial(request.once, "the default text", partial(default_source, demo=demo))
     source, warnings = parallel.from_main(choose)
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sparsellm import machine, parallel
 from sparsellm.allocation import Allocation, LinearSize, Survey
-from sparsellm.allocation.allocator import divide, in_groups
+from sparsellm.allocation.allocator import divide
+from sparsellm.allocation.exact import round_to_groups
 from sparsellm.chain import Chain, Feed, Stream
 from sparsellm.methods import BlockTask
 from sparsellm.patterns import Pattern
@@ -74,7 +75,10 @@ def _allocate(plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGr
     surveyed = Survey(feed, parts.free, parts.sparsity, parts.zeros, gradients)
     found = parts.allocation(allocate(surveyed, **plan.choice.allocation_options))
     m = plan.recipe.chosen_of
-    return found if m is None else in_groups(found, parts.free, m, parts.zeros)
+    if m is None:
+        return found
+    zeros = round_to_groups([found.zeros[x.name] for x in parts.free], [x.weights for x in parts.free], m, parts.zeros)
+    return Allocation.of(parts.free, zeros, found.report)
 
 
 def walk(
