@@ -79,9 +79,10 @@ def forgotten_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """Runs a command line in this process: its exit code, stdout and stderr, by default 160 columns wide."""
+    """Runs a command line in this process: its exit code, which can be asked for with ``exits``, stdout and stderr; by
+    default 160 columns wide."""
 
-    def call(*arguments: Any, columns: int = 160) -> tuple[int, str, str]:
+    def call(*arguments: Any, columns: int = 160, exits: int | None = None) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sparsellm", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", str(columns))
         for made in (console.out, console.log):
@@ -93,8 +94,23 @@ def run(
         except SystemExit as done:
             code = int(done.code or 0)
         captured = capsys.readouterr()
+        assert exits in (None, code), captured.err
         return code, captured.out, captured.err
 
     yield call
     for made in (console.out, console.log):
         made.cache_clear()
+
+
+@pytest.fixture
+def refusal(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """The one line on stderr of a command line that ends with exit code 2 and prints nothing on stdout."""
+
+    def call(*arguments: Any, **options: Any) -> str:
+        _, stdout, stderr = run(*arguments, **options, exits=2)
+        assert stdout == ""
+        (line,) = stderr.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return call

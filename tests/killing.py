@@ -29,6 +29,7 @@ import sparsellm
 from sparsellm import cli, interrupts
 from sparsellm.chain import Chain, LinearView
 from sparsellm.errors import SparseLLMError
+from sparsellm.progress import Progress
 from sparsellm.storage import files, scratch, writer
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
@@ -183,6 +184,16 @@ def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
         except SystemExit as stopped:
             error = f"exit code {stopped.code}" if stopped.code else ""
     connection.send((error, Counter(steps)))
+
+
+def stop_after_one(phase: str) -> Callable[[Progress], None]:
+    """For ``progress``: stops a run when a phase has done its first block."""
+
+    def stop(event: Progress) -> None:
+        if event.phase == phase and event.done >= 1:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 def some(count: int, of: int, seed: int | str) -> list[int]:

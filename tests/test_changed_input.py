@@ -17,10 +17,10 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError, StorageError
-from sparsellm.progress import Progress
 from sparsellm.run.fingerprint import model_fingerprint
 from sparsellm.storage.directory import partial_of
 from sparsellm.storage.reader import CheckpointReader
+from tests.killing import stop_after_one
 from tests.models import save_tiny, tiny_llama
 
 IDS = torch.arange(96).view(4, 24)
@@ -59,12 +59,8 @@ def change_a_middle_row(source: Path) -> None:
 
 
 def test_a_row_changed_between_two_starts_is_another_model(source: Path, tmp_path: Path) -> None:
-    def stop(event: Progress) -> None:
-        if event.phase == "prune" and event.done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        prune(source, tmp_path / "p", progress=stop)
+        prune(source, tmp_path / "p", progress=stop_after_one("prune"))
     kept = {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").rglob("*.safetensors")}
     change_a_middle_row(source)
     with pytest.raises(StorageError, match="model is"):

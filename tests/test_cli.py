@@ -21,27 +21,21 @@ SMALL = ("--samples", 4, "--seq-len", 32)
 
 def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "pruned"
-    code, stdout, stderr = run(
-        "prune", llama, "--out", out, "--method", "sparsegpt", "--pattern", "2:4", *SMALL, "--json"
-    )
-    assert code == 0, stderr
-    report = json.loads(stdout)
+    line = ("prune", llama, "--out", out, "--method", "sparsegpt", "--pattern", "2:4", *SMALL)
+    report = json.loads(run(*line, "--json", exits=0)[1])
     assert report["sparsity_asked"] == report["sparsity_reached"] == 0.5
     assert report["peak_rss_bytes"] > 0
     assert {"read", "prune", "forward", "write"} <= report["seconds"].keys()
     assert report["recipe"]["samples"] == 4
     assert {"path": str(out), **json.loads((out / "pruning.json").read_text())} == report
 
-    code, stdout, _ = run("inspect", out, "--json")
-    assert code == 0
-    inspected = json.loads(stdout)
+    inspected = json.loads(run("inspect", out, "--json", exits=0)[1])
     assert inspected["pattern"] == "2:4"
     assert inspected["sparsity"] == 0.5
     assert sum(block["zeros"] for block in inspected["blocks"]) == inspected["zeros"] == report["zeros"]
 
-    code, stdout, _ = run("eval", out, "--text", "pydoc", "--seq-len", 64, "--max-tokens", 640, "--json")
-    assert code == 0
-    measured = json.loads(stdout)
+    line = ("eval", out, "--text", "pydoc", "--seq-len", 64, "--max-tokens", 640)
+    measured = json.loads(run(*line, "--json", exits=0)[1])
     assert (measured["protocol"]["tokens"], measured["protocol"]["window"]) == (10 * 63, 64)
     assert 1 < measured["perplexity"]["value"] < 10_000
 
@@ -52,8 +46,7 @@ def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) ->
 def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Path, run: Any) -> None:
     """Without a hub, and with few tokens, of which it warns once."""
     out = tmp_path / "a b"
-    code, stdout, stderr = run("prune", llama, "--out", out, *SMALL)
-    assert code == 0, stderr
+    _, stdout, stderr = run("prune", llama, "--out", out, *SMALL, exits=0)
     first, *others = stderr.splitlines()
     assert re.fullmatch(r"needs about [\d.]+ [MG]B of memory, [\d.]+ MB of disk and a few seconds", first)
     assert "before the start" not in stderr
@@ -66,11 +59,9 @@ def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Pat
     following = [line.partition("sparsellm ")[2] for line in stdout.splitlines() if "it:  " in line]
     assert [line.split()[0] for line in following] == ["eval", "pack"]
     for command in following:
-        code, _, stderr = run(*shlex.split(command))
-        assert code == 0, stderr
+        run(*shlex.split(command), exits=0)
     more = ("--method", "wanda", "--calibration", "pydoc", "--verbose")
-    code, _, stderr = run("prune", llama, "--out", tmp_path / "b", *SMALL, *more)
-    assert code == 0
+    stderr = run("prune", llama, "--out", tmp_path / "b", *SMALL, *more, exits=0)[2]
     assert "before the start" in stderr
     assert "no text was named" not in stderr
 
@@ -78,23 +69,21 @@ def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Pat
 def test_one_command_prunes_packs_measures_and_reports(llama: Path, tmp_path: Path, run: Any) -> None:
     pruned, packed = tmp_path / "pruned", tmp_path / "packed"
     line = ("prune", llama, "--out", pruned, "--pack", packed, "--values", "int8", *SMALL, "--effort", 0)
-    code, stdout, stderr = run(*line, "--json")
-    assert code == 0, stderr
-    content = json.loads(stdout)
+    content = json.loads(run(*line, "--json", exits=0)[1])
     assert content["packed"]["path"] == str(packed)
     (measured,) = json.loads((packed / "results.json").read_text())["evaluations"]
     assert measured == content["evaluation"]
     assert (measured["protocol"]["text"], measured["against"]["kl"] > 0) == ("pydoc", True)
     assert f"{measured['against']['kl']:.3f}"[:4] in (packed / "report.html").read_text(encoding="utf-8")
     assert "KL" in (packed / "README.md").read_text()
-    code, _, stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", tmp_path / "q" / "p", *SMALL)
-    assert (code, stderr.count("\n")) == (2, 1)
+    stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", tmp_path / "q" / "p", *SMALL, exits=2)[2]
+    assert stderr.count("\n") == 1
     assert not (tmp_path / "q").exists()
     for model, place in ((llama, llama / "inside"), (pruned, pruned)):  # which would be measured against itself
-        code, _, stderr = run("prune", model, "--out", tmp_path / "q", "--pack", place, "--overwrite", *SMALL)
-        assert (code, "overlaps with the model" in stderr) == (2, True)
-    code, _, stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL)
-    assert (code, "give --overwrite" in stderr) == (2, True)
+        line = ("prune", model, "--out", tmp_path / "q", "--pack", place, "--overwrite", *SMALL)
+        assert "overlaps with the model" in run(*line, exits=2)[2]
+    line = ("prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL)
+    assert "give --overwrite" in run(*line, exits=2)[2]
 
 
 def test_something_is_printed_before_torch_is_imported() -> None:
@@ -115,15 +104,11 @@ def test_something_is_printed_before_torch_is_imported() -> None:
 
 
 def test_methods_lists_options_and_papers(run: Any) -> None:
-    code, stdout, _ = run("methods", "--json")
-    assert code == 0
-    methods = json.loads(stdout)
+    methods = json.loads(run("methods", "--json", exits=0)[1])
     assert {"magnitude", "wanda", "sparsegpt", "admm"} <= methods.keys()
     assert methods["sparsegpt"]["paper"] == "arXiv 2301.00774"
     assert methods["sparsegpt"]["options"]["damping"]["description"]
-    code, stdout, _ = run("methods")
-    assert code == 0
-    assert "options.damping" in stdout
+    assert "options.damping" in run("methods", exits=0)[1]
 
 
 def encoder(directory: Path) -> None:
@@ -173,8 +158,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
         T5Config().save_pretrained(tmp_path / "t5")
     if command[0] == "prune" and "--out" not in command:
         command += ["--out", str(tmp_path / "pruned")]
-    code, stdout, stderr = run(*command)
-    assert code == 2
+    _, stdout, stderr = run(*command, exits=2)
     assert stdout == ""
     *_, line = stderr.splitlines()
     assert line.startswith("error: ")
@@ -189,9 +173,8 @@ def test_a_full_disk_is_said_at_once(llama: Path, tmp_path: Path, run: Any, monk
 
     usage = directory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    code, _, stderr = run("prune", llama, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
-    assert code == 2
-    assert "0.00 GB free" in stderr
+    line = ("prune", llama, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
+    assert "0.00 GB free" in run(*line, exits=2)[2]
 
 
 def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:

@@ -82,11 +82,8 @@ def test_an_unfinished_demo_begins_anew_in_its_place(tmp_path: Path, monkeypatch
     monkeypatch.setattr(demo, "find_spec", lambda _: None)  # llama.cpp decodes no model as small as this
     out = tmp_path / "p"
     WorkingDirectory(out / "pruned", {"a": 1}).close()
-    code, _, stderr = run("demo", "--out", out, columns=1000)
-    assert code == 2
-    assert "give --restart" in stderr
-    code, stdout, stderr = run("demo", "--out", out, "--restart", columns=80)
-    assert code == 0, stderr
+    assert "give --restart" in run("demo", "--out", out, columns=1000, exits=2)[2]
+    stdout = run("demo", "--out", out, "--restart", columns=80, exits=0)[1]
     assert [line for line in stdout.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
     assert "31% zeros" in stdout  # rounding makes some more
     (row,) = (line for line in stdout.splitlines() if "same decoder" in line)
@@ -95,12 +92,8 @@ def test_an_unfinished_demo_begins_anew_in_its_place(tmp_path: Path, monkeypatch
         card = (out / form / "README.md").read_text(encoding="utf-8")
         assert "Not evaluated yet" not in card
         assert "| perplexity |" in card
-    code, _, stderr = run("demo", "--out", out)
-    assert code == 2
-    assert "give --overwrite" in stderr
-    code, stdout, stderr = run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json")
-    assert code == 0, stderr
-    report = json.loads(stdout)
+    assert "give --overwrite" in run("demo", "--out", out, exits=2)[2]
+    report = json.loads(run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json", exits=0)[1])
     assert report["sparsity_pruned"] == pytest.approx(0.75, abs=1e-2)
     forms, speeds = report["forms"], report["speeds"]
     assert 0 < forms["packed"]["evaluation"]["against"]["kl"] < 10

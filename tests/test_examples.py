@@ -24,9 +24,8 @@ SMALL = ("--samples", 4, "--seq-len", 32)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_when_to_take_it_and_prunes_so(recipe: Path, llama: Path, tmp_path: Path, run: Any) -> None:
     model = llama if recipe.stem != "experts" else save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "mixture")
-    code, stdout, stderr = run("prune", model, "--out", tmp_path / "p", "--recipe", recipe, *SMALL, "--json")
-    assert code == 0, stderr
-    report = json.loads(stdout)
+    line = ("prune", model, "--out", tmp_path / "p", "--recipe", recipe, *SMALL)
+    report = json.loads(run(*line, "--json", exits=0)[1])
     wanted = Recipe.from_yaml(recipe)
     assert report["recipe"]["method"] == wanted.method
     assert report["sparsity_pruned"] == pytest.approx(wanted.sparsity, abs=1e-3)
@@ -48,11 +47,8 @@ def test_the_solver_loses_less_than_wanda_whose_mask_it_has(llama: Path, tmp_pat
         ("wanda-refit", "wanda-refit", ()),
         ("plain", "wanda-refit", ("--set", "options.iterations=0")),
     ):
-        code, stdout, stderr = run(
-            "prune", llama, "--out", tmp_path / name, "--plugin", EXAMPLES / "my_solver.py", "--method", method,
-            *options, *SMALL, "--json",
-        )  # fmt: skip
-        assert code == 0, stderr
+        line = ("prune", llama, "--out", tmp_path / name, "--plugin", EXAMPLES / "my_solver.py", "--method", method)
+        stdout = run(*line, *options, *SMALL, "--json", exits=0)[1]
         errors[name] = json.loads(stdout)["linears"][0]["error"]  # the first linear has the same inputs in all runs
     assert errors["wanda-refit"] < 0.9 * errors["wanda"]
     assert errors["plain"] == pytest.approx(errors["wanda"])

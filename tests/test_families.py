@@ -19,8 +19,8 @@ from sparsellm import Recipe
 from sparsellm.chain import open_chain
 from sparsellm.chain.experts import separate_experts
 from sparsellm.errors import ModelError
-from sparsellm.progress import Progress
 from sparsellm.storage.reader import CheckpointReader
+from tests.killing import stop_after_one
 from tests.models import save_tiny
 from tests.models.families import FAMILIES, MIXTURES, STAY_DENSE, family, gemma3, git, mixtral, qwen3_5
 from tests.storage.small import tensors_of
@@ -90,12 +90,8 @@ def test_at_sparsity_zero_no_bit_changes(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "Zamba2", "Mixtral", "GptOss", "Gemma4Text"], indirect=True, scope="module")
 def test_a_resumed_run_has_the_same_bits(source: Path, pruned: Any, tmp_path: Path) -> None:
-    def stop(progress: Progress) -> None:
-        if progress.phase == "prune" and progress.done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS, progress=stop)
+        sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS, progress=stop_after_one("prune"))
     resumed = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
     assert resumed.resumed == 1
     assert same_bits(tensors_of(tmp_path / "p"), tensors_of(pruned.path))

@@ -18,11 +18,10 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import MemoryBudgetError, ModelError, RecipeError, StorageError
 from sparsellm.mixtures.sample import HELD, Sample
 from sparsellm.mixtures.scores import SCORES, MixtureView
-from sparsellm.progress import Progress
 from sparsellm.registry import Workspace
 from sparsellm.run.predictions import Demand, Extent, steps_of
 from tests import killing
-from tests.killing import KILLED
+from tests.killing import KILLED, stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import MIXTURES, family, mixtral
 from tests.storage.small import tree
@@ -75,11 +74,7 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
 def test_every_family_is_cut_short_resumed_and_rounded(name: str, tmp_path: Path) -> None:
     source = save_tiny(family(name, **EIGHT).to(torch.bfloat16), None, tmp_path / "dense")
     recipe = {"experts": 4, "values": "int4", "method": "sparsegpt"}
-
-    def cut(event: Progress) -> None:
-        if event.phase == "experts" and event.done == 1:
-            raise KeyboardInterrupt
-
+    cut = stop_after_one("experts")
     removed(source, tmp_path / "whole", **recipe)
     with pytest.raises(KeyboardInterrupt):
         sparsellm.prune(source, Recipe(**{**RECIPE, **recipe}), out=tmp_path / "cut", calibration=IDS, progress=cut)
@@ -224,9 +219,8 @@ def test_a_run_that_cannot_fit_later_is_refused_at_first(tmp_path: Path) -> None
 
 def test_inspect_says_which_experts_can_go(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(family("DeepseekV3", **EIGHT), tiny_tokenizer(), tmp_path / "deep")
-    code, stdout, _ = run("inspect", source)
     said = "mixtures: 8 experts in 1 of 2 blocks, 2 for a token, 1 shared, 2 groups; prune --experts can keep 4 or more"
-    assert (code, said in " ".join(stdout.split())) == (0, True)
+    assert said in " ".join(run("inspect", source, exits=0)[1].split())
     source = save_tiny(mixtral(num_experts_per_tok=4), tiny_tokenizer(), tmp_path / "all")
     found = json.loads(run("inspect", source, "--json")[1])["mixtures"]
     assert found["experts"] == {"0": 4, "1": 4}
@@ -243,9 +237,8 @@ def test_a_comparison_has_runs_with_fewer_experts(tmp_path: Path, run: Any) -> N
     source = save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "dense")
     line = ("compare", source, "--out", tmp_path / "compared", "--method", "wanda", "--sparsity", "0.5")
     line += ("--experts", "0.25,2", "--text-seq-len", 32, "--max-tokens", 256, "--samples", 4, "--seq-len", 32)
-    code, stdout, stderr = run(*line, "--calibration", "pydoc", "--json")
-    assert code == 0, stderr
-    cells = {cell["name"]: cell["packed_bytes"] for cell in json.loads(stdout)["cells"]}
+    told = json.loads(run(*line, "--calibration", "pydoc", "--json", exits=0)[1])
+    cells = {cell["name"]: cell["packed_bytes"] for cell in told["cells"]}
     assert cells["wanda-0.5-experts0.25"] > cells["wanda-0.5-experts2"]
 
 

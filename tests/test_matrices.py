@@ -37,11 +37,11 @@ class Stacks(nn.Module):
         return torch.einsum("bsh,ehi,eio->bso", hidden, self.up, self.down)
 
 
-def with_stacks() -> PreTrainedModel:
+def with_mixture(kind: type[nn.Module], experts: int) -> PreTrainedModel:
     model = tiny_llama()
     torch.manual_seed(0)
     for layer in model.model.layers:
-        layer.mlp = Stacks(4)
+        layer.mlp = kind(experts)
     return model
 
 
@@ -59,7 +59,7 @@ def by_hand(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[int, int]:
 
 
 def test_stacks_of_an_unknown_kind_are_refused_before_the_work(tmp_path: Path) -> None:
-    model = with_stacks()
+    model = with_mixture(Stacks, 4)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ModelError) as caught:
         sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.5), calibration=IDS, out=tmp_path / "out")
@@ -73,7 +73,7 @@ def test_stacks_of_an_unknown_kind_are_refused_before_the_work(tmp_path: Path) -
 
 
 def test_the_way_out_that_the_refusal_names_is_one() -> None:
-    chain = open_chain(with_stacks(), device=CPU)
+    chain = open_chain(with_mixture(Stacks, 4), device=CPU)
     with pytest.raises(ModelError) as caught:
         refuse_silent_dense(chain, [])
     allowed = json.loads(str(caught.value).partition("allow_dense=")[2].partition(" (")[0].replace("'", '"'))
@@ -154,16 +154,8 @@ class Router(nn.Module):
         return self.map(hidden * self.mix + self.stack_bias.sum(0) * self.norm) * scale
 
 
-def with_router(experts: int) -> PreTrainedModel:
-    model = tiny_llama()
-    torch.manual_seed(0)
-    for layer in model.model.layers:
-        layer.mlp = Router(experts)
-    return model
-
-
 def test_biases_do_not_count_and_small_matrices_are_named() -> None:
-    result = sparsellm.prune(with_router(2), Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
+    result = sparsellm.prune(with_mixture(Router, 2), Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
     block = 3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32  # q, o, map; k, v; single; gate
     assert result.matrices.weights == 3 * block
     assert [(matrix.name, matrix.reason) for matrix in result.dense] == [
@@ -175,9 +167,9 @@ def test_biases_do_not_count_and_small_matrices_are_named() -> None:
 
 
 def test_the_limit_is_two_percent_of_a_block() -> None:
-    refuse_silent_dense(open_chain(with_router(2), device=CPU), [])
+    refuse_silent_dense(open_chain(with_mixture(Router, 2), device=CPU), [])
     with pytest.raises(ModelError, match=r"mlp\.gate \(3×32\) with 2\.3%"):
-        refuse_silent_dense(open_chain(with_router(3), device=CPU), [])
+        refuse_silent_dense(open_chain(with_mixture(Router, 3), device=CPU), [])
 
 
 def test_many_small_parameters_are_refused_for_their_sum() -> None:
@@ -220,7 +212,7 @@ def test_what_is_shared_with_the_embedding_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["*.gtae", "*.down_proj"])
 def test_an_allow_dense_that_matches_nothing_is_reported(pattern: str) -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=[pattern])
-    result = sparsellm.prune(with_router(2), recipe, calibration=IDS)
+    result = sparsellm.prune(with_mixture(Router, 2), recipe, calibration=IDS)
     assert [w for w in result.warnings if repr(pattern) in w and "names are like 'model.layers.0.mlp.gate'" in w]
 
 
@@ -317,7 +309,7 @@ def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path:
 
 def test_allow_dense_accepts_what_no_linear_owns() -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.mlp"])
-    result = sparsellm.prune(with_router(8), recipe, calibration=IDS)
+    result = sparsellm.prune(with_mixture(Router, 8), recipe, calibration=IDS)
     assert result.sparsity_pruned == 0.5
     assert len(result.linears) == 3 * 5  # q, k, v, o, and one of the mixture's three; the others are gates
     assert {matrix.reason for matrix in result.dense} == {"allowed dense"}

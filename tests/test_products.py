@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -122,9 +123,7 @@ def test_auto_takes_bf16_where_the_processor_has_it(source: Path, tmp_path: Path
 
 
 def test_no_run_goes_on_with_other_products(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
+    stop = Mock(side_effect=KeyboardInterrupt)
     with monkeypatch.context() as patch:
         patch.setattr("sparsellm.storage.writer.CheckpointWriter.finish", stop)
         with pytest.raises(KeyboardInterrupt):

@@ -75,7 +75,7 @@ def test_settings_reach_fields_and_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("given", "said"),
     [
         ("sparsty: 0.5", "'sparsity'"),
         ("sparsity: 1.0", "sparsity is 1.0: it should be less than 1"),
@@ -102,13 +102,18 @@ def test_settings_reach_fields_and_options() -> None:
         ("options: {a: .inf}", "options.a is inf"),
         ("device: ''", "device is ''"),
         ("self: 1", "unknown recipe field 'self'"),
+        (["options=3", "options.x=1"], "options is 3"),
+        (["seed"], "write key=value"),
+        (["=1"], "no key"),
+        ([".x=1"], "no key"),
+        (["seed.x=1"], "unknown recipe field 'seed.x'"),
     ],
 )
-def test_a_bad_recipe_is_refused_in_one_line(text: str, said: str) -> None:
+def test_a_bad_recipe_or_setting_is_refused_in_one_line(given: str | list[str], said: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        Recipe.from_yaml(text)
+        Recipe.from_yaml(given) if isinstance(given, str) else Recipe().with_settings(given)
     assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("field", ["options", "allocation_options", "sparsity_of"])
@@ -153,23 +158,6 @@ def test_numbers_and_patterns_are_read_as_people_write_them() -> None:
     assert Recipe(calibration=Path("a.txt")).calibration == "a.txt"
     strange = Recipe(calibration="1e-3", exclude=["2:4", "yes", "a\nb", "010", "~"], options={"a": "1e3", "b": 1e-7})
     assert Recipe.from_yaml(strange.to_yaml()) == strange
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (["options=3", "options.x=1"], "options is 3"),
-        (["seed"], "write key=value"),
-        (["=1"], "no key"),
-        ([".x=1"], "no key"),
-        (["seed.x=1"], "unknown recipe field 'seed.x'"),
-    ],
-)
-def test_a_bad_setting_is_refused_in_one_line(settings: list[str], said: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        Recipe().with_settings(settings)
-    assert said in str(caught.value)
-    assert str(caught.value).isprintable()
 
 
 def test_short_names_of_dtypes_are_those_of_values() -> None:

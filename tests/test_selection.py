@@ -16,10 +16,10 @@ from sparsellm.allocation.allocator import divide
 from sparsellm.chain import open_chain
 from sparsellm.chain.matrices import refuse_silent_dense
 from sparsellm.errors import ModelError, RecipeError
-from sparsellm.progress import Progress
 from tests.allocation.helpers import windows
+from tests.killing import stop_after_one
 from tests.models import tiny_llama, tiny_tokenizer
-from tests.test_matrices import with_stacks
+from tests.test_matrices import Stacks, with_mixture
 
 OF = {"*.down_proj": 0.75, "model.layers.0.*": 0.25, "*.v_proj": 0}
 
@@ -61,7 +61,7 @@ def test_patterns_that_match_nothing_are_named() -> None:
 
 
 def test_unknown_stacks_are_refused_only_where_selected() -> None:
-    chain = open_chain(with_stacks(), device=torch.device("cpu"))
+    chain = open_chain(with_mixture(Stacks, 4), device=torch.device("cpu"))
     refuse_silent_dense(chain, [], ["*.self_attn"])
     with pytest.raises(ModelError, match=r"mlp\.up"):
         refuse_silent_dense(chain, [], ["*.mlp"])
@@ -99,11 +99,7 @@ def test_an_allocation_that_misses_the_total_is_corrected() -> None:
 
 def test_the_order_of_patterns_is_part_of_the_identity(llama: Path, tmp_path: Path) -> None:
     recipe = Recipe(method="magnitude", sparsity=0.6, sparsity_of=OF, only=["*.mlp", "*.v_proj"])
-
-    def stop(event: Progress) -> None:
-        if event.phase == "prune" and event.done >= 1:
-            raise KeyboardInterrupt
-
+    stop = stop_after_one("prune")
     with pytest.raises(KeyboardInterrupt):
         sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / "cut", progress=stop)
     turned = recipe.updated(sparsity_of=dict(reversed(OF.items())))

@@ -46,19 +46,16 @@ def write(path: Path, source: str) -> Path:
 def test_a_file_registers_what_prune_and_methods_then_know(llama: Path, tmp_path: Path, run: Any) -> None:
     solver = write(tmp_path / "s.py", SOLVER.format(name="mine"))
     allocation = write(tmp_path / "a.py", ALLOCATION)
-    code, stdout, stderr = run("methods", "--plugin", solver, "--plugin", allocation, "--json")
-    assert code == 0, stderr
-    listed = json.loads(stdout)
+    listed = json.loads(run("methods", "--plugin", solver, "--plugin", allocation, "--json", exits=0)[1])
     assert listed["mine"]["options"]["strength"]["default"] == 1.0
     assert "first-less" in listed["allocations"]
     assert "[b]magnitude[/b]" in run("methods", "--plugin", solver)[1]
 
-    code, stdout, stderr = run(
+    line = (
         "prune", llama, "--out", tmp_path / "p", "--plugin", solver, "--plugin", allocation, "--method", "mine",
         "--allocation", "first-less", "--set", "options.strength=2", "--samples", 2, "--seq-len", 16, "--json",
     )  # fmt: skip
-    assert code == 0, stderr
-    report = json.loads(stdout)
+    report = json.loads(run(*line, exits=0)[1])
     assert (report["recipe"]["method"], report["allocation"]["name"]) == ("mine", "first-less")
     first, last = report["linears"][0], report["linears"][-1]
     assert first["sparsity"] < 0.5 < last["sparsity"]

@@ -155,8 +155,7 @@ def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], mo
 
 def test_verbose_names_the_linear_of_each_error(llama: Path, tmp_path: Path, run: Any) -> None:
     words = ["--method", "wanda", "--samples", "4", "--seq-len", "32", "--verbose", "--out"]
-    code, _, said = run("prune", llama, *words, tmp_path / "out")
-    assert code == 0
+    said = run("prune", llama, *words, tmp_path / "out", exits=0)[2]
     shown = dict(re.findall(r" · error of (\S+) (\S+)$", said, re.MULTILINE))
     linears = {each.name: f"{each.error:.4f}" for each in read_pruning(tmp_path / "out").linears}
     assert len(shown) > len(linears) / 2

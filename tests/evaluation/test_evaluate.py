@@ -62,15 +62,13 @@ def test_bos_begins_every_window_and_is_not_scored(llama: Path, text: Path, bos:
     assert measured.value == pytest.approx(math.exp(losses_by_hand(windows, tiny_llama()).mean()), rel=1e-5)
 
 
-def test_a_tokenizer_without_bos_is_refused_before_the_work(tmp_path: Path, text: Path, run: Any) -> None:
+def test_a_tokenizer_without_bos_is_refused_before_the_work(tmp_path: Path, text: Path, refusal: Any) -> None:
     tokenizer = type(tiny_tokenizer())(tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="</s>")
     model = save_tiny(tiny_llama(), tokenizer, tmp_path / "model")
     out = tmp_path / "out"
     for arguments in (("eval", model, "--text", text), ("prune", model, "--calibration", text, "--out", out)):
-        code, _, stderr = run(*arguments, "--seq-len", 16, "--bos", "yes")
-        assert code == 2
-        assert len(stderr.splitlines()) == 1
-        assert "no beginning-of-text token; give bos 'auto' or 'no'" in stderr
+        said = refusal(*arguments, "--seq-len", 16, "--bos", "yes")
+        assert "no beginning-of-text token; give bos 'auto' or 'no'" in said
     assert not out.exists()
 
 
@@ -105,8 +103,7 @@ def test_only_a_dense_model_gives_a_recovery(llama: Path, text: Path, pruned: Pa
     recipe = Recipe(method="magnitude", sparsity=0.7, calibration=str(text), samples=3, seq_len=16)
     worse = sparsellm.prune(llama, recipe, out=tmp_path / "worse").path
     words = ("eval", pruned, "--text", text, "--seq-len", 16, "--against")
-    code, stdout, stderr = run(*words, worse)
-    assert code == 0, stderr
+    stdout = run(*words, worse, exits=0)[1]
     assert "worse is pruned too, so no recovery is given; its perplexity is" in stdout
     assert "\nrecovery" not in stdout
     (only,) = read_results(pruned).evaluations
@@ -145,17 +142,15 @@ def test_the_interval_is_that_of_the_windows_mean_losses(llama: Path, text: Path
     assert (alone.low, alone.high) == (None, None)
 
 
-def test_models_of_different_tokenizers_are_not_compared(llama: Path, text: Path, tmp_path: Path, run: Any) -> None:
+def test_models_of_different_tokenizers_are_not_compared(llama: Path, text: Path, tmp_path: Path, refusal: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer(add_bos=True))
     tokenizer.add_tokens(["number"])
     others = {"larger": (tiny_llama(vocab_size=301), tokenizer), "without_bos": (tiny_llama(), tiny_tokenizer())}
     for name, (model, its_tokenizer) in others.items():
         other = save_tiny(model, its_tokenizer, tmp_path / name)
-        code, _, stderr = run("eval", llama, "--text", text, "--seq-len", 16, "--against", other)
-        assert code == 2
-        assert len(stderr.splitlines()) == 1
-        assert "have different tokenizers" in stderr
-        assert str(other) in stderr
+        said = refusal("eval", llama, "--text", text, "--seq-len", 16, "--against", other)
+        assert "have different tokenizers" in said
+        assert str(other) in said
 
 
 # ---------------------------------------------------------------------- results.json
@@ -171,13 +166,11 @@ def pruned(llama: Path, text: Path, tmp_path: Path) -> Path:
 def test_results_are_appended_next_to_our_checkpoints_only(llama: Path, pruned: Path, text: Path, run: Any) -> None:
     assert json.loads((pruned / "pruning.json").read_text())["calibration_bos"] == "yes"
     arguments = ("eval", pruned, "--text", text, "--seq-len", 16)
-    code, stdout, stderr = run(*arguments)
-    assert code == 0, stderr
+    stdout = run(*arguments, exits=0)[1]
     assert f"results in {pruned / 'results.json'}" in stdout
     assert "cut anywhere" not in stdout
     assert "each begins with BOS" in stdout
-    code, stdout, stderr = run(*arguments, "--against", llama, "--bos", "no", "--json")
-    assert code == 0, stderr
+    shown = json.loads(run(*arguments, "--against", llama, "--bos", "no", "--json", exits=0)[1])
     first, second = read_results(pruned).evaluations
     windows = by_hand(text, bos=False)
     settings = {"text": text.name, "digest": tokens_fingerprint(windows), "bos": "no", "dtype": "float32"}
@@ -186,7 +179,6 @@ def test_results_are_appended_next_to_our_checkpoints_only(llama: Path, pruned: 
     assert (first.protocol.bos, first.against, first.tasks) == ("yes", None, None)
     assert second.against is not None
     assert second.against.model == llama.name
-    shown = json.loads(stdout)
     assert shown["against"] == second.against.model_dump()
     assert shown["perplexity"] == second.perplexity.model_dump()
     assert shown["results"] == str(pruned / "results.json")
@@ -218,8 +210,7 @@ def test_the_demo_model_is_not_a_directory_of_that_name(
         raise ModelError(f"fetching {model}")
 
     monkeypatch.setattr(api, "checkpoint_directory", fetch)
-    code, _, stderr = run("eval", "demo", "--text", text)
-    assert (code, stderr) == (2, "error: fetching demo\n")
+    assert run("eval", "demo", "--text", text, exits=2)[2] == "error: fetching demo\n"
 
 
 def test_results_go_with_the_checkpoint_that_is_replaced(pruned: Path, text: Path, tmp_path: Path, run: Any) -> None:
@@ -237,10 +228,9 @@ def test_results_go_with_the_checkpoint_that_is_replaced(pruned: Path, text: Pat
 def test_benchmarks_are_appended_too(pruned: Path, tmp_path: Path, run: Any) -> None:
     packed = sparsellm.pack(pruned, out=tmp_path / "packed").path
     small = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
-    code, stdout, stderr = run("bench", packed, "--dense", pruned, *small, "--json")
-    assert code == 0, stderr
+    shown = json.loads(run("bench", packed, "--dense", pruned, *small, "--json", exits=0)[1])
     (record,) = read_results(packed).benchmarks
-    assert record.model_dump(mode="json") | {"results": str(packed / "results.json")} == json.loads(stdout)
+    assert record.model_dump(mode="json") | {"results": str(packed / "results.json")} == shown
     for path, size in ((pruned, record.dense_disk_bytes), (packed, record.packed_disk_bytes)):
         assert size == sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
@@ -306,13 +296,11 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
 
 
 def test_an_unknown_task_is_refused_before_the_model_is_opened(
-    text: Path, folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+    text: Path, folder: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = pytest.importorskip("lm_eval.tasks")  # it takes long to read its own tasks
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
-    code, _, stderr = run("eval", "/nowhere/model", "--text", text, "--tasks", "tiny_nombers", "--tasks-dir", folder)
-    assert code == 2
-    (line,) = stderr.splitlines()
+    line = refusal("eval", "/nowhere/model", "--text", text, "--tasks", "tiny_nombers", "--tasks-dir", folder)
     assert "unknown task 'tiny_nombers'; did you mean 'tiny_numbers'?" in line
 
 

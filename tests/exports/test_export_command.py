@@ -20,8 +20,8 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, r
     directory = pruned(wide_llama(), tmp_path, "q4_0")
     write_gguf(wide_llama(), tmp_path / "like.gguf", gguf.GGMLQuantizationType.BF16)
     out = tmp_path / "small model.gguf"
-    code, stdout, stderr = run("export", directory, "--to", "gguf", "--out", out, "--like", tmp_path / "like.gguf")
-    assert code == 0, stderr
+    line = ("export", directory, "--to", "gguf", "--out", out, "--like", tmp_path / "like.gguf")
+    _, stdout, stderr = run(*line, exits=0)
     assert "gguf stores the 50% of zeros like other values" in stderr
     assert "it runs in llama.cpp, Ollama, LM Studio" in stdout
     for command in ("card", "report"):
@@ -35,11 +35,8 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, r
         assert size in page
         assert "llama.cpp, Ollama, LM Studio" in page
 
-    code, stdout, _ = run(
-        "export", directory, "--to", "compressed-tensors", "--out", tmp_path / "ct", "--json", "--no-save"
-    )
-    assert code == 0
-    content = json.loads(stdout)
+    line = ("export", directory, "--to", "compressed-tensors", "--out", tmp_path / "ct", "--json", "--no-save")
+    content = json.loads(run(*line, exits=0)[1])
     assert content["results"] is None
     assert content["record"]["bytes"] == sum(file.stat().st_size for file in (tmp_path / "ct").glob("*.safetensors"))
     assert content["packed_bytes"] < content["linear_bytes"] < content["record"]["bytes"]
@@ -65,7 +62,7 @@ def test_a_second_start_ends_an_export_on_a_full_disk(tmp_path: Path, run: Any, 
     assert (code, [each.name for each in read_results(directory).exports]) == (0, ["out.gguf"])
 
 
-def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, run: Any) -> None:
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, refusal: Any) -> None:
     directory, out = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w8a8"), tmp_path / "out"
     mistakes = [
         (("--to", "onnx", "--out", out), "onnx"),
@@ -73,7 +70,5 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, run: Any) 
     ]
     before = sorted(tmp_path.iterdir())
     for arguments, said in mistakes:
-        code, stdout, stderr = run("export", directory, *arguments)
-        assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
-        assert said in stderr
+        assert said in refusal("export", directory, *arguments)
     assert sorted(tmp_path.iterdir()) == before

@@ -93,8 +93,7 @@ def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
 
 def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
     results(pruned, EVALUATION, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}})
-    code, stdout, stderr = run("card", pruned)
-    assert (code, "README.md" in stdout) == (0, True), stderr
+    assert "README.md" in run("card", pruned, exits=0)[1]
     text = (pruned / "README.md").read_text()
     assert "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored." in text
     assert "| perplexity | 12.5 (12.1–12.9) | 14.37 (13.9–14.9) |" in text
@@ -108,13 +107,11 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> N
     assert run("card", pruned)[0] == 0  # its own card is replaced again and again
 
 
-def test_what_was_never_pruned_or_evaluated_has_no_new_card(pruned: Path, run: Any) -> None:
+def test_what_was_never_pruned_or_evaluated_has_no_new_card(pruned: Path, refusal: Any) -> None:
     before = (pruned / "README.md").read_bytes()
     said = {pruned.parent: "has no pruning.json; give a directory that", pruned: "was never evaluated; run `sparsellm"}
     for directory, part in said.items():
-        code, stdout, stderr = run("card", directory)
-        assert (code, stdout, stderr.strip().count("\n")) == (2, "", 0)
-        assert part in stderr
+        assert part in refusal("card", directory)
     assert (pruned / "README.md").read_bytes() == before
 
 
@@ -123,9 +120,7 @@ def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
     card = pruned / "README.md"
     edited = card.read_text().replace("Not evaluated yet", "Excellent")
     card.write_text(edited)
-    code, _, stderr = run("card", pruned)
-    assert code == 2
-    assert "--force replaces it" in stderr
+    assert "--force replaces it" in run("card", pruned, exits=2)[2]
     assert card.read_text() == edited
     assert run("card", pruned, "--force")[0] == 0
     assert "14.37" in card.read_text()

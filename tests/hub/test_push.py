@@ -100,15 +100,12 @@ def test_the_files_of_the_checkpoint_arrive_and_nothing_else(server: Hub, checkp
 
 def test_a_branch_and_a_private_repository(server: Hub, checkpoint: Path, run: Any) -> None:
     for _ in range(2):  # the second time, both exist
-        code, stdout, stderr = run("push", checkpoint, "me/mine", "--private", "--revision", "half", "--json")
-        assert code == 0, stderr
+        stdout = run("push", checkpoint, "me/mine", "--private", "--revision", "half", "--json", exits=0)[1]
     assert server.private == {"me/mine": True}
     assert "model.safetensors" in server.files["me/mine", "half"]
     assert server.files["me/mine", "main"] == {}
     assert json.loads(stdout)["files"] == sorted(server.files["me/mine", "half"])
-    code, stdout, _ = run("push", checkpoint, "me/mine")
-    assert code == 0
-    assert "uploaded to https://hub/me/mine/commit/0" in stdout
+    assert "uploaded to https://hub/me/mine/commit/0" in run("push", checkpoint, "me/mine", exits=0)[1]
 
 
 def test_nothing_private_goes_to_a_public_repository(server: Hub, checkpoint: Path) -> None:
@@ -127,14 +124,12 @@ def test_nothing_private_goes_to_a_public_repository(server: Hub, checkpoint: Pa
     ],
 )
 def test_a_refusal_is_one_line_without_the_token(
-    server: Hub, checkpoint: Path, run: Any, call: str, status: int, said: str
+    server: Hub, checkpoint: Path, refusal: Any, call: str, status: int, said: str
 ) -> None:
     server.refuse[call] = status
-    code, stdout, stderr = run("push", checkpoint, "me/mine")
-    assert (code, stdout) == (2, "")
-    assert said in stderr
-    assert stderr.strip().count("\n") == 0
-    assert TOKEN not in stderr
+    line = refusal("push", checkpoint, "me/mine")
+    assert said in line
+    assert TOKEN not in line
 
 
 @pytest.mark.parametrize("repo", ["mine", "me/mine/more", "../x", "me/", "me/a b"])

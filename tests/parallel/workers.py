@@ -26,7 +26,7 @@ from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.gradients import loss_gradients
-from sparsellm.sweep.sweep_task import Residence, Run
+from sparsellm.sweep.sweep_task import Residence
 from sparsepack.grid import INTEGERS
 from tests.allocation.helpers import sizes_of
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
@@ -34,6 +34,7 @@ from tests.models.families import mixtral
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
 from tests.sweep.helpers import halved, swept_by
+from tests.test_resume import fail_after_passes
 
 WINDOWS = 7  # three processes do not divide it
 
@@ -113,18 +114,9 @@ def sweep_in_directories(folder: Path) -> None:
 
 def swept_to(folder: Path, name: str, *, fails: bool = False) -> sparsellm.PruneResult | None:
     """A run from the model in ``folder``; with ``fails`` it ends when its second pass is judged."""
-    judged = 0
-    judge = Run.judge
-
-    def failing(run: Run, steps: Any) -> float:
-        nonlocal judged
-        judged += 1
-        if fails and judged == 3:
-            raise NumericalError("the processor caught fire")
-        return judge(run, steps)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "judge", failing)
+        if fails:
+            fail_after_passes(1, patch)
         try:
             return sparsellm.prune(folder / "model", Recipe(**SWEPT), calibration=windows(WINDOWS), out=folder / name)
         except NumericalError:

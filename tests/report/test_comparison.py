@@ -19,9 +19,8 @@ SUMMARY = "Quality, size and speed of each run"
 
 def test_runs_side_by_side_with_the_dense_model(runs: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "compare.html"
-    code, stdout, stderr = run("report", runs / "half", runs / "nm", "--out", out)
-    assert (code, stderr) == (0, "")
-    assert stdout.strip() == f"written to {out}"
+    _, stdout, stderr = run("report", runs / "half", runs / "nm", "--out", out, exits=0)
+    assert (stdout.strip(), stderr) == (f"written to {out}", "")
     page = page_of(out)
     assert page.one("h1").text == "2 pruned versions of dense-llama"
     rows = page.rows(SUMMARY)
@@ -36,8 +35,7 @@ def test_runs_side_by_side_with_the_dense_model(runs: Path, tmp_path: Path, run:
     assert size["layout"]["shapes"][0]["y0"] == size["layout"]["shapes"][0]["y1"] == 20.0
     assert size["data"][1]["x"][0] == sum(f.stat().st_size for f in (runs / "half").glob("*.safetensors")) / 1e6
     assert page.rows("Sparsity by block")[1] == ["0", "50.0%", "50.0%"]
-    code, _, _ = run("report", runs / "half", runs / "nm", "--out", out)  # a report of ours is replaced
-    assert code == 0
+    run("report", runs / "half", runs / "nm", "--out", out, exits=0)  # a report of ours is replaced
 
 
 def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> None:
@@ -113,14 +111,13 @@ def test_a_packed_run_next_to_its_dense_form(runs: Path, tmp_path: Path) -> None
     assert [row[0] for row in page.rows(SUMMARY)[2:]] == ["half", "half (2)"]
 
 
-def test_runs_of_another_base_model_are_refused(runs: Path, tmp_path: Path, run: Any) -> None:
+def test_runs_of_another_base_model_are_refused(runs: Path, tmp_path: Path, refusal: Any) -> None:
     shutil.copytree(runs / "half", tmp_path / "half")  # has the same shapes, but other weights
     base = json.loads((tmp_path / "half" / "pruning.json").read_text())["base"]
     rewrite(tmp_path / "half" / "pruning.json", base={**base, "digest": "0" * 16})
     for other in (runs / "opt", tmp_path / "half"):
-        code, stdout, stderr = run("report", runs / "nm", other, "--out", tmp_path / "c.html")
-        assert (code, stdout, len(stderr.splitlines())) == (2, "", 1)
-        assert "another base model; compare runs of one model" in stderr
+        said = refusal("report", runs / "nm", other, "--out", tmp_path / "c.html")
+        assert "another base model; compare runs of one model" in said
     assert not (tmp_path / "c.html").exists()
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -124,12 +125,10 @@ def test_n_m_is_stored_in_its_shorter_code(tmp_path: Path) -> None:
         assert torch.equal(value, tensors_of(source)[name])
 
 
-def test_weights_that_are_smaller_dense_stay_dense(tmp_path: Path, run: Any) -> None:
+def test_weights_that_are_smaller_dense_stay_dense(tmp_path: Path, run: Any, refusal: Any) -> None:
     model = tiny_llama()
     source = save_tiny(model, None, tmp_path / "b")
-    code, _, said = run("pack", source, "--out", tmp_path / "q")
-    assert (code, len(said.strip().splitlines())) == (2, 1), "nothing of it is smaller packed"
-    assert "b has nothing to pack" in said
+    assert "b has nothing to pack" in refusal("pack", source, "--out", tmp_path / "q"), "nothing is smaller packed"
     assert not list(tmp_path.glob("q*"))
     assert run("pack", source, "--out", tmp_path / "q", "--values", "int8")[0] == 0
     with torch.no_grad():
@@ -164,10 +163,7 @@ def test_mistakes_are_named(llama: Path, packed: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_pack_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(convert, "manifest", stop)
+    monkeypatch.setattr(convert, "manifest", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sparsellm.pack(llama, out=tmp_path / "p")
     assert not list(tmp_path.iterdir())

@@ -310,11 +310,9 @@ def test_a_broken_request_leaves_the_server_alive(model: Any, caplog: pytest.Log
 def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code, _, stderr = run("serve", "nowhere", "--port", port)
-    assert (code, stderr) == (
-        2,
-        f"error: port {port} of '127.0.0.1' is in use; stop what listens there, or give another --port\n",
-    )
+        stderr = run("serve", "nowhere", "--port", port, exits=2)[2]
+    how = "stop what listens there, or give another --port"
+    assert stderr == f"error: port {port} of '127.0.0.1' is in use; {how}\n"
 
 
 @pytest.mark.parametrize(
@@ -332,19 +330,14 @@ def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
         (("--port", "0", "{tmp}"), "config.json"),
     ],
 )
-def test_what_cannot_be_served_is_one_line(options: Any, said: str, tmp_path: Path, run: Any) -> None:
+def test_what_cannot_be_served_is_one_line(options: Any, said: str, tmp_path: Path, refusal: Any) -> None:
     (tmp_path / "empty").write_text("\n")
-    code, _, stderr = run(
-        "serve", *(option.format(tmp=tmp_path) for option in options), *["nowhere"] * ("{tmp}" not in options)
-    )
-    assert code == 2
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert said in stderr
+    model = ["nowhere"] * ("{tmp}" not in options)
+    assert said in refusal("serve", *(option.format(tmp=tmp_path) for option in options), *model)
 
 
 def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sparsellm.serving.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    code, _, stderr = run("serve", "nowhere")
-    assert (code, stderr) == (2, 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n')
+    said = 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n'
+    assert run("serve", "nowhere", exits=2)[2] == said

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,8 +25,7 @@ def test_each_answer_follows_the_whole_conversation(
     first = greedy("system: Be brief.\nuser: hi\nassistant:", 12)
     second = greedy(f"system: Be brief.\nuser: hi\nassistant: {first}\nuser: and\nassistant:", 12)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nand\n/reset\nhi\n/quit\nnot read\n"))
-    code, stdout, _ = run("chat", packed, "--system", "Be brief.", *QUICK, columns=10_000)
-    assert code == 0
+    stdout = run("chat", packed, "--system", "Be brief.", *QUICK, columns=10_000, exits=0)[1]
     assert stdout == "".join(f"{visible(text)}\n" for text in (first, second, first))
 
 
@@ -41,11 +41,8 @@ def test_ctrl_c_stops_an_answer_and_sigterm_the_talk(packed: Path, monkeypatch: 
             if (signum := next(signals)) is not None:
                 signal.raise_signal(signum)
 
-    def stop(*_: Any) -> None:
-        raise Interrupted
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nhi\nhi\nhi\n"))
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, Mock(side_effect=Interrupted))
     try:
         with pytest.raises(Interrupted):
             chat(str(packed), Manner(max_new_tokens=40, seed=2**63 - 1), {}, show=show, say=pieces.append)
@@ -56,8 +53,7 @@ def test_ctrl_c_stops_an_answer_and_sigterm_the_talk(packed: Path, monkeypatch: 
 
 def test_a_full_context_is_said_and_reset_goes_on(packed: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'hello ' * 5000}\nhi\n"))
-    code, stdout, stderr = run("chat", packed, *QUICK)
-    assert code == 0
+    _, stdout, stderr = run("chat", packed, *QUICK, exits=0)
     assert "and the model takes 8192; /reset begins anew" in stderr
     assert stdout.endswith("\n")
 
@@ -72,8 +68,7 @@ def test_a_full_context_is_said_and_reset_goes_on(packed: Path, run: Any, monkey
     ],
 )
 def test_what_cannot_talk_is_one_line(options: Any, said: str, llama: Path, run: Any) -> None:
-    code, _, stderr = run("chat", llama, *options)
-    assert code == 2
+    stderr = run("chat", llama, *options, exits=2)[2]
     assert stderr.count("error: ") == 1
     assert said in stderr.splitlines()[-1]
 
@@ -83,6 +78,5 @@ def test_a_template_that_refuses_is_one_line(tmp_path: Path, run: Any, monkeypat
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     directory = save_tiny(tiny_llama(), tokenizer, tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
-    code, _, stderr = run("chat", directory)
-    assert code == 2
+    stderr = run("chat", directory, exits=2)[2]
     assert stderr.endswith("refuses the conversation: TemplateError: roles must alternate\n")
