@@ -35,6 +35,7 @@ from sparsellm import Recipe
 from sparsellm.api import Opened
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.mixtures.scores import SCORES, MixtureView
 from sparsellm.storage.reader import open_checkpoint
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,13 @@ MIXED: dict[str, tuple[dict[str, Any], float | None]] = {
 }
 READ = 1_000_000  # characters of the calibration text
 CONTEXT, CHOICES = 400, 4  # characters before the word of a cloze, and words to choose from
+
+
+@SCORES.register("random", paper="–")
+def chance(view: MixtureView) -> torch.Tensor:
+    """Random numbers, as a control."""
+    seed = view.seed * 1_000_003 + view.block
+    return torch.rand(len(view.tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

@@ -255,9 +255,6 @@ def test_scores_follow_their_definitions() -> None:
     assert SCORES["reap"].function(view()).tolist() == [3.0, 0.0, 1.0, 2.5]
     assert view().best(SCORES["frequency"].function(view())) == [2, 3]
     assert view(groups=2).best(SCORES["frequency"].function(view())) == [0, 2]
-    random = SCORES["random"].function
-    assert torch.equal(random(view()), random(view()))
-    assert not torch.equal(random(view()), random(view(seed=1)))
 
 
 def test_coordinated_finds_the_best_set_by_exchanges() -> None:

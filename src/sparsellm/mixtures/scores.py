@@ -52,13 +52,6 @@ def frequency(view: MixtureView) -> Tensor:
     return view.tokens.double()
 
 
-@SCORES.register("random", paper="–")
-def random(view: MixtureView) -> Tensor:
-    """Random numbers, as a control."""
-    seed = (view.seed * 1_000_003 + view.block) % (1 << 63)
-    return torch.rand(len(view.tokens), generator=torch.Generator().manual_seed(seed))
-
-
 @SCORES.register("coordinated", paper="–", needs=lambda options: Needs(output_costs=True))
 def coordinated(
     view: MixtureView,
