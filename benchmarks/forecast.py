@@ -31,6 +31,7 @@ from sparsellm.inputs import about
 from sparsellm.progress import PHASES
 from sparsellm.records import Prediction
 from sparsellm.run.needs import foresee
+from sparsellm.run.opening import set_products
 from sparsellm.run.speeds import Speeds, named
 from sparsellm.version import __version__
 
@@ -99,6 +100,7 @@ def row(model: str, chain: Chain, text: str) -> str:
     found: Prediction | None = None
     for changes in TRIED:
         recipe = Recipe(memory=budget, **changes)
+        set_products(chain, recipe)
         found = foresee(chain, recipe, ranks=ranks, speeds=speeds)
         if not found.notes:
             break

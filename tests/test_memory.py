@@ -15,6 +15,7 @@ import torch
 import sparsellm
 from sparsellm import Recipe, machine
 from sparsellm.chain import Chain, open_chain
+from sparsellm.chain.products import Bf16Products
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs import parse_bytes
 from sparsellm.methods import METHODS
@@ -177,6 +178,21 @@ def test_limits_of_groups_around_this_one_count_and_the_page_cache_does_not(
         counts = f"anon 300\n{total}inactive_file 150\n{total}active_file 200\nactive_anon 50\n"
         (root / group / "memory.stat").write_text(counts)
     assert machine._control_group_rooms() == [1000 - 700 + 150 + 200]
+
+
+@pytest.mark.parametrize(("ranks", "dtype", "copied"), [(2, "bfloat16", 0), (1, "bfloat16", 0), (1, "float32", 1)])
+def test_products_in_bf16_copy_what_is_not_in_bf16_already(
+    ranks: int, dtype: str, copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card, torch gathers shards of a sweep in bf16, and a process alone has copies anyway."""
+    chain = open_chain(tiny_llama().to(getattr(torch, dtype)), device=CPU)
+    monkeypatch.setattr(chain, "device", torch.device("cuda", 0))
+    demand = Demand(Extent(4, 128, 4096, swept=256, ranks=ranks), Workspace(), passes=1, sweep="resident")
+    plain = steps_of(chain, demand)["sweeps"].working
+    chain.products = Bf16Products()
+    assert steps_of(chain, demand)["sweeps"].working - plain == copied * 2 * sum(
+        x.elements * x.number for x in chain.kinds
+    )
 
 
 def test_keys_and_values_of_a_model_that_writes_its_text_count(chain: Chain) -> None:

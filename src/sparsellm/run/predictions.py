@@ -7,7 +7,7 @@ proportions of the seconds count: :class:`sparsellm.progress.Forecast` corrects 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -27,7 +27,7 @@ from sparsellm.registry import Workspace
 from sparsellm.run.choice import Choice
 from sparsellm.run.speeds import Speeds
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
-from sparsellm.sweep.gradients import LEAST_SCORED, LEAST_WINDOWS, SHARE, TOKENS
+from sparsellm.sweep.gradients import BINS, LEAST_SCORED, LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
 from sparsellm.sweep.streamed import MOST_KEPT, place_dtype
 from sparsellm.sweep.sweep_task import Residence
@@ -269,10 +269,15 @@ def stored_share(chain: Chain, zeros: float) -> float:
     return share if share <= MOST_KEPT else 1.0
 
 
+def _linears(kind: Kind) -> Iterator[Size]:
+    """The linears of a block, those of every expert."""
+    yield from kind.linears
+    for linears, number in kind.experts.items():
+        yield from number * linears
+
+
 def _linear_weights(kind: Kind) -> int:
-    """The weights of the linears of a block."""
-    groups: list[tuple[Sequence[Size], int]] = [(kind.linears, 1), *kind.experts.items()]
-    return sum(number * linear.features * linear.outputs for linears, number in groups for linear in linears)
+    return sum(linear.features * linear.outputs for linear in _linears(kind))
 
 
 def _trained(chain: Chain, unrounded: bool) -> int:
@@ -332,6 +337,8 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         steps["experts"] = Held(max(removing), walked)
     if demand.gradient_tokens:
         steps["gradients"] = Held(max(gradients), gradient_bytes(chain, demand.gradient_tokens))
+        linears = sum(kind.number * len([*_linears(kind)]) for kind in chain.kinds)
+        steps["allocating"] = Held(2 * 8 * BINS * linears)  # histograms of saliency, and their running sums
     if demand.passes:
         steps |= _sweep_steps(chain, demand)
     return steps
@@ -358,7 +365,8 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
         working = outer + inputs + max(loss, block)
         return {"sweeps": Held(working, moved + best * later, read), "keeping": Held(outer, moved + best, read)}
     running = outer + 3 * largest * way.sharded  # a block that is gathered, its gradients, and the next one
-    running += best // 2 if chain.products is not None or (way.narrow and not way.sharded) else 0  # in bf16
+    copied = not way.sharded if way.narrow else chain.products is not None  # torch gathers narrow shards in bf16
+    running += best // 2 * copied
     kept = _activations_for_gradients(chain, demand, 2 if way.narrow else 4)
     activations = loss + (kept + inputs if way.recomputes else kept * len(chain))
     best //= extent.ranks
