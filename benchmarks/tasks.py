@@ -86,7 +86,8 @@ def agreement(count: int, seed: int) -> list[dict[str, Any]]:
 def write_tasks(folder: Path, source: str, count: int, choices: int, seed: int) -> None:
     """The files of both tasks."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = read_source(source, "evaluation").joined()
+    found = read_source(source, "evaluation")
+    text = found.joiner.join(found.documents)
     docs = {"cloze": cloze(text, count, choices, seed), "agreement": agreement(count, seed)}
     for name, rows in docs.items():
         data = folder / f"{name}.jsonl"

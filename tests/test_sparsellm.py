@@ -72,7 +72,6 @@ def test_both_writers_are_refitted_where_sublayers_read_one_input(name: str, mon
 
 
 def test_a_writer_that_runs_twice_in_a_block_is_not_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window has one target."""
     model = tiny_llama()
     for block in model.model.layers:
         monkeypatch.setattr(block.mlp, "forward", lambda x, once=block.mlp.forward: once(once(x)))

@@ -121,7 +121,6 @@ def prune(
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
-    interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, console, parallel, tables
     from sparsellm.convert import check_packable
     from sparsellm.run.plan import Request
@@ -315,7 +314,6 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
 
     With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
     is a checkpoint in DIR."""
-    interrupts.keeps(f"finished runs and blocks are kept in {out}")
     from sparsellm import cells as grid
     from sparsellm import parallel, tables
     from sparsellm.inputs import parse_bytes, parse_yaml
@@ -328,6 +326,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
         raise RecipeError(f"--recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
     measured = (options.pop(name, None) for name in ("text", "text_seq_len", "max_tokens", "speed"))
     protocol = grid.Protocol(*measured)  # type: ignore[arg-type]
+    interrupts.keeps(f"finished runs and blocks are kept in {out}")
     result = grid.compare(
         model,
         out=out,

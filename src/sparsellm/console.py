@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import IO, Any
 
+import psutil
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -23,7 +24,7 @@ from rich.segment import Segment, Segments
 from rich.table import Column, Table
 from rich.text import Text
 
-from sparsellm import interrupts, machine
+from sparsellm import interrupts
 from sparsellm.errors import RecipeError
 from sparsellm.progress import DETAIL, NOTE, PHASES, PLAN, Forecast, ProgressCallback, between
 from sparsellm.progress import Progress as Event
@@ -190,7 +191,7 @@ def _step(event: Event) -> str:
 def _state(event: Event) -> str:
     """The sparsity so far, the memory, and the error of the linear that was pruned last."""
     parts = [f"sparsity {event.sparsity:.1%}"] if event.sparsity is not None else []
-    parts.append(f"memory {machine.resident() / 1e9:.2f} GB")
+    parts.append(f"memory {psutil.Process().memory_info().rss / 1e9:.2f} GB")
     parts += [f"error of {one_line(event.linear)} {event.error:.4f}"] if event.error is not None else []
     return " · ".join(parts)
 

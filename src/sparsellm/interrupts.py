@@ -105,10 +105,12 @@ def _stop(signum: int, _: FrameType | None) -> None:
 # ---------------------------------------------------------------------- what to say
 
 
-def keeps(what: str, *, resumes: bool = True) -> None:
-    """Sets the sentence on the files that this command leaves if it is stopped, and whether it resumes from them."""
+def keeps(what: str, *, resumes: bool = True, instead: bool = True) -> None:
+    """Sets the sentence on the files that this command leaves if it is stopped, and whether it resumes from them, also
+    ``instead`` of a sentence that is set."""
     global _kept, _resumes
-    _kept, _resumes = what, resumes
+    if instead or not _kept:
+        _kept, _resumes = what, resumes
 
 
 def last_words(signum: int) -> str:

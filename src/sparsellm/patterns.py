@@ -18,8 +18,7 @@ from torch import Tensor
 from sparsellm.errors import NumericalError, RecipeError, shown
 
 Scope = Literal["matrix", "row"]
-Limits = tuple[list[int], list[int]]
-"""The fewest and the most zeros of each linear."""
+Limits = tuple[list[int], list[int]]  # the fewest and the most zeros of each linear
 
 SAMPLED = 1 << 15  # from this length on a threshold is first located in a sample: two passes instead of a partition
 STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix

@@ -24,8 +24,8 @@ ROWS = [" = Title = ", "", " Some text , here . ", " More . "]
 
 
 def test_pydoc_parts_share_no_paragraph_and_repeat_none() -> None:
-    calibration = read_source("pydoc", "calibration").joined().split("\n\n")
-    evaluation = read_source("pydoc", "evaluation").joined().split("\n\n")
+    calibration = "\n\n".join(read_source("pydoc", "calibration").documents).split("\n\n")
+    evaluation = "\n\n".join(read_source("pydoc", "evaluation").documents).split("\n\n")
     assert len(set(calibration)) == len(calibration)
     assert not set(calibration) & set(evaluation)
     assert 0.1 < sum(map(len, evaluation)) / (sum(map(len, evaluation)) + sum(map(len, calibration))) < 0.21
@@ -38,7 +38,7 @@ def test_lines_of_a_text_file_are_documents(tmp_path: Path, end: str) -> None:
     path.write_bytes((end.join(ROWS) + end).encode())
     text = read_source(str(path), "evaluation")
     assert list(text.documents) == [*ROWS, ""]
-    assert text.joined() == "\n\n".join([*ROWS, ""])
+    assert text.joiner.join(text.documents) == "\n\n".join([*ROWS, ""])
 
 
 def test_jsonl_and_parquet_give_their_text(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
     path.write_text(" \n = Title = \n \n Text . \n")
     text = read_source(f"wikitext2:{path}", "evaluation")
     assert list(text.documents) == ["", " = Title = \n", "", " Text . \n"]
-    assert text.joined() == "\n\n = Title = \n\n\n\n\n Text . \n"
+    assert text.joiner.join(text.documents) == "\n\n = Title = \n\n\n\n\n Text . \n"
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> N
     assert "README.md" in run("card", pruned, exits=0)[1]
     text = (pruned / "README.md").read_text()
     assert "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored." in text
+    assert "| | dense (`dense`) | pruned |" in text
     assert "| perplexity | 12.5 (12.1–12.9) | 14.37 (13.9–14.9) |" in text
     assert "| KL(dense ‖ pruned), nats a token | 0 | 0.123 (0.1–0.15) |" in text
     assert "| same likeliest token | 100% | 81.0% |" in text

@@ -23,9 +23,6 @@ class Text:
     per_document: bool = False  # calibration windows are drawn inside single long documents
     most_windows: int | None = None  # that the protocol evaluates on
 
-    def joined(self) -> str:
-        return self.joiner.join(self.documents)
-
 
 def text_file(path: str) -> Path:
     """The path of a file that exists; raises DataError for one that does not."""

@@ -42,7 +42,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     assert isinstance(config, PretrainedConfig)
     quantization = getattr(config, "quantization_config", None)
     if quantization and not is_packed({"quantization_config": quantization}):
-        raise ModelError(f"{directory} has quantised weights (quantization_config); prune the unquantised checkpoint")
+        raise ModelError(f"{directory} has quantised weights (quantization_config); give the one it was made from")
     return config
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsellm.arguments import Checkpoint, checked
 from sparsellm.errors import StorageError
-from sparsellm.inputs import HUB_ID, dump_yaml, read_object
+from sparsellm.inputs import HUB_ID, dump_yaml, read_object, without_folders
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.records import Evaluation, Export, Pruning, read_pruning
@@ -122,6 +122,7 @@ def card_text(
         settings=f"{fence}yaml\n{settings.rstrip()}\n{fence}",
         versions=", ".join(_code(f"{tool} {version}") for tool, version in run.versions.items()),
         code=_code,
+        named=without_folders,
     )
     text = f"{card}\n"
     return text + _MARK.format(_digest(text))

@@ -42,12 +42,8 @@ def rotate_block(task: BlockTask, proved: list[Channels], weights: list[Tensor] 
         for channels in rotating:
             rotation = parallel.from_main(partial(best_rotation, channels, grams, patterns))
             channels.rotate(rotation.to(channels.inputs.device))
-            channels.change_costs(task, partial(_rotated, rotation))
-
-
-def _rotated(rotation: Tensor, costs: Tensor) -> Tensor:
-    """``E[g²]`` of rotated outputs, as if the gradients of different outputs were uncorrelated."""
-    return (rotation.square() @ costs[..., None])[..., 0]
+            squares = rotation.square()  # E[g²] rotates as if the gradients of different outputs were uncorrelated
+            channels.change_costs(task, partial(torch.einsum, "hij,chj->chi", squares))
 
 
 def best_rotation(channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, NM]) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsellm import parallel
+from sparsellm import interrupts, parallel
 from sparsellm.allocation import Allocation
 from sparsellm.errors import StorageError
 from sparsellm.progress import NOTE, Progress, ProgressCallback
@@ -91,6 +91,7 @@ class Journal(contextlib.ExitStack):
 
         if self.out is not None:
             parallel.from_main(partial(begin, self.out))
+            interrupts.keeps(f"finished blocks are kept next to {self.out}", instead=False)
 
     def open_sweep(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:
         """Begins to write every block again, while the walk's blocks are kept until the end.

@@ -295,8 +295,7 @@ def read_windows(
 
 
 def _kept(chain: Chain, progress: ProgressCallback, asked: object, write: Callable[[], Tensor]) -> Tensor:
-    """The windows that a model wrote for what is ``asked``, from the cache if they are there, since a large model takes
-    hours to write them; torch, the device and the model's config and weights are asked for, too."""
+    """The windows that a model writes for what is ``asked``, from the cache if they are there: it may take hours."""
     weights = chain.reader.digests(partial(reading, progress)) if chain.reader is not None else {}
     run = (torch.__version__, str(chain.dtype), chain.device.type)
     key = hashlib.sha256(repr((asked, run, chain.config.to_dict(), sorted(weights.items()))).encode()).hexdigest()

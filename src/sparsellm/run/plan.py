@@ -303,5 +303,6 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
 def _already_pruned(model: Models) -> list[str]:
     """A warning if the model was pruned before."""
     zeros = pruned_share(model.chain) if model.start is None else 0.0
-    said = f"the model is already pruned: {zeros:.1%} of the weights of block 1 are zero; pruning it further"
+    where = f"{zeros:.1%} of the weights of its first block are zero"
+    said = f"the model is already pruned: {where}; if the recipe asks for fewer zeros, some get values again"
     return [said] if zeros else []

@@ -259,8 +259,8 @@ def saved_sweep_bytes(chain: Chain, passes: int, zeros: float, *, unrounded: boo
 
 def kept_share(chain: Chain, zeros: float) -> float:
     """The share of the elements of all blocks that are not pruned, with these ``zeros`` in their linears."""
-    pruned = sum(kind.number * zeros * _linear_weights(kind) for kind in chain.kinds)
-    return 1 - pruned / _trained(chain, unrounded=False)
+    weights = sum(kind.number * sum(each.features * each.outputs for each in _linears(kind)) for kind in chain.kinds)
+    return 1 - zeros * weights / _trained(chain, unrounded=False)
 
 
 def stored_share(chain: Chain, zeros: float) -> float:
@@ -274,10 +274,6 @@ def _linears(kind: Kind) -> Iterator[Size]:
     yield from kind.linears
     for linears, number in kind.experts.items():
         yield from number * linears
-
-
-def _linear_weights(kind: Kind) -> int:
-    return sum(linear.features * linear.outputs for linear in _linears(kind))
 
 
 def _trained(chain: Chain, unrounded: bool) -> int:
@@ -477,17 +473,14 @@ def _solver_bytes(chain: Chain, kind: Kind, workspace: Workspace) -> int:
     return max(sizes, default=0)
 
 
-def _all_bytes(chain: Chain) -> int:
-    return chain.dtype.itemsize * (sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements())
-
-
 def _writing_bytes(chain: Chain, extent: Extent) -> int:
     """All weights, and keys and values of the windows that a model writes at once."""
     text, width = chain.config.get_text_config(), _width(chain)
     heads = getattr(text, "num_attention_heads", None) or 1
     size = getattr(text, "head_dim", None) or width // heads
     values = 2 * len(chain) * (getattr(text, "num_key_value_heads", None) or heads) * size
-    return _all_bytes(chain) + chain.dtype.itemsize * values * min(BATCH, extent.samples) * extent.seq_len
+    weights = sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements()
+    return chain.dtype.itemsize * (weights + values * min(BATCH, extent.samples) * extent.seq_len)
 
 
 def _largest_tensor(chain: Chain) -> int:
