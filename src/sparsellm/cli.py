@@ -40,7 +40,8 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
         def call(**values: Any) -> None:
             if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
                 process.announce()
-            from sparsellm import console, parallel, plugins
+            with interrupts.held():  # a signal within torch's import may end the process without a word
+                from sparsellm import console, parallel, plugins
 
             given = {name: value for name, value in values.items() if value is not None and value != []}
             for plugin in given.pop("plugin", ()):

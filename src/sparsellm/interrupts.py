@@ -106,8 +106,7 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def keeps(what: str, *, resumes: bool = True, instead: bool = True) -> None:
-    """Sets the sentence on the files that this command leaves if it is stopped, and whether it resumes from them, also
-    ``instead`` of a sentence that is set."""
+    """Sets what a stopped command says of its files, and whether it resumes; also ``instead`` of what is set."""
     global _kept, _resumes
     if instead or not _kept:
         _kept, _resumes = what, resumes

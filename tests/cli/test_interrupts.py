@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_a_comparison_says_what_is_kept(llama: Path, tmp_path: Path, run: Any) -
     assert code == 130
     assert line.startswith(f"interrupted (SIGINT); finished runs and blocks are kept in {tmp_path / 'grid'}; the same")
     assert "1 of 3 blocks are done" in go_on(line, run)
+
+
+def test_a_signal_within_the_import_of_torch_is_told_without_torch(tmp_path: Path) -> None:
+    """An import that a signal cut in two and that begins again is no longer one, and may end the process."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, "-m", "sparsellm", "prune", "demo", "--out", "p"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[1:] == [
+        f"interrupted (SIGINT); this command keeps nothing: start it again with  {shlex.join(line)}"
+    ]
 
 
 def test_a_command_that_keeps_nothing_says_so(llama: Path, tmp_path: Path) -> None:

@@ -27,23 +27,11 @@ _OPT: dict[str, Any] = {"word_embed_proj_dim": 32, "ffn_dim": 80, "dropout": 0.0
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS, "n_inner": 80}
 _NEOX: dict[str, Any] = {"tie_word_embeddings": False, "rotary_pct": 0.5}
 _GEMMA: dict[str, Any] = {"sliding_window": 16, "query_pre_attn_scalar": 8}
-_VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+_VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION |= {"image_size": 28, "patch_size": 14}
 
-_MAMBA: dict[str, Any] = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 8,
-}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+_MAMBA |= {"mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8}
 _ZAMBA2: dict[str, Any] = {
     "layers_block_type": ["hybrid", "hybrid"],  # which share the weights of their attention
     "num_mem_blocks": 1,
@@ -70,14 +58,8 @@ _GRANITE_HYBRID: dict[str, Any] = {
     "num_local_experts": 0,
     "shared_intermediate_size": 80,
 }
-LLAMA3: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 32}
+LLAMA3 |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 # The name of the family's classes, and what its config has that Llama's has not.
 _TEXT: dict[str, dict[str, Any]] = {
