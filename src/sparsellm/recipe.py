@@ -384,5 +384,5 @@ def _explain(error: ValidationError) -> str:
     if key in MAPPINGS and len(first["loc"]) > 1:
         key = f"{key}.{shown(str(first['loc'][1]))[1:-1]}"
     value = first["input"]
-    percent = key.startswith("sparsity") and isinstance(value, int | float) and 1 < value < 100
+    percent = key.startswith("sparsity") and isinstance(value, int | float) and 5 <= value < 100
     return refusal(error, f"recipe field {key}") + (f"; did you mean {value / 100:g}?" if percent else "")
