@@ -182,7 +182,7 @@ def prune(
     *use.RECIPE,
     use.PLUGIN,
     use.TRUST,
-    option("--card NAME", "A card to predict for, such as h100, by its data sheet.", RESOURCES, shown="this machine"),
+    option("--card NAME", "A card such as h100; only --memory limits its host.", RESOURCES, shown="this machine"),
     option("--ranks N", "Processes of torchrun, with a card each if there are cards.", RESOURCES, default=1),
     use.JSON,
     examples=(
