@@ -49,7 +49,7 @@ def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(method: str, tmp_p
 @pytest.mark.parametrize("part", ["config", "generation_config"])
 def test_what_transformers_does_not_save_is_refused_before_the_work(part: str, tmp_path: Path) -> None:
     model, ids = tiny_llama(), torch.arange(96).view(4, 24)
-    getattr(model, part).temperature = 0.6  # of a model that does not sample
+    getattr(model, part).temperature = 0.6  # where do_sample is not set
     with pytest.raises(ModelError, match=r"transformers does not save the model's .*Config"):
         sparsellm.prune(model, Recipe(method="wanda"), out=tmp_path / "p", calibration=ids)
     assert not [*tmp_path.iterdir()]
