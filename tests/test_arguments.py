@@ -111,6 +111,7 @@ def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
         ([[1, 10**30]], "not windows of ids"),
         ([[-1, 2]], "the vocabulary has"),
         ({"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 0]]}, "has padding (attention_mask is 0"),
+        ({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]}, "not windows of ids"),
         ([{"input_ids": [1, 2], "attention_mask": [0, 1]}], "has padding"),
         (torch.ones(3), "2 or more"),
         (torch.ones(2, 4, dtype=torch.bool), "must be integers"),

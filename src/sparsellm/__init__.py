@@ -60,5 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion in a notebook."""
     return sorted(__all__)

@@ -105,10 +105,10 @@ def _stop(signum: int, _: FrameType | None) -> None:
 # ---------------------------------------------------------------------- what to say
 
 
-def keeps(what: str, *, resumes: bool = True, instead: bool = True) -> None:
-    """Sets what a stopped command says of its files, and whether it resumes; also ``instead`` of what is set."""
+def keeps(what: str, *, resumes: bool = True, block: bool = False) -> None:
+    """Sets what a stopped command says of its files, and whether it resumes; a ``block`` is part of a comparison."""
     global _kept, _resumes
-    if instead or not _kept:
+    if not (block and _kept.startswith("finished runs")):
         _kept, _resumes = what, resumes
 
 

@@ -132,7 +132,7 @@ def resident() -> int:
 
 def free_memory() -> int:
     """Bytes that this process can still allocate: the machine's free memory, or the limit of its control group."""
-    return min([psutil.virtual_memory().available, *_control_group_rooms()])
+    return max(0, min([psutil.virtual_memory().available, *_control_group_rooms()]))
 
 
 def trim() -> None:
@@ -175,7 +175,7 @@ def _control_group_rooms() -> list[int]:
             folder = CONTROL_GROUPS / name / group.relative_to("/")
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 most, used = (int((folder / file).read_text()) for file in (limit, usage))
+                rooms.append(most - used)
                 counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                cached = sum(int(counts.get(f"{total}{part}_file", 0)) for part in ("active", "inactive"))
-                rooms.append(max(0, most - used + cached))
+                rooms[-1] += sum(int(counts.get(f"{total}{part}_file", 0)) for part in ("active", "inactive"))
     return rooms

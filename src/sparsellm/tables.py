@@ -100,10 +100,9 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
         place = shlex.quote(base + end)
         say(f"export it:   sparsellm export {name} --to {grid.form} --out {place}{like}", whole=True)
         return
-    if not recipe.sparsity and recipe.values == "keep":
-        return  # nothing to pack
     packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
-    say(f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}", whole=True)
+    if recipe.sparsity or packed:
+        say(f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}", whole=True)
 
 
 def _kinds(result: PruneResult) -> Table:

@@ -163,6 +163,7 @@ def test_a_text_whose_tokens_do_not_fit_into_the_memory_is_refused(
 ) -> None:
     """A tokenizer holds a text more than a hundred times."""
     source, _ = counting
+    monkeypatch.setattr(windows, "TOKENISING", 1 << 20)
     needed = windows.TOKENISING * len(Path(source).read_text())
     monkeypatch.setattr(machine, "free_memory", lambda: needed - 1)
     with pytest.raises(DataError, match=r"tokenising it takes about .* give a part of it"):

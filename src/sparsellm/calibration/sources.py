@@ -110,8 +110,8 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
         check_sources(value, split)
         return value
     if isinstance(value, Mapping) and "input_ids" in value:  # the return value of a tokenizer
-        _refuse_padding([value], name)
-        value = value["input_ids"]
+        value, given = _ids(value["input_ids"], name), value
+        _refuse_padding([given], name)
     if isinstance(value, Tensor | numpy.ndarray):
         return _ids(value, name)
     if isinstance(value, Mapping | bytes | bytearray) or not hasattr(value, "__len__") or not len(value):

@@ -200,8 +200,8 @@ def _tokens(
     source: str | Text, tokenizer: PreTrainedTokenizerBase, text: str, lead: int | None, least: int = 0
 ) -> Tensor:
     """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
-    needed, free = TOKENISING * len(text), machine.free_memory()
-    if needed > free:
+    needed = TOKENISING * len(text)
+    if needed > 1 << 28 and needed > (free := machine.free_memory()):  # asking takes a millisecond
         raise DataError(
             f"{_called(source)} has {len(text) / 1e6:.0f} million characters; tokenising it takes about "
             f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"

@@ -280,7 +280,7 @@ def read_windows(
             return self_generated_windows(dense, tokenizer, samples, seq_len, seed, lead, fresh, tell)
 
         words = sorted(tokenizer.get_vocab().items())
-        asked = (samples, seq_len, seed, lead, fresh, words, sorted(tokenizer.all_special_ids))
+        asked = (samples, seq_len, seed, lead, fresh, words, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids))
         return write() if chain.reader is None else _kept(chain, progress, asked, write)
 
     source = text if isinstance(text, str) else DOCUMENTS

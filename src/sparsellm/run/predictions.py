@@ -333,8 +333,8 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         steps["experts"] = Held(max(removing), walked)
     if demand.gradient_tokens:
         steps["gradients"] = Held(max(gradients), gradient_bytes(chain, demand.gradient_tokens))
-        linears = sum(kind.number * len([*_linears(kind)]) for kind in chain.kinds)
-        steps["allocating"] = Held(2 * 8 * BINS * linears)  # histograms of saliency, and their running sums
+        held = 16 * BINS * sum(kind.number * len([*_linears(kind)]) for kind in chain.kinds)  # histograms, sums
+        steps["allocating"] = Held(0, host=held) if chain.device.type == "cuda" else Held(held)
     if demand.passes:
         steps |= _sweep_steps(chain, demand)
     return steps
@@ -480,7 +480,7 @@ def _writing_bytes(chain: Chain, extent: Extent) -> int:
     size = getattr(text, "head_dim", None) or width // heads
     values = 2 * len(chain) * (getattr(text, "num_key_value_heads", None) or heads) * size
     weights = sum(kind.number * kind.elements for kind in chain.kinds) + chain.outer_elements()
-    return chain.dtype.itemsize * (weights + values * min(BATCH, extent.samples) * extent.seq_len)
+    return chain.dtype.itemsize * (weights + values * min(BATCH * extent.seq_len, extent.written))
 
 
 def _largest_tensor(chain: Chain) -> int:
