@@ -1,8 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP for the command line: the first stops the run, a second ends it at once, none in a rename.
 
 The first signal raises :class:`Interrupted`; if a library swallows it, :func:`check` raises it again at the next step
-of progress. Within one call of a C library neither signal is seen; SIGQUIT (Ctrl-\\) and SIGKILL end even that, as
-safely: files are complete at any moment. A Python program that calls :func:`sparsellm.prune` keeps its own handlers.
+of progress. Within a call of a C library or the import of torch neither signal is seen; SIGQUIT (Ctrl-\\) and SIGKILL
+end even that, as safely: files are always complete. A program that calls :func:`sparsellm.prune` keeps its handlers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESUMES = "; the same command resumes it:  "
 _received: int | None = None
 _since = 0.0  # when it was received, by time.monotonic()
 _owner = 0  # the process that installed the handlers; a fork of it is another
-_kept = ""  # what a stopped command leaves, as a sentence; empty if that is nothing
+_kept, _whole = "", False  # what a stopped command leaves, as a sentence, or empty; if the whole command says it
 _resumes = True  # whether the same command goes on from it
 
 
@@ -49,8 +49,8 @@ def check() -> None:
 def installed() -> Iterator[None]:
     """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside
     the main thread, where Python cannot install handlers."""
-    global _received, _kept, _owner, _resumes
-    _received, _kept, _owner, _resumes = None, "", os.getpid(), True
+    global _received, _kept, _owner, _resumes, _whole
+    _received, _kept, _owner, _resumes, _whole = None, "", os.getpid(), True, False
     with handled_by(_stop):
         yield
         check()
@@ -105,11 +105,11 @@ def _stop(signum: int, _: FrameType | None) -> None:
 # ---------------------------------------------------------------------- what to say
 
 
-def keeps(what: str, *, resumes: bool = True, block: bool = False) -> None:
-    """Sets what a stopped command says of its files, and whether it resumes; a ``block`` is part of a comparison."""
-    global _kept, _resumes
-    if not (block and _kept.startswith("finished runs")):
-        _kept, _resumes = what, resumes
+def keeps(what: str, *, resumes: bool = True, part: bool = False) -> None:
+    """Sets what a stopped command says of its files, and whether it resumes; a ``part`` replaces no whole."""
+    global _kept, _resumes, _whole
+    if not (part and _whole):
+        _kept, _resumes, _whole = what, resumes, not part
 
 
 def last_words(signum: int) -> str:

@@ -69,7 +69,7 @@ class Journal(contextlib.ExitStack):
         self._partial = partial_of(out) if out is not None else Path()
         self._state = self._partial / STATE
         if out is not None and self._state.is_dir():
-            interrupts.keeps(f"finished blocks are kept next to {self.out}", block=True)
+            interrupts.keeps(f"finished blocks are kept next to {self.out}", part=True)
         self._shards = [self._partial / BLOCKS / name for name in shard_names(blocks + 1)]
         self._walked: CheckpointWriter | None = None  # writes the walk's blocks; in the first process only
         self.writer: CheckpointWriter | None = None  # writes the result, that of the walk or of the sweep; there only
@@ -93,7 +93,7 @@ class Journal(contextlib.ExitStack):
 
         if self.out is not None:
             parallel.from_main(partial(begin, self.out))
-            interrupts.keeps(f"finished blocks are kept next to {self.out}", block=True)
+            interrupts.keeps(f"finished blocks are kept next to {self.out}", part=True)
 
     def open_sweep(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:
         """Begins to write every block again, while the walk's blocks are kept until the end.

@@ -223,7 +223,7 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     if recipe.grid != "own" and recipe.sparsity:
         saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
         warnings.append(f"{saves}; sparsity 0 loses less")
-    stored = max((each.storage_dtype for each in chain.linears(0)), key=lambda dtype: -torch.finfo(dtype).eps)
+    stored = min((each.storage_dtype for each in chain.linears(0)), key=lambda dtype: torch.finfo(dtype).eps)
     if torch.finfo(chain.dtype).eps > torch.finfo(stored).eps:
         stays = f"kept weights are rounded to {chain.dtype}, and stored in {stored}"
         warnings.append(f"{stays.replace('torch.', '')}; leave dtype out to keep their bits")
