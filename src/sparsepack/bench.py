@@ -346,7 +346,7 @@ def one_run(
     knows the model; all else by transformers' ``generate``."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
+    ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator, device="cpu").to(model.device)
     if compiled and batch == 1 and decodes(model):
         decoder = Decoder(model, prompt_tokens + new_tokens)
         start = clock()

@@ -119,6 +119,9 @@ def quantization_config(entries: Mapping[str, PackedEntry]) -> dict[str, object]
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "linears": linears}
 
 
+RESAVED = "; after save_pretrained into this directory, remove packed.json"
+
+
 class PackedTensors:
     """The packed linears of a checkpoint.
 
@@ -129,6 +132,7 @@ class PackedTensors:
 
     Attributes:
         entries: the descriptions in ``config.json``, by the names of the modules.
+        nbytes: the bytes of the tensors of each packed linear.
         hidden: the names of tensors that are parts of packed linears.
 
     Raises:
@@ -163,6 +167,9 @@ class PackedTensors:
                 )
             _check_sizes(name, entry, {field: described[key] for field, key in parts.items()})
             self._parts[name] = parts
+        self.nbytes = {
+            name: sum(described[key].nbytes for key in parts.values()) for name, parts in self._parts.items()
+        }
         self.hidden = {key for parts in self._parts.values() for key in parts.values()}
         for key in described:
             name, _, field = key.rpartition(".weight_")
@@ -286,13 +293,13 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
     if expected is not None and (digest := config_digest(quantization_config)) != expected:
         raise FormatError(
             f"quantization_config in {directory / 'config.json'} has SHA-256 {digest[:16]}…, not {expected[:16]}…: it "
-            "has changed since the model was packed; copy config.json again, or pack the model again"
+            f"has changed since the model was packed; copy config.json again, or pack the model again{RESAVED}"
         )
     for name, digest in _hashes([directory / name for name in listed.sha256]).items():
         if digest != listed.sha256[name]:
             raise FormatError(
                 f"{directory / name} has SHA-256 {digest[:16]}…, not {listed.sha256[name][:16]}…: the file has changed "
-                "since it was packed; copy it again, or pack the model again"
+                f"since it was packed; copy it again, or pack the model again{RESAVED}"
             )
     return True
 

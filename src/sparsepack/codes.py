@@ -28,8 +28,7 @@ STORED_AS = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
 SCALES_OF = {"int8": torch.float32, "int4": torch.bfloat16}
 _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
-GROUP = 32  # columns in the smallest group of int4 that shares a scale; a larger one is this times a power of two
-LARGEST_GROUP = 1024
+GROUPS = (32, 64, 128, 256, 512, 1024)  # columns that may share a scale of int4
 CODES = 16  # those of int4; int3 has the eight in the middle
 EXPONENTS = range(-8, 8)  # a column has one; it is a hexadecimal digit in the records of a run
 
@@ -140,16 +139,12 @@ def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
 
 def group_of(columns: int, groups: int) -> int | None:
     """The columns that share a scale (32, 64, … 1024) where a row has this number of scales; None if none fits."""
-    sizes = (GROUP << step for step in range((LARGEST_GROUP // GROUP).bit_length()))
-    return next((size for size in sizes if groups_of(columns, size) == groups), None)
+    return next((size for size in GROUPS if groups_of(columns, size) == groups), None)
 
 
 def best_group(share: float) -> int:
     """The columns that share a scale where this share of the weights is kept, so that about 32 of them are kept."""
-    group = GROUP
-    while group < LARGEST_GROUP and group * share < GROUP / math.sqrt(2):
-        group *= 2
-    return group
+    return next((size for size in GROUPS if size * share >= GROUPS[0] / math.sqrt(2)), GROUPS[-1])
 
 
 def groups_of(columns: int, group: int) -> int:
@@ -318,13 +313,13 @@ def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, f
 
 def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
     extreme = grouped.gather(1, anchors(grouped))  # (groups, 1)
-    best = torch.full_like(extreme, math.inf)
+    best = torch.full_like(extreme, math.nan)  # an error that overflows is better than none
     whole, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
     for fraction in _SCALE_FRACTIONS:
         scale = (extreme / levels.lowest * fraction).bfloat16().float()  # rounded as it will be read
         tried = whole_numbers(grouped, scale, levels, zero=True)
         error = (tried * scale - grouped).square().sum(dim=1, keepdim=True)
-        better = error < best
+        better = ~(error >= best)
         best = torch.where(better, error, best)
         scales = torch.where(better, scale, scales)
         whole = torch.where(better, tried, whole)

@@ -38,7 +38,7 @@ def decodes(model: Any) -> bool:
     if family not in FAMILIES or not type(model).__module__.startswith("transformers.models."):
         return False
     modules, config = list(model.modules()), model.config
-    if kernel_name() == "torch" or not all(map(_readable, modules)):
+    if kernel_name() == "torch" or torch.get_default_device().type != "cpu" or not all(map(_readable, modules)):
         return False
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
@@ -84,7 +84,7 @@ class Decoder:
         self._kept: list[Tensor] = []  # tensors whose addresses are in the plan
         size = _head_size(config)
         heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
-        inner = config.intermediate_size
+        inner = max(layer.mlp.gate_proj.out_features for layer in inside.layers)
         positions = torch.arange(capacity).unsqueeze(0)
         angles = inside.rotary_emb(torch.zeros(1, 1, hidden, dtype=torch.float32), positions)
         self._cache = torch.zeros(len(inside.layers), 2, kv_heads, capacity, size)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsepack.codes import (
     FLOAT_TYPES,
     GROUPED,
+    GROUPS,
     Encoded,
     best_group,
     bytes_of_values,
@@ -132,7 +133,7 @@ def pack(
         group: the columns that share a scale of int4 or int3, 32, 64, … 1024; None for as many as keep about 32.
 
     Raises:
-        SettingError: the value type or the layout is unknown, or the weight satisfies no N:M pattern.
+        SettingError: the value type, the layout or the group is unknown, or the weight satisfies no N:M pattern.
         FormatError: the weight is not a floating matrix; ``keep`` is given for a type that has no packed form; or a
             value overflows the value type, or is not finite and the value type is an integer.
     """
@@ -143,6 +144,8 @@ def pack(
         )
     if layout not in ("auto", *LAYOUTS):
         raise SettingError(f"unknown layout {layout!r:.100}; choose one of auto, {', '.join(LAYOUTS)}")
+    if group is not None and group not in GROUPS:
+        raise SettingError(f"group is {group}; give one of {', '.join(map(str, GROUPS))}")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
     kept = weight != 0

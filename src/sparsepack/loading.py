@@ -36,7 +36,7 @@ def load(
 
     Args:
         directory: a checkpoint, packed or dense.
-        device: the device of the model: ``auto``, ``cpu``, ``cuda``, ...
+        device: the device of the model: ``auto``, ``cpu``, ``cuda``, ...; a ``device_map`` in ``kwargs`` replaces it.
         dtype: that of activations and of the weights that are not packed: ``auto`` for the one in ``config.json``.
         activations: ``int8`` where the kernels may round activations to whole numbers (decoding, weights of int8 and
             int4), ``fp32`` for exact ones; None for ``SPARSELLM_ACTIVATIONS`` in the environment, else int8.
@@ -73,8 +73,9 @@ def load(
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.rounded = rounded
-    torch.nn.Module.to(model.eval(), place)
-    gather(model, dense=decodes(model))
+    if chosen.get("device_map") is None:
+        torch.nn.Module.to(model, place)
+    gather(model.eval(), dense=decodes(model))
     return model
 
 

@@ -75,7 +75,7 @@ def gather(model: nn.Module, *, dense: bool = False) -> None:
     sizes = [-(-users[0].nbytes // 64) * 64 for users in places.values()]
     if sum(sizes) < LARGE_PAGES:
         return
-    block = torch.empty(sum(sizes), dtype=torch.uint8)
+    block = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     _ask_for_large_pages(block)
     for users, piece in zip(places.values(), block.split(sizes), strict=True):
         tensor = users[0].detach()
@@ -188,8 +188,7 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
-        """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask. Tensors of
-        the same shape that the layer holds are overwritten, so a tied head, which has the same ones, follows.
+        """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.
 
         Raises:
             FormatError: it is inconsistent, or has another shape than this layer.
@@ -197,9 +196,7 @@ class PackedLinear(nn.Module):
         self._check(packed, name)
         packed = as_bitmask(packed).to(self.weight.device)
         for name, field in zip(PACKED_BUFFERS, FIELDS, strict=True):
-            new, held = getattr(packed, field), self._buffers[name]
-            kinds = {(each.shape, each.dtype, each.device) for each in (new, held) if each is not None}
-            setattr(self, name, held.copy_(new) if held is not None and new is not None and len(kinds) == 1 else new)
+            setattr(self, name, getattr(packed, field))
 
     def _check(self, packed: PackedWeight, name: str) -> None:
         if packed.shape != (self.out_features, self.in_features):
@@ -267,7 +264,8 @@ class PackedLinear(nn.Module):
         parts, name = [state_dict.get(prefix + name) for name in PACKED_BUFFERS], prefix.rstrip(".")
         if not any(part is None for part in parts[:3]):
             try:
-                self.set_packed(_assemble(parts, self.in_features, name), name)
+                own = [None if part is None else part.clone() for part in parts]
+                self.set_packed(_assemble(own, self.in_features, name), name)
             except FormatError as error:
                 rest[-1].append(str(error))
                 return

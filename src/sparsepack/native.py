@@ -68,7 +68,7 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
             f"activations of shape {tuple(x.shape)}; the kernels take (1 to {MAX_TOKENS}, {packed.shape[1]})"
         )
     kind, x = _kind(x, "activations"), x.contiguous()
-    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
+    y = x.new_empty(len(x), packed.shape[0])
     arguments = (x.shape[0], kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
     library.multiply(index, *addresses(packed), *arguments, int(rounded and packed.value_type in SCALES_OF))
     return y

@@ -49,6 +49,7 @@ class PackedQuantizer(HfQuantizer):
         self._entries = packed_entries(quantization_config.to_dict())
         self._tensors: PackedTensors | None = None
         self._modules: dict[str, str] = {}  # the linear in the model, by its name in the checkpoint
+        self._sizes: dict[str, int] = {}  # bytes of packed weights, by the names of their placeholders
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before transformers looks for weight files: takes out of the config what it tells other programs."""
@@ -57,6 +58,10 @@ class PackedQuantizer(HfQuantizer):
         return config
 
     update_tp_plan = update_attn_implementation  # what transformers 5.15 calls there
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """Bytes of one number of a parameter, of a placeholder those of the weight: it divides a model among GPUs."""
+        return self._sizes.get(param_name) or float(super().param_element_size(model, param_name, param))
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -68,6 +73,7 @@ class PackedQuantizer(HfQuantizer):
         if self._tensors.entries != self._entries:
             raise FormatError(f"the given config describes other packed weights than {files[0].parent / 'config.json'}")
         self._modules = _module_names(model, list(self._entries))
+        self._sizes = {f"{self._modules[name]}.weight": size for name, size in self._tensors.nbytes.items()}
         for name, entry in self._entries.items():
             linear = _find(model, self._modules[name])
             transposed = isinstance(linear, Conv1D)
@@ -82,6 +88,7 @@ class PackedQuantizer(HfQuantizer):
             packed = PackedEmbedding(linear) if embeds else PackedLinear(columns, out, linear.bias is not None, **kind)
             packed.transposed = transposed
             model.set_submodule(self._modules[name], packed.requires_grad_(False))
+        _share_embedding(model)
         # transformers must ignore the tensors that are loaded below.
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), _PACKED_KEY}
         return model
@@ -100,7 +107,6 @@ class PackedQuantizer(HfQuantizer):
             value_type = "int4" if entry.value_type == "int3" else entry.value_type
             held = {"layout": layout, "value_type": value_type, "pattern": None}
             linears[name] = entry.model_copy(update=held).to_dict()
-        _share_embedding(model)
         model.num_parameters = partial(_num_parameters, model)  # pickle would look a method up by its name
         self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION
@@ -154,7 +160,7 @@ def _share_embedding(model: Any) -> None:
             return
         packed = PackedLinear(embedding.embedding_dim, embedding.num_embeddings, head.bias is not None)
         packed.weight, packed.bias = embedding.weight, head.bias
-        packed.set_packed(embedding.packed)
+        packed._buffers = embedding._buffers  # one dict for both, so that a move or a load changes both
         packed._non_persistent_buffers_set.update(PACKED_BUFFERS)  # saved once, as the embedding's
         model.set_output_embeddings(packed)
 
@@ -168,5 +174,6 @@ def _find(model: nn.Module, name: str) -> Any:
     if isinstance(module, (nn.Linear, Conv1D, PackedLinear)) or row_scale(module) is not None:
         return module
     raise FormatError(
-        f"packed weight {name} is not a linear of {type(model).__name__}; config.json is not this model's"
+        f"packed weight {name} is not a linear of {type(model).__name__}; load a causal language model, or copy "
+        "config.json again"
     )

@@ -83,9 +83,7 @@ def _counts(packed: PackedWeight) -> Tensor:
     """The number of kept columns of each row, int64 ``(out,)``."""
     out, columns = packed.shape
     if packed.pattern is not None:
-        n, m = packed.pattern
-        decode_groups(packed.mask, packed.pattern, columns)
-        return torch.full((out,), columns // m * n, dtype=torch.int64)
+        return decode_groups(packed.mask, packed.pattern, columns).count_nonzero(dim=1)
     padding = from_bits(packed.mask[:, -8:], 64)[:, columns - 64 * (packed.mask.shape[1] // 8) :]
     _require(columns % 64 == 0 or not bool(padding.any()), "a padding bit is set")
     counts = set_bits(packed.mask)

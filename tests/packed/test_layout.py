@@ -221,6 +221,13 @@ def test_weights_without_a_packed_form_are_refused(weight: Tensor, values: str, 
         pack(weight, values, layout)
 
 
+def test_a_group_that_no_file_has_is_refused_and_large_values_are_packed() -> None:
+    with pytest.raises(SettingError, match="group is 48; give one of 32, 64"):
+        pack(torch.randn(4, 96), "int4", "bitmask", group=48)
+    large = 1e20 * torch.rand(1, 64)  # whose squares overflow
+    assert (unpack(packed_of(large, "int4")) - large).abs().max() < 1e20 / 7
+
+
 def at(index: Any, change: Callable[[int], int]) -> Callable[[Tensor], Tensor]:
     def changed(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()

@@ -114,6 +114,17 @@ def test_a_dense_model_is_decoded_from_its_own_weights(family: str, dtype: str, 
 
 
 @kernels
+def test_a_block_may_be_wider_than_the_config_says() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    mlp, wide = model.model.layers[1].mlp, torch.nn.Linear(48, 4000, bias=False)
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = wide, wide, torch.nn.Linear(4000, 48, bias=False)
+    ids, decoder = torch.tensor([[5, 6]]), Decoder(model, 2)
+    decoder.read(ids[:, :1])
+    with torch.no_grad():
+        assert torch.allclose(decoder.step(6, 1), model(ids).logits[0, 1], atol=1e-4)
+
+
+@kernels
 def test_sampled_text_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = sparsellm.load(packed_model(tmp_path)), tiny_tokenizer()
     model.generation_config.update(top_p=0.9, min_p=0.01, repetition_penalty=1.2)
@@ -133,6 +144,8 @@ def test_what_is_not_known_is_left_to_transformers(tmp_path: Path) -> None:
     directory = packed_model(tmp_path)
     assert not decodes(tiny_gpt2())
     model = sparsellm.load(directory)
+    with torch.device("meta"):  # a default device other than the CPU
+        assert not decodes(model)
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert not decodes(model)
     handle.remove()

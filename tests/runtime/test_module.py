@@ -106,6 +106,7 @@ def test_state_goes_into_a_layer_that_holds_another_weight(values: str, exponent
     result = other.load_state_dict(module.state_dict())
     assert not result.missing_keys
     assert not result.unexpected_keys
+    assert other.weight_values.data_ptr() != module.weight_values.data_ptr()  # type: ignore[union-attr]
     x = torch.randn(3, 130)
     assert torch.equal(other(x), module(x))
     fresh = PackedLinear(130, 48)

@@ -179,6 +179,16 @@ def test_subnormal_and_large_halves(kernel: str) -> None:
         assert torch.equal(native.multiply(packed, x, kernel=kernel).double(), x.double() @ dense.T)
 
 
+@every_kernel
+def test_halves_that_are_not_finite(kernel: str) -> None:
+    packed, _ = random_weight(4, 6, "fp16", 0.0, seed=0, special_rows=False)
+    values = torch.ones(4, 6).half()
+    values[0, 1], values[1, 2], values[2, 3] = float("inf"), float("nan"), float("-inf")
+    with torch.device("meta"):  # a default device other than the CPU
+        y = native.multiply(dataclasses.replace(packed, values=values.view(-1)), values.new_ones(1, 6), kernel=kernel)
+    assert torch.equal(y[0].nan_to_num(7.0), values.sum(dim=1).nan_to_num(7.0))
+
+
 def test_flushing_subnormals_in_torch_changes_nothing() -> None:
     packed, _ = random_weight(2, 100, "fp16", 0.5, seed=5)
     packed = dataclasses.replace(packed, values=packed.values * 2.0**-16)

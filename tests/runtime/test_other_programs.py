@@ -123,8 +123,12 @@ def test_the_number_of_parameters_is_the_dense_models(tied: bool, head: str, tmp
         prune_tiny(tiny_llama(1, tie_word_embeddings=tied, attention_bias=True)), None, tmp_path / "other"
     )
     loaded = sparsellm.load(sparsellm.pack(other, out=tmp_path / "packed-other", head=head).path)  # type: ignore[arg-type]
+    loaded._apply(lambda tensor: tensor.clone())  # as a move to another device
     loaded.load_state_dict(packed.state_dict())
     assert loaded(**packed.dummy_inputs).logits.equal(packed(**packed.dummy_inputs).logits)
+    name = "model.layers.0.mlp.up_proj"  # by these sizes, device_map divides a model among GPUs
+    size = packed.hf_quantizer.param_element_size(packed, f"{name}.weight", None)
+    assert size == packed.get_submodule(name).packed.nbytes
     packed.dequantize()
     assert packed.num_parameters() == dense.num_parameters()
 

@@ -39,8 +39,13 @@ struct Fp16 {
   static void all(const uint8_t* values, Vector* out) { widen(_mm512_loadu_si512(values), out); }
   static void widen(__m512i pairs, Vector* out) {
     const __m512i keep = _mm512_set1_epi32(static_cast<int>(0x8fffe000u));
-    out[0] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 3), keep));
-    out[1] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(pairs, 3), keep));
+    out[0] = finished(_mm512_and_si512(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 3), keep));
+    out[1] = finished(_mm512_and_si512(_mm512_srai_epi32(pairs, 3), keep));
+  }
+  static Vector finished(__m512i moved) {  // the highest exponent stands for infinity and NaN in fp32 too
+    const __m512i top = _mm512_set1_epi32(0x0f800000);
+    const __mmask16 special = _mm512_cmpeq_epi32_mask(_mm512_and_si512(moved, top), top);
+    return _mm512_castsi512_ps(_mm512_mask_or_epi32(moved, special, moved, _mm512_set1_epi32(0x7f800000)));
   }
 };
 

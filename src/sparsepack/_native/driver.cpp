@@ -147,7 +147,7 @@ void for_each_piece(const Pieces& pieces, const Use& use) {
   } shared{pieces, use};
   run_parallel(
       pieces.threads,
-      [](void* data) {
+      [](void* data) noexcept {  // without memory the process ends: nothing could catch an exception of a worker
         [[maybe_unused]] const ExactSubnormals exact;
         Shared& mine = *static_cast<Shared*>(data);
         for (size_t i; (i = mine.next.fetch_add(1)) < mine.pieces.size();)

@@ -32,7 +32,7 @@ void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first,
 
 // One token of a decoder of the Llama kind at batch 1, in fp32: embedding, blocks of normalised attention with rotary
 // angles and a gated feed-forward unit, norm, head. `plan` is an array of numbers and addresses, written by
-// runtime/decode.py in the order in which decode.cpp reads it.
+// sparsepack/decode.py in the order in which decode.cpp reads it.
 void decode(const InstructionSet& set, const int64_t* plan, int64_t token, int64_t position, int threads);
 
 }  // namespace sparsellm
