@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -78,6 +79,31 @@ def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) 
     before = (first / "config.json").stat().st_mtime_ns
     assert gguf_checkpoint(path.rename(tmp_path / "moved.gguf")) == first
     assert (first / "config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, np.float32)),
+        lambda writer: writer.add_rope_scaling_factor(4.0),
+        lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
+    ],
+)
+def test_what_transformers_would_drop_is_refused(more: Any, tmp_path: Path) -> None:
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32, more=more)
+    with pytest.raises(
+        ModelError, match=r"tiny\.gguf has (rope_freqs|llama\.rope|blk\.0\.attn_q\.bias).* Hugging Face"
+    ):
+        gguf_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_digits_are_split_and_turns_end_as_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32, split="smollm", last="<end_of_turn>")
+    directory = gguf_checkpoint(path)
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [1, 299]
+    split = AutoTokenizer.from_pretrained(directory).backend_tokenizer.pre_tokenizer
+    assert [part for part, _ in split.pre_tokenize_str("in  2024")] == ["in", "ĠĠ", "2", "0", "2", "4"]
 
 
 def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:

@@ -67,7 +67,12 @@ def test_what_is_dense_stays_so_and_is_named(tmp_path: Path) -> None:
     out = exported(directory)
     config = config_of(out)
     gates = {f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp.gate", "block_sparse_moe.gate")}
-    assert set(config["ignore"]) == {"lm_head", *gates, *(f"model.layers.{i}.self_attn.v_proj" for i in (0, 1))}
+    assert set(config["ignore"]) == {
+        "lm_head",
+        "model.embed_tokens",
+        *gates,
+        *(f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)),
+    }
     assert not {"sparsity_config", "compression_config"} & set(config)  # with which vLLM refuses a model
     assert config["format"] == "pack-quantized"
     reader = CheckpointReader(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,18 +13,10 @@ from transformers import PreTrainedModel
 from tests.models import tiny_tokenizer
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+NAMES = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"}
+NAMES |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+NAMES |= {"self_attn.o_proj": "attn_output", "mlp.gate": "ffn_gate_inp"}
+NAMES |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -52,8 +45,11 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return weights
 
 
-def write_gguf(model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType, arch: str = "llama") -> None:
-    """Write a Llama or a Mixtral; matrices in ``kind``, norms and biases in F32."""
+def write_gguf(
+    model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType, arch: str = "llama", **other: Any
+) -> None:
+    """Write a Llama or a Mixtral; matrices in ``kind``, norms and biases in F32. ``other`` has the way in which text is
+    split, the last token, and what is called with the writer."""
     config, tokenizer = model.config, tiny_tokenizer()
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_name("Tiny")
@@ -71,13 +67,17 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationTy
         writer.add_expert_used_count(config.num_experts_per_tok)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    writer.add_tokenizer_pre(other.get("split", "default"))
+    tokens, merges = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get), vocabulary["merges"]
+    if "last" in other:  # the last merge made the last token
+        tokens[-1], merges = other["last"], merges[:-1]
+    writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokenizer) - 2))
-    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(CHAT)
+    other.get("more", lambda writer: None)(writer)
     for name, weight in in_gguf(model).items():
         matrix = weight.ndim > 1
         writer.add_tensor(name, gguf.quantize(weight, kind) if matrix else weight, raw_dtype=kind if matrix else None)

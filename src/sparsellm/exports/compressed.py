@@ -85,7 +85,9 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
     linears = [name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")]
     dense = [name for name in linears if name not in exported]
     dense += [gate.removesuffix(".weight") for gate in chain.gates]  # routers, which vLLM has as linears
-    keys = [key.removesuffix(".weight") for name in dense if (key := chain.key_of.get(f"{name}.weight"))]
+    # What is stored but not in this model, such as a tower for pictures, is dense, too.
+    stored = [key for key in model.reader if key.endswith(".weight") and key not in model.linears]
+    keys = [key.removesuffix(".weight") for key in stored if len(model.reader.shape(key)) == 2]
     config = QuantizationConfig(
         config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
         format="pack-quantized" if inputs is None else "int-quantized",

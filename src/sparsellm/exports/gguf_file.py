@@ -145,7 +145,8 @@ class _File:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
             return self.block
-        return self.head if self.head is not None and tensor.name in _HEAD else tensor.tensor_type
+        head = self.head if tensor.name in _HEAD and tensor.name in self.keys else None
+        return tensor.tensor_type if head is None else head
 
     def bytes_of(self, tensor: gguf.ReaderTensor) -> int:
         """The size in which a tensor of the template is written."""
@@ -158,13 +159,17 @@ class _File:
         """The contents of a tensor of the template as they are written."""
         if tensor.name not in self.keys:
             return tensor.data
-        keys, kind, change = self.keys[tensor.name], self.type_of(tensor), self._change(tensor)
+        keys, kind = self.keys[tensor.name], self.type_of(tensor)
         if self._is_linear(tensor):
+            change = self._change(tensor)
             codes, scales = (torch.cat(parts) for parts in zip(*map(self.model.codes, keys), strict=True))
             return to_blocks(codes[change.order], scales[change.order], self.model.grid.bits)
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
         if not same and not tensor.name.startswith("blk."):  # a run changes blocks alone
             raise self._not_pruned_from(f"has another {keys[0]}")
+        if same and kind == tensor.tensor_type and tensor.name.startswith("blk."):
+            return tensor.data  # the converter may have changed it in a way that is not known here
+        change = self._change(tensor)
         if same and kind == tensor.tensor_type:
             return tensor.data
         if kind.name not in EXACT and tensor.name not in _HEAD:
@@ -201,7 +206,8 @@ class _File:
         """The tensors of a checkpoint that one of the template has, as rows ``(rows, columns)``."""
         keys = self.keys[tensor.name]
         parts = [reader.get(key).t() if key in self.model.transposed else reader.get(key) for key in keys]
-        flat = torch.cat([part.reshape(-1) for part in parts])
+        # The converter cuts rows for which the tokenizer has no token.
+        flat = torch.cat([part.reshape(-1) for part in parts])[: tensor.n_elements]
         return flat.view(rows_of(tensor), -1) if len(flat) == tensor.n_elements else flat.view(-1, 1)
 
     def _other(self, what: str) -> ModelError:
@@ -210,7 +216,8 @@ class _File:
 
     def _not_pruned_from(self, what: str) -> ModelError:
         there = f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
-        return ModelError(f"{there}, which {what}; name the dense model with --model")
+        advice = "name the dense model with --model; of a form packed with --head int8, export what was packed"
+        return ModelError(f"{there}, which {what}; {advice}")
 
 
 def _value(field: gguf.ReaderField) -> GGUFValue:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from sparsellm.errors import ModelError, one_line
 from sparsellm.sources.cache import cache_dir, cached
 from sparsellm.sources.gguf_header import check_header
 from sparsellm.storage.files import sha256
 
-FORMAT = 1  # part of the cache key: raise it when the output of this file changes
+FORMAT = 2  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
+_TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
 
 
 def gguf_checkpoint(path: Path) -> Path:
@@ -28,8 +32,8 @@ def gguf_checkpoint(path: Path) -> Path:
     It holds safetensors shards, a config without quantisation, the tokenizer with its chat template, and the generation
     config. transformers reads the file and maps its tensors; no code from a checkpoint runs. A block-quantised weight
     is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, in which it is stored. The cache key is
-    the SHA-256 of the contents, so the file may be moved. A ModelError says that transformers cannot convert the file,
-    or that the cache cannot be written."""
+    the SHA-256 of the contents, so the file may be moved, and the version of transformers. A ModelError says that
+    transformers cannot convert the file, or would lose a part of it, or that the cache cannot be written."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
@@ -37,12 +41,13 @@ def gguf_checkpoint(path: Path) -> Path:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     if magic != _MAGIC:
         raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, not {_MAGIC!r}")
-    return cached(cache_dir() / "gguf" / f"{sha256(path)}-float32-v{FORMAT}", partial(_convert, path))
+    made_by = f"v{FORMAT}-{metadata.version('transformers')}"
+    return cached(cache_dir() / "gguf" / f"{sha256(path)}-float32-{made_by}", partial(_convert, path))
 
 
 def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
-    check_header(path)
+    unread, split = check_header(path)
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -78,7 +83,14 @@ def _convert(path: Path, folder: Path) -> Path:
             plain = AutoModelForCausalLM.from_config(model.config)
         plain.load_state_dict(model.to(torch.float32).state_dict(), assign=True)
         plain.tie_weights()
+        _refuse_lost(path, unread, plain)
+        if split == "smollm":  # which transformers does not know
+            tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
         plain.generation_config = model.generation_config
+        ends = [name for name in _TURN_ENDS if name in tokenizer.get_vocab()]
+        known = plain.config.eos_token_id  # transformers reads one, a model that chats ends turns with another
+        if isinstance(known, int) and ends:
+            plain.generation_config.eos_token_id = sorted({known, *tokenizer.convert_tokens_to_ids(ends)})
         plain.config.dtype = model.dtype
         plain.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -87,6 +99,17 @@ def _convert(path: Path, folder: Path) -> Path:
     # Tools with transformers 4 refuse the class name that version 5 writes.
     settings.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return directory
+
+
+def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
+    """Raises ModelError if the model lacks one of these scalings or biases: it would be another one."""
+    scaled = re.search(
+        r"'rope_type': '(?!default)", str(getattr(model.config.get_text_config(), "rope_parameters", ""))
+    )
+    biased = any(re.search(r"att.*\.bias$", name) for name, _ in model.named_parameters())
+    for name in unread:
+        if not (biased if name.endswith(".bias") else scaled):
+            raise ModelError(f"{path} has {name}, which transformers does not read; give the Hugging Face checkpoint")
 
 
 @contextlib.contextmanager

@@ -18,16 +18,21 @@ _STRING, _ARRAY = 8, 9
 _MOST_ITEMS = 1 << 22  # strings of an array: a dozen times the tokens or merges of the largest vocabulary
 _MOST_PAIRS = 1 << 16  # keys with values
 _LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes that describe a tensor: name, dimensions, type, place
+_UNREAD = re.compile(r"rope_f.*|blk\.\d+\.attn_\w+\.bias|.*\.rope\.scaling\.factor")  # not read for all models
+_SPLIT = "tokenizer.ggml.pre"
 _SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert_count|attention\.head_count(_kv)?)")
 
 
-def check_header(path: Path) -> None:
-    """Raises ModelError if the header of a GGUF file states more than the file holds, or sizes of a model that its
-    tensors do not have, such as a ``block_count`` beyond the number of tensors; or if it is one of several files."""
+def check_header(path: Path) -> tuple[list[str], str]:
+    """The names of scalings of positions and of biases of attention, which transformers may not read; and the way in
+    which text is split before it becomes tokens, "" if the file says none.
+
+    Raises ModelError if the header states more than the file holds, or sizes of a model that its tensors do not have,
+    such as a ``block_count`` beyond the number of tensors; or if the file is one of several."""
     size = os.stat(path).st_size
     try:
         with path.open("rb") as file:
-            sizes, tensors, largest = _sizes(file, size)
+            sizes, tensors, largest, unread, split = _read_all(file, size)
     except (ValueError, struct.error) as error:
         raise ModelError(f"{path} cannot be converted: {error}; it is damaged or cut short: fetch it again") from None
     if sizes.get("split.count", 1) > 1:
@@ -40,32 +45,38 @@ def check_header(path: Path) -> None:
                 f"{path} cannot be converted: it says {key} {value}, and has {tensors} tensors of at most {largest} "
                 f"rows or columns (blocks: at most {DEEPEST}); fetch it again"
             )
+    return unread, split
 
 
-def _sizes(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int]:
-    """The integers among the values by key, the number of tensors, and their largest dimension."""
+def _read_all(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int, list[str], str]:
+    """The integers among the values by key, the number of tensors, their largest dimension, and what
+    :func:`check_header` returns."""
     file.seek(4)  # after the magic
     version, tensors, pairs = _read(file, "<IQQ")
     if version not in (2, 3):
         raise ValueError(f"it has version {version} of the format, and 2 and 3 are read")
     if pairs > _MOST_PAIRS or tensors > size // _LEAST_TENSOR:
         raise ValueError(f"it states {tensors} tensors and {pairs} values in {size} bytes")
-    sizes: dict[str, int] = {}
+    sizes, names, split = dict[str, int](), list[str](), ""
     for _ in range(pairs):
         key = _text(file, size)
         (kind,) = _read(file, "<I")
+        if (key, kind) == (_SPLIT, _STRING):
+            split = _text(file, size)
+            continue
         raw = _value(file, kind, size)
+        names.append(key)
         if kind in _INTEGERS:
             sizes[key] = max(int.from_bytes(raw, "little"), sizes.get(key, 0))  # the larger where a key is repeated
     largest = 0
     for _ in range(tensors):
-        _text(file, size)
+        names.append(_text(file, size))
         (count,) = _read(file, "<I")
         if count > 8:
             raise ValueError(f"a tensor has {count} dimensions")
         largest = max(largest, *_read(file, f"<{count}Q"), 0)
         _read(file, "<IQ")
-    return sizes, tensors, largest
+    return sizes, tensors, largest, [name for name in names if _UNREAD.fullmatch(name)], split
 
 
 def _value(file: BinaryIO, kind: int, size: int) -> bytes:

@@ -10,7 +10,7 @@ from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.gguf import gguf_checkpoint
 from sparsepack.checkpoint import adapter_in
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 _HUB_FILES += ["LICENSE*", "NOTICE*", "README.md"]
 _GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
@@ -50,7 +50,7 @@ def config_place(model: str) -> Path:
         if path.suffix == ".json" and path.is_file():
             return path
         if not path.exists() and model != "demo" and path.suffix != ".gguf":
-            return _from_hub(model, "model", ["config.json"])
+            return _from_hub(model, "model", ["config.json", "*.py"])
     return checkpoint_directory(model)
 
 
@@ -59,7 +59,7 @@ def _from_hub(model: str, argument: str, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        place = snapshot_download(model, allow_patterns=files)
+        place = snapshot_download(model, allow_patterns=files, ignore_patterns=["consolidated*"])  # a second copy
     except HFValidationError:
         reason = "it is not a directory here, and not a valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors
