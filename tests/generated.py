@@ -272,26 +272,23 @@ def _change_value(path: Path, chance: random.Random) -> None:
 def _change_bytes(path: Path, chance: random.Random) -> None:
     data = path.read_bytes() if path.is_file() else b""
     at = chance.randrange(len(data) + 1)
-    path.write_bytes(
-        chance.choice(
-            (
-                data[:at],
-                data[:at] + chance.randbytes(3) + data[at + 1 :],
-                b"",
-                b"\xef\xbb\xbf" + data,
-                data.decode("latin-1").encode("utf-16"),
-                b'{"linears": [], "evaluations": 3, ' + data[1:],  # keys that come twice
-                b"[" * 100_000,
-                b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-                b"NaN",
-                b"[]",
-                b'{"format": 1}',
-                b'{"format": ' + b"9" * 5000 + b"}",
-                chance.randbytes(300),
-                b"\0" * 1000,
-            )
-        )
+    changes = (
+        data[:at],
+        data[:at] + chance.randbytes(3) + data[at + 1 :],
+        b"",
+        b"\xef\xbb\xbf" + data,
+        data.decode("latin-1").encode("utf-16"),
+        b'{"linears": [], "evaluations": 3, ' + data[1:],  # keys that come twice
+        b"[" * 100_000,
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b"NaN",
+        b"[]",
+        b'{"format": 1}',
+        b'{"format": ' + b"9" * 5000 + b"}",
+        chance.randbytes(300),
+        b"\0" * 1000,
     )
+    path.write_bytes(chance.choice(changes))
 
 
 def _change_place(path: Path, chance: random.Random) -> None:

@@ -49,9 +49,7 @@ ALLOCATIONS = ("uniform", "threshold")
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name of a case -> model family and fields of the recipe."""
-    recipes = {
-        f"{target}/{method}": goal | fields for target, goal in TARGETS.items() for method, fields in METHODS.items()
-    }
+    recipes = {f"{goal}/{name}": TARGETS[goal] | fields for goal in TARGETS for name, fields in METHODS.items()}
     for allocation in ALLOCATIONS:
         recipes[f"0.6/wanda, allocation {allocation}"] = {"sparsity": 0.6, "method": "wanda", "allocation": allocation}
     return {f"{family}/{name}": (make, fields) for family, make in FAMILIES.items() for name, fields in recipes.items()}

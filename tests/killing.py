@@ -37,13 +37,14 @@ from sparsellm.storage.scratch import Scratch
 LIMIT = 120.0  # seconds, far beyond what any command here takes
 KILLED = -signal.SIGKILL
 
+At = int | tuple[str, int] | None  # the number of a step, or its kind and its number among those
 # Operations by kind; writing has its own three steps for each call.
 _CALLS = {"replace": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make", "fsync": "sync"}
 _WRITERS = (files, writer, scratch)
 # With what the modules of sparsellm and transformers import only when they are used.
 _IMPORTED = (
     *("sparsellm.api", "sparsellm.console", "sparsellm.methods", "sparsellm.convert", "sparsellm.tables"),
-    *("tests.models", "transformers.models.llama.modeling_llama"),
+    *("tests.models", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"),
 )
 
 
@@ -62,7 +63,7 @@ class Died(BaseException):
 
 
 @contextlib.contextmanager
-def dying(at: int | tuple[str, int] | None = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
+def dying(at: At = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
     """Counts operations on files, a step before and after each, and dies at one of them.
 
     Args:
@@ -136,13 +137,7 @@ class Ended:
     steps: Counter[str] = field(default_factory=Counter)
 
 
-def run(
-    command: Callable[..., Any],
-    *args: Any,
-    at: int | tuple[str, int] | None = None,
-    memory: int | None = None,
-    **kwargs: Any,
-) -> Ended:
+def run(command: Callable[..., Any], *args: Any, at: At = None, memory: int | None = None, **kwargs: Any) -> Ended:
     """Runs ``command(*args, **kwargs)`` in a process of its own, which is killed at step ``at`` of :func:`dying`."""
     reading, writing = context().Pipe(duplex=False)
     with started(_counted, writing, (command, args, kwargs), at, memory) as process:

@@ -135,8 +135,6 @@ HEADERS: dict[str, tuple[Break, str]] = {
     "dtype of tomorrow": (header({"a": entry("F4", [8], 0, 4)}, 4), "tensor a"),
 }
 CONFIGS["other weights"] = header({"a": ONE}, 8), "config.json"
-
-
 FILES = {"config": (CONFIGS, ModelError), "index": (INDICES, StorageError), "header": (HEADERS, StorageError)}
 
 
@@ -236,9 +234,8 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
     """What matters is what it makes of the text: tokens that never occur may be beyond."""
     text = tmp_path / "text.txt"
     text.write_text("plain words, again and again. " * 40)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer().backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
+    backend = tiny_tokenizer().backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.add_tokens(["\u2603\u2603"])
     assert len(tokenizer) == 301
     directory = save_tiny(tiny_llama(), tokenizer, tmp_path / "model")

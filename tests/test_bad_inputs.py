@@ -17,15 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.main import get_command
 
 import sparsellm
 from sparsellm import Recipe, cli
+from tests.generated import TEXT, alone
 from tests.line import run
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
@@ -71,7 +70,6 @@ DEEP = "[" * 50_000
 
 # ---- command lines
 
-TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
 COMMANDS = {
     "prune": ["prune", "model", "--out=out", *SMALL],
     "plan": ["plan", "model", *SMALL],
@@ -98,9 +96,7 @@ TELLING = {  # values that come far, or have been wrong before
     "values": ["keep", "int8", "int4", "fp16", "int3"],
     "temperature": ["0.5", "1e-30", "1e30"],
     "batch": ["0", "-1", str(2**40), "9" * 30],
-    "set": [
-        f"{key}={value}" for key in SETTINGS for value in (DEEP, "&a [*a]", "2024-99-99", "yes", "{a: 1, a: 2}", "3")
-    ],
+    "set": [f"{key}={one}" for key in SETTINGS for one in (DEEP, "&a [*a]", "2024-99-99", "yes", "{a: 1, a: 2}", "3")],
 }
 
 
@@ -279,20 +275,15 @@ def check(example: Example) -> None:
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No network; and no bars of transformers, which the command line silences before it imports transformers."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
+def as_in_a_process_of_its_own() -> Iterator[None]:
+    with alone():
+        yield
 
 
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_input_is_one_line_and_leaves_nothing(case: str, many: bool) -> None:
     """A thousand of them in all, if many."""
-    examples, health = (20 if case == "command lines" else 5) * (12 if many else 1), list(HealthCheck)
-    chosen = settings(
-        max_examples=examples, deadline=None, database=None, derandomize=not many, suppress_health_check=health
-    )
-    chosen(given(CASES[case]())(check))()
+    examples = (20 if case == "command lines" else 5) * (12 if many else 1)
+    how: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    settings(max_examples=examples, derandomize=not many, **how)(given(CASES[case]())(check))()

@@ -73,10 +73,8 @@ def test_the_forms_of_a_model_are_counted_and_scored(pruned: Path, text: Path, t
         "--values", "keep", "int8", "--skip", "torchao", "--out", tmp_path / "out",
     )  # fmt: skip
     rows = rows_of(output)
-    assert rows.keys() == {
-        *("dense fp32", "dense bf16", "dense bf16 by transformers"),
-        *("packed 60%, keep", "packed 60%, int8"),
-    }
+    dense = {"dense fp32", "dense bf16", "dense bf16 by transformers"}
+    assert rows.keys() == dense | {"packed 60%, keep", "packed 60%, int8"}
     megabytes = resident_bytes(AutoModelForCausalLM.from_pretrained(pruned), linears_only=True) / 1e6
     assert float(rows["dense fp32"][0]) == pytest.approx(megabytes, abs=0.05)
     assert [float(rows[name][1]) for name in ("dense fp32", "dense bf16")] == [32, 16]
@@ -101,9 +99,7 @@ def test_the_frontier_counts_scores_and_draws_every_form(text: Path, tmp_path: P
     assert {"50% int4", "50% int8", "0% int8"} <= {node.text for node in drawn.iter(f"{SVG}text")}
 
 
-def test_perplexity_against_time_is_listed_and_drawn(
-    tmp_path: Path, printed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_perplexity_by_time_is_listed_and_drawn(tmp_path: Path, printed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def cell(perplexity: float, seconds: float) -> dict[str, float]:
         return {"perplexity": perplexity, "seconds": 9, "cpu_seconds": seconds, "peak_rss_bytes": 2e9}
 
@@ -169,9 +165,7 @@ def test_servers_take_turns_and_their_rates_are_printed(pruned: Path, tmp_path: 
     assert float(two) > 0
 
 
-def test_the_forecast_is_what_plan_predicts(
-    printed: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_forecast_is_what_plan_predicts(printed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = rows_of(printed("forecast.py", "--models", "8b", "--machines", "h100=2000,8"))["8b"]
     forecast = importlib.import_module("forecast")
     forecast.MODELS["8b"].to_json_file(tmp_path / "config.json")

@@ -76,9 +76,8 @@ def test_a_row_changed_between_two_starts_is_another_model(source: Path, tmp_pat
 def test_every_number_of_a_model_in_memory_counts(dtype: torch.dtype) -> None:
     first, same, other = (tiny_llama().to(dtype) for _ in range(3))
     other.model.layers[1].mlp.up_proj.weight.data[40, 16] *= 1.5
-    known, again, changed = (
-        model_fingerprint(open_chain(model, device=torch.device("cpu"))) for model in (first, same, other)
-    )
+    chains = (open_chain(model, device=torch.device("cpu")) for model in (first, same, other))
+    known, again, changed = map(model_fingerprint, chains)
     assert known == again != changed
 
 

@@ -126,10 +126,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "a text that is no file": (["eval", "{llama}", "--text", "nofile"], ["unknown text source 'nofile'; known: c4"]),
     "unknown field": (["prune", "{llama}", "--set", "sparsty=1"], ["sparsty", "'sparsity'"]),
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
-    "no weight left": (
-        ["prune", "{llama}", "--method", "wanda", "--sparsity", "0.9999999999"],
-        ["0.9999999999", "every"],
-    ),
+    "no weight left": (["prune", "{llama}", "--method=wanda", "--sparsity=0.9999999999"], ["0.9999999999", "every"]),
     "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
     "pack without the model's code": (
         ["prune", "{llama}", "--pack", "{tmp}/p", "--trust-remote-code"],

@@ -107,11 +107,9 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
     with pytest.raises(KeyboardInterrupt):
         grid(llama, tmp_path / "out", cells=first)
     began = (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns
-    result = grid(llama, tmp_path / "out")
+    again = grid(llama, tmp_path / "out")
     assert (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns == began, "it was pruned twice"
-    assert [(c.name, c.perplexity, c.kl) for c in result.cells] == [
-        (c.name, c.perplexity, c.kl) for c in finished.cells
-    ]
+    assert [(c.name, c.perplexity, c.kl) for c in again.cells] == [(c.name, c.perplexity, c.kl) for c in finished.cells]
     assert len(calls) == 2 + 2
 
 
@@ -129,9 +127,7 @@ def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: Gr
     ("recover", "max_bytes", "name"),
     [(None, None, None), (0.9, None, "b"), (0.5, None, "c"), (None, 60, "b"), (None, 20, None), (0.9, 40, None)],
 )
-def test_the_recommendation_satisfies_the_constraints(
-    recover: float | None, max_bytes: int | None, name: str | None
-) -> None:
+def test_a_recommendation_meets_the_constraints(recover: float | None, max_bytes: int | None, name: str | None) -> None:
     cells = [Candidate("a", 0.95, 80, 0.1), Candidate("b", 0.92, 50, 0.2), Candidate("c", 0.6, 30, 0.7)]
     chosen = recommend(cells, recover, max_bytes)
     assert (chosen.name if chosen else None) == name
@@ -158,22 +154,13 @@ def test_the_recommendation_satisfies_the_constraints(
         ("--sparsity 0.3 --experts 0.5", "has no mixture"),
     ],
 )
-def test_mistakes_are_one_line_before_the_work(
-    words: str, message: str, llama: Path, tmp_path: Path, refusal: Any
-) -> None:
+def test_mistakes_are_said_before_the_work(words: str, message: str, llama: Path, tmp_path: Path, refusal: Any) -> None:
     assert message in refusal("compare", llama, "--out", tmp_path / "out", *words.split())
     assert not (tmp_path / "out").exists()
 
 
-SMALL = [
-    "--calibration=pydoc",
-    "--sparsity=0.5",
-    "--text-seq-len=32",
-    "--max-tokens=256",
-    "--samples=4",
-    "--seq-len=32",
-    "--method",
-]
+SMALL = ["--calibration=pydoc", "--sparsity=0.5", "--text-seq-len=32", "--max-tokens=256"]
+SMALL += ["--samples=4", "--seq-len=32", "--method"]
 
 
 @pytest.mark.parametrize(
@@ -293,9 +280,7 @@ def test_lives_of_a_grid(seeds: int, llama: Path, tmp_path: Path, monkeypatch: p
             if not any(place.parent.iterdir()):
                 place.parent.rmdir()
         again = grid(llama, out, cells=cells)
-        assert [(cell.name, cell.perplexity) for cell in again.cells] == [
-            (cell.name, cell.perplexity) for cell in alone.cells
-        ]
+        assert [(c.name, c.perplexity) for c in again.cells] == [(c.name, c.perplexity) for c in alone.cells]
         for shard in alone.out.glob("*/*.safetensors"):
             assert (out / shard.relative_to(alone.out)).read_bytes() == shard.read_bytes()
     assert min(ended["Died"], ended["StorageError"]) > 1, ended
@@ -330,9 +315,8 @@ def test_no_run_is_best_in_a_size_if_a_smaller_one_diverges_less() -> None:
 def test_the_command_prints_one_table_and_a_recommendation(llama: Path, tmp_path: Path, run: Any) -> None:
     words = "--method magnitude,wanda --sparsity 0.5 --text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32"
     said = run("compare", llama, "--out", tmp_path, *words.split(), "--recover", "0.01", columns=80, exits=0)[1]
-    assert all(
-        part in said for part in ("dense", "magnitude-0.5", "wanda-0.5", "least KL at each size", "recommended: ")
-    )
+    for part in ("dense", "magnitude-0.5", "wanda-0.5", "least KL at each size", "recommended: "):
+        assert part in said
     assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)
 
 

@@ -165,13 +165,8 @@ def test_an_unknown_conversion_is_refused_before_the_work(tmp_path: Path, monkey
 @pytest.mark.slow
 def test_the_script_tries_types_of_every_kind_and_writes_a_page(tmp_path: Path) -> None:
     """One that is right, one with linears that no token reaches, one with convolutions, and two that are refused."""
-    wanted = {
-        "gpt_neox": "right",
-        "marian": "right",
-        "mamba2": "right, some dense",
-        "cpmant": "in part",
-        "xlm": "refused",
-    }
+    wanted = {"gpt_neox": "right", "marian": "right", "mamba2": "right, some dense"}
+    wanted |= {"cpmant": "in part", "xlm": "refused"}
     page, script = tmp_path / "families.md", Path(__file__).parents[1] / "benchmarks" / "families.py"
     command = [sys.executable, str(script), "--out", str(page), "--types", *wanted]
     paths = os.pathsep.join([str(Path(sparsellm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -94,17 +94,12 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
     result = removed(source, tmp_path / "small", sparsity=0.5, method="sparsegpt", values="int4")
     assert all(each.refitted < each.error for each in result.experts)
     assert result.sparsity > 0.49
-    assert {linear.name.split(".experts.")[1][0] for linear in result.linears if ".experts." in linear.name} == {
-        "0",
-        "1",
-    }
+    assert {each.name.split(".experts.")[1][0] for each in result.linears if ".experts." in each.name} == {"0", "1"}
     assert result.base.name == "dense"
     record = json.loads((tmp_path / "small" / "pruning.json").read_text())
     assert record["experts"][0]["tokens"] == result.experts[0].tokens
-    assert (
-        "| experts of each mixture | 2 of 4, kept by `coordinated` |" in (tmp_path / "small" / "README.md").read_text()
-    )
-    page = (tmp_path / "small" / "report.html").read_text()
+    card, page = ((tmp_path / "small" / name).read_text() for name in ("README.md", "report.html"))
+    assert "| experts of each mixture | 2 of 4, kept by `coordinated` |" in card
     assert "2 of 4 experts stayed in each mixture" in page
     assert ", score " in page
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
@@ -182,9 +177,8 @@ def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
     assert whole.seconds == pytest.approx(door.seconds)
     assert whole.memory.working_bytes == door.memory.working_bytes
     assert whole.tokens["experts"] == 64 * 32
-    assert {name: whole.seconds[name] for name in ("prune", "sweep")} == pytest.approx(
-        {name: alone.seconds[name] for name in ("prune", "sweep")}
-    )
+    for name in ("prune", "sweep"):
+        assert whole.seconds[name] == pytest.approx(alone.seconds[name])
     assert whole.seconds["experts"] > 0
     assert whole.seconds["gradients"] > alone.seconds["gradients"]
     assert whole.disk_bytes > alone.disk_bytes

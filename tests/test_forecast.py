@@ -36,8 +36,7 @@ class Clock:
 
 
 def test_a_finished_phase_corrects_the_prediction_of_the_others() -> None:
-    clock = Clock()
-    forecast = Forecast(clock)
+    forecast = Forecast(clock := Clock())
     forecast.see(Progress(PLAN, costs={"check": 10.0, "prune": 40.0, "sweep": 50.0}))
     assert (forecast.share, forecast.left) == (0.0, 100.0)
     forecast.see(Progress("check", 0, 1))
@@ -53,8 +52,7 @@ def test_a_finished_phase_corrects_the_prediction_of_the_others() -> None:
 
 
 def test_the_time_left_counts_down_between_events_to_zero() -> None:
-    clock = Clock()
-    forecast = Forecast(clock)
+    forecast = Forecast(clock := Clock())
     forecast.see(Progress(PLAN, costs={"prune": 10.0}))
     clock.now += 4
     assert forecast.left == 6.0
@@ -63,8 +61,7 @@ def test_the_time_left_counts_down_between_events_to_zero() -> None:
 
 
 def test_until_a_block_is_pruned_the_time_left_is_a_range() -> None:
-    clock = Clock()
-    forecast = Forecast(clock)
+    forecast = Forecast(clock := Clock())
     assert forecast.range is None
     forecast.see(Progress(PLAN, costs={"check": 10.0, "prune": 90.0}))
     assert forecast.range == (40.0, 200.0)
@@ -92,8 +89,7 @@ def test_a_range_of_time_has_one_unit(low: float, high: float, said: str) -> Non
 
 
 def test_without_a_plan_the_phase_counts_and_a_plan_starts_anew() -> None:
-    clock = Clock()
-    forecast = Forecast(clock)
+    forecast = Forecast(clock := Clock())
     forecast.see(Progress("open", 0, 1))
     assert (forecast.share, forecast.left) == (0.0, None)
     forecast.see(Progress("evaluate", 0, 4))
@@ -116,8 +112,7 @@ plans = st.dictionaries(st.sampled_from(["check", "prune", "sweep"]), st.floats(
 def test_the_share_never_falls_and_no_time_left_is_negative(
     first: dict[str, float], events: list[tuple[str, float, float, float] | dict[str, float]]
 ) -> None:
-    clock = Clock()
-    forecast = Forecast(clock)
+    forecast = Forecast(clock := Clock())
     forecast.see(Progress(PLAN, costs={"open": 1.0, **first}))
     shares = [forecast.share]
     for event in events:

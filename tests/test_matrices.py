@@ -203,9 +203,8 @@ def test_what_is_shared_with_the_embedding_is_counted(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="words"):
         sparsellm.prune(model, recipe, calibration=IDS, out=tmp_path / "out")
     result = sparsellm.prune(model, recipe.updated(sparsity=0.0), calibration=IDS, out=tmp_path / "out")
-    assert [(m.name, m.reason) for m in result.dense] == [
-        ("model.decoder.layers.0.words", "shared with the embedding or the head")
-    ]
+    (words,) = result.dense
+    assert (words.name, words.reason) == ("model.decoder.layers.0.words", "shared with the embedding or the head")
     assert result.matrices.weights == result.weights + VOCABULARY * 48
 
 
@@ -219,15 +218,8 @@ def test_an_allow_dense_that_matches_nothing_is_reported(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "excluded"),
     [
-        ("*.down_proj", True),
-        ("*.down_proj.weight", True),
-        ("*.mlp", True),
-        ("model.layers.3", True),
-        ("model.layers.?.mlp.*", True),
-        ("*.up_proj", False),
-        ("down_proj", False),
-        ("layers.3", False),
-        ("*.DOWN_proj", False),
+        *((p, True) for p in ("*.down_proj", "*.down_proj.weight", "*.mlp", "model.layers.3", "model.layers.?.mlp.*")),
+        *((p, False) for p in ("*.up_proj", "down_proj", "layers.3", "*.DOWN_proj")),
     ],
 )
 def test_exclude_names_parameters_and_the_modules_that_hold_them(pattern: str, excluded: bool) -> None:
@@ -253,16 +245,9 @@ def test_many_linears_outside_the_blocks_are_named() -> None:
     assert sparsellm.prune(tiny_opt(word_embed_proj_dim=8), recipe, calibration=IDS).warnings == []
 
 
-GEMMA3N = {
-    **LLAMA,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "laurel_rank": 4,
-    "altup_num_inputs": 2,
-    "num_kv_shared_layers": 0,
-    "layer_types": ["full_attention"] * 2,
-    "activation_sparsity_pattern": [0.0, 0.0],
-}
+GEMMA3N = {**LLAMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 4}
+GEMMA3N |= {"altup_num_inputs": 2, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}
+GEMMA3N |= {"activation_sparsity_pattern": [0.0, 0.0]}
 
 
 @pytest.mark.parametrize(
@@ -275,10 +260,9 @@ GEMMA3N = {
 )
 def test_other_hidden_states_are_refused_before_the_work(settings: dict[str, Any], tmp_path: Path) -> None:
     """Gemma 3n carries several states for each token."""
+    model, recipe = built("gemma3n_text", **GEMMA3N), Recipe(sparsity=0.5, **settings)
     with pytest.raises(ModelError, match=r"take hidden states of shape \(.*method sparsegpt"):
-        sparsellm.prune(
-            built("gemma3n_text", **GEMMA3N), Recipe(sparsity=0.5, **settings), calibration=IDS, out=tmp_path / "out"
-        )
+        sparsellm.prune(model, recipe, calibration=IDS, out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 

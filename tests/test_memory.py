@@ -143,9 +143,8 @@ def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypat
     assert free.predicted_peak_device_bytes == working + hidden
     assert 0 < tight.hidden_on_device_bytes < hidden == tight.hidden_on_device_bytes + tight.hidden_in_memory_bytes
     assert tight.predicted_peak_device_bytes <= 1 << 30
-    with pytest.raises(
-        MemoryBudgetError, match=r"on Small Card for .*may take 0\.00 GB .*--device-memory, lower batch_tokens"
-    ):
+    said = r"on Small Card for .*may take 0\.00 GB .*--device-memory, lower batch_tokens"
+    with pytest.raises(MemoryBudgetError, match=said):
         plan_memory(chain, demand, 1 << 50, on_device=1 << 20)
 
 
@@ -190,9 +189,8 @@ def test_products_in_bf16_copy_what_is_not_in_bf16_already(
     demand = Demand(Extent(4, 128, 4096, swept=256, ranks=ranks), Workspace(), passes=1, sweep="resident")
     plain = steps_of(chain, demand)["sweeps"].working
     chain.products = Bf16Products()
-    assert steps_of(chain, demand)["sweeps"].working - plain == copied * 2 * sum(
-        x.elements * x.number for x in chain.kinds
-    )
+    elements = sum(x.elements * x.number for x in chain.kinds)
+    assert steps_of(chain, demand)["sweeps"].working - plain == copied * 2 * elements
 
 
 def test_keys_and_values_of_a_model_that_writes_its_text_count(chain: Chain) -> None:

@@ -41,10 +41,8 @@ def test_the_kernels_are_told_with_and_without_the_extension(monkeypatch: pytest
 
 def run(*command: str | Path, **environment: str) -> str:
     """What a command printed; a failure shows it."""
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(word) for word in command], env={**clean, **environment}, cwd="/", capture_output=True, text=True
-    )
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    done = subprocess.run([str(word) for word in command], env=clean, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

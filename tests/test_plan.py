@@ -102,9 +102,7 @@ def test_the_sweep_is_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest.
         (["--sparsity", "2"], 2, "sparsity"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(
-    options: list[str], layers: int, why: str, tmp_path: Path, refusal: Any
-) -> None:
+def test_what_has_no_plan_is_refused(options: list[str], layers: int, why: str, tmp_path: Path, refusal: Any) -> None:
     model = config(tmp_path, hidden_size=64, intermediate_size=96, num_hidden_layers=layers)
     assert why in refusal("plan", model, *options)
 

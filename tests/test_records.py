@@ -13,18 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sparsellm import records
 from sparsellm.errors import StorageError
-from sparsellm.records import (
-    Against,
-    Continuation,
-    Evaluation,
-    Interval,
-    Metric,
-    Protocol,
-    Pruning,
-    Results,
-    read_record,
-)
+from sparsellm.records import Continuation, Pruning, Results, read_record
 from sparsellm.storage import results
 from sparsellm.storage.results import append_result, read_results
 from tests.report.pages import results as measured
@@ -90,21 +81,19 @@ def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pyte
         return found
 
     monkeypatch.setattr(results, "read_results", read)
-    records = [Continuation(prompt=each, dense="", pruned="") for each in ("one", "other")]
+    both_records = [Continuation(prompt=each, dense="", pruned="") for each in ("one", "other")]
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda record: append_result(tmp_path, record), records))
+        list(threads.map(lambda record: append_result(tmp_path, record), both_records))
     assert {record.prompt for record in read_results(tmp_path).continuations} == {"one", "other"}
 
 
 def test_an_evaluation_is_a_table_in_a_notebook() -> None:
-    protocol = Protocol(text="a<b", digest="0", window=8, windows=2, tokens=14, bos="no", dtype="float32")
-    stamp = {"sparsellm": "0", "machine": "m", "date": "d"}
-    against = Against(model="d", perplexity=Interval(value=2.0), kl=0.5, agreement=0.75, recovery=0.5)
-    tasks = {"arc": {"acc": Metric(value=0.25)}}
-    shown = Evaluation(
-        protocol=protocol, perplexity=Interval(value=4.0), against=against, tasks=tasks, **stamp
-    )._repr_html_()
-    root = ElementTree.fromstring(shown)
+    protocol = records.Protocol(text="a<b", digest="0", window=8, windows=2, tokens=14, bos="no", dtype="float32")
+    dense, own = (records.Interval(value=value) for value in (2.0, 4.0))
+    against = records.Against(model="d", perplexity=dense, kl=0.5, agreement=0.75, recovery=0.5)
+    more: Any = {"tasks": {"arc": {"acc": records.Metric(value=0.25)}}, "sparsellm": "0", "machine": "m", "date": "d"}
+    found = records.Evaluation(protocol=protocol, perplexity=own, against=against, **more)
+    root = ElementTree.fromstring(found._repr_html_())
     rows = [[cell.text or "" for cell in row] for row in root.iter("tr")]
     assert rows[1] == ["perplexity", "2", "4"]
     assert rows[-2:] == [["recovery", "100%", "50.0%"], ["arc: acc", "", "0.25"]]

@@ -281,9 +281,7 @@ DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-def test_another_run_is_refused(
-    source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_other_run_goes_on(source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, scale, epsilon in (("weights", 1.01, 1), ("config", 1.0, 2)):
         model = tiny_llama().to(torch.bfloat16)
         model.model.layers[2].mlp.up_proj.weight.data *= scale

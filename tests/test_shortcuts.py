@@ -68,9 +68,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
-def test_no_bit_changes(
-    name: str, options: dict[str, Any], left_out: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_bit_changes(name: str, options: Any, left_out: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     quick = pruned(family(name), **options)
     assert left_out == (LEFT_OUT[name] if not options.get("iterations") else {"OPTAttention"})
     plainly(monkeypatch)

@@ -24,8 +24,6 @@ from tests.models.families import family as family_of
 from tests.sweep.helpers import ids_of
 
 Family = Callable[..., PreTrainedModel]
-
-
 IDS, UNSEEN = ids_of(24, 48, seed=1), ids_of(24, 48, seed=9)
 
 
@@ -94,10 +92,8 @@ def test_token_weights_tame_massive_activations_only() -> None:
 
 def test_auxiliary_variables_record_their_history_and_never_end_worse() -> None:
     model = tiny_opt()
-    options = {"iterations": 2}
-    result = sparsellm.prune(
-        model, Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200), calibration=IDS
-    )
+    recipe = Recipe(method="sparsellm", sparsity=0.6, options={"iterations": 2}, batch_tokens=200)
+    result = sparsellm.prune(model, recipe, calibration=IDS)
     histories = [linear.history for linear in result.linears if linear.history]
     assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} == {"fc2"}
     assert len(histories) == model.config.num_hidden_layers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -119,9 +118,8 @@ def test_values_that_are_gated_are_left_alone() -> None:
 
 def test_values_that_later_blocks_read_are_left_alone() -> None:
     """Blocks 2 and 3 have no keys and values of their own: they take those of blocks 0 and 1."""
-    model = gemma4_text(
-        num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2
-    )
+    types = ["sliding_attention", "full_attention"] * 2
+    model = gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types)
     task, found, _ = permuted(model)
     assert roles(found) == {"down_proj": ["gate_proj", "up_proj"]}
     assert any(name.endswith("o_proj") for name in task.notes)
@@ -150,9 +148,8 @@ def test_channels_with_weights_of_their_own_are_left_alone() -> None:
 def test_what_stays_dense_keeps_every_bit() -> None:
     task, found, changed = permuted(tiny_llama(), dense=("up_proj",))
     assert roles(found) == {"o_proj": ["v_proj"]}
-    assert task.notes["model.layers.0.mlp.down_proj"] == (
-        "its inputs were not permuted for 2:4: the linears before it stay dense",
-    )
+    why = "its inputs were not permuted for 2:4: the linears before it stay dense"
+    assert task.notes["model.layers.0.mlp.down_proj"] == (why,)
     assert not any(".mlp." in name for name in changed)
 
 
@@ -238,11 +235,8 @@ def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda make: make.__name__)
 def test_the_order_lowers_the_error(make: Callable[..., PreTrainedModel]) -> None:
     def error(symmetries: str) -> float:
-        model = make()
-        options: dict[str, Any] = {"refit": False, "symmetries": symmetries}
-        result = sparsellm.prune(
-            model, Recipe(pattern="2:4", effort=0, options=options), calibration=ids_of(24, 48, seed=3)
-        )
+        recipe = Recipe(pattern="2:4", effort=0, options={"refit": False, "symmetries": symmetries})
+        result = sparsellm.prune(make(), recipe, calibration=ids_of(24, 48, seed=3))
         names = ("o_proj", "out_proj", "c_proj", "fc2", "down_proj")
         return sum(each.error for each in result.linears if each.name.endswith(names))
 

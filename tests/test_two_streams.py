@@ -130,22 +130,13 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
 def test_one_group_without_variables_is_the_local_solver(left_in: list[str]) -> None:
     """With one group in each block both have the same statistics, so every bit is the same."""
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    settings: dict[str, Any] = {
-        "sparsity": 0.6,
-        "allocation": "uniform",
-        "exclude": [f"*.{name}" for name in every if name not in left_in],
-        "batch_tokens": BATCH,
-    }
+    left_out = [f"*.{name}" for name in every if name not in left_in]
+    settings: dict[str, Any] = {"sparsity": 0.6, "allocation": "uniform", "exclude": left_out, "batch_tokens": BATCH}
     one = tiny_llama()
     sparsellm.prune(one, Recipe(method="admm", **settings), calibration=IDS)
-    for options in ({"refit": False}, {}):  # a writer alone is fitted to nothing
-        other = tiny_llama()
-        recipe = Recipe(
-            method="sparsellm",
-            effort=0,
-            options={"solver": "admm", "norm_weighting": 0, "output_metric": 0, **options},
-            **settings,
-        )
+    for more in ({"refit": False}, {}):  # a writer alone is fitted to nothing
+        other, options = tiny_llama(), {"solver": "admm", "norm_weighting": 0, "output_metric": 0, **more}
+        recipe = Recipe(method="sparsellm", effort=0, options=options, **settings)
         sparsellm.prune(other, recipe, calibration=IDS)
         assert same(one, other)
 

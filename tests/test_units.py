@@ -41,13 +41,8 @@ def test_the_unit_and_its_activation_are_found(family: Any, changes: Any, names:
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("relu", "relu"),
-        ("relu2", "relu2"),
-        ("silu", "silu"),
-        ("gelu", "gelu"),
-        ("gelu_new", "gelu_tanh"),
-        ("gelu_pytorch_tanh", "gelu_tanh"),
-        ("quick_gelu", "quick_gelu"),
+        *((name, name) for name in ("relu", "relu2", "silu", "gelu", "quick_gelu")),
+        *((name, "gelu_tanh") for name in ("gelu_new", "gelu_pytorch_tanh")),
     ],
 )
 def test_values_are_those_of_transformers(name: str, known: str) -> None:

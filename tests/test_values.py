@@ -96,8 +96,6 @@ def test_packing_the_result_loses_nothing(
 
 
 GRIDDED: dict[str, Any] = {"method": "sparsellm", "effort": 1, "sweep_rate": 0.003}
-
-
 LLAMA_OF_32, GPT2_OF_32 = partial(tiny_llama, intermediate_size=96), partial(tiny_gpt2, n_embd=64, n_inner=128)
 
 
@@ -252,9 +250,8 @@ def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sparsellm.methods.task.rounded", recorded)
     model, ids = tiny_llama(), ids_of(4)
     options = {"norm_weighting": 0.0, "refit": False}
-    sparsellm.prune(
-        model, Recipe(sparsity=0.5, values="int4", effort=0, options=options, products="float32"), calibration=ids
-    )
+    recipe = Recipe(sparsity=0.5, values="int4", effort=0, options=options, products="float32")
+    sparsellm.prune(model, recipe, calibration=ids)
     seen: list[Tensor] = []
     down = model.model.layers[0].mlp.down_proj
     with torch.no_grad():
@@ -268,8 +265,8 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
     """The divergence before the first pass is that of the model that effort 0 writes, which has the same rounding."""
     source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
     ids = ids_of(4)
-    fields = {"sparsity": 0.5, "values": "int4", "products": "float32"}
-    sparsellm.prune(source, Recipe(**fields, effort=0), calibration=ids, out=tmp_path / "walked")
+    given = {"sparsity": 0.5, "values": "int4", "products": "float32"}
+    sparsellm.prune(source, Recipe(**given, effort=0), calibration=ids, out=tmp_path / "walked")
     losses: list[float] = []
     step = Run.step
 
@@ -278,17 +275,13 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
         return losses[-1] * of.tokens
 
     monkeypatch.setattr(Run, "step", counted)
-    swept = sparsellm.prune(
-        source, Recipe(**fields, passes=1, sweep_rate=1e-9), calibration=ids, out=tmp_path / "swept"
-    )
+    swept = sparsellm.prune(source, Recipe(**given, passes=1, sweep_rate=1e-9), calibration=ids, out=tmp_path / "swept")
     walked = AutoModelForCausalLM.from_pretrained(tmp_path / "walked")
     expected = float(divergence(tiny_opt(), walked, ids).detach())
     assert swept.sweeps[0].held_out == pytest.approx(expected, rel=1e-3)
     assert losses[0] == pytest.approx(expected, rel=1e-3)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "swept")
-    assert same_bits(
-        linear_weights(walked), linear_weights(written)
-    )  # no step was large enough to change a whole number
+    assert same_bits(linear_weights(walked), linear_weights(written))  # steps too small to change a whole number
 
 
 def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,6 @@ from tests.storage.small import tensors_of
 from tests.sweep.helpers import ids_of
 
 Family = Callable[..., PreTrainedModel]
-
-
 IDS = ids_of(6, seed=3)
 
 
@@ -87,9 +85,8 @@ def test_from_disk_to_disk_equals_in_memory(family: Family, tmp_path: Path) -> N
     assert in_memory.model is not None
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert torch.equal(loaded(IDS).logits, in_memory.model(IDS).logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "pruned")("import this") == AutoTokenizer.from_pretrained(source)(
-        "import this"
-    )
+    before, after = (AutoTokenizer.from_pretrained(place) for place in (source, tmp_path / "pruned"))
+    assert after("import this") == before("import this")
     assert [linear.zeros for linear in on_disk.linears] == [linear.zeros for linear in in_memory.linears]
 
 

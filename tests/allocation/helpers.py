@@ -56,10 +56,6 @@ def survey_on(
     return Survey(feed, linears, sparsity, round(sparsity * sum(linear.weights for linear in linears)), gradients)
 
 
-def linears_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    return {name: model.get_submodule(name) for name in names}
-
-
 def weight_of(module: nn.Module) -> Tensor:
     """``(out, in)``, fp64."""
     weight = module.weight
@@ -81,7 +77,7 @@ class Record:
 
             return see
 
-        handles = [module.register_forward_hook(hook(name)) for name, module in linears_of(model, names).items()]
+        handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
         result = model(ids, use_cache=False)
         for handle in handles:
             handle.remove()

@@ -29,9 +29,7 @@ def test_the_total_is_nearest_and_the_choice_best(groups: list[int], sparsity: f
     goals = [share * count for share, count in zip(shares, weights, strict=True)]
     total = round(sum(goals))
     result = round_to_groups(goals, weights, 8, total)
-    assert all(
-        zeros * 8 % count == 0 and 1 <= zeros * 8 // count <= 7 for zeros, count in zip(result, weights, strict=True)
-    )
+    assert all(n * 8 % count == 0 and 1 <= n * 8 // count <= 7 for n, count in zip(result, weights, strict=True))
 
     def worth(zeros: Any) -> tuple[float, float]:
         costs = ((a - b) ** 2 / count for a, b, count in zip(zeros, goals, weights, strict=True))
@@ -64,15 +62,12 @@ def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsit
         assert pattern.sparsity == linear.asked
         weight = model.get_submodule(linear.name).weight
         assert violations(pattern, weight.T if make is tiny_gpt2 else weight) == 0
-    assert [linear["pattern"] for linear in result.to_dict()["linears"]] == [
-        linear.pattern for linear in result.linears
-    ]
+    assert [each["pattern"] for each in result.to_dict()["linears"]] == [linear.pattern for linear in result.linears]
 
 
 def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:
-    result = sparsellm.prune(
-        tiny_llama(), Recipe(pattern="auto:8", sparsity=0.51, method="wanda"), calibration=windows()
-    )
+    recipe = Recipe(pattern="auto:8", sparsity=0.51, method="wanda")
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
     unit = 2 * 16 * 32 // 8  # the smallest linear has 16 × 32 weights: half of the largest common divisor
     assert abs(result.zeros - 0.51 * result.weights) <= unit
     assert result.allocation["name"] == "threshold"  # although the method's own is uniform

@@ -14,9 +14,8 @@ from sparsellm.patterns import round_exactly
 from tests.allocation.helpers import bare_survey
 
 SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=30)
-SHAPES = st.lists(
-    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=4), min_size=1, max_size=6
-)
+SHAPE = st.tuples(st.integers(1, 200), st.integers(1, 200))
+SHAPES = st.lists(st.lists(SHAPE, min_size=1, max_size=4), min_size=1, max_size=6)
 SPARSITY = st.floats(0, 0.999)
 
 

@@ -135,7 +135,6 @@ def test_squares_of_named_linears_are_means_over_tokens(family: Family, dtype: t
 
 def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
     model = tiny_opt()
-
     layer = model.model.decoder.layers[0]
     given: list[Tensor] = []
     layer.fc1.register_forward_pre_hook(lambda module, args: given.append(args[0].detach()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,7 @@ from sparsellm import machine
 from sparsellm.calibration import self_generated, windows
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.texts import Text
-from sparsellm.calibration.windows import (
-    calibration_windows,
-    check_seq_len,
-    evaluation_windows,
-    leading_token,
-    windows_of_ids,
-)
+from sparsellm.calibration.windows import calibration_windows, check_seq_len, evaluation_windows, windows_of_ids
 from sparsellm.errors import DataError
 from tests.models import POSITIONS, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -33,18 +28,10 @@ def counting(tmp_path: Path) -> tuple[str, list[int]]:
     return str(path), tiny_tokenizer()(path.read_text())["input_ids"]
 
 
-def written(
-    samples: int,
-    seq_len: int,
-    seed: int = 0,
-    *,
-    model: PreTrainedModel | None = None,
-    bos: int | None = None,
-    fresh: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> torch.Tensor:
+def written(samples: int, seq_len: int, seed: int = 0, *, model: Any = None, **changes: Any) -> torch.Tensor:
     """Windows that a model writes."""
-    return self_generated_windows(model or tiny_llama(), tiny_tokenizer(), samples, seq_len, seed, bos, fresh, progress)
+    given = {"bos": None, "fresh": 0, "progress": lambda done, total: None} | changes
+    return self_generated_windows(model or tiny_llama(), tiny_tokenizer(), samples, seq_len, seed, **given)
 
 
 def places(windows: torch.Tensor, ids: list[int]) -> list[int]:
@@ -244,8 +231,8 @@ def test_pydoc_is_long_enough_for_a_first_try() -> None:
 
 def test_the_leading_token_follows_the_tokenizer() -> None:
     plain, adds = tiny_tokenizer(), tiny_tokenizer(add_bos=True)
-    assert [leading_token(plain, bos) for bos in ("auto", "yes", "no")] == [None, 0, None]
-    assert [leading_token(adds, bos) for bos in ("auto", "yes", "no")] == [0, 0, None]
+    assert [windows.leading_token(plain, bos) for bos in ("auto", "yes", "no")] == [None, 0, None]
+    assert [windows.leading_token(adds, bos) for bos in ("auto", "yes", "no")] == [0, 0, None]
     without = copy.deepcopy(plain)
     without.bos_token = None
-    assert leading_token(without) is None
+    assert windows.leading_token(without) is None

@@ -62,15 +62,17 @@ def events() -> list[Progress]:
     ]
 
 
-def show_a_run() -> None:
+def show_a_run(events: list[Progress], error: BaseException | None = None) -> None:
     with console.progress() as show:
-        for event in events():
+        for event in events:
             show(event)
+        if error is not None:
+            raise error
 
 
 def test_long_phases_get_a_line_and_the_bar_becomes_full(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LONG_PHASE", 0.0)
-    show_a_run()
+    show_a_run(events())
     note, *_, first, second, third, bar = terminal.screen()
     assert note.startswith("predicted [peak] memory of a run")
     for line, phase in ((first, "open the model"), (second, "check the weights"), (third, "prune blocks")):
@@ -91,16 +93,9 @@ def test_below_the_bar_stands_the_step_in_work(terminal: Terminal) -> None:
     assert max(map(len, terminal.screen())) <= terminal.columns
 
 
-def stop_a_run(events: list[Progress], error: BaseException) -> None:
-    with console.progress() as show:
-        for event in events:
-            show(event)
-        raise error
-
-
 def test_what_is_said_at_a_signal_stands_below_the_bar(terminal: Terminal) -> None:
     with pytest.raises(Interrupted):
-        stop_a_run(events(), Interrupted(2))
+        show_a_run(events(), Interrupted(2))
     console.say("interrupted (SIGINT); 1 of 2 blocks are kept", error=True)
     shown = terminal.screen()
     assert shown[-1] == "interrupted (SIGINT); 1 of 2 blocks are kept"
@@ -110,7 +105,7 @@ def test_what_is_said_at_a_signal_stands_below_the_bar(terminal: Terminal) -> No
 
 def test_an_error_before_the_work_leaves_no_bar(terminal: Terminal) -> None:
     with pytest.raises(ModelError):
-        stop_a_run([Progress("open", 0, 1)], ModelError("no such model"))
+        show_a_run([Progress("open", 0, 1)], ModelError("no such model"))
     console.say("error: no such model", error=True)
     assert terminal.screen() == ["error: no such model"]
 
@@ -130,26 +125,25 @@ def test_a_line_breaks_between_words_and_a_command_does_not(terminal: Terminal) 
 def test_a_dumb_terminal_gets_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     console.log.cache_clear()
-    show_a_run()
+    show_a_run(events())
     assert "\x1b" not in terminal.getvalue()
     assert "━" not in terminal.getvalue()
 
 
 def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     console.log.cache_clear()
-    show_a_run()
+    show_a_run(events())
     captured = capsys.readouterr()
     assert captured.out == ""
     assert [line[:23] for line in captured.err.splitlines()] == ["predicted [peak] memory"]
     monkeypatch.setattr(console, "CALM", 0.0)
     monkeypatch.setattr(console, "LONG_PHASE", 0.0)
-    show_a_run()
+    show_a_run(events())
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("0 % · open the model: opening [b]the[/b] model · memory ")
     assert lines[2:4] == ["open the model: 0.0 s", lines[3]]
-    assert re.search(
-        r"\d %, .* left · prune blocks: block 1/2 :x: · sparsity 50\.0% · memory .* · error of 0\.a 0\.0123", lines[5]
-    )
+    said = r"\d %, .* left · prune blocks: block 1/2 :x: · sparsity 50\.0% · memory .* · error of 0\.a 0\.0123"
+    assert re.search(said, lines[5])
     assert lines[-1] == "prune blocks: 0.0 s"
 
 

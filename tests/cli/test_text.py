@@ -32,9 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("x") / "".join(NASTY))
 
 
-def test_every_command_shows_names_as_they_are_and_one_json(
-    model: Path, tmp_path: Path, run: Any, refusal: Any
-) -> None:
+def test_every_command_shows_names_as_they_are_and_a_json(model: Path, tmp_path: Path, run: Any, refusal: Any) -> None:
     disable_progress_bar()  # as the environment does in a process of its own
     name = model.name
     text = tmp_path / f"{name}.txt"
@@ -184,24 +182,12 @@ def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:
 
 def large_result() -> PruneResult:
     kinds = ("q_proj", "a_kind_of_linear_with_a_very_long_name_that_must_be_folded", "down_proj")
-    linears = [
-        LinearResult(
-            name=f"model.layers.{block}.{kind}", shape=(53_084_160, 100), zeros=3_715_891_200, asked=0.7, error=0.0123
-        )
-        for block in range(2)
-        for kind in kinds
-    ]
+    size: dict[str, Any] = {"shape": (53_084_160, 100), "zeros": 3_715_891_200, "asked": 0.7, "error": 0.0123}
+    linears = [LinearResult(name=f"model.layers.{block}.{kind}", **size) for block in range(2) for kind in kinds]
     seconds = {"open": 81.3, "calibration": 0.4, "allocation": 133.4, "prune": 593.2, "prune/solve": 472.2, "odd": 1.0}
-    return PruneResult(
-        path=Path("/x"),
-        recipe=Recipe(),
-        sparsity_asked=0.7,
-        linears=linears,
-        seconds=seconds,
-        peak_rss_bytes=1 << 30,
-        calibration_tokens=4096,
-        allocation={"name": "threshold"},
-    )
+    measured: dict[str, Any] = {"seconds": seconds, "peak_rss_bytes": 1 << 30, "calibration_tokens": 4096}
+    given: dict[str, Any] = {"recipe": Recipe(), "sparsity_asked": 0.7, "allocation": {"name": "threshold"}}
+    return PruneResult(path=Path("/x"), linears=linears, **given, **measured)
 
 
 def in_80_columns(show: Callable[[], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:

@@ -46,10 +46,8 @@ def prune(
 ) -> tuple[Pruned, list[Step]]:
     """The loop with one solver for all linears, and one pattern or several."""
     by_role = dict.fromkeys(dense.linears(), patterns) if isinstance(patterns, Pattern) else patterns
-    solvers = dict.fromkeys(dense.linears(), solver)
-    return loop.prune_feed_forward(
-        dense, train, held_out, solvers, by_role, settings or Settings(), scratch or Scratch()
-    )
+    solvers, given = dict.fromkeys(dense.linears(), solver), (settings or Settings(), scratch or Scratch())
+    return loop.prune_feed_forward(dense, train, held_out, solvers, by_role, *given)
 
 
 def random_unit(

@@ -8,15 +8,7 @@ from torch import Tensor
 
 from sparsellm.chain.units import gelu
 from sparsellm.decomposition import updates
-from sparsellm.decomposition.objective import (
-    Chunk,
-    Coefficients,
-    FeedForward,
-    Linear,
-    Variables,
-    default_coefficients,
-    objective,
-)
+from sparsellm.decomposition.objective import Chunk, Coefficients, Linear, Variables, default_coefficients, objective
 from sparsellm.decomposition.updates import Moments, MomentsAccumulator, pseudo_inverse_weight
 from sparsellm.statistics import least_squares
 from tests.decomposition.helpers import random_unit
@@ -49,7 +41,7 @@ def test_default_coefficients_follow_the_scale_of_the_data() -> None:
     x = torch.randn(30, 5, generator=torch.Generator().manual_seed(3))
     y = unit(x)
     base = default_coefficients(unit, x, y)
-    louder = FeedForward(unit.up, Linear(unit.down.weight * 7), unit.activation)
+    louder = type(unit)(unit.up, Linear(unit.down.weight * 7), unit.activation)
     scaled = default_coefficients(louder, x, y * 7)  # the same problem in other units of the output
     assert scaled.beta == pytest.approx(base.beta / 49, rel=1e-4)
     assert (scaled.alpha, scaled.gamma) == pytest.approx((base.alpha, base.gamma), rel=1e-4)

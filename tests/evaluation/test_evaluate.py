@@ -288,11 +288,9 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
         metric = measured.tasks["tiny_numbers"]["acc"]
         assert metric.value == pytest.approx(expected)
         assert metric.stderr is not None
-    without = sparsellm.evaluate(llama, text, seq_len=16, bos="no", tasks=["tiny_numbers"], tasks_dir=folder)
-    assert without.tasks is not None
-    assert without.tasks["tiny_numbers"]["acc"].value == pytest.approx(
-        accuracy_by_hand(folder, tiny_llama(), bos=False)
-    )
+    plain = sparsellm.evaluate(llama, text, seq_len=16, bos="no", tasks=["tiny_numbers"], tasks_dir=folder)
+    assert plain.tasks is not None
+    assert plain.tasks["tiny_numbers"]["acc"].value == pytest.approx(accuracy_by_hand(folder, tiny_llama(), bos=False))
 
 
 def test_an_unknown_task_is_refused_before_the_model_is_opened(

@@ -11,20 +11,10 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 VOCABULARY = 300
 
@@ -39,52 +29,28 @@ BOS, EOS = "<s>", "</s>"  # ids 0 and 1 of the tiny tokenizer
 _IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
 
 
-def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, **changes: Any) -> transformers.LlamaForCausalLM:
     """Llama: RMS norm, gated FFN, grouped-query attention, rotary positions, no biases. 3 blocks of width 32."""
-    settings: dict[str, Any] = {
-        **_IDS,
-        "hidden_size": 32,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS,
-        "tie_word_embeddings": False,
-        **changes,
-    }
-    return _seeded(LlamaForCausalLM, LlamaConfig(**settings), seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "max_position_embeddings": POSITIONS}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    config = transformers.LlamaConfig(**{**_IDS, **sizes, **more, **changes})
+    return _seeded(transformers.LlamaForCausalLM, config, seed)
 
 
-def tiny_opt(seed: int = 0, **changes: Any) -> OPTForCausalLM:
+def tiny_opt(seed: int = 0, **changes: Any) -> transformers.OPTForCausalLM:
     """OPT: layer norm, ReLU FFN, biases everywhere, learned positions, tied head. 2 blocks of width 48."""
-    settings: dict[str, Any] = {
-        **_IDS,
-        "hidden_size": 48,
-        "word_embed_proj_dim": 48,
-        "ffn_dim": 112,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": POSITIONS,
-        "pad_token_id": 1,
-        "dropout": 0.0,
-        **changes,
-    }
-    return _seeded(OPTForCausalLM, OPTConfig(**settings), seed)
+    sizes = {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 112, "max_position_embeddings": POSITIONS}
+    more = {"num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1, "dropout": 0.0}
+    config = transformers.OPTConfig(**{**_IDS, **sizes, **more, **changes})
+    return _seeded(transformers.OPTForCausalLM, config, seed)
 
 
-def tiny_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+def tiny_gpt2(seed: int = 0, **changes: Any) -> transformers.GPT2LMHeadModel:
     """GPT-2: ``Conv1D`` weights stored (in, out), fused q, k, v, GELU FFN, learned positions. 2 blocks of width 48."""
-    settings: dict[str, Any] = {
-        **_IDS,
-        "n_embd": 48,
-        "n_inner": 112,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": POSITIONS,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
-        **changes,
-    }
-    return _seeded(GPT2LMHeadModel, GPT2Config(**settings), seed)
+    sizes = {"n_embd": 48, "n_inner": 112, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+    more = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    config = transformers.GPT2Config(**{**_IDS, **sizes, **more, **changes})
+    return _seeded(transformers.GPT2LMHeadModel, config, seed)
 
 
 @cache

@@ -10,19 +10,9 @@ from transformers import PreTrainedModel
 from tests.models import POSITIONS, VOCABULARY, _seeded
 
 LAYERS = 2
-LLAMA: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 80,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": POSITIONS,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+LLAMA: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": LAYERS}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": POSITIONS}
+LLAMA |= {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 _OPT: dict[str, Any] = {"word_embed_proj_dim": 32, "ffn_dim": 80, "dropout": 0.0}
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS, "n_inner": 80}
 _NEOX: dict[str, Any] = {"tie_word_embeddings": False, "rotary_pct": 0.5}
@@ -32,32 +22,14 @@ _VISION |= {"image_size": 28, "patch_size": 14}
 
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 _MAMBA |= {"mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8}
-_ZAMBA2: dict[str, Any] = {
-    "layers_block_type": ["hybrid", "hybrid"],  # which share the weights of their attention
-    "num_mem_blocks": 1,
-    "adapter_rank": 4,
-    "attention_hidden_size": 64,
-    "attention_head_dim": 16,
-    "n_mamba_heads": 4,
-    "mamba_headdim": 16,
-    "mamba_d_state": 8,
-    "mamba_ngroups": 1,
-    "chunk_size": 8,
-}
-_NEMOTRON_H: dict[str, Any] = {
-    "layers_block_type": ["mamba", "attention", "mlp"],
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "ssm_state_size": 8,
-    "n_groups": 1,
-    "chunk_size": 8,
-}
-_GRANITE_HYBRID: dict[str, Any] = {
-    **_MAMBA,
-    "layer_types": ["mamba", "attention"],
-    "num_local_experts": 0,
-    "shared_intermediate_size": 80,
-}
+# Blocks that share the weights of their attention.
+_ZAMBA2: dict[str, Any] = {"layers_block_type": ["hybrid", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4}
+_ZAMBA2 |= {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16}
+_ZAMBA2 |= {"mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8}
+_NEMOTRON_H: dict[str, Any] = {"layers_block_type": ["mamba", "attention", "mlp"], "n_groups": 1, "chunk_size": 8}
+_NEMOTRON_H |= {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8}
+_GRANITE_HYBRID: dict[str, Any] = {**_MAMBA, "layer_types": ["mamba", "attention"]}
+_GRANITE_HYBRID |= {"num_local_experts": 0, "shared_intermediate_size": 80}
 LLAMA3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 32}
 LLAMA3 |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -136,34 +108,13 @@ def opt_350m() -> PreTrainedModel:
 
 _MANY: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
 _NARROW: dict[str, Any] = {"moe_intermediate_size": 24}
-_LATENT: dict[str, Any] = {
-    **_NARROW,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_key_value_heads": 4,
-}
-_LINEAR: dict[str, Any] = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_value_heads": 2,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-_JAMBA: dict[str, Any] = {
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "expert_layer_period": 1,
-    "expert_layer_offset": 0,
-    "mamba_d_state": 4,
-    "mamba_dt_rank": 4,
-}
+_LATENT: dict[str, Any] = {**_NARROW, "q_lora_rank": 24, "kv_lora_rank": 16, "num_key_value_heads": 4}
+_LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_LATENT |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
+_LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
+_LINEAR |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_JAMBA: dict[str, Any] = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4}
+_JAMBA |= {"expert_layer_period": 1, "expert_layer_offset": 0}
 # Mixtures of experts: as _TEXT, with what Mixtral has.
 _MIXTURES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("Mixtral", "Olmoe", "Phimoe", "GraniteMoe")},
@@ -184,11 +135,8 @@ def dbrx(num_experts: int = 4, **_: int) -> PreTrainedModel:
     """Stacks the experts in two dimensions."""
     experts = {"ffn_hidden_size": 40, "moe_num_experts": num_experts, "moe_top_k": 2, "hidden_size": 32}
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS}
-    return _model(
-        "DbrxConfig",
-        "DbrxForCausalLM",
-        {**sizes, "ffn_config": experts, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
-    )
+    attention = {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}
+    return _model("DbrxConfig", "DbrxForCausalLM", {**sizes, "ffn_config": experts, "attn_config": attention})
 
 
 def sparse_attention(name: str = "DeepseekV32", **given: Any) -> PreTrainedModel:
@@ -214,16 +162,8 @@ def family(name: str, **given: Any) -> PreTrainedModel:
     return _model(f"{name}Config", causal, settings)
 
 
-_SPECIAL = {
-    "Llama 3": llama3,
-    "Gemma3Text": gemma3_text,
-    "Gemma3": gemma3,
-    "Gemma4Text": gemma4_text,
-    "Qwen3_5": qwen3_5,
-    "Mpt": mpt,
-    "OPT 350M": opt_350m,
-    "Dbrx": dbrx,
-}
+_SPECIAL = {"Llama 3": llama3, "Gemma3Text": gemma3_text, "Gemma3": gemma3, "Gemma4Text": gemma4_text}
+_SPECIAL |= {"Qwen3_5": qwen3_5, "Mpt": mpt, "OPT 350M": opt_350m, "Dbrx": dbrx}
 FAMILIES = [*_TEXT, *_SPECIAL, *_MIXTURES]
 MIXTURES = [*_MIXTURES, "Dbrx"]
 

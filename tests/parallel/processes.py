@@ -31,9 +31,8 @@ def run_in(size: int, function: Callable[..., None], folder: Path, *arguments: A
 
 def _join(rank: int, size: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / f'store-{size}'}", rank=rank, world_size=size
-    )
+    store = f"file://{folder / f'store-{size}'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     function(folder, *arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

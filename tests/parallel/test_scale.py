@@ -52,9 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for place in ("path/to/model", "shared/model"):
         save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / place)
     for name in ("my-text.txt", "my-test.txt", "shared/my-text.txt"):
-        Path(name).write_text(
-            "\n".join(f"Line {number} of a text about nothing in particular." for number in range(400))
-        )
+        Path(name).write_text("\n".join(f"Line {n} of a text about nothing in particular." for n in range(400)))
     return tmp_path
 
 

@@ -47,6 +47,7 @@ def two_mixtures() -> Any:
     return mixtral(num_hidden_layers=2)
 
 
+SWEEP: dict[str, Any] = {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda", "output_metric": 0.0}}
 # name → family and recipe: every solver, N:M, an allocation by gradients, and the method with a median,
 # refits, and Adam on the whole model next to the dense stream
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -62,19 +63,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "experts": (two_mixtures, {"method": "sparsellm", "passes": 0}),
     "experts int4": (two_mixtures, {"method": "sparsegpt", "values": "int4"}),
     # one step takes all windows, however many processes divide them
-    "swept": (
-        two_blocks,
-        {
-            "method": "sparsellm",
-            "passes": 3,
-            "options": {"solver": "wanda", "output_metric": 0.0},
-            "allocation": "uniform",
-            "batch_tokens": 1024,
-        },
-    ),
+    "swept": (two_blocks, {**SWEEP, "allocation": "uniform", "batch_tokens": 1024}),
 }
-
-
 AGAIN = ("admm", "allocated", "experts", "swept")  # rows, a survey, whole linears, a sweep
 
 
@@ -142,19 +132,17 @@ def prune_twice(folder: Path) -> None:
 def _refusals() -> None:
     with pytest.raises(RecipeError, match="only the second"):  # whoever it is that fails, all know
         parallel.together(lambda: _refuse("only the second") if parallel.rank() == 1 else None)
-    few = windows(WINDOWS)[: parallel.size() - 1]
+    ids, few = windows(WINDOWS), windows(WINDOWS)[: parallel.size() - 1]
     with pytest.raises(RecipeError, match=f"{len(few)} calibration windows .* {parallel.size()} processes"):
         sparsellm.prune(tiny_llama(), Recipe(method="wanda"), calibration=few)
     with pytest.raises(RecipeError, match="sparsellm-paper runs in one process"):
-        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm-paper"), calibration=windows(WINDOWS))
+        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm-paper"), calibration=ids)
     with pytest.raises(RecipeError, match=r"iterations .* one process"):
-        sparsellm.prune(
-            tiny_llama(), Recipe(method="sparsellm", options={"iterations": 1}), calibration=windows(WINDOWS)
-        )
+        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm", options={"iterations": 1}), calibration=ids)
     broken = tiny_llama()
     broken.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"lm_head\.weight"):  # found by the main process alone, told by all
-        sparsellm.prune(broken, Recipe(method="wanda"), calibration=windows(WINDOWS))
+        sparsellm.prune(broken, Recipe(method="wanda"), calibration=ids)
 
 
 def _a_solver_that_knows_nothing_of_processes(folder: Path) -> None:
@@ -252,12 +240,9 @@ def rounded_weights() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 def rounding_of_some_rows(folder: Path) -> None:
     """Rounds weights and a model; the rows that this process has rounded are counted."""
     with pytest.MonkeyPatch.context() as patch:
-        seen, one_after_another = [], rounding._one_after_another
-        patch.setattr(
-            rounding,
-            "_one_after_another",
-            lambda grid, target, gram: seen.append(len(target)) or one_after_another(grid, target, gram),
-        )
+        seen, real = [], rounding._one_after_another
+        name = "_one_after_another"
+        patch.setattr(rounding, name, lambda grid, target, gram: seen.append(len(target)) or real(grid, target, gram))
         leave(folder, "rounded", (rounded_weights(), seen))
     model = tiny_llama()
     sparsellm.prune(model, Recipe(method="sparsegpt", values="int4"), calibration=windows(WINDOWS))

@@ -41,10 +41,7 @@ FAMILIES = ("Llama", "OPT", "Mixtral", "Gemma3Text")
 TARGETS: tuple[dict[str, Any], ...] = ({"sparsity": 0.6}, {"pattern": "2:4"})
 VALUES: tuple[dict[str, Any], ...] = ({}, {"values": "int8"}, {"values": "int4"}, {"values": "int3"}, {"grid": "q4_0"})
 METHODS: tuple[dict[str, Any], ...] = (
-    {"method": "magnitude"},
-    {"method": "wanda"},
-    {"method": "sparsegpt"},
-    {"method": "admm"},
+    *({"method": name} for name in ("magnitude", "wanda", "sparsegpt", "admm")),
     {"method": "sparsellm", "effort": 0},
     {"method": "sparsellm", "effort": 1, "sweep_rate": 0.001},
     {"method": "sparsellm-paper"},

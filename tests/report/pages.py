@@ -89,10 +89,8 @@ def rewrite(path: Path, **changes: Any) -> dict[str, Any]:
 
 def results(perplexity: float, dense: float | None = 20.0, **more: Any) -> dict[str, Any]:
     """The content of a ``results.json``, with a comparison with the dense model or without."""
-    protocol = {
-        "text": "wikitext2", "digest": "ab", "window": 64, "windows": 4, "tokens": 252, "bos": "no",
-        "dtype": "float32",
-    }  # fmt: skip
+    sizes: dict[str, Any] = {"window": 64, "windows": 4, "tokens": 252}
+    protocol = {"text": "wikitext2", "digest": "ab", "bos": "no", "dtype": "float32", **sizes}
     stamp = {"sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01"}
     evaluation: dict[str, Any] = {
         **stamp,
@@ -115,14 +113,8 @@ def results(perplexity: float, dense: float | None = 20.0, **more: Any) -> dict[
             ("dense", "compiled", 20.0), ("dense", "transformers", 10.0), ("packed", "compiled", 33.0)
         )
     ]  # fmt: skip
-    sizes = ("dense_bytes", "packed_bytes", "dense_linear_bytes", "packed_linear_bytes", "packed_disk_bytes")
+    places = ("dense_bytes", "packed_bytes", "dense_linear_bytes", "packed_linear_bytes", "packed_disk_bytes")
     kinds = {**dict.fromkeys(("dtype", "dense_dtype", "kernel"), "float32"), "packed_name": "half-packed"}
-    benchmark = {
-        **stamp,
-        **dict.fromkeys(sizes, 1_500_000),
-        **kinds,
-        "dense_disk_bytes": None,
-        "speeds": speeds,
-        "verdict": [],
-    }
+    benchmark = {**stamp, **dict.fromkeys(places, 1_500_000), **kinds, "dense_disk_bytes": None}
+    benchmark |= {"speeds": speeds, "verdict": []}
     return {"format": 1, "evaluations": [evaluation], "benchmarks": [benchmark], **more}

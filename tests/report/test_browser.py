@@ -15,9 +15,7 @@ from sparsellm.report.document import write_report
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'sparsellm[test]' brings playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'sparsellm[test]' brings axe")
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -45,14 +43,12 @@ def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "scheme", "size"), [("run", "light", (390, 844)), ("comparison", "dark", (1280, 900))]
-)
+@pytest.mark.parametrize(("name", "theme", "size"), [("run", "light", (390, 844)), ("comparison", "dark", (1280, 900))])
 def test_a_page_draws_and_is_accessible(
-    name: str, scheme: str, size: tuple[int, int], browser: Any, pages: dict[str, Path]
+    name: str, theme: str, size: tuple[int, int], browser: Any, pages: dict[str, Path]
 ) -> None:
     width, height = size
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
     said, asked = list[str](), list[str]()
@@ -60,7 +56,7 @@ def test_a_page_draws_and_is_accessible(
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(pages[name].as_uri())
-    page.wait_for_selector(f"html[data-drawn={scheme}]")
+    page.wait_for_selector(f"html[data-drawn={theme}]")
     charts = page.locator("[data-figure]")
     assert charts.count() > 4
     assert page.locator("[data-figure] .main-svg").count() >= charts.count()

@@ -137,11 +137,9 @@ def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
 
 
 def test_time_and_memory_are_said_next_to_their_predictions(copied: Path) -> None:
-    seconds = {"check": 1.0, "read": 2.0, "prune": 5.0, "prune/solve": 3.0}
-    memory = {"predicted_peak_rss_bytes": 2 * 10**9, "budget_bytes": 4 * 10**9}
-    rewrite(
-        copied / "pruning.json", seconds=seconds, predicted_seconds={"prune": 6.0}, peak_rss_bytes=10**9, memory=memory
-    )
+    took = {"check": 1.0, "read": 2.0, "prune": 5.0, "prune/solve": 3.0}
+    room = {"predicted_peak_rss_bytes": 2 * 10**9, "budget_bytes": 4 * 10**9}
+    rewrite(copied / "pruning.json", seconds=took, predicted_seconds={"prune": 6.0}, peak_rss_bytes=10**9, memory=room)
     page = page_of(write_report(copied))
     assert page.rows("Time of each phase")[1:3] == [["prune blocks", "5.0", "62.5%"], ["– solve", "3.0", "37.5%"]]
     said = page.one("p", id="text-time").text

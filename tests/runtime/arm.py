@@ -37,9 +37,7 @@ NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
 TESTS = ("test_native.py", "test_decode.py", "test_scaled_embeddings.py")
 NOT_HERE = "not forked"  # these start another interpreter
 
-USE = (
-    "import sys; from pathlib import Path; from tests.runtime.extension import use; library = use(Path(sys.argv[1])); "
-)
+USE = "import pathlib, sys; from tests.runtime.extension import use; library = use(pathlib.Path(sys.argv[1])); "
 ASK = "print(*(name for name, supported in library.instruction_sets() if supported))"
 RUN = "import pytest; sys.exit(pytest.main(sys.argv[2:]))"
 

@@ -101,10 +101,8 @@ def checkpoints() -> list[tuple[bytes, str]]:
 def damaged(content: bytearray, first: int, last: int, chosen: random.Random) -> bytes:
     """Some bytes changed between ``first`` and ``last``: a bit, any byte, or one that is often a limit."""
     for _ in range(chosen.randint(1, 3)):
-        place = chosen.randrange(first, last)
-        content[place] = chosen.choice(
-            [content[place] ^ 1 << chosen.randrange(8), chosen.randrange(256), 0, 127, 128, 255]
-        )
+        at = chosen.randrange(first, last)
+        content[at] = chosen.choice([content[at] ^ 1 << chosen.randrange(8), chosen.randrange(256), 0, 127, 128, 255])
     return bytes(content)
 
 

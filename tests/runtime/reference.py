@@ -44,9 +44,7 @@ def random_weight(
         scales = (torch.rand(out, -(-columns // group), generator=random) + 0.01).bfloat16()
         numbers = (torch.arange(-8, 8) if levels is None else levels)[codes]
         dense = numbers * scales.double().repeat_interleave(group, dim=1)[:, :columns]
-        rows = [
-            functional.pad(row[places], (0, int(places.sum()) % 2)) for row, places in zip(codes, kept, strict=True)
-        ]
+        rows = [functional.pad(row[some], (0, int(some.sum()) % 2)) for row, some in zip(codes, kept, strict=True)]
         pairs = torch.cat(rows).view(-1, 2)
         values = (pairs[:, 0] | pairs[:, 1] << 4).to(torch.uint8)
         stored += stored % 2

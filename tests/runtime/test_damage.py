@@ -147,9 +147,8 @@ def test_shards_elsewhere_and_adapters_are_not_loaded(llama: Path, tmp_path: Pat
     """transformers follows an index out of the directory, and applies an adapter that `prune` and `eval` do not see."""
     copy = Path(shutil.copytree(llama, tmp_path / "copy"))
     names = load_file((copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors"))
-    (copy / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")})
-    )
+    index = {"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match="which is not in"):
         sparsepack.load(copy)
     (copy / "model.safetensors.index.json").unlink()

@@ -22,31 +22,18 @@ from tests.packed.by_hand import exponents_of, packed_of
 
 kernels = pytest.mark.skipif(native.available() is None, reason="no compiled kernels")
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
 def packed_model(
-    out: Path,
-    family: str = "Llama",
-    *,
-    values: str = "keep",
-    head: str = "keep",
-    exponents: bool = False,
-    **config: Any,
+    out: Path, family: str = "Llama", *, values: str = "keep", head: str = "keep", exponents: bool = False, **given: Any
 ) -> Path:
     """A packed model; ``exponents`` are those that a run has recorded for its linears."""
     torch.manual_seed(0)
     kinds = {"Llama": (LlamaForCausalLM, LlamaConfig), "Qwen2": (Qwen2ForCausalLM, Qwen2Config)}
     model, configuration = kinds[family]
-    tiny = prune_tiny(model(configuration(**{**SIZES, **config})).eval())
+    tiny = prune_tiny(model(configuration(**{**SIZES, **given})).eval())
     source = save_tiny(tiny, tiny_tokenizer(), out / "dense")
     if exponents:
         shapes = {name: module.weight.shape for name, module in tiny.named_modules() if name.endswith("_proj")}

@@ -148,9 +148,8 @@ def test_models_take_turns_and_do_the_same_work(monkeypatch: pytest.MonkeyPatch)
 def test_speeds_are_tokens_by_the_given_clock() -> None:
     """Three readings a run: before the prompt, after it, and after the decoding."""
     readings = (10.0 * reading * reading for reading in range(100))  # 0, 10, 40 of the warm-up; 90, 160, 250 of the run
-    speeds = measure(
-        {"a": tiny_llama()}, Rounds(batches=[2], prompt_tokens=7, new_tokens=3, repeats=1), clock=lambda: next(readings)
-    )
+    rounds = Rounds(batches=[2], prompt_tokens=7, new_tokens=3, repeats=1)
+    speeds = measure({"a": tiny_llama()}, rounds, clock=lambda: next(readings))
     assert {speed.phase: speed.median for speed in speeds} == {"prefill": 2 * 7 / 70, "decode": 2 * 3 / 90}
 
 

@@ -26,9 +26,7 @@ import sys
 from transformers import pipeline
 print(type(pipeline("text-generation", sys.argv[1]).model.model.layers[0].mlp.up_proj).__name__)
 """
-CHILD = (
-    f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {PIPELINE!r}, sys.argv[1]]).returncode)"
-)
+CHILD = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {PIPELINE!r}, sys.argv[1]]))"
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,10 +74,8 @@ def test_exec_runs_a_module(packed: Path, tmp_path: Path) -> None:
 def test_exec_keeps_the_users_own_environment(tmp_path: Path) -> None:
     """Its sitecustomize runs too, its variables reach the command, and none of ours is added but the two paths."""
     (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.theirs = 'ran'\n")
-    shown = (
-        "import json, os, sys; print(json.dumps([theirs, 'sparsepack' in sys.modules, sorted(os.environ), sys.argv]))"
-    )
-    done = execute("python", "-c", shown, "--out", "a b", PYTHONPATH=str(tmp_path), MINE="1")
+    ask = "import json, os, sys; print(json.dumps([theirs, 'sparsepack' in sys.modules, sorted(os.environ), sys.argv]))"
+    done = execute("python", "-c", ask, "--out", "a b", PYTHONPATH=str(tmp_path), MINE="1")
     theirs, registered, names, arguments = json.loads(done.stdout)
     assert (theirs, registered, arguments) == ("ran", True, ["-c", "--out", "a b"])
     assert {"MINE", "PATH", "PYTHONPATH"} <= set(names)
@@ -92,11 +88,8 @@ def test_exec_passes_the_exit_code_on(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (-signal.SIGPIPE, "")
     (tmp_path / "empty").write_text("\0")
     (tmp_path / "empty").chmod(0o755)
-    for command, said in (
-        ("no-such-command", "'no-such-command' is not a command on PATH"),
-        (tmp_path / "empty", "run:"),
-    ):
-        done = execute(command, "--flag")
+    for each, said in (("no-such-command", "'no-such-command' is not a command on PATH"), (tmp_path / "empty", "run:")):
+        done = execute(each, "--flag")
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
         assert said in done.stderr
 
@@ -112,16 +105,15 @@ def test_peft_names_the_way_out(packed: Path) -> None:
 @pytest.mark.parametrize("head", ["keep", "int8"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_number_of_parameters_is_the_dense_models(tied: bool, head: str, tmp_path: Path) -> None:
-    dense = prune_tiny(tiny_llama(tie_word_embeddings=tied, attention_bias=True))
+    changes = {"tie_word_embeddings": tied, "attention_bias": True}
+    dense = prune_tiny(tiny_llama(**changes))
     source = save_tiny(dense, None, tmp_path / "dense")
     packed = sparsellm.load(sparsellm.pack(source, out=tmp_path / "packed", head=head).path)  # type: ignore[arg-type]
     for model in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         for exclude in (False, True):
             assert model.num_parameters(exclude_embeddings=exclude) == dense.num_parameters(exclude_embeddings=exclude)
         assert model.num_parameters(only_trainable=True) <= dense.num_parameters()
-    other = save_tiny(
-        prune_tiny(tiny_llama(1, tie_word_embeddings=tied, attention_bias=True)), None, tmp_path / "other"
-    )
+    other = save_tiny(prune_tiny(tiny_llama(1, **changes)), None, tmp_path / "other")
     loaded = sparsellm.load(sparsellm.pack(other, out=tmp_path / "packed-other", head=head).path)  # type: ignore[arg-type]
     loaded._apply(lambda tensor: tensor.clone())  # as a move to another device
     loaded.load_state_dict(packed.state_dict())
@@ -141,10 +133,8 @@ def test_what_is_saved_again_loads_again(packed: Path, tmp_path: Path) -> None:
     model.dequantize()
     model.save_pretrained(tmp_path / "dense")
     assert run(sys.executable, "-c", PIPELINE, tmp_path / "dense").returncode != 2
-    assert (
-        not {"transformers_weights", "quantization_config"}
-        & json.loads((tmp_path / "dense" / "config.json").read_text()).keys()
-    )
+    written = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert not {"transformers_weights", "quantization_config"} & written.keys()
     older = Path(shutil.copytree(packed, tmp_path / "older"))
     config = json.loads((older / "config.json").read_text())
     assert config.pop("transformers_weights") == WAY_IN["transformers_weights"]

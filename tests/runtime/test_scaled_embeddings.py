@@ -74,8 +74,7 @@ def test_the_factor_of_rows_is_that_of_the_module() -> None:
 def test_an_embedding_of_another_kind_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gemma3_text().save_pretrained(tmp_path / "model")
     monkeypatch.setattr("sparsellm.convert.row_scale", lambda module: None)
-    with pytest.raises(
-        RecipeError, match=r"embed_tokens.weight is a .*Embedding, which has no int8 form; use head=keep"
-    ):
+    said = r"embed_tokens.weight is a .*Embedding, which has no int8 form; use head=keep"
+    with pytest.raises(RecipeError, match=said):
         sparsellm.pack(tmp_path / "model", out=tmp_path / "packed", head="int8")
     assert not (tmp_path / "packed").exists()

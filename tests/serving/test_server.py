@@ -82,11 +82,8 @@ def test_chat_is_the_greedy_text_of_transformers(client: OpenAI, greedy: Any) ->
 
 
 def test_a_stream_has_the_text_in_pieces_and_usage(client: OpenAI, greedy: Any) -> None:
-    chunks = list(
-        client.chat.completions.create(
-            model="tiny", messages=ASKED, max_tokens=24, stream=True, stream_options={"include_usage": True}
-        )
-    )
+    how: Any = {"max_tokens": 24, "stream": True, "stream_options": {"include_usage": True}}
+    chunks: Any = list(client.chat.completions.create(model="tiny", messages=ASKED, **how))
     *pieces, end, usage = chunks
     assert [piece.choices[0].delta.role for piece in pieces] == ["assistant"] + [None] * (len(pieces) - 1)
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == greedy(TEMPLATED, 24)
@@ -121,10 +118,8 @@ def test_stop_strings_end_the_text_before_them(client: OpenAI, greedy: Any) -> N
 
 def test_a_seed_repeats_a_sample_and_none_does_not(client: OpenAI) -> None:
     def sample(**seed: int) -> str:
-        answer = client.completions.create(
-            model="tiny", prompt=PROMPT, max_tokens=24, temperature=1.5, top_p=0.95, **seed
-        )
-        return answer.choices[0].text
+        how: Any = {"temperature": 1.5, "top_p": 0.95, **seed}
+        return client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, **how).choices[0].text
 
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     assert sample() != sample()
@@ -213,9 +208,8 @@ def test_an_end_of_text_can_be_ignored(model: Any) -> None:
 
 
 def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: Any) -> None:
-    parts: Any = [
-        {"role": "user", "content": [{"type": "text", "text": PROMPT[:5]}, {"type": "text", "text": PROMPT[5:]}]}
-    ]
+    texts = [{"type": "text", "text": part} for part in (PROMPT[:5], PROMPT[5:])]
+    parts: Any = [{"role": "user", "content": texts}]
     answer = client.chat.completions.create(
         model="tiny", messages=parts, max_tokens=8, n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0,
         tool_choice="none", service_tier="auto", parallel_tool_calls=True, metadata={}, top_logprobs=0,

@@ -71,9 +71,7 @@ def test_a_first_mask_that_is_better_is_found_and_kept(monkeypatch: pytest.Monke
 def test_rounded_products_change_mask_and_error_little():
     weight, gram = weight_of(64, 256), gram_of(256, 4000)
     products = Bf16Products()
-    exact, rounded, plain = (
-        divide(SOLVERS["admm"], given)(weight, gram, Share(0.7)) for given in (None, products, None)
-    )
+    exact, rounded, plain = (divide(SOLVERS["admm"], mode)(weight, gram, Share(0.7)) for mode in (None, products, None))
     assert torch.equal(exact.weight, plain.weight)
     assert not torch.equal(exact.weight, rounded.weight)  # products were rounded
     assert float((exact.mask != rounded.mask).float().mean()) < 0.02

@@ -54,9 +54,9 @@ def scales_of_anchors(weight: Tensor, groups: Groups) -> Tensor:
     return groups.spread((extreme / groups.levels.lowest).expand(-1, groups.size))
 
 
-def nearest(weight: Tensor, values: str, dtype: torch.dtype) -> Tensor:
-    """What packing without rounding first gives back."""
-    packed = pack(weight.to(dtype), values)
+def repacked(weight: Tensor, values: str, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
+    """What packing gives back: of a weight that was not rounded first, the nearest one."""
+    packed = pack(weight.to(dtype), values, exponents=exponents)
     assert packed is not None
     return unpack(packed, dtype).float()
 
@@ -70,9 +70,7 @@ def test_weights_near_the_end_of_fp16_are_rounded_like_small_ones(values: str, s
     reference = loss(rounded(small, gram, values, torch.float32).weight, small, gram)
     for largest in (40000.0, 65504.0, 400000.0):
         grid = rounded(small * largest, gram, values, torch.float16)
-        packed = pack(grid.weight.half(), values, exponents=grid.exponents)
-        assert packed is not None
-        assert torch.equal(unpack(packed, torch.float16).float(), grid.weight)
+        assert torch.equal(repacked(grid.weight, values, torch.float16, grid.exponents), grid.weight)
         assert bool(torch.isfinite(grid.weight.half()).all())
         if largest <= 65504.0:
             assert loss(grid.weight / largest, small, gram) <= 1.3 * reference
@@ -96,7 +94,7 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
     assert packed is not None
     assert torch.equal(unpack(packed, dtype), stored)
     share = 0.8 if pattern.sparsity == 0.9 else 0.5  # the fewer values, the less they can make up for
-    assert loss(result.weight, weight, gram) < share * loss(nearest(weight, values, dtype), weight, gram)
+    assert loss(result.weight, weight, gram) < share * loss(repacked(weight, values, dtype), weight, gram)
     zeros, before = result.weight == 0, weight == 0
     assert bool(zeros[before].all())
     if isinstance(pattern, NM):
@@ -113,22 +111,20 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
 
 @pytest.mark.parametrize("levels", [*GAPPED.values(), *PLAIN.values()], ids=lambda levels: str(len(levels.numbers)))
 def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
-    units = torch.cat(
-        (torch.linspace(-140, 140, 28001), torch.tensor(levels.numbers).float(), torch.tensor([math.nan]))
-    )
-    numbers = torch.tensor([number for number in levels.numbers if number]).float()
+    every = torch.tensor(levels.numbers).float()
+    numbers = every[every != 0]
+    units = torch.cat((torch.linspace(-140, 140, 28001), every, torch.tensor([math.nan])))
     goal = (units.unsqueeze(1) - numbers).abs().min(dim=1).values
     result = levels.nearest(units)
     kept = (units != 0) & units.isfinite()
     assert set(result[kept].int().tolist()) <= set(numbers.int().tolist())
     assert torch.allclose((result - units).abs()[kept], goal[kept], atol=1e-4)
     assert bool((result[units == 0] == 0).all())
-    numbers = torch.tensor(levels.numbers).float()
     if len(levels.numbers) <= 16:
-        codes = levels.codes(numbers)
-        assert codes.tolist() == list(range(codes[0], codes[0] + len(numbers)))
+        codes = levels.codes(every)
+        assert codes.tolist() == list(range(codes[0], codes[0] + len(every)))
         table = torch.arange(16) - 8 if levels.table is None else levels.table
-        assert torch.equal(table[codes.long()].float(), numbers)
+        assert torch.equal(table[codes.long()].float(), every)
 
 
 def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram, zero: bool) -> float:
@@ -339,9 +335,7 @@ def test_with_exponents_packing_finds_the_numbers(values: str, dtype: torch.dtyp
     exponents = torch.randint(EXPONENTS.start, EXPONENTS.stop, (72,), generator=random).to(torch.int8)
     result = on_grid(weight, values, dtype, exponents)
     assert torch.equal(on_grid(result, values, dtype, exponents), result)
-    packed = pack(result.to(dtype), values, exponents=exponents)
-    assert packed is not None
-    assert torch.equal(unpack(packed, dtype).float(), result)
+    assert torch.equal(repacked(result, values, dtype, exponents), result)
     assert exponents.tolist() == exponents_of_text(text_of_exponents(exponents)).tolist()  # type: ignore[union-attr]
 
 
@@ -364,9 +358,7 @@ def test_many_small_weights_leave_no_dense_form() -> None:
     weight, gram = weight_of(48, 64) ** 5, gram_of(64)
     for values in INTEGERS:
         result = rounded(weight, gram, values, torch.float32)
-        packed = pack(result.weight, values, exponents=result.exponents)
-        assert packed is not None
-        assert torch.equal(unpack(packed), result.weight)
+        assert torch.equal(repacked(result.weight, values, torch.float32, result.exponents), result.weight)
 
 
 @pytest.mark.parametrize("values", ["int4", "int3", "q4_0"])

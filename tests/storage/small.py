@@ -56,14 +56,11 @@ def value_of(directory: Path) -> float:
 
 def tree(directory: Path) -> dict[str, bytes | str | None]:
     """Every path below a directory: its bytes, where it links to, or None for a folder."""
-    return {
-        str(path.relative_to(directory)): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else None
-        for path in directory.rglob("*")
-    }
+
+    def content(path: Path) -> bytes | str | None:
+        return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+
+    return {str(path.relative_to(directory)): content(path) for path in directory.rglob("*")}
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

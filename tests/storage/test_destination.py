@@ -55,14 +55,9 @@ def file_in(name: str) -> Callable[[Path], object]:
 
 
 FOREIGN: dict[str, Callable[[Path], object]] = {
-    "thesis.txt": file_in("thesis.txt"),
-    ".env": file_in(".env"),
-    "model-backup.safetensors": file_in("model-backup.safetensors"),
     "dict.txt": file_in("dict.txt"),  # such as the text that a run calibrates on
-    "README.md": file_in("README.md"),
-    "results.json": file_in("results.json"),
-    "tokenizer.json (changed)": file_in("tokenizer.json"),
-    "model-00001-of-00002.safetensors (changed)": file_in("model-00001-of-00002.safetensors"),
+    **{name: file_in(name) for name in ("thesis.txt", ".env", "model-backup.safetensors", "README.md", "results.json")},
+    **{f"{name} (changed)": file_in(name) for name in ("tokenizer.json", "model-00001-of-00002.safetensors")},
     f".{'0a' * 12}.tmp": lambda directory: (directory / f".{'0a' * 12}.tmp").symlink_to("/etc/hosts"),
     ".git": lambda directory: (directory / ".git").mkdir(),
     "vocab.json": lambda directory: (directory / "vocab.json").mkdir(),

@@ -71,9 +71,8 @@ def live_later(place: Path, model: Path, draw: random.Random) -> Counter[str]:
             assert name in later(place)
         ended["torn"] += any(TORN.fullmatch(path.name) is not None for path in place.iterdir())
         after = later(place)
-        assert {key: data for key, data in after.items() if key != name} == {
-            key: data for key, data in before.items() if key != name
-        }
+        others = [{key: data for key, data in each.items() if key != name} for each in (before, after)]
+        assert others[0] == others[1]
         assert before.get(name) == after.get(name) or str(number).encode() in after[name]
         assert foreign_entries(place) == []
     mine = place / draw.choice(("notes.txt", "LICENSE-mine.docx", *LATER, "config.json"))

@@ -14,17 +14,8 @@ from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 from tests.parallel import workers
 from tests.parallel.processes import run_in
 from tests.storage.small import shards_of
-from tests.sweep.helpers import (
-    Family,
-    halved,
-    linear_weights,
-    same_bits,
-    sharing_llama,
-    swept_by,
-    tiny_mistral,
-    tiny_qwen2,
-    tiny_zamba,
-)
+from tests.sweep import helpers
+from tests.sweep.helpers import halved, linear_weights, same_bits, sharing_llama, swept_by, tiny_zamba
 
 WAYS = {
     "whole": Residence(),
@@ -38,10 +29,10 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "family",
-    [tiny_llama, tiny_opt, tiny_gpt2, tiny_qwen2, tiny_mistral, sharing_llama, tiny_zamba],
+    [tiny_llama, tiny_opt, tiny_gpt2, helpers.tiny_qwen2, helpers.tiny_mistral, sharing_llama, tiny_zamba],
     ids=lambda family: family.__name__,
 )
-def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: Family, way: str) -> None:
+def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: helpers.Family, way: str) -> None:
     dense = family()
     history, expected = swept_by(None, halved(family()), dense)
     model = halved(family())

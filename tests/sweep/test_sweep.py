@@ -28,32 +28,17 @@ from sparsellm.sweep.sweep_task import Run, SweepTask
 from sparsellm.sweep.training import adam_step, held_out_of
 from sparsellm.sweep.whole_model import sweep
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
-from tests.sweep.helpers import (
-    CPU,
-    FAMILIES,
-    TOKENS,
-    Family,
-    block_parameters,
-    dense_end,
-    divergence,
-    halved,
-    ids_of,
-    linear_weights,
-    same_bits,
-    sharing_llama,
-    swept,
-    tiny_mistral,
-    tiny_zamba,
-)
+from tests.sweep import helpers
+from tests.sweep.helpers import CPU, block_parameters, divergence, halved, ids_of, linear_weights, same_bits, swept
 
 
 def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> list[SweepPass]:
     return swept(open_chain(model, device=CPU), dense, *args)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", helpers.FAMILIES, ids=lambda family: family.__name__)
 @pytest.mark.parametrize("head_tokens", [1 << 20, 12])
-def test_gradients_are_of_the_whole_model(family: Family, head_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_of_the_whole_model(family: Any, head_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(module, "STEP_TOKENS", 48)
@@ -80,8 +65,8 @@ def test_gradients_are_of_the_whole_model(family: Family, head_tokens: int, monk
     assert history[1].train == pytest.approx(history[0].held_out, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2, tiny_opt, sharing_llama], ids=lambda family: family.__name__)
-def test_steps_are_those_of_adam_on_the_whole_model(family: Family) -> None:
+@pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2, tiny_opt, helpers.sharing_llama], ids=lambda f: f.__name__)
+def test_steps_are_those_of_adam_on_the_whole_model(family: helpers.Family) -> None:
     dense, model, ids = family(), halved(family()), ids_of(4)
     plain = copy.deepcopy(model)
     parameters, pruned = block_parameters(plain), linear_weights(plain)
@@ -156,7 +141,7 @@ def test_windows_of_the_last_smaller_batch_count_by_their_tokens() -> None:
 
 
 def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
-    dense, model, ids = tiny_mistral(), halved(tiny_mistral()), ids_of(8)
+    dense, model, ids = helpers.tiny_mistral(), halved(helpers.tiny_mistral()), ids_of(8)
     path = save_tiny(model, None, tmp_path / "halved")
     runs = [
         swept(open_chain(copy.deepcopy(model), device=CPU), dense, ids, 2, 0.003),
@@ -172,7 +157,7 @@ def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
 
 def test_pruned_weights_and_their_moments_are_not_stored(tmp_path: Path) -> None:
     chain = open_chain(halved(tiny_llama()), device=CPU)
-    weights = streamed.Streamed(SweepTask(Feed(chain, ids_of(4), TOKENS), [], 1, 0, print))
+    weights = streamed.Streamed(SweepTask(Feed(chain, ids_of(4), helpers.TOKENS), [], 1, 0, print))
     for block, parameters in enumerate(map(weights.parameters, range(len(chain)))):
         kept = int(parameters.count_nonzero())
         assert [weights.store[2 * block + at].shape[-1] for at in (0, 1)] == [kept, kept]
@@ -208,8 +193,8 @@ def test_blocks_that_share_weights_are_swept_as_one(tmp_path: Path) -> None:
     """Zamba: a transformer that every other block runs through."""
     small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
     ids, recipe = ids_of(4), Recipe(sparsity=0.5, samples=4, seq_len=24, sweep_rate=0.001, exclude=small)
-    source = save_tiny(tiny_zamba(), None, tmp_path / "dense")
-    result = sparsellm.prune(tiny_zamba(), recipe, calibration=ids, out=tmp_path / "p")
+    source = save_tiny(helpers.tiny_zamba(), None, tmp_path / "dense")
+    result = sparsellm.prune(helpers.tiny_zamba(), recipe, calibration=ids, out=tmp_path / "p")
     assert result.sweeps[1].held_out < result.sweeps[0].held_out
     sparsellm.prune(source, recipe, calibration=ids, out=tmp_path / "q")
     first, second = (CheckpointReader(tmp_path / out) for out in "pq")
@@ -347,17 +332,15 @@ def test_a_pass_that_does_harm_is_undone_and_the_next_is_slower(
     assert 1 in harmful
     losses, rates, numbers = zip(*steps.seen, strict=True)
     least, cuts = losses[0], 0
-    for number, record in enumerate(history[1:-1]):
+    for number, record in enumerate(history[1:-1], start=1):
         cuts += record.passes in harmful
         least = min(least, record.held_out * ids.numel())
-        assert rates[number + 1] == pytest.approx(
-            module.CUT**cuts * module.schedule(number + 1, 8, numbers[number + 1])
-        )
+        assert rates[number] == pytest.approx(module.CUT**cuts * module.schedule(number, 8, numbers[number]))
         if record.passes in harmful:
-            assert losses[number + 1] == pytest.approx(least, rel=1e-5)
-            assert numbers[number + 1] == 1
+            assert losses[number] == pytest.approx(least, rel=1e-5)
+            assert numbers[number] == 1
         else:
-            assert numbers[number + 1] == numbers[number] + 1
+            assert numbers[number] == numbers[number - 1] + 1
 
 
 def test_what_harm_is() -> None:
@@ -389,8 +372,9 @@ def test_the_divergence_of_each_text_is_that_of_its_windows(monkeypatch: pytest.
     """Also where a step has windows of two texts."""
     monkeypatch.setattr(module, "STEP_TOKENS", 48)
     dense, model, ids = tiny_llama(), halved(tiny_llama()), ids_of(6)
-    feed, names = Feed(open_chain(model, device=CPU), ids, TOKENS), ["a", "b", "a", "a", "b", "a"]
-    task = SweepTask(feed, dense_end(dense, ids, TOKENS), 1, 3, lambda _: None, learning_rate=0.0, sources=names)
+    feed, names = Feed(open_chain(model, device=CPU), ids, helpers.TOKENS), ["a", "b", "a", "a", "b", "a"]
+    end = helpers.dense_end(dense, ids, helpers.TOKENS)
+    task = SweepTask(feed, end, 1, 3, lambda _: None, learning_rate=0.0, sources=names)
     (start, _), alone = sweep(task), {}
     for name in ("a", "b"):
         alone[name] = divergence(dense, model, ids[[each == name for each in names]]).item()

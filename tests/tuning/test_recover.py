@@ -64,9 +64,7 @@ def test_a_checkpoint_recovers_and_keeps_zeros(way: str, pruned: Path, text: Pat
     assert values[1] < 0.9 * values[0]
 
 
-def test_what_cannot_be_trained_is_one_line(
-    pruned: Path, llama: Path, text: Path, tmp_path: Path, refusal: Any
-) -> None:
+def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path, tmp_path: Path, refusal: Any) -> None:
     disable_progress_bar()  # as the environment does in a process of its own
     sparsellm.pack(pruned, out=tmp_path / "packed")
     recipe = Recipe(method="magnitude", values="int8", calibration=str(text), samples=4, seq_len=32)

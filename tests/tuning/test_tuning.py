@@ -61,9 +61,7 @@ def assert_zeros_kept(before: dict[str, torch.Tensor], model: Any) -> None:
         assert torch.equal(after[name] == 0, weight == 0), name
 
 
-def test_the_trainer_keeps_zeros_with_the_callback_and_loses_them_without(
-    pruned: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_the_trainer_keeps_zeros_with_the_callback_and_not_without(pruned: PreTrainedModel, tmp_path: Path) -> None:
     before, start = sparse_weights(pruned), loss(pruned)
     lost = trained(copy.deepcopy(pruned), tmp_path)
     assert any((dict(lost.named_parameters())[name][weight == 0] != 0).any() for name, weight in before.items())
