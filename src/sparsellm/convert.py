@@ -24,15 +24,12 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.reader import PackedReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource, written
-from sparsepack import PackError
+from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
 from sparsepack.checkpoint import MANIFEST, WAY_IN, PackedEntry, is_packed, manifest, quantization_config
 from sparsepack.codes import GROUPED, exponents_of_text
 from sparsepack.grid import INTEGERS
 from sparsepack.grids import GRIDS
-from sparsepack.layout import PackedWeight
-from sparsepack.layout import pack as pack_weight
-from sparsepack.layout import unpack as unpack_weight
 from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
@@ -194,14 +191,14 @@ def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
     return {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
 
 
-def _stored(key: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored(key: str, packed: layout.PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a packed weight, and a placeholder with a shape that loaders refuse for the weight."""
     return {key: torch.zeros(1, dtype=dtype)} | {f"{key}_{part}": tensor for part, tensor in packed.stored.items()}
 
 
-def _packed(key: str, weight: Tensor, *how: Any) -> PackedWeight | None:
+def _packed(key: str, weight: Tensor, *how: Any) -> layout.PackedWeight | None:
     try:
-        return pack_weight(weight, *how)
+        return layout.pack(weight, *how)
     except PackError as error:
         raise NumericalError(f"{key}: {error}") from None
 
@@ -273,7 +270,7 @@ def _packed_block(
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
         entry = None if packed is None else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
         result.linears[name] = entry
-        if packed is not None and values in INTEGERS and not torch.equal(unpack_weight(packed, weight.dtype), weight):
+        if packed is not None and values in INTEGERS and not torch.equal(layout.unpack(packed, weight.dtype), weight):
             result.rounded.append(name)
         tensors |= {key: stored} if packed is None else _stored(key, packed, stored.dtype)
     return tensors

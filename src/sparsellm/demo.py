@@ -138,15 +138,8 @@ def run_demo(
     with phase("evaluate"):
         of_pruned, evaluation, q4_0 = _evaluated(dense, pruned, packed, progress)
     with phase("bench"):
-        speeds = compared_speed(
-            packed,
-            dense,
-            progress=progress,
-            dtype="bfloat16",
-            prompt_tokens=PROMPT_TOKENS,
-            new_tokens=NEW_TOKENS,
-            repeats=ROUNDS,
-        )
+        sizes = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": ROUNDS}
+        speeds = compared_speed(packed, dense, progress=progress, device="cpu", dtype="bfloat16", **sizes)
         llama_cpp = _alone(speed_of_q4_0, demo_gguf(), torch.get_num_threads()) if find_spec("llama_cpp") else None
     with phase("generate"):
         answers = [_alone(_answer, path, torch.get_num_threads()) for path in (dense, packed)]

@@ -105,8 +105,7 @@ def computing(device: torch.device) -> Iterator[None]:
 
 
 def pinned(size: int) -> Tensor | None:
-    """Memory that a GPU can read and write while it computes, uint8 ``(size,)``; None if the system refuses, which a
-    note says."""
+    """Memory that a GPU can access while it computes, uint8 ``(size,)``; None, with a note, if the system refuses."""
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:

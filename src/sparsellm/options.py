@@ -62,6 +62,7 @@ def option(
 
 
 flag = partial(option, default=False)
+repeatable = partial(option, panel=WHAT, kind=list[str])
 
 
 def required(parameter: Parameter) -> str:
@@ -98,11 +99,9 @@ def field(name: str, panel: str = "") -> Parameter:
 FIELDS = [name for name in Recipe.model_fields if option_of(name) is not None]
 RECIPE = [
     option("--recipe FILE", "A recipe in YAML; options given here override it.", WHAT),
-    option(
+    repeatable(
         "--set KEY=VALUE",
         "Any field of the recipe, options.NAME, allocation_options.NAME or sparsity_of.GLOB. Repeatable.",
-        WHAT,
-        kind=list[str],
     ),
 ]
 
@@ -139,11 +138,8 @@ ONE_MODEL = argument("MODEL", "Checkpoint directory, hub id, .gguf file, or 'dem
 MAX_TOKENS = option("--max-tokens N", "Most tokens of the text to use.", TEXT, shown="all")
 WINDOW = [option("--seq-len N", "Tokens in a window.", TEXT, shown=SEQ_LEN), MAX_TOKENS]
 TRUST = flag("--trust-remote-code", "Run modelling code that comes with the checkpoint.", RESOURCES)
-PLUGIN = option(
-    "--plugin FILE|MODULE",
-    "Python code that registers solvers, allocations or methods. It is run. Repeatable.",
-    WHAT,
-    kind=list[str],
+PLUGIN = repeatable(
+    "--plugin FILE|MODULE", "Python code that registers solvers, allocations or methods. It is run. Repeatable."
 )
 PACKED_VALUES = option(
     "--values TYPE",

@@ -172,8 +172,7 @@ def share(total: int, start: int, stop: int, length: int) -> int:
 
 
 def highest(scores: Tensor, zeros: int) -> Tensor:
-    """The mask ``(rows, columns)`` that is False for the ``zeros`` lowest scores of each row; of equal scores the one
-    with the lowest index is kept."""
+    """The mask ``(rows, columns)``: False for the ``zeros`` lowest scores of a row; of equal ones the first stays."""
     if zeros <= 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if scores.device.type != "cpu":  # A GPU sorts faster than it counts, and never waits for the number of ties.

@@ -89,9 +89,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
             return _interrupted(signum)
         message = str(error) if isinstance(error, UserError) else None
         if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
-            message = (
-                f"the GPU has no memory left ({one_line(error)[:160]}); lower batch, tokens or context, or say cpu"
-            )
+            why = one_line(error)[:160]
+            message = f"the GPU has no memory left ({why}); lower batch, tokens or context, or say cpu"
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
             message = error.format_message()
         if message is not None:

@@ -43,6 +43,7 @@ PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the
 MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
 LEAST, MOST = 0.4, 2.0  # seconds of runs, as shares of the predicted ones
 TRUSTED = 0.1  # the part of a phase after which its own speed alone says how long the rest takes
+_UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600))
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,6 @@ def between(low: float, high: float) -> str:
     unit, size = next(((unit, size) for unit, size in _UNITS if high < 90 * size), ("days", 86_400))
     first, last = max(1, round(low / size)), max(2, round(high / size))
     return f"{first} to {last} {unit}" if first < last else f"{last} {unit}"
-
-
-_UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600))
 
 
 class Forecast:

@@ -15,6 +15,7 @@ from sparsellm.errors import RecipeError, nearest, refusal, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 Options: TypeAlias = dict[str, Any]  # the options of a function by name: JSON values, since a recipe sets them
+_OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())  # JSON has no NaN or infinity
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,3 @@ class Registry(dict[str, Entry[F]]):
 
     def __missing__(self, name: str) -> Entry[F]:
         raise RecipeError(f"unknown {self.kind} {shown(name)}; {nearest(name, self)}")
-
-
-_OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())  # JSON has no NaN or infinity

@@ -64,8 +64,7 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
 def print_prediction(found: Prediction) -> None:
     """Prints the seconds of each phase, and memory, disk and tokens of a run."""
     memory = found.memory
-    seconds = {name: took for name, took in found.seconds.items() if took}
-    shown = phases(seconds)
+    shown = phases({name: took for name, took in found.seconds.items() if took})
     shown.title = f"Predicted for {visible(found.machine)}" + (f" × {found.ranks}" * (found.ranks > 1))
     out().print(shown)
     needs = table(("need",), ("size",))
@@ -290,16 +289,9 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
     shown.add_row("dense", "", f"{first.dense_perplexity:.2f}", "100%", "0", "100%", size, dense, end_section=True)
     for cell in result.cells:
         speed_of = f"{cell.tokens_per_second:.1f}" if cell.tokens_per_second is not None else "–"
-        shown.add_row(
-            cell.name,
-            f"{cell.sparsity:.1%}",
-            f"{cell.perplexity:.2f}",
-            f"{cell.recovery:.1%}",
-            f"{cell.kl:.3f}",
-            f"{cell.agreement:.1%}",
-            f"{cell.packed_bytes / 1e6:,.1f}",
-            speed_of if timed else duration(cell.seconds),
-        )
+        quality = (f"{cell.perplexity:.2f}", f"{cell.recovery:.1%}", f"{cell.kl:.3f}", f"{cell.agreement:.1%}")
+        size, last = f"{cell.packed_bytes / 1e6:,.1f}", speed_of if timed else duration(cell.seconds)
+        shown.add_row(cell.name, f"{cell.sparsity:.1%}", *quality, size, last)
     out().print(shown)
     say("MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl")
     if (eager := first.transformers_tokens_per_second) is not None:
@@ -319,12 +311,9 @@ def print_speeds(report: Benchmark, saved: Path | None) -> None:
     for pair in report.pairs():
         packed = pair.packed
         for how, dense in pair.against:
-            shown.add_row(
-                f"{packed.phase} {packed.batch} × {packed.threads}, {how}",
-                speed(dense.median, dense.slowest, dense.fastest),
-                speed(packed.median, packed.slowest, packed.fastest),
-                f"{packed.median / dense.median:.2f}",
-            )
+            name = f"{packed.phase} {packed.batch} × {packed.threads}, {how}"
+            rates = (speed(each.median, each.slowest, each.fastest) for each in (dense, packed))
+            shown.add_row(name, *rates, f"{packed.median / dense.median:.2f}")
     out().print(shown)
     say(
         f"weights in memory: {report.dense_bytes / 1e6:.1f} MB dense, {report.packed_bytes / 1e6:.1f} MB packed; "

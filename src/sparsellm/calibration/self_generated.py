@@ -37,8 +37,7 @@ def self_generated_windows(
     numbers are drawn on the CPU from ``seed``: on one machine the same arguments return the same windows.
 
     Returns ``(samples + fresh, seq_len)`` int64 token ids, on the CPU; fresh ones are written after the others, which
-    do not depend on them. Raises DataError if the windows do not fit into the memory, and NumericalError if the
-    model's logits are not finite."""
+    do not depend on them. Raises DataError if windows do not fit in memory, NumericalError if logits are not finite."""
     check_memory(samples + fresh, seq_len)
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)

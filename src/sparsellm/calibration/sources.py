@@ -95,8 +95,7 @@ def read_source(source: str, split: Split) -> Text:
 
 
 def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
-    """The text argument ``name`` as the name of a source, as token ids ``(windows, tokens)`` in int64 on the CPU, or as
-    the documents of a data set.
+    """The text argument ``name`` as a source's name, token ids ``(windows, tokens)`` in int64 on the CPU, or documents.
 
     The value is a source, a path, a tensor or array of ids, a sequence of id sequences of one length, or a data set: a
     sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``. Raises DataError if it is none of

@@ -45,8 +45,7 @@ def read_file(argument: str, split: Split) -> Text:
 
 
 def read_rows(argument: str, reader: Callable[[Path], list[Any]]) -> list[Any]:
-    """The documents that ``reader`` returns for a file; raises DataError if it is unreadable, not UTF-8, or too large
-    for the free memory."""
+    """The documents that ``reader`` returns for a file; a DataError if it is unreadable, not UTF-8, or too large."""
     path = text_file(argument)
     try:
         size = path.stat().st_size

@@ -27,8 +27,7 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int 
     """The beginning-of-text token (BOS) with which every window begins, or None for windows cut anywhere.
 
     ``auto`` takes BOS where the tokenizer puts it before a text by itself. ``no`` is the protocol of the papers: a text
-    begins by the tokenizer's defaults, and windows begin anywhere. Raises DataError if ``bos`` is ``yes``, and the
-    tokenizer has no such token."""
+    begins by the tokenizer's defaults, windows begin anywhere. A DataError for ``yes`` and a tokenizer without BOS."""
     token = tokenizer.bos_token_id
     if bos == "yes":
         if token is None:
@@ -117,8 +116,7 @@ def mixed_windows(
 
 
 def spread_evenly(count: int, total: int) -> set[int]:
-    """``count`` of the numbers below ``total``, as far from each other and from both ends as possible: the windows or
-    chunks that are held out from a fit."""
+    """``count`` of the numbers below ``total``, as far from each other and both ends as possible: held out of a fit."""
     return {(2 * i + 1) * total // (2 * count) for i in range(count)}
 
 

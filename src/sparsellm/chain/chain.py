@@ -252,8 +252,7 @@ def outline(
     place: Path, *, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Chain:
     """A chain by a config alone, which is that of a checkpoint directory or a JSON file: names, shapes and dtypes as
-    for a checkpoint that is read block by block, but no weights, and nothing is put on the ``device``. Raises
-    ModelError."""
+    for a checkpoint that is read block by block, but no weights, and nothing on the ``device``. Raises ModelError."""
     config = load_config(place, trust_remote_code=trust_remote_code)
     check_sizes(config, place, None)
     chain = Chain(empty_model(config, place, trust_remote_code), None, device=device, dtype=dtype)

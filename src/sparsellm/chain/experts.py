@@ -272,14 +272,9 @@ def _decorated(module: Any) -> _Layout:
     interleaved = not module.is_concatenated
     first = module.get_parameter("gate_up_proj" if module.has_gate else "up_proj").shape
     parts = _three_dimensional(first, module.is_transposed, module.has_gate, interleaved, module.has_bias)
-    return _Layout(
-        parts,
-        getattr(module, "act_fn", nn.Identity()),
-        apply_gate=None if default or not module.has_gate else module._apply_gate,
-        interleaved=interleaved,
-        gated=module.has_gate,
-        normed=bool(getattr(module, "has_post_expert_norm", False)),
-    )
+    activation, normed = getattr(module, "act_fn", nn.Identity()), bool(getattr(module, "has_post_expert_norm", False))
+    gate = None if default or not module.has_gate else module._apply_gate
+    return _Layout(parts, activation, gate, interleaved=interleaved, gated=module.has_gate, normed=normed)
 
 
 def _three_dimensional(

@@ -19,18 +19,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from sparsellm.decomposition import updates
-from sparsellm.decomposition.objective import (
-    Chunk,
-    Chunks,
-    Coefficients,
-    FeedForward,
-    Linear,
-    Variables,
-    default_coefficients,
-    objective,
-    true_error,
-)
+from sparsellm.decomposition import objective, updates
+from sparsellm.decomposition.objective import Chunk, Chunks, Coefficients, FeedForward, Linear, Variables
 from sparsellm.decomposition.updates import Moments, MomentsAccumulator
 from sparsellm.errors import NumericalError
 from sparsellm.patterns import Pattern
@@ -103,13 +93,13 @@ def prune_feed_forward(
         device = dense.up.weight.device
         stores = {role: stack.enter_context(scratch.store(device)) for role in dense.first_half()}
         first = train[0]()
-        coefficients = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
+        coefficients = settings.coefficients or objective.default_coefficients(dense, first.inputs, first.targets)
         loop = _Loop(dense, train, solvers, patterns, settings, coefficients, stores)
         unit = dense
         for iteration in range(settings.iterations + 1):
             try:
                 unit, masks, value, notes = loop.iterate(unit, iteration)
-                error = true_error(unit, held_out or train)
+                error = objective.true_error(unit, held_out or train)
                 if not math.isfinite(error):
                     raise NumericalError("look for infinite values in inputs and weights")
             except NumericalError as failure:
@@ -206,7 +196,7 @@ class _Loop:
             if gain is not None:
                 a = updates.update_activation(a, chunk.targets, unit.down, gain)
                 variables = updates.move_variables(unit, unit.products(chunk.inputs), variables, a, coefficients)
-                value += objective(unit, chunk, variables, a, coefficients)
+                value += objective.objective(unit, chunk, variables, a, coefficients)
                 if iteration < self.settings.iterations:  # else they are not read again
                     self._keep(index, variables)
             for role, accumulator in accumulators.items():

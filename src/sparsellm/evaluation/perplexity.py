@@ -64,9 +64,7 @@ def measured(
 
     rows: list[list[float]] = []  # for the windows that this process has
     for part in parts:
-        hidden = [_outputs(chain, part, tell)]
-        if dense is not None:
-            hidden.append(dense.outputs(part, tell))
+        hidden = [_outputs(chain, part, tell), *([dense.outputs(part, tell)] if dense is not None else [])]
         begun = next(done)
         with ExitStack() as held:
             for each in chains:

@@ -14,8 +14,7 @@ from sparsellm.decomposition.objective import Chunks, FeedForward, Linear, split
 from sparsellm.methods.task import BlockTask, naming
 from sparsellm.solvers import Solution, Solver
 
-# Memory of a unit for all tokens, in units of the hidden states: inputs, targets, and Z (or U and S), four times as
-# wide.
+# Memory of a unit for all tokens, in hidden states: inputs, targets, and Z (or U and S), which are four times as wide.
 UNIT_STREAMS = 10
 
 

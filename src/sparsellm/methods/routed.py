@@ -47,8 +47,7 @@ def prune_experts(
     """Prunes the experts of the block's mixtures, with ``token_weights`` ``(batch, seq)`` for each batch, or None.
 
     Without ``refit`` all statistics of an expert are taken before any of its linears is pruned. Otherwise the last one
-    is pruned after the others, on their outputs, and first refitted to the output that the expert had, with this
-    damping."""
+    is pruned after the others, on their outputs, first refitted with this damping to the output the expert had."""
     views = {id(linear.module): linear for linear in task.linears if isinstance(linear.module, ExpertLinear)}
     for mixture in task.stream.chain.mixtures(task.index) if views else []:
         with task.stream.store() as store:
@@ -145,8 +144,7 @@ def _moments(
 ) -> _Moments:
     """The moments of this process's rows, or of the inputs of the last linear of ``expert`` for these rows.
 
-    ``dense`` is the expert before it was pruned, whose outputs, without their bias, are targets; None for no targets.
-    """
+    ``dense`` is the expert before it was pruned, whose outputs, without bias, are targets; None for no targets."""
     device = task.stream.chain.device
     grams = GramAccumulator(features, device)
     down = None if dense is None else dense.get_parameter(f"{DOWN}.weight")

@@ -47,18 +47,11 @@ PAYS = 0.75  # sparsity from which they do
 def _needs(options: Options) -> Needs:
     if options["iterations"] and not options["refit"]:
         raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
-    inside = SOLVERS[options["solver"]].workspace
-    weighted = options["output_metric"] > 0
-    return Needs(
-        output_costs=weighted,
-        token_states=True,
-        one_process="iterations" if options["iterations"] else "",
-        workspace=replace(
-            inside,
-            weights=inside.weights + weighted,  # plus a copy of the weight with scaled rows
-            streams=UNIT_STREAMS if options["iterations"] else 0,
-        ),
-    )
+    inside, weighted = SOLVERS[options["solver"]].workspace, options["output_metric"] > 0
+    alone, streams = ("iterations", UNIT_STREAMS) if options["iterations"] else ("", 0)
+    # Plus a copy of the weight with scaled rows.
+    workspace = replace(inside, weights=inside.weights + weighted, streams=streams)
+    return Needs(output_costs=weighted, token_states=True, one_process=alone, workspace=workspace)
 
 
 @METHODS.register(

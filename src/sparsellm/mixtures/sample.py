@@ -95,8 +95,7 @@ class Sample:
             value.requires_grad_(False).copy_(each)
 
     def _projected(self, chain: Chain) -> Tensor | None:
-        """The projected outputs ``(experts, tokens, projected)`` of all experts; None for those whose inputs are
-        weighted by the router."""
+        """The projected outputs ``(experts, tokens, projected)`` of all experts; None if the router weights inputs."""
         (mixture,) = chain.mixtures(self.index)
         if not mixture.weighs_outputs:
             return None

@@ -1,5 +1,4 @@
-"""A pruned checkpoint as the pages show it: its records, the table dense against pruned, and the commands for what was
-not measured."""
+"""A pruned checkpoint as the pages show it: records, the table dense against pruned, commands for what is missing."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from sparsellm.storage.reader import CheckpointReader
 Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "gate", "small", "not a linear"]
 """Why a matrix stays dense. A gate is one whose outputs choose or scale other modules; small ones are not linears."""
 _SHOWN = 6  # kinds of matrices that a warning names
+RARE = 0.1  # share of the mean tokens of an expert below which little is known of it
 
 
 class MatrixZeros(Matrix):
@@ -53,8 +54,7 @@ def inspect_block(chain: Chain, index: int) -> Iterator[MatrixZeros]:
 
 
 def pruned_share(chain: Chain) -> float:
-    """The share of zeros in the linears of the first block if it is a fifth or more, else 0: dense weights have hardly
-    any zeros."""
+    """The share of zeros in the first block's linears if a fifth or more, else 0: dense weights have hardly any."""
     with chain.block(0):
         weights = [linear.parameter for linear in chain.linears(0)]
         zeros = sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)
@@ -102,9 +102,6 @@ def _reason(matrix: BlockMatrix, recipe: Recipe, gates: set[str], block_weights:
     return "small" if matrix.weights <= DENSE_LIMIT * block_weights else "not a linear"
 
 
-RARE = 0.1  # share of the mean tokens of an expert below which little is known of it
-
-
 def unreached(linears: Sequence[LinearResult]) -> list[str]:
     """A warning that names the linears that no calibration token reached; empty if there are none."""
     names = [linear.name for linear in linears if UNREACHED in linear.notes]
@@ -112,8 +109,7 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
         return []
     return [
         f"no calibration token reached {len(names)} of {len(linears)} linears, or their inputs were all 0; these were "
-        "pruned by magnitude: "
-        f"{some(names, _SHOWN)}; if these are experts, more calibration samples may reach them"
+        f"pruned by magnitude: {some(names, _SHOWN)}; if these are experts, more calibration samples may reach them"
     ]
 
 

@@ -25,8 +25,7 @@ def model_fingerprint(chain: Chain, progress: ProgressCallback = ignore) -> str:
     not depend on paths, dates, or how the weights are divided into files.
 
     The whole model is read once, and every value checked; later reads are compared with what was read. Raises
-    NumericalError with the name of a weight that is NaN or infinite, and StorageError if the checkpoint cannot be read.
-    """
+    NumericalError with the name of a weight that is NaN or infinite, StorageError for an unreadable checkpoint."""
     config = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
     weights = _in_memory(chain.model, progress) if chain.reader is None else _on_disk(chain.reader, progress)
     return _short(json.dumps(config, sort_keys=True, default=str).encode() + weights.encode())

@@ -55,8 +55,7 @@ def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, share
 
 
 class Budgets(NamedTuple):
-    """The most bytes that a process takes from the host (None: a share of what is free here) and from its card (None:
-    what the work takes)."""
+    """The most bytes of a process on the host (None: a share of what is free) and on its card (None: what it needs)."""
 
     host: str | int | None
     card: int | None

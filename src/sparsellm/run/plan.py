@@ -125,15 +125,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
-        model = open_models(
-            request.model,
-            request.teacher,
-            recipe,
-            request.tokenizer,
-            text=not isinstance(ids, Tensor),
-            whole=request.out is None,
-            trust=request.trust_remote_code,
-        )
+        given, trust = (request.model, request.teacher, recipe, request.tokenizer), request.trust_remote_code
+        model = open_models(*given, text=not isinstance(ids, Tensor), whole=request.out is None, trust=trust)
         chain = model.chain
         if request.out is not None and model.directory is None:  # transformers may refuse what it saves last
             with tempfile.TemporaryDirectory() as folder:
@@ -272,8 +265,7 @@ def _extent(windows: Windows, passes: int) -> Extent:
 
 
 def _windows(request: Request, choice: Choice, model: Models, progress: ProgressCallback) -> tuple[Windows, Choice]:
-    """The calibration windows, and the choice with as many passes over them as have its tokens; before that, the
-    prediction of the phases."""
+    """The calibration windows, and the choice with as many passes as have its tokens; first it predicts the phases."""
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
     passes = choice.passes if chain.reader is not None and request.removed is None else 0

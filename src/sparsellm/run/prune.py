@@ -95,8 +95,7 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
 
 
 def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
-    """Does all that :func:`prune` does before it writes anything, with the same refusals, and returns the prediction of
-    the run."""
+    """Does all that :func:`prune` does before it writes, with its refusals, and returns the prediction of the run."""
     progress = progress if parallel.is_main() else ignore
     make = make_plan if request.recipe.experts is None else plan_removal
     with machine.computing(device_of(request.model, request.recipe)):
@@ -174,22 +173,18 @@ def _sweep(
     first, *others = plan.windows.swept
     machine.trim()  # what the walk has freed
     with clock.phase("sweep"):
-        sweeps = sweep(
-            SweepTask(
-                replace(feed, windows=first),
-                dense.hidden if dense is not None else None,
-                plan.choice.passes,
-                plan.recipe.seed,
-                write,
-                learning_rate=plan.recipe.sweep_rate,
-                blocks=[shard for shard in shards if shard is not None] or None,
-                saved=saved,
-                fresh=others,
-                integers=integers_of(plan, linears),
-                sources=plan.windows.swept_sources,
-                resident=residence(chain, plan.prediction.memory.sweep, parallel.size()),
-            )
+        states = dense.hidden if dense is not None else None
+        task = SweepTask(
+            *(replace(feed, windows=first), states, choice.passes, plan.recipe.seed, write),
+            learning_rate=plan.recipe.sweep_rate,
+            blocks=[shard for shard in shards if shard is not None] or None,
+            saved=saved,
+            fresh=others,
+            integers=integers_of(plan, linears),
+            sources=plan.windows.swept_sources,
+            resident=residence(chain, plan.prediction.memory.sweep, parallel.size()),
         )
+        sweeps = sweep(task)
     if dense is not None:
         dense.close()
     return Pruned([each.model_copy(update={"zeros": zeros[each.name]}) for each in linears], sweeps, peak)

@@ -114,18 +114,9 @@ def walk(
             with clock.phase("read"):
                 held.enter_context(chain.block(index, plan.model.start))
             linears = [linear for linear in chain.linears(index) if linear.name in targets.patterns]
-            task = BlockTask(
-                index,
-                linears,
-                targets.patterns,
-                streams[index % len(streams)],
-                report,
-                clock,
-                results,
-                output_costs=targets.costs,
-                values=plan.recipe.rounding,
-                trained=plan.choice.trains_integers(plan.recipe),
-            )
+            given = (index, linears, targets.patterns, streams[index % len(streams)], report, clock, results)
+            trained = plan.choice.trains_integers(plan.recipe)
+            task = BlockTask(*given, output_costs=targets.costs, values=plan.recipe.rounding, trained=trained)
             with clock.phase("prune"):
                 if linears:
                     plan.choice.method.function(task, **plan.choice.options)

@@ -33,8 +33,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:
     """The token ids ``(1, tokens)`` of a conversation, up to where the answer begins. A ModelError says that the
-    tokenizer has no chat template, a DataError that the template refuses the conversation, such as its order of roles.
-    """
+    tokenizer has no chat template, a DataError that the template refuses it, such as its order of roles."""
     check_template(tokenizer)
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)

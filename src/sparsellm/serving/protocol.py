@@ -1,7 +1,6 @@
 """Requests and answers of OpenAI's API, as far as one model on this machine can serve them.
 
-A parameter that changes nothing at its value (``n: 1``, ``logprobs: false``, null) is accepted; any other one that is
-not a field here is refused.
+A parameter that is no field here is refused, unless its value changes nothing (``n: 1``, ``logprobs: false``, null).
 """
 
 from __future__ import annotations
@@ -19,25 +18,11 @@ from sparsepack.generation import Generation, Sampling, Seed, Temperature, Token
 
 # What clients send although it changes nothing.
 _NEUTRAL: dict[str, object] = {
-    "n": 1,
-    "best_of": 1,
-    "echo": False,
-    "logprobs": False,
-    "logit_bias": {},
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "suffix": "",
-    "tool_choice": "none",
-    "top_logprobs": 0,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "store": False,
-    "service_tier": "auto",
-    "modalities": ["text"],
-    "include_obfuscation": False,
-    "tools": [],
-}
+    "n": 1, "best_of": 1, "echo": False, "suffix": "", "logprobs": False, "top_logprobs": 0, "logit_bias": {},
+    "frequency_penalty": 0, "presence_penalty": 0, "response_format": {"type": "text"}, "modalities": ["text"],
+    "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
+    "metadata": {}, "store": False, "service_tier": "auto", "include_obfuscation": False,
+}  # fmt: skip
 
 
 def escaped(text: str) -> str:

@@ -89,9 +89,8 @@ def _key(file: Path | None) -> str | None:
                 given, where = opened.read(4097).decode("ascii", "replace").strip(), f"--key-file {file}"
         except (OSError, RuntimeError) as failed:
             raise RecipeError(f"--key-file {file} cannot be read: {failed}") from None
-    if given is not None and not (
-        0 < len(given) <= 4096 and given.isascii() and given.isprintable() and " " not in given
-    ):
+    fits = given is None or (0 < len(given) <= 4096 and given.isascii() and given.isprintable() and " " not in given)
+    if not fits:
         raise RecipeError(f"the key in {where} is empty or more than one word of ASCII; write one, such as 32 letters")
     return given
 

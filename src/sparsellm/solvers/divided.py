@@ -1,7 +1,6 @@
 """One weight solved by several processes: each solves some rows, and they agree on thresholds over all rows.
 
-Rows of a weight only compete for a number of zeros. The pattern compares those of all processes, so a solver is written
-as if it had all rows.
+Rows only compete for zeros. The pattern compares those of all processes, so a solver is written as if it had all rows.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from sparsellm.registry import Entry
 from sparsellm.solvers.solver import Solution, Solver, solution
 from sparsellm.statistics import Gram
 
-# Digits of a score as (shift, bins), the highest first. Each digit is decided by counting scores into bins; few bins
-# are quick to sum over processes.
+# Digits of a score as (shift, bins), the highest first. Each is decided by counts in bins, few enough to sum quickly.
 DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
 SIGN = -(1 << 31)
 SAFE = 32  # weights up to 2^32 and down to 2^-32 have squares and errors that fp32 holds

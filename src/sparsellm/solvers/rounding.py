@@ -9,8 +9,7 @@ lower the error in the metric of G itself:
    from here ends lower than one from the nearest numbers.
 2. The scales of a row's groups are solved for together, with the whole numbers held: least squares.
 3. Cyclic coordinate descent (QuantEase, arXiv 2309.01885) moves one input of all outputs at a time: with the others
-   held, the best value of ``ŵ_j`` is ``ŵ_j − ((Ŵ − W) G)_j / G_jj``, and the number of the grid that is nearest to it
-   is optimal.
+   held, the best value of ``ŵ_j`` is ``ŵ_j − ((Ŵ − W) G)_j / G_jj``, and the nearest number of the grid is optimal.
 
 2 and 3 take turns, and neither raises the error of a row.
 """

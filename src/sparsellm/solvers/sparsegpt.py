@@ -5,8 +5,7 @@ best update of the later weights of that output is ``w_k −= (w_j / U_jj) U_jk`
 arXiv 2301.00774, sections 3.2 to 3.4).
 
 The result is that of the column-by-column algorithm. A range of columns is halved recursively: the left half is pruned,
-one matrix product carries its errors to the right half, then the right half is pruned. So nearly all of the work is
-large matrix products.
+one matrix product carries its errors to the right half, which is pruned then. So nearly all work is large products.
 """
 
 from __future__ import annotations

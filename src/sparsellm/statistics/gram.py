@@ -84,11 +84,9 @@ class Gram:
         return Gram((self.matrix / self.scale).div_(self.scale[:, None]), self.tokens)
 
     def energy(self, weight: Tensor, minus: Tensor | None = None) -> Tensor:
-        """``‖W G^½‖²_F``, fp64 ``()``, the mean over tokens of ``‖W x‖²``, for ``weight (out, features)``, or
-        ``weight − minus``.
+        """``‖W G^½‖²_F``, fp64 ``()``, a token's mean ``‖W x‖²``, for ``weight (out, features)`` or ``weight − minus``.
 
-        Products are fp32, sums fp64. Some rows at a time: a copy of a large weight would be most of a solver's memory.
-        """
+        Products are fp32, sums fp64. Some rows at a time: a copy of a large weight would take most of the memory."""
         total = self.matrix.new_zeros((), dtype=torch.float64)
         rows = max(1, CHUNK_ELEMENTS // self.features)
         for top in range(0, weight.shape[0], rows):
@@ -118,9 +116,8 @@ class Gram:
     def inverse_cholesky(self, damping: float) -> Factor:
         """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``; damping as in :meth:`cholesky`.
 
-        With the order of inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one
-        factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse. One process
-        of each machine computes it."""
+        With inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one factorisation and a
+        triangular inverse, more accurate than factorising an inverse. One process of each machine computes it."""
 
         def factorise() -> Factor:
             factor = self.cholesky(damping, reverse=True)
@@ -183,8 +180,7 @@ class GramAccumulator:
     """Sums ``XᵀX`` over chunks of tokens: products in fp32, their sum in fp64.
 
     The sum is therefore exact to fp32, and equal to the bit for any order of chunks and any number of processes. Only
-    panels of rows, from the diagonal on, are computed and kept: the memory of one fp32 matrix ``(features,
-    features)``."""
+    panels of rows, from the diagonal on, are computed and kept, in the memory of one Gram matrix in fp32."""
 
     def __init__(self, features: int, device: torch.device = CPU) -> None:
         self.features, self.device, self.tokens = features, device, 0
@@ -264,8 +260,7 @@ def least_squares(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> F
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``, for ``C = TᵀX / N``.
 
     In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``. Weights on dead
-    inputs equal the prior. Damping and errors are those of :meth:`Gram.cholesky`. One process of each machine computes
-    it."""
+    inputs equal the prior. Damping and errors are as in :meth:`Gram.cholesky`. One process of a machine computes it."""
 
     def fit() -> tuple[Tensor, tuple[str, ...]]:
         factor = gram.cholesky(damping)

@@ -47,8 +47,7 @@ def write_list(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def listed_files(directory: Path) -> dict[str, list[str]] | None:
-    """The files that sparsellm wrote into a checkpoint, with their digests; None without a list, or with a damaged
-    one."""
+    """The files that sparsellm wrote into a checkpoint, with digests; None without a list, or if it is damaged."""
     path = directory / LIST
     return None if path.is_symlink() else kept_record(path, dict[str, list[str]])
 
@@ -76,8 +75,7 @@ def unknown_entries(directory: Path) -> list[str]:
 
 def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
     """The files that belong to a checkpoint, relative to its directory: those that are listed, also if they changed, or
-    without a list those with the name of a model's file; and the names of everything else there. Raises OSError if the
-    directory cannot be read."""
+    without a list those named like a model's file; and the names of the rest. OSError for an unreadable directory."""
     known = listed_files(directory)
     belongs = _CHECKPOINT.fullmatch if known is None else {*known, LIST}.__contains__
     paths = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
@@ -114,8 +112,7 @@ def changing(directory: str | os.PathLike[str]) -> Iterator[Callable[[str, bytes
 
 
 def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
-    """Names in a directory except ordinary files that are ours, by name and path, or that a process was writing, and
-    folders of such files."""
+    """Names in a directory except ordinary files that are ours, by name and path, or torn, and folders of these."""
 
     def known(path: Path, depth: int = 0) -> bool:
         if path.is_symlink():

@@ -19,18 +19,9 @@ from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts
 from sparsellm.errors import StorageError, shown, some
+from sparsellm.storage import files
 from sparsellm.storage.contents import LIST, foreign_entries, listed_files, unknown_entries
-from sparsellm.storage.files import (
-    empty,
-    explained,
-    keep_record,
-    kept_record,
-    locked,
-    remove_torn,
-    sync,
-    sync_tree,
-    user_of_new_files,
-)
+from sparsellm.storage.files import empty, explained, keep_record, kept_record, locked, remove_torn, user_of_new_files
 
 PARTIAL = ".partial"  # how the name of a working directory ends
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
@@ -67,8 +58,7 @@ def differences(there: Mapping[str, object], here: Mapping[str, object], prefix:
 
 class WorkingDirectory(contextlib.ExitStack):
     """``<out>.partial``, locked until it is closed: created, or taken over from an earlier process of the same run.
-    Raises StorageError as :func:`check_destination`, or if it holds another run or foreign files, or is being written
-    by another process."""
+    Raises StorageError as :func:`check_destination`, or if it holds another run or foreign files, or is in use."""
 
     def __init__(
         self,
@@ -101,7 +91,7 @@ class WorkingDirectory(contextlib.ExitStack):
         check_replaceable(self.out, overwrite=self._overwrite)
         record, replaced = self.state / PUBLISHING, self.path / REPLACED
         with interrupts.held(), explained(self.out):
-            sync_tree(folder)
+            files.sync_tree(folder)
             keep_record(record, {"folder": folder.name, "inode": folder.stat().st_ino})
             older = self.out.is_dir()
             try:
@@ -118,7 +108,7 @@ class WorkingDirectory(contextlib.ExitStack):
                         os.replace(replaced, self.out)
                     record.unlink()
                 raise
-            sync(self.out.parent)
+            files.sync(self.out.parent)
             self.discard()
 
     def discard(self) -> None:
@@ -140,8 +130,7 @@ class WorkingDirectory(contextlib.ExitStack):
 
 
 def check_unfinished(partial: Path, identity: Mapping[str, object], *, restart: bool) -> None:
-    """Refuses a working directory with foreign files, or with an unfinished run of another identity that is not to be
-    removed (StorageError)."""
+    """A StorageError for a working directory with foreign files, or, without ``restart``, a run of another identity."""
     _check_entries(partial)
     _check_identity(partial, identity, restart=restart)
 
@@ -310,7 +299,7 @@ def _settle(partial: Path, out: Path) -> None:
                             f"cannot tell which of {out} and {new} is newer; move one elsewhere and remove {partial}"
                         )
                     os.replace(new, out)
-                    sync(out.parent)
+                    files.sync(out.parent)
                 _discard(partial)
             elif left_in(partial) is None:
                 remove_torn(state)

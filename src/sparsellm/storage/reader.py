@@ -53,9 +53,8 @@ class CheckpointReader:
     """The tensors of a directory of safetensors files, by name.
 
     Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened. Files are read, never
-    mapped: a mapped file that is truncated ends the process with SIGBUS. Without ``files``, all that belong to the
-    checkpoint are read. Raises StorageError if there are no safetensors weights, an index names a missing file, or a
-    header is broken."""
+    mapped: a mapped file that is truncated ends the process with SIGBUS. ``files`` None: all of the checkpoint. Raises
+    StorageError if there are no safetensors weights, an index names a missing file, or a header is broken."""
 
     def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory

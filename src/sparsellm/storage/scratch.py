@@ -1,5 +1,4 @@
-"""Storage for data that grows with the calibration tokens: on the GPU and in memory up to budgets, then in unnamed
-files."""
+"""Storage for data that grows with the calibration tokens: on the GPU and in memory up to budgets, then in files."""
 
 from __future__ import annotations
 
@@ -212,8 +211,7 @@ class TensorStore(Sequence[Tensor]):
         return _Pinned(value, parts, self._stream)
 
     def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Pinned | _Slot:
-        """Stores a tensor: in its slot if it fits, else on the device or in memory if there is room, else at the end of
-        the file."""
+        """Stores a tensor: in its slot if it fits, else on the device or in memory if there is room, else on disk."""
         value = value.detach()
         if slot is None or slot.bytes != value.nbytes:
             if self._device.type != "cpu" and self._scratch.on_device.take(value.nbytes):

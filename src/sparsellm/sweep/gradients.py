@@ -117,8 +117,7 @@ def backward_sweep(
     share: float = 1.0,
     reads_inputs: bool = True,
 ) -> float:
-    """Differentiates the next-token loss at the outputs of linears, from the last block to the first; returns the mean
-    loss of a scored token, in nats.
+    """Differentiates the next-token loss at outputs of linears, last block first; returns its mean, in nats a token.
 
     Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit. The scratch holds
     ``blocks + 2`` times the hidden states of this process's windows.

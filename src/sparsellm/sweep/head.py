@@ -17,6 +17,7 @@ ROWS_ELEMENTS = 1 << 22  # logits that a loss takes at a time: the allocator use
 HeadLoss = Callable[[Tensor, slice, Tensor | None], float]
 """``loss(logits (batch, span, vocabulary) fp32, span, slope)`` returns the loss of these positions, and writes its
 gradient at the logits to ``slope``, of their shape, unless that is None. It does not change the logits."""
+# Gradients are written out: autograd takes twice as many passes over (tokens, vocabulary).
 
 
 def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, gradient: bool) -> tuple[float, Tensor]:
@@ -43,9 +44,6 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
         parts.append(torch.autograd.grad(logits, part, slope)[0])
         del logits  # before the next are computed
     return total, torch.cat(parts, dim=1) if gradient else hidden
-
-
-# Gradients are written out: autograd takes twice as many passes over (tokens, vocabulary).
 
 
 def next_token_loss(targets: Tensor) -> HeadLoss:

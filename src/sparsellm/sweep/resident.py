@@ -177,10 +177,9 @@ class Resident(Weights):
     # ------------------------------------------------------------------ what a sweep asks for
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
-        counts = zip_longest(*tokens)
         return [
             Step(tuple(None if count is None else number for count in some), sum(count or 0 for count in some))
-            for number, some in enumerate(counts)
+            for number, some in enumerate(zip_longest(*tokens))
         ]
 
     def outputs(self, run: Run, pieces: Sequence[Piece | None]) -> Iterator[tuple[Piece, Tensor]]:

@@ -40,8 +40,7 @@ class SavedSweep:
 
     The parameters after each pass (flat, fp32), and Adam's moments ``(2, elements)``, are one file per block, without
     its zeros. One record, written last, has the history and the checksums of the files. Files of earlier passes are
-    then removed. ``last`` is the last saved pass whose files are intact; None if there is none and the sweep must
-    begin. ``way`` is set by the sweep."""
+    then removed. ``last`` is the last saved pass whose files are intact, or None. ``way`` is set by the sweep."""
 
     way = ""
 

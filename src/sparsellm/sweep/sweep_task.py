@@ -50,8 +50,7 @@ class SweepTask:
     passes: int  # each over a set of windows
     seed: int  # decides the order of the windows
     write_block: Callable[[int], None]  # called for each final block in order, while it is loaded
-    # Adam's rate, relative to the root mean square of each parameter; None: by the divergence at the start, at most
-    # whole_model.RATE.
+    # Adam's rate, relative to a parameter's root mean square; None: by the first divergence, at most whole_model.RATE.
     learning_rate: float | None = None
     blocks: Sequence[CheckpointReader] | None = None  # the shard of each; None for a chain that holds pruned weights
     saved: SavedSweep | None = None  # storage of passes, from which an interrupted sweep continues; None to save none
@@ -90,8 +89,7 @@ class Weights(ABC):
 
     @abstractmethod
     def step(self, run: Run, step: Step, rate: float, number: int) -> float:
-        """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before it, summed over the
-        tokens."""
+        """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before, summed over tokens."""
 
     @abstractmethod
     def parameters(self, block: int) -> Tensor:

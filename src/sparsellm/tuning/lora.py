@@ -2,8 +2,7 @@
 
 The mask is applied in the forward pass, so the trained update equals the merged one: merging changes logits by rounding
 only, and keeps every zero. A plain LoRA would fill all zeros when merged, or change its outputs if masked afterwards.
-The cost is that ``BA`` is computed in full, ``(out, in)``, once per forward pass. Built on peft:
-``pip install 'sparsellm[tune]'``.
+The cost is that ``BA (out, in)`` is computed in full in each forward. Built on peft: ``pip install 'sparsellm[tune]'``.
 """
 
 from __future__ import annotations
