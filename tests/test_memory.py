@@ -98,6 +98,12 @@ def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
 
 def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chain) -> None:
     plain = plan_memory(chain, Demand(Extent(4, 128, 4096), Workspace()), 1 << 50)
+    models = (tiny_llama(attn_implementation=how) for how in ("eager", "sdpa"))
+    stored, fused = (
+        steps_of(open_chain(each, device=CPU), Demand(Extent(4, 128, 4096), Workspace())) for each in models
+    )
+    scores = 4 * 4 * 512 * 128 * chain.config.num_attention_heads
+    assert stored["statistics"].working - fused["statistics"].working == scores - 4 * 4 * 512 * 80
     swept = plan_memory(chain, Demand(Extent(4, 128, 4096), Workspace(), gradient_tokens=512), 1 << 50)
     blocks = chain.config.num_hidden_layers
     assert (plain.hidden_in_memory_bytes, plain.hidden_on_disk_bytes) == (512 * 32 * 4, 0)

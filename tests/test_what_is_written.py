@@ -63,6 +63,11 @@ def test_a_model_that_was_given_as_an_object_is_named_in_its_config(tmp_path: Pa
     assert torch.equal(torch.get_rng_state(), before)
     config = json.loads((tmp_path / "p" / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ModelError, match="has adapters; merge them first"):
+        sparsellm.prune(model, Recipe(method="wanda"), calibration=ids)
+    model = tiny_llama()
     model.model.layers[1].to("meta")
     with pytest.raises(ModelError, match="on several devices, or not in memory; load it without device_map"):
         sparsellm.prune(model, Recipe(method="wanda"), calibration=ids)

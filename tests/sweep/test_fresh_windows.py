@@ -120,12 +120,13 @@ def test_fresh_windows_do_not_overlap_those_of_the_statistics(tmp_path: Path) ->
 def test_windows_of_a_sweep_are_cut_to_its_steps() -> None:
     windows = torch.arange(2 * 1300).view(2, 1300)
     plain, led = reading._cut(windows, None), reading._cut(windows, 9)
-    step = whole_model.STEP_TOKENS
-    assert plain.tolist() == [row[start : start + step] for row in windows.tolist() for start in (0, step)]
+    assert plain.tolist() == [row[start : start + 433] for row in windows.tolist() for start in (0, 433, 866)]
     assert torch.equal(plain[:, 1:], led[:, 1:])
     assert set(led[:, 0].tolist()) == {9}
     assert windows[0, 0] == 0, "the windows of the statistics changed"
-    assert torch.equal(reading._cut(windows[:, :1000], 9), windows[:, :1000])
+    assert reading._cut(windows[:, :1000], 9).shape[1] == 500
+    assert torch.equal(reading._cut(windows[:, :700], None), windows[:, :700])
+    assert [whole_model.cut_to(2048, ranks) for ranks in (1, 2, 4, 8)] == [512, 256, 128, 128]
 
 
 def test_a_model_that_is_read_from_disk_writes_its_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from sparsellm.sources.cache import cache_dir, cached
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.files import explained
 from sparsellm.storage.reader import CheckpointReader, as_storage_error, open_checkpoint
-from sparsellm.sweep.whole_model import STEP_TOKENS
+from sparsellm.sweep.whole_model import cut_to
 from sparsepack.checkpoint import is_packed
 from sparsepack.files import config_difference, context_limit
 from sparsepack.loading import load
@@ -88,6 +88,8 @@ def open_models(
     directory = sources[-1] if sources else None
     if whole and directory is not None and is_packed(read_object(directory / "config.json")):
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
+    if isinstance(model, PreTrainedModel) and any(hasattr(each, "base_layer") for each in model.modules()):
+        raise ModelError("the model has adapters; merge them first (merge_and_unload), or give the model without them")
     chain, in_memory = open_model(dense, directory, recipe, trust, whole=whole)
     if tokenizer is None and directory is not None and text:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust)
@@ -313,13 +315,11 @@ def default_seq_len(chain: Chain) -> int:
 
 
 def _cut(windows: Tensor, lead: int | None) -> Tensor:
-    """Windows ``(windows, seq)`` cut to ``(more windows, STEP_TOKENS)``, unless they are less than two steps long; the
-    rest at their ends is dropped. Each part begins with the id ``lead``, if there is one, in place of its first token.
-    """
-    parts = windows.shape[1] // STEP_TOKENS
-    if parts < 2:
-        return windows
-    shorter = windows[:, : parts * STEP_TOKENS].reshape(-1, STEP_TOKENS).clone()
+    """Windows ``(windows, seq)`` cut to the tokens of a step of the sweep; what is left at their ends is dropped. Each
+    part begins with the id ``lead``, if there is one, in place of its first token."""
+    width = windows.shape[1]
+    part = cut_to(width, parallel.size())
+    shorter = windows[:, : width // part * part].reshape(-1, part).clone()
     if lead is not None:
         shorter[:, 0] = lead
     return shorter

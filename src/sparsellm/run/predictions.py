@@ -32,7 +32,7 @@ from sparsellm.sweep.head import HEAD_TOKENS
 from sparsellm.sweep.streamed import MOST_KEPT, place_dtype
 from sparsellm.sweep.sweep_task import Residence
 from sparsellm.sweep.training import MOST_HELD_OUT
-from sparsellm.sweep.whole_model import STEP_TOKENS
+from sparsellm.sweep.whole_model import STEP_TOKENS, cut_to
 
 DEFAULT_SHARE = 0.8  # share of the free memory; the rest is for the page cache and other processes
 DEVICE_SHARE = 0.9  # share of the free memory of a GPU; the rest is for libraries, and for holes between tensors
@@ -73,11 +73,11 @@ class Extent:
     ranks: int = 1
     sharers: int = 1  # processes that share the memory of this one's machine
     written: int = 0  # tokens that the model writes itself
-    cut: bool = True  # whether a sweep cuts windows of two steps and more, as it does but for given token ids
+    cut: bool = True  # whether a sweep cuts windows to its steps, as it does but for given token ids
 
     def step(self, sharers: int) -> int:
         """The most tokens of a step of the sweep that one of its ``sharers`` runs."""
-        window = STEP_TOKENS if self.cut and self.seq_len >= 2 * STEP_TOKENS else self.seq_len
+        window = cut_to(self.seq_len, self.ranks) if self.cut else self.seq_len
         return max(window, STEP_TOKENS // sharers)
 
     @property
@@ -310,8 +310,9 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
     for kind in chain.kinds:
         loaded = item * kind.elements * (read + demand.unrounded)
         loaded += 2 * kind.elements if chain.products is not None and item == 4 else 0  # the factors in bf16
-        # Activations: gate, up, their product and one more; copies of inputs in attention and norms
-        running = loaded + tokens * (4 * _widest(chain, kind) + 8 * _width(chain)) * item
+        # Activations: gate, up, their product and one more, or attention's scores; copies of inputs, also in norms
+        scores = _attention_bytes(chain, tokens, extent.seq_len) if _eager(chain) else 0
+        running = loaded + max(4 * item * tokens * _widest(chain, kind), scores) + 8 * item * tokens * _width(chain)
         statistics.append(running + _statistics_bytes(kind, work))
         removing.append(running + _removal_bytes(chain, kind, tokens, extent.share * extent.seq_len))
         solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(chain, kind, work)]
@@ -407,10 +408,16 @@ def _widest(chain: Chain, kind: Kind) -> int:
 
 
 def _attention_bytes(chain: Chain, tokens: int, seq: int) -> int:
-    """Bytes of attention as plain products, which passes with gradients take on a GPU (``attention_for``)."""
-    if chain.device.type != "cuda":
+    """Bytes of attention as plain products, which passes with gradients take on a GPU (``attention_for``), and all
+    passes of a model for which transformers has nothing else."""
+    if chain.device.type != "cuda" and not _eager(chain):
         return 0
     return ATTENTION_COPIES * 4 * tokens * seq * getattr(chain.config.get_text_config(), "num_attention_heads", 0)
+
+
+def _eager(chain: Chain) -> bool:
+    """Whether attention is computed as plain products, which store all scores."""
+    return bool(getattr(chain.config.get_text_config(), "_attn_implementation", None) == "eager")
 
 
 def _statistics_bytes(kind: Kind, workspace: Workspace) -> int:

@@ -36,6 +36,13 @@ PROBE_STEPS = 2  # steps at each; a pass of fewer than four times as many is not
 CUT = 1 / 3  # factor of the rate after a harmful pass
 HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
 STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
+SHORTEST = 128  # tokens of the shortest windows into which others are cut where processes share a step
+
+
+def cut_to(width: int, ranks: int) -> int:
+    """The tokens of the windows into which those of ``width`` tokens are cut, so that steps of all processes are as
+    long as those of one."""
+    return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // ranks)))
 
 
 def check_sweepable(chain: Chain) -> None:
