@@ -45,6 +45,13 @@ def test_a_pattern_sets_the_sparsity_that_it_implies() -> None:
     assert Recipe(sparsity=0.9).updated(pattern="2:4").sparsity == 0.5
 
 
+def test_of_several_lengths_of_a_sweep_the_changed_one_counts() -> None:
+    assert Recipe(passes=2).updated(effort=0) == Recipe(effort=0)
+    assert Recipe(sweep_tokens=9000).with_settings([], effort=1) == Recipe(effort=1)
+    assert Recipe(effort=3).updated(sweep_tokens=9000) == Recipe(sweep_tokens=9000)
+    assert Recipe(passes=2).updated(seed=1).passes == 2
+
+
 def test_a_grid_sets_the_values_that_it_implies() -> None:
     assert get_args(Recipe.model_fields["grid"].annotation) == ("own", *GRIDS)
     assert {name: Recipe(grid=name).values for name in ("q4_0", "w8a8", "w3a16")} == {

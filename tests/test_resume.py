@@ -302,6 +302,14 @@ def test_no_other_run_goes_on(source: Path, unfinished: Path, tmp_path: Path, mo
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed == 0
 
 
+@pytest.mark.parametrize("counter", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_launcher_that_starts_the_command_again_resumes_it(
+    counter: str, source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(counter, "1")
+    assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed > 0
+
+
 def test_a_restart_with_bad_input_removes_nothing(source: Path, unfinished: Path) -> None:
     before = tree(partial_of(unfinished))
     with pytest.raises(DataError, match="tokens"):

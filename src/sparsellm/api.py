@@ -76,7 +76,8 @@ def prune(  # noqa: PLR0913 - the Python door
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
         teacher: the dense model by name, if ``model`` was pruned from it already: sweeps follow its predictions.
         overwrite: replace the checkpoint that sparsellm wrote in ``out``.
-        restart: start again instead of resuming an unfinished run into ``out``.
+        restart: start again instead of resuming an unfinished run into ``out``, unless torchrun or Slurm starts this
+            program again.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: called with the progress of the run.
 
@@ -86,6 +87,7 @@ def prune(  # noqa: PLR0913 - the Python door
     given = as_text(calibration, "calibration", "calibration") if calibration is not None else None
     settled = settle_calibration(Recipe.of(recipe), given)
     text = None if isinstance(given, str) else given  # the recipe contains a source
+    restart = restart and parallel.first_start()
     request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
     return story.prune(request, progress)
 
@@ -180,6 +182,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
     by_ids = isinstance(words, Tensor)
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
+    models = [each for each in (model, against) if isinstance(each, PreTrainedModel)]
+    modes = [(module, module.training) for each in models for module in each.modules()]
     opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
     windows = parallel.from_main(partial(opened.windows, words, seq_len, max_tokens, bos))
     tokenizer, results = opened.tokenizer, None
@@ -199,6 +203,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
     if tasks and tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
         results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
+    for module, training in modes:  # blocks run as in inference
+        module.training = training
     return Evaluation(
         protocol=Protocol(
             text=without_folders(words) if isinstance(words, str) else IDS if by_ids else DOCUMENTS,

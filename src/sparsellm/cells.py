@@ -283,6 +283,8 @@ def cells_of(
     swept = [field for field in SWEEP if getattr(recipe, field) is not None or (field == "effort" and efforts)]
     if swept and all(entry.effort is None for entry in entries):
         raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
+    if efforts and recipe.sweep_tokens is not None:
+        raise RecipeError("effort and sweep_tokens both say how long the sweep is; give one of them")
     cells: dict[str, Recipe] = {}
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
     for pattern in patterns:

@@ -130,7 +130,8 @@ def prune(
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)
     if pack is not None:
-        check_destination(pack, sources=[out, *checkpoints_among(model, dense)], overwrite=options["overwrite"])
+        sources = [out, *checkpoints_among(model, dense)]
+        parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=options["overwrite"]))
         check_packable(recipe)
         if options["trust_remote_code"]:
             raise RecipeError("a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack")

@@ -116,9 +116,8 @@ def run_demo(
     pruned, packed = places(out)
     for place in (pruned, packed):
         check_destination(place, overwrite=overwrite)
-    recipe = Recipe(
-        sparsity=sparsity, values="int4", calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN, options=OPTIONS
-    )
+    windows: Settings = {"calibration": "pydoc", "samples": SAMPLES, "seq_len": SEQ_LEN, "sets": 2}
+    recipe = Recipe(sparsity=sparsity, values="int4", effort=0, options=OPTIONS, **windows)  # too few steps for a sweep
     clock = PhaseClock()
 
     @contextmanager

@@ -301,8 +301,8 @@ class Recipe(BaseModel):
         return Unstructured(zeros, weights) if m is None else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
 
     def updated(self, /, **changes: Any) -> Recipe:
-        """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, or values and a grid, the
-        changed one counts."""
+        """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, values and a grid, or
+        lengths of the sweep, the changed one counts."""
         values = {**self.model_dump(exclude_unset=True), **changes}  # what a field implies is implied again
         if self.grid != "own" or values.get("grid", "own") != "own":
             if "grid" in changes and "values" not in changes:
@@ -314,6 +314,9 @@ class Recipe(BaseModel):
                 values.pop("sparsity", None)
             if "sparsity" in changes and "pattern" not in changes:
                 values["pattern"] = None
+        lengths = {"effort", "sweep_tokens", "passes"}
+        for name in lengths - changes.keys() if lengths & changes.keys() else ():
+            values.pop(name, None)
         return Recipe(**values)
 
     def with_settings(self, settings: list[str], /, **changes: Any) -> Recipe:

@@ -17,6 +17,7 @@ from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import calibration_windows, check_seq_len, evaluation_windows, windows_of_ids
 from sparsellm.errors import DataError
+from sparsepack.errors import Note
 from tests.models import POSITIONS, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
@@ -57,7 +58,8 @@ def test_windows_of_a_long_text_are_disjoint_in_random_order(counting: tuple[str
 
 def test_a_short_text_is_drawn_from_with_overlap(counting: tuple[str, list[int]]) -> None:
     source, ids = counting
-    windows = calibration_windows(source, tiny_tokenizer(), len(ids) // 64 + 5, 64, seed=0)
+    with pytest.warns(Note, match=rf"has {len(ids)} tokens, so that {len(ids) // 64 + 5} windows of 64 overlap"):
+        windows = calibration_windows(source, tiny_tokenizer(), len(ids) // 64 + 5, 64, seed=0)
     assert len(places(windows, ids)) == len(ids) // 64 + 5
 
 

@@ -179,3 +179,14 @@ def test_a_forked_child_ends_by_its_own_signal() -> None:
 def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     assert interrupts.command_line() == expected
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_standard_output_on_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "sparsellm", "methods", "--json"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: standard output is on a full disk; make room, or write elsewhere\n",
+    )

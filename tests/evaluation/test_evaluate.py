@@ -86,7 +86,11 @@ def test_divergence_is_that_of_both_whole_models(llama: Path, text: Path, tmp_pa
             for each in (tiny_llama(), tiny_llama(seed=1, num_hidden_layers=2))
         )
     kl = (dense.exp() * (dense - model)).sum(-1)  # (windows, 15)
+    trained = tiny_llama().train()
+    trained.lm_head.eval()
     measured = sparsellm.evaluate(other, text, seq_len=16, against=llama).against
+    sparsellm.evaluate(trained, windows)
+    assert [name for name, module in trained.named_modules() if not module.training] == ["lm_head"]
     assert measured is not None
     assert measured.model == llama.name
     assert measured.kl == pytest.approx(kl.mean().item(), rel=1e-4)

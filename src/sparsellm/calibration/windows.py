@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import without_folders
 from sparsellm.patterns import round_exactly
 from sparsellm.recipe import Bos
+from sparsepack.errors import Note
 from sparsepack.files import context_limit
 
 TOKENISING = 200  # bytes that fast tokenizers hold for each character of a text; 172 to 262 were measured
@@ -76,6 +78,9 @@ def calibration_windows(
             f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn, not "
             f"{samples}; lower samples, or name a longer text"
         )
+    if samples * length > len(ids):
+        few = f"{_called(source)} has {len(ids)} tokens, so that {samples} windows of {seq_len} overlap"
+        warnings.warn(f"{few}; a longer text gives a better model", Note, stacklevel=2)
     return _led(ids.unfold(0, length, 1)[_offsets(len(ids), samples, fresh, length, generator)], lead)
 
 

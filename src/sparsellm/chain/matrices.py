@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from sparsellm.chain.chain import Chain
 from sparsellm.chain.structure import LinearView, iterate_linears
-from sparsellm.errors import ModelError, some
+from sparsellm.errors import ModelError, RecipeError, some
 
 DENSE_LIMIT = 0.02  # fraction of a block; routers, convolutions and the like stay below it in published models
 _SHOWN = 4  # kinds of parameters that a message names
@@ -77,8 +77,8 @@ def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()
 
 
 def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> list[str]:
-    """A warning for each pattern that matches nothing. ``patterns``, by field of the recipe, match matrices of the
-    blocks; those of ``allow_dense`` the ones that no linear owns."""
+    """A warning for each pattern of ``allow_dense``, which match parameters that no linear owns, that matches nothing.
+    ``patterns`` are those of the recipe by field; one of another field, which match matrices, is a RecipeError."""
     matrices = all_matrices(chain) if any(patterns.values()) else []
     warnings = []
     for field, each in patterns.items():
@@ -87,7 +87,10 @@ def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> l
         kind = "matrix of the blocks" if owned else "parameter that is not a linear's"
         like = f"; names are like {names[0]!r}" if names else ""
         missed = [pattern for pattern in each if not any(matches(name, [pattern]) for name in names)]
-        warnings += [f"{field} {pattern!r} matches no {kind}{like}" for pattern in missed]
+        said = [f"{field} {pattern!r} matches no {kind}{like}" for pattern in missed]
+        if said and owned:
+            raise RecipeError(f"{said[0]}; correct the pattern, or leave it out")
+        warnings += said
     return warnings
 
 

@@ -195,7 +195,7 @@ def foresee(
     if why:
         lower = [effort for effort, passes in enumerate(PASSES) if passes < prediction.passes]
         others: list[dict[str, JsonValue]]
-        others = [{"effort": effort, "sweep_tokens": None, "passes": None} for effort in reversed(lower)]
+        others = [{"effort": effort} for effort in reversed(lower)]
         others += [{"method": name, "options": {}, **dict.fromkeys(SWEEP)} for name in LOCAL]
         fits = (each for each in others if fitting(recipe.updated(**each), ranks) is not None)
         name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))

@@ -25,7 +25,8 @@ from sparsellm.inputs import read_object
 T = TypeVar("T")
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written
-TORN = re.compile(rf"\.[0-9a-f]{{24}}\{TEMPORARY}")  # the whole name, as replace_atomically makes it
+# The whole name, as replace_atomically makes it, or as NFS renames a file that a process had open when it was removed.
+TORN = re.compile(rf"\.[0-9a-f]{{24}}\{TEMPORARY}|\.nfs[0-9a-f]+")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a limit on the size of one file
 

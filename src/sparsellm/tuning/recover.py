@@ -146,7 +146,7 @@ def _trained(
             per_device_train_batch_size=training.batch,
             learning_rate=training.rate or RATES[training.way],
             lr_scheduler_type="constant_with_warmup",
-            warmup_steps=max(1, training.steps // 10),
+            warmup_steps=training.steps // 10,
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to=[],
