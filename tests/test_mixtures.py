@@ -19,8 +19,9 @@ from sparsellm.chain.names import Conversion, _part_before
 from sparsellm.methods import routed
 from sparsellm.methods.task import BlockTask
 from sparsellm.progress import PhaseClock
+from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 from sparsellm.tuning.full import ZeroKeeper
-from tests.models.families import mixtral, sparse_attention
+from tests.models.families import family, mixtral, sparse_attention
 from tests.shares import Share
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
@@ -263,3 +264,13 @@ def test_a_swept_mixture_keeps_its_zeros_and_comes_nearer() -> None:
     assert result.sweeps[1].held_out < result.sweeps[0].held_out
     zeros = sum(int((p == 0).sum()) for name, p in model.named_parameters() if "experts" in name)
     assert zeros == sum(linear.zeros for linear in result.linears if "experts" in linear.name) > 0
+
+
+def test_a_stored_stack_of_experts_is_read_once_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family("GptOss")
+    model.save_pretrained(tmp_path)
+    chain, reader, read = open_chain(model, device=torch.device("cpu")), open_checkpoint(tmp_path), list[str]()
+    plain = CheckpointReader.get
+    monkeypatch.setattr(CheckpointReader, "get", lambda self, key, *rest: read.append(key) or plain(self, key, *rest))
+    with chain.block(0, reader):
+        assert len(set(read)) == len(read) < len(chain.names_of(0))

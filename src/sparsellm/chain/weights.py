@@ -224,12 +224,12 @@ class ModelWeights:
             self._shared = pruned
 
     def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
+        tensors: dict[str, Tensor] = {}  # tensors of the checkpoint of which several weights are parts
         if self.reader is None:
             for name in filter(self.owns, names if pruned is not None else ()):
-                self.value(name).detach().copy_(self.parameter(name, pruned))
+                self.value(name).detach().copy_(self.parameter(name, pruned, tensors))
             return
         loaded: dict[str, Tensor] = {}
-        tensors: dict[str, Tensor] = {}  # tensors of the checkpoint of which several weights are parts
         for name in names:  # one at a time, so that at most one weight is in memory twice
             first = self._names(name)[0]
             if first not in loaded:  # a weight of an earlier block was pruned with that block
@@ -266,16 +266,23 @@ class ModelWeights:
                     self._shared[first] = value.detach().to(self.stored_dtype(first), copy=True)
                 module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
 
-    def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
-        """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint."""
+    def parameter(
+        self, name: str, pruned: CheckpointReader | None = None, tensors: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint. The
+        tensor of which it is a part is added to ``tensors``, or taken from there."""
         key, reader = self.key_of[name], pruned
         if reader is None or key not in reader:
             value = self.value(name).detach()
             if not value.is_meta or self.reader is None:
                 return value
             reader = self.reader
-        tensor = reader.get(key)
-        return self.parts[name].of(tensor) if name in self.parts else tensor
+        if name not in self.parts:
+            return reader.get(key)
+        held = {} if tensors is None else tensors
+        if key not in held:
+            held[key] = reader.get(key)
+        return self.parts[name].of(held[key])
 
     def assign(self, name: str, value: Tensor) -> None:
         """Replaces a parameter, which then has no gradient, or a buffer."""
