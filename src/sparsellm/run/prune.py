@@ -175,7 +175,11 @@ def _sweep(
     with clock.phase("sweep"):
         states = dense.hidden if dense is not None else None
         task = SweepTask(
-            *(replace(feed, windows=first), states, choice.passes, plan.recipe.seed, write),
+            replace(feed, windows=first),
+            states,
+            choice.passes,
+            plan.recipe.seed,
+            write,
             learning_rate=plan.recipe.sweep_rate,
             blocks=[shard for shard in shards if shard is not None] or None,
             saved=saved,
