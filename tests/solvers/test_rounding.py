@@ -55,7 +55,7 @@ def scales_of_anchors(weight: Tensor, groups: Groups) -> Tensor:
 
 
 def repacked(weight: Tensor, values: str, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
-    """What packing gives back: of a weight that was not rounded first, the nearest one."""
+    """What packing gives back, which is the nearest one if the weight was not rounded first."""
     packed = pack(weight.to(dtype), values, exponents=exponents)
     assert packed is not None
     return unpack(packed, dtype).float()

@@ -84,7 +84,7 @@ def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> l
     for field, each in patterns.items():
         owned = field != "allow_dense"
         names = [matrix.name for matrix in matrices if owned or matrix.linear is None]
-        if field == "sparsity_of":  # of what is pruned
+        if field == "sparsity_of":  # it says nothing to what stays dense
             names = [name for name in names if not is_excluded(name, patterns["exclude"], [*patterns["only"]])]
         kind = "matrix of the blocks" if owned else "parameter that is not a linear's"
         like = f"; names are like {names[0]!r}" if names else ""
