@@ -50,6 +50,8 @@ def test_of_several_lengths_of_a_sweep_the_changed_one_counts() -> None:
     assert Recipe(sweep_tokens=9000).with_settings([], effort=1) == Recipe(effort=1)
     assert Recipe(effort=3).updated(sweep_tokens=9000) == Recipe(sweep_tokens=9000)
     assert Recipe(passes=2).updated(seed=1).passes == 2
+    assert Recipe(sweep_tokens=9000).updated(passes=4) == Recipe(sweep_tokens=9000, passes=4)
+    assert Recipe(effort=3).with_settings(["sweep_tokens=null"]).effort == 3
 
 
 def test_a_grid_sets_the_values_that_it_implies() -> None:

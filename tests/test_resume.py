@@ -310,6 +310,13 @@ def test_a_launcher_that_starts_the_command_again_resumes_it(
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed > 0
 
 
+def test_a_repeated_restart_removes_another_run(
+    source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert sparsellm.prune(source, Recipe(**{**FLOAT, "seed": 9}), out=unfinished, restart=True).resumed == 0
+
+
 def test_a_restart_with_bad_input_removes_nothing(source: Path, unfinished: Path) -> None:
     before = tree(partial_of(unfinished))
     with pytest.raises(DataError, match="tokens"):

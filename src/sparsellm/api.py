@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ def prune(  # noqa: PLR0913 - the Python door
     given = as_text(calibration, "calibration", "calibration") if calibration is not None else None
     settled = settle_calibration(Recipe.of(recipe), given)
     text = None if isinstance(given, str) else given  # the recipe contains a source
-    restart = restart and parallel.first_start()
     request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
     return story.prune(request, progress)
 
@@ -139,6 +138,18 @@ def plan(
     return found.model_copy(update={"model": without_folders(str(model))})
 
 
+@contextmanager
+def _modes_kept(*models: object) -> Iterator[None]:
+    """Puts every module of these models back into its mode: blocks run as in inference."""
+    modules = [module for model in models if isinstance(model, PreTrainedModel) for module in model.modules()]
+    modes = [module.training for module in modules]
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
+
+
 @checked
 def evaluate(  # noqa: PLR0913 - the Python door
     model: Model,
@@ -182,29 +193,28 @@ def evaluate(  # noqa: PLR0913 - the Python door
     by_ids = isinstance(words, Tensor)
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
-    models = [each for each in (model, against) if isinstance(each, PreTrainedModel)]
-    modes = [(module, module.training) for each in models for module in each.modules()]
-    opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
-    windows = parallel.from_main(partial(opened.windows, words, seq_len, max_tokens, bos))
-    tokenizer, results = opened.tokenizer, None
-    leads = tokenizer is not None and leading_token(tokenizer, bos) is not None
-    if tasks and tokenizer is None:
-        raise DataError("tasks on a model given as an object need tokenizer=...")
-    if tasks and tokenizer is not None and leads and leading_token(tokenizer) is None:
-        raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
-    if against is not None and not isinstance(against, Opened):
-        against = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
-    if against is not None:
-        opened.check_comparable(against, windows)
-    with machine.computing(opened.chain.device):
-        perplexity, compared = measured(opened.chain, windows, against.kept if against is not None else None, progress)
-    if compared is not None and against is not None and against.is_pruned:
-        compared = compared.model_copy(update={"recovery": None})
-    if tasks and tokenizer is not None:
-        progress(Progress("evaluate", 0, 1, "tasks"))
-        results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
-    for module, training in modes:  # blocks run as in inference
-        module.training = training
+    with _modes_kept(model, against):
+        opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
+        windows = parallel.from_main(partial(opened.windows, words, seq_len, max_tokens, bos))
+        tokenizer, results = opened.tokenizer, None
+        leads = tokenizer is not None and leading_token(tokenizer, bos) is not None
+        if tasks and tokenizer is None:
+            raise DataError("tasks on a model given as an object need tokenizer=...")
+        if tasks and tokenizer is not None and leads and leading_token(tokenizer) is None:
+            raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
+        if against is not None and not isinstance(against, Opened):
+            against = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
+        if against is not None:
+            opened.check_comparable(against, windows)
+        with machine.computing(opened.chain.device):
+            perplexity, compared = measured(
+                opened.chain, windows, against.kept if against is not None else None, progress
+            )
+        if compared is not None and against is not None and against.is_pruned:
+            compared = compared.model_copy(update={"recovery": None})
+        if tasks and tokenizer is not None:
+            progress(Progress("evaluate", 0, 1, "tasks"))
+            results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
     return Evaluation(
         protocol=Protocol(
             text=without_folders(words) if isinstance(words, str) else IDS if by_ids else DOCUMENTS,

@@ -314,9 +314,10 @@ class Recipe(BaseModel):
                 values.pop("sparsity", None)
             if "sparsity" in changes and "pattern" not in changes:
                 values["pattern"] = None
-        lengths = {"effort", "sweep_tokens", "passes"}
-        for name in lengths - changes.keys() if lengths & changes.keys() else ():
-            values.pop(name, None)
+        for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # to say how long the sweep is
+            if any(changes.get(name) is not None for name in ways):
+                others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()
+                values = {name: value for name, value in values.items() if name not in others}
         return Recipe(**values)
 
     def with_settings(self, settings: list[str], /, **changes: Any) -> Recipe:

@@ -84,7 +84,7 @@ class Decoder:
         self._kept: list[Tensor] = []  # tensors whose addresses are in the plan
         size = _head_size(config)
         heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
-        inner = max(layer.mlp.gate_proj.out_features for layer in inside.layers)
+        inner = max(config.intermediate_size, *(layer.mlp.gate_proj.out_features for layer in inside.layers))
         positions = torch.arange(capacity).unsqueeze(0)
         angles = inside.rotary_emb(torch.zeros(1, 1, hidden, dtype=torch.float32), positions)
         self._cache = torch.zeros(len(inside.layers), 2, kv_heads, capacity, size)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm.errors import ModelError, NumericalError, RecipeError
+from sparsellm.errors import ModelError, NumericalError, RecipeError, SparseLLMError
 from sparsellm.evaluation import perplexity
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
@@ -90,6 +90,8 @@ def test_divergence_is_that_of_both_whole_models(llama: Path, text: Path, tmp_pa
     trained.lm_head.eval()
     measured = sparsellm.evaluate(other, text, seq_len=16, against=llama).against
     sparsellm.evaluate(trained, windows)
+    with pytest.raises(SparseLLMError):
+        sparsellm.evaluate(trained, text)
     assert [name for name, module in trained.named_modules() if not module.training] == ["lm_head"]
     assert measured is not None
     assert measured.model == llama.name

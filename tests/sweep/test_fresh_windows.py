@@ -119,13 +119,13 @@ def test_fresh_windows_do_not_overlap_those_of_the_statistics(tmp_path: Path) ->
 
 def test_windows_of_a_sweep_are_cut_to_its_steps() -> None:
     windows = torch.arange(2 * 1300).view(2, 1300)
-    plain, led = reading._cut(windows, None), reading._cut(windows, 9)
+    plain, led = reading._cut(windows, None, 1), reading._cut(windows, 9, 1)
     assert plain.tolist() == [row[start : start + 433] for row in windows.tolist() for start in (0, 433, 866)]
     assert torch.equal(plain[:, 1:], led[:, 1:])
     assert set(led[:, 0].tolist()) == {9}
     assert windows[0, 0] == 0, "the windows of the statistics changed"
-    assert reading._cut(windows[:, :1000], 9).shape[1] == 500
-    assert torch.equal(reading._cut(windows[:, :700], None), windows[:, :700])
+    assert [reading._cut(windows[:, :1000], 9, sharers).shape[1] for sharers in (1, 2, 8)] == [500, 250, 125]
+    assert torch.equal(reading._cut(windows[:, :700], None, 1), windows[:, :700])
     assert [whole_model.cut_to(2048, ranks) for ranks in (1, 2, 4, 8)] == [512, 256, 128, 128]
 
 

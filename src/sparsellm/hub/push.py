@@ -82,7 +82,7 @@ def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: 
         while cause is not None and not hasattr(cause, "response"):  # the client wraps what happens to one file
             cause = cause.__cause__
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        invalid = status is None and isinstance(error, ValueError)  # the client checks the front matter of the card
+        invalid = "README.md" in str(error) and isinstance(error, ValueError)  # the client checks its front matter
         other = "correct the front matter of README.md" if invalid else "check the connection and HF_ENDPOINT"
         advice = _ADVICE.get(status or 0, other)
         said = _TOKEN.sub("***", one_line(error).replace(get_token() or "\0", "***"))

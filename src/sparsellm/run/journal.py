@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from sparsellm import interrupts, parallel
@@ -20,6 +21,7 @@ from sparsellm.errors import StorageError
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import ExpertsOfBlock, LinearResult, Settings
 from sparsellm.run.result import versions
+from sparsellm.storage import directory
 from sparsellm.storage.directory import BLOCKS, STATE, SWEPT, WorkingDirectory, check_room, partial_of, written_bytes
 from sparsellm.storage.files import has_digest, keep_record, kept_record, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
@@ -86,13 +88,19 @@ class Journal(contextlib.ExitStack):
         """Begins a run that takes ``need_bytes`` of disk, or continues an unfinished one with the same identity. Raises
         StorageError if the directory cannot be written, or holds an unfinished run with another identity."""
 
-        def begin(out: Path) -> None:
+        def begin(out: Path) -> bool:
+            # A launcher repeats a command with restart: the run that it began goes on.
+            own = not parallel.first_start() and directory.left_in(self._partial) == to_jsonable_python(
+                asdict(identity)
+            )
+            self._restart = self._restart and not own
             opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)
             work = self.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
             self._walked = self.writer = CheckpointWriter(work, self.blocks + 1, resumes=True)
+            return self._restart
 
         if self.out is not None:
-            parallel.from_main(partial(begin, self.out))
+            self._restart = parallel.from_main(partial(begin, self.out))
             interrupts.keeps(f"finished blocks are kept next to {self.out}", part=True)
 
     def open_sweep(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:

@@ -197,6 +197,7 @@ class Windows:
     passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room
     of_pass: int = 1  # windows of a pass
     sources: Sequence[str] = ()  # for each window of everything, the name of its text in a mixture
+    sharers: int = 1  # processes that share a step of the sweep
 
     @property
     def first(self) -> Tensor:
@@ -220,7 +221,7 @@ class Windows:
         fresh = [part for part in self.fresh.split(self.of_pass) if 2 * len(part) >= self.of_pass]
         known = [] if fresh and len(fresh) == self.passes else [self.first]
         lead = int(self.first[0, 0]) if self.bos == "yes" else None
-        return [_cut(part, lead) if self.bos != "given" else part for part in (*fresh, *known)]
+        return [_cut(part, lead, self.sharers) if self.bos != "given" else part for part in (*fresh, *known)]
 
     @property
     def swept(self) -> list[Tensor]:
@@ -314,11 +315,11 @@ def default_seq_len(chain: Chain) -> int:
     return min(DEFAULT_SEQ_LEN, context_limit(chain.config) or DEFAULT_SEQ_LEN)
 
 
-def _cut(windows: Tensor, lead: int | None) -> Tensor:
-    """Windows ``(windows, seq)`` cut to the tokens of a step of the sweep; what is left at their ends is dropped. Each
-    part begins with the id ``lead``, if there is one, in place of its first token."""
+def _cut(windows: Tensor, lead: int | None, sharers: int) -> Tensor:
+    """Windows ``(windows, seq)`` cut to the tokens of a step that ``sharers`` processes share; the rest at their ends
+    is dropped. Each part begins with the id ``lead``, if there is one, in place of its first token."""
     width = windows.shape[1]
-    part = cut_to(width, parallel.size())
+    part = cut_to(width, sharers)
     shorter = windows[:, : width // part * part].reshape(-1, part).clone()
     if lead is not None:
         shorter[:, 0] = lead

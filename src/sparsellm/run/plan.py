@@ -40,6 +40,7 @@ from sparsellm.sweep.whole_model import check_sweepable
 T = TypeVar("T")
 
 FEW_TOKENS = 32_000  # with fewer calibration tokens the gain over local methods is small
+PATTERNS = ("exclude", "only", "sparsity_of", "allow_dense")  # fields of the recipe that choose by name
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         machine.trim()
     recipe = request.recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
-    patterns = {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
+    patterns = {name: getattr(recipe, name) for name in PATTERNS}
     warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain) + _short_text(windows, choice)
     warnings += _wider(chain) if recipe.dtype == "auto" else []
     warnings += _warned(request, choice, chain)
@@ -155,6 +156,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     if len(set(kinds)) > 1:  # processes with less room, or without windows
         slowest = max(kinds, key=[*RESIDENT, STREAMED].index)
         prediction = parallel.together(partial(foreseen, sweep=slowest))
+    windows = replace(windows, sharers=parallel.size() if prediction.memory.sweep in RESIDENT else 1)
     disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
     whole = prediction if fewer is None else _with_rest(request, recipe, fewer.chain, prediction, budgets)
     progress(Progress(NOTE, 1, 1, needed(whole)))
@@ -192,6 +194,7 @@ def _with_rest(request: Request, settled: Recipe, smaller: Chain, first: Predict
     recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
     choice = checked_choice(smaller, recipe)
     choice.check_processes(recipe.samples)
+    unmatched_patterns(smaller, {name: getattr(recipe, name) for name in PATTERNS})
     extent = extent_asked(smaller, choice, recipe, parallel.size(), parallel.on_this_machine())
     rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
     return after_removal(first, smaller, rest)

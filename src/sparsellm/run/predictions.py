@@ -77,7 +77,7 @@ class Extent:
 
     def step(self, sharers: int) -> int:
         """The most tokens of a step of the sweep that one of its ``sharers`` runs."""
-        window = cut_to(self.seq_len, self.ranks) if self.cut else self.seq_len
+        window = cut_to(self.seq_len, sharers) if self.cut else self.seq_len
         return max(window, STEP_TOKENS // sharers)
 
     @property
@@ -312,11 +312,13 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         loaded += 2 * kind.elements if chain.products is not None and item == 4 else 0  # the factors in bf16
         # Activations: gate, up, their product and one more, or attention's scores; copies of inputs, also in norms
         scores = _attention_bytes(chain, tokens, extent.seq_len) if _eager(chain) else 0
-        running = loaded + max(4 * item * tokens * _widest(chain, kind), scores) + 8 * item * tokens * _width(chain)
+        wide, inputs = 4 * item * tokens * _widest(chain, kind), 8 * item * tokens * _width(chain)
+        running = loaded + max(wide, scores) + inputs
         statistics.append(running + _statistics_bytes(kind, work))
         removing.append(running + _removal_bytes(chain, kind, tokens, extent.share * extent.seq_len))
         solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(chain, kind, work)]
-        gradients.append(running + int(GRADIENTS * 4 * kind.elements) + _attention_bytes(chain, piece, extent.seq_len))
+        scores = _attention_bytes(chain, piece, extent.seq_len)
+        gradients.append(loaded + wide + inputs + int(GRADIENTS * 4 * kind.elements) + scores)
         if kind.first == 0:
             outer = item * chain.outer_elements(head=False) if read else 0
             embedding = outer + running

@@ -106,7 +106,7 @@ def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
     scaled = re.search(
         r"'rope_type': '(?!default)", str(getattr(model.config.get_text_config(), "rope_parameters", ""))
     )
-    biased = any(re.search(r"att.*\.bias$", name) for name, _ in model.named_parameters())
+    biased = any(re.search(r"att\w*\.\w+\.bias$", name) for name, _ in model.named_parameters())
     for name in unread:
         if not (biased if name.endswith(".bias") else scaled):
             raise ModelError(f"{path} has {name}, which transformers does not read; give the Hugging Face checkpoint")

@@ -39,10 +39,10 @@ STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens co
 SHORTEST = 128  # tokens of the shortest windows into which others are cut where processes share a step
 
 
-def cut_to(width: int, ranks: int) -> int:
-    """The tokens of the windows into which those of ``width`` tokens are cut, so that steps of all processes are as
-    long as those of one."""
-    return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // ranks)))
+def cut_to(width: int, sharers: int) -> int:
+    """The tokens of the windows into which those of ``width`` tokens are cut, where ``sharers`` processes share a step:
+    together they take as many as one process would."""
+    return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // sharers)))
 
 
 def check_sweepable(chain: Chain) -> None:
