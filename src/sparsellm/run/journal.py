@@ -90,10 +90,8 @@ class Journal(contextlib.ExitStack):
 
         def begin(out: Path) -> bool:
             # A launcher repeats a command with restart: the run that it began goes on.
-            own = not parallel.first_start() and directory.left_in(self._partial) == to_jsonable_python(
-                asdict(identity)
-            )
-            self._restart = self._restart and not own
+            own = directory.left_in(self._partial) == to_jsonable_python(asdict(identity))
+            self._restart = self._restart and (parallel.first_start() or not own)
             opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)
             work = self.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
             self._walked = self.writer = CheckpointWriter(work, self.blocks + 1, resumes=True)

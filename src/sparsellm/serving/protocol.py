@@ -1,6 +1,6 @@
 """Requests and answers of OpenAI's API, as far as one model on this machine can serve them.
 
-A parameter that is no field here is refused, unless its value changes nothing (``n: 1``, ``logprobs: false``, null).
+Other parameters than the fields here are refused, except those whose value changes nothing, such as ``n: 1`` or null.
 """
 
 from __future__ import annotations

@@ -103,9 +103,9 @@ def _convert(path: Path, folder: Path) -> Path:
 
 def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
     """Raises ModelError if the model lacks one of these scalings or biases: it would be another one."""
-    scaled = re.search(
-        r"'rope_type': '(?!default)", str(getattr(model.config.get_text_config(), "rope_parameters", ""))
-    )
+    ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [ropes, *(each for each in ropes.values() if isinstance(each, dict))]  # one, or one for each kind of layer
+    scaled = any(each.get("rope_type", "default") != "default" for each in kinds)
     biased = any(re.search(r"att\w*\.\w+\.bias$", name) for name, _ in model.named_parameters())
     for name in unread:
         if not (biased if name.endswith(".bias") else scaled):

@@ -18,9 +18,8 @@ _STRING, _ARRAY = 8, 9
 _MOST_ITEMS = 1 << 22  # strings of an array: a dozen times the tokens or merges of the largest vocabulary
 _MOST_PAIRS = 1 << 16  # keys with values
 _LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes that describe a tensor: name, dimensions, type, place
-_UNREAD = re.compile(
-    r"rope_f.*|blk\.\d+\.attn_(q|k|v|qkv|output)\.bias|.*\.rope\.scaling\.factor"
-)  # not read for all models
+# What transformers does not read for all models.
+_UNREAD = re.compile(r"rope_f.*|blk\.\d+\.attn_(q|k|v|qkv|output)\.bias|.*\.rope\.scaling\.factor")
 _SPLIT = "tokenizer.ggml.pre"
 _SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert_count|attention\.head_count(_kv)?)")
 
