@@ -60,7 +60,8 @@ class PackedQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # what transformers 5.15 calls there
 
     def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
-        """Bytes of one number of a parameter, of a placeholder those of the weight: it divides a model among GPUs."""
+        """Bytes of an element of a parameter, by which transformers divides a model among GPUs. The one element of a
+        placeholder counts as its packed weight."""
         return self._sizes.get(param_name) or float(super().param_element_size(model, param_name, param))
 
     def _process_model_before_weight_loading(

@@ -77,14 +77,14 @@ def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()
 
 
 def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> list[str]:
-    """A warning for each pattern of ``allow_dense``, which match parameters that no linear owns, that matches nothing.
-    ``patterns`` are those of the recipe by field; one of another field, which match matrices, is a RecipeError."""
+    """Refuses a pattern that matches no matrix of the blocks (RecipeError). Patterns of ``allow_dense`` accept what no
+    linear owns, and may match nothing: a warning names each. ``patterns`` are those of the recipe, by field."""
     matrices = all_matrices(chain) if any(patterns.values()) else []
     warnings = []
     for field, each in patterns.items():
         owned = field != "allow_dense"
         names = [matrix.name for matrix in matrices if owned or matrix.linear is None]
-        if field == "sparsity_of":  # it says nothing to what stays dense
+        if field == "sparsity_of":  # which is for linears that are pruned
             names = [name for name in names if not is_excluded(name, patterns["exclude"], [*patterns["only"]])]
         kind = "matrix of the blocks" if owned else "parameter that is not a linear's"
         like = f"; names are like {names[0]!r}" if names else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -244,10 +244,15 @@ class ModelWeights:
             shared = self._shared[name]
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
         assert reader is not None
+        return self._part(name, tensors, partial(self._read, name, reader))
+
+    def _part(self, name: str, tensors: dict[str, Tensor], read: Callable[[], Tensor]) -> Tensor:
+        """A weight that ``read`` returns, or the tensor of which it is a part: that one is kept in ``tensors``."""
         if name not in self.parts:
-            return self._read(name, reader)
+            return read()
+        key = self.key_of[name]
         if key not in tensors:
-            tensors[key] = self._read(name, reader)
+            tensors[key] = read()
         return self.parts[name].of(tensors[key])
 
     def _read(self, name: str, reader: CheckpointReader) -> Tensor:
@@ -277,12 +282,7 @@ class ModelWeights:
             if not value.is_meta or self.reader is None:
                 return value
             reader = self.reader
-        if name not in self.parts:
-            return reader.get(key)
-        held = {} if tensors is None else tensors
-        if key not in held:
-            held[key] = reader.get(key)
-        return self.parts[name].of(held[key])
+        return self._part(name, {} if tensors is None else tensors, partial(reader.get, key))
 
     def assign(self, name: str, value: Tensor) -> None:
         """Replaces a parameter, which then has no gradient, or a buffer."""

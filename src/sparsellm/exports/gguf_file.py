@@ -216,7 +216,7 @@ class _File:
 
     def _not_pruned_from(self, what: str) -> ModelError:
         there = f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
-        advice = "name the dense model with --model; of a form packed with --head int8, export what was packed"
+        advice = "name the dense model with --model, or export the checkpoint as it was before `pack --head int8`"
         return ModelError(f"{there}, which {what}; {advice}")
 
 

@@ -40,7 +40,6 @@ from sparsellm.sweep.whole_model import check_sweepable
 T = TypeVar("T")
 
 FEW_TOKENS = 32_000  # with fewer calibration tokens the gain over local methods is small
-PATTERNS = ("exclude", "only", "sparsity_of", "allow_dense")  # fields of the recipe that choose by name
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         machine.trim()
     recipe = request.recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
-    patterns = {name: getattr(recipe, name) for name in PATTERNS}
-    warnings += unmatched_patterns(chain, patterns) + outside_blocks(chain) + _short_text(windows, choice)
+    warnings += unmatched_patterns(chain, _patterns(recipe)) + outside_blocks(chain) + _short_text(windows, choice)
     warnings += _wider(chain) if recipe.dtype == "auto" else []
     warnings += _warned(request, choice, chain)
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
@@ -188,13 +186,18 @@ def checked_choice(chain: Chain, recipe: Recipe) -> Choice:
     return choice
 
 
+def _patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
+    """The shell patterns of a recipe, by field."""
+    return {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
+
+
 def _with_rest(request: Request, settled: Recipe, smaller: Chain, first: Prediction, budgets: Budgets) -> Prediction:
     """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
     assert request.then is not None
     recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
     choice = checked_choice(smaller, recipe)
     choice.check_processes(recipe.samples)
-    unmatched_patterns(smaller, {name: getattr(recipe, name) for name in PATTERNS})
+    unmatched_patterns(smaller, _patterns(recipe))
     extent = extent_asked(smaller, choice, recipe, parallel.size(), parallel.on_this_machine())
     rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
     return after_removal(first, smaller, rest)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 from sparsellm.errors import ModelError, one_line
 from sparsellm.sources.cache import cache_dir, cached
@@ -50,6 +49,7 @@ def _convert(path: Path, folder: Path) -> Path:
     unread, split = check_header(path)
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     directory, alone = folder / "checkpoint", folder / "gguf" / path.name

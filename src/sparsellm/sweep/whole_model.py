@@ -41,7 +41,7 @@ SHORTEST = 128  # tokens of the shortest windows into which others are cut where
 
 def cut_to(width: int, sharers: int) -> int:
     """The tokens of the windows into which those of ``width`` tokens are cut, where ``sharers`` processes share a step:
-    together they take as many as one process would."""
+    one window each is about :data:`STEP_TOKENS` together."""
     return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // sharers)))
 
 
