@@ -6,7 +6,7 @@ No GPU is needed: torch's own functions are replaced where they would ask one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sparsepack import module, triton_kernels
 from sparsepack.errors import Note
 from tests.line import run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer, windows
+from tests.storage.small import tensors_of
 
 CARD = torch.device("cuda", 0)
 
@@ -94,6 +95,8 @@ def test_settings_of_the_program_change_no_product_and_return(monkeypatch: pytes
         with computing(torch.device("cpu")):
             assert torch.equal(x @ x, right)
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            with torch.device("meta"), computing(torch.device("cpu")):
+                assert torch.zeros(1).device.type == "cpu"
             assert not torch.are_deterministic_algorithms_enabled()  # bits on a CPU do not depend on it
         assert torch.get_float32_matmul_precision() == "medium"
         monkeypatch.setattr(torch.cuda, "device", use)
@@ -103,6 +106,29 @@ def test_settings_of_the_program_change_no_product_and_return(monkeypatch: pytes
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", ["autocast", "inference mode", "default dtype"])
+def test_what_a_program_around_a_run_sets_changes_no_bit(name: str, tmp_path: Path) -> None:
+    around = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "inference mode": torch.inference_mode,
+        "default dtype": lambda: by_default(torch.float64),
+    }
+    source, ids = save_tiny(tiny_llama(), None, tmp_path / "dense"), windows(4, 16)
+    for place, context in (("alone", nullcontext), ("inside", around[name])):
+        with context():
+            sparsellm.prune(source, Recipe(sparsity=0.6), out=tmp_path / place, calibration=ids)
+    alone, inside = tensors_of(tmp_path / "alone"), tensors_of(tmp_path / "inside")
+    assert [key for key in alone if not torch.equal(alone[key], inside[key])] == []
+
+
+@contextmanager
+def by_default(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    yield
+    assert torch.get_default_dtype() == dtype
+    torch.set_default_dtype(torch.float32)
 
 
 def test_gradients_on_a_card_take_plain_attention() -> None:

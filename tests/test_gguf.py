@@ -8,15 +8,17 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from sparsellm.errors import ModelError
+from sparsellm.errors import MemoryBudgetError, ModelError, StorageError
 from sparsellm.sources import cache
 from sparsellm.sources.cache import cached
 from sparsellm.sources.gguf import gguf_checkpoint
@@ -95,6 +97,26 @@ def test_what_transformers_would_drop_is_refused(more: Any, tmp_path: Path) -> N
         ModelError, match=r"tiny\.gguf has (rope_freqs|llama\.rope|blk\.0\.attn_q\.bias).* Hugging Face"
     ):
         gguf_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_a_model_larger_than_memory_or_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
+    weights = sum(parameter.numel() for parameter in tiny_llama().parameters())
+    monkeypatch.setattr("sparsellm.sources.gguf.free_memory", lambda: 4 * weights - 1)
+    with pytest.raises(MemoryBudgetError, match=rf"tiny\.gguf has {weights:,} weights: converting .* GB are free"):
+        gguf_checkpoint(tmp_path / "tiny.gguf")
+    full = SimpleNamespace(free=4 * weights - 1)
+    monkeypatch.setattr("sparsellm.storage.directory.shutil.disk_usage", lambda place: full)
+    with pytest.raises(StorageError, match="its disk has"):
+        gguf_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_a_cache_that_fills_up_is_one_line(tmp_path: Path) -> None:
+    def fill(folder: Path) -> Path:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(ModelError, match=r"No space left on device.*set SPARSELLM_CACHE"):
+        cached(tmp_path / "cache" / "key.safetensors", fill)
 
 
 def test_digits_are_split_and_turns_end_as_in_the_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import sparsellm
-from sparsellm import Recipe
+from sparsellm import Recipe, parallel
 from sparsellm.errors import DataError, NumericalError, RecipeError
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.patterns import NM
 from sparsellm.solvers import SOLVERS, Solution
 from sparsellm.statistics import Gram
-from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.shares import Share, violations, zeros_of
 from tests.storage.small import tensors_of
 from tests.sweep.helpers import ids_of
@@ -219,3 +220,49 @@ def test_bad_calls_are_refused_before_any_work() -> None:
         sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=ids_of(2, 500))
     with pytest.raises(RecipeError, match="16 does not divide"):
         sparsellm.prune(tiny_llama(intermediate_size=72), Recipe(method="wanda", pattern="3:16"), calibration=IDS)
+
+
+@pytest.mark.parametrize("tiny", [tiny_opt, tiny_gpt2])
+def test_biases_keep_the_mean_of_the_outputs(tiny: Family) -> None:
+    """Those of q, k and v in the first block, whose inputs no pruning changes; without weights of tokens."""
+    dense, ids = tiny(), ids_of(4, seed=1)
+    model = copy.deepcopy(dense)
+    recipe = Recipe(sparsity=0.7, effort=0, allocation="uniform", options={"norm_weighting": 0})
+    sparsellm.prune(model, recipe, calibration=ids)
+    names = [
+        name for name, module in linears_of(dense).items() if ".0." in name and re.search(r"[qkv]_proj|c_attn", name)
+    ]
+    means = []
+    for each in (dense, model):
+        seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        modules = dict(each.named_modules())
+        for name in names:
+            modules[name].register_forward_hook(lambda m, args, out, name=name, seen=seen: seen[name].append(out[0]))
+        with torch.no_grad():
+            for row in ids:
+                each(row[None], use_cache=False)
+        means.append({name: torch.cat(parts).mean(dim=0) for name, parts in seen.items()})
+    assert names
+    for name in names:
+        torch.testing.assert_close(means[1][name], means[0][name], rtol=1e-3, atol=1e-5)
+        assert not torch.equal(dict(dense.named_modules())[name].bias, dict(model.named_modules())[name].bias)
+
+
+def test_a_model_object_stays_in_its_mode() -> None:
+    model = tiny_llama().train()
+    with pytest.raises(RecipeError, match="leaves nothing to prune"):
+        sparsellm.prune(model, Recipe(only=["nothing"]), calibration=IDS)
+    assert model.training
+    assert model.model.layers[0].training
+
+
+def test_processes_that_compute_in_other_ways_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tiny_llama(), None, tmp_path / "dense")
+    gather = parallel.gather
+    other = "torch.float32 on cpu, products in fp8"
+    monkeypatch.setattr(parallel, "gather", lambda value: [*gather(value), *([other] if value == WAY else [])])
+    with pytest.raises(RecipeError, match=r"different ways \(torch.float32 on cpu.*; .*fp8\); set device, dtype"):
+        sparsellm.prune(source, Recipe(method="wanda", products="float32"), out=tmp_path / "out", calibration=IDS)
+
+
+WAY = "torch.float32 on cpu"

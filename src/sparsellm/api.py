@@ -33,7 +33,7 @@ from sparsellm.machine import resolve_device
 from sparsellm.mixtures.fewer import Routing
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
-from sparsellm.records import Benchmark, Continuation, Evaluation, Prediction, Protocol
+from sparsellm.records import PRUNING, Benchmark, Continuation, Evaluation, Prediction, Protocol
 from sparsellm.report.document import write_report
 from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
@@ -88,7 +88,8 @@ def prune(  # noqa: PLR0913 - the Python door
     settled = settle_calibration(Recipe.of(recipe), given)
     text = None if isinstance(given, str) else given  # the recipe contains a source
     request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
-    return story.prune(request, progress)
+    with _modes_kept(model):
+        return story.prune(request, progress)
 
 
 @checked
@@ -206,15 +207,15 @@ def evaluate(  # noqa: PLR0913 - the Python door
             against = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
         if against is not None:
             opened.check_comparable(against, windows)
+        if tasks and tokenizer is not None:  # first, since a task may fail
+            progress(Progress("evaluate", 0, 1, "tasks"))
+            results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
         with machine.computing(opened.chain.device):
             perplexity, compared = measured(
                 opened.chain, windows, against.kept if against is not None else None, progress
             )
         if compared is not None and against is not None and against.is_pruned:
             compared = compared.model_copy(update={"recovery": None})
-        if tasks and tokenizer is not None:
-            progress(Progress("evaluate", 0, 1, "tasks"))
-            results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
     return Evaluation(
         protocol=Protocol(
             text=without_folders(words) if isinstance(words, str) else IDS if by_ids else DOCUMENTS,
@@ -288,8 +289,8 @@ class Opened:
 
     @cached_property
     def is_pruned(self) -> bool:
-        """Whether the model has zeros as no dense one has; its first block is read once."""
-        return pruned_share(self.chain) > 0
+        """Whether a run wrote the model, or its first block has zeros as no dense one has; that is read once."""
+        return (self.directory is not None and (self.directory / PRUNING).is_file()) or pruned_share(self.chain) > 0
 
     @checked
     def windows(

@@ -421,6 +421,7 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
     option("--batch N", "Windows in a step.", TRAINING, default=1),
     option("--seq-len N", "Tokens in a window.", TRAINING, default=512),
     option("--seed N", "Seed of the windows and their order.", TRAINING, default=0),
+    option("--device NAME", "cpu or cuda.", RESOURCES, default="auto", values=("auto", "cpu", "cuda")),
     use.out("Directory of the trained checkpoint."),
     *use.WRITING,
     examples=("sparsellm tune pruned --out tuned --calibration my-text.txt --steps 256",),
@@ -546,14 +547,12 @@ def push(directory: str, repo: str, **options: Any) -> Printed:
 def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: Any) -> Printed:
     """Continue PROMPT, token by token, and print the speed."""
     from sparsellm import console
-    from sparsellm.chain.open import load_tokenizer
+    from sparsellm.serving.prompts import open_model
     from sparsepack.generation import check_sampling
     from sparsepack.generation import generate as continue_prompt
-    from sparsepack.loading import load
 
     check_sampling({name: options[name] for name in ("max_new_tokens", "temperature", "seed")})  # before the load
-    model, tokenizer = load(directory, **use.take_running(options)), load_tokenizer(Path(directory).expanduser())
-
+    model, tokenizer = open_model(directory, use.take_running(options))
     before = [prompt]  # printed with the first piece, since errors may come before that
 
     def show(text: str) -> None:

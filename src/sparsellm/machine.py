@@ -81,6 +81,12 @@ def computing(device: torch.device) -> Iterator[None]:
             setattr(part, name, value)
 
         stack.enter_context(torch.random.fork_rng([]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":  # else nothing, since the context slows every call
+            stack.enter_context(torch.device("cpu"))
         for part in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul"):
             put(attrgetter(part)(torch.backends), "fp32_precision", "ieee")
         if device.type == "cuda":

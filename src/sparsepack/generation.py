@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -205,6 +206,7 @@ def continuation(
                 pad_token_id=padding,
                 streamer=text,
                 stopping_criteria=StoppingCriteriaList([ended]),
+                logits_processor=LogitsProcessorList([_Numbers()]),
             )
     first, last = text.times[0], text.times[-1]
     finish = text.over or ("stop" if text.ids[-1] in _ends(settings) else "length")
@@ -234,9 +236,18 @@ def _ends(settings: GenerationConfig) -> set[int | None]:
     return set(last if isinstance(last, list) else [last])
 
 
+class _Numbers(LogitsProcessor):
+    """Refuses NaN, of which the likeliest token is the first one, again and again."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise FormatError("the model computes NaN; take dtype float32, or evaluate the model to see where")
+        return scores
+
+
 def _processors(settings: GenerationConfig) -> LogitsProcessorList:
     """What transformers does to logits with these settings, in its order; above temperature 0 its top_k is 50."""
-    chosen = LogitsProcessorList()
+    chosen = LogitsProcessorList([_Numbers()])
     if settings.repetition_penalty is not None:
         chosen.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.do_sample:

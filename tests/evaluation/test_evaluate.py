@@ -120,6 +120,10 @@ def test_only_a_dense_model_gives_a_recovery(llama: Path, text: Path, pruned: Pa
     for name in ("README.md", "report.html"):
         assert "recovery" not in (pruned / name).read_text(encoding="utf-8"), "no column is the dense model's"
     assert "\nrecovery" in run(*words, llama)[1]
+    half = sparsellm.prune(llama, {**vars(recipe), "exclude": ["*.layers.0.*"]}, out=tmp_path / "half").path
+    measured = sparsellm.evaluate(pruned, text, seq_len=16, against=half).against
+    assert measured is not None
+    assert measured.recovery is None, "no block but the first tells whether it is pruned, and the first is not"
 
 
 def test_parts_and_chunks_of_the_text_change_nothing(

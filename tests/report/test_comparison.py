@@ -111,6 +111,16 @@ def test_a_packed_run_next_to_its_dense_form(runs: Path, tmp_path: Path) -> None
     assert [row[0] for row in page.rows(SUMMARY)[2:]] == ["half", "half (2)"]
 
 
+def test_speeds_of_another_machine_do_not_stand_side_by_side(runs: Path, tmp_path: Path) -> None:
+    results = json.loads((runs / "half" / "results.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(runs / "half", other)
+    rewrite(other / "results.json", benchmarks=[{**each, "machine": "a server"} for each in results["benchmarks"]])
+    head, _, first, second = page_of(write_comparison([runs / "half", other], tmp_path / "c.html")).rows(SUMMARY)
+    column = head.index("tokens/s")
+    assert (first[column], second[column]) == ("33", "not measured")
+
+
 def test_runs_of_another_base_model_are_refused(runs: Path, tmp_path: Path, refusal: Any) -> None:
     shutil.copytree(runs / "half", tmp_path / "half")  # has the same shapes, but other weights
     base = json.loads((tmp_path / "half" / "pruning.json").read_text())["base"]

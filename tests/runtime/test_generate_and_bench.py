@@ -241,3 +241,13 @@ def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(llama: Path, pa
     with pytest.raises(SettingError, match="more than the 128"):
         compare(packed, prompt_tokens=500)
     check_positions(LlamaConfig(max_position_embeddings=0), Rounds(), "m")  # as generate takes it: no limit
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 12}], ids=["compiled", "by transformers"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_is_an_error_and_not_an_empty_text(changes: dict[str, int], temperature: float) -> None:
+    model = tiny_llama(**changes).eval()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(FormatError, match="the model computes NaN; take dtype float32"):
+        generate(model, tiny_tokenizer(), "a b", temperature=temperature)

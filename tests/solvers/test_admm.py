@@ -48,6 +48,16 @@ def test_linears_of_one_input_share_the_factorisations(monkeypatch: pytest.Monke
     assert len(made) == 1 + RHO_STEPS  # one of the metric and one for each ρ
 
 
+def test_inputs_that_are_always_zero_change_nothing_for_others():
+    weight, gram = weight_of(8, 24), gram_of(24, 200)
+    matrix = torch.zeros(96, 96)
+    matrix[:24, :24] = gram.matrix
+    wide = admm(torch.cat((weight, weight_of(8, 72, 1)), dim=1), Gram(matrix, 200), Share((8 * 72 + 96) / (8 * 96)))
+    alone = admm(weight, gram, Share(0.5))
+    assert torch.equal(wide.mask[:, :24], alone.mask)
+    torch.testing.assert_close(wide.weight[:, :24], alone.weight)
+
+
 def test_a_ridge_keeps_weights_of_a_singular_gram_in_bounds():
     weight, gram = weight_of(8, 60), gram_of(60, tokens=4)
     result = admm(weight, gram, Share(0.5))

@@ -14,7 +14,7 @@ import sparsellm
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.tuning.full import KeepZeros, ZeroKeeper
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
-from tests.models.families import mixtral
+from tests.models.families import family, mixtral
 from tests.models.pruned import prune_tiny
 from tests.sweep.helpers import ids_of, sharing_llama
 
@@ -162,3 +162,5 @@ def test_what_peft_adapts_without_the_mask_is_refused() -> None:
         adapter_on(mixtral())
     with pytest.raises(ModelError, match="share weights"):
         adapter_on(sharing_llama())
+    with pytest.raises(RecipeError, match=r"peft refuses to adapt this model: .*Mamba.*; take --way full"):
+        adapter_on(family("Mamba2"))

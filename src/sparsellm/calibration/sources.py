@@ -160,8 +160,8 @@ def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) 
 def _ids(value: Any, name: str) -> Tensor:
     """Token ids ``(windows, tokens)`` from an array, or from rows of one length."""
     try:
-        array = isinstance(value, Tensor | numpy.ndarray)
-        ids = torch.as_tensor(value) if array else torch.stack([torch.as_tensor(row) for row in value])
+        rows = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
+        ids = rows if isinstance(rows, Tensor) else torch.stack([torch.as_tensor(row, device="cpu") for row in rows])
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # other lengths, or no numbers
         raise DataError(f"{name} is {shown(value)}, not windows of ids ({one_line(error)}); {_HINT}") from None
     if ids.is_meta or ids.layout != torch.strided:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -66,6 +66,8 @@ class ModelWeights:
         direct = {**names.key_of, **{name: part.source for name, part in parts.items()}}
         keys = {name: [direct[n] for n in (name, *self._same.get(name, ())) if n in direct] for name in values}
         self.key_of = {name: known[0] for name, known in keys.items() if known}
+        if reader is not None:
+            _check_tied({(known[0], other) for known in keys.values() for other in known[1:]}, reader)
         self._unused: list[str] = []
         if reader is not None:
             separated = {experts[name].source for name in parts}
@@ -376,6 +378,16 @@ class ModelWeights:
         value = getattr(*self._place(name))
         assert isinstance(value, Tensor)
         return value
+
+
+def _check_tied(pairs: Iterable[tuple[str, str]], reader: CheckpointReader) -> None:
+    """Refuses tensors that the model ties and that differ: transformers leaves these apart, as another model."""
+    for first, other in pairs:
+        if first != other and not torch.equal(reader.get(first), reader.get(other)):
+            raise ModelError(
+                f"{first} and {other} of {reader.directory} differ, and its config ties them; set tie_word_embeddings "
+                "to false in config.json"
+            )
 
 
 def _fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -168,6 +168,8 @@ class _Loop:
                 args = (dense.weight, moments[role].gram, masks[role], dense.weight, REFINE_STEPS)
                 sparse = refine_on_support(*args, damping=REFINE_DAMPING).weight
             linears[role] = moments[role].linear(sparse)
+            if (means := moments[role].means) is not None and dense.bias is not None:  # fitted as the weights are
+                linears[role] = Linear(sparse, dense.bias + (dense.weight - sparse) @ means[0])
             if published:
                 matrix = self.grams[role].matrix.clone()
                 matrix.diagonal().add_(ACCUMULATED_DAMPING * float(matrix.diagonal().mean()))

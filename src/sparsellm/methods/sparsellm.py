@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -140,6 +141,37 @@ def _rounds(task: BlockTask, unit: FeedForwardUnit[LinearView], solver: str, ask
     return ROUNDS
 
 
+class _Means:
+    """Weighted means over tokens: of the inputs of a group of linears, and of the target if its linear is fitted. By
+    them a bias takes over what pruning changes in the mean of the outputs. Without a bias nothing is summed."""
+
+    def __init__(self, group: Sequence[LinearView], fitted: bool, device: torch.device) -> None:
+        head, biased = group[0], any(linear.bias is not None for linear in group)
+        sizes = [1, head.in_features, *([head.out_features] if fitted else [])] if biased else []
+        self._sums = [CrossAccumulator(1, size, device) for size in sizes]  # of weights, inputs and targets
+
+    def update(self, x: Tensor, target: Tensor | None, weights: Tensor | None) -> None:
+        ones = x.new_ones(*x.shape[:-1], 1)
+        for total, values in zip(self._sums, (ones, x, target), strict=False):
+            if values is not None:
+                total.update(ones, values, weights)
+
+    def reduce(self) -> None:
+        for total in self._sums:
+            total.reduce()
+
+    def shift(self, linear: LinearView, before: Tensor) -> None:
+        """Sets the bias of a linear whose weight was ``before``, so that its mean output stays, or is the target's."""
+        if linear.bias is None:
+            return
+        weight, *means = (total.finish()[0] for total in self._sums)
+        inputs, *targets = (mean / weight for mean in means)
+        if targets:
+            linear.assign_bias(targets[0] - linear.weight() @ inputs)
+        else:
+            linear.assign_bias(linear.bias + (before - linear.weight()) @ inputs)
+
+
 @dataclass(frozen=True)
 class _Fitting:
     """Fits and prunes linears of a block."""
@@ -164,14 +196,18 @@ class _Fitting:
                 known = sublayer.shortcut if group[0] is sublayer.writer else None
                 known = stream.keep(known) if known is not None else None
                 recorded = writer if group is sublayer.groups[0] else None
-                gram, cross = self._moments(group[0], target, known, recorded, fitted=group[0] is writer)
+                fitted = group[0] is writer
+                means = _Means(group, fitted, stream.chain.device)
+                gram, cross = self._moments(group[0], target, known, recorded, means, fitted=fitted)
                 fit = None
                 if cross is not None and self.damping is not None:
                     with task.clock.phase("prune/solve"), naming(group[0].name):
                         fit = least_squares(gram, cross, self.damping, prior=group[0].weight())
                     del cross
                 for linear in group:
+                    before = linear.weight()
                     self.solve(linear, gram, fit)
+                    means.shift(linear, before)
                 if known is not None:
                     stream.use(known)
 
@@ -181,6 +217,7 @@ class _Fitting:
         target: TensorStore,
         known: KnownOutput | None,
         recorded: LinearView | None,
+        means: _Means,
         *,
         fitted: bool,
     ) -> tuple[Gram, Tensor | None]:
@@ -200,6 +237,7 @@ class _Fitting:
                 if known is not None:
                     known.values.append(x.detach().clone())
                 gram.update(x, weights)
+                means.update(x, target[position] if fitted else None, weights)
                 if cross is not None:
                     cross.update(target[position] if bias is None else target[position] - bias, x, weights)
             if linear is recorded:
@@ -211,6 +249,7 @@ class _Fitting:
             for position in range(len(stream)):
                 stream.run_batch(index, position)
         gram.reduce()
+        means.reduce()
         if cross is not None:
             cross.reduce()
         with naming(head.name):

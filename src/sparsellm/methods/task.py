@@ -157,10 +157,10 @@ class BlockTask:
                     f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
                     "give values keep, or leave it out (exclude)"
                 )
-            grid, error = self._rounded(linear, dense, weight, gram)
+            grid, before, error = self._rounded(linear, dense, weight, gram)
             weight, notes, exponents = grid.weight, (*notes, *grid.notes), text_of_exponents(grid.exponents)
-            if error > solution.error + COARSE:
-                notes = (*notes, f"rounding to {self.values} raised its error from {solution.error:.3f} to {error:.3f}")
+            if error > before + COARSE:
+                notes = (*notes, f"rounding to {self.values} raised its error from {before:.3f} to {error:.3f}")
         linear.assign(weight)
         zeros = count_zeros(linear.parameter)
         if gram is not None and self.values == "keep":
@@ -182,18 +182,22 @@ class BlockTask:
         if weight.nbytes >= OWN_PAGES:
             machine.trim()
 
-    def _rounded(self, linear: LinearView, dense: Tensor, weight: Tensor, gram: Gram | None) -> tuple[Rounded, float]:
-        """A pruned weight on the grid of the packed type, and the error that it then has."""
+    def _rounded(
+        self, linear: LinearView, dense: Tensor, weight: Tensor, gram: Gram | None
+    ) -> tuple[Rounded, float, float]:
+        """A pruned weight on the grid of the packed type, and the errors that it has before and then."""
         if gram is None:  # experts get inputs of their own, which a pass does not tell apart
             taken = [] if isinstance(linear.module, ExpertLinear) else self.statistics([linear])
             gram = taken[0][1] if taken else _equal_inputs(linear)
         with self.clock.phase("prune/rounding"):
             fixed = isinstance(self.patterns[linear.name], NM)
             grid = rounded(weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed)
-            energy, lost = torch.stack((gram.energy(dense), gram.energy(grid.weight, minus=dense))).tolist()
+            lost = [gram.energy(each, minus=dense) for each in (weight, grid.weight)]
+            energy, *errors = torch.stack((gram.energy(dense), *lost)).tolist()
         if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
             self.unrounded[linear.name] = grid.unrounded.to(linear.storage_dtype)
-        return grid, lost / energy if energy > 0 else 0.0
+        before, after = (error / energy if energy > 0 else 0.0 for error in errors)
+        return grid, before, after
 
     def finish(self) -> None:
         """Prunes the linears that no calibration token reached by magnitude, with a note. They have no error."""

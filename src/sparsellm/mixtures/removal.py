@@ -56,8 +56,9 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
         view = MixtureView(index, fewer.keep, fewer.routing.groups, tokens, strength, removal.seed, compared.error_of)
         scores = removal.score(view)
         kept = view.best(scores)
-        error = compared.error_of(kept)  # the block of the twin has these experts now
-        refitted = _repair(sample, stream, outputs) if removal.refit else error
+        error = refitted = compared.error_of(kept)  # the block of the twin has these experts now
+        if removal.refit:
+            error, refitted = _repair(sample, stream, outputs)
     fewer.chain.settle_block(index)
     counts, said = tokens.tolist(), [float(score) for score in scores]
     return ExpertsOfBlock(block=index, kept=kept, tokens=counts, scores=said, error=error, refitted=refitted)
@@ -166,17 +167,19 @@ def _energy(outputs: TensorStore) -> float:
     return parallel.total(sum(float(each.double().square().sum()) for each in outputs))
 
 
-def _repair(sample: Sample, stream: Stream, outputs: TensorStore) -> float:
+def _repair(sample: Sample, stream: Stream, outputs: TensorStore) -> tuple[float, float]:
     """Refits the experts of the twin's block to the ``outputs`` that the mixture had, fits its router, and refits them
-    again, since each changes what is left for the others. Returns the error relative to the energy of the outputs."""
+    again, since each changes what is left for the others. Returns the errors before and after, relative to the energy
+    of the outputs."""
     index, fewer = sample.index, sample.fewer
     (mixture,) = fewer.chain.mixtures(index)
-    energy = _energy(outputs)
+    energy = _energy(outputs) or 1.0  # if all are 0
     with running(stream, index, fewer):
         with _Rest.of(stream, index, mixture, outputs) as rest:
+            before = _energy(outputs) / energy
             rest.refit_all()
             rest.add(1)
         sample.fit_router()
         with _Rest.of(stream, index, mixture, outputs) as rest:
             rest.refit_all()
-            return _energy(outputs) / energy if energy else 0.0
+            return before, _energy(outputs) / energy

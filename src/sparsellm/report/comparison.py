@@ -8,7 +8,6 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 from sparsellm.errors import StorageError, shown
@@ -188,7 +187,7 @@ def _values(
     records: Sequence[Checkpoint], names: Sequence[str], protocol: Protocol | None
 ) -> list[tuple[str, _Values]]:
     """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
-    values, speeds = list[tuple[str, _Values]](), list[float]()
+    values, setting = list[tuple[str, _Values]](), None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
     for name, record in zip(names, records, strict=True):
         one: _Values = {"zeros": record.pruning.sparsity_pruned, "weight files": record.file_bytes / 1e6}
@@ -201,13 +200,14 @@ def _values(
                 dense.setdefault("perplexity", against.perplexity.value)
         if (measured := record.decoding()) is not None:
             pair = measured[1]
-            speeds.append(pair.dense.median)
+            taken = (measured[0].machine, pair.packed.batch)
+            setting = setting or taken
+        if measured is not None and taken == setting:  # speeds of another machine or batch do not compare
+            dense.setdefault("tokens/s", pair.dense.median)
             one |= {"tokens/s": pair.packed.median, "× dense by transformers": pair.ratio.dense_by_transformers}
             if pair.ratio.same_decoder is not None:
                 one["× dense, same decoder"] = pair.ratio.same_decoder
         values.append((name, one))
-    if speeds:
-        dense["tokens/s"] = fmean(speeds)
     return [(DENSE, dense), *values]
 
 

@@ -80,8 +80,9 @@ def open_models(
     if teacher is not None and (whole or isinstance(model, PreTrainedModel)):
         raise RecipeError("teacher needs models on disk: give model and teacher by name, and out=DIR")
     named = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
+    check = partial(load_config, trust_remote_code=trust)
     sources = [
-        parallel.main_first(partial(checkpoint_directory, str(given), argument))
+        parallel.main_first(partial(checkpoint_directory, str(given), argument, check))
         for argument, given in named.items()
         if not isinstance(given, PreTrainedModel)
     ]
@@ -147,7 +148,7 @@ def set_products(chain: Chain, recipe: Recipe) -> None:
 def load_whole(directory: Path, dtype: str | torch.dtype, device: str | torch.device, trust: bool) -> PreTrainedModel:
     """The model of a directory, in memory. Raises StorageError if transformers cannot load it."""
     with as_storage_error():
-        return load(directory, device=device, dtype=dtype, trust_remote_code=trust)
+        return load(directory, device=device, dtype=dtype, activations="fp32", trust_remote_code=trust)
 
 
 def save_companions(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -20,6 +20,7 @@ from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward
+from sparsellm.errors import RecipeError
 from sparsellm.hub.card import base_of
 from sparsellm.inputs import without_folders
 from sparsellm.mixtures.fewer import FewerExperts
@@ -128,6 +129,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         given, trust = (request.model, request.teacher, recipe, request.tokenizer), request.trust_remote_code
         model = open_models(*given, text=not isinstance(ids, Tensor), whole=request.out is None, trust=trust)
         chain = model.chain
+        computing = _computing(chain)
         if request.out is not None and model.directory is None:  # transformers may refuse what it saves last
             with tempfile.TemporaryDirectory() as folder:
                 save_companions(Path(folder), chain.model, request.tokenizer)
@@ -164,18 +166,27 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         dense = model_fingerprint(chain, progress)
         started = start_fingerprint(model.start, progress) if model.start is not None else ""
         warnings += [*chain.unused(), *_already_pruned(model)]
-    products = ", products in bf16" if chain.products is not None else ""
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
         calibration_tokens=tokens_fingerprint(windows.everything),
-        computing=f"{chain.dtype} on {chain.device.type}{products}",
+        computing=computing,
         plugins=plugins.loaded(),
         start=started,
     )
     note(progress, warnings)
     opened = (request, recipe, choice, out, model, windows)
     return Plan(*opened, prediction, whole, disk_bytes, identity, tuple(warnings), fewer)
+
+
+def _computing(chain: Chain) -> str:
+    """Dtype and device of the blocks, by which a run is known. Refuses processes that differ in it."""
+    products = ", products in bf16" if chain.products is not None else ""
+    ways = {*parallel.gather(f"{chain.dtype} on {chain.device.type}{products}")}
+    if len(ways) > 1:
+        differ = f"processes would compute in different ways ({'; '.join(sorted(ways))})"
+        raise RecipeError(f"{differ}; set device, dtype and products, or leave out the machines that differ")
+    return ways.pop()
 
 
 def checked_choice(chain: Chain, recipe: Recipe) -> Choice:

@@ -340,7 +340,13 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         steps["allocating"] = Held(0, host=held) if chain.device.type == "cuda" else Held(held)
     if demand.passes:
         steps |= _sweep_steps(chain, demand)
-    return steps
+    handed = (extent.sets + (demand.passes > 0)) * item * extent.share * extent.seq_len * _handed(chain)
+    return {name: held._replace(working=held.working + handed) for name, held in steps.items()}
+
+
+def _handed(chain: Chain) -> int:
+    """Elements for each token that blocks are given beside hidden states, as in Gemma 4; they stay in memory."""
+    return len(chain) * int(getattr(chain.config.get_text_config(), "hidden_size_per_layer_input", None) or 0)
 
 
 def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,16 +10,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.errors import DataError, ModelError, one_line
 from sparsepack.generation import Sampling, generation_settings
-from sparsepack.loading import load
+from sparsepack.loading import checkpoint_path, load
 
 Message = dict[str, str]
 """``role`` and ``content``."""
 
 
-def open_model(directory: str, **options: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`. A UserError says that one
-    of them cannot be read, or that the generation config has a value that cannot be used."""
-    model, tokenizer = load(directory, **options), load_tokenizer(Path(directory).expanduser())
+def open_model(
+    directory: str, options: dict[str, str], *, template: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, with a chat ``template`` if asked; ``options`` are those of
+    :func:`sparsepack.loading.load`. A UserError says that one of them cannot be read, that there is no template, or
+    that the generation config has a value that cannot be used."""
+    tokenizer = load_tokenizer(checkpoint_path(directory))  # first: weights take longer
+    if template:
+        check_template(tokenizer)
+    model = load(directory, **options)
     generation_settings(model, Sampling(temperature=None))
     return model, tokenizer
 

@@ -101,7 +101,7 @@ def serve(directory: str, settings: Settings, options: dict[str, str], log: Call
     listening, key = open_door(settings)
     with listening:
         host, port = listening.getsockname()[:2]
-        model, tokenizer = open_model(directory, **options)
+        model, tokenizer = open_model(directory, options)
         limit = context_limit(model.config)
         context = settings.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and context > limit:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import interrupts
-from sparsellm.serving.prompts import Message, chat_ids, check_template, open_model
+from sparsellm.serving.prompts import Message, chat_ids, open_model
 from sparsepack.files import context_limit
 from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words, continuation
 
@@ -41,8 +41,7 @@ def chat(
     """Answers each line of stdin with the checkpoint of a directory, packed or dense, until its end or ``/quit``.
     ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about
     the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
-    model, tokenizer = open_model(directory, **options)
-    check_template(tokenizer)
+    model, tokenizer = open_model(directory, options, template=True)
     limit, seed = context_limit(model.config), secrets.randbits(62) if manner.seed is None else manner.seed
     beginning: list[Message] = [] if manner.system is None else [{"role": "system", "content": manner.system}]
     messages = list(beginning)

@@ -98,12 +98,13 @@ def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:
     """``H = G + ridge`` with inputs scaled so that weights compare, and the scale of the weights (in,).
 
     ``1 / (R + τI)⁻¹_jj − τ`` is the part of an input's mean square (1 in the normalised ``R``) that others do not
-    predict. The mean diagonal of the scaled ``G`` is 1."""
+    predict. The mean diagonal of the scaled ``G`` is 1 over live inputs."""
     normalised = gram.normalised
     unexplained = 1 / normalised.inverse(PREDICTION_RIDGE).matrix.diagonal() - PREDICTION_RIDGE
     unit = unexplained.clamp(min=1e-4).sqrt()
     matrix = (normalised.matrix / unit).div_(unit[:, None])
-    size = matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
+    live = (~gram.dead).sum().clamp(min=1)  # a dead input would make the ridge and ρ smaller for the others
+    size = (matrix.diagonal().sum() / live).clamp(min=torch.finfo(matrix.dtype).tiny)
     matrix /= size
-    matrix.diagonal().add_(damping)
+    matrix.diagonal().masked_fill_(gram.dead, 1.0).add_(damping)
     return Gram(matrix, gram.tokens), gram.scale * unit * size.sqrt()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 from sparsellm.errors import ModelError
 from sparsellm.storage.files import sync, sync_tree, user_of_new_files
@@ -54,10 +55,9 @@ def cached(final: Path, make: Callable[[Path], Path], is_valid: Callable[[Path],
                 sync_tree(made) if made.is_dir() else sync(made)
                 os.replace(made, final)
                 sync(folder)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write {final}: {error.strerror or error}; set SPARSELLM_CACHE to a directory with room for it"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(f"cannot write {final}: {why}; set SPARSELLM_CACHE to a directory with room for it") from error
     return final
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from sparsellm.errors import ModelError, one_line
+from sparsellm.errors import MemoryBudgetError, ModelError, one_line
+from sparsellm.machine import free_memory
 from sparsellm.sources.cache import cache_dir, cached
 from sparsellm.sources.gguf_header import check_header
+from sparsellm.storage.directory import check_room
 from sparsellm.storage.files import sha256
 
 FORMAT = 2  # part of the cache key: raise it when the output of this file changes
@@ -46,7 +48,13 @@ def gguf_checkpoint(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
-    unread, split = check_header(path)
+    unread, split, weights = check_header(path)
+    check_room(folder, 4 * weights)
+    if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
+        raise MemoryBudgetError(
+            f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} GB are free; give the Hugging Face checkpoint, or take a machine with more memory"
+        )
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

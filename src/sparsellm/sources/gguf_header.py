@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -24,16 +25,16 @@ _SPLIT = "tokenizer.ggml.pre"
 _SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert_count|attention\.head_count(_kv)?)")
 
 
-def check_header(path: Path) -> tuple[list[str], str]:
-    """The names of scalings of positions and of biases of attention, which transformers may not read; and the way in
-    which text is split before it becomes tokens, "" if the file says none.
+def check_header(path: Path) -> tuple[list[str], str, int]:
+    """The names of scalings of positions and of biases of attention, which transformers may not read; the way in which
+    text is split before it becomes tokens, "" if the file says none; and the number of weights.
 
     Raises ModelError if the header states more than the file holds, or sizes of a model that its tensors do not have,
     such as a ``block_count`` beyond the number of tensors; or if the file is one of several."""
     size = os.stat(path).st_size
     try:
         with path.open("rb") as file:
-            sizes, tensors, largest, unread, split = _read_all(file, size)
+            sizes, tensors, largest, unread, split, weights = _read_all(file, size)
     except (ValueError, struct.error) as error:
         raise ModelError(f"{path} cannot be converted: {error}; it is damaged or cut short: fetch it again") from None
     if sizes.get("split.count", 1) > 1:
@@ -46,10 +47,10 @@ def check_header(path: Path) -> tuple[list[str], str]:
                 f"{path} cannot be converted: it says {key} {value}, and has {tensors} tensors of at most {largest} "
                 f"rows or columns (blocks: at most {DEEPEST}); fetch it again"
             )
-    return unread, split
+    return unread, split, weights
 
 
-def _read_all(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int, list[str], str]:
+def _read_all(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int, list[str], str, int]:
     """The integers among the values by key, the number of tensors, their largest dimension, and what
     :func:`check_header` returns."""
     file.seek(4)  # after the magic
@@ -69,15 +70,16 @@ def _read_all(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int, list
         names.append(key)
         if kind in _INTEGERS:
             sizes[key] = max(int.from_bytes(raw, "little"), sizes.get(key, 0))  # the larger where a key is repeated
-    largest = 0
+    largest = weights = 0
     for _ in range(tensors):
         names.append(_text(file, size))
         (count,) = _read(file, "<I")
         if count > 8:
             raise ValueError(f"a tensor has {count} dimensions")
-        largest = max(largest, *_read(file, f"<{count}Q"), 0)
+        shape = _read(file, f"<{count}Q")
+        largest, weights = max(largest, *shape, 0), weights + math.prod(shape)
         _read(file, "<IQ")
-    return sizes, tensors, largest, [name for name in names if _UNREAD.fullmatch(name)], split
+    return sizes, tensors, largest, [name for name in names if _UNREAD.fullmatch(name)], split, weights
 
 
 def _value(file: BinaryIO, kind: int, size: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsellm.errors import ModelError, one_line
@@ -12,12 +13,17 @@ from sparsepack.checkpoint import adapter_in
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 _HUB_FILES += ["LICENSE*", "NOTICE*", "README.md"]
+_CONFIG = ["config.json", "*.py"]
+_COPIES = ["consolidated*", "*/*.safetensors"]  # of the weights, in other forms
 _GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
 
-def checkpoint_directory(model: str, argument: str = "model") -> Path:
+def checkpoint_directory(
+    model: str, argument: str = "model", check: Callable[[Path], object] = lambda place: None
+) -> Path:
     """The directory of a checkpoint, which is downloaded or converted first if needed. A ModelError, which calls the
-    model by the name of its ``argument``, says that there is none, or that it cannot be fetched."""
+    model by the name of its ``argument``, says that there is none, or that it cannot be fetched. ``check`` is called
+    with the directory of its config before weights are downloaded."""
     if model == "demo":
         return gguf_checkpoint(demo_gguf())
     try:
@@ -39,6 +45,7 @@ def checkpoint_directory(model: str, argument: str = "model") -> Path:
         return path
     if path.exists():
         raise ModelError(f"{argument} {model} is a file; {_GIVE}")
+    check(_from_hub(model, argument, _CONFIG))
     return _from_hub(model, argument)
 
 
@@ -50,7 +57,7 @@ def config_place(model: str) -> Path:
         if path.suffix == ".json" and path.is_file():
             return path
         if not path.exists() and model != "demo" and path.suffix != ".gguf":
-            return _from_hub(model, "model", ["config.json", "*.py"])
+            return _from_hub(model, "model", _CONFIG)
     return checkpoint_directory(model)
 
 
@@ -59,7 +66,7 @@ def _from_hub(model: str, argument: str, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        place = snapshot_download(model, allow_patterns=files, ignore_patterns=["consolidated*"])  # a second copy
+        place = snapshot_download(model, allow_patterns=files, ignore_patterns=_COPIES)
     except HFValidationError:
         reason = "it is not a directory here, and not a valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors

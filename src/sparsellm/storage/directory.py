@@ -140,8 +140,8 @@ def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: b
     if left is not None and not restart and left != identity:
         changed = [*differences(left, identity)][:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
         raise StorageError(
-            f"{partial} holds another unfinished run: {'; '.join(changed)}; "
-            "repeat its settings to resume it, or give --restart to start again"
+            f"{partial} holds another unfinished run: {'; '.join(changed)}; repeat its settings to resume it (a model "
+            "object that it changed must be loaded again), or give --restart to start again"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsellm.errors import MissingExtraError, ModelError, RecipeError
+from sparsellm.errors import MissingExtraError, ModelError, RecipeError, one_line
 
 try:
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -89,7 +89,10 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
     """
     _refuse_packed(model)
     config = config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, masked(config), adapter_name)
+    try:
+        wrapped = get_peft_model(model, masked(config), adapter_name)
+    except ValueError as error:
+        raise RecipeError(f"peft refuses to adapt this model: {one_line(error)}; take --way full") from None
     assert isinstance(wrapped, PeftModel)
     return _keeping_zeros(wrapped)
 

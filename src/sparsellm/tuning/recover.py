@@ -46,6 +46,7 @@ class Training(BaseModel):
     batch: int = Field(1, ge=1, le=1 << 16)  # windows in a step
     seq_len: int = Field(512, ge=2, le=1 << 24)  # tokens in a window
     seed: int = Field(0, ge=0, lt=1 << 32)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # one card at most
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def tune(
     chain = open_chain(source, device=torch.device("cpu"))
     assert chain.reader is not None
     weights = sum(math.prod(chain.reader.shape(name)) for name in chain.reader)
-    if (needed := BYTES[training.way] * weights) > free_memory():
+    device = resolve_device(training.device)
+    room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if (needed := BYTES[training.way] * weights) > room:
         ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
     check_seq_len(chain.config, training.seq_len)
@@ -153,9 +156,10 @@ def _trained(
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,  # a batch is a few kilobytes, and some systems cannot pin memory
-            use_cpu=resolve_device("auto").type == "cpu",
+            use_cpu=resolve_device(training.device).type == "cpu",
             seed=training.seed,
         )
+        settings._n_gpu = min(1, settings.n_gpu)  # with more, a step would have as many batches
         trainer = Trainer(wrapped, settings, train_dataset=rows, callbacks=[*callbacks, Tell()])  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
         trainer.train()
