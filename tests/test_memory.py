@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import is_tensor
+from torch.utils._pytree import tree_leaves
 
 import sparsellm
 from sparsellm import Recipe, machine
@@ -24,7 +26,8 @@ from sparsellm.registry import Workspace
 from sparsellm.run import opening, predictions
 from sparsellm.run.predictions import Demand, Extent, device_budget, kept_share, plan_memory, steps_of
 from sparsellm.solvers import SOLVERS
-from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
+from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer, windows
+from tests.models.families import gemma4_text
 
 CPU = torch.device("cpu")
 
@@ -222,6 +225,20 @@ def test_what_a_block_needs_by_hand() -> None:
         later = sum(4 * i**2 for _, i in groups[position + 1 :])
         solving.append(3 * 4 * max(outputs) * inputs + 2 * 4 * inputs**2 + later)
     assert found["solving"].working == max(*solving, activations)
+
+
+def test_what_blocks_are_given_for_each_token_counts() -> None:
+    """Gemma 4's embeddings for each layer, which the calls of all blocks keep, against their own bytes."""
+    chain = open_chain(gemma4_text(), device=CPU)
+    with chain.outer(head=False), chain.block(0):
+        calls = chain.start(windows(4, 16))[1]
+    leaves = {id(leaf): leaf for call in calls for leaf in tree_leaves((call.args, call.kwargs)) if is_tensor(leaf)}
+    given = sum(leaf.nbytes for leaf in leaves.values() if leaf.shape[:2] == (4, 16) and leaf.dim() == 3)
+    assert given > 0
+    demand = Demand(Extent(4, 16, 64), Workspace())
+    with_them = steps_of(chain, demand)["statistics"].working
+    chain.config.hidden_size_per_layer_input = 0
+    assert with_them - steps_of(chain, demand)["statistics"].working == given
 
 
 @pytest.mark.parametrize("solver", ["admm", "sparsegpt", "wanda"])
