@@ -87,6 +87,19 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
         raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
 
 
+def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any]) -> None:
+    """Refuses a directory to pack into, before the run."""
+    from sparsellm import parallel
+    from sparsellm.storage.directory import check_destination, checkpoints_among
+
+    if pack == out:
+        raise RecipeError(f"--out and --pack are both {out}; name two directories")
+    sources = [out, *checkpoints_among(*models)]
+    parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=options["overwrite"]))
+    if options["trust_remote_code"]:
+        raise RecipeError("a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack")
+
+
 @_command(
     use.ONE_MODEL,
     *map(field, use.FIELDS),
@@ -122,19 +135,19 @@ def prune(
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
+    from sparsellm.storage.directory import partial_of
+
+    if partial_of(out).exists():  # while all else is loaded, too
+        interrupts.keeps(f"finished blocks are kept next to {out}", part=True)
     from sparsellm import api, console, parallel, tables
     from sparsellm.convert import check_packable
     from sparsellm.run.plan import Request
-    from sparsellm.storage.directory import check_destination, checkpoints_among
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)
     if pack is not None:
-        sources = [out, *checkpoints_among(model, dense)]
-        parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=options["overwrite"]))
+        _check_pack(pack, out, [model, dense], options)
         check_packable(recipe)
-        if options["trust_remote_code"]:
-            raise RecipeError("a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack")
     if dry_run:
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
         shown = prediction.model_dump(mode="json"), lambda: tables.print_prediction(prediction)
@@ -228,7 +241,8 @@ def plan(model: str, **options: Any) -> Printed:
 )
 def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", **options: Any) -> Printed:
     """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
-    from sparsellm import api, parallel, tables
+    from sparsellm import api, console, parallel, tables
+    from sparsellm.records import PRUNING, read_pruning
     from sparsellm.storage import results
 
     place = results.place_of_results(model) if save and model != "demo" else None  # no directory of that name is meant
@@ -236,6 +250,9 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
     if not parallel.is_main():
         return None
     saved = results.append_result(place, result) if place is not None else None
+    pruned = Path(text).is_file() and (Path(model) / PRUNING).is_file()
+    if pruned and read_pruning(Path(model)).recipe.get("calibration") == Path(text).name:
+        console.say("note: the model was calibrated on a text of this name, which flatters its numbers", error=True)
     content = {"model": model, **result.model_dump(mode="json"), "results": saved and str(saved)}
     return content, lambda: tables.print_evaluation(result, saved)
 
@@ -423,18 +440,19 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
     option("--seed N", "Seed of the windows and their order.", TRAINING, default=0),
     option("--device NAME", "cpu or cuda.", RESOURCES, default="auto", values=("auto", "cpu", "cuda")),
     use.out("Directory of the trained checkpoint."),
-    *use.WRITING,
+    use.RESTARTING[0],
+    *use.REPORTING,
     examples=("sparsellm tune pruned --out tuned --calibration my-text.txt --steps 256",),
 )
 def tune(
-    directory: str, out: Path, progress: Any, overwrite: bool, restart: bool, calibration: str | None = None, **how: Any
+    directory: str, out: Path, progress: Any, overwrite: bool, calibration: str | None = None, **how: Any
 ) -> Printed:
-    """Train a pruned checkpoint on a text, so that it recovers. Every zero stays."""
+    """Train a pruned checkpoint on a text, so that it recovers. Every zero stays. A stopped training is lost."""
     from sparsellm import tables
     from sparsellm.tuning import recover
 
     training = use.made(recover.Training, **how)
-    result = recover.tune(directory, out, training, calibration, progress, overwrite=overwrite, restart=restart)
+    result = recover.tune(directory, out, training, calibration, progress, overwrite=overwrite)
     return {**vars(result), "path": str(result.path)}, lambda: tables.print_tuned(result)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import sys
 import textwrap
@@ -54,8 +55,11 @@ class PlainConsole(Console):
 
 @cache
 def out() -> PlainConsole:
-    """The console for results, on stdout."""
-    return PlainConsole()
+    """The console for results, on stdout; wide in a pipe, where names must stay whole."""
+    console = PlainConsole()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160
+    return console
 
 
 @cache

@@ -156,8 +156,8 @@ class Recipe(BaseModel):
     """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More passes take longer and lose
     less."""
     sweep_tokens: Annotated[Tokens | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
-    """Tokens that all passes of the sweep train on, such as 256k or 1M: text that nothing was fitted to as far as there
-    is any, then the same again. It replaces `effort`."""
+    """Tokens that the sweep trains on, such as 256k or 1M: unused text first, then the same again. It replaces
+    `effort`."""
     passes: Annotated[Integer | None, Field(ge=0, le=1000)] = None
     """Passes of the sweep, as a number, after each of which the model is judged and saved; null: by `effort`, or
     `sweep_tokens`."""
@@ -180,8 +180,7 @@ class Recipe(BaseModel):
     """Whether every window begins with the tokenizer's beginning-of-text token: auto (where the tokenizer adds it by
     itself), yes, or no (windows cut anywhere, as in the papers)."""
     min_tokens_per_expert: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=0, le=MOST_TOKENS)] = 1
-    """Warn of experts that fewer calibration tokens are routed to; they are pruned mostly by the statistics of all
-    tokens."""
+    """Warn of experts that get fewer calibration tokens."""
     batch_tokens: Annotated[Integer, Field(ge=1, le=MOST_TOKENS)] = 4096
     """Calibration tokens in one forward call of a block; more take more memory."""
     memory: Annotated[

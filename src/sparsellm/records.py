@@ -80,9 +80,9 @@ class Matrix(Record):
 
 
 class LinearResult(Matrix):
-    """The result of one linear. Its error is ‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs that the method fitted
-    to, for the dense weight W₀, or that of a writer after its refit; its exponents are a hexadecimal digit (the exponent plus 8) for each column of integer values,
-    empty if all are 0."""
+    """The result of one linear. Its error is ‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs that the method
+    fitted to, for the dense weight W₀, or that of a writer after its refit; its exponents are a hexadecimal digit (the
+    exponent plus 8) for each column of integer values, empty if all are 0."""
 
     shape: Annotated[tuple[Size, Size], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros

@@ -79,7 +79,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
         if not is_path:
             hint = nearest(name[:100], [*_PLAIN, *(known for known in _WITH_ARGUMENT if known != "file"), SELF])
             hint = "a text mixture is SOURCE:SHARE,SOURCE:SHARE" if "," in source else hint
-            raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {_SUFFIXES}")
+            raise DataError(f"unknown text source {shown(source)}; {hint} (a path ends in {_SUFFIXES})")
         name, argument = "file", source
     if name == "file" or (name == "wikitext2" and argument):
         file = text_file(argument)

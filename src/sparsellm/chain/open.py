@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -67,7 +68,10 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
         # The Rust tokenizers raise PanicException, which is not an Exception, for some damaged files.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
+        why = one_line(error)
+        if not any(re.match("tokenizer|vocab|merges|spiece|sentencepiece", path.name) for path in directory.iterdir()):
+            why = "it has no tokenizer's files; copy tokenizer.json and tokenizer_config.json from the original model"
+        raise ModelError(f"no readable tokenizer in {directory}: {why}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer.vocab_size:  # without files, the tokenizers of some families load with an empty vocabulary
         raise ModelError(f"no readable tokenizer in {directory}: it has no vocabulary; add the tokenizer's files")

@@ -121,6 +121,8 @@ def open_model(
             f"{machine_name(device)} has no units for bfloat16; give {' and '.join(named)} float32 or auto"
         )
     if isinstance(model, PreTrainedModel):
+        if not model.can_generate():
+            raise ModelError(f"the model is a {type(model).__name__}, without a head; load it by AutoModelForCausalLM")
         if len({parameter.device for parameter in model.parameters()}) > 1 or model.device.type == "meta":
             raise ModelError(
                 "the model's weights are on several devices, or not in memory; load it without device_map, or give it "

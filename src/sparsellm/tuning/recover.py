@@ -68,7 +68,6 @@ def tune(
     progress: ProgressCallback,
     *,
     overwrite: bool = False,
-    restart: bool = False,
 ) -> Tuned:
     """Trains the pruned checkpoint ``model`` on a text (``calibration`` as in a recipe) by AdamW at a constant rate
     after a short warm-up, and writes it to ``out``. Every zero stays. A training that is stopped leaves nothing.
@@ -108,7 +107,7 @@ def tune(
     loaded = load(source)
     ZeroKeeper(loaded)  # refuses a model without zeros, which LoRA would train too
     begun = time.perf_counter()
-    work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=restart, need_bytes=chain.reader.bytes)
+    work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=True, need_bytes=chain.reader.bytes)
     with written(work, len(chain) + 1) as writer:
         trained, losses = _trained(loaded, training, rows, progress)
         loads = {*chain.key_of.values()}  # all else, such as a vision tower, is copied
