@@ -142,13 +142,13 @@ def _rounds(task: BlockTask, unit: FeedForwardUnit[LinearView], solver: str, ask
 
 
 class _Means:
-    """Weighted means over tokens: of the inputs of a group of linears, and of the target if its linear is fitted. By
-    them a bias takes over what pruning changes in the mean of the outputs. Without a bias nothing is summed."""
+    """Inputs of a group of linears, and the target if its linear is fitted, as weighted means over tokens. By them a
+    bias takes over what pruning changes in the mean of the outputs. Without a bias nothing is summed."""
 
     def __init__(self, group: Sequence[LinearView], fitted: bool, device: torch.device) -> None:
         head, biased = group[0], any(linear.bias is not None for linear in group)
         sizes = [1, head.in_features, *([head.out_features] if fitted else [])] if biased else []
-        self._sums = [CrossAccumulator(1, size, device) for size in sizes]  # of weights, inputs and targets
+        self._sums = [CrossAccumulator(1, size, device) for size in sizes]  # weights, inputs and targets
 
     def update(self, x: Tensor, target: Tensor | None, weights: Tensor | None) -> None:
         ones = x.new_ones(*x.shape[:-1], 1)

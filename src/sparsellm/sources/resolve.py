@@ -14,7 +14,7 @@ from sparsepack.checkpoint import adapter_in
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 _HUB_FILES += ["LICENSE*", "NOTICE*", "README.md"]
 _CONFIG = ["config.json", "*.py"]
-_COPIES = ["consolidated*", "*/*.safetensors"]  # of the weights, in other forms
+_COPIES = ["consolidated*", "*/*.safetensors"]  # the weights in other forms
 _GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
 
