@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from sparsellm.patterns import round_exactly
 from sparsellm.recipe import Bos
 from sparsepack.errors import Note
 from sparsepack.files import context_limit
+
+Given = str | Text  # the name of a source, or documents
 
 TOKENISING = 200  # bytes that fast tokenizers hold for each character of a text; 172 to 262 were measured
 _MOST_MISSES = 10_000  # documents in a row that are too short, before a source is refused for having too few long ones
@@ -40,7 +43,7 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int 
 
 
 def calibration_windows(
-    source: str | Text,
+    source: Given,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     seq_len: int,
@@ -69,9 +72,10 @@ def calibration_windows(
     length = seq_len if lead is None else seq_len - 1
     generator = torch.Generator().manual_seed(seed)
     text = source if isinstance(source, Text) else read_source(source, "calibration")
+    read = partial(_tokens, source, tokenizer, lead)
     if text.per_document:
-        return _led(_windows_of_documents(source, text, tokenizer, samples + fresh, length, lead, generator), lead)
-    ids = _tokens(source, tokenizer, _joined(text, tokenizer), lead, length + 1)
+        return _led(_windows_of_documents(source, text, read, samples + fresh, length, generator), lead)
+    ids = read(_joined(text, tokenizer), least=length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
         raise DataError(
@@ -144,11 +148,7 @@ def windows_of_ids(
 
 
 def evaluation_windows(
-    source: str | Text,
-    tokenizer: PreTrainedTokenizerBase,
-    seq_len: int,
-    max_tokens: int | None = None,
-    bos: Bos = "auto",
+    source: Given, tokenizer: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None = None, bos: Bos = "auto"
 ) -> Tensor:
     """The text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
 
@@ -160,7 +160,7 @@ def evaluation_windows(
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
-    ids = _tokens(source, tokenizer, _joined(text, tokenizer), lead, length)
+    ids = _tokens(source, tokenizer, lead, _joined(text, tokenizer), length)
     limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
     windows = min(limit for limit in limits if limit is not None)
     return _led(ids[: windows * length].view(windows, length), lead)
@@ -199,9 +199,7 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         raise DataError(f"a conversation of the text cannot be read: {why}") from None
 
 
-def _tokens(
-    source: str | Text, tokenizer: PreTrainedTokenizerBase, text: str, lead: int | None, least: int = 0
-) -> Tensor:
+def _tokens(source: Given, tokenizer: PreTrainedTokenizerBase, lead: int | None, text: str, least: int = 0) -> Tensor:
     """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
     needed = TOKENISING * len(text)
     if needed > 1 << 28 and needed > (free := machine.free_memory()):  # asking takes a millisecond
@@ -225,7 +223,7 @@ def _led(windows: Tensor, lead: int | None) -> Tensor:
     return windows if lead is None else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
 
 
-def _called(source: str | Text) -> str:
+def _called(source: Given) -> str:
     return "the text" if isinstance(source, Text) else f"source {shown(source)}"
 
 
@@ -253,27 +251,22 @@ def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: tor
 
 
 def _windows_of_documents(
-    source: str | Text,
-    text: Text,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    seq_len: int,
-    lead: int | None,
-    generator: torch.Generator,
+    source: Given, text: Text, read: Callable[[str], Tensor], samples: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
+    """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4. ``read``
+    returns the ids of one."""
     windows: list[Tensor] = []
     misses = 0
     while len(windows) < samples:
         if misses == _MOST_MISSES or not len(text.documents):
             raise DataError(
-                f"{_called(source)} has too few documents longer than {seq_len} tokens ({len(windows)} of {samples} "
+                f"{_called(source)} has too few documents longer than {length} tokens ({len(windows)} of {samples} "
                 f"found, and then {misses} shorter ones); lower seq_len"
             )
         document = int(torch.randint(len(text.documents), (), generator=generator))
-        ids = _tokens(source, tokenizer, text.documents[document], lead)
+        ids = read(text.documents[document])
         misses += 1
-        if len(ids) > seq_len:
-            misses, offset = 0, int(torch.randint(len(ids) - seq_len, (), generator=generator))
-            windows.append(ids[offset : offset + seq_len])
+        if len(ids) > length:
+            misses, offset = 0, int(torch.randint(len(ids) - length, (), generator=generator))
+            windows.append(ids[offset : offset + length])
     return torch.stack(windows)

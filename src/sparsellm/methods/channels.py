@@ -22,7 +22,7 @@ from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.methods.routed import without_experts
-from sparsellm.methods.task import BlockTask
+from sparsellm.methods.task import BlockTask, Group
 from sparsellm.patterns import NM
 
 UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
@@ -110,9 +110,7 @@ def _find(task: BlockTask) -> list[Channels]:
     return proved
 
 
-def _guesses(
-    reader: LinearView, pattern: NM, earlier: list[list[LinearView]], config: PretrainedConfig
-) -> Iterator[Channels]:
+def _guesses(reader: LinearView, pattern: NM, earlier: list[Group], config: PretrainedConfig) -> Iterator[Channels]:
     """Channels that ``reader`` may read, the likelier ones first."""
     width = reader.in_features
     places = torch.arange(width, device=reader.parameter.device)

@@ -14,16 +14,14 @@ from sparsellm.decomposition.objective import Chunks, FeedForward, Linear, split
 from sparsellm.methods.task import BlockTask, naming
 from sparsellm.solvers import Solution, Solver
 
+Unit = FeedForwardUnit[LinearView]  # the unit of a block, before it is read into tensors
+
 # Memory of a unit for all tokens, in hidden states: inputs, targets, and Z (or U and S), which are four times as wide.
 UNIT_STREAMS = 10
 
 
 def prune_unit(
-    task: BlockTask,
-    unit: FeedForwardUnit[LinearView],
-    weights: list[Tensor] | None,
-    solvers: Mapping[str, Solver],
-    settings: Settings,
+    task: BlockTask, unit: Unit, weights: list[Tensor] | None, solvers: Mapping[str, Solver], settings: Settings
 ) -> None:
     """Prunes one unit of a block; the targets are its current outputs, with weights of tokens ``(batch, seq)`` or None.
     The result is the iterate with the least error on held-out tokens, with its weights then fitted to all tokens."""
@@ -44,12 +42,7 @@ def prune_unit(
 
 
 def alternate(
-    task: BlockTask,
-    unit: FeedForwardUnit[LinearView],
-    train: Chunks,
-    held_out: Chunks,
-    solvers: Mapping[str, Solver],
-    settings: Settings,
+    task: BlockTask, unit: Unit, train: Chunks, held_out: Chunks, solvers: Mapping[str, Solver], settings: Settings
 ) -> None:
     """Runs the loop with a solver for each linear, by name, and accepts its results; ``down`` gets the history."""
     linears, scratch = unit.linears(), task.stream.scratch
@@ -68,7 +61,7 @@ def alternate(
             linears[role].assign_bias(linear.bias)
 
 
-def current(unit: FeedForwardUnit[LinearView]) -> FeedForward:
+def current(unit: Unit) -> FeedForward:
     """The current weights of the unit, as plain tensors."""
     linears = {role: Linear(linear.weight(), linear.bias) for role, linear in unit.linears().items()}
     return FeedForward(linears["up"], linears["down"], unit.activation, linears.get("gate"))

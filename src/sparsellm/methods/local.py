@@ -9,7 +9,7 @@ from typing import Any, cast
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.methods.routed import prune_experts, without_experts
-from sparsellm.methods.task import BlockTask, Method
+from sparsellm.methods.task import BlockTask, Group, Method
 from sparsellm.registry import Entry, Workspace
 from sparsellm.solvers import Solver
 from sparsellm.solvers.divided import divide
@@ -49,7 +49,7 @@ def from_solver(entry: Entry[Solver]) -> Entry[Method]:
     return replace(cast(Entry[Method], entry), function=prune_block, distributed=True)
 
 
-def _owners(groups: list[list[LinearView]], work: Workspace) -> list[int]:
+def _owners(groups: list[Group], work: Workspace) -> list[int]:
     """A process for each group of linears with the same input; none if it takes less time that one process of each
     machine factorises and each solves some rows of every weight."""
     factors = [2.0 * work.remembered * group[0].in_features ** 3 for group in groups]

@@ -24,11 +24,11 @@ from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.shortcuts import KnownOutput
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, relu
+from sparsellm.chain.units import find_feed_forward, relu
 from sparsellm.decomposition.loop import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.channels import find_channels
-from sparsellm.methods.feed_forward import UNIT_STREAMS, prune_unit
+from sparsellm.methods.feed_forward import UNIT_STREAMS, Unit, prune_unit
 from sparsellm.methods.permutation import permute_block
 from sparsellm.methods.rotation import rotate_block
 from sparsellm.methods.routed import prune_experts, without_experts
@@ -100,13 +100,12 @@ def sparsellm(
     solvers = weighted_solvers(task, solver, output_metric)
     fitting = _Fitting(task, weights, solvers, refit_damping if refit else None, order)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
-    units: list[FeedForwardUnit[LinearView]] = []
+    units: list[Unit] = []
     if iterations or (iterations is None and refit and sparsest >= PAYS):
         units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
     for sublayer in sublayers:
         unit = next((u for u in units if {x.name for x in u.linears().values()} == sublayer.names), None)
-        rounds = _rounds(task, unit, solver, iterations) if unit is not None else 0
-        if unit is not None and rounds:
+        if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):
             prune_unit(task, unit, weights, solvers, Settings(rounds, damping=refit_damping))
         else:
             fitting.prune_in_order(sublayer)
@@ -118,7 +117,7 @@ def sparsellm(
             fitting.solve(linear, gram)
 
 
-def _rounds(task: BlockTask, unit: FeedForwardUnit[LinearView], solver: str, asked: int | None) -> int:
+def _rounds(task: BlockTask, unit: Unit, solver: str, asked: int | None) -> int:
     """Alternations of a unit: ``asked`` for, or None for a choice by the solver and the sparsity.
 
     In a ReLU model the variables lower the excess by about a tenth from :data:`PAYS` on, unstructured with SparseGPT

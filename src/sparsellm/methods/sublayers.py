@@ -12,7 +12,7 @@ from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, RunOrder, watch
 from sparsellm.chain.shortcuts import KnownOutput, Returns, without
 from sparsellm.methods.routed import without_experts
-from sparsellm.methods.task import BlockTask
+from sparsellm.methods.task import BlockTask, Group
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sublayer:
     The writer is the output projection, which adds to the residual stream: the last linear, alone on its input, with as
     many outputs as the stream is wide. It is None if it is not pruned, or is the only linear of the sublayer."""
 
-    groups: list[list[LinearView]]  # at least one, none empty
+    groups: list[Group]  # at least one, none empty
     writer: LinearView | None
     shortcut: KnownOutput | None = None  # the module around the writer, which later passes leave out
 
@@ -52,7 +52,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     with returns.recorded(), watch(task.stream.chain.linears(task.index), see):
         output = task.stream.run_window(task.index)
     sublayers: list[Sublayer] = []
-    groups: list[list[LinearView]] = []
+    groups: list[Group] = []
     later, proven = list(task.linears), list[KnownOutput]()
     for group in grouping.agreed(task.linears):
         groups.append(group)
@@ -75,7 +75,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
 
 
 def _shortcut(
-    task: BlockTask, groups: list[list[LinearView]], order: RunOrder, returns: Returns, later: list[LinearView]
+    task: BlockTask, groups: list[Group], order: RunOrder, returns: Returns, later: list[LinearView]
 ) -> KnownOutput | None:
     """The module around the last linear of ``groups``, if the input of that linear, the writer, no longer changes when
     the linears ``later`` are pruned."""

@@ -31,6 +31,7 @@ OWN_PAGES = 32 << 20
 LOST = 0.01  # the most kept weights, as a fraction of all, that may be too small for the dtype of the checkpoint
 COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
 UNREACHED = "pruned by magnitude: no calibration token reached it, or all its inputs were 0"  # note in such a result
+Group = list[LinearView]  # linears that share an input
 
 
 @dataclass
@@ -62,7 +63,7 @@ class BlockTask:
 
     def statistics(
         self, linears: list[LinearView], token_weights: list[Tensor] | None = None
-    ) -> list[tuple[list[LinearView], Gram]]:
+    ) -> list[tuple[Group, Gram]]:
         """Groups of linears that share an input, each with the Gram matrix of that input, from one pass of the block.
 
         The tokens are those of all processes. A linear that no calibration token reaches is left out, see
@@ -107,9 +108,7 @@ class BlockTask:
             solution = solver(weight, gram, self.patterns[linear.name])
         self.accept(linear, weight, solution, gram, notes=notes)
 
-    def share_out(
-        self, groups: Sequence[list[LinearView]], owners: Sequence[int], prune: Callable[[int], None]
-    ) -> None:
+    def share_out(self, groups: Sequence[Group], owners: Sequence[int], prune: Callable[[int], None]) -> None:
         """Calls ``prune`` with the number of each group of linears in the process that owns the group, as if it were
         the only one. Then all have its weights and results, in the order of the groups. An error is raised in all."""
         first, me = len(self.results), parallel.rank()

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from statistics import fmean
 from typing import Any
@@ -24,6 +25,9 @@ _CELLS = 100_000  # the most in a table of kinds and blocks; 128 blocks with 16 
 
 Plotly = dict[str, Any]  # a trace, an axis or a layout, as Plotly's JSON has it
 Values = Sequence[float | None]
+Shown = Callable[[float | None], str]  # a value as text
+Measure = Callable[[Iterable[LinearResult]], float]  # a value of some linears
+Heading = tuple[str, str, str]  # name, title and text of a chart
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,7 @@ def megabytes(count: float) -> str:
     return f"{count:,.1f}\N{NO-BREAK SPACE}MB"
 
 
-def short_number(value: float | None) -> str:
-    return number(value, 3)
+short_number = partial(number, digits=3)
 
 
 def sparsity_of(linears: Iterable[LinearResult]) -> float:
@@ -99,13 +102,9 @@ def axis(title: str, **more: Any) -> Plotly:
     return {"title": {"text": title}, **more}
 
 
-def share_axis(title: str) -> Plotly:
-    """An axis of fractions in percent, which ends at 0 and 100 % at the latest."""
-    return axis(title, tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1})
-
-
-def log_axis(title: str) -> Plotly:
-    return axis(title, type="log", tickformat=".5~g", nticks=4)
+# An axis of fractions in percent, which ends at 0 and 100 % at the latest
+share_axis = partial(axis, tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1})
+log_axis = partial(axis, type="log", tickformat=".5~g", nticks=4)
 
 
 def _heat(*, bar: Plotly, **values: Any) -> Plotly:
@@ -124,23 +123,17 @@ def _whole_axis(title: str, numbers: Sequence[int], **more: Any) -> Plotly:
     return axis(title, tick0=0, dtick=max(1, math.ceil((max(numbers) - min(numbers) + 1) / 12)), **more)
 
 
-def _table(
-    first: str, numbers: Sequence[int], series: Mapping[str, Values], shown: Callable[[float | None], str]
-) -> Table:
+def _table(first: str, numbers: Sequence[int], series: Mapping[str, Values], shown: Shown) -> Table:
     """A row for each number, a column for each series."""
     columns = ([shown(value) for value in values] for values in series.values())
     return Table((first, *series), list(zip(map(str, numbers), *columns, strict=True)))
 
 
 def lines(
-    heading: tuple[str, str, str],
-    x: tuple[str, Sequence[int]],
-    y: Plotly,
-    series: Mapping[str, Values],
-    shown: Callable[[float | None], str] = number,
+    heading: Heading, x: tuple[str, Sequence[int]], y: Plotly, series: Mapping[str, Values], shown: Shown = number
 ) -> Chart:
-    """A line for each series over whole numbers, ``x``: a title and values. ``heading``: name, title and text of the
-    chart; ``shown`` formats a value in the table. Series that are equal there are one line with all their names."""
+    """A line for each series over whole numbers, ``x``: a title and values. ``shown`` formats a value in the table.
+    Series that are equal there are one line with all their names."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for position, values in enumerate(series.values()):
         alike.setdefault(tuple(map(shown, values)), []).append(position)
@@ -155,9 +148,7 @@ def lines(
 # ---------------------------------------------------------------------- by linear
 
 
-def by_block(
-    linears: Iterable[LinearResult], blocks: Sequence[int], of: Callable[[Iterable[LinearResult]], float]
-) -> list[float | None]:
+def by_block(linears: Iterable[LinearResult], blocks: Sequence[int], of: Measure) -> list[float | None]:
     """A value for each block; None where it has none of the linears."""
     parts: dict[int, list[LinearResult]] = {}
     for linear in linears:
@@ -176,14 +167,7 @@ def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
     return {**{name: kinds[name] for name in names[: most - 1]}, f"{len(names) - most + 1} other kinds": others}
 
 
-def _heat_map(
-    heading: tuple[str, str, str],
-    pruning: Pruning,
-    of: Callable[[Iterable[LinearResult]], float],
-    bar: Plotly,
-    *,
-    log: bool = False,
-) -> Chart:
+def _heat_map(heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, log: bool = False) -> Chart:
     """Values by kind of linear and block; with ``log``, colours by their logarithms, else the values are fractions. The
     text has a place for their range."""
 
