@@ -52,38 +52,35 @@ def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total
     def missing_of(zeros: list[int]) -> float:
         return total / unit - sum(n * step for n, step in zip(zeros, steps, strict=True))
 
+    def changed(base: list[int], missing: float) -> list[int]:
+        """``base``, each changed by at most one, so that the sum of changes comes as near to ``missing`` as it can."""
+        middle = math.ceil(abs(missing)) + 2 * max(steps)
+        best = numpy.full(2 * middle + 1, numpy.inf)  # the least cost of each sum of changes
+        best[middle] = 0.0
+        taken = []
+        for zeros, step, aim, count in zip(base, steps, aims, weights, strict=True):
+            costs = numpy.full((3, len(best)), numpy.inf)
+            for change in (-1, 0, 1):
+                if 1 <= zeros + change <= m - 1:
+                    shift = change * step
+                    source = best[max(0, -shift) : len(best) - max(0, shift)]
+                    cost = ((zeros + change) * count / m - aim) ** 2 / count
+                    costs[change + 1, max(0, shift) : len(best) - max(0, -shift)] = source + cost
+            taken.append(costs.argmin(axis=0) - 1)
+            best = costs.min(axis=0)
+        reached = numpy.flatnonzero(numpy.isfinite(best))
+        place = int(min(reached, key=lambda at: (abs(at - middle - missing), best[at])))
+        result = list(base)
+        for i in range(len(base) - 1, -1, -1):
+            change = int(taken[i][place])
+            result[i] += change
+            place -= change * steps[i]
+        return result
+
     missing = missing_of(base)
     while True:
-        base = _changed(base, steps, aims, weights, m, missing)
+        base = changed(base, missing)
         left = missing_of(base)
         if abs(left) < max(steps) or abs(left) >= abs(missing):
             return [zeros * count // m for zeros, count in zip(base, weights, strict=True)]
         missing = left
-
-
-def _changed(
-    base: list[int], steps: list[int], aims: Sequence[float], weights: Sequence[int], m: int, missing: float
-) -> list[int]:
-    """``base``, each changed by at most one, so that the sum of changes comes as near to ``missing`` as it can."""
-    middle = math.ceil(abs(missing)) + 2 * max(steps)
-    best = numpy.full(2 * middle + 1, numpy.inf)  # the least cost of each sum of changes
-    best[middle] = 0.0
-    taken = []
-    for zeros, step, aim, count in zip(base, steps, aims, weights, strict=True):
-        costs = numpy.full((3, len(best)), numpy.inf)
-        for change in (-1, 0, 1):
-            if 1 <= zeros + change <= m - 1:
-                shift = change * step
-                source = best[max(0, -shift) : len(best) - max(0, shift)]
-                cost = ((zeros + change) * count / m - aim) ** 2 / count
-                costs[change + 1, max(0, shift) : len(best) - max(0, -shift)] = source + cost
-        taken.append(costs.argmin(axis=0) - 1)
-        best = costs.min(axis=0)
-    reached = numpy.flatnonzero(numpy.isfinite(best))
-    place = int(min(reached, key=lambda at: (abs(at - middle - missing), best[at])))
-    changed = list(base)
-    for i in range(len(base) - 1, -1, -1):
-        change = int(taken[i][place])
-        changed[i] += change
-        place -= change * steps[i]
-    return changed

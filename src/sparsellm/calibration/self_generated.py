@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +42,7 @@ def self_generated_windows(
     special = set(tokenizer.all_special_ids)
     known = min(len(tokenizer), model.config.get_text_config().vocab_size)  # some tokenizers have more than the model
     starts = torch.tensor([token for token in range(known) if token not in special])
+    device, keyword = next(model.parameters()).device, cache_keyword(model)
     windows: list[Tensor] = []
 
     def pick(rows: int) -> Tensor:
@@ -53,7 +53,9 @@ def self_generated_windows(
         age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
         new, cache = torch.stack(columns, dim=1), None  # (rows, 1 or 2)
         while len(columns) < seq_len:
-            logits, cache = _next(model, new, cache, known)
+            output = model(input_ids=new.to(device), use_cache=True, **{keyword: cache})
+            # Many models pad the vocabulary with rows that no token uses.
+            logits, cache = output.logits[:, -1, :known].float().cpu(), getattr(output, keyword)
             if not torch.isfinite(logits).all():
                 raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")
             sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
@@ -70,11 +72,3 @@ def self_generated_windows(
         for first in range(0, count, BATCH):
             windows += batch(min(BATCH, count - first))
     return torch.stack(windows)
-
-
-def _next(model: Any, new: Tensor, cache: Any, known: int) -> tuple[Tensor, Any]:
-    """The logits ``(rows, known)`` after the new tokens, on the CPU, and the cache of keys and values. Many models pad
-    the vocabulary with rows that no token uses, after the ``known`` ones."""
-    name = cache_keyword(model)
-    output = model(input_ids=new.to(next(model.parameters()).device), use_cache=True, **{name: cache})
-    return output.logits[:, -1, :known].float().cpu(), getattr(output, name)

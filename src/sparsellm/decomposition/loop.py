@@ -109,12 +109,12 @@ def prune_feed_forward(
                         f"the alternation diverged in iteration {len(history)} (relative errors before it: {before}): "
                         f"{failure}"
                     ) from failure
-                history.append(_step(iteration, math.inf, held_out))
-                break
-            history.append(_step(iteration, error, held_out, value))
+                error, value = math.inf, None
+            on_held_out, on_train = (error, None) if held_out else (None, error)
+            history.append(Step(iteration=iteration, held_out_error=on_held_out, train_error=on_train, objective=value))
             if best is None or not settings.safeguard or error < best.error:
                 best, chosen = Pruned(unit, masks, error, notes), iteration
-            if iteration - chosen >= settings.patience:
+            if error == math.inf or iteration - chosen >= settings.patience:
                 break
     assert best is not None
     history[chosen] = history[chosen].model_copy(update={"chosen": True})
@@ -123,11 +123,6 @@ def prune_feed_forward(
         refit, _ = prune_feed_forward(dense, [*train, *held_out], [], solvers, patterns, again, scratch)
         best = replace(best, unit=refit.unit, masks=refit.masks)
     return best, history
-
-
-def _step(iteration: int, error: float, held_out: Chunks, value: float | None = None) -> Step:
-    on_held_out, on_train = (error, None) if held_out else (None, error)
-    return Step(iteration=iteration, held_out_error=on_held_out, train_error=on_train, objective=value)
 
 
 @dataclass

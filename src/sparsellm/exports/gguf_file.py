@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,36 +66,33 @@ def write_gguf(
     the template's. ``keep`` is called with the record before the file gets its name. A ModelError says that checkpoint,
     dense model and template do not belong together; a StorageError that a weight is not on the grid, or the file cannot
     be written."""
-    made = _File(model, dense, template, head)
-    check_room(place, sum(map(made.bytes_of, template.reader.tensors)))
-    return replace_atomically(place, partial(_write, made, record, progress, keep))
+    made, tensors = _File(model, dense, template, head), template.reader.tensors
+    check_room(place, sum(map(made.bytes_of, tensors)))
 
+    def write(file: BinaryIO) -> Export:
+        writer = gguf.GGUFWriter(file.name, template.arch)
+        writer.data_alignment = template.reader.alignment
+        for name, value in made.values().items():
+            writer.add_key_value(name, value.value, value.type, value.sub_type)
+        for tensor in tensors:
+            shape, kind = tuple(reversed(tensor.shape.tolist())), made.type_of(tensor)
+            # Any dtype but uint8, with which the shape would be taken for one in bytes
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for index, tensor in enumerate(tensors):
+                progress(Progress("export", index, len(tensors), tensor.name))
+                writer.write_tensor_data(made.data(tensor))
+        finally:
+            writer.close()
+        progress(Progress("export", len(tensors), len(tensors)))
+        written = record.model_copy(update={"bytes": os.path.getsize(file.name)})
+        keep(written)
+        return written
 
-def _write(
-    made: _File, record: Export, progress: ProgressCallback, keep: Callable[[Export], object], file: BinaryIO
-) -> Export:
-    tensors = made.template.reader.tensors
-    writer = gguf.GGUFWriter(file.name, made.template.arch)
-    writer.data_alignment = made.template.reader.alignment
-    for name, value in made.values().items():
-        writer.add_key_value(name, value.value, value.type, value.sub_type)
-    for tensor in tensors:
-        shape, kind = tuple(reversed(tensor.shape.tolist())), made.type_of(tensor)
-        # Any dtype but uint8, with which the shape would be taken for one in bytes
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for index, tensor in enumerate(tensors):
-            progress(Progress("export", index, len(tensors), tensor.name))
-            writer.write_tensor_data(made.data(tensor))
-    finally:
-        writer.close()
-    progress(Progress("export", len(tensors), len(tensors)))
-    record = record.model_copy(update={"bytes": os.path.getsize(file.name)})
-    keep(record)
-    return record
+    return replace_atomically(place, write)
 
 
 class _File:
@@ -112,19 +108,14 @@ class _File:
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
         self.heads = [count for name in _HEADS if isinstance(count := getattr(config, name, None), int)] or [1]
-        self._check()
-
-    def _check(self) -> None:
-        """Refuses another dense model, and a tensor that the file would lose."""
-        reader, known = self.model.reader, {key for keys in self.keys.values() for key in keys}
+        reader, known = model.reader, {key for keys in self.keys.values() for key in keys}
         for key in sorted(reader):
-            if key not in self.dense or self.dense.shape(key) != reader.shape(key):
+            if key not in dense or dense.shape(key) != reader.shape(key):
                 raise self._not_pruned_from(f"has no {key} {list(reader.shape(key))}")
-            lost = key not in known and (key in self.model.linears or not self._same(reader.get(key), key))
-            if lost:
-                raise self._other(f"has no tensor for {key}")
+            if key not in known and (key in model.linears or not self._same(reader.get(key), key)):
+                raise self._other(f"has no tensor for {key}")  # which the file would lose
         for name, keys in self.keys.items():
-            if len({key in self.model.linears for key in keys}) > 1:
+            if len({key in model.linears for key in keys}) > 1:
                 raise ModelError(f"{name} has experts that were pruned next to others that were not; prune all or none")
 
     def values(self) -> dict[str, GGUFValue]:

@@ -8,7 +8,7 @@ which family does what: the dense model's tensor must become the template's in o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,22 +108,17 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
 
 
 def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
-    dtype = EXACT.get(tensor.tensor_type.name)
-    for rows, known in _pieces(tensor):
-        ours = dense[change.order[rows]].float() + change.shift
-        if dtype is not None and not torch.equal(ours.to(dtype).float(), known):
-            return False
-        if dtype is None and float((ours - known).square().sum()) > NEAR * float(known.square().sum()):
-            return False
-    return True
-
-
-def _pieces(tensor: gguf.ReaderTensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of a tensor at a time, in fp32."""
-    rows = rows_of(tensor)
+    """Whether a change makes the tensor of the dense model's; some rows at a time, in fp32."""
+    dtype, rows = EXACT.get(tensor.tensor_type.name), rows_of(tensor)
     stored = tensor.data.reshape(rows, -1)
     few = max(1, _PIECE // max(1, tensor.n_elements // rows))
     for start in range(0, rows, few):
         part = slice(start, min(start + few, rows))
         values = gguf.dequantize(np.ascontiguousarray(stored[part]), tensor.tensor_type)
-        yield part, torch.from_numpy(np.array(values, dtype=np.float32)).view(part.stop - start, -1)
+        known = torch.from_numpy(np.array(values, dtype=np.float32)).view(part.stop - start, -1)
+        ours = dense[change.order[part]].float() + change.shift
+        if dtype is not None and not torch.equal(ours.to(dtype).float(), known):
+            return False
+        if dtype is None and float((ours - known).square().sum()) > NEAR * float(known.square().sum()):
+            return False
+    return True

@@ -68,16 +68,12 @@ class Channels:
                 linear.assign_bias(bias)
 
 
+@torch.no_grad()
 def find_channels(task: BlockTask) -> list[Channels]:
     """The channels of the loaded block whose reader gets an N:M pattern, each proved on one window. A linear for whose
     inputs no permutation was proved, or whose sources stay dense, gets a note."""
     if not any(isinstance(task.patterns[linear.name], NM) for linear in task.linears):
         return []
-    with task.clock.phase("prune/permutation"), torch.no_grad():
-        return _find(task)
-
-
-def _find(task: BlockTask) -> list[Channels]:
     chain = task.stream.chain
     tokens, stream_width = task.stream.hidden[0].shape[1:]
     free = [x for x in without_experts(task.linears) if not chain.is_shared(x.weight_name)]
@@ -88,7 +84,7 @@ def _find(task: BlockTask) -> list[Channels]:
         if x.shape[:-1].numel() == tokens:
             grouping.add(linear, x)
 
-    with watch(without_experts(chain.linears(task.index)), see):
+    with task.clock.phase("prune/permutation"), watch(without_experts(chain.linears(task.index)), see):
         task.stream.run_window(task.index)
     proved = []
     for position, (reader, *others) in enumerate(grouping.groups):
@@ -97,7 +93,8 @@ def _find(task: BlockTask) -> list[Channels]:
             continue
         guesses = _guesses(reader, pattern, grouping.groups[:position], chain.config)
         fitting = [guess for guess in guesses if guess.inputs.shape[-1] % pattern.m == 0]
-        number, rotates = parallel.from_main(partial(_first_proved, fitting, task))
+        with task.clock.phase("prune/permutation"):
+            number, rotates = parallel.from_main(partial(_first_proved, fitting, task))
         if number is None:
             why = "no order of channels that was tried leaves the output of the block as it is"
         elif any(linear.name not in names for linear, _ in fitting[number].sources):

@@ -9,7 +9,6 @@ variables are kept in chunks that may be on disk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Annotated, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
+from sparsellm.chain.units import find_feed_forward
 from sparsellm.decomposition.loop import Settings
 from sparsellm.decomposition.objective import stored
 from sparsellm.errors import ModelError, NumericalError
@@ -26,9 +25,8 @@ from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, current
 from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.registry import Needs, Workspace
-from sparsellm.solvers import SOLVERS, Solver
+from sparsellm.solvers import SOLVERS
 from sparsellm.statistics import Fit, Gram
-from sparsellm.storage.scratch import TensorStore
 
 
 @METHODS.register(
@@ -83,28 +81,16 @@ def sparsellm_paper(
                     solve(linear, gram)
         del statistics
         for unit in units:
-            update, price = output_update or "pseudo-inverse", penalty or 5.0
-            if unit.gate is None:
-                update, price = output_update or "gradient", penalty or 0.1
-            settings = Settings.of_the_paper(epochs, price, update, safeguard=safeguard)
-            _prune_unit(task, unit, inputs[unit.up.name], inside, settings)
-
-
-def _prune_unit(
-    task: BlockTask,
-    unit: FeedForwardUnit[LinearView],
-    inputs: TensorStore,
-    solvers: Mapping[str, Solver],
-    settings: Settings,
-) -> None:
-    """Prunes one unit by the published loop; raises NumericalError if it diverges."""
-    task.report("alternating")
-    dense = current(unit)
-    with task.clock.phase("prune/variables"), task.stream.store() as targets:
-        for x in inputs:
-            targets.append(dense(x.float()))
-        try:
-            alternate(task, unit, stored(inputs, targets), [], solvers, settings)
-        except NumericalError as failure:
-            advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
-            raise NumericalError(f"{unit.down.name}: {failure}; {advice}") from failure
+            gated = unit.gate is not None
+            fit = output_update or ("pseudo-inverse" if gated else "gradient")
+            settings = Settings.of_the_paper(epochs, penalty or (5.0 if gated else 0.1), fit, safeguard=safeguard)
+            task.report("alternating")
+            dense, entered = current(unit), inputs[unit.up.name]
+            with task.clock.phase("prune/variables"), task.stream.store() as targets:
+                for x in entered:
+                    targets.append(dense(x.float()))
+                try:
+                    alternate(task, unit, stored(entered, targets), [], inside, settings)
+                except NumericalError as failure:
+                    advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
+                    raise NumericalError(f"{unit.down.name}: {failure}; {advice}") from failure

@@ -27,6 +27,7 @@ DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger tha
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
+Parts = tuple[Tensor, tuple[float, tuple[str, ...]]]  # the matrix of a factor, and its damping and notes
 
 
 class Factor(NamedTuple):
@@ -104,12 +105,12 @@ class Gram:
     def inverse(self, damping: float) -> Factor:
         """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`. One process of each machine computes it."""
 
-        def invert() -> Factor:
+        def invert() -> Parts:
             factor = self.cholesky(damping)
             torch.cholesky_inverse(factor.matrix, out=factor.matrix)
             # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that
             # one process and several get the same bits.
-            return Factor(factor.matrix.mT, factor.damping, factor.notes)
+            return factor.matrix.mT, factor[1:]
 
         return self._remember_one(("inverse", damping), invert)
 
@@ -119,24 +120,20 @@ class Gram:
         With inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one factorisation and a
         triangular inverse, more accurate than factorising an inverse. One process of each machine computes it."""
 
-        def factorise() -> Factor:
+        def factorise() -> Parts:
             factor = self.cholesky(damping, reverse=True)
             lower = factor.matrix.mT.flip(0, 1)  # Rᵀ
             invert_lower_(lower)
-            return Factor(lower, factor.damping, factor.notes)
+            return lower, factor[1:]
 
         return self._remember_one(("inverse_cholesky", damping), factorise, transposed=True)
 
-    def _remember_one(self, key: Hashable, make: Callable[[], Factor], *, transposed: bool = False) -> Factor:
-        """The cached return value of ``make``, which one process of each machine calls, or its transpose."""
-
-        def made() -> tuple[Tensor, Factor]:
-            factor = make()
-            return factor.matrix, factor._replace(matrix=torch.empty(0))
+    def _remember_one(self, key: Hashable, make: Callable[[], Parts], *, transposed: bool = False) -> Factor:
+        """The cached factor that ``make`` returns, which one process of each machine calls, or its transpose."""
 
         def shared() -> Factor:
-            matrix, factor = parallel.once_a_machine(made, self.matrix.device)
-            return factor._replace(matrix=matrix.mT if transposed else matrix)
+            matrix, about = parallel.once_a_machine(make, self.matrix.device)
+            return Factor(matrix.mT if transposed else matrix, *about)
 
         return self.remember(key, shared)
 
