@@ -13,7 +13,7 @@ The inputs of the mixture are stored once. Then each process prunes one expert a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,15 +57,16 @@ def prune_experts(
             experts = []
             for number in range(len(mixture)):
                 expert = mixture.expert(number)
-                linears = [views[id(child)] for child in expert.children() if id(child) in views]
+                linears = {role: views[id(child)] for role, child in expert.named_children() if id(child) in views}
                 if not linears:
                     continue
                 count = tokens.count(number)
-                for linear in linears:
+                for linear in linears.values():
                     task.routed[linear.name] = count
                     if not count:
                         task.notes[linear.name] = (NOT_ROUTED,)
-                experts.append(ExpertTokens(tokens, expert, number, linears))
+                down = [linears.pop(DOWN)] if DOWN in linears else []
+                experts.append(ExpertTokens(tokens, expert, number, [*linears.values()], down))
             order = [linear.name for own in experts for linear in own.first + own.down]
             begin = len(task.results)
             for place in range(0, len(experts), parallel.size()):
@@ -98,7 +99,7 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
         """Takes the moments before, or after, the other linears of an expert are pruned."""
         for place, own in enumerate(experts):
             if own.first and not pruned:
-                moments = _moments(own.routed(), every.features, task).shrunk_to(every)
+                moments = _moments(own.routed(), len(every.matrix), task).shrunk_to(every)
                 if place == parallel.rank():
                     shared[place] = moments
             if own.down and (dense[place] is not None) == pruned:
@@ -122,13 +123,10 @@ class _Moments:
     tokens: int
     cross: Tensor | None = None  # Σ w t xᵀ / Σ w, (out, features), for targets t; None without targets
 
-    @property
-    def features(self) -> int:
-        return len(self.matrix)
-
     def shrunk_to(self, prior: _Moments) -> _Moments:
         """``(1 − α)`` of these and ``α`` of the prior, with ``α = n₀ / (n₀ + n)``."""
-        share = PRIOR * self.features / (PRIOR * self.features + self.tokens)
+        weight = PRIOR * len(self.matrix)  # n₀
+        share = weight / (weight + self.tokens)
         cross = None
         if self.cross is not None and prior.cross is not None:
             cross = torch.lerp(self.cross, prior.cross, share)
@@ -199,17 +197,8 @@ class ExpertTokens:
     tokens: MixtureTokens
     expert: Expert
     number: int
-    linears: list[LinearView]
-
-    @property
-    def down(self) -> list[LinearView]:
-        """The last linear, if it is pruned."""
-        return [linear for linear in self.linears if linear.module is self.expert.get_submodule(DOWN)]
-
-    @property
-    def first(self) -> list[LinearView]:
-        """The others, whose inputs are those of the expert."""
-        return [linear for linear in self.linears if linear not in self.down]
+    first: list[LinearView]  # those whose inputs are the expert's
+    down: list[LinearView] = field(default_factory=list)  # the last linear, if it is pruned
 
     def routed(self) -> Rows:
         for batch, experts in enumerate(self.tokens.experts):
