@@ -92,12 +92,10 @@ def split(chunks: Chunks) -> tuple[Chunks, Chunks]:
     tokens are too similar to test a fit on each other."""
     if len(chunks) == 1:
         x, y, weights = chunks[0]()
-        cut = len(x) - round(len(x) * HELD_OUT)
-        first, last = (
-            Chunk(x[part], y[part], None if weights is None else weights[part])
-            for part in (slice(cut), slice(cut, None))
-        )
-        return [lambda: first], [lambda: last] if cut < len(x) else []
+        cut = [len(x) - round(len(x) * HELD_OUT)]
+        of_tokens = None if weights is None else weights.tensor_split(cut)
+        parts = stored(x.tensor_split(cut), y.tensor_split(cut), of_tokens)
+        return parts[:1], parts[1:] if cut[0] < len(x) else []
     chosen = spread_evenly(max(round(len(chunks) * HELD_OUT), 1), len(chunks))
     train, held_out = ([c for i, c in enumerate(chunks) if (i in chosen) is held] for held in (False, True))
     return train, held_out

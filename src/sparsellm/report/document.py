@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import html
 import importlib.resources
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.records import Pruning, Totals, by_kind, error_of
@@ -133,9 +133,8 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
         f"default-src 'none'; script-src '{_source_hash(script)}' '{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    drawn = json.dumps({chart.name: chart.figure for chart in figures}, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":  # so that no text in it can end the script
-        drawn = drawn.replace(character, f"\\u{ord(character):04x}")
+    values = {chart.name: chart.figure for chart in figures}
+    drawn = htmlsafe_json_dumps(values, allow_nan=False, separators=(",", ":"))  # no text in it can end the script
     context |= {"title": title, "policy": policy, "generator": GENERATOR, "style": style, "script": script}
     text = _templates().get_template(template).render(library=library, figures=drawn, **context)
     return text.encode("utf-8", "backslashreplace")

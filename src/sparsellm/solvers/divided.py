@@ -53,9 +53,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         if (factor := safe_factor(weight)) != 1:
             scaled = solve(weight * factor, gram, pattern, **options)
             return replace(scaled, weight=scaled.weight / factor)
-        if parallel.size() == 1:
-            return run(slice(None), weight, gram, pattern, **options)
-        if not entry.distributed or len(weight) < parallel.size():
+        if parallel.size() == 1 or not entry.distributed or len(weight) < parallel.size():
             full = run(slice(None), weight, gram, pattern, **options)
             sparse, mask = (parallel.broadcast_(part.contiguous()) for part in (full.weight, full.mask))
             return Solution(sparse, mask, *parallel.broadcast((full.error, full.notes)))
