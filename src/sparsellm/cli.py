@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +31,8 @@ app = typer.Typer(
 
 def _command(*parameters: Parameter, examples: Sequence[str], name: str | None = None) -> Callable[..., Any]:
     """Registers a command with these options. One that is not given is not passed on, so the function's default holds;
-    ``progress``, ``json``, ``quiet`` and ``verbose`` are passed to functions that take them."""
+    ``progress``, ``json``, ``quiet`` and ``verbose`` are passed to functions that take them. Of several processes only
+    the main one prints."""
 
     def register(function: Callable[..., Printed]) -> Callable[..., None]:
         taken = signature(function).parameters
@@ -54,10 +55,10 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
                     printed = function(progress=progress, **given)
             else:
                 printed = function(**given)
-            if printed is not None and reporting["json"]:
-                console.write_json(printed[0])
-            elif printed is not None:
-                printed[1]()
+            if printed is not None and parallel.is_main():
+                content, show = printed
+                show = partial(console.write_json, content) if reporting["json"] else show
+                show()
 
         call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -102,9 +103,7 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
 
 @_command(
     use.ONE_MODEL,
-    *map(field, use.FIELDS),
-    *use.RECIPE,
-    use.PLUGIN,
+    *use.RUN,
     option(
         "--teacher MODEL", "The dense model, if MODEL was pruned from it already: sweeps follow its predictions.", WHAT
     ),
@@ -150,20 +149,18 @@ def prune(
         check_packable(recipe)
     if dry_run:
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
-        shown = prediction.model_dump(mode="json"), lambda: tables.print_prediction(prediction)
-        return shown if parallel.is_main() else None
+        return prediction.model_dump(mode="json"), lambda: tables.print_prediction(prediction)
     told: set[str] = set()
 
     def tell(event: Any) -> None:
         progress(event)
-        if not quiet:
-            told.add(event.detail)
+        told.add(event.detail)
 
     result = api.prune(model, recipe, out=out, progress=tell, **options)
     if not parallel.is_main():
         return None
     for note in (f"note: {warning}" for warning in result.warnings):
-        if note not in told:
+        if quiet or note not in told:
             console.say(note, error=True)
 
     content: dict[str, Any] = result.to_dict()
@@ -192,9 +189,7 @@ def prune(
 
 @_command(
     argument("MODEL", "As for prune, or a config.json; only the config is read."),
-    *map(field, use.FIELDS),
-    *use.RECIPE,
-    use.PLUGIN,
+    *use.RUN,
     use.TRUST,
     option("--card NAME", "A card such as h100; only --memory limits its host.", RESOURCES, shown="this machine"),
     option("--ranks N", "Processes of torchrun, with a card each if there are cards.", RESOURCES, default=1),
@@ -334,7 +329,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
     is a checkpoint in DIR."""
     from sparsellm import cells as grid
-    from sparsellm import parallel, tables
+    from sparsellm import tables
     from sparsellm.inputs import parse_bytes, parse_yaml
 
     numeric = ("sparsity", "effort", "experts")
@@ -363,11 +358,8 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
         max_bytes=parse_bytes(most) if most is not None else None,
         progress=progress,
     )
-    if not parallel.is_main():
-        return None
-    return result.model_dump(mode="json"), lambda: tables.print_grid(
-        result, constrained=recover is not None or most is not None
-    )
+    constrained = recover is not None or most is not None
+    return result.model_dump(mode="json"), lambda: tables.print_grid(result, constrained=constrained)
 
 
 @_command(use.PLUGIN, use.JSON, examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"))
@@ -408,7 +400,13 @@ def demo(progress: Any, verbose: bool, out: Path | None = None, **options: Any) 
 @_command(
     use.ONE_MODEL,
     use.out("Directory of the packed checkpoint."),
-    use.PACKED_VALUES,
+    option(
+        "--values TYPE",
+        "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
+        use.VALUES,
+        default="keep",
+        values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
+    ),
     option(
         "--head TYPE",
         "Embedding and output head: keep (as stored) or int8.",
@@ -553,8 +551,7 @@ def push(directory: str, repo: str, **options: Any) -> Printed:
     option("--max-new-tokens N", "Most tokens to generate.", TEXT, default=100),
     option("--temperature T", "0 takes the likeliest token; above 0, tokens are sampled.", TEXT, default=0.0),
     option("--seed N", "Seed of the sampling.", TEXT, default=0),
-    use.THREADS,
-    *use.RUNNING,
+    *use.SERVED,
     flag("--quiet -q", "Print the text without the speed."),
     use.JSON,
     examples=(
@@ -600,8 +597,7 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
     option("--max-tokens N", "Most tokens of an answer.", SERVER, default=2048),
     option("--queue N", "Requests that may wait; more are refused.", SERVER, default=16),
     option("--max-body SIZE", "Most bytes of a request.", SERVER, default="1MB"),
-    use.THREADS,
-    *use.RUNNING,
+    *use.SERVED,
     flag("--quiet -q", "Print no line for each request."),
     examples=("sparsellm serve packed", "sparsellm serve packed --host 0.0.0.0 --key-file key.txt"),
 )
@@ -631,8 +627,7 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> Printed
     option("--max-new-tokens N", "Most tokens of an answer.", TEXT, default=512),
     option("--temperature T", "0 takes the likeliest token.", TEXT, shown="as the model recommends"),
     option("--seed N", "Seed of the sampling.", TEXT, shown="another each time"),
-    use.THREADS,
-    *use.RUNNING,
+    *use.SERVED,
     examples=("sparsellm chat packed", "sparsellm chat packed --system 'Answer in one sentence.'"),
 )
 def chat(directory: str, **options: Any) -> Printed:
@@ -642,14 +637,8 @@ def chat(directory: str, **options: Any) -> Printed:
     from sparsellm import console
     from sparsellm.serving import terminal
 
-    running = use.take_running(options)
-    terminal.chat(
-        directory,
-        use.made(terminal.Manner, **options),
-        running,
-        show=console.piece,
-        say=lambda line: console.say(line, error=True),
-    )
+    running, manner = use.take_running(options), use.made(terminal.Manner, **options)
+    terminal.chat(directory, manner, running, show=console.piece, say=lambda line: console.say(line, error=True))
     return None
 
 

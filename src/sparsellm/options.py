@@ -63,6 +63,7 @@ def option(
 
 flag = partial(option, default=False)
 repeatable = partial(option, panel=WHAT, kind=list[str])
+out = partial(option, "--out DIR", default=Parameter.empty)  # the directory that a command must write to
 
 
 def required(parameter: Parameter) -> str:
@@ -141,13 +142,7 @@ TRUST = flag("--trust-remote-code", "Run modelling code that comes with the chec
 PLUGIN = repeatable(
     "--plugin FILE|MODULE", "Python code that registers solvers, allocations or methods. It is run. Repeatable."
 )
-PACKED_VALUES = option(
-    "--values TYPE",
-    "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
-    VALUES,
-    default="keep",
-    values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
-)
+RUN = [*map(field, FIELDS), *RECIPE, PLUGIN]
 RUNNING = [
     option("--device NAME", "cpu, cuda or cuda:1.", RESOURCES, default="cpu", values=DEVICES),
     field("dtype"),
@@ -159,7 +154,7 @@ RUNNING = [
         values=("int8", "fp32"),
     ),
 ]
-THREADS = option("--threads N", "CPU threads.", RESOURCES, shown="as torch chooses")
+SERVED = [option("--threads N", "CPU threads.", RESOURCES, shown="as torch chooses"), *RUNNING]
 SAVE = option(
     "--save/--no-save", "Append the result to results.json in a directory that sparsellm wrote.", default=True
 )
@@ -171,8 +166,3 @@ RESTARTING = [
     flag("--restart", "Start from the beginning; remove what an unfinished run left for DIR."),
 ]
 WRITING = [*RESTARTING, *REPORTING]
-
-
-def out(help: str) -> Parameter:
-    """The directory that a command must write to."""
-    return option("--out DIR", help, default=Parameter.empty)
