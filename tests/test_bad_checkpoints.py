@@ -260,6 +260,11 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
         sparsellm.evaluate(directory, str(text), seq_len=24)
 
 
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="a LlamaModel, without a head; load it by AutoModelForCausalLM"):
+        sparsellm.prune(tiny_llama().model, Recipe(method="wanda"), calibration=IDS)
+
+
 DAMAGED = {
     "not JSON": ("tokenizer.json", b"{", "no readable tokenizer"),
     "deep": ("tokenizer.json", b'{"a":' * 50_000, "no readable tokenizer"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
 
-from tests.models import save_tiny, tiny_tokenizer
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SMALL = ("--samples", 4, "--seq-len", 32)
 
@@ -132,6 +132,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
         ["prune", "{llama}", "--pack", "{tmp}/p", "--trust-remote-code"],
         ["a packed model runs no code of a checkpoint"],
     ),
+    "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/o"], ["--out and --pack are both", "/o"]),
+    "no tokenizer": (["prune", "{tmp}/bare"], ["no tokenizer's files", "copy tokenizer.json"]),
+    "no tokenizer to talk with": (["chat", "{tmp}/bare"], ["no tokenizer's files"]),
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),
     "quiet and verbose": (["pack", "{llama}", "--out", "{tmp}/p", "--quiet", "--verbose"], ["contradict each other"]),
     "eval without text": (["eval", "{llama}"], ["--text"]),
@@ -149,6 +152,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
     (tmp_path / "short.txt").write_text("too short")
     arguments, said = MISTAKES[mistake]
     command = [part.format(llama=llama, tmp=tmp_path) for part in arguments]
+    save_tiny(tiny_llama(), None, tmp_path / "bare")
     if mistake == "an encoder":
         encoder(tmp_path / "bert")
     elif mistake == "an encoder-decoder":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
@@ -41,6 +42,9 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
         def call(**values: Any) -> None:
             if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
                 process.announce()
+            out = values.get("out")
+            if function.__name__ == "prune" and os.path.exists(f"{out}.partial"):  # of an earlier process
+                interrupts.keeps(f"finished blocks are kept next to {out}", part=True)
             with interrupts.held():  # a signal within torch's import may end the process without a word
                 from sparsellm import console, parallel, plugins
 
@@ -134,10 +138,6 @@ def prune(
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
-    from sparsellm.storage.directory import partial_of
-
-    if partial_of(out).exists():  # while all else is loaded, too
-        interrupts.keeps(f"finished blocks are kept next to {out}", part=True)
     from sparsellm import api, console, parallel, tables
     from sparsellm.convert import check_packable
     from sparsellm.run.plan import Request
