@@ -126,9 +126,11 @@ def test_what_a_program_around_a_run_sets_changes_no_bit(name: str, tmp_path: Pa
 @contextmanager
 def by_default(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(dtype)
-    yield
-    assert torch.get_default_dtype() == dtype
-    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_gradients_on_a_card_take_plain_attention() -> None:

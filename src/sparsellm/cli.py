@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from itertools import groupby
@@ -15,7 +16,7 @@ import typer
 
 from sparsellm import __version__, interrupts, process
 from sparsellm import options as use
-from sparsellm.errors import MissingExtraError, RecipeError
+from sparsellm.errors import MissingExtraError, RecipeError, StorageError
 from sparsellm.options import GGUF, MEASURE, SERVER, TEXT, TRAINING, argument, field, flag, option
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
 
@@ -42,8 +43,9 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
         def call(**values: Any) -> None:
             if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
                 process.announce()
-            out = values.get("out")
-            if function.__name__ == "prune" and os.path.exists(f"{out}.partial"):  # of an earlier process
+            out, begins = values.get("out"), values.get("restart") or values.get("dry_run")
+            record = f"{out}.partial/.sparsellm-run/run.json"  # by an earlier process; prune alone resumes it
+            if function.__name__ == "prune" and not begins and os.path.exists(record):
                 interrupts.keeps(f"finished blocks are kept next to {out}", part=True)
             with interrupts.held():  # a signal within torch's import may end the process without a word
                 from sparsellm import console, parallel, plugins
@@ -237,16 +239,19 @@ def plan(model: str, **options: Any) -> Printed:
 def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", **options: Any) -> Printed:
     """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
     from sparsellm import api, console, parallel, tables
-    from sparsellm.records import PRUNING, read_pruning
+    from sparsellm.records import read_pruning
     from sparsellm.storage import results
 
     place = results.place_of_results(model) if save and model != "demo" else None  # no directory of that name is meant
+    flatters = False
+    if place is not None and Path(text).is_file():
+        with suppress(StorageError):  # a damaged record
+            flatters = read_pruning(place).recipe.get("calibration") == Path(text).name
     result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
     if not parallel.is_main():
         return None
     saved = results.append_result(place, result) if place is not None else None
-    pruned = Path(text).is_file() and (Path(model) / PRUNING).is_file()
-    if pruned and read_pruning(Path(model)).recipe.get("calibration") == Path(text).name:
+    if flatters:
         console.say("note: the model was calibrated on a text of this name, which flatters its numbers", error=True)
     content = {"model": model, **result.model_dump(mode="json"), "results": saved and str(saved)}
     return content, lambda: tables.print_evaluation(result, saved)

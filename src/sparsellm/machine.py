@@ -72,7 +72,8 @@ def bf16_is_native(device: torch.device) -> bool:
 def computing(device: torch.device) -> Iterator[None]:
     """Sets what the bits of a result depend on, whatever this process has set, and restores it when the context ends.
 
-    Products of fp32 tensors are fp32, never TF32. On a GPU, sums are added up in one order wherever torch has such an
+    Products of fp32 tensors are fp32, never TF32; autocast, inference mode, and another default dtype or device of the
+    program do not reach the run. On a GPU, sums are added up in one order wherever torch has such an
     algorithm. Raises MemoryBudgetError in place of torch's error if the memory of the device is used up."""
     with contextlib.ExitStack() as stack:
 

@@ -73,7 +73,8 @@ def test_a_signal_within_the_import_of_torch_is_told_without_torch(tmp_path: Pat
     assert done.stderr.splitlines()[1:] == [
         f"interrupted (SIGINT); this command keeps nothing: start it again with  {shlex.join(line)}"
     ]
-    (tmp_path / "p.partial").mkdir()  # an earlier process left it
+    (tmp_path / "p.partial" / ".sparsellm-run").mkdir(parents=True)
+    (tmp_path / "p.partial" / ".sparsellm-run" / "run.json").write_text("{}")  # an earlier process left it
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "finished blocks are kept next to p; the same command resumes" in done.stderr.splitlines()[1]
 

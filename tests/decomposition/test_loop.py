@@ -60,6 +60,10 @@ def test_alternating_lowers_the_error_and_keeps_the_pattern(bias: bool) -> None:
         assert int((linear.weight == 0).sum()) == linear.weight.numel() // 2
         assert not linear.weight[~pruned.masks[role]].any()
         assert (linear.bias is None) == (not bias)
+    if bias:  # the first half follows the dense products, in the mean too
+        mean = torch.cat([load().inputs for load in chunks]).mean(dim=0)
+        dense, up = unit.up, pruned.unit.up
+        torch.testing.assert_close(up.weight @ mean + up.bias, dense.weight @ mean + dense.bias)
     (chosen,) = (step for step in history if step.chosen)
     assert chosen.held_out_error == pruned.error
     assert chosen.objective > 0

@@ -118,7 +118,7 @@ def test_speeds_of_another_machine_do_not_stand_side_by_side(runs: Path, tmp_pat
     rewrite(other / "results.json", benchmarks=[{**each, "machine": "a server"} for each in results["benchmarks"]])
     head, _, first, second = page_of(write_comparison([runs / "half", other], tmp_path / "c.html")).rows(SUMMARY)
     column = head.index("tokens/s")
-    assert (first[column], second[column]) == ("33", "not measured")
+    assert (first[column], second[column]) == ("33", "another machine or batch")
 
 
 def test_runs_of_another_base_model_are_refused(runs: Path, tmp_path: Path, refusal: Any) -> None:

@@ -105,6 +105,14 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 
+def test_a_comparison_outlives_an_evaluation_without_one(copied: Path) -> None:
+    record = json.loads((copied / "results.json").read_text())
+    compared = [each for each in record["evaluations"] if each["against"]]
+    rewrite(copied / "results.json", evaluations=[*compared, *({**each, "against": None} for each in compared)])
+    assert all(each.dense is not None for each in read_checkpoint(copied).latest().values())
+    assert read_checkpoint(copied).latest()
+
+
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
     assert [quote.text for quote in half.all("blockquote")] == ["two </script><script>alert(1)</script>", "three"]
     assert len(half.all("script")) == 3

@@ -63,8 +63,7 @@ class LinearView:
 
     @torch.no_grad()
     def assign_bias(self, bias: Tensor) -> None:
-        target = self.module.get_parameter("bias")
-        target.copy_(bias.to(self.storage_dtype).to(target.dtype))
+        self.module.get_parameter("bias").copy_(bias)
 
     @torch.no_grad()
     def permute(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:

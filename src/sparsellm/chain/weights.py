@@ -67,7 +67,8 @@ class ModelWeights:
         keys = {name: [direct[n] for n in (name, *self._same.get(name, ())) if n in direct] for name in values}
         self.key_of = {name: known[0] for name, known in keys.items() if known}
         if reader is not None:
-            _check_tied({(known[0], other) for known in keys.values() for other in known[1:]}, reader)
+            tied = [known for name, known in keys.items() if self.owns(name)]
+            _check_tied([(known[0], other) for known in tied for other in known[1:]], reader)
         self._unused: list[str] = []
         if reader is not None:
             separated = {experts[name].source for name in parts}
@@ -385,8 +386,8 @@ def _check_tied(pairs: Iterable[tuple[str, str]], reader: CheckpointReader) -> N
     for first, other in pairs:
         if first != other and not torch.equal(reader.get(first), reader.get(other)):
             raise ModelError(
-                f"{first} and {other} of {reader.directory} differ, and its config ties them; set tie_word_embeddings "
-                "to false in config.json"
+                f"{first} and {other} of {reader.directory} differ, and the model ties them; for an embedding and a "
+                "head, set tie_word_embeddings to false in config.json"
             )
 
 

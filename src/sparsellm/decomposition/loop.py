@@ -44,12 +44,9 @@ class Settings:
     patience: int = 2  # iterations without a lower error before the loop stops, with the safeguard
     coefficients: Coefficients | None = None  # α, β, γ; None: objective.default_coefficients
     # Ridge of the least squares towards the current weight (the dense one for ``down``), relative to the mean of the
-    # Gram matrix's diagonal. At 2.3 tokens per hidden unit 0.1 in place of 0.01 lowered the error of the local solution
-    # on held-out tokens by 6 to 9 %; 1 was too much. More tokens need less.
+    # Gram matrix's diagonal; more tokens need less.
     damping: float = 0.1
-    # The fit of ``down`` in the authors' code; None for ours. There the first half is pruned from the pseudo-inverse,
-    # where ours takes only its masks from the variables and fits the weights to the dense products; ``down`` is fitted
-    # to A, where ours takes what the pruned first half produces; biases are fixed.
+    # The fit of ``down`` in the authors' code, which differs as docs/method.md says; None for ours.
     published: Literal["pseudo-inverse", "gradient"] | None = None
 
     @classmethod

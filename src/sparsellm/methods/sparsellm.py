@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -120,9 +121,8 @@ def sparsellm(
 def _rounds(task: BlockTask, unit: Unit, solver: str, asked: int | None) -> int:
     """Alternations of a unit: ``asked`` for, or None for a choice by the solver and the sparsity.
 
-    In a ReLU model the variables lower the excess by about a tenth from :data:`PAYS` on, unstructured with SparseGPT
-    inside and in N:M with ADMM inside (docs/results.md, *What the auxiliary variables are worth*). Elsewhere they gain
-    nothing that three seeds agree on. In gated units iteration 0 had the least error in every block."""
+    In a ReLU model the variables pay from :data:`PAYS` on, unstructured with SparseGPT inside and in N:M with ADMM
+    inside (docs/results.md, *What the auxiliary variables are worth*); in gated units they gain nothing."""
     if unit.gate is not None or unit.activation is not relu:
         if asked:
             task.notes[unit.down.name] = ("pruned without auxiliary variables, which are for two-layer ReLU units",)
@@ -159,16 +159,17 @@ class _Means:
         for total in self._sums:
             total.reduce()
 
-    def shift(self, linear: LinearView, before: Tensor) -> None:
-        """Sets the bias of a linear whose weight was ``before``, so that its mean output stays, or is the target's."""
+    @contextmanager
+    def kept(self, linear: LinearView) -> Iterator[None]:
+        """Within it, a linear gets another weight; then its bias makes its mean output what it was, or the target's."""
         if linear.bias is None:
+            yield
             return
         weight, *means = (total.finish()[0] for total in self._sums)
         inputs, *targets = (mean / weight for mean in means)
-        if targets:
-            linear.assign_bias(targets[0] - linear.weight() @ inputs)
-        else:
-            linear.assign_bias(linear.bias + (before - linear.weight()) @ inputs)
+        goal = targets[0] if targets else linear.bias + linear.weight() @ inputs
+        yield
+        linear.assign_bias(goal - linear.weight() @ inputs)
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,8 @@ class _Fitting:
                         fit = least_squares(gram, cross, self.damping, prior=group[0].weight())
                     del cross
                 for linear in group:
-                    before = linear.weight()
-                    self.solve(linear, gram, fit)
-                    means.shift(linear, before)
+                    with means.kept(linear):
+                        self.solve(linear, gram, fit)
                 if known is not None:
                     stream.use(known)
 

@@ -56,7 +56,7 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
         view = MixtureView(index, fewer.keep, fewer.routing.groups, tokens, strength, removal.seed, compared.error_of)
         scores = removal.score(view)
         kept = view.best(scores)
-        error = refitted = compared.error_of(kept)  # the block of the twin has these experts now
+        error = refitted = compared.error_of(kept)  # which gives the twin's block these experts
         if removal.refit:
             error, refitted = _repair(sample, stream, outputs)
     fewer.chain.settle_block(index)

@@ -45,7 +45,7 @@ class Checkpoint:
         return self.file_bytes if self.packed else measured[0].packed_disk_bytes if measured else None
 
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
-        """The latest evaluation of each protocol, by the protocol's key; one that compares comes before others."""
+        """The latest evaluation of each protocol, by the protocol's key; one that compares outlives others."""
         return {each.protocol.key: each for each in sorted(self.results.evaluations, key=lambda each: bool(each.dense))}
 
     def decoding(self) -> tuple[Benchmark, Pair] | None:

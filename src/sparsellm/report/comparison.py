@@ -28,9 +28,7 @@ _MEASURES: dict[str, Callable[[float], str]] = {
     "same token": percent,
     "recovery": percent,
     "weight files": megabytes,
-    "tokens/s": number,
-    "× dense, same decoder": number,
-    "× dense by transformers": number,
+    **dict.fromkeys(_SPEEDS := ("tokens/s", "× dense, same decoder", "× dense by transformers"), number),
 }
 
 
@@ -103,9 +101,12 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
     seconds = [f"{sum(each.pruning.whole_seconds.values()):,.0f} s" for each in records]
     measured = {"perplexity"}.union(*(each for _, each in values[1:]))
     columns = {key: text for key, text in _MEASURES.items() if key in measured}
+    decoded = [name for name, record in zip(names, records, strict=True) if record.decoding() is not None]
+    measured_elsewhere = {*decoded} - {name for name, each in values if "tokens/s" in each}
     summary = []
     for (name, each), method, took in zip(values, ["", *methods], ["", *seconds], strict=True):
-        cells = (text(each[key]) if key in each else "not measured" for key, text in columns.items())
+        elsewhere = dict.fromkeys(_SPEEDS, "another machine or batch") if name in measured_elsewhere else {}
+        cells = (text(each[k]) if k in each else elsewhere.get(k, "not measured") for k, text in columns.items())
         summary.append((name, method.strip(), *cells, took))
     quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))

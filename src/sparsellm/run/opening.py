@@ -123,6 +123,8 @@ def open_model(
     if isinstance(model, PreTrainedModel):
         if not model.can_generate():
             raise ModelError(f"the model is a {type(model).__name__}, without a head; load it by AutoModelForCausalLM")
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ModelError("the model was made in torch.inference_mode, and cannot be changed; load it outside")
         if len({parameter.device for parameter in model.parameters()}) > 1 or model.device.type == "meta":
             raise ModelError(
                 "the model's weights are on several devices, or not in memory; load it without device_map, or give it "

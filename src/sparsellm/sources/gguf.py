@@ -51,10 +51,8 @@ def _convert(path: Path, folder: Path) -> Path:
     unread, split, weights = check_header(path)
     check_room(folder, 4 * weights)
     if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
-        raise MemoryBudgetError(
-            f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and "
-            f"{free / 1e9:.1f} GB are free; give the Hugging Face checkpoint, or take a machine with more memory"
-        )
+        said = f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and"
+        raise MemoryBudgetError(f"{said} {free / 1e9:.1f} GB are free; give the Hugging Face checkpoint")
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

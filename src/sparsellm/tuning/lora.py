@@ -92,7 +92,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
     try:
         wrapped = get_peft_model(model, masked(config), adapter_name)
     except ValueError as error:
-        raise RecipeError(f"peft refuses to adapt this model: {one_line(error)}; take --way full") from None
+        raise RecipeError(f"peft refuses to adapt this model: {one_line(error)}") from error
     assert isinstance(wrapped, PeftModel)
     return _keeping_zeros(wrapped)
 

@@ -96,7 +96,7 @@ def tune(
     weights = sum(math.prod(chain.reader.shape(name)) for name in chain.reader)
     device = resolve_device(training.device)
     room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if (needed := BYTES[training.way] * weights) > room:
+    if (needed := BYTES[training.way] * weights) > room or 4 * weights > free_memory():  # loaded in fp32 first
         ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
     check_seq_len(chain.config, training.seq_len)
@@ -107,7 +107,7 @@ def tune(
     loaded = load(source)
     ZeroKeeper(loaded)  # refuses a model without zeros, which LoRA would train too
     begun = time.perf_counter()
-    work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, restart=True, need_bytes=chain.reader.bytes)
+    work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, need_bytes=chain.reader.bytes)
     with written(work, len(chain) + 1) as writer:
         trained, losses = _trained(loaded, training, rows, progress)
         loads = {*chain.key_of.values()}  # all else, such as a vision tower, is copied
