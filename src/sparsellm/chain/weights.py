@@ -385,10 +385,8 @@ def _check_tied(pairs: Iterable[tuple[str, str]], reader: CheckpointReader) -> N
     """Refuses tensors that the model ties and that differ: transformers leaves these apart, as another model."""
     for first, other in pairs:
         if first != other and not torch.equal(reader.get(first), reader.get(other)):
-            raise ModelError(
-                f"{first} and {other} of {reader.directory} differ, and the model ties them; for an embedding and a "
-                "head, set tie_word_embeddings to false in config.json"
-            )
+            why = f"{first} and {other} of {reader.directory} differ, and the model ties them"
+            raise ModelError(f"{why}; for a head, set tie_word_embeddings to false in config.json")
 
 
 def _fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
