@@ -198,7 +198,7 @@ class _Fitting:
                 recorded = writer if group is sublayer.groups[0] else None
                 fitted = group[0] is writer
                 means = _Means(group, fitted, stream.chain.device)
-                gram, cross = self._moments(group[0], target, known, recorded, means, fitted=fitted)
+                gram, cross = self._moments(group[0], target, known, recorded, fitted=fitted, means=means)
                 fit = None
                 if cross is not None and self.damping is not None:
                     with task.clock.phase("prune/solve"), naming(group[0].name):
@@ -216,9 +216,9 @@ class _Fitting:
         target: TensorStore,
         known: KnownOutput | None,
         recorded: LinearView | None,
-        means: _Means,
         *,
         fitted: bool,
+        means: _Means,
     ) -> tuple[Gram, Tensor | None]:
         """The Gram matrix of the input of ``head``, and its cross-moment with the target ``(out, in)`` if it is fitted.
 
