@@ -345,7 +345,7 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
 
 
 def _handed(chain: Chain) -> int:
-    """The model gives its blocks so many elements a token beside hidden states, as Gemma 4 does; memory keeps them."""
+    """How many elements a token the blocks receive beside hidden states, as in Gemma 4; memory keeps them."""
     return len(chain) * int(getattr(chain.config.get_text_config(), "hidden_size_per_layer_input", None) or 0)
 
 

@@ -20,8 +20,8 @@ def open_model(
     directory: str, options: dict[str, str], *, template: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`. A UserError says that one
-    of them cannot be read, that the chat ``template`` is missing where it is asked for, or that the generation config
-    has a value that cannot be used."""
+    of them cannot be read, that a chat ``template`` was asked for and is missing, or that the generation config has a
+    value that cannot be used."""
     tokenizer = load_tokenizer(checkpoint_path(directory))  # first: weights take longer
     if template:
         check_template(tokenizer)
