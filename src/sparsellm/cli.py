@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -43,10 +42,11 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
         def call(**values: Any) -> None:
             if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
                 process.announce()
-            out, begins = values.get("out"), values.get("restart") or values.get("dry_run")
-            record = f"{out}.partial/.sparsellm-run/run.json"  # by an earlier process; prune alone resumes it
-            if function.__name__ == "prune" and not begins and os.path.exists(record):
-                interrupts.keeps(f"finished blocks are kept next to {out}", part=True)
+            if function.__name__ == "prune" and not (values.get("restart") or values.get("dry_run")):
+                from sparsellm.storage.directory import PARTIAL, left_in
+
+                if left_in(Path(f"{values['out']}{PARTIAL}")) is not None:  # by an earlier process
+                    interrupts.keeps(f"finished blocks are kept next to {values['out']}", part=True)
             with interrupts.held():  # a signal within torch's import may end the process without a word
                 from sparsellm import console, parallel, plugins
 

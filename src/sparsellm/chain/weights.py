@@ -66,11 +66,10 @@ class ModelWeights:
         direct = {**names.key_of, **{name: part.source for name, part in parts.items()}}
         keys = {name: [direct[n] for n in (name, *self._same.get(name, ())) if n in direct] for name in values}
         self.key_of = {name: known[0] for name, known in keys.items() if known}
+        self._unused: list[str] = []
         if reader is not None:
             tied = [known for name, known in keys.items() if self.owns(name)]
             _check_tied([(known[0], other) for known in tied for other in known[1:]], reader)
-        self._unused: list[str] = []
-        if reader is not None:
             separated = {experts[name].source for name in parts}
             unknown = {n: c.keys for n, c in names.conversions.items() if n not in separated and not self._in_tower(n)}
             refuse_converted(unknown, self.model, reader)

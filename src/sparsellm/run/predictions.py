@@ -345,7 +345,7 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
 
 
 def _handed(chain: Chain) -> int:
-    """How many elements a token the blocks receive beside hidden states, as in Gemma 4; memory keeps them."""
+    """The elements of one token in the tensors that a model such as Gemma 4 makes for its blocks, and that stay."""
     return len(chain) * int(getattr(chain.config.get_text_config(), "hidden_size_per_layer_input", None) or 0)
 
 

@@ -18,9 +18,7 @@ _COPIES = ["consolidated*", "*/*.safetensors"]  # the weights in other forms
 _GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
 
-def checkpoint_directory(
-    model: str, argument: str = "model", check: Callable[[Path], object] = lambda place: None
-) -> Path:
+def checkpoint_directory(model: str, argument: str = "model", check: Callable[[Path], object] | None = None) -> Path:
     """The directory of a checkpoint, which is downloaded or converted first if needed. A ModelError, which calls the
     model by the name of its ``argument``, says that there is none, or that it cannot be fetched. ``check`` is called
     with the directory of its config before weights are downloaded."""
@@ -45,7 +43,8 @@ def checkpoint_directory(
         return path
     if path.exists():
         raise ModelError(f"{argument} {model} is a file; {_GIVE}")
-    check(_from_hub(model, argument, _CONFIG))
+    if check is not None:
+        check(_from_hub(model, argument, _CONFIG))
     return _from_hub(model, argument)
 
 

@@ -139,7 +139,8 @@ def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: b
     left = left_in(partial)
     if left is not None and not restart and left != identity:
         changed = [*differences(left, identity)][:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
-        again = "a model object that it changed must be loaded anew; " if changed[0].startswith("model is") else ""
+        other = left.get("model") != identity.get("model")
+        again = "a model object that it changed must be loaded anew; " if other else ""
         raise StorageError(
             f"{partial} holds another unfinished run: {'; '.join(changed)}; "
             f"{again}repeat its settings to resume it, or give --restart to start again"

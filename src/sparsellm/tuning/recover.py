@@ -155,7 +155,7 @@ def _trained(
             save_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,  # a batch is a few kilobytes, and some systems cannot pin memory
-            use_cpu=resolve_device(training.device).type == "cpu",
+            use_cpu=training.device == "cpu" or not torch.cuda.is_available(),
             seed=training.seed,
         )
         settings._n_gpu = min(1, settings.n_gpu)  # with more, a step would have as many batches
