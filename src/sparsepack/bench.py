@@ -22,7 +22,7 @@ from sparsepack.arguments import checked
 from sparsepack.checkpoint import is_packed
 from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
-from sparsepack.files import config_difference, context_limit
+from sparsepack.files import config_difference, context_limit, weight_files
 from sparsepack.generation import generation_config_set
 from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, gather, kernel_name, threads_set, to_dense
@@ -309,7 +309,7 @@ def _outcome(ratio: float) -> str:
 
 def weight_file_bytes(directory: Path) -> int:
     """Bytes of the safetensors files of a checkpoint."""
-    return sum(file.stat().st_size for file in directory.expanduser().glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(directory.expanduser())[0])
 
 
 def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:

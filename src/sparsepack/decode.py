@@ -48,6 +48,7 @@ def decodes(model: Any) -> bool:
     known = {*(f"{family}{part}" for part in parts), "ModuleList", "Linear", "Embedding", "SiLU", "SiLUActivation"}
     unchanged = all(
         (type(module).__name__ in known or isinstance(module, PackedLinear))
+        and type(module).__module__.startswith(("torch.nn.", "transformers.", "sparsepack."))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         for module in modules
     )
@@ -61,7 +62,7 @@ def _readable(module: nn.Module) -> bool:
     if weight is None:
         return True
     # Quantised weights of other libraries are tensors of their own classes, with the dtype of what they stand for.
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu:
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu or weight.layout != torch.strided:
         return False
     return isinstance(module, PackedLinear) or weight.dtype in FLOAT_TYPES.values()
 
@@ -87,10 +88,11 @@ class Decoder:
         inner = max(config.intermediate_size, *(layer.mlp.gate_proj.out_features for layer in inside.layers))
         positions = torch.arange(capacity).unsqueeze(0)
         angles = inside.rotary_emb(torch.zeros(1, 1, hidden, dtype=torch.float32), positions)
-        self._cache = torch.zeros(len(inside.layers), 2, kv_heads, capacity, size)
-        work = torch.zeros(3 * hidden + 2 * heads * size + 2 * inner + heads * capacity)
-        self.logits = torch.zeros(config.vocab_size)
-        settings = torch.tensor([config.rms_norm_eps, inside.layers[0].self_attn.scaling])
+        # The extension writes fp32, whatever torch's default. Pages that nothing is written to take no memory.
+        self._cache = torch.empty(len(inside.layers), 2, kv_heads, capacity, size, dtype=torch.float32)
+        work = torch.empty(3 * hidden + 2 * heads * size + 2 * inner + heads * capacity, dtype=torch.float32)
+        self.logits = torch.empty(config.vocab_size, dtype=torch.float32)
+        settings = torch.tensor([config.rms_norm_eps, inside.layers[0].self_attn.scaling], dtype=torch.float32)
         plan = [len(inside.layers), hidden, heads, kv_heads, size, inner, capacity]
         plan += [self._address(tensor[0]) for tensor in angles]
         plan += [self._address(settings), self._address(work), self.logits.data_ptr()]

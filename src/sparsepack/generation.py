@@ -120,10 +120,8 @@ class _Settings(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
 
 
-class _Recommended(BaseModel):
+class _Recommended(_Settings):
     """What a generation config says of sampling itself."""
-
-    model_config = _Settings.model_config
 
     do_sample: bool | None = None
     temperature: Temperature | None = None
@@ -191,23 +189,25 @@ def continuation(
     def ended(ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(ids),), text.over is not None, device=ids.device)
 
-    torch.manual_seed(sampling.seed)
     ids = ids.to(model.device)
+    cards = [model.device] if model.device.type == "cuda" else []
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with generation_config_set(model, settings), threads_set(threads):
+    with torch.random.fork_rng(cards), threads_set(threads):
+        torch.manual_seed(sampling.seed)
         start, count = time.perf_counter(), torch.get_num_threads()
         if decodes(model):
             _decode(model, ids, settings, sampling.max_new_tokens, text)
         else:
-            model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=padding,
-                streamer=text,
-                stopping_criteria=StoppingCriteriaList([ended]),
-                logits_processor=LogitsProcessorList([_Numbers()]),
-            )
+            with generation_config_set(model, settings):
+                model.generate(  # type: ignore[operator]
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=sampling.max_new_tokens,
+                    pad_token_id=padding,
+                    streamer=text,
+                    stopping_criteria=StoppingCriteriaList([ended]),
+                    logits_processor=LogitsProcessorList([_Numbers()]),
+                )
     first, last = text.times[0], text.times[-1]
     finish = text.over or ("stop" if text.ids[-1] in _ends(settings) else "length")
     return Generation(text.text, length, len(text.ids), first - start, last - first, count, finish)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import sparsellm
 from sparsepack import native
 from sparsepack.bench import Rounds, Speed, check_positions, compare, measure, resident_bytes, verdict
+from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.generation import _Text, generate
 from sparsepack.module import PackedLinear
@@ -73,6 +74,44 @@ def test_a_prompt_that_is_cut_within_a_character_spoils_none() -> None:
     for each in ids[:4]:  # a prompt of half a character
         text.put(torch.tensor([each]))
     assert text.ids == ids[1:4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_neither_a_default_dtype_nor_the_random_state_of_a_program_matters(packed: Path, dtype: torch.dtype) -> None:
+    model, tokenizer = sparsellm.load(packed), tiny_tokenizer()
+    expected = generate(model, tokenizer, PROMPT, max_new_tokens=24, temperature=1.0).text
+    state = torch.get_rng_state()
+    torch.set_default_dtype(dtype)
+    try:
+        assert generate(model, tokenizer, PROMPT, max_new_tokens=24, temperature=1.0).text == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Linear(nn.Linear):
+    """As other libraries call theirs, which add something."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+def test_only_modules_of_torch_and_transformers_are_decoded(llama: Path) -> None:
+    model = sparsellm.load(llama)
+    assert decodes(model) is (native.available() is not None)
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse())
+    assert not decodes(model)
+    model = sparsellm.load(llama)
+    model.lm_head.__class__ = Linear
+    assert not decodes(model)
+
+
+def test_a_generation_leaves_the_config_of_the_model_to_other_threads(packed: Path) -> None:
+    model, seen = sparsellm.load(packed), list[Any]()
+    before = model.generation_config
+    generate(model, tiny_tokenizer(), PROMPT, on_text=lambda _: seen.append(model.generation_config))
+    assert decodes(model) is False or {*map(id, seen)} == {id(before)}
 
 
 BAD_ARGUMENTS: list[tuple[Callable[[Path], Any], str]] = [
@@ -243,10 +282,11 @@ def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(llama: Path, pa
     check_positions(LlamaConfig(max_position_embeddings=0), Rounds(), "m")  # as generate takes it: no limit
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 12}], ids=["compiled", "by transformers"])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 48}], ids=["compiled", "by transformers"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nan_is_an_error_and_not_an_empty_text(changes: dict[str, int], temperature: float) -> None:
     model = tiny_llama(**changes).eval()
+    assert decodes(model) is (not changes and native.available() is not None)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(FormatError, match="the model computes NaN; take dtype float32"):

@@ -22,7 +22,6 @@ import openai
 import pytest
 from openai import OpenAI
 
-from sparsellm.serving.prompts import text_ids
 from sparsellm.serving.worker import Job, UnavailableError, Worker
 from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
@@ -62,6 +61,10 @@ def url(packed: Path) -> Iterator[str]:
 def client(url: str) -> Iterator[OpenAI]:
     with OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=60) as client:
         yield client
+
+
+def prompt_ids(tokenizer: Any) -> Any:
+    return tokenizer(PROMPT, return_tensors="pt")["input_ids"]
 
 
 def health(url: str) -> Any:
@@ -178,6 +181,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role is 'tool'"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "x", "name": "\ud800"}]}, 400, "messages.0.name"),
     ({"messages": ASKED, "model": "gpt-4"}, 404, "model is 'gpt-4'; this server has 'tiny'"),
     ({"messages": [{"role": "user", "content": "x" * MOST}]}, 413, f"at most {MOST}"),
 ]
@@ -194,7 +198,7 @@ def test_a_bad_body_is_one_line_that_names_it(url: str, body: Any, status: int, 
 
 
 def test_an_end_of_text_can_be_ignored(model: Any) -> None:
-    ids, before = text_ids(tiny_tokenizer(), PROMPT), model.generation_config
+    ids, before = prompt_ids(tiny_tokenizer()), model.generation_config
     model.generation_config = type(before)(eos_token_id=list(range(model.config.vocab_size)))
     try:
         results = [
@@ -264,12 +268,12 @@ def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> 
 def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
     async def run() -> None:
         worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
-        first, second, late = (Job(lambda t: text_ids(t, PROMPT), Sampling(), LONG) for _ in range(3))
+        first, second, late = (Job(prompt_ids, Sampling(), LONG) for _ in range(3))
         worker.submit(first)
         await first.event()
         worker.submit(second)
         with pytest.raises(SettingError, match="max_tokens is 9000"):
-            worker.submit(Job(lambda t: text_ids(t, PROMPT), Sampling(), 9000))
+            worker.submit(Job(prompt_ids, Sampling(), 9000))
         worker.stop(0)
         with pytest.raises(UnavailableError, match="stopping"):
             await second.event()
@@ -283,13 +287,31 @@ def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
     asyncio.run(run())
 
 
+def test_a_client_that_waits_for_each_answer_is_never_refused(model: Any) -> None:
+    """Not even where nobody may wait: when an answer has come, nothing runs."""
+
+    async def run() -> None:
+        worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=0, log=lambda _: None)
+        running = []
+        for _ in range(20):
+            job = Job(prompt_ids, Sampling(), 1)
+            worker.submit(job)
+            while isinstance(await job.event(), str):
+                pass
+            running.append(worker.state()["running"])
+        worker.stop(0)
+        assert running == [0] * 20
+
+    asyncio.run(run())
+
+
 def test_a_broken_request_leaves_the_server_alive(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     def broken(_: Any) -> Any:
         raise RuntimeError("no memory")
 
     async def run() -> None:
         worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
-        job, next_job = Job(broken, Sampling(), 4), Job(lambda t: text_ids(t, PROMPT), Sampling(), 4)
+        job, next_job = Job(broken, Sampling(), 4), Job(prompt_ids, Sampling(), 4)
         worker.submit(job)
         worker.submit(next_job)
         with pytest.raises(Exception, match=r"the server failed \(RuntimeError\)"):

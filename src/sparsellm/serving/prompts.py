@@ -1,4 +1,4 @@
-"""Prompts as token ids: those of a text, and those of a conversation, by the tokenizer's chat template."""
+"""Conversations as token ids, by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -28,12 +28,6 @@ def open_model(
     model = load(directory, **options)
     generation_settings(model, Sampling(temperature=None))
     return model, tokenizer
-
-
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The token ids ``(1, tokens)`` of a text, with what the tokenizer adds by itself."""
-    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
-    return ids
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsellm.serving.prompts import chat_ids, text_ids
+from sparsellm.serving.prompts import chat_ids
 from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words
 
 # What clients send although it changes nothing.
@@ -63,7 +63,7 @@ class Message(_Given):
         BeforeValidator(lambda role: "system" if role == "developer" else role),  # OpenAI's newer name
     ]
     content: Annotated[Words, BeforeValidator(_joined)]
-    name: str | None = None
+    name: Words | None = None
 
 
 class StreamOptions(_Given):
@@ -153,7 +153,8 @@ class CompletionRequest(Asked):
     ]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        return text_ids(tokenizer, self.prompt)
+        ids: Tensor = tokenizer(self.prompt, return_tensors="pt")["input_ids"]
+        return ids
 
     def choice(self, text: str, finish: str | None) -> dict[str, Any]:
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}

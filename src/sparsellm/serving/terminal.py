@@ -11,13 +11,11 @@ from contextlib import suppress
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import interrupts
 from sparsellm.serving.prompts import Message, chat_ids, open_model
 from sparsepack.files import context_limit
-from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words, continuation
+from sparsepack.generation import Sampling, Seed, Temperature, Tokens, Words, continuation
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -44,7 +42,7 @@ def chat(
     model, tokenizer = open_model(directory, options, template=True)
     limit, seed = context_limit(model.config), secrets.randbits(62) if manner.seed is None else manner.seed
     beginning: list[Message] = [] if manner.system is None else [{"role": "system", "content": manner.system}]
-    messages = list(beginning)
+    messages, received = list(beginning), list[int]()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
@@ -64,7 +62,13 @@ def chat(
             say(f"the conversation has {ids.shape[1]} tokens and the model takes {limit}; /reset begins anew")
             continue
         sampling = Sampling(max_new_tokens=room, temperature=manner.temperature, seed=(seed + len(messages)) % 2**63)
-        answer = _answer(model, tokenizer, ids, sampling, manner.threads, show)
+        received.clear()
+        with interrupts.handled_by(lambda signum, _: received.append(signum)):
+            answer = continuation(
+                model, tokenizer, ids, sampling, threads=manner.threads, on_text=show, cancelled=lambda: bool(received)
+            )
+        for signum in {*received} - {signal.SIGINT}:  # Ctrl-C stops the answer; other signals end the conversation
+            signal.raise_signal(signum)
         show("\n")
         messages.append({"role": "assistant", "content": answer.text})
 
@@ -75,22 +79,3 @@ def _line() -> str | None:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Tensor,
-    sampling: Sampling,
-    threads: int | None,
-    show: Callable[[str], None],
-) -> Generation:
-    """The answer, up to where Ctrl-C stops it; other signals end the conversation."""
-    received: list[int] = []
-    with interrupts.handled_by(lambda signum, _: received.append(signum)):
-        answer = continuation(
-            model, tokenizer, ids, sampling, threads=threads, on_text=show, cancelled=lambda: bool(received)
-        )
-    for signum in {*received} - {signal.SIGINT}:
-        signal.raise_signal(signum)
-    return answer

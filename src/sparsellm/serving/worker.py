@@ -118,7 +118,6 @@ class Worker:
     def _next(self) -> Job | None:
         """The next job, once there is one; None when the server stops."""
         with self._changed:
-            self._running = None
             while True:
                 while self._waiting:
                     if not (job := self._waiting.popleft()).cancelled:
@@ -131,13 +130,17 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
+            answer: Generation | Exception
             try:
-                job.send(self._run(job))
+                answer = self._run(job)
             except UserError as error:
-                job.send(error)
+                answer = error
             except BaseException as error:  # no memory, or a PanicException of a tokenizer: the next request may work
                 logging.getLogger(__name__).exception("a request failed")
-                job.send(SparseLLMError(f"the server failed ({type(error).__name__}); its log says why"))
+                answer = SparseLLMError(f"the server failed ({type(error).__name__}); its log says why")
+            with self._changed:  # before the answer: whoever gets it may ask again at once
+                self._running = None
+            job.send(answer)
 
     def _run(self, job: Job) -> Generation:
         ids = job.ids(self._tokenizer)
