@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.prune import l1_unstructured
 
 import sparsellm
 from sparsellm import Recipe
@@ -69,8 +70,16 @@ def test_a_model_that_was_given_as_an_object_is_named_in_its_config(tmp_path: Pa
         sparsellm.prune(model, Recipe(method="wanda"), calibration=ids)
     model = tiny_llama()
     model.model.layers[1].to("meta")
-    with pytest.raises(ModelError, match="on several devices, or not in memory; load it without device_map"):
-        sparsellm.prune(model, Recipe(method="wanda"), calibration=ids)
+    for given in (model, model.to("meta")):
+        with pytest.raises(ModelError, match="on several devices, or not in memory; load it without device_map"):
+            sparsellm.prune(given, Recipe(method="wanda"), calibration=ids)
+    model = tiny_llama()
+    l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj has no plain weight"):
+        sparsellm.evaluate(model, ids)
+    sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
+    with pytest.raises(ModelError, match="the model is packed or quantised"):
+        sparsellm.prune(sparsellm.load(tmp_path / "packed"), Recipe(method="wanda"), calibration=ids)
 
 
 @pytest.mark.parametrize(("held", "asked"), [("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float32")])

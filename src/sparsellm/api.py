@@ -63,9 +63,9 @@ def prune(  # noqa: PLR0913 - the Python door
 ) -> PruneResult:
     """Prunes a model block by block; after a kill, the same call resumes the run, with the same bits.
 
-    A model given by name is read and written one block at a time; without ``out`` it is loaded into memory and
-    returned in ``result.model``. A model given as an object is pruned in place, and also saved if ``out`` is given. If
-    several processes of torch.distributed call this with the same arguments, they divide the work.
+    A model given by name is read and written one block at a time; without ``out`` it is loaded into memory, in the
+    dtype of its computation, and returned in ``result.model``. A model given as an object is pruned in place, and also
+    saved if ``out`` is given. If several processes of torch.distributed call this alike, they divide the work.
 
     Args:
         model: a checkpoint directory, a hub id, a ``.gguf`` file, ``demo``, or a transformers model.
@@ -142,12 +142,13 @@ def plan(
 @contextmanager
 def _modes_kept(*models: object) -> Iterator[None]:
     """Puts every module of these models back into its mode: blocks run as in inference."""
-    modules = [module for model in models if isinstance(model, PreTrainedModel) for module in model.modules()]
-    modes = [module.training for module in modules]
+    modes = [
+        (each, each.training) for model in models if isinstance(model, PreTrainedModel) for each in model.modules()
+    ]
     try:
         yield
     finally:
-        for module, training in zip(modules, modes, strict=True):
+        for module, training in modes:
             module.training = training
 
 

@@ -243,10 +243,11 @@ def print_exported(result: ExportResult, saved: Path | None) -> None:
     """Prints the size of an export, what its zeros cost there, and where it runs."""
     record = result.record
     if result.sparsity:
+        packed = result.packed_bytes
+        more = "" if packed is None else f", and {packed / 1e6:.1f} MB as `sparsellm pack` stores them"
         say(
             f"note: {record.to} stores the {result.sparsity:.0%} of zeros like other values: the linears take "
-            f"{result.linear_bytes / 1e6:.1f} MB there, and {result.packed_bytes / 1e6:.1f} MB as `sparsellm pack` "
-            "stores them",
+            f"{result.linear_bytes / 1e6:.1f} MB there{more}",
             error=True,
         )
     say(f"{record.to}, {record.grid}: {record.bytes / 1e6:.1f} MB; it runs in {record.runs_in}")

@@ -182,15 +182,22 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
 
 
 def predicted_bytes(
-    shape: tuple[int, int], zeros: int, value_type: str, pattern: NM | None = None, *, exponents: bool = False
+    shape: tuple[int, int],
+    zeros: int,
+    value_type: str,
+    pattern: NM | None = None,
+    *,
+    exponents: bool = False,
+    group: int | None = None,
 ) -> int:
     """Bytes of a weight ``(out, in)`` in its smallest form, with its zeros spread evenly over the rows.
 
-    ``pattern`` is the N:M that it satisfies, if any; ``exponents``, whether its columns have exponents."""
+    ``pattern`` is the N:M that it satisfies, if any; ``exponents``, whether its columns have exponents; ``group`` is
+    that of :func:`pack`."""
     out, columns = shape
     counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
     coded = next((other for other in PATTERNS if pattern is not None and implies(pattern, other)), None)
-    return min(size for size, _ in _forms(shape, counts, coded, value_type).values()) + columns * exponents
+    return min(size for size, _ in _forms(shape, counts, coded, value_type, group).values()) + columns * exponents
 
 
 def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import sys
 from functools import partial
 from pathlib import Path
@@ -295,7 +296,9 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
     sparsellm.pack(save_tiny(pruned, tiny_tokenizer(), tmp_path / "p"), out=tmp_path / "packed")
     for model, dense in ((llama, tiny_llama()), (tmp_path / "packed", pruned)):
         expected = accuracy_by_hand(folder, dense, bos=True)
+        state = random.getstate()
         measured = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)
+        assert random.getstate() == state  # lm-eval sets it
         assert measured.tasks is not None
         metric = measured.tasks["tiny_numbers"]["acc"]
         assert metric.value == pytest.approx(expected)

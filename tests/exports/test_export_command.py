@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
+import sparsellm
 from sparsellm.report.charts import megabytes
 from sparsellm.storage.results import read_results
 from tests.exports.checkpoints import pruned, wide_llama
@@ -34,12 +35,15 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, r
         assert "small model.gguf" in page
         assert size in page
         assert "llama.cpp, Ollama, LM Studio" in page
+        assert " --values int4" in page
 
     line = ("export", directory, "--to", "compressed-tensors", "--out", tmp_path / "ct", "--json", "--no-save")
     content = json.loads(run(*line, exits=0)[1])
     assert content["results"] is None
     assert content["record"]["bytes"] == sum(file.stat().st_size for file in (tmp_path / "ct").glob("*.safetensors"))
     assert content["packed_bytes"] < content["linear_bytes"] < content["record"]["bytes"]
+    packed = sparsellm.pack(directory, out=tmp_path / "packed", values="int4").packed_bytes
+    assert content["packed_bytes"] == pytest.approx(packed, rel=0.01)  # rows have different numbers of zeros
     assert "path" not in content["record"]
 
 

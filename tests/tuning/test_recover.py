@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def test_a_checkpoint_recovers_and_keeps_zeros(way: str, pruned: Path, text: Pat
     assert "lm_head.weight" not in tensors_of(out)  # it would be the untrained one
     values = [sparsellm.evaluate(place, text, seq_len=32, max_tokens=640).value for place in (pruned, out)]
     assert values[1] < 0.9 * values[0]
+
+
+def test_weights_keep_the_dtype_in_which_they_are_stored(pruned: Path, text: Path, tmp_path: Path, run: Any) -> None:
+    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    run("tune", source, "--out", tmp_path / "out", "--calibration", text, "--steps", 1, "--seq-len", 32, exits=0)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float32}
 
 
 def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path, tmp_path: Path, refusal: Any) -> None:

@@ -138,6 +138,13 @@ def test_an_adapter_is_saved_and_loaded_with_its_mask(tmp_path: Path) -> None:
     loaded = load_adapter(base, tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     assert_zeros_kept(before, loaded.merge_and_unload())
+    for model, place, said in (
+        (base, tmp_path, "holds no adapter that peft reads"),
+        (prune_tiny(tiny_llama(hidden_size=16, head_dim=4)), tmp_path / "adapter", "peft refuses"),
+    ):
+        with pytest.raises(RecipeError, match=said) as caught:
+            load_adapter(model, place)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_becomes_tuned_and_packed_again(tmp_path: Path) -> None:
@@ -161,6 +168,10 @@ def test_what_peft_adapts_without_the_mask_is_refused() -> None:
     with pytest.raises(RecipeError, match="stacked experts"):
         adapter_on(mixtral())
     with pytest.raises(ModelError, match="share weights"):
-        adapter_on(sharing_llama())
+        adapter_on(model := sharing_llama())
+    assert not [name for name, each in model.named_parameters() if "lora" in name or not each.requires_grad]
+    with pytest.raises(RecipeError, match=r"modules_to_save has \S+down_proj, whose zeros would be trained"):
+        adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["down_proj"])
+    adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(RecipeError, match=r"peft refuses to adapt this model: .*Mamba"):
         adapter_on(family("Mamba2"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.errors import DataError, RecipeError, nearest, one_line, shown
@@ -48,14 +52,19 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    # lm-eval sets both states, and gives the tokenizer a token for padding.
+    states = random.getstate(), np.random.get_state()
     try:
-        with without_bars():
-            harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", add_bos_token=bos)
+        with without_bars(), torch.random.fork_rng([]):
+            harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", add_bos_token=bos)
             results = lm_eval.simple_evaluate(
                 model=harness, tasks=list(names), task_manager=manager, log_samples=False, bootstrap_iters=1000
             )
     except Exception as error:  # from lm-eval, a task's own files, or the library that reads its data
         raise DataError(f"lm-eval cannot run {', '.join(names)}: {one_line(error)}") from error
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     tasks = {name: _metrics(values) for name, values in results["results"].items()}
     return {name: metrics for name, metrics in tasks.items() if metrics}
 

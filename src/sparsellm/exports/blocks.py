@@ -62,6 +62,5 @@ def _extreme(values: np.ndarray) -> np.ndarray:
 
 def _rounded(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """The nearest whole numbers of steps; 0 where a step is 0."""
-    numbers: np.ndarray = np.divide(values, steps, out=np.zeros_like(values), where=steps != 0)
-    np.rint(numbers, out=numbers)
+    numbers: np.ndarray = np.rint(np.divide(values, steps, out=np.zeros_like(values), where=steps != 0))
     return numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from sparsellm.exports.compressed import check_compressed, write_compressed
 from sparsellm.exports.gguf_file import check_file, write_gguf
 from sparsellm.exports.linears import open_on_grid
 from sparsellm.exports.template import Template
+from sparsellm.patterns import parse_pattern
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
 from sparsellm.sources.demo_model import demo_gguf
@@ -40,7 +41,7 @@ class ExportResult:
     record: Export
     sparsity: float  # zeros of the linears, which other formats store
     linear_bytes: int
-    packed_bytes: int
+    packed_bytes: int | None  # None for values of 8 bits, which have no packed form
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -118,5 +119,8 @@ def export(  # noqa: PLR0913 - the Python door
         record = write_compressed(opened, work, record, progress, keep)
     run, grid = opened.run, opened.grid
     linear = sum(grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
-    packed = sum(predicted_bytes(each.shape, each.zeros, grid.values) for each in run.linears)
-    return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)
+    packed = 0
+    for each in run.linears:
+        fixed = None if each.pattern is None else astuple(parse_pattern(each.pattern))
+        packed += predicted_bytes(each.shape, each.zeros, grid.values, fixed, group=grid.group)
+    return ExportResult(place, record, run.sparsity_pruned, round(linear), None if grid.values == "int8" else packed)

@@ -18,10 +18,10 @@ from sparsepack.grids import GRIDS, Grid
 
 # What keeps values from other programs, by the type to which they were rounded
 _OWN = {
-    "keep": "its values were not rounded",
-    "int8": "its columns have exponents",
-    "int4": "its columns have exponents, and its groups follow the zeros",
-    "int3": "its levels are uneven, and its groups follow the zeros",
+    "keep": "no grid (its values were not rounded)",
+    "int8": "a grid of its own (its columns have exponents)",
+    "int4": "a grid of its own (its columns have exponents, and its groups follow the zeros)",
+    "int3": "a grid of its own (its levels are uneven, and its groups follow the zeros)",
 }
 
 
@@ -58,9 +58,7 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
         raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote")
     chain, run = open_chain(directory, device=torch.device("cpu")), read_pruning(directory)
     if run.grid not in grids:
-        why = _OWN.get(run.values, "unknown")
-        own = f"no grid ({why})" if run.values == "keep" else f"a grid of its own ({why})"
-        there = f"the grid {run.grid}" if run.grid in GRIDS else own
+        there = f"the grid {run.grid}" if run.grid in GRIDS else _OWN.get(run.values, "a grid of its own (unknown)")
         advice = f"prune with --grid {grids[0]} (or {', '.join(grids[1:])})"
         raise RecipeError(f"{directory} is on {there}, which this format does not have; {advice}")
     views = {view.name: view for index in range(len(chain)) for view in chain.linears(index)}

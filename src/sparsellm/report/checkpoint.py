@@ -93,12 +93,16 @@ def commands_of(rows: Iterable[Row]) -> list[str]:
 
 
 def packed_commands(record: Checkpoint) -> list[str]:
-    """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed."""
-    if record.packed:
+    """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed
+    or has none."""
+    run = record.pruning
+    if record.packed or (run.grid != "own" and run.values == "int8"):
         return []
     packed = replace(record, name=f"{record.name}-packed")
     name = shlex.quote(packed.name)
-    pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}"
+    pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}" + f" --values {run.values}" * (
+        run.values != "keep"
+    )
     return [pack, _evaluate(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
 
 

@@ -102,8 +102,14 @@ def open_models(
 
 
 def device_of(model: Model, recipe: Recipe) -> torch.device:
-    """The device on which a model is pruned: where it is, if it is given as an object, else that of the recipe."""
+    """The device on which a model is pruned: where it is, if it is given as an object, else that of the recipe. A
+    ModelError says that it is nowhere, or in several places."""
     if isinstance(model, PreTrainedModel):
+        if len({parameter.device for parameter in model.parameters()}) > 1 or model.device.type == "meta":
+            raise ModelError(
+                "the model's weights are on several devices, or not in memory; load it without device_map, or give it "
+                "by name, so that it is read block by block"
+            )
         return model.device
     return resolve_device(parallel.own_device(recipe.device))
 
@@ -125,11 +131,6 @@ def open_model(
             raise ModelError(f"the model is a {type(model).__name__}, without a head; load it by AutoModelForCausalLM")
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise ModelError("the model was made in torch.inference_mode, and cannot be changed; load it outside")
-        if len({parameter.device for parameter in model.parameters()}) > 1 or model.device.type == "meta":
-            raise ModelError(
-                "the model's weights are on several devices, or not in memory; load it without device_map, or give it "
-                "by name, so that it is read block by block"
-            )
         if recipe.device != "auto" or dtype is not None:
             raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
         chain, loaded = open_chain(model, device=device), model

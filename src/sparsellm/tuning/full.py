@@ -54,9 +54,8 @@ class ZeroKeeper:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @torch.no_grad()
     def restore(self) -> None:

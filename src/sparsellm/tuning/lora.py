@@ -7,6 +7,7 @@ The cost is that ``BA (out, in)`` is computed in full in each forward. Built on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparsellm.errors import MissingExtraError, ModelError, RecipeError, one_lin
 try:
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from peft.tuners.lora import Linear as LoraLinear
+    from peft.utils import ModulesToSaveWrapper
 except ImportError as error:
     raise MissingExtraError("adapters need peft; install it: pip install 'sparsellm[tune]'") from error
 
@@ -89,12 +91,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
     """
     _refuse_packed(model)
     config = config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    try:
-        wrapped = get_peft_model(model, masked(config), adapter_name)
-    except ValueError as error:
-        raise RecipeError(f"peft refuses to adapt this model: {one_line(error)}") from error
-    assert isinstance(wrapped, PeftModel)
-    return _keeping_zeros(wrapped)
+    masks = masked(config)
+    return _keeping_zeros(model, lambda: get_peft_model(model, masks, adapter_name))
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -105,21 +103,47 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
         RecipeError: the adapter is not LoRA, or one that cannot keep zeros.
     """
     _refuse_packed(model)
-    config = PeftConfig.from_pretrained(str(directory))
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # no such directory, or no JSON
+        raise RecipeError(f"{directory} holds no adapter that peft reads: {one_line(error)}") from error
     if not isinstance(config, LoraConfig):
         raise RecipeError(f"{directory} holds a {config.peft_type} adapter; only LoRA keeps zeros")
     masks = masked(config)
-    return _keeping_zeros(PeftModel.from_pretrained(model, str(directory), config=masks, is_trainable=is_trainable))
+    settings: Any = {"config": masks, "is_trainable": is_trainable}
+    return _keeping_zeros(model, lambda: PeftModel.from_pretrained(model, str(directory), **settings))
 
 
-def _keeping_zeros(wrapped: PeftModel) -> PeftModel:
-    """Refuses what peft adapts unmasked, and a weight with several adapters, which merge into another model."""
+def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any]) -> PeftModel:
+    """What ``adapted`` makes of the model; if it is refused, by peft or because zeros would be filled, the model is put
+    back, as far as peft takes its adapters out again."""
+    trained, wrapped = [parameter for parameter in model.parameters() if parameter.requires_grad], None
+    try:
+        wrapped = adapted()
+        assert isinstance(wrapped, PeftModel)
+        _check_zeros(wrapped)
+    except Exception as error:
+        if wrapped is not None:
+            wrapped.unload()
+        for parameter in trained:
+            parameter.requires_grad_()
+        if isinstance(error, RecipeError | ModelError):
+            raise
+        raise RecipeError(f"peft refuses to adapt this model: {one_line(error)}") from error
+    return wrapped
+
+
+def _check_zeros(wrapped: PeftModel) -> None:
+    """Refuses what peft trains unmasked, and a weight with several adapters, which merge into another model."""
     if any(getattr(config, "target_parameters", None) for config in wrapped.peft_config.values()):
         raise RecipeError("peft would adapt the stacked experts of this model and fill their zeros; take --way full")
+    copied = {name: each for name, each in wrapped.named_modules() if isinstance(each, ModulesToSaveWrapper)}
+    linears = {name: each for name, each in copied.items() if isinstance(each.original_module, nn.Linear | Conv1D)}
+    if sparse := [name for name, each in linears.items() if not each.original_module.weight.detach().all()]:
+        raise RecipeError(f"modules_to_save has {sparse[0]}, whose zeros would be trained; make it a target instead")
     weights = [id(each.get_base_layer().weight) for each in wrapped.modules() if isinstance(each, MaskedLoraLinear)]
     if len({*weights}) < len(weights):
         raise ModelError("blocks of this model share weights, and each would get an adapter; take --way full")
-    return wrapped
 
 
 def _refuse_packed(model: nn.Module) -> None:

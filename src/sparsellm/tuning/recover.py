@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sparsellm.calibration.sources import SELF, check_sources, default_source
@@ -104,12 +105,13 @@ def tune(
     samples = min(training.steps * training.batch, MOST_WINDOWS)
     windows = calibration_windows(calibration, tokenizer, samples, training.seq_len, training.seed)
     rows = [{"input_ids": row, "labels": row} for row in check_vocabulary(windows, chain.config, tokenizer)]
-    loaded = load(source)
+    loaded = load(source, dtype="float32")  # what the config names may be narrower than what is stored
+    stored = {name: chain.reader.dtype(key) for name, key in chain.key_of.items()}
     ZeroKeeper(loaded)  # refuses a model without zeros, which LoRA would train too
     begun = time.perf_counter()
     work = WorkingDirectory(place, {"kind": TUNE}, overwrite=overwrite, need_bytes=chain.reader.bytes)
     with written(work, len(chain) + 1) as writer:
-        trained, losses = _trained(loaded, training, rows, progress)
+        trained, losses = _trained(loaded, training, rows, stored, progress)
         loads = {*chain.key_of.values()}  # all else, such as a vision tower, is copied
         others = {key: tensor for key, tensor in chain.outer_tensors().items() if key not in loads}
         chain = open_chain(trained, device=torch.device("cpu"))
@@ -123,11 +125,13 @@ def tune(
 
 
 def _trained(
-    model: PreTrainedModel, training: Training, rows: list[Any], progress: ProgressCallback
+    model: PreTrainedModel,
+    training: Training,
+    rows: list[Any],
+    stored: dict[str, torch.dtype],
+    progress: ProgressCallback,
 ) -> tuple[PreTrainedModel, list[float]]:
-    """The model after training, in its own dtypes and on the CPU, and the loss of each step."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    model.float()
+    """The model after training, in the dtypes ``stored`` and on the CPU, and the loss of each step."""
     wrapped: Any = model
     callbacks = [KeepZeros()] if training.way == "full" else []
     if training.way == "lora":
@@ -165,8 +169,8 @@ def _trained(
     losses = [float(each["loss"]) for each in trainer.state.log_history if "loss" in each]
     merged = wrapped.merge_and_unload() if training.way == "lora" else wrapped
     merged.to("cpu")
-    for name, parameter in merged.named_parameters():
-        if not torch.isfinite(parameter).all():
+    for name, tensor in (*merged.named_parameters(), *merged.named_buffers()):
+        tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
+        if isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
             raise NumericalError(f"{name} is not finite after training; take a lower --rate")
-        parameter.data = parameter.data.to(dtypes[name])
     return merged, losses
