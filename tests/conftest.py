@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,13 +22,15 @@ from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokeni
 THREADS = torch.get_num_threads()
 
 
-def pytest_configure() -> None:
-    """One thread, and signals as usual.
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread, an empty cache but for slow tests, and signals as usual.
 
     Distributing work costs a tiny model more than the work, on a busy machine ten times more; and a fixture of a module
     must compute with as many threads as its tests do, or bits differ. Signals that whoever started the tests ignores
     (``nohup``, a shell's background) are not ignored here: the tests send them, and every child inherits that."""
     torch.set_num_threads(1)
+    if config.getoption("markexpr") != "slow":
+        os.environ["SPARSELLM_CACHE"] = os.environ["HF_HUB_CACHE"]
     for signum, usual in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_DFL),

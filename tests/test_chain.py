@@ -187,6 +187,8 @@ def test_choices_that_another_block_hands_on_are_refused() -> None:
     model = families.sparse_attention("GlmMoeDsa", num_hidden_layers=3, indexer_types=["full", "full", "shared"])
     with pytest.raises(ModelError, match=r"layers\.2 reads what the block before it returns"):
         sparsellm.prune(model, Recipe(method="wanda"), calibration=IDS)
+    with pytest.raises(ModelError, match=r"layers\.2 reads what the block before it returns"):
+        sparsellm.evaluate(model, IDS)
 
 
 class Returned(NamedTuple):

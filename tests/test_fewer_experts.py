@@ -105,6 +105,19 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_the_errors_of_a_refit_are_those_of_the_mixture_that_is_written(tmp_path: Path) -> None:
+    """Of the first block, whose inputs the removal does not change."""
+    dense, inputs = mixtral(), list[Tensor]()
+    result = removed(save_tiny(dense, None, tmp_path / "dense"), tmp_path / "small", effort=0)
+    first, second = (model.model.layers[0].mlp for model in (dense.eval(), loaded(tmp_path / "small")))
+    first.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    dense(IDS)
+    wanted, made = (mixture(inputs[0]) for mixture in (first, second))
+    error = float((wanted - made).square().sum() / wanted.square().sum())
+    assert result.experts[0].refitted == pytest.approx(error, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Llama4Text", "Mixtral"])
 def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

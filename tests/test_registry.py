@@ -72,6 +72,16 @@ def test_defaults_that_are_no_json_are_a_mistake_of_the_author() -> None:
             """Does nothing."""
 
 
+def test_the_defaults_are_those_of_the_measurements() -> None:
+    """A comparison with published numbers begins with them."""
+    assert METHODS["sparsellm"].check({}) == {
+        "solver": "admm", "refit": True, "refit_damping": 0.1, "output_metric": 0.5, "norm_weighting": 1.5,
+        "symmetries": "rotate", "iterations": None,
+    }  # fmt: skip
+    assert SOLVERS["admm"].check({}) == {"iterations": 16, "refine_iterations": 4, "damping": 0.05}
+    assert SOLVERS["sparsegpt"].check({}) == {"damping": 0.01}
+
+
 def test_all_registered_options_are_json_and_have_needs() -> None:
     for registry in (METHODS, ALLOCATIONS, SOLVERS):
         for each in registry.values():

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub.constants as hub
 import pyarrow
 import pyarrow.parquet
@@ -119,6 +120,35 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
 def test_unusable_sources_are_refused(source: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_source(source, "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "asked", "joiner", "per_document"),
+    [
+        ("wikitext2", "calibration", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"), "\n\n", False),
+        ("wikitext2", "evaluation", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), "\n\n", False),
+        ("ptb", "calibration", ("ptb-text-only/ptb_text_only", "train"), " ", False),
+        ("ptb", "evaluation", ("ptb-text-only/ptb_text_only", "test"), " ", False),
+        ("c4", "calibration", ("allenai/c4", "train", "en/c4-train.00000-of-01024.json.gz"), " ", True),
+        ("c4", "evaluation", ("allenai/c4", "validation", "en/c4-validation.00000-of-00008.json.gz"), " ", False),
+        ("hub:a/b", "calibration", ("a/b", None, "train"), "\n\n", False),
+        ("hub:a/b:c", "evaluation", ("a/b", "c", "test"), "\n\n", False),
+        ("hub:a/b:c:d", "calibration", ("a/b", "c", "d"), "\n\n", False),
+    ],
+)
+def test_sets_of_the_hub_are_read_as_the_papers_read_them(
+    source: str, split: Any, asked: Any, joiner: str, per_document: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def load_dataset(*names: Any, split: str, data_files: Any = None, **_: Any) -> Any:
+        calls.append((*names, split, *(data_files or {}).values()))
+        return datasets.Dataset.from_dict({"sentence" if source == "ptb" else "text": ROWS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    text = read_source(source, split)
+    assert calls == [asked]
+    assert (list(text.documents), text.joiner, text.per_document) == (ROWS, joiner, per_document)
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "ptb", "c4", "hub:owner/name"])

@@ -256,7 +256,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with one task of two answers in YAML, and its questions in JSON lines."""
     pytest.importorskip("lm_eval")
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [{"question": f"{n} {n * 7919}", "choices": [" 1", " bread"], "answer": n % 2} for n in range(6)]
+    rows = [{"question": f"{n} {n * 7919}", "choices": [" 3", " 8"], "answer": n % 2} for n in range(6)]
     (folder / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "numbers.yaml").write_text(
         "task: tiny_numbers\n"
@@ -266,6 +266,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output_type: multiple_choice\n"
         "doc_to_text: '{{question}}'\n"
         "doc_to_choice: choices\n"
+        "target_delimiter: ''\n"
         "doc_to_target: answer\n"
         "metric_list: [{metric: acc}]\n"
     )
@@ -290,12 +291,12 @@ def accuracy_by_hand(folder: Path, model: PreTrainedModel, bos: bool) -> float:
 def test_local_tasks_run_without_a_hub_packed_or_not(
     llama: Path, text: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     pruned = prune_tiny(tiny_llama())
     sparsellm.pack(save_tiny(pruned, tiny_tokenizer(), tmp_path / "p"), out=tmp_path / "packed")
-    for model, dense in ((llama, tiny_llama()), (tmp_path / "packed", pruned)):
-        expected = accuracy_by_hand(folder, dense, bos=True)
+    for model, dense, bos in ((llama, tiny_llama(), True), (tmp_path / "packed", pruned, False)):  # as tokenizers do
+        expected, otherwise = (accuracy_by_hand(folder, dense, bos=each) for each in (bos, not bos))
+        assert expected != otherwise
         state = random.getstate()
         measured = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)
         assert random.getstate() == state  # lm-eval sets it

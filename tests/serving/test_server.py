@@ -22,6 +22,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from sparsellm.serving.server import Settings, open_door
 from sparsellm.serving.worker import Job, UnavailableError, Worker
 from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
@@ -350,6 +351,19 @@ def test_what_cannot_be_served_is_one_line(options: Any, said: str, tmp_path: Pa
     (tmp_path / "empty").write_text("\n")
     model = ["nowhere"] * ("{tmp}" not in options)
     assert said in refusal("serve", *(option.format(tmp=tmp_path) for option in options), *model)
+
+
+def test_a_key_of_a_file_is_that_of_the_server(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f" {KEY}\n")
+    listening, key = open_door(Settings(port=0, key_file=tmp_path / "key"))
+    listening.close()
+    assert key == KEY
+
+
+def test_a_context_beyond_that_of_the_model_is_refused(packed: Path, refusal: Any) -> None:
+    assert f"--context is {CONTEXT + 1}, and the model takes {CONTEXT}" in refusal(
+        "serve", packed, "--port", 0, "--context", CONTEXT + 1
+    )
 
 
 def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

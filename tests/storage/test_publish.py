@@ -73,6 +73,26 @@ def go_on(out: Path, model: Path, number: int) -> None:
     assert [path.name for path in out.parent.glob(f"{out.name}*")] == [out.name]
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, synced, replace = tmp_path / "p", set[int](), os.replace
+
+    def checked(source: Any, target: Any) -> None:
+        if Path(target) == out:
+            assert {path.stat().st_ino for path in [Path(source), *Path(source).rglob("*")]} <= synced
+        elif Path(source).is_file():
+            assert Path(source).stat().st_ino in synced
+        replace(source, target)
+        synced.discard(Path(target).parent.stat().st_ino)  # it has a new name
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "replace", checked)
+    for value in (1, 2):
+        write(out, value, model, overwrite=True)
+        assert tmp_path.stat().st_ino in synced
+
+
 @BOTH
 def test_dead_at_every_call(exchanges: bool, model: Path, tmp_path: Path) -> None:
     steps, begin = steps_of(model, tmp_path / "p")

@@ -121,6 +121,7 @@ def swept(
     rate: float | None,
     scratch: Scratch | None = None,
     way: Residence | None = None,
+    seed: int = 3,
 ) -> Swept:
     """The history, and every block as it is written."""
     written: dict[str, Tensor] = {}
@@ -130,7 +131,7 @@ def swept(
             written[name] = source.read().to(source.dtype, copy=True)
 
     feed = Feed(chain, ids, TOKENS, scratch or Scratch())
-    task = SweepTask(feed, dense_end(dense, ids, TOKENS), passes, 3, write, learning_rate=rate, resident=way)
+    task = SweepTask(feed, dense_end(dense, ids, TOKENS), passes, seed, write, learning_rate=rate, resident=way)
     return sweep(task), written
 
 

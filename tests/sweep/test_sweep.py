@@ -123,6 +123,27 @@ def test_it_judges_by_windows_it_does_not_train_on(monkeypatch: pytest.MonkeyPat
     assert divergence(dense, model, held).item() == pytest.approx(least, rel=1e-4)
 
 
+def test_each_pass_and_each_seed_has_its_order_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP_TOKENS", 24)
+    orders: list[tuple[int, ...]] = []
+    real = module._pass
+
+    def recorded(task: Any, run: Any, steps: Any, *more: Any) -> float:
+        taken: list[int] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(run, "step", lambda step, *_: taken.append(steps.index(step)) or 0.0)
+            real(task, run, steps, *more)
+        orders.append(tuple(taken))
+        return 0.0
+
+    monkeypatch.setattr(module, "_pass", recorded)
+    for seed in (3, 4, 3):
+        swept(open_chain(halved(tiny_llama()), device=CPU), tiny_llama(), ids_of(8), 2, 0.001, seed=seed)
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    assert len({*orders}) == 4
+    assert orders[:2] == orders[4:]
+
+
 @pytest.mark.parametrize("rate", [30.0, 1e30], ids=["absurd", "overflowing"])
 def test_a_state_that_was_better_at_the_start_is_kept_to_the_bit(rate: float) -> None:
     dense, model = tiny_opt(), halved(tiny_opt())

@@ -16,10 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.errors import MemoryBudgetError
 from sparsellm.interrupts import Interrupted
 from sparsellm.tuning import recover
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.storage.small import tensors_of
+from tests.storage.small import shards_of, tensors_of
 
 SMALL = ("--steps", 12, "--seq-len", 32, "--batch", 4)
 
@@ -93,6 +94,36 @@ def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path,
     ):
         assert said in refusal("tune", model, "--out", tmp_path / "o", "--calibration", text, *SMALL, *more)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "packed"]
+
+
+def test_weights_that_are_not_finite_are_not_written(pruned: Path, text: Path, tmp_path: Path, refusal: Any) -> None:
+    source, tensors = Path(shutil.copytree(pruned, tmp_path / "source")), tensors_of(pruned)
+    for shard in source.glob("*.safetensors"):
+        shard.unlink()
+    (source / "model.safetensors.index.json").unlink()
+    tensors["model.norm.weight"].fill_(3e38)  # logits are infinite
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, source / "model.safetensors", {"format": "pt"}
+    )
+    said = refusal("tune", source, "--out", tmp_path / "o", "--calibration", text, *SMALL)
+    assert "is not finite after training; take a lower --rate" in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_seed_chooses_the_windows_and_memory_is_counted(
+    pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tuned(name: str, seed: int) -> tuple[Any, bytes]:
+        training = recover.Training(steps=8, seq_len=32, seed=seed)
+        result = recover.tune(str(pruned), tmp_path / name, training, str(text), lambda _: None)
+        return result, b"".join(shards_of(tmp_path / name).values())
+
+    (first, ones), (again, twos), (_, others) = tuned("a", 0), tuned("b", 0), tuned("c", 1)
+    assert ones == twos != others
+    assert first.last_loss == again.last_loss < first.first_loss  # at the rate that is the default
+    monkeypatch.setattr(recover, "free_memory", lambda: 1000)
+    with pytest.raises(MemoryBudgetError, match=r"training needs .* take --way lora"):
+        tuned("d", 0)
 
 
 def test_a_stopped_training_leaves_nothing(pruned: Path, text: Path, tmp_path: Path) -> None:
