@@ -16,6 +16,7 @@ from sparsellm import Recipe
 from sparsellm.chain import Feed, open_chain
 from sparsellm.chain.experts import Part, separate_experts
 from sparsellm.chain.names import Conversion, _part_before
+from sparsellm.errors import NumericalError
 from sparsellm.methods import routed
 from sparsellm.methods.task import BlockTask
 from sparsellm.progress import PhaseClock
@@ -157,6 +158,13 @@ def test_the_last_linear_of_an_expert_is_refitted() -> None:
             found = inner(model, number, x[chosen]) @ model.model.layers[0].mlp.experts.down_proj[number].T
             errors[refit] += float(((found - dense[number][chosen]) * weights[:, None]).square().sum())
     assert errors[True] < errors[False]
+
+
+def test_an_expert_whose_moments_overflow_is_named() -> None:
+    model = family("Qwen3Moe")
+    model.model.layers[0].mlp.experts.gate_up_proj.data[1] *= 1e10
+    with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.experts\.1\.down_proj: "):
+        sparsellm.prune(model, Recipe(method="sparsegpt", samples=6, seq_len=24), calibration=IDS)
 
 
 def test_a_twin_shares_weights_and_leaves_the_model_alone() -> None:

@@ -18,7 +18,7 @@ from sparsellm.chain.matrices import refuse_silent_dense
 from sparsellm.errors import ModelError, RecipeError
 from tests.allocation.helpers import windows
 from tests.killing import stop_after_one
-from tests.models import tiny_llama, tiny_tokenizer
+from tests.models import tiny_llama, tiny_opt, tiny_tokenizer
 from tests.test_matrices import Stacks, with_mixture
 
 OF = {"*.down_proj": 0.75, "model.layers.0.*": 0.25, "*.v_proj": 0}
@@ -26,6 +26,17 @@ OF = {"*.down_proj": 0.75, "model.layers.0.*": 0.25, "*.v_proj": 0}
 
 def zeros_of(result: sparsellm.PruneResult) -> dict[str, int]:
     return {linear.name.removeprefix("model.layers."): linear.zeros for linear in result.linears}
+
+
+def test_linears_at_sparsity_0_keep_every_bit() -> None:
+    """Also a writer of which no linear before it was pruned, and the biases."""
+    model, of = tiny_opt(), {"*.fc1": 0, "*.fc2": 0, "*.q_proj": 0}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sparsellm.prune(model, Recipe(sparsity=0.3, sparsity_of=of, effort=0), calibration=windows())
+    after = model.state_dict()
+    moved = {name.rpartition("layers.")[2][2:] for name, value in before.items() if not torch.equal(value, after[name])}
+    others = {f"self_attn.{name}" for name in ("k_proj", "v_proj", "out_proj")}
+    assert {name.rpartition(".")[0] for name in moved} == others
 
 
 def test_only_what_is_named_is_pruned_the_rest_counts_as_dense() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sparsellm.chain import Feed, LinearView, open_chain
 from sparsellm.methods import BlockTask
 from sparsellm.methods.channels import Channels, find_channels
 from sparsellm.methods.permutation import permute_block, spread
-from sparsellm.methods.rotation import DAMPING, cayley, rotate_block
+from sparsellm.methods.rotation import DAMPING, best_rotation, cayley, rotate_block
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.statistics import Gram
@@ -31,14 +32,13 @@ IDS = ids_of(6, 40, seed=3)
 
 
 @contextmanager
-def loaded(model: PreTrainedModel, costs: bool = False) -> Iterator[BlockTask]:
-    """The first block of a model, every linear of which gets 2:4; the squares of its rows as costs of its outputs."""
+def loaded(model: PreTrainedModel) -> Iterator[BlockTask]:
+    """The first block of a model, every linear of which gets 2:4."""
     chain = open_chain(model, device=torch.device("cpu"))
     with chain.block(0):
         linears, stream = chain.linears(0), Feed(chain, IDS, 80).stream()
         patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
-        squares = {linear.name: linear.weight().square().sum(1) for linear in linears if costs}
-        yield BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock(), output_costs=squares)
+        yield BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock())
 
 
 def permuted(
@@ -193,13 +193,18 @@ def test_cayleys_map_is_orthogonal() -> None:
     torch.testing.assert_close(torch.linalg.det(matrices), torch.ones(3))
 
 
-def test_costs_follow_their_outputs() -> None:
-    with loaded(tiny_llama(), costs=True) as task:
-        costs = task.output_costs
-        permute_block(task, find_channels(task), None)
-        for linear in task.linears:
-            torch.testing.assert_close(task.output_costs[linear.name], linear.weight().square().sum(1))
-    assert not torch.equal(task.output_costs["model.layers.0.mlp.up_proj"], costs["model.layers.0.mlp.up_proj"])
+def test_values_are_rotated_alike_where_queries_and_keys_are_in_their_linear() -> None:
+    with loaded(tiny_gpt2()) as task:
+        values = next(each for each in find_channels(task) if each.rotates)
+        ((fused, rows),) = values.sources
+        alone = nn.Linear(fused.in_features, rows.numel(), bias=False)
+        alone.weight.data = fused.weight()[rows.flatten()]
+        view = LinearView("v", alone, torch.float32)
+        grams = {linear.name: gram for group, gram in task.statistics([values.reader, fused]) for linear in group}
+        own = replace(values, sources=((view, torch.arange(rows.numel()).view(rows.shape)),))
+        patterns = dict.fromkeys((*grams, "v"), TWO_OF_FOUR)
+        grams["v"] = grams[fused.name]
+        torch.testing.assert_close(*(best_rotation(each, grams, patterns) for each in (values, own)))
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 4), NM(4, 8), NM(3, 4)], ids=str)

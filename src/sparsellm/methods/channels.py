@@ -46,14 +46,6 @@ class Channels:
         for linear, outputs in self.sources:
             linear.permute(outputs=_places_from(linear.out_features, outputs, order))
 
-    def change_costs(self, task: BlockTask, change: Callable[[Tensor], Tensor]) -> None:
-        """Gives the outputs of the sources the costs that ``change`` makes of theirs, ``(copies, heads, width)``."""
-        for linear, outputs in self.sources:
-            if (costs := task.output_costs.get(linear.name)) is not None:
-                places, changed = outputs.cpu(), costs.cpu().clone()
-                changed[places] = change(changed[places])
-                task.output_costs = {**task.output_costs, linear.name: changed}
-
     def rotate(self, rotation: Tensor) -> None:
         """Puts ``rotation (heads, width, width)`` into the sources, and its transpose into the reader."""
         weight = self.reader.weight()

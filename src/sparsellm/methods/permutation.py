@@ -35,7 +35,6 @@ def permute_block(task: BlockTask, proved: list[Channels], weights: list[Tensor]
     with task.clock.phase("prune/permutation"), torch.no_grad():
         for channels, order in zip(proved, parallel.from_main(partial(_orders, task, proved, weights)), strict=True):
             channels.permute(order)
-            channels.change_costs(task, partial(torch.take_along_dim, indices=order[None], dim=-1))
 
 
 def _orders(task: BlockTask, proved: list[Channels], weights: list[Tensor] | None) -> list[Tensor]:

@@ -42,8 +42,6 @@ def rotate_block(task: BlockTask, proved: list[Channels], weights: list[Tensor] 
         for channels in rotating:
             rotation = parallel.from_main(partial(best_rotation, channels, grams, patterns))
             channels.rotate(rotation.to(channels.inputs.device))
-            squares = rotation.square()  # E[g²] rotates as if the gradients of different outputs were uncorrelated
-            channels.change_costs(task, partial(torch.einsum, "hij,chj->chi", squares))
 
 
 def best_rotation(channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, NM]) -> Tensor:
@@ -73,15 +71,15 @@ def _cost(channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, 
     """What pruning costs after a rotation, as in the head of this file."""
     inverses = {name: gram.inverse(DAMPING).matrix for name, gram in grams.items()}
 
-    def relative(linear: LinearView) -> Tensor:
-        weight = linear.weight()
-        return weight.div_(math.sqrt(grams[linear.name].energy(weight) or 1.0))
+    def relative(linear: LinearView, rows: Tensor | slice = slice(None)) -> Tensor:
+        weight = linear.weight()[rows]  # where q, k and v are one linear, only v is rotated
+        return weight.div_(math.sqrt(grams[linear.name].energy(weight.flatten(0, -2)) or 1.0))
 
     reader, places = channels.reader, channels.inputs  # (copies, heads, width)
     blocks = inverses[reader.name][places[..., :, None], places[..., None, :]]  # (copies, heads, width, width)
     columns = relative(reader)[:, places]  # (out, copies, heads, width)
     sources = [(x, rows[0]) for x, rows in channels.sources if x.name in patterns]
-    scaled = [((relative(x) * inverses[x.name].diagonal().rsqrt())[rows], patterns[x.name]) for x, rows in sources]
+    scaled = [(relative(x, rows) * inverses[x.name].diagonal().rsqrt(), patterns[x.name]) for x, rows in sources]
 
     def cost(rotation: Tensor) -> Tensor:
         pivots = torch.einsum("hkj,chji,hki->chk", rotation, blocks, rotation)

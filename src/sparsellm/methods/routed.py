@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.experts import DOWN, Expert, ExpertLinear, Mixture, Routed
-from sparsellm.methods.task import BlockTask
+from sparsellm.methods.task import BlockTask, naming
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
 
@@ -90,7 +90,7 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
         (down,), moments, fit = experts[place].down, last.pop(place), None
         gram = moments.gram()
         if moments.cross is not None and refit is not None:
-            with task.clock.phase("prune/solve"):
+            with task.clock.phase("prune/solve"), naming(down.name):
                 fit = least_squares(gram, moments.cross, refit, prior=down.weight())
         del moments
         solve(down, gram, fit)
@@ -99,11 +99,13 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
         """Takes the moments before, or after, the other linears of an expert are pruned."""
         for place, own in enumerate(experts):
             if own.first and not pruned:
-                moments = _moments(own.routed(), len(every.matrix), task).shrunk_to(every)
+                with naming(own.first[0].name):
+                    moments = _moments(own.routed(), len(every.matrix), task).shrunk_to(every)
                 if place == parallel.rank():
                     shared[place] = moments
             if own.down and (dense[place] is not None) == pruned:
-                moments = own.last(task, own.down[0], dense[place])
+                with naming(own.down[0].name):
+                    moments = own.last(task, own.down[0], dense[place])
                 if place == parallel.rank():
                     last[place] = moments
 

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -189,7 +189,9 @@ class _Fitting:
     def prune_in_order(self, sublayer: Sublayer) -> None:
         """Prunes one group after another; the refit's target is the writer's output before the first was pruned."""
         task, stream = self.task, self.task.stream
-        writer = sublayer.writer if self.damping is not None else None
+        before = [linear for group in sublayer.groups for linear in group if linear is not sublayer.writer]
+        changed = task.values != "keep" or any(task.patterns[linear.name].sparsity for linear in before)
+        writer = sublayer.writer if self.damping is not None and changed else None
         with stream.store() as target:  # batches of the writer's output before pruning
             for group in sublayer.groups:
                 task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
@@ -205,7 +207,8 @@ class _Fitting:
                         fit = least_squares(gram, cross, self.damping, prior=group[0].weight())
                     del cross
                 for linear in group:
-                    with means.kept(linear):
+                    moved = fit is not None or task.values != "keep" or task.patterns[linear.name].sparsity
+                    with means.kept(linear) if moved else nullcontext():
                         self.solve(linear, gram, fit)
                 if known is not None:
                     stream.use(known)
@@ -236,9 +239,10 @@ class _Fitting:
                 if known is not None:
                     known.values.append(x.detach().clone())
                 gram.update(x, weights)
-                means.update(x, target[position] if fitted else None, weights)
-                if cross is not None:
-                    cross.update(target[position] if bias is None else target[position] - bias, x, weights)
+                goal = target[position] if fitted else None  # read once: it may be on a disk
+                means.update(x, goal, weights)
+                if cross is not None and goal is not None:
+                    cross.update(goal if bias is None else goal - bias, x, weights)
             if linear is recorded:
                 target.append(y.detach().clone())  # later operations may change it in place
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -62,13 +63,15 @@ def coordinated(
     scores = reap(view)
     kept = view.best(scores)
     least, left, size = view.error_of(kept), trials, len(scores) // view.groups
+    times = Counter[tuple[int, int]]()  # how often each pair was tried: those that were refused come last
     while left > 0:
         inside = sorted(kept, key=lambda number: float(scores[number]))
         outside = sorted(set(range(len(scores))) - set(kept), key=lambda number: -float(scores[number]))
         places = sorted(itertools.product(range(len(inside)), range(len(outside))), key=sum)  # the most likely first
-        pairs = [(inside[first], outside[second]) for first, second in places]
+        pairs = sorted(((inside[first], outside[second]) for first, second in places), key=times.__getitem__)
         for goes, comes in [pair for pair in pairs if pair[0] // size == pair[1] // size][:left]:
             left -= 1
+            times[goes, comes] += 1
             tried = sorted({*kept, comes} - {goes})
             if (error := view.error_of(tried)) < least:
                 kept, least = tried, error
