@@ -142,13 +142,11 @@ def plan(
 @contextmanager
 def _modes_kept(*models: object) -> Iterator[None]:
     """Puts every module of these models back into its mode: blocks run as in inference."""
-    modes = [
-        (each, each.training) for model in models if isinstance(model, PreTrainedModel) for each in model.modules()
-    ]
+    kept = [(each, each.training) for model in models if isinstance(model, PreTrainedModel) for each in model.modules()]
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training in kept:
             module.training = training
 
 
@@ -212,9 +210,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
             progress(Progress("evaluate", 0, 1, "tasks"))
             results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
         with machine.computing(opened.chain.device):
-            perplexity, compared = measured(
-                opened.chain, windows, against.kept if against is not None else None, progress
-            )
+            perplexity, compared = measured(opened.chain, windows, None if against is None else against.kept, progress)
         if compared is not None and against is not None and against.is_pruned:
             compared = compared.model_copy(update={"recovery": None})
     return Evaluation(
@@ -249,10 +245,9 @@ def pack_and_measure(
         allow_copy=True,
         progress=progress,
     )
-    measured = evaluate(
+    return result, evaluate(
         result.path, text, bos=recipe.bos, against=against, device=recipe.device, progress=progress, **window
     )
-    return result, measured
 
 
 def keep_results(directory: Path, *results: Evaluation | Benchmark | Continuation) -> None:

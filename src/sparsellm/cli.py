@@ -16,7 +16,7 @@ import typer
 from sparsellm import __version__, interrupts, process
 from sparsellm import options as use
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError
-from sparsellm.options import GGUF, MEASURE, SERVER, TEXT, TRAINING, argument, field, flag, option
+from sparsellm.options import GGUF, MEASURE, SERVER, TEXT, TRAINING, argument, field, flag, keeping, needed, option
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
 
 Printed = tuple[Any, Callable[[], None]] | None
@@ -128,14 +128,7 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
     ),
 )
 def prune(
-    model: str,
-    out: Path,
-    quiet: bool,
-    verbose: bool,
-    progress: Any,
-    dry_run: bool,
-    pack: Path | None = None,
-    **options: Any,
+    model: str, out: Path, quiet: bool, verbose: bool, progress: Any, pack: Path | None = None, **options: Any
 ) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
@@ -149,7 +142,7 @@ def prune(
     if pack is not None:
         _check_pack(pack, out, [model, dense], options)
         check_packable(recipe)
-    if dry_run:
+    if options.pop("dry_run"):
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
         return prediction.model_dump(mode="json"), lambda: tables.print_prediction(prediction)
     told: set[str] = set()
@@ -212,11 +205,10 @@ def plan(model: str, **options: Any) -> Printed:
 
 @_command(
     use.ONE_MODEL,
-    option(
+    needed(
         "--text SOURCE",
         "As --calibration of prune; for pydoc, the part that is never used for calibration.",
         TEXT,
-        default=Parameter.empty,
         values=SOURCES,
     ),
     *use.WINDOW,
@@ -405,20 +397,13 @@ def demo(progress: Any, verbose: bool, out: Path | None = None, **options: Any) 
 @_command(
     use.ONE_MODEL,
     use.out("Directory of the packed checkpoint."),
-    option(
+    keeping(
         "--values TYPE",
         "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
         use.VALUES,
-        default="keep",
         values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
     ),
-    option(
-        "--head TYPE",
-        "Embedding and output head: keep (as stored) or int8.",
-        use.VALUES,
-        default="keep",
-        values=("keep", "int8"),
-    ),
+    keeping("--head TYPE", "Embedding and output head: keep (as stored) or int8.", use.VALUES, values=("keep", "int8")),
     *use.WRITING,
     examples=("sparsellm pack pruned --out packed", "sparsellm pack pruned --out packed --values int8"),
 )
@@ -477,21 +462,18 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
 
 @_command(
     argument("DIRECTORY", "A checkpoint that was pruned with --grid, or its packed form."),
-    option(
-        "--to FORMAT", "gguf or compressed-tensors.", default=Parameter.empty, values=("gguf", "compressed-tensors")
-    ),
-    option("--out PLACE", "The .gguf file, or the directory.", default=Parameter.empty, kind=Path),
+    needed("--to FORMAT", "gguf or compressed-tensors.", values=("gguf", "compressed-tensors")),
+    needed("--out PLACE", "The .gguf file, or the directory.", kind=Path),
     option(
         "--like FILE",
         "Template to copy the rest from: the file that was pruned, or that llama.cpp made of the dense model.",
         GGUF,
     ),
     option("--model MODEL", "The dense model.", GGUF, shown="--like, converted"),
-    option(
+    keeping(
         "--head TYPE",
         "Type of embedding and output head: keep (that of --like), q8_0 or q6_k.",
         GGUF,
-        default="keep",
         values=("keep", "q8_0", "q6_k"),
     ),
     use.SAVE,

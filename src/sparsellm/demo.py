@@ -223,10 +223,8 @@ def _answer(path: Path, threads: int) -> tuple[str, int]:
     model.generation_config.top_p = TOP_P
     asked = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    written = generate(
-        model, tokenizer, str(prompt), max_new_tokens=TEXT_TOKENS, temperature=TEMPERATURE, threads=threads
-    )
-    return written.text, machine.peak_rss()
+    said = generate(model, tokenizer, str(prompt), max_new_tokens=TEXT_TOKENS, temperature=TEMPERATURE, threads=threads)
+    return said.text, machine.peak_rss()
 
 
 def places(out: Path | None) -> tuple[Path, Path]:

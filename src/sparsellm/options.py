@@ -62,8 +62,10 @@ def option(
 
 
 flag = partial(option, default=False)
+keeping = partial(option, default="keep")  # a type that stays as it is unless another is named
 repeatable = partial(option, panel=WHAT, kind=list[str])
-out = partial(option, "--out DIR", default=Parameter.empty)  # the directory that a command must write to
+needed = partial(option, default=Parameter.empty)
+out = partial(needed, "--out DIR")  # the directory that a command must write to
 
 
 def required(parameter: Parameter) -> str:
@@ -155,9 +157,7 @@ RUNNING = [
     ),
 ]
 SERVED = [option("--threads N", "CPU threads.", RESOURCES, shown="as torch chooses"), *RUNNING]
-SAVE = option(
-    "--save/--no-save", "Append the result to results.json in a directory that sparsellm wrote.", default=True
-)
+SAVE = flag("--save/--no-save", "Append the result to results.json in a directory that sparsellm wrote.", default=True)
 VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
 JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")
 REPORTING = [flag("--quiet -q", "Print no progress, only the result, warnings and errors."), VERBOSE, JSON]

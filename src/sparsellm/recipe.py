@@ -14,17 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic.functional_validators import field_validator, model_validator
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 from sparsellm.inputs import check_size, dump_yaml, parse_bytes, parse_yaml, read_yaml, without_folders

@@ -185,10 +185,8 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
 
     shown.add_row("weights", *(_megabytes(form.weight_bytes) for form in forms))
     shown.add_row("perplexity, held-out text", *(f"{form.evaluation.value:.2f}" for form in forms))
-    shown.add_row("KL from dense, nats a token", *(f"{each.kl:.3f}" if each is not None else "0" for each in against))
-    shown.add_row(
-        "same next token as dense", *(f"{each.agreement:.1%}" if each is not None else "100%" for each in against)
-    )
+    shown.add_row("KL from dense, nats a token", *(f"{each.kl:.3f}" if each else "0" for each in against))
+    shown.add_row("same next token as dense", *(f"{each.agreement:.1%}" if each else "100%" for each in against))
     if (pair := speeds.decoding) is not None:
         dense, packed, eager = (f"{each.median:.1f}" for each in (pair.dense, pair.packed, pair.transformers))
         other = result.q4_0_tokens_per_second
