@@ -17,7 +17,7 @@ from sparsellm import arguments, machine, parallel
 from sparsellm.arguments import Checkpoint, Model, checked
 from sparsellm.calibration.sources import DOCUMENTS, IDS, as_text, settle_calibration
 from sparsellm.calibration.texts import Text
-from sparsellm.calibration.windows import check_seq_len, evaluation_windows, leading_token, windows_of_ids
+from sparsellm.calibration.windows import check_seq_len, evaluation_windows, leading_token, seq_len_of, windows_of_ids
 from sparsellm.chain import open_chain
 from sparsellm.chain.chain import outline
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
@@ -39,7 +39,7 @@ from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.needs import foresee
-from sparsellm.run.opening import default_seq_len, load_whole, open_model, set_products
+from sparsellm.run.opening import load_whole, open_model, set_products
 from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult
 from sparsellm.run.speeds import named
@@ -296,8 +296,7 @@ class Opened:
         config = self.chain.config
         if isinstance(text, Tensor):
             return check_vocabulary(windows_of_ids(text, config, seq_len, max_tokens, bos), config)
-        seq_len = seq_len or default_seq_len(self.chain)
-        check_seq_len(config, seq_len)
+        seq_len = seq_len_of(config, seq_len)
         if self.tokenizer is None:
             raise DataError("a model given as an object needs tokenizer=..., or token ids in place of a text")
         windows = evaluation_windows(text, self.tokenizer, seq_len, max_tokens, bos)

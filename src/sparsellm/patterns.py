@@ -101,10 +101,8 @@ class NM(Pattern):
 
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
         if shape[1] % self.m:
-            raise RecipeError(
-                f"{name} has {shape[1]} inputs, which {self.m} does not divide; "
-                f"leave it out, or choose another pattern than {self}"
-            )
+            odd = f"{name} has {shape[1]} inputs, which {self.m} does not divide"
+            raise RecipeError(f"{odd}; leave it out, or choose another pattern than {self}")
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
         return self.unchecked(scores.T).T

@@ -237,19 +237,15 @@ class Recipe(BaseModel):
                 f"{pattern} cannot reach sparsity {self.sparsity:g}, because it keeps 1 to {m} - 1 of {m}; change one"
             )
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
-            raise RecipeError(
-                f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens; "
-                "lower samples or seq_len"
-            )
+            many = f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens"
+            raise RecipeError(f"{many}; lower samples or seq_len")
         if self.experts is not None and self.experts > 1 and self.experts % 1:
             raise RecipeError(f"experts {self.experts:g} is neither a share below 1 nor a whole number to keep")
         if m is not None and self.allocation == "uniform":
             raise RecipeError(f"{pattern} needs an allocation, and uniform chooses none; take another, or fix the N")
         if fixed and self.allocation not in (None, "uniform"):
-            raise RecipeError(
-                f"allocation {self.allocation} cannot go with {pattern}, which fixes the sparsity of every linear; "
-                "leave out one"
-            )
+            both = f"allocation {self.allocation} cannot go with {pattern}, which fixes the sparsity of every linear"
+            raise RecipeError(f"{both}; leave out one")
         return self
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from sparsepack.files import context_limit
 
 Given = str | Text  # the name of a source, or documents
 
+DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 TOKENISING = 200  # bytes that fast tokenizers hold for each character of a text; 172 to 262 were measured
 _MOST_MISSES = 10_000  # documents in a row that are too short, before a source is refused for having too few long ones
 _MOST_REPEATED = 1024  # windows that may be drawn from a text of any length; more that overlap only repeat the text
@@ -78,19 +79,15 @@ def calibration_windows(
     ids = read(_joined(text, tokenizer), least=length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
-        raise DataError(
-            f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn, not "
-            f"{samples}; lower samples, or name a longer text"
-        )
+        few = f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn"
+        raise DataError(f"{few}, not {samples}; lower samples, or name a longer text")
     if samples * length > len(ids):
         few = f"{_called(source)} has {len(ids)} tokens, so that {samples} windows of {seq_len} overlap"
         warnings.warn(f"{few}; a longer text gives a better model", Note, stacklevel=2)
     return _led(ids.unfold(0, length, 1)[_offsets(len(ids), samples, fresh, length, generator)], lead)
 
 
-def mixed_windows(
-    source: str, sizes: Sequence[int], draw: Callable[[str, int, int], Tensor]
-) -> tuple[Tensor, list[str]]:
+def mixed_windows(source: str, sizes: list[int], draw: Callable[[str, int, int], Tensor]) -> tuple[Tensor, list[str]]:
     """The windows of a mixture in groups of these ``sizes``, such as the sets of a walk and the passes of a sweep.
 
     In each group every source has its share of the windows, rounded by largest remainders, and they are interleaved
@@ -166,6 +163,14 @@ def evaluation_windows(
     return _led(ids[: windows * length].view(windows, length), lead)
 
 
+def seq_len_of(config: PretrainedConfig, asked: int | None) -> int:
+    """The tokens of a window: those that are asked for, or else 2048, or the number of the model's positions if that is
+    less. Raises DataError as :func:`check_seq_len`."""
+    seq_len = asked or min(DEFAULT_SEQ_LEN, context_limit(config) or DEFAULT_SEQ_LEN)
+    check_seq_len(config, seq_len)
+    return seq_len
+
+
 def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
     """Raises DataError for windows longer than a model has positions; a config without a limit takes any."""
     limit = context_limit(config)
@@ -177,10 +182,8 @@ def check_memory(windows: int, seq_len: int) -> None:
     """Refuses windows whose token ids do not fit into the memory, before anything is allocated."""
     needed, free = 8 * windows * seq_len, machine.free_memory()
     if needed > free:
-        raise DataError(
-            f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and {free / 1e9:.1f} GB "
-            "of memory are free; lower samples, effort or seq_len"
-        )
+        take = f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids"
+        raise DataError(f"{take}, and {free / 1e9:.1f} GB of memory are free; lower samples, effort or seq_len")
 
 
 def _joined(text: Text, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -211,10 +214,8 @@ def _tokens(source: Given, tokenizer: PreTrainedTokenizerBase, lead: int | None,
     ids = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     ids = ids[1:] if lead is not None and ids[:1] == [lead] else ids
     if len(ids) < least:
-        raise DataError(
-            f"{_called(source)} has {len(ids)} tokens and {least} are needed for one window; "
-            "lower seq_len, or name a longer text"
-        )
+        few = f"{_called(source)} has {len(ids)} tokens and {least} are needed for one window"
+        raise DataError(f"{few}; lower seq_len, or name a longer text")
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -186,10 +186,8 @@ class Chain(ModelWeights):
         family = type(self.model).__name__
         if index != called:
             when = "more than once" if index < called else f"before {self.block_names[called]}"
-            raise ModelError(
-                f"the forward of {family} calls {self.block_names[index]} {when}; only models that call each block "
-                "once, in order, are pruned"
-            )
+            calls = f"the forward of {family} calls {self.block_names[index]} {when}"
+            raise ModelError(f"{calls}; only models that call each block once, in order, are pruned")
         if inputs and hidden is not inputs[0] and not torch.equal(hidden, inputs[0]):
             raise ModelError(
                 f"the forward of {family} changes the hidden states between {self.block_names[index - 1]} and "

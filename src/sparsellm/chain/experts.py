@@ -81,11 +81,9 @@ class Expert(nn.Module):
             return layout.activation(up)
         gate = self.get_submodule(GATE)(x)
         if layout.apply_gate is None:
-            product: Tensor = layout.activation(gate) * up
-            return product
-        return layout.apply_gate(
-            torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
-        )
+            return layout.activation(gate) * up
+        both = torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
+        return layout.apply_gate(both)
 
     def frozen(self) -> Expert:
         """A copy with copies of its weights."""
@@ -184,10 +182,8 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
         twins[id(module)] = module
         return module
     if "forward" in vars(module):
-        raise ModelError(
-            f"{type(module).__name__} of the model has a forward of its own, as a device_map sets it; load the model "
-            "without device_map"
-        )
+        has = f"{type(module).__name__} of the model has a forward of its own, as a device_map sets it"
+        raise ModelError(f"{has}; load the model without device_map")
     twin = copy.copy(module)
     twins[id(module)] = twin
     vars(twin)["_modules"] = children

@@ -201,10 +201,8 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
         )
     readers: int = getattr(chain.config.get_text_config(), "num_kv_shared_layers", 0)
     if token_states and _keeps_state(calls[0]) and readers:
-        raise ModelError(
-            f"blocks of {type(chain.model).__name__} read keys and values of earlier ones, to which gradients and "
-            f"sweeps do not go back; {LOCAL}"
-        )
+        read = f"blocks of {type(chain.model).__name__} read keys and values of earlier ones"
+        raise ModelError(f"{read}, to which gradients and sweeps do not go back; {LOCAL}")
     chain.check_handed(windows[:1])
 
 

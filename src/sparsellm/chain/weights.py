@@ -109,16 +109,12 @@ class ModelWeights:
     def _in_tower(self, name: str) -> bool:
         return name.startswith(tuple(f"{tower}." for tower in self.towers))
 
-    def _check_shapes(
-        self, values: Mapping[str, Tensor], stacks: Mapping[str, Tensor], reader: CheckpointReader
-    ) -> None:
+    def _check_shapes(self, values: dict[str, Tensor], stacks: dict[str, Tensor], reader: CheckpointReader) -> None:
         """Refuses weights that are missing, or of another shape; ``stacks`` has the parameters that parts are of."""
         for name in values:
             if name not in self.key_of and not self._in_tower(name):
-                raise ModelError(
-                    f"weight {name} of the model of config.json is not in {reader.directory}; the checkpoint is "
-                    "incomplete, or of another model: download it again"
-                )
+                lacks = f"weight {name} of the model of config.json is not in {reader.directory}"
+                raise ModelError(f"{lacks}; the checkpoint is incomplete, or of another model: download it again")
         for name, key in self.key_of.items():
             shape: tuple[int, ...] | None = self._shapes[key]
             if name in self.parts:
@@ -127,10 +123,8 @@ class ModelWeights:
                 except (IndexError, RuntimeError):  # the tensor does not have this part
                     shape = None
             if shape != tuple(values[name].shape):
-                raise ModelError(
-                    f"weight {key} has shape {self._shapes[key]} in {reader.directory}, "
-                    f"but its config asks for {tuple(stacks.get(name, values[name]).shape)}"
-                )
+                has = f"weight {key} has shape {self._shapes[key]} in {reader.directory}"
+                raise ModelError(f"{has}, but its config asks for {tuple(stacks.get(name, values[name]).shape)}")
 
     def _check_dtypes(self, values: Mapping[str, Tensor]) -> None:
         """Refuses weights of anything but floating point of 16 bits or more."""
@@ -339,11 +333,8 @@ class ModelWeights:
             return self._tensors(self._outer)
         reader = self.reader
         blocks = {self.key_of[name] for index in range(len(self)) for name in self.names_of(index)}
-        return {
-            key: TensorSource(reader.dtype(key), reader.shape(key), partial(reader.get, key))
-            for key in reader
-            if key not in blocks
-        }
+        outer = [key for key in reader if key not in blocks]
+        return {key: TensorSource(reader.dtype(key), reader.shape(key), partial(reader.get, key)) for key in outer}
 
     def _tensors(self, names: list[str]) -> dict[str, TensorSource]:
         members: dict[str, list[str]] = {}

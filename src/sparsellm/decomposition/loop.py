@@ -102,10 +102,8 @@ def prune_feed_forward(
             except NumericalError as failure:
                 if best is None or not settings.safeguard:
                     before = ", ".join(f"{step.train_error:.3g}" for step in history) or "none"
-                    raise NumericalError(
-                        f"the alternation diverged in iteration {len(history)} (relative errors before it: {before}): "
-                        f"{failure}"
-                    ) from failure
+                    when = f"in iteration {len(history)} (relative errors before it: {before})"
+                    raise NumericalError(f"the alternation diverged {when}: {failure}") from failure
                 error, value = math.inf, None
             on_held_out, on_train = (error, None) if held_out else (None, error)
             history.append(Step(iteration=iteration, held_out_error=on_held_out, train_error=on_train, objective=value))

@@ -138,9 +138,7 @@ def lines(
     for position, values in enumerate(series.values()):
         alike.setdefault(tuple(map(shown, values)), []).append(position)
     names, every = list(series), list(series.values())
-    traces = [
-        line(", ".join(names[each] for each in places), x[1], every[places[0]], places[0]) for places in alike.values()
-    ]
+    traces = [line(", ".join(names[each] for each in at), x[1], every[at[0]], at[0]) for at in alike.values()]
     layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(traces) <= MOST_NAMED}
     return Chart(*heading, _table(*x, series, shown), traces, layout)
 
@@ -200,15 +198,13 @@ def _heat_map(heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, l
 
 def maps(pruning: Pruning) -> list[Chart]:
     """Sparsity and relative error by kind of linear and block."""
-    sparsity = "The fraction of zeros of each linear, {}. Darker is denser."
+    sparsity = ("sparsity", "Sparsity of each linear", "The fraction of zeros of each linear, {}. Darker is denser.")
     error = (
         "‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to, {}; the colours are "
         "logarithmic, and darker is a smaller error."
     )
     return [
-        _heat_map(
-            ("sparsity", "Sparsity of each linear", sparsity), pruning, sparsity_of, axis("zeros", tickformat=".0%")
-        ),
+        _heat_map(sparsity, pruning, sparsity_of, axis("zeros", tickformat=".0%")),
         _heat_map(("error", "Error of each linear", error), pruning, error_of, axis("log₁₀ error"), log=True),
     ]
 

@@ -16,6 +16,7 @@ from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Plotly, Table, megabytes, number, percent, short_number
 from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
 from sparsellm.report.document import page, write_page
+from sparsellm.storage.directory import Place
 
 DENSE = "dense"  # the name of the dense model, which no run has
 RECOVERY = 0.95  # the least one of a recommended run, unless something else is asked for
@@ -63,11 +64,7 @@ def recommend(runs: Sequence[Candidate], recover: float | None, max_bytes: float
 
 
 def write_comparison(
-    directories: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    recover: float | None = None,
-    max_bytes: int | None = None,
+    directories: Sequence[Place], out: Place, *, recover: float | None = None, max_bytes: int | None = None
 ) -> Path:
     """Writes one page that compares two or more pruned checkpoints of one model, and returns its path. It recommends a
     run with a recovery of at least ``recover``, and at most ``max_bytes`` of packed weight files, as far as their size
@@ -184,9 +181,7 @@ def _advice(runs: Sequence[Candidate], packed: bool, recover: float | None, max_
     return text if best is most else f"{text} The best recovery is that of {said(most)}."
 
 
-def _values(
-    records: Sequence[Checkpoint], names: Sequence[str], protocol: Protocol | None
-) -> list[tuple[str, _Values]]:
+def _values(records: Sequence[Checkpoint], names: list[str], protocol: Protocol | None) -> list[tuple[str, _Values]]:
     """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
     values, setting = list[tuple[str, _Values]](), None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}

@@ -24,6 +24,7 @@ from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
 from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
 from sparsellm.storage.contents import changing, listed_files
+from sparsellm.storage.directory import Place
 from sparsellm.storage.files import write_bytes
 from sparsepack.files import read_bytes
 
@@ -32,12 +33,7 @@ GENERATOR = "sparsellm report"  # tells a file of ours from others
 _HEAD = 2048  # bytes at the beginning of a file in which that must stand
 
 
-def write_report(
-    directory: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    name: str | os.PathLike[str] | None = None,
-) -> Path:
+def write_report(directory: Place, out: Place | None = None, *, name: Place | None = None) -> Path:
     """Writes the report of a pruned checkpoint, packed or not, and returns its path.
 
     Args:
@@ -53,7 +49,7 @@ def write_report(
     return write_page(render_run(record), record.directory / REPORT if out is None else out)
 
 
-def write_page(page: bytes, out: str | os.PathLike[str]) -> Path:
+def write_page(page: bytes, out: Place) -> Path:
     """Writes a page, and returns its path, links to its folder resolved; errors as in :func:`check_page`."""
     place = check_page(out)
     if listed_files(place.parent) is None:  # no checkpoint of ours
@@ -63,7 +59,7 @@ def write_page(page: bytes, out: str | os.PathLike[str]) -> Path:
         return write(place.name, page)
 
 
-def check_page(out: str | os.PathLike[str]) -> Path:
+def check_page(out: Place) -> Path:
     """The path of a page, links to its folder resolved. A StorageError if it is not a new file, or a report of ours or
     a link to one, which is replaced and not followed."""
     text = os.fspath(out)

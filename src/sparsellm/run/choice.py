@@ -121,10 +121,9 @@ class Choice:
 
     def settings(self, recipe: Recipe) -> Options:
         """Every setting of a recipe that the bits of the result depend on, with all defaults."""
+        without = {"memory", "device_memory", "min_tokens_per_expert", "products", "effort"}
         return {
-            **recipe.named.model_dump(
-                exclude={"memory", "device_memory", "min_tokens_per_expert", "products", "effort"}
-            ),
+            **recipe.named.model_dump(exclude=without),
             "options": self.options,
             "passes": self.passes,
             "sets": self.sets,

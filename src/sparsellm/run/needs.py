@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 
 from sparsellm.calibration.sources import SELF, shares_of
-from sparsellm.calibration.windows import check_seq_len
+from sparsellm.calibration.windows import seq_len_of
 from sparsellm.chain import Chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs import about, parse_bytes
@@ -23,7 +23,6 @@ from sparsellm.records import Memory, Prediction
 from sparsellm.run import predictions
 from sparsellm.run.choice import PASSES, Choice, patterns_of
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Journal
-from sparsellm.run.opening import default_seq_len
 from sparsellm.run.predictions import DEVICE_SHARE, STREAMED, Demand, Extent, checkpoint_bytes
 from sparsellm.run.speeds import Speeds, measured
 from sparsellm.sweep.whole_model import check_sweepable
@@ -35,8 +34,7 @@ LOCAL = ("sparsegpt", "wanda")  # methods that hold less, for models that no eff
 
 def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, sharers: int = 1) -> Extent:
     """The windows that a recipe asks for, where the text has room for all."""
-    seq_len = recipe.seq_len or default_seq_len(chain)
-    check_seq_len(chain.config, seq_len)
+    seq_len = seq_len_of(chain.config, recipe.seq_len)
     # The sweep takes new windows where the dense model can run: one in memory, or with fewer experts, is another.
     fresh = choice.passes if chain.reader is not None and recipe.experts is None else 0
     of_pass = choice.windows_of_pass(recipe.samples, seq_len)
@@ -194,8 +192,7 @@ def foresee(
     notes = []
     if why:
         lower = [effort for effort, passes in enumerate(PASSES) if passes < prediction.passes]
-        others: list[dict[str, JsonValue]]
-        others = [{"effort": effort} for effort in reversed(lower)]
+        others: list[dict[str, JsonValue]] = [{"effort": effort} for effort in reversed(lower)]
         others += [{"method": name, "options": {}, **dict.fromkeys(SWEEP)} for name in LOCAL]
         fits = (each for each in others if fitting(recipe.updated(**each), ranks) is not None)
         name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))

@@ -19,13 +19,7 @@ from sparsellm import parallel
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.sources import DOCUMENTS, SELF
 from sparsellm.calibration.texts import Text
-from sparsellm.calibration.windows import (
-    calibration_windows,
-    check_seq_len,
-    leading_token,
-    mixed_windows,
-    windows_of_ids,
-)
+from sparsellm.calibration.windows import calibration_windows, leading_token, mixed_windows, seq_len_of, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import check_vocabulary, load_config, load_tokenizer, shape_difference
 from sparsellm.chain.products import Bf16Products
@@ -43,11 +37,10 @@ from sparsellm.storage.files import explained
 from sparsellm.storage.reader import CheckpointReader, as_storage_error, open_checkpoint
 from sparsellm.sweep.whole_model import cut_to
 from sparsepack.checkpoint import is_packed
-from sparsepack.files import config_difference, context_limit
+from sparsepack.files import config_difference
 from sparsepack.loading import load
 
 Model = str | os.PathLike[str] | PreTrainedModel
-DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
 
 @dataclass(frozen=True)
@@ -274,8 +267,7 @@ def read_windows(
 
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
-    seq_len = recipe.seq_len or default_seq_len(chain)
-    check_seq_len(chain.config, seq_len)
+    seq_len = seq_len_of(chain.config, recipe.seq_len)
     lead, seed = leading_token(tokenizer, recipe.bos), recipe.seed
 
     def draw(source: str, samples: int, fresh: int) -> Tensor:
@@ -314,11 +306,6 @@ def _kept(chain: Chain, progress: ProgressCallback, asked: object, write: Callab
         return folder / "windows.safetensors"
 
     return load_file(cached(cache_dir() / "written" / f"{key}.safetensors", make))["windows"]
-
-
-def default_seq_len(chain: Chain) -> int:
-    """2048 tokens, or the number of the model's positions if that is less."""
-    return min(DEFAULT_SEQ_LEN, context_limit(chain.config) or DEFAULT_SEQ_LEN)
 
 
 def _cut(windows: Tensor, lead: int | None, sharers: int) -> Tensor:

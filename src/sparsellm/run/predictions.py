@@ -157,10 +157,8 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_devic
         steps = {name: Held(0, max(0, step.movable - held)) for name, step in steps.items()}
     needs = base + steps[worst].working + steps[worst].read
     if needs > most:
-        raise MemoryBudgetError(
-            f"this run needs {_gb(needs)} ({_gb(start)} before the start, {_gb(needs - start)} for {worst}) and "
-            f"may take {_gb(most)}; allow more with --memory, {advice}"
-        )
+        asks = f"this run needs {_gb(needs)} ({_gb(start)} before the start, {_gb(needs - start)} for {worst})"
+        raise MemoryBudgetError(f"{asks} and may take {_gb(most)}; allow more with --memory, {advice}")
     room = int(most * (1 - SLACK)) - base
     memory = _room(steps, room)
     sizes = {

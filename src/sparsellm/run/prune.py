@@ -70,16 +70,12 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         finished = journal.finished(progress)
         for record in finished:
             clock.add(record.seconds)
-        predicted = plan.prediction.seconds
-        progress(Progress(PLAN, costs=predicted))
+        progress(Progress(PLAN, costs=plan.prediction.seconds))
         if request.removed is not None:
             clock.add(request.removed.seconds)
-            predicted = request.removed.plan.whole.seconds
         folder = partial_of(plan.out) if plan.out is not None else None
         memory = plan.prediction.memory
-        scratch = Scratch(
-            memory.hidden_in_memory_bytes, folder, spare=memory.kept_bytes, on_device=memory.hidden_on_device_bytes
-        )
+        scratch = Scratch(memory.hidden_in_memory_bytes, folder, memory.kept_bytes, memory.hidden_on_device_bytes)
         feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
         targets = survey(plan, feed, journal, len(finished) == len(chain), clock)
         if plan.model.start is not None:
@@ -88,7 +84,7 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         dense = _dense_end(plan, feed, clock)
         blocks = _walk(plan, targets, feed, journal, finished, clock)
         pruned = _sweep(plan, feed, dense, journal, blocks, clock)
-        result = _result(plan, targets, pruned, journal, finished, predicted, clock)
+        result = _result(plan, targets, pruned, journal, finished, clock)
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(partial(_save, plan, result, journal.writer, progress))
     return result
@@ -173,10 +169,9 @@ def _sweep(
     first, *others = plan.windows.swept
     machine.trim()  # what the walk has freed
     with clock.phase("sweep"):
-        states = dense.hidden if dense is not None else None
         task = SweepTask(
             replace(feed, windows=first),
-            states,
+            dense.hidden if dense is not None else None,
             choice.passes,
             plan.recipe.seed,
             write,
@@ -195,20 +190,14 @@ def _sweep(
 
 
 def _result(
-    plan: Plan,
-    targets: Targets,
-    pruned: Pruned,
-    journal: Journal,
-    finished: Sequence[BlockRecord],
-    predicted: dict[str, float],
-    clock: PhaseClock,
+    plan: Plan, targets: Targets, pruned: Pruned, journal: Journal, finished: list[BlockRecord], clock: PhaseClock
 ) -> PruneResult:
     """The result of a run, with the warnings that follow from it."""
-    chain, recipe, allocation = plan.chain, plan.recipe, targets.allocation
+    chain, recipe, allocation, removed = plan.chain, plan.recipe, targets.allocation, plan.request.removed
     with clock.phase("count"):
         dense = parallel.from_main(partial(left_dense, chain, recipe, pruned.linears, journal.written))
-    experts = plan.request.removed.experts if plan.request.removed is not None else []
-    warnings = [*plan.warnings, *other_conditions(list(finished))]
+    experts = removed.experts if removed is not None else []
+    warnings = [*plan.warnings, *other_conditions(finished)]
     warnings += few_tokens(pruned.linears, recipe.min_tokens_per_expert) + rarely_chosen(experts)
     warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
     return PruneResult(
@@ -225,7 +214,7 @@ def _result(
         peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), pruned.peak))),
         calibration_tokens=plan.windows.first.numel(),
         calibration_bos=plan.windows.bos,
-        predicted_seconds=predicted,
+        predicted_seconds=(plan if removed is None else removed.plan).whole.seconds,
         resumed=len(finished),
         warnings=warnings,
         memory=plan.prediction.memory,

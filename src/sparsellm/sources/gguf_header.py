@@ -43,10 +43,8 @@ def check_header(path: Path) -> tuple[list[str], str, int]:
         blocks = key.endswith(".block_count")
         most = min(tensors, DEEPEST) if blocks else max(MANY, largest)
         if (blocks or _SIZES.fullmatch(key)) and not 0 <= value <= most:
-            raise ModelError(
-                f"{path} cannot be converted: it says {key} {value}, and has {tensors} tensors of at most {largest} "
-                f"rows or columns (blocks: at most {DEEPEST}); fetch it again"
-            )
+            has = f"has {tensors} tensors of at most {largest} rows or columns (blocks: at most {DEEPEST})"
+            raise ModelError(f"{path} cannot be converted: it says {key} {value}, and {has}; fetch it again")
     return unread, split, weights
 
 

@@ -23,19 +23,21 @@ from sparsellm.storage import files
 from sparsellm.storage.contents import LIST, foreign_entries, listed_files, unknown_entries
 from sparsellm.storage.files import empty, explained, keep_record, kept_record, locked, remove_torn, user_of_new_files
 
+Place = str | os.PathLike[str]
+
 PARTIAL = ".partial"  # how the name of a working directory ends
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
 RUN, PUBLISHING = "run.json", "publishing.json"  # the run's identity; exists while its result is renamed
 BLOCKS, SWEPT, REPLACED = "blocks", "swept", "replaced"  # folders: the walk's checkpoint, the sweep's, the older one
 
 
-def partial_of(out: str | os.PathLike[str]) -> Path:
+def partial_of(out: Place) -> Path:
     """The working directory of a checkpoint: next to the directory that ``out`` leads to."""
     place = resolved(out)
     return place.with_name(f"{place.name}{PARTIAL}")
 
 
-def resolved(path: str | os.PathLike[str]) -> Path:
+def resolved(path: Place) -> Path:
     """The absolute path without links; ``~`` is the user's home, as in the name of a model."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
@@ -62,7 +64,7 @@ class WorkingDirectory(contextlib.ExitStack):
 
     def __init__(
         self,
-        out: str | os.PathLike[str],  # the directory of the result
+        out: Place,  # the directory of the result
         identity: Mapping[str, object],  # everything that the result depends on, as JSON values
         *,
         overwrite: bool = False,  # replace the checkpoint in ``out``; it is kept until the new one is complete
@@ -141,10 +143,8 @@ def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: b
         changed = [*differences(left, identity)][:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
         other = left.get("model") != identity.get("model")
         again = "a model object that it changed must be loaded anew; " if other else ""
-        raise StorageError(
-            f"{partial} holds another unfinished run: {'; '.join(changed)}; "
-            f"{again}repeat its settings to resume it, or give --restart to start again"
-        )
+        holds = f"{partial} holds another unfinished run: {'; '.join(changed)}"
+        raise StorageError(f"{holds}; {again}repeat its settings to resume it, or give --restart to start again")
 
 
 def _check_entries(partial: Path) -> None:
@@ -169,11 +169,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def check_destination(
-    out: str | os.PathLike[str],
-    *,
-    sources: Iterable[str | os.PathLike[str]] = (),
-    overwrite: bool = False,
-    need_bytes: int = 0,
+    out: Place, *, sources: Iterable[Place] = (), overwrite: bool = False, need_bytes: int = 0
 ) -> Path:
     """The directory that ``out`` leads to, absolute and without links, after all checks.
 
@@ -189,7 +185,7 @@ def check_destination(
     return place
 
 
-def check_place(out: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]] = ()) -> Path:
+def check_place(out: Place, sources: Iterable[Place] = ()) -> Path:
     """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it
     cannot be written, overlaps with a source or with another run, or is a mount point."""
     try:

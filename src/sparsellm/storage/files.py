@@ -132,11 +132,10 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        why = f"cannot write {path!s:.300}: {error.strerror or error}; name another directory"
         if error.errno in _FULL:
-            raise StorageError(
-                f"the disk of {path} is full; make room and run the same command again to resume it"
-            ) from error
-        raise StorageError(f"cannot write {path!s:.300}: {error.strerror or error}; name another directory") from error
+            why = f"the disk of {path} is full; make room and run the same command again to resume it"
+        raise StorageError(why) from error
 
 
 @contextlib.contextmanager

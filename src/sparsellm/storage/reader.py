@@ -66,10 +66,8 @@ class CheckpointReader:
                 if file_of.get(name, file.name) != file.name:
                     continue  # the index names another shard for it
                 if name in self._stored:
-                    raise StorageError(
-                        f"tensor {name} is in both {self._stored[name].file.name} and {file.name} of {directory}; "
-                        "keep the files of one checkpoint only"
-                    )
+                    both = f"{self._stored[name].file.name} and {file.name} of {directory}"
+                    raise StorageError(f"tensor {name} is in both {both}; keep the files of one checkpoint only")
                 self._stored[name] = stored
         self._digests: dict[str, str] = {}
         self._verified: set[str] = set()
@@ -150,10 +148,8 @@ class CheckpointReader:
                 digest.update(memory_of(data))
                 bad += not_finite(data.view(stored.dtype))
         if bad:
-            raise NumericalError(
-                f"weight {name} in {stored.file} has {bad} NaN or infinite values; "
-                "this checkpoint is damaged: download or convert it again"
-            )
+            has = f"weight {name} in {stored.file} has {bad} NaN or infinite values"
+            raise NumericalError(f"{has}; this checkpoint is damaged: download or convert it again")
         return digest.hexdigest()
 
 
@@ -272,10 +268,8 @@ def _header(file: Path) -> dict[str, _Stored]:
     tensors: dict[str, _Stored] = {}
     for name, fields in header.items():
         if fields["dtype"] not in DTYPES:
-            raise StorageError(
-                f"tensor {name} in {file} has dtype {fields['dtype']}, which is not read; "
-                "convert the checkpoint to bfloat16, float16 or float32"
-            )
+            has = f"tensor {name} in {file} has dtype {fields['dtype']}, which is not read"
+            raise StorageError(f"{has}; convert the checkpoint to bfloat16, float16 or float32")
         dtype, shape, (begin, end) = DTYPES[fields["dtype"]], tuple(fields["shape"]), fields["data_offsets"]
         tensors[name] = _Stored(file, stamp, dtype, shape, 8 + length + begin, end - begin)
     return tensors

@@ -228,10 +228,8 @@ def _hook(see: See, reads_inputs: bool) -> See:
 
         def arrived(gradient: Tensor) -> None:
             if reads_inputs and given._version != version:
-                raise ModelError(
-                    f"the model changes the input of {linear.name} in place, so it has no gradient; do without: "
-                    f"{WITHOUT}"
-                )
+                why = f"the model changes the input of {linear.name} in place, so it has no gradient"
+                raise ModelError(f"{why}; do without: {WITHOUT}")
             see(linear, given, gradient.detach())
 
         if y.requires_grad:  # else the loss does not depend on this linear
