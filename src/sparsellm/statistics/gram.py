@@ -167,8 +167,8 @@ class Gram:
                 notes = (f"damping raised from {asked:g} to {damping:g}: {name} could not be factorised",)
                 return Factor(lower, damping, notes if damping != asked else ())
             damping = damping * 10 if damping > 0 else 1e-6
-        failed = f"{name} could not be factorised with any damping from {asked:g} to {damping / 10:g}"
-        raise NumericalError(f"{failed}; use more calibration tokens, or look for inputs of enormous size")
+        tried = f"{name} could not be factorised with any damping from {asked:g} to {damping / 10:g}"
+        raise NumericalError(f"{tried}; use more calibration tokens, or look for inputs of enormous size")
 
 
 class GramAccumulator:
