@@ -354,12 +354,7 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
     if code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 2000):
         return "more than a line", shown
     allowed = command.kept if code == 2 else (*command.changed, *command.kept)
-    patterns = [
-        pattern.replace(item[0], glob.escape(item[1]))
-        for pattern in allowed
-        for item in places.items()
-        if item[0] in pattern
-    ]
+    patterns = [each.replace(key, glob.escape(path)) for each in allowed for key, path in places.items() if key in each]
     changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
     made_for_out = [str(parent) for parent in Path(places.get("{out}", "")).parents if code == 0]
     patterns += [glob.escape(parent) for parent in made_for_out if parent not in before]

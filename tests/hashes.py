@@ -29,10 +29,7 @@ from tests.parallel.processes import run_in
 FAMILIES: dict[str, Any] = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2}
 TARGETS: dict[str, dict[str, Any]] = {"0.6": {"sparsity": 0.6}, "2:4": {"pattern": "2:4"}}
 METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda"},
-    "sparsegpt": {"method": "sparsegpt"},
-    "admm": {"method": "admm"},
+    **{name: {"method": name} for name in ("magnitude", "wanda", "sparsegpt", "admm", "sparsellm-paper")},
     "sparsellm effort 0": {"method": "sparsellm", "effort": 0},
     "sparsellm effort 1": {"method": "sparsellm", "effort": 1},
     "sparsellm solver sparsegpt": {"method": "sparsellm", "effort": 0, "options": {"solver": "sparsegpt"}},
@@ -40,7 +37,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsellm output_metric 0": {"method": "sparsellm", "effort": 0, "options": {"output_metric": 0.0}},
     "sparsellm norm_weighting 0": {"method": "sparsellm", "effort": 0, "options": {"norm_weighting": 0.0}},
     "sparsellm iterations 2": {"method": "sparsellm", "effort": 0, "options": {"iterations": 2}},
-    "sparsellm-paper": {"method": "sparsellm-paper"},
     "wanda values int8": {"method": "wanda", "values": "int8"},
     "sparsellm values int4": {"method": "sparsellm", "effort": 1, "values": "int4"},
 }

@@ -274,16 +274,11 @@ def check(example: Example) -> None:
     assert not any(name.endswith(".partial") for name in after)
 
 
-@pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own() -> Iterator[None]:
-    with alone():
-        yield
-
-
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_input_is_one_line_and_leaves_nothing(case: str, many: bool) -> None:
     """A thousand of them in all, if many."""
     examples = (20 if case == "command lines" else 5) * (12 if many else 1)
     how: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    settings(max_examples=examples, derandomize=not many, **how)(given(CASES[case]())(check))()
+    with alone():
+        settings(max_examples=examples, derandomize=not many, **how)(given(CASES[case]())(check))()

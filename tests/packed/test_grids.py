@@ -105,18 +105,14 @@ def test_the_scale_of_a_group_is_near_the_best() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("q4_0", lambda weight: weight.mul(1.001), "layer.q is not on the grid q4_0"),
-        ("w8a8", lambda weight: weight[:, :-1] + 1e-4, "layer.q is not on the grid w8a8"),
-        ("q8_0", lambda weight: weight * math.nan, "layer.q is not on the grid q8_0"),
-        (
-            "w4a16",
-            lambda weight: weight[:, :192],
-            "layer.q cannot be stored as w4a16: its 192 inputs are not a multiple",
-        ),
+        ("q4_0", lambda weight: weight.mul(1.001), "is not on the grid q4_0"),
+        ("w8a8", lambda weight: weight[:, :-1] + 1e-4, "is not on the grid w8a8"),
+        ("q8_0", lambda weight: weight * math.nan, "is not on the grid q8_0"),
+        ("w4a16", lambda weight: weight[:, :192], "cannot be stored as w4a16: its 192 inputs are not a multiple"),
     ],
 )
 def test_another_weight_is_refused_by_name(name: str, change: object, said: str) -> None:
     weight = on_grid(weight_of(1, torch.float32), name, torch.float32)
-    with pytest.raises(FormatError, match=said) as caught:
+    with pytest.raises(FormatError, match=f"layer.q {said}") as caught:
         codes_of(change(weight), GRIDS[name], "layer.q")  # type: ignore[operator]
     assert str(caught.value).isprintable()

@@ -37,16 +37,8 @@ from tests.sweep.helpers import halved, swept_by
 from tests.test_resume import fail_after_passes
 
 WINDOWS = 7  # three processes do not divide it
-
-
-def two_blocks() -> Any:
-    return tiny_llama(num_hidden_layers=2)
-
-
-def two_mixtures() -> Any:
-    return mixtral(num_hidden_layers=2)
-
-
+two_blocks = partial(tiny_llama, num_hidden_layers=2)
+two_mixtures = partial(mixtral, num_hidden_layers=2)
 SWEEP: dict[str, Any] = {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda", "output_metric": 0.0}}
 # name → family and recipe: every solver, N:M, an allocation by gradients, and the method with a median,
 # refits, and Adam on the whole model next to the dense stream

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsellm.storage.contents import LATER, LIST
-from sparsellm.storage.directory import WorkingDirectory
+from sparsellm.storage.directory import REPLACED, WorkingDirectory, partial_of
 from sparsellm.storage.files import TORN
 from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names
 
@@ -52,6 +52,12 @@ def value_of(directory: Path) -> float:
     for key, shard in index.items():
         assert torch.equal(load_file(directory / shard)[key], torch.full((3, 2), value))
     return value
+
+
+def value_there(place: Path) -> float | None:
+    """The value of the checkpoint under a name, or of the older one between two renames; None where there is none."""
+    places = [each for each in (place, partial_of(place) / REPLACED) if each.is_dir()]
+    return value_of(places[0]) if places else None
 
 
 def tree(directory: Path) -> dict[str, bytes | str | None]:

@@ -18,20 +18,13 @@ from sparsellm.errors import StorageError
 from sparsellm.records import Continuation
 from sparsellm.report.document import GENERATOR, write_page
 from sparsellm.storage.contents import LATER, changing, foreign_entries
-from sparsellm.storage.directory import REPLACED, partial_of
 from sparsellm.storage.files import TORN
 from sparsellm.storage.results import append_result
 from tests.killing import Died, dying, full_disk
-from tests.storage.small import source, tree, value_of, write
+from tests.storage.small import source, tree, value_of, value_there, write
 
 NAMES = ("a", "b")
 FATES = ("lives", "lives", "dies", "dies", "full disk")
-
-
-def value_there(place: Path) -> float | None:
-    """The value of the checkpoint under a name, or of the older one between two renames; None where there is none."""
-    places = [each for each in (place, partial_of(place) / REPLACED) if each.is_dir()]
-    return value_of(places[0]) if places else None
 
 
 def foreign(home: Path) -> dict[str, bytes | str | None]:

@@ -14,7 +14,7 @@ from sparsellm.errors import StorageError
 from sparsellm.storage import directory
 from sparsellm.storage.directory import PUBLISHING, REPLACED, STATE, WorkingDirectory, check_destination, partial_of
 from tests.killing import Died, dying
-from tests.storage.small import source, value_of, write
+from tests.storage.small import source, value_of, value_there, write
 
 pytestmark = pytest.mark.usefixtures("exchanges")
 
@@ -50,11 +50,6 @@ def steps_of(model: Path, out: Path) -> tuple[int, int]:
         patched.setattr(WorkingDirectory, "publish", lambda *a: (begin.append(steps.total()), publish(*a))[1])
         write(out, 2, model, overwrite=True)
     return steps.total(), begin[0]
-
-
-def value_there(out: Path) -> float:
-    """The checkpoint after a kill, under its name or, between two renames, in the working directory."""
-    return value_of(out if out.exists() else partial_of(out) / REPLACED)
 
 
 def killed(out: Path, model: Path, number: int) -> Path:
