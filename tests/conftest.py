@@ -20,6 +20,7 @@ from sparsellm.solvers import SOLVERS
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
 THREADS = torch.get_num_threads()
+Run = Callable[..., tuple[int, str, str]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,9 +80,7 @@ def forgotten_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Runs a command line in this process: its exit code, which can be asked for with ``exits``, stdout and stderr; by
     default 160 columns wide."""
 
@@ -106,7 +105,7 @@ def run(
 
 
 @pytest.fixture
-def refusal(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+def refusal(run: Run) -> Callable[..., str]:
     """The one line on stderr of a command line that ends with exit code 2 and prints nothing on stdout."""
 
     def call(*arguments: Any, **options: Any) -> str:

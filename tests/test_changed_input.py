@@ -120,9 +120,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_in_a_run_is_one_line_and_done_blocks_are_kept(
-    change: Callable[[Path], None], source: Path, tmp_path: Path
-) -> None:
+def test_a_change_is_one_line_and_blocks_are_kept(change: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         once_in_block(1, patched, lambda: change(source))
         with pytest.raises(StorageError, match=CHANGES[change]) as caught:

@@ -74,9 +74,7 @@ def test_quality_and_size_are_those_of_the_packed_checkpoint(llama: Path, tmp_pa
     assert "magnitude-0.5-int4-packed" in result.page.read_text(encoding="utf-8")
 
 
-def test_gradients_windows_and_the_dense_model_are_computed_once(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cells_share_is_computed_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     for module, name in ((running, "loss_gradients"), (perplexity, "_outputs")):
         real = getattr(module, name)
@@ -206,9 +204,7 @@ FOREIGN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_the_grid_did_not_write_stops_it_before_a_cell(
-    name: str, llama: Path, tmp_path: Path, run: Any, refusal: Any
-) -> None:
+def test_foreign_files_stop_it_before_a_cell(name: str, llama: Path, tmp_path: Path, run: Any, refusal: Any) -> None:
     out = tmp_path / "grid"
     assert run("compare", llama, "--out", out, *SMALL, "magnitude")[0] == 0
     make, message = FOREIGN[name]
@@ -218,10 +214,8 @@ def test_what_the_grid_did_not_write_stops_it_before_a_cell(
     assert tree(out) == before
 
 
-def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
-) -> None:
-    with monkeypatch.context() as stopped:
+def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(llama: Path, tmp_path: Path, run: Any) -> None:
+    with pytest.MonkeyPatch.context() as stopped:
         stopped.setattr(api, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Interrupted))
         assert run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[0] == 130
     packed = tmp_path / "grid" / "magnitude-0.5-packed"

@@ -25,6 +25,8 @@ from sparsellm.sources.gguf import gguf_checkpoint
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.models.in_gguf import CHAT, write_gguf
 
+F32 = gguf.GGMLQuantizationType.F32
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -46,7 +48,7 @@ def quantized_llama(kind: gguf.GGMLQuantizationType) -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0])
+@pytest.mark.parametrize("kind", [F32, gguf.GGMLQuantizationType.Q8_0])
 def test_a_silent_conversion_has_the_logits_of_the_model(
     tmp_path: Path, kind: Any, own_cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,8 +76,7 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
 
 
 def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.gguf"
-    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
     (tmp_path / "tokenizer.json").write_text("{}")  # another model's
     first = gguf_checkpoint(path)
     before = (first / "config.json").stat().st_mtime_ns
@@ -92,15 +93,14 @@ def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) 
     ],
 )
 def test_what_transformers_would_drop_is_refused(more: Any, tmp_path: Path) -> None:
-    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32, more=more)
-    with pytest.raises(
-        ModelError, match=r"tiny\.gguf has (rope_freqs|llama\.rope|blk\.0\.attn_q\.bias).* Hugging Face"
-    ):
-        gguf_checkpoint(tmp_path / "tiny.gguf")
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, more=more)
+    said = r"tiny\.gguf has (rope_freqs|llama\.rope|blk\.0\.attn_q\.bias).* Hugging Face"
+    with pytest.raises(ModelError, match=said):
+        gguf_checkpoint(path)
 
 
 def test_a_model_larger_than_memory_or_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
     weights = sum(parameter.numel() for parameter in tiny_llama().parameters())
     monkeypatch.setattr("sparsellm.sources.gguf.free_memory", lambda: 4 * weights - 1)
     with pytest.raises(MemoryBudgetError, match=rf"tiny\.gguf has {weights:,} weights: converting .* GB are free"):
@@ -120,8 +120,7 @@ def test_a_cache_that_fills_up_is_one_line(tmp_path: Path) -> None:
 
 
 def test_digits_are_split_and_turns_end_as_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "tiny.gguf"
-    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32, split="smollm", last="<end_of_turn>")
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, split="smollm", last="<end_of_turn>")
     directory = gguf_checkpoint(path)
     assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [1, 299]
     split = AutoTokenizer.from_pretrained(directory).backend_tokenizer.pre_tokenizer
@@ -141,19 +140,18 @@ def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0.01, 0.7])
 def test_a_cut_file_and_an_unknown_architecture_are_refused(tmp_path: Path, keep: float, own_cache: Path) -> None:
-    path = tmp_path / "cut.gguf"
-    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    path = write_gguf(tiny_llama(), tmp_path / "cut.gguf", F32)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(ModelError, match=r"cut\.gguf cannot be converted"):
         gguf_checkpoint(path)
     assert list(own_cache.iterdir()) == []
-    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32, arch="oddity")
+    write_gguf(tiny_llama(), path, F32, arch="oddity")
     with pytest.raises(ModelError, match=r"oddity.*give a Hugging Face checkpoint"):
         gguf_checkpoint(path)
 
 
-BLOCKS, TOKENS = b"llama.block_count", b"tokenizer.ggml.tokens"
+BLOCKS, TOKENS, WIDTH = b"llama.block_count", b"tokenizer.ggml.tokens", b"llama.embedding_length"
 HEADERS: dict[str, tuple[bytes, bytes, str]] = {
     "blocks beyond the tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 10**5), "block_count 100000, and has 30 tensors"),
     "a block without tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 4), "no weight model.layers.3.input_layernorm"),
@@ -161,11 +159,7 @@ HEADERS: dict[str, tuple[bytes, bytes, str]] = {
     "no end of tokens": (TOKENS + u32(9, 8, 300), TOKENS + u32(9, 4, 2**31), "8589934592 bytes at"),
     "an array of arrays": (TOKENS + u32(9, 8), TOKENS + u32(9, 9), "values of type 9"),
     "unknown type": (TOKENS + u32(9), TOKENS + u32(77), "values of type 77"),
-    "a width of a billion": (
-        b"llama.embedding_length" + u32(4, 32),
-        b"llama.embedding_length" + u32(4, 10**9),
-        "embedding_length 1000000000",
-    ),
+    "a width of a billion": (WIDTH + u32(4, 32), WIDTH + u32(4, 10**9), "embedding_length 1000000000"),
     "version": (b"GGUF" + u32(3), b"GGUF" + u32(1), "version 1"),
     "tensors": (b"GGUF" + u32(3, 30), b"GGUF" + u32(3, 10**9), "1000000000 tensors"),
 }
@@ -174,8 +168,7 @@ HEADERS: dict[str, tuple[bytes, bytes, str]] = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_header_beyond_its_file_is_refused(case: str, tmp_path: Path, own_cache: Path) -> None:
     before, after, said = HEADERS[case]
-    path = tmp_path / "a.gguf"
-    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    path = write_gguf(tiny_llama(), tmp_path / "a.gguf", F32)
     whole = path.read_bytes()
     assert whole.count(before) == 1
     path.write_bytes(whole.replace(before, after))
@@ -223,8 +216,7 @@ def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: 
 def test_what_others_can_have_planted_is_not_trusted(
     planted: str, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "tiny.gguf"
-    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
     umask = os.umask(0o002)  # as where users share a group
     try:
         made = gguf_checkpoint(path)
@@ -241,10 +233,8 @@ def test_what_others_can_have_planted_is_not_trusted(
         gguf_checkpoint(path)
 
 
-def test_a_conversion_is_on_the_disk_before_it_has_its_name(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
+def test_a_conversion_is_synced_before_named(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
     synced: set[int] = set()
     fsync, replace = os.fsync, os.replace
 
@@ -254,11 +244,11 @@ def test_a_conversion_is_on_the_disk_before_it_has_its_name(
 
     def checked(source: Any, target: Any) -> None:
         if Path(target).parent == own_cache:
-            for path in [Path(source), *Path(source).rglob("*")]:
-                assert path.stat().st_ino in synced, path
+            for each in [Path(source), *Path(source).rglob("*")]:
+                assert each.stat().st_ino in synced, each
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "replace", checked)
-    assert len(list(gguf_checkpoint(tmp_path / "tiny.gguf").iterdir())) > 3
+    assert len(list(gguf_checkpoint(path).iterdir())) > 3
     assert own_cache.stat().st_ino in synced

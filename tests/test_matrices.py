@@ -19,9 +19,8 @@ from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_opt
 from tests.models.families import LLAMA, family, gemma4_text
-from tests.sweep.helpers import ids_of, same_bits
+from tests.sweep.helpers import CPU, ids_of, same_bits
 
-CPU = torch.device("cpu")
 IDS = ids_of(4, 16, seed=5)
 
 

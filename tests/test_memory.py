@@ -100,21 +100,20 @@ def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
 
 
 def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chain) -> None:
-    plain = plan_memory(chain, Demand(Extent(4, 128, 4096), Workspace()), 1 << 50)
+    demand = Demand(Extent(4, 128, 4096), Workspace())
+    plain = plan_memory(chain, demand, 1 << 50)
     models = (tiny_llama(attn_implementation=how) for how in ("eager", "sdpa"))
-    stored, fused = (
-        steps_of(open_chain(each, device=CPU), Demand(Extent(4, 128, 4096), Workspace())) for each in models
-    )
+    stored, fused = (steps_of(open_chain(each, device=CPU), demand) for each in models)
     scores = 4 * 4 * 512 * 128 * chain.config.num_attention_heads
     assert stored["statistics"].working - fused["statistics"].working == scores - 4 * 4 * 512 * 80
-    swept = plan_memory(chain, Demand(Extent(4, 128, 4096), Workspace(), gradient_tokens=512), 1 << 50)
+    swept = plan_memory(chain, replace(demand, gradient_tokens=512), 1 << 50)
     blocks = chain.config.num_hidden_layers
     assert (plain.hidden_in_memory_bytes, plain.hidden_on_disk_bytes) == (512 * 32 * 4, 0)
     assert (swept.hidden_in_memory_bytes, swept.hidden_on_disk_bytes) == (512 * 32 * 4 * (blocks + 2), 0)
     large = open_chain(tiny_llama(vocab_size=100_000), device=CPU)
     logits, inputs = 3.5 * 256 * 100_000 * 4, blocks * 512 * 32 * 4  # at every block, in a step
     for given, step, more in (({"gradient_tokens": 512}, "gradients", 0), ({"passes": 1}, "sweeps", inputs)):
-        plan = plan_memory(large, Demand(Extent(4, 128, 4096), Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
+        plan = plan_memory(large, replace(demand, **given), 1 << 50)  # type: ignore[arg-type]
         assert plan.worst == step
         assert plan.working_bytes - predictions.LIBRARIES == logits + more  # the model in memory is there already
 
@@ -189,9 +188,7 @@ def test_limits_of_groups_around_this_one_count_and_the_page_cache_does_not(
 
 
 @pytest.mark.parametrize(("ranks", "dtype", "copied"), [(2, "bfloat16", 0), (1, "bfloat16", 0), (1, "float32", 1)])
-def test_products_in_bf16_copy_what_is_not_in_bf16_already(
-    ranks: int, dtype: str, copied: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bf16_products_copy_other_weights(ranks: int, dtype: str, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card, torch gathers shards of a sweep in bf16, and a process alone has copies anyway."""
     chain = open_chain(tiny_llama().to(getattr(torch, dtype)), device=CPU)
     monkeypatch.setattr(chain, "device", torch.device("cuda", 0))

@@ -208,16 +208,14 @@ DOWN = Part("s", (2,))
         (1, (EXPERTS, 2 * INNER, WIDTH), ["Transpose(1, 2, check_dims=True)"], [GATE, DOWN]),
     ],
 )
-def test_a_part_is_found_before_the_conversion_of_transformers(
-    kinds: int, shape: tuple[int, ...], steps: list[str], parts: list[Part]
-) -> None:
+def test_a_part_is_found_before_the_conversion(kinds: int, shape: Any, steps: list[str], parts: list[Part]) -> None:
     """Against transformers' own operations on tensors of random numbers."""
     operations = [eval(step, vars(loading)) for step in steps]
     each = EXPERTS if len(shape) == 2 else 1
     sources = [[f"{kind}.{number}" for number in range(each)] for kind in range(kinds)]
     tensors = {name: torch.randn(shape) for names in sources for name in names}
     values = {str(kind): [tensors[name] for name in names] for kind, names in enumerate(sources)}
-    patterns = list(values)
+    given: Any = {"source_patterns": list(values), "target_patterns": ["s"], "full_layer_name": "s", "config": None}
     whole: Any = dict(values)
 
     class Model:
@@ -225,9 +223,7 @@ def test_a_part_is_found_before_the_conversion_of_transformers(
             return torch.empty(shape)
 
     for operation in operations:
-        whole = operation.convert(
-            whole, source_patterns=patterns, target_patterns=["s"], full_layer_name="s", model=Model(), config=None
-        )
+        whole = operation.convert(whole, model=Model(), **given)
     (stack,) = whole.values()
     stack = stack[0] if isinstance(stack, list) else stack
     for part in parts:

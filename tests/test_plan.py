@@ -61,9 +61,8 @@ def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(llama: Path, tmp_p
 def config(directory: Path, **changes: Any) -> Path:
     """Llama 3 of 70B, as a config."""
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    LlamaConfig(**sizes | {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"} | changes).to_json_file(
-        directory / "config.json"
-    )
+    more = {"num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16", **changes}
+    LlamaConfig(**sizes | more).to_json_file(directory / "config.json")
     return directory / "config.json"
 
 
@@ -120,9 +119,7 @@ class Counter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("module", "name"), [(walking, "loss_gradients"), (running, "sweep")])
-def test_operations_of_backward_passes_are_as_predicted(
-    module: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backward_work_is_as_predicted(module: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, counter = getattr(module, name), Counter()
 
     def counted(*arguments: Any, **options: Any) -> Any:

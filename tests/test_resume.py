@@ -302,16 +302,12 @@ def test_no_other_run_goes_on(source: Path, unfinished: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("counter", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_launcher_that_starts_the_command_again_resumes_it(
-    counter: str, source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launcher_resumes_it(counter: str, source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(counter, "1")
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed > 0
 
 
-def test_a_repeated_restart_removes_another_run(
-    source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launcher_restarts_another_run(source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert sparsellm.prune(source, Recipe(**{**FLOAT, "seed": 9}), out=unfinished, restart=True).resumed == 0
 

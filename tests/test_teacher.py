@@ -83,12 +83,10 @@ def test_a_teacher_of_blocks_that_share_weights(tmp_path: Path, monkeypatch: pyt
     assert shards_of(tmp_path / "whole") == shards_of(tmp_path / "p")
 
 
-def test_a_run_is_resumed_with_its_teacher_alone(
-    llama: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_resumed_with_its_teacher_alone(llama: Path, half: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "p", tmp_path / "whole"
     sparsellm.prune(half, SWEPT, out=whole, teacher=llama)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sparsellm.prune(half, SWEPT, out=out, teacher=llama)

@@ -127,13 +127,11 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
 # ---------------------------------------------------------------- what is left out
 
 
-@pytest.mark.parametrize(
-    "left_in", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]], ids="+".join
-)
-def test_one_group_without_variables_is_the_local_solver(left_in: list[str]) -> None:
+@pytest.mark.parametrize("left_in", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"])
+def test_one_group_without_variables_is_the_local_solver(left_in: str) -> None:
     """With one group in each block both have the same statistics, so every bit is the same."""
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    left_out = [f"*.{name}" for name in every if name not in left_in]
+    left_out = [f"*.{name}" for name in every if name not in left_in.split()]
     settings: dict[str, Any] = {"sparsity": 0.6, "allocation": "uniform", "exclude": left_out, "batch_tokens": BATCH}
     one = tiny_llama()
     sparsellm.prune(one, Recipe(method="admm", **settings), calibration=IDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from tests.test_resume import RECIPE, contents, fail_after_passes, fail_in_block
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
 GLOBAL: dict[str, Any] = {"method": "sparsellm", "effort": 0}
 SWEPT: dict[str, Any] = {"method": "sparsellm", "passes": 2, "sweep_rate": 0.003}
+Pruned = tuple[Path, sparsellm.PruneResult]
 
 
 def is_on_grid(result: sparsellm.PruneResult, name: str, weight: Tensor) -> bool:
@@ -57,7 +57,7 @@ def uneven(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sparsellm.PruneResult]:
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     """A model of int4 in fp32 whose columns have exponents."""
     source = save_tiny(uneven(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
     out = tmp_path_factory.mktemp("int4") / "pruned"
@@ -76,9 +76,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sparsellm.Pr
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_packing_the_result_loses_nothing(
-    family: Callable[..., PreTrainedModel], fields: dict[str, Any], values: str, tmp_path: Path
-) -> None:
+def test_packing_the_result_loses_nothing(family: Any, fields: dict[str, Any], values: str, tmp_path: Path) -> None:
     dtype = torch.float32 if family is tiny_opt else torch.bfloat16
     source = save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
     out = tmp_path / "pruned"
@@ -109,9 +107,7 @@ LLAMA_OF_32, GPT2_OF_32 = partial(tiny_llama, intermediate_size=96), partial(tin
     ],
     ids=["q4_0", "q8_0", "w4a16-32", "w8a8"],
 )
-def test_a_run_ends_on_the_grid_with_the_zeros(
-    family: Callable[..., PreTrainedModel], name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_a_run_ends_on_the_grid_with_the_zeros(family: Any, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Every pruned linear, after solver, refit and sweep; and `pack` keeps each bit or refuses."""
     source = save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
     out = tmp_path / "pruned"
@@ -160,9 +156,7 @@ def test_a_grid_without_a_packed_form_is_refused_before_the_work(tmp_path: Path,
     assert not list(tmp_path.glob("[ab]*"))
 
 
-def test_without_its_exponents_pack_says_what_it_rounds(
-    pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_exponents_pack_says_so(pruned: Pruned, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """They stand in pruning.json; a value of an unknown grid is rounded to nearest."""
     out, result = shutil.copytree(pruned[0], tmp_path / "pruned"), pruned[1]
     (out / "pruning.json").unlink()
@@ -184,9 +178,7 @@ def test_without_its_exponents_pack_says_what_it_rounds(
         ({"name": "no such"}, "no such linear"),
     ],
 )
-def test_exponents_that_do_not_fit_are_refused(
-    change: dict[str, str], said: str, pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path
-) -> None:
+def test_wrong_exponents_are_refused(change: dict[str, str], said: str, pruned: Pruned, tmp_path: Path) -> None:
     out = shutil.copytree(pruned[0], tmp_path / "pruned")
     content = json.loads((out / "pruning.json").read_text())
     next(linear for linear in content["linears"] if linear["exponents"]).update(change)
@@ -231,10 +223,9 @@ def test_a_linear_that_rounding_costs_much_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(block, "COARSE", 0.01)
     fields = {**RECIPE, **LOCAL, "values": "int3", "sparsity": 0.0}
     result = sparsellm.prune(tiny_llama(), fields, tokenizer=tiny_tokenizer())
-    said = [f"rounding to int3 raised its error from 0.000 to {each.error:.3f}" for each in result.linears]
-    assert [each.notes for each in result.linears] == [
-        (words,) if each.error > 0.01 else () for words, each in zip(said, result.linears, strict=True)
-    ]
+    for each in result.linears:
+        said = f"rounding to int3 raised its error from 0.000 to {each.error:.3f}"
+        assert each.notes == ((said,) if each.error > 0.01 else ())
     assert len({bool(each.notes) for each in result.linears}) == 2
 
 
@@ -361,7 +352,7 @@ def test_experts_are_rounded_too() -> None:
                     assert is_on_grid(result, linear.name, weight), linear.name
 
 
-def test_packed_with_exponents_computes_as_pruned(pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path) -> None:
+def test_packed_with_exponents_computes_as_pruned(pruned: Pruned, tmp_path: Path) -> None:
     """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
     out, ids = pruned[0], ids_of(2)
     packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path

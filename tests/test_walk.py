@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from sparsellm.statistics import Gram
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.shares import Share, violations, zeros_of
 from tests.storage.small import tensors_of
-from tests.sweep.helpers import ids_of
+from tests.sweep.helpers import Family, ids_of
 
-Family = Callable[..., PreTrainedModel]
 IDS = ids_of(6, seed=3)
 
 
@@ -44,7 +42,7 @@ def reference(model: PreTrainedModel, ids: Tensor, solver: str, sparsity: float)
         handles = [
             module.register_forward_hook(
                 lambda m, args, out, name=name, inputs=inputs: inputs.setdefault(name, []).append(
-                    args[0].reshape(-1, args[0].shape[-1])
+                    args[0].flatten(0, -2)
                 )
             )
             for name, module in linears_of(block).items()
@@ -230,11 +228,8 @@ def test_biases_keep_the_mean_of_the_outputs(tiny: Family) -> None:
     model = copy.deepcopy(dense)
     recipe = Recipe(sparsity=0.7, effort=0, allocation="uniform", options={"norm_weighting": 0})
     sparsellm.prune(model, recipe, calibration=ids)
-    names = [
-        name
-        for name, module in linears_of(dense).items()
-        if ".0." in name and re.search(r"[qkv]_proj|c_attn|out_proj|attn\.c_proj", name)
-    ]
+    of_the_first = [name for name in linears_of(dense) if ".0." in name]
+    names = [name for name in of_the_first if re.search(r"[qkv]_proj|c_attn|out_proj|attn\.c_proj", name)]
     means = []
     for each in (dense, model):
         seen: dict[str, list[Tensor]] = {name: [] for name in names}

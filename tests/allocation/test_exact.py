@@ -21,9 +21,7 @@ SPARSITY = st.floats(0, 0.999)
 
 @given(SHAPES, SPARSITY, st.data())
 @settings(max_examples=50, deadline=None)
-def test_the_total_is_exact_and_every_pattern_counts_its_zeros(
-    shapes: list[list[tuple[int, int]]], sparsity: float, data: st.DataObject
-) -> None:
+def test_totals_and_counts_are_exact(shapes: list[list[tuple[int, int]]], sparsity: float, data: st.DataObject) -> None:
     survey = bare_survey(shapes, sparsity)
     goals = {linear.name: data.draw(st.floats(-3, 3)) for linear in survey.linears}
     allocation = from_sparsities(survey, goals)
@@ -35,9 +33,7 @@ def test_the_total_is_exact_and_every_pattern_counts_its_zeros(
 
 @given(SIZES, SPARSITY, st.floats(0, 1), st.data())
 @settings(max_examples=50, deadline=None)
-def test_limits_hold_and_what_was_wanted_is_met_within_one(
-    weights: list[int], sparsity: float, span: float, data: st.DataObject
-) -> None:
+def test_within_limits_goals_are_met(weights: list[int], sparsity: float, span: float, data: st.DataObject) -> None:
     total = round(sparsity * sum(weights))
     limits = bounds(weights, sparsity, span)
     goals = shift_to_total(weights, [data.draw(st.floats(-1, 2)) for _ in weights], total, limits)

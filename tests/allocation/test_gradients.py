@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from sparsellm.sweep.gradients import backward_sweep, loss_gradients
 from tests.allocation.helpers import Record, sizes_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
-
-Family = Callable[..., PreTrainedModel]
-CPU = torch.device("cpu")
+from tests.sweep.helpers import CPU, Family
 
 
 def squares(chain: Chain, batch_tokens: int = 2048, names: list[str] | None = None) -> dict[str, Tensor]:

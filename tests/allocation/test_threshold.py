@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,7 @@ from sparsellm.chain.products import Bf16Products
 from sparsellm.sweep.gradients import BINS, HIGHEST, LOWEST, loss_gradients
 from tests.allocation.helpers import Record, bare_survey, sizes_of, survey_of, survey_on, weight_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
-
-Family = Callable[..., PreTrainedModel]
+from tests.sweep.helpers import Family
 
 
 def saliencies(model: PreTrainedModel, survey: Survey) -> dict[str, Tensor]:

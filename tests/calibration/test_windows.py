@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from sparsellm import machine
 from sparsellm.calibration import self_generated, windows
@@ -147,9 +145,7 @@ def test_more_windows_than_the_memory_holds_are_refused_at_once(monkeypatch: pyt
         written(7, 16, fresh=1)
 
 
-def test_a_text_whose_tokens_do_not_fit_into_the_memory_is_refused(
-    counting: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_larger_than_memory_is_refused(counting: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer holds a text more than a hundred times."""
     source, _ = counting
     monkeypatch.setattr(windows, "TOKENISING", 1 << 20)
@@ -169,7 +165,7 @@ def test_more_windows_than_the_text_has_are_refused(counting: tuple[str, list[in
     assert calibration_windows(source, tiny_tokenizer(), most, 16, 0).shape == (most, 16)
 
 
-def test_windows_longer_than_the_positions_are_refused(family: Callable[[], PreTrainedModel]) -> None:
+def test_windows_longer_than_the_positions_are_refused(family: Any) -> None:
     config = family().config
     check_seq_len(config, POSITIONS)
     with pytest.raises(DataError, match=f"seq_len is {POSITIONS + 1}, and this model has {POSITIONS} positions"):

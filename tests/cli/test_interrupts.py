@@ -70,9 +70,8 @@ def test_a_signal_within_the_import_of_torch_is_told_without_torch(tmp_path: Pat
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 130
-    assert done.stderr.splitlines()[1:] == [
-        f"interrupted (SIGINT); this command keeps nothing: start it again with  {shlex.join(line)}"
-    ]
+    said = f"interrupted (SIGINT); this command keeps nothing: start it again with  {shlex.join(line)}"
+    assert done.stderr.splitlines()[1:] == [said]
     (tmp_path / "p.partial" / ".sparsellm-run").mkdir(parents=True)
     (tmp_path / "p.partial" / ".sparsellm-run" / "run.json").write_text("{}")  # an earlier process left it
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -190,7 +189,5 @@ def test_standard_output_on_a_full_disk_is_one_line() -> None:
     command = [sys.executable, "-m", "sparsellm", "methods", "--json"]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stderr) == (
-        2,
-        "error: standard output is on a full disk; make room, or write elsewhere\n",
-    )
+    said = "error: standard output is on a full disk; make room, or write elsewhere\n"
+    assert (result.returncode, result.stderr) == (2, said)

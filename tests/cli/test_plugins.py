@@ -133,9 +133,7 @@ def test_a_plugin_that_is_not_there_is_one_line(name: str, tmp_path: Path) -> No
     assert str(caught.value).isprintable()
 
 
-def test_a_run_does_not_go_on_with_a_plugin_that_was_changed(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_run_goes_on_with_a_changed_plugin(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, recipe = tmp_path / "s.py", Recipe(method="mine", samples=2, seq_len=16)
 
     def prune(code: str) -> PruneResult:

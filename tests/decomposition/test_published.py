@@ -130,18 +130,14 @@ def test_every_epoch_is_that_of_the_published_formulas(
     assert [step.chosen for step in history] == [False] * (epochs - 1) + [True]
 
 
-@pytest.mark.parametrize(
-    ("gated", "output_update", "outlier"), [(True, "pseudo-inverse", 30.0), (False, "gradient", 1000.0)]
-)
-def test_with_the_safeguard_it_never_ends_worse_than_sparsegpt(
-    gated: bool, output_update: OutputUpdate, outlier: float
-) -> None:
+@pytest.mark.parametrize(("gated", "update", "outlier"), [(True, "pseudo-inverse", 30.0), (False, "gradient", 1000.0)])
+def test_the_safeguard_never_ends_worse_than_sparsegpt(gated: bool, update: OutputUpdate, outlier: float) -> None:
     """Massive activations: gradient steps overshoot on S in the one unit, on the last weight in the other."""
     unit = random_unit(16, 48, gated=gated, bias=not gated)
     chunks = random_chunks(unit, [200, 200], outlier=outlier)
 
     def run(epochs: int, safeguard: bool = False) -> tuple[Pruned, list[float]]:
-        settings = Settings.of_the_paper(epochs, 5.0 if gated else 0.1, output_update, safeguard=safeguard)
+        settings = Settings.of_the_paper(epochs, 5.0 if gated else 0.1, update, safeguard=safeguard)
         pruned, history = prune(unit, chunks, [], sparsegpt, Share(0.7), settings)
         return pruned, [step.train_error or 0.0 for step in history]
 

@@ -41,9 +41,7 @@ def results(directory: Path, *evaluations: Any) -> None:
 def pruned(tmp_path: Path) -> Path:
     """Pruned from a snapshot of the hub, whose card states a license."""
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "models--some--model" / "snapshots" / "0123")
-    (source / "README.md").write_text(
-        "---\nlicense: llama3.2\nlicense_link: [x]\nlanguage: en\n---\n# The dense model\n"
-    )
+    (source / "README.md").write_text("---\nlicense: llama3.2\nlicense_link: [x]\nlanguage: en\n---\n# A dense model\n")
     recipe = Recipe(method="magnitude", pattern="2:4", exclude=["*.k_proj"])
     sparsellm.prune(source, recipe, out=tmp_path / "half", calibration=windows())
     return tmp_path / "half"

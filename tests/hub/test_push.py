@@ -123,9 +123,7 @@ def test_nothing_private_goes_to_a_public_repository(server: Hub, checkpoint: Pa
         ("upload_folder", 503, "cannot upload to me/mine: RuntimeError: a file failed with ***; check the connection"),
     ],
 )
-def test_a_refusal_is_one_line_without_the_token(
-    server: Hub, checkpoint: Path, refusal: Any, call: str, status: int, said: str
-) -> None:
+def test_a_refusal_has_no_token(server: Hub, checkpoint: Path, refusal: Any, call: str, status: int, said: str) -> None:
     server.refuse[call] = status
     line = refusal("push", checkpoint, "me/mine")
     assert said in line

@@ -47,9 +47,9 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 def write_gguf(
     model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType, arch: str = "llama", **other: Any
-) -> None:
-    """Write a Llama or a Mixtral; matrices in ``kind``, norms and biases in F32. ``other`` has the way in which text is
-    split, the last token, and what is called with the writer."""
+) -> Path:
+    """Writes a Llama or a Mixtral and returns its path; matrices in ``kind``, norms and biases in F32. ``other`` has
+    the way in which text is split, the last token, and what is called with the writer."""
     config, tokenizer = model.config, tiny_tokenizer()
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_name("Tiny")
@@ -82,6 +82,7 @@ def write_gguf(
         matrix = weight.ndim > 1
         writer.add_tensor(name, gguf.quantize(weight, kind) if matrix else weight, raw_dtype=kind if matrix else None)
     finish(writer)
+    return path
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

@@ -12,7 +12,7 @@ from sparsepack import PackedWeight, pack
 from sparsepack.validation import validate
 
 
-def bitmask_by_hand(weight: Tensor) -> tuple[list[list[int]], list[float], list[int]]:
+def bitmask(weight: Tensor) -> tuple[list[list[int]], list[float], list[int]]:
     """Mask bytes of each row, kept values, offsets."""
     rows, columns = weight.shape
     stride = 8 * math.ceil(columns / 64)
@@ -29,7 +29,7 @@ def bitmask_by_hand(weight: Tensor) -> tuple[list[list[int]], list[float], list[
     return mask, values, offsets
 
 
-def nm_by_hand(kept: list[list[bool]], n: int, m: int) -> list[list[int]]:
+def nm(kept: list[list[bool]], n: int, m: int) -> list[list[int]]:
     """The bytes of the codes of each row, from the positions that are kept."""
     possible = list(itertools.combinations(range(m), n))
     width = math.ceil(math.log2(len(possible)))
@@ -44,7 +44,7 @@ def nm_by_hand(kept: list[list[bool]], n: int, m: int) -> list[list[int]]:
     return lines
 
 
-def int4_by_hand(packed: PackedWeight) -> Tensor:
+def int4(packed: PackedWeight) -> Tensor:
     """The dense weight of a packed int4 one in the layout bitmask, fp32."""
     rows, columns = packed.shape
     dense = torch.zeros(rows, columns)
@@ -78,7 +78,7 @@ def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Te
     for name in packed:
         weight = tensors[f"{name}.weight"]
         tensors[f"{name}.weight"] = torch.zeros(1)
-        mask, values, offsets = bitmask_by_hand(weight)
+        mask, values, offsets = bitmask(weight)
         linears[name] = {"shape": list(weight.shape), "layout": "bitmask", "value_type": "fp32", "dtype": "float32"}
         parts = {"mask": torch.tensor(mask, dtype=torch.uint8), "values": torch.tensor(values)}
         if name == packed[0]:
@@ -86,7 +86,7 @@ def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Te
             rows, columns = weight.shape
             scales = weight.abs().amax(dim=1) / 127
             codes = (weight / scales[:, None]).round().to(torch.int8)
-            full, _, _ = bitmask_by_hand(torch.ones(1, columns))
+            full, _, _ = bitmask(torch.ones(1, columns))
             parts = {"mask": torch.tensor(full, dtype=torch.uint8), "values": codes.view(-1), "scales": scales}
             offsets = [row * columns for row in range(rows + 1)]
         parts["offsets"] = torch.tensor(offsets)
@@ -94,13 +94,11 @@ def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Te
     return tensors, {"quant_method": "sparsellm", "format_version": 2, "linears": linears}
 
 
-def sparse_weight(
-    rows: int, columns: int, sparsity: float, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Tensor:
-    """A random weight with random zeros; an empty row where there are at least three."""
+def sparse_weight(rows: int, columns: int, share: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """A random weight with a share of random zeros; an empty row where there are at least three."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
-    weight[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    weight[torch.rand(rows, columns, generator=generator) < share] = 0
     if rows > 2:
         weight[1] = 0
     return weight.to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,7 @@ from sparsepack.checkpoint import PackedEntry, config_digest, manifest, packed_e
 from sparsepack.codes import WRITTEN_TYPES
 from sparsepack.errors import FormatError
 
-CHOICES = itertools.product(
-    ("bitmask", "nm"), WRITTEN_TYPES, ("float64", "float32", "float16", "bfloat16"), (False, True)
-)
+CHOICES = product(("bitmask", "nm"), WRITTEN_TYPES, ("float64", "float32", "float16", "bfloat16"), (False, True))
 
 
 def test_entries_are_read_as_they_were_written() -> None:

@@ -16,15 +16,8 @@ from sparsepack.errors import FormatError, SettingError
 from sparsepack.layout import as_bitmask, pack, unpack, unpack_rows
 from sparsepack.masks import PATTERNS, filled
 from sparsepack.validation import validate
-from tests.packed.by_hand import (
-    bitmask_by_hand,
-    exponents_of,
-    int4_by_hand,
-    nm_by_hand,
-    packed_of,
-    sparse_weight,
-    two_of_four,
-)
+from tests.packed import by_hand
+from tests.packed.by_hand import exponents_of, packed_of, sparse_weight, two_of_four
 
 SHAPES = [(1, 1), (3, 8), (5, 63), (4, 64), (7, 65), (9, 200)]
 
@@ -44,7 +37,7 @@ def test_the_number_of_groups_rounded_at_once_changes_no_bit(monkeypatch: pytest
 def test_bitmask_is_what_the_format_says(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> None:
     weight = sparse_weight(*shape, sparsity, dtype)
     packed = packed_of(weight)
-    mask, values, offsets = bitmask_by_hand(weight)
+    mask, values, offsets = by_hand.bitmask(weight)
     assert (packed.mask.tolist(), packed.values.tolist(), packed.offsets.tolist()) == (mask, values, offsets)
     assert packed.values.dtype == unpack(packed).dtype == dtype
     assert torch.equal(unpack(packed), weight)
@@ -59,7 +52,7 @@ def test_codes_are_what_the_format_says(pattern: tuple[int, int], columns: int) 
     kept = torch.zeros_like(groups).scatter_(1, groups.topk(pattern[0], dim=1).indices, 1).view_as(weight).bool()
     packed = packed_of(weight * kept, layout="nm")
     assert packed.pattern == pattern
-    assert packed.mask.tolist() == nm_by_hand(kept.tolist(), *pattern)
+    assert packed.mask.tolist() == by_hand.nm(kept.tolist(), *pattern)
     assert torch.equal(unpack(packed), weight * kept)
     validate(as_bitmask(packed), "w")
     mask = packed.mask.clone()
@@ -79,7 +72,7 @@ def test_groups_with_more_zeros_than_needed_store_the_first() -> None:
 def test_int4_is_what_the_format_says(layout: str, columns: int, exponents: Tensor | None) -> None:
     weight = sparse_weight(6, columns, 0.3)
     packed = packed_of(two_of_four(weight) if layout == "nm" else weight, "int4", layout, exponents)
-    assert torch.equal(unpack(packed), int4_by_hand(as_bitmask(packed)))
+    assert torch.equal(unpack(packed), by_hand.int4(as_bitmask(packed)))
 
 
 def test_int4_is_no_worse_than_a_scale_that_saturates_nothing() -> None:
@@ -107,7 +100,7 @@ def test_a_weight_on_its_grid_is_packed_exactly(values: str, levels: Levels, dty
     packed = packed_of(weight, values, "bitmask")
     assert (packed.group, packed.levels is None) == (64, levels.even)
     assert torch.equal(unpack(packed, dtype), weight)
-    assert torch.equal(unpack(packed), int4_by_hand(packed))
+    assert torch.equal(unpack(packed), by_hand.int4(packed))
 
 
 @pytest.mark.parametrize("values", ["int4", "int3"])

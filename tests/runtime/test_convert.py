@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,14 +25,12 @@ from tests.models.pruned import prune_tiny
 from tests.packed.by_hand import two_of_four
 from tests.storage.small import tensors_of
 
-FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
 IDS = torch.arange(2, 42).view(2, 20)
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
+@pytest.fixture(scope="module", params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family: Callable[..., PreTrainedModel] = request.param
-    return save_tiny(prune_tiny(family()), None, tmp_path_factory.mktemp("pruned") / "dense")
+    return save_tiny(prune_tiny(request.param()), None, tmp_path_factory.mktemp("pruned") / "dense")
 
 
 @torch.no_grad()

@@ -133,9 +133,7 @@ def test_activations_not_finite_or_very_small_are_rounded(kernel: str, value_typ
 @every_kernel
 @INTEGERS
 @pytest.mark.parametrize(("rows", "columns", "sparsity"), [(5, 40, 0.5), (9, 130, 0.0), (16, 320, 0.8)])
-def test_exponents_multiply_activations_first(
-    kernel: str, value_type: str, rows: int, columns: int, sparsity: float
-) -> None:
+def test_exponents_scale_inputs_first(kernel: str, value_type: str, rows: int, columns: int, sparsity: float) -> None:
     packed = packed_of(sparse_weight(rows, columns, sparsity), value_type, "auto", exponents_of(columns))
     plain = dataclasses.replace(packed, exponents=None)
     x = torch.randn(3, columns)

@@ -138,14 +138,12 @@ def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels
     return float(losses(rows, weight, gram).min())
 
 
-@pytest.mark.usefixtures("loop")
+@pytest.mark.usefixtures("loop", "descent_alone")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("values", "layout", "columns"), [("int4", "dense", 6), ("int4", "bitmask", 216), ("int3", "bitmask", 216)]
 )
-def test_is_near_the_best_of_all_grid_points(
-    values: str, layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch, descent_alone: None
-) -> None:
+def test_is_near_the_best(values: str, layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best."""
     monkeypatch.setattr(rounding, "POWERS", ())
     weight = torch.zeros(1, columns)
@@ -305,10 +303,9 @@ def test_factors_stay_near_one() -> None:
     assert torch.equal(rounding.best_factors(weight, weight @ indefinite, indefinite, groups), torch.ones(1, 2))
 
 
+@pytest.mark.usefixtures("descent_alone")
 @pytest.mark.parametrize(("values", "size", "every"), [("int8", 16.0, 32), ("int4", 64.0, 64)])
-def test_exponents_of_columns_lower_the_error(
-    values: str, size: float, every: int, monkeypatch: pytest.MonkeyPatch, descent_alone: None
-) -> None:
+def test_exponents_lower_the_error(values: str, size: float, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, sizes = pruned(48, 128, Share(0.5)), torch.ones(128)
     sizes[::every] = size
     x = weight_of(400, 128, seed=1) * sizes
@@ -325,9 +322,7 @@ def test_exponents_of_columns_lower_the_error(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(INTEGERS), st.sampled_from(DTYPES), st.sampled_from([0.0, 0.1, 0.5, 0.95]), st.integers(0, 2**32)
-)
+@given(st.sampled_from(INTEGERS), st.sampled_from(DTYPES), st.sampled_from([0, 0.1, 0.5, 0.95]), st.integers(0, 2**32))
 def test_with_exponents_packing_finds_the_numbers(values: str, dtype: torch.dtype, zeros: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(5, 72, generator=random) * 0.05
