@@ -22,6 +22,7 @@ from sparsellm.chain import open_chain
 from sparsellm.errors import DataError, ModelError, SparseLLMError, StorageError
 from sparsepack.errors import FormatError
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.report.pages import rewrite
 
 CPU = torch.device("cpu")
 IDS = torch.arange(96).view(4, 24)
@@ -67,11 +68,7 @@ def test_a_head_of_its_own_under_a_config_that_ties_it(copy: Path, tmp_path: Pat
 
 
 def config(**changes: Any) -> Break:
-    def change(directory: Path) -> None:
-        path = directory / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return change
+    return lambda directory: rewrite(directory / "config.json", **changes) and None
 
 
 def content(file: str, data: bytes) -> Break:

@@ -22,6 +22,7 @@ from sparsellm.patterns import NM
 from sparsellm.solvers import SOLVERS, Solution
 from sparsellm.statistics import Gram
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.report.pages import rewrite
 from tests.shares import Share, violations, zeros_of
 from tests.storage.small import tensors_of
 from tests.sweep.helpers import Family, ids_of
@@ -112,8 +113,7 @@ def test_what_stands_next_to_the_weights(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     source = save_tiny(tiny_llama(), tokenizer, tmp_path / "dense")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "sparsity_config": {"format": "dense"}}))
+    rewrite(source / "config.json", sparsity_config={"format": "dense"})
     (source / "modeling_evil.py").write_text("raise SystemExit")
     result = sparsellm.prune(source, Recipe(method="wanda", seed=5), calibration=IDS, out=tmp_path / "pruned")
     written = tmp_path / "pruned"
@@ -132,9 +132,8 @@ def test_what_stands_next_to_the_weights(tmp_path: Path) -> None:
 
 def test_code_of_a_checkpoint_runs_where_it_is_trusted_and_is_not_copied(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    config = json.loads((source / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.MineLM"}}
-    (source / "config.json").write_text(json.dumps(config))
+    classes = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.MineLM"}
+    rewrite(source / "config.json", model_type="mine", auto_map=classes)
     (source / "mine.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
         "class Mine(LlamaConfig):\n    model_type = 'mine'\n\n\n"
