@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.patterns import NM, Pattern
-from sparsellm.solvers import rounding
+from sparsellm.solvers import SOLVERS, rounding
+from sparsellm.solvers.divided import divide
 from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram
 from sparsepack import native
@@ -386,3 +387,17 @@ def test_a_panel_of_one_input_is_rounded_to_nearest_and_stored(levels: Levels, d
         assert torch.equal(errors, (goal - columns) / 2)
     with pytest.raises(ValueError, match="too many inputs"):
         native.round_panel((torch.zeros(65, 65),) * 5, levels, dtype, zero=False, first=True)
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "admm"])
+def test_rounding_aims_at_the_dense_weight_where_values_are_not_fitted(solver: str) -> None:
+    """Then it makes up for what the solver left."""
+    weight, gram, pattern = weight_of(64, 192), gram_of(192), Share(0.5)
+    entry = SOLVERS[solver]
+    solution = divide(entry)(weight, gram, pattern, **entry.check({}))
+    near = [
+        loss(rounded(solution.weight, gram, "int4", torch.bfloat16, target=target).weight, weight, gram)
+        for target in (weight, solution.weight)
+    ]
+    assert solution.fitted is (solver == "admm")
+    assert solution.fitted or near[0] < 0.97 * near[1]

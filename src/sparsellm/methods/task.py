@@ -156,7 +156,7 @@ class BlockTask:
                     f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
                     "give values keep, or leave it out (exclude)"
                 )
-            grid, before, error = self._rounded(linear, dense, weight, gram)
+            grid, before, error = self._rounded(linear, dense, solution, gram)
             weight, notes, exponents = grid.weight, (*notes, *grid.notes), text_of_exponents(grid.exponents)
             if error > before + COARSE:
                 notes = (*notes, f"rounding to {self.values} raised its error from {before:.3f} to {error:.3f}")
@@ -182,15 +182,16 @@ class BlockTask:
             machine.trim()
 
     def _rounded(
-        self, linear: LinearView, dense: Tensor, weight: Tensor, gram: Gram | None
+        self, linear: LinearView, dense: Tensor, solution: Solution, gram: Gram | None
     ) -> tuple[Rounded, float, float]:
         """A pruned weight on the grid of the packed type, and the errors that it has before and then."""
         if gram is None:  # experts get inputs of their own, which a pass does not tell apart
             taken = [] if isinstance(linear.module, ExpertLinear) else self.statistics([linear])
             gram = taken[0][1] if taken else _equal_inputs(linear)
         with self.clock.phase("prune/rounding"):
-            fixed = isinstance(self.patterns[linear.name], NM)
-            grid = rounded(weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed)
+            fixed, weight = isinstance(self.patterns[linear.name], NM), solution.weight
+            target = weight if solution.fitted else dense
+            grid = rounded(weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed, target=target)
             lost = [gram.energy(each, minus=dense) for each in (weight, grid.weight)]
             energy, *errors = torch.stack((gram.energy(dense), *lost)).tolist()
         if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one

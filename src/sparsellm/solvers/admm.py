@@ -64,7 +64,7 @@ def admm(
     kept = pattern.mask(dense.abs())
     first = refine_on_support(dense, metric, kept, dense, ROUGH_ITERATIONS if iterations else refine_iterations)
     if not iterations:
-        return solution(weight, first.weight / scale, kept, gram)
+        return solution(weight, first.weight / scale, kept, gram, fitted=True)
 
     start, state = kept, dense  # state: W + V
     notes: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ def admm(
         first = refine_on_support(dense, metric, start, first.weight, refine_iterations)
         if parallel.total(first.objective) < least:
             last, kept = first, start
-    return solution(weight, last.weight / scale, kept, gram, notes)
+    return solution(weight, last.weight / scale, kept, gram, notes, fitted=True)
 
 
 def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:

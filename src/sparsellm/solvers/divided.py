@@ -45,7 +45,10 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         scaled = weight if root is None else weight * root[rows]
         with products if products is not None and entry.workspace.narrow else nullcontext():
             result = entry.function(scaled, gram, pattern, **options)
-        return result if root is None else solution(weight, result.weight / root[rows], result.mask, gram, result.notes)
+        if root is None:
+            return result
+        again = solution(weight, result.weight / root[rows], result.mask, gram, result.notes)
+        return replace(again, fitted=result.fitted)
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
         if not pattern.sparsity:
@@ -56,7 +59,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         if parallel.size() == 1 or not entry.distributed or len(weight) < parallel.size():
             full = run(slice(None), weight, gram, pattern, **options)
             sparse, mask = (parallel.broadcast_(part.contiguous()) for part in (full.weight, full.mask))
-            return Solution(sparse, mask, *parallel.broadcast((full.error, full.notes)))
+            return Solution(sparse, mask, *parallel.broadcast((full.error, full.notes, full.fitted)))
         rows = parallel.share(len(weight))
         if isinstance(pattern, Unstructured):  # groups of N:M lie within rows
             pattern = DividedUnstructured(pattern.zeros, pattern.weights, rows.start, len(weight))
@@ -69,6 +72,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
             torch.cat(parallel.gather_list(part.mask)),
             lost / energy if energy > 0 else 0.0,
             tuple(dict.fromkeys(note for part in parts for note in part[2])),
+            part.fitted,
         )
 
     return solve

@@ -60,20 +60,28 @@ class Rounded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, fixed_mask: bool = False) -> Rounded:
+def rounded(
+    weight: Tensor,
+    gram: Gram,
+    value_type: str,
+    dtype: torch.dtype,
+    *,
+    fixed_mask: bool = False,
+    target: Tensor | None = None,
+) -> Rounded:
     """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3``, or on one of
     :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero. All processes call it
-    with the same arguments and get the same result.
+    with the same arguments and get the same result. It comes near to ``target (out, in)``, or to the weight itself.
 
     With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
     and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case. A
     NumericalError says that the Gram matrix cannot be factorised with any damping."""
-    groups = Groups.of(weight, value_type)
+    groups, target = Groups.of(weight, value_type), weight if target is None else target
     gram = gram.remember("rounding", lambda: _damped(gram))
     # Other programs have no exponents of columns.
     powers = torch.ones_like(gram.diagonal) if groups.half else _powers(weight, gram, groups, dtype)
     if groups.dense:
-        result = _fitted(weight, weight, gram, powers, groups, dtype)
+        result = _fitted(weight, target, gram, powers, groups, dtype)
         if Groups.of(result.weight, value_type).dense:
             return result
     start = weight
@@ -81,7 +89,7 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         nearest = _Grid(weight, gram, powers, replace(groups, dense=False), dtype).nearest
         start = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
         groups = Groups.of(start, value_type)
-    return _fitted(start, weight, gram, powers, replace(groups, dense=False), dtype)
+    return _fitted(start, target, gram, powers, replace(groups, dense=False), dtype)
 
 
 def _damped(gram: Gram) -> Gram:

@@ -24,6 +24,7 @@ class Solution:
     mask: Tensor  # (out, in) bool, True where kept; exactly the pattern's count
     error: float  # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the lost share of the output's energy
     notes: tuple[str, ...] = ()  # messages to the user, such as a raised damping
+    fitted: bool = False  # whether kept values are as good as their mask allows; else rounding aims at the dense weight
 
 
 Solver = Callable[..., Solution]
@@ -41,7 +42,9 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     return None
 
 
-def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()) -> Solution:
+def solution(
+    original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = (), *, fitted: bool = False
+) -> Solution:
     """The solution with exact zeros off the mask and its relative error. A NumericalError says that the weight (out,
     in) is not finite."""
     # A product with floats takes a twentieth of the time of torch.where. + 0.0 turns −0.0 into 0.0; a packed file would
@@ -50,4 +53,4 @@ def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: 
     energy, lost = torch.stack((gram.energy(original), gram.energy(sparse, minus=original))).tolist()
     if not math.isfinite(lost) or not math.isfinite(energy):
         raise NumericalError(f"a pruned weight of shape {tuple(weight.shape)} has error {lost} of energy {energy}")
-    return Solution(sparse, mask, lost / energy if energy > 0 else 0.0, notes)
+    return Solution(sparse, mask, lost / energy if energy > 0 else 0.0, notes, fitted)
