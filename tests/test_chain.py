@@ -69,8 +69,7 @@ def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
     }
     for family, kinds in expected.items():
         chain = open_chain(family(), device=CPU)
-        stream = Feed(chain, IDS, 60).stream()
-        groups = InputGroups()
+        stream, groups = Feed(chain, IDS, 60).stream(), InputGroups()
         with watch(chain.linears(0), lambda linear, x, y, g=groups: g.add(linear, x)):
             list(stream.run(0))
         found = [sorted(linear.name.rpartition(".")[2] for linear in group) for group in groups.groups]
@@ -103,8 +102,7 @@ def test_a_checkpoint_of_the_bare_base_model_is_read(tmp_path: Path) -> None:
     model = tiny_gpt2()
     model.transformer.save_pretrained(tmp_path)  # the hub's gpt2 looks like this: no 'transformer.' in the names
     model.config.save_pretrained(tmp_path)
-    logits = run_by_blocks(open_chain(tmp_path, device=CPU))[1]
-    assert torch.equal(logits, model(IDS, use_cache=False).logits)
+    assert torch.equal(run_by_blocks(open_chain(tmp_path, device=CPU))[1], model(IDS, use_cache=False).logits)
 
 
 def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
@@ -123,8 +121,7 @@ def test_what_is_only_rounded_to_compute_is_written_as_it_was(tmp_path: Path, na
         assert attrgetter(wide)(block.mlp).dtype is torch.float32  # as transformers keeps it
         block.self_attn.o_proj.weight.zero_()
         written = {name: source.read() for name, source in chain.block_tensors(1).items()}
-    changed = "model.layers.1.self_attn.o_proj.weight"
-    assert not written.pop(changed).any()
+    assert not written.pop("model.layers.1.self_attn.o_proj.weight").any()
     assert all(torch.equal(value, values[name]) for name, value in written.items() if ".experts." not in name)
 
 

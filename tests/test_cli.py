@@ -28,17 +28,14 @@ def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) ->
     assert {"read", "prune", "forward", "write"} <= report["seconds"].keys()
     assert report["recipe"]["samples"] == 4
     assert {"path": str(out), **json.loads((out / "pruning.json").read_text())} == report
-
     inspected = json.loads(run("inspect", out, "--json", exits=0)[1])
     assert inspected["pattern"] == "2:4"
     assert inspected["sparsity"] == 0.5
     assert sum(block["zeros"] for block in inspected["blocks"]) == inspected["zeros"] == report["zeros"]
-
     line = ("eval", out, "--text", "pydoc", "--seq-len", 64, "--max-tokens", 640)
     measured = json.loads(run(*line, "--json", exits=0)[1])
     assert (measured["protocol"]["tokens"], measured["protocol"]["window"]) == (10 * 63, 64)
     assert 1 < measured["perplexity"]["value"] < 10_000
-
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] > 3
 

@@ -108,8 +108,7 @@ def test_the_other_form_has_the_numbers_of_q4_0() -> None:
     model = tiny_llama(intermediate_size=96)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     made, size = in_q4_0(model)
-    after = dict(made.named_parameters())
-    name = "model.layers.1.mlp.down_proj.weight"
+    after, name = dict(made.named_parameters()), "model.layers.1.mlp.down_proj.weight"
     groups = before[name].reshape(-1, 32)
     extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     expected = ((groups / (extreme / -8) + 8.5).floor().clamp(0, 15) - 8) * (extreme / -8).half().float()

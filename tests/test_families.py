@@ -91,8 +91,7 @@ def test_at_sparsity_zero_no_bit_changes(source: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_has_the_same_bits(source: Path, pruned: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS, progress=stop_after_one("prune"))
-    resumed = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
-    assert resumed.resumed == 1
+    assert sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS).resumed == 1
     assert same_bits(tensors_of(tmp_path / "p"), tensors_of(pruned.path))
 
 

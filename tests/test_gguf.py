@@ -60,7 +60,6 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
     assert (captured.out, "it/s" in captured.err) == ("", False)
     assert directory.parent == own_cache
     assert [entry.name for entry in own_cache.iterdir()] == [directory.name]  # nothing half-built is left
-
     config = json.loads((directory / "config.json").read_text())
     assert not {"quantization_config", "sparsity_config"} & set(config)
     assert config["dtype"] == "float32"
@@ -68,7 +67,6 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
     ids = torch.arange(60)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer("Hello world")["input_ids"] == tiny_tokenizer()("Hello world")["input_ids"]
     assert tokenizer.chat_template == CHAT

@@ -181,8 +181,7 @@ def test_many_small_parameters_are_refused_for_their_sum() -> None:
 
 
 def test_a_parameter_in_two_blocks_counts_once() -> None:
-    model = tiny_llama()
-    shared = nn.Parameter(torch.randn(2, 32))
+    model, shared = tiny_llama(), nn.Parameter(torch.randn(2, 32))
     for layer in model.model.layers[:2]:
         layer.table = shared
     for layer in model.model.layers[1:]:

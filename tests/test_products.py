@@ -39,8 +39,7 @@ def exact(module: nn.Linear | Conv1D, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_outputs_and_gradients_err_by_three_roundings_at_most(kind: str) -> None:
-    module = linear_of(kind, 320, 256)
-    x = torch.randn(2, 7, 320, requires_grad=True)
+    module, x = linear_of(kind, 320, 256), torch.randn(2, 7, 320, requires_grad=True)
     g = torch.randn(2, 7, 256)
     with Bf16Products():
         y = module(x)
@@ -49,7 +48,6 @@ def test_outputs_and_gradients_err_by_three_roundings_at_most(kind: str) -> None
     wanted, size = exact(module, x.detach())
     assert ((y.detach() - wanted).abs() <= 3.1 * UNIT * size + 1e-6).all()
     assert not torch.equal(y.detach(), wanted.float()), "nothing was rounded"
-
     weight = module.weight.detach().double() if kind == "linear" else module.weight.detach().double().T  # (out, in)
     rows, given = x.detach().double().flatten(0, 1), g.double().flatten(0, 1)
     assert x.grad is not None
@@ -68,8 +66,7 @@ def test_the_copy_of_a_weight_follows_its_changes() -> None:
     module, mode = linear_of("linear", 320, 256), Bf16Products()
     x = torch.randn(3, 320)
     with torch.no_grad(), mode:
-        first = module(x)
-        again = module(x)
+        first, again = module(x), module(x)
         module.weight.mul_(2)
         doubled = module(x)
     assert torch.equal(first, again)

@@ -158,8 +158,7 @@ def test_without_room_a_sweep_begins_anew(source: Path, tmp_path: Path, monkeypa
 
 def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
     """An error in place of a signal, when the model's own block ``index`` is read for the time ``after`` + 1."""
-    block = Chain.block
-    times = 0
+    block, times = Chain.block, 0
 
     def failing(self: Chain, at: int, *rest: Any) -> Any:
         nonlocal times

@@ -201,8 +201,7 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
 
     def kept(metric: float) -> dict[str, Tensor]:
         model = family()
-        options = {"output_metric": metric}
-        recipe = Recipe(effort=0, sparsity=0.6, allocation="uniform", options=options)
+        recipe = Recipe(effort=0, sparsity=0.6, allocation="uniform", options={"output_metric": metric})
         result = sparsellm.prune(model, recipe, calibration=IDS)
         assert all(linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1]) for linear in result.linears)
         found = {}

@@ -119,8 +119,7 @@ def test_values_that_are_gated_are_left_alone() -> None:
 def test_values_that_later_blocks_read_are_left_alone() -> None:
     """Blocks 2 and 3 have no keys and values of their own: they take those of blocks 0 and 1."""
     types = ["sliding_attention", "full_attention"] * 2
-    model = gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types)
-    task, found, _ = permuted(model)
+    task, found, _ = permuted(gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types))
     assert roles(found) == {"down_proj": ["gate_proj", "up_proj"]}
     assert any(name.endswith("o_proj") for name in task.notes)
 

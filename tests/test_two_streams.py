@@ -89,8 +89,7 @@ FAMILIES = {
 def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fit of each writer in block 1 was given, from a model as it was when that sublayer's turn came."""
     family, blocks, first, last = FAMILIES[name]
-    writers = [f"{blocks}.1.{first}", f"{blocks}.1.{last}"]
-    model = family()
+    writers, model = [f"{blocks}.1.{first}", f"{blocks}.1.{last}"], family()
     targets: list[list[Tensor]] = []
     states: list[PreTrainedModel] = []
     moments = _Fitting._moments

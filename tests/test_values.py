@@ -254,8 +254,7 @@ def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The divergence before the first pass is that of the model that effort 0 writes, which has the same rounding."""
-    source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
-    ids = ids_of(4)
+    source, ids = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense"), ids_of(4)
     given = {"sparsity": 0.5, "values": "int4", "products": "float32"}
     sparsellm.prune(source, Recipe(**given, effort=0), calibration=ids, out=tmp_path / "walked")
     losses: list[float] = []

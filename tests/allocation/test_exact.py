@@ -34,8 +34,7 @@ def test_totals_and_counts_are_exact(shapes: list[list[tuple[int, int]]], sparsi
 @given(SIZES, SPARSITY, st.floats(0, 1), st.data())
 @settings(max_examples=50, deadline=None)
 def test_within_limits_goals_are_met(weights: list[int], sparsity: float, span: float, data: st.DataObject) -> None:
-    total = round(sparsity * sum(weights))
-    limits = bounds(weights, sparsity, span)
+    total, limits = round(sparsity * sum(weights)), bounds(weights, sparsity, span)
     goals = shift_to_total(weights, [data.draw(st.floats(-1, 2)) for _ in weights], total, limits)
     result = round_exactly(goals, total, limits)
     assert sum(result) == total
@@ -48,8 +47,7 @@ def test_within_limits_goals_are_met(weights: list[int], sparsity: float, span: 
 
 def test_groups_reach_the_total_from_outside_the_limits() -> None:
     """One step from the nearest multiples is not enough: these are 1 of 4 for 1 %, and 3 of 4 for 99 %."""
-    weights = [48] * 10
-    goals = [0.48] * 7 + [47.52] * 3
+    weights, goals = [48] * 10, [0.48] * 7 + [47.52] * 3
     zeros = round_to_groups(goals, weights, 4, round(sum(goals)) - round(sum(goals)) % 12)
     assert sum(zeros) == round(sum(goals)) - round(sum(goals)) % 12
     assert all(12 <= count <= 36 and count % 12 == 0 for count in zeros)

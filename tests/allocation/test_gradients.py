@@ -60,8 +60,7 @@ def test_every_gradient_is_that_of_the_whole_model(
     model = family()
     chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m") if lazy else model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)]
-    record = Record(model, windows(), names)
-    seen = Everything()
+    record, seen = Record(model, windows(), names), Everything()
     scratch = Scratch(4000, tmp_path) if lazy else Scratch()  # most of it on disk
     loss = backward_sweep(Feed(chain, windows(), 45, scratch), seen.see, seen.done)
     assert loss == pytest.approx(float(record.loss.detach()) / (6 * 19), rel=1e-5)

@@ -50,7 +50,6 @@ def test_a_file_registers_what_prune_and_methods_then_know(llama: Path, tmp_path
     assert listed["mine"]["options"]["strength"]["default"] == 1.0
     assert "first-less" in listed["allocations"]
     assert "[b]magnitude[/b]" in run("methods", "--plugin", solver)[1]
-
     line = (
         "prune", llama, "--out", tmp_path / "p", "--plugin", solver, "--plugin", allocation, "--method", "mine",
         "--allocation", "first-less", "--set", "options.strength=2", "--samples", 2, "--seq-len", 16, "--json",

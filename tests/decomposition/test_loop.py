@@ -29,7 +29,6 @@ def test_zero_iterations_are_local_pruning_bit_for_bit() -> None:
     chunks = random_chunks(unit, [40, 33, 50], weights=True)
     local = Settings(iterations=0)
     pruned, _ = prune(unit, chunks[:2], [], by_input_norm, HALF, local)
-
     inputs = GramAccumulator(8)
     for chunk in (load() for load in chunks[:2]):
         inputs.update(chunk.inputs, chunk.token_weights)

@@ -52,8 +52,7 @@ PRICES = [Coefficients(1.0, 1.0, 1.0), Coefficients(0.3, 1.0, 5.0), Coefficients
 
 
 def _draw(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    m, a, z, u = torch.randn(4, count, generator=generator)
+    m, a, z, u = torch.randn(4, count, generator=torch.Generator().manual_seed(seed))
     return 1.5 * m - 0.3, a, z, u
 
 
@@ -136,7 +135,6 @@ def test_weight_from_moments_is_the_pseudo_inverses(weighted: bool, bias: bool) 
     linear = Linear(torch.zeros(5, 12), torch.zeros(5) if bias else None)
     moments = _moments(linear, x, t, w, chunk=64)
     fitted = moments.linear(least_squares(moments.gram, moments.cross, 1e-9, linear.weight).weight)
-
     rows = torch.cat([x, torch.ones(300, 1)], dim=1).double() if bias else x.double()
     root = (torch.ones(300) if w is None else w).double().sqrt()[:, None]
     expected = torch.linalg.pinv(rows * root) @ (t.double() * root)  # (in [+ 1], out)

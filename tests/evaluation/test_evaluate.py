@@ -275,8 +275,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def accuracy_by_hand(folder: Path, model: PreTrainedModel, bos: bool) -> float:
     """The share of questions for which the right answer is the likelier continuation."""
-    tokenizer = tiny_tokenizer()
-    right = 0
+    tokenizer, right = tiny_tokenizer(), 0
     for line in (folder / "numbers.jsonl").read_text().splitlines():
         row = json.loads(line)
         start = [0] * bos + tokenizer(row["question"])["input_ids"]

@@ -12,8 +12,7 @@ from sparsepack.grids import GRIDS
 
 @pytest.mark.parametrize("grid", ["q4_0", "q8_0"])
 def test_blocks_are_numbers_times_scales(grid: str) -> None:
-    of = GRIDS[grid]
-    generator = torch.Generator().manual_seed(1)
+    of, generator = GRIDS[grid], torch.Generator().manual_seed(1)
     codes = torch.randint(of.lowest, of.highest + 1, (6, 96), generator=generator, dtype=torch.int8)
     scales = torch.randn(6, 3, generator=generator).half().float()
     scales[0, 0] = 0.0

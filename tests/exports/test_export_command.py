@@ -36,7 +36,6 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, r
         assert size in page
         assert "llama.cpp, Ollama, LM Studio" in page
         assert " --values int4" in page
-
     line = ("export", directory, "--to", "compressed-tensors", "--out", tmp_path / "ct", "--json", "--no-save")
     content = json.loads(run(*line, exits=0)[1])
     assert content["results"] is None

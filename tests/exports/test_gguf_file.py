@@ -250,8 +250,7 @@ def test_a_checkpoint_that_prune_did_not_write_is_refused(tmp_path: Path) -> Non
 
 def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
-    reader = CheckpointReader(directory)
-    key = "model.layers.1.mlp.down_proj.weight"
+    reader, key = CheckpointReader(directory), "model.layers.1.mlp.down_proj.weight"
     shard = reader.file_of(key)
     changed = {name: reader.get(name) for name in reader if reader.file_of(name) == shard}
     changed[key][0, :32] = torch.linspace(0.011, 0.123, 32)

@@ -32,8 +32,7 @@ def bitmask(weight: Tensor) -> tuple[list[list[int]], list[float], list[int]]:
 def nm(kept: list[list[bool]], n: int, m: int) -> list[list[int]]:
     """The bytes of the codes of each row, from the positions that are kept."""
     possible = list(itertools.combinations(range(m), n))
-    width = math.ceil(math.log2(len(possible)))
-    lines = []
+    width, lines = math.ceil(math.log2(len(possible))), []
     for row in kept:
         bits: list[int] = []
         for start in range(0, len(row), m):

@@ -92,8 +92,7 @@ def test_the_scale_of_a_group_is_near_the_best() -> None:
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(3)) * 0.02
     bits = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double()
     shared = bits[torch.isfinite(bits) & (bits.half().double() == bits)]
-    found = on_grid(weight, "q4_0", torch.float32).double()
-    for row, values in zip(weight.double(), found, strict=True):
+    for row, values in zip(weight.double(), on_grid(weight, "q4_0", torch.float32).double(), strict=True):
         candidates = -shared * torch.sign(row[row.abs().argmax()])
         whole = (row / candidates[:, None]).round().clamp(-8, 7)
         whole[:, row.abs().argmax()] = -8

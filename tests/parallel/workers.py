@@ -167,7 +167,6 @@ def sums_and_selections(folder: Path) -> None:
     torch.testing.assert_close(cross.finish().double(), (x + 1).T @ x / len(x), rtol=1e-5, atol=1e-6)
     assert accumulator.tokens == cross.tokens == len(x)
     leave(folder, "gram", accumulator.finish().matrix)
-
     big = torch.full((3,), 2**62 // size, dtype=torch.int64)  # would lose digits as floats
     assert parallel.all_sum_(big + rank).tolist() == [2**62 // size * size + size * (size - 1) // 2] * 3
     with pytest.raises(RecipeError, match="missing"):
@@ -178,7 +177,6 @@ def sums_and_selections(folder: Path) -> None:
     assert parallel.size() == size
     assert parallel.on_this_machine() == size
     assert parallel.broadcast(rank, size - 1) == size - 1
-
     for case in range(60):
         outer, inner = (1, 60) if case % 2 else (8, 11)
         scores = torch.randn(outer, inner * size, generator=generator)

@@ -119,8 +119,7 @@ def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
     evil = "</script><img src=x onerror=alert(1)>"
     linears = json.loads((copied / "pruning.json").read_text())["linears"]
     linears[0]["name"] = f"model.layers.0.{evil}"
-    environment = {evil: evil}
-    rewrite(copied / "pruning.json", linears=linears, command=evil, warnings=[evil], environment=environment)
+    rewrite(copied / "pruning.json", linears=linears, command=evil, warnings=[evil], environment={evil: evil})
     page = page_of(write_report(copied))
     assert len(page.all("script")) == 3
     assert not page.all("img")

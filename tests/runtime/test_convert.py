@@ -170,8 +170,7 @@ def test_reports_of_the_pruning_are_copied_byte_for_byte(llama: Path, tmp_path: 
     source = Path(shutil.copytree(llama, tmp_path / "dense"))
     (source / "pruning.json").write_bytes(b'{"note": "\xff"}\r\n')
     packed = sparsellm.pack(source, out=tmp_path / "p").path
-    again = sparsellm.unpack(packed, out=tmp_path / "again").path
-    for directory in (packed, again):
+    for directory in (packed, sparsellm.unpack(packed, out=tmp_path / "again").path):
         assert (directory / "pruning.json").read_bytes() == (source / "pruning.json").read_bytes()
 
 

@@ -70,8 +70,7 @@ def change_tensor(directory: Path, name: str, change: Callable[[torch.Tensor], t
 
 def refused(directory: Path, *said: str) -> None:
     """By every door, with one line; ``unpack`` leaves nothing behind."""
-    out = directory.parent / "unpacked"
-    before = sorted(directory.parent.iterdir())
+    out, before = directory.parent / "unpacked", sorted(directory.parent.iterdir())
     doors = (AutoModelForCausalLM.from_pretrained, lambda path: sparsellm.unpack(path, out=out))
     for open_it, error in zip(doors, (PackError, SparseLLMError), strict=True):
         with pytest.raises(error) as raised:

@@ -156,8 +156,7 @@ def test_an_embedding_is_dense_int8_without_exponents() -> None:
 
 @kernels
 def test_activations_are_chosen_by_argument_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = packed_model(tmp_path, values="int8")
-    ids = torch.randint(300, (1, 5))
+    directory, ids = packed_model(tmp_path, values="int8"), torch.randint(300, (1, 5))
     results = {}
     for argument, variable in (("fp32", "int8"), (None, "fp32"), ("int8", "fp32"), (None, "")):
         monkeypatch.setenv("SPARSELLM_ACTIVATIONS", variable)

@@ -48,8 +48,7 @@ def test_product_is_that_of_the_dense_weight(values: str, exponents: bool, dtype
 def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_module, "_kernels", lambda device: None)
     monkeypatch.setattr(runtime_module, "TILE", tile)
-    weight = sparse_weight(148, 130, 0.6)
-    x = torch.randn(20, 130)
+    weight, x = sparse_weight(148, 130, 0.6), torch.randn(20, 130)
     assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
 
 
@@ -78,8 +77,7 @@ def test_small_batches_go_to_the_kernel_large_ones_use_tiles(monkeypatch: pytest
 
 @pytest.mark.parametrize("shape", [(130,), (0, 130), (2, 5, 130), (2, 3, 4, 130)])
 def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
-    module = layer()
-    x = torch.randn(shape)
+    module, x = layer(), torch.randn(shape)
     assert module(x).shape == (*shape[:-1], 48)
     assert torch.allclose(module(x), module.to_dense()(x), atol=1e-5)
     wide = module.double()(x.double())  # which no kernel takes

@@ -135,8 +135,7 @@ def test_activations_not_finite_or_very_small_are_rounded(kernel: str, value_typ
 @pytest.mark.parametrize(("rows", "columns", "sparsity"), [(5, 40, 0.5), (9, 130, 0.0), (16, 320, 0.8)])
 def test_exponents_scale_inputs_first(kernel: str, value_type: str, rows: int, columns: int, sparsity: float) -> None:
     packed = packed_of(sparse_weight(rows, columns, sparsity), value_type, "auto", exponents_of(columns))
-    plain = dataclasses.replace(packed, exponents=None)
-    x = torch.randn(3, columns)
+    plain, x = dataclasses.replace(packed, exponents=None), torch.randn(3, columns)
     for dtype, roundings in ((torch.float32, (False, True)), (torch.bfloat16, (True,))):
         scaled = x.to(dtype).float() * 2.0 ** exponents_of(columns)
         for rounded in roundings:

@@ -37,8 +37,7 @@ class Guarded:
         self.libc = ctypes.CDLL(None, use_errno=True)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        page = mmap.PAGESIZE
+        size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
         body = max(1, -(-size // page)) * page
         memory = mmap.mmap(-1, body + 2 * page)
         self.maps.append(memory)
@@ -63,8 +62,7 @@ def run(kernel: str, at_end: bool) -> None:
     """Called in the child."""
     guarded = Guarded(at_end)
     library, index = native._kernel(kernel)
-    cases = itertools.product(VALUE_TYPES, (*SHAPES, (4, 130, None)))
-    for value_type, (out, columns, special_rows) in cases:
+    for value_type, (out, columns, special_rows) in itertools.product(VALUE_TYPES, (*SHAPES, (4, 130, None))):
         sparsity = 0.4 if special_rows is not None else -1  # the layout dense
         packed, dense = random_weight(out, columns, value_type, sparsity, out, special_rows=bool(special_rows))
         held = guarded.weight(packed)

@@ -66,8 +66,7 @@ def test_the_factor_of_rows_is_that_of_the_module() -> None:
     assert row_scale(nn.Embedding(3, 4)) == 1.0
     assert row_scale(nn.Linear(3, 4)) is None
     assert row_scale(OtherScaledWordEmbedding(3, 4)) is None
-    module = gemma3_text().get_input_embeddings()
-    ids = torch.arange(5)
+    module, ids = gemma3_text().get_input_embeddings(), torch.arange(5)
     assert torch.allclose(module(ids), module.weight[ids] * (row_scale(module) or 0.0))
 
 

@@ -39,8 +39,7 @@ def test_the_kept_weights_are_refined():
 
 
 def test_linears_of_one_input_share_the_factorisations(monkeypatch: pytest.MonkeyPatch):
-    made = []
-    factorise = Gram.cholesky
+    made, factorise = [], Gram.cholesky
     monkeypatch.setattr(Gram, "cholesky", lambda gram, damping: made.append(damping) or factorise(gram, damping))
     gram = gram_of(32)
     for seed in range(3):  # q, k, v

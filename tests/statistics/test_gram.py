@@ -47,8 +47,7 @@ def test_low_precision_activations_are_summed_in_fp32(dtype: torch.dtype):
 
 
 def test_streamed_equals_unstreamed(monkeypatch: pytest.MonkeyPatch):
-    x = normal(1000, 20)
-    accumulator = GramAccumulator(20)
+    x, accumulator = normal(1000, 20), GramAccumulator(20)
     for part in x.split([1, 7, 500, 492]):
         accumulator.update(part)
         assert accumulator.finish().tokens == accumulator.tokens  # and it goes on

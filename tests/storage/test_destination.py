@@ -153,8 +153,7 @@ SPELLINGS: dict[str, Callable[[Path], Path]] = {
 def test_the_model_is_known_by_any_name(case: str, tmp_path: Path) -> None:
     (tmp_path / "models" / "x").mkdir(parents=True)
     model = source(tmp_path / "models" / "model")
-    out = SPELLINGS[case](model)
-    before = tree(tmp_path)
+    out, before = SPELLINGS[case](model), tree(tmp_path)
     with pytest.raises(StorageError, match="the model"):
         check_destination(out, sources=[model if model.exists() else model.with_name("p.partial")], overwrite=True)
     assert tree(tmp_path) == before

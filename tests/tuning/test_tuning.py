@@ -117,12 +117,10 @@ def test_a_trained_adapter_merges_without_a_change_of_logits_or_zeros(pruned: Pr
 
 
 def test_the_update_is_the_masked_product() -> None:
-    model = adapter_on(prune_tiny(tiny_llama()))
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer = adapter_on(prune_tiny(tiny_llama())).base_model.model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         layer.lora_B["default"].weight.normal_()
-    x = torch.randn(5, 32)
-    weight = layer.base_layer.weight
+    x, weight = torch.randn(5, 32), layer.base_layer.weight
     update = 8 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     assert torch.allclose(layer(x), x @ (weight + (weight != 0) * update).t(), atol=1e-5)
 
