@@ -56,10 +56,6 @@ def left_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
-def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sublayers, "_shortcut", lambda *_: None)
-
-
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LEFT_OUT),
     ("Llama", {"refit": False}),
@@ -71,7 +67,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 def test_no_bit_changes(name: str, options: Any, left_out: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     quick = pruned(family(name), **options)
     assert left_out == (LEFT_OUT[name] if not options.get("iterations") else {"OPTAttention"})
-    plainly(monkeypatch)
+    monkeypatch.setattr(sublayers, "_shortcut", lambda *_: None)  # a plain run
     assert same_bits(quick, pruned(family(name), **options))
 
 
@@ -116,7 +112,7 @@ def test_a_module_that_does_more_than_its_writer_runs(
 
     quick = pruned(wrapped())
     assert module in left_out
-    plainly(monkeypatch)
+    monkeypatch.setattr(sublayers, "_shortcut", lambda *_: None)  # a plain run
     assert same_bits(quick, pruned(wrapped()))
 
 

@@ -258,18 +258,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"{n} {n * 7919}", "choices": [" 3", " 8"], "answer": n % 2} for n in range(6)]
     (folder / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "numbers.yaml").write_text(
-        "task: tiny_numbers\n"
-        "dataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {folder / 'numbers.jsonl'}}}}}\n"
-        "test_split: test\n"
-        "output_type: multiple_choice\n"
-        "doc_to_text: '{{question}}'\n"
-        "doc_to_choice: choices\n"
-        "target_delimiter: ''\n"
-        "doc_to_target: answer\n"
-        "metric_list: [{metric: acc}]\n"
-    )
+    task = {
+        "task": "tiny_numbers", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "numbers.jsonl")}}, "metric_list": [{"metric": "acc"}],
+        "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer", "target_delimiter": "",
+    }  # fmt: skip
+    (folder / "numbers.yaml").write_text(json.dumps(task))
     return folder
 
 

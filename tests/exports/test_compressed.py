@@ -72,14 +72,9 @@ def test_int8_activations_are_left_to_the_loader(tmp_path: Path) -> None:
 def test_what_is_dense_stays_so_and_is_named(tmp_path: Path) -> None:
     directory = pruned(mixtral(), tmp_path, "q4_0", exclude=["*.v_proj"])
     out = exported(directory)
-    config = config_of(out)
-    gates = {f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp.gate", "block_sparse_moe.gate")}
-    assert set(config["ignore"]) == {
-        "lm_head",
-        "model.embed_tokens",
-        *gates,
-        *(f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)),
-    }
+    config, parts = config_of(out), ("mlp.gate", "block_sparse_moe.gate", "self_attn.v_proj")
+    dense = {f"model.layers.{i}.{part}" for i in (0, 1) for part in parts}
+    assert set(config["ignore"]) == {"lm_head", "model.embed_tokens", *dense}
     assert not {"sparsity_config", "compression_config"} & set(config)  # with which vLLM refuses a model
     assert config["format"] == "pack-quantized"
     reader = CheckpointReader(out)

@@ -23,6 +23,7 @@ from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import finish, in_gguf, write_gguf
 
 Kind = gguf.GGMLQuantizationType
+OUTSIDE = ("token_embd.weight", "output.weight")  # embedding and head
 
 
 def exported(directory: Path, like: Kind = Kind.BF16, **settings: Any) -> gguf.GGUFReader:
@@ -83,11 +84,10 @@ def test_a_bias_of_zeros_goes_where_the_rows_of_its_weight_go(tmp_path: Path) ->
 def test_a_quantised_template_keeps_its_embedding_and_head(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
     file = exported(directory, Kind.Q8_0)
-    outside = ("token_embd.weight", "output.weight")
-    assert_is(file, directory, but=outside)
+    assert_is(file, directory, but=OUTSIDE)
     like = {each.name: each for each in gguf.GGUFReader(tmp_path / "like.gguf").tensors}
     for tensor in file.tensors:
-        if tensor.name in outside:
+        if tensor.name in OUTSIDE:
             assert tensor.tensor_type == Kind.Q8_0
             assert np.array_equal(tensor.data, like[tensor.name].data)
 
@@ -98,7 +98,7 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
     found = {each.name: each.tensor_type for each in file.tensors}
     assert (found["token_embd.weight"], found["output.weight"]) == (Kind.Q8_0, Kind.Q8_0)
     assert found["blk.0.attn_v.weight"] == Kind.BF16  # what is not pruned stays as it is in the template
-    assert_is(file, directory, but=("token_embd.weight", "output.weight"))
+    assert_is(file, directory, but=OUTSIDE)
     ours, theirs = tensors(file)["output.weight"], in_gguf(AutoModelForCausalLM.from_pretrained(directory))
     assert np.array_equal(ours, gguf.dequantize(gguf.quantize(theirs["output.weight"], Kind.Q8_0), Kind.Q8_0))
 
@@ -106,11 +106,10 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
 def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
     directory = pruned(wide_llama(hidden_size=256, num_hidden_layers=1), tmp_path / "wide", "q4_0")
     file = exported(directory, head="q6_k")
-    outside = ("token_embd.weight", "output.weight")
-    assert {each.name for each in file.tensors if each.tensor_type == Kind.Q6_K} == set(outside)
-    assert_is(file, directory, but=outside)
+    assert {each.name for each in file.tensors if each.tensor_type == Kind.Q6_K} == set(OUTSIDE)
+    assert_is(file, directory, but=OUTSIDE)
     ours, theirs = tensors(file), in_gguf(AutoModelForCausalLM.from_pretrained(directory))
-    for name in outside:
+    for name in OUTSIDE:
         assert np.square(ours[name] - theirs[name]).sum() < 4e-4 * np.square(theirs[name]).sum()
     with pytest.raises(RecipeError, match=r"rows of 64 in \S+ are not blocks of 256; leave --head out"):
         exported(pruned(wide_llama(num_hidden_layers=1), tmp_path / "narrow", "q4_0"), head="q6_k")
@@ -149,8 +148,7 @@ def test_rows_of_heads_are_found_in_each_known_order() -> None:
 
 def other(place: Path) -> Path:
     """A template of another model of the same shape."""
-    write_gguf(wide_llama(seed=1), place / "other.gguf", Kind.BF16)
-    return place / "other.gguf"
+    return write_gguf(wide_llama(seed=1), place / "other.gguf", Kind.BF16)
 
 
 def split(place: Path) -> Path:
@@ -168,8 +166,7 @@ def damaged(place: Path) -> Path:
 
 
 def smaller(place: Path) -> Path:
-    write_gguf(wide_llama(num_hidden_layers=1), place / "smaller.gguf", Kind.BF16)
-    return place / "smaller.gguf"
+    return write_gguf(wide_llama(num_hidden_layers=1), place / "smaller.gguf", Kind.BF16)
 
 
 @pytest.fixture(scope="module")

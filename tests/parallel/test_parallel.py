@@ -43,12 +43,7 @@ class Found:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return {name: workers.prune_case(name) for name in workers.CASES}
-    finally:
-        torch.set_num_threads(before)
+    return {name: workers.prune_case(name) for name in workers.CASES}
 
 
 @pytest.mark.parametrize("name", workers.CASES)

@@ -29,13 +29,9 @@ COMMANDS = {  # for the scripts: torchrun of this Python, and those of Slurm, wi
     "srun": '"$@" & first=$!; "$@" & wait $! && wait $first',
     "scontrol": "echo localhost",
 }
-VARIABLES = {
-    **{f"SLURM_{name}": "1" for name in ("GPUS_ON_NODE", "CPUS_PER_TASK", "JOB_ID", "JOB_NODELIST")},
-    "SLURM_NNODES": "2",
-    "SKYPILOT_NUM_NODES": "2",
-    "SKYPILOT_NUM_GPUS_PER_NODE": "1",
-    "SKYPILOT_NODE_IPS": "localhost\nlocalhost",
-}
+VARIABLES = {f"SLURM_{name}": "1" for name in ("GPUS_ON_NODE", "CPUS_PER_TASK", "JOB_ID", "JOB_NODELIST")}
+VARIABLES |= {"SLURM_NNODES": "2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "1"}
+VARIABLES |= {"SKYPILOT_NODE_IPS": "localhost\nlocalhost"}
 
 
 def small(script: str, port: int = 29400) -> str:

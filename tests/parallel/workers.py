@@ -73,15 +73,10 @@ def prune_case(name: str) -> dict[str, Any]:
         patch.setattr("sparsellm.solvers.sparsegpt.PANEL", 16)  # several panels in so small a model
         result = sparsellm.prune(model, Recipe(**{"batch_tokens": 80, **fields}), calibration=windows(WINDOWS))
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
-    return {
-        "weights": dict(model.state_dict()),
-        "linears": linears,
-        "processes": result.processes,
-        "allocation": result.allocation,
-        "sweeps": [(record.held_out, record.train or 0.0) for record in result.sweeps],
-        "tokens": result.calibration_tokens,
-        "factorised": factorised.call_count,
-    }
+    sweeps = [(record.held_out, record.train or 0.0) for record in result.sweeps]
+    found = {"weights": dict(model.state_dict()), "linears": linears, "allocation": result.allocation, "sweeps": sweeps}
+    counts = {"processes": result.processes, "tokens": result.calibration_tokens, "factorised": factorised.call_count}
+    return {**found, **counts}
 
 
 SWEPT = {**CASES["swept"][1], "sweep_rate": 0.003}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -174,11 +175,8 @@ def test_models_take_turns_and_do_the_same_work(monkeypatch: pytest.MonkeyPatch)
     speeds = measure(models, Rounds(batches=[1, 3], threads=[1, 2], prompt_tokens=7, new_tokens=2, repeats=2))
     assert torch.get_num_threads() == before
     expected = []
-    for threads in (1, 2):
-        for batch in (1, 3):
-            for _turn in range(3):  # one to warm up and two that count
-                for name in ("a", "b"):
-                    expected += [(name, (batch, 7), threads), (name, (batch, 1), threads), (name, (batch, 1), threads)]
+    for threads, batch, _, name in itertools.product((1, 2), (1, 3), range(3), "ab"):  # one turn is to warm up
+        expected += [(name, (batch, tokens), threads) for tokens in (7, 1, 1)]
     assert calls == expected
     assert len(speeds) == 2 * 2 * 2 * 2
     assert all(0 < speed.slowest <= speed.median <= speed.fastest < math.inf for speed in speeds)

@@ -33,6 +33,7 @@ KEY, MOST = "a-key-of-the-tests", 4000
 PROMPT = "The while statement"
 ASKED: Any = [{"role": "user", "content": PROMPT}]
 TEMPLATED = f"user: {PROMPT}\nassistant:"
+HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
 LONG = 8000  # tokens: seconds in which something can happen
 
 
@@ -190,8 +191,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 
 @pytest.mark.parametrize(("body", "status", "said"), REFUSED, ids=[said for _, _, said in REFUSED])
 def test_a_bad_body_is_one_line_that_names_it(url: str, body: Any, status: int, said: str) -> None:
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    answer = httpx.post(f"{url}/chat/completions", content=json.dumps(body), headers=headers)
+    answer = httpx.post(f"{url}/chat/completions", content=json.dumps(body), headers=HEADERS)
     assert answer.status_code == status
     message = answer.json()["error"]["message"]
     assert said in message
@@ -224,16 +224,15 @@ def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: 
 
 
 def test_what_is_not_json_or_has_no_end_is_refused(url: str) -> None:
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     for content, status in ((b"{bad", 400), (b"[1]", 400), (b"\xff", 400), (b"[" * 3000, 400)):
-        answer = httpx.post(f"{url}/completions", content=content, headers=headers)
+        answer = httpx.post(f"{url}/completions", content=content, headers=HEADERS)
         assert answer.status_code == status, content
         assert answer.json()["error"]["type"] == "invalid_request_error"
     pieces = (b" " * 1000 for _ in range(10))  # no Content-Length
-    assert httpx.post(f"{url}/completions", content=pieces, headers=headers).status_code == 413
-    plain = {**headers, "Content-Type": "text/plain"}  # what a page of the web may send without asking
+    assert httpx.post(f"{url}/completions", content=pieces, headers=HEADERS).status_code == 413
+    plain = {**HEADERS, "Content-Type": "text/plain"}  # what a page of the web may send without asking
     assert httpx.post(f"{url}/completions", content=b'{"prompt":"x"}', headers=plain).status_code == 400
-    assert httpx.get(f"{url}/nothing", headers=headers).json()["error"]["message"] == "Not Found"
+    assert httpx.get(f"{url}/nothing", headers=HEADERS).json()["error"]["message"] == "Not Found"
 
 
 def test_a_wrong_key_is_refused(url: str) -> None:
@@ -361,9 +360,8 @@ def test_a_key_of_a_file_is_that_of_the_server(tmp_path: Path) -> None:
 
 
 def test_a_context_beyond_that_of_the_model_is_refused(packed: Path, refusal: Any) -> None:
-    assert f"--context is {CONTEXT + 1}, and the model takes {CONTEXT}" in refusal(
-        "serve", packed, "--port", 0, "--context", CONTEXT + 1
-    )
+    said = refusal("serve", packed, "--port", 0, "--context", CONTEXT + 1)
+    assert f"--context is {CONTEXT + 1}, and the model takes {CONTEXT}" in said
 
 
 def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
