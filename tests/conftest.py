@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from sparsellm import cli, console, plugins
 from sparsellm.allocation import ALLOCATIONS
@@ -30,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     must compute with as many threads as its tests do, or bits differ. Signals that whoever started the tests ignores
     (``nohup``, a shell's background) are not ignored here: the tests send them, and every child inherits that."""
     torch.set_num_threads(1)
+    disable_progress_bar()  # as the command line does in a process of its own
     if config.getoption("markexpr") != "slow":
         os.environ["SPARSELLM_CACHE"] = os.environ["HF_HUB_CACHE"]
     for signum, usual in (

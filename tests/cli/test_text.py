@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.utils.logging import disable_progress_bar
 from typer.main import get_command
 
 from sparsellm import Recipe, __version__, api, cli, console, tables
@@ -33,7 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_shows_names_as_they_are_and_a_json(model: Path, tmp_path: Path, run: Any, refusal: Any) -> None:
-    disable_progress_bar()  # as the environment does in a process of its own
     name = model.name
     text = tmp_path / f"{name}.txt"
     text.write_text("some words of no importance\n" * 200)

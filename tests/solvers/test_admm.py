@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsellm.chain.products import Bf16Products
+from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.solvers.admm import RHO_STEPS
 from sparsellm.solvers.divided import divide
@@ -55,6 +56,16 @@ def test_inputs_that_are_always_zero_change_nothing_for_others():
     alone = admm(weight, gram, Share(0.5))
     assert torch.equal(wide.mask[:, :24], alone.mask)
     torch.testing.assert_close(wide.weight[:, :24], alone.weight)
+
+
+@pytest.mark.parametrize("pattern", [Share(0.7), NM(2, 4)], ids=str)
+def test_weights_of_inputs_that_are_nearly_zero_stay_small(pattern: Pattern):
+    """They could take over from the others, a thousand times as large."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2000, 32, generator=generator), weight_of(16, 32)
+    x[:, :8] = 1e-3 * (x[:, 8:] @ torch.randn(24, 8, generator=generator) / 24**0.5 + 0.3 * x[:, :8])
+    result = admm(weight, Gram(x.T @ x / 2000, 2000), pattern)
+    assert float(result.weight.abs().max()) < 2 * float(weight.abs().max())
 
 
 def test_a_ridge_keeps_weights_of_a_singular_gram_in_bounds():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 import sparsellm
 from sparsellm import Recipe
@@ -75,7 +74,6 @@ def test_weights_keep_the_dtype_in_which_they_are_stored(pruned: Path, text: Pat
 
 
 def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path, tmp_path: Path, refusal: Any) -> None:
-    disable_progress_bar()  # as the environment does in a process of its own
     sparsellm.pack(pruned, out=tmp_path / "packed")
     recipe = Recipe(method="magnitude", values="int8", calibration=str(text), samples=4, seq_len=32)
     sparsellm.prune(llama, recipe, out=tmp_path / "int8")
