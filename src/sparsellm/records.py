@@ -313,6 +313,11 @@ class Pruning(RunRecord):
         """The pattern that was asked for, or the sparsity in percent."""
         return str(self.recipe.get("pattern") or f"{self.sparsity_asked:.0%}")
 
+    @property
+    def packs(self) -> bool:
+        """Whether its values have a packed form: those of another program's grid in int8 have none."""
+        return self.grid == "own" or self.values != "int8"
+
 
 def read_pruning(directory: Path) -> Pruning:
     """``pruning.json`` of a checkpoint; errors as in :func:`read_record`."""

@@ -19,6 +19,8 @@ from sparsellm.errors import MemoryBudgetError
 from sparsellm.interrupts import Interrupted
 from sparsellm.tuning import recover
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.families import mixtral
+from tests.models.pruned import prune_tiny
 from tests.storage.small import shards_of, tensors_of
 
 SMALL = ("--steps", 12, "--seq-len", 32, "--batch", 4)
@@ -71,6 +73,12 @@ def test_weights_keep_the_dtype_in_which_they_are_stored(pruned: Path, text: Pat
     (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     run("tune", source, "--out", tmp_path / "out", "--calibration", text, "--steps", 1, "--seq-len", 32, exits=0)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_so_do_experts_that_the_model_stacks(text: Path, tmp_path: Path, run: Any) -> None:
+    dense = save_tiny(prune_tiny(mixtral()).bfloat16(), tiny_tokenizer(), tmp_path / "dense")
+    run("tune", dense, "--out", tmp_path / "out", "--calibration", text, "--steps", 1, "--seq-len", 32, exits=0)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
 
 
 def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path, tmp_path: Path, refusal: Any) -> None:

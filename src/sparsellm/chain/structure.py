@@ -81,7 +81,7 @@ def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
         if isinstance(child, (nn.Linear, Conv1D)):
             place = f"{prefix}.{name}" if name else prefix
             if "weight" not in child._parameters:
-                raise ModelError(f"{place} has no plain weight, but a quantised, masked or parametrised one; undo that")
+                raise ModelError(f"{place} has a quantised, masked or parametrised weight; load a plain one")
             yield place, child
 
 
@@ -89,7 +89,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks, with its name in the model: the ``ModuleList`` outside towers with most weights in
     linears, the outer one of two that hold equally many. A ModelError says that no ``ModuleList`` holds linears."""
     if getattr(model, "is_quantized", False):
-        raise ModelError("the model is packed or quantised, which cannot be undone in memory; unpack its checkpoint")
+        raise ModelError("the model is packed or quantised; load a plain one, such as `sparsellm unpack` writes")
     towers = tuple(f"{tower}." for tower in tower_names(model)) if isinstance(model, PreTrainedModel) else ()
     sizes = {
         name: sum(linear.get_parameter("weight").numel() for _, linear in iterate_linears(module, name))

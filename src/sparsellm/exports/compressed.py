@@ -25,20 +25,18 @@ _INT8_ACTIVATIONS = "w8a8"  # weights of this grid are stored as int8, since int
 
 
 def check_compressed(model: OnGrid) -> None:
-    """Refuses a model with ``Conv1D``, for which the format has no form, and one with experts in two forms, which
-    transformers cannot stack (ModelError); a MissingExtraError without the library."""
+    """Refuses a model with ``Conv1D``, for which the format has no form, and one with dense experts, which transformers
+    cannot stack (ModelError); a MissingExtraError without the library."""
     try:
         from compressed_tensors.compressors.pack_quantized import helpers  # noqa: F401
     except ImportError:
         raise MissingExtraError("this needs compressed-tensors: pip install 'sparsellm[export]'") from None
     if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
         raise ModelError(f"{min(names)} is a Conv1D, which compressed-tensors does not have; export to gguf")
-    views, pruned = (view for index in range(len(model.chain)) for view in model.chain.linears(index)), model.linears
+    views = (view for index in range(len(model.chain)) for view in model.chain.linears(index))
     experts = [view.name for view in views if isinstance(view.module, ExpertLinear)]
-    if dense := [name for name in experts if name not in pruned.values()]:
-        raise ModelError(
-            f"{dense[0]} was not pruned, and transformers loads no mixture with experts in two forms; prune all experts"
-        )
+    if dense := sorted({*experts} - {*model.linears.values()}):
+        raise ModelError(f"{dense[0]} was not pruned, and transformers loads only mixtures whose experts all were")
 
 
 def write_compressed(

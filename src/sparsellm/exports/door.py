@@ -123,4 +123,4 @@ def export(  # noqa: PLR0913 - the Python door
     for each in run.linears:
         fixed = None if each.pattern is None else astuple(parse_pattern(each.pattern))
         packed += predicted_bytes(each.shape, each.zeros, grid.values, fixed, group=grid.group)
-    return ExportResult(place, record, run.sparsity_pruned, round(linear), None if grid.values == "int8" else packed)
+    return ExportResult(place, record, run.sparsity_pruned, round(linear), packed if run.packs else None)

@@ -54,7 +54,7 @@ def alternate(
         mask = pruned.masks[role]
         if patterns[role].sparsity < 1 and not bool(linear.weight.any()):
             continue  # its inputs were 0 in every token
-        solution = Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes, fitted=True)
+        solution = Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes)
         steps = tuple(history) if role == "down" else ()
         task.accept(linears[role], linears[role].weight(), solution, None, history=steps)
         if linear.bias is not None:

@@ -13,6 +13,7 @@ from sparsellm.errors import StorageError
 from sparsellm.inputs import without_folders
 from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Pruning, Results, read_pruning
 from sparsellm.report.charts import megabytes, number, percent
+from sparsellm.storage.reader import as_storage_error
 from sparsellm.storage.results import read_results
 from sparsepack.bench import Pair, weight_file_bytes
 
@@ -61,7 +62,8 @@ def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[s
     if not pruning.linears:
         raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")
     last = Path(os.path.abspath(place if name is None else name)).name  # pages leave this machine
-    return Checkpoint(place, last, pruning, read_results(place), weight_file_bytes(place))
+    with as_storage_error():
+        return Checkpoint(place, last, pruning, read_results(place), weight_file_bytes(place))
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def packed_commands(record: Checkpoint) -> list[str]:
     """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed
     or has none."""
     run = record.pruning
-    if record.packed or (run.grid != "own" and run.values == "int8"):
+    if record.packed or not run.packs:
         return []
     packed = replace(record, name=f"{record.name}-packed")
     name = shlex.quote(packed.name)

@@ -17,7 +17,7 @@ Differences from the papers, measured on the linears of a 135M model, on tokens 
 * The support has its final size from the first iteration. Growing it step by step is no better.
 * Four steps of conjugate gradients end the fit: the last iterations are near the minimum, and four more gain nothing.
 * The ridge is 0.05, not 0.01, of the mean curvature: slightly worse on the tokens of the Gram matrix, better on others.
-* Every input's mean square gets 0.01 of the mean of all (``FLOOR``): weights of inputs that are nearly 0 stay small.
+* Every input's mean square gets some of the mean of all (``FLOOR``): weights of inputs that are nearly 0 stay small.
 * Weights compete in the whole matrix. If they compete within rows, the error at 70 % is 1 to 23 % higher.
 """
 
@@ -68,7 +68,7 @@ def admm(
     kept = pattern.mask(dense.abs())
     first = refine_on_support(dense, metric, kept, dense, ROUGH_ITERATIONS if iterations else refine_iterations)
     if not iterations:
-        return solution(weight, first.weight / scale, kept, gram, fitted=True)
+        return solution(weight, first.weight / scale, kept, gram)
 
     start, state = kept, dense  # state: W + V
     notes: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ def admm(
         first = refine_on_support(dense, metric, start, first.weight, refine_iterations)
         if parallel.total(first.objective) < least:
             last, kept = first, start
-    return solution(weight, last.weight / scale, kept, gram, notes, fitted=True)
+    return solution(weight, last.weight / scale, kept, gram, notes)
 
 
 def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:

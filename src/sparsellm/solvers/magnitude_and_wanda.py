@@ -13,11 +13,11 @@ from sparsellm.statistics import Gram
 @SOLVERS.register("magnitude", paper="arXiv 1506.02626", workspace=Workspace(weights=6, grams=1), distributed=True)
 def magnitude(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """Keeps the weights of largest magnitude in the whole matrix, as they are."""
-    return solution(weight, weight, pattern.mask(weight.abs()), gram)
+    return solution(weight, weight, pattern.mask(weight.abs()), gram, fitted=False)
 
 
 @SOLVERS.register("wanda", paper="arXiv 2306.11695", workspace=Workspace(weights=6, grams=1), distributed=True)
 def wanda(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """Keeps, of each output, the weights with the largest ``|w| · rms of their input``, as they are (eq. 1)."""
     scores = weight.abs() * gram.diagonal.clamp(min=0).sqrt()  # (out, in)
-    return solution(weight, weight, pattern.mask(scores, scope="row"), gram)
+    return solution(weight, weight, pattern.mask(scores, scope="row"), gram, fitted=False)

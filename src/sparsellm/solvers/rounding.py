@@ -1,9 +1,9 @@
 """Kept values rounded to the grid of a packed integer type, each compensating the errors of others.
 
-The error is ``‖(Ŵ − W) G^½‖²`` for a pruned weight W and its rounded one Ŵ. Columns of large inputs take finer steps
-(AWQ, arXiv 2306.00978): powers of two near a power of the inputs' root mean square, the one with the least error after
-rounding to nearest. Each group takes the scale with the least error in the diagonal of G. Then three things
-lower the error in the metric of G itself:
+The error is ``‖(Ŵ − W) G^½‖²`` for the rounded weight Ŵ and its target W, the pruned or the dense weight. Columns of
+large inputs take finer steps (AWQ, arXiv 2306.00978): powers of two near a power of the inputs' root mean square, the
+one with the least error after rounding to nearest. Each group takes the scale with the least error in the diagonal of
+G. Then three things lower the error in the metric of G itself:
 
 1. Inputs are rounded one after another, and all after one make up for its error (GPTQ, arXiv 2210.17323). A descent
    from here ends lower than one from the nearest numbers.

@@ -24,7 +24,7 @@ class Solution:
     mask: Tensor  # (out, in) bool, True where kept; exactly the pattern's count
     error: float  # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the lost share of the output's energy
     notes: tuple[str, ...] = ()  # messages to the user, such as a raised damping
-    fitted: bool = False  # whether kept values are as good as their mask allows; else rounding aims at the dense weight
+    fitted: bool = True  # whether kept values are as good as their mask allows; else rounding aims at the dense weight
 
 
 Solver = Callable[..., Solution]
@@ -43,9 +43,10 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
 
 def solution(
-    original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = (), *, fitted: bool = False
+    original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = (), *, fitted: bool = True
 ) -> Solution:
-    """The solution with exact zeros off the mask and its relative error. A NumericalError says that the weight (out,
+    """The solution with exact zeros off the mask and its relative error; not ``fitted`` if the solver does not fit the
+    values that it keeps. A NumericalError says that the weight (out,
     in) is not finite."""
     # A product with floats takes a twentieth of the time of torch.where. + 0.0 turns −0.0 into 0.0; a packed file would
     # store −0.0 as a kept value.

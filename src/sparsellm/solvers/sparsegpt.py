@@ -41,7 +41,7 @@ def sparsegpt(
     elimination.prune(0, weight.shape[1], elimination.step)
     pruned, kept = elimination.columns.T.contiguous(), elimination.kept.T.contiguous()
     del elimination
-    return solution(weight, pruned, kept, gram, factor.notes)
+    return solution(weight, pruned, kept, gram, factor.notes, fitted=False)
 
 
 class _Elimination:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import OutOfMemoryError, Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -127,7 +127,7 @@ def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any]) -> PeftMo
             wrapped.unload()
         for parameter in trained:
             parameter.requires_grad_()
-        if isinstance(error, RecipeError | ModelError):
+        if isinstance(error, RecipeError | ModelError | AssertionError | MemoryError | OutOfMemoryError):
             raise
         raise RecipeError(f"peft refuses to adapt this model: {one_line(error)}") from error
     return wrapped
@@ -138,9 +138,10 @@ def _check_zeros(wrapped: PeftModel) -> None:
     if any(getattr(config, "target_parameters", None) for config in wrapped.peft_config.values()):
         raise RecipeError("peft would adapt the stacked experts of this model and fill their zeros; take --way full")
     copied = {name: each for name, each in wrapped.named_modules() if isinstance(each, ModulesToSaveWrapper)}
-    linears = {name: each for name, each in copied.items() if isinstance(each.original_module, nn.Linear | Conv1D)}
-    if sparse := [name for name, each in linears.items() if not each.original_module.weight.detach().all()]:
-        raise RecipeError(f"modules_to_save has {sparse[0]}, whose zeros would be trained; make it a target instead")
+    for name, each in copied.items():
+        linears = [child for child in each.original_module.modules() if isinstance(child, nn.Linear | Conv1D)]
+        if not all(bool(linear.weight.detach().all()) for linear in linears):
+            raise RecipeError(f"modules_to_save has {name}, whose zeros would be trained; make it a target instead")
     weights = [id(each.get_base_layer().weight) for each in wrapped.modules() if isinstance(each, MaskedLoraLinear)]
     if len({*weights}) < len(weights):
         raise ModelError("blocks of this model share weights, and each would get an adapter; take --way full")

@@ -170,7 +170,9 @@ def _trained(
     merged = wrapped.merge_and_unload() if training.way == "lora" else wrapped
     merged.to("cpu")
     for name, tensor in (*merged.named_parameters(), *merged.named_buffers()):
-        tensor.data = tensor.data.to(stored.get(name, tensor.dtype))
+        inside = name.rpartition(".")[0] + "."  # experts that the checkpoint has one by one, and the model in a stack
+        alike = [dtype for part, dtype in stored.items() if part.startswith(inside)] if name not in stored else []
+        tensor.data = tensor.data.to(stored.get(name, alike[0] if alike else tensor.dtype))
         if isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
             raise NumericalError(f"{name} is not finite after training; take a lower --rate")
     return merged, losses
