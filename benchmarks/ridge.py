@@ -1,12 +1,14 @@
-"""Ridge and schedule of `admm`, or with ``--values`` the damping of rounding, chosen on held-out articles: the error of
-linears on tokens that no Gram matrix has.
+"""Ridge and schedule of `admm`, with ``--floors`` the floor under the mean squares of its inputs, or with ``--values``
+the damping of rounding, chosen on held-out articles: the error of linears on tokens that no Gram matrix has.
 
     python benchmarks/ridge.py --calibration wikipedia.txt --blocks 2 14 27 --targets 0.5 0.7 2:4
+    python benchmarks/ridge.py --calibration wikipedia.txt --blocks 2 14 24 --targets 0.5 2:4 --floors 0 0.02 0.2 1
     python benchmarks/ridge.py --calibration wikipedia.txt --values int4 q4_0
 
 The first half of the text gives the Gram matrices, the second half, which are other articles, the errors; no test text
 takes part. A cell is the geometric mean over the linears of the blocks, divided by that of the default; for rounding
-also on Python's documentation, and divided by that without damping.
+also on Python's documentation, and divided by that without damping; for floors two errors, with values kept and rounded
+to int4.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import find_blocks, iterate_linears
-from sparsellm.patterns import Unstructured, parse_pattern
+from sparsellm.patterns import Pattern, Unstructured, parse_pattern
 from sparsellm.solvers import admm as solver
 from sparsellm.solvers import rounding
 from sparsellm.sources.resolve import checkpoint_directory
@@ -105,6 +107,36 @@ def print_dampings(asked: argparse.Namespace, linears: dict[str, Any], fitted: d
         print(f"| {by:g} | {' | '.join(cells)} |", flush=True)
 
 
+def print_floors(asked: argparse.Namespace, linears: dict[str, Any], fitted: dict[str, Gram], held: Any) -> None:
+    print(f"| floor | {' | '.join(asked.targets)} | largest kept weight / largest dense weight |")
+    print("|---" * (2 + len(asked.targets)) + "|")
+    for floor in asked.floors:
+        cells, largest = [], 1.0
+        for target in asked.targets:
+            logarithms: list[tuple[float, float]] = []
+            for name, linear in linears.items():
+                weight = linear.get_parameter("weight").detach().float()
+                gram = Gram(fitted[name].matrix, fitted[name].tokens)  # remembers no other floor
+                with mock.patch.object(solver, "FLOOR", floor):
+                    pruned = solver.admm(weight, gram, pattern_of(target, weight.numel())).weight
+                near = rounding.rounded(pruned, gram, "int4", torch.bfloat16, fixed_mask=":" in target).weight
+                lost = [float(held[name].energy(each, minus=weight)) for each in (pruned, near)]
+                logarithms.append((math.log(lost[0]), math.log(lost[1])))
+                largest = max(largest, float(pruned.abs().max() / weight.abs().max()))
+            cells.append([math.exp(statistics.mean(column)) for column in zip(*logarithms, strict=True)])
+        if floor == asked.floors[0]:
+            bases = cells
+        shown = [
+            ", ".join(f"{error / base:.3f}" for error, base in zip(*pair, strict=True))
+            for pair in zip(cells, bases, strict=True)
+        ]
+        print(f"| {floor:g} | {' | '.join(shown)} | {largest:.1f} |", flush=True)
+
+
+def pattern_of(target: str, count: int) -> Pattern:
+    return parse_pattern(target) if ":" in target else Unstructured(round(float(target) * count), count)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -114,6 +146,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 14, 27])
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7", "2:4"])
     parser.add_argument("--values", nargs="+", default=[], help="types whose rounding is tried instead")
+    parser.add_argument("--floors", type=float, nargs="+", default=[], help="that are tried, relative to the first")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     directory = checkpoint_directory(asked.model)
@@ -133,10 +166,8 @@ def main() -> None:
         logarithms = []
         for name, linear in linears.items():
             weight = linear.get_parameter("weight").detach().float()
-            count = weight.numel()
-            pattern = parse_pattern(target) if ":" in target else Unstructured(round(float(target) * count), count)
             with scheduled(*rho):
-                pruned = solver.admm(weight, fitted[name], pattern, damping=damping).weight
+                pruned = solver.admm(weight, fitted[name], pattern_of(target, weight.numel()), damping=damping).weight
             logarithms.append(math.log(held[name].energy(pruned, minus=weight) / held[name].energy(weight)))
         return math.exp(statistics.mean(logarithms))
 
@@ -149,6 +180,8 @@ def main() -> None:
     if asked.values:
         other = grams(model, linears, calibration_windows("pydoc", tokenizer, asked.samples, asked.window, asked.seed))
         return print_dampings(asked, linears, fitted, (held, other))
+    if asked.floors:
+        return print_floors(asked, linears, fitted, held)
     settings = [(ridge, solver.RHO) for ridge in RIDGES] + [(0.05, rho) for rho in SCHEDULES]
     base = {target: error(target, 0.05, solver.RHO) for target in asked.targets}
     print(f"| ridge, ρ | {' | '.join(asked.targets)} |")
