@@ -102,9 +102,8 @@ def packed_commands(record: Checkpoint) -> list[str]:
         return []
     packed = replace(record, name=f"{record.name}-packed")
     name = shlex.quote(packed.name)
-    pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}" + f" --values {run.values}" * (
-        run.values != "keep"
-    )
+    values = "" if run.values == "keep" else f" --values {run.values}"
+    pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}{values}"
     return [pack, _evaluate(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
 
 

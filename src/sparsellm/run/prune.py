@@ -75,7 +75,9 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
             clock.add(request.removed.seconds)
         folder = partial_of(plan.out) if plan.out is not None else None
         memory = plan.prediction.memory
-        scratch = Scratch(memory.hidden_in_memory_bytes, folder, memory.kept_bytes, memory.hidden_on_device_bytes)
+        scratch = Scratch(
+            memory.hidden_in_memory_bytes, folder, spare=memory.kept_bytes, on_device=memory.hidden_on_device_bytes
+        )
         feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
         targets = survey(plan, feed, journal, len(finished) == len(chain), clock)
         if plan.model.start is not None:
