@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -18,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, V
 
 from sparsellm.errors import StorageError, refusal, shown
 from sparsellm.inputs import read_object
+from sparsellm.patterns import parse_pattern
 from sparsepack.bench import Comparison, Measurement, Pair
+from sparsepack.layout import predicted_bytes
 
 PRUNING, RESULTS = "pruning.json", "results.json"
 PUT_BACK = "put the file back as it was"
@@ -104,6 +107,11 @@ class LinearResult(Matrix):
         """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
         inner = re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
         return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
+
+    def packed_bytes(self, values: str, group: int | None = None) -> int:
+        """Its bytes packed with values of a type; ``group`` as in :func:`sparsepack.layout.predicted_bytes`."""
+        fixed = None if self.pattern is None else astuple(parse_pattern(self.pattern))
+        return predicted_bytes(self.shape, self.zeros, values, fixed, exponents=bool(self.exponents), group=group)
 
 
 def by_kind(linears: Iterable[LinearResult]) -> dict[str, list[LinearResult]]:

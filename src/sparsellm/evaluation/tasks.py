@@ -52,7 +52,7 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    # lm-eval sets both states, and gives the tokenizer a token for padding.
+    # lm-eval seeds the random numbers of Python, numpy and torch, and gives the tokenizer a token for padding.
     states = random.getstate(), np.random.get_state()
     try:
         with without_bars(), torch.random.fork_rng([]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,6 @@ from sparsellm.exports.compressed import check_compressed, write_compressed
 from sparsellm.exports.gguf_file import check_file, write_gguf
 from sparsellm.exports.linears import open_on_grid
 from sparsellm.exports.template import Template
-from sparsellm.patterns import parse_pattern
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
 from sparsellm.sources.demo_model import demo_gguf
@@ -27,7 +26,6 @@ from sparsellm.storage.directory import WorkingDirectory, check_destination, che
 from sparsellm.storage.reader import open_checkpoint
 from sparsellm.storage.results import append_result
 from sparsepack.grids import GRIDS
-from sparsepack.layout import predicted_bytes
 
 GGUF, COMPRESSED = "gguf", "compressed-tensors"
 RUNS_IN = {GGUF: "llama.cpp, Ollama, LM Studio", COMPRESSED: "vLLM; transformers, with the package compressed-tensors"}
@@ -119,8 +117,5 @@ def export(  # noqa: PLR0913 - the Python door
         record = write_compressed(opened, work, record, progress, keep)
     run, grid = opened.run, opened.grid
     linear = sum(grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
-    packed = 0
-    for each in run.linears:
-        fixed = None if each.pattern is None else astuple(parse_pattern(each.pattern))
-        packed += predicted_bytes(each.shape, each.zeros, grid.values, fixed, group=grid.group)
-    return ExportResult(place, record, run.sparsity_pruned, round(linear), packed if run.packs else None)
+    packed = sum(each.packed_bytes(grid.values, grid.group) for each in run.linears) if run.packs else None
+    return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)

@@ -16,7 +16,7 @@ from sparsellm.storage.reader import CheckpointReader, as_storage_error
 from sparsepack.grid import codes_of
 from sparsepack.grids import GRIDS, Grid
 
-# What keeps values from other programs, by the type to which they were rounded
+# What values are on where they are on no grid of another program, by the type to which they were rounded
 _OWN = {
     "keep": "no grid (its values were not rounded)",
     "int8": "a grid of its own (its columns have exponents)",

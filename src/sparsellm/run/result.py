@@ -7,7 +7,6 @@ import os
 import platform
 import shlex
 from collections.abc import Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import psutil
@@ -19,12 +18,10 @@ from sparsellm import __version__
 from sparsellm.inputs import without_folders
 from sparsellm.interrupts import command_line
 from sparsellm.machine import machine_name, processor_name
-from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
 from sparsellm.records import LinearResult, Pruning, RunRecord
 from sparsellm.report.document import REPORT, summary_html
 from sparsepack.grids import GRIDS
-from sparsepack.layout import predicted_bytes
 
 
 def versions() -> dict[str, str]:
@@ -59,11 +56,7 @@ def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | 
         return None
     if (grid := GRIDS.get(recipe.grid)) is not None:
         return sum(grid.bits_per_weight(linear.shape[1]) * linear.weights for linear in linears) / weights
-    size = 0
-    for linear in linears:
-        fixed = None if linear.pattern is None else astuple(parse_pattern(linear.pattern))
-        size += predicted_bytes(linear.shape, linear.zeros, recipe.values, fixed, exponents=bool(linear.exponents))
-    return 8 * size / weights
+    return 8 * sum(linear.packed_bytes(recipe.values) for linear in linears) / weights
 
 
 class PruneResult(RunRecord):

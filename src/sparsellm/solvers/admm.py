@@ -40,8 +40,8 @@ PREDICTION_RIDGE = 0.1  # for predicting an input from the others; anything from
 # The support settles where ρ rises: without the rise the error is up to 7 % higher.
 RHO = (0.2, 0.8)  # first and last penalty between weights and mask; the mean curvature is 1
 RHO_STEPS = 4  # each needs an inverse
-# Added to every input's mean square, in dampings of the mean of all: else weights of an input that is nearly 0 become
-# thousands of times as large for nothing, and rounding and steps of the sweep, which are relative to weights, suffer.
+# Added to every input's mean square, times the damping and the mean of all: else weights of an input that is nearly 0
+# grow to hundreds of times their size for nothing, and rounding and the sweep, whose steps are relative, suffer.
 FLOOR = 0.2
 ROUGH_ITERATIONS = 3  # for the refit of the first mask: it ends within a tenth of the minimum
 CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one's objective is above this share of it
@@ -104,11 +104,12 @@ def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:
     predict. The mean diagonal of the scaled ``G`` is 1 over live inputs."""
     floor = FLOOR * damping * gram.mean_diagonal
     scale = (gram.diagonal + floor).sqrt().masked_fill(gram.dead, 1.0)
-    normalised = Gram((gram.matrix / scale).div_(scale[:, None]), gram.tokens)
-    normalised.matrix.diagonal().masked_fill_(~gram.dead, 1.0)
+    matrix = gram.divided_by(scale)
+    matrix.diagonal().masked_fill_(~gram.dead, 1.0)
+    normalised = Gram(matrix, gram.tokens)
     unexplained = 1 / normalised.inverse(PREDICTION_RIDGE).matrix.diagonal() - PREDICTION_RIDGE
     unit = unexplained.clamp(min=1e-4).sqrt()
-    matrix = (normalised.matrix / unit).div_(unit[:, None])
+    matrix = normalised.divided_by(unit)
     live = (~gram.dead).sum().clamp(min=1)  # a dead input would make the ridge and ρ smaller for the others
     size = (matrix.diagonal().sum() / live).clamp(min=torch.finfo(matrix.dtype).tiny)
     matrix /= size

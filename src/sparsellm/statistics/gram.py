@@ -82,7 +82,11 @@ class Gram:
     @property
     def normalised(self) -> Gram:
         """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare. Not cached."""
-        return Gram((self.matrix / self.scale).div_(self.scale[:, None]), self.tokens)
+        return Gram(self.divided_by(self.scale), self.tokens)
+
+    def divided_by(self, scale: Tensor) -> Tensor:
+        """The matrix of the inputs divided by ``scale (features,)``."""
+        return (self.matrix / scale).div_(scale[:, None])
 
     def energy(self, weight: Tensor, minus: Tensor | None = None) -> Tensor:
         """``‖W G^½‖²_F``, fp64 ``()``, a token's mean ``‖W x‖²``, for ``weight (out, features)`` or ``weight − minus``.

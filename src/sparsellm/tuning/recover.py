@@ -171,8 +171,8 @@ def _trained(
     merged.to("cpu")
     for name, tensor in (*merged.named_parameters(), *merged.named_buffers()):
         inside = name.rpartition(".")[0] + "."  # experts that the checkpoint has one by one, and the model in a stack
-        alike = [dtype for part, dtype in stored.items() if part.startswith(inside)] if name not in stored else []
-        tensor.data = tensor.data.to(stored.get(name, alike[0] if alike else tensor.dtype))
+        parts = (dtype for part, dtype in stored.items() if part.startswith(inside))
+        tensor.data = tensor.data.to(stored.get(name) or next(parts, tensor.dtype))
         if isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
             raise NumericalError(f"{name} is not finite after training; take a lower --rate")
     return merged, losses
