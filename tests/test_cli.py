@@ -170,10 +170,19 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
 def test_a_full_disk_is_said_at_once(llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsellm.storage import directory
 
+    prune = ("prune", llama, "--method", "wanda", *SMALL)
+    kept, rounded = tmp_path / "kept", tmp_path / "rounded"
+    run(*prune, "--out", kept, exits=0)
+    run(*prune, "--grid", "w8a8", "--out", rounded, exits=0)
     usage = directory.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    line = ("prune", llama, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
-    assert "0.00 GB free" in run(*line, exits=2)[2]
+    others = [
+        ("pack", kept),
+        ("tune", kept, "--steps", 1, "--seq-len", 32),
+        ("export", rounded, "--to", "compressed-tensors"),
+    ]
+    for line in (prune, *others):
+        assert "0.00 GB free" in run(*line, "--out", tmp_path / "p", exits=2)[2]
 
 
 def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:
