@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=[*TABLES])
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--effort", type=int, default=1, help="whose time the other methods get")
+    parser.add_argument("--effort", type=int, choices=(1, 2, 3), default=1, help="whose time the other methods get")
     parser.add_argument(
         "--solvers", nargs="*", default=["admm", "sparsegpt", "wanda"], help="local methods whose passes are measured"
     )

@@ -48,7 +48,7 @@ from forms import (
 )
 from frontier_picture import draw
 from measure import code_version, cpu_name
-from quality import OUT, Cells, add_conditions
+from quality import OUT, Cells, add_conditions, identity
 from transformers import PreTrainedModel
 from wikipedia import write_wikipedia
 
@@ -226,7 +226,8 @@ def measure(bench: Bench, chosen: list[Form], cells: Cells) -> tuple[dict[str, R
     """The rows, and for each form that has none the reason."""
     asked = bench.arguments
     conditions = (
-        asked.model, asked.text, asked.calibration, asked.samples, asked.window, asked.max_tokens, asked.effort
+        identity(asked.model), asked.text, asked.calibration, asked.samples, asked.window, asked.max_tokens,
+        asked.effort,
     )  # fmt: skip
     rows, missing = {}, {}
     for form in chosen:
@@ -254,7 +255,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="frontier-", dir=OUT) as folder, without_bars():
         bench = Bench(arguments, Path(folder))
         dense = Cells(arguments.cells, versioned=False).get(
-            f"{arguments.model}/{arguments.text}/{arguments.window}/{arguments.max_tokens}/dense",
+            f"{identity(arguments.model)}/{arguments.text}/{arguments.window}/{arguments.max_tokens}/dense",
             lambda: bench.score(bench.directory),
         )
         rows, missing = measure(bench, chosen, Cells(arguments.cells, versioned=False))

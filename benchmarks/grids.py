@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import tempfile
 import time
 from functools import partial
@@ -28,7 +29,7 @@ import torch
 from forms import block_linears, open_dense
 from measure import cpu_name, measured
 from peers import write_windows
-from quality import OUT, Cells
+from quality import OUT, Cells, identity
 from transformers import PreTrainedModel
 from wikipedia import write_news, write_wikipedia
 
@@ -97,7 +98,8 @@ def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: 
         run = measured(command, OUT / f"{method}.log")
         found = scores(asked, Path(folder) / "out", dense)
     bits = 4 + 16 / group  # as its file would have
-    return {"zeros": 0.0, "bits": bits, "seconds": run.cpu_seconds, "texts": found}
+    versions = json.loads(run.stdout.strip().splitlines()[-1])
+    return {"zeros": 0.0, "bits": bits, "seconds": run.cpu_seconds, "texts": found, "versions": versions}
 
 
 def main() -> None:
@@ -123,7 +125,9 @@ def main() -> None:
         asked.texts.append(str(write_news(OUT / "news.txt")))
     cells = Cells(asked.cells)
     conditions = "/".join(
-        map(str, (asked.model, *asked.texts, asked.calibration, asked.samples, asked.window, asked.max_tokens))
+        map(
+            str, (identity(asked.model), *asked.texts, asked.calibration, asked.samples, asked.window, asked.max_tokens)
+        )
     )
     dense = cells.get(f"{conditions}/dense", partial(scores, asked, asked.model))
     directory, settings = str(checkpoint_directory(asked.model)), sparsellm.Recipe(products="float32")

@@ -26,7 +26,7 @@ import torch
 from forms import quantised_gguf, torchao_model, torchao_numbers, with_numbers
 from gguf import GGUFReader
 from measure import cpu_name
-from quality import OUT, Cells
+from quality import OUT, Cells, identity
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -87,8 +87,7 @@ def torchao(directory: Path, bits: int) -> Form:
 
 
 def packed(directory: Path, values: str, out: Path) -> Form:
-    if not out.is_dir():
-        sparsellm.pack(directory, out=out, values=values)  # type: ignore[arg-type]
+    sparsellm.pack(directory, out=out, values=values, overwrite=True)  # type: ignore[arg-type]
     return of_transformers(sparsellm.load(out, dtype="float32"))
 
 
@@ -173,7 +172,8 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint_directory(arguments.model))
     windows = evaluation_windows(arguments.text, tokenizer, arguments.window, arguments.windows * arguments.window)
     cells = Cells(arguments.out / "perplexity.json")
-    conditions = f"{arguments.model}/{Path(arguments.text).name}/{len(windows)}x{arguments.window}"
+    models = ",".join(identity(each.rpartition("=")[2]) for each in (arguments.model, *arguments.pruned))
+    conditions = f"{models}/{Path(arguments.text).name}/{len(windows)}x{arguments.window}"
     rows, missing = {}, {}
     for name, opened in forms(arguments).items():
         if any(name.startswith(skipped) for skipped in arguments.skip):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import resource
@@ -94,7 +95,9 @@ def code_version() -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
 
     tree = git("rev-parse", "--short", "HEAD:src")  # empty outside a checkout
-    changed = "-changed" if git("status", "--porcelain", "--", "src") else ""
+    files = git("status", "--porcelain", "--", "src")
+    difference = hashlib.sha256((files + git("diff", "HEAD", "--", "src")).encode()).hexdigest()
+    changed = f"-changed-{difference[:8]}" if files else ""
     return f"{__version__}+{tree}{changed}" if tree else __version__
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import math
 import shutil
@@ -18,12 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import children_computed, code_version, cpu_name
 from wikipedia import write_wikipedia
+
+from sparsellm.storage.files import sha256
 
 OUT = Path(__file__).parent / "out"
 TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4", "4:8", "0.9")
@@ -111,10 +115,19 @@ class Cells:
         return made
 
 
+@cache
+def identity(model: str) -> str:
+    """A model's name and, for a directory, a digest of its weights: one that was trained again is another."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    return f"{model}@{digest[:8]}" if files else model
+
+
 def conditions_of(arguments: argparse.Namespace) -> str:
     """The part of a cell's key that all methods share."""
     parts = (
-        arguments.model, Path(arguments.calibration).name, arguments.samples, arguments.window,
+        identity(arguments.model), ",".join(Path(part).name for part in arguments.calibration.split(",")),
+        arguments.samples, arguments.window,
         Path(arguments.text).name, arguments.max_tokens, *arguments.set,
         *([Path(arguments.other_text).name] if arguments.other_text else []),
         *([arguments.dtype] if arguments.dtype else []),

@@ -53,8 +53,7 @@ def main() -> None:
         exact: list[Tensor] = []
         for head in ("keep", "int8"):
             directory = arguments.out / f"{values}-{head}"
-            if not directory.is_dir():
-                sparsellm.pack(arguments.pruned, out=directory, values=values, head=head)
+            sparsellm.pack(arguments.pruned, out=directory, values=values, head=head, overwrite=True)
             for activations in ("fp32", "int8"):
                 model = sparsellm.load(directory, dtype="float32", activations=activations)
                 loss, divergence, same, tokens = 0.0, 0.0, 0, 0

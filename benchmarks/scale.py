@@ -260,7 +260,7 @@ def main() -> None:
             for leftover in (out, *([out.with_name(f"{out.name}.partial")] if arguments.restart else [])):
                 shutil.rmtree(leftover, ignore_errors=True)
             options = ["--method", method, "--sparsity", str(arguments.sparsity), "--samples", str(samples)]
-            options += ["--seq-len", str(arguments.seq_len)]
+            options += ["--seq-len", str(arguments.seq_len), "--calibration", "pydoc", "--verbose"]
             options += ["--memory", arguments.memory] if arguments.memory else []
             options += [part for setting in arguments.set for part in ("--set", setting)]
             what = f"{method}, {samples} × {arguments.seq_len}"

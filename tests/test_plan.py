@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,14 @@ def test_backward_work_is_as_predicted(module: Any, name: str, tmp_path: Path, m
     result = sparsellm.prune(model, recipe, calibration=windows(256, 32), out=tmp_path / "out")
     predicted = result.predicted_seconds["sweep" if name == "sweep" else "gradients"]
     assert counter.total == pytest.approx(predicted, rel=0.2)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_each_rank_moves_its_rows_to_its_card_and_gathers_all(ranks: int) -> None:
+    work = predictions.Work(*[0.0] * 5, weights=1000, sums=0, stored=0, hidden=0)
+    way = next(name for name, each in predictions.RESIDENT.items() if each.offloads)
+    extent = predictions.Extent(64, 512, 512, swept=65536, ranks=ranks)
+    speeds = Speeds("cards", math.inf, math.inf, math.inf, link=28.0, card_bytes=1, exchanged=6.0)
+    steps = 65536 / ranks / (512 if ranks == 1 else 128) - 8  # of a rank; eight are held out
+    seconds = predictions.sweep_seconds(work, extent, 1, speeds, 0.0, way, 1.0)
+    assert seconds == pytest.approx(steps * 1000 * (1 / ranks + (ranks > 1)))

@@ -505,7 +505,6 @@ def _width(chain: Chain) -> int:
 
 
 DISK = 1e9  # bytes read, checked or written in a second
-JOINED = 4e9  # bytes that processes on CPUs exchange in a second; those on cards exchange them by the cards' links
 GATHERED = 3 * 2  # bytes that a step of a sharded sweep gathers for each weight: bf16, twice, and its gradient
 FORWARD, BUSY = 1.0, 0.5  # shares of a large product's speed that blocks reach forward, and with gradients
 COUNTING, SOLVING, NARROW = 0.4, 1.2, 0.33  # the same for statistics, and solvers in fp32 and with bf16 products
@@ -596,7 +595,7 @@ def predicted_seconds(
     counting = counted / (COUNTING * speeds.exact)
     scored = max(SHARE, min(1.0, LEAST_SCORED / extent.seq_len))
     differentiating = ((1 + GRADIENT) * work.token + 3 * scored * work.head) / (BUSY * speeds.blocks)
-    joining = 2 * work.sums / _exchanged(speeds) if extent.ranks > 1 else 0.0
+    joining = 2 * work.sums / speeds.exchanged if extent.ranks > 1 else 0.0
     walking = tokens * (passes * token + counting) + solving / extent.ranks + joining
     if choice.removes:
         walking = tokens * (REMOVING * token + (work.statistics + work.targets) / (COUNTING * speeds.exact))
@@ -623,7 +622,7 @@ def sweep_seconds(
     """Seconds of a sweep in ``passes`` passes: the dense model once, then forward and backward. In a streamed one
     all processes wait for the one that has the windows of a step, and a byte that is not where blocks run takes
     ``moving`` seconds, for the share of the weights that is ``stored``; in a resident one each process has some windows
-    of a step, and some rows of the parameters."""
+    of a step, and carries some rows of the parameters."""
     if not passes:
         return 0.0
     ranks = extent.ranks if sweep in RESIDENT else 1
@@ -638,14 +637,9 @@ def sweep_seconds(
     carried: float = UPLOADED + DOWNLOADED
     if sweep == STREAMED and stored < 1:
         carried = stored * (carried + PLACES)
-    moved = ADAM / speeds.memory / ranks + carried * away
-    moved += GATHERED / _exchanged(speeds) if ranks > 1 else 0.0
+    moved = (ADAM / speeds.memory + carried * away) / ranks
+    moved += GATHERED / speeds.exchanged if ranks > 1 else 0.0
     return running + trained / step * work.weights * moved
-
-
-def _exchanged(speeds: Speeds) -> float:
-    """Bytes that processes exchange in a second."""
-    return speeds.link if speeds.card_bytes else JOINED
 
 
 def walked_passes(choice: Choice, *, kept: bool) -> float:
