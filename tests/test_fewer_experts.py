@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from sparsellm.mixtures.sample import HELD, Sample
 from sparsellm.mixtures.scores import SCORES, MixtureView
 from sparsellm.registry import Workspace
 from sparsellm.run.predictions import Demand, Extent, steps_of
+from sparsellm.storage import directory
 from tests import killing
 from tests.killing import KILLED, stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import MIXTURES, family, mixtral
-from tests.storage.small import tree
+from tests.storage.small import tensors_of, tree
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
 RECIPE: dict[str, Any] = {"sparsity": 0.0, "samples": 6, "seq_len": 24, "batch_tokens": 48, "experts": 2}
@@ -307,6 +309,26 @@ def test_a_model_without_mixtures_is_refused(tmp_path: Path) -> None:
         removed(source, tmp_path / "small")
     with pytest.raises(RecipeError, match="on disk"):
         sparsellm.prune(tiny_llama(), Recipe(**RECIPE), calibration=IDS)
+    for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):
+        with pytest.raises(RecipeError, match="give experts, or leave them out"):
+            sparsellm.prune(tiny_llama(), Recipe(**setting), calibration=IDS)
+
+
+def test_the_disk_holds_the_smaller_model_and_the_run_that_follows(tmp_path: Path, monkeypatch: Any) -> None:
+    """Said before the work; a smaller model that is there needs no room again."""
+    source, usage = save_tiny(mixtral(), None, tmp_path / "dense"), shutil.disk_usage(tmp_path)
+    recipe, out = Recipe(**{**RECIPE, "sparsity": 0.5, "method": "sparsegpt"}), tmp_path / "small"
+    sparsellm.prune(source, recipe, out=tmp_path / "whole", calibration=IDS)
+    size = sum(tensor.nbytes for tensor in tensors_of(tmp_path / "whole").values())
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda place: usage._replace(free=2 * size - 1))
+    with pytest.raises(StorageError, match="make room"):
+        sparsellm.prune(source, recipe, out=out, calibration=IDS)
+    assert not [*tmp_path.glob("small*")]
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        sparsellm.prune(source, recipe, out=out, calibration=IDS, progress=stop_after_one("prune"))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda place: usage._replace(free=size))
+    sparsellm.prune(source, recipe, out=out, calibration=IDS)
 
 
 def test_a_checkpoint_of_the_user_is_not_taken_for_the_smaller_model(tmp_path: Path) -> None:

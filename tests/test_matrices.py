@@ -17,6 +17,7 @@ from sparsellm.chain import open_chain
 from sparsellm.chain.matrices import all_matrices, is_excluded, refuse_silent_dense
 from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError
+from sparsellm.run.counts import shortfall
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_opt
 from tests.models.families import LLAMA, family, gemma4_text
 from tests.sweep.helpers import CPU, ids_of, same_bits
@@ -134,6 +135,8 @@ def test_rounding_is_no_shortfall(name: str, sparsity: float) -> None:
     result = sparsellm.prune(family(name), Recipe(method="magnitude", sparsity=sparsity), calibration=IDS)
     assert result.sparsity == pytest.approx(sparsity, abs=1e-3)
     assert result.warnings == []
+    exact = [linear.model_copy(update={"asked": linear.sparsity}) for linear in result.linears]  # as by auto:M
+    assert shortfall(exact, [], sparsity + 0.1)[0].endswith("requested; the steps of the pattern are that coarse")
 
 
 class Router(nn.Module):

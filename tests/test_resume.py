@@ -31,7 +31,8 @@ from sparsellm.sweep.sweep_task import Run
 from tests import killing
 from tests.killing import KILLED, Ended, full_disk, some
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.storage.small import tree
+from tests.storage.small import tensors_of, tree
+from tests.sweep.helpers import same_bits
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
@@ -96,6 +97,16 @@ def test_killed_again_and_again(source: Path, uncut: Files, tmp_path: Path) -> N
         (number,) = some(1, uncut[1][kind] // 3, seed=len(kind))
         assert run(source, tmp_path / "p", FLOAT, (kind, number)).code == KILLED
     assert finish(source, tmp_path / "p", FLOAT) == uncut[0]
+
+
+def test_biases_are_rounded_before_their_block_runs_on(tmp_path: Path) -> None:
+    source = save_tiny(tiny_opt().to(torch.float16), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(**{**RECIPE, "method": "sparsellm", "effort": 0})
+    expected = sparsellm.prune(source, recipe, out=tmp_path / "uncut")
+    with pytest.raises(KeyboardInterrupt):
+        sparsellm.prune(source, recipe, out=tmp_path / "p", progress=killing.stop_after_one("prune"))
+    assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 1
+    assert same_bits(tensors_of(tmp_path / "p"), tensors_of(expected.path))
 
 
 @pytest.mark.parametrize(("kind", "back"), [("remove", 0), ("rename", 0), ("rename", 3), ("write", 40), ("sync", 9)])

@@ -97,12 +97,17 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
 def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any]) -> None:
     """Refuses a directory to pack into, before the run."""
     from sparsellm import parallel
+    from sparsellm.records import PRUNING
     from sparsellm.storage.directory import check_destination, checkpoints_among
 
     if pack == out:
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
     sources = [out, *checkpoints_among(*models)]
-    parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=options["overwrite"]))
+    overwrite = options["overwrite"]
+    parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite))
+    if parallel.from_main((out / PRUNING).is_file) and not overwrite:
+        again = f"`sparsellm pack {out} --out {pack}` packs it"
+        raise RecipeError(f"{out} is a complete checkpoint: {again}; --overwrite prunes it again")
     if options["trust_remote_code"]:
         raise RecipeError("a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack")
 

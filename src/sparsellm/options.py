@@ -157,7 +157,11 @@ RUNNING = [
     ),
 ]
 SERVED = [option("--threads N", "CPU threads.", RESOURCES, shown="as torch chooses"), *RUNNING]
-SAVE = flag("--save/--no-save", "Append the result to results.json in a directory that sparsellm wrote.", default=True)
+SAVE = flag(
+    "--save/--no-save",
+    "Append the result to results.json, in a directory with pruning.json or packed.json.",
+    default=True,
+)
 VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
 JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")
 REPORTING = [flag("--quiet -q", "Print no progress, only the result, warnings and errors."), VERBOSE, JSON]

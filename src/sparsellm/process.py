@@ -92,6 +92,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
             why = one_line(error)[:160]
             message = f"the GPU has no memory left ({why}); lower batch, tokens or context, or say cpu"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's, from the system
+            message = "the system gives this process no more memory (ulimit -v?); lower batch_tokens or --memory"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files of a run raise StorageError
             message = "standard output is on a full disk; make room, or write elsewhere"
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option

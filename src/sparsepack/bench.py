@@ -23,7 +23,7 @@ from sparsepack.checkpoint import is_packed
 from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.files import config_difference, context_limit, weight_files
-from sparsepack.generation import generation_config_set
+from sparsepack.generation import with_config
 from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, gather, kernel_name, threads_set, to_dense
 
@@ -363,8 +363,7 @@ def one_run(
 
     greedy = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=new_tokens + 1)
     ends = SimpleNamespace(put=put, end=lambda: None)
-    with generation_config_set(model, greedy):
-        start = clock()
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=ends)  # type: ignore[operator]
+    configured, start = with_config(model, greedy), clock()
+    configured.generate(ids, attention_mask=torch.ones_like(ids), streamer=ends)  # type: ignore[operator]
     first, last = times
     return first - start, last - first

@@ -53,7 +53,8 @@ def decodes(model: Any) -> bool:
         for module in modules
     )
     # The extension computes keys and values of a token in the room of gate and up.
-    return unchanged and config.intermediate_size >= config.num_key_value_heads * _head_size(config)
+    room = config.intermediate_size >= config.num_key_value_heads * _head_size(config)
+    return unchanged and room and model.lm_head.out_features == config.vocab_size
 
 
 def _readable(module: nn.Module) -> bool:

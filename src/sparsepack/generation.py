@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -192,14 +192,14 @@ def continuation(
     ids = ids.to(model.device)
     cards = [model.device] if model.device.type == "cuda" else []
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.random.fork_rng(cards), threads_set(threads):
-        torch.manual_seed(sampling.seed)
+    with threads_set(threads):
         start, count = time.perf_counter(), torch.get_num_threads()
-        if decodes(model):
-            _decode(model, ids, settings, sampling.max_new_tokens, text)
+        if (decoder := _decoder(model, length + sampling.max_new_tokens)) is not None:
+            _decode(decoder, ids, settings, sampling, text)
         else:
-            with generation_config_set(model, settings):
-                model.generate(  # type: ignore[operator]
+            with torch.random.fork_rng(cards):
+                torch.manual_seed(sampling.seed)
+                with_config(model, settings).generate(  # type: ignore[operator]
                     ids,
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=sampling.max_new_tokens,
@@ -213,15 +213,26 @@ def continuation(
     return Generation(text.text, length, len(text.ids), first - start, last - first, count, finish)
 
 
-def _decode(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, limit: int, text: _Text) -> None:
-    """Decodes by the extension as transformers' ``generate`` does."""
+def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
+    """None for a model that transformers decodes, or where memory lacks for all positions: its cache grows."""
+    try:
+        return Decoder(model, positions) if decodes(model) else None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return None
+
+
+def _decode(decoder: Decoder, ids: Tensor, settings: GenerationConfig, sampling: Sampling, text: _Text) -> None:
+    """Decodes by the extension as transformers' ``generate`` does, with random numbers of its own."""
     ends, choices = _ends(settings), _processors(settings)
-    decoder = Decoder(model, ids.shape[1] + limit)
+    own = torch.Generator().manual_seed(sampling.seed)
     text.put(ids)
     logits = decoder.read(ids)
-    for left in range(limit - 1, -1, -1):
+    for left in range(sampling.max_new_tokens - 1, -1, -1):
         scores = choices(ids, logits.unsqueeze(0))  # type: ignore[arg-type]
-        token = torch.multinomial(scores.softmax(-1), 1) if settings.do_sample else scores.argmax(-1, keepdim=True)
+        drawn = torch.multinomial(scores.softmax(-1), 1, generator=own) if settings.do_sample else None
+        token = scores.argmax(-1, keepdim=True) if drawn is None else drawn
         ids = torch.cat((ids, token), dim=1)
         text.put(token)
         if int(token) in ends or text.over:
@@ -290,15 +301,12 @@ def generation_settings(model: PreTrainedModel, sampling: Sampling) -> Generatio
     )
 
 
-@contextmanager
-def generation_config_set(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Puts a config in place of the model's: one passed to ``generate`` is completed from the model's own."""
-    before = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = before
+def with_config(model: PreTrainedModel, config: GenerationConfig) -> PreTrainedModel:
+    """The same model with another generation config: one that ``generate`` is given is completed from the model's own,
+    which other threads read."""
+    other = copy.copy(model)
+    other.generation_config = config
+    return other
 
 
 class _Text(BaseStreamer):

@@ -77,6 +77,8 @@ class PackedQuantizer(HfQuantizer):
         self._sizes = {f"{self._modules[name]}.weight": size for name, size in self._tensors.nbytes.items()}
         for name, entry in self._entries.items():
             linear = _find(model, self._modules[name])
+            if isinstance(linear, PackedLinear):
+                raise FormatError(f"config.json describes packed weight {name} twice; pack the model again")
             transposed = isinstance(linear, Conv1D)
             out, columns = linear.weight.shape[::-1] if transposed else linear.weight.shape
             if entry.shape != (out, columns) or entry.transposed != transposed:
@@ -104,10 +106,7 @@ class PackedQuantizer(HfQuantizer):
                 raise FormatError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._tensors.packed(name), name)
             # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3.
-            layout = "bitmask" if entry.layout == "nm" else entry.layout
-            value_type = "int4" if entry.value_type == "int3" else entry.value_type
-            held = {"layout": layout, "value_type": value_type, "pattern": None}
-            linears[name] = entry.model_copy(update=held).to_dict()
+            linears[name] = entry.of(module.packed, entry.torch_dtype, transposed=entry.transposed).to_dict()
         model.num_parameters = partial(_num_parameters, model)  # pickle would look a method up by its name
         self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION

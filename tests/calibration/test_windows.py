@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,9 @@ def test_a_text_larger_than_memory_is_refused(counting: tuple[str, list[int]], m
         evaluation_windows(source, tiny_tokenizer(), 16)
     monkeypatch.setattr(machine, "free_memory", lambda: needed)
     assert len(evaluation_windows(source, tiny_tokenizer(), 16))
+    documents = itertools.repeat("word " * 1000)  # without an end
+    with pytest.raises(DataError, match=r"million characters, perhaps more; .* give a part of it"):
+        calibration_windows(Text(documents), tiny_tokenizer(), 4, 16, 0)
 
 
 def test_more_windows_than_the_text_has_are_refused(counting: tuple[str, list[int]]) -> None:

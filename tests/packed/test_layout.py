@@ -205,7 +205,8 @@ def test_zeros_lose_their_sign_and_nan_stays() -> None:
         (torch.ones(2, 2, dtype=torch.int8), "keep", "auto", "cannot be packed"),
         (torch.randn(0, 4), "keep", "auto", "cannot be packed"),
         (torch.randn(4, 4).to(torch.float8_e4m3fn), "keep", "auto", "cannot be packed"),
-        (torch.tensor([[math.nan, 0.0]]), "int8", "bitmask", "NaN or infinite"),
+        (torch.tensor([[math.nan, 0.0]]), "int8", "bitmask", "NaN, infinite or too large"),
+        (torch.tensor([[1e300, 1.0]], dtype=torch.float64), "int4", "bitmask", "NaN, infinite or too large"),
         (torch.tensor([[1e6, 0.0, 0.0, 0.0]]), "fp16", "bitmask", "too large for fp16"),
     ],
 )

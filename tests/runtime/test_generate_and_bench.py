@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sparsellm
-from sparsepack import native
+from sparsepack import generation, native
 from sparsepack.bench import Rounds, Speed, check_positions, compare, measure, resident_bytes, verdict
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, SettingError
@@ -88,6 +89,9 @@ def test_neither_a_default_dtype_nor_the_random_state_of_a_program_matters(packe
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
+    if decodes(model):  # another thread may draw numbers at any time
+        torch_draws = {"on_text": lambda _: torch.rand(1), "max_new_tokens": 24, "temperature": 1.0}
+        assert generate(model, tokenizer, PROMPT, **torch_draws).text == expected
 
 
 class Linear(nn.Linear):
@@ -106,13 +110,23 @@ def test_only_modules_of_torch_and_transformers_are_decoded(llama: Path) -> None
     model = sparsellm.load(llama)
     model.lm_head.__class__ = Linear
     assert not decodes(model)
+    model = sparsellm.load(llama)
+    model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size - 1, bias=False)
+    assert not decodes(model)
 
 
-def test_a_generation_leaves_the_config_of_the_model_to_other_threads(packed: Path) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_generation_leaves_the_config_of_the_model_to_other_threads(
+    packed: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the compiled decoder has no memory for so many positions, and transformers decodes."""
     model, seen = sparsellm.load(packed), list[Any]()
-    before = model.generation_config
-    generate(model, tiny_tokenizer(), PROMPT, on_text=lambda _: seen.append(model.generation_config))
-    assert decodes(model) is False or {*map(id, seen)} == {id(before)}
+    before, expected = model.generation_config, generate(model, tiny_tokenizer(), PROMPT).text
+    if not compiled:
+        refused = Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        monkeypatch.setattr(generation, "Decoder", refused)
+    text = generate(model, tiny_tokenizer(), PROMPT, on_text=lambda _: seen.append(model.generation_config)).text
+    assert (text, {*map(id, seen)}) == (expected, {id(before)})
 
 
 BAD_ARGUMENTS: list[tuple[Callable[[Path], Any], str]] = [

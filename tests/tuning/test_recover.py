@@ -85,9 +85,12 @@ def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path,
     sparsellm.pack(pruned, out=tmp_path / "packed")
     recipe = Recipe(method="magnitude", values="int8", calibration=str(text), samples=4, seq_len=32)
     sparsellm.prune(llama, recipe, out=tmp_path / "int8")
+    sparsellm.pack(tmp_path / "int8", out=tmp_path / "rounded", values="int8")
     for model, more, said in (
         (tmp_path / "packed", (), "unpack it first"),
         (tmp_path / "int8", (), "is rounded to int8, and training would undo that"),
+        (tmp_path / "rounded", (), "is rounded to int8, and training would undo that"),
+        (pruned, ("--batch", "65536", "--seq-len", "128"), "GB of memory, more than is free"),
         (llama, (), "prune the model first"),
         *([(llama, ("--way", "lora"), "prune the model first")] if find_spec("peft") else []),
         (pruned, ("--calibration", f"{text}:0.99,pydoc:0.01"), "take more windows"),
@@ -99,7 +102,7 @@ def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path,
         (pruned, ("--seq-len", "4096"), "positions"),
     ):
         assert said in refusal("tune", model, "--out", tmp_path / "o", "--calibration", text, *SMALL, *more)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "packed"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["int8", "packed", "rounded"]
 
 
 def test_weights_that_are_not_finite_are_not_written(pruned: Path, text: Path, tmp_path: Path, refusal: Any) -> None:

@@ -76,7 +76,7 @@ def calibration_windows(
     read = partial(_tokens, source, tokenizer, lead)
     if text.per_document:
         return _led(_windows_of_documents(source, text, read, samples + fresh, length, generator), lead)
-    ids = read(_joined(text, tokenizer), least=length + 1)
+    ids = read(_joined(source, text, tokenizer), least=length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
         few = f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn"
@@ -157,7 +157,7 @@ def evaluation_windows(
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
-    ids = _tokens(source, tokenizer, lead, _joined(text, tokenizer), length)
+    ids = _tokens(source, tokenizer, lead, _joined(source, text, tokenizer), length)
     limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
     windows = min(limit for limit in limits if limit is not None)
     return _led(ids[: windows * length].view(windows, length), lead)
@@ -186,10 +186,24 @@ def check_memory(windows: int, seq_len: int) -> None:
         raise DataError(f"{take}, and {free / 1e9:.1f} GB of memory are free; lower samples, effort or seq_len")
 
 
-def _joined(text: Text, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text as one string, conversations by the tokenizer's chat template. Raises DataError if it refuses one."""
-    documents = (each for each in text.documents if each is not None)  # data sets have nulls
-    return text.joiner.join(each if isinstance(each, str) else _chat(each, tokenizer) for each in documents)
+def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text as one string, conversations by the tokenizer's chat template. Raises DataError if it refuses one, or
+    the text is too long for the memory that is free."""
+    parts, size, free = [], 0, max(1 << 28, machine.free_memory())
+    for document in text.documents:
+        if document is not None:  # data sets have nulls
+            parts.append(document if isinstance(document, str) else _chat(document, tokenizer))
+            size += len(parts[-1])
+        if TOKENISING * size > free:  # before the next one is read
+            raise _too_long(source, size, free)
+    return text.joiner.join(parts)
+
+
+def _too_long(source: Given, characters: int, free: int) -> DataError:
+    return DataError(
+        f"{_called(source)} has {characters / 1e6:.0f} million characters, perhaps more; tokenising it takes about "
+        f"{TOKENISING * characters / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
+    )
 
 
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -206,10 +220,7 @@ def _tokens(source: Given, tokenizer: PreTrainedTokenizerBase, lead: int | None,
     """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
     needed = TOKENISING * len(text)
     if needed > 1 << 28 and needed > (free := machine.free_memory()):  # asking takes a millisecond
-        raise DataError(
-            f"{_called(source)} has {len(text) / 1e6:.0f} million characters; tokenising it takes about "
-            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
-        )
+        raise _too_long(source, len(text), free)
     # verbose=False: the warning that a text is longer than the model's positions does not apply here.
     ids = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     ids = ids[1:] if lead is not None and ids[:1] == [lead] else ids

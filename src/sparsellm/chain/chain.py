@@ -86,10 +86,13 @@ class Chain(ModelWeights):
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
         return [
-            LinearView(name, module, self.stored_dtype(f"{name}.weight"))
+            LinearView(name, module, self.stored_dtype(f"{name}.weight"), self._bias_dtype(name, module))
             for name, module in iterate_linears(self.blocks[index], self.block_names[index])
             if f"{name}.weight" not in self.gates and self.owns(f"{name}.weight")
         ]
+
+    def _bias_dtype(self, name: str, module: nn.Module) -> torch.dtype | None:
+        return self.stored_dtype(f"{name}.bias") if isinstance(module.bias, Tensor) else None
 
     @cached_property
     def kinds(self) -> list[Kind]:

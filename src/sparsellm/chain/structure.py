@@ -24,6 +24,7 @@ class LinearView:
     name: str  # the module's in the model
     module: nn.Module  # an nn.Linear, or the Conv1D of GPT-2, which stores Wᵀ
     storage_dtype: torch.dtype  # in which the weight will be written
+    bias_dtype: torch.dtype | None = None  # in which the bias will be written, if there is one
 
     @property
     def weight_name(self) -> str:
@@ -62,8 +63,10 @@ class LinearView:
         self.parameter.copy_(stored.to(self.parameter.dtype))
 
     @torch.no_grad()
-    def assign_bias(self, bias: Tensor) -> None:
-        self.module.get_parameter("bias").copy_(bias)
+    def assign_bias(self, bias: Tensor | None) -> None:
+        """Overwrites the bias with ``bias (out,)``; None is that of a linear without one."""
+        if bias is not None:
+            self.module.get_parameter("bias").copy_(bias.to(self.bias_dtype))
 
     @torch.no_grad()
     def permute(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:

@@ -149,28 +149,28 @@ def _first_proved(guesses: list[Channels], task: BlockTask) -> tuple[int | None,
         heads, width = guess.inputs.shape[1:]
         generator = torch.Generator().manual_seed(width)
         order = torch.stack([torch.randperm(width, generator=generator) for _ in range(heads)]).to(guess.inputs.device)
-        if _same(task, guess, before, partial(guess.permute, order)):
+        if _same(task, guess, before, partial(guess.permute, order), 0.25):  # it rounds nothing
             if not guess.rotates:
                 return number, False
             normal = torch.randn(heads, width, width, generator=generator)
             rotation = torch.linalg.qr(normal).Q.to(guess.inputs.device)
-            return number, _same(task, guess, before, partial(guess.rotate, rotation))
+            return number, _same(task, guess, before, partial(guess.rotate, rotation), 4)
     return None, False
 
 
-def _same(task: BlockTask, guess: Channels, before: list[Tensor], change: Callable[[], None]) -> bool:
-    """Whether the block's outputs stay the same with a change of the linears, which is undone."""
+def _same(task: BlockTask, guess: Channels, before: list[Tensor], change: Callable[[], None], roundings: float) -> bool:
+    """Whether the block's outputs stay the same, up to some roundings, with a change of the linears, which is undone.
+    A wrong guess changes all by their size, or by little where attention or gains are nearly uniform."""
     linears = [guess.reader, *(linear for linear, _ in guess.sources)]
     dtypes = [linear.storage_dtype for linear in linears]
     dtypes.append(task.stream.chain.dtype if task.stream.chain.products is None else torch.bfloat16)
-    tolerance = max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes))  # a wrong guess changes all by their size
+    tolerance = max(1e-4, *(roundings * torch.finfo(dtype).eps for dtype in dtypes))
     kept = [(linear, linear.weight(), linear.bias) for linear in linears]
     change()
     after = _outputs(task, guess.reader)
     for linear, weight, bias in kept:
         linear.assign(weight)
-        if bias is not None:
-            linear.assign_bias(bias)
+        linear.assign_bias(bias)
     pairs = zip(after, before, strict=True)
     return all(float((x.float() - y.float()).norm()) <= tolerance * float(y.float().norm()) for x, y in pairs)
 

@@ -57,8 +57,7 @@ def alternate(
         solution = Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes)
         steps = tuple(history) if role == "down" else ()
         task.accept(linears[role], linears[role].weight(), solution, None, history=steps)
-        if linear.bias is not None:
-            linears[role].assign_bias(linear.bias)
+        linears[role].assign_bias(linear.bias)
 
 
 def current(unit: Unit) -> FeedForward:

@@ -55,6 +55,11 @@ class Choice:
         given = next((name for name in SWEEP if getattr(recipe, name)), None)
         if method.effort is None and given is not None:
             raise RecipeError(f"method {recipe.method} has no sweep, so no {given}; leave it out")
+        scored = recipe.expert_score != Recipe.model_fields["expert_score"].default or recipe.expert_options
+        if recipe.experts is None and scored:
+            raise RecipeError(
+                "expert_score and expert_options choose the experts to keep; give experts, or leave them out"
+            )
         passes, tokens = recipe.passes, recipe.sweep_tokens
         if tokens is not None and recipe.effort is not None:
             raise RecipeError("effort and sweep_tokens both say how long the sweep is; give one of them")

@@ -109,7 +109,8 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
         return []
     return [
         f"no calibration token reached {len(names)} of {len(linears)} linears, or their inputs were all 0; these were "
-        f"pruned by magnitude: {some(names, _SHOWN)}; if these are experts, more calibration samples may reach them"
+        f"pruned by magnitude: {some(names, _SHOWN)}; more calibration samples may reach experts, but nothing reaches "
+        "what a shared block keeps for later blocks"
     ]
 
 
@@ -165,7 +166,7 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
         for linear in linears
         if linear.asked * math.prod(linear.shape) - linear.zeros > 1
     ]
+    why = f"left dense: {some(causes, _SHOWN, '; ')}" if causes else "the steps of the pattern are that coarse"
     return [
-        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; "
-        f"left dense: {some(causes, _SHOWN, '; ')}"
+        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; {why}"
     ]

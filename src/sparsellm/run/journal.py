@@ -158,11 +158,6 @@ class Journal(contextlib.ExitStack):
         assert self._walked is not None
         self.keep(self._shards[index].name, replace(record, sha256=self._walked.write_shard(index, tensors)))
 
-    @property
-    def written(self) -> list[Path]:
-        """The shards of the result's blocks, in the first process; empty in others and for a model in memory."""
-        return self.writer.shards[: self.blocks] if self.writer is not None else []
-
     # ------------------------------------------------------------------ before the walk
 
     def allocation(self) -> Allocation | None:

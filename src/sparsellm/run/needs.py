@@ -95,8 +95,10 @@ def predict(
     if not fitting:
         raise refused
     memory, seconds = min(fitting, key=lambda each: sum(each[1].values()))  # the first of equals
-    files = choice.copies * checkpoint_bytes(chain) + memory.hidden_on_disk_bytes * extent.ranks
-    files += predictions.saved_sweep_bytes(chain, choice.passes, choice.zeros, unrounded=demand.unrounded)
+    files = memory.hidden_on_disk_bytes * extent.ranks
+    if journal is None or journal.out is not None:
+        files += choice.copies * checkpoint_bytes(chain)
+        files += predictions.saved_sweep_bytes(chain, choice.passes, choice.zeros, unrounded=demand.unrounded)
     tokens = {"gradients": gradients, "experts" if choice.removes else "prune": extent.sets * extent.samples}
     return Prediction(
         machine=speeds.name,
@@ -106,7 +108,7 @@ def predict(
         tokens={name: windows * extent.seq_len for name, windows in tokens.items()} | {"sweep": extent.swept},
         seconds=seconds,
         memory=memory,
-        disk_bytes=files if journal is None or journal.out is not None else 0,
+        disk_bytes=files,
     )
 
 

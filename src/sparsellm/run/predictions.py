@@ -338,13 +338,10 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         steps["allocating"] = Held(0, host=held) if chain.device.type == "cuda" else Held(held)
     if demand.passes:
         steps |= _sweep_steps(chain, demand)
-    handed = (extent.sets + (demand.passes > 0)) * item * extent.share * extent.seq_len * _handed(chain)
+    # Gemma 4 makes inputs of each block from the token ids, and they stay.
+    wide = len(chain) * int(getattr(chain.config.get_text_config(), "hidden_size_per_layer_input", None) or 0)
+    handed = (extent.sets + (demand.passes > 0)) * item * extent.share * extent.seq_len * wide
     return {name: held._replace(working=held.working + handed) for name, held in steps.items()}
-
-
-def _handed(chain: Chain) -> int:
-    """The elements of one token in the tensors that a model such as Gemma 4 makes for its blocks, and that stay."""
-    return len(chain) * int(getattr(chain.config.get_text_config(), "hidden_size_per_layer_input", None) or 0)
 
 
 def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:

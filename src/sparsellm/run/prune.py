@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic_core import to_jsonable_python
@@ -26,7 +28,7 @@ from sparsellm.run.predictions import residence, saved_sweep_bytes
 from sparsellm.run.reduction import clean_up, plan_removal, remove_experts_of
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
-from sparsellm.storage.directory import check_unfinished, partial_of
+from sparsellm.storage.directory import check_room, check_unfinished, partial_of
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep.sweep_task import SweepTask
@@ -73,8 +75,9 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         progress(Progress(PLAN, costs=plan.prediction.seconds))
         if request.removed is not None:
             clock.add(request.removed.seconds)
-        folder = partial_of(plan.out) if plan.out is not None else None
-        memory = plan.prediction.memory
+        memory, folder = plan.prediction.memory, partial_of(plan.out) if plan.out is not None else None
+        if folder is None:  # hidden states are in the system's directory for temporary files
+            check_room(Path(tempfile.gettempdir()), plan.prediction.disk_bytes)
         scratch = Scratch(
             memory.hidden_in_memory_bytes, folder, spare=memory.kept_bytes, on_device=memory.hidden_on_device_bytes
         )
@@ -197,7 +200,8 @@ def _result(
     """The result of a run, with the warnings that follow from it."""
     chain, recipe, allocation, removed = plan.chain, plan.recipe, targets.allocation, plan.request.removed
     with clock.phase("count"):
-        dense = parallel.from_main(partial(left_dense, chain, recipe, pruned.linears, journal.written))
+        shards = journal.writer.shards[: len(chain)] if journal.writer is not None else []  # in the first process
+        dense = parallel.from_main(partial(left_dense, chain, recipe, pruned.linears, shards))
     experts = removed.experts if removed is not None else []
     warnings = [*plan.warnings, *other_conditions(finished)]
     warnings += few_tokens(pruned.linears, recipe.min_tokens_per_expert) + rarely_chosen(experts)

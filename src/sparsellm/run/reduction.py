@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic_core import to_jsonable_python
 from transformers import PreTrainedModel
 
-from sparsellm import machine, parallel
+from sparsellm import interrupts, machine, parallel
 from sparsellm.chain import Feed
 from sparsellm.errors import RecipeError
 from sparsellm.inputs import read_object
@@ -88,8 +88,9 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
 def clean_up(removed: Removed) -> None:
     """Removes the model with fewer experts, which has been pruned; not if it has files of others now."""
     directory = removed.plan.out
-    if parallel.is_main() and directory is not None and not foreign_entries(directory):
-        shutil.rmtree(directory, ignore_errors=True)
+    with interrupts.held():
+        if parallel.is_main() and directory is not None and not foreign_entries(directory):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: PhaseClock) -> list[ExpertsOfBlock]:
@@ -132,3 +133,4 @@ def _save(plan: Plan, fewer: FewerExperts, journal: Journal, kept: dict[str, obj
     writer.write_json("config.json", config)
     writer.write_json(EXPERTS, kept)
     writer.finish()
+    interrupts.keeps(f"{plan.out} is kept", part=True)

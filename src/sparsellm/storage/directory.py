@@ -111,6 +111,7 @@ class WorkingDirectory(contextlib.ExitStack):
                     record.unlink()
                 raise
             files.sync(self.out.parent)
+            interrupts.keeps(f"{self.out} is complete", resumes=False, part=True)
             self.discard()
 
     def discard(self) -> None:
@@ -144,7 +145,8 @@ def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: b
         other = left.get("model") != identity.get("model")
         again = "a model object that it changed must be loaded anew; " if other else ""
         holds = f"{partial} holds another unfinished run: {'; '.join(changed)}"
-        raise StorageError(f"{holds}; {again}repeat its settings to resume it, or give --restart to start again")
+        anew = f"remove {partial}, or give --restart where there is one, to start again"
+        raise StorageError(f"{holds}; {again}repeat its settings to resume it, or {anew}")
 
 
 def _check_entries(partial: Path) -> None:

@@ -84,10 +84,10 @@ def tune(
         import sparsellm.tuning.lora  # noqa: F401 - an error without peft
     source = checkpoint_directory(model)
     place = check_destination(out, overwrite=overwrite, sources=[source])
-    if is_packed(read_object(source / "config.json")):
-        raise RecipeError(f"{source} is packed, and packed weights cannot be trained; unpack it first")
     if (source / PRUNING).is_file() and (values := read_pruning(source).values) != "keep":
         raise RecipeError(f"{source} is rounded to {values}, and training would undo that; prune with values keep")
+    if is_packed(read_object(source / "config.json")):
+        raise RecipeError(f"{source} is packed, and packed weights cannot be trained; unpack it first")
     if calibration is None:
         calibration, warnings = default_source(demo=model == "demo")
         note(progress, warnings)
@@ -97,7 +97,8 @@ def tune(
     weights = sum(math.prod(chain.reader.shape(name)) for name in chain.reader)
     device = resolve_device(training.device)
     room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if (needed := BYTES[training.way] * weights) > room or 4 * weights > free_memory():  # loaded in fp32 first
+    logits = 12 * training.batch * training.seq_len * chain.config.get_text_config().vocab_size  # and their gradient
+    if (needed := BYTES[training.way] * weights + logits) > room or 4 * weights > free_memory():  # loaded in fp32 first
         ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
     check_seq_len(chain.config, training.seq_len)
