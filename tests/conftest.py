@@ -34,13 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     disable_progress_bar()  # as the command line does in a process of its own
     if config.getoption("markexpr") != "slow":
         os.environ["SPARSELLM_CACHE"] = os.environ["HF_HUB_CACHE"]
-    for signum, usual in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGTERM, signal.SIG_DFL),
-        (signal.SIGHUP, signal.SIG_DFL),
-    ):
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    for signum, handler in usual.items():
         if signal.getsignal(signum) == signal.SIG_IGN:
-            signal.signal(signum, usual)
+            signal.signal(signum, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

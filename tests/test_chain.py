@@ -26,12 +26,12 @@ IDS = windows(3, 20, seed=7)
 FAMILIES = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2, "gemma2": partial(families.family, "Gemma2")}
 
 
-def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
+def hooked(model: PreTrainedModel, modules: list[nn.Module], ids: torch.Tensor = IDS) -> list[Any]:
     """What each module returns in one forward of the whole model: an independent view of the same values."""
     seen: list[Any] = []
     handles = [module.register_forward_hook(lambda m, args, output: seen.append(output)) for module in modules]
     with torch.no_grad():
-        model(IDS, use_cache=False)
+        model(ids, use_cache=False)
     for handle in handles:
         handle.remove()
     return [output[0] if isinstance(output, tuple) else output for output in seen]

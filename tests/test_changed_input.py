@@ -134,9 +134,7 @@ def test_a_change_is_one_line_and_blocks_are_kept(change: Callable[[Path], None]
 
 
 @pytest.mark.parametrize("anew", [False, True])
-def test_a_file_that_only_looks_changed_is_read_on(
-    anew: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_only_touched_are_read(anew: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def touch() -> None:
         if anew:
             shutil.copyfile(source / WEIGHTS, tmp_path / "copy")

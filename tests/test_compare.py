@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -75,18 +76,11 @@ def test_quality_and_size_are_those_of_the_packed_checkpoint(llama: Path, tmp_pa
 
 
 def test_what_cells_share_is_computed_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    for module, name in ((running, "loss_gradients"), (perplexity, "_outputs")):
-        real = getattr(module, name)
-
-        def counted(*args: object, real: object = real, name: str = name, **kwargs: object) -> object:
-            made.append(name)
-            return real(*args, **kwargs)  # type: ignore[operator]
-
-        monkeypatch.setattr(module, name, counted)
+    gradients, outputs = Mock(wraps=running.loss_gradients), Mock(wraps=perplexity._outputs)
+    monkeypatch.setattr(running, "loss_gradients", gradients)
+    monkeypatch.setattr(perplexity, "_outputs", outputs)
     grid(llama, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]))
-    assert made.count("loss_gradients") == 1
-    assert made.count("_outputs") == 2 + 1
+    assert (gradients.call_count, outputs.call_count) == (1, 2 + 1)
 
 
 def test_a_stopped_grid_goes_on_and_takes_further_cells(

@@ -71,8 +71,7 @@ def test_half_precision_widens_where_it_has_no_units(
 
 def test_fp16_that_overflows_names_the_dtype_to_take(tmp_path: Path) -> None:
     model = tiny_llama().half()
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(3e4)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(3e4)
     source = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(method="wanda", dtype="float16")
     said = "blocks ran in float16, whose largest number is 65504; take dtype float32"

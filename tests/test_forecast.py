@@ -101,9 +101,8 @@ def test_without_a_plan_the_phase_counts_and_a_plan_starts_anew() -> None:
     assert forecast.share < 0.1
 
 
-steps = st.tuples(
-    st.sampled_from(["open", "check", "prune", "sweep", "other"]), st.floats(-1, 3), st.floats(0, 2), st.floats(0, 50)
-)
+phases = st.sampled_from(["open", "check", "prune", "sweep", "other"])
+steps = st.tuples(phases, st.floats(-1, 3), st.floats(0, 2), st.floats(0, 50))
 plans = st.dictionaries(st.sampled_from(["check", "prune", "sweep"]), st.floats(0, 1000))
 
 

@@ -31,11 +31,9 @@ from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, lay
 from tests.storage.small import tensors_of
 
 DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="there is no GPU"),
-]
-on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CARD = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not CARD, reason="there is no GPU")]
+on_a_card = pytest.mark.skipif(not CARD, reason="there is no GPU")
 
 
 def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -82,14 +82,12 @@ def test_anything_is_a_value_or_one_line(data: bytes | str) -> None:
     assert said.isprintable()
 
 
+numbers = st.integers(-(10**40), 10**40) | st.floats(allow_nan=False, allow_infinity=False)
+words = st.sampled_from(["2:4", "1e-3", "yes", "010", "1_000", "2024-01-01", "<<", "=", "~", "0o7", ".5", "a\nb"])
 plain = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(-(10**40), 10**40), st.floats(allow_nan=False, allow_infinity=False),
-        st.text(st.characters(codec="utf-8"), max_size=20),
-        st.sampled_from(["2:4", "1e-3", "yes", "010", "1_000", "2024-01-01", "<<", "=", "~", "0o7", ".5", "a\nb"]),
-    ),
+    st.none() | st.booleans() | numbers | st.text(st.characters(codec="utf-8"), max_size=20) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", min_size=1), inner, max_size=3),
-)  # fmt: skip
+)
 
 
 @given(plain)

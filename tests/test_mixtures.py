@@ -176,8 +176,7 @@ def test_a_twin_shares_weights_and_leaves_the_model_alone() -> None:
     assert len(parts) == 2 * 4 * 3
     for name, part in parts.items():
         assert torch.equal(twin.get_parameter(name), part.of(model.get_parameter(part.source)))
-    with torch.no_grad():
-        twin.get_parameter("model.layers.1.mlp.experts.2.up_proj.weight").fill_(7.0)
+    twin.get_parameter("model.layers.1.mlp.experts.2.up_proj.weight").data.fill_(7.0)
     assert (model.model.layers[1].mlp.experts.gate_up_proj[2, 80:] == 7).all()
     assert (model.model.layers[1].mlp.experts.gate_up_proj[2, :80] != 7).all()
 

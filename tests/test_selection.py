@@ -147,16 +147,13 @@ def test_it_is_refused_before_the_calibration_text_is_read(tmp_path: Path) -> No
         sparsellm.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer())
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 300), st.none() | st.integers(0, 300)), min_size=1, max_size=12),
-    st.floats(0, 0.999),
-)
+LINEAR = st.tuples(st.integers(1, 300), st.none() | st.integers(0, 300))
+
+
+@given(st.lists(LINEAR, min_size=1, max_size=12), st.floats(0, 0.999))
 @settings(deadline=None)
 def test_every_division_is_exact_or_refused(linears: list[tuple[int, int | None]], sparsity: float) -> None:
-    sizes = [
-        LinearSize(str(i), 0, (7, width), None if fixed is None else min(fixed, width))
-        for i, (width, fixed) in enumerate(linears)
-    ]
+    sizes = [LinearSize(str(i), 0, (7, width), fixed and min(fixed, width)) for i, (width, fixed) in enumerate(linears)]
     try:
         zeros = divide(sizes, sparsity).allocation().zeros
     except RecipeError:

@@ -26,9 +26,8 @@ SWEPT = Recipe(**SETTINGS, sparsity=0.8, effort=0, passes=2, sweep_rate=0.01)
 @pytest.fixture(scope="module")
 def half(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dense model at 60 %."""
-    out = tmp_path_factory.mktemp("half") / "p"
-    sparsellm.prune(llama, Recipe(**SETTINGS, sparsity=0.6, method="magnitude"), out=out)
-    return out
+    recipe = Recipe(**SETTINGS, sparsity=0.6, method="magnitude")
+    return sparsellm.prune(llama, recipe, out=tmp_path_factory.mktemp("half") / "p").path
 
 
 def divergence(model: Path, dense: Path) -> float:

@@ -24,6 +24,7 @@ from sparsellm.statistics import CrossAccumulator
 from sparsellm.sweep.sweep_task import SweepTask
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.sweep.helpers import ids_of, tiny_mistral
+from tests.test_chain import hooked
 
 IDS = ids_of(6)
 BATCH = 48  # tokens: two windows
@@ -70,12 +71,8 @@ def test_the_dense_stream_is_of_the_dense_model(family: Callable[..., Any], monk
 
 def output_of(model: PreTrainedModel, name: str) -> Tensor:
     """What a module of a plain model returns for all windows at once: ``(windows, seq, features)``."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad():
-        model(IDS, use_cache=False)
-    handle.remove()
-    return seen[0].view(*IDS.shape, -1)
+    (output,) = hooked(model, [model.get_submodule(name)], IDS)
+    return output.view(*IDS.shape, -1)
 
 
 FAMILIES = {

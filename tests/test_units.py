@@ -38,13 +38,11 @@ def test_the_unit_and_its_activation_are_found(family: Any, changes: Any, names:
     assert unit.activation.name == activation
 
 
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        *((name, name) for name in ("relu", "relu2", "silu", "gelu", "quick_gelu")),
-        *((name, "gelu_tanh") for name in ("gelu_new", "gelu_pytorch_tanh")),
-    ],
-)
+NAMES = {name: name for name in ("relu", "relu2", "silu", "gelu", "quick_gelu")}
+NAMES |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
+
+
+@pytest.mark.parametrize(("name", "known"), NAMES.items())
 def test_values_are_those_of_transformers(name: str, known: str) -> None:
     z = torch.arange(-20.0, 20.0, 0.0371)
     (activation,) = (each for each in KNOWN if each.name == known)

@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -149,9 +150,8 @@ def test_groups_that_do_not_divide_are_refused(name: str, said: str, tmp_path: P
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_grid_without_a_packed_form_is_refused_before_the_work(tmp_path: Path, refusal: Any) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    said = refusal("prune", source, "--out", tmp_path / "a", "--grid", "w8a8", "--pack", tmp_path / "b")
+def test_a_grid_without_a_packed_form_is_refused_before_the_work(llama: Path, tmp_path: Path, refusal: Any) -> None:
+    said = refusal("prune", llama, "--out", tmp_path / "a", "--grid", "w8a8", "--pack", tmp_path / "b")
     assert "grid w8a8 has no packed form in int8; export the result" in said
     assert not list(tmp_path.glob("[ab]*"))
 
@@ -231,14 +231,8 @@ def test_a_linear_that_rounding_costs_much_is_named(monkeypatch: pytest.MonkeyPa
 
 def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs of every Gram matrix that the rounding gets are those of the model as it is written so far."""
-    grams: list[Tensor] = []
-    plain = rounding.rounded
-
-    def recorded(weight: Tensor, gram: Any, *rest: Any, **named: Any) -> Any:
-        grams.append(gram.matrix)
-        return plain(weight, gram, *rest, **named)
-
-    monkeypatch.setattr("sparsellm.methods.task.rounded", recorded)
+    rounded = Mock(wraps=rounding.rounded)
+    monkeypatch.setattr("sparsellm.methods.task.rounded", rounded)
     model, ids = tiny_llama(), ids_of(4)
     options = {"norm_weighting": 0.0, "refit": False}
     recipe = Recipe(sparsity=0.5, values="int4", effort=0, options=options, products="float32")
@@ -249,6 +243,7 @@ def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -
         down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
         model(ids)
     expected = seen[0].T @ seen[0] / len(seen[0])
+    grams = [call.args[1].matrix for call in rounded.call_args_list]
     assert any(each.shape == expected.shape and torch.allclose(each, expected, rtol=1e-3, atol=1e-6) for each in grams)
 
 

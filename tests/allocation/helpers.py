@@ -43,16 +43,12 @@ def survey_of(
 def bare_survey(shapes: Sequence[Sequence[tuple[int, int]]], sparsity: float) -> Survey:
     """Sizes alone, block by block; anything that needs a model fails."""
     linears = [
-        LinearSize(f"blocks.{block}.{i}", block, shape)
-        for block, inside in enumerate(shapes)
-        for i, shape in enumerate(inside)
+        LinearSize(f"blocks.{b}.{i}", b, shape) for b, inside in enumerate(shapes) for i, shape in enumerate(inside)
     ]
     return survey_on(Feed(None, torch.zeros(1, 2), 2), linears, sparsity)  # type: ignore[arg-type]
 
 
-def survey_on(
-    feed: Feed, linears: Sequence[LinearSize], sparsity: float, gradients: LossGradients | None = None
-) -> Survey:
+def survey_on(feed: Feed, linears: list[LinearSize], sparsity: float, gradients: LossGradients | None = None) -> Survey:
     return Survey(feed, linears, sparsity, round(sparsity * sum(linear.weights for linear in linears)), gradients)
 
 

@@ -209,11 +209,8 @@ def test_the_time_of_phases_is_told_by_share() -> None:
     with console.out().capture() as captured:
         console.out().print(console.phases(large_result().seconds))
     lines = [" ".join(line.replace("│", " ").split()) for line in captured.get().splitlines()]
-    assert lines[3:6] == [
-        "prune blocks 9 min 53 s 73%",
-        "choose sparsities 2 min 13 s 16%",
-        "open the model 1 min 21 s 10%",
-    ]
+    said = ["prune blocks 9 min 53 s 73%", "choose sparsities 2 min 13 s 16%", "open the model 1 min 21 s 10%"]
+    assert lines[3:6] == said
     assert "all 13 min 29 s" in lines
     assert not any("solve" in line for line in lines)
     with console.out().capture() as captured:
@@ -252,11 +249,9 @@ def test_json_is_readable_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_speeds_of_five_digits_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = {"median": 12_345.6, "slowest": 9_876.4, "fastest": 13_000.0}
-    speeds = [
-        Speed(model=model, phase="prefill", batch=64, threads=128, decoder="transformers", **rates)
-        for model in ("dense", "packed")
-    ]
+    given: dict[str, Any] = {"phase": "prefill", "batch": 64, "threads": 128, "decoder": "transformers"}
+    given |= {"median": 12_345.6, "slowest": 9_876.4, "fastest": 13_000.0}
+    speeds = [Speed(model=model, **given) for model in ("dense", "packed")]
     sizes = {f"{model}{part}_bytes": 1 for model in ("dense", "packed") for part in ("", "_linear", "_disk")}
     more = {"sparsellm": "0", "machine": "[m]", "date": "today", "kernel": "[avx512]", "dtype": "float32"}
     result = Benchmark(speeds=speeds, verdict=["packed is [faster]"], dense_dtype="float32", **sizes, **more)  # type: ignore[arg-type]

@@ -35,9 +35,7 @@ def pruned(model: PreTrainedModel, place: Path, grid: str, **settings: Any) -> P
     """The checkpoint of a run, half of it zeros, next to its dense model."""
     dense = save_tiny(model, tiny_tokenizer(), place / "dense")
     recipe = Recipe(**{"sparsity": 0.5, "grid": grid, "samples": 4, "seq_len": 32, "effort": 0, **settings})
-    out = place / f"pruned-{grid}"
-    sparsellm.prune(dense, recipe, out=out, calibration=IDS)
-    return out
+    return sparsellm.prune(dense, recipe, out=place / f"pruned-{grid}", calibration=IDS).path
 
 
 def logits(directory: Path, **options: Any) -> Tensor:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 
 import sparsellm
@@ -19,7 +18,7 @@ from tests.models.in_gguf import write_gguf
 
 def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, run: Any) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
-    write_gguf(wide_llama(), tmp_path / "like.gguf", gguf.GGMLQuantizationType.BF16)
+    write_gguf(wide_llama(), tmp_path / "like.gguf")
     out = tmp_path / "small model.gguf"
     line = ("export", directory, "--to", "gguf", "--out", out, "--like", tmp_path / "like.gguf")
     _, stdout, stderr = run(*line, exits=0)
@@ -50,8 +49,7 @@ def test_a_second_start_ends_an_export_on_a_full_disk(tmp_path: Path, run: Any, 
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w4a16-32")
     like: tuple[object, ...] = ()
     if to == "gguf":
-        write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf", gguf.GGMLQuantizationType.BF16)
-        like = ("--like", tmp_path / "like.gguf")
+        like = ("--like", write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf"))
     after, code = 0, 2
     while code == 2:
         after += 1

@@ -20,9 +20,8 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import TensorSource, write_shard
 from tests.exports.checkpoints import family, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
-from tests.models.in_gguf import finish, in_gguf, write_gguf
+from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
 
-Kind = gguf.GGMLQuantizationType
 OUTSIDE = ("token_embd.weight", "output.weight")  # embedding and head
 
 
@@ -148,7 +147,7 @@ def test_rows_of_heads_are_found_in_each_known_order() -> None:
 
 def other(place: Path) -> Path:
     """A template of another model of the same shape."""
-    return write_gguf(wide_llama(seed=1), place / "other.gguf", Kind.BF16)
+    return write_gguf(wide_llama(seed=1), place / "other.gguf")
 
 
 def split(place: Path) -> Path:
@@ -166,13 +165,13 @@ def damaged(place: Path) -> Path:
 
 
 def smaller(place: Path) -> Path:
-    return write_gguf(wide_llama(num_hidden_layers=1), place / "smaller.gguf", Kind.BF16)
+    return write_gguf(wide_llama(num_hidden_layers=1), place / "smaller.gguf")
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ready")
-    write_gguf(wide_llama(), place / "like.gguf", Kind.BF16)
+    write_gguf(wide_llama(), place / "like.gguf")
     return pruned(wide_llama(), place, "q4_0")
 
 

@@ -16,7 +16,6 @@ from tests.exports.checkpoints import mixtral, pruned, wide_llama
 from tests.models.in_gguf import write_gguf
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python, which is compiled from source")
-gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.slow
 
 CLOSE = 1e-5  # KL of the logits in nats: sums of fp32 in another order
@@ -55,9 +54,8 @@ def compared(file: Path, directory: Path, ids: list[int], tokens: int) -> tuple[
 @pytest.mark.parametrize(("make", "grid"), [(wide_llama, "q4_0"), (mixtral, "q4_0"), (mixtral, "q8_0")])
 def test_tiny_models_run_in_llama_cpp(tmp_path: Path, make: Any, grid: str) -> None:
     directory = pruned(make(), tmp_path, grid, effort=1)
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    write_gguf(dense, tmp_path / "like.gguf", gguf.GGMLQuantizationType.BF16)
-    settings = {"like": tmp_path / "like.gguf", "model": tmp_path / "dense"}
+    like = write_gguf(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), tmp_path / "like.gguf")
+    settings = {"like": like, "model": tmp_path / "dense"}
     sparsellm.export(directory, to="gguf", out=tmp_path / "out.gguf", **settings)
     same, divergence = compared(in_fp32(tmp_path / "out.gguf"), directory, list(range(5, 25)), 24)
     assert (same, divergence < CLOSE) == (24, True)

@@ -43,8 +43,7 @@ def pruned(tmp_path: Path) -> Path:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "models--some--model" / "snapshots" / "0123")
     (source / "README.md").write_text("---\nlicense: llama3.2\nlicense_link: [x]\nlanguage: en\n---\n# A dense model\n")
     recipe = Recipe(method="magnitude", pattern="2:4", exclude=["*.k_proj"])
-    sparsellm.prune(source, recipe, out=tmp_path / "half", calibration=windows())
-    return tmp_path / "half"
+    return sparsellm.prune(source, recipe, out=tmp_path / "half", calibration=windows()).path
 
 
 def test_prune_writes_a_card_that_the_reader_of_the_hub_reads(pruned: Path) -> None:
@@ -168,8 +167,7 @@ def test_the_base_model_is_a_name_of_the_hub_or_unknown(
     model = tiny_llama()
     model.name_or_path = name
     assert base_of(model, None).get("model") == known
-    (tmp_path / "owner").mkdir()
-    (tmp_path / "owner" / "name").mkdir()
+    (tmp_path / "owner" / "name").mkdir(parents=True)
     assert base_of("owner/name", tmp_path) == {}  # a directory of that name
 
 

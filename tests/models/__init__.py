@@ -59,17 +59,12 @@ def tiny_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    settings = {"vocab_size": VOCABULARY, "special_tokens": [BOS, EOS], "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **settings)
     tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
     if add_bos:
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
-        )
+        forms = {"single": f"{BOS} $A", "pair": f"{BOS} $A {BOS} $B"}
+        tokenizer.post_processor = TemplateProcessing(**forms, special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tests.models import tiny_tokenizer
 
+Kind = gguf.GGMLQuantizationType
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 NAMES = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"}
 NAMES |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
@@ -45,9 +46,7 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return weights
 
 
-def write_gguf(
-    model: PreTrainedModel, path: Path, kind: gguf.GGMLQuantizationType, arch: str = "llama", **other: Any
-) -> Path:
+def write_gguf(model: PreTrainedModel, path: Path, kind: Kind = Kind.BF16, arch: str = "llama", **other: Any) -> Path:
     """Writes a Llama or a Mixtral and returns its path; matrices in ``kind``, norms and biases in F32. ``other`` has
     the way in which text is split, the last token, and what is called with the writer."""
     config, tokenizer = model.config, tiny_tokenizer()

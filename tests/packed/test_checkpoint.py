@@ -16,17 +16,10 @@ CHOICES = product(("bitmask", "nm"), WRITTEN_TYPES, ("float64", "float32", "floa
 
 
 def test_entries_are_read_as_they_were_written() -> None:
-    entries = {
-        f"layer {index}": PackedEntry(
-            shape=(3, 8),
-            layout=layout,
-            value_type=values,
-            dtype=dtype,
-            pattern=(2, 4) if layout == "nm" else None,
-            transposed=transposed,
-        )
-        for index, (layout, values, dtype, transposed) in enumerate(CHOICES)
-    }
+    entries = {}
+    for index, (layout, values, dtype, transposed) in enumerate(CHOICES):
+        stored = {"layout": layout, "pattern": (2, 4) if layout == "nm" else None, "value_type": values}
+        entries[f"layer {index}"] = PackedEntry(shape=(3, 8), dtype=dtype, transposed=transposed, **stored)
     assert packed_entries(quantization_config(entries)) == entries
     assert {entry.stored_shape for entry in entries.values() if entry.transposed} == {(8, 3)}
     plain = {"shape": [3, 8], "layout": "bitmask", "value_type": "bf16", "dtype": "float64"}

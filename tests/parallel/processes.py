@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ LIMIT = 400  # seconds, far beyond what any test here takes: one that hangs is e
 
 def run_in(size: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
     """Calls ``function(folder, *arguments)`` in each of ``size`` joined processes; fails if one of them does."""
-    workers = [
-        killing.context().Process(target=_join, args=(rank, size, function, folder, *arguments), daemon=True)
-        for rank in range(size)
-    ]
+    process = partial(killing.context().Process, target=_join, daemon=True)
+    workers = [process(args=(rank, size, function, folder, *arguments)) for rank in range(size)]
     for worker in workers:
         worker.start()
     for worker in workers:

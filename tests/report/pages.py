@@ -103,16 +103,13 @@ def results(perplexity: float, dense: float | None = 20.0, **more: Any) -> dict[
             "model": "dense", "perplexity": {"value": dense, "low": 19.0, "high": 21.0}, "kl": 0.31,
             "kl_low": 0.3, "kl_high": 0.32, "agreement": 0.71, "recovery": 0.637,
         }  # fmt: skip
+    rates = {("dense", "compiled"): 20.0, ("dense", "transformers"): 10.0, ("packed", "compiled"): 33.0}
     speeds = [
-        {
-            "model": model, "phase": phase, "batch": 1, "threads": 2, "median": m, "slowest": m, "fastest": m,
-            "decoder": decoder,
-        }
+        {"model": model, "decoder": decoder, "phase": phase, "batch": 1, "threads": 2}
+        | dict.fromkeys(("median", "slowest", "fastest"), rate)
         for phase in ("prefill", "decode")
-        for model, decoder, m in (
-            ("dense", "compiled", 20.0), ("dense", "transformers", 10.0), ("packed", "compiled", 33.0)
-        )
-    ]  # fmt: skip
+        for (model, decoder), rate in rates.items()
+    ]
     places = ("dense_bytes", "packed_bytes", "dense_linear_bytes", "packed_linear_bytes", "packed_disk_bytes")
     kinds = {**dict.fromkeys(("dtype", "dense_dtype", "kernel"), "float32"), "packed_name": "half-packed"}
     benchmark = {**stamp, **dict.fromkeys(places, 1_500_000), **kinds, "dense_disk_bytes": None}

@@ -252,13 +252,10 @@ def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
 
 
 def test_a_page_is_not_as_large_as_kinds_times_blocks(copied: Path) -> None:
-    linears = [
-        {"name": f"model.layers.{number}.kind{number}", "shape": [2, 2], "zeros": 2, "asked": 0.5, "error": 0.1}
-        for number in range(3000)
-    ]
-    linears[0] |= {"history": [{"iteration": step, "objective": 1.0} for step in range(3000)]}
-    for linear in linears[1:]:
-        linear["history"] = [{"iteration": 0, "objective": 1.0}]
+    history = [{"iteration": step, "objective": 1.0} for step in range(3000)]
+    more: dict[str, Any] = {"shape": [2, 2], "zeros": 2, "asked": 0.5, "error": 0.1, "history": history[:1]}
+    linears = [{"name": f"model.layers.{number}.kind{number}", **more} for number in range(3000)]
+    linears[0]["history"] = history
     (copied / "pruning.json").write_text(json.dumps({"sparsity_asked": 0.5, "linears": linears}))
     page = write_report(copied, copied.parent / "page.html").read_text()
     assert len(page) < 20e6

@@ -125,8 +125,7 @@ def test_activations_not_finite_or_very_small_are_rounded(kernel: str, value_typ
     x[0, 40], x[1, 99], x[2, :66] = float("inf"), float("nan"), 1e-40
     y = native.multiply(packed, x, rounded=True, kernel=kernel)
     assert bool(y[:2].isnan().all())
-    x[2, :64] = 0
-    x[2, 64:66] = 0
+    x[2, :66] = 0
     assert torch.equal(y[2:], native.multiply(packed, x[2:], rounded=True, kernel=kernel))
 
 
@@ -265,10 +264,9 @@ def test_what_does_not_fit_is_refused() -> None:
     for changed in (dataclasses.replace(packed, layout="nm"), packed.to("meta")):
         with pytest.raises(KernelError, match="the kernels take bitmasks on the CPU"):
             native.multiply(changed, x)
-    with pytest.raises(KernelError):
-        native.unpack_rows(packed, 0, 6, torch.empty(6, 70))
-    with pytest.raises(KernelError):
-        native.unpack_rows(packed, 0, 2, torch.empty(2, 71))
+    for rows in (torch.empty(6, 70), torch.empty(2, 71)):
+        with pytest.raises(KernelError):
+            native.unpack_rows(packed, 0, len(rows), rows)
     with pytest.raises(KernelError, match="avx3"):
         native.multiply(packed, x, kernel="avx3")
 

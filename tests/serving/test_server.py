@@ -34,6 +34,7 @@ PROMPT = "The while statement"
 ASKED: Any = [{"role": "user", "content": PROMPT}]
 TEMPLATED = f"user: {PROMPT}\nassistant:"
 HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+OPEN = "accepts requests from other machines, which needs a key; set SPARSELLM_API_KEY"
 LONG = 8000  # tokens: seconds in which something can happen
 
 
@@ -198,18 +199,13 @@ def test_a_bad_body_is_one_line_that_names_it(url: str, body: Any, status: int, 
     assert "\n" not in message
 
 
-def test_an_end_of_text_can_be_ignored(model: Any) -> None:
-    ids, before = prompt_ids(tiny_tokenizer()), model.generation_config
-    model.generation_config = type(before)(eos_token_id=list(range(model.config.vocab_size)))
-    try:
-        results = [
-            continuation(model, tiny_tokenizer(), ids, Sampling(max_new_tokens=8, ignore_eos=ignored))
-            for ignored in (False, True)
-        ]
-    finally:
-        model.generation_config = before
-    assert (results[0].new_tokens, results[0].finish) == (1, "stop")
-    assert (results[1].new_tokens, results[1].finish) == (8, "length")
+def test_an_end_of_text_can_be_ignored(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = type(model.generation_config)(eos_token_id=list(range(model.config.vocab_size)))
+    monkeypatch.setattr(model, "generation_config", every)
+    for ignored, expected in ((False, (1, "stop")), (True, (8, "length"))):
+        sampling = Sampling(max_new_tokens=8, ignore_eos=ignored)
+        result = continuation(model, tiny_tokenizer(), prompt_ids(tiny_tokenizer()), sampling)
+        assert (result.new_tokens, result.finish) == expected
 
 
 def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: Any) -> None:
@@ -334,10 +330,7 @@ def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            ("--host", "0.0.0.0"),
-            "--host 0.0.0.0 accepts requests from other machines, which needs a key; set SPARSELLM_API_KEY",
-        ),
+        (("--host", "0.0.0.0"), f"--host 0.0.0.0 {OPEN}"),
         (("--host", "no.such.host.invalid"), "'no.such.host.invalid' is not available"),
         (("--port", "99999"), "--port is 99999"),
         (("--key-file", "{tmp}/empty"), "is empty or more than one word"),

@@ -19,9 +19,7 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 QUICK = ("--max-new-tokens", 12)
 
 
-def test_each_answer_follows_the_whole_conversation(
-    packed: Path, greedy: Any, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_answer_follows_all_before(packed: Path, greedy: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = greedy("system: Be brief.\nuser: hi\nassistant:", 12)
     second = greedy(f"system: Be brief.\nuser: hi\nassistant: {first}\nuser: and\nassistant:", 12)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nand\n/reset\nhi\n/quit\nnot read\n"))

@@ -272,9 +272,7 @@ COMPARE = ["compare", "x", "--text", "x", "--method", "wanda", "--sparsity", "0.
 
 
 @pytest.mark.parametrize("out", ["", "/", "//", "/.."])
-@pytest.mark.parametrize(
-    "command", [["prune", "x"], ["pack", "x"], ["unpack", "x"], ["demo"], COMPARE], ids=lambda c: c[0]
-)
+@pytest.mark.parametrize("command", [["prune", "x"], ["pack", "x"], ["unpack", "x"], ["demo"], COMPARE], ids=str)
 def test_an_unset_variable_or_the_root_is_refused(
     command: list[str], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Any
 ) -> None:

@@ -68,9 +68,7 @@ def go_on(out: Path, model: Path, number: int) -> None:
     assert [path.name for path in out.parent.glob(f"{out.name}*")] == [out.name]
 
 
-def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_synced_before_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, synced, replace = tmp_path / "p", set[int](), os.replace
 
     def checked(source: Any, target: Any) -> None:

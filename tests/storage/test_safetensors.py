@@ -19,17 +19,9 @@ from sparsellm.storage.writer import TensorSource, write_shard
 
 def tensors() -> dict[str, Tensor]:
     wide = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    return {
-        "b.wide": wide,
-        "a.transposed": wide.T,
-        "c.half": wide.to(torch.bfloat16),
-        "d.scalar": torch.tensor(2.5),
-        "e.mask": torch.tensor([True, False, True]),
-        "f.counts": torch.arange(4),
-        "g.empty": torch.empty(0, 3),
-        "h.byte": torch.arange(5, dtype=torch.uint8),
-        "i.float8": wide.to(torch.float8_e4m3fn),
-    }
+    made = {"b.wide": wide, "a.transposed": wide.T, "c.half": wide.to(torch.bfloat16), "d.scalar": torch.tensor(2.5)}
+    made |= {"e.mask": torch.tensor([True, False, True]), "f.counts": torch.arange(4), "g.empty": torch.empty(0, 3)}
+    return made | {"h.byte": torch.arange(5, dtype=torch.uint8), "i.float8": wide.to(torch.float8_e4m3fn)}
 
 
 def written(path: Path, sources: dict[str, TensorSource]) -> str:

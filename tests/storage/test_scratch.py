@@ -32,14 +32,9 @@ def batch(value: float) -> torch.Tensor:
     return torch.full((2, 3), float(value))
 
 
-actions = st.lists(
-    st.one_of(
-        st.tuples(st.just("append"), st.floats(-9, 9, width=32)),
-        st.tuples(st.just("set"), st.floats(-9, 9, width=32), st.integers(0, 7)),
-        st.tuples(st.just("other shape"), st.floats(-9, 9, width=32), st.integers(0, 7)),
-    ),
-    max_size=20,
-)
+numbers = st.floats(-9, 9, width=32)
+changes = [st.tuples(st.just(kind), numbers, st.integers(0, 7)) for kind in ("set", "other shape")]
+actions = st.lists(st.one_of(st.tuples(st.just("append"), numbers), *changes), max_size=20)
 
 
 @settings(deadline=None, max_examples=40)

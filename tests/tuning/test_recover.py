@@ -41,8 +41,7 @@ def pruned(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors |= {"visual.weight": torch.ones(2), "lm_head.weight": tensors["model.embed_tokens.weight"]}
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, dense / "model.safetensors", {"format": "pt"})
     recipe = Recipe(method="magnitude", sparsity=0.6, calibration=str(text), samples=4, seq_len=32)
-    sparsellm.prune(dense, recipe, out=out)
-    return out
+    return sparsellm.prune(dense, recipe, out=out).path
 
 
 @pytest.mark.parametrize("way", ["full", "lora"])
