@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -185,6 +187,22 @@ def test_a_full_disk_is_said_at_once(llama: Path, tmp_path: Path, run: Any, monk
     ]
     for line in (prune, *others):
         assert "0.00 GB free" in run(*line, "--out", tmp_path / "p", exits=2)[2]
+
+
+def test_no_memory_from_the_system_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:
+    line = ("prune", llama, "--out", tmp_path / "p")
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")):
+        monkeypatch.setattr("sparsellm.api.prune", Mock(side_effect=error))
+        assert "gives this process no more memory" in refusal(*line)
+
+
+def test_a_damaged_text_of_the_model_is_named(llama: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    line = ("prune", llama, "--calibration", "self", "--method", "wanda", *SMALL)
+    run(*line, "--out", tmp_path / "p", exits=0)
+    (file,) = (tmp_path / "cache" / "written").glob("*.safetensors")
+    os.truncate(file, 500)
+    assert str(file) in run(*line, "--out", tmp_path / "q", exits=2)[2]
 
 
 def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from sparsellm import interrupts
 from sparsellm.errors import StorageError
 from sparsellm.storage import directory
 from sparsellm.storage.contents import LATER, LIST, changing
@@ -192,6 +194,12 @@ def test_what_may_not_be_renamed_is_refused(old: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(directory.psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint=str(old))])
     with pytest.raises(StorageError, match="it is a mount point"):
         check_destination(old, overwrite=True)
+
+
+def test_a_result_that_has_its_name_is_called_complete(model: Path, tmp_path: Path) -> None:
+    with interrupts.installed():
+        write(tmp_path / "p", 1, model)
+        assert interrupts.last_words(signal.SIGTERM) == f"interrupted (SIGTERM); {tmp_path / 'p'} is complete"
 
 
 def test_a_link_in_the_place_of_the_working_directory(model: Path, tmp_path: Path) -> None:
