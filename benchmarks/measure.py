@@ -96,7 +96,9 @@ def code_version() -> str:
 
     tree = git("rev-parse", "--short", "HEAD:src")  # empty outside a checkout
     files = git("status", "--porcelain", "--", "src")
-    difference = hashlib.sha256((files + git("diff", "HEAD", "--", "src")).encode()).hexdigest()
+    new = git("ls-files", "--others", "--exclude-standard", "--", "src").splitlines()
+    texts = [git("diff", "HEAD", "--", "src"), *((root / name).read_text(errors="replace") for name in new)]
+    difference = hashlib.sha256("".join(texts).encode()).hexdigest()
     changed = f"-changed-{difference[:8]}" if files else ""
     return f"{__version__}+{tree}{changed}" if tree else __version__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -106,7 +107,7 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
     overwrite = options["overwrite"]
     parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite))
     if parallel.from_main((out / PRUNING).is_file) and not overwrite:
-        again = f"`sparsellm pack {out} --out {pack}` packs it"
+        again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack)])}` packs it"
         raise RecipeError(f"{out} is a complete checkpoint: {again}; --overwrite prunes it again")
     if options["trust_remote_code"]:
         raise RecipeError("a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack")

@@ -93,7 +93,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
             why = one_line(error)[:160]
             message = f"the GPU has no memory left ({why}); lower batch, tokens or context, or say cpu"
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's, from the system
-            message = "the system gives this process no more memory (ulimit -v?); lower batch_tokens or --memory"
+            advice = "raise its limit (ulimit -v), or lower batch, tokens, context or --memory where there is one"
+            message = f"the system gives this process no more memory; {advice}"
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files of a run raise StorageError
             message = "standard output is on a full disk; make room, or write elsewhere"
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option

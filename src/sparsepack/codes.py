@@ -294,7 +294,10 @@ def _is_on(grouped: Tensor, levels: Levels) -> bool:
     """Whether the values are these numbers times scales already, up to a dtype's rounding, judged by some groups.
 
     Others must not be brought to a grid with a gap: small values of large inputs would become many times as large."""
-    judges = grouped[:: max(1, len(grouped) // _JUDGES) | 1]  # odd, so that it meets every column of a row
+    step = max(1, len(grouped) // _JUDGES)
+    while math.gcd(step, len(grouped)) > 1:  # so that it meets every column of a row
+        step += 1
+    judges = grouped[::step]
     return _quantise_groups(judges, levels)[2] <= ON_GRID * float(judges.double().square().sum())
 
 

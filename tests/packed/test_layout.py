@@ -85,6 +85,13 @@ def test_int4_is_no_worse_than_a_scale_that_saturates_nothing() -> None:
     assert (wrong.square().sum(dim=1) <= plain.square().sum(dim=1) * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize(("shape", "zero"), [((4096, 1024), [0, 1]), ((896, 896), [0, 7])])
+def test_all_groups_of_a_row_tell_whether_it_is_on_a_grid(shape: tuple[int, int], zero: list[int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight.view(shape[0], -1, 64)[:, zero] = 0.0
+    assert pack(weight, "int3", "bitmask").levels is None
+
+
 @pytest.mark.parametrize(
     ("values", "levels"), [("int3", GAPPED["int3"]), ("int3", PLAIN["int3"]), ("int4", PLAIN["int4"])]
 )

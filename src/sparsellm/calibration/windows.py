@@ -195,13 +195,13 @@ def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase) -> st
             parts.append(document if isinstance(document, str) else _chat(document, tokenizer))
             size += len(parts[-1])
         if TOKENISING * size > free:  # before the next one is read
-            raise _too_long(source, size, free)
+            raise _too_long(source, size, free, "more than ")
     return text.joiner.join(parts)
 
 
-def _too_long(source: Given, characters: int, free: int) -> DataError:
+def _too_long(source: Given, characters: int, free: int, more: str = "") -> DataError:
     return DataError(
-        f"{_called(source)} has {characters / 1e6:.0f} million characters, perhaps more; tokenising it takes about "
+        f"{_called(source)} has {more}{characters / 1e6:.1f} million characters; tokenising it takes about "
         f"{TOKENISING * characters / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
     )
 

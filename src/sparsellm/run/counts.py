@@ -109,8 +109,8 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
         return []
     return [
         f"no calibration token reached {len(names)} of {len(linears)} linears, or their inputs were all 0; these were "
-        f"pruned by magnitude: {some(names, _SHOWN)}; more calibration samples may reach experts, but nothing reaches "
-        "what a shared block keeps for later blocks"
+        f"pruned by magnitude: {some(names, _SHOWN)}; more calibration samples may reach experts, but not linears "
+        "of a shared block that only its other places use"
     ]
 
 

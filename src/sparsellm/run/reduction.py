@@ -132,5 +132,6 @@ def _save(plan: Plan, fewer: FewerExperts, journal: Journal, kept: dict[str, obj
     fewer.change(config)
     writer.write_json("config.json", config)
     writer.write_json(EXPERTS, kept)
-    writer.finish()
-    interrupts.keeps(f"{plan.out} is kept", part=True)
+    with interrupts.held():
+        writer.finish()
+        interrupts.keeps(f"{plan.out} is kept", part=True)

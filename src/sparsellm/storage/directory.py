@@ -145,8 +145,8 @@ def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: b
         other = left.get("model") != identity.get("model")
         again = "a model object that it changed must be loaded anew; " if other else ""
         holds = f"{partial} holds another unfinished run: {'; '.join(changed)}"
-        anew = f"remove {partial}, or give --restart where there is one, to start again"
-        raise StorageError(f"{holds}; {again}repeat its settings to resume it, or {anew}")
+        anew = f"to start again, remove {partial}, or give --restart if the command has it"
+        raise StorageError(f"{holds}; {again}repeat its settings to resume it; {anew}")
 
 
 def _check_entries(partial: Path) -> None:

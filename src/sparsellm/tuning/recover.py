@@ -97,11 +97,12 @@ def tune(
     weights = sum(math.prod(chain.reader.shape(name)) for name in chain.reader)
     device = resolve_device(training.device)
     room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    check_seq_len(chain.config, training.seq_len)
     logits = 12 * training.batch * training.seq_len * chain.config.get_text_config().vocab_size  # and their gradient
     if (needed := BYTES[training.way] * weights + logits) > room or 4 * weights > free_memory():  # loaded in fp32 first
         ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
+        ways = "lower --batch or --seq-len" if logits > BYTES[training.way] * weights else ways
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
-    check_seq_len(chain.config, training.seq_len)
     tokenizer = load_tokenizer(source)
     samples = min(training.steps * training.batch, MOST_WINDOWS)
     windows = calibration_windows(calibration, tokenizer, samples, training.seq_len, training.seed)
