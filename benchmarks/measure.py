@@ -95,11 +95,9 @@ def code_version() -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
 
     tree = git("rev-parse", "--short", "HEAD:src")  # empty outside a checkout
-    files = git("status", "--porcelain", "--", "src")
     new = git("ls-files", "--others", "--exclude-standard", "--", "src").splitlines()
     texts = [git("diff", "HEAD", "--", "src"), *((root / name).read_text(errors="replace") for name in new)]
-    difference = hashlib.sha256("".join(texts).encode()).hexdigest()
-    changed = f"-changed-{difference[:8]}" if files else ""
+    changed = f"-changed-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]}" if any(texts) or new else ""
     return f"{__version__}+{tree}{changed}" if tree else __version__
 
 

@@ -189,12 +189,12 @@ def check_memory(windows: int, seq_len: int) -> None:
 def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text as one string, conversations by the tokenizer's chat template. Raises DataError if it refuses one, or
     the text is too long for the memory that is free."""
-    parts, size, free = [], 0, max(1 << 28, machine.free_memory())
+    parts, size, free = [], 0, machine.free_memory()
     for document in text.documents:
         if document is not None:  # data sets have nulls
             parts.append(document if isinstance(document, str) else _chat(document, tokenizer))
             size += len(parts[-1])
-        if TOKENISING * size > free:  # before the next one is read
+        if TOKENISING * size > max(1 << 28, free):  # before the next one is read
             raise _too_long(source, size, free, "more than ")
     return text.joiner.join(parts)
 
