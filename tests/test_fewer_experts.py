@@ -107,17 +107,20 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("refit", [True, False])
 @torch.no_grad()
-def test_the_errors_of_a_refit_are_those_of_the_mixture_that_is_written(tmp_path: Path) -> None:
+def test_the_error_that_is_left_is_that_of_the_mixture_that_is_written(refit: bool, tmp_path: Path) -> None:
     """Of the first block, whose inputs the removal does not change."""
     dense, inputs = mixtral(), list[Tensor]()
-    result = removed(save_tiny(dense, None, tmp_path / "dense"), tmp_path / "small", effort=0)
+    result = removed(save_tiny(dense, None, tmp_path / "dense"), tmp_path / "small", effort=0, expert_refit=refit)
     first, second = (model.model.layers[0].mlp for model in (dense.eval(), loaded(tmp_path / "small")))
     first.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     dense(IDS)
     wanted, made = (mixture(inputs[0]) for mixture in (first, second))
     error = float((wanted - made).square().sum() / wanted.square().sum())
     assert result.experts[0].refitted == pytest.approx(error, rel=1e-3)
+    assert refit == (result.experts[0].refitted != result.experts[0].error)
+    assert refit == (" refitted." in (tmp_path / "small" / "report.html").read_text())
 
 
 @pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Llama4Text", "Mixtral"])

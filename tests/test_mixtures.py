@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers import core_model_loading as loading
 
 import sparsellm
-from sparsellm import Recipe
+from sparsellm import Recipe, parallel
 from sparsellm.chain import Feed, open_chain
 from sparsellm.chain.experts import Part, separate_experts
 from sparsellm.chain.names import Conversion, _part_before
@@ -83,6 +83,15 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
         own_weights = own_weights.flatten()
         assert torch.allclose(every.matrix, (x.T * own_weights) @ x / own_weights.sum(), atol=1e-5)
         assert torch.allclose(torch.cat([rows for rows, _ in tokens.sample(20)]), x[::7], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [256, 1024, 2048])
+def test_samples_of_tokens_have_every_place_of_a_window_alike(window: int) -> None:
+    times = torch.zeros(window)
+    for places in parallel.spread([window] * 128, about=4 * window):
+        times[places] += 1
+    assert 3 <= times.min() <= times.max() <= 4
+    assert [*parallel.spread([5, 3], about=100)] == [slice(0, None, 1)] * 2
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 40, 1_000_000])

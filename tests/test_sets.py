@@ -42,7 +42,8 @@ def inputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("sets", [1, 2, 3])
 def test_each_block_sees_its_own_set_behind_the_pruned_blocks(sets: int, inputs: list[Tensor], tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(num_hidden_layers=BLOCKS), tiny_tokenizer(), tmp_path / "dense")
-    sparsellm.prune(source, {**FIELDS, "effort": 0, "sets": sets}, out=tmp_path / "out")
+    result = sparsellm.prune(source, {**FIELDS, "effort": 0, "sets": sets}, out=tmp_path / "out")
+    assert result.calibration_tokens == sets * SAMPLES * SEQ_LEN
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     windows = calibration_windows("pydoc", tiny_tokenizer(), SAMPLES, SEQ_LEN, 0, fresh=(sets - 1) * SAMPLES)
     assert len({*map(tuple, windows.tolist())}) == sets * SAMPLES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -99,6 +100,7 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse() -> None:
         assert chosen.held_out_error == min(record.held_out_error for record in history)
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
+        assert math.isnan(linear.error) == linear.name.endswith("fc1")  # the error of a unit is given once
     assert error(model, tiny_opt()) < error(pruned(tiny_opt, "admm"), tiny_opt())
 
 

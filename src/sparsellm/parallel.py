@@ -305,6 +305,17 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def spread(counts: Sequence[int], about: int) -> list[slice]:
+    """Slices of the batches of this process, which have these ``counts`` of tokens, that take about that many tokens of
+    all processes. Their step is odd, since one that divides a window would take the same places of each window."""
+    every = gather(sum(counts))
+    step, position, slices = max(1, sum(every) // about) | 1, sum(every[: rank()]), []
+    for count in counts:
+        slices.append(slice(-position % step, None, step))
+        position += count
+    return slices
+
+
 def gather_list(tensor: Tensor) -> list[Tensor]:
     """The tensors of all processes, in order, on the device of this one's; shapes may differ, dtypes may not."""
     shapes = gather(tuple(tensor.shape))

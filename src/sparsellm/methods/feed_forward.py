@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -54,7 +55,8 @@ def alternate(
         mask = pruned.masks[role]
         if patterns[role].sparsity < 1 and not bool(linear.weight.any()):
             continue  # its inputs were 0 in every token
-        solution = Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes)
+        error = pruned.error if role == "down" else math.nan  # it is the unit's
+        solution = Solution(linear.weight.where(mask, 0.0), mask, error, pruned.notes)
         steps = tuple(history) if role == "down" else ()
         task.accept(linears[role], linears[role].weight(), solution, None, history=steps)
         linears[role].assign_bias(linear.bias)

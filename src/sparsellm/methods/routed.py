@@ -182,12 +182,8 @@ class MixtureTokens:
 
     def sample(self, about: int) -> Rows:
         """About that many tokens of all processes, taken evenly."""
-        counts = parallel.gather(sum(len(weights) for weights in self.weights))
-        step = max(1, sum(counts) // about)
-        position = sum(counts[: parallel.rank()])
-        for batch, weights in enumerate(self.weights):
-            chosen = slice(-position % step, None, step)
-            position += len(weights)
+        places = parallel.spread([len(weights) for weights in self.weights], about)
+        for batch, (weights, chosen) in enumerate(zip(self.weights, places, strict=True)):
             if len(weights[chosen]):
                 yield self.store[batch][chosen], weights[chosen]
 

@@ -52,13 +52,13 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
         with sampled(stream, index) as inputs:
             tokens, strength = _measure(stream, index, mixture, outputs)
         sample = Sample.of(fewer, index, torch.cat(inputs, dim=1), removal.costs, removal.seed)
-        compared = replace(sample, inputs=sample.inputs[:, ::COMPARED], goal=sample.goal[::COMPARED])
+        some = slice(COMPARED // 2, None, COMPARED)
+        compared = replace(sample, inputs=sample.inputs[:, some], goal=sample.goal[some])
         view = MixtureView(index, fewer.keep, fewer.routing.groups, tokens, strength, removal.seed, compared.error_of)
         scores = removal.score(view)
         kept = view.best(scores)
-        error = refitted = compared.error_of(kept)  # which gives the twin's block these experts
-        if removal.refit:
-            error, refitted = _repair(sample, stream, outputs)
+        fewer.fill(index, kept)
+        error, refitted = _repair(sample, stream, outputs, refit=removal.refit)
     fewer.chain.settle_block(index)
     counts, said = tokens.tolist(), [float(score) for score in scores]
     return ExpertsOfBlock(block=index, kept=kept, tokens=counts, scores=said, error=error, refitted=refitted)
@@ -167,16 +167,18 @@ def _energy(outputs: TensorStore) -> float:
     return parallel.total(sum(float(each.double().square().sum()) for each in outputs))
 
 
-def _repair(sample: Sample, stream: Stream, outputs: TensorStore) -> tuple[float, float]:
+def _repair(sample: Sample, stream: Stream, outputs: TensorStore, *, refit: bool) -> tuple[float, float]:
     """Refits the experts of the twin's block to the ``outputs`` that the mixture had, fits its router, and refits them
     again, since each changes what is left for the others. Returns the errors before and after, relative to the energy
-    of the outputs."""
+    of the outputs; without a ``refit`` the first of them twice."""
     index, fewer = sample.index, sample.fewer
     (mixture,) = fewer.chain.mixtures(index)
     energy = _energy(outputs) or 1.0  # if all are 0
     with running(stream, index, fewer):
         with _Rest.of(stream, index, mixture, outputs) as rest:
             before = _energy(outputs) / energy
+            if not refit:
+                return before, before
             rest.refit_all()
             rest.add(1)
         sample.fit_router()

@@ -69,7 +69,7 @@ class Sample:
         chain, index = self.fewer.chain, self.index
         (small,) = chain.mixtures(index)
         experts, numbers = self._projected(chain), range(len(small))
-        held = torch.arange(len(self.goal), device=self.goal.device) % HELD == 0
+        held = torch.arange(len(self.goal), device=self.goal.device) % HELD == HELD // 2
         # With the others, such as shared experts, every step would copy and differentiate what it does not change.
         values = [p.requires_grad_() for p in _around(chain, index).parameters() if p.shape[:1] == (len(small),)]
         exact = [value.detach().float().clone() for value in values]
@@ -122,13 +122,14 @@ class Sample:
 def sampled(stream: Stream, index: int) -> Iterator[list[Tensor]]:
     """Until the context ends, takes what the module around the mixture of a block gets for about :data:`SAMPLE` tokens
     of all windows: for each batch that runs ``(1, tokens, width)``."""
-    step = max(1, sum(stream.hidden[position].shape[:2].numel() for position in range(len(stream))) // SAMPLE)
+    counts = [stream.hidden[position].shape[:2].numel() for position in range(len(stream))]
+    places = parallel.spread(counts, SAMPLE)
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         hidden = next(iter((*args, *kwargs.values())))
         assert isinstance(hidden, Tensor)
-        seen.append(hidden.reshape(1, -1, hidden.shape[-1])[:, ::step].clone())
+        seen.append(hidden.reshape(1, -1, hidden.shape[-1])[:, places[len(seen)]].clone())
 
     with hooked({_around(stream.chain, index): see}):
         yield seen

@@ -200,8 +200,8 @@ def maps(pruning: Pruning) -> list[Chart]:
     """Sparsity and relative error by kind of linear and block."""
     sparsity = ("sparsity", "Sparsity of each linear", "The fraction of zeros of each linear, {}. Darker is denser.")
     error = (
-        "‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to, {}; the colours are "
-        "logarithmic, and darker is a smaller error."
+        "‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs that the method fitted to, W₀ being the dense or the "
+        "refitted weight, {}; the colours are logarithmic, and darker is a smaller error."
     )
     return [
         _heat_map(sparsity, pruning, sparsity_of, axis("zeros", tickformat=".0%")),
@@ -230,7 +230,8 @@ def experts_chart(pruning: Pruning) -> Chart:
     errors = [number(fmean(x)) for x in zip(*((x.error, x.refitted) for x in pruning.experts), strict=True)]
     text = (
         f"{len(first.kept)} of {len(every)} experts stayed in each mixture; removed ones are blank. Colours are shares "
-        f"of the calibration tokens. The mean error of the mixtures' outputs is {errors[0]}, and {errors[1]} refitted."
+        f"of the calibration tokens. The mean error of the mixtures' outputs is {errors[0]}"
+        + (f", and {errors[1]} refitted." if errors[0] != errors[1] else ".")
     )
     columns = [(str(block), *row) for block, row in zip(blocks, rows, strict=True)]
     layout = {"xaxis": {"type": "category", **axis("expert")}, "yaxis": {"type": "category", "autorange": "reversed"}}

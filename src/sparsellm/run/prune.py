@@ -218,7 +218,7 @@ def _result(
         linears=pruned.linears,
         seconds=clock.seconds,
         peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), pruned.peak))),
-        calibration_tokens=plan.windows.first.numel(),
+        calibration_tokens=plan.windows.sets.numel(),
         calibration_bos=plan.windows.bos,
         predicted_seconds=(plan if removed is None else removed.plan).whole.seconds,
         resumed=len(finished),
