@@ -23,6 +23,7 @@ from sparsellm.sources import cache
 from sparsellm.sources.cache import cached
 from sparsellm.sources.gguf import gguf_checkpoint
 from tests.models import tiny_llama, tiny_tokenizer
+from tests.models.families import family
 from tests.models.in_gguf import CHAT, write_gguf
 
 F32 = gguf.GGMLQuantizationType.F32
@@ -71,6 +72,40 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
     assert tokenizer("Hello world")["input_ids"] == tiny_tokenizer()("Hello world")["input_ids"]
     assert tokenizer.chat_template == CHAT
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+CHANGED: dict[str, tuple[dict[str, Any], Any]] = {  # what transformers' table lacks: the config, and what the file says
+    "Starcoder2": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, lambda writer: None),
+    "Phi3": (
+        {"sliding_window": 8, "pad_token_id": 1},
+        lambda writer: (writer.add_sliding_window(8), writer.add_pad_token_id(1)),
+    ),
+    "StableLm": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}},
+        lambda writer: writer.add_rope_dimension_count(4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED))
+@torch.no_grad()
+def test_what_a_file_says_of_positions_and_attention_counts(name: str, tmp_path: Path) -> None:
+    changes, more = CHANGED[name]
+    model = family(name, **changes).eval()
+    path = write_gguf(model, tmp_path / "tiny.gguf", F32, model.config.model_type, more=more)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf_checkpoint(path))
+    ids = torch.arange(4, 60)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("Gemma2", 46), ("Gemma3Text", 62)])
+def test_the_largest_gemmas_are_known_by_their_blocks(name: str, blocks: int, tmp_path: Path) -> None:
+    model = family(name, num_hidden_layers=blocks, hidden_size=48, num_attention_heads=4)
+    path = write_gguf(
+        model, tmp_path / "tiny.gguf", F32, name[:6].lower(), more=lambda writer: writer.add_key_length(8)
+    )
+    config = json.loads((gguf_checkpoint(path) / "config.json").read_text())
+    assert config["query_pre_attn_scalar"] == 48 / 4
 
 
 def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:
@@ -131,6 +166,9 @@ def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ModelError, match=said):
             gguf_checkpoint(path)
+    write_gguf(tiny_llama(), path, F32, split="falcon")
+    with pytest.raises(ModelError, match=r"a\.gguf splits text as falcon, .* Hugging Face checkpoint"):
+        gguf_checkpoint(path)
     path.unlink()
     with pytest.raises(ModelError, match=r"cannot read .*a\.gguf"):
         gguf_checkpoint(path)

@@ -71,8 +71,8 @@ def gemma4_text(**changes: Any) -> PreTrainedModel:
     return _model("Gemma4TextConfig", "Gemma4ForCausalLM", {**LLAMA, **layered, **types, **changes})
 
 
-def gemma3_text() -> PreTrainedModel:
-    return _model("Gemma3TextConfig", "Gemma3ForCausalLM", {**LLAMA, **_GEMMA})
+def gemma3_text(**changes: Any) -> PreTrainedModel:
+    return _model("Gemma3TextConfig", "Gemma3ForCausalLM", {**LLAMA, **_GEMMA, **changes})
 
 
 def gemma3() -> PreTrainedModel:

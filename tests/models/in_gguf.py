@@ -27,8 +27,13 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """The weights of a Llama or a Mixtral in fp32, by their names in GGUF."""
+    """The weights of a model in fp32, by their names in GGUF."""
     config, weights = model.config, dict[str, np.ndarray]()
+    if config.model_type not in ("llama", "mixtral"):  # whose rows and experts lie in another order
+        arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if config.model_type in (name, f"{name}_text"))
+        names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        own = {names.get_name(key, (".weight", ".bias")): x.numpy() for key, x in model.float().state_dict().items()}
+        return {name: weight for name, weight in own.items() if name}  # a tied head has none
     for key, parameter in model.float().state_dict().items():
         stem, _, kind = key.rpartition(".")
         weight = parameter.numpy()
@@ -47,7 +52,7 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def write_gguf(model: PreTrainedModel, path: Path, kind: Kind = Kind.BF16, arch: str = "llama", **other: Any) -> Path:
-    """Writes a Llama or a Mixtral and returns its path; matrices in ``kind``, norms and biases in F32. ``other`` has
+    """Writes a model and returns its path; matrices in ``kind``, norms and biases in F32. ``other`` has
     the way in which text is split, the last token, and what is called with the writer."""
     config, tokenizer = model.config, tiny_tokenizer()
     writer = gguf.GGUFWriter(str(path), arch)
@@ -59,8 +64,8 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: Kind = Kind.BF16, arch:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
+    writer.add_rope_freq_base(config.rope_parameters.get("rope_theta", 1e4))
     if hasattr(config, "num_local_experts"):
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)

@@ -22,8 +22,12 @@ from sparsellm.sources.gguf_header import check_header
 from sparsellm.storage.directory import check_room
 from sparsellm.storage.files import sha256
 
-FORMAT = 2  # part of the cache key: raise it when the output of this file changes
+FORMAT = 3  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
+# Ways of splitting text that transformers takes for GPT-2's: those that split off each digit, and others.
+_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_OTHERS = ("falcon", "bloom", "stablelm2", "deepseek-llm", "deepseek-coder", "deepseek-v3", "chatglm-bpe", "viking")
+_LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}  # by their blocks, as llama.cpp tells them
 _TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -49,6 +53,10 @@ def gguf_checkpoint(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
     unread, split, weights = check_header(path)
+    if split in _OTHERS:
+        raise ModelError(
+            f"{path} splits text as {split}, which transformers does not; give the Hugging Face checkpoint"
+        )
     check_room(folder, 4 * weights)
     if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
         said = f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and"
@@ -85,12 +93,13 @@ def _convert(path: Path, folder: Path) -> Path:
         # transformers does not save a model that it dequantised: its weights go into one without quantisation.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        _complete(path, model.config.get_text_config())
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config)
         plain.load_state_dict(model.to(torch.float32).state_dict(), assign=True)
         plain.tie_weights()
         _refuse_lost(path, unread, plain)
-        if split == "smollm":  # which transformers does not know
+        if split in _DIGITS:
             tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
         plain.generation_config = model.generation_config
         ends = [name for name in _TURN_ENDS if name in tokenizer.get_vocab()]
@@ -105,6 +114,31 @@ def _convert(path: Path, folder: Path) -> Path:
     # Tools with transformers 4 refuse the class name that version 5 writes.
     settings.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return directory
+
+
+def _complete(path: Path, config: Any) -> None:
+    """Sets what the file says of positions and attention, and transformers leaves at its default."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    said = {name.partition(".")[2]: x.contents() for name, x in fields.items() if not name.startswith("tokenizer.")}
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in ropes:
+        ropes["rope_theta"] = said.get("rope.freq_base", ropes["rope_theta"])
+    width = config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
+    if "partial_rotary_factor" in ropes and "rope.dimension_count" in said:
+        ropes["partial_rotary_factor"] = said["rope.dimension_count"] / (getattr(config, "head_dim", None) or width)
+    for name in (
+        "attention.sliding_window",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_parallel_residual",
+    ):
+        own = name.rpartition(".")[2]
+        if hasattr(config, own) and isinstance(said.get(name), int | float):
+            setattr(config, own, said[name])
+    if config.num_hidden_layers == _LARGEST_GEMMAS.get(config.model_type):  # no key has it
+        config.query_pre_attn_scalar = width
 
 
 def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
