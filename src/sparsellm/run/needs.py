@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from pydantic import JsonValue
@@ -28,6 +27,8 @@ from sparsellm.run.speeds import Speeds, measured
 from sparsellm.sweep.whole_model import check_sweepable
 
 Choose = Callable[[Recipe], Choice]
+# The most bytes of a process on the host (None: a share of what is free) and on its card (None: what it needs).
+Budgets = tuple[str | int | None, int | None]
 UNLIMITED = 1 << 62  # bytes
 LOCAL = ("sparsegpt", "wanda")  # methods that hold less, for models that no effort fits
 
@@ -50,13 +51,6 @@ def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int, share
         sharers=sharers,
         written=round(drawn * seq_len * shares_of(recipe.calibration or "").get(SELF, 0)),
     )
-
-
-class Budgets(NamedTuple):
-    """The most bytes of a process on the host (None: a share of what is free) and on its card (None: what it needs)."""
-
-    host: str | int | None
-    card: int | None
 
 
 def predict(
@@ -86,7 +80,7 @@ def predict(
     fitting: list[tuple[Memory, dict[str, float]]] = []
     for way in predictions.sweeps(chain, demand) if sweep is None else [sweep]:
         try:
-            memory = predictions.plan_memory(chain, replace(demand, sweep=way), budgets.host, budgets.card)
+            memory = predictions.plan_memory(chain, replace(demand, sweep=way), *budgets)
         except MemoryBudgetError as error:
             refused = error
         else:
@@ -160,11 +154,11 @@ def foresee(
     here, choose = speeds is None, choose or chosen_for(chain, recipe)
     speeds = speeds or speeds_of(chain)
     if here:
-        budgets = Budgets(recipe.memory, predictions.device_budget(chain.device, recipe.device_memory))
+        budgets: Budgets = recipe.memory, predictions.device_budget(chain.device, recipe.device_memory)
     else:
         card = int(DEVICE_SHARE * speeds.card_bytes)
         asked = card if recipe.device_memory is None else min(card, parse_bytes(recipe.device_memory))
-        budgets = Budgets(recipe.memory or UNLIMITED, asked)
+        budgets = recipe.memory or UNLIMITED, asked
 
     def foreseen(recipe: Recipe, ranks: int, budgets: Budgets = budgets, sweep: str | None = None) -> Prediction:
         choice = choose(recipe)
@@ -185,9 +179,9 @@ def foresee(
     except MemoryBudgetError as error:
         why = str(error).partition("; ")[0].replace(machine_name(chain.device), speeds.name)
         try:
-            prediction = foreseen(recipe, ranks, Budgets(UNLIMITED, budgets.card), STREAMED)
+            prediction = foreseen(recipe, ranks, (UNLIMITED, budgets[1]), STREAMED)
         except MemoryBudgetError:
-            prediction = foreseen(recipe, ranks, Budgets(UNLIMITED, None), STREAMED)
+            prediction = foreseen(recipe, ranks, (UNLIMITED, None), STREAMED)
     counts = (1 << power for power in range(recipe.samples.bit_length()))
     tries = ((count, fitting(recipe, count)) for count in counts)
     least = next((count for count, memory in tries if memory is not None and not memory.hidden_on_disk_bytes), 0)
