@@ -23,7 +23,7 @@ from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.reader import PackedReader
-from sparsellm.storage.writer import CheckpointWriter, TensorSource, written
+from sparsellm.storage.writer import CheckpointWriter, written
 from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
 from sparsepack.checkpoint import MANIFEST, WAY_IN, PackedEntry, is_packed, manifest, quantization_config
@@ -107,10 +107,11 @@ def pack(
     need = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
     work = WorkingDirectory(place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need)
     with _written(work, len(chain) + 1, source, result) as writer:
-        writer.write_shard(len(chain), chain.outer_tensors() | (_packed_head(chain, result) if head == "int8" else {}))
+        packed_head = _packed_head(chain, result) if head == "int8" else {}
+        writer.write_shard(len(chain), {**chain.outer_tensors(), **packed_head})
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
-            writer.write_shard(index, _sources(_packed_block(chain, index, values, group, exponents, result)))
+            writer.write_shard(index, _packed_block(chain, index, values, group, exponents, result))
         progress(Progress("pack", len(chain), len(chain)))
         if not (allow_copy or result.head or any(result.linears.values())):
             why = "no linear in its blocks is smaller packed than dense"
@@ -140,7 +141,7 @@ def unpack(
     with _written(work, len(shards), source, result) as writer:
         for index, names in enumerate(shards.values()):
             progress(Progress("unpack", index, len(shards)))
-            writer.write_shard(index, _sources({name: reader.get(name) for name in names}))
+            writer.write_shard(index, {name: reader.get(name) for name in names})
         progress(Progress("unpack", len(shards), len(shards)))
     return result
 
@@ -187,10 +188,6 @@ def _checked_reader(source: Path) -> PackedReader:
     return chain.reader
 
 
-def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
-    return {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
-
-
 def _stored(key: str, packed: layout.PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a packed weight, and a placeholder with a shape that loaders refuse for the weight."""
     return {key: torch.zeros(1, dtype=dtype)} | {f"{key}_{part}": tensor for part, tensor in packed.stored.items()}
@@ -203,7 +200,7 @@ def _packed(key: str, weight: Tensor, *how: Any) -> layout.PackedWeight | None:
         raise NumericalError(f"{key}: {error}") from None
 
 
-def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
+def _packed_head(chain: Chain, result: PackResult) -> dict[str, Tensor]:
     """The tensors of embedding and head in int8, by name; adds their entries to ``result``."""
     assert chain.reader is not None
     tensors: dict[str, Tensor] = {}
@@ -220,7 +217,7 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
         assert packed is not None
         result.head[key.removesuffix(".weight")] = PackedEntry.of(packed, weight.dtype)
         tensors |= _stored(key, packed, weight.dtype)
-    return _sources(tensors)
+    return tensors
 
 
 def _rounding(chain: Chain, directory: Path, values: str) -> tuple[int | None, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import PRUNING, Export
 from sparsellm.storage.directory import WorkingDirectory
 from sparsellm.storage.results import read_results
-from sparsellm.storage.writer import TensorSource, written
+from sparsellm.storage.writer import written
 from sparsepack.bench import weight_file_bytes
 
 _INT8_ACTIVATIONS = "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
@@ -52,7 +52,7 @@ def write_compressed(
             tensors: dict[str, Tensor] = {}
             for key, stored in chain.stored_block(index).items():
                 tensors |= _tensors(model, key) if key in model.linears else {key: stored}
-            writer.write_shard(index, {name: TensorSource.of(tensor) for name, tensor in tensors.items()})
+            writer.write_shard(index, tensors)
         progress(Progress("export", len(chain), len(chain)))
         writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
         config = read_object(writer.folder / "config.json")

@@ -180,9 +180,8 @@ class Journal(contextlib.ExitStack):
 
     def keep_output_costs(self, costs: dict[str, Tensor]) -> None:
         if self.writes:
-            tensors = {name: TensorSource.of(value) for name, value in costs.items()}
             file = self._state / f"{OUTPUT_COSTS}.safetensors"
-            self.keep(OUTPUT_COSTS, {"sha256": replace_atomically(file, partial(write_shard, tensors=tensors))})
+            self.keep(OUTPUT_COSTS, {"sha256": replace_atomically(file, partial(write_shard, tensors=costs))})
 
     def keep(self, name: str, record: object) -> None:
         """Writes a record, in the first process."""

@@ -64,7 +64,7 @@ class CheckpointWriter:
             if not resumes:
                 empty(self.folder)
 
-    def write_shard(self, index: int, tensors: Mapping[str, TensorSource]) -> str:
+    def write_shard(self, index: int, tensors: Mapping[str, TensorSource | Tensor]) -> str:
         """Writes a shard, waits until it is on the disk, and returns the file's SHA-256. Raises StorageError if the
         disk is full or the directory cannot be written."""
         digest = replace_atomically(self.shards[index], partial(write_shard, tensors=tensors))
@@ -140,17 +140,18 @@ def belongs_to(model: Path, file: Path) -> bool:
     return target.is_relative_to(home) or target.is_relative_to(blobs)
 
 
-def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
+def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource | Tensor]) -> str:
     """Writes a safetensors file, in the order of the format's own library: wide dtypes first, then by name.
 
     Zeros are written as +0.0: packed formats would store −0.0 as a kept value, and bitwise comparison would differ.
 
     Returns the SHA-256 of the file, in hexadecimal."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    sources = {n: each if isinstance(each, TensorSource) else TensorSource.of(each) for n, each in tensors.items()}
+    order = sorted(sources, key=lambda name: (-sources[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in order:
-        source = tensors[name]
+        source = sources[name]
         end = position + source.bytes
         header[name] = {"dtype": _NAMES[source.dtype], "shape": source.shape, "data_offsets": [position, end]}
         position = end
@@ -158,7 +159,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
     text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
     digest = hashlib.sha256()
     head: list[memoryview | bytes] = [len(text).to_bytes(8, "little"), text]
-    pieces = (piece for name in order for piece in _pieces(tensors[name].read(), tensors[name].dtype))
+    pieces = (piece for name in order for piece in _pieces(sources[name].read(), sources[name].dtype))
     for data in itertools.chain(head, pieces):
         digest.update(data)
         write_all(file, data)

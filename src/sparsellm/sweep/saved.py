@@ -16,7 +16,7 @@ from sparsellm import machine, parallel
 from sparsellm.records import SweepPass
 from sparsellm.storage.files import empty, explained, has_digest, keep_record, kept_record, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.writer import TensorSource, write_shard
+from sparsellm.storage.writer import write_shard
 from sparsepack.masks import from_bits, to_bits
 
 SWEEP = "sweep"  # name of the record, and of the folder of its files
@@ -75,8 +75,7 @@ class SavedSweep:
             bits = value.cpu().contiguous().view(torch.int32)
             kept = bits != 0  # pruned weights and their moments are not written
             parts = {_BITS: bits[kept], _MASK: to_bits(kept.view(-1, bits.shape[-1])), _SHAPE: torch.tensor(bits.shape)}
-            tensors = {name: TensorSource.of(part) for name, part in parts.items()}
-            files[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
+            files[file.name] = replace_atomically(file, partial(write_shard, tensors=parts))
 
         def record() -> None:
             peak = max(machine.peak_rss(), self.last.peak_rss if self.last is not None else 0)
