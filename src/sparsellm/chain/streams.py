@@ -53,10 +53,6 @@ class Feed:
         """A feed of the first windows that fit in ``tokens``, at least ``least`` where the feed has as many."""
         return replace(self, windows=self.windows[: max(least, windows_of(tokens, self.seq_len))])
 
-    def in_pieces(self) -> Feed:
-        """A feed of the same windows, in forward calls small enough for gradients."""
-        return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
-
     def own(self) -> tuple[Feed, slice]:
         """A feed of this process's share of the windows, and their places. With fewer windows than processes some have
         none: they run the first window, which then has no place, since all processes load the same blocks."""

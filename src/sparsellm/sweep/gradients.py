@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sparsellm import parallel
 from sparsellm.chain import Chain, Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
+from sparsellm.chain.streams import PIECE_TOKENS
 from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.progress import Progress as Event
 from sparsellm.storage.scratch import TensorStore
@@ -76,7 +77,8 @@ def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False
             if linear.name in fisher:
                 histograms[linear.name] = histogram(linear, fisher.pop(linear.name).div_(tokens))
 
-    backward_sweep(feed.in_pieces(), see, done, names=names, share=SHARE, reads_inputs=saliency)
+    pieces = replace(feed, batch_tokens=min(feed.batch_tokens, PIECE_TOKENS))
+    backward_sweep(pieces, see, done, names=names, share=SHARE, reads_inputs=saliency)
     means = {name: (total / tokens).cpu() for name, total in squares.items()}
     for name, mean in means.items():
         _check_finite(name, mean)
