@@ -55,14 +55,12 @@ class Bf16Products(TorchFunctionMode):
 
 
 def _fits(x: Any, weight: Any) -> bool:
-    fp32 = isinstance(weight, Tensor) and weight.dtype is x.dtype is torch.float32
-    return fp32 and weight.numel() >= LEAST and not weight.is_meta and not _routes(weight)
-
-
-def _routes(weight: Tensor) -> bool:
-    """Whether a weight ``(out, in)`` has as few outputs as a router. Models run routers in fp32: rounded, they send 3 %
-    of the tokens to other experts, and their products are small."""
-    return len(weight) <= MOST_EXPERTS and INPUTS_OF_EACH * len(weight) <= weight.shape[1]
+    if not (isinstance(weight, Tensor) and weight.dtype is x.dtype is torch.float32):
+        return False
+    # A weight (out, in) with as few outputs may be a router's. Models run routers in fp32: rounded, they send 3 % of the
+    # tokens to other experts, and their products are small.
+    routes = len(weight) <= MOST_EXPERTS and INPUTS_OF_EACH * len(weight) <= weight.shape[1]
+    return weight.numel() >= LEAST and not weight.is_meta and not routes
 
 
 def _attention_fits(*inputs: Any, attn_mask: Tensor | None = None, **_: Any) -> bool:
