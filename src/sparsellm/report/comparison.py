@@ -92,7 +92,10 @@ def write_comparison(
 
 def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None) -> bytes:
     """The comparison as HTML."""
-    protocol, names = _common_protocol(records), _names(records)
+    protocols = [each.protocol for record in records for each in record.latest().values()]
+    counts = Counter(each.key for each in protocols)
+    protocol = max(protocols, key=lambda each: counts[each.key], default=None)  # by which most runs were measured
+    names = _names(records)
     values = _values(records, names, protocol)
     methods = [" ".join(str(each.pruning.recipe.get(key) or "") for key in ("method", "pattern")) for each in records]
     seconds = [f"{sum(each.pruning.whole_seconds.values()):,.0f} s" for each in records]
@@ -135,13 +138,6 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
         quality=quality,
         depth=depth,
     )
-
-
-def _common_protocol(records: Sequence[Checkpoint]) -> Protocol | None:
-    """The protocol by which most runs were measured; None if none was measured."""
-    protocols = [each.protocol for record in records for each in record.latest().values()]
-    counts = Counter(protocol.key for protocol in protocols)
-    return max(protocols, key=lambda protocol: counts[protocol.key], default=None)
 
 
 def _names(records: Sequence[Checkpoint]) -> list[str]:
