@@ -135,7 +135,9 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
                 save_companions(Path(folder), chain.model, request.tokenizer)
         fewer = FewerExperts(chain, request.then.experts or 0) if request.then is not None else None
         choice = choice if choice.removes else checked_choice(chain, recipe)
-        disk_bytes = _checkpoints_bytes(request, choice, chain, fewer)
+        disk_bytes = choice.copies * checkpoint_bytes(chain)
+        if request.then is not None and fewer is not None:  # the smaller model and the run that follows
+            disk_bytes = (1 + Choice.of(request.then).copies) * checkpoint_bytes(fewer.chain)
         # A smaller model that is there may be the one that is wanted; else the journal asks again.
         out = request.destination(model.sources, 0 if fewer is not None and request.overwrite else disk_bytes)
     with clock.phase("calibration"):
@@ -178,13 +180,6 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     note(progress, warnings)
     opened = (request, recipe, choice, out, model, windows)
     return Plan(*opened, prediction, whole, disk_bytes, identity, tuple(warnings), fewer)
-
-
-def _checkpoints_bytes(request: Request, choice: Choice, chain: Chain, fewer: FewerExperts | None) -> int:
-    """Disk space for all checkpoints: with experts to remove, of the smaller model and the run that follows."""
-    if request.then is None or fewer is None:
-        return choice.copies * checkpoint_bytes(chain)
-    return (1 + Choice.of(request.then).copies) * checkpoint_bytes(fewer.chain)
 
 
 def _computing(chain: Chain) -> str:
