@@ -148,7 +148,6 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     recipe = request.recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
     warnings += unmatched_patterns(chain, _patterns(recipe)) + outside_blocks(chain) + _short_text(windows, choice)
-    warnings += _wider(chain) if recipe.dtype == "auto" else []
     warnings += _warned(request, choice, chain)
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     extent = _extent(windows, choice.passes)
@@ -229,8 +228,15 @@ def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, l
 
 
 def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
-    """Warnings of what the settings of a run do not do."""
+    """Warnings of what the settings of a run do not do, and of blocks that compute in fp32 on a GPU, where their
+    weights are stored in half precision."""
     warnings, recipe = [], request.recipe
+    kinds = {str(linear.storage_dtype).removeprefix("torch.") for linear in chain.linears(0)}
+    wider = chain.device.type == "cuda" and chain.dtype == torch.float32 and kinds & {"float16", "bfloat16"}
+    if wider and recipe.dtype == "auto":
+        why = "whose largest number is 65504" if "float16" in kinds else "for which this GPU has no units"
+        kept = f"their weights are stored in {' and '.join(sorted(kinds))}, {why}"
+        warnings.append(f"blocks compute in float32: {kept}")
     if request.trust_remote_code and getattr(chain.config, "auto_map", None):
         warnings.append("code that came with the model is not copied; copy it into the result, which needs it to load")
     if recipe.grid != "own" and recipe.sparsity:
@@ -243,15 +249,6 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     return warnings
-
-
-def _wider(chain: Chain) -> list[str]:
-    """Says that blocks compute in fp32 on a GPU, where their weights are stored in half precision."""
-    stored = {str(linear.storage_dtype).removeprefix("torch.") for linear in chain.linears(0)}
-    if chain.device.type != "cuda" or chain.dtype != torch.float32 or not stored & {"float16", "bfloat16"}:
-        return []
-    why = "whose largest number is 65504" if "float16" in stored else "for which this GPU has no units"
-    return [f"blocks compute in float32: their weights are stored in {' and '.join(sorted(stored))}, {why}"]
 
 
 def _short_text(windows: Windows, choice: Choice) -> list[str]:
