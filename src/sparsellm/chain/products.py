@@ -55,12 +55,11 @@ class Bf16Products(TorchFunctionMode):
 
 
 def _fits(x: Any, weight: Any) -> bool:
-    if not (isinstance(weight, Tensor) and weight.dtype is x.dtype is torch.float32):
+    if not (isinstance(weight, Tensor) and weight.dtype is x.dtype is torch.float32 and weight.numel() >= LEAST):
         return False
-    # A weight (out, in) with as few outputs may be a router's. Models run routers in fp32: rounded, they send 3 % of the
+    # A weight (out, in) with fewer outputs may be a router's. Models run routers in fp32: rounded, they send 3 % of the
     # tokens to other experts, and their products are small.
-    routes = len(weight) <= MOST_EXPERTS and INPUTS_OF_EACH * len(weight) <= weight.shape[1]
-    return weight.numel() >= LEAST and not weight.is_meta and not routes
+    return not weight.is_meta and (len(weight) > MOST_EXPERTS or INPUTS_OF_EACH * len(weight) > weight.shape[1])
 
 
 def _attention_fits(*inputs: Any, attn_mask: Tensor | None = None, **_: Any) -> bool:
