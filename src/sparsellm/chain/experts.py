@@ -257,7 +257,11 @@ def _layout_of(module: Any) -> _Layout | None:
         parts = _three_dimensional(stacks["gate_up_proj"].shape, transposed=True, gated=True)
         return _Layout(parts, module.act_fn, routed=False)
     if set(stacks) == {"mlp.w1", "mlp.v1", "mlp.w2"} and takes == _ROUTED:  # DBRX
-        return _two_dimensional(module)
+        inner = module.mlp.w1.shape[0] // module.num_experts  # each is (experts · inner, width)
+        rows = [(slice(first, first + inner),) for first in range(0, inner * module.num_experts, inner)]
+        sources = {GATE: "mlp.w1", UP: "mlp.v1", DOWN: "mlp.w2"}
+        parts = [{f"{role}.weight": Part(name, at, role == DOWN) for role, name in sources.items()} for at in rows]
+        return _Layout(parts, module.mlp.activation_fn)
     return None
 
 
@@ -298,12 +302,3 @@ def _three_dimensional(
             expert[f"{DOWN}.bias"] = Part(f"{DOWN}_bias", (number,))
         parts.append(expert)
     return parts
-
-
-def _two_dimensional(module: Any) -> _Layout:
-    """``w1``, ``v1`` and ``w2`` ``(experts · inner, width)``, as in DBRX."""
-    inner = module.mlp.w1.shape[0] // module.num_experts
-    rows = [(slice(first, first + inner),) for first in range(0, inner * module.num_experts, inner)]
-    sources = {GATE: "mlp.w1", UP: "mlp.v1", DOWN: "mlp.w2"}
-    parts = [{f"{role}.weight": Part(name, index, role == DOWN) for role, name in sources.items()} for index in rows]
-    return _Layout(parts, module.mlp.activation_fn)
