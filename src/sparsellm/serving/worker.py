@@ -118,15 +118,12 @@ class Worker:
     def _next(self) -> Job | None:
         """The next job, once there is one; None when the server stops."""
         with self._changed:
-            while True:
-                while self._waiting:
-                    if not (job := self._waiting.popleft()).cancelled:
-                        self._running = job
-                        self._counts["requests"] += 1
-                        return job
-                if self._end is not None:
-                    return None
-                self._changed.wait()
+            while self._changed.wait_for(lambda: self._waiting or self._end is not None) and self._waiting:
+                if not (job := self._waiting.popleft()).cancelled:
+                    self._running = job
+                    self._counts["requests"] += 1
+                    return job
+            return None
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
