@@ -131,11 +131,6 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident() -> int:
-    """The memory this process holds now, in bytes."""
-    return int(psutil.Process().memory_info().rss)
-
-
 def free_memory() -> int:
     """Bytes that this process can still allocate: the machine's free memory, or the limit of its control group."""
     return max(0, min([psutil.virtual_memory().available, *_control_group_rooms()]))

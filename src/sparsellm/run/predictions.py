@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
+import psutil
 import torch
 
 from sparsellm import machine
@@ -186,7 +187,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_devic
 
 def _start_and_most(sharers: int, budget: str | int | None) -> tuple[int, int]:
     """Bytes that the process holds, and the most that it may hold."""
-    start = machine.resident()
+    start = psutil.Process().memory_info().rss
     free = DEFAULT_SHARE / sharers * machine.free_memory()
     return start, int(start + free) if budget is None else parse_bytes(budget)
 
