@@ -195,7 +195,7 @@ class Windows:
     batch_tokens: int  # tokens in one forward call, by which windows are divided among processes
     passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room
     of_pass: int = 1  # windows of a pass
-    sources: Sequence[str] = ()  # for each window of everything, the name of its text in a mixture
+    sources: Sequence[str] = ()  # for each window of sets, then fresh, the name of its text in a mixture
     sharers: int = 1  # processes that share a step of the sweep
 
     @property
@@ -207,11 +207,6 @@ class Windows:
     def own(self) -> list[Tensor]:
         """This process's share of each set."""
         return [self._share(windows) for windows in self.sets]
-
-    @property
-    def everything(self) -> Tensor:
-        """All windows ``(windows, seq)``."""
-        return torch.cat([*self.sets, self.fresh])
 
     @property
     def by_pass(self) -> list[Tensor]:

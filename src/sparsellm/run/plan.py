@@ -171,7 +171,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
-        calibration_tokens=tokens_fingerprint(windows.everything),
+        calibration_tokens=tokens_fingerprint(torch.cat([*windows.sets, windows.fresh])),
         computing=computing,
         plugins=plugins.loaded(),
         start=started,
