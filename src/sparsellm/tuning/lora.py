@@ -90,8 +90,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
         RecipeError: the configuration cannot keep zeros, or those of stacked experts.
     """
     _refuse_packed(model)
-    config = config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    masks = masked(config)
+    masks = masked(config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     return _keeping_zeros(model, lambda: get_peft_model(model, masks, adapter_name))
 
 
@@ -109,8 +108,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
         raise RecipeError(f"{directory} holds no adapter that peft reads: {one_line(error)}") from error
     if not isinstance(config, LoraConfig):
         raise RecipeError(f"{directory} holds a {config.peft_type} adapter; only LoRA keeps zeros")
-    masks = masked(config)
-    settings: Any = {"config": masks, "is_trainable": is_trainable}
+    settings: Any = {"config": masked(config), "is_trainable": is_trainable}
     return _keeping_zeros(model, lambda: PeftModel.from_pretrained(model, str(directory), **settings))
 
 
