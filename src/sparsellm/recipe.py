@@ -62,11 +62,6 @@ def _size(value: str | int | None) -> str | int | None:
     return value
 
 
-def _yes_or_no(value: Any) -> Any:
-    """YAML reads ``yes`` and ``no`` as booleans."""
-    return ("yes" if value else "no") if isinstance(value, bool) else value
-
-
 def _tokens(value: Any) -> Any:
     """The number that ``256k``, ``1M`` or the text of a command line means."""
     if not isinstance(value, str):
@@ -79,7 +74,10 @@ def _tokens(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_integer)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=MOST_TOKENS)]
-Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
+Bos = Annotated[
+    Literal["auto", "yes", "no"],  # YAML reads ``yes`` and ``no`` as booleans
+    BeforeValidator(lambda value: ("yes" if value else "no") if isinstance(value, bool) else value),
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     BeforeValidator(lambda value: SHORT_DTYPES.get(value, value) if isinstance(value, str) else value),
