@@ -10,7 +10,7 @@ from pathlib import Path
 from sparsellm.arguments import Checkpoint, Name, checked
 from sparsellm.errors import StorageError, one_line
 from sparsellm.inputs import HUB_ID
-from sparsellm.storage.contents import LIST, checkpoint_files, has_weights
+from sparsellm.storage.contents import LIST, WEIGHTS, checkpoint_files
 
 # If an earlier upload left one of these, readers would take it for weights or records of the new checkpoint.
 _REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
@@ -56,7 +56,7 @@ def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: 
         raise StorageError(f"{directory} is not a directory; give the directory of a checkpoint")
     try:
         files, left_out = checkpoint_files(directory)
-        if not has_weights(files):
+        if "config.json" not in files or not any(map(WEIGHTS.fullmatch, files)):
             raise StorageError(
                 f"{directory} has no config.json with weights to upload; links are left out, and, where there is "
                 f"a {LIST}, files that it does not name; give the directory of a checkpoint"

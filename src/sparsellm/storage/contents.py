@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from sparsellm.storage.files import TORN, has_digest, keep_record, kept_record, 
 LIST = "sparsellm-files.json"  # file → its SHA-256, or two: a process was killed as it replaced the second by the first
 LATER = ("results.json", "README.md", "report.html")  # what commands write into a complete checkpoint
 
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-# What the tokenizers of transformers read, and what else belongs to a model.
-_COMPANIONS = re.compile(
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# What the tokenizers of transformers read, and what else belongs to a model next to its config and weights.
+COMPANIONS = re.compile(
     r"(generation|tokenizer|(pre|video_pre)?processor)_config\.json|(tokenizer|tekken|vocab|added_tokens|emoji)\.json|"
     r"special_tokens_map\.json|(vocab|merges|dict)\.txt|(tokenizer|tiktoken|spiece|spm|sentencepiece(\.bpe)?)\.model|"
     r"bpe\.codes|[\w-]+\.tiktoken|chat_template[\w-]*\.(jinja|json)|"
@@ -28,14 +28,9 @@ _COMPANIONS = re.compile(
     r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)([-_.][A-Z]\w*)?(\.(txt|md|rst))?"
 )
 _CHECKPOINT = re.compile(
-    rf"{_WEIGHTS.pattern}|model\.safetensors\.index\.json|{_COMPANIONS.pattern}|{re.escape(LIST)}|"
+    rf"{WEIGHTS.pattern}|model\.safetensors\.index\.json|{COMPANIONS.pattern}|{re.escape(LIST)}|"
     r"(config|pruning|packed|results|experts)\.json|recipe\.yaml|report\.html|README\.md"
 )
-
-
-def is_companion(name: str) -> bool:
-    """Whether a file of this name belongs to a model next to its config and weights, such as those of a tokenizer."""
-    return _COMPANIONS.fullmatch(name) is not None
 
 
 def write_list(folder: Path, digests: Mapping[str, str]) -> None:
@@ -81,11 +76,6 @@ def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
     paths = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
     files = sorted(name for path in paths if belongs(name := path.relative_to(directory).as_posix()))
     return files, sorted({path.name for path in directory.iterdir()} - {name.partition("/")[0] for name in files})
-
-
-def has_weights(files: Collection[str]) -> bool:
-    """Whether files of these names are a config and weights, like a checkpoint."""
-    return "config.json" in files and any(_WEIGHTS.fullmatch(name) for name in files)
 
 
 @contextlib.contextmanager

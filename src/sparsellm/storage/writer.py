@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.inputs import read_object
-from sparsellm.storage.contents import is_companion, write_list
+from sparsellm.storage.contents import COMPANIONS, write_list
 from sparsellm.storage.directory import BLOCKS, WorkingDirectory
 from sparsellm.storage.files import empty, explained, replace_atomically, write_all, write_bytes
 from sparsellm.storage.reader import DTYPES, CheckpointReader, memory_of
@@ -88,7 +88,7 @@ class CheckpointWriter:
         the config is not a JSON object."""
         every = sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")])
         found = {file: file.relative_to(source).as_posix() for file in every if file.is_file()}
-        names = {file: name for file, name in found.items() if is_companion(name) or name in more}
+        names = {file: name for file, name in found.items() if COMPANIONS.fullmatch(name) or name in more}
         for file in filter(partial(belongs_to, source), names):
             with explained(self.folder):
                 (self.folder / names[file]).parent.mkdir(exist_ok=True)
