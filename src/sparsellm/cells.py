@@ -18,7 +18,6 @@ from typing import Literal
 from sparsellm import api, parallel
 from sparsellm.calibration.sources import check_sources, default_source
 from sparsellm.calibration.texts import text_file
-from sparsellm.chain import Chain
 from sparsellm.convert import check_packable
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError
 from sparsellm.evaluation.speed import compared_speed
@@ -124,8 +123,13 @@ def compare(
     windows = parallel.from_main(partial(dense.windows, *drawn))  # refused before the work
     if protocol.speed:
         check_positions(dense.chain.config, Rounds(), "the model")
-    for recipe in cells.values():
-        _check_cell(dense.chain, recipe)
+    for recipe in cells.values():  # one that could not be pruned or packed is refused before the first is pruned
+        check_packable(recipe)
+        chain = dense.chain
+        if recipe.experts is not None:
+            Choice.removing(recipe)
+            chain = FewerExperts(chain, recipe.experts).chain
+        checked_choice(chain, recipe)
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {
@@ -167,15 +171,6 @@ def compare(
             return GridResult(out=place, page=page, recommended=advice, best_at_each_size=best, cells=finished)
 
         return parallel.from_main(end)
-
-
-def _check_cell(chain: Chain, recipe: Recipe) -> None:
-    """Refuses, before the first cell is pruned, one that could not be pruned or packed. Raises SparseLLMError."""
-    check_packable(recipe)
-    if recipe.experts is not None:
-        Choice.removing(recipe)
-        chain = FewerExperts(chain, recipe.experts).chain
-    checked_choice(chain, recipe)
 
 
 def _with_text(
