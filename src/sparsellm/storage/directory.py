@@ -255,7 +255,8 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
                 yield f"cannot be written: {path} belongs to another user (id {status.st_uid})"
     for source in sources:
         for path in (place, partial):
-            if _overlap(path, source):
+            pairs = [(each, source) for each in (path, *path.parents)] + [(path, each) for each in source.parents]
+            if any(_same(*pair) for pair in pairs):  # one is the other or inside it, by what they are, not by name
                 yield f"overlaps with the model {source}, since {path} is written"
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}  # os.path.ismount misses some
     if mounted & {str(place), str(partial)}:
@@ -267,12 +268,6 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
 
 def _existing(place: Path) -> Path:
     return next(folder for folder in place.parents if folder.exists())
-
-
-def _overlap(first: Path, second: Path) -> bool:
-    """Whether one path is the other or inside it, compared by what they are, not by name."""
-    pairs = [(path, second) for path in (first, *first.parents)] + [(first, path) for path in second.parents]
-    return any(_same(*pair) for pair in pairs)
 
 
 def _same(first: Path, second: Path) -> bool:
