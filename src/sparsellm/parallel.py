@@ -59,11 +59,6 @@ def on_this_machine() -> int:
     return _machine()[0].size() if size() > 1 or _machines is not None else 1
 
 
-def first_start() -> bool:
-    """Whether no launcher has started this command before: torchrun and Slurm count, and repeat it as it is."""
-    return all(os.environ.get(name, "0") == "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-
-
 @contextlib.contextmanager
 def session() -> Iterator[None]:
     """Joins the processes that torchrun started; raises ProcessError if they cannot be reached. After an error the

@@ -6,6 +6,7 @@ Each is written after the file that it describes. So whatever the moment of a ki
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -89,9 +90,10 @@ class Journal(contextlib.ExitStack):
         StorageError if the directory cannot be written, or holds an unfinished run with another identity."""
 
         def begin(out: Path) -> bool:
-            # A launcher repeats a command with restart: the run that it began goes on.
+            # torchrun and Slurm count starts, and repeat a command with restart: the run that it began goes on.
             own = directory.left_in(self._partial) == to_jsonable_python(asdict(identity))
-            self._restart = self._restart and (parallel.first_start() or not own)
+            counts = (os.environ.get(f"{launcher}_RESTART_COUNT", "0") for launcher in ("TORCHELASTIC", "SLURM"))
+            self._restart = self._restart and (not own or all(count == "0" for count in counts))
             opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)
             work = self.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
             self._walked = self.writer = CheckpointWriter(work, self.blocks + 1, resumes=True)
