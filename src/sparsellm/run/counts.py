@@ -105,13 +105,12 @@ def _reason(matrix: BlockMatrix, recipe: Recipe, gates: set[str], block_weights:
 def unreached(linears: Sequence[LinearResult]) -> list[str]:
     """A warning that names the linears that no calibration token reached; empty if there are none."""
     names = [linear.name for linear in linears if UNREACHED in linear.notes]
-    if not names:
-        return []
-    return [
+    said = (
         f"no calibration token reached {len(names)} of {len(linears)} linears, or their inputs were all 0; these were "
         f"pruned by magnitude: {some(names, _SHOWN)}; more calibration samples may reach experts, but not linears "
         "of a shared block that only its other places use"
-    ]
+    )
+    return [said] if names else []
 
 
 def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
@@ -137,12 +136,11 @@ def rarely_chosen(experts: Sequence[ExpertsOfBlock]) -> list[str]:
         for number, tokens in enumerate(each.tokens)
         if number not in each.kept and tokens < RARE * sum(each.tokens) / len(each.tokens)
     ]
-    if not few:
-        return []
-    return [
+    said = (
         f"{len(few)} removed experts got less than {RARE:.0%} of their share of the calibration tokens: "
         f"{some(few, _SHOWN)}; if the text lacks a kind that the model will read, add it to the calibration"
-    ]
+    )
+    return [said] if few else []
 
 
 def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], asked: float) -> list[str]:
