@@ -252,6 +252,9 @@ class Run:
         names = sorted({name for name, _, _ in gathered})
         return mean(*names), {name: mean(name) for name in names if name}
 
+    def step(self, step: Step, rate: float, number: int) -> float:
+        return self.weights.step(self, step, rate, number)
+
     def end(self, hidden: Tensor, piece: Piece, tokens: int = 0) -> tuple[float, Tensor]:
         """The divergence summed over the tokens of a piece; and, if its step has ``tokens``, the gradient of the step's
         mean at the output of the last block."""

@@ -138,7 +138,7 @@ def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> 
         while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
             task.feed.progress(Progress("sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"))
             for number, step in enumerate(train[:PROBE_STEPS], 1):
-                run.weights.step(run, step, rate, number)
+                run.step(step, rate, number)
             divergence, _ = run.judge(judges)
             run.weights.restart()
             if not divergence < least:
@@ -159,7 +159,7 @@ def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass]
         task.feed.progress(Progress("sweep", number - first + place / count, task.passes - first + 1, text))
         since = (number - 1 - undone) * count + place + 1  # steps since Adam's moments began
         factor = schedule((number - 1) * count + place, task.passes * count, since)
-        total += run.weights.step(run, steps[chosen], rate * CUT ** len(harmful) * factor, since)
+        total += run.step(steps[chosen], rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)
 
 
