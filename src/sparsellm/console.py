@@ -103,9 +103,6 @@ def write_json(content: object) -> None:
     sys.stdout.write(json.dumps(content, ensure_ascii=not utf8) + "\n")
 
 
-# ---------------------------------------------------------------------- numbers and tables
-
-
 def count(number: float) -> str:
     """A count in four digits or less: 950, 10.5K, 106.2M, 7.0B."""
     for unit, size in (("", 1.0), ("K", 1e3), ("M", 1e6), ("B", 1e9)):
@@ -156,9 +153,6 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
     shown.add_section()
     shown.add_row("all", duration(total), "", style="bold")
     return shown
-
-
-# ---------------------------------------------------------------------- progress
 
 
 @contextlib.contextmanager

@@ -102,9 +102,6 @@ def _stop(signum: int, _: FrameType | None) -> None:
         os._exit(EXIT_CODE + signum)
 
 
-# ---------------------------------------------------------------------- what to say
-
-
 def keeps(what: str, *, resumes: bool = True, part: bool = False) -> None:
     """Sets what a stopped command says of its files, and whether it resumes; a ``part`` replaces no whole."""
     global _kept, _resumes, _whole

@@ -82,9 +82,6 @@ def sparsity_of(linears: Iterable[LinearResult]) -> float:
     return Totals.of(linears).sparsity
 
 
-# ---------------------------------------------------------------------- parts of charts
-
-
 def line(name: str, x: Sequence[float], y: Values, position: int) -> Plotly:
     """A line with a colour, a dash and a symbol by its position among others. Markup in the name is shown as text."""
     return {
@@ -141,9 +138,6 @@ def lines(
     traces = [line(", ".join(names[each] for each in at), x[1], every[at[0]], at[0]) for at in alike.values()]
     layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(traces) <= MOST_NAMED}
     return Chart(*heading, _table(*x, series, shown), traces, layout)
-
-
-# ---------------------------------------------------------------------- by linear
 
 
 def by_block(linears: Iterable[LinearResult], blocks: Sequence[int], of: Measure) -> list[float | None]:
@@ -255,9 +249,6 @@ def allocation_chart(pruning: Pruning) -> Chart:
     chart.traces[0]["line"]["width"] = 4
     chart.layout["shapes"] = [reference_line(pruning.sparsity_asked)]
     return chart
-
-
-# ---------------------------------------------------------------------- the course of the run
 
 
 def course(pruning: Pruning) -> list[Chart]:

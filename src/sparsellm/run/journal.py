@@ -124,8 +124,6 @@ class Journal(contextlib.ExitStack):
 
         return SavedSweep(self._state, self.blocks) if parallel.from_main(begin) else None
 
-    # ------------------------------------------------------------------ blocks
-
     def block(self, index: int) -> CheckpointReader | None:
         """The finished block ``index`` as the walk wrote it, for every process; None for a model in memory."""
         return CheckpointReader(self._partial / BLOCKS, [self._shards[index]]) if self.out is not None else None
@@ -159,8 +157,6 @@ class Journal(contextlib.ExitStack):
         """Writes a block that the walk has finished, then its record."""
         assert self._walked is not None
         self.keep(self._shards[index].name, replace(record, sha256=self._walked.write_shard(index, tensors)))
-
-    # ------------------------------------------------------------------ before the walk
 
     def allocation(self) -> Allocation | None:
         """The allocation that an earlier start chose, or None."""

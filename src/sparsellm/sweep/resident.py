@@ -136,8 +136,6 @@ class Resident(Weights):
         sharded.set_force_sum_reduction_for_comms(True)
         sharded.set_reduce_scatter_unused_params(True, recurse=False)  # also where only others ran a module
 
-    # ------------------------------------------------------------------ rows of this process
-
     def _rows(self, name: str) -> Tensor:
         return _local(self._parameters[name].detach())
 
@@ -173,8 +171,6 @@ class Resident(Weights):
             divided = DTensor.from_local(tensors[name], self._mesh, [Shard(0)], shape=shape, stride=stride)
             tensors[name] = divided.full_tensor()
         return joined(tensors)
-
-    # ------------------------------------------------------------------ what a sweep asks for
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
         return [
