@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 from sparsellm import interrupts
 from sparsellm.errors import StorageError, shown, some
 from sparsellm.storage import files
-from sparsellm.storage.contents import LIST, foreign_entries, listed_files, unknown_entries
+from sparsellm.storage.contents import LIST, belongs_to, companions_of, foreign_entries, listed_files, unknown_entries
 from sparsellm.storage.files import empty, explained, keep_record, kept_record, locked, remove_torn, user_of_new_files
 
 Place = str | os.PathLike[str]
@@ -178,12 +178,16 @@ def check_destination(
     Nothing is changed, except that a renaming that was cut short by a kill is completed or undone. Call it before the
     work, and again when sources, the directories that are read, and size are known. Raises StorageError if ``out``
     cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is not empty or holds foreign
-    files, cannot be written, or its disk has too little space."""
+    files, cannot be written, or its disk has too little space; or if a source has a file that cannot be copied."""
     place = check_place(out, sources)
     partial = partial_of(place)
     _settle(partial, place)
     check_replaceable(place, overwrite=overwrite)
     check_room(place, need_bytes - written_bytes(partial))
+    for source in filter(os.path.isdir, map(resolved, sources)):
+        copied = (file for file in companions_of(source) if belongs_to(source, file))
+        if (file := next((each for each in copied if not os.access(each, os.R_OK)), None)) is not None:
+            raise StorageError(f"{file} cannot be read, and is copied into the result; correct its permissions")
     return place
 
 
