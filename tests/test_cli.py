@@ -205,6 +205,11 @@ def test_a_damaged_text_of_the_model_is_named(llama: Path, tmp_path: Path, run: 
     assert str(file) in run(*line, "--out", tmp_path / "q", exits=2)[2]
 
 
+def test_closed_streams_end_nothing() -> None:
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "sparsellm", "--version"]
+    assert subprocess.run(closed, check=False).returncode == 0
+
+
 def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "2"]
     done = subprocess.run([*command, "--seq-len", "16", "--method", "wanda", "--json"], capture_output=True, check=True)

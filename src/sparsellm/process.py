@@ -41,6 +41,8 @@ def announce() -> None:
 def run(command: Callable[[], Any]) -> None:
     """Runs a command and ends the process: after a user's mistake with one line and code 2, after a signal with 128 and
     its number."""
+    # Python has None for a stream that the caller closed.
+    sys.stdout, sys.stderr = (each or Path(os.devnull).open("w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
