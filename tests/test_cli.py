@@ -196,6 +196,16 @@ def test_no_memory_from_the_system_is_one_line(llama: Path, tmp_path: Path, refu
         assert "gives this process no more memory" in refusal(*line)
 
 
+def test_what_may_not_be_read_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:
+    """A directory without permission to search it, which root has, and a current directory that was removed."""
+    monkeypatch.setattr("sparsellm.api.inspect", Mock(side_effect=PermissionError(13, "Permission denied", "m/x")))
+    assert refusal("inspect", llama) == "error: m/x: Permission denied; correct the path or its permissions"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current directory: No such file" in refusal("prune", llama, "--out", "p")
+
+
 def test_a_damaged_text_of_the_model_is_named(llama: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
     line = ("prune", llama, "--calibration", "self", "--method", "wanda", *SMALL)
