@@ -142,11 +142,12 @@ def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: b
     left = left_in(partial)
     if left is not None and not restart and left != identity:
         changed = [*differences(left, identity)][:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
-        other = left.get("model") != identity.get("model")
+        other = left and left.get("model") != identity.get("model")
         again = "a model object that it changed must be loaded anew; " if other else ""
+        again += "repeat its settings to resume it; " if left else ""
         holds = f"{partial} holds another unfinished run: {'; '.join(changed)}"
         anew = f"to start again, remove {partial}, or give --restart if the command has it"
-        raise StorageError(f"{holds}; {again}repeat its settings to resume it; {anew}")
+        raise StorageError(f"{holds}; {again}{anew}")
 
 
 def _check_entries(partial: Path) -> None:
