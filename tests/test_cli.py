@@ -109,7 +109,7 @@ def test_methods_lists_options_and_papers(run: Any) -> None:
     assert {"magnitude", "wanda", "sparsegpt", "admm"} <= methods.keys()
     assert methods["sparsegpt"]["paper"] == "arXiv 2301.00774"
     assert methods["sparsegpt"]["options"]["damping"]["description"]
-    assert "options.damping" in run("methods", exits=0)[1]
+    assert "options.damping" in run("methods", columns=0, exits=0)[1]
 
 
 def encoder(directory: Path) -> None:
@@ -133,7 +133,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
         ["prune", "{llama}", "--pack", "{tmp}/p", "--trust-remote-code"],
         ["a packed model runs no code of a checkpoint"],
     ),
-    "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/o"], ["--out and --pack are both", "/o"]),
+    "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/x/../o"], ["--out and --pack are", "/o"]),
+    "pack in out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack={tmp}/o/p"], ["--pack", "overlaps with --out"]),
+    "no share": (["prune", "{llama}", "--sparsity-of", "*.q_proj"], ["--sparsity-of", "write GLOB=SHARE"]),
     "no tokenizer": (["prune", "{tmp}/bare"], ["no tokenizer's files", "copy tokenizer.json"]),
     "no tokenizer to talk with": (["chat", "{tmp}/bare"], ["no tokenizer's files"]),
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),

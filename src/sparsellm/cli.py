@@ -99,13 +99,13 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
     """Refuses a directory to pack into, before the run."""
     from sparsellm import parallel
     from sparsellm.records import PRUNING
-    from sparsellm.storage.directory import check_destination, checkpoints_among
+    from sparsellm.storage.directory import check_destination, checkpoints_among, resolved
 
-    if pack == out:
+    if resolved(pack) == resolved(out):
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
     sources = [out, *checkpoints_among(*models)]
     overwrite = options["overwrite"]
-    parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite))
+    parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite, option="--pack"))
     if parallel.from_main((out / PRUNING).is_file) and not overwrite:
         again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack)])}` packs it"
         raise RecipeError(f"{out} is a complete checkpoint: {again}; --overwrite prunes it again")

@@ -172,7 +172,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def check_destination(
-    out: Place, *, sources: Iterable[Place] = (), overwrite: bool = False, need_bytes: int = 0
+    out: Place, *, sources: Iterable[Place] = (), overwrite: bool = False, need_bytes: int = 0, option: str = "--out"
 ) -> Path:
     """The directory that ``out`` leads to, absolute and without links, after all checks.
 
@@ -180,7 +180,7 @@ def check_destination(
     work, and again when sources, the directories that are read, and size are known. Raises StorageError if ``out``
     cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is not empty or holds foreign
     files, cannot be written, or its disk has too little space; or if a source has a file that cannot be copied."""
-    place = check_place(out, sources)
+    place = check_place(out, sources, option)
     partial = partial_of(place)
     _settle(partial, place)
     check_replaceable(place, overwrite=overwrite)
@@ -192,19 +192,19 @@ def check_destination(
     return place
 
 
-def check_place(out: Place, sources: Iterable[Place] = ()) -> Path:
-    """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it
-    cannot be written, overlaps with a source or with another run, or is a mount point."""
+def check_place(out: Place, sources: Iterable[Place] = (), option: str = "--out") -> Path:
+    """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it, by
+    ``option``, cannot be written, overlaps with a source or with another run, or is a mount point."""
     try:
         place = resolved(out) if os.fspath(out) else Path("/")
         str(place).encode()  # fails for names that are not UTF-8, as records and reports are
     except ValueError:
         place = Path("/")
     if not place.name:
-        raise StorageError(f"--out {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
+        raise StorageError(f"{option} {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
     with explained(place):
         for reason in _refusals(place, partial_of(place), map(resolved, sources)):
-            raise StorageError(f"--out {out} {reason}; name another directory")
+            raise StorageError(f"{option} {out} {reason}; name another directory")
     return place
 
 
@@ -262,7 +262,8 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         for path in (place, partial):
             pairs = [(each, source) for each in (path, *path.parents)] + [(path, each) for each in source.parents]
             if any(_same(*pair) for pair in pairs):  # one is the other or inside it, by what they are, not by name
-                yield f"overlaps with the model {source}, since {path} is written"
+                what = "the model" if (source / "config.json").is_file() else "--out"  # of the same run
+                yield f"overlaps with {what} {source}, since {path} is written"
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}  # os.path.ismount misses some
     if mounted & {str(place), str(partial)}:
         yield "cannot be replaced: it is a mount point"
