@@ -209,27 +209,6 @@ def plan(model: str, **options: Any) -> Printed:
     return found.model_dump(mode="json"), lambda: tables.print_prediction(found)
 
 
-def _keeper(place: Path | None) -> Callable[[Any], Path | None]:
-    """The function that appends a measurement to the results in ``place``, and returns their file. A full disk, or
-    another checkpoint of that name by then, is only noted, so that the numbers are printed all the same."""
-    from sparsellm import console
-    from sparsellm.storage.results import append_result
-
-    begun = place.stat().st_ino if place is not None else None
-
-    def keep(record: Any) -> Path | None:
-        try:
-            if place is not None and place.stat().st_ino != begun:
-                raise StorageError(f"{place} was replaced while it was measured")
-            return append_result(place, record) if place is not None else None
-        except (OSError, StorageError) as error:
-            why = str(error).partition("; ")[0]  # its advice is for what writes checkpoints
-            console.say(f"note: the measurement is not kept in the checkpoint: {why}", error=True)
-            return None
-
-    return keep
-
-
 @_command(
     use.ONE_MODEL,
     needed(
@@ -262,7 +241,7 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
     from sparsellm.storage import results
 
     place = results.place_of_results(model) if save and model != "demo" else None  # no directory of that name is meant
-    keep, flatters = _keeper(place), False
+    keep, flatters = results.keeper(place, partial(console.say, error=True)), False
     if place is not None and Path(text).is_file():
         with suppress(StorageError):  # a damaged record
             flatters = read_pruning(place).recipe.get("calibration") == Path(text).name
@@ -671,11 +650,12 @@ def chat(directory: str, **options: Any) -> Printed:
 )
 def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,), **options: Any) -> Printed:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
-    from sparsellm import tables
+    from sparsellm import console, tables
     from sparsellm.evaluation.speed import compared_speed
     from sparsellm.storage import results
 
-    keep = _keeper(results.place_of_results(directory) if save else None)
+    place = results.place_of_results(directory) if save else None
+    keep = results.keeper(place, partial(console.say, error=True))
     measured = compared_speed(directory, options.pop("dense", None), batches=batch, progress=progress, **options)
     saved = keep(measured)
     return {**measured.model_dump(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
