@@ -113,6 +113,15 @@ def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
         assert next(iter(chain.block_tensors(0).values())).dtype is torch.bfloat16
 
 
+def test_blocks_compute_in_a_dtype_that_holds_every_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the gates, which are not pruned and are written as they were."""
+    monkeypatch.setattr("sparsellm.chain.weights.bf16_is_native", lambda device: True)
+    model = families.family("Qwen2Moe").to(torch.bfloat16)
+    for wide, dtype in {"mlp.shared_expert_gate": torch.bfloat16, "self_attn.o_proj": torch.float32}.items():
+        model.model.layers[1].get_submodule(wide).float()
+        assert open_chain(save_tiny(model, None, tmp_path / wide), device=CPU).dtype is dtype
+
+
 @pytest.mark.parametrize(("name", "wide"), [("DeepseekV3", "gate.e_score_correction_bias"), ("Glm4Moe", "gate.weight")])
 def test_what_is_only_rounded_to_compute_is_written_as_it_was(tmp_path: Path, name: str, wide: str) -> None:
     dense = save_tiny(families.family(name), None, tmp_path)

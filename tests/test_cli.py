@@ -109,7 +109,7 @@ def test_methods_lists_options_and_papers(run: Any) -> None:
     assert {"magnitude", "wanda", "sparsegpt", "admm"} <= methods.keys()
     assert methods["sparsegpt"]["paper"] == "arXiv 2301.00774"
     assert methods["sparsegpt"]["options"]["damping"]["description"]
-    assert "options.damping" in run("methods", exits=0)[1]
+    assert "options.damping" in run("methods", columns=0, exits=0)[1]
 
 
 def encoder(directory: Path) -> None:
@@ -133,7 +133,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
         ["prune", "{llama}", "--pack", "{tmp}/p", "--trust-remote-code"],
         ["a packed model runs no code of a checkpoint"],
     ),
-    "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/o"], ["--out and --pack are both", "/o"]),
+    "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/x/../o"], ["--out and --pack are", "/o"]),
+    "pack in out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack={tmp}/o/p"], ["--pack", "overlaps with --out"]),
+    "no share": (["prune", "{llama}", "--sparsity-of", "*.q_proj"], ["--sparsity-of", "write GLOB=SHARE"]),
     "no tokenizer": (["prune", "{tmp}/bare"], ["no tokenizer's files", "copy tokenizer.json"]),
     "no tokenizer to talk with": (["chat", "{tmp}/bare"], ["no tokenizer's files"]),
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),
@@ -196,6 +198,16 @@ def test_no_memory_from_the_system_is_one_line(llama: Path, tmp_path: Path, refu
         assert "gives this process no more memory" in refusal(*line)
 
 
+def test_what_may_not_be_read_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:
+    """A directory without permission to search it, which root has, and a current directory that was removed."""
+    monkeypatch.setattr("sparsellm.api.inspect", Mock(side_effect=PermissionError(13, "Permission denied", "m/x")))
+    assert refusal("inspect", llama) == "error: m/x: Permission denied; correct the path or its permissions"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current directory: No such file" in refusal("prune", llama, "--out", "p")
+
+
 def test_a_damaged_text_of_the_model_is_named(llama: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
     line = ("prune", llama, "--calibration", "self", "--method", "wanda", *SMALL)
@@ -203,6 +215,11 @@ def test_a_damaged_text_of_the_model_is_named(llama: Path, tmp_path: Path, run: 
     (file,) = (tmp_path / "cache" / "written").glob("*.safetensors")
     os.truncate(file, 500)
     assert str(file) in run(*line, "--out", tmp_path / "q", exits=2)[2]
+
+
+def test_closed_streams_end_nothing() -> None:
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "sparsellm", "--version"]
+    assert subprocess.run(closed, check=False).returncode == 0
 
 
 def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:

@@ -99,13 +99,13 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
     """Refuses a directory to pack into, before the run."""
     from sparsellm import parallel
     from sparsellm.records import PRUNING
-    from sparsellm.storage.directory import check_destination, checkpoints_among
+    from sparsellm.storage.directory import check_destination, checkpoints_among, resolved
 
-    if pack == out:
+    if resolved(pack) == resolved(out):
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
     sources = [out, *checkpoints_among(*models)]
     overwrite = options["overwrite"]
-    parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite))
+    parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite, option="--pack"))
     if parallel.from_main((out / PRUNING).is_file) and not overwrite:
         again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack)])}` packs it"
         raise RecipeError(f"{out} is a complete checkpoint: {again}; --overwrite prunes it again")
@@ -241,14 +241,14 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
     from sparsellm.storage import results
 
     place = results.place_of_results(model) if save and model != "demo" else None  # no directory of that name is meant
-    flatters = False
+    keep, flatters = results.keeper(place, partial(console.say, error=True)), False
     if place is not None and Path(text).is_file():
         with suppress(StorageError):  # a damaged record
             flatters = read_pruning(place).recipe.get("calibration") == Path(text).name
     result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
     if not parallel.is_main():
         return None
-    saved = results.append_result(place, result) if place is not None else None
+    saved = keep(result)
     if flatters:
         console.say("note: the model was calibrated on a text of this name, which flatters its numbers", error=True)
     content = {"model": model, **result.model_dump(mode="json"), "results": saved and str(saved)}
@@ -650,13 +650,14 @@ def chat(directory: str, **options: Any) -> Printed:
 )
 def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,), **options: Any) -> Printed:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
-    from sparsellm import tables
+    from sparsellm import console, tables
     from sparsellm.evaluation.speed import compared_speed
     from sparsellm.storage import results
 
     place = results.place_of_results(directory) if save else None
+    keep = results.keeper(place, partial(console.say, error=True))
     measured = compared_speed(directory, options.pop("dense", None), batches=batch, progress=progress, **options)
-    saved = results.append_result(place, measured) if place is not None else None
+    saved = keep(measured)
     return {**measured.model_dump(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
 
 

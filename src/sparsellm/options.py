@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.models import OptionInfo
 
-from sparsellm.errors import RecipeError, refusal
+from sparsellm.errors import RecipeError, refusal, shown
 from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, SEQ_LEN, WHAT, Recipe, help_of, option_of
 
 TEXT, MEASURE, VALUES, SERVER = "Text", "Measurement", "Values", "Server"  # panels of --help
@@ -113,6 +113,9 @@ def take_recipe(options: dict[str, Any]) -> Recipe:
     """Takes the recipe out of a command's options: the file, and over it the fields and ``--set`` together."""
     chosen = Recipe.from_yaml(options.pop("recipe")) if "recipe" in options else Recipe()
     given = {name: options.pop(name) for name in FIELDS if name in options}
+    for entry in given.get("sparsity_of", ()):
+        if "=" not in entry:
+            raise RecipeError(f"--sparsity-of {shown(entry)} has no share; write GLOB=SHARE, such as '*.down_proj=0.3'")
     entries = [f"{name}.{entry}" for name in MAPPINGS for entry in given.pop(name, ())]
     return chosen.with_settings([*entries, *options.pop("set", ())], **given)
 

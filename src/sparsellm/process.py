@@ -26,8 +26,11 @@ _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
 
 
 def count() -> int:
-    """The number of processes that torchrun started, as its environment says; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    """The number of processes that torchrun started, as its environment says; 1 without torchrun, also in a shell that
+    has only some of its variables."""
+    started = {"TORCHELASTIC_RUN_ID", "RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if started and size.isdecimal() else 1
 
 
 def announce() -> None:
@@ -41,6 +44,10 @@ def announce() -> None:
 def run(command: Callable[[], Any]) -> None:
     """Runs a command and ends the process: after a user's mistake with one line and code 2, after a signal with 128 and
     its number."""
+    # Python has None for a stream that the caller closed.
+    sys.stdout, sys.stderr = (each or Path(os.devnull).open("w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115
+    if not os.environ.get("COLUMNS", "1").strip("0"):
+        del os.environ["COLUMNS"]  # rich would print empty tables
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -88,18 +95,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except Exception as error:
         if (signum := interrupts.received()) is not None:  # it has ended another process, for example
             return _interrupted(signum)
-        message = str(error) if isinstance(error, UserError) else None
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
-            why = one_line(error)[:160]
-            message = f"the GPU has no memory left ({why}); lower batch, tokens or context, or say cpu"
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's, from the system
-            advice = "raise its limit (ulimit -v), or lower batch, tokens, context or --memory where there is one"
-            message = f"the system gives this process no more memory; {advice}"
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files of a run raise StorageError
-            message = "standard output is on a full disk; make room, or write elsewhere"
-        if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
-            message = error.format_message()
-        if message is not None:
+        if (message := _message(error)) is not None:
             if message:  # empty if the help was shown instead
                 _say_why(f"error: {message}")
             return 2
@@ -108,6 +104,23 @@ def _exit_code(command: Callable[[], Any]) -> int:
         _say_why(f"unexpected {type(error).__name__}")
         traceback.print_exc()
         return 1
+
+
+def _message(error: Exception) -> str | None:
+    """What the user reads of an error: empty where the help was shown instead, None for an error that is unexpected."""
+    if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
+        return str(error.format_message())
+    if isinstance(error, PermissionError | FileNotFoundError) and error.strerror:
+        return f"{error.filename or 'the current directory'}: {error.strerror}; correct the path or its permissions"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files of a run raise StorageError
+        return "standard output is on a full disk; make room, or write elsewhere"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's, from the system
+        advice = "raise its limit (ulimit -v), or lower batch, tokens, context or --memory where there is one"
+        return f"the system gives this process no more memory; {advice}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
+        why = one_line(error)[:160]
+        return f"the GPU has no memory left ({why}); lower batch, tokens or context, or say cpu"
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _interrupted(signum: int) -> int:

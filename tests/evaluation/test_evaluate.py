@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import random
+import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from sparsellm.errors import ModelError, NumericalError, RecipeError, SparseLLME
 from sparsellm.evaluation import perplexity
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
+from tests.killing import full_disk
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
@@ -241,6 +244,22 @@ def test_benchmarks_are_appended_too(pruned: Path, tmp_path: Path, run: Any) -> 
     assert record.model_dump(mode="json") | {"results": str(packed / "results.json")} == shown
     for path, size in ((pruned, record.dense_disk_bytes), (packed, record.packed_disk_bytes)):
         assert size == sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def test_a_measurement_that_cannot_be_kept_is_printed(pruned: Path, text: Path, run: Any, monkeypatch: Any) -> None:
+    line, measured = ("eval", pruned, "--text", text, "--seq-len", 16, "--json"), api.measured
+
+    def replacing(*given: Any) -> Any:
+        result = measured(*given)
+        shutil.copytree(pruned.rename(pruned.with_name("older")), pruned)
+        return result
+
+    with full_disk(1):
+        _, stdout, stderr = run(*line, exits=0)
+    monkeypatch.setattr(api, "measured", replacing)
+    for said, (printed, noted) in {"is full": (stdout, stderr), "was replaced": run(*line, exits=0)[1:]}.items():
+        assert (json.loads(printed)["results"], read_results(pruned).evaluations) == (None, [])
+        assert re.search(f"note: the measurement is not kept in the checkpoint: .*{said}", noted)
 
 
 # ---------------------------------------------------------------------- tasks of lm-eval

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
+from sparsellm.exports.gguf_file import _remove_torn
 from sparsellm.exports.template import Template, orders_of
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import TensorSource, write_shard
@@ -257,6 +259,17 @@ def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):
         sparsellm.export(directory, to="compressed-tensors", out=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned-q4_0", "like.gguf"}
+
+
+def test_what_a_killed_export_left_is_removed_and_no_more(tmp_path: Path) -> None:
+    directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
+    dead, busy, other, named = (tmp_path / f".{name}.tmp" for name in ("0" * 24, "1" * 24, "2" * 24, "my"))
+    for path in (dead, busy, other, named):
+        path.write_bytes(b"mine" if path is other else b"GGUF\3")
+    with busy.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        exported(directory, progress=lambda _: _remove_torn(tmp_path))  # as another export does
+    assert {*tmp_path.glob(".*")} == {busy, other, named}
 
 
 def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsellm import parallel
+from sparsellm import parallel, process
 from sparsellm.cells import GRID, Grid
 from sparsellm.chain.capture import merged
 from sparsellm.errors import RecipeError
@@ -194,6 +194,16 @@ def test_each_process_takes_the_gpu_with_its_number(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RecipeError, match="process 2 of this machine has no GPU: there are 2"):
         parallel.own_device("cuda")
+
+
+def test_a_shell_with_some_variables_of_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    monkeypatch.setattr("os.environ", common)
+    assert process.count() == 1
+    common |= {"RANK": "0", "WORLD_SIZE": "x"}
+    assert process.count() == 1
+    common["WORLD_SIZE"] = "2"
+    assert process.count() == 2
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_dead_inputs_are_cut_loose():
     sub = result.matrix[live][:, live].double() + 0.01 * result.mean_diagonal * torch.eye(5)
     assert_close(result.inverse(0.01).matrix[live][:, live], torch.linalg.inv(sub))
     assert result.inverse(0.01).matrix[2].tolist() == [0, 0, 1, 0, 0, 0]
-    assert_close(result.normalised.diagonal[live], torch.ones(5))
+    assert_close(result.divided_by(result.scale).diagonal()[live], torch.ones(5))
 
 
 def test_all_inputs_dead():

@@ -260,6 +260,16 @@ def test_links_out_of_the_model_are_not_copied(tmp_path: Path) -> None:
     assert copied == {"config.json", "tokenizer.json", "vocab.json", "tekken.json", "rag.jinja", "NOTICE"}
 
 
+def test_what_is_copied_last_can_be_read_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = source(tmp_path / "model", LICENSE="ours", notes__txt="mine")
+    (model / "NOTICE").symlink_to(Path(__file__))  # is not copied
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("LICENSE", "NOTICE", "notes.txt"))
+    with pytest.raises(StorageError, match=f"{model / 'LICENSE'} cannot be read, and is copied into the result"):
+        check_destination(tmp_path / "p", sources=[model])
+    (model / "LICENSE").unlink()
+    assert check_destination(tmp_path / "p", sources=[model]) == tmp_path / "p"
+
+
 def test_a_snapshot_of_the_hub_is_copied_from_its_blobs(tmp_path: Path) -> None:
     repository = tmp_path / "models--a--b"
     other = source(tmp_path / "models--c--d" / "blobs")

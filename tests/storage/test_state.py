@@ -97,7 +97,7 @@ def test_two_processes_at_once_are_refused(out: Path) -> None:
 )
 def test_a_damaged_record_counts_as_absent(content: bytes, out: Path) -> None:
     (partial_of(out) / STATE / RUN).write_bytes(content)
-    with pytest.raises(StorageError, match=r"run\.json is damaged"):
+    with pytest.raises(StorageError, match=r"run\.json is damaged; to start again"):
         WorkingDirectory(out, IDENTITY)
     WorkingDirectory(out, IDENTITY, restart=True).close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import torch
@@ -102,9 +102,10 @@ class ModelWeights:
             setattr(self, name, cache(getattr(self, name)))
 
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Sets the device, and the dtype of blocks: by that of the first linear, if None."""
-        linear, _ = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
-        self.device, self.dtype = device, dtype or _fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
+        """Sets the device, and the dtype of blocks: if None, one that holds the values of every linear."""
+        linears = (n for place in zip(self.blocks, self.block_names, strict=True) for n, _ in iterate_linears(*place))
+        stored = {self.stored_dtype(name) for name in map("{}.weight".format, linears) if name not in self.gates}
+        self.device, self.dtype = device, dtype or _fast_dtype(reduce(torch.promote_types, stored), device)
 
     def _in_tower(self, name: str) -> bool:
         return name.startswith(tuple(f"{tower}." for tower in self.towers))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
 from sparsellm.storage.directory import check_room, resolved
-from sparsellm.storage.files import replace_atomically
+from sparsellm.storage.files import TEMPORARY, TORN, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.version import __version__
 from sparsepack.files import read_bytes
@@ -67,9 +69,13 @@ def write_gguf(
     dense model and template do not belong together; a StorageError that a weight is not on the grid, or the file cannot
     be written."""
     made, tensors = _File(model, dense, template, head), template.reader.tensors
+    _remove_torn(place.parent)
     check_room(place, sum(map(made.bytes_of, tensors)))
 
     def write(file: BinaryIO) -> Export:
+        held.callback(os.close, os.dup(file.fileno()))
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         writer = gguf.GGUFWriter(file.name, template.arch)
         writer.data_alignment = template.reader.alignment
         for name, value in made.values().items():
@@ -92,7 +98,20 @@ def write_gguf(
         keep(written)
         return written
 
-    return replace_atomically(place, write)
+    with contextlib.ExitStack() as held:  # the lock, until the file has its name
+        return replace_atomically(place, write)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Removes the GGUF files that killed exports were writing into a user's folder: ordinary ones of a name that no
+    other program gives, which no process has locked."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            if TORN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if file.read(4) == b"GGUF":
+                        path.unlink()
 
 
 class _File:

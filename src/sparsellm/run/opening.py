@@ -125,7 +125,7 @@ def open_model(
         if any(parameter.is_inference() for parameter in model.parameters()):
             raise ModelError("the model was made in torch.inference_mode, and cannot be changed; load it outside")
         if recipe.device != "auto" or dtype is not None:
-            raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
+            raise RecipeError("a model given as an object runs where and as it is: leave device and dtype 'auto'")
         chain, loaded = open_chain(model, device=device), model
     else:
         assert directory is not None

@@ -231,8 +231,9 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     """Warnings of what the settings of a run do not do, and of blocks that compute in fp32 on a GPU, where their
     weights are stored in half precision."""
     warnings, recipe = [], request.recipe
-    kinds = {str(linear.storage_dtype).removeprefix("torch.") for linear in chain.linears(0)}
-    wider = chain.device.type == "cuda" and chain.dtype == torch.float32 and kinds & {"float16", "bfloat16"}
+    stored = {linear.storage_dtype for index in range(len(chain)) for linear in chain.linears(index)}
+    kinds = {str(dtype).removeprefix("torch.") for dtype in stored}
+    wider = chain.device.type == "cuda" and chain.dtype == torch.float32 and kinds <= {"float16", "bfloat16"}
     if wider and recipe.dtype == "auto":
         why = "whose largest number is 65504" if "float16" in kinds else "for which this GPU has no units"
         kept = f"their weights are stored in {' and '.join(sorted(kinds))}, {why}"
@@ -242,9 +243,9 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     if recipe.grid != "own" and recipe.sparsity:
         saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
         warnings.append(f"{saves}; sparsity 0 loses less")
-    stored = min((each.storage_dtype for each in chain.linears(0)), key=lambda dtype: torch.finfo(dtype).eps)
-    if torch.finfo(chain.dtype).eps > torch.finfo(stored).eps:
-        stays = f"kept weights are rounded to {chain.dtype}, and stored in {stored}"
+    finest = min(stored, key=lambda dtype: torch.finfo(dtype).eps)
+    if recipe.dtype != "auto" and torch.finfo(chain.dtype).eps > torch.finfo(finest).eps:
+        stays = f"kept weights are rounded to {chain.dtype}, and stored in {finest}"
         warnings.append(f"{stays.replace('torch.', '')}; leave dtype out to keep their bits")
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")

@@ -24,7 +24,7 @@ def refine_on_support(
     Conjugate gradients on all rows at once, preconditioned by the diagonal (ALPS, arXiv 2406.07831, algorithm 2): ten
     iterations reach the minimum within 1 %. No row ends worse than it started, even if the Gram matrix is singular.
     Directions that no token excites keep their start."""
-    matrix, scale = gram.normalised.matrix, gram.scale  # in inputs of unit size the preconditioner is the identity
+    matrix, scale = gram.divided_by(gram.scale), gram.scale  # in inputs of unit size the preconditioner is the identity
     target = original * scale  # (out, in)
     kept = mask.view(torch.uint8).to(original.dtype)  # torch selects by a bool mask twenty times as slowly
     begin = start * kept * scale

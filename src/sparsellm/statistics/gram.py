@@ -79,11 +79,6 @@ class Gram:
         """Root mean square of each input, ``(features,)``; 1 for dead inputs."""
         return self.diagonal.sqrt().masked_fill(self.dead, 1.0)
 
-    @property
-    def normalised(self) -> Gram:
-        """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare. Not cached."""
-        return Gram(self.divided_by(self.scale), self.tokens)
-
     def divided_by(self, scale: Tensor) -> Tensor:
         """The matrix of the inputs divided by ``scale (features,)``."""
         return (self.matrix / scale).div_(scale[:, None])

@@ -68,6 +68,21 @@ def unknown_entries(directory: Path) -> list[str]:
     return _others(directory, lambda name, _: _CHECKPOINT.fullmatch(name) is not None)
 
 
+def companions_of(model: Path, *more: str) -> dict[Path, str]:
+    """Config, tokenizer, licence and the like of a model's directory, and files named in ``more``: their names there,
+    in order."""
+    every = sorted([*model.iterdir(), *model.glob("additional_chat_templates/*")])
+    found = {file: file.relative_to(model).as_posix() for file in every if file.is_file()}
+    return {file: name for file, name in found.items() if COMPANIONS.fullmatch(name) or name in more}
+
+
+def belongs_to(model: Path, file: Path) -> bool:
+    """Whether a file resolves to a path inside the model's directory, or among the blobs of its hub snapshot."""
+    home, target = Path(os.path.realpath(model)), Path(os.path.realpath(file))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    return target.is_relative_to(home) or target.is_relative_to(blobs)
+
+
 def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
     """The files that belong to a checkpoint, relative to its directory: those that are listed, also if they changed, or
     without a list those named like a model's file; and the names of the rest. OSError for an unreadable directory."""

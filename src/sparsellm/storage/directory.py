@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 from sparsellm import interrupts
 from sparsellm.errors import StorageError, shown, some
 from sparsellm.storage import files
-from sparsellm.storage.contents import LIST, foreign_entries, listed_files, unknown_entries
+from sparsellm.storage.contents import LIST, belongs_to, companions_of, foreign_entries, listed_files, unknown_entries
 from sparsellm.storage.files import empty, explained, keep_record, kept_record, locked, remove_torn, user_of_new_files
 
 Place = str | os.PathLike[str]
@@ -142,11 +142,12 @@ def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: b
     left = left_in(partial)
     if left is not None and not restart and left != identity:
         changed = [*differences(left, identity)][:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
-        other = left.get("model") != identity.get("model")
+        other = left and left.get("model") != identity.get("model")
         again = "a model object that it changed must be loaded anew; " if other else ""
+        again += "repeat its settings to resume it; " if left else ""
         holds = f"{partial} holds another unfinished run: {'; '.join(changed)}"
         anew = f"to start again, remove {partial}, or give --restart if the command has it"
-        raise StorageError(f"{holds}; {again}repeat its settings to resume it; {anew}")
+        raise StorageError(f"{holds}; {again}{anew}")
 
 
 def _check_entries(partial: Path) -> None:
@@ -171,35 +172,39 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def check_destination(
-    out: Place, *, sources: Iterable[Place] = (), overwrite: bool = False, need_bytes: int = 0
+    out: Place, *, sources: Iterable[Place] = (), overwrite: bool = False, need_bytes: int = 0, option: str = "--out"
 ) -> Path:
     """The directory that ``out`` leads to, absolute and without links, after all checks.
 
     Nothing is changed, except that a renaming that was cut short by a kill is completed or undone. Call it before the
     work, and again when sources, the directories that are read, and size are known. Raises StorageError if ``out``
     cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is not empty or holds foreign
-    files, cannot be written, or its disk has too little space."""
-    place = check_place(out, sources)
+    files, cannot be written, or its disk has too little space; or if a source has a file that cannot be copied."""
+    place = check_place(out, sources, option)
     partial = partial_of(place)
     _settle(partial, place)
     check_replaceable(place, overwrite=overwrite)
     check_room(place, need_bytes - written_bytes(partial))
+    for source in filter(os.path.isdir, map(resolved, sources)):
+        copied = (file for file in companions_of(source) if belongs_to(source, file))
+        if (file := next((each for each in copied if not os.access(each, os.R_OK)), None)) is not None:
+            raise StorageError(f"{file} cannot be read, and is copied into the result; correct its permissions")
     return place
 
 
-def check_place(out: Place, sources: Iterable[Place] = ()) -> Path:
-    """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it
-    cannot be written, overlaps with a source or with another run, or is a mount point."""
+def check_place(out: Place, sources: Iterable[Place] = (), option: str = "--out") -> Path:
+    """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it, by
+    ``option``, cannot be written, overlaps with a source or with another run, or is a mount point."""
     try:
         place = resolved(out) if os.fspath(out) else Path("/")
         str(place).encode()  # fails for names that are not UTF-8, as records and reports are
     except ValueError:
         place = Path("/")
     if not place.name:
-        raise StorageError(f"--out {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
+        raise StorageError(f"{option} {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
     with explained(place):
         for reason in _refusals(place, partial_of(place), map(resolved, sources)):
-            raise StorageError(f"--out {out} {reason}; name another directory")
+            raise StorageError(f"{option} {out} {reason}; name another directory")
     return place
 
 
@@ -257,7 +262,8 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         for path in (place, partial):
             pairs = [(each, source) for each in (path, *path.parents)] + [(path, each) for each in source.parents]
             if any(_same(*pair) for pair in pairs):  # one is the other or inside it, by what they are, not by name
-                yield f"overlaps with the model {source}, since {path} is written"
+                what = "the model" if (source / "config.json").is_file() else "--out"  # of the same run
+                yield f"overlaps with {what} {source}, since {path} is written"
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}  # os.path.ismount misses some
     if mounted & {str(place), str(partial)}:
         yield "cannot be replaced: it is a mount point"

@@ -73,9 +73,8 @@ def sync(path: Path) -> None:
 def sync_tree(directory: Path) -> None:
     """Waits until every file and every name below a directory is on the disk."""
     for folder, _, names in os.walk(directory):
-        for name in names:
+        for name in (*names, ""):  # the folder last
             sync(Path(folder) / name)
-        sync(Path(folder))
 
 
 def user_of_new_files(folder: Path) -> int:

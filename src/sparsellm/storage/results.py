@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsellm.errors import StorageError
@@ -37,6 +38,24 @@ def read_results(directory: Path) -> Results:
     if os.path.lexists(path) and not path.is_file():
         raise StorageError(f"{path} is not an ordinary file; {_ADVICE}")
     return read_record(Results, path, _ADVICE) if path.is_file() else Results()
+
+
+def keeper(place: Path | None, say: Callable[[str], None]) -> Callable[[Evaluation | Benchmark], Path | None]:
+    """The function that appends a measurement to the results in ``place``, and returns their file. A full disk, or
+    another checkpoint of that name by then, is only said, so that the numbers can be printed all the same."""
+    begun = place.stat().st_ino if place is not None else None
+
+    def keep(record: Evaluation | Benchmark) -> Path | None:
+        try:
+            if place is not None and place.stat().st_ino != begun:
+                raise StorageError(f"{place} was replaced while it was measured")
+            return append_result(place, record) if place is not None else None
+        except (OSError, StorageError) as error:
+            why = str(error).partition("; ")[0]  # its advice is for what writes checkpoints
+            say(f"note: the measurement is not kept in the checkpoint: {why}")
+            return None
+
+    return keep
 
 
 def append_result(directory: Path, record: Evaluation | Benchmark | Continuation | Export) -> Path:

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.inputs import read_object
-from sparsellm.storage.contents import COMPANIONS, write_list
+from sparsellm.storage.contents import belongs_to, companions_of, write_list
 from sparsellm.storage.directory import BLOCKS, WorkingDirectory
 from sparsellm.storage.files import empty, explained, replace_atomically, write_all, write_bytes
 from sparsellm.storage.reader import DTYPES, CheckpointReader, memory_of
@@ -86,9 +85,7 @@ class CheckpointWriter:
 
         Returns the names of the links that were not copied. Raises StorageError if a file cannot be read or written, or
         the config is not a JSON object."""
-        every = sorted([*source.iterdir(), *source.glob("additional_chat_templates/*")])
-        found = {file: file.relative_to(source).as_posix() for file in every if file.is_file()}
-        names = {file: name for file, name in found.items() if COMPANIONS.fullmatch(name) or name in more}
+        names = companions_of(source, *more)
         for file in filter(partial(belongs_to, source), names):
             with explained(self.folder):
                 (self.folder / names[file]).parent.mkdir(exist_ok=True)
@@ -131,13 +128,6 @@ def written(work: WorkingDirectory, shards: int) -> Iterator[CheckpointWriter]:
 def shard_names(shards: int) -> list[str]:
     """The file names of a checkpoint's shards, in order."""
     return [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
-
-
-def belongs_to(model: Path, file: Path) -> bool:
-    """Whether a file resolves to a path inside the model's directory, or among the blobs of its hub snapshot."""
-    home, target = Path(os.path.realpath(model)), Path(os.path.realpath(file))
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    return target.is_relative_to(home) or target.is_relative_to(blobs)
 
 
 def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource | Tensor]) -> str:
