@@ -135,9 +135,6 @@ VALUES += [[], {}, [[]], {"a": {}}, [None] * 50, "\ud800", "<script>alert(1)</sc
 VALUES += ["../../outside/mine.txt", "/etc/passwd", float("nan"), float("inf"), float("-inf"), {"": ""}, "9" * 5000]
 
 
-# ---------------------------------------------------------------------- the directory in which a command runs
-
-
 @cache
 def template() -> Path:
     """A directory with a model, its pruned and packed forms, both measured, and a finished comparison."""
@@ -195,9 +192,6 @@ def everything(root: Path) -> dict[str, tuple[str, bytes | str]]:
                 entry = ("link", os.readlink(path)) if stat.S_ISLNK(mode) else (str(stat.S_IFMT(mode)), "")
             seen[str(path.relative_to(root))] = entry
     return seen
-
-
-# ---------------------------------------------------------------------- inputs
 
 
 @dataclass
@@ -306,9 +300,6 @@ def _change_place(path: Path, chance: random.Random) -> None:
             path.symlink_to(chance.choice(targets))
         case "empty":
             path.write_bytes(b"{}")
-
-
-# ---------------------------------------------------------------------- one input
 
 
 class HangingError(BaseException):

@@ -55,9 +55,6 @@ def context() -> ForkServerContext:
     return forks
 
 
-# ---------------------------------------------------------------------- death at an operation
-
-
 class Died(BaseException):
     """In place of a signal: no handler of errors catches it, and no file changes after it."""
 
@@ -194,9 +191,6 @@ def stop_after_one(phase: str) -> Callable[[Progress], None]:
 def some(count: int, of: int, seed: int | str) -> list[int]:
     """Different numbers from 1 to ``of``, in order."""
     return sorted(random.Random(seed).sample(range(1, of + 1), min(count, of)))
-
-
-# ---------------------------------------------------------------------- death by a signal
 
 
 def command_line(

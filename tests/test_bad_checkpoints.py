@@ -63,9 +63,6 @@ def test_a_head_of_its_own_under_a_config_that_ties_it(copy: Path, tmp_path: Pat
     assert sparsellm.evaluate(copy, IDS).value > 1
 
 
-# ---------------------------------------------------------------------- config.json
-
-
 def config(**changes: Any) -> Break:
     return lambda directory: rewrite(directory / "config.json", **changes) and None
 
@@ -97,9 +94,6 @@ CONFIGS: dict[str, tuple[Break, str]] = {
 }
 
 
-# ---------------------------------------------------------------------- the index of shards
-
-
 def index(weight_map: Any, data: bytes | None = None) -> Break:
     def change(directory: Path) -> None:
         (directory / WEIGHTS).rename(directory / "one.safetensors")
@@ -116,9 +110,6 @@ INDICES: dict[str, tuple[Break, str]] = {
     "NUL": (index({"a": "x\0y"}), "names the shard"),
     "elsewhere": (index({"a": f"../model/{WEIGHTS}"}), "names the shard"),
 }
-
-
-# ---------------------------------------------------------------------- the header of a weight file
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
@@ -182,9 +173,6 @@ def test_an_index_next_to_the_one_file_counts_for_nothing(copy: Path) -> None:
     assert torch.equal(open_chain(copy, device=CPU).parameter(Q_PROJ), expected[Q_PROJ])
 
 
-# ---------------------------------------------------------------------- dtypes
-
-
 @pytest.mark.parametrize("name", [Q_PROJ, "model.norm.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "uint16", "bool", "complex64"])
 def test_weights_of_other_dtypes_are_named_before_the_work(dtype: str, name: str, copy: Path, tmp_path: Path) -> None:
@@ -199,9 +187,6 @@ def test_so_are_those_of_a_model_in_memory() -> None:
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ModelError, match=r"model\.norm\.weight in the model is stored as float8_e4m3fn"):
         sparsellm.prune(model, Recipe(method="magnitude"), calibration=IDS)
-
-
-# ---------------------------------------------------------------------- what the config leaves aside
 
 
 def test_tensors_that_the_model_does_not_use_are_told(copy: Path, tmp_path: Path) -> None:
@@ -228,9 +213,6 @@ def test_layers_that_guess_further_tokens_do_not_count(copy: Path) -> None:
         open_chain(copy, device=CPU)
     config(num_nextn_predict_layers=1)(copy)
     assert len(open_chain(copy, device=CPU)) == 3
-
-
-# ---------------------------------------------------------------------- tokenizer
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:

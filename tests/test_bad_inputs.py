@@ -63,9 +63,6 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 )
 DEEP = "[" * 50_000
 
-
-# ---- command lines
-
 COMMANDS = {
     "prune": ["prune", "model", "--out=out", *SMALL],
     "plan": ["plan", "model", *SMALL],
@@ -114,9 +111,6 @@ def command_lines(draw: st.DrawFn) -> Example:
         plain = option.is_flag and draw(st.booleans())
         line.append(option.opts[0] if plain else f"{option.opts[0]}={draw(values)}")
     return Example(line)
-
-
-# ---- files of a checkpoint that somebody else wrote
 
 
 def mutated(data: bytes) -> st.SearchStrategy[bytes]:

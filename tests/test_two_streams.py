@@ -66,9 +66,6 @@ def test_the_dense_stream_is_of_the_dense_model(family: Callable[..., Any], monk
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------- targets
-
-
 def output_of(model: PreTrainedModel, name: str) -> Tensor:
     """What a module of a plain model returns for all windows at once: ``(windows, seq, features)``."""
     (output,) = hooked(model, [model.get_submodule(name)], IDS)
@@ -118,9 +115,6 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
         bias = states[at + number].get_submodule(writer).bias
         wanted = output if bias is None else output - bias.detach()
         torch.testing.assert_close(torch.cat(targets[at + number]), wanted, rtol=1e-3, atol=1e-4)
-
-
-# ---------------------------------------------------------------- what is left out
 
 
 @pytest.mark.parametrize("left_in", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"])

@@ -164,9 +164,6 @@ def test_models_of_different_tokenizers_are_not_compared(llama: Path, text: Path
         assert str(other) in said
 
 
-# ---------------------------------------------------------------------- results.json
-
-
 @pytest.fixture
 def pruned(llama: Path, text: Path, tmp_path: Path) -> Path:
     recipe = Recipe(method="magnitude", sparsity=0.5, calibration=str(text), samples=3, seq_len=16)
@@ -241,9 +238,6 @@ def test_benchmarks_are_appended_too(pruned: Path, tmp_path: Path, run: Any) -> 
     assert record.model_dump(mode="json") | {"results": str(packed / "results.json")} == shown
     for path, size in ((pruned, record.dense_disk_bytes), (packed, record.packed_disk_bytes)):
         assert size == sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-# ---------------------------------------------------------------------- tasks of lm-eval
 
 
 @pytest.fixture(scope="module")
