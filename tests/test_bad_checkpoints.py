@@ -31,14 +31,9 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 Break = Callable[[Path], None]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), None, tmp_path_factory.mktemp("whole"))
-
-
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
 def refused(directory: Path, out: Path, kind: type[SparseLLMError], *said: str, calibration: Any = IDS) -> None:
@@ -274,6 +269,5 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_tokenizer_is_named(case: str, copy: Path, tmp_path: Path) -> None:
     name, data, said = DAMAGED[case]
-    tiny_tokenizer().save_pretrained(copy)
     (copy / name).write_bytes(data)
     refused(copy, tmp_path / "p", ModelError, said, calibration=None)

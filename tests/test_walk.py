@@ -253,10 +253,9 @@ def test_a_model_object_stays_in_its_mode() -> None:
     assert model.model.layers[0].training
 
 
-def test_processes_that_compute_in_other_ways_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(tiny_llama(), None, tmp_path / "dense")
+def test_processes_of_different_ways_are_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gather = parallel.gather
     way = "torch.float32 on cpu"
     monkeypatch.setattr(parallel, "gather", lambda each: [*gather(each), *([f"{way}, in fp8"] if each == way else [])])
     with pytest.raises(RecipeError, match=r"different ways \(torch.float32 on cpu; .*fp8\); set device, dtype"):
-        sparsellm.prune(source, Recipe(method="wanda", products="float32"), out=tmp_path / "out", calibration=IDS)
+        sparsellm.prune(llama, Recipe(method="wanda", products="float32"), out=tmp_path / "out", calibration=IDS)
