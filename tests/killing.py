@@ -188,6 +188,21 @@ def stop_after_one(phase: str) -> Callable[[Progress], None]:
     return stop
 
 
+def once_in_block(index: int, patched: Any, do: Callable[[], Any], after: int = 0) -> None:
+    """Something happens when the model's own block ``index`` is about to be read for the time ``after`` + 1."""
+    block, times = Chain.block, 0
+
+    def loading(self: Chain, at: int, *rest: Any) -> Any:
+        nonlocal times
+        if at == index and all(argument is None for argument in rest):
+            times += 1
+            if times == after + 1:
+                do()
+        return block(self, at, *rest)
+
+    patched.setattr(Chain, "block", loading)
+
+
 def some(count: int, of: int, seed: int | str) -> list[int]:
     """Different numbers from 1 to ``of``, in order."""
     return sorted(random.Random(seed).sample(range(1, of + 1), min(count, of)))
