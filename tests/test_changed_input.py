@@ -92,15 +92,11 @@ def cut_short(source: Path) -> None:
     os.truncate(source / WEIGHTS, (source / WEIGHTS).stat().st_size // 3)
 
 
-def deleted(source: Path) -> None:
-    shutil.rmtree(source)
-
-
 CHANGES = {
     change_a_middle_row: f"tensor {MIDDLE} in .* is not what it was when the run began",
     rewritten_in_place: f"tensor {MIDDLE} in .* is not what it was when the run began",
     cut_short: "model.safetensors was cut short while it was read",
-    deleted: "model.safetensors cannot be read any more",
+    shutil.rmtree: "model.safetensors cannot be read any more",
 }
 
 
