@@ -61,14 +61,8 @@ class Died(BaseException):
 
 @contextlib.contextmanager
 def dying(at: At = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
-    """Counts operations on files, a step before and after each, and dies at one of them.
-
-    Args:
-        at: the number of the step, from 1, or its kind and its number among those; None to live.
-        signalled: die by SIGKILL.
-
-    Yields:
-        The number of steps so far, by kind."""
+    """Counts operations on files by kind, a step before and after each, and dies at step ``at``, by SIGKILL if it is
+    ``signalled``; lives if that is None."""
     steps: Counter[str] = Counter()
 
     def step(kind: str) -> None:
@@ -265,12 +259,9 @@ def started(target: Any, *arguments: Any, **options: Any) -> Iterator[BaseProces
 
 @contextlib.contextmanager
 def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProcess]:
-    """A command line in a process, when it has come to the point where it waits.
-
-    Args:
-        folder: where it leaves ``stdout`` and ``stderr``.
-        arguments: the words of the command line.
-        options: ``how`` it waits; ``ignore``, signals that it ignores from the start, as under nohup; ``closed``."""
+    """A command line in a process, when it has come to the point where it waits; its ``stdout`` and ``stderr`` are in
+    ``folder``. Options are ``how`` it waits, ``ignore``, signals that it ignores from the start, as under nohup, and
+    ``closed``, whether nobody reads what it writes."""
     with started(command_line, [str(word) for word in arguments], folder, **options) as process:
         await_file(folder / "reached", process)
         yield process
