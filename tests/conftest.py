@@ -18,6 +18,7 @@ from sparsellm import cli, console, plugins
 from sparsellm.allocation import ALLOCATIONS
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
+from sparsellm.sweep import sweep_task
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
 THREADS = torch.get_num_threads()
@@ -76,6 +77,21 @@ def forgotten_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for registry, entries in kept:
         registry.clear()
         registry.update(entries)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, int, int]]:
+    """Filled with the steps of a sweep: the loss before each, its rate, its number and its tokens."""
+    seen: list[tuple[float, float, int, int]] = []
+    step = sweep_task.Run.step
+
+    def noted(self: Any, chosen: Any, rate: float, number: int) -> float:
+        loss = step(self, chosen, rate, number)
+        seen.append((loss, rate, number, chosen.tokens))
+        return loss
+
+    monkeypatch.setattr(sweep_task.Run, "step", noted)
+    return seen
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ import random
 import shutil
 import signal
 import socket
-import stat
 import sys
 import tempfile
 import traceback
@@ -44,6 +43,7 @@ from sparsellm import cli
 from tests.hub.test_push import Hub
 from tests.line import run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.storage.small import tree
 
 SECRET = "a file outside of the directory of the command"
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
@@ -135,9 +135,6 @@ VALUES += [[], {}, [[]], {"a": {}}, [None] * 50, "\ud800", "<script>alert(1)</sc
 VALUES += ["../../outside/mine.txt", "/etc/passwd", float("nan"), float("inf"), float("-inf"), {"": ""}, "9" * 5000]
 
 
-# ---------------------------------------------------------------------- the directory in which a command runs
-
-
 @cache
 def template() -> Path:
     """A directory with a model, its pruned and packed forms, both measured, and a finished comparison."""
@@ -181,23 +178,6 @@ def directory() -> Iterator[Path]:
             with contextlib.closing(socket.socket(socket.AF_UNIX)) as unix:
                 unix.bind("socket")
             yield root
-
-
-def everything(root: Path) -> dict[str, tuple[str, bytes | str]]:
-    """The kind and the content of everything below a directory; links are not followed."""
-    seen: dict[str, tuple[str, bytes | str]] = {}
-    for folder, names, files in os.walk(root):
-        for path in (Path(folder) / name for name in (*names, *files)):
-            mode = path.lstat().st_mode
-            if stat.S_ISREG(mode):
-                entry: tuple[str, bytes | str] = ("file", path.read_bytes())
-            else:
-                entry = ("link", os.readlink(path)) if stat.S_ISLNK(mode) else (str(stat.S_IFMT(mode)), "")
-            seen[str(path.relative_to(root))] = entry
-    return seen
-
-
-# ---------------------------------------------------------------------- inputs
 
 
 @dataclass
@@ -308,9 +288,6 @@ def _change_place(path: Path, chance: random.Random) -> None:
             path.write_bytes(b"{}")
 
 
-# ---------------------------------------------------------------------- one input
-
-
 class HangingError(BaseException):
     """A command took longer than the limit; no handler of errors catches it."""
 
@@ -335,7 +312,7 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
     with directory() as root, mock.patch.object(huggingface_hub, "HfApi", return_value=hub):
         for _, change in made.damage:
             change(root / "work")
-        before = everything(root)
+        before = tree(root)
         try:
             with limited(seconds):
                 code, stderr = run(made.arguments)
@@ -343,7 +320,7 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
             return "hangs", str(made)
         except BaseException:
             return "traceback", f"{made}\n{traceback.format_exc()[-1500:]}"
-        after = everything(root)
+        after = tree(root)
         outs = [word.partition("=")[2] for word in made.arguments if word.startswith("--out=")]
         named = {"{first}": made.arguments[1], "{out}": outs[-1] if outs else ""}
         places = {key: _below(root, path) for key, path in named.items() if path}

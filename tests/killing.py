@@ -55,23 +55,14 @@ def context() -> ForkServerContext:
     return forks
 
 
-# ---------------------------------------------------------------------- death at an operation
-
-
 class Died(BaseException):
     """In place of a signal: no handler of errors catches it, and no file changes after it."""
 
 
 @contextlib.contextmanager
 def dying(at: At = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
-    """Counts operations on files, a step before and after each, and dies at one of them.
-
-    Args:
-        at: the number of the step, from 1, or its kind and its number among those; None to live.
-        signalled: die by SIGKILL.
-
-    Yields:
-        The number of steps so far, by kind."""
+    """Counts operations on files by kind, a step before and after each, and dies at step ``at``, by SIGKILL if it is
+    ``signalled``; lives if that is None."""
     steps: Counter[str] = Counter()
 
     def step(kind: str) -> None:
@@ -191,12 +182,24 @@ def stop_after_one(phase: str) -> Callable[[Progress], None]:
     return stop
 
 
+def once_in_block(index: int, patched: Any, do: Callable[[], Any], after: int = 0) -> None:
+    """Something happens when the model's own block ``index`` is about to be read for the time ``after`` + 1."""
+    block, times = Chain.block, 0
+
+    def loading(self: Chain, at: int, *rest: Any) -> Any:
+        nonlocal times
+        if at == index and all(argument is None for argument in rest):
+            times += 1
+            if times == after + 1:
+                do()
+        return block(self, at, *rest)
+
+    patched.setattr(Chain, "block", loading)
+
+
 def some(count: int, of: int, seed: int | str) -> list[int]:
     """Different numbers from 1 to ``of``, in order."""
     return sorted(random.Random(seed).sample(range(1, of + 1), min(count, of)))
-
-
-# ---------------------------------------------------------------------- death by a signal
 
 
 def command_line(
@@ -256,12 +259,9 @@ def started(target: Any, *arguments: Any, **options: Any) -> Iterator[BaseProces
 
 @contextlib.contextmanager
 def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProcess]:
-    """A command line in a process, when it has come to the point where it waits.
-
-    Args:
-        folder: where it leaves ``stdout`` and ``stderr``.
-        arguments: the words of the command line.
-        options: ``how`` it waits; ``ignore``, signals that it ignores from the start, as under nohup; ``closed``."""
+    """A command line in a process, when it has come to the point where it waits; its ``stdout`` and ``stderr`` are in
+    ``folder``. Options are ``how`` it waits, ``ignore``, signals that it ignores from the start, as under nohup, and
+    ``closed``, whether nobody reads what it writes."""
     with started(command_line, [str(word) for word in arguments], folder, **options) as process:
         await_file(folder / "reached", process)
         yield process

@@ -91,12 +91,10 @@ def contents(home: Path) -> dict[str, Any]:
     for name in [name for name in there if name.endswith(PAGES)]:
         there[name] = "a page"
     for name in [name for name in there if name.endswith(".json") and there[name]]:
-        there[name] = json.loads(there[name], object_hook=without_measured)
+        there[name] = json.loads(
+            there[name], object_hook=lambda each: {key: each[key] for key in each.keys() - MEASURED}
+        )
     return there
-
-
-def without_measured(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in MEASURED}
 
 
 def copied(base: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 import sparsellm
@@ -56,24 +57,8 @@ IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_s
 ROWS = IDS.tolist()
 
 
-class Rows:
-    """As ``datasets.Dataset``: a length, and rows as dicts by number."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, at: int) -> dict[str, Any]:
-        return self.rows[at]
-
-    def __iter__(self) -> Any:
-        return iter(self.rows)
-
-
 KINDS = [IDS, IDS.int(), IDS.numpy(), IDS.numpy().astype(numpy.uint16), ROWS, tuple(map(tuple, ROWS)), list(IDS)]
-KINDS += [list(IDS.numpy()), {"input_ids": IDS, "attention_mask": IDS + 1}, Rows([{"input_ids": row} for row in ROWS])]
+KINDS += [list(IDS.numpy()), {"input_ids": IDS, "attention_mask": IDS + 1}, Dataset.from_dict({"input_ids": ROWS})]
 
 
 @pytest.mark.parametrize("ids", KINDS, ids=lambda value: type(value).__name__)
@@ -87,7 +72,7 @@ def test_token_ids_of_every_kind_are_the_same_windows(ids: Any, llama: Path, mod
 def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one two three four"}\n{"text": "five six seven eight nine"}\n')
     rows = [{"text": "one two three four", "id": 1}, {"text": "five six seven eight nine"}]
-    for given in (rows, Rows(rows)):
+    for given in (rows, Dataset.from_list(rows)):
         assert numbers(llama, given, seq_len=8) == numbers(llama, tmp_path / "a.jsonl", seq_len=8)
     result = sparsellm.prune(llama, {**FAST, "seq_len": 8}, calibration=rows)
     assert result.recipe.calibration == "documents given in Python"

@@ -31,14 +31,9 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 Break = Callable[[Path], None]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), None, tmp_path_factory.mktemp("whole"))
-
-
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
 def refused(directory: Path, out: Path, kind: type[SparseLLMError], *said: str, calibration: Any = IDS) -> None:
@@ -61,9 +56,6 @@ def test_a_head_of_its_own_under_a_config_that_ties_it(copy: Path, tmp_path: Pat
     weights = load_file(copy / WEIGHTS)
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, copy / WEIGHTS)
     assert sparsellm.evaluate(copy, IDS).value > 1
-
-
-# ---------------------------------------------------------------------- config.json
 
 
 def config(**changes: Any) -> Break:
@@ -97,9 +89,6 @@ CONFIGS: dict[str, tuple[Break, str]] = {
 }
 
 
-# ---------------------------------------------------------------------- the index of shards
-
-
 def index(weight_map: Any, data: bytes | None = None) -> Break:
     def change(directory: Path) -> None:
         (directory / WEIGHTS).rename(directory / "one.safetensors")
@@ -116,9 +105,6 @@ INDICES: dict[str, tuple[Break, str]] = {
     "NUL": (index({"a": "x\0y"}), "names the shard"),
     "elsewhere": (index({"a": f"../model/{WEIGHTS}"}), "names the shard"),
 }
-
-
-# ---------------------------------------------------------------------- the header of a weight file
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
@@ -182,9 +168,6 @@ def test_an_index_next_to_the_one_file_counts_for_nothing(copy: Path) -> None:
     assert torch.equal(open_chain(copy, device=CPU).parameter(Q_PROJ), expected[Q_PROJ])
 
 
-# ---------------------------------------------------------------------- dtypes
-
-
 @pytest.mark.parametrize("name", [Q_PROJ, "model.norm.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "uint16", "bool", "complex64"])
 def test_weights_of_other_dtypes_are_named_before_the_work(dtype: str, name: str, copy: Path, tmp_path: Path) -> None:
@@ -199,9 +182,6 @@ def test_so_are_those_of_a_model_in_memory() -> None:
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ModelError, match=r"model\.norm\.weight in the model is stored as float8_e4m3fn"):
         sparsellm.prune(model, Recipe(method="magnitude"), calibration=IDS)
-
-
-# ---------------------------------------------------------------------- what the config leaves aside
 
 
 def test_tensors_that_the_model_does_not_use_are_told(copy: Path, tmp_path: Path) -> None:
@@ -228,9 +208,6 @@ def test_layers_that_guess_further_tokens_do_not_count(copy: Path) -> None:
         open_chain(copy, device=CPU)
     config(num_nextn_predict_layers=1)(copy)
     assert len(open_chain(copy, device=CPU)) == 3
-
-
-# ---------------------------------------------------------------------- tokenizer
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
@@ -292,6 +269,5 @@ DAMAGED = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_tokenizer_is_named(case: str, copy: Path, tmp_path: Path) -> None:
     name, data, said = DAMAGED[case]
-    tiny_tokenizer().save_pretrained(copy)
     (copy / name).write_bytes(data)
     refused(copy, tmp_path / "p", ModelError, said, calibration=None)

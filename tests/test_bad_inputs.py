@@ -55,16 +55,12 @@ garbage = st.one_of(
 integers = st.one_of(st.sampled_from(NUMBERS), st.integers(-(2**65), -1).map(str))
 
 ODD = [0, -1, 1, 2**31, 10**12, 10**30, 0.5, -0.0, 1e300, "", "x", "float8", "\ud83d\ude00"]
-scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.sampled_from(ODD) | st.text(max_size=8)
 json_values: st.SearchStrategy[Any] = st.recursive(
-    scalars,
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.sampled_from(ODD) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
 DEEP = "[" * 50_000
-
-
-# ---- command lines
 
 COMMANDS = {
     "prune": ["prune", "model", "--out=out", *SMALL],
@@ -114,9 +110,6 @@ def command_lines(draw: st.DrawFn) -> Example:
         plain = option.is_flag and draw(st.booleans())
         line.append(option.opts[0] if plain else f"{option.opts[0]}={draw(values)}")
     return Example(line)
-
-
-# ---- files of a checkpoint that somebody else wrote
 
 
 def mutated(data: bytes) -> st.SearchStrategy[bytes]:

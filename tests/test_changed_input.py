@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Chain, open_chain
+from sparsellm.chain import open_chain
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.run.fingerprint import model_fingerprint
 from sparsellm.storage.directory import partial_of
 from sparsellm.storage.reader import CheckpointReader
-from tests.killing import stop_after_one
+from tests.killing import once_in_block, stop_after_one
 from tests.models import save_tiny, tiny_llama
 
 IDS = torch.arange(96).view(4, 24)
@@ -36,20 +36,6 @@ def source(tmp_path: Path) -> Path:
 
 def prune(source: Path, out: Path, **more: Any) -> sparsellm.PruneResult:
     return sparsellm.prune(source, RECIPE, out=out, calibration=IDS, **more)
-
-
-def once_in_block(index: int, patched: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
-    """Something happens when the walk is about to read this block."""
-    block, done = Chain.block, False
-
-    def loading(self: Chain, at: int, *rest: Any) -> Any:
-        nonlocal done
-        if at == index and not done:
-            done = True
-            do()
-        return block(self, at, *rest)
-
-    patched.setattr(Chain, "block", loading)
 
 
 def change_a_middle_row(source: Path) -> None:
@@ -106,15 +92,11 @@ def cut_short(source: Path) -> None:
     os.truncate(source / WEIGHTS, (source / WEIGHTS).stat().st_size // 3)
 
 
-def deleted(source: Path) -> None:
-    shutil.rmtree(source)
-
-
 CHANGES = {
     change_a_middle_row: f"tensor {MIDDLE} in .* is not what it was when the run began",
     rewritten_in_place: f"tensor {MIDDLE} in .* is not what it was when the run began",
     cut_short: "model.safetensors was cut short while it was read",
-    deleted: "model.safetensors cannot be read any more",
+    shutil.rmtree: "model.safetensors cannot be read any more",
 }
 
 

@@ -112,11 +112,6 @@ def test_methods_lists_options_and_papers(run: Any) -> None:
     assert "options.damping" in run("methods", columns=0, exits=0)[1]
 
 
-def encoder(directory: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    save_tiny(BertForMaskedLM(BertConfig(vocab_size=300, **sizes)), tiny_tokenizer(), directory)
-
-
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that refuses; its tests have the others
     "model not found": (["prune", "{tmp}/nowhere"], ["nowhere", "not found"]),
     "an encoder": (["prune", "{tmp}/bert"], ["bert", "decoder"]),
@@ -158,7 +153,8 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
     if mistake.startswith("no tokenizer"):
         save_tiny(tiny_llama(), None, tmp_path / "bare")
     if mistake == "an encoder":
-        encoder(tmp_path / "bert")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        save_tiny(BertForMaskedLM(BertConfig(vocab_size=300, **sizes)), tiny_tokenizer(), tmp_path / "bert")
     elif mistake == "an encoder-decoder":
         T5Config().save_pretrained(tmp_path / "t5")
     if command[0] == "prune" and "--out" not in command:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 
@@ -29,13 +29,12 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.storage.small import tree
 
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
-PROTOCOL = Protocol("pydoc", 32, 256)
 
 
 def grid(llama: Path, out: Path, **changes: object) -> GridResult:
     cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     cells |= cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], patterns=["2:4"])
-    settings = {"cells": cells, "protocol": PROTOCOL, **changes}
+    settings = {"cells": cells, "protocol": Protocol("pydoc", 32, 256), **changes}
     return compare.compare(llama, out=out, **settings)  # type: ignore[arg-type]
 
 
@@ -86,15 +85,8 @@ def test_what_cells_share_is_computed_once(llama: Path, tmp_path: Path, monkeypa
 def test_a_stopped_grid_goes_on_and_takes_further_cells(
     llama: Path, finished: GridResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = api.pack, []
-
-    def stop(*args: object, **kwargs: object) -> object:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(api, "pack", stop)
+    pack = Mock(wraps=api.pack, side_effect=[DEFAULT, KeyboardInterrupt, *[DEFAULT] * 9])
+    monkeypatch.setattr(api, "pack", pack)
     first = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     with pytest.raises(KeyboardInterrupt):
         grid(llama, tmp_path / "out", cells=first)
@@ -102,7 +94,7 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
     again = grid(llama, tmp_path / "out")
     assert (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns == began, "it was pruned twice"
     assert [(c.name, c.perplexity, c.kl) for c in again.cells] == [(c.name, c.perplexity, c.kl) for c in finished.cells]
-    assert len(calls) == 2 + 2
+    assert pack.call_count == 2 + 2
 
 
 def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: GridResult) -> None:
@@ -328,15 +320,11 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
 
 
 def test_options_mean_what_they_mean_in_prune(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-
-    def stop(model: str, **settings: Any) -> None:
-        given.update(settings)
-        raise RecipeError("enough")
-
+    stop = Mock(side_effect=RecipeError("enough"))
     monkeypatch.setattr(compare, "compare", stop)
     words = "--sparsity 0.3 --samples 3 --seq-len 16 --text-seq-len 8 --memory 4GiB --device cpu --effort 1,2 --quiet"
     assert run("compare", "m", "--out", tmp_path, *words.split(), "--values", "int8")[2] == "error: enough\n"
+    given = stop.call_args.kwargs
     assert list(given["cells"]) == ["sparsellm-0.3-effort1-int8", "sparsellm-0.3-effort2-int8"]
     recipe = given["cells"]["sparsellm-0.3-effort2-int8"]
     assert (recipe.samples, recipe.seq_len, recipe.memory, recipe.device) == (3, 16, "4GiB", "cpu")

@@ -16,12 +16,11 @@ from tests.models import save_tiny, tiny_tokenizer
 from tests.models.families import mixtral
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("forgotten_plugins")
 SMALL = ("--samples", 4, "--seq-len", 32)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_says_when_to_take_it_and_prunes_so(recipe: Path, llama: Path, tmp_path: Path, run: Any) -> None:
     model = llama if recipe.stem != "experts" else save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "mixture")
     line = ("prune", model, "--out", tmp_path / "p", "--recipe", recipe, *SMALL)

@@ -26,7 +26,7 @@ from sparsellm.registry import Workspace
 from sparsellm.run import opening, predictions
 from sparsellm.run.predictions import Demand, Extent, device_budget, kept_share, plan_memory, steps_of
 from sparsellm.solvers import SOLVERS
-from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer, windows
+from tests.models import VOCABULARY, tiny_llama, windows
 from tests.models.families import gemma4_text
 
 CPU = torch.device("cpu")
@@ -48,8 +48,8 @@ def test_bad_sizes_are_refused_with_the_units(text: str | int) -> None:
 
 
 @pytest.fixture
-def chain(tmp_path: Path) -> Chain:
-    return open_chain(save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense"), device=CPU)
+def chain(llama: Path) -> Chain:
+    return open_chain(llama, device=CPU)
 
 
 def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: Chain) -> None:
@@ -69,12 +69,11 @@ def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: C
         plan(1 << 20)
 
 
-def test_text_of_a_model_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+def test_its_own_text_needs_a_model_in_memory(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "load_whole", None)  # must not be reached
     recipe = Recipe(method="wanda", calibration="self:0.5,pydoc:0.5", samples=2, seq_len=16, memory="1MB")
     with pytest.raises(MemoryBudgetError, match=r"its own text with all .* room for 0\.00 GB; name a text with --cal"):
-        sparsellm.prune(source, recipe, out=tmp_path / "pruned")
+        sparsellm.prune(llama, recipe, out=tmp_path / "pruned")
 
 
 def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:

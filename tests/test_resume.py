@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from pydantic import create_model
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Chain
 from sparsellm.errors import DataError, NumericalError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress
@@ -29,7 +29,7 @@ from sparsellm.storage.files import keep_record, kept_record
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep.sweep_task import Run
 from tests import killing
-from tests.killing import KILLED, Ended, full_disk, some
+from tests.killing import KILLED, Ended, full_disk, once_in_block, some
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.storage.small import tensors_of, tree
 from tests.sweep.helpers import same_bits
@@ -126,16 +126,9 @@ def test_a_model_that_writes_its_text_writes_the_same_again(source: Path, tmp_pa
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_saved_pass_is_not_swept_again_unless_damaged(
-    damaged: bool, source: Path, swept: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damaged: bool, source: Path, swept: Files, steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[int] = []
-    step, out = Run.step, tmp_path / "p"
-
-    def counted(self: Any, chosen: Any, rate: float, number: int) -> float:
-        steps.append(number)
-        return step(self, chosen, rate, number)
-
-    monkeypatch.setattr(Run, "step", counted)
+    out = tmp_path / "p"
     with monkeypatch.context() as patched:
         fail_after_passes(2, patched)
         with pytest.raises(NumericalError):
@@ -147,7 +140,7 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
     steps.clear()
     seen: list[Progress] = []
     sparsellm.prune(source, Recipe(**SWEEPING), out=out, progress=seen.append)
-    assert steps == list(range(1 if damaged else 2 * count + 1, 3 * count + 1))
+    assert [number for _, _, number, _ in steps] == list(range(1 if damaged else 2 * count + 1, 3 * count + 1))
     shown = [event.done / event.total for event in seen if event.phase == "sweep"]
     assert shown == sorted(shown)
     assert shown[-1] == 1
@@ -168,17 +161,8 @@ def test_without_room_a_sweep_begins_anew(source: Path, tmp_path: Path, monkeypa
 
 
 def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
-    """An error in place of a signal, when the model's own block ``index`` is read for the time ``after`` + 1."""
-    block, times = Chain.block, 0
-
-    def failing(self: Chain, at: int, *rest: Any) -> Any:
-        nonlocal times
-        times += at == index and all(argument is None for argument in rest)
-        if times > after:
-            raise NumericalError("the processor caught fire")
-        return block(self, at, *rest)
-
-    patched.setattr(Chain, "block", failing)
+    """An error in place of a signal."""
+    once_in_block(index, patched, Mock(side_effect=NumericalError("the processor caught fire")), after)
 
 
 def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
@@ -224,11 +208,8 @@ def test_a_model_in_memory_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_full_disk_for_the_files_of_a_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    model = tiny_opt()
-    monkeypatch.setattr(model.config, "save_pretrained", full)
+    model, full = tiny_opt(), OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(model.config, "save_pretrained", Mock(side_effect=full))
     with pytest.raises(StorageError, match=r"disk of .* is full"):
         sparsellm.prune(model, Recipe(method="magnitude"), calibration=torch.arange(96).view(4, 24), out=tmp_path / "p")
 

@@ -16,7 +16,7 @@ from sparsellm.allocation.allocator import divide
 from sparsellm.chain import open_chain
 from sparsellm.chain.matrices import refuse_silent_dense
 from sparsellm.errors import ModelError, RecipeError
-from tests.allocation.helpers import windows
+from tests.allocation.helpers import IDS
 from tests.killing import stop_after_one
 from tests.models import tiny_llama, tiny_opt, tiny_tokenizer
 from tests.test_matrices import Stacks, with_mixture
@@ -32,7 +32,7 @@ def test_linears_at_sparsity_0_keep_every_bit() -> None:
     """Also a writer of which no linear before it was pruned, and the biases."""
     model, of = tiny_opt(), {"*.fc1": 0, "*.fc2": 0, "*.q_proj": 0}
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sparsellm.prune(model, Recipe(sparsity=0.3, sparsity_of=of, effort=0), calibration=windows())
+    sparsellm.prune(model, Recipe(sparsity=0.3, sparsity_of=of, effort=0), calibration=IDS)
     after = model.state_dict()
     moved = {name.rpartition("layers.")[2][2:] for name, value in before.items() if not torch.equal(value, after[name])}
     others = {f"self_attn.{name}" for name in ("k_proj", "v_proj", "out_proj")}
@@ -42,7 +42,7 @@ def test_linears_at_sparsity_0_keep_every_bit() -> None:
 def test_only_what_is_named_is_pruned_the_rest_counts_as_dense() -> None:
     model = tiny_llama()
     recipe = Recipe(method="magnitude", sparsity=0.5, only=["*.mlp", "*.layers.1.*"], exclude=["*.up_proj"])
-    result = sparsellm.prune(model, recipe, calibration=windows())
+    result = sparsellm.prune(model, recipe, calibration=IDS)
     names = {linear.name for linear in result.linears}
     assert names == {
         *(f"model.layers.{index}.mlp.{name}_proj" for index in range(3) for name in ("gate", "down")),
@@ -67,12 +67,12 @@ def test_patterns_that_match_nothing_are_refused() -> None:
     }.items():
         recipe = {"method": "magnitude", "sparsity": 0.5, "only": ["*.mlp"], field: patterns}
         with pytest.raises(RecipeError, match="matches no matrix of the blocks; names are like") as refused:
-            sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+            sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
         assert str(refused.value).startswith(f"{field} {next(iter(patterns))!r} ")
     with pytest.raises(RecipeError, match=r"only \['x'\] with exclude \['y'\] leaves nothing to prune"):
-        sparsellm.prune(tiny_llama(), Recipe(sparsity=0.5, only=["x"], exclude=["y"]), calibration=windows())
+        sparsellm.prune(tiny_llama(), Recipe(sparsity=0.5, only=["x"], exclude=["y"]), calibration=IDS)
     with pytest.raises(RecipeError, match="pattern 2:4 fixes the sparsity of every linear"):
-        sparsellm.prune(tiny_llama(), {"sparsity_of": {"*.q": 0.1}, "pattern": "2:4"}, calibration=windows())
+        sparsellm.prune(tiny_llama(), {"sparsity_of": {"*.q": 0.1}, "pattern": "2:4"}, calibration=IDS)
 
 
 def test_unknown_stacks_are_refused_only_where_selected() -> None:
@@ -86,7 +86,7 @@ def test_unknown_stacks_are_refused_only_where_selected() -> None:
 def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> None:
     model = tiny_llama()
     recipe = Recipe(method="magnitude", sparsity=0.6, allocation=name, sparsity_of=OF, exclude=["*.k_proj"])
-    result = sparsellm.prune(model, recipe, calibration=windows())
+    result = sparsellm.prune(model, recipe, calibration=IDS)
     zeros = zeros_of(result)
     for linear in result.linears:
         assert int((model.get_submodule(linear.name).weight == 0).sum()) == linear.zeros
@@ -107,7 +107,7 @@ def test_an_allocation_that_misses_the_total_is_corrected() -> None:
         return Allocation({linear.name: int(0.9 * survey.sparsity * linear.weights) for linear in survey.linears})
 
     recipe = Recipe(method="magnitude", sparsity=0.6, allocation="rough", sparsity_of={"*.q_proj": 0.1})
-    result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
     assert result.zeros == round(0.6 * result.weights)
     assert result.allocation == {"name": "rough"}
 
@@ -116,11 +116,11 @@ def test_the_order_of_patterns_is_part_of_the_identity(llama: Path, tmp_path: Pa
     recipe = Recipe(method="magnitude", sparsity=0.6, sparsity_of=OF, only=["*.mlp", "*.v_proj"])
     stop = stop_after_one("prune")
     with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / "cut", progress=stop)
+        sparsellm.prune(llama, recipe, calibration=IDS, out=tmp_path / "cut", progress=stop)
     turned = recipe.updated(sparsity_of=dict(reversed(OF.items())))
     with pytest.raises(sparsellm.SparseLLMError, match="sparsity_of"):
-        sparsellm.prune(llama, turned, calibration=windows(), out=tmp_path / "cut")
-    resumed = sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / "cut")
+        sparsellm.prune(llama, turned, calibration=IDS, out=tmp_path / "cut")
+    resumed = sparsellm.prune(llama, recipe, calibration=IDS, out=tmp_path / "cut")
     assert resumed.zeros == round(0.6 * resumed.weights)
     assert Recipe.from_yaml(tmp_path / "cut" / "recipe.yaml").sparsity_of == OF
 

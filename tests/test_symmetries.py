@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -32,21 +33,10 @@ IDS = ids_of(6, 40, seed=3)
 
 
 @contextmanager
-def loaded(model: PreTrainedModel) -> Iterator[BlockTask]:
-    """The first block of a model, every linear of which gets 2:4."""
-    chain = open_chain(model, device=torch.device("cpu"))
-    with chain.block(0):
-        linears, stream = chain.linears(0), Feed(chain, IDS, 80).stream()
-        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
-        yield BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock())
-
-
-def permuted(
+def loaded(
     model: PreTrainedModel, pattern: Pattern = TWO_OF_FOUR, dense: tuple[str, ...] = (), index: int = 0
-) -> tuple[BlockTask, list[Channels], set[str]]:
-    """Rotates and permutes block ``index``, but for linears whose names end with one of ``dense``, of a model that must
-    compute the same afterwards. The last of the result are the names of the parameters that changed."""
-    before, logits = copy.deepcopy(model.state_dict()), model(IDS).logits
+) -> Iterator[BlockTask]:
+    """Block ``index`` of a model, with a pattern for all linears but those whose names end with one of ``dense``."""
     chain = open_chain(model, device=torch.device("cpu"))
     stream = Feed(chain, IDS, 80).stream()
     for earlier in range(index):
@@ -55,7 +45,14 @@ def permuted(
     with chain.block(index):
         linears = [linear for linear in chain.linears(index) if not linear.name.endswith(dense or ("?",))]
         patterns = dict.fromkeys([linear.name for linear in linears], pattern)
-        task = BlockTask(index, linears, patterns, stream, lambda step: None, PhaseClock())
+        yield BlockTask(index, linears, patterns, stream, lambda step: None, PhaseClock())
+
+
+def permuted(model: PreTrainedModel, **how: Any) -> tuple[BlockTask, list[Channels], set[str]]:
+    """Rotates and permutes the block that is :func:`loaded`; the model must compute the same afterwards. Last of the
+    result are the names of the parameters that changed."""
+    before, logits = copy.deepcopy(model.state_dict()), model(IDS).logits
+    with loaded(model, **how) as task:
         found = find_channels(task)
         rotate_block(task, found, None)
         permute_block(task, found, None)
@@ -151,12 +148,12 @@ def test_what_stays_dense_keeps_every_bit() -> None:
 
 
 def test_a_head_that_m_does_not_divide_is_left_alone() -> None:
-    _, found, _ = permuted(tiny_gpt2(), NM(8, 16))  # heads of 12, a unit of 112
+    _, found, _ = permuted(tiny_gpt2(), pattern=NM(8, 16))  # heads of 12, a unit of 112
     assert roles(found) == {"c_proj": ["c_fc"]}
 
 
 def test_only_n_of_m_is_permuted() -> None:
-    _, found, changed = permuted(tiny_llama(), Share(0.5))
+    _, found, changed = permuted(tiny_llama(), pattern=Share(0.5))
     assert not found
     assert not changed
 

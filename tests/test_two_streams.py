@@ -23,7 +23,7 @@ from sparsellm.run.choice import Choice
 from sparsellm.statistics import CrossAccumulator
 from sparsellm.sweep.sweep_task import SweepTask
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
-from tests.sweep.helpers import ids_of, tiny_mistral
+from tests.sweep.helpers import ids_of, same_bits, tiny_mistral
 from tests.test_chain import hooked
 
 IDS = ids_of(6)
@@ -31,16 +31,12 @@ BATCH = 48  # tokens: two windows
 EVERYTHING = {"passes": 2, "options": {"iterations": 1, "norm_weighting": 0, "output_metric": 1.0}}
 
 
-def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["default", "everything"])
 def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], settings: dict[str, Any]) -> None:
     model = family()
     recipe = Recipe(method="sparsellm", sparsity=0.0, **settings, batch_tokens=BATCH)
     result = sparsellm.prune(model, recipe, calibration=IDS)
-    assert same(model, family())
+    assert same_bits(model.state_dict(), family().state_dict())
     assert result.sweeps == []
 
 
@@ -59,20 +55,11 @@ def test_the_dense_stream_is_of_the_dense_model(family: Callable[..., Any], monk
     (task,) = tasks
     chain, dense = task.feed.chain, task.dense
     assert dense is not None
-    assert not same(chain.model, family())  # it is pruned by now
+    assert not same_bits(chain.model.state_dict(), family().state_dict())  # it is pruned by now
     found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(dense)])
     with torch.no_grad():
         wanted = family()(IDS, use_cache=False).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-# ---------------------------------------------------------------- targets
-
-
-def output_of(model: PreTrainedModel, name: str) -> Tensor:
-    """What a module of a plain model returns for all windows at once: ``(windows, seq, features)``."""
-    (output,) = hooked(model, [model.get_submodule(name)], IDS)
-    return output.view(*IDS.shape, -1)
 
 
 FAMILIES = {
@@ -114,13 +101,12 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
     sparsellm.prune(model, recipe, calibration=IDS)
     at = 2  # sublayers of block 0 come first
     for number, writer in enumerate(writers):
-        output = output_of(states[at + number], writer)
-        bias = states[at + number].get_submodule(writer).bias
-        wanted = output if bias is None else output - bias.detach()
+        plain = states[at + number]
+        linear = plain.get_submodule(writer)
+        (output,) = hooked(plain, [linear], IDS)
+        output = output.view(*IDS.shape, -1)  # (windows, seq, features)
+        wanted = output if linear.bias is None else output - linear.bias.detach()
         torch.testing.assert_close(torch.cat(targets[at + number]), wanted, rtol=1e-3, atol=1e-4)
-
-
-# ---------------------------------------------------------------- what is left out
 
 
 @pytest.mark.parametrize("left_in", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"])
@@ -135,7 +121,7 @@ def test_one_group_without_variables_is_the_local_solver(left_in: str) -> None:
         other, options = tiny_llama(), {"solver": "admm", "norm_weighting": 0, "output_metric": 0, **more}
         recipe = Recipe(method="sparsellm", effort=0, options=options, **settings)
         sparsellm.prune(other, recipe, calibration=IDS)
-        assert same(one, other)
+        assert same_bits(one.state_dict(), other.state_dict())
 
 
 def test_a_group_of_several_is_never_taken_for_a_writer() -> None:
@@ -145,7 +131,7 @@ def test_a_group_of_several_is_never_taken_for_a_writer() -> None:
     for model, options in ((fitted, {}), (plain, {"refit": False})):
         recipe = Recipe(method="sparsellm", effort=0, options={"norm_weighting": 0, **options}, **settings)
         sparsellm.prune(model, recipe, calibration=IDS)
-    assert same(fitted, plain)
+    assert same_bits(fitted.state_dict(), plain.state_dict())
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

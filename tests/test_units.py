@@ -6,19 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from sparsellm.chain import LinearView, open_chain
+from sparsellm.chain import open_chain
 from sparsellm.chain.streams import Feed
-from sparsellm.chain.units import KNOWN, Activation, FeedForwardUnit, find_feed_forward
+from sparsellm.chain.units import KNOWN, Activation, find_feed_forward
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt, windows
-
-
-def units_of(model: PreTrainedModel) -> list[FeedForwardUnit[LinearView]]:
-    chain = open_chain(model, device=torch.device("cpu"))
-    stream = Feed(chain, windows(1, 20, seed=1), 20).stream()
-    return find_feed_forward(chain.linears(0), lambda: stream.run_batch(0, 0))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +25,9 @@ def units_of(model: PreTrainedModel) -> list[FeedForwardUnit[LinearView]]:
     ],
 )
 def test_the_unit_and_its_activation_are_found(family: Any, changes: Any, names: Any, activation: str) -> None:
-    (unit,) = units_of(family(**changes))
+    chain = open_chain(family(**changes), device=torch.device("cpu"))
+    stream = Feed(chain, windows(1, 20, seed=1), 20).stream()
+    (unit,) = find_feed_forward(chain.linears(0), lambda: stream.run_batch(0, 0))
     found = tuple(x.name.rpartition(".")[2] if x is not None else None for x in (unit.up, unit.gate, unit.down))
     assert found == names
     assert unit.activation.name == activation

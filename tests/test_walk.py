@@ -26,6 +26,7 @@ from tests.report.pages import rewrite
 from tests.shares import Share, violations, zeros_of
 from tests.storage.small import tensors_of
 from tests.sweep.helpers import Family, ids_of
+from tests.test_chain import hooked
 
 IDS = ids_of(6, seed=3)
 
@@ -229,20 +230,13 @@ def test_biases_keep_the_mean_of_the_outputs(tiny: Family) -> None:
     sparsellm.prune(model, recipe, calibration=ids)
     of_the_first = [name for name in linears_of(dense) if ".0." in name]
     names = [name for name in of_the_first if re.search(r"[qkv]_proj|c_attn|out_proj|attn\.c_proj", name)]
-    means = []
-    for each in (dense, model):
-        seen: dict[str, list[Tensor]] = {name: [] for name in names}
-        modules = dict(each.named_modules())
-        for name in names:
-            modules[name].register_forward_hook(lambda m, args, out, name=name, seen=seen: seen[name].append(out[0]))
-        with torch.no_grad():
-            for row in ids:
-                each(row[None], use_cache=False)
-        means.append({name: torch.cat(parts).mean(dim=0) for name, parts in seen.items()})
+    before, after = ([each.get_submodule(name) for name in names] for each in (dense, model))
     assert names
-    for name in names:
-        torch.testing.assert_close(means[1][name], means[0][name], rtol=1e-3, atol=1e-5)
-        assert not torch.equal(dict(dense.named_modules())[name].bias, dict(model.named_modules())[name].bias)
+    outputs = hooked(dense, before, ids), hooked(model, after, ids)
+    for *both, one, other in zip(*outputs, before, after, strict=True):
+        wanted, found = (each.flatten(0, 1).mean(dim=0) for each in both)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(one.bias, other.bias)
 
 
 def test_a_model_object_stays_in_its_mode() -> None:
@@ -253,10 +247,9 @@ def test_a_model_object_stays_in_its_mode() -> None:
     assert model.model.layers[0].training
 
 
-def test_processes_that_compute_in_other_ways_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(tiny_llama(), None, tmp_path / "dense")
+def test_processes_of_different_ways_are_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gather = parallel.gather
     way = "torch.float32 on cpu"
     monkeypatch.setattr(parallel, "gather", lambda each: [*gather(each), *([f"{way}, in fp8"] if each == way else [])])
     with pytest.raises(RecipeError, match=r"different ways \(torch.float32 on cpu; .*fp8\); set device, dtype"):
-        sparsellm.prune(source, Recipe(method="wanda", products="float32"), out=tmp_path / "out", calibration=IDS)
+        sparsellm.prune(llama, Recipe(method="wanda", products="float32"), out=tmp_path / "out", calibration=IDS)

@@ -14,11 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from sparsellm.allocation import LinearSize, Survey
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.sweep.gradients import LossGradients, loss_gradients
-from tests.models import VOCABULARY
+from tests.models import windows
 
-
-def windows(samples: int = 6, seq: int = 20, seed: int = 3) -> Tensor:
-    return torch.randint(VOCABULARY, (samples, seq), generator=torch.Generator().manual_seed(seed))
+IDS = windows(6, 20)
 
 
 def sizes_of(chain: Chain) -> list[LinearSize]:
@@ -30,10 +28,9 @@ def sizes_of(chain: Chain) -> list[LinearSize]:
 
 
 def survey_of(
-    model: PreTrainedModel, sparsity: float, ids: Tensor | None = None, gradients: bool = False, **changes: Any
+    model: PreTrainedModel, sparsity: float, ids: Tensor = IDS, gradients: bool = False, **changes: Any
 ) -> Survey:
     """With batches of two windows, so that sums over batches are seen."""
-    ids = windows() if ids is None else ids
     chain = open_chain(model, device=torch.device("cpu"))
     feed = Feed(chain, ids, changes.pop("batch_tokens", 2 * ids.shape[1]), **changes)
     names = {size.name for size in sizes_of(chain)}

@@ -14,7 +14,7 @@ from sparsellm import Recipe
 from sparsellm.allocation.exact import round_to_groups
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import parse_pattern
-from tests.allocation.helpers import windows
+from tests.allocation.helpers import IDS
 from tests.models import tiny_gpt2, tiny_llama
 from tests.shares import violations
 
@@ -51,7 +51,7 @@ def test_the_total_is_nearest_and_the_choice_best(groups: list[int], sparsity: f
 def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsity: float) -> None:
     model = make()
     recipe = Recipe(pattern="auto:8", sparsity=sparsity, effort=0)
-    result = sparsellm.prune(model, recipe, calibration=windows())
+    result = sparsellm.prune(model, recipe, calibration=IDS)
     assert result.zeros == sparsity * result.weights
     assert result.allocation["name"] == "threshold"
     assert len({linear.pattern for linear in result.linears}) > 1
@@ -67,7 +67,7 @@ def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsit
 
 def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:
     recipe = Recipe(pattern="auto:8", sparsity=0.51, method="wanda")
-    result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
     unit = 2 * 16 * 32 // 8  # the smallest linear has 16 × 32 weights: half of the largest common divisor
     assert abs(result.zeros - 0.51 * result.weights) <= unit
     assert result.allocation["name"] == "threshold"  # although the method's own is uniform
@@ -91,7 +91,7 @@ def test_what_cannot_be_chosen_is_refused_at_the_door(fields: dict[str, Any], me
 
 def test_an_m_that_does_not_divide_is_refused_by_name() -> None:
     with pytest.raises(RecipeError, match=r"weight has 32 inputs, which 5 does not divide"):
-        sparsellm.prune(tiny_llama(), Recipe(pattern="auto:5", sparsity=0.5), calibration=windows())
+        sparsellm.prune(tiny_llama(), Recipe(pattern="auto:5", sparsity=0.5), calibration=IDS)
 
 
 def test_changes_of_a_recipe_keep_the_choice() -> None:
@@ -105,5 +105,5 @@ def test_changes_of_a_recipe_keep_the_choice() -> None:
 
 def test_an_allocation_without_a_span_is_the_plain_pattern() -> None:
     recipe = Recipe(**AUTO, method="wanda", allocation="threshold", allocation_options={"span": 0.0})
-    result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
     assert {linear.pattern for linear in result.linears} == {"4:8"}

@@ -18,15 +18,15 @@ from sparsellm.run.predictions import gradient_bytes
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import gradients, head
 from sparsellm.sweep.gradients import backward_sweep, loss_gradients
-from tests.allocation.helpers import Record, sizes_of, windows
-from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.allocation.helpers import IDS, Record, sizes_of
+from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer, windows
 from tests.models.families import mixtral
 from tests.sweep.helpers import CPU, Family
 
 
 def squares(chain: Chain, batch_tokens: int = 2048, names: list[str] | None = None) -> dict[str, Tensor]:
     chosen = names if names is not None else [linear.name for linear in sizes_of(chain)]
-    return loss_gradients(Feed(chain, windows(), batch_tokens), chosen).output_squares
+    return loss_gradients(Feed(chain, IDS, batch_tokens), chosen).output_squares
 
 
 def test_the_scored_positions_do_not_depend_on_batches() -> None:
@@ -60,9 +60,9 @@ def test_every_gradient_is_that_of_the_whole_model(
     model = family()
     chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m") if lazy else model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)]
-    record, seen = Record(model, windows(), names), Everything()
+    record, seen = Record(model, IDS, names), Everything()
     scratch = Scratch(4000, tmp_path) if lazy else Scratch()  # most of it on disk
-    loss = backward_sweep(Feed(chain, windows(), 45, scratch), seen.see, seen.done)
+    loss = backward_sweep(Feed(chain, IDS, 45, scratch), seen.see, seen.done)
     assert loss == pytest.approx(float(record.loss.detach()) / (6 * 19), rel=1e-5)
     assert [name for block in reversed(seen.blocks) for name in block] == names
     assert seen.gradient.keys() == set(names)
@@ -74,8 +74,8 @@ def test_every_gradient_is_that_of_the_whole_model(
 def test_gradients_of_a_share_of_the_positions_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
     chain, seen, complete = open_chain(tiny_llama(), device=CPU), Everything(), Everything()
-    loss = backward_sweep(Feed(chain, windows(), 45), seen.see, share=0.4)
-    assert abs(loss - backward_sweep(Feed(chain, windows(), 45), complete.see)) < 1  # an estimate of the same
+    loss = backward_sweep(Feed(chain, IDS, 45), seen.see, share=0.4)
+    assert abs(loss - backward_sweep(Feed(chain, IDS, 45), complete.see)) < 1  # an estimate of the same
     last, drawn = "model.layers.2.mlp.down_proj", []  # its gradient is that of the residual stream
     for some, all_of_it in zip(seen.gradient[last], complete.gradient[last], strict=True):
         scored = some.view(-1, 20, 32).abs().sum(dim=2) > 0
@@ -109,8 +109,8 @@ def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
             self.held -= size
 
     chain, scratch = open_chain(family(), device=CPU), Counting()
-    backward_sweep(Feed(chain, windows(), 45, scratch), Everything().see)
-    assert scratch.most == gradient_bytes(chain, windows().numel())
+    backward_sweep(Feed(chain, IDS, 45, scratch), Everything().see)
+    assert scratch.most == gradient_bytes(chain, IDS.numel())
     assert scratch.held == 0
 
 
@@ -121,7 +121,7 @@ def test_squares_of_named_linears_are_means_over_tokens(family: Family, dtype: t
     chain = open_chain(model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)][1::3]
     result = squares(chain, 40, names)
-    record = Record(model.float(), windows(), names)  # the same weights
+    record = Record(model.float(), IDS, names)  # the same weights
     assert result.keys() == set(names)
     for name in names:
         assert result[name].dtype == torch.float32
@@ -140,7 +140,7 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
 
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
-        backward_sweep(Feed(open_chain(model, device=CPU), windows(), 2048), Everything().see)
+        backward_sweep(Feed(open_chain(model, device=CPU), IDS, 2048), Everything().see)
     assert squares(open_chain(model, device=CPU))  # squares of outputs do not read inputs
 
 
@@ -159,7 +159,7 @@ def test_gradients_that_are_not_finite_are_named() -> None:
     recipe = Recipe(sparsity=0.5, effort=0)
     for asking in (recipe, recipe.updated(allocation="uniform")):
         with pytest.raises(NumericalError, match=r"gradients at model\.layers\.1\..* not finite; .* do without"):
-            prune(model, asking, calibration=windows())
+            prune(model, asking, calibration=IDS)
 
 
 def test_experts_that_no_token_was_routed_to_are_left_out() -> None:
@@ -189,7 +189,7 @@ def test_a_block_may_change_in_place_what_it_is_given() -> None:
     assert all(torch.equal(changed[name], copied[name]) for name in copied)
     one, other = changing(True), changing(False)
     for model in (one, other):
-        prune(model, Recipe(sparsity=0.5, passes=1), calibration=windows())
+        prune(model, Recipe(sparsity=0.5, passes=1), calibration=IDS)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -205,10 +205,10 @@ def test_a_block_without_a_gradient_is_named_if_one_is_needed() -> None:
     advice = r"model\.layers\.1 has no gradient .*; do without: take allocation uniform and, in sparsellm, effort 0 and"
     for asking in (recipe, recipe.updated(allocation="uniform"), recipe.updated(options={"output_metric": 0})):
         with pytest.raises(ModelError, match=advice):
-            prune(model, asking, calibration=windows())
+            prune(model, asking, calibration=IDS)
     asking = recipe.updated(allocation="uniform", effort=0, options={"output_metric": 0})
-    assert prune(model, asking, calibration=windows()).sparsity > 0.49
-    assert prune(model, Recipe(pattern="2:4", effort=0), calibration=windows()).sparsity > 0.49
+    assert prune(model, asking, calibration=IDS).sparsity > 0.49
+    assert prune(model, Recipe(pattern="2:4", effort=0), calibration=IDS).sparsity > 0.49
 
 
 def test_windows_without_a_next_token_are_refused() -> None:

@@ -15,8 +15,8 @@ from sparsellm.chain import open_chain
 from sparsellm.errors import RecipeError
 from sparsellm.run.choice import Choice
 from sparsellm.run.predictions import gradient_bytes
-from tests.allocation.helpers import windows
-from tests.models import tiny_llama, tiny_opt
+from tests.allocation.helpers import IDS
+from tests.models import tiny_llama, tiny_opt, windows
 
 SMALL = ("--samples", "4", "--seq-len", "24")
 
@@ -39,7 +39,7 @@ def test_a_fixed_pattern_takes_uniform_only() -> None:
 
 def test_a_method_has_an_allocation_of_its_own() -> None:
     def shares(recipe: Recipe) -> tuple[str | None, list[int]]:
-        result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+        result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
         assert result.recipe.allocation == recipe.allocation  # what was not chosen is still open to the next run
         assert Recipe.from_yaml(result.recipe.to_yaml()) == result.recipe
         return result.allocation.get("name"), [linear.zeros for linear in result.linears]
@@ -55,7 +55,7 @@ def test_a_method_has_an_allocation_of_its_own() -> None:
     assert shares(Recipe(sparsity=0.0))[0] is None
     recipe = Recipe(effort=0, allocation_options={"span": 0.0}, pattern="2:4")
     with pytest.raises(RecipeError, match="uniform has no option 'span'"):
-        sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+        sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
 
 
 def test_the_summary_says_how_far_shares_are_apart(llama: Path, tmp_path: Path, run: Any) -> None:
@@ -86,6 +86,6 @@ def test_room_for_gradients_is_planned(llama: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_prune_asks_nothing_of_the_model() -> None:
     model, untouched = tiny_opt(), tiny_opt()
-    result = sparsellm.prune(model, Recipe(method="wanda", sparsity=0.0, allocation="threshold"), calibration=windows())
+    result = sparsellm.prune(model, Recipe(method="wanda", sparsity=0.0, allocation="threshold"), calibration=IDS)
     assert result.zeros == 0
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))

@@ -15,7 +15,7 @@ from sparsellm.allocation.threshold import from_histograms
 from sparsellm.chain import Feed, open_chain
 from sparsellm.chain.products import Bf16Products
 from sparsellm.sweep.gradients import BINS, HIGHEST, LOWEST, loss_gradients
-from tests.allocation.helpers import Record, bare_survey, sizes_of, survey_of, survey_on, weight_of, windows
+from tests.allocation.helpers import IDS, Record, bare_survey, sizes_of, survey_of, survey_on, weight_of
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.sweep.helpers import Family
 
@@ -105,10 +105,10 @@ def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
         recipe = Recipe(method="magnitude", sparsity=0.6, allocation="threshold", allocation_options={"tokens": tokens})
         return {linear.name: linear.zeros for linear in prune(tiny_opt(), recipe, calibration=ids).linears}
 
-    some = chosen(5 * 20 + 19, windows(6))
-    assert some == chosen(120, windows(6)[:5])
-    assert some != chosen(120, windows(6))
-    assert chosen(1, windows(6)) == chosen(120, windows(6)[:4])
+    some = chosen(5 * 20 + 19, IDS)
+    assert some == chosen(120, IDS[:5])
+    assert some != chosen(120, IDS)
+    assert chosen(1, IDS) == chosen(120, IDS[:4])
 
 
 def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
@@ -156,7 +156,7 @@ def test_the_model_is_left_as_it_was(family: Family, dtype: torch.dtype) -> None
 def test_an_allocation_on_disk_is_that_in_memory(tmp_path: Path) -> None:
     model = tiny_llama()
     chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m"), device=torch.device("cpu"))
-    feed, sizes = Feed(chain, windows(), 40), sizes_of(chain)
+    feed, sizes = Feed(chain, IDS, 40), sizes_of(chain)
     lazy = survey_on(feed, sizes, 0.6, loss_gradients(feed, {size.name for size in sizes}, saliency=True))
     function = ALLOCATIONS["threshold"].function
     assert function(lazy) == function(survey_of(model, 0.6, gradients=True))

@@ -167,9 +167,6 @@ def test_models_of_different_tokenizers_are_not_compared(llama: Path, text: Path
         assert str(other) in said
 
 
-# ---------------------------------------------------------------------- results.json
-
-
 @pytest.fixture
 def pruned(llama: Path, text: Path, tmp_path: Path) -> Path:
     recipe = Recipe(method="magnitude", sparsity=0.5, calibration=str(text), samples=3, seq_len=16)
@@ -260,9 +257,6 @@ def test_a_measurement_that_cannot_be_kept_is_printed(pruned: Path, text: Path, 
     for said, (printed, noted) in {"is full": (stdout, stderr), "was replaced": run(*line, exits=0)[1:]}.items():
         assert (json.loads(printed)["results"], read_results(pruned).evaluations) == (None, [])
         assert re.search(f"note: the measurement is not kept in the checkpoint: .*{said}", noted)
-
-
-# ---------------------------------------------------------------------- tasks of lm-eval
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import StorageError
 from sparsellm.hub.card import base_of, card, is_unedited
-from tests.allocation.helpers import windows
+from tests.allocation.helpers import IDS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 EVALUATION: dict[str, Any] = {
@@ -43,7 +43,7 @@ def pruned(tmp_path: Path) -> Path:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "models--some--model" / "snapshots" / "0123")
     (source / "README.md").write_text("---\nlicense: llama3.2\nlicense_link: [x]\nlanguage: en\n---\n# A dense model\n")
     recipe = Recipe(method="magnitude", pattern="2:4", exclude=["*.k_proj"])
-    return sparsellm.prune(source, recipe, out=tmp_path / "half", calibration=windows()).path
+    return sparsellm.prune(source, recipe, out=tmp_path / "half", calibration=IDS).path
 
 
 def test_prune_writes_a_card_that_the_reader_of_the_hub_reads(pruned: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: py
 
 def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "my-model")
-    sparsellm.prune(source, Recipe(method="magnitude"), out=tmp_path / "half", calibration=windows())
+    sparsellm.prune(source, Recipe(method="magnitude"), out=tmp_path / "half", calibration=IDS)
     text = (tmp_path / "half" / "README.md").read_text()
     assert "# `my-model`, 50% sparse" in text
     assert "\n`my-model`, pruned after training by sparsellm" in text

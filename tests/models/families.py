@@ -15,7 +15,6 @@ LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "ma
 LLAMA |= {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 _OPT: dict[str, Any] = {"word_embed_proj_dim": 32, "ffn_dim": 80, "dropout": 0.0}
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS, "n_inner": 80}
-_NEOX: dict[str, Any] = {"tie_word_embeddings": False, "rotary_pct": 0.5}
 _GEMMA: dict[str, Any] = {"sliding_window": 16, "query_pre_attn_scalar": 8}
 _VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _VISION |= {"image_size": 28, "patch_size": 14}
@@ -43,7 +42,8 @@ _TEXT: dict[str, dict[str, Any]] = {
     "OPT": _OPT,
     "GPT2": _GPT2,
     "GPTJ": {**_GPT2, "rotary_dim": 4},
-    "GPTNeoX": _NEOX,
+    "GPTNeoX": {"tie_word_embeddings": False, "rotary_pct": 0.5},
+    "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS},
     "Bloom": {"n_layer": LAYERS, "n_head": 4},
     "Falcon": {"multi_query": True, "parallel_attn": True},
     "SmolLM3": {"no_rope_layers": [1, 0]},
@@ -93,11 +93,6 @@ def git() -> PreTrainedModel:
     """A config that is the text's own, with that of a vision tower inside."""
     settings = {"vision_config": {**_VISION, "projection_dim": 16}, "hidden_dropout_prob": 0.0}
     return _model("GitConfig", "GitForCausalLM", {**LLAMA, **settings})
-
-
-def mpt() -> PreTrainedModel:
-    settings = {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS}
-    return _model("MptConfig", "MptForCausalLM", settings)
 
 
 def opt_350m() -> PreTrainedModel:
@@ -155,7 +150,8 @@ def family(name: str, **given: Any) -> PreTrainedModel:
     if name in _SPECIAL:
         return _SPECIAL[name](**given)
     changes = {**({**_MANY, **_MIXTURES[name]} if name in _MIXTURES else _TEXT[name]), **given}
-    settings = {"vocab_size": VOCABULARY, **changes} if "n_embd" in changes else {**LLAMA, **changes}
+    own_names = {"n_embd", "d_model"} & changes.keys()  # for sizes
+    settings = {"vocab_size": VOCABULARY, **changes} if own_names else {**LLAMA, **changes}
     if name == "Falcon":
         del settings["head_dim"]  # which it computes
     causal = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM"}.get(name, f"{name}ForCausalLM")
@@ -163,7 +159,7 @@ def family(name: str, **given: Any) -> PreTrainedModel:
 
 
 _SPECIAL = {"Llama 3": llama3, "Gemma3Text": gemma3_text, "Gemma3": gemma3, "Gemma4Text": gemma4_text}
-_SPECIAL |= {"Qwen3_5": qwen3_5, "Mpt": mpt, "OPT 350M": opt_350m, "Dbrx": dbrx}
+_SPECIAL |= {"Qwen3_5": qwen3_5, "OPT 350M": opt_350m, "Dbrx": dbrx}
 FAMILIES = [*_TEXT, *_SPECIAL, *_MIXTURES]
 MIXTURES = [*_MIXTURES, "Dbrx"]
 

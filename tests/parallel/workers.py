@@ -38,7 +38,6 @@ from tests.test_resume import fail_after_passes
 
 WINDOWS = 7  # three processes do not divide it
 two_blocks = partial(tiny_llama, num_hidden_layers=2)
-two_mixtures = partial(mixtral, num_hidden_layers=2)
 SWEEP: dict[str, Any] = {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda", "output_metric": 0.0}}
 # name → family and recipe: every solver, N:M, an allocation by gradients, and the method with a median,
 # refits, and Adam on the whole model next to the dense stream
@@ -52,8 +51,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "allocated": (two_blocks, {"method": "wanda", "allocation": "threshold"}),
     "sparsellm": (two_blocks, {"method": "sparsellm", "passes": 0}),
     "sparsellm 2:4": (two_blocks, {"method": "sparsellm", "pattern": "2:4", "passes": 0}),
-    "experts": (two_mixtures, {"method": "sparsellm", "passes": 0}),
-    "experts int4": (two_mixtures, {"method": "sparsegpt", "values": "int4"}),
+    "experts": (mixtral, {"method": "sparsellm", "passes": 0}),
+    "experts int4": (mixtral, {"method": "sparsegpt", "values": "int4"}),
     # one step takes all windows, however many processes divide them
     "swept": (two_blocks, {**SWEEP, "allocation": "uniform", "batch_tokens": 1024}),
 }

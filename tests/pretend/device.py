@@ -292,7 +292,7 @@ def cuda() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launched))
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, _always(answer)))
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         for name in ("Stream", "Event", "device", "device_of", "stream"):
             stack.enter_context(mock.patch.object(torch.cuda, name, mock.MagicMock()))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
@@ -302,7 +302,3 @@ def cuda() -> Iterator[None]:
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(_Factories())
         yield
-
-
-def _always(answer: Any) -> Callable[..., Any]:
-    return lambda *_, **__: answer

@@ -70,10 +70,9 @@ def test_a_directory_called_dense_is_not_the_dense_model(runs: Path, tmp_path: P
     assert stars == {"dense": True, "dense (2)": False, "a&lt;br&gt;b": False}  # Plotly's markup is text
 
 
-def test_scales_and_numbers_are_readable(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "half", tmp_path / "half")
-    (tmp_path / "half" / "results.json").write_text(json.dumps(results(900.0)))
-    page = page_of(write_comparison([tmp_path / "half", runs / "nm"], tmp_path / "c.html"))
+def test_scales_and_numbers_are_readable(runs: Path, copied: Path, tmp_path: Path) -> None:
+    (copied / "results.json").write_text(json.dumps(results(900.0)))
+    page = page_of(write_comparison([copied, runs / "nm"], tmp_path / "c.html"))
     assert page.rows("Quality against sparsity")[2] == ["half", "50.0%", "900"]
     figures = page.figures()
     assert figures["quality-size"]["layout"]["yaxis"]["type"] == "log"
@@ -81,14 +80,12 @@ def test_scales_and_numbers_are_readable(runs: Path, tmp_path: Path) -> None:
     assert len(figures["depth-error"]["data"]) == 2
 
 
-def test_quality_is_compared_by_one_protocol(runs: Path, tmp_path: Path) -> None:
-    for name in ("half", "nm"):
-        shutil.copytree(runs / name, tmp_path / name)
+def test_quality_is_compared_by_one_protocol(runs: Path, copied: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "nm", tmp_path / "third")
     content = results(31.4)
     content["evaluations"][0]["protocol"]["window"] = 128
-    (tmp_path / "half" / "results.json").write_text(json.dumps(content))
-    page = page_of(write_comparison([tmp_path / "half", tmp_path / "nm", tmp_path / "third"], tmp_path / "c.html"))
+    (copied / "results.json").write_text(json.dumps(content))
+    page = page_of(write_comparison([copied, runs / "nm", tmp_path / "third"], tmp_path / "c.html"))
     assert [row[3] for row in page.rows(SUMMARY)[2:]] == ["not measured", "41.2", "41.2"]
     assert "window 64" in page.one("header").text
     assert len(page.figures()["quality-size"]["data"]) == 3
@@ -111,21 +108,18 @@ def test_a_packed_run_next_to_its_dense_form(runs: Path, tmp_path: Path) -> None
     assert [row[0] for row in page.rows(SUMMARY)[2:]] == ["half", "half (2)"]
 
 
-def test_speeds_of_another_machine_do_not_stand_side_by_side(runs: Path, tmp_path: Path) -> None:
-    results = json.loads((runs / "half" / "results.json").read_text())
-    other = tmp_path / "other"
-    shutil.copytree(runs / "half", other)
-    rewrite(other / "results.json", benchmarks=[{**each, "machine": "a server"} for each in results["benchmarks"]])
-    head, _, first, second = page_of(write_comparison([runs / "half", other], tmp_path / "c.html")).rows(SUMMARY)
+def test_speeds_of_another_machine_do_not_stand_side_by_side(runs: Path, copied: Path, tmp_path: Path) -> None:
+    results = json.loads((copied / "results.json").read_text())
+    rewrite(copied / "results.json", benchmarks=[{**each, "machine": "a server"} for each in results["benchmarks"]])
+    head, _, first, second = page_of(write_comparison([runs / "half", copied], tmp_path / "c.html")).rows(SUMMARY)
     column = head.index("tokens/s")
     assert (first[column], second[column]) == ("33", "another machine or batch")
 
 
-def test_runs_of_another_base_model_are_refused(runs: Path, tmp_path: Path, refusal: Any) -> None:
-    shutil.copytree(runs / "half", tmp_path / "half")  # has the same shapes, but other weights
-    base = json.loads((tmp_path / "half" / "pruning.json").read_text())["base"]
-    rewrite(tmp_path / "half" / "pruning.json", base={**base, "digest": "0" * 16})
-    for other in (runs / "opt", tmp_path / "half"):
+def test_runs_of_another_base_model_are_refused(runs: Path, copied: Path, tmp_path: Path, refusal: Any) -> None:
+    base = json.loads((copied / "pruning.json").read_text())["base"]
+    rewrite(copied / "pruning.json", base={**base, "digest": "0" * 16})  # the same shapes, but other weights
+    for other in (runs / "opt", copied):
         said = refusal("report", runs / "nm", other, "--out", tmp_path / "c.html")
         assert "another base model; compare runs of one model" in said
     assert not (tmp_path / "c.html").exists()

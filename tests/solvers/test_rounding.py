@@ -48,13 +48,6 @@ def descent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ()))
 
 
-def scales_of_anchors(weight: Tensor, groups: Groups) -> Tensor:
-    """The scale of each value of a weight on its grid ``(out, in)``, by the largest magnitude of its group."""
-    grouped = groups.collect(weight)
-    extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
-    return groups.spread((extreme / groups.levels.lowest).expand(-1, groups.size))
-
-
 def repacked(weight: Tensor, values: str, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
     """What packing gives back, which is the nearest one if the weight was not rounded first."""
     packed = pack(weight.to(dtype), values, exponents=exponents)
@@ -276,7 +269,9 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsi
     assert bool(result.weight.isfinite().all())
     powers = torch.ones(96) if result.exponents is None else torch.exp2(result.exponents.float())
     groups = Groups.of(result.weight, values)
-    scales = scales_of_anchors(result.weight / powers, groups) * powers
+    grouped = groups.collect(result.weight / powers)
+    extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))  # the anchor of each group
+    scales = groups.spread((extreme / groups.levels.lowest).expand(-1, groups.size)) * powers
     numbers = torch.tensor([number for number in groups.levels.numbers if number or groups.dense]).float()
     least = (weight[..., None] - scales[..., None] * numbers).abs().amin(dim=2)
     free = (result.weight != 0) & (result.weight.abs() < -groups.levels.lowest * scales.abs() * 0.999)  # no anchors

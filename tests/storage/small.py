@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,12 @@ def value_there(place: Path) -> float | None:
 
 
 def tree(directory: Path) -> dict[str, bytes | str | None]:
-    """Every path below a directory: its bytes, where it links to, or None for a folder."""
+    """Every path below a directory: its bytes, where it links to, None for a folder, or another kind of file."""
 
     def content(path: Path) -> bytes | str | None:
-        return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        if path.is_symlink():
+            return os.readlink(path)
+        return path.read_bytes() if path.is_file() else None if path.is_dir() else stat.filemode(path.stat().st_mode)
 
     return {str(path.relative_to(directory)): content(path) for path in directory.rglob("*")}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 
 from sparsellm.errors import StorageError
 from sparsellm.machine import pinned
-from sparsellm.storage import scratch as module
 from sparsellm.storage.scratch import Scratch, TensorStore, _Pinned, _Slot, powers
 from sparsepack.errors import Note
+from tests.killing import full_disk
 
 CPU = torch.device("cpu")
 BATCH = 4 * 6  # bytes of a batch below
@@ -98,13 +97,9 @@ def test_an_item_is_no_alias_and_keeps_nothing_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # files have no name: nothing to remove, however the process ends
 
 
-def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(module, "write_all", full)
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
     store: TensorStore = Scratch(0, tmp_path).store()
-    with pytest.raises(StorageError, match="full; make room"):
+    with full_disk(1), pytest.raises(StorageError, match="full; make room"):
         store.append(batch(1))
 
 

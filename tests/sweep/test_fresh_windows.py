@@ -79,12 +79,11 @@ def test_each_pass_takes_new_windows_while_the_text_lasts(
         torch.testing.assert_close(hidden, torch.cat(list(dense_end(dense, windows, 32))), rtol=1e-4, atol=1e-5)
 
 
-def test_sets_come_again_in_turn_when_the_text_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+def test_sets_come_again_when_the_text_is_used_up(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = len(ids_in(text(tmp_path / "text.txt", 5)))
     assert tokens // SEQ_LEN == 6, "the windows of the statistics, and up to two between them"
     seen = runs_of(monkeypatch)
-    sparsellm.prune(source, {**RECIPE, "calibration": str(tmp_path / "text.txt")}, out=tmp_path / "out")
+    sparsellm.prune(llama, {**RECIPE, "calibration": str(tmp_path / "text.txt")}, out=tmp_path / "out")
     first, second, third, fourth = (windows for windows, _ in seen)
     assert torch.equal(first, third)
     assert torch.equal(second, fourth)
@@ -92,10 +91,9 @@ def test_sets_come_again_in_turn_when_the_text_is_used_up(tmp_path: Path, monkey
     assert not {*map(tuple, first.tolist())} & {*map(tuple, second.tolist())}
 
 
-def test_given_ids_and_models_in_memory_have_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_and_models_in_memory_have_no_others(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = runs_of(monkeypatch)
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    sparsellm.prune(source, RECIPE, calibration=ids_of(SAMPLES, SEQ_LEN), out=tmp_path / "out")
+    sparsellm.prune(llama, RECIPE, calibration=ids_of(SAMPLES, SEQ_LEN), out=tmp_path / "out")
     written = str(text(tmp_path / "text.txt", 400))
     sparsellm.prune(tiny_llama(), {**RECIPE, "calibration": written}, tokenizer=tiny_tokenizer())
     assert len(seen) == 8
@@ -129,15 +127,14 @@ def test_windows_of_a_sweep_are_cut_to_its_steps() -> None:
     assert [whole_model.cut_to(2048, ranks) for ranks in (1, 2, 4, 8)] == [512, 256, 128, 128]
 
 
-def test_a_model_that_is_read_from_disk_writes_its_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_disk_writes_its_text_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it wrote is kept, so that a run that is resumed does not wait for it again."""
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
-    source, written = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense"), list[Tensor]()
-    write, drawn = reading.self_generated_windows, runs_of(monkeypatch)
+    write, drawn, written = reading.self_generated_windows, runs_of(monkeypatch), list[Tensor]()
     monkeypatch.setattr(reading, "self_generated_windows", lambda *given: written.append(write(*given)) or written[-1])
     for number, seed in enumerate((0, 0, 1)):
         recipe = {**RECIPE, "calibration": "self", "seed": seed, "passes": 1}
-        sparsellm.prune(source, recipe, out=tmp_path / str(number))
+        sparsellm.prune(llama, recipe, out=tmp_path / str(number))
     assert len(written) == 2
     first, second, third = (windows for windows, _ in drawn)
     assert torch.equal(first, second)

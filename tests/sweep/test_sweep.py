@@ -24,7 +24,7 @@ from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import head, streamed
 from sparsellm.sweep import whole_model as module
 from sparsellm.sweep.saved import SWEEP, SavedSweep
-from sparsellm.sweep.sweep_task import Run, SweepTask
+from sparsellm.sweep.sweep_task import SweepTask
 from sparsellm.sweep.training import adam_step, held_out_of
 from sparsellm.sweep.whole_model import sweep
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
@@ -286,42 +286,25 @@ def test_a_linear_that_is_left_out_keeps_the_zeros_it_had() -> None:
     assert not torch.equal(after, before)
 
 
-class Steps:
-    """What a sweep asks of its steps: the loss before each, its rate and its number."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: list[tuple[float, float, int]] = []
-        step = Run.step
-
-        def noted(run: Any, chosen: Any, rate: float, number: int) -> float:
-            loss = step(run, chosen, rate, number)
-            self.seen.append((loss, rate, number))
-            return loss
-
-        monkeypatch.setattr(Run, "step", noted)
-
-
-def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = Steps(monkeypatch)
+def test_the_rate_follows_the_square_of_the_distance(steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CAREFUL", 0.0)  # nothing is tried out
     for mangle in (lambda model: model, lambda model: model.lm_head.weight.data.mul_(30)):
         model, dense = halved(tiny_llama()), tiny_llama()
         mangle(model)
         mangle(dense)
-        steps.seen.clear()
+        steps.clear()
         history = in_memory(model, dense, ids_of(4), 1, None)
-        assert steps.seen[0][1] == pytest.approx(module.RATE * min(1, (history[0].held_out / module.FAR) ** 2))
-        assert history[0].rate == steps.seen[0][1]
+        assert steps[0][1] == pytest.approx(module.RATE * min(1, (history[0].held_out / module.FAR) ** 2))
+        assert history[0].rate == steps[0][1]
     assert history[0].held_out > module.FAR  # and before it was less: both sides of the bend were seen
 
 
-def test_a_small_distance_tries_rates_and_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_distance_tries_rates_and_takes_the_best(steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEP_TOKENS", 24)
     dense, ids = tiny_llama(), ids_of(12)
-    steps = Steps(monkeypatch)
     history = in_memory(halved(tiny_llama()), dense, ids, 1, None)
     assert history[0].held_out < module.CAREFUL
-    tried = [rate for _, rate, number in steps.seen if number == 1][:-1]  # the last is the pass itself
+    tried = [rate for _, rate, number, _ in steps if number == 1][:-1]  # the last is the pass itself
     assert tried[0] == module.LOWEST_PROBED
     assert all(later == pytest.approx(module.FASTER * rate) for rate, later in itertools.pairwise(tried))
     assert tried[-1] <= module.PROBED
@@ -339,16 +322,15 @@ def test_the_rate_rises_over_ten_steps_also_when_moments_begin_anew() -> None:
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_harm_is_undone_and_the_next_pass_slower(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harm_is_undone_and_the_next_pass_slower(where: str, tmp_path: Path, steps: Any) -> None:
     """One window is all there is: the loss before the first step of each pass is that of where it begins."""
-    steps = Steps(monkeypatch)
     ids, dense = ids_of(1), tiny_llama()
     model = halved(tiny_llama())
     chain = open_chain(model if where == "memory" else save_tiny(model, None, tmp_path / "halved"), device=CPU)
     history, _ = swept(chain, dense, ids, 8, 1.0)
     harmful = module.harmful_passes(history)
     assert 1 in harmful
-    losses, rates, numbers = zip(*steps.seen, strict=True)
+    losses, rates, numbers, _ = zip(*steps, strict=True)
     least, cuts = losses[0], 0
     for number, record in enumerate(history[1:-1], start=1):
         cuts += record.passes in harmful
