@@ -99,14 +99,17 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._tensors is not None
         linears: dict[str, object] = {}
+        prefix = f"{model.base_model_prefix}."
         for name, entry in self._entries.items():
-            module = _find(model, self._modules[name])
+            module = _find(model, own := self._modules[name])
             assert isinstance(module, PackedLinear)
             if module.weight.is_meta:
                 raise FormatError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._tensors.packed(name), name)
-            # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3.
-            linears[name] = entry.of(module.packed, entry.torch_dtype, transposed=entry.transposed).to_dict()
+            # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3. It gives modules the
+            # names of the checkpoint again, but leaves the prefix of the base model as it is.
+            written = own if own.removeprefix(prefix) == name.removeprefix(prefix) else name
+            linears[written] = entry.of(module.packed, entry.torch_dtype, transposed=entry.transposed).to_dict()
         model.num_parameters = partial(_num_parameters, model)  # pickle would look a method up by its name
         self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION
