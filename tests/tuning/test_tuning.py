@@ -113,6 +113,13 @@ def test_a_trained_adapter_merges_without_a_change_of_logits_or_zeros(pruned: Pr
     assert_zeros_kept(before, merged)
 
 
+def test_the_callback_does_not_hold_an_adapter_at_its_zeros(tmp_path: Path) -> None:
+    model = prune_tiny(tiny_llama())
+    for adapted in (adapter_on(copy.deepcopy(model)), peft.get_peft_model(model, peft.LoraConfig(r=4))):
+        with pytest.raises(ModelError, match=r"has an adapter, whose zeros would be kept too; .*add_adapter"):
+            trained(adapted, tmp_path, KeepZeros())
+
+
 def test_the_update_is_the_masked_product() -> None:
     layer = adapter_on(prune_tiny(tiny_llama())).base_model.model.model.layers[0].mlp.up_proj
     layer.lora_B["default"].weight.data.normal_()
