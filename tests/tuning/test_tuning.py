@@ -173,8 +173,11 @@ def test_what_peft_adapts_without_the_mask_is_refused() -> None:
     assert not [name for name, each in model.named_parameters() if "lora" in name or not each.requires_grad]
     with pytest.raises(RecipeError, match=r"modules_to_save has \S+down_proj, whose zeros would be trained"):
         adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["down_proj"])
-    with pytest.raises(RecipeError, match="whose zeros would be trained"):
-        adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["mlp"])
-    adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for target, whole in (("q_proj", "mlp"), ("lm_head", "model")):
+        with pytest.raises(RecipeError, match="whose zeros would be trained"):
+            adapter_on(prune_tiny(tiny_llama()), target_modules=[target], modules_to_save=[whole])
+    model = prune_tiny(tiny_llama())
+    model.lm_head.weight.data[5] = 0.0  # the row of a token that pads the vocabulary
+    adapter_on(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(RecipeError, match=r"peft refuses to adapt this model: .*Mamba"):
         adapter_on(family("Mamba2"))
