@@ -75,6 +75,17 @@ def test_other_optimisers(tmp_path: Path) -> None:
     assert_zeros_kept(before, model)
 
 
+def test_a_packed_model_that_was_made_dense_is_trained_whole(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    source = save_tiny(pruned, None, tmp_path / "dense")
+    model: Any = sparsellm.load(sparsellm.pack(source, out=tmp_path / "packed", head="int8").path)
+    model.dequantize()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    sparse = sparse_weights(model)
+    trained(model, tmp_path / "run", KeepZeros())
+    assert not [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert_zeros_kept(sparse, model)
+
+
 def test_pruned_weights_do_not_count_in_the_norm_of_the_gradient() -> None:
     model = prune_tiny(tiny_llama()).train()
     with ZeroKeeper(model) as keeper:
