@@ -111,12 +111,15 @@ class PackedQuantizer(HfQuantizer):
             written = own if own.removeprefix(prefix) == name.removeprefix(prefix) else name
             linears[written] = entry.of(module.packed, entry.torch_dtype, transposed=entry.transposed).to_dict()
         model.num_parameters = partial(_num_parameters, model)  # pickle would look a method up by its name
+        if isinstance(model.get_input_embeddings(), PackedEmbedding):
+            model.resize_token_embeddings = _refuse_resize
         self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        vars(model).pop("resize_token_embeddings", None)
         return to_dense(model)
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
@@ -153,6 +156,12 @@ def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings
         if isinstance(module, PackedLinear) and not shared and not (embedding and exclude_embeddings):
             count += module.out_features * module.in_features
     return count
+
+
+def _refuse_resize(*_: Any, **__: Any) -> Any:
+    raise FormatError(
+        "the embedding is packed, and cannot be resized; unpack the model (sparsellm unpack), resize, pack again"
+    )
 
 
 def _share_embedding(model: Any) -> None:
