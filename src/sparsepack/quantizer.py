@@ -118,6 +118,10 @@ class PackedQuantizer(HfQuantizer):
         self.quantization_config.linears = linears
         return model
 
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        # Here, since transformers passes the dtype of the config on if none is given.
+        return super().dequantize(model if dtype is None else model.to(dtype))
+
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         vars(model).pop("resize_token_embeddings", None)
         return to_dense(model)
