@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsepack.arguments import SHORT_DTYPES, checked
-from sparsepack.checkpoint import adapter_in
+from sparsepack.checkpoint import adapter_in, opened_weights
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
 from sparsepack.files import read_object, unfit_size, weight_files
@@ -103,11 +102,8 @@ def _check_sizes(path: Path) -> None:
     """Refuses a config for which transformers would build modules for hours, before it does."""
     config, shapes = read_object(path / "config.json"), dict[str, tuple[int, ...]]()
     for file in weight_files(path)[0]:
-        try:
-            with safe_open(file, framework="np") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None
+        with opened_weights(file, "np") as opened:
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     text = config.get("text_config")
     if (unfit := unfit_size(config | (text if isinstance(text, dict) else {}), shapes)) is not None:
         raise FormatError(f"{path / 'config.json'} {unfit}; copy the checkpoint again")
