@@ -154,6 +154,14 @@ def test_a_damaged_file_is_named_in_a_line(file: str, case: str, copy: Path, tmp
     refused(copy, tmp_path / "p", kind, said)
 
 
+def test_generate_says_what_an_index_lacks(copy: Path) -> None:
+    index(dict.fromkeys(load_file(copy / WEIGHTS), "one.safetensors"))(copy)
+    with pytest.raises(FormatError, match=r"index\.json has no metadata, .* add"):
+        sparsepack.load(copy)
+    rewrite(copy / INDEX, metadata={})
+    assert sparsepack.load(copy)(IDS).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("layers", [100_000, 4])
 def test_generate_builds_no_layers_without_weights(layers: int, copy: Path) -> None:
     config(num_hidden_layers=layers)(copy)

@@ -13,7 +13,7 @@ from sparsepack.arguments import SHORT_DTYPES, checked
 from sparsepack.checkpoint import adapter_in, opened_weights
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
-from sparsepack.files import read_object, unfit_size, weight_files
+from sparsepack.files import INDEX, read_object, unfit_size, weight_files
 from sparsepack.module import PackedLinear, activations_of, gather
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -94,7 +94,8 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
     read_object(path / "config.json")
     if (path / "generation_config.json").exists():
         read_object(path / "generation_config.json")  # transformers takes defaults for a damaged one
-    weight_files(path)
+    if weight_files(path)[1] and not isinstance(read_object(path / INDEX).get("metadata"), dict):
+        raise FormatError(f'{path / INDEX} has no metadata, which transformers needs; add "metadata": {{}} to it')
     return path
 
 
