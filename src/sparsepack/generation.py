@@ -190,12 +190,13 @@ def continuation(
         return torch.full((len(ids),), text.over is not None, device=ids.device)
 
     ids = ids.to(model.device)
+    ends = {*last} if isinstance(last := settings.eos_token_id, list) else {last}
     choices = _processors(settings, torch.Generator(ids.device).manual_seed(sampling.seed))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with threads_set(threads):
         start, count = time.perf_counter(), torch.get_num_threads()
         if (decoder := _decoder(model, length + sampling.max_new_tokens)) is not None:
-            _decode(decoder, ids, choices, _ends(settings), sampling.max_new_tokens, text)
+            _decode(decoder, ids, choices, ends, sampling.max_new_tokens, text)
         else:  # greedily among what is chosen: its own sampling takes torch's random state, which all threads share
             greedy = GenerationConfig(do_sample=False, eos_token_id=settings.eos_token_id)
             with_config(model, greedy).generate(  # type: ignore[operator]
@@ -207,9 +208,9 @@ def continuation(
                 stopping_criteria=StoppingCriteriaList([ended]),
                 logits_processor=choices,
             )
-    first, last = text.times[0], text.times[-1]
-    finish = text.over or ("stop" if text.ids[-1] in _ends(settings) else "length")
-    return Generation(text.text, length, len(text.ids), first - start, last - first, count, finish)
+    first, latest = text.times[0], text.times[-1]
+    finish = text.over or ("stop" if text.ids[-1] in ends else "length")
+    return Generation(text.text, length, len(text.ids), first - start, latest - first, count, finish)
 
 
 def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
@@ -237,10 +238,6 @@ def _decode(
         if left:
             logits = decoder.step(int(token), ids.shape[1] - 1)
     text.end()
-
-
-def _ends(settings: GenerationConfig) -> set[int | None]:
-    return {*last} if isinstance(last := settings.eos_token_id, list) else {last}
 
 
 class _Numbers(LogitsProcessor):

@@ -171,9 +171,8 @@ def _refuse_resize(*_: Any, **__: Any) -> Any:
 def _share_embedding(model: Any) -> None:
     """Gives a head that is tied to a packed embedding its own module for the same tensors."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
-        if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-            return
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
         packed = PackedLinear(embedding.embedding_dim, embedding.num_embeddings, head.bias is not None)
         packed.weight, packed.bias = embedding.weight, head.bias
         packed._buffers = embedding._buffers  # one dict for both, so that a move or a load changes both
