@@ -58,6 +58,19 @@ def test_a_head_of_its_own_under_a_config_that_ties_it(copy: Path, tmp_path: Pat
     assert sparsellm.evaluate(copy, IDS).value > 1
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_in_memory_is_saved_with_the_head_that_it_has(tied: bool, tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=not tied)
+    weight = model.model.embed_tokens.weight
+    model.lm_head.weight = weight if tied else torch.nn.Parameter(weight.detach().flip(0))
+    recipe = Recipe(method="magnitude", samples=2, seq_len=24)
+    out = sparsellm.prune(model, recipe, out=tmp_path / "p", calibration=IDS).path
+    packed = sparsellm.pack(out, out=tmp_path / "packed").path
+    for place in (out, packed):
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(place)(IDS).logits, model(IDS).logits, atol=1e-4)
+    assert model.config.tie_word_embeddings is not tied
+
+
 def config(**changes: Any) -> Break:
     return lambda directory: rewrite(directory / "config.json", **changes) and None
 
@@ -138,6 +151,14 @@ def test_a_damaged_file_is_named_in_a_line(file: str, case: str, copy: Path, tmp
     damage, said = cases[case]
     damage(copy)
     refused(copy, tmp_path / "p", kind, said)
+
+
+def test_generate_says_what_an_index_lacks(copy: Path) -> None:
+    index(dict.fromkeys(load_file(copy / WEIGHTS), "one.safetensors"))(copy)
+    with pytest.raises(FormatError, match=r"index\.json has no metadata, .* add"):
+        sparsepack.load(copy)
+    rewrite(copy / INDEX, metadata={})
+    assert sparsepack.load(copy)(IDS).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("layers", [100_000, 4])

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
 
@@ -304,11 +305,8 @@ def spread(counts: Sequence[int], about: int) -> list[slice]:
     """Slices of the batches of this process, which have these ``counts`` of tokens, that take about that many tokens of
     all processes. Their step is odd, since one that divides a window would take the same places of each window."""
     every = gather(sum(counts))
-    step, position, slices = max(1, sum(every) // about) | 1, sum(every[: rank()]), []
-    for count in counts:
-        slices.append(slice(-position % step, None, step))
-        position += count
-    return slices
+    step, starts = max(1, sum(every) // about) | 1, accumulate(counts, initial=sum(every[: rank()]))
+    return [slice(-start % step, None, step) for start, _ in zip(starts, counts, strict=False)]
 
 
 def gather_list(tensor: Tensor) -> list[Tensor]:

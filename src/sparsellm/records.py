@@ -49,9 +49,6 @@ def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
         raise StorageError(f"{path}: {refusal(error)}; {advice}") from None
 
 
-# ---------------------------------------------------------------------- pruning.json
-
-
 class Step(Record):
     """One iteration of the decomposition of a unit; its error is on held-out tokens, or else on training tokens."""
 
@@ -334,9 +331,6 @@ def read_pruning(directory: Path) -> Pruning:
         advice = "give a directory that `sparsellm prune` wrote, or its packed form"
         raise StorageError(f"{shown(str(directory))} has no {PRUNING}; {advice}")
     return read_record(Pruning, directory / PRUNING)
-
-
-# ---------------------------------------------------------------------- results.json
 
 
 class Interval(Measurement):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -231,15 +232,24 @@ def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> 
         )
 
 
+@contextmanager
+def opened_weights(file: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file, opened; a FormatError says that it cannot be read."""
+    try:
+        with file.open("rb"), safe_open(file, framework=framework) as opened:
+            yield opened
+    except OSError as error:  # Python's own, as safetensors says of any that there is no such file
+        raise FormatError(f"cannot read {file}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None
+
+
 def open_packed(files: list[Path]) -> PackedTensors:
     """The packed linears in the weight files of a checkpoint, all in one directory; raises as the class does."""
     mapped: dict[str, Tensor] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None
+        with opened_weights(file, "pt") as opened:
+            mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     # A copy, as a mapped file that is truncated later ends the process.
     return PackedTensors(files[0].parent, files, mapped, lambda name: mapped[name].clone())
 

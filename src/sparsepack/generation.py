@@ -190,27 +190,27 @@ def continuation(
         return torch.full((len(ids),), text.over is not None, device=ids.device)
 
     ids = ids.to(model.device)
-    cards = [model.device] if model.device.type == "cuda" else []
+    ends = {*last} if isinstance(last := settings.eos_token_id, list) else {last}
+    choices = _processors(settings, torch.Generator(ids.device).manual_seed(sampling.seed))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with threads_set(threads):
         start, count = time.perf_counter(), torch.get_num_threads()
         if (decoder := _decoder(model, length + sampling.max_new_tokens)) is not None:
-            _decode(decoder, ids, settings, sampling, text)
-        else:
-            with torch.random.fork_rng(cards):
-                torch.manual_seed(sampling.seed)
-                with_config(model, settings).generate(  # type: ignore[operator]
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=sampling.max_new_tokens,
-                    pad_token_id=padding,
-                    streamer=text,
-                    stopping_criteria=StoppingCriteriaList([ended]),
-                    logits_processor=LogitsProcessorList([_Numbers()]),
-                )
-    first, last = text.times[0], text.times[-1]
-    finish = text.over or ("stop" if text.ids[-1] in _ends(settings) else "length")
-    return Generation(text.text, length, len(text.ids), first - start, last - first, count, finish)
+            _decode(decoder, ids, choices, ends, sampling.max_new_tokens, text)
+        else:  # greedily among what is chosen: its own sampling takes torch's random state, which all threads share
+            greedy = GenerationConfig(do_sample=False, eos_token_id=settings.eos_token_id)
+            with_config(model, greedy).generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=sampling.max_new_tokens,
+                pad_token_id=padding,
+                streamer=text,
+                stopping_criteria=StoppingCriteriaList([ended]),
+                logits_processor=choices,
+            )
+    first, latest = text.times[0], text.times[-1]
+    finish = text.over or ("stop" if text.ids[-1] in ends else "length")
+    return Generation(text.text, length, len(text.ids), first - start, latest - first, count, finish)
 
 
 def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
@@ -223,16 +223,14 @@ def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
         return None
 
 
-def _decode(decoder: Decoder, ids: Tensor, settings: GenerationConfig, sampling: Sampling, text: _Text) -> None:
-    """Decodes by the extension as transformers' ``generate`` does, with random numbers of its own."""
-    ends, choices = _ends(settings), _processors(settings)
-    own = torch.Generator().manual_seed(sampling.seed)
+def _decode(
+    decoder: Decoder, ids: Tensor, choices: LogitsProcessorList, ends: set[int | None], tokens: int, text: _Text
+) -> None:
+    """Decodes by the extension as transformers' ``generate`` does."""
     text.put(ids)
     logits = decoder.read(ids)
-    for left in range(sampling.max_new_tokens - 1, -1, -1):
-        scores = choices(ids, logits.unsqueeze(0))  # type: ignore[arg-type]
-        drawn = torch.multinomial(scores.softmax(-1), 1, generator=own) if settings.do_sample else None
-        token = scores.argmax(-1, keepdim=True) if drawn is None else drawn
+    for left in range(tokens - 1, -1, -1):
+        token = choices(ids, logits.unsqueeze(0)).argmax(-1, keepdim=True)  # type: ignore[arg-type]
         ids = torch.cat((ids, token), dim=1)
         text.put(token)
         if int(token) in ends or text.over:
@@ -240,11 +238,6 @@ def _decode(decoder: Decoder, ids: Tensor, settings: GenerationConfig, sampling:
         if left:
             logits = decoder.step(int(token), ids.shape[1] - 1)
     text.end()
-
-
-def _ends(settings: GenerationConfig) -> set[int | None]:
-    last = settings.eos_token_id
-    return set(last if isinstance(last, list) else [last])
 
 
 class _Numbers(LogitsProcessor):
@@ -256,7 +249,18 @@ class _Numbers(LogitsProcessor):
         return scores
 
 
-def _processors(settings: GenerationConfig) -> LogitsProcessorList:
+class _Draw(LogitsProcessor):
+    """Leaves one token, which is drawn as transformers does, by random numbers of its own."""
+
+    def __init__(self, numbers: torch.Generator) -> None:
+        self._numbers = numbers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = torch.multinomial(scores.softmax(-1), 1, generator=self._numbers)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def _processors(settings: GenerationConfig, numbers: torch.Generator) -> LogitsProcessorList:
     """What transformers does to logits with these settings, in its order; above temperature 0 its top_k is 50."""
     chosen = LogitsProcessorList([_Numbers()])
     if settings.repetition_penalty is not None:
@@ -269,6 +273,7 @@ def _processors(settings: GenerationConfig) -> LogitsProcessorList:
             chosen.append(TopPLogitsWarper(settings.top_p))
         if settings.min_p is not None:
             chosen.append(MinPLogitsWarper(settings.min_p))
+        chosen.append(_Draw(numbers))
     return chosen
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsepack.arguments import SHORT_DTYPES, checked
-from sparsepack.checkpoint import adapter_in
+from sparsepack.checkpoint import adapter_in, opened_weights
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
-from sparsepack.files import read_object, unfit_size, weight_files
+from sparsepack.files import INDEX, read_object, unfit_size, weight_files
 from sparsepack.module import PackedLinear, activations_of, gather
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -95,7 +94,8 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
     read_object(path / "config.json")
     if (path / "generation_config.json").exists():
         read_object(path / "generation_config.json")  # transformers takes defaults for a damaged one
-    weight_files(path)
+    if weight_files(path)[1] and not isinstance(read_object(path / INDEX).get("metadata"), dict):
+        raise FormatError(f'{path / INDEX} has no metadata, which transformers needs; add "metadata": {{}} to it')
     return path
 
 
@@ -103,11 +103,8 @@ def _check_sizes(path: Path) -> None:
     """Refuses a config for which transformers would build modules for hours, before it does."""
     config, shapes = read_object(path / "config.json"), dict[str, tuple[int, ...]]()
     for file in weight_files(path)[0]:
-        try:
-            with safe_open(file, framework="np") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None
+        with opened_weights(file, "np") as opened:
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     text = config.get("text_config")
     if (unfit := unfit_size(config | (text if isinstance(text, dict) else {}), shapes)) is not None:
         raise FormatError(f"{path / 'config.json'} {unfit}; copy the checkpoint again")

@@ -225,7 +225,7 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> nn.Module:
-        """The same layer with a dense weight, in the dtype of the placeholder."""
+        """The same layer with a dense weight, in the dtype of the placeholder, which can be trained."""
         weight = unpack(self.packed, self.weight.dtype)
         linear: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         if self.transposed:
@@ -233,10 +233,9 @@ class PackedLinear(nn.Module):
 
             with torch.device("meta"):
                 linear, weight = Conv1D(self.out_features, self.in_features), weight.t().contiguous()
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if self.bias is not None:
-            linear.bias = self.bias
-        return linear.train(self.training)
+        linear.weight = nn.Parameter(weight)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training).requires_grad_()
 
     def extra_repr(self) -> str:
         kept = "no weight"
@@ -326,9 +325,9 @@ class PackedEmbedding(PackedLinear):
         else:
             with torch.device(weight.device):
                 embedding = self.kind(1, self.embedding_dim, None, embed_scale=self.scale)
-            embedding.weight = nn.Parameter(weight, requires_grad=False)
+            embedding.weight = nn.Parameter(weight)
             embedding.num_embeddings, embedding.padding_idx = self.num_embeddings, self.padding_idx
-        return embedding.train(self.training)
+        return embedding.train(self.training).requires_grad_()
 
 
 def to_dense(model: nn.Module) -> nn.Module:

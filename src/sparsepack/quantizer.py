@@ -99,21 +99,31 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._tensors is not None
         linears: dict[str, object] = {}
+        prefix = f"{model.base_model_prefix}."
         for name, entry in self._entries.items():
-            module = _find(model, self._modules[name])
+            module = _find(model, own := self._modules[name])
             assert isinstance(module, PackedLinear)
             if module.weight.is_meta:
                 raise FormatError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._tensors.packed(name), name)
-            # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3.
-            linears[name] = entry.of(module.packed, entry.torch_dtype, transposed=entry.transposed).to_dict()
+            # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3. It gives modules the
+            # names of the checkpoint again, but leaves the prefix of the base model as it is.
+            written = own if own.removeprefix(prefix) == name.removeprefix(prefix) else name
+            linears[written] = entry.of(module.packed, entry.torch_dtype, transposed=entry.transposed).to_dict()
         model.num_parameters = partial(_num_parameters, model)  # pickle would look a method up by its name
+        if isinstance(model.get_input_embeddings(), PackedEmbedding):
+            model.resize_token_embeddings = _refuse_resize
         self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears
         return model
 
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        # Here, since transformers passes the dtype of the config on if none is given.
+        return super().dequantize(model if dtype is None else model.to(dtype))
+
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        vars(model).pop("resize_token_embeddings", None)
         return to_dense(model)
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
@@ -152,12 +162,17 @@ def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings
     return count
 
 
+def _refuse_resize(*_: Any, **__: Any) -> Any:
+    raise FormatError(
+        "the embedding is packed, and cannot be resized; unpack the model (sparsellm unpack), resize, pack again"
+    )
+
+
 def _share_embedding(model: Any) -> None:
     """Gives a head that is tied to a packed embedding its own module for the same tensors."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
-        if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-            return
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
         packed = PackedLinear(embedding.embedding_dim, embedding.num_embeddings, head.bias is not None)
         packed.weight, packed.bias = embedding.weight, head.bias
         packed._buffers = embedding._buffers  # one dict for both, so that a move or a load changes both

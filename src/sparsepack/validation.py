@@ -21,8 +21,7 @@ def validate(packed: PackedWeight, name: str) -> None:
     """
     try:
         _check_description(packed)
-        offsets = _check_offsets(packed)
-        _check_counts(_counts(packed), offsets, packed.value_type)
+        _check_counts(packed, _check_offsets(packed))
         _check_scales(packed)
         if packed.exponents is not None:
             _require(packed.value_type not in FLOAT_TYPES, f"exponents with values of type {packed.value_type}")
@@ -79,20 +78,18 @@ def _check_offsets(packed: PackedWeight) -> Tensor:
     return offsets
 
 
-def _counts(packed: PackedWeight) -> Tensor:
-    """The number of kept columns of each row, int64 ``(out,)``."""
+def _check_counts(packed: PackedWeight, offsets: Tensor) -> None:
+    """Compares the kept columns of each row with its values."""
     out, columns = packed.shape
     if packed.pattern is not None:
-        return decode_groups(packed.mask, packed.pattern, columns).count_nonzero(dim=1)
-    padding = from_bits(packed.mask[:, -8:], 64)[:, columns - 64 * (packed.mask.shape[1] // 8) :]
-    _require(columns % 64 == 0 or not bool(padding.any()), "a padding bit is set")
-    counts = set_bits(packed.mask)
-    _require(packed.layout != "dense" or int(counts) == columns, "a bit of a dense weight's mask is not set")
-    return counts.expand(out)
-
-
-def _check_counts(counts: Tensor, offsets: Tensor, value_type: str) -> None:
-    if value_type == "int4":  # every row begins on a byte
+        counts = decode_groups(packed.mask, packed.pattern, columns).count_nonzero(dim=1)
+    else:
+        padding = from_bits(packed.mask[:, -8:], 64)[:, columns - 64 * (packed.mask.shape[1] // 8) :]
+        _require(columns % 64 == 0 or not bool(padding.any()), "a padding bit is set")
+        counts = set_bits(packed.mask)
+        _require(packed.layout != "dense" or int(counts) == columns, "a bit of a dense weight's mask is not set")
+        counts = counts.expand(out)
+    if packed.value_type == "int4":  # every row begins on a byte
         counts = counts + counts % 2
     wrong = (counts != offsets.diff()).nonzero()
     if len(wrong):

@@ -230,6 +230,20 @@ def test_truncated_files_are_refused(keep: float, copy: Path) -> None:
     refused(copy)
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refusing(path: Path, *mode: Any, **more: Any) -> Any:  # as for a user without rights; root reads all
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *mode, **more)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    refused(copy, "cannot read", ".safetensors: Permission denied")
+    with pytest.raises(FormatError, match=r"cannot read .*\.safetensors: Permission denied"):
+        sparsepack.load(copy)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_bytes_in_a_file_never_end_in_another_error(data: st.DataObject, packed: Path, copy: Path) -> None:

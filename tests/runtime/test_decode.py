@@ -124,6 +124,11 @@ def test_sampled_text_is_that_of_transformers(tmp_path: Path, monkeypatch: pytes
             texts.append((results.text, results.new_tokens))
     assert texts[:3] == texts[3:]
     assert texts[1] != texts[2]
+    ids = tokenizer("The while", return_tensors="pt")["input_ids"]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        sampled = model.generate(ids, do_sample=True, temperature=1.5, max_new_tokens=12)
+    assert tokenizer.decode(sampled[0, ids.shape[1] :], skip_special_tokens=True) == texts[2][0]
 
 
 @kernels

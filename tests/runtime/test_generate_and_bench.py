@@ -79,7 +79,12 @@ def test_a_prompt_that_is_cut_within_a_character_spoils_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_neither_a_default_dtype_nor_the_random_state_of_a_program_matters(packed: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_neither_a_default_dtype_nor_the_random_state_of_a_program_matters(
+    packed: Path, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(generation, "decodes", lambda model: False)
     model, tokenizer = sparsellm.load(packed), tiny_tokenizer()
     expected = generate(model, tokenizer, PROMPT, max_new_tokens=24, temperature=1.0).text
     state = torch.get_rng_state()
@@ -89,9 +94,8 @@ def test_neither_a_default_dtype_nor_the_random_state_of_a_program_matters(packe
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
-    if decodes(model):  # another thread may draw numbers at any time
-        torch_draws = {"on_text": lambda _: torch.rand(1), "max_new_tokens": 24, "temperature": 1.0}
-        assert generate(model, tokenizer, PROMPT, **torch_draws).text == expected
+    torch_draws = {"on_text": lambda _: torch.rand(1), "max_new_tokens": 24, "temperature": 1.0}  # as another thread
+    assert generate(model, tokenizer, PROMPT, **torch_draws).text == expected
 
 
 class Linear(nn.Linear):

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import sparsellm
 from sparsepack.checkpoint import WAY_IN
-from tests.models import save_tiny, tiny_llama
+from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
 
 PIPELINE = """
@@ -142,3 +142,16 @@ def test_what_is_saved_again_loads_again(packed: Path, tmp_path: Path) -> None:
     assert sparsellm.load(older).num_parameters() == model.num_parameters()
     dense = sparsellm.unpack(packed, out=tmp_path / "unpacked").path
     assert "transformers_weights" not in json.loads((dense / "config.json").read_text())
+
+
+def test_names_are_those_of_the_model_that_is_saved_again(tmp_path: Path) -> None:
+    """Also where the checkpoint that was packed has no prefix, or the model is the one without a head."""
+    model = prune_tiny(tiny_gpt2())
+    for source in (model, model.base_model):
+        packed = sparsellm.pack(save_tiny(source, None, tmp_path / "dense"), out=tmp_path / "packed", overwrite=True)
+        for kind, output in ((AutoModelForCausalLM, "logits"), (AutoModel, "last_hidden_state")):
+            loaded: Any = kind.from_pretrained(packed.path)
+            loaded.save_pretrained(tmp_path / "again")
+            again = kind.from_pretrained(tmp_path / "again")
+            assert again(**model.dummy_inputs)[output].equal(loaded(**model.dummy_inputs)[output])
+        assert sparsellm.load(tmp_path / "again")(**model.dummy_inputs).logits.shape[-1] == model.config.vocab_size

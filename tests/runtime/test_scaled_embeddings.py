@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm.errors import RecipeError
+from sparsepack.errors import FormatError
 from sparsepack.module import PackedEmbedding, PackedLinear, row_scale, to_dense
 from tests.models import tiny_llama
 from tests.models.families import family, gemma3_text
@@ -43,6 +45,11 @@ def test_an_int8_embedding_and_head_compute_as_the_dense_ones(name: str, tmp_pat
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     if name == "gemma3":  # transformers 4 multiplies Gemma 2's outside the embedding
         assert plain(ids).abs().max() > 1.5 * plain.weight[ids].abs().max()
+    for same in (loaded, pickle.loads(pickle.dumps(loaded))):
+        with pytest.raises(FormatError, match="the embedding is packed, and cannot be resized; unpack"):
+            same.resize_token_embeddings(model.config.vocab_size + 8)
+    same.dequantize()
+    assert len(same.resize_token_embeddings(model.config.vocab_size + 8).weight) == model.config.vocab_size + 8
     loaded.save_pretrained(tmp_path / "saved")
     again = sparsellm.load(tmp_path / "saved", activations="fp32")
     with torch.no_grad():

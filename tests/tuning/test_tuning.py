@@ -75,6 +75,17 @@ def test_other_optimisers(tmp_path: Path) -> None:
     assert_zeros_kept(before, model)
 
 
+def test_a_packed_model_that_was_made_dense_is_trained_whole(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    source = save_tiny(pruned, None, tmp_path / "dense")
+    model: Any = sparsellm.load(sparsellm.pack(source, out=tmp_path / "packed", head="int8").path)
+    model.dequantize()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    sparse = sparse_weights(model)
+    trained(model, tmp_path / "run", KeepZeros())
+    assert not [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert_zeros_kept(sparse, model)
+
+
 def test_pruned_weights_do_not_count_in_the_norm_of_the_gradient() -> None:
     model = prune_tiny(tiny_llama()).train()
     with ZeroKeeper(model) as keeper:
@@ -111,6 +122,13 @@ def test_a_trained_adapter_merges_without_a_change_of_logits_or_zeros(pruned: Pr
     merged = model.merge_and_unload()
     assert torch.allclose(logits(merged), adapted, atol=1e-4)
     assert_zeros_kept(before, merged)
+
+
+def test_the_callback_does_not_hold_an_adapter_at_its_zeros(tmp_path: Path) -> None:
+    model = prune_tiny(tiny_llama())
+    for adapted in (adapter_on(copy.deepcopy(model)), peft.get_peft_model(model, peft.LoraConfig(r=4))):
+        with pytest.raises(ModelError, match=r"has an adapter, whose zeros would be kept too; .*add_adapter"):
+            trained(adapted, tmp_path, KeepZeros())
 
 
 def test_the_update_is_the_masked_product() -> None:
@@ -166,8 +184,11 @@ def test_what_peft_adapts_without_the_mask_is_refused() -> None:
     assert not [name for name, each in model.named_parameters() if "lora" in name or not each.requires_grad]
     with pytest.raises(RecipeError, match=r"modules_to_save has \S+down_proj, whose zeros would be trained"):
         adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["down_proj"])
-    with pytest.raises(RecipeError, match="whose zeros would be trained"):
-        adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["mlp"])
-    adapter_on(prune_tiny(tiny_llama()), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for target, whole in (("q_proj", "mlp"), ("lm_head", "model")):
+        with pytest.raises(RecipeError, match="whose zeros would be trained"):
+            adapter_on(prune_tiny(tiny_llama()), target_modules=[target], modules_to_save=[whole])
+    model = prune_tiny(tiny_llama())
+    model.lm_head.weight.data[5] = 0.0  # the row of a token that pads the vocabulary
+    adapter_on(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(RecipeError, match=r"peft refuses to adapt this model: .*Mamba"):
         adapter_on(family("Mamba2"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import os
@@ -152,8 +153,12 @@ def load_whole(directory: Path, dtype: str | torch.dtype, device: str | torch.de
 def save_companions(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Writes config, generation config and tokenizer of a model that was given as an object, as transformers does.
     Raises ModelError if one of them has settings that transformers does not write."""
-    model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
-    for part in (model.config, getattr(model, "generation_config", None), tokenizer):
+    config, head = copy.deepcopy(model.config), model.get_output_embeddings()
+    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    if head is not None:  # which the caller may have tied, or untied, since the config was written
+        config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings
+    for part in (config, getattr(model, "generation_config", None), tokenizer):
         try:
             with explained(folder):
                 if part is not None:

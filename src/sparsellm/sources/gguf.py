@@ -54,9 +54,7 @@ def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
     unread, split, weights = check_header(path)
     if split in _OTHERS:
-        raise ModelError(
-            f"{path} splits text as {split}, which transformers does not; give the Hugging Face checkpoint"
-        )
+        raise ModelError(f"{path} splits text as {split}, and transformers does not; give a Hugging Face checkpoint")
     check_room(folder, 4 * weights)
     if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
         said = f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and"

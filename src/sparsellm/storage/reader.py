@@ -258,11 +258,13 @@ def _header(file: Path) -> dict[str, _Stored]:
     length), but does not return the offsets of tensors."""
     try:
         # By numpy, which maps no more than the file: torch reserves memory for all of it.
-        with safe_open(file, framework="np"), file.open("rb") as opened:
+        with file.open("rb") as opened, safe_open(file, framework="np"):
             stamp = _stamp(opened)
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:  # Python's own, as safetensors says of any that there is no such file
+        raise StorageError(f"cannot read {file}: {error.strerror or error}") from None
+    except (SafetensorError, ValueError) as error:
         raise StorageError(f"{file} is not a readable safetensors file ({error}); download it again") from None
     header.pop("__metadata__", None)
     tensors: dict[str, _Stored] = {}

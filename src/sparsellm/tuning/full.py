@@ -33,10 +33,13 @@ class ZeroKeeper:
         model: the pruned model; every matrix of its blocks, and every stack of experts, that has a zero gets a mask.
 
     Raises:
-        ModelError: no matrix of the blocks has a zero.
+        ModelError: no matrix of the blocks has a zero, or the model has an adapter, which begins with zeros of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if any(hasattr(module, "base_layer") for module in model.modules()):
+            advice = "leave KeepZeros out, and take sparsellm.tuning.lora.add_adapter, which keeps those of the weights"
+            raise ModelError(f"{type(model).__name__} has an adapter, whose zeros would be kept too; {advice}")
         name, blocks = find_blocks(model)
         matrices = ((key, weight) for key, weight in blocks.named_parameters(name) if weight.dim() > 1)
         self._weights = {key: w for key, w in matrices if not key.endswith("bias") and bool((w == 0).any())}

@@ -15,6 +15,7 @@ from torch import OutOfMemoryError, Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import MissingExtraError, ModelError, RecipeError, one_line
 
 try:
@@ -136,8 +137,10 @@ def _check_zeros(wrapped: PeftModel) -> None:
     if any(getattr(config, "target_parameters", None) for config in wrapped.peft_config.values()):
         raise RecipeError("peft would adapt the stacked experts of this model and fill their zeros; take --way full")
     copied = {name: each for name, each in wrapped.named_modules() if isinstance(each, ModulesToSaveWrapper)}
+    inside = {*find_blocks(wrapped.get_base_model())[1].modules()} if copied else set()  # a head was not pruned
     for name, each in copied.items():
-        linears = [child for child in each.original_module.modules() if isinstance(child, nn.Linear | Conv1D)]
+        pruned = inside.intersection(each.original_module.modules())
+        linears = [child for child in pruned if isinstance(child, nn.Linear | Conv1D)]
         if not all(bool(linear.weight.detach().all()) for linear in linears):
             raise RecipeError(f"modules_to_save has {name}, whose zeros would be trained; make it a target instead")
     weights = [id(each.get_base_layer().weight) for each in wrapped.modules() if isinstance(each, MaskedLoraLinear)]
