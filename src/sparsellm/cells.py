@@ -117,18 +117,16 @@ def compare(
         raise RecipeError("cells is empty, or not recipes by names of directories; make one or more with cells_of")
     if protocol.speed and parallel.size() > 1:
         raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
-    first = next(iter(cells.values()))
-    dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust=False)
-    drawn = (protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)
-    windows = parallel.from_main(partial(dense.windows, *drawn))  # refused before the work
+    device, bos = next((recipe.device, recipe.bos) for recipe in cells.values())
+    dense = api.Opened(model, Recipe(device=device, products="float32"), trust=False)
+    windows = parallel.from_main(partial(dense.windows, protocol.text, protocol.seq_len, protocol.max_tokens, bos))
     if protocol.speed:
         check_positions(dense.chain.config, Rounds(), "the model")
     for recipe in cells.values():  # one that could not be pruned or packed is refused before the first is pruned
         check_packable(recipe)
-        chain = dense.chain
         if recipe.experts is not None:
             Choice.removing(recipe)
-            chain = FewerExperts(chain, recipe.experts).chain
+        chain = dense.chain if recipe.experts is None else FewerExperts(dense.chain, recipe.experts).chain
         checked_choice(chain, recipe)
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
@@ -161,14 +159,14 @@ def compare(
         def end() -> GridResult:
             cell_of = {cell.name: cell for cell in _read(place).cells}
             finished, page = [cell_of[name] for name in cells], None
+            packed = [place / f"{name}{PACKED}" for name in cells]
             if len(finished) > 1:
                 with contextlib.suppress(MissingExtraError):
-                    packed = [place / f"{cell.name}{PACKED}" for cell in finished]
                     page = write_comparison(packed, place / PAGE, recover=recover, max_bytes=max_bytes)
             runs = [Candidate(cell.name, cell.recovery, cell.packed_bytes, cell.kl) for cell in finished]
             taken, best = recommend(runs, recover, max_bytes), [run.name for run in best_at_each_size(runs)]
-            advice = taken.name if taken is not None else None
-            return GridResult(out=place, page=page, recommended=advice, best_at_each_size=best, cells=finished)
+            named = taken and taken.name
+            return GridResult(out=place, page=page, recommended=named, best_at_each_size=best, cells=finished)
 
         return parallel.from_main(end)
 

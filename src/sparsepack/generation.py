@@ -11,19 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation import logits_process
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from sparsepack.arguments import checked
@@ -264,15 +254,15 @@ def _processors(settings: GenerationConfig, numbers: torch.Generator) -> LogitsP
     """What transformers does to logits with these settings, in its order; above temperature 0 its top_k is 50."""
     chosen = LogitsProcessorList([_Numbers()])
     if settings.repetition_penalty is not None:
-        chosen.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        chosen.append(logits_process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     if settings.do_sample:
-        chosen.append(TemperatureLogitsWarper(settings.temperature))
+        chosen.append(logits_process.TemperatureLogitsWarper(settings.temperature))
         if settings.top_k != 0:
-            chosen.append(TopKLogitsWarper(50 if settings.top_k is None else settings.top_k))
+            chosen.append(logits_process.TopKLogitsWarper(50 if settings.top_k is None else settings.top_k))
         if settings.top_p is not None:
-            chosen.append(TopPLogitsWarper(settings.top_p))
+            chosen.append(logits_process.TopPLogitsWarper(settings.top_p))
         if settings.min_p is not None:
-            chosen.append(MinPLogitsWarper(settings.min_p))
+            chosen.append(logits_process.MinPLogitsWarper(settings.min_p))
         chosen.append(_Draw(numbers))
     return chosen
 

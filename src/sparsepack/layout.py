@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsepack import masks
 from sparsepack.codes import (
     FLOAT_TYPES,
     GROUPED,
@@ -26,19 +27,6 @@ from sparsepack.codes import (
     resolve_value_type,
 )
 from sparsepack.errors import FormatError, SettingError
-from sparsepack.masks import (
-    NM,
-    PATTERNS,
-    decode_groups,
-    detect,
-    encode_groups,
-    filled,
-    from_bits,
-    implies,
-    mask_stride,
-    row_bytes,
-    to_bits,
-)
 
 LAYOUTS = ("bitmask", "nm", "dense")
 FIELDS = ("mask", "values", "offsets", "scales", "exponents", "levels")
@@ -77,7 +65,7 @@ class PackedWeight:
     offsets: Tensor
     scales: Tensor | None
     value_type: str
-    pattern: NM | None = None
+    pattern: masks.NM | None = None
     exponents: Tensor | None = None
     levels: Tensor | None = None
     narrow: bool = False
@@ -149,7 +137,7 @@ def pack(
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
     kept = weight != 0
-    pattern = detect(kept) if layout not in ("bitmask", "dense") else None
+    pattern = masks.detect(kept) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
         raise SettingError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
     forms = _forms(_shape(weight), kept.count_nonzero(dim=1), pattern, value_type, group)
@@ -159,11 +147,11 @@ def pack(
             return None
     pattern = pattern if layout == "nm" else None
     if pattern is not None:
-        kept = filled(kept, pattern)
-        mask = encode_groups(kept, pattern)
+        kept = masks.filled(kept, pattern)
+        mask = masks.encode_groups(kept, pattern)
     else:
         kept = torch.ones_like(kept) if layout == "dense" else kept
-        mask = to_bits(kept[:1] if layout == "dense" else kept)
+        mask = masks.to_bits(kept[:1] if layout == "dense" else kept)
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
     values, offsets, scales, levels = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
     narrow = value_type == "int3"
@@ -176,7 +164,7 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
 
     Both depend on its zeros alone."""
     kept = weight.detach() != 0
-    forms = _forms(_shape(weight), kept.count_nonzero(dim=1).cpu(), detect(kept), value_type)
+    forms = _forms(_shape(weight), kept.count_nonzero(dim=1).cpu(), masks.detect(kept), value_type)
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
 
@@ -185,7 +173,7 @@ def predicted_bytes(
     shape: tuple[int, int],
     zeros: int,
     value_type: str,
-    pattern: NM | None = None,
+    pattern: masks.NM | None = None,
     *,
     exponents: bool = False,
     group: int | None = None,
@@ -196,7 +184,7 @@ def predicted_bytes(
     that of :func:`pack`."""
     out, columns = shape
     counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
-    coded = next((other for other in PATTERNS if pattern is not None and implies(pattern, other)), None)
+    coded = next((other for other in masks.PATTERNS if pattern is not None and masks.implies(pattern, other)), None)
     return min(size for size, _ in _forms(shape, counts, coded, value_type, group).values()) + columns * exponents
 
 
@@ -211,18 +199,18 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 
 
 def _forms(
-    shape: tuple[int, int], counts: Tensor, pattern: NM | None, value_type: str, group: int | None = None
+    shape: tuple[int, int], counts: Tensor, pattern: masks.NM | None, value_type: str, group: int | None = None
 ) -> dict[str, tuple[int, int | None]]:
     """The bytes and the int4 group of a weight in every layout that it can have, from the kept values of each row."""
     out, columns = shape
     index_of_rows = 8 * (out + 1)
     parts = {  # values of each row, and bytes of mask and offsets
-        "bitmask": (counts, out * mask_stride(columns) + index_of_rows),
-        "dense": (torch.full_like(counts, columns), mask_stride(columns)),
+        "bitmask": (counts, out * masks.mask_stride(columns) + index_of_rows),
+        "dense": (torch.full_like(counts, columns), masks.mask_stride(columns)),
     }
     if pattern is not None:
         kept = torch.full_like(counts, columns // pattern[1] * pattern[0])
-        parts["nm"] = (kept, out * row_bytes(pattern, columns) + index_of_rows)
+        parts["nm"] = (kept, out * masks.row_bytes(pattern, columns) + index_of_rows)
     forms: dict[str, tuple[int, int | None]] = {}
     for layout, (values, index) in parts.items():
         size = (group or best_group(int(values.sum()) / (out * columns))) if value_type in GROUPED else None
@@ -240,7 +228,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
 def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Rows ``first:last`` of a weight in the layout ``bitmask`` or ``dense``, dense: ``(last - first, in)``."""
     mask = packed.mask.expand(last, -1) if packed.layout == "dense" else packed.mask
-    kept = from_bits(mask[first:last], packed.shape[1])
+    kept = masks.from_bits(mask[first:last], packed.shape[1])
     stored = Encoded(packed.values, packed.offsets, packed.scales, packed.levels)
     values = decode_values(packed.value_type, stored, slice(first, last), kept, packed.group, packed.exponents)
     dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
@@ -251,5 +239,5 @@ def as_bitmask(packed: PackedWeight) -> PackedWeight:
     """The same weight as kernels read it: codes of N:M become a bitmask; other layouts and values do not change."""
     if packed.pattern is None:
         return packed
-    mask = to_bits(decode_groups(packed.mask, packed.pattern, packed.shape[1])).to(packed.mask.device)
+    mask = masks.to_bits(masks.decode_groups(packed.mask, packed.pattern, packed.shape[1])).to(packed.mask.device)
     return dataclasses.replace(packed, layout="bitmask", mask=mask, pattern=None)

@@ -163,9 +163,7 @@ def _num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings
 
 
 def _refuse_resize(*_: Any, **__: Any) -> Any:
-    raise FormatError(
-        "the embedding is packed, and cannot be resized; unpack the model (sparsellm unpack), resize, pack again"
-    )
+    raise FormatError("a packed embedding cannot be resized; unpack the model, resize it, and pack it again")
 
 
 def _share_embedding(model: Any) -> None:
