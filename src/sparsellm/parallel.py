@@ -10,13 +10,14 @@ same order. Tensors are sent by gloo or NCCL, depending on their device, and sma
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
 
@@ -303,9 +304,10 @@ def gather(value: T) -> list[T]:
 
 def spread(counts: Sequence[int], about: int) -> list[slice]:
     """Slices of the batches of this process, which have these ``counts`` of tokens, that take about that many tokens of
-    all processes. Their step is odd, since one that divides a window would take the same places of each window."""
+    all processes. Their step has no divisor of a window, since it would take the same places of each window."""
     every = gather(sum(counts))
-    step, starts = max(1, sum(every) // about) | 1, accumulate(counts, initial=sum(every[: rank()]))
+    step = next(number for number in count(max(1, sum(every) // about)) if math.gcd(number, sum(every)) == 1)
+    starts = accumulate(counts, initial=sum(every[: rank()]))
     return [slice(-start % step, None, step) for start, _ in zip(starts, counts, strict=False)]
 
 

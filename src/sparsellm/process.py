@@ -110,7 +110,7 @@ def _message(error: Exception) -> str | None:
     """What the user reads of an error: empty where the help was shown instead, None for an error that is unexpected."""
     if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
         return str(error.format_message())
-    if isinstance(error, PermissionError | FileNotFoundError) and error.strerror:
+    if isinstance(error, PermissionError | FileNotFoundError) and (error.filename or error.errno == errno.ENOENT):
         return f"{error.filename or 'the current directory'}: {error.strerror}; correct the path or its permissions"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # files of a run raise StorageError
         return "standard output is on a full disk; make room, or write elsewhere"

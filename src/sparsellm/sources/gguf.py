@@ -22,11 +22,11 @@ from sparsellm.sources.gguf_header import check_header
 from sparsellm.storage.directory import check_room
 from sparsellm.storage.files import sha256
 
-FORMAT = 3  # part of the cache key: raise it when the output of this file changes
+FORMAT = 4  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
 # Ways of splitting text that transformers takes for GPT-2's: those that split off each digit, and others.
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-_OTHERS = ("falcon", "bloom", "stablelm2", "deepseek-llm", "deepseek-coder", "deepseek-v3", "chatglm-bpe", "viking")
+_OTHERS = re.compile("falcon|bloom|poro-chat|gpt3-finnish|stablelm2|deepseek-(llm|coder|v3)|chatglm-bpe|viking")
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}  # by their blocks, as llama.cpp tells them
 _TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
 
@@ -53,7 +53,7 @@ def gguf_checkpoint(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
     unread, split, weights = check_header(path)
-    if split in _OTHERS:
+    if _OTHERS.fullmatch(split):
         raise ModelError(f"{path} splits text as {split}, and transformers does not; give a Hugging Face checkpoint")
     check_room(folder, 4 * weights)
     if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
@@ -126,15 +126,10 @@ def _complete(path: Path, config: Any) -> None:
     width = config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
     if "partial_rotary_factor" in ropes and "rope.dimension_count" in said:
         ropes["partial_rotary_factor"] = said["rope.dimension_count"] / (getattr(config, "head_dim", None) or width)
-    for name in (
-        "attention.sliding_window",
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "use_parallel_residual",
-    ):
-        own = name.rpartition(".")[2]
-        if hasattr(config, own) and isinstance(said.get(name), int | float):
-            setattr(config, own, said[name])
+    for name in ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
+        value, own = said.get(name), name.rpartition(".")[2]
+        if hasattr(config, own) and isinstance(value, int | float) and value:  # Phi-4 says 0, which is none
+            setattr(config, own, value)
     if config.num_hidden_layers == _LARGEST_GEMMAS.get(config.model_type):  # no key has it
         config.query_pre_attn_scalar = width
 

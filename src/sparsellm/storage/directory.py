@@ -185,7 +185,7 @@ def check_destination(
     _settle(partial, place)
     check_replaceable(place, overwrite=overwrite)
     check_room(place, need_bytes - written_bytes(partial))
-    for source in filter(os.path.isdir, map(resolved, sources)):
+    for source in filter(os.path.isdir, map(resolved, [*sources][-1:])):  # the last one is copied
         copied = (file for file in companions_of(source) if belongs_to(source, file))
         if (file := next((each for each in copied if not os.access(each, os.R_OK)), None)) is not None:
             raise StorageError(f"{file} cannot be read, and is copied into the result; correct its permissions")

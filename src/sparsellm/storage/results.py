@@ -43,11 +43,11 @@ def read_results(directory: Path) -> Results:
 def keeper(place: Path | None, say: Callable[[str], None]) -> Callable[[Evaluation | Benchmark], Path | None]:
     """The function that appends a measurement to the results in ``place``, and returns their file. A full disk, or
     another checkpoint of that name by then, is only said, so that the numbers can be printed all the same."""
-    begun = place.stat().st_ino if place is not None else None
+    begun = os.open(place, os.O_RDONLY) if place is not None else -1  # open, so that no other gets its number
 
     def keep(record: Evaluation | Benchmark) -> Path | None:
         try:
-            if place is not None and place.stat().st_ino != begun:
+            if place is not None and not os.path.samestat(place.stat(), os.fstat(begun)):
                 raise StorageError(f"{place} was replaced while it was measured")
             return append_result(place, record) if place is not None else None
         except (OSError, StorageError) as error:
