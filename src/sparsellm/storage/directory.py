@@ -262,7 +262,7 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         for path in (place, partial):
             pairs = [(each, source) for each in (path, *path.parents)] + [(path, each) for each in source.parents]
             if any(_same(*pair) for pair in pairs):  # one is the other or inside it, by what they are, not by name
-                what = "the model" if (source / "config.json").is_file() else "--out"  # of the same run
+                what = "the model" if (source / "config.json").is_file() else "--out"  # the same run's
                 yield f"overlaps with {what} {source}, since {path} is written"
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}  # os.path.ismount misses some
     if mounted & {str(place), str(partial)}:
