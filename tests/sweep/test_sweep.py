@@ -299,9 +299,10 @@ def test_the_rate_follows_the_square_of_the_distance(steps: Any, monkeypatch: py
     assert history[0].held_out > module.FAR  # and before it was less: both sides of the bend were seen
 
 
-def test_a_small_distance_tries_rates_and_takes_the_best(steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("windows", [8, 12])
+def test_a_small_distance_tries_rates_and_takes_the_best(windows: int, steps: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "STEP_TOKENS", 24)
-    dense, ids = tiny_llama(), ids_of(12)
+    dense, ids = tiny_llama(), ids_of(windows)
     history = in_memory(halved(tiny_llama()), dense, ids, 1, None)
     assert history[0].held_out < module.CAREFUL
     tried = [rate for _, rate, number, _ in steps if number == 1][:-1]  # the last is the pass itself

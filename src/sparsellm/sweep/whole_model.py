@@ -32,7 +32,7 @@ FAR = 1.2  # nats on windows that nothing was fitted to; from here on the rate i
 CAREFUL = 0.75  # nats; below this divergence the rate is tried out
 LOWEST_PROBED, PROBED = RATE / 16, 0.004  # the lowest and the highest rate that are tried
 FASTER = 4.0  # factor between the rates that are tried
-PROBE_STEPS = 2  # steps at each; a pass of fewer than four times as many is not worth the trials
+PROBE_STEPS = 2  # steps at each; a pass of fewer than three times as many is not worth the trials
 CUT = 1 / 3  # factor of the rate after a harmful pass
 HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
 STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
@@ -135,7 +135,7 @@ def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> 
             return SweepPass(passes=0, held_out=start, sources=sources, rate=task.learning_rate)
         chosen, least = RATE * min(1.0, (start / FAR) ** 2), start
         rate = max(chosen, LOWEST_PROBED)
-        while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
+        while start < CAREFUL and rate <= PROBED and len(train) >= 3 * PROBE_STEPS:
             task.feed.progress(Progress("sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"))
             for number, step in enumerate(train[:PROBE_STEPS], 1):
                 run.step(step, rate, number)
