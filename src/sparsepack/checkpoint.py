@@ -238,7 +238,7 @@ def opened_weights(file: Path, framework: str) -> Iterator[Any]:
     try:
         with file.open("rb"), safe_open(file, framework=framework) as opened:
             yield opened
-    except OSError as error:  # Python's own, as safetensors says of any that there is no such file
+    except OSError as error:  # Python's own: safetensors calls each a missing file
         raise FormatError(f"cannot read {file}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None

@@ -262,7 +262,7 @@ def _header(file: Path) -> dict[str, _Stored]:
             stamp = _stamp(opened)
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(length))
-    except OSError as error:  # Python's own, as safetensors says of any that there is no such file
+    except OSError as error:  # Python's own: safetensors calls each a missing file
         raise StorageError(f"cannot read {file}: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
         raise StorageError(f"{file} is not a readable safetensors file ({error}); download it again") from None
