@@ -304,7 +304,8 @@ def gather(value: T) -> list[T]:
 
 def spread(counts: Sequence[int], about: int) -> list[slice]:
     """Slices of the batches of this process, which have these ``counts`` of tokens, that take about that many tokens of
-    all processes. Their step has no divisor of a window, since it would take the same places of each window."""
+    all processes. Their step has no divisor in common with the tokens in all, and so with a window, of which it would
+    else take only some places."""
     every = gather(sum(counts))
     step = next(number for number in count(max(1, sum(every) // about)) if math.gcd(number, sum(every)) == 1)
     starts = accumulate(counts, initial=sum(every[: rank()]))

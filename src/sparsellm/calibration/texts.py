@@ -65,7 +65,9 @@ def text_rows(path: Path) -> list[str]:
 
 def _jsonl_rows(path: Path) -> list[Any]:
     rows = []
-    for number, line in filter(lambda each: each[1].strip(), enumerate(text_rows(path), start=1)):
+    for number, line in enumerate(text_rows(path), start=1):
+        if not line.strip():
+            continue
         record = parse_json(line, f"{path}, line {number},", error=DataError)
         row = record.get("text", record.get("messages")) if isinstance(record, dict) else None
         if not isinstance(row, str | list):

@@ -104,7 +104,7 @@ class ModelWeights:
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Sets the device, and the dtype of blocks: if None, one that holds the values of every linear."""
         names = (n for place in zip(self.blocks, self.block_names, strict=True) for n, _ in iterate_linears(*place))
-        stored = {self.stored_dtype(n) for n in map("{}.weight".format, names) if self.owns(n) and n not in self.gates}
+        stored = (self.stored_dtype(n) for n in map("{}.weight".format, names) if self.owns(n) and n not in self.gates)
         self.device, self.dtype = device, dtype or _fast_dtype(reduce(torch.promote_types, stored), device)
 
     def _in_tower(self, name: str) -> bool:

@@ -80,7 +80,8 @@ class Template:
         if dense.numel() != tensor.n_elements or any(len(order) != len(dense) for order in orders):
             return None
         shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
-        found = [each for o in orders for s in shifts if _fits(tensor, dense, each := Change(o, s))]
+        changes = [Change(order, shift) for order in orders for shift in shifts]
+        found = [change for change in changes if _fits(tensor, dense, change)]
         return found[0] if len(found) == 1 else None
 
 
