@@ -92,7 +92,8 @@ def goal(target: str) -> str:
     return target if ":" in target else f"{float(target):.0%}"
 
 
-def print_table(rows: Rows, dense: float) -> None:
+def print_table(rows: Rows, dense: Cell) -> None:
+    """Perplexity and ratio on the text, and on ``--other-text`` where a cell has it."""
     print("| target | method | perplexity | ratio | CPU s | CPU time / sparsegpt's | peak memory (GB) |")
     print("|---|---|---|---|---|---|---|")
     for target, cells in rows.items():
@@ -101,15 +102,17 @@ def print_table(rows: Rows, dense: float) -> None:
             print(f"| {goal(target)} | {tool.name} | {columns(cell, base, dense)} |")
 
 
-def columns(cell: Cell, base: Cell | None, dense: float) -> str:
+def columns(cell: Cell, base: Cell | None, dense: Cell) -> str:
     if "failed" in cell:
         return f"{cell['failed']} | – | – | – | –"
+    texts = [text for text in ("perplexity", "other") if text in cell]
     ratio, times = "–", "–"
     if base is not None:
-        ratio = f"{excess_ratio(cell, base, dense):.3f}"
+        ratio = ", ".join(f"{excess_ratio(cell, base, dense[text], text):.3f}" for text in texts if text in base)
         times = f"{cell['cpu_seconds'] / base['cpu_seconds']:.2f}"
+    perplexity = ", ".join(f"{cell[text]:,.1f}" for text in texts)
     peak = cell["peak_rss_bytes"] / 1e9
-    return f"{cell['perplexity']:,.1f} | {ratio} | {cell['cpu_seconds']:.0f} | {times} | {peak:.2f}"
+    return f"{perplexity} | {ratio} | {cell['cpu_seconds']:.0f} | {times} | {peak:.2f}"
 
 
 def drawable(cells: dict[Tried, Cell]) -> dict[Tried, Cell]:
@@ -218,7 +221,7 @@ def main() -> None:
     print(heading(arguments, dense, cells.code))
     for line in environments(rows):
         print(f"{line}\n")
-    print_table(rows, dense["perplexity"])
+    print_table(rows, dense)
     below = below_the_line(rows)
     print(f"\nBelow the line: {'; '.join(below) or 'nothing of another tool'}.")
     if missing:

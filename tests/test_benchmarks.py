@@ -103,10 +103,10 @@ def test_perplexity_by_time_is_listed_and_drawn(tmp_path: Path, printed: Any, mo
 
     conditions, file = "there/train.txt/8/16/heldout.txt/64", tmp_path / "cells.json"
     known = {
-        f"code/{conditions}/dense": {"perplexity": 10, "tokens_scored": 60},
+        f"code/{conditions}/dense": {"perplexity": 10, "other": 8, "tokens_scored": 60},
         f"code/{conditions}/magnitude/0.7/0": cell(4000, 50),
-        f"code/{conditions}/sparsegpt/0.7/0": cell(40, 100),
-        f"code/{conditions}/sparsellm/effort=0/0.7/0": cell(20, 200),
+        f"code/{conditions}/sparsegpt/0.7/0": {**cell(40, 100), "other": 128},
+        f"code/{conditions}/sparsellm/effort=0/0.7/0": {**cell(20, 200), "other": 16},
         f"code/{conditions}/sparsellm-paper/0.7/0": {"failed": "error: diverged in block 11"},
         f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(50, 150),  # for every version of sparsellm
         f"{conditions}/llmcompressor/wanda/0.7/0": cell(30, 150),
@@ -124,7 +124,8 @@ def test_perplexity_by_time_is_listed_and_drawn(tmp_path: Path, printed: Any, mo
         "magnitude", "sparsegpt", "sparsellm, effort 0", "sparsellm-paper", "llmcompressor: sparsegpt",
         "llmcompressor: wanda",
     }  # fmt: skip
-    assert rows["sparsellm, effort 0"] == ["20.0", "0.500", "200", "2.00", "2.00"]
+    assert rows["sparsellm, effort 0"] == ["20.0, 16.0", "0.500, 0.250", "200", "2.00", "2.00"]
+    assert rows["llmcompressor: sparsegpt"][:2] == ["50.0", "1.161"]  # measured on one text only
     assert rows["sparsellm-paper"] == ["error: diverged in block 11", "–", "–", "–", "–"]
     assert "Below the line: llmcompressor: wanda at 70%.\n" in output
     assert "Not measured: wanda at 70%; admm at 70%;" in output
