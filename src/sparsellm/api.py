@@ -275,9 +275,8 @@ class Opened:
         given = model if isinstance(model, PreTrainedModel) else None
         self.name = (str(model) if given is None else str(given.name_or_path)) or type(model).__name__
         self.tokenizer = tokenizer
-        found = partial(checkpoint_directory, str(model), argument)
-        self.directory = parallel.main_first(found) if given is None else None
-        self._settings, self._trust = settings, trust
+        self.directory = None if given else parallel.main_first(partial(checkpoint_directory, str(model), argument))
+        self._trust = trust
         self.chain, _ = open_model(model, self.directory, settings, trust, whole=False)
         self.kept = Kept(self.chain, without_folders(self.name))
         if tokenizer is None and self.directory is not None and with_tokenizer:
@@ -321,7 +320,7 @@ class Opened:
     def in_memory(self) -> PreTrainedModel:
         """The complete model in memory."""
         if self.directory is not None:
-            return load_whole(self.directory, self._settings.dtype, self._settings.device, self._trust)
+            return load_whole(self.directory, self.chain.dtype, self.chain.device, self._trust)
         assert isinstance(self.chain.model, PreTrainedModel)
         return self.chain.model
 

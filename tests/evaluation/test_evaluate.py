@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -21,11 +22,13 @@ import sparsellm
 from sparsellm import Recipe, api
 from sparsellm.errors import ModelError, NumericalError, RecipeError, SparseLLMError
 from sparsellm.evaluation import perplexity
+from sparsellm.evaluation.tasks import _metrics
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
 from tests.killing import full_disk
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer, windows
 from tests.models.pruned import prune_tiny
+from tests.test_matrices import GEMMA3N, built
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +315,18 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
     assert plain.tasks["tiny_numbers"]["acc"].value == pytest.approx(accuracy_by_hand(folder, tiny_llama(), bos=False))
 
 
+def test_tasks_change_no_model_and_compute_as_the_blocks(text: Path, folder: Path, tmp_path: Path) -> None:
+    model, asked = tiny_opt(), {"seq_len": 16, "tokenizer": tiny_tokenizer()}
+    model.lm_head = torch.nn.Linear(48, model.config.vocab_size, bias=False)  # the config still says that it is tied
+    head, plain = model.lm_head.weight, sparsellm.evaluate(model, text, **asked)
+    measured = sparsellm.evaluate(model, text, tasks=["tiny_numbers"], tasks_dir=folder, **asked)
+    assert (measured.value, model.lm_head.weight) == (plain.value, head)
+    half = api.Opened(save_tiny(tiny_llama().half(), tiny_tokenizer(), tmp_path / "half"), Recipe(), trust=False)
+    assert half.in_memory().dtype == half.chain.dtype == torch.float32
+    with pytest.raises(NumericalError, match="task numbers: perplexity is inf"):
+        _metrics("numbers", {"acc,none": 0.5, "acc_stderr,none": math.nan, "perplexity,none": math.inf})
+
+
 def test_an_unknown_task_is_refused_before_the_model_is_opened(
     text: Path, folder: Path, refusal: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +343,37 @@ def test_tasks_without_lm_eval_say_what_to_install(llama: Path, text: Path, monk
         sparsellm.evaluate(llama, text, tasks=["hellaswag"])
     with pytest.raises(RecipeError, match="without tasks"):
         sparsellm.evaluate(llama, text, tasks_dir="/nowhere")
+
+
+@pytest.mark.parametrize("name", ["xlnet", "gemma3n_text"])
+def test_states_that_are_not_by_window_are_told_from_those_that_are(name: str) -> None:
+    """XLNet's have tokens first, and Gemma 3n has four for each token; here a batch has as many windows as tokens."""
+    xlnet = {"vocab_size": 300, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
+    model, ids = built(name, **(xlnet if name == "xlnet" else GEMMA3N)).eval(), windows(16, 16)
+    value = sparsellm.evaluate(model, ids).value
+    assert value == pytest.approx(math.exp(losses_by_hand(ids, model).mean()), rel=1e-4)
+
+
+def test_hooks_of_the_caller_count_once_at_both_ends() -> None:
+    model, ids = tiny_llama(), windows(4, 16)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: output + 1)
+    with torch.device("meta"):  # the program's default is not that of the windows
+        value = sparsellm.evaluate(model, ids).value
+    assert value == pytest.approx(math.exp(losses_by_hand(ids, model).mean()), rel=1e-5)
+
+
+def test_a_text_that_was_calibrated_on_flatters_as_a_part_too(llama: Path, text: Path, run: Any) -> None:
+    for at, source in enumerate((str(text), f"file:{text}", f"pydoc:1,{text}:1")):
+        out = llama.with_name(f"flattered-{at}")
+        run("prune", llama, "--out", out, "--method", "magnitude", "--calibration", source, "--seq-len", 16, exits=0)
+        assert "flatters its numbers" in run("eval", out, "--text", f"file:{text}", "--seq-len", 16, exits=0)[2]
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(pruned: Path, tmp_path: Path, refusal: Any) -> None:
+    name = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    name.write_text("some text")
+    assert "cannot be read" in refusal("eval", pruned, "--text", name)
 
 
 def test_a_loss_that_is_not_finite_is_an_error(text: Path) -> None:

@@ -199,7 +199,7 @@ class Chain(ModelWeights):
 
     def apply(self, index: int, hidden: Tensor, call: Call, block: Forward | None = None) -> Tensor:
         """The output of a loaded block, or of a copy ``block`` of it, for hidden states ``(batch, seq, hidden)``."""
-        block = self.blocks[index] if block is None else block
+        block = self.blocks[index].forward if block is None else block  # its hooks run in the model's own forward
         with self.products or contextlib.nullcontext(), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
             return _hidden_of(call.on(block, kept), self.blocks[index])

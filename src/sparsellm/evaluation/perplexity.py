@@ -116,10 +116,9 @@ def _exp(loss: float) -> float:
 
 def _outputs(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
     """The output of the last block for each window, ``(1, seq, hidden)``; the blocks run when this is called."""
-    stream = Feed(chain, windows, _BATCH_TOKENS).stream()
-    by_window = stream.hidden[0].shape[1:2] == windows.shape[1:]
-    if not by_window:  # some models carry several states for each token; a batch of one window is not divided
-        stream = Feed(chain, windows, 1).stream()
+    # Some models carry several states for each token; a batch of one window is not divided.
+    by_window = Feed(chain, windows[:1], 1).stream().hidden[0].shape[1:2] == windows.shape[1:]
+    stream = Feed(chain, windows, _BATCH_TOKENS if by_window else 1).stream()
     chain.check_handed(windows[:1])
     for index in range(len(chain)):
         tell(f"block {index + 1}/{len(chain)}")

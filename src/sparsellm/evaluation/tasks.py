@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.errors import DataError, RecipeError, nearest, one_line, shown
+from sparsellm.errors import DataError, NumericalError, RecipeError, nearest, one_line, shown
 from sparsellm.records import Metric, Tasks
 from sparsellm.sources.gguf import without_bars
 
@@ -48,12 +48,14 @@ def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], manager: Any, *, bos: bool
 ) -> Tasks:
     """Value and standard error of every metric of some tasks, whose manager :func:`find_tasks` returned; groups and
-    their members are listed alike. With ``bos``, lm-eval puts BOS before a text. A task that fails is a DataError."""
+    their members are listed alike. With ``bos``, lm-eval puts BOS before a text. A task that fails is a DataError, and
+    a metric that is not finite a NumericalError."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     # lm-eval seeds the random numbers of Python, numpy and torch, and gives the tokenizer a token for padding.
     states = random.getstate(), np.random.get_state()
+    vars(model)["tie_weights"] = lambda *_, **__: None  # lm-eval calls it; a head that the caller untied stays so
     try:
         with without_bars(), torch.random.fork_rng([]):
             harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", add_bos_token=bos)
@@ -63,19 +65,21 @@ def run_tasks(
     except Exception as error:  # from lm-eval, a task's own files, or the library that reads its data
         raise DataError(f"lm-eval cannot run {', '.join(names)}: {one_line(error)}") from error
     finally:
+        del vars(model)["tie_weights"]
         random.setstate(states[0])
         np.random.set_state(states[1])
-    tasks = {name: _metrics(values) for name, values in results["results"].items()}
-    return {name: metrics for name, metrics in tasks.items() if metrics}
+    return {name: metrics for name, values in results["results"].items() if (metrics := _metrics(name, values))}
 
 
-def _metrics(values: Mapping[str, object]) -> dict[str, Metric]:
+def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
     """The metrics in lm-eval's results of one task, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
     metrics: dict[str, Metric] = {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not _is_number(value):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
+        if not math.isfinite(value):
+            raise NumericalError(f"task {task}: {metric} is {value}; activations may overflow, try --dtype float32")
         error = values.get(f"{metric}_stderr,{filtered}")
         name = metric if filtered == "none" else key
         metrics[name] = Metric(value=float(value), stderr=float(error) if _is_number(error) else None)
