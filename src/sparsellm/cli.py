@@ -237,14 +237,18 @@ def plan(model: str, **options: Any) -> Printed:
 def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", **options: Any) -> Printed:
     """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
     from sparsellm import api, console, parallel, tables
+    from sparsellm.inputs import mixture_of
     from sparsellm.records import read_pruning
     from sparsellm.storage import results
 
     place = results.place_of_results(model) if save and model != "demo" else None  # no directory of that name is meant
     keep, flatters = results.keeper(place, partial(console.say, error=True)), False
-    if place is not None and Path(text).is_file():
+    file = Path(text.removeprefix("file:"))
+    if place is not None and file.is_file():
         with suppress(StorageError):  # a damaged record
-            flatters = read_pruning(place).recipe.get("calibration") == Path(text).name
+            given = str(read_pruning(place).recipe.get("calibration"))
+            parts = [name for name, _ in mixture_of(given)] or [given]
+            flatters = file.name in [name.removeprefix("file:") for name in parts]
     result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
     if not parallel.is_main():
         return None
@@ -338,9 +342,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     numeric = ("sparsity", "effort", "experts")
     asked = {name: use.listed(options.pop(name)) for name in ("method", "pattern", "values", *numeric)}
     numbers = {name: [parse_yaml(each, f"--{name}") for each in asked[name]] for name in numeric}
-    recover, most = options.get("recover"), options.get("max_bytes")
-    if recover is not None and not 0 < recover <= 1:
-        raise RecipeError(f"--recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
+    most = options.get("max_bytes")
     measured = (options.pop(name, None) for name in ("text", "text_seq_len", "max_tokens", "speed"))
     protocol = grid.Protocol(*measured)  # type: ignore[arg-type]
     interrupts.keeps(f"finished runs and blocks are kept in {out}")
@@ -357,11 +359,11 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
             experts=numbers["experts"],
         ),
         protocol=protocol,
-        recover=recover,
+        recover=options.get("recover"),
         max_bytes=parse_bytes(most) if most is not None else None,
         progress=progress,
     )
-    constrained = recover is not None or most is not None
+    constrained = options.get("recover") is not None or most is not None
     return result.model_dump(mode="json"), lambda: tables.print_grid(result, constrained=constrained)
 
 

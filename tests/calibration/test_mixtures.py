@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -70,12 +71,17 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
     [
         ("pydoc:0.5,self:0", "source 'self' in text mixture .* has share 0; leave it out"),
         ("pydoc:1,pydoc:2", "'pydoc' .* occurs twice"),
+        ("a.txt:1,file:./a.txt:2", "names one text twice; add its shares"),
         ("pydoc:1,wikitxt2:2", "unknown text source 'wikitxt2'; did you mean 'wikitext2'"),
         ("pydoc,words:0.5", "unknown text source .*; a text mixture is SOURCE:SHARE,SOURCE:SHARE"),
         ("pydoc:1,nowhere.txt:2", "nowhere.txt' does not exist"),
     ],
 )
-def test_unusable_mixtures_are_refused_before_the_work(source: str, message: str) -> None:
+def test_unusable_mixtures_are_refused_before_the_work(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("some text")
     with pytest.raises(DataError, match=message):
         check_sources(source, "calibration")
     with pytest.raises(DataError, match="mixes texts for calibration"):
@@ -99,7 +105,10 @@ def test_conversations_are_joined_by_the_chat_template(files: list[str]) -> None
         shown = "[user]what is it\n[assistant]a name\n\n\n" * 200
         assert all(tokenizer.decode(window) in shown for window in calibration_windows(text, tokenizer, 4, 32, 0))
         tokenizer.chat_template = None
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = copy.deepcopy(tiny_tokenizer(add_bos=True))
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    windows = calibration_windows(Text([CHAT] * 200), tokenizer, 4, 32, 0)
+    assert (windows == 0).nonzero()[:, 1].tolist() == [0] * 4  # that of the window, none of the template
     for bad in ([{"role": "user"}], [{"role": "user", "content": 3}], ["a"]):
         with pytest.raises(DataError, match="a conversation of the text cannot be read"):
             calibration_windows(Text([bad]), tokenizer, 4, 32, 0)

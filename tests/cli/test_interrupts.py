@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import sparsellm
-from sparsellm import interrupts
+from sparsellm import PruneResult, interrupts
 from tests import killing
 
 ODD_NAME = "it's [b]out[/b] :x:"
@@ -182,6 +182,11 @@ def test_a_forked_child_ends_by_its_own_signal() -> None:
 def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     assert interrupts.command_line() == expected
+
+
+def test_a_recorded_command_is_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/sparsellm", "prune", "\udce9"])  # a byte that is not UTF-8
+    assert PruneResult.model_fields["command"].get_default(call_default_factory=True) == "sparsellm prune '?'"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

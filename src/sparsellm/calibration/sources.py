@@ -59,7 +59,10 @@ def check_sources(source: str, split: Split) -> list[tuple[str, str]]:
     shares = shares_of(source)
     if len(shares) > 1 and split == "evaluation":
         raise DataError(f"{shown(source)} mixes texts for calibration; to evaluate, name one of them after the other")
-    return [check_source(each, split) for each in shares]
+    sources = [check_source(each, split) for each in shares]
+    if len({(name, os.path.realpath(os.path.expanduser(file))) for name, file in sources}) < len(sources):
+        raise DataError(f"text mixture {shown(source)} names one text twice; add its shares")
+    return sources
 
 
 def check_source(source: str, split: Split) -> tuple[str, str]:

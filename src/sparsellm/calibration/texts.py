@@ -27,11 +27,12 @@ class Text:
 def text_file(path: str) -> Path:
     """The path of a file that exists; raises DataError for one that does not."""
     try:
+        path.encode()  # records hold its name
         file = Path(path).expanduser()
         if file.is_file():
             return file
         reason = "is a directory" if file.is_dir() else "is not a file" if file.exists() else "does not exist"
-    except (OSError, RuntimeError, ValueError) as error:  # too long; no such user after '~'; a null byte
+    except (OSError, RuntimeError, ValueError) as error:  # too long; no such user after '~'; a null byte; not UTF-8
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
     raise DataError(f"text file {shown(path)} {reason}; check the path, or name another source")
 

@@ -76,7 +76,7 @@ def calibration_windows(
     read = partial(_tokens, source, tokenizer, lead)
     if text.per_document:
         return _led(_windows_of_documents(source, text, read, samples + fresh, length, generator), lead)
-    ids = read(_joined(source, text, tokenizer), least=length + 1)
+    ids = read(_joined(source, text, tokenizer, lead), least=length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
         few = f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn"
@@ -157,9 +157,8 @@ def evaluation_windows(
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
-    ids = _tokens(source, tokenizer, lead, _joined(source, text, tokenizer), length)
-    limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
-    windows = min(limit for limit in limits if limit is not None)
+    ids = _tokens(source, tokenizer, lead, _joined(source, text, tokenizer, lead), length)
+    windows = min(len(ids) // length, text.most_windows or len(ids), (max_tokens or len(ids) * seq_len) // seq_len)
     return _led(ids[: windows * length].view(windows, length), lead)
 
 
@@ -186,13 +185,13 @@ def check_memory(windows: int, seq_len: int) -> None:
         raise DataError(f"{take}, and {free / 1e9:.1f} GB of memory are free; lower samples, effort or seq_len")
 
 
-def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase) -> str:
+def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
     """The text as one string, conversations by the tokenizer's chat template. Raises DataError if it refuses one, or
     the text is too long for the memory that is free."""
     parts, size, free = [], 0, machine.free_memory()
     for document in text.documents:
         if document is not None:  # data sets have nulls
-            parts.append(document if isinstance(document, str) else _chat(document, tokenizer))
+            parts.append(document if isinstance(document, str) else _chat(document, tokenizer, lead))
             size += len(parts[-1])
         if TOKENISING * size > max(1 << 28, free):  # before the next one is read
             raise _too_long(source, size, free, "more than ")
@@ -206,11 +205,13 @@ def _too_long(source: Given, characters: int, free: int, more: str = "") -> Data
     )
 
 
-def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
+    """A conversation by the chat template, without the BOS that :func:`_led` puts before windows."""
     try:
         if not all(isinstance(each[field], str) for each in messages for field in ("role", "content")):
             raise ValueError("a role or content is not a string")
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+        return text if lead is None else text.removeprefix(str(tokenizer.bos_token))
     except Exception as error:  # a template raises what it likes
         why = one_line(error) if tokenizer.chat_template else "the tokenizer has no chat template"
         raise DataError(f"a conversation of the text cannot be read: {why}") from None
@@ -227,7 +228,7 @@ def _tokens(source: Given, tokenizer: PreTrainedTokenizerBase, lead: int | None,
     if len(ids) < least:
         few = f"{_called(source)} has {len(ids)} tokens and {least} are needed for one window"
         raise DataError(f"{few}; lower seq_len, or name a longer text")
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _led(windows: Tensor, lead: int | None) -> Tensor:

@@ -70,7 +70,7 @@ class PruneResult(RunRecord):
     resumed: int = Field(0, exclude=True)  # blocks that an earlier process had finished
     versions: dict[str, str] = Field(default_factory=versions)
     environment: dict[str, str] = Field(default_factory=environment)
-    command: str = Field(default_factory=command_line)
+    command: str = Field(default_factory=lambda: command_line().encode(errors="replace").decode())  # may not be UTF-8
 
     @property
     def sparsity(self) -> float:
