@@ -125,7 +125,7 @@ def test_a_recommendation_meets_the_constraints(recover: float | None, max_bytes
         ("--sparsity 0.5,0.5", "asked for twice"),
         ("--sparsity 0.5 --method wandaa", "wanda"),
         ("--sparsity 0.5 --method wanda --set effort=1", "known to none"),
-        ("--sparsity 0.5 --recover 1.5", "--recover is 1.5"),
+        ("--sparsity 0.5 --recover 1.5", "recover is 1.5"),
         ("--sparsity 0.5 --text gone.txt", "text file 'gone.txt' does not exist"),
         ("--sparsity 0.5 --values int9", "recipe field values is 'int9'"),
         ("--sparsity 0.5 --text-seq-len 4000", "4000"),
@@ -317,6 +317,12 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
         cells_of(base, methods=["wanda"], sparsities=[0.3], efforts=[1])
     with pytest.raises(RecipeError, match="cells is empty"):
         sparsellm.compare("demo", out="grid", cells={}, protocol=Protocol("pydoc"))
+    given: Any = {"out": "grid", "cells": chosen, "protocol": Protocol("pydoc")}
+    for name, value in {"protocol": "pydoc", "recover": 2}.items():
+        with pytest.raises(RecipeError, match=rf"{name} is '?{value}"):
+            sparsellm.compare("demo", **{**given, name: value})
+    with pytest.raises(RecipeError, match="methods is 'wanda'"):
+        cells_of(base, methods="wanda", sparsities=[0.3])
 
 
 def test_options_mean_what_they_mean_in_prune(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

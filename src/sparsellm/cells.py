@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 from sparsellm import api, parallel
+from sparsellm.arguments import RecipeGiven, checked
 from sparsellm.calibration.sources import check_sources, default_source
 from sparsellm.calibration.texts import text_file
 from sparsellm.convert import check_packable
-from sparsellm.errors import MissingExtraError, RecipeError, StorageError
+from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
 from sparsellm.methods import METHODS
@@ -115,6 +116,9 @@ def compare(
     place = check_place(out)
     if not cells or not all(isinstance(each, Recipe) and Path(name).name == name for name, each in cells.items()):
         raise RecipeError("cells is empty, or not recipes by names of directories; make one or more with cells_of")
+    if not isinstance(protocol, Protocol) or (recover is not None and not 0 < recover <= 1):
+        asked = f"protocol is {shown(protocol)} and recover is {recover}"
+        raise RecipeError(f"{asked}; give a Protocol, and a fraction above 0, up to 1, such as 0.95")
     if protocol.speed and parallel.size() > 1:
         raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
     device, bos = next((recipe.device, recipe.bos) for recipe in cells.values())
@@ -250,15 +254,16 @@ def _keep(grid: Grid, place: Path) -> None:
     write_bytes(place / GRID, (grid.model_dump_json(indent=2) + "\n").encode())
 
 
+@checked
 def cells_of(
-    base: Recipe | Settings | str | os.PathLike[str] | None,
+    base: RecipeGiven,
     *,
     methods: Sequence[str],
-    sparsities: Sequence[float] = (),
+    sparsities: Sequence[float | str] = (),
     patterns: Sequence[str] = (),
-    efforts: Sequence[int] = (),
+    efforts: Sequence[int | str] = (),
     values: Sequence[str] = (),
-    experts: Sequence[float] = (),
+    experts: Sequence[float | str] = (),
 ) -> dict[str, Recipe]:
     """The cells by name: every method at every sparsity, then at every pattern, auto:M at every sparsity; each with
     every effort, if the method has a sweep, type of values and ``experts``. The other settings are those of ``base``,

@@ -317,7 +317,7 @@ class Pruning(RunRecord):
     @property
     def target(self) -> str:
         """The pattern that was asked for, or the sparsity in percent."""
-        return str(self.recipe.get("pattern") or f"{self.sparsity_asked:.0%}")
+        return str(self.recipe.get("pattern") or f"{100 * self.sparsity_asked:.4g}%")
 
     @property
     def packs(self) -> bool:
@@ -487,3 +487,7 @@ class Results(Measurement):
     benchmarks: list[Benchmark] = Field(default_factory=list)
     continuations: list[Continuation] = Field(default_factory=list)
     exports: list[Export] = Field(default_factory=list)  # the latest into each file or directory
+
+    def latest(self) -> dict[tuple[object, ...], Evaluation]:
+        """The latest evaluation of each protocol, by the protocol's key; one that compares outlives others."""
+        return {each.protocol.key: each for each in sorted(self.evaluations, key=lambda each: bool(each.dense))}

@@ -40,7 +40,8 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             say(f"note: {linear.name}: {note}", error=True)
     out().print(phases(result.seconds, parts=verbose))
     recipe, shares = result.recipe, f" by {result.allocated_by}" if result.allocated_by is not None else ""
-    target = recipe.pattern if recipe.pattern is not None and recipe.chosen_of is None else f"{recipe.sparsity:.0%}"
+    share = f"{100 * recipe.sparsity:.4g}%"
+    target = recipe.pattern if recipe.pattern is not None and recipe.chosen_of is None else share
     chosen = f"{recipe.pattern} " if recipe.chosen_of is not None else ""
     windows = f"{recipe.samples}×{recipe.seq_len}"
     say(f"{recipe.method} {chosen}{target}{shares} · calibrated on {recipe.calibration} {windows}")

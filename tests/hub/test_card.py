@@ -54,7 +54,7 @@ def test_prune_writes_a_card_that_the_reader_of_the_hub_reads(pruned: Path) -> N
     assert {"sparsellm", "pruning", "sparsity", "sparsity-2:4"} <= set(card.data.tags)
     assert "https://huggingface.co/some/model" in card.text
     assert "Not evaluated yet" in card.text
-    assert "# `some/model`, 48% sparse" in card.text
+    assert "# `some/model`, 47.62% sparse" in card.text
     report = json.loads((pruned / "pruning.json").read_text())
     assert f"{report['sparsity_reached']:.2%} of the weights" in " ".join(card.text.split())
     assert {"model": "some/model", "license": "llama3.2"}.items() <= report["base"].items()
@@ -89,7 +89,12 @@ def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
 
 
 def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
-    results(pruned, EVALUATION, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}})
+    results(
+        pruned,
+        {**EVALUATION, "tasks": None},
+        EVALUATION,
+        {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}},
+    )
     assert "README.md" in run("card", pruned, exits=0)[1]
     text = (pruned / "README.md").read_text()
     assert "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored." in text
@@ -100,6 +105,7 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> N
     assert "| recovery | 100% | 90.0% |" in text
     assert "| `arc_easy`, `acc,none` |  | 0.61 ± 0.01 |" in text
     assert "windows of 64 tokens" in text
+    assert text.count("windows of 512 tokens") == 1  # a later measurement of the same replaces the first
     assert "/home/me" not in text
     assert "Not evaluated" not in text
     assert run("card", pruned)[0] == 0  # its own card is replaced again and again

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sparsellm import pack
-from sparsellm.errors import StorageError
+from sparsellm.errors import RecipeError, StorageError
+from sparsellm.report.checkpoint import headline, read_checkpoint
 from sparsellm.report.comparison import write_comparison
 from tests.report.pages import page_of, results, rewrite
 
@@ -71,9 +72,9 @@ def test_a_directory_called_dense_is_not_the_dense_model(runs: Path, tmp_path: P
 
 
 def test_scales_and_numbers_are_readable(runs: Path, copied: Path, tmp_path: Path) -> None:
-    (copied / "results.json").write_text(json.dumps(results(900.0)))
+    (copied / "results.json").write_text(json.dumps(results(80_764.3)))
     page = page_of(write_comparison([copied, runs / "nm"], tmp_path / "c.html"))
-    assert page.rows("Quality against sparsity")[2] == ["half", "50.0%", "900"]
+    assert page.rows("Quality against sparsity")[2] == ["half", "50.0%", "80,764"]
     figures = page.figures()
     assert figures["quality-size"]["layout"]["yaxis"]["type"] == "log"
     assert [trace["name"] for trace in figures["depth-sparsity"]["data"]] == ["half, nm"]  # both have 50 % everywhere
@@ -89,6 +90,17 @@ def test_quality_is_compared_by_one_protocol(runs: Path, copied: Path, tmp_path:
     assert [row[3] for row in page.rows(SUMMARY)[2:]] == ["not measured", "41.2", "41.2"]
     assert "window 64" in page.one("header").text
     assert len(page.figures()["quality-size"]["data"]) == 3
+
+
+def test_divergences_from_another_model_do_not_stand_side_by_side(runs: Path, copied: Path, tmp_path: Path) -> None:
+    content = results(31.4)
+    content["evaluations"][0]["against"] |= {"model": "other", "perplexity": {"value": 99.0}}
+    (copied / "results.json").write_text(json.dumps(content))
+    head, _, first, second = page_of(write_comparison([runs / "nm", copied], tmp_path / "c.html")).rows(SUMMARY)
+    assert first[head.index("KL")] != "not measured"
+    assert second[head.index("KL")] == second[head.index("recovery")] == "not measured"
+    shown = [row.detail for row in headline(read_checkpoint(copied))]
+    assert any(each.endswith(", against other") for each in shown)
 
 
 def test_runs_that_were_never_measured(runs: Path, tmp_path: Path) -> None:
@@ -126,6 +138,9 @@ def test_runs_of_another_base_model_are_refused(runs: Path, copied: Path, tmp_pa
 
 
 def test_other_refusals(runs: Path, tmp_path: Path, run: Any) -> None:
+    for directories in ([], str(runs / "half")):
+        with pytest.raises(RecipeError, match="directories is"):
+            write_comparison(directories, tmp_path / "c.html")
     with pytest.raises(StorageError, match="is named twice; name each run once"):
         write_comparison([runs / "half", runs / "half"], tmp_path / "c.html")
     with pytest.raises(StorageError, match=r"has no pruning\.json"):

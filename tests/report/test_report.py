@@ -109,8 +109,8 @@ def test_a_comparison_outlives_an_evaluation_without_one(copied: Path) -> None:
     record = json.loads((copied / "results.json").read_text())
     compared = [each for each in record["evaluations"] if each["against"]]
     rewrite(copied / "results.json", evaluations=[*compared, *({**each, "against": None} for each in compared)])
-    assert all(each.dense is not None for each in read_checkpoint(copied).latest().values())
-    assert read_checkpoint(copied).latest()
+    assert all(each.dense is not None for each in read_checkpoint(copied).results.latest().values())
+    assert read_checkpoint(copied).results.latest()
 
 
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:

@@ -61,7 +61,9 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
     packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
     types = sorted({entry.value_type for entry in packed.values()})
-    text = card_text(run, results.evaluations, packed=types, files=results.exports)
+    latest = results.latest().values()
+    evaluations = [each for each in results.evaluations if each.tasks or each in latest]
+    text = card_text(run, evaluations, packed=types, files=results.exports)
     with changing(directory) as write:
         return write(CARD, text.encode())
 

@@ -67,6 +67,8 @@ def percent(share: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
+    if value is not None and 1e4 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
     return f"{value:.{digits}g}" if value is not None and math.isfinite(value) else "–"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsellm.errors import StorageError
 from sparsellm.inputs import without_folders
-from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Pruning, Results, read_pruning
+from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Pruning, Results, read_pruning
 from sparsellm.report.charts import megabytes, number, percent
 from sparsellm.storage.reader import as_storage_error
 from sparsellm.storage.results import read_results
@@ -44,10 +44,6 @@ class Checkpoint:
         """The size of the packed weight files; None if there are none and no benchmark measured them."""
         measured = self.decoding()
         return self.file_bytes if self.packed else measured[0].packed_disk_bytes if measured else None
-
-    def latest(self) -> dict[tuple[object, ...], Evaluation]:
-        """The latest evaluation of each protocol, by the protocol's key; one that compares outlives others."""
-        return {each.protocol.key: each for each in sorted(self.results.evaluations, key=lambda each: bool(each.dense))}
 
     def decoding(self) -> tuple[Benchmark, Pair] | None:
         """The latest benchmark with decoding, and its speeds while decoding."""
@@ -119,8 +115,12 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
 
 def _quality(record: Checkpoint) -> list[Row]:
     command, rows = _evaluate(record), []
-    for evaluation in record.latest().values():
+    for evaluation in record.results.latest().values():
         protocol, against = str(evaluation.protocol), evaluation.dense
+        if against is not None and against.model != without_folders(
+            record.pruning.base.name
+        ):  # not the model that was pruned
+            protocol += f", against {against.model}"
         shown = [Row(name, protocol, dense, value) for name, dense, value in evaluation.rows()]
         if against is not None:
             shown[0] = replace(shown[0], change=_ratio(evaluation.value, against.perplexity.value))

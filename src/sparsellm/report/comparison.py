@@ -8,15 +8,17 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from pydantic import Field
+
+from sparsellm.arguments import Out, PathGiven, checked
 from sparsellm.errors import StorageError, shown
 from sparsellm.records import Protocol, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Plotly, Table, megabytes, number, percent, short_number
 from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
 from sparsellm.report.document import page, write_page
-from sparsellm.storage.directory import Place
 
 DENSE = "dense"  # the name of the dense model, which no run has
 RECOVERY = 0.95  # the least one of a recommended run, unless something else is asked for
@@ -63,10 +65,15 @@ def recommend(runs: Sequence[Candidate], recover: float | None, max_bytes: float
     return min(fitting, key=lambda run: (run.size, -run.recovery), default=None)
 
 
+@checked
 def write_comparison(
-    directories: Sequence[Place], out: Place, *, recover: float | None = None, max_bytes: int | None = None
+    directories: Annotated[Sequence[PathGiven], Field(min_length=1)],
+    out: Out,
+    *,
+    recover: float | None = None,
+    max_bytes: int | None = None,
 ) -> Path:
-    """Writes one page that compares two or more pruned checkpoints of one model, and returns its path. It recommends a
+    """Writes one page that compares pruned checkpoints of one model, and returns its path. It recommends a
     run with a recovery of at least ``recover``, and at most ``max_bytes`` of packed weight files, as far as their size
     is known; if both are None, one that recovers :data:`RECOVERY`.
 
@@ -92,7 +99,7 @@ def write_comparison(
 
 def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None) -> bytes:
     """The comparison as HTML."""
-    protocols = [each.protocol for record in records for each in record.latest().values()]
+    protocols = [each.protocol for record in records for each in record.results.latest().values()]
     counts = Counter(each.key for each in protocols)
     protocol = max(protocols, key=lambda each: counts[each.key], default=None)  # by which most runs were measured
     names = _names(records)
@@ -185,11 +192,12 @@ def _values(records: Sequence[Checkpoint], names: list[str], protocol: Protocol 
         one: _Values = {"zeros": record.pruning.sparsity_pruned, "weight files": record.file_bytes / 1e6}
         if record.pruning.base.bytes:
             dense.setdefault("weight files", record.pruning.base.bytes / 1e6)
-        if protocol is not None and (evaluation := record.latest().get(protocol.key)) is not None:
+        if protocol is not None and (evaluation := record.results.latest().get(protocol.key)) is not None:
             one["perplexity"] = evaluation.value
             if (against := evaluation.dense) is not None:
-                one |= {"KL": against.kl, "same token": against.agreement, "recovery": against.recovery or 0.0}
-                dense.setdefault("perplexity", against.perplexity.value)
+                reference = against.perplexity.value
+                if math.isclose(dense.setdefault("perplexity", reference), reference, rel_tol=0.01):  # of one model
+                    one |= {"KL": against.kl, "same token": against.agreement, "recovery": against.recovery or 0.0}
         if (measured := record.decoding()) is not None:
             pair = measured[1]
             taken = (measured[0].machine, pair.packed.batch)

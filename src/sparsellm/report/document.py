@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 
+from sparsellm.arguments import Out, PathGiven, checked
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
@@ -33,7 +34,8 @@ GENERATOR = "sparsellm report"  # tells a file of ours from others
 _HEAD = 2048  # bytes at the beginning of a file in which that must stand
 
 
-def write_report(directory: Place, out: Place | None = None, *, name: Place | None = None) -> Path:
+@checked
+def write_report(directory: PathGiven, out: Out | None = None, *, name: PathGiven | None = None) -> Path:
     """Writes the report of a pruned checkpoint, packed or not, and returns its path.
 
     Args:
