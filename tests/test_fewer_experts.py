@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
-from sparsellm import Recipe
+from sparsellm import Recipe, parallel
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import MemoryBudgetError, ModelError, RecipeError, StorageError
 from sparsellm.mixtures.sample import HELD, Sample
@@ -179,6 +179,24 @@ def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:
         assert killing.run(killing.prune, source, out, recipe).code == 0
         assert tree(out)["model-00001-of-00003.safetensors"] == first
         assert tree(out)["config.json"] == last
+
+
+def test_a_repeat_with_other_experts_is_refused_before_the_removal(tmp_path: Path) -> None:
+    source, given = save_tiny(mixtral(), None, tmp_path / "dense"), {"out": tmp_path / "out", "calibration": IDS}
+    with pytest.raises(KeyboardInterrupt):
+        sparsellm.prune(source, Recipe(**RECIPE), progress=stop_after_one("prune"), **given)
+    before = tree(tmp_path / "out-experts")
+    with pytest.raises(StorageError, match=r"recipe\.experts is 2.* there and 3.* here"):
+        sparsellm.prune(source, Recipe(**{**RECIPE, "experts": 3}), **given)
+    assert tree(tmp_path / "out-experts") == before
+    sparsellm.prune(source, Recipe(**RECIPE), **given)
+
+
+def test_tokens_of_a_sample_are_numbered_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "gather", lambda count: [5, 7, count])
+    monkeypatch.setattr(parallel, "rank", lambda: 2)
+    nothing: Any = None
+    assert Sample(nothing, 0, nothing, nothing, torch.zeros(6, 1)).first == 12
 
 
 def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 import sparsellm
-from sparsellm import PruneResult, Recipe, plugins
+from sparsellm import PruneResult, Recipe, parallel, plugins
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
+from tests.allocation.helpers import IDS
+from tests.models import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("forgotten_plugins")
 
@@ -88,6 +90,13 @@ def test_a_file_is_loaded_once_and_known_by_its_content(tmp_path: Path, monkeypa
     source.write_text(source.read_text() + "\n# changed")
     with pytest.raises(RecipeError, match=r"s\.py has changed since it was loaded"):
         plugins.load_plugin(source)
+
+
+def test_processes_with_different_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [{"s.py": "1"}, {"s.py": "2"}]
+    monkeypatch.setattr(parallel, "gather", lambda value: found if isinstance(value, dict) else [value])
+    with pytest.raises(RecipeError, match="a plugin differs between processes"):
+        sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=IDS)
 
 
 def test_plugins_have_distinct_names_that_can_be_recorded(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -34,6 +35,13 @@ from tests.sweep.helpers import CPU, block_parameters, divergence, halved, ids_o
 
 def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> list[SweepPass]:
     return swept(open_chain(model, device=CPU), dense, *args)[0]
+
+
+def test_divergences_on_other_windows_are_rescaled_with_those_of_each_text() -> None:
+    run, task = MagicMock(judge=lambda judges: (3.0, {})), MagicMock()
+    history = [SweepPass(passes=n, held_out=kl, sources={"a": kl / 2}) for n, kl in enumerate((4.0, 2.0))]
+    rescaled = module._rescaled(history, task, run, [])
+    assert [(each.held_out, each.sources["a"]) for each in rescaled] == [(6.0, 3.0), (3.0, 1.5)]
 
 
 @pytest.mark.parametrize("family", helpers.FAMILIES, ids=lambda family: family.__name__)

@@ -52,7 +52,7 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
         with sampled(stream, index) as inputs:
             tokens, strength = _measure(stream, index, mixture, outputs)
         sample = Sample.of(fewer, index, torch.cat(inputs, dim=1), removal.costs, removal.seed)
-        some = slice(COMPARED // 2, None, COMPARED)
+        some = slice((COMPARED // 2 - sample.first) % COMPARED, None, COMPARED)
         compared = replace(sample, inputs=sample.inputs[:, some], goal=sample.goal[some])
         view = MixtureView(index, fewer.keep, fewer.routing.groups, tokens, strength, removal.seed, compared.error_of)
         scores = removal.score(view)

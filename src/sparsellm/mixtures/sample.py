@@ -56,6 +56,11 @@ class Sample:
         """The outputs of the experts of the model's block, see :meth:`_projected`."""
         return self._projected(self.fewer.dense)
 
+    @cached_property
+    def first(self) -> int:
+        """The number of the first token among those of all processes."""
+        return sum(parallel.gather(len(self.goal))[: parallel.rank()])
+
     def error_of(self, kept: Sequence[int]) -> float:
         """The relative error of the mixture's output with these experts alone, before a refit."""
         self.fewer.fill(self.index, kept)
@@ -69,7 +74,7 @@ class Sample:
         chain, index = self.fewer.chain, self.index
         (small,) = chain.mixtures(index)
         experts, numbers = self._projected(chain), range(len(small))
-        held = torch.arange(len(self.goal), device=self.goal.device) % HELD == HELD // 2
+        held = (self.first + torch.arange(len(self.goal), device=self.goal.device)) % HELD == HELD // 2
         # With the others, such as shared experts, every step would copy and differentiate what it does not change.
         values = [p.requires_grad_() for p in _around(chain, index).parameters() if p.shape[:1] == (len(small),)]
         exact = [value.detach().float().clone() for value in values]

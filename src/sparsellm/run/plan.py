@@ -182,12 +182,14 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
 
 
 def _computing(chain: Chain) -> str:
-    """Dtype and device of the blocks, by which a run is known. Refuses processes that differ in it."""
+    """Dtype and device of the blocks, by which a run is known. Refuses processes that differ in it, or in a plugin."""
     products = ", products in bf16" if chain.products is not None else ""
     ways = {*parallel.gather(f"{chain.dtype} on {chain.device.type}{products}")}
     if len(ways) > 1:
         differ = f"processes would compute in different ways ({'; '.join(sorted(ways))})"
         raise RecipeError(f"{differ}; set device, dtype and products, or leave out the machines that differ")
+    if len({*map(str, parallel.gather(plugins.loaded()))}) > 1:
+        raise RecipeError("a plugin differs between processes; give all machines the same file")
     return ways.pop()
 
 
@@ -253,10 +255,13 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
 
 
 def _short_text(windows: Windows, choice: Choice) -> list[str]:
-    """Warnings of few calibration tokens, and of a text with too little room for all sets; none for token ids."""
+    """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
     warnings, tokens = [], windows.first.numel()
+    if choice.passes and not len(windows.fresh):
+        fitted = "the sweep has no windows of its own, so its divergence is on those that the blocks were fitted to"
+        warnings.append(f"{fitted}; `sparsellm eval` measures it on others")
     if windows.bos == "given":
-        return []
+        return warnings
     if tokens < FEW_TOKENS:
         few = f"{tokens} calibration tokens are few; from {FEW_TOKENS} on the model loses less"
         warnings.append(f"{few} (--samples, --seq-len)")

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import to_jsonable_python
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ from sparsellm.records import ExpertsOfBlock
 from sparsellm.run.journal import BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan, Removed, Request, make_plan
 from sparsellm.storage.contents import foreign_entries
-from sparsellm.storage.directory import checkpoints_among, partial_of
+from sparsellm.storage.directory import check_identity, checkpoints_among, left_in, partial_of
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
 
@@ -43,11 +44,19 @@ def plan_removal(request: Request, clock: PhaseClock, progress: ProgressCallback
         raise RecipeError("experts are removed from a model on disk, without teacher: give it by name, and out=DIR")
     recipe = request.recipe
     request.destination(checkpoints_among(request.model))
-    place = Path(f"{os.path.expanduser(request.out)}-experts")
+    place, rest = Path(f"{os.path.expanduser(request.out)}-experts"), partial_of(Path(request.out).expanduser())
     overwrite = (place / EXPERTS).is_file()  # without that file it is a checkpoint of the user's
     kept = {name: getattr(recipe, name) for name in (*_TEXT, *_COMPUTING, *_SETTINGS)}
     alone = Recipe(method="magnitude", sparsity=0.0, **kept)
-    return make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite, then=recipe), clock, progress)
+    plan = make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite, then=recipe), clock, progress)
+
+    def check_rest() -> None:
+        """Refuses to replace the smaller model from which an unfinished run goes on."""
+        if not request.restart and left_in(rest) is not None and (known := _read(place)):
+            check_identity(rest, known.get("identity"), to_jsonable_python(asdict(plan.identity)))
+
+    parallel.from_main(check_rest)
+    return plan
 
 
 def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
@@ -59,8 +68,8 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     fewer, place, recipe = plan.fewer, plan.out, plan.recipe
     assert fewer is not None
     assert place is not None
-    identity, file = to_jsonable_python(asdict(plan.identity)), place / EXPERTS
-    if (known := parallel.from_main(lambda: read_object(file) if file.is_file() else {})).get("identity") == identity:
+    identity = to_jsonable_python(asdict(plan.identity))
+    if (known := parallel.from_main(partial(_read, place))).get("identity") == identity:
         records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
         return Removed(plan, records, known.get("seconds", {}))
     with Journal(place, len(plan.chain), restart=request.restart, overwrite=plan.request.overwrite) as journal:
@@ -83,6 +92,12 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         kept = {"identity": identity, "experts": [each.model_dump() for each in records], "seconds": clock.seconds}
         parallel.from_main(partial(_save, plan, fewer, journal, kept))
     return Removed(plan, records, clock.seconds)
+
+
+def _read(place: Path) -> dict[str, Any]:
+    """What was removed from the model with fewer experts; empty where there is none."""
+    file = place / EXPERTS
+    return read_object(file) if file.is_file() else {}
 
 
 def clean_up(removed: Removed) -> None:

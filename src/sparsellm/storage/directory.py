@@ -121,7 +121,8 @@ class WorkingDirectory(contextlib.ExitStack):
 
     def _begin(self, identity: dict[str, object], restart: bool) -> None:
         left = left_in(self.path)
-        _check_identity(self.path, identity, restart=restart)
+        if not restart:
+            check_identity(self.path, left, identity)
         with explained(self.path):
             if restart:  # all but the record, by which the run is recognised after a kill
                 empty(self.path, (STATE,))
@@ -135,12 +136,13 @@ class WorkingDirectory(contextlib.ExitStack):
 def check_unfinished(partial: Path, identity: Mapping[str, object], *, restart: bool) -> None:
     """A StorageError for a working directory with foreign files, or, without ``restart``, a run of another identity."""
     _check_entries(partial)
-    _check_identity(partial, identity, restart=restart)
+    if not restart:
+        check_identity(partial, left_in(partial), identity)
 
 
-def _check_identity(partial: Path, identity: Mapping[str, object], *, restart: bool) -> None:
-    left = left_in(partial)
-    if left is not None and not restart and left != identity:
+def check_identity(partial: Path, left: Mapping[str, object] | None, identity: Mapping[str, object]) -> None:
+    """A StorageError if the unfinished run in a working directory, with the identity ``left``, is another one."""
+    if left is not None and left != identity:
         changed = [*differences(left, identity)][:4] if left else [f"its record {partial / STATE / RUN} is damaged"]
         other = left and left.get("model") != identity.get("model")
         again = "a model object that it changed must be loaded anew; " if other else ""

@@ -120,7 +120,12 @@ def _rescaled(history: list[SweepPass], task: SweepTask, run: Run, judges: list[
     before = min(record.held_out for record in history) if undone else history[-1].held_out
     with task.feed.chain.outer():
         factor = run.judge(judges)[0] / before
-    return [record.model_copy(update={"held_out": record.held_out * factor}) for record in history]
+
+    def scaled(record: SweepPass) -> SweepPass:
+        sources = {name: divergence * factor for name, divergence in record.sources.items()}
+        return record.model_copy(update={"held_out": record.held_out * factor, "sources": sources})
+
+    return [scaled(record) for record in history]
 
 
 def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> SweepPass:
