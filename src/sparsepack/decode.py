@@ -98,7 +98,9 @@ class Decoder:
         plan += [self._address(tensor[0]) for tensor in angles]
         plan += [self._address(settings), self._address(work), self.logits.data_ptr()]
         plan.append(self._address(inside.norm.weight))
-        plan += self._linear(inside.embed_tokens) + self._linear(model.lm_head)
+        embedding = self._linear(inside.embed_tokens)
+        self._tokens = min(embedding[1], config.vocab_size)  # a caller may have taken rows off the embedding
+        plan += embedding + self._linear(model.lm_head)
         for index, layer in enumerate(inside.layers):
             plan += [self._address(layer.input_layernorm.weight), self._address(layer.post_attention_layernorm.weight)]
             plan += [self._cache[index, 0].data_ptr(), self._cache[index, 1].data_ptr()]
@@ -123,7 +125,7 @@ class Decoder:
         Raises:
             IndexError: token or position is out of range.
         """
-        if not 0 <= position < self._capacity or not 0 <= token < len(self.logits):
+        if not 0 <= position < self._capacity or not 0 <= token < self._tokens:
             raise IndexError(f"token {token} at position {position}: the cache has {self._capacity} positions")
         native.decode(self._plan, token, position)
         return self.logits

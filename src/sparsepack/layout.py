@@ -136,11 +136,11 @@ def pack(
         raise SettingError(f"group is {group}; give one of {', '.join(map(str, GROUPS))}")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
-    kept = weight != 0
+    kept, shape = weight != 0, (weight.shape[0], weight.shape[1])
     pattern = masks.detect(kept) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
         raise SettingError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
-    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), pattern, value_type, group)
+    forms = _forms(shape, kept.count_nonzero(dim=1), pattern, value_type, group)
     if layout == "auto":
         layout = min(forms, key=lambda name: forms[name][0])
         if forms[layout][0] >= weight.nbytes:
@@ -156,15 +156,15 @@ def pack(
     values, offsets, scales, levels = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
     narrow = value_type == "int3"
     held = "int4" if narrow else value_type
-    return PackedWeight(_shape(weight), layout, mask, values, offsets, scales, held, pattern, exponents, levels, narrow)
+    return PackedWeight(shape, layout, mask, values, offsets, scales, held, pattern, exponents, levels, narrow)
 
 
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
     """The layout in which :func:`pack` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
 
     Both depend on its zeros alone."""
-    kept = weight.detach() != 0
-    forms = _forms(_shape(weight), kept.count_nonzero(dim=1).cpu(), masks.detect(kept), value_type)
+    kept, shape = weight.detach() != 0, (weight.shape[0], weight.shape[1])
+    forms = _forms(shape, kept.count_nonzero(dim=1).cpu(), masks.detect(kept), value_type)
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
 
@@ -192,10 +192,6 @@ def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
     """The offsets of a weight in the layout ``dense``, int64 ``(out + 1,)``."""
     out, columns = shape
     return torch.arange(out + 1) * (columns + columns % 2 if value_type == "int4" else columns)
-
-
-def _shape(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]
 
 
 def _forms(

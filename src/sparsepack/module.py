@@ -261,8 +261,10 @@ class PackedLinear(nn.Module):
         """Checks the loaded tensors, and puts them into buffers of other sizes than these: kept values differ in
         number."""
         parts, name = [state_dict.get(prefix + name) for name in PACKED_BUFFERS], prefix.rstrip(".")
-        if not any(part is None for part in parts[:3]):
+        if any(part is not None for part in parts):
             try:
+                if any(part is None for part in parts[:3]):
+                    raise FormatError(f"packed weight {name}: mask, values and offsets are loaded together")
                 own = [None if part is None else part.clone() for part in parts]
                 self.set_packed(_assemble(own, self.in_features, name), name)
             except FormatError as error:
@@ -336,7 +338,5 @@ def to_dense(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, PackedLinear):
                 setattr(module, name, child.to_dense())
-    tie = getattr(model, "tie_weights", None)  # that of transformers: a head may be the embedding's weight
-    if tie is not None:
-        tie()
+    getattr(model, "tie_weights", lambda: None)()  # that of transformers: a head may be the embedding's weight
     return model

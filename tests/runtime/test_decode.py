@@ -112,6 +112,16 @@ def test_a_block_may_be_wider_than_the_config_says() -> None:
 
 
 @kernels
+def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
+    model = sparsellm.load(packed_model(tmp_path))
+    model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight[:6].clone())
+    decoder = Decoder(model, 4)
+    decoder.read(torch.tensor([[5]]))
+    with pytest.raises(IndexError, match="token 6 at position 1"):
+        decoder.step(6, 1)
+
+
+@kernels
 def test_sampled_text_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = sparsellm.load(packed_model(tmp_path)), tiny_tokenizer()
     model.generation_config.update(top_p=0.9, min_p=0.01, repetition_penalty=1.2)

@@ -120,6 +120,9 @@ def test_damaged_state_is_refused_and_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match="first offset is 1"):
         module.load_state_dict(state)
     assert torch.equal(unpack(module.packed), before)
+    with pytest.raises(RuntimeError, match="mask, values and offsets are loaded together"):
+        module.load_state_dict({"weight_mask": state["weight_mask"].roll(1, 0)}, strict=False)
+    assert torch.equal(unpack(module.packed), before)
     with pytest.raises(RuntimeError, match="weight_mask"):
         module.load_state_dict({"weight": torch.zeros(1), "bias": torch.zeros(48)})
 

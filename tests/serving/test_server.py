@@ -238,6 +238,8 @@ def test_a_wrong_key_is_refused(url: str) -> None:
         assert httpx.get(f"{url}/models", headers={b"Authorization": header}).status_code == 401
     assert httpx.get(f"{url}/models").status_code == 401
     assert httpx.head(f"{url}/models", headers={"Authorization": f"bearer {KEY}"}).status_code == 200
+    for model in OpenAI(base_url=url, api_key=KEY).models.list():
+        assert httpx.head(f"{url}/models/{model.id}", headers=HEADERS).status_code == 200
     assert health(url)["status"] == "ok"
 
 

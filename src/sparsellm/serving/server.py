@@ -243,7 +243,7 @@ def application(worker: Worker, name: str) -> FastAPI:
     async def _models() -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{asked:path}")
+    @app.api_route("/v1/models/{asked:path}", methods=["GET", "HEAD"])
     async def _model(asked: str) -> Response:
         return JSONResponse(card) if asked == name else unknown(asked)
 
