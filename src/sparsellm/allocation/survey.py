@@ -53,10 +53,6 @@ class Survey:
     @cached_property
     def shared(self) -> frozenset[str]:
         """The names of linears whose weight is used in several places of the model."""
-        views = (linear for index in self.blocks for linear in self.chain.linears(index) if linear.name in self.names)
+        blocks = dict.fromkeys(linear.block for linear in self.linears)
+        views = (linear for index in blocks for linear in self.chain.linears(index) if linear.name in self.names)
         return frozenset(linear.name for linear in views if self.chain.is_shared(linear.weight_name))
-
-    @cached_property
-    def blocks(self) -> tuple[int, ...]:
-        """The blocks that have a linear to prune, in order."""
-        return tuple(dict.fromkeys(linear.block for linear in self.linears))

@@ -244,8 +244,7 @@ class _Descent:
         worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))  # (out,)
         self.columns = torch.where(worse, self.columns, columns)
         self.slope = torch.where(worse, self.slope, slope)
-        kept = worse.repeat_interleave(len(scales) // len(worse))[:, None]
-        self.scales = torch.where(kept, self.scales, scales)
+        self.scales = torch.where(worse.repeat_interleave(len(scales) // len(worse))[:, None], self.scales, scales)
 
     def _errors(self, columns: Tensor, slope: Tensor) -> Tensor:
         """The error of each row of the weight, ``(out,)``."""
