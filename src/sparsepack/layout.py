@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsepack import masks
 from sparsepack.codes import (
+    EXPONENTS,
     FLOAT_TYPES,
     GROUPED,
     GROUPS,
@@ -121,7 +122,7 @@ def pack(
         group: the columns that share a scale of int4 or int3, 32, 64, … 1024; None for as many as keep about 32.
 
     Raises:
-        SettingError: the value type, the layout or the group is unknown, or the weight satisfies no N:M pattern.
+        SettingError: the value type, layout, group or exponents are wrong, or the weight satisfies no N:M pattern.
         FormatError: the weight is not a floating matrix; ``keep`` is given for a type that has no packed form; or a
             value overflows the value type, or is not finite and the value type is an integer.
     """
@@ -134,6 +135,8 @@ def pack(
         raise SettingError(f"unknown layout {layout!r:.100}; choose one of auto, {', '.join(LAYOUTS)}")
     if group is not None and group not in GROUPS:
         raise SettingError(f"group is {group}; give one of {', '.join(map(str, GROUPS))}")
+    if exponents is not None and (len(exponents) != weight.shape[1] or not {*exponents.tolist()} <= {*EXPONENTS}):
+        raise SettingError("exponents are one whole number for each column, -8 to 7")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
     kept, shape = weight != 0, (weight.shape[0], weight.shape[1])

@@ -223,6 +223,9 @@ def test_weights_without_a_packed_form_are_refused(weight: Tensor, values: str, 
 
 
 def test_a_group_that_no_file_has_is_refused_and_large_values_are_packed() -> None:
+    for exponents in ([0], [9] * 64):
+        with pytest.raises(SettingError, match="one whole number for each column"):
+            pack(torch.ones(4, 64), "int4", exponents=torch.tensor(exponents, dtype=torch.int8))
     with pytest.raises(SettingError, match="group is 48; give one of 32, 64"):
         pack(torch.randn(4, 96), "int4", "bitmask", group=48)
     large = 1e20 * torch.rand(1, 64)  # whose squares overflow
