@@ -109,7 +109,7 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
 
 @pytest.mark.parametrize("refit", [True, False])
 @torch.no_grad()
-def test_the_error_that_is_left_is_that_of_the_mixture_that_is_written(refit: bool, tmp_path: Path) -> None:
+def test_the_error_left_is_that_of_the_mixture_that_is_written(refit: bool, tmp_path: Path) -> None:
     """Of the first block, whose inputs the removal does not change."""
     dense, inputs = mixtral(), list[Tensor]()
     result = removed(save_tiny(dense, None, tmp_path / "dense"), tmp_path / "small", effort=0, expert_refit=refit)

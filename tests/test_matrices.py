@@ -316,7 +316,7 @@ class Unused(nn.Module):
         return self.parts[0](x) + self.parts[1](x[:0]).sum() + self.parts[2](x[:0]).sum()
 
 
-def test_experts_that_are_called_without_tokens_are_pruned_by_magnitude() -> None:
+def test_experts_called_without_tokens_are_pruned_by_magnitude() -> None:
     model = tiny_llama()
     model.model.layers[1].mlp = Unused()
     result = sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.5), calibration=IDS)

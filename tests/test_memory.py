@@ -52,7 +52,7 @@ def chain(llama: Path) -> Chain:
     return open_chain(llama, device=CPU)
 
 
-def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: Chain) -> None:
+def test_too_much_goes_to_disk_and_what_cannot_work_is_refused(chain: Chain) -> None:
     def plan(budget: int | None, streams: int = 0) -> Memory:
         return plan_memory(chain, Demand(Extent(1_000_000, 128, 4096), Workspace(streams=streams)), budget)
 
@@ -167,7 +167,7 @@ def test_a_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_limits_of_groups_around_this_one_count_and_the_page_cache_does_not(
+def test_limits_of_outer_groups_count_and_the_page_cache_does_not(
     version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "PROC", tmp_path / "proc")

@@ -85,7 +85,7 @@ def test_small_and_other_products_stay_as_they_are() -> None:
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 
-def test_attention_errs_by_a_few_roundings_and_not_where_a_mask_has_numbers() -> None:
+def test_attention_errs_by_few_roundings_and_not_by_a_mask_of_numbers() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 256, 32, requires_grad=True) for heads in (4, 2, 2))
     causal = torch.ones(256, 256, dtype=torch.bool).tril()

@@ -181,7 +181,7 @@ def test_a_rotation_lowers_what_pruning_costs() -> None:
         assert total() < 0.8 * before
 
 
-def test_an_order_that_changes_little_is_not_taken_for_one_that_changes_nothing() -> None:
+def test_an_order_that_changes_little_is_told_from_one_without_effect() -> None:
     """Attention of small weights is nearly uniform: heads that are mixed up change its outputs by 3 %."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_attention_heads": 4}
@@ -197,7 +197,7 @@ def test_cayleys_map_is_orthogonal() -> None:
     torch.testing.assert_close(torch.linalg.det(matrices), torch.ones(3))
 
 
-def test_values_are_rotated_alike_where_queries_and_keys_are_in_their_linear() -> None:
+def test_values_fused_with_queries_and_keys_are_rotated_alike() -> None:
     with loaded(tiny_gpt2()) as task:
         values = next(each for each in find_channels(task) if each.rotates)
         ((fused, rows),) = values.sources

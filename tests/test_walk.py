@@ -131,7 +131,7 @@ def test_what_stands_next_to_the_weights(tmp_path: Path) -> None:
     assert not (tmp_path / "pruned.partial").exists()
 
 
-def test_code_of_a_checkpoint_runs_where_it_is_trusted_and_is_not_copied(tmp_path: Path) -> None:
+def test_code_of_a_checkpoint_runs_if_trusted_and_is_not_copied(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     classes = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.MineLM"}
     rewrite(source / "config.json", model_type="mine", auto_map=classes)

@@ -81,7 +81,7 @@ def test_a_model_that_was_given_as_an_object_is_named_in_its_config(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("held", "asked"), [("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float32")])
-def test_kept_weights_that_are_rounded_to_the_computing_dtype_are_told(held: str, asked: str, tmp_path: Path) -> None:
+def test_kept_weights_rounded_to_the_computing_dtype_are_told(held: str, asked: str, tmp_path: Path) -> None:
     source = save_tiny(tiny_llama().to(getattr(torch, held)), None, tmp_path / "model")
     recipe, ids = Recipe(method="wanda", dtype=asked), torch.arange(96).view(4, 24)
     said = sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=ids).warnings

@@ -196,7 +196,7 @@ def test_a_model_writes_the_same_text_for_the_same_seed() -> None:
     assert len({tuple(window) for window in one.tolist()}) == 19
 
 
-def test_fresh_windows_that_a_model_writes_leave_the_others_as_they_are() -> None:
+def test_fresh_windows_a_model_writes_leave_the_others_as_they_are() -> None:
     """Also where the last batch of the others is not full."""
     said: list[tuple[int, int]] = []
     more = written(19, 8, fresh=38, progress=lambda *tokens: said.append(tokens))
@@ -207,7 +207,7 @@ def test_fresh_windows_that_a_model_writes_leave_the_others_as_they_are() -> Non
     assert said[-1] == (57 * 8, 57 * 8)
 
 
-def test_self_generated_text_is_greedy_first_and_then_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_generated_text_is_greedy_first_then_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the cache of keys and values, as without it."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     sampled = written(4, 20, 2, bos=0)
@@ -222,7 +222,7 @@ def test_self_generated_text_is_greedy_first_and_then_follows_the_model(monkeypa
     assert not torch.equal(sampled[:, 6:], greedy[:, 6:])
 
 
-def test_a_model_with_fewer_tokens_than_its_tokenizer_writes_with_those_it_has() -> None:
+def test_a_model_with_fewer_tokens_than_its_tokenizer_writes_its_own() -> None:
     known = len(tiny_tokenizer()) - 20
     assert int(written(8, 20, model=tiny_llama(vocab_size=known)).max()) < known
 

@@ -222,7 +222,7 @@ def test_weights_without_a_packed_form_are_refused(weight: Tensor, values: str, 
         pack(weight, values, layout)
 
 
-def test_a_group_that_no_file_has_is_refused_and_large_values_are_packed() -> None:
+def test_a_group_of_no_file_is_refused_and_large_values_are_packed() -> None:
     for exponents in ([0], [9] * 64):
         with pytest.raises(SettingError, match="one whole number for each column"):
             pack(torch.ones(4, 64), "int4", exponents=torch.tensor(exponents, dtype=torch.int8))

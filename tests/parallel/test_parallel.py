@@ -129,7 +129,7 @@ def test_the_same_number_of_processes_gives_the_same_bits(size: int, tmp_path: P
         assert all(same_bits(first, other) for other in others), name
 
 
-def test_a_solver_that_is_not_registered_as_distributed_solves_whole_weights(found: Any) -> None:
+def test_a_solver_not_registered_as_distributed_solves_whole_weights(found: Any) -> None:
     first, *rest = found("unknown")
     assert all(same_bits(first, other) for other in rest)
     weight = first["model.layers.0.mlp.up_proj.weight"]

@@ -80,7 +80,7 @@ def test_a_prompt_that_is_cut_within_a_character_spoils_none() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_neither_a_default_dtype_nor_the_random_state_of_a_program_matters(
+def test_no_default_dtype_or_random_state_of_a_program_matters(
     packed: Path, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:

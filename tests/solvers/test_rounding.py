@@ -385,7 +385,7 @@ def test_a_panel_of_one_input_is_rounded_to_nearest_and_stored(levels: Levels, d
 
 
 @pytest.mark.parametrize("solver", ["wanda", "sparsegpt", "admm"])
-def test_rounding_aims_at_the_dense_weight_where_values_are_not_fitted(solver: str) -> None:
+def test_rounding_aims_at_the_dense_weight_if_values_are_not_fitted(solver: str) -> None:
     """Then it makes up for what the solver left."""
     weight, gram, pattern = weight_of(64, 192), gram_of(192), Share(0.5)
     entry = SOLVERS[solver]
