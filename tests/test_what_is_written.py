@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.utils.prune import l1_unstructured
 
 import sparsellm
@@ -19,9 +18,11 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.storage.directory import partial_of
 from tests.models import save_tiny, tiny_llama
+from tests.storage.small import tensors_of
 from tests.sweep.helpers import CPU, halved, swept
 
 DOWN = "model.layers.1.mlp.down_proj"
+IDS = torch.arange(96).view(4, 24)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "admm", "sparsellm"])
@@ -30,61 +31,59 @@ def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(method: str, tmp_p
     model = tiny_llama().half()
     model.model.layers[1].mlp.down_proj.weight.data.fill_(60_000.0)
     source = save_tiny(model, None, tmp_path / "model")
-    recipe, ids = Recipe(method=method, sparsity=0.6), torch.arange(96).view(4, 24)
+    recipe = Recipe(method=method, sparsity=0.6)
     with pytest.raises(NumericalError) as caught:
-        sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=ids)
+        sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=IDS)
     said = str(caught.value)
     assert f"weight {DOWN}.weight would get " in said
     assert "float16, whose largest number is 65504; store the model in bfloat16 or float32" in said
-    shards = list((partial_of(tmp_path / "p") / "blocks").glob("*.safetensors"))
-    written = {name: value for shard in shards for name, value in load_file(shard).items()}
+    written = tensors_of(partial_of(tmp_path / "p") / "blocks")
     assert any(name.startswith("model.layers.0.") for name in written)  # the block before is kept
     assert all(bool(value.isfinite().all()) for value in written.values())
     assert not any(name.startswith("model.layers.1.") for name in written)
     excluded = recipe.updated(exclude=[DOWN])
-    assert sparsellm.prune(source, excluded, out=tmp_path / "q", calibration=ids).sparsity > 0.5
+    assert sparsellm.prune(source, excluded, out=tmp_path / "q", calibration=IDS).sparsity > 0.5
 
 
 @pytest.mark.parametrize("part", ["config", "generation_config"])
 def test_what_transformers_does_not_save_is_refused_before_the_work(part: str, tmp_path: Path) -> None:
-    model, ids = tiny_llama(), torch.arange(96).view(4, 24)
+    model = tiny_llama()
     getattr(model, part).temperature = 0.6  # where do_sample is not set
     with pytest.raises(ModelError, match=r"transformers does not save the model's .*Config"):
-        sparsellm.prune(model, Recipe(method="wanda"), out=tmp_path / "p", calibration=ids)
+        sparsellm.prune(model, Recipe(method="wanda"), out=tmp_path / "p", calibration=IDS)
     assert not [*tmp_path.iterdir()]
 
 
 def test_a_model_that_was_given_as_an_object_is_named_in_its_config(tmp_path: Path) -> None:
-    model, ids = tiny_llama().bfloat16(), torch.arange(96).view(4, 24)
+    model = tiny_llama().bfloat16()
     model.config.architectures = None
     before = torch.get_rng_state()
-    sparsellm.prune(model, Recipe(method="wanda"), out=tmp_path / "p", calibration=ids)
+    sparsellm.prune(model, Recipe(method="wanda"), out=tmp_path / "p", calibration=IDS)
     assert torch.equal(torch.get_rng_state(), before)
     config = json.loads((tmp_path / "p" / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
     peft = pytest.importorskip("peft")
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="has adapters; merge them first"):
-        sparsellm.prune(model, Recipe(method="wanda"), calibration=ids)
+        sparsellm.prune(model, Recipe(method="wanda"), calibration=IDS)
     model = tiny_llama()
     model.model.layers[1].to("meta")
     for given in (model, model.to("meta")):
         with pytest.raises(ModelError, match="on several devices, or not in memory; load it without device_map"):
-            sparsellm.prune(given, Recipe(method="wanda"), calibration=ids)
+            sparsellm.prune(given, Recipe(method="wanda"), calibration=IDS)
     model = tiny_llama()
     l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj has a quantised, masked"):
-        sparsellm.evaluate(model, ids)
+        sparsellm.evaluate(model, IDS)
     sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
     with pytest.raises(ModelError, match="the model is packed or quantised"):
-        sparsellm.prune(sparsellm.load(tmp_path / "packed"), Recipe(method="wanda"), calibration=ids)
+        sparsellm.prune(sparsellm.load(tmp_path / "packed"), Recipe(method="wanda"), calibration=IDS)
 
 
 @pytest.mark.parametrize(("held", "asked"), [("float32", "bfloat16"), ("float16", "bfloat16"), ("bfloat16", "float32")])
 def test_kept_weights_rounded_to_the_computing_dtype_are_told(held: str, asked: str, tmp_path: Path) -> None:
     source = save_tiny(tiny_llama().to(getattr(torch, held)), None, tmp_path / "model")
-    recipe, ids = Recipe(method="wanda", dtype=asked), torch.arange(96).view(4, 24)
-    said = sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=ids).warnings
+    said = sparsellm.prune(source, Recipe(method="wanda", dtype=asked), out=tmp_path / "p", calibration=IDS).warnings
     told = any(f"kept weights are rounded to {asked}, and stored in {held}" in each for each in said)
     assert told == (asked == "bfloat16")
 
@@ -112,7 +111,6 @@ def test_a_block_is_settled_only_if_all_of_it_can_be_written(
 
 
 def test_so_is_a_block_after_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = torch.arange(96).view(4, 24)
     chain = open_chain(save_tiny(halved(tiny_llama().half()), None, tmp_path), device=CPU, dtype=torch.float32)
     outer, block, ended = Chain.outer, Chain.block, False
 
@@ -133,4 +131,4 @@ def test_so_is_a_block_after_the_sweep(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Chain, "outer", released)
     monkeypatch.setattr(Chain, "block", loading)
     with pytest.raises(NumericalError, match=f"{DOWN}.weight would get 1 infinite"):
-        swept(chain, tiny_llama(), ids, 1, 1e-9)
+        swept(chain, tiny_llama(), IDS, 1, 1e-9)
