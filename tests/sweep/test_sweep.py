@@ -37,7 +37,7 @@ def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> lis
     return swept(open_chain(model, device=CPU), dense, *args)[0]
 
 
-def test_divergences_on_other_windows_are_rescaled_with_those_of_each_text() -> None:
+def test_divergences_are_rescaled_with_those_of_each_text() -> None:
     run, task = MagicMock(judge=lambda judges: (3.0, {})), MagicMock()
     history = [SweepPass(passes=n, held_out=kl, sources={"a": kl / 2}) for n, kl in enumerate((4.0, 2.0))]
     rescaled = module._rescaled(history, task, run, [])
