@@ -24,7 +24,7 @@ BATCH = 4 * 6  # bytes of a batch below
 
 
 def bytes_on_disk(store: TensorStore) -> int:
-    return sum(item.bytes for item in store._items if isinstance(item, _Slot))
+    return sum(item.shape.numel() * item.dtype.itemsize for item in store._items if isinstance(item, _Slot))
 
 
 def batch(value: float) -> torch.Tensor:

@@ -29,10 +29,8 @@ def shift_to_total(weights: Sequence[int], aims: Sequence[float], total: int, li
     from scipy.optimize import bisect
 
     def shifted(shift: float) -> list[float]:
-        return [
-            min(max(count * (share + shift), low), high)
-            for count, share, low, high in zip(weights, aims, *limits, strict=True)
-        ]
+        linears = zip(weights, aims, *limits, strict=True)
+        return [min(max(count * (aim + shift), low), high) for count, aim, low, high in linears]
 
     low, high = -1.0 - max(aims), 1.0 - min(aims)
     return shifted(bisect(lambda shift: math.fsum(shifted(shift)) - total, low, high))

@@ -116,8 +116,7 @@ class Chain(ModelWeights):
 
     def mixtures(self, index: int) -> list[Mixture]:
         """The mixtures of block ``index`` whose experts the model stacks."""
-        modules = self.blocks[index].named_modules()
-        return [Mixture(module, name) for name, module in modules if STACKED in vars(module)]
+        return [Mixture(module, name) for name, module in self.blocks[index].named_modules() if STACKED in vars(module)]
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
@@ -257,7 +256,7 @@ def outline(
     config = load_config(place, trust_remote_code=trust_remote_code)
     check_sizes(config, place, None)
     chain = Chain(empty_model(config, place, trust_remote_code), None, device=device, dtype=dtype)
-    chain.describe(place, device, dtype)
+    chain.describe(place, device, dtype, like=chain)
     return chain
 
 

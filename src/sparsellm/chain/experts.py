@@ -81,8 +81,7 @@ class Expert(nn.Module):
             return layout.activation(up)
         gate = self.get_submodule(GATE)(x)
         if layout.apply_gate is None:
-            product: Tensor = layout.activation(gate) * up
-            return product
+            return layout.activation(gate) * up
         both = torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
         return layout.apply_gate(both)
 

@@ -87,10 +87,8 @@ def published_names(model: PreTrainedModel, values: dict[str, Tensor]) -> tuple[
     names = checkpoint_names(model, written, values)
     kept = {name: name for name in values if name not in names.key_of and name not in names.conversions}
     shapes = {key: tuple(tensor.shape) for key, tensor in written.items()}
-    return (
-        Names({**names.key_of, **kept}, names.conversions, names.name_of),
-        {**shapes, **{name: tuple(values[name].shape) for name in kept}},
-    )
+    shapes |= {name: tuple(values[name].shape) for name in kept}
+    return Names({**names.key_of, **kept}, names.conversions, names.name_of), shapes
 
 
 def expert_parts(

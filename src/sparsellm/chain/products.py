@@ -33,8 +33,7 @@ class Bf16Products(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is functional.linear and not kwargs and _fits(args[0], args[1]):
-            bias = args[2] if len(args) > 2 else None
-            return _Linear.apply(args[0], args[1], bias, self._copy(args[1]))
+            return _Linear.apply(args[0], args[1], args[2] if len(args) > 2 else None, self._copy(args[1]))
         if func is torch.addmm and not kwargs and len(args) == 3 and _fits(args[1], args[2]):  # Conv1D of GPT-2
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
         if func is functional.scaled_dot_product_attention and _attention_fits(*args, **(kwargs or {})):

@@ -86,14 +86,11 @@ class ModelWeights:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
 
-    def describe(
-        self, place: Path, device: torch.device, dtype: torch.dtype | None, like: ModelWeights | None = None
-    ) -> None:
+    def describe(self, place: Path, device: torch.device, dtype: torch.dtype | None, like: ModelWeights) -> None:
         """Makes a model without weights that of a checkpoint in ``place``, which is not there, to be planned with. Its
-        dtypes are those of the weights of the same names in ``like``, if that is given."""
-        known = like or self
+        dtypes are those of the weights of the same names in ``like``, which may be this model."""
         stored = {
-            key: (known.stored_dtype(name), self._shapes[key]) for name, key in self.key_of.items() if self.owns(name)
+            key: (like.stored_dtype(name), self._shapes[key]) for name, key in self.key_of.items() if self.owns(name)
         }
         self.reader = Outline(place, stored)
         self._compute(device, dtype)
@@ -235,8 +232,7 @@ class ModelWeights:
 
     def _fetch(self, name: str, pruned: CheckpointReader | None, tensors: dict[str, Tensor]) -> Tensor:
         """A weight on the device, in the computing dtype. The tensor of which it is a part is added to ``tensors``."""
-        key = self.key_of[name]
-        reader = pruned if pruned is not None and key in pruned else self.reader
+        reader = pruned if pruned is not None and self.key_of[name] in pruned else self.reader
         if name in self._shared and reader is self.reader:
             shared = self._shared[name]
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
@@ -261,8 +257,7 @@ class ModelWeights:
     def _release(self, names: list[str]) -> None:
         for name in names if self.reader is not None else ():
             module, leaf = self._place(name)
-            value = module._parameters.get(leaf)
-            if value is not None:
+            if (value := module._parameters.get(leaf)) is not None:
                 first = self._names(name)[0]
                 if self.is_shared(name) and first.startswith(self._prefix) and not value.is_meta:
                     self._shared[first] = value.detach().to(self.stored_dtype(first), copy=True)

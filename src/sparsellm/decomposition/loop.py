@@ -87,8 +87,7 @@ def prune_feed_forward(
     history: list[Step] = []
     best: Pruned | None = None
     with ExitStack() as stack:
-        device = dense.up.weight.device
-        stores = {role: stack.enter_context(scratch.store(device)) for role in dense.first_half()}
+        stores = {role: stack.enter_context(scratch.store(dense.up.weight.device)) for role in dense.first_half()}
         first = train[0]()
         coefficients = settings.coefficients or objective.default_coefficients(dense, first.inputs, first.targets)
         loop = _Loop(dense, train, solvers, patterns, settings, coefficients, stores)
@@ -166,7 +165,10 @@ class _Loop:
                 self.grams[role] = Gram(matrix, self.grams[role].tokens)
         unit = replace(unit, up=linears["up"], gate=linears.get("gate"))
         if not published:
-            moments["down"] = self._produced(unit)
+            outputs = self._accumulator(self.dense.down)  # of the pruned first half
+            for chunk in (read() for read in self.train):
+                outputs.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
+            moments["down"] = outputs.finish()
         unit = replace(unit, down=moments["down"].linear(prune("down")))
         return unit, masks, value, tuple(dict.fromkeys(notes))
 
@@ -210,14 +212,6 @@ class _Loop:
                 store[index] = getattr(variables, role)
             else:
                 store.append(getattr(variables, role))
-
-    def _produced(self, unit: FeedForward) -> Moments:
-        """The moments of ``down`` on the outputs of the pruned first half."""
-        accumulator = self._accumulator(self.dense.down)
-        for read in self.train:
-            chunk = read()
-            accumulator.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
-        return accumulator.finish()
 
     def _accumulator(self, linear: Linear, gram: Gram | None = None, *, exact: bool = False) -> MomentsAccumulator:
         return MomentsAccumulator(linear, gram, fit_bias=not self.settings.published, exact=exact)

@@ -93,8 +93,7 @@ def split(chunks: Chunks) -> tuple[Chunks, Chunks]:
     if len(chunks) == 1:
         x, y, weights = chunks[0]()
         cut = [len(x) - round(len(x) * HELD_OUT)]
-        of_tokens = None if weights is None else weights.tensor_split(cut)
-        parts = stored(x.tensor_split(cut), y.tensor_split(cut), of_tokens)
+        parts = stored(x.tensor_split(cut), y.tensor_split(cut), None if weights is None else weights.tensor_split(cut))
         return parts[:1], parts[1:] if cut[0] < len(x) else []
     chosen = spread_evenly(max(round(len(chunks) * HELD_OUT), 1), len(chunks))
     train, held_out = ([c for i, c in enumerate(chunks) if (i in chosen) is held] for held in (False, True))

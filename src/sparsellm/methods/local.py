@@ -54,6 +54,5 @@ def _owners(groups: list[Group], work: Workspace) -> list[int]:
     machine factorises and each solves some rows of every weight."""
     factors = [2.0 * work.remembered * group[0].in_features ** 3 for group in groups]
     products = [work.products * sum(x.out_features * x.in_features**2 for x in group) for group in groups]
-    costs = [factor + product for factor, product in zip(factors, products, strict=True)]
-    owners, longest = parallel.greedy(costs)
+    owners, longest = parallel.greedy([factor + product for factor, product in zip(factors, products, strict=True)])
     return owners if longest <= sum(factors) + sum(products) / parallel.size() else []

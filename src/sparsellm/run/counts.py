@@ -72,10 +72,8 @@ def left_dense(
     weights = Counter[int]()  # by block
     for matrix in everything:
         weights[matrix.block] += matrix.weights
-    readers = {
-        block: CheckpointReader(shards[block].parent, [shards[block]])
-        for block in {matrix.block for matrix in kept if shards}
-    }
+    written = {matrix.block: shards[matrix.block] for matrix in kept if shards}
+    readers = {block: CheckpointReader(shard.parent, [shard]) for block, shard in written.items()}
     return [
         DenseMatrix(
             name=matrix.label,

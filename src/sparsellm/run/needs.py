@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pydantic import JsonValue
@@ -77,18 +78,17 @@ def predict(
     demand = Demand(extent, workspace, differentiated, choice.passes, choice.trains_integers(recipe))
     reduced = recipe.experts is not None and not choice.removes
     demand = replace(demand, removes=choice.removes, reduced=reduced, zeros=choice.zeros)
-    fitting: list[tuple[Memory, dict[str, float]]] = []
+    fitting: list[Memory] = []
     for way in predictions.sweeps(chain, demand) if sweep is None else [sweep]:
         try:
-            memory = predictions.plan_memory(chain, replace(demand, sweep=way), *budgets)
+            fitting.append(predictions.plan_memory(chain, replace(demand, sweep=way), *budgets))
         except MemoryBudgetError as error:
             refused = error
-        else:
-            took = predictions.predicted_seconds(chain, choice, extent, speeds, finished=finished, memory=memory)
-            fitting.append((memory, took))
     if not fitting:
         raise refused
-    memory, seconds = min(fitting, key=lambda each: sum(each[1].values()))  # the first of equals
+    took = partial(predictions.predicted_seconds, chain, choice, extent, speeds, finished=finished)
+    timed = [(memory, took(memory=memory)) for memory in fitting]
+    memory, seconds = min(timed, key=lambda each: sum(each[1].values()))  # the first of equals
     files = memory.hidden_on_disk_bytes * extent.ranks
     if journal is None or journal.out is not None:
         files += choice.copies * checkpoint_bytes(chain)

@@ -70,7 +70,6 @@ def open_models(
     """Opens the model and its teacher, as in :func:`sparsellm.prune`: with a tokenizer for a ``text``, in memory if
     ``whole``, and with modelling code of the checkpoint if ``trust``. Raises SparseLLMError if a model cannot be
     opened, or the teacher is another model."""
-    dense = model if teacher is None else teacher
     if teacher is not None and (whole or isinstance(model, PreTrainedModel)):
         raise RecipeError("teacher needs models on disk: give model and teacher by name, and out=DIR")
     named = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
@@ -85,7 +84,7 @@ def open_models(
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
     if isinstance(model, PreTrainedModel) and any(hasattr(each, "base_layer") for each in model.modules()):
         raise ModelError("the model has adapters; merge them first (merge_and_unload), or give the model without them")
-    chain, in_memory = open_model(dense, directory, recipe, trust, whole=whole)
+    chain, in_memory = open_model(model if teacher is None else teacher, directory, recipe, trust, whole=whole)
     if tokenizer is None and directory is not None and text:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust)
     start = None if teacher is None else _open_start(chain, sources[0], tokenizer if text else None, trust)
@@ -115,11 +114,9 @@ def open_model(
     if it is in memory. Raises RecipeError if the recipe sets device or dtype for a model that is in memory already."""
     device = device_of(model, recipe)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    loaded, named = None, [name for name in ("dtype", "products") if getattr(recipe, name) == "bfloat16"]
+    loaded, named = None, " and ".join(name for name in ("dtype", "products") if getattr(recipe, name) == "bfloat16")
     if named and device.type == "cuda" and not bf16_is_native(device):
-        raise RecipeError(
-            f"{machine_name(device)} has no units for bfloat16; give {' and '.join(named)} float32 or auto"
-        )
+        raise RecipeError(f"{machine_name(device)} has no units for bfloat16; give {named} float32 or auto")
     if isinstance(model, PreTrainedModel):
         if not model.can_generate():
             raise ModelError(f"the model is a {type(model).__name__}, without a head; load it by AutoModelForCausalLM")

@@ -214,12 +214,9 @@ def _room(steps: Mapping[str, Held], most: int) -> int:
 def described(plan: Memory) -> str:
     """The prediction of the memory in one line, with its parts."""
     hidden = f"hidden states and swept weights {_gb(plan.hidden_in_memory_bytes)} in memory"
-    if plan.hidden_on_device_bytes:
-        hidden += f", {_gb(plan.hidden_on_device_bytes)} on the device"
-    if plan.hidden_on_disk_bytes:
-        hidden += f", {_gb(plan.hidden_on_disk_bytes)} on disk"
-    if plan.kept_bytes:
-        hidden += f", {_gb(plan.kept_bytes)} of outputs kept within a block"
+    others = {"on the device": plan.hidden_on_device_bytes, "on disk": plan.hidden_on_disk_bytes}
+    others["of outputs kept within a block"] = plan.kept_bytes
+    hidden += "".join(f", {_gb(size)} {where}" for where, size in others.items() if size)
     device = f", {_gb(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
     hidden += f"; sweep {plan.sweep}" if plan.sweep else ""
     return (
@@ -319,8 +316,7 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         scores = _attention_bytes(chain, piece, extent.seq_len)
         gradients.append(loaded + wide + inputs + int(GRADIENTS * 4 * kind.elements) + scores)
         if kind.first == 0:
-            outer = item * chain.outer_elements(head=False) if read else 0
-            embedding = outer + running
+            embedding = running + (item * chain.outer_elements(head=False) if read else 0)
     mixtures = any(kind.experts for kind in chain.kinds)  # their inputs are stored
     # The last hidden states of a dense model that will not be there any more are kept from before the walk.
     dense = demand.passes > 0 and (not read or demand.reduced)
@@ -459,8 +455,7 @@ def _inputs(linears: Sequence[Size]) -> dict[tuple[str, int, bool], list[Size]]:
     last = {linear.module: position for position, linear in enumerate(linears)}
     groups: dict[tuple[str, int, bool], list[Size]] = {}
     for position, linear in enumerate(linears):
-        key = (linear.module, linear.features, position == last[linear.module])
-        groups.setdefault(key, []).append(linear)
+        groups.setdefault((linear.module, linear.features, position == last[linear.module]), []).append(linear)
     return groups
 
 
@@ -537,11 +532,11 @@ class Work:
     def of(cls, chain: Chain, seq_len: int) -> Self:
         text, width = chain.config.get_text_config(), _width(chain)
         active = statistics = targets = solving = 0.0
-        sums = 0
+        sums, chosen = 0, experts_of_token(chain) or 1  # experts of a block that a token is routed to
         for kind in chain.kinds:
             experts = sum(kind.experts.values())
             parts: list[tuple[Sequence[Size], int, float]] = [(kind.linears, 1, 1.0)]
-            parts += [(linears, number, _routed(chain, experts)) for linears, number in kind.experts.items()]
+            parts += [(linears, number, min(1.0, chosen / experts)) for linears, number in kind.experts.items()]
             for linears, number, routed in parts:
                 for (_, features, last), group in _inputs(linears).items():
                     outputs, every = sum(linear.outputs for linear in group), number * kind.number
@@ -561,11 +556,6 @@ class Work:
             stored=checkpoint_bytes(chain),
             hidden=2 * len(chain) * width * chain.dtype.itemsize,
         )
-
-
-def _routed(chain: Chain, experts: int) -> float:
-    """The share of the experts of a block that a token is routed to."""
-    return min(1.0, (experts_of_token(chain) or 1) / experts)
 
 
 def predicted_seconds(
@@ -588,9 +578,8 @@ def predicted_seconds(
     passes = walked_passes(choice, kept=(memory is None or memory.kept_bytes > 0) and chain.device.type == "cpu")
     narrow = choice.workspace.narrow and chain.products is not None
     solving = choice.workspace.products * work.solving / (NARROW * speeds.blocks if narrow else SOLVING * speeds.exact)
-    counted = work.statistics + work.targets * (choice.method.workspace.writers > 0)
     passes -= choice.sets / len(chain)  # outputs of the last block are not needed
-    counting = counted / (COUNTING * speeds.exact)
+    counting = (work.statistics + work.targets * (choice.method.workspace.writers > 0)) / (COUNTING * speeds.exact)
     scored = max(SHARE, min(1.0, LEAST_SCORED / extent.seq_len))
     differentiating = ((1 + GRADIENT) * work.token + 3 * scored * work.head) / (BUSY * speeds.blocks)
     joining = 2 * work.sums / speeds.exchanged if extent.ranks > 1 else 0.0
@@ -643,5 +632,4 @@ def sweep_seconds(
 def walked_passes(choice: Choice, *, kept: bool) -> float:
     """Passes of a block over all tokens in the walk, where outputs of pruned sublayers are kept or not
     (:mod:`sparsellm.chain.shortcuts`)."""
-    again = choice.method.workspace.writers > 0 and not kept
-    return (REPEATED if again else PASSES) + choice.sets - 1
+    return (REPEATED if choice.method.workspace.writers > 0 and not kept else PASSES) + choice.sets - 1

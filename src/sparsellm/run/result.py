@@ -26,12 +26,11 @@ from sparsepack.grids import GRIDS
 
 def versions() -> dict[str, str]:
     """The versions of Python and the libraries that affect a result."""
-    packages = ("transformers", "safetensors", "numpy")
     return {
         "sparsellm": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # with the build, which the package's metadata may omit
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: importlib.metadata.version(name) for name in ("transformers", "safetensors", "numpy")},
     }
 
 

@@ -74,8 +74,7 @@ def measured(device: torch.device, dtype: torch.dtype, width: int) -> Speeds:
     size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     blocks, exact = (_products(device, kind, min(max(width, NARROWEST), WIDEST)) for kind in (dtype, torch.float32))
     memory = 8 * ELEMENTS / _least(lambda: values.add_(values, alpha=0.5))
-    exchanged = there if card else Speeds.exchanged
-    return Speeds(machine_name(device), blocks, exact, memory, there, size, exchanged)
+    return Speeds(machine_name(device), blocks, exact, memory, there, size, there if card else Speeds.exchanged)
 
 
 def _products(device: torch.device, dtype: torch.dtype, width: int) -> float:

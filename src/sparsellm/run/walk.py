@@ -71,9 +71,8 @@ def _allocate(plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGr
     parts = divide(sizes, plan.recipe.sparsity)
     if not parts.free:
         return parts.allocation()
-    allocate = plan.choice.allocator.function
     surveyed = Survey(feed, parts.free, parts.sparsity, parts.zeros, gradients)
-    found = parts.allocation(allocate(surveyed, **plan.choice.allocation_options))
+    found = parts.allocation(plan.choice.allocator.function(surveyed, **plan.choice.allocation_options))
     m = plan.recipe.chosen_of
     if m is None:
         return found
@@ -131,9 +130,7 @@ def walk(
                 if linear.name in task.unrounded:  # the sweep goes on from there; this block ran rounded
                     linear.assign(task.unrounded[linear.name])
             report("writing")
-            yield BlockRecord(
-                linears=list(results), versions=conditions(), seconds=clock.lap(), peak_rss=machine.peak_rss()
-            )
+            yield BlockRecord(list(results), conditions(), clock.lap(), machine.peak_rss())
         done += results
         tell(index, (), "is done", part=1)
 

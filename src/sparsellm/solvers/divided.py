@@ -47,8 +47,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
             result = entry.function(scaled, gram, pattern, **options)
         if root is None:
             return result
-        plain = result.weight / root[rows]
-        return solution(weight, plain, result.mask, gram, result.notes, fitted=result.fitted)
+        return solution(weight, result.weight / root[rows], result.mask, gram, result.notes, fitted=result.fitted)
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
         if not pattern.sparsity:

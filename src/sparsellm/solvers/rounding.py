@@ -252,8 +252,7 @@ class _Descent:
 
     def _fit_numbers(self) -> None:
         """Passes of coordinate descent over the free values."""
-        grid = self.grid
-        scales = grid.scales(self.scales).T.contiguous()
+        scales = self.grid.scales(self.scales).T.contiguous()
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
         before = self._errors(self.columns, self.slope).double().sum()
         for number in range(PASSES):

@@ -97,8 +97,7 @@ class Gram:
             for start in range(0, self.features, PANEL):
                 rest = part[:, start:]  # (rows, features - start)
                 products = (rest[:, :PANEL] @ self.matrix[start : start + PANEL, start:]).mul_(rest)
-                inside = products[:, :PANEL]
-                total += 2 * products.sum(dim=1).double().sum() - inside.sum(dim=1).double().sum()
+                total += 2 * products.sum(dim=1).double().sum() - products[:, :PANEL].sum(dim=1).double().sum()
         return total.clamp_(min=0.0)
 
     def inverse(self, damping: float) -> Factor:

@@ -118,7 +118,7 @@ class CheckpointReader:
         value = data.view(stored.dtype).reshape(stored.shape)
         return value.to(device, dtype if value.is_floating_point() else None)
 
-    def digests(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    def digests(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, str]:
         """SHA-256 of every tensor as stored, by name. All values are checked, and later reads are compared with these
         digests. ``progress`` is called with (bytes read, bytes in all). Raises NumericalError with the name
         of a weight that is NaN or infinite, and StorageError if a file cannot be read, or has changed."""
@@ -129,8 +129,7 @@ class CheckpointReader:
                 for name, digest in zip(self._stored, pool.map(self._digest, self._stored), strict=True):
                     digests[name] = digest
                     done += self._stored[name].bytes
-                    if progress is not None:
-                        progress(done, total)
+                    progress(done, total)
             self._digests = digests
         return self._digests
 

@@ -65,10 +65,6 @@ class _Slot:
     shape: torch.Size
     dtype: torch.dtype
 
-    @property
-    def bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
 
 class _Pinned:
     """A tensor in pinned memory, next to a GPU that computes.
@@ -148,8 +144,7 @@ class TensorStore(Sequence[Tensor]):
         """Assigns an item that nothing else refers to, in its own memory if it is there: a new tensor for each value
         would leave holes between others."""
         old = self._items[index]
-        alike = (value.device, value.dtype, value.shape)
-        if isinstance(old, Tensor) and (old.device, old.dtype, old.shape) == alike:
+        if isinstance(old, Tensor) and (old.device, old.dtype, old.shape) == (value.device, value.dtype, value.shape):
             old.copy_(value)
         else:
             self[index] = value
@@ -213,7 +208,7 @@ class TensorStore(Sequence[Tensor]):
     def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Pinned | _Slot:
         """Stores a tensor: in its slot if it fits, else on the device or in memory if there is room, else on disk."""
         value = value.detach()
-        if slot is None or slot.bytes != value.nbytes:
+        if slot is None or slot.shape.numel() * slot.dtype.itemsize != value.nbytes:
             if self._device.type != "cpu" and self._scratch.on_device.take(value.nbytes):
                 return _without_base(value.to(self._device))
             if self._scratch.take(value.nbytes):

@@ -104,20 +104,17 @@ class Streamed(Weights):
         self._places.close()
         super().close()
 
-    def all_views(
-        self, flat: Tensor, index: int, *, running: bool = False, written: bool = False
-    ) -> dict[str, nn.Parameter]:
+    def all_views(self, flat: Tensor, index: int, *, running: bool, written: bool = False) -> dict[str, nn.Parameter]:
         """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
         With ``running``, values are on the grids of :class:`Integers`; with ``written``, also rounded as on disk."""
         views: dict[int, dict[str, nn.Parameter]] = {}
-        for at in [index, *dict.fromkeys(at for at, _ in self._aliases[index].values())]:
-            if at not in views:
-                views[at] = self.views(flat if at == index else self.parameters(at), at)
-                if running and self.integers is not None:
-                    views[at] = self.integers.of(views[at], self.chain, at)
-                if written:
-                    for name, parameter in views[at].items():
-                        views[at][name] = nn.Parameter(self.as_written(name, parameter.detach()))
+        for at in dict.fromkeys([index, *(at for at, _ in self._aliases[index].values())]):
+            views[at] = self.views(flat if at == index else self.parameters(at), at)
+            if running and self.integers is not None:
+                views[at] = self.integers.of(views[at], self.chain, at)
+            if written:
+                for name, parameter in views[at].items():
+                    views[at][name] = nn.Parameter(self.as_written(name, parameter.detach()))
         return {**views[index], **{name: views[at][first] for name, (at, first) in self._aliases[index].items()}}
 
     def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
@@ -143,7 +140,7 @@ class Streamed(Weights):
         for index in reversed(range(len(chain))):
             flat, state = self.parameters(index), self.moments(index)
             self.expect(index - 1, moments=True)
-            parameters = used = self.all_views(flat, index)
+            parameters = used = self.all_views(flat, index, running=False)
             if piece is not None:
                 hidden = inputs.pop()
                 if self.integers is not None:
@@ -175,7 +172,6 @@ class Streamed(Weights):
         for index in range(len(self.chain)):
             flat = self.parameters(index)
             self.expect(index + 1, moments=False)
-            parameters = self.all_views(flat, index, running=True, written=written)
-            with running_on(self.chain, index, parameters):
+            with running_on(self.chain, index, self.all_views(flat, index, running=True, written=written)):
                 hidden.append(self.chain.run(index, hidden[-1], run.call(piece, index)))
         return hidden

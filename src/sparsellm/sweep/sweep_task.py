@@ -223,8 +223,7 @@ class Run:
 
     def ids(self, piece: Piece) -> Tensor:
         """Token ids ``(windows, seq)``."""
-        start = self.starts[piece.batch]
-        return self.windows[start : self.starts[piece.batch + 1]][piece.rows]
+        return self.windows[self.starts[piece.batch] : self.starts[piece.batch + 1]][piece.rows]
 
     def inputs(self, piece: Piece) -> Tensor:
         """The inputs of block 0."""

@@ -52,11 +52,9 @@ def check_sweepable(chain: Chain) -> None:
         if not any(map(chain.owns, chain.block_parameters(index))):
             raise ModelError(f"block {index} has no weight of its own that a sweep could train; set passes=0")
         for name in chain.block_parameters(index):
-            outside = chain.outside(name)
-            if outside is not None:
-                raise ModelError(
-                    f"{name} is used outside the blocks too, as {outside}, which a sweep cannot train; set passes=0"
-                )
+            if (outside := chain.outside(name)) is not None:
+                used = f"{name} is used outside the blocks too, as {outside}"
+                raise ModelError(f"{used}, which a sweep cannot train; set passes=0")
 
 
 @torch.no_grad()
