@@ -81,7 +81,8 @@ class Expert(nn.Module):
             return layout.activation(up)
         gate = self.get_submodule(GATE)(x)
         if layout.apply_gate is None:
-            return layout.activation(gate) * up
+            product: Tensor = layout.activation(gate) * up
+            return product
         both = torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
         return layout.apply_gate(both)
 

@@ -165,10 +165,7 @@ class _Loop:
                 self.grams[role] = Gram(matrix, self.grams[role].tokens)
         unit = replace(unit, up=linears["up"], gate=linears.get("gate"))
         if not published:
-            outputs = self._accumulator(self.dense.down)  # of the pruned first half
-            for chunk in (read() for read in self.train):
-                outputs.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
-            moments["down"] = outputs.finish()
+            moments["down"] = self._produced(unit)
         unit = replace(unit, down=moments["down"].linear(prune("down")))
         return unit, masks, value, tuple(dict.fromkeys(notes))
 
@@ -212,6 +209,14 @@ class _Loop:
                 store[index] = getattr(variables, role)
             else:
                 store.append(getattr(variables, role))
+
+    def _produced(self, unit: FeedForward) -> Moments:
+        """The moments of ``down`` on the outputs of the pruned first half."""
+        accumulator = self._accumulator(self.dense.down)
+        for read in self.train:
+            chunk = read()
+            accumulator.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
+        return accumulator.finish()
 
     def _accumulator(self, linear: Linear, gram: Gram | None = None, *, exact: bool = False) -> MomentsAccumulator:
         return MomentsAccumulator(linear, gram, fit_bias=not self.settings.published, exact=exact)
