@@ -45,10 +45,9 @@ class Sample:
         """The sample ``inputs`` of the mixture in the model's block; ``costs`` as in a removal."""
         chain = fewer.dense
         (mixture,) = chain.mixtures(index)
-        route = _route(chain, index, inputs)
         known = [costs[name] for name in last_linears(chain, index) if name in costs]
         projection = _projection(inputs.shape[-1], known, seed).to(chain.device)
-        goal = output_of(mixture, route, inputs.shape[1]) @ projection
+        goal = output_of(mixture, _route(chain, index, inputs), inputs.shape[1]) @ projection
         return cls(fewer, index, inputs, projection, goal)
 
     @cached_property
@@ -78,8 +77,7 @@ class Sample:
         # With the others, such as shared experts, every step would copy and differentiate what it does not change.
         values = [p.requires_grad_() for p in _around(chain, index).parameters() if p.shape[:1] == (len(small),)]
         exact = [value.detach().float().clone() for value in values]
-        groups = [{"params": [each], "lr": RATE * (float(each.square().mean().sqrt()) or 1.0)} for each in exact]
-        adam = torch.optim.Adam(groups)
+        adam = torch.optim.Adam([{"params": [p], "lr": RATE * (float(p.square().mean().sqrt()) or 1.0)} for p in exact])
         falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, STEPS)
         least, best = float("inf"), [value.detach().clone() for value in values]
         for _ in range(STEPS):
@@ -118,8 +116,7 @@ class Sample:
             numbers, beyond = route.experts, route.experts >= len(kept)
             rows = torch.tensor(kept, device=numbers.device)[numbers.clamp(max=len(kept) - 1)]
             every = torch.arange(len(numbers), device=numbers.device)[:, None]
-            weights = route.weights.float().masked_fill(beyond, 0.0)
-            made = (experts[rows, every] * weights[..., None]).sum(1)
+            made = (experts[rows, every] * route.weights.float().masked_fill(beyond, 0.0)[..., None]).sum(1)
         return (self.goal - made).double().square().sum(1)
 
 
@@ -127,8 +124,7 @@ class Sample:
 def sampled(stream: Stream, index: int) -> Iterator[list[Tensor]]:
     """Until the context ends, takes what the module around the mixture of a block gets for about :data:`SAMPLE` tokens
     of all windows: for each batch that runs ``(1, tokens, width)``."""
-    counts = [stream.hidden[position].shape[:2].numel() for position in range(len(stream))]
-    places = parallel.spread(counts, SAMPLE)
+    places = parallel.spread([hidden.shape[:2].numel() for hidden in stream.hidden], SAMPLE)
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
