@@ -343,8 +343,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     asked = {name: use.listed(options.pop(name)) for name in ("method", "pattern", "values", *numeric)}
     numbers = {name: [parse_yaml(each, f"--{name}") for each in asked[name]] for name in numeric}
     most = options.get("max_bytes")
-    measured = (options.pop(name, None) for name in ("text", "text_seq_len", "max_tokens", "speed"))
-    protocol = grid.Protocol(*measured)  # type: ignore[arg-type]
+    measured = map(options.get, ("text", "text_seq_len", "max_tokens", "speed"))
     interrupts.keeps(f"finished runs and blocks are kept in {out}")
     result = grid.compare(
         model,
@@ -358,7 +357,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
             efforts=numbers["effort"],
             experts=numbers["experts"],
         ),
-        protocol=protocol,
+        protocol=grid.Protocol(*measured),  # type: ignore[arg-type]
         recover=options.get("recover"),
         max_bytes=parse_bytes(most) if most is not None else None,
         progress=progress,
@@ -447,8 +446,7 @@ def tune(
     from sparsellm import tables
     from sparsellm.tuning import recover
 
-    training = use.made(recover.Training, **how)
-    result = recover.tune(directory, out, training, calibration, progress, overwrite=overwrite)
+    result = recover.tune(directory, out, use.made(recover.Training, **how), calibration, progress, overwrite=overwrite)
     return {**vars(result), "path": str(result.path)}, lambda: tables.print_tuned(result)
 
 
@@ -464,8 +462,8 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
 
     result = convert.unpack(directory, progress=progress, **options)
     content = {"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes}
-    megabytes = f"{result.checkpoint_bytes / 1e6:.1f} MB"
-    return content, lambda: console.say(f"weight files: {megabytes}, written to {result.path}")
+    line = f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, written to {result.path}"
+    return content, lambda: console.say(line)
 
 
 @_command(
@@ -596,7 +594,7 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
     flag("--quiet -q", "Print no line for each request."),
     examples=("sparsellm serve packed", "sparsellm serve packed --host 0.0.0.0 --key-file key.txt"),
 )
-def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> Printed:
+def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> None:
     """Serve DIRECTORY to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
 
     Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
@@ -613,7 +611,6 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> Printed
     running = use.take_running(options)
     settings = use.made(Settings, max_body=parse_bytes(max_body), quiet=quiet, **options)
     listen(directory, settings, running, lambda line: console.say(line, error=True))
-    return None
 
 
 @_command(
@@ -625,7 +622,7 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> Printed
     *use.SERVED,
     examples=("sparsellm chat packed", "sparsellm chat packed --system 'Answer in one sentence.'"),
 )
-def chat(directory: str, **options: Any) -> Printed:
+def chat(directory: str, **options: Any) -> None:
     """Talk with DIRECTORY in the terminal.
 
     /reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
@@ -634,7 +631,6 @@ def chat(directory: str, **options: Any) -> Printed:
 
     running, manner = use.take_running(options), use.made(terminal.Manner, **options)
     terminal.chat(directory, manner, running, show=console.piece, say=lambda line: console.say(line, error=True))
-    return None
 
 
 @_command(
@@ -656,8 +652,7 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
     from sparsellm.evaluation.speed import compared_speed
     from sparsellm.storage import results
 
-    place = results.place_of_results(directory) if save else None
-    keep = results.keeper(place, partial(console.say, error=True))
+    keep = results.keeper(results.place_of_results(directory) if save else None, partial(console.say, error=True))
     measured = compared_speed(directory, options.pop("dense", None), batches=batch, progress=progress, **options)
     saved = keep(measured)
     return {**measured.model_dump(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
@@ -671,10 +666,9 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
         "sparsellm exec -- python my_program.py packed",
     ),
 )
-def execute(command: list[str]) -> Printed:
+def execute(command: list[str]) -> None:
     """Run any COMMAND, and what it starts, in a Python in which transformers loads packed checkpoints."""
     process.execute(command)
-    return None
 
 
 def main() -> None:

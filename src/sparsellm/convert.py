@@ -236,8 +236,7 @@ def _rounding(chain: Chain, directory: Path, values: str) -> tuple[int | None, d
     columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
     for linear in pruning.linears:
         if (numbers := exponents_of_text(linear.exponents)) is not None:
-            expected = columns.get(linear.name, "no such linear")
-            if expected != len(numbers):
+            if (expected := columns.get(linear.name, "no such linear")) != len(numbers):
                 mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
                 raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
             exponents[linear.name] = numbers
@@ -248,7 +247,6 @@ def _packed_block(
     chain: Chain, index: int, values: str, group: int | None, exponents: dict[str, Tensor], result: PackResult
 ) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
-    assert chain.reader is not None
     tensors = chain.stored_block(index)
     for linear in chain.linears(index):
         if isinstance(linear.module, ExpertLinear):  # stays dense: transformers stacks experts while it loads

@@ -130,8 +130,7 @@ def run_demo(
         dense = checkpoint_directory("demo")
     progress(Progress(PLAN, costs=COSTS))
     with clock.phase("prune"):
-        request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
-        result = prune(request, progress)
+        result = prune(Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME), progress)
     with phase("pack"):
         pack(pruned, out=packed, values="int4", head="int8", overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):
@@ -165,11 +164,10 @@ def _evaluated(
     dense: Path, pruned: Path, packed: Path, progress: ProgressCallback
 ) -> tuple[Evaluation, Evaluation, Form]:
     """The evaluations of both models against the dense one, which runs once, and llama.cpp's form."""
-    tokenizer = load_tokenizer(dense)
     against = api.Opened(str(dense), Recipe(products="float32"), trust=False)
 
     def evaluated(model: PreTrainedModel | Path) -> Evaluation:
-        given = tokenizer if isinstance(model, PreTrainedModel) else None
+        given = load_tokenizer(dense) if isinstance(model, PreTrainedModel) else None
         settings = {"seq_len": SEQ_LEN, "max_tokens": EVALUATION_TOKENS, "progress": progress}
         return api.evaluate(model, "pydoc", against=against, tokenizer=given, **settings)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
+from sparsellm.errors import RecipeError, StorageError, shown
 from sparsepack import files
 
 MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
@@ -34,10 +34,10 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 parse_json, read_object = partial(files.parse_json, error=StorageError), partial(files.read_object, error=StorageError)
 
 
-def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
+def parse_yaml(data: bytes | str, where: str) -> Any:
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
-    Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
-    with files.refused_as(error, where):
+    Tags, aliases, repeated keys and what is beyond a limit are a RecipeError."""
+    with files.refused_as(RecipeError, where):
         text, depth = files.text_of(data, MOST_YAML), 0
         try:
             for event in yaml.parse(text, Loader=_Loader):  # before a value is made
@@ -54,7 +54,8 @@ def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = Reci
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark
             place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-            raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
+            wrong = bad.problem or bad.context or "syntax"
+            raise RecipeError(f"{where} is not valid YAML ({wrong}{place})"[:300]) from None
         except yaml.YAMLError as bad:
             raise ValueError(bad) from None
 
@@ -67,9 +68,8 @@ def check_size(value: object) -> None:
         parts += len(level)
         if parts > MOST_PARTS:
             raise ValueError(f"it has more than {MOST_PARTS} parts")
-        level = [part for each in level if isinstance(each, Mapping) for part in each.values()] + [
-            part for each in level if isinstance(each, list | tuple) for part in each
-        ]
+        holders = (each for each in level if isinstance(each, Mapping | list | tuple))
+        level = [part for each in holders for part in (each.values() if isinstance(each, Mapping) else each)]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MOST_DEPTH - 1} levels")
@@ -117,9 +117,8 @@ def parse_bytes(text: str | int) -> int:
     units = {name.lower(): size for name, size in SIZES.items()}
     size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0)) if match is not None else 0
     if not 1 <= size <= 1 << 62:
-        raise RecipeError(
-            f"size {shown(text)} is unknown; write a positive number and one of {', '.join(SIZES)}, such as 4GiB"
-        )
+        known = ", ".join(SIZES)
+        raise RecipeError(f"size {shown(text)} is unknown; write a positive number and one of {known}, such as 4GiB")
     return size
 
 

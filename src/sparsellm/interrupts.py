@@ -73,10 +73,8 @@ def held() -> Iterator[None]:
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Calls a function for the signals that are not ignored. SIGINT is replaced first and restored last: its handler
     may raise KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = ((signum, signal.getsignal(signum)) for signum in SIGNALS)
+    signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    handlers = ((signum, signal.getsignal(signum)) for signum in signals)
     before = {signum: theirs for signum, theirs in handlers if theirs not in (signal.SIG_IGN, None)}
     try:
         for signum in before:

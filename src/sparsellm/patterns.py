@@ -241,10 +241,8 @@ def require_finite(values: Tensor, name: str) -> None:
     """Raises NumericalError, with this name, if a value is NaN or infinite."""
     # A finite sum shows that all are finite, without a temporary; if finite values overflow, the exact test decides.
     if not math.isfinite(values.sum().item()) and not bool(torch.isfinite(values).all()):
-        bad = int((~torch.isfinite(values)).sum())
-        raise NumericalError(
-            f"{name}: {bad} of {values.numel()} values are NaN or infinite; look for such weights or activations"
-        )
+        bad = f"{int((~torch.isfinite(values)).sum())} of {values.numel()} values are NaN or infinite"
+        raise NumericalError(f"{name}: {bad}; look for such weights or activations")
 
 
 def count_zeros(weight: Tensor) -> int:

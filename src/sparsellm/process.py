@@ -118,8 +118,7 @@ def _message(error: Exception) -> str | None:
         advice = "raise its limit (ulimit -v), or lower batch, tokens, context or --memory where there is one"
         return f"the system gives this process no more memory; {advice}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
-        why = one_line(error)[:160]
-        return f"the GPU has no memory left ({why}); lower batch, tokens or context, or say cpu"
+        return f"the GPU has no memory left ({one_line(error)[:160]}); lower batch, tokens or context, or say cpu"
     return str(error) if isinstance(error, UserError) else None
 
 

@@ -133,9 +133,8 @@ class Forecast:
 
     def end(self) -> str:
         """Ends the run, which is done; returns the phase that this ends, or ""."""
-        ended = self._begin("")
         self.share, self._left = 1.0, 0.0
-        return ended
+        return self._begin("")
 
     def _begin(self, phase: str) -> str:
         if phase == self.phase:

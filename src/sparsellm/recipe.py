@@ -231,9 +231,8 @@ class Recipe(BaseModel):
         if self.pattern is not None and self.sparsity_of:
             raise RecipeError(f"{pattern} fixes the sparsity of every linear; leave out sparsity_of")
         if m is not None and not (m > 1 and 1 / m <= self.sparsity <= 1 - 1 / m):
-            raise RecipeError(
-                f"{pattern} cannot reach sparsity {self.sparsity:g}, because it keeps 1 to {m} - 1 of {m}; change one"
-            )
+            beyond = f"{pattern} cannot reach sparsity {self.sparsity:g}"
+            raise RecipeError(f"{beyond}, because it keeps 1 to {m} - 1 of {m}; change one")
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             many = f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens"
             raise RecipeError(f"{many}; lower samples or seq_len")
@@ -288,16 +287,11 @@ class Recipe(BaseModel):
         """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, values and a grid, or
         lengths of the sweep, the changed one counts."""
         values = {**self.model_dump(exclude_unset=True), **changes}  # what a field implies is implied again
-        if self.grid != "own" or values.get("grid", "own") != "own":
-            if "grid" in changes and "values" not in changes:
-                values.pop("values", None)
-            if "values" in changes and "grid" not in changes:
-                values.pop("grid", None)
-        if "auto" not in str(values.get("pattern")):
-            if "pattern" in changes and "sparsity" not in changes:
-                values.pop("sparsity", None)
-            if "sparsity" in changes and "pattern" not in changes:
-                values["pattern"] = None
+        pairs = [("grid", "values")] if self.grid != "own" or values.get("grid", "own") != "own" else []
+        pairs += [("pattern", "sparsity")] if "auto" not in str(values.get("pattern")) else []
+        for one, other in (*pairs, *((second, first) for first, second in pairs)):
+            if one in changes and other not in changes:
+                values.pop(other, None)
         for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # to say how long the sweep is
             if any(changes.get(name) is not None for name in ways):
                 others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()

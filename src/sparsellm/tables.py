@@ -41,10 +41,9 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     out().print(phases(result.seconds, parts=verbose))
     recipe, shares = result.recipe, f" by {result.allocated_by}" if result.allocated_by is not None else ""
     share = f"{100 * recipe.sparsity:.4g}%"
-    target = recipe.pattern if recipe.pattern is not None and recipe.chosen_of is None else share
-    chosen = f"{recipe.pattern} " if recipe.chosen_of is not None else ""
+    target = share if recipe.pattern is None else recipe.pattern + f" {share}" * (recipe.chosen_of is not None)
     windows = f"{recipe.samples}×{recipe.seq_len}"
-    say(f"{recipe.method} {chosen}{target}{shares} · calibrated on {recipe.calibration} {windows}")
+    say(f"{recipe.method} {target}{shares} · calibrated on {recipe.calibration} {windows}")
     if result.bits_per_weight is not None:
         grid = GRIDS.get(recipe.grid)
         stored = recipe.values if grid is None else f"{recipe.values} ({grid.name})"
@@ -183,7 +182,6 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     forms, speeds = (result.dense, result.q4_0, result.packed), result.speeds
     against = [form.evaluation.against for form in forms]
     shown = table(("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "pruned, packed"), ())
-
     shown.add_row("weights", *(_megabytes(form.weight_bytes) for form in forms))
     shown.add_row("perplexity, held-out text", *(f"{form.evaluation.value:.2f}" for form in forms))
     shown.add_row("KL from dense, nats a token", *(f"{each.kl:.3f}" if each else "0" for each in against))

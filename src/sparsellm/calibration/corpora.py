@@ -77,8 +77,7 @@ def read_c4(split: Split) -> Text:
     """C4 (English, 1910.10683) as SparseGPT draws it: windows inside random documents of the first train shard;
     evaluation on the validation shard."""
     part, shard = ("train", "00000-of-01024") if split == "calibration" else ("validation", "00000-of-00008")
-    data_files = {part: f"en/c4-{part}.{shard}.json.gz"}
-    documents = hub_column("c4", "allenai/c4", data_files=data_files, split=part)
+    documents = hub_column("c4", "allenai/c4", data_files={part: f"en/c4-{part}.{shard}.json.gz"}, split=part)
     if split == "calibration":
         return Text(documents, joiner=" ", per_document=True)
     return Text(documents[:_C4_DOCUMENTS], joiner=" ", most_windows=_C4_WINDOWS)
@@ -133,22 +132,19 @@ def hub_column(source: str, *arguments: Any, column: str = "text", **settings: A
     """One column of a data set (``messages`` if it has no ``text``), for the ``source`` that the user typed; the other
     arguments are those of ``datasets.load_dataset``. No code from the Hub is run. Raises DataError if ``datasets`` is
     not installed, the data set cannot be loaded, or it has no such column."""
+    named = f"source {source!r}"
     instead = "or give a file of your own (.txt, .jsonl, .parquet), or 'pydoc', which needs no download"
     try:
         import datasets
 
         data = datasets.load_dataset(*arguments, **settings)
     except ImportError as error:
-        raise DataError(
-            f"source {source!r} needs the package 'datasets': pip install 'sparsellm[hub]', {instead}"
-        ) from error
+        raise DataError(f"{named} needs the package 'datasets': pip install 'sparsellm[hub]', {instead}") from error
     except Exception as error:  # errors of network, Hub and format, from several packages without a common base class
-        raise DataError(
-            f"source {source!r} cannot be loaded: {one_line(error)}; check name and network, {instead}"
-        ) from error
+        raise DataError(f"{named} cannot be loaded: {one_line(error)}; check name and network, {instead}") from error
     if column == "text" and "messages" in data.column_names and "text" not in data.column_names:
         column = "messages"
     if column not in data.column_names:
-        raise DataError(f"source {source!r} has no column {column!r}; its columns: {', '.join(data.column_names)}")
+        raise DataError(f"{named} has no column {column!r}; its columns: {', '.join(data.column_names)}")
     texts: Sequence[Any] = data[column]
     return texts

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     """lm-eval's TaskManager, which knows every task, group or tag that is named; ``folder`` has further tasks. Without
     lm-eval, the folder or a task, a RecipeError."""
     if folder is not None and not folder.is_dir():
-        raise RecipeError(
-            f"tasks_dir is {shown(str(folder))}, which is not a directory; name one with YAML files of tasks"
-        )
+        given = f"tasks_dir is {shown(str(folder))}"
+        raise RecipeError(f"{given}, which is not a directory; name one with YAML files of tasks")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -81,10 +80,6 @@ def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
         if not math.isfinite(value):
             raise NumericalError(f"task {task}: {metric} is {value}; activations may overflow, try --dtype float32")
         error = values.get(f"{metric}_stderr,{filtered}")
-        name = metric if filtered == "none" else key
-        metrics[name] = Metric(value=float(value), stderr=float(error) if _is_number(error) else None)
+        stderr = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+        metrics[metric if filtered == "none" else key] = Metric(value=float(value), stderr=stderr)
     return metrics
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -86,17 +86,15 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
     inputs = None
     if grid.name == _INT8_ACTIVATIONS:
         inputs = QuantizationArgs(num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token")
-    exported = set(model.linears.values())
-    linears = [name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")]
-    dense = [name for name in linears if name not in exported]
-    dense += [gate.removesuffix(".weight") for gate in chain.gates]  # routers, which vLLM has as linears
+    dense = {name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")} - {*model.linears.values()}
+    dense |= {gate.removesuffix(".weight") for gate in chain.gates}  # routers, which vLLM has as linears
     # What is stored but not in this model, such as a tower for pictures, is dense, too.
     stored = [key for key in model.reader if key.endswith(".weight") and key not in model.linears]
-    keys = [key.removesuffix(".weight") for key in stored if len(model.reader.shape(key)) == 2]
+    keys = {key.removesuffix(".weight") for key in stored if len(model.reader.shape(key)) == 2}
     config = QuantizationConfig(
         config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
         format="pack-quantized" if inputs is None else "int-quantized",
         quantization_status="compressed",
-        ignore=sorted({*dense, *keys}),
+        ignore=sorted(dense | keys),
     )
     return dict(config.model_dump(mode="json"))

@@ -101,15 +101,13 @@ def export(  # noqa: PLR0913 - the Python door
                 "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
             )
         template = Template(demo_gguf() if like is None else Path(like).expanduser())
-        sources = {resolved(each) for each in (template.path, model or template.path, source)}
-        if sources & {place, place.parent}:
+        if {resolved(each) for each in (template.path, model or template.path, source)} & {place, place.parent}:
             raise StorageError(f"--out {place} is the template or the dense model, or in the checkpoint; name another")
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
         except ModelError as error:
             raise ModelError(str(error) if model is not None else f"{error}, and name it with --model") from None
-        kind = None if head == "keep" else head.upper()
-        record = write_gguf(opened, dense, template, place, record, head=kind, progress=progress, keep=keep)
+        record = write_gguf(opened, dense, template, place, record, head=head, progress=progress, keep=keep)
     else:
         check_compressed(opened)
         need = opened.reader.bytes

