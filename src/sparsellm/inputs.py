@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sparsellm.errors import RecipeError, StorageError, shown
+from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
 from sparsepack import files
 
 MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
@@ -34,10 +34,10 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 parse_json, read_object = partial(files.parse_json, error=StorageError), partial(files.read_object, error=StorageError)
 
 
-def parse_yaml(data: bytes | str, where: str) -> Any:
+def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
-    Tags, aliases, repeated keys and what is beyond a limit are a RecipeError."""
-    with files.refused_as(RecipeError, where):
+    Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
+    with files.refused_as(error, where):
         text, depth = files.text_of(data, MOST_YAML), 0
         try:
             for event in yaml.parse(text, Loader=_Loader):  # before a value is made
@@ -54,8 +54,7 @@ def parse_yaml(data: bytes | str, where: str) -> Any:
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark
             place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-            wrong = bad.problem or bad.context or "syntax"
-            raise RecipeError(f"{where} is not valid YAML ({wrong}{place})"[:300]) from None
+            raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
         except yaml.YAMLError as bad:
             raise ValueError(bad) from None
 
