@@ -65,7 +65,9 @@ def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Pat
     assert "no text was named" not in stderr
 
 
-def test_one_command_prunes_packs_measures_and_reports(llama: Path, tmp_path: Path, run: Any) -> None:
+def test_one_command_prunes_packs_measures_and_reports(
+    llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pruned, packed = tmp_path / "pruned", tmp_path / "packed"
     line = ("prune", llama, "--out", pruned, "--pack", packed, "--values", "int8", *SMALL, "--effort", 0)
     content = json.loads(run(*line, "--json", exits=0)[1])
@@ -75,6 +77,12 @@ def test_one_command_prunes_packs_measures_and_reports(llama: Path, tmp_path: Pa
     assert (measured["protocol"]["text"], measured["against"]["kl"] > 0) == ("pydoc", True)
     assert f"{measured['against']['kl']:.3f}"[:4] in (packed / "report.html").read_text(encoding="utf-8")
     assert "KL" in (packed / "README.md").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsellm.api.append_result", Mock(side_effect=OSError("the disk is full")))
+        line = ("prune", llama, "--out", tmp_path / "r", "--pack", tmp_path / "s", *SMALL, "--effort", 0, "--json")
+        _, stdout, stderr = run(*line, exits=0)
+    assert "the measurement is not kept in" in stderr
+    assert json.loads(stdout)["evaluation"]["against"]["kl"] > 0
     stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", tmp_path / "q" / "p", *SMALL, exits=2)[2]
     assert stderr.count("\n") == 1
     assert not (tmp_path / "q").exists()

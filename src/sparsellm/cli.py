@@ -174,7 +174,10 @@ def prune(
         window = {"seq_len": min(length, MEASURED_WINDOW), "max_tokens": MEASURED_TOKENS}
         with parallel.alone():
             packed, evaluation = api.pack_and_measure(run, pack, text, dense, progress, **window)
-            api.keep_results(pack, evaluation)
+            try:
+                api.keep_results(pack, evaluation)
+            except (OSError, StorageError) as error:  # both checkpoints are complete, and the numbers are printed
+                console.say(f"note: the measurement is not kept in {pack}: {error}", error=True)
         content |= {"packed": packed.to_dict(), "evaluation": evaluation.model_dump(mode="json")}
 
     def show() -> None:

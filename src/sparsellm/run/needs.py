@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from pydantic import JsonValue
@@ -28,8 +29,15 @@ from sparsellm.run.speeds import Speeds, measured
 from sparsellm.sweep.whole_model import check_sweepable
 
 Choose = Callable[[Recipe], Choice]
-# The most bytes of a process on the host (None: a share of what is free) and on its card (None: what it needs).
-Budgets = tuple[str | int | None, int | None]
+
+
+class Budgets(NamedTuple):
+    """The most bytes of a process."""
+
+    host: str | int | None = None  # None: a share of what is free
+    card: int | None = None  # None: what it needs
+
+
 UNLIMITED = 1 << 62  # bytes
 LOCAL = ("sparsegpt", "wanda")  # methods that hold less, for models that no effort fits
 
@@ -154,11 +162,11 @@ def foresee(
     here, choose = speeds is None, choose or chosen_for(chain, recipe)
     speeds = speeds or speeds_of(chain)
     if here:
-        budgets: Budgets = recipe.memory, predictions.device_budget(chain.device, recipe.device_memory)
+        budgets = Budgets(recipe.memory, predictions.device_budget(chain.device, recipe.device_memory))
     else:
         card = int(DEVICE_SHARE * speeds.card_bytes)
         asked = card if recipe.device_memory is None else min(card, parse_bytes(recipe.device_memory))
-        budgets = recipe.memory or UNLIMITED, asked
+        budgets = Budgets(recipe.memory or UNLIMITED, asked)
 
     def foreseen(recipe: Recipe, ranks: int, budgets: Budgets = budgets, sweep: str | None = None) -> Prediction:
         choice = choose(recipe)
@@ -179,9 +187,9 @@ def foresee(
     except MemoryBudgetError as error:
         why = str(error).partition("; ")[0].replace(machine_name(chain.device), speeds.name)
         try:
-            prediction = foreseen(recipe, ranks, (UNLIMITED, budgets[1]), STREAMED)
+            prediction = foreseen(recipe, ranks, budgets._replace(host=UNLIMITED), STREAMED)
         except MemoryBudgetError:
-            prediction = foreseen(recipe, ranks, (UNLIMITED, None), STREAMED)
+            prediction = foreseen(recipe, ranks, Budgets(UNLIMITED), STREAMED)
     counts = (1 << power for power in range(recipe.samples.bit_length()))
     tries = ((count, fitting(recipe, count)) for count in counts)
     least = next((count for count, memory in tries if memory is not None and not memory.hidden_on_disk_bytes), 0)

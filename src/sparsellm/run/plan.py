@@ -151,7 +151,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     warnings += _warned(request, choice, chain)
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     extent = _extent(windows, choice.passes)
-    budgets = recipe.memory, device_budget(chain.device, recipe.device_memory)
+    budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
     foreseen = partial(predict, chain, choice, recipe, extent, budgets, journal=journal)
     prediction = parallel.together(foreseen)
     kinds = parallel.gather(STREAMED if choice.passes and not min(map(len, windows.swept)) else prediction.memory.sweep)
