@@ -114,13 +114,7 @@ def compare(
             holds other files, or a cell with other settings, or is in use by another process.
     """
     place = check_place(out)
-    if not cells or not all(isinstance(each, Recipe) and Path(name).name == name for name, each in cells.items()):
-        raise RecipeError("cells is empty, or not recipes by names of directories; make one or more with cells_of")
-    if not isinstance(protocol, Protocol) or (recover is not None and not 0 < recover <= 1):
-        asked = f"protocol is {shown(protocol)} and recover is {recover}"
-        raise RecipeError(f"{asked}; give a Protocol, and a fraction above 0, up to 1, such as 0.95")
-    if protocol.speed and parallel.size() > 1:
-        raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
+    _check_asked(cells, protocol, recover)
     device, bos = next((recipe.device, recipe.bos) for recipe in cells.values())
     dense = api.Opened(model, Recipe(device=device, products="float32"), trust=False)
     windows = parallel.from_main(partial(dense.windows, protocol.text, protocol.seq_len, protocol.max_tokens, bos))
@@ -173,6 +167,18 @@ def compare(
             return GridResult(out=place, page=page, recommended=named, best_at_each_size=best, cells=finished)
 
         return parallel.from_main(end)
+
+
+def _check_asked(cells: Mapping[str, Recipe], protocol: Protocol, recover: float | None) -> None:
+    """Refuses wrong arguments of :func:`compare`, before anything is opened."""
+    if not cells or not all(isinstance(each, Recipe) and Path(name).name == name for name, each in cells.items()):
+        raise RecipeError("cells is empty, or not recipes by names of directories; make one or more with cells_of")
+    if not isinstance(protocol, Protocol):
+        raise RecipeError(f"protocol is {shown(protocol)}; give a Protocol, which has the text")
+    if recover is not None and not 0 < recover <= 1:
+        raise RecipeError(f"recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
+    if protocol.speed and parallel.size() > 1:
+        raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
 
 
 def _with_text(
