@@ -65,8 +65,7 @@ def test_a_model_in_memory_is_saved_with_the_head_that_it_has(tied: bool, tmp_pa
     model.lm_head.weight = weight if tied else torch.nn.Parameter(weight.detach().flip(0))
     recipe = Recipe(method="magnitude", samples=2, seq_len=24)
     out = sparsellm.prune(model, recipe, out=tmp_path / "p", calibration=IDS).path
-    packed = sparsellm.pack(out, out=tmp_path / "packed").path
-    for place in (out, packed):
+    for place in (out, sparsellm.pack(out, out=tmp_path / "packed").path):
         assert torch.allclose(AutoModelForCausalLM.from_pretrained(place)(IDS).logits, model(IDS).logits, atol=1e-4)
     assert model.config.tie_word_embeddings is not tied
 
@@ -173,8 +172,7 @@ def test_a_tensor_in_two_files_needs_an_index(copy: Path, tmp_path: Path) -> Non
     (copy / WEIGHTS).rename(copy / "one.safetensors")
     tensors = load_file(copy / "one.safetensors")
     save_file({Q_PROJ: torch.zeros_like(tensors[Q_PROJ])}, copy / "two.safetensors")
-    said = f"tensor {Q_PROJ} is in both one.safetensors and two.safetensors"
-    refused(copy, tmp_path / "p", SparseLLMError, said)
+    refused(copy, tmp_path / "p", SparseLLMError, f"tensor {Q_PROJ} is in both one.safetensors and two.safetensors")
     weight_map = {**dict.fromkeys(tensors, "one.safetensors"), Q_PROJ: "two.safetensors"}
     (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert not open_chain(copy, device=CPU).parameter(Q_PROJ).any()

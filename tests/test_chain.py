@@ -77,8 +77,7 @@ def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
 
 
 def test_conv1d_is_seen_as_out_by_in() -> None:
-    chain = open_chain(tiny_gpt2(), device=CPU)
-    linear = next(linear for linear in chain.linears(0) if linear.name.endswith("c_fc"))
+    linear = next(linear for linear in open_chain(tiny_gpt2(), device=CPU).linears(0) if linear.name.endswith("c_fc"))
     assert linear.weight().shape == (linear.out_features, linear.in_features) == (112, 48)
     x = torch.randn(5, 48)
     assert linear.bias is not None
@@ -106,8 +105,7 @@ def test_a_checkpoint_of_the_bare_base_model_is_read(tmp_path: Path) -> None:
 
 
 def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
-    model = tiny_llama().to(torch.bfloat16)
-    chain = open_chain(save_tiny(model, None, tmp_path), device=CPU, dtype=torch.float32)
+    chain = open_chain(save_tiny(tiny_llama().to(torch.bfloat16), None, tmp_path), device=CPU, dtype=torch.float32)
     with chain.block(0) as block:
         assert block.self_attn.q_proj.weight.dtype is torch.float32
         assert next(iter(chain.block_tensors(0).values())).dtype is torch.bfloat16

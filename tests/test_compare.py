@@ -63,8 +63,7 @@ def test_every_cell_is_what_a_run_by_itself_gives(llama: Path, finished: GridRes
 
 
 def test_quality_and_size_are_those_of_the_packed_checkpoint(llama: Path, tmp_path: Path) -> None:
-    base = {"samples": 4, "seq_len": 32}
-    cells = cells_of(base, methods=["magnitude"], sparsities=[0.5, 0.6], values=["int4"])
+    cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5, 0.6], values=["int4"])
     result = grid(llama, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256))
     cell = result.cells[0]
     assert cell.name == "magnitude-0.5-int4"
@@ -87,9 +86,8 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
 ) -> None:
     pack = Mock(wraps=api.pack, side_effect=[DEFAULT, KeyboardInterrupt, *[DEFAULT] * 9])
     monkeypatch.setattr(api, "pack", pack)
-    first = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     with pytest.raises(KeyboardInterrupt):
-        grid(llama, tmp_path / "out", cells=first)
+        grid(llama, tmp_path / "out", cells=cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5]))
     began = (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns
     again = grid(llama, tmp_path / "out")
     assert (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns == began, "it was pruned twice"

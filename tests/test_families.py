@@ -81,8 +81,7 @@ def test_half_of_every_matrix_is_zero_under_the_source_names(name: str, source: 
 
 
 def test_at_sparsity_zero_no_bit_changes(source: Path, tmp_path: Path) -> None:
-    recipe = RECIPE.updated(sparsity=0.0, method="magnitude")
-    sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=IDS)
+    sparsellm.prune(source, RECIPE.updated(sparsity=0.0, method="magnitude"), out=tmp_path / "p", calibration=IDS)
     assert torch.equal(logits(read_back(tmp_path / "p")[0]), logits(read_back(source)[0]))
     assert same_bits(tensors_of(tmp_path / "p"), tensors_of(source))
 
@@ -99,8 +98,7 @@ def test_packed_and_unpacked_bit_for_bit(pruned: Any, tmp_path: Path) -> None:
     assert any(sparsellm.pack(pruned.path, out=tmp_path / "packed").linears.values())
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "dense")
     assert same_bits(tensors_of(tmp_path / "dense"), tensors_of(pruned.path))
-    loaded = sparsellm.load(tmp_path / "packed")
-    assert torch.allclose(logits(loaded), logits(read_back(pruned.path)[0]), atol=1e-4)
+    assert torch.allclose(logits(sparsellm.load(tmp_path / "packed")), logits(read_back(pruned.path)[0]), atol=1e-4)
 
 
 def test_a_model_in_memory_is_saved_under_published_names(name: str, source: Path, tmp_path: Path) -> None:

@@ -108,8 +108,7 @@ def test_the_largest_gemmas_are_known_by_their_blocks(name: str, blocks: int, tm
     path = write_gguf(
         model, tmp_path / "tiny.gguf", F32, name[:6].lower(), more=lambda writer: writer.add_key_length(8)
     )
-    config = json.loads((gguf_checkpoint(path) / "config.json").read_text())
-    assert config["query_pre_attn_scalar"] == 48 / 4
+    assert json.loads((gguf_checkpoint(path) / "config.json").read_text())["query_pre_attn_scalar"] == 48 / 4
 
 
 def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:

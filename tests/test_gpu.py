@@ -89,8 +89,7 @@ def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
     for device in (DEVICE, "cpu"):
         model = tiny_llama().to(device)  # type: ignore[arg-type]  # torch decorates the method
         recipe = Recipe(method="sparsellm", passes=3, options={"solver": "wanda"}, sparsity=0.6)
-        result = sparsellm.prune(model, recipe, calibration=windows())
-        histories.append([each.held_out for each in result.sweeps])
+        histories.append([each.held_out for each in sparsellm.prune(model, recipe, calibration=windows()).sweeps])
     assert histories[0][-1] < histories[0][0]
     assert histories[0] == pytest.approx(histories[1], rel=0.05)
 

@@ -34,8 +34,7 @@ def test_functions_are_short_and_have_few_parameters(monkeypatch: pytest.MonkeyP
 
 def test_no_two_files_have_one_name() -> None:
     for package in ("sparsellm", "sparsepack"):
-        files = (ROOT / "src" / package).rglob("*.py")
-        names = Counter(path.name for path in files if path.name != "__init__.py")
+        names = Counter(path.name for path in (ROOT / "src" / package).rglob("*.py") if path.name != "__init__.py")
         assert {name for name, count in names.items() if count > 1} == set()
 
 

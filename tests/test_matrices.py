@@ -266,8 +266,7 @@ def test_other_hidden_states_are_refused_before_the_work(settings: dict[str, Any
 
 def test_methods_that_look_at_linears_alone_prune_such_models() -> None:
     model = built("gemma3n_text", **GEMMA3N)
-    result = sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.5), calibration=IDS)
-    assert result.sparsity_pruned >= 0.5
+    assert sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.5), calibration=IDS).sparsity_pruned >= 0.5
 
 
 def test_keys_that_later_blocks_read_go_with_local_methods_alone() -> None:

@@ -159,8 +159,7 @@ def test_the_last_linear_of_an_expert_is_refitted() -> None:
         options = {"output_metric": 0.0, "norm_weighting": 0.0, "refit": refit, "refit_damping": 0.001}
         exclude = ["*.self_attn.*"]  # the inputs of the mixture stay the same
         changes: dict[str, Any] = {"options": options, "exclude": exclude, "allocation": "uniform"}
-        recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, **changes)
-        sparsellm.prune(model, recipe, calibration=IDS)
+        sparsellm.prune(model, Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, **changes), calibration=IDS)
         errors[refit] = 0.0
         for number in range(4):
             _, chosen, weights = by_hand(model, number)

@@ -79,8 +79,7 @@ def test_wheel_and_source_install_without_a_compiler(tmp_path: Path) -> None:
     for number, (each, said) in enumerate(expected.items()):
         python = installed(each, tmp_path / f"env{number}")
         assert str(tmp_path) in run(python, "-c", "import sparsellm; print(sparsellm.__file__)")
-        printed = run(python.parent / "sparsellm", "--version")
-        assert printed.startswith(f"sparsellm {__version__}\nkernels: {said}")
+        assert run(python.parent / "sparsellm", "--version").startswith(f"sparsellm {__version__}\nkernels: {said}")
         listed = run(python, "-c", "import importlib.metadata as m; print(*m.files('sparsellm'), sep='\\n')")
         assert {"sparsellm/py.typed", "sparsellm/cli.py"} <= set(listed.splitlines())
         assert "tests" not in {line.partition("/")[0] for line in listed.splitlines()}

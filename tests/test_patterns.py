@@ -53,8 +53,7 @@ def test_every_group_of_n_m_keeps_its_n_highest(rows, groups, m, data, levels, s
     scores = scores_of(rows, groups * m, levels, seed)
     mask = NM(n, m).mask(scores)
     for group, kept in zip(scores.reshape(-1, m).tolist(), mask.reshape(-1, m).tolist(), strict=True):
-        ranked = sorted(range(m), key=lambda i: (-group[i], i))
-        assert {i for i, keep in enumerate(kept) if keep} == set(ranked[:n])
+        assert {i for i, keep in enumerate(kept) if keep} == set(sorted(range(m), key=lambda i: (-group[i], i))[:n])
     assert int((~mask).sum()) == rows * groups * (m - n)
 
 

@@ -49,8 +49,7 @@ def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(llama: Path, tmp_p
     assert tree(tmp_path) == before
     assert "prune blocks" in run(*line, "--dry-run", exits=0)[1]
     assert run(*line)[0] == 0
-    done = json.loads((out / "pruning.json").read_text())
-    assert done["memory"]["working_bytes"] == told["memory"]["working_bytes"]
+    assert json.loads((out / "pruning.json").read_text())["memory"]["working_bytes"] == told["memory"]["working_bytes"]
     assert "exists and is not empty" in run(*line, "--dry-run", exits=2)[2]
     state = tmp_path / "more.partial" / ".sparsellm-run"
     state.mkdir(parents=True)

@@ -114,9 +114,8 @@ def test_an_allocation_that_misses_the_total_is_corrected() -> None:
 
 def test_the_order_of_patterns_is_part_of_the_identity(llama: Path, tmp_path: Path) -> None:
     recipe = Recipe(method="magnitude", sparsity=0.6, sparsity_of=OF, only=["*.mlp", "*.v_proj"])
-    stop = stop_after_one("prune")
     with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(llama, recipe, calibration=IDS, out=tmp_path / "cut", progress=stop)
+        sparsellm.prune(llama, recipe, calibration=IDS, out=tmp_path / "cut", progress=stop_after_one("prune"))
     turned = recipe.updated(sparsity_of=dict(reversed(OF.items())))
     with pytest.raises(sparsellm.SparseLLMError, match="sparsity_of"):
         sparsellm.prune(llama, turned, calibration=IDS, out=tmp_path / "cut")

@@ -38,8 +38,7 @@ def error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
 
 def pruned(family: Family, method: str, **settings: Any) -> PreTrainedModel:
     model = family()
-    recipe = Recipe(method=method, sparsity=0.6, **settings, batch_tokens=200)
-    result = sparsellm.prune(model, recipe, calibration=IDS)
+    result = sparsellm.prune(model, Recipe(method=method, sparsity=0.6, **settings, batch_tokens=200), calibration=IDS)
     if method == "sparsellm":
         assert result.zeros == round(0.6 * result.weights)
         assert len({linear.asked for linear in result.linears}) > 1
@@ -210,8 +209,7 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
 
     model = family()
     plain, weighed = kept(0.0), kept(1.0)
-    chain = open_chain(model, device=torch.device("cpu"))
-    costs = loss_gradients(Feed(chain, IDS, 2048), plain.keys()).output_squares
+    costs = loss_gradients(Feed(open_chain(model, device=torch.device("cpu")), IDS, 2048), plain.keys()).output_squares
     moved = {}
     for name, cost in costs.items():
         bounded = (cost / cost.mean()).clamp(min=1e-4).log()  # a hidden unit that never fires costs nothing

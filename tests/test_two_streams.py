@@ -97,8 +97,7 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)
     monkeypatch.setattr(_Fitting, "_moments", see)
-    recipe = Recipe(method="sparsellm", sparsity=0.6, effort=0, batch_tokens=BATCH)
-    sparsellm.prune(model, recipe, calibration=IDS)
+    sparsellm.prune(model, Recipe(method="sparsellm", sparsity=0.6, effort=0, batch_tokens=BATCH), calibration=IDS)
     at = 2  # sublayers of block 0 come first
     for number, writer in enumerate(writers):
         plain = states[at + number]
@@ -119,8 +118,7 @@ def test_one_group_without_variables_is_the_local_solver(left_in: str) -> None:
     sparsellm.prune(one, Recipe(method="admm", **settings), calibration=IDS)
     for more in ({"refit": False}, {}):  # a writer alone is fitted to nothing
         other, options = tiny_llama(), {"solver": "admm", "norm_weighting": 0, "output_metric": 0, **more}
-        recipe = Recipe(method="sparsellm", effort=0, options=options, **settings)
-        sparsellm.prune(other, recipe, calibration=IDS)
+        sparsellm.prune(other, Recipe(method="sparsellm", effort=0, options=options, **settings), calibration=IDS)
         assert same_bits(one.state_dict(), other.state_dict())
 
 

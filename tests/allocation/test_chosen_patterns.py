@@ -50,8 +50,7 @@ def test_the_total_is_nearest_and_the_choice_best(groups: list[int], sparsity: f
 @pytest.mark.parametrize("sparsity", [0.5, 0.625])
 def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsity: float) -> None:
     model = make()
-    recipe = Recipe(pattern="auto:8", sparsity=sparsity, effort=0)
-    result = sparsellm.prune(model, recipe, calibration=IDS)
+    result = sparsellm.prune(model, Recipe(pattern="auto:8", sparsity=sparsity, effort=0), calibration=IDS)
     assert result.zeros == sparsity * result.weights
     assert result.allocation["name"] == "threshold"
     assert len({linear.pattern for linear in result.linears}) > 1
@@ -66,8 +65,7 @@ def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsit
 
 
 def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:
-    recipe = Recipe(pattern="auto:8", sparsity=0.51, method="wanda")
-    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
+    result = sparsellm.prune(tiny_llama(), Recipe(pattern="auto:8", sparsity=0.51, method="wanda"), calibration=IDS)
     unit = 2 * 16 * 32 // 8  # the smallest linear has 16 × 32 weights: half of the largest common divisor
     assert abs(result.zeros - 0.51 * result.weights) <= unit
     assert result.allocation["name"] == "threshold"  # although the method's own is uniform
@@ -105,5 +103,4 @@ def test_changes_of_a_recipe_keep_the_choice() -> None:
 
 def test_an_allocation_without_a_span_is_the_plain_pattern() -> None:
     recipe = Recipe(**AUTO, method="wanda", allocation="threshold", allocation_options={"span": 0.0})
-    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
-    assert {linear.pattern for linear in result.linears} == {"4:8"}
+    assert {linear.pattern for linear in sparsellm.prune(tiny_llama(), recipe, calibration=IDS).linears} == {"4:8"}

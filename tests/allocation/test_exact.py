@@ -23,12 +23,10 @@ SPARSITY = st.floats(0, 0.999)
 @settings(max_examples=50, deadline=None)
 def test_totals_and_counts_are_exact(shapes: list[list[tuple[int, int]]], sparsity: float, data: st.DataObject) -> None:
     survey = bare_survey(shapes, sparsity)
-    goals = {linear.name: data.draw(st.floats(-3, 3)) for linear in survey.linears}
-    allocation = from_sparsities(survey, goals)
+    allocation = from_sparsities(survey, {linear.name: data.draw(st.floats(-3, 3)) for linear in survey.linears})
     assert sum(allocation.zeros.values()) == round(sparsity * sum(a * b for block in shapes for a, b in block))
     for linear in survey.linears:
-        zeros = allocation.zeros[linear.name]
-        assert 0 <= zeros <= max(LARGEST * linear.weights, math.ceil(sparsity * linear.weights))
+        assert 0 <= allocation.zeros[linear.name] <= max(LARGEST * linear.weights, math.ceil(sparsity * linear.weights))
 
 
 @given(SIZES, SPARSITY, st.floats(0, 1), st.data())

@@ -88,8 +88,7 @@ def test_gradients_of_a_share_of_the_positions_are_scaled(monkeypatch: pytest.Mo
 
 
 def test_short_windows_are_scored_whole() -> None:
-    complete = gradients._positions(gradients.LEAST_SCORED, 0.01, seed=0)
-    assert complete.tolist() == list(range(gradients.LEAST_SCORED))
+    assert gradients._positions(gradients.LEAST_SCORED, 0.01, seed=0).tolist() == list(range(gradients.LEAST_SCORED))
     some = gradients._positions(1000, 0.25, seed=0)
     assert some.tolist() == sorted(set(some.tolist()))
     assert (len(some), int(some.max()) < 1000) == (250, True)

@@ -114,8 +114,7 @@ def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
 def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
     survey = bare_survey([[(20, 50), (20, 50)], [(20, 50)]], 0.7)
     counts = {"blocks.0.0": histogram(at=100, weights=1000), "blocks.1.0": histogram(at=200, weights=1000)}
-    result = from_histograms(survey, counts, span=0.2).zeros
-    assert result == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
+    assert from_histograms(survey, counts, span=0.2).zeros == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
 
 
 def test_a_weight_in_two_places_keeps_the_target_and_is_reported() -> None:

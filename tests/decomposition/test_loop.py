@@ -135,8 +135,7 @@ def test_patterns_by_role_and_token_weights_of_zero() -> None:
     chunks = random_chunks(unit, [40, 40])
     silent = Chunk(torch.full((5, 8), 1e3), torch.zeros(5, 8), torch.zeros(5))
     patterns: dict[str, Pattern] = {"up": NM(2, 4), "down": Share(0.75)}
-    train = [chunks[0], *read([silent])]
-    pruned, _ = prune(unit, train, chunks[1:], by_input_norm, patterns, Settings(iterations=1))
+    pruned, _ = prune(unit, [chunks[0], *read([silent])], chunks[1:], by_input_norm, patterns, Settings(iterations=1))
     zeros = {role: int((linear.weight == 0).sum()) for role, linear in pruned.unit.linears().items()}
     assert zeros == {"up": 64, "down": 96}
 

@@ -350,8 +350,7 @@ def test_states_that_are_not_by_window_are_told_from_those_that_are(name: str) -
     """XLNet's have tokens first, and Gemma 3n has four for each token; here a batch has as many windows as tokens."""
     xlnet = {"vocab_size": 300, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
     model, ids = built(name, **(xlnet if name == "xlnet" else GEMMA3N)).eval(), windows(16, 16)
-    value = sparsellm.evaluate(model, ids).value
-    assert value == pytest.approx(math.exp(losses_by_hand(ids, model).mean()), rel=1e-4)
+    assert sparsellm.evaluate(model, ids).value == pytest.approx(math.exp(losses_by_hand(ids, model).mean()), rel=1e-4)
 
 
 def test_hooks_of_the_caller_count_once_at_both_ends() -> None:

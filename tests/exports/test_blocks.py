@@ -36,5 +36,4 @@ def test_q6_k_keeps_numbers_that_it_has_and_is_near_others() -> None:
 
 
 def test_other_groups_have_no_block() -> None:
-    have = {name for name, grid in GRIDS.items() if block_type(grid) is not None}
-    assert have == {"q4_0", "q8_0", "w4a16-32"}
+    assert {name for name, grid in GRIDS.items() if block_type(grid) is not None} == {"q4_0", "q8_0", "w4a16-32"}

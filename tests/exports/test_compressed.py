@@ -65,8 +65,7 @@ def test_int8_activations_are_left_to_the_loader(tmp_path: Path) -> None:
     scheme = config_of(out)["config_groups"]["group_0"]
     assert (scheme["input_activations"]["strategy"], scheme["input_activations"]["dynamic"]) == ("token", True)
     assert CheckpointReader(out).dtype("model.layers.0.mlp.up_proj.weight") == torch.int8
-    whole = logits(out, quantization_config=CompressedTensorsConfig(dequantize=True))
-    assert torch.equal(whole, logits(directory))
+    assert torch.equal(logits(out, quantization_config=CompressedTensorsConfig(dequantize=True)), logits(directory))
 
 
 def test_what_is_dense_stays_so_and_is_named(tmp_path: Path) -> None:

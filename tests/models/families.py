@@ -85,8 +85,7 @@ def qwen3_5() -> PreTrainedModel:
     """Qwen 3.5: opened as a language model, the vision tower is not a part of it. One layer has full attention."""
     text = {**LLAMA, **_LINEAR, "layer_types": ["full_attention", "full_attention"]}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-    settings = {"text_config": text, "vision_config": vision}
-    return _model("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", settings)
+    return _model("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", {"text_config": text, "vision_config": vision})
 
 
 def git() -> PreTrainedModel:

@@ -185,8 +185,7 @@ def main() -> None:
     if places:
         for what, lines in device.PLACES.items():
             print(what, *(f"{number:9} {line}" for line, number in lines.most_common(25)), sep="\n")
-    found = {"faults": faults, "traffic": traffic, "accepted": accepted, "operations": operations}
-    print(json.dumps(found, indent=1))
+    print(json.dumps({"faults": faults, "traffic": traffic, "accepted": accepted, "operations": operations}, indent=1))
 
 
 if __name__ == "__main__":

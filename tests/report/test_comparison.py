@@ -99,8 +99,7 @@ def test_divergences_from_another_model_do_not_stand_side_by_side(runs: Path, co
     head, _, first, second = page_of(write_comparison([runs / "nm", copied], tmp_path / "c.html")).rows(SUMMARY)
     assert first[head.index("KL")] != "not measured"
     assert second[head.index("KL")] == second[head.index("recovery")] == "not measured"
-    shown = [row.detail for row in headline(read_checkpoint(copied))]
-    assert any(each.endswith(", against other") for each in shown)
+    assert any(each.endswith(", against other") for each in [row.detail for row in headline(read_checkpoint(copied))])
 
 
 def test_runs_that_were_never_measured(runs: Path, tmp_path: Path) -> None:
@@ -109,8 +108,7 @@ def test_runs_that_were_never_measured(runs: Path, tmp_path: Path) -> None:
     page = page_of(write_comparison([tmp_path / "half", tmp_path / "nm"], tmp_path / "c.html"))
     assert page.figures().keys() == {"depth-sparsity", "depth-error"}
     assert [row[3] for row in page.rows(SUMMARY)[1:]] == ["not measured"] * 3
-    commands = page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
-    assert "sparsellm eval nm --text" in commands
+    assert "sparsellm eval nm --text" in page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
 
 
 def test_a_packed_run_next_to_its_dense_form(runs: Path, tmp_path: Path) -> None:

@@ -106,8 +106,7 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
 
 
 def test_a_comparison_outlives_an_evaluation_without_one(copied: Path) -> None:
-    record = json.loads((copied / "results.json").read_text())
-    compared = [each for each in record["evaluations"] if each["against"]]
+    compared = [each for each in json.loads((copied / "results.json").read_text())["evaluations"] if each["against"]]
     rewrite(copied / "results.json", evaluations=[*compared, *({**each, "against": None} for each in compared)])
     assert all(each.dense is not None for each in read_checkpoint(copied).results.latest().values())
     assert read_checkpoint(copied).results.latest()

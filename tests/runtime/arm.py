@@ -64,8 +64,7 @@ def system(directory: Path) -> None:
     (directory / "lib").symlink_to("usr/lib")
     for package in packages.glob("*.deb"):
         content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
-        unpack = ["tar", "-xf", "-", "-C", directory, "--keep-directory-symlink"]
-        subprocess.run(unpack, input=content, check=True)
+        subprocess.run(["tar", "-xf", "-", "-C", directory, "--keep-directory-symlink"], input=content, check=True)
 
 
 def wheels(python: str, directory: Path) -> None:
@@ -94,8 +93,7 @@ def needs(packages: Iterable[str]) -> set[str]:
 
 
 def output(*command: str | Path, **environment: str) -> str:
-    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout
+    return subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def main() -> None:

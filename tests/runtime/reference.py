@@ -52,8 +52,7 @@ def random_weight(
     mask = (bits * 2 ** torch.arange(8)).sum(dim=2).to(torch.uint8)
     layout, mask = ("bitmask", mask) if sparsity >= 0 else ("dense", mask[:1].clone())
     offsets = functional.pad(stored.cumsum(dim=0), (1, 0))
-    packed = PackedWeight((out, columns), layout, mask, values, offsets, scales, value_type, levels=levels)
-    return packed, dense * kept
+    return PackedWeight((out, columns), layout, mask, values, offsets, scales, value_type, levels=levels), dense * kept
 
 
 def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -31,8 +31,7 @@ def packed_model(
 ) -> Path:
     """A packed model; ``exponents`` are those that a run has recorded for its linears."""
     torch.manual_seed(0)
-    kinds = {"Llama": (LlamaForCausalLM, LlamaConfig), "Qwen2": (Qwen2ForCausalLM, Qwen2Config)}
-    model, configuration = kinds[family]
+    model, configuration = {"Llama": (LlamaForCausalLM, LlamaConfig), "Qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
     tiny = prune_tiny(model(configuration(**{**SIZES, **given})).eval())
     source = save_tiny(tiny, tiny_tokenizer(), out / "dense")
     if exponents:

@@ -278,8 +278,7 @@ def test_other_names_and_no_architectures_are_the_same_model(packed: Path, llama
     other = Path(shutil.copytree(llama, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    weights = load_file(other / "model.safetensors")
-    renamed = {name.removeprefix("model."): value for name, value in weights.items()}
+    renamed = {name.removeprefix("model."): value for name, value in load_file(other / "model.safetensors").items()}
     save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
     assert len(compare(packed, other, prompt_tokens=3, new_tokens=1, repeats=1).verdict) == 2
 

@@ -51,10 +51,9 @@ def test_an_int8_embedding_and_head_compute_as_the_dense_ones(name: str, tmp_pat
     same.dequantize()
     assert len(same.resize_token_embeddings(model.config.vocab_size + 8).weight) == model.config.vocab_size + 8
     loaded.save_pretrained(tmp_path / "saved")
-    again = sparsellm.load(tmp_path / "saved", activations="fp32")
     with torch.no_grad():
         expected, logits = plain(ids), dense(ids).logits
-        for other in (loaded, again, to_dense(loaded)):
+        for other in (loaded, sparsellm.load(tmp_path / "saved", activations="fp32"), to_dense(loaded)):
             assert torch.equal(other.get_input_embeddings()(ids), expected)
             assert torch.allclose(other(ids).logits, logits, atol=0.05 if name == "gemma3" else 1e-4)
     restored = loaded.get_input_embeddings()  # to_dense works in place

@@ -209,8 +209,7 @@ def test_an_end_of_text_can_be_ignored(model: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: Any) -> None:
-    texts = [{"type": "text", "text": part} for part in (PROMPT[:5], PROMPT[5:])]
-    parts: Any = [{"role": "user", "content": texts}]
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": part} for part in (PROMPT[:5], PROMPT[5:])]}]
     answer = client.chat.completions.create(
         model="tiny", messages=parts, max_tokens=8, n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0,
         tool_choice="none", service_tier="auto", parallel_tool_calls=True, metadata={}, top_logprobs=0,
@@ -362,5 +361,4 @@ def test_a_context_beyond_that_of_the_model_is_refused(packed: Path, refusal: An
 def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sparsellm.serving.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    said = 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n'
-    assert run("serve", "nowhere", exits=2)[2] == said
+    assert run("serve", "nowhere", exits=2)[2] == 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n'

@@ -46,8 +46,7 @@ def best_on(mask: Tensor, original: Tensor, gram: Gram) -> Tensor:
     """The best weight (out, in) on a mask: each row solves the normal equation of its kept inputs."""
     matrix, best = gram.matrix.double(), torch.zeros_like(original, dtype=torch.float64)
     for row, kept in enumerate(mask):
-        goal = matrix[kept] @ original[row].double()
-        best[row, kept] = torch.linalg.lstsq(matrix[kept][:, kept], goal).solution
+        best[row, kept] = torch.linalg.lstsq(matrix[kept][:, kept], matrix[kept] @ original[row].double()).solution
     return best
 
 

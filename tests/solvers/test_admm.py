@@ -64,8 +64,7 @@ def test_weights_of_inputs_that_are_nearly_zero_stay_small(pattern: Pattern):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2000, 32, generator=generator), weight_of(16, 32)
     x[:, :8] = 1e-3 * (x[:, 8:] @ torch.randn(24, 8, generator=generator) / 24**0.5 + 0.3 * x[:, :8])
-    result = admm(weight, Gram(x.T @ x / 2000, 2000), pattern)
-    assert float(result.weight.abs().max()) < 2 * float(weight.abs().max())
+    assert float(admm(weight, Gram(x.T @ x / 2000, 2000), pattern).weight.abs().max()) < 2 * float(weight.abs().max())
 
 
 def test_a_ridge_keeps_weights_of_a_singular_gram_in_bounds():
@@ -153,7 +152,6 @@ def test_stays_at_the_minimum_and_at_what_no_token_excites():
 
 def test_rows_with_nothing_or_everything_kept():
     weight, gram = weight_of(2, 8), gram_of(8)
-    mask = torch.tensor([[False] * 8, [True] * 8])
-    result = refine_on_support(weight, gram, mask, torch.zeros_like(weight), 60)
+    result = refine_on_support(weight, gram, torch.tensor([[False] * 8, [True] * 8]), torch.zeros_like(weight), 60)
     assert result.weight[0].count_nonzero() == 0
     torch.testing.assert_close(result.weight[1], weight[1], rtol=1e-2, atol=1e-3)

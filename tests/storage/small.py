@@ -44,8 +44,7 @@ def value_of(directory: Path) -> float:
     """The value that :func:`write` was given, if every file of the checkpoint is there and no other file."""
     shards = set(shard_names(SHARDS))
     others = {"config.json", "tokenizer.json", "pruning.json", "model.safetensors.index.json", LIST}
-    names = {path.name for path in directory.iterdir() if not TORN.fullmatch(path.name)}
-    assert names - set(LATER) == others | shards
+    assert {path.name for path in directory.iterdir() if not TORN.fullmatch(path.name)} - set(LATER) == others | shards
     assert json.loads((directory / "config.json").read_text()) == {"model_type": "llama"}
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == shards

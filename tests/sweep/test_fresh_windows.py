@@ -134,8 +134,7 @@ def test_a_model_on_disk_writes_its_text_once(llama: Path, tmp_path: Path, monke
     write, drawn, written = reading.self_generated_windows, runs_of(monkeypatch), list[Tensor]()
     monkeypatch.setattr(reading, "self_generated_windows", lambda *given: written.append(write(*given)) or written[-1])
     for number, seed in enumerate((0, 0, 1)):
-        recipe = {**RECIPE, "calibration": "self", "seed": seed, "passes": 1}
-        sparsellm.prune(llama, recipe, out=tmp_path / str(number))
+        sparsellm.prune(llama, {**RECIPE, "calibration": "self", "seed": seed, "passes": 1}, out=tmp_path / str(number))
     assert len(written) == 2
     first, second, third = (windows for windows, _ in drawn)
     assert torch.equal(first, second)
