@@ -182,19 +182,29 @@ def stop_after_one(phase: str) -> Callable[[Progress], None]:
     return stop
 
 
+def ahead_of(patched: Any, owner: Any, name: str, do: Callable[..., Any]) -> None:
+    """Each call of a function calls ``do`` first, with the same arguments."""
+    function = getattr(owner, name)
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        do(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    patched.setattr(owner, name, both)
+
+
 def once_in_block(index: int, patched: Any, do: Callable[[], Any], after: int = 0) -> None:
     """Something happens when the model's own block ``index`` is about to be read for the time ``after`` + 1."""
-    block, times = Chain.block, 0
+    times = 0
 
-    def loading(self: Chain, at: int, *rest: Any) -> Any:
+    def loading(_: Chain, at: int, *rest: Any) -> None:
         nonlocal times
         if at == index and all(argument is None for argument in rest):
             times += 1
             if times == after + 1:
                 do()
-        return block(self, at, *rest)
 
-    patched.setattr(Chain, "block", loading)
+    ahead_of(patched, Chain, "block", loading)
 
 
 def some(count: int, of: int, seed: int | str) -> list[int]:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -248,25 +249,19 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_of_a_hub_model_the_config_comes_first_and_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[list[str], list[str]]] = []
     place = save_tiny(tiny_llama(), None, tmp_path / "hub")
-
-    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        asked.append((allow_patterns, ignore_patterns))
-        return str(place)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    asked = Mock(return_value=str(place))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     sparsellm.prune("owner/name", Recipe(method="wanda"), out=tmp_path / "p", calibration=IDS)
-    config, weights = asked
-    assert config[0] == ["config.json", "*.py"]
+    config, weights = (call.kwargs for call in asked.call_args_list)
+    assert config["allow_patterns"] == ["config.json", "*.py"]
     names = ["model.safetensors", "pytorch_model.bin", "tokenizer.json"]
     names += ["consolidated.safetensors", "fp16/x.safetensors"]
-    taken = [*huggingface_hub.utils.filter_repo_objects(names, allow_patterns=weights[0], ignore_patterns=weights[1])]
-    assert taken == ["model.safetensors", "tokenizer.json"]
+    assert [*huggingface_hub.utils.filter_repo_objects(names, **weights)] == ["model.safetensors", "tokenizer.json"]
     (place / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(ModelError):
         sparsellm.prune("owner/name", Recipe(method="wanda"), out=tmp_path / "q", calibration=IDS)
-    assert len(asked) == 3  # what the config refuses is not downloaded
+    assert asked.call_count == 3  # what the config refuses is not downloaded
 
 
 def test_a_model_without_a_head_is_refused() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,9 +142,8 @@ def test_gradients_on_a_card_take_plain_attention() -> None:
 
 
 def test_a_device_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, llama: Path, tmp_path: Path) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of")
-
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of"
+    full = Mock(side_effect=torch.OutOfMemoryError(said))
     monkeypatch.setattr(walk, "BlockTask", full)
     monkeypatch.setattr(api, "inspect", full)
     with pytest.raises(MemoryBudgetError, match=r"no memory left .*2\.00 GiB.*; lower batch_tokens, seq_len or device"):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -22,6 +23,7 @@ from sparsellm.errors import MemoryBudgetError, ModelError, StorageError
 from sparsellm.sources import cache
 from sparsellm.sources.cache import cached
 from sparsellm.sources.gguf import gguf_checkpoint
+from tests.killing import ahead_of
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.models.families import family
 from tests.models.in_gguf import CHAT, write_gguf
@@ -148,11 +150,9 @@ def test_a_model_larger_than_memory_or_disk_is_refused(tmp_path: Path, monkeypat
 
 
 def test_a_cache_that_fills_up_is_one_line(tmp_path: Path) -> None:
-    def fill(folder: Path) -> Path:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(ModelError, match=r"No space left on device.*set SPARSELLM_CACHE"):
-        cached(tmp_path / "cache" / "key.safetensors", fill)
+        cached(tmp_path / "cache" / "key.safetensors", Mock(side_effect=full))
 
 
 def test_digits_are_split_and_turns_end_as_in_the_file(tmp_path: Path) -> None:
@@ -275,19 +275,13 @@ def test_what_others_can_have_planted_is_not_trusted(
 def test_a_conversion_is_synced_before_named(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
     synced: set[int] = set()
-    fsync, replace = os.fsync, os.replace
-
-    def noted(descriptor: int) -> None:
-        synced.add(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
 
     def checked(source: Any, target: Any) -> None:
         if Path(target).parent == own_cache:
             for each in [Path(source), *Path(source).rglob("*")]:
                 assert each.stat().st_ino in synced, each
-        replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(os, "replace", checked)
+    ahead_of(monkeypatch, os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    ahead_of(monkeypatch, os, "replace", checked)
     assert len(list(gguf_checkpoint(path).iterdir())) > 3
     assert own_cache.stat().st_ino in synced

@@ -29,7 +29,7 @@ from sparsellm.storage.files import keep_record, kept_record
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep.sweep_task import Run
 from tests import killing
-from tests.killing import KILLED, Ended, full_disk, once_in_block, some
+from tests.killing import KILLED, Ended, ahead_of, full_disk, once_in_block, some
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.storage.small import tensors_of, tree
 from tests.sweep.helpers import same_bits
@@ -167,15 +167,8 @@ def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> No
 
 def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
     """An error when the pass after ``saved`` ones is judged."""
-    judge, left = Run.judge, [saved + 1]
-
-    def failing(self: Any, judges: Any) -> float:
-        left[0] -= 1
-        if left[0] < 0:
-            raise NumericalError("the processor caught fire")
-        return judge(self, judges)
-
-    patched.setattr(Run, "judge", failing)
+    judged = [None] * (saved + 1)
+    ahead_of(patched, Run, "judge", Mock(side_effect=[*judged, NumericalError("the processor caught fire")]))
 
 
 def test_gradients_of_the_first_start_are_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

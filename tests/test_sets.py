@@ -16,6 +16,7 @@ from sparsellm.calibration.windows import calibration_windows
 from sparsellm.run import walk
 from sparsellm.run.choice import Choice
 from sparsellm.run.opening import Windows
+from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SAMPLES, SEQ_LEN, BLOCKS = 4, 16, 4
@@ -29,13 +30,11 @@ FIELDS: dict[str, Any] = {
 def inputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Filled with the inputs of each block that its statistics are of."""
     seen: list[Tensor] = []
-    task = walk.BlockTask
 
-    def recorded(index: int, linears: Any, patterns: Any, stream: Any, *rest: Any, **named: Any) -> Any:
+    def recorded(index: int, linears: Any, patterns: Any, stream: Any, *_: Any, **__: Any) -> None:
         seen.append(torch.cat([hidden.clone() for hidden in stream.hidden]))
-        return task(index, linears, patterns, stream, *rest, **named)
 
-    monkeypatch.setattr(walk, "BlockTask", recorded)
+    ahead_of(monkeypatch, walk, "BlockTask", recorded)
     return seen
 
 

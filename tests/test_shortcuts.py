@@ -15,6 +15,7 @@ from sparsellm import Recipe
 from sparsellm.chain import Stream
 from sparsellm.methods import sublayers
 from sparsellm.run import predictions as planning
+from tests.killing import ahead_of
 from tests.models import tiny_llama
 from tests.models.families import STAY_DENSE, family
 from tests.sweep.helpers import ids_of, same_bits
@@ -43,16 +44,14 @@ def pruned(model: PreTrainedModel, **options: Any) -> dict[str, Tensor]:
 def left_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The classes of modules that the forward after pruning did not run. That forward is compared with a plain one."""
     found: set[str] = set()
-    advance = Stream.advance
 
     def compared(self: Stream, index: int) -> None:
         quick = list(self.run(index))
         found.update(type(known.module).__name__ for known in self.known)
         self.forget()
         assert all(torch.equal(one, other) for one, other in zip(quick, self.run(index), strict=True))
-        advance(self, index)
 
-    monkeypatch.setattr(Stream, "advance", compared)
+    ahead_of(monkeypatch, Stream, "advance", compared)
     return found
 
 

@@ -22,6 +22,7 @@ from sparsellm.run import prune as story
 from sparsellm.run.choice import Choice
 from sparsellm.statistics import CrossAccumulator
 from sparsellm.sweep.sweep_task import SweepTask
+from tests.killing import ahead_of
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.sweep.helpers import ids_of, same_bits, tiny_mistral
 from tests.test_chain import hooked
@@ -76,7 +77,6 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
     writers, model = [f"{blocks}.1.{first}", f"{blocks}.1.{last}"], family()
     targets: list[list[Tensor]] = []
     states: list[PreTrainedModel] = []
-    moments = _Fitting._moments
 
     class Watched(CrossAccumulator):
         def __init__(self, *args: Any) -> None:
@@ -90,13 +90,12 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
                 targets[-1].append(target.view(-1, IDS.shape[1], target.shape[-1]).clone())
             super().update(target, x, token_weights)
 
-    def see(*args: Any, **more: Any) -> Any:
+    def see(*args: Any, **_: Any) -> None:
         if args[-1] is not None:  # the first group of a sublayer, at which the targets are recorded
             states.append(copy.deepcopy(model))
-        return moments(*args, **more)
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)
-    monkeypatch.setattr(_Fitting, "_moments", see)
+    ahead_of(monkeypatch, _Fitting, "_moments", see)
     sparsellm.prune(model, Recipe(method="sparsellm", sparsity=0.6, effort=0, batch_tokens=BATCH), calibration=IDS)
     at = 2  # sublayers of block 0 come first
     for number, writer in enumerate(writers):

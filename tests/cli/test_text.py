@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from typer.main import get_command
@@ -131,15 +132,11 @@ def test_an_option_sets_its_field(
 
 def recipe_of(run: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> Recipe:
     """The recipe with which a command line of ``prune`` would run."""
-    given: list[Recipe] = []
-
-    def stop(model: str, recipe: Recipe, **options: Any) -> None:
-        given.append(recipe)
-        raise cli.RecipeError("enough")
-
+    stop = Mock(side_effect=cli.RecipeError("enough"))
     monkeypatch.setattr(api, "prune", stop)
     assert run("prune", "model", "--out", "out", *arguments)[2] == "error: enough\n"
-    return given[0]
+    recipe: Recipe = stop.call_args.args[1]
+    return recipe
 
 
 def test_the_examples_of_the_help_are_command_lines(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -216,12 +217,10 @@ def test_demo_is_no_directory_named_demo(text: Path, tmp_path: Path, monkeypatch
     (tmp_path / "demo" / "pruning.json").write_text("{}")
     (tmp_path / "demo" / "results.json").write_text("not to be read")
     monkeypatch.chdir(tmp_path)
-
-    def fetch(model: str, argument: str) -> Path:
-        raise ModelError(f"fetching {model}")
-
+    fetch = Mock(side_effect=ModelError("fetching it"))
     monkeypatch.setattr(api, "checkpoint_directory", fetch)
-    assert run("eval", "demo", "--text", text, exits=2)[2] == "error: fetching demo\n"
+    assert run("eval", "demo", "--text", text, exits=2)[2] == "error: fetching it\n"
+    assert fetch.call_args.args[0] == "demo"
 
 
 def test_results_go_with_the_checkpoint_that_is_replaced(pruned: Path, text: Path, tmp_path: Path, run: Any) -> None:

@@ -99,7 +99,7 @@ def test_divergences_from_another_model_do_not_stand_side_by_side(runs: Path, co
     head, _, first, second = page_of(write_comparison([runs / "nm", copied], tmp_path / "c.html")).rows(SUMMARY)
     assert first[head.index("KL")] != "not measured"
     assert second[head.index("KL")] == second[head.index("recovery")] == "not measured"
-    assert any(each.endswith(", against other") for each in [row.detail for row in headline(read_checkpoint(copied))])
+    assert any(row.detail.endswith(", against other") for row in headline(read_checkpoint(copied)))
 
 
 def test_runs_that_were_never_measured(runs: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from sparsepack import PackError
 from sparsepack.checkpoint import manifest
 from sparsepack.errors import FormatError
 from sparsepack.files import read_object
+from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
 from tests.storage.small import tensors_of
@@ -231,14 +232,11 @@ def test_truncated_files_are_refused(keep: float, copy: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Path.open
-
-    def refusing(path: Path, *mode: Any, **more: Any) -> Any:  # as for a user without rights; root reads all
+    def refusing(path: Path, *_: Any, **__: Any) -> None:  # as for a user without rights; root reads all
         if path.suffix == ".safetensors":
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *mode, **more)
 
-    monkeypatch.setattr(Path, "open", refusing)
+    ahead_of(monkeypatch, Path, "open", refusing)
     refused(copy, "cannot read", ".safetensors: Permission denied")
     with pytest.raises(FormatError, match=r"cannot read .*\.safetensors: Permission denied"):
         sparsepack.load(copy)

@@ -26,6 +26,7 @@ from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.generation import _Text, generate
 from sparsepack.module import PackedLinear
+from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 PROMPT = "The while statement"
@@ -231,14 +232,8 @@ def test_the_verdict_is_plain(packed: float, said: str) -> None:
 
 def test_the_dense_model_runs_by_both_decoders(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiled one as the packed model does, and by transformers' generate, which calls the model's forward."""
-    calls: list[tuple[bool, int]] = []
-    forward = LlamaForCausalLM.forward
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append((isinstance(self.lm_head, PackedLinear), kwargs["input_ids"].shape[1]))
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    lengths: list[int] = []
+    ahead_of(monkeypatch, LlamaForCausalLM, "forward", lambda *_, **call: lengths.append(call["input_ids"].shape[1]))
     report = compare(packed, batches=[1, 2], prompt_tokens=4, new_tokens=2, repeats=1)
     fast = native.available() is not None
     one, several = [pair for pair in report.pairs() if pair.packed.phase == "decode"]
@@ -248,8 +243,7 @@ def test_the_dense_model_runs_by_both_decoders(packed: Path, monkeypatch: pytest
     assert one.packed.decoder == one.dense.decoder == ("compiled" if fast else "transformers")
     assert one.ratio.same_decoder == one.packed.median / one.dense.median
     assert report.ratios == [pair.ratio for pair in report.pairs()]
-    prompts, tokens = (sum(shape == length for _, shape in calls) for length in (4, 1))
-    assert (prompts, tokens) == ((2 * 5, 2 * 3 * 2) if fast else (2 * 4, 2 * 4 * 2))
+    assert (lengths.count(4), lengths.count(1)) == ((2 * 5, 2 * 3 * 2) if fast else (2 * 4, 2 * 4 * 2))
 
 
 def test_resident_bytes_are_those_of_the_tensors(llama: Path, packed: Path) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -303,12 +304,9 @@ def test_a_client_that_waits_for_each_answer_is_never_refused(model: Any) -> Non
 
 
 def test_a_broken_request_leaves_the_server_alive(model: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(_: Any) -> Any:
-        raise RuntimeError("no memory")
-
     async def run() -> None:
         worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
-        job, next_job = Job(broken, Sampling(), 4), Job(prompt_ids, Sampling(), 4)
+        job, next_job = Job(Mock(side_effect=RuntimeError("no memory")), Sampling(), 4), Job(prompt_ids, Sampling(), 4)
         worker.submit(job)
         worker.submit(next_job)
         with pytest.raises(Exception, match=r"the server failed \(RuntimeError\)"):

@@ -22,6 +22,7 @@ from sparsellm.storage import directory
 from sparsellm.storage.contents import LATER, LIST, changing
 from sparsellm.storage.directory import STATE, WorkingDirectory, check_destination, partial_of
 from sparsellm.storage.writer import CheckpointWriter
+from tests.killing import ahead_of
 from tests.storage.small import source, tree, value_of, write
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -117,14 +118,8 @@ def test_a_link_in_the_place_of_a_later_file_is_replaced(name: str, target: str,
 
 
 def test_a_file_added_during_the_run_is_kept(old: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_json = CheckpointWriter.write_json
-
-    def meanwhile(self: CheckpointWriter, name: str, content: object) -> None:
-        (old / "notes.txt").write_text("mine")
-        write_json(self, name, content)
-
     with monkeypatch.context() as patched:
-        patched.setattr(CheckpointWriter, "write_json", meanwhile)
+        ahead_of(patched, CheckpointWriter, "write_json", lambda *_: (old / "notes.txt").write_text("mine"))
         with pytest.raises(StorageError, match=r"notes\.txt"):
             write(old, 2, model, overwrite=True)
     assert (old / "notes.txt").read_text() == "mine"

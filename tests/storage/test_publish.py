@@ -13,7 +13,7 @@ import pytest
 from sparsellm.errors import StorageError
 from sparsellm.storage import directory
 from sparsellm.storage.directory import PUBLISHING, REPLACED, STATE, WorkingDirectory, check_destination, partial_of
-from tests.killing import Died, dying
+from tests.killing import Died, ahead_of, dying
 from tests.storage.small import source, value_of, value_there, write
 
 pytestmark = pytest.mark.usefixtures("exchanges")
@@ -45,9 +45,8 @@ def steps_of(model: Path, out: Path) -> tuple[int, int]:
     """The number of steps that replace a checkpoint, and the number before the renaming begins."""
     write(out, 1, model)
     begin: list[int] = []
-    publish = WorkingDirectory.publish
     with dying() as steps, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(WorkingDirectory, "publish", lambda *a: (begin.append(steps.total()), publish(*a))[1])
+        ahead_of(patched, WorkingDirectory, "publish", lambda *_: begin.append(steps.total()))
         write(out, 2, model, overwrite=True)
     return steps.total(), begin[0]
 
@@ -133,17 +132,16 @@ def test_dead_at_every_call_of_a_first_checkpoint(model: Path, tmp_path: Path) -
 def test_failed_renames_leave_both(failing: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's work is kept, and goes on when the trouble is over."""
     out = write(tmp_path / "p", 1, model)
-    replace, left = os.replace, [failing]
+    left = [failing]
 
-    def busy(source: Any, target: Any) -> Any:
+    def busy(source: Any, target: Any) -> None:
         if Path(source).is_dir():
             left[0] -= 1
             if left[0] == -1:
                 raise OSError(errno.EBUSY, "Device or resource busy")
-        return replace(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", busy)
+        ahead_of(patched, os, "replace", busy)
         with pytest.raises(StorageError, match=r"cannot write .*busy"):
             write(out, 2, model, overwrite=True)
     assert value_of(out) == 1
@@ -156,15 +154,14 @@ def test_failed_renames_leave_both(failing: int, model: Path, tmp_path: Path, mo
 
 def test_what_cannot_be_undone_is_completed_later(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = write(tmp_path / "p", 1, model)
-    replace, older = os.replace, out.stat().st_ino
+    older = out.stat().st_ino
 
-    def busy(source: Any, target: Any) -> Any:
+    def busy(source: Any, target: Any) -> None:
         if Path(target) == out:
             raise OSError(errno.EBUSY, "Device or resource busy")
-        return replace(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", busy)
+        ahead_of(patched, os, "replace", busy)
         with pytest.raises(StorageError, match="busy"):
             write(out, 2, model, overwrite=True)
     assert not out.exists()

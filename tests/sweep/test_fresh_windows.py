@@ -16,6 +16,7 @@ from sparsellm.run import opening as reading
 from sparsellm.run import prune as story
 from sparsellm.sweep import whole_model
 from sparsellm.sweep.sweep_task import Run
+from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.sweep.helpers import Family, dense_end, ids_of, tiny_zamba
 
@@ -26,13 +27,11 @@ RECIPE = {"sparsity": 0.6, "samples": SAMPLES, "seq_len": SEQ_LEN, "batch_tokens
 def runs_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """Filled with the windows of each pass and the dense model's hidden states for them."""
     seen: list[tuple[Tensor, Tensor]] = []
-    real = whole_model._pass
 
-    def record(task: object, run: Run, *args: object) -> float:
+    def noted(_: object, run: Run, *__: object) -> None:
         seen.append((run.windows, torch.cat(list(run.dense))))
-        return real(task, run, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(whole_model, "_pass", record)
+    ahead_of(monkeypatch, whole_model, "_pass", noted)
     return seen
 
 

@@ -383,9 +383,8 @@ def test_the_divergence_of_each_text_is_that_of_its_windows(monkeypatch: pytest.
     dense, model, ids = tiny_llama(), halved(tiny_llama()), ids_of(6)
     feed, names = Feed(open_chain(model, device=CPU), ids, helpers.TOKENS), ["a", "b", "a", "a", "b", "a"]
     end = helpers.dense_end(dense, ids, helpers.TOKENS)
-    (start, _), alone = sweep(SweepTask(feed, end, 1, 3, lambda _: None, learning_rate=0.0, sources=names)), {}
-    for name in ("a", "b"):
-        alone[name] = divergence(dense, model, ids[[each == name for each in names]]).item()
+    start, _ = sweep(SweepTask(feed, end, 1, 3, lambda _: None, learning_rate=0.0, sources=names))
+    alone = {name: divergence(dense, model, ids[[each == name for each in names]]).item() for name in "ab"}
     assert start.sources == pytest.approx(alone, rel=1e-4)
     assert start.held_out == pytest.approx((4 * alone["a"] + 2 * alone["b"]) / 6, rel=1e-4)
 
