@@ -43,10 +43,9 @@ def numbers(model: Any, text: Any, **options: Any) -> tuple[Any, ...]:
 def test_a_path_calibrates_on_its_file(llama: Path, tmp_path: Path) -> None:
     """Statistics of the file, not of pydoc: the weights are those of the same text given by its name."""
     (tmp_path / "my.txt").write_text(TEXT)
-    recipe = {**FAST, "method": "wanda"}
     pruned = []
     for calibration in (tmp_path / "my.txt", str(tmp_path / "my.txt")):
-        result = sparsellm.prune(llama, recipe, calibration=calibration)
+        result = sparsellm.prune(llama, {**FAST, "method": "wanda"}, calibration=calibration)
         assert result.recipe.calibration == str(tmp_path / "my.txt")
         assert result.model is not None
         pruned.append(result.model.state_dict())

@@ -196,10 +196,9 @@ def test_a_full_disk_is_said_at_once(llama: Path, tmp_path: Path, run: Any, monk
 
 
 def test_no_memory_from_the_system_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:
-    line = ("prune", llama, "--out", tmp_path / "p")
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")):
         monkeypatch.setattr("sparsellm.api.prune", Mock(side_effect=error))
-        assert "gives this process no more memory" in refusal(*line)
+        assert "gives this process no more memory" in refusal("prune", llama, "--out", tmp_path / "p")
 
 
 def test_what_may_not_be_read_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:

@@ -113,8 +113,7 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
             listening = next(url for line in server.stderr for url in re.findall(r"http://[^\s,]+", line))
             exec(compile(client.replace("http://127.0.0.1:8000/v1", listening), page.name, "exec"), names)
             server.terminate()
-        answer: Any = names["answer"]
-        assert answer.usage.completion_tokens == 20
+        assert names["answer"].usage.completion_tokens == 20
 
 
 def test_recipes_of_the_guide_are_recipes() -> None:

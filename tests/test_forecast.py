@@ -131,8 +131,7 @@ def test_the_share_never_falls_and_no_time_left_is_negative(
 
 def test_a_run_announces_its_phases_and_tells_error_and_sparsity(llama: Path, tmp_path: Path) -> None:
     events: list[Progress] = []
-    recipe = Recipe(sparsity=0.5, samples=4, seq_len=32)
-    result = sparsellm.prune(llama, recipe, out=tmp_path / "out", progress=events.append)
+    result = sparsellm.prune(llama, Recipe(samples=4, seq_len=32), out=tmp_path / "out", progress=events.append)
     planned = [event for event in events if event.phase == PLAN]
     phases = {event.phase for event in events} - {DETAIL, NOTE, PLAN}
     assert phases - planned[-1].costs.keys() == {"open"}

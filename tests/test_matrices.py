@@ -23,6 +23,7 @@ from tests.models.families import LLAMA, family, gemma4_text
 from tests.sweep.helpers import CPU, ids_of, same_bits
 
 IDS = ids_of(4, 16, seed=5)
+MAGNITUDE = Recipe(method="magnitude", sparsity=0.5)
 
 
 class Stacks(nn.Module):
@@ -62,7 +63,7 @@ def test_stacks_of_an_unknown_kind_are_refused_before_the_work(tmp_path: Path) -
     model = with_mixture(Stacks, 4)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ModelError) as caught:
-        sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.5), calibration=IDS, out=tmp_path / "out")
+        sparsellm.prune(model, MAGNITUDE, calibration=IDS, out=tmp_path / "out")
     line = str(caught.value)
     assert "model.layers.0.mlp.up (" in line
     assert "with 43.5%" in line  # as a share of its block
@@ -84,8 +85,7 @@ def test_the_way_out_that_the_refusal_names_is_one() -> None:
 
 def test_with_exclude_every_matrix_is_still_counted() -> None:
     mixture = gemma4_text(num_experts=4, top_k_experts=2, moe_intermediate_size=40, enable_moe_block=True)
-    recipe = Recipe(method="magnitude", sparsity=0.5, exclude=["*.experts.*"])
-    result = sparsellm.prune(mixture, recipe, calibration=IDS)
+    result = sparsellm.prune(mixture, MAGNITUDE.updated(exclude=["*.experts.*"]), calibration=IDS)
     zeros, weights = by_hand(mixture, find_blocks(mixture)[1])
     assert (result.matrices.zeros, result.matrices.weights) == (zeros, weights)
     report = result.to_dict()
@@ -156,7 +156,7 @@ class Router(nn.Module):
 
 
 def test_biases_do_not_count_and_small_matrices_are_named() -> None:
-    result = sparsellm.prune(with_mixture(Router, 2), Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
+    result = sparsellm.prune(with_mixture(Router, 2), MAGNITUDE, calibration=IDS)
     block = 3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32  # q, o, map; k, v; single; gate
     assert result.matrices.weights == 3 * block
     assert [(matrix.name, matrix.reason) for matrix in result.dense] == [
@@ -199,7 +199,7 @@ def test_what_is_shared_with_the_embedding_is_counted(tmp_path: Path) -> None:
     model = tiny_opt()
     for layer in model.model.decoder.layers:
         layer.words = model.model.decoder.embed_tokens.weight
-    recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.nothing"])
+    recipe = MAGNITUDE.updated(allow_dense=["*.nothing"])
     with pytest.raises(ModelError, match="words"):
         sparsellm.prune(model, recipe, calibration=IDS, out=tmp_path / "out")
     result = sparsellm.prune(model, recipe.updated(sparsity=0.0), calibration=IDS, out=tmp_path / "out")
@@ -210,8 +210,7 @@ def test_what_is_shared_with_the_embedding_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["*.gtae", "*.down_proj"])
 def test_an_allow_dense_that_matches_nothing_is_reported(pattern: str) -> None:
-    recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=[pattern])
-    result = sparsellm.prune(with_mixture(Router, 2), recipe, calibration=IDS)
+    result = sparsellm.prune(with_mixture(Router, 2), MAGNITUDE.updated(allow_dense=[pattern]), calibration=IDS)
     assert [w for w in result.warnings if repr(pattern) in w and "names are like 'model.layers.0.mlp.gate'" in w]
 
 
@@ -237,10 +236,9 @@ def test_a_linear_never_called_is_pruned_by_magnitude_and_named() -> None:
 
 
 def test_many_linears_outside_the_blocks_are_named() -> None:
-    recipe = Recipe(method="magnitude", sparsity=0.5)
-    (warning,) = sparsellm.prune(tiny_opt(word_embed_proj_dim=24), recipe, calibration=IDS).warnings
+    (warning,) = sparsellm.prune(tiny_opt(word_embed_proj_dim=24), MAGNITUDE, calibration=IDS).warnings
     assert "model.decoder.project_out, model.decoder.project_in, as many weights as 5.8% of the blocks" in warning
-    assert sparsellm.prune(tiny_opt(word_embed_proj_dim=8), recipe, calibration=IDS).warnings == []
+    assert sparsellm.prune(tiny_opt(word_embed_proj_dim=8), MAGNITUDE, calibration=IDS).warnings == []
 
 
 GEMMA3N = {**LLAMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 4}
@@ -289,8 +287,7 @@ def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path:
 
 
 def test_allow_dense_accepts_what_no_linear_owns() -> None:
-    recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.mlp"])
-    result = sparsellm.prune(with_mixture(Router, 8), recipe, calibration=IDS)
+    result = sparsellm.prune(with_mixture(Router, 8), MAGNITUDE.updated(allow_dense=["*.mlp"]), calibration=IDS)
     assert result.sparsity_pruned == 0.5
     assert len(result.linears) == 3 * 5  # q, k, v, o, and one of the mixture's three; the others are gates
     assert {matrix.reason for matrix in result.dense} == {"allowed dense"}

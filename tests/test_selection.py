@@ -65,9 +65,8 @@ def test_patterns_that_match_nothing_are_refused() -> None:
         "sparsity_of": {"*.q_proj": 0.1, "*.up_proj": 0.5},
         "exclude": ["*.down_porj", "*.down_proj"],
     }.items():
-        recipe = {"method": "magnitude", "sparsity": 0.5, "only": ["*.mlp"], field: patterns}
         with pytest.raises(RecipeError, match="matches no matrix of the blocks; names are like") as refused:
-            sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
+            sparsellm.prune(tiny_llama(), {"method": "magnitude", "only": ["*.mlp"], field: patterns}, calibration=IDS)
         assert str(refused.value).startswith(f"{field} {next(iter(patterns))!r} ")
     with pytest.raises(RecipeError, match=r"only \['x'\] with exclude \['y'\] leaves nothing to prune"):
         sparsellm.prune(tiny_llama(), Recipe(sparsity=0.5, only=["x"], exclude=["y"]), calibration=IDS)

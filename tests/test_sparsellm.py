@@ -89,8 +89,7 @@ def test_token_weights_tame_massive_activations_only() -> None:
 
 def test_auxiliary_variables_record_their_history_and_never_end_worse() -> None:
     model = tiny_opt()
-    recipe = Recipe(method="sparsellm", sparsity=0.6, options={"iterations": 2}, batch_tokens=200)
-    result = sparsellm.prune(model, recipe, calibration=IDS)
+    result = sparsellm.prune(model, Recipe(sparsity=0.6, options={"iterations": 2}, batch_tokens=200), calibration=IDS)
     histories = [linear.history for linear in result.linears if linear.history]
     assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} == {"fc2"}
     assert len(histories) == model.config.num_hidden_layers
@@ -140,8 +139,7 @@ def test_auxiliary_variables_run_where_they_pay(family: Family, goal: dict[str, 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])
 def test_the_published_algorithm_runs_on_a_model_and_shows_its_errors(family: Family) -> None:
     model = family()
-    recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 3})
-    result = sparsellm.prune(model, recipe, calibration=IDS)
+    result = sparsellm.prune(model, Recipe(method="sparsellm-paper", options={"epochs": 3}), calibration=IDS)
     histories = [linear.history for linear in result.linears if linear.history]
     assert len(histories) == model.config.num_hidden_layers
     for history in histories:
@@ -170,10 +168,9 @@ def diverging() -> PreTrainedModel:
 
 
 def test_the_published_algorithm_says_where_it_diverged(diverging: PreTrainedModel) -> None:
-    recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 30})
     said = r"layers\.1\.mlp\.down_proj: .*diverged in iteration \d+ .*0\.\d+.*options\.safeguard=true"
     with pytest.raises(NumericalError, match=said):
-        sparsellm.prune(diverging, recipe, calibration=IDS)
+        sparsellm.prune(diverging, Recipe(method="sparsellm-paper", options={"epochs": 30}), calibration=IDS)
 
 
 def test_the_safeguard_keeps_the_best_epoch_of_each_unit(diverging: PreTrainedModel) -> None:

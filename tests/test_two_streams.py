@@ -35,8 +35,7 @@ EVERYTHING = {"passes": 2, "options": {"iterations": 1, "norm_weighting": 0, "ou
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["default", "everything"])
 def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], settings: dict[str, Any]) -> None:
     model = family()
-    recipe = Recipe(method="sparsellm", sparsity=0.0, **settings, batch_tokens=BATCH)
-    result = sparsellm.prune(model, recipe, calibration=IDS)
+    result = sparsellm.prune(model, Recipe(sparsity=0.0, **settings, batch_tokens=BATCH), calibration=IDS)
     assert same_bits(model.state_dict(), family().state_dict())
     assert result.sweeps == []
 
@@ -58,8 +57,7 @@ def test_the_dense_stream_is_of_the_dense_model(family: Callable[..., Any], monk
     assert dense is not None
     assert not same_bits(chain.model.state_dict(), family().state_dict())  # it is pruned by now
     found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(dense)])
-    with torch.no_grad():
-        wanted = family()(IDS, use_cache=False).logits
+    wanted = family()(IDS, use_cache=False).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 

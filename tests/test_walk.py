@@ -84,8 +84,7 @@ def test_from_disk_to_disk_equals_in_memory(family: Family, tmp_path: Path) -> N
     on_disk = sparsellm.prune(source, recipe, calibration=IDS, out=tmp_path / "pruned")
     assert on_disk.path == tmp_path / "pruned"
     assert in_memory.model is not None
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    assert torch.equal(loaded(IDS).logits, in_memory.model(IDS).logits)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(on_disk.path)(IDS).logits, in_memory.model(IDS).logits)
     before, after = (AutoTokenizer.from_pretrained(place) for place in (source, tmp_path / "pruned"))
     assert after("import this") == before("import this")
     assert [linear.zeros for linear in on_disk.linears] == [linear.zeros for linear in in_memory.linears]
@@ -232,8 +231,7 @@ def test_biases_keep_the_mean_of_the_outputs(tiny: Family) -> None:
     names = [name for name in of_the_first if re.search(r"[qkv]_proj|c_attn|out_proj|attn\.c_proj", name)]
     before, after = ([each.get_submodule(name) for name in names] for each in (dense, model))
     assert names
-    outputs = hooked(dense, before, ids), hooked(model, after, ids)
-    for *both, one, other in zip(*outputs, before, after, strict=True):
+    for *both, one, other in zip(hooked(dense, before, ids), hooked(model, after, ids), before, after, strict=True):
         wanted, found = (each.flatten(0, 1).mean(dim=0) for each in both)
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
         assert not torch.equal(one.bias, other.bias)

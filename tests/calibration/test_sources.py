@@ -35,9 +35,8 @@ def test_pydoc_parts_share_no_paragraph_and_repeat_none() -> None:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_lines_of_a_text_file_are_documents(tmp_path: Path, end: str) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes((end.join(ROWS) + end).encode())
-    text = read_source(str(path), "evaluation")
+    (tmp_path / "a.txt").write_bytes((end.join(ROWS) + end).encode())
+    text = read_source(str(tmp_path / "a.txt"), "evaluation")
     assert list(text.documents) == [*ROWS, ""]
     assert text.joiner.join(text.documents) == "\n\n".join([*ROWS, ""])
 

@@ -118,9 +118,8 @@ def test_windows_without_bos_are_those_of_the_papers(counting: tuple[str, list[i
 
 
 def test_bos_cannot_be_set_for_token_ids() -> None:
-    ids = torch.zeros(2, 8, dtype=torch.int64)
     with pytest.raises(DataError, match="bos is 'yes', and token ids are used as they are"):
-        windows_of_ids(ids, tiny_llama().config, bos="yes")
+        windows_of_ids(torch.zeros(2, 8, dtype=torch.int64), tiny_llama().config, bos="yes")
 
 
 def test_a_text_that_is_too_short_says_by_how_much(tmp_path: Path) -> None:
@@ -214,8 +213,7 @@ def test_self_generated_text_is_greedy_first_then_follows_the_model(monkeypatch:
     monkeypatch.setattr(self_generated, "GREEDY_TOKENS", 20)
     greedy = written(4, 20, 2, bos=0)
     assert (greedy[:, 0] == 0).all()
-    with torch.no_grad():
-        likeliest = model(input_ids=greedy).logits[:, :, : len(tokenizer)].argmax(-1)  # (4, 20)
+    likeliest = model(input_ids=greedy).logits[:, :, : len(tokenizer)].argmax(-1)  # (4, 20)
     continues = greedy[:, 1:-1] != tokenizer.eos_token_id  # after the end of a text, a new one starts at random
     assert torch.equal(greedy[:, 2:][continues], likeliest[:, 1:-1][continues])
     assert torch.equal(sampled[:, 2:6], greedy[:, 2:6])

@@ -135,8 +135,7 @@ def recipe_of(run: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -
     stop = Mock(side_effect=cli.RecipeError("enough"))
     monkeypatch.setattr(api, "prune", stop)
     assert run("prune", "model", "--out", "out", *arguments)[2] == "error: enough\n"
-    recipe: Recipe = stop.call_args.args[1]
-    return recipe
+    return stop.call_args.args[1]  # type: ignore[no-any-return]
 
 
 def test_the_examples_of_the_help_are_command_lines(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from sparsellm.storage.writer import TensorSource, write_shard
 from tests.exports.checkpoints import family, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
+from tests.report.pages import rewrite
 
 OUTSIDE = ("token_embd.weight", "output.weight")  # embedding and head
 
@@ -240,8 +240,7 @@ def test_a_checkpoint_that_prune_did_not_write_is_refused(tmp_path: Path) -> Non
     with pytest.raises(StorageError, match=r"no pruning\.json; give a checkpoint that `sparsellm prune --grid` wrote"):
         sparsellm.export(dense, to="gguf", out=tmp_path / "out.gguf")
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    rewrite(directory / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(SparseLLMError, match="quantised weights"):
         sparsellm.export(directory, to="compressed-tensors", out=tmp_path / "out")
 

@@ -55,8 +55,7 @@ def compared(file: Path, directory: Path, ids: list[int], tokens: int) -> tuple[
 def test_tiny_models_run_in_llama_cpp(tmp_path: Path, make: Any, grid: str) -> None:
     directory = pruned(make(), tmp_path, grid, effort=1)
     like = write_gguf(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), tmp_path / "like.gguf")
-    settings = {"like": like, "model": tmp_path / "dense"}
-    sparsellm.export(directory, to="gguf", out=tmp_path / "out.gguf", **settings)
+    sparsellm.export(directory, to="gguf", out=tmp_path / "out.gguf", like=like, model=tmp_path / "dense")
     same, divergence = compared(in_fp32(tmp_path / "out.gguf"), directory, list(range(5, 25)), 24)
     assert (same, divergence < CLOSE) == (24, True)
     assert compared(tmp_path / "out.gguf", directory, list(range(5, 25)), 24)[1] < 1e-2  # with rounded activations

@@ -284,6 +284,5 @@ DAMAGE: list[tuple[str, str, Callable[[Any], Any], str]] = [
 @pytest.mark.parametrize(("values", "field", "change", "said"), DAMAGE)
 def test_damage_is_named_before_the_work(values: str, field: str, change: Callable[[Any], Any], said: str) -> None:
     packed = packed_of(sparse_weight(5, 100, 0.5), values)
-    damaged = dataclasses.replace(packed, **{field: change(getattr(packed, field))})
     with pytest.raises(FormatError, match=f"(?s)up_proj.*{said}"):
-        validate(damaged, "up_proj")
+        validate(dataclasses.replace(packed, **{field: change(getattr(packed, field))}), "up_proj")

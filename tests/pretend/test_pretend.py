@@ -25,9 +25,8 @@ def found() -> dict[str, Any]:
         pytest.skip("there is no g++, which compiles the device, or no Triton, which runs its kernel")
     if torch.version.cuda is not None:
         pytest.skip("this torch is built for CUDA, and has hooks where the pretend device would put its own")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.pretend"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 

@@ -90,11 +90,10 @@ def rewrite(path: Path, **changes: Any) -> dict[str, Any]:
 def results(perplexity: float, dense: float | None = 20.0, **more: Any) -> dict[str, Any]:
     """The content of a ``results.json``, with a comparison with the dense model or without."""
     sizes: dict[str, Any] = {"window": 64, "windows": 4, "tokens": 252}
-    protocol = {"text": "wikitext2", "digest": "ab", "bos": "no", "dtype": "float32", **sizes}
     stamp = {"sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01"}
     evaluation: dict[str, Any] = {
         **stamp,
-        "protocol": protocol,
+        "protocol": {"text": "wikitext2", "digest": "ab", "bos": "no", "dtype": "float32", **sizes},
         "perplexity": {"value": perplexity, "low": 0.9 * perplexity, "high": 1.1 * perplexity},
         "tasks": {"arc_easy": {"acc": {"value": 0.51, "stderr": 0.012}}},
     }

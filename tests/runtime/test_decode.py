@@ -58,8 +58,7 @@ def packed_model(
 def test_logits_are_those_of_the_model(
     family: str, tied: bool, values: str, head: str, activations: str, exponents: bool, tmp_path: Path
 ) -> None:
-    settings = {"values": values, "head": head, "exponents": exponents}
-    directory = packed_model(tmp_path, family, tie_word_embeddings=tied, **settings)
+    directory = packed_model(tmp_path, family, tie_word_embeddings=tied, values=values, head=head, exponents=exponents)
     model = sparsellm.load(directory, activations=activations)
     packed = model.get_submodule("model.layers.0.mlp.down_proj").packed
     if exponents:
@@ -106,8 +105,7 @@ def test_a_block_may_be_wider_than_the_config_says() -> None:
     mlp.gate_proj, mlp.up_proj, mlp.down_proj = wide, wide, torch.nn.Linear(4000, 48, bias=False)
     ids, decoder = torch.tensor([[5, 6]]), Decoder(model, 2)
     decoder.read(ids[:, :1])
-    with torch.no_grad():
-        assert torch.allclose(decoder.step(6, 1), model(ids).logits[0, 1], atol=1e-4)
+    assert torch.allclose(decoder.step(6, 1), model(ids).logits[0, 1], atol=1e-4)
 
 
 @kernels

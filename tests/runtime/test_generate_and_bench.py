@@ -278,9 +278,8 @@ def test_other_names_and_no_architectures_are_the_same_model(packed: Path, llama
 
 
 def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(llama: Path, packed: Path) -> None:
-    small = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
     for dense in (None, llama):
-        report = compare(packed, dense, **small)
+        report = compare(packed, dense, prompt_tokens=4, new_tokens=1, repeats=1)
         assert report.dense_linear_bytes == resident_bytes(sparsellm.load(llama), linears_only=True)
         assert report.packed_linear_bytes < report.dense_linear_bytes
         assert [pair.packed.phase for pair in report.pairs()] == ["prefill", "decode"]

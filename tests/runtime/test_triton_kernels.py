@@ -77,8 +77,7 @@ def test_it_compiles_for_a_card_as_it_was_meant(kind: int, values: str, scales: 
 
     types = {"mask_pointer": "*u8", "values_pointer": values, "offsets_pointer": "*i64", "scales_pointer": scales}
     types["levels_pointer"] = "*i8"
-    constants = {"KIND": kind, "TOKENS": 1, "BYTES": LAUNCH["BYTES"]}
     types |= {"x_pointer": "*bf16", "y_pointer": "*bf16", **dict.fromkeys(("out", "columns", "row_bytes"), "i32")}
-    ptx = compiled(_multiply, 80, types, constants, LAUNCH["num_warps"])
+    ptx = compiled(_multiply, 80, types, {"KIND": kind, "TOKENS": 1, "BYTES": LAUNCH["BYTES"]}, LAUNCH["num_warps"])
     assert ptx.count("ld.global.v4.b32") == 1
     assert "bar.sync" not in ptx

@@ -125,8 +125,7 @@ def test_a_file_added_during_the_run_is_kept(old: Path, model: Path, monkeypatch
     assert (old / "notes.txt").read_text() == "mine"
     (old / "notes.txt").unlink()
     assert value_of(old) == 1
-    write(old, 2, model, overwrite=True)
-    assert value_of(old) == 2
+    assert value_of(write(old, 2, model, overwrite=True)) == 2
 
 
 def linked(link: Path, target: Path) -> Path:

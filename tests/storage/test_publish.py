@@ -62,8 +62,7 @@ def killed(out: Path, model: Path, number: int) -> Path:
 def go_on(out: Path, model: Path, number: int) -> None:
     """The same command again, another kind of run that removes what is left, or the same one from its beginning."""
     restart, kind, value = ((False, "prune", 2), (True, "pack", 3), (True, "prune", 4))[number % 3]
-    write(out, value, model, overwrite=True, restart=restart, kind=kind)
-    assert value_of(out) == value
+    assert value_of(write(out, value, model, overwrite=True, restart=restart, kind=kind)) == value
     assert [path.name for path in out.parent.glob(f"{out.name}*")] == [out.name]
 
 
@@ -147,8 +146,7 @@ def test_failed_renames_leave_both(failing: int, model: Path, tmp_path: Path, mo
     assert value_of(out) == 1
     assert len(list((partial_of(out) / "blocks").glob("*.safetensors"))) == 2
     assert not (partial_of(out) / STATE / PUBLISHING).exists()
-    write(out, 2, model, overwrite=True)
-    assert value_of(out) == 2
+    assert value_of(write(out, 2, model, overwrite=True)) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"model", "p"}
 
 

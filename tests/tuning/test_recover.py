@@ -21,6 +21,7 @@ from sparsellm.tuning import recover
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import mixtral
 from tests.models.pruned import prune_tiny
+from tests.report.pages import rewrite
 from tests.storage.small import shards_of, tensors_of
 
 SMALL = ("--steps", 12, "--seq-len", 32, "--batch", 4)
@@ -68,8 +69,7 @@ def test_a_checkpoint_recovers_and_keeps_zeros(way: str, pruned: Path, text: Pat
 
 def test_weights_keep_the_dtype_in_which_they_are_stored(pruned: Path, text: Path, tmp_path: Path, run: Any) -> None:
     source = Path(shutil.copytree(pruned, tmp_path / "source"))
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    rewrite(source / "config.json", dtype="float16")
     run("tune", source, "--out", tmp_path / "out", "--calibration", text, "--steps", 1, "--seq-len", 32, exits=0)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float32}
 
