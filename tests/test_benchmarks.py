@@ -137,13 +137,12 @@ def test_perplexity_by_time_is_listed_and_drawn(tmp_path: Path, printed: Any, mo
     assert json.loads(file.read_text()) == known
 
 
-def test_a_model_in_gguf_reads_back_as_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_gguf_reads_back_as_its_own_numbers(llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     forms = importlib.import_module("forms")
-    dense = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    parameters = forms.write_gguf(forms.open_dense(dense), tmp_path / "dense.gguf")
+    parameters = forms.write_gguf(forms.open_dense(llama), tmp_path / "dense.gguf")
     numbers = forms.gguf_numbers(tmp_path / "dense.gguf", parameters)
-    matrices = {name: p for name, p in forms.open_dense(dense).named_parameters() if p.dim() == 2}
+    matrices = {name: p for name, p in forms.open_dense(llama).named_parameters() if p.dim() == 2}
     assert numbers.weights.keys() == matrices.keys()
     for name, weight in matrices.items():
         assert torch.equal(numbers.weights[name], weight)

@@ -246,7 +246,7 @@ def test_a_run_that_cannot_fit_later_is_refused_at_first(tmp_path: Path) -> None
     assert not list(tmp_path.glob("small*"))
 
 
-def test_inspect_says_which_experts_can_go(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_says_which_experts_can_go(llama: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
     source = save_tiny(family("DeepseekV3", **EIGHT), tiny_tokenizer(), tmp_path / "deep")
     said = "mixtures: 8 experts in 1 of 2 blocks, 2 for a token, 1 shared, 2 groups; prune --experts can keep 4 or more"
     assert said in " ".join(run("inspect", source, exits=0)[1].split())
@@ -258,7 +258,6 @@ def test_inspect_says_which_experts_can_go(tmp_path: Path, run: Any, monkeypatch
     assert "has no number in its config" in json.loads(run("inspect", source, "--json")[1])["mixtures"]["why"]
     with pytest.raises(ModelError, match="has no number in its config"):
         removed(source, tmp_path / "small", experts=3)
-    llama = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "llama")
     assert json.loads(run("inspect", llama, "--json")[1])["mixtures"] is None
 
 
@@ -272,9 +271,8 @@ def test_a_comparison_has_runs_with_fewer_experts(tmp_path: Path, run: Any) -> N
 
 
 def view(**changes: Any) -> MixtureView:
-    tokens = torch.tensor([10, 0, 40, 20])
     known: dict[str, Any] = {
-        "block": 0, "keep": 2, "groups": 1, "tokens": tokens, "seed": 0,
+        "block": 0, "keep": 2, "groups": 1, "tokens": torch.tensor([10, 0, 40, 20]), "seed": 0,
         "strength": torch.tensor([30.0, 0.0, 40.0, 50.0], dtype=torch.float64), "error_of": lambda kept: 1.0,
     }  # fmt: skip
     return MixtureView(**{**known, **changes})
@@ -323,10 +321,9 @@ def test_what_cannot_be_removed_is_refused_before_the_work(changes: dict[str, An
     assert not [*tmp_path.glob("small*")]
 
 
-def test_a_model_without_mixtures_is_refused(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), None, tmp_path / "dense")
+def test_a_model_without_mixtures_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no mixture of experts"):
-        removed(source, tmp_path / "small")
+        removed(llama, tmp_path / "small")
     with pytest.raises(RecipeError, match="on disk"):
         sparsellm.prune(tiny_llama(), Recipe(**RECIPE), calibration=IDS)
     for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):

@@ -226,8 +226,7 @@ def test_exclude_names_parameters_and_the_modules_that_hold_them(pattern: str, e
 def test_a_linear_never_called_is_pruned_by_magnitude_and_named() -> None:
     """Mamba reads the weight of ``dt_proj`` and does not call it."""
     model = built("mamba", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)
-    recipe = Recipe(method="sparsegpt", sparsity=0.5, exclude=["*.A_log", "*.conv1d"])
-    result = sparsellm.prune(model, recipe, calibration=IDS)
+    result = sparsellm.prune(model, Recipe(method="sparsegpt", exclude=["*.A_log", "*.conv1d"]), calibration=IDS)
     assert result.sparsity_pruned == 0.5
     assert int((model.backbone.layers[1].mixer.dt_proj.weight == 0).sum()) == 64 * 2 // 2
     (told,) = [warning for warning in result.warnings if "no calibration token reached" in warning]

@@ -50,6 +50,11 @@ def prune(
     return loop.prune_feed_forward(dense, train, held_out, solvers, by_role, *given)
 
 
+def assert_same(one: FeedForward, other: FeedForward) -> None:
+    for role, linear in one.linears().items():
+        assert torch.equal(linear.weight, other.linears()[role].weight)
+
+
 def random_unit(
     d: int, f: int, *, gated: bool = False, bias: bool = False, activation: Activation | None = None, seed: int = 0
 ) -> FeedForward:

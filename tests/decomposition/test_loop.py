@@ -7,21 +7,16 @@ import pytest
 import torch
 
 from sparsellm.decomposition.loop import Settings
-from sparsellm.decomposition.objective import Chunk, FeedForward, Linear, split, stored, true_error
+from sparsellm.decomposition.objective import Chunk, Linear, split, stored, true_error
 from sparsellm.errors import NumericalError
 from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import Solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import Scratch
-from tests.decomposition.helpers import by_input_norm, prune, random_chunks, random_unit, read, refitted
+from tests.decomposition.helpers import assert_same, by_input_norm, prune, random_chunks, random_unit, read, refitted
 from tests.shares import Share
 
 HALF = Share(0.5)
-
-
-def assert_same(one: FeedForward, other: FeedForward) -> None:
-    for role, linear in one.linears().items():
-        assert torch.equal(linear.weight, other.linears()[role].weight)
 
 
 def test_zero_iterations_are_local_pruning_bit_for_bit() -> None:

@@ -164,9 +164,8 @@ def test_a_dense_weight_has_one_mask_for_all_rows() -> None:
         packed = packed_of(weight, values, "dense")
         assert (packed.mask.shape, packed.group) == ((1, 24), 32 if values == "int4" else None)
         assert torch.equal(unpack(packed), unpack(packed_of(weight, values, "bitmask")))
-    damaged = dataclasses.replace(packed, mask=packed.mask ^ torch.tensor([1] + [0] * 23, dtype=torch.uint8))
     with pytest.raises(FormatError, match="dense weight's mask is not set"):
-        validate(damaged, "w")
+        validate(dataclasses.replace(packed, mask=packed.mask ^ torch.tensor([1] + [0] * 23, dtype=torch.uint8)), "w")
 
 
 def test_int8_error_is_within_half_a_step() -> None:
