@@ -165,6 +165,7 @@ def _evaluated(
 ) -> tuple[Evaluation, Evaluation, Form]:
     """The evaluations of both models against the dense one, which runs once, and llama.cpp's form."""
     against = api.Opened(str(dense), Recipe(products="float32"), trust=False)
+    against.kept.name = NAME  # not that of its place in the cache
 
     def evaluated(model: PreTrainedModel | Path) -> Evaluation:
         given = load_tokenizer(dense) if isinstance(model, PreTrainedModel) else None

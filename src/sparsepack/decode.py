@@ -126,7 +126,7 @@ class Decoder:
             IndexError: token or position is out of range.
         """
         if not 0 <= position < self._capacity or not 0 <= token < self._tokens:
-            raise IndexError(f"token {token} at position {position}: the cache has {self._capacity} positions")
+            raise IndexError(f"token {token} of {self._tokens} at position {position} of {self._capacity}")
         native.decode(self._plan, token, position)
         return self.logits
 

@@ -135,7 +135,7 @@ def pack(
         raise SettingError(f"unknown layout {layout!r:.100}; choose one of auto, {', '.join(LAYOUTS)}")
     if group is not None and group not in GROUPS:
         raise SettingError(f"group is {group}; give one of {', '.join(map(str, GROUPS))}")
-    if exponents is not None and (len(exponents) != weight.shape[1] or not {*exponents.tolist()} <= {*EXPONENTS}):
+    if exponents is not None and (exponents.shape != weight.shape[1:] or not {*exponents.tolist()} <= {*EXPONENTS}):
         raise SettingError("exponents are one whole number for each column, -8 to 7")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()

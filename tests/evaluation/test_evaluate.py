@@ -26,6 +26,7 @@ from sparsellm.evaluation import perplexity
 from sparsellm.evaluation.tasks import _metrics
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
+from sparsepack.errors import Note
 from tests.killing import full_disk
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer, windows
 from tests.models.pruned import prune_tiny
@@ -322,8 +323,10 @@ def test_tasks_change_no_model_and_compute_as_the_blocks(text: Path, folder: Pat
     assert (measured.value, model.lm_head.weight) == (plain.value, head)
     half = api.Opened(save_tiny(tiny_llama().half(), tiny_tokenizer(), tmp_path / "half"), Recipe(), trust=False)
     assert half.in_memory().dtype == half.chain.dtype == torch.float32
-    with pytest.raises(NumericalError, match="task numbers: perplexity is inf"):
-        _metrics("numbers", {"acc,none": 0.5, "acc_stderr,none": math.nan, "perplexity,none": math.inf})
+    with pytest.warns(Note, match="task numbers: mcc is nan, and is left out"):
+        assert [*_metrics("numbers", {"acc,none": 0.5, "acc_stderr,none": math.nan, "mcc,none": math.nan})] == ["acc"]
+    with pytest.raises(NumericalError, match="task numbers: perplexity is inf, and no metric is finite"):
+        _metrics("numbers", {"perplexity,none": math.inf})
 
 
 def test_an_unknown_task_is_refused_before_the_model_is_opened(

@@ -96,9 +96,11 @@ def test_divergences_from_another_model_do_not_stand_side_by_side(runs: Path, co
     content = results(31.4)
     content["evaluations"][0]["against"] |= {"model": "other", "perplexity": {"value": 99.0}}
     (copied / "results.json").write_text(json.dumps(content))
-    head, _, first, second = page_of(write_comparison([runs / "nm", copied], tmp_path / "c.html")).rows(SUMMARY)
-    assert first[head.index("KL")] != "not measured"
-    assert second[head.index("KL")] == second[head.index("recovery")] == "not measured"
+    shutil.copytree(runs / "nm", tmp_path / "third")
+    for order in ([runs / "nm", tmp_path / "third", copied], [copied, runs / "nm", tmp_path / "third"]):
+        head, _, *rows = page_of(write_comparison(order, tmp_path / "c.html")).rows(SUMMARY)
+        for row in rows:
+            assert (row[head.index("KL")] == "not measured") == (row[0] == "half"), row
     assert any(row.detail.endswith(", against other") for row in headline(read_checkpoint(copied)))
 
 

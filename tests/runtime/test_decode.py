@@ -114,7 +114,7 @@ def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
     model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight[:6].clone())
     decoder = Decoder(model, 4)
     decoder.read(torch.tensor([[5]]))
-    with pytest.raises(IndexError, match="token 6 at position 1"):
+    with pytest.raises(IndexError, match="token 6 of 6 at position 1 of 4"):
         decoder.step(6, 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,25 @@ WAYS = {
 }
 
 
+def hooked_llama() -> Any:
+    model = tiny_llama()
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: (1.5 * args[0], *args[1:]))
+    return model
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "family",
-    [tiny_llama, tiny_opt, tiny_gpt2, helpers.tiny_qwen2, helpers.tiny_mistral, sharing_llama, tiny_zamba],
+    [
+        hooked_llama,
+        tiny_llama,
+        tiny_opt,
+        tiny_gpt2,
+        helpers.tiny_qwen2,
+        helpers.tiny_mistral,
+        sharing_llama,
+        tiny_zamba,
+    ],
     ids=lambda family: family.__name__,
 )
 def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: helpers.Family, way: str) -> None:

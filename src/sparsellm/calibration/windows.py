@@ -158,7 +158,8 @@ def evaluation_windows(
     length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
     ids = _tokens(source, tokenizer, lead, _joined(source, text, tokenizer, lead), length)
-    windows = min(len(ids) // length, text.most_windows or len(ids), (max_tokens or len(ids) * seq_len) // seq_len)
+    limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
+    windows = min(limit for limit in limits if limit is not None)
     return _led(ids[: windows * length].view(windows, length), lead)
 
 

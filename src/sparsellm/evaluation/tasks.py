@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsellm.errors import DataError, NumericalError, RecipeError, nearest, one_line, shown
 from sparsellm.records import Metric, Tasks
 from sparsellm.sources.gguf import without_bars
+from sparsepack.errors import Note
 
 
 def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
@@ -48,7 +50,7 @@ def run_tasks(
 ) -> Tasks:
     """Value and standard error of every metric of some tasks, whose manager :func:`find_tasks` returned; groups and
     their members are listed alike. With ``bos``, lm-eval puts BOS before a text. A task that fails is a DataError, and
-    a metric that is not finite a NumericalError."""
+    one without a finite metric a NumericalError."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -72,14 +74,19 @@ def run_tasks(
 
 def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
     """The metrics in lm-eval's results of one task, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
-    metrics: dict[str, Metric] = {}
+    metrics, lost = dict[str, Metric](), list[str]()
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         if not math.isfinite(value):
-            raise NumericalError(f"task {task}: {metric} is {value}; activations may overflow, try --dtype float32")
+            lost.append(f"task {task}: {metric} is {value}")
+            continue
         error = values.get(f"{metric}_stderr,{filtered}")
         stderr = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
         metrics[metric if filtered == "none" else key] = Metric(value=float(value), stderr=stderr)
+    if lost and not metrics:
+        raise NumericalError(f"{lost[0]}, and no metric is finite; activations may overflow, try --dtype float32")
+    for each in lost:
+        warnings.warn(f"{each}, and is left out", Note, stacklevel=2)
     return metrics

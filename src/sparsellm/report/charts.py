@@ -67,7 +67,7 @@ def percent(share: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    if value is not None and 1e4 <= abs(value) < 1e9:
+    if value is not None and 1e4 <= round(abs(value), 1) < 1e9:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if value is not None and math.isfinite(value) else "–"
 

@@ -114,10 +114,10 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
 
 
 def _quality(record: Checkpoint) -> list[Row]:
-    command, pruned, rows = _evaluate(record), without_folders(record.pruning.base.name), []
+    command, base, rows = _evaluate(record), record.pruning.base, []
     for evaluation in record.results.latest().values():
         protocol, against = str(evaluation.protocol), evaluation.dense
-        if against is not None and against.model != pruned:  # not the model that was pruned
+        if against is not None and base.name and against.model not in (without_folders(base.name), base.model):
             protocol += f", against {against.model}"
         shown = [Row(name, protocol, dense, value) for name, dense, value in evaluation.rows()]
         if against is not None:

@@ -22,6 +22,7 @@ from sparsellm.report.document import page, write_page
 
 DENSE = "dense"  # the name of the dense model, which no run has
 RECOVERY = 0.95  # the least one of a recommended run, unless something else is asked for
+SAME = 0.01  # how far perplexities of one dense model differ at most, since products are rounded
 _LARGE_SPAN = 3.0  # a ratio of perplexities from which their axis is logarithmic
 _Values = dict[str, float]  # what was measured of a run, by column
 _MEASURES: dict[str, Callable[[float], str]] = {
@@ -188,16 +189,21 @@ def _values(records: Sequence[Checkpoint], names: list[str], protocol: Protocol 
     """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
     values, setting = list[tuple[str, _Values]](), None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
+    measured_by = [record.results.latest().get(protocol.key) for record in records] if protocol is not None else []
+    perplexities = [each.dense.perplexity.value for each in measured_by if each is not None and each.dense is not None]
+    if perplexities:  # that of most runs: one may have been measured against another model
+        dense["perplexity"] = max(
+            perplexities, key=lambda value: sum(math.isclose(value, other, rel_tol=SAME) for other in perplexities)
+        )
     for name, record in zip(names, records, strict=True):
         one: _Values = {"zeros": record.pruning.sparsity_pruned, "weight files": record.file_bytes / 1e6}
         if record.pruning.base.bytes:
             dense.setdefault("weight files", record.pruning.base.bytes / 1e6)
         if protocol is not None and (evaluation := record.results.latest().get(protocol.key)) is not None:
             one["perplexity"] = evaluation.value
-            if (against := evaluation.dense) is not None:
-                reference = against.perplexity.value
-                if math.isclose(dense.setdefault("perplexity", reference), reference, rel_tol=0.01):  # of one model
-                    one |= {"KL": against.kl, "same token": against.agreement, "recovery": against.recovery or 0.0}
+            against = evaluation.dense
+            if against is not None and math.isclose(dense["perplexity"], against.perplexity.value, rel_tol=SAME):
+                one |= {"KL": against.kl, "same token": against.agreement, "recovery": against.recovery or 0.0}
         if (measured := record.decoding()) is not None:
             pair = measured[1]
             taken = (measured[0].machine, pair.packed.batch)

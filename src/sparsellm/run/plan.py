@@ -188,7 +188,7 @@ def _computing(chain: Chain) -> str:
     if len(ways) > 1:
         differ = f"processes would compute in different ways ({'; '.join(sorted(ways))})"
         raise RecipeError(f"{differ}; set device, dtype and products, or leave out the machines that differ")
-    if len({*map(str, parallel.gather(plugins.loaded()))}) > 1:
+    if len({*map(str, parallel.gather(sorted(plugins.loaded().items())))}) > 1:
         raise RecipeError("a plugin differs between processes; give all machines the same file")
     return ways.pop()
 

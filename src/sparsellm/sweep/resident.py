@@ -111,6 +111,8 @@ class Resident(Weights):
                         shared[first] = nn.Parameter(wide)
                     memo[id(p)] = shared[first]
                 copies.append(copy.deepcopy(chain.blocks[index], memo))
+                copies[-1]._forward_pre_hooks.clear()  # the caller's, which run in the model's own forward
+                copies[-1]._forward_hooks.clear()
             shared = {first: p for first, p in shared.items() if chain.is_shared(first)}
             if self._mesh is not None:
                 self._shard(copies[-1], set(shared.values()))
