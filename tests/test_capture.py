@@ -45,7 +45,7 @@ def test_linears_called_by_keyword_are_pruned_like_others() -> None:
         layer.mlp = ByKeyword()
     result = sparsellm.prune(model, Recipe(sparsity=0.5, batch_tokens=64), calibration=windows(8, 32))
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
-    assert result.warnings == []
+    assert [each for each in result.warnings if "windows of its own" not in each] == []
 
 
 @pytest.mark.parametrize(("given", "name"), [((), "NoneType"), (([torch.ones(2)],), "list")])

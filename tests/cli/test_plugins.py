@@ -93,8 +93,8 @@ def test_a_file_is_loaded_once_and_known_by_its_content(tmp_path: Path, monkeypa
 
 
 def test_processes_with_different_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [{"s.py": "1"}, {"s.py": "2"}]
-    monkeypatch.setattr(parallel, "gather", lambda value: found if isinstance(value, dict) else [value])
+    found = [[("s.py", "1")], [("s.py", "2")]]
+    monkeypatch.setattr(parallel, "gather", lambda value: found if isinstance(value, list) else [value])
     with pytest.raises(RecipeError, match="a plugin differs between processes"):
         sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=IDS)
 

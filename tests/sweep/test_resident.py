@@ -18,6 +18,7 @@ from tests.storage.small import shards_of
 from tests.sweep import helpers
 from tests.sweep.helpers import halved, linear_weights, same_bits, sharing_llama, swept_by, tiny_zamba
 
+FAMILIES = (tiny_llama, tiny_opt, tiny_gpt2, helpers.tiny_qwen2, helpers.tiny_mistral, sharing_llama, tiny_zamba)
 WAYS = {
     "whole": Residence(),
     "recomputing": Residence(recomputes=True),
@@ -34,20 +35,7 @@ def hooked_llama() -> Any:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "family",
-    [
-        hooked_llama,
-        tiny_llama,
-        tiny_opt,
-        tiny_gpt2,
-        helpers.tiny_qwen2,
-        helpers.tiny_mistral,
-        sharing_llama,
-        tiny_zamba,
-    ],
-    ids=lambda family: family.__name__,
-)
+@pytest.mark.parametrize("family", [hooked_llama, *FAMILIES], ids=lambda family: family.__name__)
 def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: helpers.Family, way: str) -> None:
     dense = family()
     history, expected = swept_by(None, halved(family()), dense)
