@@ -289,7 +289,7 @@ class Recipe(BaseModel):
         values = {**self.model_dump(exclude_unset=True), **changes}  # what a field implies is implied again
         pairs = [("grid", "values")] if self.grid != "own" or values.get("grid", "own") != "own" else []
         pairs += [("pattern", "sparsity")] if "auto" not in str(values.get("pattern")) else []
-        # Of two that exclude each other, the one that stays as it was goes.
+        # Where two exclude each other, a change of one removes the other.
         for one, other in (*pairs, *((second, first) for first, second in pairs)):
             if one in changes and other not in changes:
                 values.pop(other, None)

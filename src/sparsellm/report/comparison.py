@@ -189,17 +189,17 @@ def _values(records: Sequence[Checkpoint], names: list[str], protocol: Protocol 
     """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
     values, setting = list[tuple[str, _Values]](), None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
-    measured_by = [record.results.latest().get(protocol.key) for record in records] if protocol is not None else []
-    perplexities = [each.dense.perplexity.value for each in measured_by if each is not None and each.dense is not None]
+    evaluations = [record.results.latest().get(protocol.key) if protocol is not None else None for record in records]
+    perplexities = [each.dense.perplexity.value for each in evaluations if each is not None and each.dense is not None]
     if perplexities:  # that of most runs: one may have been measured against another model
         dense["perplexity"] = max(
             perplexities, key=lambda value: sum(math.isclose(value, other, rel_tol=SAME) for other in perplexities)
         )
-    for name, record in zip(names, records, strict=True):
+    for name, record, evaluation in zip(names, records, evaluations, strict=True):
         one: _Values = {"zeros": record.pruning.sparsity_pruned, "weight files": record.file_bytes / 1e6}
         if record.pruning.base.bytes:
             dense.setdefault("weight files", record.pruning.base.bytes / 1e6)
-        if protocol is not None and (evaluation := record.results.latest().get(protocol.key)) is not None:
+        if evaluation is not None:
             one["perplexity"] = evaluation.value
             against = evaluation.dense
             if against is not None and math.isclose(dense["perplexity"], against.perplexity.value, rel_tol=SAME):
