@@ -275,7 +275,8 @@ class Opened:
         given = model if isinstance(model, PreTrainedModel) else None
         self.name = (str(model) if given is None else str(given.name_or_path)) or type(model).__name__
         self.tokenizer = tokenizer
-        self.directory = None if given else parallel.main_first(partial(checkpoint_directory, str(model), argument))
+        found = partial(checkpoint_directory, str(model), argument)
+        self.directory = parallel.main_first(found) if given is None else None
         self._trust = trust
         self.chain, _ = open_model(model, self.directory, settings, trust, whole=False)
         self.kept = Kept(self.chain, without_folders(self.name))

@@ -69,7 +69,8 @@ class PruneResult(RunRecord):
     resumed: int = Field(0, exclude=True)  # blocks that an earlier process had finished
     versions: dict[str, str] = Field(default_factory=versions)
     environment: dict[str, str] = Field(default_factory=environment)
-    command: str = Field(default_factory=lambda: command_line().encode(errors="replace").decode())  # may not be UTF-8
+    # Names in a command may not be UTF-8, and a record must be.
+    command: str = Field(default_factory=lambda: command_line().encode(errors="replace").decode())
 
     @property
     def sparsity(self) -> float:

@@ -130,7 +130,9 @@ def walk(
                 if linear.name in task.unrounded:  # the sweep goes on from there; this block ran rounded
                     linear.assign(task.unrounded[linear.name])
             report("writing")
-            yield BlockRecord(list(results), conditions(), clock.lap(), machine.peak_rss())
+            yield BlockRecord(
+                linears=list(results), versions=conditions(), seconds=clock.lap(), peak_rss=machine.peak_rss()
+            )
         done += results
         tell(index, (), "is done", part=1)
 
