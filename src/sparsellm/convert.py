@@ -23,7 +23,7 @@ from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
 from sparsellm.storage.reader import PackedReader
-from sparsellm.storage.writer import CheckpointWriter, written
+from sparsellm.storage.writer import CheckpointWriter, TensorSource, written
 from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
 from sparsepack.checkpoint import MANIFEST, WAY_IN, PackedEntry, is_packed, manifest, quantization_config
@@ -107,8 +107,7 @@ def pack(
     need = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
     work = WorkingDirectory(place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need)
     with _written(work, len(chain) + 1, source, result) as writer:
-        packed_head = _packed_head(chain, result) if head == "int8" else {}
-        writer.write_shard(len(chain), {**chain.outer_tensors(), **packed_head})
+        writer.write_shard(len(chain), _outside_blocks(chain, result) if head == "int8" else chain.outer_tensors())
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
             writer.write_shard(index, _packed_block(chain, index, values, group, exponents, result))
@@ -200,14 +199,17 @@ def _packed(key: str, weight: Tensor, *how: Any) -> layout.PackedWeight | None:
         raise NumericalError(f"{key}: {error}") from None
 
 
-def _packed_head(chain: Chain, result: PackResult) -> dict[str, Tensor]:
-    """The tensors of embedding and head in int8, by name; adds their entries to ``result``."""
+def _outside_blocks(chain: Chain, result: PackResult) -> dict[str, TensorSource | Tensor]:
+    """The tensors outside the blocks, embedding and head in int8, by name; adds the entries of these to ``result``."""
     assert chain.reader is not None
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorSource | Tensor] = {**chain.outer_tensors()}
     names = {id(module): name for name, module in chain.model.named_modules()}
     for module in (chain.model.get_input_embeddings(), chain.model.get_output_embeddings()):
         key = chain.key_of.get(f"{names.get(id(module))}.weight")
-        if key is None or key in tensors:  # tied: stored once
+        if key is None or key.removesuffix(".weight") in result.head:  # tied: stored once
+            continue
+        if result.head and module.weight is chain.model.get_input_embeddings().weight:  # tied, and stored twice
+            del tensors[key]
             continue
         known = type(module) is nn.Linear or row_scale(module) is not None
         if not known or not key.endswith(".weight"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from tests.models.families import family, gemma3_text
 BUILT: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": partial(tiny_llama, tie_word_embeddings=False),
     "tied": partial(tiny_llama, tie_word_embeddings=True),
+    "tied, stored twice": partial(tiny_llama, tie_word_embeddings=True),
     "gemma2": partial(family, "Gemma2"),
     "gemma3": lambda: gemma3_text().bfloat16(),
 }
@@ -31,11 +33,13 @@ BUILT: dict[str, Callable[[], PreTrainedModel]] = {
 def test_an_int8_embedding_and_head_compute_as_the_dense_ones(name: str, tmp_path: Path) -> None:
     model = BUILT[name]()
     model.save_pretrained(tmp_path / "model")
+    if "twice" in name:
+        weights = {key: weight.clone() for key, weight in model.state_dict().items()}
+        save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     packed = sparsellm.pack(tmp_path / "model", out=tmp_path / "packed", head="int8").path
     loaded = sparsellm.load(packed, activations="fp32")
     embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
-    assert isinstance(embedding, PackedEmbedding)
-    assert isinstance(head, PackedLinear)
+    assert (type(embedding), type(head)) == (PackedEmbedding, PackedLinear)
     assert (head.weight_values is embedding.weight_values) == (name != "llama")
     dense = sparsellm.load(sparsellm.unpack(packed, out=tmp_path / "unpacked").path)
     plain, stored = dense.get_input_embeddings(), model.get_input_embeddings().weight
