@@ -100,8 +100,14 @@ def test_a_directory_has_what_belongs_to_the_model_and_no_place(tmp_path: Path) 
 
 def test_what_the_format_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = pruned(tiny_gpt2(n_embd=64, n_inner=96), tmp_path, "w8a16")
-    with pytest.raises(ModelError, match=r"c_attn is a Conv1D, .*export to gguf"):
+    said = "c_attn is a Conv1D, which only GGUF has, so no export takes grid w8a16; take q4_0 or q8_0"
+    assert said in (directory / "pruning.json").read_text()
+    with pytest.raises(ModelError, match=r"c_attn is a Conv1D, .*prune with --grid q4_0 and export to gguf"):
         exported(directory)
+    stacked = pruned(family("GptOss"), tmp_path / "stacked", "w4a16-32")
+    assert "gate_proj has no tensor of its own, so no export takes the result" in (stacked / "pruning.json").read_text()
+    with pytest.raises(ModelError, match=r"gate_proj has no tensor of its own in .*, so it is not exported"):
+        exported(stacked)
     with pytest.raises(StorageError, match="overlaps with the model"):
         sparsellm.export(directory, to="compressed-tensors", out=directory, overwrite=True)
     monkeypatch.setitem(sys.modules, "compressed_tensors.compressors.pack_quantized", None)

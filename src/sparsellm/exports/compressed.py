@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.chain.structure import iterate_linears
 from sparsellm.errors import MissingExtraError, ModelError
+from sparsellm.exports.blocks import block_type
 from sparsellm.exports.linears import OnGrid
 from sparsellm.hub.card import CARD, card_text
 from sparsellm.inputs import read_object
@@ -32,7 +33,8 @@ def check_compressed(model: OnGrid) -> None:
     except ImportError:
         raise MissingExtraError("this needs compressed-tensors: pip install 'sparsellm[export]'") from None
     if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
-        raise ModelError(f"{min(names)} is a Conv1D, which compressed-tensors does not have; export to gguf")
+        way = "export to gguf" if block_type(model.grid) else "prune with --grid q4_0 and export to gguf"
+        raise ModelError(f"{min(names)} is a Conv1D, which compressed-tensors does not have; {way}")
     views = (view for index in range(len(model.chain)) for view in model.chain.linears(index))
     experts = [view.name for view in views if isinstance(view.module, ExpertLinear)]
     if dense := sorted({*experts} - {*model.linears.values()}):

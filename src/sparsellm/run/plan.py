@@ -18,7 +18,7 @@ from sparsellm import machine, parallel, plugins
 from sparsellm.calibration.sources import default_source
 from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
-from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
+from sparsellm.chain.matrices import is_excluded, outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward
 from sparsellm.errors import RecipeError
 from sparsellm.hub.card import base_of
@@ -37,6 +37,7 @@ from sparsellm.run.opening import Model, Models, Windows, given_windows, open_mo
 from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
 from sparsellm.storage.directory import check_destination, checkpoints_among
 from sparsellm.sweep.whole_model import check_sweepable
+from sparsepack.grids import GRIDS
 
 T = TypeVar("T")
 
@@ -230,10 +231,11 @@ def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, l
 
 
 def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
-    """Warnings of what the settings of a run do not do, and of blocks that compute in fp32 on a GPU, where their
-    weights are stored in half precision."""
+    """Warnings of what the settings of a run do not do, of a grid that no export takes, and of blocks that compute in
+    fp32 on a GPU, where their weights are stored in half precision."""
     warnings, recipe = [], request.recipe
-    stored = {linear.storage_dtype for index in range(len(chain)) for linear in chain.linears(index)}
+    linears = [linear for index in range(len(chain)) for linear in chain.linears(index)]
+    stored = {linear.storage_dtype for linear in linears}
     kinds = {str(dtype).removeprefix("torch.") for dtype in stored}
     wider = chain.device.type == "cuda" and chain.dtype == torch.float32 and kinds <= {"float16", "bfloat16"}
     if wider and recipe.dtype == "auto":
@@ -245,6 +247,15 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     if recipe.grid != "own" and recipe.sparsity:
         saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
         warnings.append(f"{saves}; sparsity 0 loses less")
+    if recipe.grid != "own":
+        pruned = [each for each in linears if not is_excluded(each.weight_name, recipe.exclude, recipe.only)]
+        parts = [each.name for each in pruned if each.weight_name in chain.parts or chain.is_shared(each.weight_name)]
+        turned = [each.name for each in pruned if each.transposed and GRIDS[recipe.grid].group != 32]  # that of GGUF
+        if parts:
+            warnings.append(f"{parts[0]} has no tensor of its own, so no export takes the result; exclude it")
+        elif turned:
+            grid = f"grid {recipe.grid}; take q4_0 or q8_0"
+            warnings.append(f"{turned[0]} is a Conv1D, which only GGUF has, so no export takes {grid}")
     finest = min(stored, key=lambda dtype: torch.finfo(dtype).eps)
     if recipe.dtype != "auto" and torch.finfo(chain.dtype).eps > torch.finfo(finest).eps:
         stays = f"kept weights are rounded to {chain.dtype}, and stored in {finest}"
