@@ -243,8 +243,7 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
     writer.write_shard(len(plan.chain), plan.chain.outer_tensors())
     directory = plan.model.directory
     if directory is not None:
-        links = writer.copy_companions(directory)
-        result.warnings += [f"{name} of the model was not copied: it is a link out of its directory" for name in links]
+        writer.copy_companions(directory)
     else:  # the model was given as an object
         save_companions(writer.folder, plan.chain.model, plan.request.tokenizer)
         writer.write_config(writer.folder / "config.json")

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from sparsellm.storage.contents import belongs_to, companions_of, write_list
 from sparsellm.storage.directory import BLOCKS, WorkingDirectory
 from sparsellm.storage.files import empty, explained, replace_atomically, write_all, write_bytes
 from sparsellm.storage.reader import DTYPES, CheckpointReader, memory_of
+from sparsepack.errors import Note
 
 PIECE = 1 << 22  # elements converted and written at a time: a small part of a block, large enough for a fast disk
 
@@ -77,21 +79,21 @@ class CheckpointWriter:
         # A name that is not UTF-8, such as one in the command line, is written as JSON escapes it.
         write_bytes(self.folder / name, content.encode("utf-8", "backslashreplace"))
 
-    def copy_companions(self, source: Path, *more: str) -> list[str]:
+    def copy_companions(self, source: Path, *more: str) -> None:
         """Copies config, tokenizer, licence and the like of a checkpoint directory, and files named in ``more``.
 
-        A link that leads out of the model's directory is not copied. In a snapshot of the hub, links lead to the blobs
-        of the same repository, which belong to the model. Python files are not copied: loading must run no code.
-
-        Returns the names of the links that were not copied. Raises StorageError if a file cannot be read or written, or
-        the config is not a JSON object."""
-        names = companions_of(source, *more)
-        for file in filter(partial(belongs_to, source), names):
+        A link that leads out of the model's directory is not copied, which a warning says. In a snapshot of the hub,
+        links lead to the blobs of the same repository, which belong to the model. Python files are not copied: loading
+        must run no code. Raises StorageError if a file cannot be read or written, or the config is no JSON object."""
+        for file, name in companions_of(source, *more).items():
+            if not belongs_to(source, file):
+                said = f"{name} of the model was not copied: it is a link out of its directory; copy it into the result"
+                warnings.warn(said, Note, stacklevel=2)
+                continue
             with explained(self.folder):
-                (self.folder / names[file]).parent.mkdir(exist_ok=True)
-                write_bytes(self.folder / names[file], file.read_bytes())
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                write_bytes(self.folder / name, file.read_bytes())
         self.write_config(source / "config.json")
-        return [name for file, name in names.items() if not belongs_to(source, file)]
 
     def finish(self) -> Path:
         """Writes the index and the list of files, and gives the checkpoint its final name. Raises StorageError if the
