@@ -170,6 +170,13 @@ def smaller(place: Path) -> Path:
     return write_gguf(wide_llama(num_hidden_layers=1), place / "smaller.gguf")
 
 
+def larger(place: Path) -> Path:
+    """One that begins like the checkpoint and has a further block."""
+    model, dense = wide_llama(num_hidden_layers=3), AutoModelForCausalLM.from_pretrained(place / "dense")
+    model.load_state_dict(dense.state_dict(), strict=False)
+    return write_gguf(model, place / "larger.gguf")
+
+
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ready")
@@ -184,6 +191,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (split, r"is one of several files; join them with llama-gguf-split --merge"),
         (damaged, r"cut\.gguf cannot be converted: .*cut short"),
         (smaller, r"smaller\.gguf is of another model: it has no tensor for model\.layers\.1\."),
+        (larger, r"larger\.gguf is of another model: it has 3 blocks, not 2; give the GGUF that was made of "),
         (lambda place: place / "none.gguf", r"none\.gguf' is not a readable GGUF file"),
     ],
 )

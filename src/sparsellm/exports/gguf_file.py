@@ -133,6 +133,9 @@ class _File:
                 raise self._not_pruned_from(f"has no {key} {list(reader.shape(key))}")
             if key not in known and (key in model.linears or not self._same(reader.get(key), key)):
                 raise self._other(f"has no tensor for {key}")  # which the file would lose
+        ahead = template.value(f"{template.arch}.nextn_predict_layers") or 0  # blocks that predict further tokens
+        if (blocks := template.value(f"{template.arch}.block_count") - ahead) != len(model.chain):
+            raise self._other(f"has {blocks} blocks, not {len(model.chain)}")
         for name, keys in self.keys.items():
             if len({key in model.linears for key in keys}) > 1:
                 raise ModelError(f"{name} has experts that were pruned next to others that were not; prune all or none")
