@@ -491,3 +491,9 @@ class Results(Measurement):
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
         """The latest evaluation of each protocol, by the protocol's key; one that compares outlives others."""
         return {each.protocol.key: each for each in sorted(self.evaluations, key=lambda each: bool(each.dense))}
+
+    def shown(self) -> list[Evaluation]:
+        """What a card has, in order: the latest evaluation of each protocol, and the latest with tasks."""
+        with_tasks = {each.protocol.key: each for each in self.evaluations if each.tasks}
+        kept = [*self.latest().values(), *with_tasks.values()]
+        return [each for each in self.evaluations if each in kept]

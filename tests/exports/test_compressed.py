@@ -15,6 +15,7 @@ import sparsellm
 from sparsellm.errors import MissingExtraError, ModelError, StorageError
 from sparsellm.storage.reader import CheckpointReader
 from tests.exports.checkpoints import family, logits, mixtral, pruned, wide_llama
+from tests.hub.test_card import EVALUATION, results
 from tests.models import tiny_gpt2
 
 MODELS = {
@@ -90,7 +91,10 @@ def test_a_packed_checkpoint_is_exported_as_well(tmp_path: Path) -> None:
 
 
 def test_a_directory_has_what_belongs_to_the_model_and_no_place(tmp_path: Path) -> None:
-    out = exported(pruned(wide_llama(), tmp_path, "w8a16"))
+    directory = pruned(wide_llama(), tmp_path, "w8a16")
+    results(directory, {**EVALUATION, "perplexity": {"value": 9.0}}, EVALUATION)
+    out = exported(directory)
+    assert (out / "README.md").read_text().count("windows of 512 tokens") == 1  # the first is superseded
     names = {file.name for file in out.iterdir()}
     assert {"tokenizer.json", "generation_config.json", "pruning.json", "recipe.yaml", "README.md"} <= names
     assert "vllm serve" in (out / "README.md").read_text()

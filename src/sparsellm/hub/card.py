@@ -61,10 +61,7 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
     packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
     types = sorted({entry.value_type for entry in packed.values()})
-    latest = results.latest().values()
-    with_tasks = {each.protocol.key: each for each in results.evaluations if each.tasks}.values()
-    evaluations = [each for each in results.evaluations if each in latest or each in with_tasks]
-    text = card_text(run, evaluations, packed=types, files=results.exports)
+    text = card_text(run, results.shown(), packed=types, files=results.exports)
     with changing(directory) as write:
         return write(CARD, text.encode())
 
