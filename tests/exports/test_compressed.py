@@ -61,7 +61,9 @@ def test_three_bits_cross_the_words_in_which_they_are(tmp_path: Path) -> None:
 
 def test_int8_activations_are_left_to_the_loader(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "w8a8")
+    results(directory, EVALUATION)
     out = exported(directory)
+    assert "No result holds for these files." in (out / "README.md").read_text()  # it was measured without
     scheme = config_of(out)["config_groups"]["group_0"]
     assert (scheme["input_activations"]["strategy"], scheme["input_activations"]["dynamic"]) == ("token", True)
     assert CheckpointReader(out).dtype("model.layers.0.mlp.up_proj.weight") == torch.int8
