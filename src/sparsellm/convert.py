@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from sparsellm.arguments import Checkpoint, Out, checked
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import NumericalError, RecipeError, StorageError, shown
+from sparsellm.hub.card import CARD, card_text
 from sparsellm.inputs import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
@@ -159,7 +160,7 @@ def _places(model: Checkpoint, out: Out, kind: str, *, overwrite: bool) -> tuple
 
 @contextmanager
 def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResult) -> Iterator[CheckpointWriter]:
-    """As :func:`~sparsellm.storage.writer.written`; companions and the packed format's own files follow the shards."""
+    """As :func:`~sparsellm.storage.writer.written`; companions, a card and the packed format's own files follow."""
     with written(work, shards) as writer:
         yield writer
         writer.copy_companions(source, PRUNING, "recipe.yaml")  # these two hold for the packed model too
@@ -168,6 +169,11 @@ def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResu
             config = read_object(writer.folder / "config.json")
             writer.write_json("config.json", {**config, **WAY_IN, "quantization_config": quantization_config(entries)})
             writer.write_json(MANIFEST, manifest(writer.folder))
+        text = ""
+        with suppress(StorageError):  # without a record of the run, or with a damaged one, there is no card
+            text = card_text(read_pruning(source), packed=sorted({entry.value_type for entry in entries.values()}))
+        if text:
+            writer.write_text(CARD, text)
         result.checkpoint_bytes = weight_file_bytes(writer.folder)
     result.path = work.out
 

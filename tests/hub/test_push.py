@@ -87,7 +87,8 @@ def test_the_files_of_the_checkpoint_arrive_and_nothing_else(server: Hub, checkp
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "short.jinja").write_text("x")
     wanted["additional_chat_templates/short.jinja"] = b"x"
-    server.files["me/mine", "main"] = {"model-00001-of-00002.safetensors": b"", "eval/model.safetensors": b""}
+    there = ["model-00001-of-00002.safetensors", "eval/model.safetensors", "adapter_config.json"]
+    server.files["me/mine", "main"] = dict.fromkeys(there, b"")
     pushed = push(directory, "me/mine")
     assert server.files["me/mine", "main"].pop("eval/model.safetensors") == b""
     assert server.files["me/mine", "main"] == wanted
