@@ -12,7 +12,7 @@ from sparsellm.sources.gguf import gguf_checkpoint
 from sparsepack.checkpoint import adapter_in
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-_HUB_FILES += ["LICENSE*", "NOTICE*", "README.md"]
+_HUB_FILES += ["LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*", "bpe.codes", "README.md"]
 _CONFIG = ["config.json", "*.py"]
 _COPIES = ["consolidated*", "*/*.safetensors"]  # the weights in other forms
 _GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
