@@ -171,7 +171,7 @@ def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResu
             writer.write_json(MANIFEST, manifest(writer.folder))
         text = ""
         with suppress(StorageError):  # without a record of the run, or with a damaged one, there is no card
-            text = card_text(read_pruning(source), packed=sorted({entry.value_type for entry in entries.values()}))
+            text = card_text(read_pruning(source), packed=entries.values())
         if text:
             writer.write_text(CARD, text)
         result.checkpoint_bytes = weight_file_bytes(writer.folder)
@@ -184,8 +184,7 @@ def _checked_reader(source: Path) -> PackedReader:
     assert isinstance(chain.reader, PackedReader)
     for linear in (linear for index in range(len(chain)) for linear in chain.linears(index)):
         name = chain.key_of[linear.weight_name].removesuffix(".weight")
-        entry = chain.reader.entries.get(name)
-        if entry is not None and entry.transposed != linear.transposed:
+        if (entry := chain.reader.entries.get(name)) is not None and entry.transposed != linear.transposed:
             raise StorageError(
                 f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
                 f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"

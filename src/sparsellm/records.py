@@ -494,6 +494,5 @@ class Results(Measurement):
 
     def shown(self) -> list[Evaluation]:
         """What a card has, in order: the latest evaluation of each protocol, and the latest with tasks."""
-        with_tasks = {each.protocol.key: each for each in self.evaluations if each.tasks}
-        kept = [*self.latest().values(), *with_tasks.values()]
-        return [each for each in self.evaluations if each in kept]
+        latest = (self.latest(), {each.protocol.key: each for each in self.evaluations if each.tasks})
+        return [each for each in self.evaluations if any(each is of.get(each.protocol.key) for of in latest)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ def family(name: str, **changes: Any) -> PreTrainedModel:
     return families.family(name, **{**WIDE, **changes}).to(torch.bfloat16)
 
 
-def mixtral() -> PreTrainedModel:
-    return family("Mixtral")
+mixtral = partial(family, "Mixtral")
 
 
 def pruned(model: PreTrainedModel, place: Path, grid: str, **settings: Any) -> Path:

@@ -54,8 +54,7 @@ def test_a_mixture_with_experts_in_two_forms_is_refused(tmp_path: Path) -> None:
 
 
 def test_three_bits_cross_the_words_in_which_they_are(tmp_path: Path) -> None:
-    changes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    directory = pruned(wide_llama(**changes), tmp_path, "w3a16", effort=1)
+    directory = pruned(wide_llama(hidden_size=128, intermediate_size=256, head_dim=32), tmp_path, "w3a16", effort=1)
     assert torch.equal(logits(exported(directory)), logits(directory))
 
 
@@ -106,12 +105,11 @@ def test_a_directory_has_what_belongs_to_the_model_and_no_place(tmp_path: Path) 
 
 def test_what_the_format_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = pruned(tiny_gpt2(n_embd=64, n_inner=96), tmp_path, "w8a16")
-    said = "c_attn is a Conv1D, which only GGUF has, so no export takes grid w8a16; take q4_0 or q8_0"
-    assert said in (directory / "pruning.json").read_text()
+    assert "c_attn is a Conv1D, which only GGUF has; take q4_0 or q8_0" in (directory / "pruning.json").read_text()
     with pytest.raises(ModelError, match=r"c_attn is a Conv1D, .*prune with --grid q4_0 and export to gguf"):
         exported(directory)
     stacked = pruned(family("GptOss"), tmp_path / "stacked", "w4a16-32")
-    assert "gate_proj has no tensor of its own, so no export takes the result" in (stacked / "pruning.json").read_text()
+    assert "gate_proj has no tensor of its own; exclude it" in (stacked / "pruning.json").read_text()
     with pytest.raises(ModelError, match=r"gate_proj has no tensor of its own in .*, so it is not exported"):
         exported(stacked)
     with pytest.raises(StorageError, match="overlaps with the model"):

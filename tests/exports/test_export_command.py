@@ -47,9 +47,7 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, r
 def test_a_second_start_ends_an_export_on_a_full_disk(tmp_path: Path, run: Any, to: str) -> None:
     """It is full at every place in turn; the record in the pruned checkpoint is there once."""
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w4a16-32")
-    like: tuple[object, ...] = ()
-    if to == "gguf":
-        like = ("--like", write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf"))
+    like = ("--like", write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf")) if to == "gguf" else ()
     after, code = 0, 2
     while code == 2:
         after += 1

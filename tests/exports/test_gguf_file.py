@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,8 @@ def test_a_bias_of_zeros_goes_where_the_rows_of_its_weight_go(tmp_path: Path) ->
     directory = pruned(model, tmp_path, "q4_0", effort=1)
     bias = CheckpointReader(directory).get("model.layers.0.self_attn.q_proj.bias")
     assert bias.unique().numel() > 2
-    file = exported(directory)
     half = bias.float().view(4, 2, 8).transpose(1, 2).reshape(-1)
-    assert torch.equal(torch.from_numpy(tensors(file)["blk.0.attn_q.bias"].copy()), half)
+    assert torch.equal(torch.from_numpy(tensors(exported(directory))["blk.0.attn_q.bias"].copy()), half)
 
 
 def test_a_quantised_template_keeps_its_embedding_and_head(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_rows_of_heads_are_found_in_each_known_order() -> None:
     assert len(orders) == len({tuple(order) for order in orders})
 
 
-def other(place: Path) -> Path:
-    """A template of another model of the same shape."""
-    return write_gguf(wide_llama(seed=1), place / "other.gguf")
+def other(place: Path, **changes: int) -> Path:
+    """A template of another model."""
+    return write_gguf(wide_llama(**changes), place / "other.gguf")
 
 
 def split(place: Path) -> Path:
@@ -166,17 +166,6 @@ def damaged(place: Path) -> Path:
     return place / "cut.gguf"
 
 
-def smaller(place: Path) -> Path:
-    return write_gguf(wide_llama(num_hidden_layers=1), place / "smaller.gguf")
-
-
-def larger(place: Path) -> Path:
-    """One that begins like the checkpoint and has a further block."""
-    model, dense = wide_llama(num_hidden_layers=3), AutoModelForCausalLM.from_pretrained(place / "dense")
-    model.load_state_dict(dense.state_dict(), strict=False)
-    return write_gguf(model, place / "larger.gguf")
-
-
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ready")
@@ -187,11 +176,11 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("like", "said"),
     [
-        (other, r"other\.gguf is of another model: it has token_embd.weight other than model.embed_tokens.weight"),
+        (partial(other, seed=1), r"is of another model: it has token_embd.weight other than model.embed_tokens.weight"),
         (split, r"is one of several files; join them with llama-gguf-split --merge"),
         (damaged, r"cut\.gguf cannot be converted: .*cut short"),
-        (smaller, r"smaller\.gguf is of another model: it has no tensor for model\.layers\.1\."),
-        (larger, r"larger\.gguf is of another model: it has 3 blocks, not 2; give the GGUF that was made of "),
+        (partial(other, num_hidden_layers=1), r"is of another model: it has no tensor for model\.layers\.1\."),
+        (partial(other, num_hidden_layers=3), r"other\.gguf is of another model: it has 3 blocks, not 2; give the"),
         (lambda place: place / "none.gguf", r"none\.gguf' is not a readable GGUF file"),
     ],
 )

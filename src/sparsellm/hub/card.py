@@ -6,7 +6,7 @@ import hashlib
 import importlib.resources
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from sparsellm.recipe import Recipe
 from sparsellm.records import Evaluation, Export, Pruning, read_pruning
 from sparsellm.storage.contents import changing
 from sparsellm.storage.results import read_results
-from sparsepack.checkpoint import is_packed, packed_entries
+from sparsepack.checkpoint import PackedEntry, is_packed, packed_entries
 
 CARD = "README.md"
 _MARK = "<!-- Written by `sparsellm card`, which replaces it unless it was edited: {} -->\n"
@@ -60,8 +60,7 @@ def card(directory: Checkpoint, *, force: bool = False) -> Path:
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
     packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
-    types = sorted({entry.value_type for entry in packed.values()})
-    text = card_text(run, results.shown(), packed=types, files=results.exports)
+    text = card_text(run, results.shown(), packed=packed.values(), files=results.exports)
     with changing(directory) as write:
         return write(CARD, text.encode())
 
@@ -81,7 +80,7 @@ def card_text(
     run: Pruning,
     evaluations: Sequence[Evaluation] = (),
     *,
-    packed: Sequence[str] = (),
+    packed: Iterable[PackedEntry] = (),
     exported: Export | None = None,
     files: Sequence[Export] = (),
 ) -> str:
@@ -90,7 +89,7 @@ def card_text(
 
     Args:
         run, evaluations: what is known of the checkpoint.
-        packed: the types of its packed values, if it is packed.
+        packed: its packed linears, embedding and head, if it is packed.
         exported: the export that it is, if it is one.
         files: what was exported from it.
     """
@@ -116,7 +115,7 @@ def card_text(
         base=base,
         name=base or run.base.name or "a model from memory",
         evaluations=evaluations,
-        packed=packed,
+        packed=sorted({entry.value_type for entry in packed}),
         exported=exported,
         files=files,
         settings=f"{fence}yaml\n{settings.rstrip()}\n{fence}",

@@ -12,10 +12,9 @@ from sparsellm.errors import StorageError, one_line
 from sparsellm.inputs import HUB_ID
 from sparsellm.storage.contents import LIST, WEIGHTS, checkpoint_files
 
-# If an earlier upload left one of these, readers would take it for weights or records of the new checkpoint.
-_REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-_REPLACED += [LIST, "results.json", "pruning.json", "packed.json", "recipe.yaml", "report.html"]
-_REPLACED += ["adapter_config.json", "adapter_model.safetensors"]  # which transformers would put on the weights
+# If an earlier upload left one of these, readers would take it for a part of the new checkpoint.
+_REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.*"]
+_REPLACED += [LIST, "results.json", "pruning.json", "packed.json", "recipe.yaml", "report.html", "adapter_config.json"]
 _TOKEN = re.compile(r"hf_\w+|Bearer \S+")
 _ADVICE = {
     401: "run `hf auth login`, or set HF_TOKEN",

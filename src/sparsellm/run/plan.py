@@ -251,11 +251,9 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
         pruned = [each for each in linears if not is_excluded(each.weight_name, recipe.exclude, recipe.only)]
         parts = [each.name for each in pruned if each.weight_name in chain.parts or chain.is_shared(each.weight_name)]
         turned = [each.name for each in pruned if each.transposed and GRIDS[recipe.grid].group != 32]  # that of GGUF
-        if parts:
-            warnings.append(f"{parts[0]} has no tensor of its own, so no export takes the result; exclude it")
-        elif turned:
-            grid = f"grid {recipe.grid}; take q4_0 or q8_0"
-            warnings.append(f"{turned[0]} is a Conv1D, which only GGUF has, so no export takes {grid}")
+        whys = [f"{name} has no tensor of its own; exclude it" for name in parts]
+        whys += [f"{name} is a Conv1D, which only GGUF has; take q4_0 or q8_0" for name in turned]
+        warnings += [f"no export takes grid {recipe.grid}: {why}" for why in whys[:1]]
     finest = min(stored, key=lambda dtype: torch.finfo(dtype).eps)
     if recipe.dtype != "auto" and torch.finfo(chain.dtype).eps > torch.finfo(finest).eps:
         stays = f"kept weights are rounded to {chain.dtype}, and stored in {finest}"
