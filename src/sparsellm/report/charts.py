@@ -58,8 +58,7 @@ class Chart:
     @property
     def figure(self) -> Plotly:
         """JSON values for Plotly; numbers that JSON does not have are null."""
-        drawn = json.dumps({"data": self.traces, "layout": self.layout})
-        return json.loads(drawn, parse_constant=lambda name: None)  # type: ignore[no-any-return]
+        return json.loads(json.dumps({"data": self.traces, "layout": self.layout}), parse_constant=lambda name: None)  # type: ignore[no-any-return]
 
 
 def percent(share: float | None) -> str:
@@ -156,9 +155,8 @@ def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
     most = max(1, _CELLS // len(pruning.blocks))
     if len(kinds) <= most:
         return kinds
-    names = list(kinds)
-    others = [linear for name in names[most - 1 :] for linear in kinds[name]]
-    return {**{name: kinds[name] for name in names[: most - 1]}, f"{len(names) - most + 1} other kinds": others}
+    first, rest = list(kinds.items())[: most - 1], list(kinds.values())[most - 1 :]
+    return dict(first) | {f"{len(rest)} other kinds": [linear for part in rest for linear in part]}
 
 
 def _heat_map(heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, log: bool = False) -> Chart:
@@ -245,8 +243,7 @@ def allocation_chart(pruning: Pruning) -> Chart:
     )
     series: dict[str, Values] = {"all of the block": shares}
     series |= {kind: by_block(part, blocks, sparsity_of) for kind, part in _kinds(pruning).items()}
-    heading = ("allocation", "Where the zeros went", text)
-    chart = lines(heading, ("block", blocks), share_axis("zeros"), series, percent)
+    chart = lines(("allocation", "Where the zeros went", text), ("block", blocks), share_axis("zeros"), series, percent)
     chart.traces[0]["line"]["width"] = 4
     chart.layout["shapes"] = [reference_line(pruning.sparsity_asked)]
     return chart

@@ -7,6 +7,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -119,16 +120,13 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
     quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
-    unpacked = [record for record in records if record.decoding() is None]
     packed = max_bytes is not None or None not in [record.packed_bytes for record in records]
     runs = [
         Candidate(name, each["recovery"], (record.packed_bytes or 0) if packed else 1 - each["zeros"], each["KL"])
         for (name, each), record in zip(values[1:], records, strict=True)
         if "recovery" in each and (record.packed_bytes or not packed)
     ]
-    best = [
-        (_size(run, packed), run.name, short_number(run.kl), percent(run.recovery)) for run in best_at_each_size(runs)
-    ]
+    best = [(_size(x, packed), x.name, short_number(x.kl), percent(x.recovery)) for x in best_at_each_size(runs)]
     return page(
         "comparison.html.jinja",
         f"{len(records)} pruned versions of {records[0].model}",
@@ -142,7 +140,7 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
         advice=_advice(runs, packed, recover, max_bytes),
         best=Table(("size", "run", "KL", "recovery"), best),
         commands=[*commands, again] if commands else [],
-        packed_commands=[command for record in unpacked for command in packed_commands(record)[:-1]],
+        packed_commands=[x for record in records if record.decoding() is None for x in packed_commands(record)[:-1]],
         quality=quality,
         depth=depth,
     )
@@ -152,11 +150,8 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
     """The names of the directories, with a number where the dense model or an earlier one is called alike."""
     names = [DENSE]
     for record in records:
-        tried, count = record.name, 1
-        while tried in names:
-            count += 1
-            tried = f"{record.name} ({count})"
-        names.append(tried)
+        tried = chain([record.name], (f"{record.name} ({number})" for number in count(2)))
+        names.append(next(name for name in tried if name not in names))
     return names[1:]
 
 

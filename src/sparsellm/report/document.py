@@ -125,7 +125,8 @@ def summary_html(pruning: Pruning, path: Path | None) -> str:
 def page(template: str, title: str, figures: Sequence[Chart], **context: Any) -> bytes:
     """One HTML file with all that it needs: ``figures`` are its charts, and every text in ``context`` is escaped."""
     library, digest = _library()
-    script, style = _part("charts.js"), _part("style.css")
+    folder = importlib.resources.files("sparsellm.report").joinpath("page")
+    script, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("charts.js", "style.css"))
     policy = (
         f"default-src 'none'; script-src '{_source_hash(script)}' '{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
@@ -144,10 +145,6 @@ def _templates() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
-def _part(name: str) -> str:
-    return importlib.resources.files("sparsellm.report").joinpath("page", name).read_text(encoding="utf-8")
-
-
 @cache
 def _library() -> tuple[str, str]:
     """plotly.js, compressed and in base64, and the hash by which the page's policy lets it run."""
@@ -155,8 +152,7 @@ def _library() -> tuple[str, str]:
         source = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text("utf-8")
     except (ModuleNotFoundError, FileNotFoundError):
         raise MissingExtraError("a report needs the package plotly: pip install 'sparsellm[report]'") from None
-    packed = gzip.compress(source.encode("utf-8"), 6, mtime=0)
-    return base64.b64encode(packed).decode("ascii"), _source_hash(source)
+    return base64.b64encode(gzip.compress(source.encode("utf-8"), 6, mtime=0)).decode("ascii"), _source_hash(source)
 
 
 def _source_hash(source: str) -> str:

@@ -21,6 +21,7 @@ from sparsellm.sources.cache import cache_dir, cached
 from sparsellm.sources.gguf_header import check_header
 from sparsellm.storage.directory import check_room
 from sparsellm.storage.files import sha256
+from sparsepack.files import read_bytes
 
 FORMAT = 4  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
@@ -39,12 +40,7 @@ def gguf_checkpoint(path: Path) -> Path:
     is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, in which it is stored. The cache key is
     the SHA-256 of the contents, so the file may be moved, and the version of transformers. A ModelError says that
     transformers cannot convert the file, or would lose a part of it, or that the cache cannot be written."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_MAGIC))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    if magic != _MAGIC:
+    if (magic := read_bytes(path, len(_MAGIC), ModelError)[: len(_MAGIC)]) != _MAGIC:
         raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, not {_MAGIC!r}")
     made_by = f"v{FORMAT}-{metadata.version('transformers')}"
     return cached(cache_dir() / "gguf" / f"{sha256(path)}-float32-{made_by}", partial(_convert, path))

@@ -51,8 +51,7 @@ class ZeroKeeper:
     def __enter__(self) -> Self:
         for name, weight in self._weights.items():
             if weight.requires_grad:
-                mask = self.masks[name]
-                self._hooks.append(weight.register_hook(lambda g, mask=mask: g * mask.to(g.device)))
+                self._hooks.append(weight.register_hook(lambda g, mask=self.masks[name]: g * mask.to(g.device)))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -90,7 +90,6 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
         ModelError: the model is packed, or its blocks share weights.
         RecipeError: the configuration cannot keep zeros, or those of stacked experts.
     """
-    _refuse_packed(model)
     masks = masked(config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     return _keeping_zeros(model, lambda: get_peft_model(model, masks, adapter_name))
 
@@ -102,7 +101,6 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
         ModelError: the model is packed, or its blocks share weights.
         RecipeError: the adapter is not LoRA, or one that cannot keep zeros.
     """
-    _refuse_packed(model)
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # no such directory, or no JSON
@@ -116,6 +114,8 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
 def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any]) -> PeftModel:
     """What ``adapted`` makes of the model; if it is refused, by peft or because zeros would be filled, the model is put
     back, as far as peft takes its adapters out again."""
+    if getattr(model, "quantization_method", None) == "sparsellm":
+        raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")
     trained, wrapped = [parameter for parameter in model.parameters() if parameter.requires_grad], None
     try:
         wrapped = adapted()
@@ -140,14 +140,8 @@ def _check_zeros(wrapped: PeftModel) -> None:
     inside = {*find_blocks(wrapped.get_base_model())[1].modules()} if copied else set()  # a head was not pruned
     for name, each in copied.items():
         pruned = inside.intersection(each.original_module.modules())
-        linears = [child for child in pruned if isinstance(child, nn.Linear | Conv1D)]
-        if not all(bool(linear.weight.detach().all()) for linear in linears):
+        if not all(bool(child.weight.detach().all()) for child in pruned if isinstance(child, nn.Linear | Conv1D)):
             raise RecipeError(f"modules_to_save has {name}, whose zeros would be trained; make it a target instead")
     weights = [id(each.get_base_layer().weight) for each in wrapped.modules() if isinstance(each, MaskedLoraLinear)]
     if len({*weights}) < len(weights):
         raise ModelError("blocks of this model share weights, and each would get an adapter; take --way full")
-
-
-def _refuse_packed(model: nn.Module) -> None:
-    if getattr(model, "quantization_method", None) == "sparsellm":
-        raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")
