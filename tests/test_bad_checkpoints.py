@@ -126,8 +126,7 @@ def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
 
 def header(text: Any, data: int, length: int | None = None) -> Break:
     encoded = text if isinstance(text, bytes) else json.dumps(text).encode()
-    prefix = struct.pack("<Q", len(encoded) if length is None else length)
-    return content(WEIGHTS, prefix + encoded + bytes(data))
+    return content(WEIGHTS, struct.pack("<Q", len(encoded) if length is None else length) + encoded + bytes(data))
 
 
 ONE = entry("F32", [2], 0, 8)

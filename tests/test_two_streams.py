@@ -57,8 +57,7 @@ def test_the_dense_stream_is_of_the_dense_model(family: Callable[..., Any], monk
     assert dense is not None
     assert not same_bits(chain.model.state_dict(), family().state_dict())  # it is pruned by now
     found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(dense)])
-    wanted = family()(IDS, use_cache=False).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, family()(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 FAMILIES = {

@@ -28,8 +28,7 @@ def test_the_unit_and_its_activation_are_found(family: Any, changes: Any, names:
     chain = open_chain(family(**changes), device=torch.device("cpu"))
     stream = Feed(chain, windows(1, 20, seed=1), 20).stream()
     (unit,) = find_feed_forward(chain.linears(0), lambda: stream.run_batch(0, 0))
-    found = tuple(x.name.rpartition(".")[2] if x is not None else None for x in (unit.up, unit.gate, unit.down))
-    assert found == names
+    assert tuple(x.name.rpartition(".")[2] if x is not None else None for x in (unit.up, unit.gate, unit.down)) == names
     assert unit.activation.name == activation
 
 

@@ -41,16 +41,14 @@ def tiny_opt(seed: int = 0, **changes: Any) -> transformers.OPTForCausalLM:
     """OPT: layer norm, ReLU FFN, biases everywhere, learned positions, tied head. 2 blocks of width 48."""
     sizes = {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 112, "max_position_embeddings": POSITIONS}
     more = {"num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1, "dropout": 0.0}
-    config = transformers.OPTConfig(**{**_IDS, **sizes, **more, **changes})
-    return _seeded(transformers.OPTForCausalLM, config, seed)
+    return _seeded(transformers.OPTForCausalLM, transformers.OPTConfig(**{**_IDS, **sizes, **more, **changes}), seed)
 
 
 def tiny_gpt2(seed: int = 0, **changes: Any) -> transformers.GPT2LMHeadModel:
     """GPT-2: ``Conv1D`` weights stored (in, out), fused q, k, v, GELU FFN, learned positions. 2 blocks of width 48."""
     sizes = {"n_embd": 48, "n_inner": 112, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
     more = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-    config = transformers.GPT2Config(**{**_IDS, **sizes, **more, **changes})
-    return _seeded(transformers.GPT2LMHeadModel, config, seed)
+    return _seeded(transformers.GPT2LMHeadModel, transformers.GPT2Config(**{**_IDS, **sizes, **more, **changes}), seed)
 
 
 @cache

@@ -65,8 +65,7 @@ def int4(packed: PackedWeight) -> Tensor:
 def two_of_four(weight: Tensor) -> Tensor:
     """The weight with the two largest magnitudes of every four columns, and zeros."""
     groups = weight.reshape(-1, 4)
-    kept = torch.zeros_like(groups).scatter_(1, groups.abs().topk(2, dim=1).indices, 1)
-    return (groups * kept).view_as(weight)
+    return (groups * torch.zeros_like(groups).scatter_(1, groups.abs().topk(2, dim=1).indices, 1)).view_as(weight)
 
 
 def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -147,8 +147,7 @@ def test_is_near_the_best(values: str, layout: str, columns: int, seed: int, mon
     result = rounded(weight, gram, values, torch.float32, fixed_mask=True).weight
     levels = levels_of(values, layout)
     fixed = int(result.abs().argmax())
-    scale = float(result[0, fixed] / levels.lowest)
-    least = best_by_brute_force(weight, fixed, scale, levels, gram, layout == "dense")
+    least = best_by_brute_force(weight, fixed, float(result[0, fixed] / levels.lowest), levels, gram, layout == "dense")
     assert least - 1e-9 <= loss(result, weight, gram) <= 1.5 * least + 1e-9
 
 
@@ -166,8 +165,7 @@ def test_numbers_and_scale_of_a_group_are_near_the_best(name: str, kept: int, se
     fixed = int(weight.abs().argmax())
     start = abs(float(weight[0, fixed])) / -grid.lowest
     steps = torch.linspace(0.5, 1.2, 300).mul_(start).bfloat16().double().unique()
-    numbers = range(grid.lowest, grid.highest + 1)
-    others = torch.tensor(list(itertools.product(numbers, repeat=kept - 1))).double()
+    others = torch.tensor(list(itertools.product(range(grid.lowest, grid.highest + 1), repeat=kept - 1))).double()
     whole = torch.cat((others[:, :fixed], torch.full((len(others), 1), float(grid.lowest)), others[:, fixed:]), dim=1)
     sign = -math.copysign(1.0, float(weight[0, fixed]))
     least = min(float(losses(whole * sign * step, weight[:, :kept], inside).min()) for step in steps)
@@ -192,8 +190,7 @@ def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: T
             result[row, place] = value
             if later:
                 error = result[row, place] - goal[row, place]
-                change = torch.linalg.solve(matrix[later][:, later], matrix[later, place] * error)
-                goal[row, later] -= change
+                goal[row, later] -= torch.linalg.solve(matrix[later][:, later], matrix[later, place] * error)
     return result
 
 

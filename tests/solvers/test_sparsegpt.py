@@ -34,8 +34,7 @@ def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, step: int, da
             pivots = torch.stack([torch.linalg.inv(damped[k:, k:])[0, 0] for k in range(j, stop)])
             scores = work[:, j:stop].square() / pivots
             if isinstance(pattern, NM):
-                order = scores.argsort(dim=1)[:, : pattern.m - pattern.n]
-                kept[:, j:stop] = kept[:, j:stop].scatter(1, order, False)
+                kept[:, j:stop] = kept[:, j:stop].scatter(1, scores.argsort(dim=1)[:, : pattern.m - pattern.n], False)
             else:
                 zeros = zeros_of(pattern, weight.shape)
                 count = zeros * stop // inputs - zeros * j // inputs
