@@ -42,7 +42,7 @@ RHO = (0.2, 0.8)  # first and last penalty between weights and mask; the mean cu
 RHO_STEPS = 4  # each needs an inverse
 # Added to every input's mean square, times the damping and the mean of all: else weights of an input that is nearly 0
 # grow to hundreds of times their size for nothing, and rounding and the sweep, whose steps are relative, suffer.
-FLOOR = 0.2
+FLOOR = 0.02
 ROUGH_ITERATIONS = 3  # for the refit of the first mask: it ends within a tenth of the minimum
 CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one's objective is above this share of it
 
