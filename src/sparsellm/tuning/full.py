@@ -51,7 +51,8 @@ class ZeroKeeper:
     def __enter__(self) -> Self:
         for name, weight in self._weights.items():
             if weight.requires_grad:
-                self._hooks.append(weight.register_hook(lambda g, mask=self.masks[name]: g * mask.to(g.device)))
+                mask = self.masks[name]
+                self._hooks.append(weight.register_hook(lambda g, mask=mask: g.masked_fill(~mask.to(g.device), 0.0)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +64,7 @@ class ZeroKeeper:
     def restore(self) -> None:
         """Sets every pruned weight to zero again."""
         for name, weight in self._weights.items():
-            weight.mul_(self.masks[name].to(weight.device))
+            weight.masked_fill_(~self.masks[name].to(weight.device), 0.0)  # also where it is NaN or infinite
 
 
 class KeepZeros(TrainerCallback):
