@@ -91,7 +91,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
         RecipeError: the configuration cannot keep zeros, or those of stacked experts.
     """
     masks = masked(config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return _keeping_zeros(model, lambda: get_peft_model(model, masks, adapter_name))
+    return _keeping_zeros(model, lambda: get_peft_model(model, masks, adapter_name), whole=config is None)
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -111,11 +111,15 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     return _keeping_zeros(model, lambda: PeftModel.from_pretrained(model, str(directory), **settings))
 
 
-def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any]) -> PeftModel:
+def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any], *, whole: bool = False) -> PeftModel:
     """What ``adapted`` makes of the model; if it is refused, by peft or because zeros would be filled, the model is put
-    back, as far as peft takes its adapters out again."""
+    back, as far as peft takes its adapters out again. With ``whole``, no pruned weights may be left out."""
     if getattr(model, "quantization_method", None) == "sparsellm":
         raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")
+    weights = find_blocks(model)[1].parameters() if whole else ()
+    stacks = [weight for weight in weights if weight.dim() == 3 and weight.shape[1] > 1]  # a convolution's has 1
+    if any(bool((stack == 0).any()) for stack in stacks):
+        raise RecipeError("an adapter on all linears leaves out the stacked experts of this model; take --way full")
     trained, wrapped = [parameter for parameter in model.parameters() if parameter.requires_grad], None
     try:
         wrapped = adapted()
