@@ -18,6 +18,7 @@ from sparsellm import Recipe
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.interrupts import Interrupted
 from sparsellm.tuning import recover
+from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import mixtral
 from tests.models.pruned import prune_tiny
@@ -116,17 +117,22 @@ def test_weights_that_are_not_finite_are_not_written(pruned: Path, text: Path, t
     assert not (tmp_path / "o").exists()
 
 
-def test_a_seed_chooses_the_windows_and_memory_is_counted(
+def test_a_seed_chooses_the_windows_of_whole_batches_and_memory_is_counted(
     pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tuned(name: str, seed: int) -> tuple[Any, bytes]:
-        training = recover.Training(steps=8, seq_len=32, seed=seed)
+    def tuned(name: str, seed: int, batch: int = 1) -> tuple[Any, bytes]:
+        training = recover.Training(steps=8, seq_len=32, seed=seed, batch=batch)
         result = recover.tune(str(pruned), tmp_path / name, training, str(text), lambda _: None)
         return result, b"".join(shards_of(tmp_path / name).values())
 
     (first, ones), (again, twos), (_, others) = tuned("a", 0), tuned("b", 0), tuned("c", 1)
     assert ones == twos != others
     assert first.last_loss == again.last_loss < first.first_loss  # at the rate that is the default
+    windows: list[int] = []
+    ahead_of(monkeypatch, recover, "_trained", lambda _, __, rows, *___: windows.append(len(rows)))
+    monkeypatch.setattr(recover, "MOST_WINDOWS", 8)
+    assert [tuned(str(batch), 0, batch) for batch in (3, 9)]
+    assert windows == [6, 9]
     monkeypatch.setattr(recover, "free_memory", lambda: 1000)
     with pytest.raises(MemoryBudgetError, match=r"training needs .* take --way lora"):
         tuned("d", 0)

@@ -31,7 +31,7 @@ from sparsepack.checkpoint import is_packed
 from sparsepack.loading import load
 
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
-MOST_WINDOWS = 1024  # that are drawn from a text; more steps take them again
+MOST_WINDOWS = 1024  # that are drawn from a text, or one batch; more steps take them again
 BYTES = {"full": 16, "lora": 9}  # that a weight takes in training: fp32, with gradient and moments, or mask and update
 TUNE = "tune"  # kind of run
 
@@ -104,7 +104,7 @@ def tune(
         ways = "lower --batch or --seq-len" if logits > BYTES[training.way] * weights else ways
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
     tokenizer = load_tokenizer(source)
-    samples = min(training.steps * training.batch, MOST_WINDOWS)
+    samples = training.batch * min(training.steps, max(1, MOST_WINDOWS // training.batch))  # whole batches
     windows = calibration_windows(calibration, tokenizer, samples, training.seq_len, training.seed)
     rows = [{"input_ids": row, "labels": row} for row in check_vocabulary(windows, chain.config, tokenizer)]
     loaded = load(source, dtype="float32")  # what the config names may be narrower than what is stored
