@@ -78,15 +78,24 @@ def test_more_sweeps_take_more_sets() -> None:
     assert [Choice.of(Recipe(**given)).sets for given in ({"passes": 0}, {"sets": 3})] == [1, 3]
 
 
-@pytest.mark.parametrize(("fresh", "parts", "passes"), [(64, [16] * 4, 4), (40, [16, 16, 8, 4], 6), (7, [4], 16)])
-def test_a_sweep_over_more_tokens_than_a_text_has_reads_it_again(fresh: int, parts: list[int], passes: int) -> None:
-    """64 windows are asked for, in 4 passes of 16: fresh ones, then those of the statistics, until they are enough."""
+@pytest.mark.parametrize(
+    ("fresh", "of_pass", "parts", "passes"),
+    [(64, 16, [16] * 4, 4), (40, 16, [16, 16, 8, 4], 6), (7, 16, [4], 16), (0, 1, [1] * 4, 4), (1, 3, [3], 4)],
+)
+def test_a_sweep_over_more_tokens_than_a_text_has_reads_it_again(
+    fresh: int, of_pass: int, parts: list[int], passes: int
+) -> None:
+    """4 passes are asked for: over fresh windows, then those of the statistics, until their tokens are enough."""
     ids = torch.arange((fresh + SAMPLES) * SEQ_LEN).view(-1, SEQ_LEN)
-    windows = Windows(ids[None, :SAMPLES], ids[SAMPLES:], "no", 32, passes=4, of_pass=16)
-    assert (list(map(len, windows.by_pass)), windows.passes_over(64 * SEQ_LEN)) == (parts, passes)
+    windows = Windows(ids[None, :SAMPLES], ids[SAMPLES:], "no", 32, passes=4, of_pass=of_pass, divided=True)
+    assert (list(map(len, windows.by_pass)), windows.passes_over(4 * of_pass * SEQ_LEN)) == (parts, passes)
 
 
-def test_a_short_text_makes_more_passes(tmp_path: Path) -> None:
+def test_a_short_text_makes_more_passes_and_a_long_one_no_longer_ones(tmp_path: Path, steps: Any) -> None:
     source, ids = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense"), torch.arange(64).view(4, 16) % 50
     sweeps = sparsellm.prune(source, {**FIELDS, "sweep_tokens": 192}, calibration=ids, out=tmp_path / "out").sweeps
     assert [each.passes for each in sweeps] == [0, 1, 2, 3]
+    for model, out in ((source, tmp_path / "few"), (tiny_llama(), None)):
+        steps.clear()
+        sparsellm.prune(model, {**FIELDS, "sweep_tokens": 32}, calibration=ids, out=out)
+        assert [tokens for *_, tokens in steps] == [32]

@@ -195,8 +195,9 @@ class Windows:
     fresh: Tensor  # (windows, seq): further windows, for the sweep; there may be none
     bos: str  # whether every window begins with BOS: yes or no, or given for token ids that the user passed
     batch_tokens: int  # tokens in one forward call, by which windows are divided among processes
-    passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room
+    passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room; 0: all have one set
     of_pass: int = 1  # windows of a pass
+    divided: bool = False  # whether those of the statistics are divided into such passes, and not one pass
     sources: Sequence[str] = ()  # for each window of sets, then fresh, the name of its text in a mixture
     sharers: int = 1  # processes that share a step of the sweep
 
@@ -214,10 +215,12 @@ class Windows:
     def by_pass(self) -> list[Tensor]:
         """The windows of each pass, of all processes: new ones as far as there are any, then those of the statistics,
         which the pruned weights fit already. After the last, they come again in turn."""
-        fresh = [part for part in self.fresh.split(self.of_pass) if 2 * len(part) >= self.of_pass]
-        known = [] if fresh and len(fresh) == self.passes else [self.first]
+        sets = (self.fresh, self.first if self.divided else self.first[:0])
+        fresh, known = ([part for part in s.split(self.of_pass) if 2 * len(part) >= self.of_pass] for s in sets)
+        known = [] if fresh and len(fresh) == self.passes else known or [self.first]
+        parts = [*fresh, *known][: None if self.passes else 1]
         lead = int(self.first[0, 0]) if self.bos == "yes" else None
-        return [_cut(part, lead, self.sharers) if self.bos != "given" else part for part in (*fresh, *known)]
+        return [_cut(part, lead, self.sharers) if self.bos != "given" else part for part in parts]
 
     @property
     def swept(self) -> list[Tensor]:
@@ -244,11 +247,12 @@ class Windows:
         return windows[parallel.share(len(windows), windows_of(self.batch_tokens, windows.shape[1]))]
 
 
-def given_windows(ids: Tensor, chain: Chain, recipe: Recipe) -> Windows:
+def given_windows(ids: Tensor, chain: Chain, recipe: Recipe, choice: Choice, passes: int) -> Windows:
     """The token ids ``(samples, seq)`` that the user passed, as one set. Raises DataError if they do not fit the
     model."""
     windows = check_vocabulary(windows_of_ids(ids, chain.config, bos=recipe.bos), chain.config)
-    return Windows(windows[None], windows[:0], "given", recipe.batch_tokens)
+    of_pass, divided = choice.windows_of_pass(*windows.shape), choice.sweep_tokens is not None
+    return Windows(windows[None], windows[:0], "given", recipe.batch_tokens, passes, of_pass, divided)
 
 
 def read_windows(
@@ -289,7 +293,8 @@ def read_windows(
     sets = min(sets, len(windows) // max(1, samples))
     read, rest = windows[: sets * samples], windows[sets * samples :]
     bos, fresh = "no" if lead is None else "yes", rest[: passes * of_pass]
-    return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes, of_pass, sources)
+    divided, batch_tokens = choice.sweep_tokens is not None, recipe.batch_tokens
+    return Windows(read.view(sets, samples, -1), fresh, bos, batch_tokens, passes, of_pass, divided, sources)
 
 
 def _kept(chain: Chain, progress: ProgressCallback, asked: object, write: Callable[[], Tensor]) -> Tensor:

@@ -301,11 +301,14 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
     passes = choice.passes if chain.reader is not None and request.removed is None else 0
+    tokens = choice.sweep_tokens if choice.passes and recipe.passes is None else None
+    if tokens is not None and not passes:
+        choice = replace(choice, passes=1)  # all tokens at once: later passes have no others
     asked = extent_asked(chain, choice, recipe, parallel.size())
     progress(Progress(PLAN, costs=predictions.predicted_seconds(chain, choice, asked, speeds_of(chain))))
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
-        read: Callable[[], Windows] = partial(given_windows, request.calibration, chain, recipe)
+        read: Callable[[], Windows] = partial(given_windows, request.calibration, chain, recipe, choice, passes)
     else:
         if asked.written and chain.reader is not None:
             card = device_budget(chain.device, recipe.device_memory)
@@ -313,14 +316,14 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
         text = recipe.calibration if request.calibration is None else request.calibration
         assert text is not None  # see _with_text
         settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens)
-        lengths = (choice.sets, passes, choice.sweep_tokens)
+        lengths = (choice.sets, passes, choice.sweep_tokens, choice.windows_of_pass(recipe.samples, 1))
         source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
         key = (str(model.directory), source, settings, lengths, chain.dtype, chain.device.type)
         drawn = partial(read_windows, text, recipe, model, choice, passes, progress)
         read = partial(request.once, key, drawn)
     windows = parallel.from_main(read)
-    if choice.passes and choice.sweep_tokens is not None and recipe.passes is None:
-        choice = replace(choice, passes=windows.passes_over(choice.sweep_tokens))
+    if tokens is not None:
+        choice = replace(choice, passes=windows.passes_over(tokens))
     return windows, choice
 
 
