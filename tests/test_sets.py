@@ -89,6 +89,8 @@ def test_a_sweep_over_more_tokens_than_a_text_has_reads_it_again(
     ids = torch.arange((fresh + SAMPLES) * SEQ_LEN).view(-1, SEQ_LEN)
     windows = Windows(ids[None, :SAMPLES], ids[SAMPLES:], "no", 32, passes=4, of_pass=of_pass, divided=True)
     assert (list(map(len, windows.by_pass)), windows.passes_over(4 * of_pass * SEQ_LEN)) == (parts, passes)
+    ids = torch.arange(8 * 1600).view(-1, 1600)  # which are cut to 3 of 533
+    assert Windows(ids[None, :4], ids[4:], "no", 32, passes=4, divided=True).passes_over(4 * 1600) == 4
 
 
 def test_a_short_text_makes_more_passes_and_a_long_one_no_longer_ones(tmp_path: Path, steps: Any) -> None:

@@ -228,9 +228,9 @@ class Windows:
         return [self._share(part) for part in self.by_pass]
 
     def passes_over(self, tokens: int) -> int:
-        """The passes that have this many tokens together: more where a short text makes them shorter."""
+        """The passes that have so many tokens, less the 1 % that cutting may drop: more where a short text limits them."""
         sizes = itertools.cycle(part.numel() for part in self.by_pass)
-        return next(number for number, total in enumerate(itertools.accumulate(sizes), 1) if total >= tokens)
+        return next(number for number, total in enumerate(itertools.accumulate(sizes), 1) if 1.01 * total >= tokens)
 
     @property
     def swept_sources(self) -> list[str]:
