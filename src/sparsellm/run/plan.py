@@ -260,6 +260,8 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
         warnings.append(f"{stays.replace('torch.', '')}; leave dtype out to keep their bits")
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
+    if recipe.sweep_rate is not None and not choice.passes:
+        warnings.append("no sweep follows, so sweep_rate changes nothing; leave it out, or give an effort")
     return warnings
 
 
