@@ -94,7 +94,7 @@ def adam_step(
     optimiser.zero_grad(set_to_none=True)
 
 
-def schedule(step: int, steps: int, number: int) -> float:
+def schedule(step: float, steps: int, number: int) -> float:
     """The factor of the learning rate at ``step``, from 0: a linear rise over the first tenth or :data:`RISING` steps,
     at most half of all, then a cosine to zero; it rises anew with Adam's moments, of which this is step ``number``."""
     rising = max(1, min(max(RISING, round(0.1 * steps)), steps // 2))

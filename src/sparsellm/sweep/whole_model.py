@@ -98,7 +98,7 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
                 trained = stack.enter_context(_on(task, weights, task.fresh[turn - 1], done, passes))
                 steps = trained.steps()
             stack.enter_context(chain.outer())
-            mean = _pass(task, trained, steps, history, first)
+            mean = _pass(task, trained, steps, history, first, len(train))
             held_out, sources = run.judge(judges)
             history.append(SweepPass(passes=number, held_out=held_out, sources=sources, train=mean))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
@@ -150,9 +150,10 @@ def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> 
         return SweepPass(passes=0, held_out=start, sources=sources, rate=chosen)
 
 
-def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass], first: int) -> float:
+def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass], first: int, length: int) -> float:
     """Runs the next pass over the steps of all processes, of which ``first`` was the first in this process; returns the
-    mean divergence per token before its steps."""
+    mean divergence per token before its steps. In the schedule every pass has ``length`` steps, the first one's: one
+    curve, whatever their number."""
     number, count, total, harmful = history[-1].passes + 1, len(steps), 0.0, harmful_passes(history)
     rate, undone = history[0].rate, harmful[-1] if harmful else 0  # the pass after which Adam's moments began anew
     assert rate is not None, "the state before the first pass has the rate"
@@ -160,8 +161,8 @@ def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(task.seed + (number - 1) * 1_000_003))
     for place, chosen in enumerate(order.flip(0).tolist()):
         task.feed.progress(Progress("sweep", number - first + place / count, task.passes - first + 1, text))
-        since = (number - 1 - undone) * count + place + 1  # steps since Adam's moments began
-        factor = schedule((number - 1) * count + place, task.passes * count, since)
+        since = (number - 1 - undone) * length + place + 1  # steps since Adam's moments began
+        factor = schedule(((number - 1) * count + place) * length / count, task.passes * length, since)
         total += run.step(steps[chosen], rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)
 
