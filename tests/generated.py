@@ -323,7 +323,8 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
         after = tree(root)
         outs = [word.partition("=")[2] for word in made.arguments if word.startswith("--out=")]
         named = {"{first}": made.arguments[1], "{out}": outs[-1] if outs else ""}
-        places = {key: _below(root, path) for key, path in named.items() if path}
+        at = os.path.realpath(root)
+        places = {key: os.path.relpath(os.path.realpath(os.path.expanduser(p)), at) for key, p in named.items() if p}
     shown = f"{made}\nexit {code}: {stderr[:600]}"
     lines = [line for line in stderr.splitlines() if line.strip()]
     if code not in (0, 2) or "Traceback" in stderr:
@@ -341,11 +342,6 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
     if any(SECRET.encode() in data for files in hub.files.values() for data in files.values()):
         return "uploaded a file from outside", shown
     return ("refused" if code else "succeeded"), shown
-
-
-def _below(root: Path, path: str) -> str:
-    """A path, links resolved, relative to a directory."""
-    return os.path.relpath(os.path.realpath(os.path.expanduser(path)), os.path.realpath(root))
 
 
 @contextlib.contextmanager

@@ -83,9 +83,7 @@ def test_more_sweeps_take_more_sets() -> None:
     ("fresh", "of_pass", "parts", "passes"),
     [(64, 16, [16] * 4, 4), (40, 16, [16, 16, 8, 4], 6), (7, 16, [4], 16), (0, 1, [1] * 4, 4), (1, 3, [3], 4)],
 )
-def test_a_sweep_over_more_tokens_than_a_text_has_reads_it_again(
-    fresh: int, of_pass: int, parts: list[int], passes: int
-) -> None:
+def test_a_sweep_longer_than_a_text_reads_it_again(fresh: int, of_pass: int, parts: list[int], passes: int) -> None:
     """4 passes are asked for: over fresh windows, then those of the statistics, until their tokens are enough."""
     ids = torch.arange((fresh + SAMPLES) * SEQ_LEN).view(-1, SEQ_LEN)
     windows = Windows(ids[None, :SAMPLES], ids[SAMPLES:], "no", 32, passes=4, of_pass=of_pass, divided=True)

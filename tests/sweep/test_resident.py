@@ -101,11 +101,12 @@ def test_blocks_in_bf16_train_fp32_parameters_alike(sharded: bool) -> None:
     assert all(torch.equal(weight == 0, zeros[name]) for name, weight in linear_weights(model).items())
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_harmful_pass_is_undone_to_the_bit(sharded: bool) -> None:
+@pytest.mark.parametrize("rate", [30.0, 1e30], ids=["absurd", "overflowing"])
+@pytest.mark.parametrize("way", [None, Residence(), Residence(sharded=True)], ids=["streamed", "whole", "sharded"])
+def test_a_state_that_was_better_at_the_start_is_kept_to_the_bit(way: Residence | None, rate: float) -> None:
     model, dense = halved(tiny_opt()), tiny_opt()
     before = copy.deepcopy(model.state_dict())
-    history, _ = swept_by(Residence(sharded=sharded), model, dense, rate=30.0)
+    history, _ = swept_by(way, model, dense, rate=rate)
     assert not any(record.held_out < history[0].held_out for record in history)
     assert same_bits(model.state_dict(), before)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

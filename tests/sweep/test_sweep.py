@@ -152,16 +152,6 @@ def test_each_pass_and_each_seed_has_its_order_of_steps(monkeypatch: pytest.Monk
     assert orders[:2] == orders[4:]
 
 
-@pytest.mark.parametrize("rate", [30.0, 1e30], ids=["absurd", "overflowing"])
-def test_a_state_that_was_better_at_the_start_is_kept_to_the_bit(rate: float) -> None:
-    dense, model = tiny_opt(), halved(tiny_opt())
-    before = copy.deepcopy(model.state_dict())
-    history = in_memory(model, dense, ids_of(4), 2, rate)
-    assert not any(record.held_out < history[0].held_out for record in history)
-    assert same_bits(model.state_dict(), before)
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
 def test_windows_of_the_last_smaller_batch_count_by_their_tokens() -> None:
     """Three windows in batches of two: the mean is over tokens, not over batches."""
     dense, model, ids = tiny_llama(), halved(tiny_llama()), ids_of(3, seq=48)

@@ -69,16 +69,13 @@ def test_a_checkpoint_recovers_and_keeps_zeros(way: str, pruned: Path, text: Pat
 
 
 def test_weights_keep_the_dtype_in_which_they_are_stored(pruned: Path, text: Path, tmp_path: Path, run: Any) -> None:
-    source = Path(shutil.copytree(pruned, tmp_path / "source"))
+    source, out = Path(shutil.copytree(pruned, tmp_path / "source")), tmp_path / "out"
     rewrite(source / "config.json", dtype="float16")
-    run("tune", source, "--out", tmp_path / "out", "--calibration", text, "--steps", 1, "--seq-len", 32, exits=0)
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float32}
-
-
-def test_so_do_experts_that_the_model_stacks(text: Path, tmp_path: Path, run: Any) -> None:
-    dense = save_tiny(prune_tiny(mixtral()).bfloat16(), tiny_tokenizer(), tmp_path / "dense")
-    run("tune", dense, "--out", tmp_path / "out", "--calibration", text, "--steps", 1, "--seq-len", 32, exits=0)
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
+    stacked = save_tiny(prune_tiny(mixtral()).bfloat16(), tiny_tokenizer(), tmp_path / "experts")
+    for model, dtype in ((source, torch.float32), (stacked, torch.bfloat16)):
+        line = ("tune", model, "--out", out, "--overwrite", "--calibration", text, "--steps", 1, "--seq-len", 32)
+        run(*line, exits=0)
+        assert {tensor.dtype for tensor in tensors_of(out).values()} == {dtype}
 
 
 def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path, tmp_path: Path, refusal: Any) -> None:

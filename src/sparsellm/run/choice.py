@@ -182,10 +182,8 @@ def _check_groups(sizes: list[LinearSize], name: str) -> None:
     """Refuses the grid of another program whose groups do not divide the inputs of a linear, and names one that fits.
     Raises RecipeError."""
     grid = GRIDS.get(name)
-    if grid is None or not grid.group:
-        return
-    odd = next((linear for linear in sizes if linear.shape[1] % grid.group), None)
-    if odd is None:
+    odd = next((linear for linear in sizes if grid and grid.group and linear.shape[1] % grid.group), None)
+    if grid is None or odd is None:
         return
     alike = (other for other in GRIDS.values() if (other.form, other.bits) == (grid.form, grid.bits) and other.group)
     fits = [other.name for other in alike if not any(linear.shape[1] % other.group for linear in sizes)]

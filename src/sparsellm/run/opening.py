@@ -217,8 +217,7 @@ class Windows:
         which the pruned weights fit already. After the last, they come again in turn."""
         sets = (self.fresh, self.first if self.divided else self.first[:0])
         fresh, known = ([part for part in s.split(self.of_pass) if 2 * len(part) >= self.of_pass] for s in sets)
-        known = [] if fresh and len(fresh) == self.passes else known or [self.first]
-        parts = [*fresh, *known][: None if self.passes else 1]
+        parts = [*fresh, *(known or [self.first])][: self.passes or 1]
         lead = int(self.first[0, 0]) if self.bos == "yes" else None
         return [_cut(part, lead, self.sharers) if self.bos != "given" else part for part in parts]
 
@@ -248,8 +247,7 @@ class Windows:
 
 
 def given_windows(ids: Tensor, chain: Chain, recipe: Recipe, choice: Choice, passes: int) -> Windows:
-    """The token ids ``(samples, seq)`` that the user passed, as one set. Raises DataError if they do not fit the
-    model."""
+    """The token ids ``(samples, seq)`` of the user, as one set. Raises DataError if they do not fit the model."""
     windows = check_vocabulary(windows_of_ids(ids, chain.config, bos=recipe.bos), chain.config)
     of_pass, divided = choice.windows_of_pass(*windows.shape), choice.sweep_tokens is not None
     return Windows(windows[None], windows[:0], "given", recipe.batch_tokens, passes, of_pass, divided)
@@ -291,10 +289,9 @@ def read_windows(
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
     sets = min(sets, len(windows) // max(1, samples))
-    read, rest = windows[: sets * samples], windows[sets * samples :]
-    bos, fresh = "no" if lead is None else "yes", rest[: passes * of_pass]
-    divided, batch_tokens = choice.sweep_tokens is not None, recipe.batch_tokens
-    return Windows(read.view(sets, samples, -1), fresh, bos, batch_tokens, passes, of_pass, divided, sources)
+    read, rest = windows[: sets * samples].view(sets, samples, -1), windows[sets * samples :]
+    bos, fresh, divided = "no" if lead is None else "yes", rest[: passes * of_pass], choice.sweep_tokens is not None
+    return Windows(read, fresh, bos, recipe.batch_tokens, passes, of_pass, divided, sources)
 
 
 def _kept(chain: Chain, progress: ProgressCallback, asked: object, write: Callable[[], Tensor]) -> Tensor:
@@ -314,9 +311,8 @@ def _kept(chain: Chain, progress: ProgressCallback, asked: object, write: Callab
 def _cut(windows: Tensor, lead: int | None, sharers: int) -> Tensor:
     """Windows ``(windows, seq)`` cut to the tokens of a step that ``sharers`` processes share; the rest at their ends
     is dropped. Each part begins with the id ``lead``, if there is one, in place of its first token."""
-    width = windows.shape[1]
-    part = cut_to(width, sharers)
-    shorter = windows[:, : width // part * part].reshape(-1, part).clone()
+    part = cut_to(windows.shape[1], sharers)
+    shorter = windows[:, : windows.shape[1] // part * part].reshape(-1, part).clone()
     if lead is not None:
         shorter[:, 0] = lead
     return shorter

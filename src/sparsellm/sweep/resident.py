@@ -65,7 +65,6 @@ class Resident(Weights):
 
     def __init__(self, task: SweepTask) -> None:
         assert task.resident is not None
-        assert task.integers is None
         super().__init__(task)
         self.way = task.resident
         self.dtype = torch.bfloat16 if self.way.narrow else torch.float32

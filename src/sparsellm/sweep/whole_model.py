@@ -66,7 +66,6 @@ def sweep(task: SweepTask) -> list[SweepPass]:
     judged with weights rounded as they will be written. A harmful pass is undone, and later passes take smaller steps.
     The loss is ``KL(dense ‖ pruned)``, averaged over tokens. :func:`check_sweepable` comes before. A NumericalError
     says that the divergence is not finite at the start."""
-    assert task.dense is None or not task.fresh, "the dense model's states belong to one set"
     history = task.saved.last.history if task.saved is not None and task.saved.last is not None else []
     make: Callable[[SweepTask], Weights] = Streamed if task.resident is None else Resident
     with contextlib.closing(make(task)) as weights:
@@ -152,8 +151,7 @@ def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> 
 
 def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass], first: int, length: int) -> float:
     """Runs the next pass over the steps of all processes, of which ``first`` was the first in this process; returns the
-    mean divergence per token before its steps. In the schedule every pass has ``length`` steps, the first one's: one
-    curve, whatever their number."""
+    mean divergence per token before its steps. In the schedule all have ``length`` steps, so that it is one curve."""
     number, count, total, harmful = history[-1].passes + 1, len(steps), 0.0, harmful_passes(history)
     rate, undone = history[0].rate, harmful[-1] if harmful else 0  # the pass after which Adam's moments began anew
     assert rate is not None, "the state before the first pass has the rate"

@@ -117,8 +117,7 @@ def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any], *, whole:
     if getattr(model, "quantization_method", None) == "sparsellm":
         raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")
     weights = find_blocks(model)[1].parameters() if whole else ()
-    stacks = [weight for weight in weights if weight.dim() == 3 and weight.shape[1] > 1]  # a convolution's has 1
-    if any(bool((stack == 0).any()) for stack in stacks):
+    if any(w.dim() == 3 and w.shape[1] > 1 and bool((w == 0).any()) for w in weights):  # a convolution's has 1
         raise RecipeError("an adapter on all linears leaves out the stacked experts of this model; take --way full")
     trained, wrapped = [parameter for parameter in model.parameters() if parameter.requires_grad], None
     try:
