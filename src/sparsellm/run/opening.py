@@ -227,7 +227,7 @@ class Windows:
         return [self._share(part) for part in self.by_pass]
 
     def passes_over(self, tokens: int) -> int:
-        """The passes that have so many tokens, less the 1 % that cutting may drop: more where a text is short."""
+        """The passes that have this number of tokens, less the 1 % that cutting may drop: more if a text is short."""
         sizes = itertools.cycle(part.numel() for part in self.by_pass)
         return next(number for number, total in enumerate(itertools.accumulate(sizes), 1) if 1.01 * total >= tokens)
 
