@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +134,18 @@ def test_what_cannot_be_solved_is_refused(name: str):
     weight[1, 1] = float("nan")
     with pytest.raises(NumericalError, match=r"NaN|nan"):
         solve(name, weight, gram_of(8), Share(0.5))
+
+
+@pytest.mark.parametrize("pattern", [Share(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("way", range(4))
+def test_what_is_no_solution_is_refused(way: int, pattern: Pattern):
+    def broken(weight: torch.Tensor, gram: Gram, pattern: Pattern) -> Solution | None:
+        mask = pattern.mask(weight.abs())
+        parts = [None, (weight[:1], mask[:1]), (weight, mask | True), (weight, mask)][way]
+        return Solution(*parts, 0.0) if parts else None
+
+    with pytest.raises(RecipeError, match=r"magnitude: no Solution of shape \(4, 8\).*; return solution\("):
+        divide(replace(SOLVERS["magnitude"], function=broken))(weight_of(4, 8), gram_of(8), pattern)
 
 
 @pytest.mark.parametrize("pattern", [Share(0.5), Share(0.7), NM(2, 4)], ids=str)

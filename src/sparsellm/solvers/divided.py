@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.chain.products import Bf16Products
-from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, ordered, places_in_rows, share
+from sparsellm.errors import RecipeError
+from sparsellm.patterns import NM, Pattern, Scope, Unstructured, highest_of_rows, ordered, places_in_rows, share
 from sparsellm.registry import Entry
 from sparsellm.solvers.solver import Solution, Solver, solution
 from sparsellm.statistics import Gram
@@ -45,6 +46,9 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         scaled = weight if root is None else weight * root[rows]
         with products if products is not None and entry.workspace.narrow else nullcontext():
             result = entry.function(scaled, gram, pattern, **options)
+        if not _is_solution(result, weight.shape, pattern):
+            no = f"no Solution of shape {tuple(weight.shape)} with the zeros of its pattern"
+            raise RecipeError(f"solver {entry.name}: {no}; return solution(weight, pruned, pattern.mask(scores), gram)")
         if root is None:
             return result
         return solution(weight, result.weight / root[rows], result.mask, gram, result.notes, fitted=result.fitted)
@@ -75,6 +79,17 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         )
 
     return solve
+
+
+def _is_solution(found: Solution, shape: torch.Size, pattern: Pattern) -> bool:
+    """Whether a solver returned a solution of this shape with the pattern's zeros, which rows may round without N:M."""
+    if not isinstance(found, Solution) or not found.weight.shape == found.mask.shape == shape:
+        return False
+    if isinstance(pattern, NM):
+        surplus = float(found.mask.reshape(-1, pattern.m).sum(1).max()) - pattern.n
+    else:  # over the rows of all processes
+        surplus = parallel.total(float(found.mask.sum()) - shape[0] * (shape[1] * (1 - pattern.sparsity) + 1))
+    return surplus <= 0 and not bool(((found.weight != 0) > found.mask).any())
 
 
 def safe_factor(weight: Tensor) -> float:

@@ -84,12 +84,11 @@ def rounded(
         result = _fitted(weight, target, gram, powers, groups, dtype)
         if Groups.of(result.weight, value_type).dense:
             return result
-    start = weight
     if not fixed_mask:  # values that are nearer to 0 than to the smallest number of their grid
         nearest = _Grid(weight, gram, powers, replace(groups, dense=False), dtype).nearest
-        start = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
-        groups = Groups.of(start, value_type)
-    return _fitted(start, target, gram, powers, replace(groups, dense=False), dtype)
+        weight = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
+        groups = Groups.of(weight, value_type)
+    return _fitted(weight, target, gram, powers, replace(groups, dense=False), dtype)
 
 
 def _damped(gram: Gram) -> Gram:
