@@ -49,10 +49,12 @@ PAYS = 0.75  # sparsity from which they do
 def _needs(options: Options) -> Needs:
     if options["iterations"] and not options["refit"]:
         raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
-    inside, weighted = SOLVERS[options["solver"]].workspace, options["output_metric"] > 0
+    solver, weighted = SOLVERS[options["solver"]], options["output_metric"] > 0
+    if needed := [name for name, option in solver.options.model_fields.items() if option.is_required()]:
+        raise RecipeError(f"sparsellm runs solver {solver.name} with its defaults; give its option {needed[0]} one")
     alone, streams = ("iterations", UNIT_STREAMS) if options["iterations"] else ("", 0)
     # Plus a copy of the weight with scaled rows.
-    workspace = replace(inside, weights=inside.weights + weighted, streams=streams)
+    workspace = replace(solver.workspace, weights=solver.workspace.weights + weighted, streams=streams)
     return Needs(output_costs=weighted, token_states=True, one_process=alone, workspace=workspace)
 
 
