@@ -52,18 +52,6 @@ def test_what_does_not_fit_is_named(values: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_option_without_a_default_must_be_given() -> None:
-    registry: Registry[Any] = Registry("thing")
-
-    @registry.register("mine", paper="none")
-    def mine(weight: object, *, path: Annotated[str, "where it lies"]) -> None:
-        """Does nothing."""
-
-    with pytest.raises(RecipeError, match=r"option path of mine is missing"):
-        registry["mine"].check({})
-    assert registry["mine"].check({"path": "x"}) == {"path": "x"}
-
-
 def test_defaults_that_are_no_json_are_a_mistake_of_the_author() -> None:
     with pytest.raises(TypeError, match="JSON"):
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sparsellm.allocation.allocator import ALLOCATIONS, from_sparsities
 from sparsellm.allocation.exact import LARGEST, bounds, round_to_groups, shift_to_total
+from sparsellm.errors import RecipeError
 from sparsellm.patterns import round_exactly
 from tests.allocation.helpers import bare_survey
 
@@ -68,3 +69,5 @@ def test_largest_remainders_round_up_within_the_limits() -> None:
 def test_uniform_is_the_same_count_that_the_recipe_gives() -> None:
     survey = bare_survey([[(7, 9), (3, 5)], [(10, 10)]], 0.37)
     assert list(ALLOCATIONS["uniform"].function(survey).zeros.values()) == [round(0.37 * n) for n in (63, 15, 100)]
+    with pytest.raises(RecipeError, match=r"no finite sparsity for blocks\.0\.1"):
+        from_sparsities(survey, {"blocks.0.0": 0.5, "blocks.1.0": 0.5})

@@ -29,13 +29,14 @@ def mine(weight, gram, pattern, *, strength: float = 1.0):
     return SOLVERS["magnitude"].function(weight, gram, pattern)
 """
 ALLOCATION = """
-from sparsellm.allocation import ALLOCATIONS
+from sparsellm.allocation import ALLOCATIONS, Allocation
 from sparsellm.allocation.allocator import from_sparsities
 
 @ALLOCATIONS.register("first-less", paper="none")
 def first_less(survey):
     '''Block 1 gives less.'''
-    return from_sparsities(survey, {x.name: 0.3 if x.block == 0 else 0.7 for x in survey.linears})
+    found = from_sparsities(survey, {x.name: 0.3 if x.block == 0 else 0.7 for x in survey.linears})
+    return Allocation(found.zeros, {"aim": survey.linears[0]})
 """
 
 
@@ -60,6 +61,24 @@ def test_a_file_registers_what_prune_and_methods_then_know(llama: Path, tmp_path
     assert (report["recipe"]["method"], report["allocation"]["name"]) == ("mine", "first-less")
     first, last = report["linears"][0], report["linears"][-1]
     assert first["sparsity"] < 0.5 < last["sparsity"]
+    assert report["allocation"]["aim"].startswith("LinearSize(")  # no JSON value: its text
+
+
+@pytest.mark.parametrize("zeros", ["", "x.weights / 2", "-1", "x.weights // 4"])
+def test_an_allocation_that_does_not_fit_is_one_line(zeros: str, tmp_path: Path) -> None:
+    made = f"    return Allocation({{x.name: {zeros} for x in survey.linears}})" if zeros else ""
+    plugins.load_plugin(write(tmp_path / "a.py", ALLOCATION.partition("    found")[0] + made))
+    with pytest.raises(RecipeError, match=r"allocation first-less .* zeros.*; use from_sparsities"):
+        sparsellm.prune(tiny_llama(), Recipe(method="wanda", allocation="first-less"), calibration=IDS)
+
+
+def test_an_option_without_a_default_must_be_given(tmp_path: Path) -> None:
+    plugins.load_plugin(write(tmp_path / "s.py", SOLVER.format(name="mine").replace(" = 1.0", "")))
+    with pytest.raises(RecipeError, match="option strength of mine is missing"):
+        METHODS["mine"].check({})
+    assert METHODS["mine"].check({"strength": 2}) == {"strength": 2.0}
+    with pytest.raises(RecipeError, match="solver mine with its defaults; give its option strength one"):
+        sparsellm.prune(tiny_llama(), Recipe(options={"solver": "mine"}), calibration=IDS)
 
 
 def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

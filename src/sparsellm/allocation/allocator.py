@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Self
 
 from sparsellm.allocation.exact import LARGEST, bounds, shift_to_total
 from sparsellm.allocation.survey import LinearSize, Survey
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, shown
 from sparsellm.patterns import round_exactly
 from sparsellm.records import Settings
 from sparsellm.registry import Registry, Workspace
@@ -38,6 +39,8 @@ ALLOCATIONS: Registry[Allocator] = Registry("allocation")
 def from_sparsities(survey: Survey, sparsities: Mapping[str, float]) -> Allocation:
     """The allocation nearest to these sparsities, with the exact total: one number is added to all sparsities, so that
     the mean over the weights is right; they are clipped to [0, 0.99]."""
+    if odd := [x.name for x in survey.linears if not math.isfinite(sparsities.get(x.name, math.nan))]:
+        raise RecipeError(f"from_sparsities got no finite sparsity for {odd[0]}; give one for every linear")
     weights = [linear.weights for linear in survey.linears]
     limits = bounds(weights, survey.sparsity)
     shifted = shift_to_total(weights, [sparsities[linear.name] for linear in survey.linears], survey.zeros, limits)
@@ -60,15 +63,24 @@ class Division:
     zeros: int
     sparsity: float
 
+    def wrong(self, chosen: Allocation) -> str:
+        """What is wrong with a user's allocation, as a clause, or nothing. Each linear may round its zeros alone."""
+        zeros = chosen.zeros if isinstance(chosen, Allocation) else {}
+        for linear in self.free:
+            if type(count := zeros.get(linear.name)) is not int or not 0 <= count <= linear.weights:
+                return f"gives {linear.name} {shown(count)} of its {linear.weights} weights as zeros"
+        if abs(sum(zeros[linear.name] for linear in self.free) - self.zeros) > len(self.free):
+            return f"does not give {self.zeros} zeros in all"
+        return ""
+
     def allocation(self, chosen: Allocation | None = None) -> Allocation:
         """The zeros of all linears: in the free ones as ``chosen``, with the sum corrected, or None for the same
         sparsity in each."""
-        if chosen is not None and not self.fixed:
-            return chosen
         goals = [chosen.zeros[x.name] if chosen else self.sparsity * x.weights for x in self.free]
         limits = bounds([x.weights for x in self.free], self.sparsity)
         free = Allocation.of(self.free, round_exactly(goals, self.zeros, limits))
-        return Allocation({**self.fixed, **free.zeros}, chosen.report if chosen else {})
+        report = json.loads(json.dumps(chosen.report if chosen else {}, default=str))  # tensors as text
+        return Allocation({**self.fixed, **free.zeros}, report)
 
 
 def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:

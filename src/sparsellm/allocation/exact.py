@@ -32,8 +32,7 @@ def shift_to_total(weights: Sequence[int], aims: Sequence[float], total: int, li
         linears = zip(weights, aims, *limits, strict=True)
         return [min(max(count * (aim + shift), low), high) for count, aim, low, high in linears]
 
-    low, high = -1.0 - max(aims), 1.0 - min(aims)
-    return shifted(bisect(lambda shift: math.fsum(shifted(shift)) - total, low, high))
+    return shifted(bisect(lambda shift: math.fsum(shifted(shift)) - total, -1.0 - max(aims), 1.0 - min(aims)))
 
 
 def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total: int) -> list[int]:
@@ -51,7 +50,7 @@ def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total
         return total / unit - sum(n * step for n, step in zip(zeros, steps, strict=True))
 
     def changed(base: list[int], missing: float) -> list[int]:
-        """``base``, each changed by at most one, so that the sum of changes comes as near to ``missing`` as it can."""
+        """Changes each of ``base`` by one at most, so that the sum of changes is as near to ``missing`` as can be."""
         middle = math.ceil(abs(missing)) + 2 * max(steps)
         best = numpy.full(2 * middle + 1, numpy.inf)  # the least cost of each sum of changes
         best[middle] = 0.0
@@ -68,12 +67,11 @@ def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total
             best = costs.min(axis=0)
         reached = numpy.flatnonzero(numpy.isfinite(best))
         place = int(min(reached, key=lambda at: (abs(at - middle - missing), best[at])))
-        result = list(base)
         for i in range(len(base) - 1, -1, -1):
             change = int(taken[i][place])
-            result[i] += change
+            base[i] += change
             place -= change * steps[i]
-        return result
+        return base
 
     missing = missing_of(base)
     while True:

@@ -16,6 +16,7 @@ from sparsellm.allocation import Allocation, LinearSize, Survey
 from sparsellm.allocation.allocator import divide
 from sparsellm.allocation.exact import round_to_groups
 from sparsellm.chain import Chain, Feed, Stream
+from sparsellm.errors import RecipeError
 from sparsellm.methods import BlockTask
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
@@ -72,7 +73,10 @@ def _allocate(plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGr
     if not parts.free:
         return parts.allocation()
     surveyed = Survey(feed, parts.free, parts.sparsity, parts.zeros, gradients)
-    found = parts.allocation(plan.choice.allocator.function(surveyed, **plan.choice.allocation_options))
+    chosen = plan.choice.allocator.function(surveyed, **plan.choice.allocation_options)
+    if wrong := parts.wrong(chosen):
+        raise RecipeError(f"allocation {plan.choice.allocator.name} {wrong}; use from_sparsities(survey, sparsities)")
+    found = parts.allocation(chosen)
     m = plan.recipe.chosen_of
     if m is None:
         return found
