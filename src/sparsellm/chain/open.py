@@ -44,6 +44,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     quantization = getattr(config, "quantization_config", None)
     if quantization and not is_packed({"quantization_config": quantization}):
         raise ModelError(f"{directory} has quantised weights (quantization_config); give the one it was made from")
+    config.return_dict = True  # without it, few families run
     return config
 
 
