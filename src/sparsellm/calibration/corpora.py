@@ -32,24 +32,19 @@ def read_pydoc(split: Split) -> Text:
     held_out = total = 0  # characters
     seen: set[str] = set()
     for name in sorted(topics):
-        document = "\n\n".join(_new_paragraphs(topics[name], seen))
+        new = []
+        for paragraph in topics[name].split("\n\n"):
+            text = "\n".join(line for line in paragraph.split("\n") if not _RULE.fullmatch(line)).strip("\n")
+            if text.strip() and text not in seen:
+                seen.add(text)
+                new.append(text)
+        document = "\n\n".join(new)
         total += len(document)
         fits = held_out + len(document) <= _HELD_OUT * total
         held_out += len(document) if fits else 0
         if document:
             parts["evaluation" if fits else "calibration"].append(document)
     return Text(parts[split])
-
-
-def _new_paragraphs(document: str, seen: set[str]) -> list[str]:
-    """The paragraphs that are not in ``seen``, without the rules under headings; adds them to ``seen``."""
-    new = []
-    for paragraph in document.split("\n\n"):
-        text = "\n".join(line for line in paragraph.split("\n") if not _RULE.fullmatch(line)).strip("\n")
-        if text.strip() and text not in seen:
-            seen.add(text)
-            new.append(text)
-    return new
 
 
 def read_wikitext2(argument: str, split: Split) -> Text:
@@ -109,9 +104,8 @@ def read_c4_sample(split: Split) -> Text:
         with gzip.open(path) as file:
             for number in range(first + count):
                 line = file.readline(_LONGEST)
-                record = parse_json(line, f"{path}, line {number + 1},", error=DataError) if number >= first else None
-                if record is not None:
-                    documents.append(record["text"])
+                if number >= first:
+                    documents.append(parse_json(line, f"{path}, line {number + 1},", error=DataError)["text"])
     except (OSError, EOFError, zlib.error, KeyError, TypeError) as error:
         raise DataError(f"{path} is not the sample of C4 ({one_line(error)}); remove it, and start again") from error
     return Text(documents)

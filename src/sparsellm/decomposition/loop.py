@@ -14,13 +14,14 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from sparsellm.decomposition import objective, updates
-from sparsellm.decomposition.objective import Chunk, Chunks, Coefficients, FeedForward, Linear, Variables
+from sparsellm.decomposition.objective import Chunks, Coefficients, FeedForward, Linear, Variables
 from sparsellm.decomposition.updates import Moments, MomentsAccumulator
 from sparsellm.errors import NumericalError
 from sparsellm.patterns import Pattern
@@ -165,24 +166,30 @@ class _Loop:
                 self.grams[role] = Gram(matrix, self.grams[role].tokens)
         unit = replace(unit, up=linears["up"], gate=linears.get("gate"))
         if not published:
-            moments["down"] = self._produced(unit)
+            accumulator = MomentsAccumulator(self.dense.down)  # on the outputs of the pruned first half
+            for read in self.train:
+                chunk = read()
+                accumulator.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
+            moments["down"] = accumulator.finish()
         unit = replace(unit, down=moments["down"].linear(prune("down")))
         return unit, masks, value, tuple(dict.fromkeys(notes))
 
     def _move_variables(self, unit: FeedForward, iteration: int) -> tuple[dict[str, Moments], float | None]:
         """Updates A, then Z or U and S, for every token; returns the moments for the weights, and the objective."""
         published, coefficients = self.settings.published, self.coefficients
+        empty = partial(MomentsAccumulator, fit_bias=not published)
         accumulators = {
-            role: self._accumulator(linear, self.grams.get(role), exact=published is not None)
+            role: empty(linear, self.grams.get(role), exact=published is not None)
             for role, linear in unit.first_half().items()
         }
         if published:
-            accumulators["down"] = self._accumulator(unit.down, exact=published == "pseudo-inverse")
+            accumulators["down"] = empty(unit.down, exact=published == "pseudo-inverse")
         gain = updates.activation_gain(unit.down.weight, coefficients) if iteration else None
         value = 0.0
         for index, read in enumerate(self.train):
             chunk = read()
-            variables = self._variables(index, chunk)
+            known = {role: store[index] for role, store in self.variables.items() if index < len(store)}
+            variables = Variables(**known) if known else self.dense.products(chunk.inputs)  # at first, the dense ones
             a = variables.activated(unit.activation)
             if gain is not None:
                 a = updates.update_activation(a, chunk.targets, unit.down, gain)
@@ -197,29 +204,12 @@ class _Loop:
         self.grams = {role: moments[role].gram for role in unit.first_half()}
         return moments, value if iteration else None
 
-    def _variables(self, index: int, chunk: Chunk) -> Variables:
-        """The current variables of a chunk; at first, the dense products."""
-        if index >= len(self.variables["up"]):
-            return self.dense.products(chunk.inputs)
-        return Variables(**{role: store[index] for role, store in self.variables.items()})
-
     def _keep(self, index: int, variables: Variables) -> None:
         for role, store in self.variables.items():
             if index < len(store):
                 store[index] = getattr(variables, role)
             else:
                 store.append(getattr(variables, role))
-
-    def _produced(self, unit: FeedForward) -> Moments:
-        """The moments of ``down`` on the outputs of the pruned first half."""
-        accumulator = self._accumulator(self.dense.down)
-        for read in self.train:
-            chunk = read()
-            accumulator.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
-        return accumulator.finish()
-
-    def _accumulator(self, linear: Linear, gram: Gram | None = None, *, exact: bool = False) -> MomentsAccumulator:
-        return MomentsAccumulator(linear, gram, fit_bias=not self.settings.published, exact=exact)
 
     def _fit(self, role: str, now: Tensor, moments: Moments, iteration: int) -> Fit:
         """The weight of a linear before it is pruned, from its weight ``now``."""

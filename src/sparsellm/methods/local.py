@@ -9,8 +9,8 @@ from typing import Any, cast
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.methods.routed import prune_experts, without_experts
-from sparsellm.methods.task import BlockTask, Group, Method
-from sparsellm.registry import Entry, Workspace
+from sparsellm.methods.task import BlockTask, Method
+from sparsellm.registry import Entry
 from sparsellm.solvers import Solver
 from sparsellm.solvers.divided import divide
 from sparsellm.solvers.rounding import ROUNDING
@@ -38,7 +38,13 @@ def from_solver(entry: Entry[Solver]) -> Entry[Method]:
             for linear in group:
                 solve(linear, gram)
 
-        if owners := _owners(groups, entry.workspace if task.values == "keep" else entry.workspace.then(ROUNDING)):
+        # A process for each group, if that takes less time than that one process of each machine factorises and each
+        # solves some rows of every weight.
+        work = entry.workspace if task.values == "keep" else entry.workspace.then(ROUNDING)
+        factors = [2.0 * work.remembered * group[0].in_features ** 3 for group in groups]
+        products = [work.products * sum(x.out_features * x.in_features**2 for x in group) for group in groups]
+        owners, longest = parallel.greedy([factor + product for factor, product in zip(factors, products, strict=True)])
+        if longest <= sum(factors) + sum(products) / parallel.size():
             for number in [number for number, owner in enumerate(owners) if owner != parallel.rank()]:
                 del statistics[number]
             task.share_out(groups, owners, solve_group)
@@ -47,12 +53,3 @@ def from_solver(entry: Entry[Solver]) -> Entry[Method]:
                 solve_group(number)
 
     return replace(cast(Entry[Method], entry), function=prune_block, distributed=True)
-
-
-def _owners(groups: list[Group], work: Workspace) -> list[int]:
-    """A process for each group of linears with the same input; none if it takes less time that one process of each
-    machine factorises and each solves some rows of every weight."""
-    factors = [2.0 * work.remembered * group[0].in_features ** 3 for group in groups]
-    products = [work.products * sum(x.out_features * x.in_features**2 for x in group) for group in groups]
-    owners, longest = parallel.greedy([factor + product for factor, product in zip(factors, products, strict=True)])
-    return owners if longest <= sum(factors) + sum(products) / parallel.size() else []

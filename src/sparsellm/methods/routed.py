@@ -82,13 +82,14 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
     shared, last = dict[int, _Moments](), dict[int, _Moments]()
 
     def prune_first(place: int) -> None:
-        gram = shared.pop(place).gram()
+        moments = shared.pop(place)
+        gram = Gram(moments.matrix, moments.tokens)
         for linear in experts[place].first:
             solve(linear, gram, None)
 
     def prune_down(place: int) -> None:
         (down,), moments, fit = experts[place].down, last.pop(place), None
-        gram = moments.gram()
+        gram = Gram(moments.matrix, moments.tokens)
         if moments.cross is not None and refit is not None:
             with task.clock.phase("prune/solve"), naming(down.name):
                 fit = least_squares(gram, moments.cross, refit, prior=down.weight())
@@ -105,7 +106,10 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
                     shared[place] = moments
             if own.down and (dense[place] is not None) == pruned:
                 with naming(own.down[0].name):
-                    moments = own.last(task, own.down[0], dense[place])
+                    width = own.down[0].in_features
+                    moments = _moments(own.routed(), width, task, own.expert, dense[place])
+                    sample = own.tokens.sample(SAMPLE * width)
+                    moments = moments.shrunk_to(_moments(sample, width, task, own.expert, dense[place]))
                 if place == parallel.rank():
                     last[place] = moments
 
@@ -133,9 +137,6 @@ class _Moments:
         if self.cross is not None and prior.cross is not None:
             cross = torch.lerp(self.cross, prior.cross, share)
         return _Moments(torch.lerp(self.matrix, prior.matrix, share), self.tokens, cross)
-
-    def gram(self) -> Gram:
-        return Gram(self.matrix, self.tokens)
 
 
 @torch.no_grad()
@@ -203,12 +204,6 @@ class ExpertTokens:
             rows, places = torch.where(experts == self.number)
             if len(rows):
                 yield self.tokens.store[batch][rows], self.tokens.factors[batch][rows, places]
-
-    def last(self, task: BlockTask, down: LinearView, dense: Expert | None) -> _Moments:
-        """The moments of the inputs of the last linear, with the outputs of ``dense`` as targets."""
-        own = _moments(self.routed(), down.in_features, task, self.expert, dense)
-        sample = self.tokens.sample(SAMPLE * down.in_features)
-        return own.shrunk_to(_moments(sample, down.in_features, task, self.expert, dense))
 
 
 def _record(task: BlockTask, mixture: Mixture, store: TensorStore, token_weights: list[Tensor] | None) -> MixtureTokens:

@@ -9,7 +9,7 @@ fitted on a sample of the tokens, and the experts once more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain import Stream
+from sparsellm.chain.capture import replacing
 from sparsellm.chain.experts import DOWN, Mixture, Routed
 from sparsellm.mixtures.fewer import FewerExperts
 from sparsellm.mixtures.sample import COMPARED, Sample, output_of, sampled
@@ -64,15 +65,9 @@ def remove_experts(removal: Removal, stream: Stream, index: int) -> ExpertsOfBlo
     return ExpertsOfBlock(block=index, kept=kept, tokens=counts, scores=said, error=error, refitted=refitted)
 
 
-@contextmanager
-def running(stream: Stream, index: int, fewer: FewerExperts) -> Iterator[None]:
-    """Until the context ends, block ``index`` of the stream's chain is that of the twin."""
-    blocks, dense = stream.chain.blocks, stream.chain.blocks[index]
-    blocks[index] = fewer.chain.blocks[index]
-    try:
-        yield
-    finally:
-        blocks[index] = dense
+def running(stream: Stream, index: int, fewer: FewerExperts) -> AbstractContextManager[None]:
+    """Until the context ends, block ``index`` of the stream's chain runs as that of the twin."""
+    return replacing({stream.chain.blocks[index]: fewer.chain.blocks[index].forward})
 
 
 def _routed(stream: Stream, index: int, mixture: Mixture) -> Iterator[tuple[int, Routed]]:
