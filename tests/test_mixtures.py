@@ -29,13 +29,6 @@ IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
 RECIPE = Recipe(method="wanda", samples=6, seq_len=24, sparsity=0.5)
 
 
-def task_of(model: PreTrainedModel) -> BlockTask:
-    chain = open_chain(model, device=torch.device("cpu"))
-    linears = chain.linears(0)
-    patterns = {linear.name: Share(0.5) for linear in linears}
-    return BlockTask(0, linears, dict(patterns), Feed(chain, IDS, 48).stream(), lambda step: None, PhaseClock())
-
-
 @torch.no_grad()
 def by_hand(model: PreTrainedModel, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inputs of all tokens of the first mixture, which of them are routed to an expert, and with which weights."""
@@ -61,7 +54,10 @@ def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) -> None:
     model = mixtral()
-    task = task_of(model)
+    chain = open_chain(model, device=torch.device("cpu"))
+    linears = chain.linears(0)
+    patterns = {linear.name: Share(0.5) for linear in linears}
+    task = BlockTask(0, linears, dict(patterns), Feed(chain, IDS, 48).stream(), lambda step: None, PhaseClock())
     own_weights = torch.rand(6, 24, generator=torch.Generator().manual_seed(0)) if weighted else torch.ones(6, 24)
     (mixture,) = task.stream.chain.mixtures(0)
     with task.stream.store() as store:
@@ -107,18 +103,12 @@ def test_shrinkage_is_the_closed_form(tokens: int) -> None:
     assert tokens or torch.equal(shrunk.matrix, every)
 
 
-def with_an_unreached_expert() -> PreTrainedModel:
-    """Of five logits a, −a, b, −b and 0, the last is never among the largest two."""
+def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> None:
     model = mixtral(num_local_experts=5, num_experts=5)
     with torch.no_grad():
-        for layer in model.model.layers:
+        for layer in model.model.layers:  # of five logits a, −a, b, −b and 0, the last is never among the largest two
             gate = layer.mlp.gate.weight
             gate[1], gate[3], gate[4] = -gate[0], -gate[2], 0
-    return model
-
-
-def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> None:
-    model = with_an_unreached_expert()
     x, chosen, _ = by_hand(model, 4)
     assert not len(chosen)
     dense = model.model.layers[0].mlp.experts.gate_up_proj[4, :80].detach().clone()

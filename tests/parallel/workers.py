@@ -106,16 +106,6 @@ def leave(folder: Path, name: str, found: Any) -> None:
 def prune_everything(folder: Path) -> None:
     for name in CASES:
         leave(folder, name, prune_case(name))
-    _refusals()
-    _a_solver_that_knows_nothing_of_processes(folder)
-
-
-def prune_twice(folder: Path) -> None:
-    for name in AGAIN:
-        leave(folder, name, [prune_case(name)["weights"] for _ in range(2)])
-
-
-def _refusals() -> None:
     with pytest.raises(RecipeError, match="only the second"):  # whoever it is that fails, all know
         parallel.together(lambda: _refuse("only the second") if parallel.rank() == 1 else None)
     ids, few = windows(WINDOWS), windows(WINDOWS)[: parallel.size() - 1]
@@ -130,8 +120,6 @@ def _refusals() -> None:
     with pytest.raises(NumericalError, match=r"lm_head\.weight"):  # found by the main process alone, told by all
         sparsellm.prune(broken, Recipe(method="wanda"), calibration=ids)
 
-
-def _a_solver_that_knows_nothing_of_processes(folder: Path) -> None:
     @SOLVERS.register("keep-large-columns", paper="none")
     def keep_large_columns(weight: Tensor, gram: Any, pattern: Any) -> Solution:
         scores = (weight / weight.square().sum(dim=0).sqrt()).abs()  # rows depend on each other
@@ -143,6 +131,11 @@ def _a_solver_that_knows_nothing_of_processes(folder: Path) -> None:
     model = tiny_llama()
     sparsellm.prune(model, Recipe(method="keep-large-columns"), calibration=windows(WINDOWS))
     leave(folder, "unknown", dict(model.state_dict()))
+
+
+def prune_twice(folder: Path) -> None:
+    for name in AGAIN:
+        leave(folder, name, [prune_case(name)["weights"] for _ in range(2)])
 
 
 def sums_and_selections(folder: Path) -> None:

@@ -121,17 +121,6 @@ def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
         assert torch.equal(table[codes.long()].float(), every)
 
 
-def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram, zero: bool) -> float:
-    """The least loss over all numbers of the grid, 0 only with ``zero``, for the kept values of a row but ``fixed``."""
-    grid = [number * scale for number in levels.numbers if number or zero]
-    free = [place for place in range(weight.shape[1]) if weight[0, place] != 0 and place != fixed]
-    tried = torch.tensor(list(itertools.product(grid, repeat=len(free))))
-    rows = weight.new_zeros(len(tried), weight.shape[1])
-    rows[:, free] = tried
-    rows[:, fixed] = levels.lowest * scale
-    return float(losses(rows, weight, gram).min())
-
-
 @pytest.mark.usefixtures("loop", "descent_alone")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
@@ -147,7 +136,15 @@ def test_is_near_the_best(values: str, layout: str, columns: int, seed: int, mon
     result = rounded(weight, gram, values, torch.float32, fixed_mask=True).weight
     levels = levels_of(values, layout)
     fixed = int(result.abs().argmax())
-    least = best_by_brute_force(weight, fixed, float(result[0, fixed] / levels.lowest), levels, gram, layout == "dense")
+    scale = float(result[0, fixed] / levels.lowest)
+    # The least loss over all numbers of the grid, 0 only if dense, for the kept values of the row but the anchor.
+    grid = [number * scale for number in levels.numbers if number or layout == "dense"]
+    free = [place for place in range(columns) if weight[0, place] != 0 and place != fixed]
+    tried = torch.tensor(list(itertools.product(grid, repeat=len(free))))
+    rows = weight.new_zeros(len(tried), columns)
+    rows[:, free] = tried
+    rows[:, fixed] = levels.lowest * scale
+    least = float(losses(rows, weight, gram).min())
     assert least - 1e-9 <= loss(result, weight, gram) <= 1.5 * least + 1e-9
 
 
