@@ -106,7 +106,7 @@ def test_shrinkage_is_the_closed_form(tokens: int) -> None:
 def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> None:
     model = mixtral(num_local_experts=5, num_experts=5)
     with torch.no_grad():
-        for layer in model.model.layers:  # of five logits a, −a, b, −b and 0, the last is never among the largest two
+        for layer in model.model.layers:  # five logits a, −a, b, −b and 0: the last is never among the largest two
             gate = layer.mlp.gate.weight
             gate[1], gate[3], gate[4] = -gate[0], -gate[2], 0
     x, chosen, _ = by_hand(model, 4)
