@@ -44,7 +44,8 @@ GRADIENTS = 2.5  # fp32 copies of a block: its parameters in fp32 and in bf16, F
 STREAMED_COPIES, ROUNDED_COPIES = 1.5, 3.5  # fp32 copies of a block in a step: gradients, half in bf16; two on its grid
 MOVED = 3  # fp32 copies of a block that a step of a streamed sweep reads: parameters, two moments
 AHEAD = 3  # fp32 copies of a block that a GPU holds more: the next one's parameters and moments are on their way
-ATTENTION_COPIES = 4  # fp32 matrices (heads, seq, seq) of attention on a GPU, where gradients follow
+ATTENTION_COPIES = 4  # fp32 matrices (heads, seq, seq) of attention as plain products, where gradients follow
+FORWARD_COPIES = 2.5  # the same in torch's own plain products, where none follow
 STREAMED = "streamed"
 RESIDENT = {  # name → what it does where all blocks with their activations do not fit
     "resident": Residence(),
@@ -307,13 +308,13 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         loaded = item * kind.elements * (read + demand.unrounded)
         loaded += 2 * kind.elements if chain.products is not None and item == 4 else 0  # the factors in bf16
         # Activations: gate, up, their product and one more, or attention's scores; copies of inputs, also in norms
-        scores = _attention_bytes(chain, tokens, extent.seq_len) if _eager(chain) else 0
+        scores = _attention_bytes(chain, tokens, extent.seq_len, gradients=False)
         wide, inputs = 4 * item * tokens * _widest(chain, kind), 8 * item * tokens * _width(chain)
         running = loaded + max(wide, scores) + inputs
         statistics.append(running + _statistics_bytes(kind, work))
         removing.append(running + _removal_bytes(chain, kind, tokens, extent.share * extent.seq_len))
         solving += [running + int(work.blocks * 4 * kind.elements), loaded + _solver_bytes(chain, kind, work)]
-        scores = _attention_bytes(chain, piece, extent.seq_len)
+        scores = _attention_bytes(chain, piece, extent.seq_len, gradients=True)
         gradients.append(loaded + wide + inputs + int(GRADIENTS * 4 * kind.elements) + scores)
         if kind.first == 0:
             embedding = running + (item * chain.outer_elements(head=False) if read else 0)
@@ -399,7 +400,7 @@ def _activations_for_gradients(chain: Chain, demand: Demand, item: int) -> int:
     """Bytes that the gradients of a block in a step read, in a dtype of ``item`` bytes."""
     widest = max(_widest(chain, kind) for kind in chain.kinds)
     kept = item * demand.step * (KEPT_WIDTHS * _width(chain) + KEPT_OUTPUTS * widest)
-    return kept + _attention_bytes(chain, demand.step, min(demand.step, demand.extent.seq_len))
+    return kept + _attention_bytes(chain, demand.step, min(demand.step, demand.extent.seq_len), gradients=True)
 
 
 def _widest(chain: Chain, kind: Kind) -> int:
@@ -407,17 +408,16 @@ def _widest(chain: Chain, kind: Kind) -> int:
     return max((each.outputs for linears in (kind.linears, *kind.experts) for each in linears), default=_width(chain))
 
 
-def _attention_bytes(chain: Chain, tokens: int, seq: int) -> int:
-    """Bytes of attention as plain products, which passes with gradients take on a GPU (``attention_for``), and all
-    passes of a model for which transformers has nothing else."""
-    if chain.device.type != "cuda" and not _eager(chain):
-        return 0
-    return ATTENTION_COPIES * 4 * tokens * seq * getattr(chain.config.get_text_config(), "num_attention_heads", 0)
-
-
-def _eager(chain: Chain) -> bool:
-    """Whether attention is computed as plain products, which store all scores."""
-    return bool(getattr(chain.config.get_text_config(), "_attn_implementation", None) == "eager")
+def _attention_bytes(chain: Chain, tokens: int, seq: int, *, gradients: bool) -> int:
+    """Bytes of attention as plain products, which passes with ``gradients`` take on a GPU (``attention_for``), and all
+    passes of a model for which transformers, or torch on a CPU, has nothing else; and of a sliding window's mask."""
+    text, device = chain.config.get_text_config(), chain.device.type
+    keys = getattr(text, "qk_head_dim", None) or getattr(text, "head_dim", None)
+    uneven = device == "cpu" and getattr(text, "v_head_dim", None) not in (None, keys)  # not fused there
+    plain = getattr(text, "_attn_implementation", None) == "eager" or (gradients and (uneven or device == "cuda"))
+    copies = ATTENTION_COPIES if plain else FORWARD_COPIES * uneven
+    masked = (getattr(text, "sliding_window", None) or seq) < seq  # one bool mask, and for each window one of numbers
+    return int(4 * tokens * seq * (copies * getattr(text, "num_attention_heads", 0) + masked)) + masked * seq**2
 
 
 def _statistics_bytes(kind: Kind, workspace: Workspace) -> int:
