@@ -26,7 +26,7 @@ from sparsellm.registry import Workspace
 from sparsellm.run import opening, predictions
 from sparsellm.run.predictions import Demand, Extent, device_budget, kept_share, plan_memory, steps_of
 from sparsellm.solvers import SOLVERS
-from tests.models import VOCABULARY, tiny_llama, windows
+from tests.models import VOCABULARY, save_tiny, tiny_llama, windows
 from tests.models.families import gemma4_text
 
 CPU = torch.device("cpu")
@@ -117,6 +117,17 @@ def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chai
         assert plan.working_bytes - predictions.LIBRARIES == logits + more  # the model in memory is there already
 
 
+def test_scores_and_masks_that_attention_stores_count(chain: Chain) -> None:
+    """Of heads whose widths differ, which torch does not fuse on a CPU; then only of windows that slide."""
+    demand = Demand(Extent(4, 512, 2048), Workspace())
+    wide, copied = 4 * 4 * 2048 * 80, 4 * 2048 * 512  # in bytes: activations, and a row of numbers for each token
+    plain = steps_of(chain, demand)["solving"].working
+    for setting, stored in (("v_head_dim", 2.5 * 4 * copied), ("sliding_window", copied + 512**2)):
+        setattr(chain.config, setting, 16)
+        assert steps_of(chain, demand)["solving"].working - plain == stored - wide
+        setattr(chain.config, setting, None)
+
+
 def test_what_a_sweep_holds_in_files_is_read_a_block_at_a_time(chain: Chain) -> None:
     """The best state is a copy more at the end of a first pass, and during later ones."""
     block = 4 * sum(parameter.numel() for parameter in chain.blocks[0].parameters())
@@ -156,14 +167,11 @@ def test_a_card_holds_hidden_states_or_is_refused_before(chain: Chain, monkeypat
 
 
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_control_group_rooms", lambda: [123])
+    assert machine.free_memory() == 123
     monkeypatch.setattr(machine, "free_memory", lambda: 10 << 30)
     plan = plan_memory(chain, Demand(Extent(4, 32, 4096), Workspace()), None)
     assert plan.budget_bytes == pytest.approx(plan.start_bytes + 8 * (1 << 30))
-
-
-def test_a_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_control_group_rooms", lambda: [123])
-    assert machine.free_memory() == 123
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -246,11 +254,14 @@ def test_the_solver_inside_a_method_counts(solver: str) -> None:
     assert whole.remembered == inside.remembered
 
 
-def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:
+def test_the_head_is_not_read_to_run_the_blocks(chain: Chain, tmp_path: Path) -> None:
     with chain.outer(head=False):
         assert chain.model.get_input_embeddings().weight.device == CPU
         assert chain.model.get_output_embeddings().weight.is_meta
     assert chain.outer_elements() - chain.outer_elements(head=False) == VOCABULARY * 32
+    half = open_chain(save_tiny(tiny_llama(vocab_size=9000).half(), None, tmp_path / "half"), device=CPU)
+    held = steps_of(half, Demand(Extent(1, 8, 8), Workspace()))["embedding"].working
+    assert held == 4 * half.outer_elements(head=False) + 2 * 9000 * 32  # both, while it is widened
 
 
 @pytest.mark.slow

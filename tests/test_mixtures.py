@@ -55,12 +55,12 @@ def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
 def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) -> None:
     model = mixtral()
     chain = open_chain(model, device=torch.device("cpu"))
-    linears = chain.linears(0)
-    patterns = {linear.name: Share(0.5) for linear in linears}
-    task = BlockTask(0, linears, dict(patterns), Feed(chain, IDS, 48).stream(), lambda step: None, PhaseClock())
+    patterns = {linear.name: Share(0.5) for linear in chain.linears(0)}
+    stream = Feed(chain, IDS, 48).stream()
+    task = BlockTask(0, chain.linears(0), dict(patterns), stream, lambda step: None, PhaseClock())
     own_weights = torch.rand(6, 24, generator=torch.Generator().manual_seed(0)) if weighted else torch.ones(6, 24)
-    (mixture,) = task.stream.chain.mixtures(0)
-    with task.stream.store() as store:
+    (mixture,) = chain.mixtures(0)
+    with stream.store() as store:
         tokens = routed._record(task, mixture, store, list(own_weights.split(2)) if weighted else None)
         for number in range(4):
             x, chosen, weights = by_hand(model, number)

@@ -28,17 +28,6 @@ def saliencies(model: PreTrainedModel, survey: Survey) -> dict[str, Tensor]:
     }
 
 
-def give_in_order(saliencies: dict[str, Tensor], zeros: int) -> tuple[dict[str, int], float]:
-    """The cheapest weight first, of any linear that has not given 99 % yet; and what the last one cost."""
-    order = iter(sorted((value, name) for name, values in saliencies.items() for value in values.flatten().tolist()))
-    given, last = dict.fromkeys(saliencies, 0), 0.0
-    while sum(given.values()) < zeros:
-        last, name = next(order)
-        if given[name] < int(0.99 * saliencies[name].numel()):
-            given[name] += 1
-    return given, last
-
-
 def near(values: Tensor, threshold: float) -> int:
     """How many saliencies are within two bins of a threshold: those that a histogram cannot tell apart."""
     width = 2.0 ** (2 * (HIGHEST - LOWEST) / BINS)
@@ -50,7 +39,11 @@ def test_it_gives_what_a_sort_of_all_saliencies_gives(family: Family) -> None:
     survey = survey_of(model, gradients=True, sparsity=0.6)
     result = ALLOCATIONS["threshold"].function(survey, span=1.0).zeros
     exact = saliencies(model, survey)
-    given, threshold = give_in_order(exact, survey.zeros)
+    order = iter(sorted((value, name) for name, values in exact.items() for value in values.flatten().tolist()))
+    given = dict.fromkeys(exact, 0)
+    while sum(given.values()) < survey.zeros:  # the cheapest weight first, of any linear that has not given 99 % yet
+        threshold, name = next(order)
+        given[name] += given[name] < int(0.99 * exact[name].numel())
     assert sum(result.values()) == survey.zeros
     for name, values in exact.items():
         assert abs(result[name] - given[name]) <= near(values, threshold) + 1, name

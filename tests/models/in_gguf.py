@@ -21,11 +21,6 @@ NAMES |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows in llama.cpp's order: it rotates neighbouring pairs, Hugging Face the two halves of a head."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
 def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The weights of a model in fp32, by their names in GGUF."""
     config, weights = model.config, dict[str, np.ndarray]()
@@ -47,7 +42,9 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
             weights[f"blk.{block}.ffn_down_exps.weight"] = weight
         else:
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem[-6:])
-            weights[f"blk.{block}.{NAMES[part]}.{kind}"] = interleaved(weight, heads) if heads else weight
+            if heads:  # rows in llama.cpp's order: it rotates neighbouring pairs, Hugging Face the two halves of a head
+                weight = weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+            weights[f"blk.{block}.{NAMES[part]}.{kind}"] = weight
     return weights
 
 

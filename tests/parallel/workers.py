@@ -261,14 +261,6 @@ def reads(folder: Path) -> None:
         leave(folder, f"reads {machines}", read.call_count)
 
 
-def sweep_alone(folder: Path) -> None:
-    """A resident sweep in shards, as a cell of a comparison runs it, in the last process only."""
-    if parallel.rank() == parallel.size() - 1:
-        with parallel.alone():
-            history, _ = swept_by(Residence(sharded=True), halved(tiny_llama()), tiny_llama(), passes=1)
-        assert history[-1].held_out < history[0].held_out
-
-
 def comparison_of_some_cells(folder: Path) -> None:
     """After the evaluation. A process waits in its first cell until each has one; the first then runs all by itself."""
     names: list[str] = []
@@ -299,7 +291,10 @@ def everything(folder: Path) -> None:
     evaluation_of_some_windows(folder)
     reads(folder)
     comparison_of_some_cells(folder)
-    sweep_alone(folder)
+    if parallel.rank() == parallel.size() - 1:  # a resident sweep in shards, as a cell of a comparison runs it
+        with parallel.alone():
+            history, _ = swept_by(Residence(sharded=True), halved(tiny_llama()), tiny_llama(), passes=1)
+        assert history[-1].held_out < history[0].held_out
     fewer_rows_than_processes(folder)
     rounding_of_some_rows(folder)
     prune_everything(folder)

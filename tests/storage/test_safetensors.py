@@ -61,7 +61,7 @@ def test_it_is_converted_on_the_way_and_no_zero_is_negative(tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_not_finite_is_named(dtype: torch.dtype, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_PIECE", 16)
+    monkeypatch.setattr(reader, "PIECE", 16)
     sound = {name: torch.randn(5, 9).to(dtype) for name in ("a", "b")}
     sound |= {"empty": torch.empty(0, 3, dtype=dtype), "counts": torch.arange(4)}
     save_file(sound, tmp_path / "model.safetensors")

@@ -13,9 +13,8 @@ from sparsellm import parallel
 from sparsellm.chain import Chain
 from sparsellm.errors import NumericalError
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.storage.reader import CheckpointReader, memory_of, not_finite
+from sparsellm.storage.reader import PIECE, CheckpointReader, memory_of, not_finite
 
-_PIECE = 1 << 22  # elements hashed at a time
 _LENGTH = 16  # hexadecimal digits: enough to avoid collisions, short enough for a message
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys that transformers writes into a config
 
@@ -57,7 +56,7 @@ def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
         if isinstance(value, nn.Parameter) and not_finite(value.detach()):  # buffers such as masks may be infinite
             raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
         digest = hashlib.sha256()
-        for piece in value.detach().reshape(-1).split(_PIECE):
+        for piece in value.detach().reshape(-1).split(PIECE):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
         weights.append(f"{name} {value.dtype} {tuple(value.shape)} {digest.hexdigest()}")
         done += value.nbytes

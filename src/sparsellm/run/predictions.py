@@ -299,10 +299,11 @@ def head_bytes(chain: Chain) -> tuple[int, int]:
 
 
 def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
-    """The most that each step of a run holds, in the block where that is largest."""
+    """The most that each step of a run holds, in the block where that is largest; what is widened is there twice."""
     extent, item, read = demand.extent, chain.dtype.itemsize, chain.reader is not None
     tokens = min(extent.share, windows_of(extent.batch_tokens, extent.seq_len)) * extent.seq_len
     piece = max(extent.seq_len, min(extent.batch_tokens, PIECE_TOKENS))  # tokens of a pass with gradients
+    widened = read * max((s.bytes for s in chain.outer_tensors().values() if s.dtype != chain.dtype), default=0)
     work, statistics, solving, gradients, removing = demand.workspace, [0], [0], [sum(head_bytes(chain))], [0]
     for kind in chain.kinds:
         loaded = item * kind.elements * (read + demand.unrounded)
@@ -317,13 +318,12 @@ def steps_of(chain: Chain, demand: Demand) -> dict[str, Held]:
         scores = _attention_bytes(chain, piece, extent.seq_len, gradients=True)
         gradients.append(loaded + wide + inputs + int(GRADIENTS * 4 * kind.elements) + scores)
         if kind.first == 0:
-            embedding = running + (item * chain.outer_elements(head=False) if read else 0)
-    mixtures = any(kind.experts for kind in chain.kinds)  # their inputs are stored
+            embedding = max(running, widened) + (item * chain.outer_elements(head=False) if read else 0)
+    mixtures = any(kind.experts for kind in chain.kinds)  # their inputs are stored; in a removal fp32 outputs, too
     # The last hidden states of a dense model that will not be there any more are kept from before the walk.
     dense = demand.passes > 0 and (not read or demand.reduced)
     streams = extent.sets + work.streams + mixtures + dense
-    outputs = 4 * demand.removes  # those of a mixture, in fp32
-    walked = (streams * item + outputs) * extent.share * extent.seq_len * _width(chain)
+    walked = (streams * item + 4 * demand.removes) * extent.share * extent.seq_len * _width(chain)
     steps = {"checking": Held(_largest_tensor(chain)), "embedding": Held(embedding, walked)}
     steps |= {"statistics": Held(max(statistics), walked), "solving": Held(max(solving), walked)}
     if extent.written:

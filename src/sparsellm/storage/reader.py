@@ -23,7 +23,7 @@ from sparsepack.checkpoint import PackedEntry, PackedTensors, is_packed
 from sparsepack.errors import PackError
 from sparsepack.files import weight_files
 
-_PIECE = 1 << 22  # elements checked at a time: a small part of a weight, large enough that calls cost nothing
+PIECE = 1 << 22  # elements checked or hashed at a time: a small part of a weight, large enough that calls cost nothing
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
 
@@ -139,7 +139,7 @@ class CheckpointReader:
 
     def _digest(self, name: str) -> str:
         stored = self._stored[name]
-        digest, bad, size = hashlib.sha256(), 0, _PIECE * stored.dtype.itemsize
+        digest, bad, size = hashlib.sha256(), 0, PIECE * stored.dtype.itemsize
         with _opened(stored, unchanged=True) as file:
             for start in range(0, stored.bytes, size):
                 data = torch.empty(min(size, stored.bytes - start), dtype=torch.uint8)
