@@ -53,6 +53,17 @@ def test_a_signal_stops_and_says_what_is_kept(signum: signal.Signals, llama: Pat
     assert (out / "pruning.json").is_file()
 
 
+@pytest.mark.parametrize("options", [{"restart": True}, {"dry": True}])
+def test_what_does_not_go_on_keeps_nothing(options: dict[str, bool], llama: Path, tmp_path: Path) -> None:
+    """Of an unfinished run, before it is begun anew, and in a dry run."""
+    (state := tmp_path / "p.partial" / ".sparsellm-run").mkdir(parents=True)
+    (state / "run.json").write_text("{}")
+    start = sparsellm.dry_run if options.pop("dry", False) else sparsellm.prune
+    with pytest.raises(interrupts.Interrupted), interrupts.installed():
+        start(llama, out=tmp_path / "p", progress=lambda on: on.phase == "check" and signal.raise_signal(15), **options)
+    assert "this command keeps nothing: start it again" in interrupts.last_words(signal.SIGTERM)
+
+
 def test_a_comparison_says_what_is_kept(llama: Path, tmp_path: Path, run: Any) -> None:
     grid = ["compare", llama, "--out", tmp_path / "grid", "--sparsity=0.5", "--method=magnitude", "--text=pydoc"]
     grid += ["--calibration=pydoc", "--text-seq-len=32", "--max-tokens=64", "--samples=2", "--seq-len=16"]

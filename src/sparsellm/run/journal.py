@@ -71,7 +71,7 @@ class Journal(contextlib.ExitStack):
         self._restart, self._overwrite = restart, overwrite
         self._partial = partial_of(out) if out is not None else Path()
         self._state = self._partial / STATE
-        if out is not None and self._state.is_dir():
+        if out is not None and not restart and self._state.is_dir():
             interrupts.keeps(f"finished blocks are kept next to {self.out}", part=True)
         self._shards = [self._partial / BLOCKS / name for name in shard_names(blocks + 1)]
         self._walked: CheckpointWriter | None = None  # writes the walk's blocks; in the first process only

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from pydantic_core import to_jsonable_python
 
-from sparsellm import machine, parallel
+from sparsellm import interrupts, machine, parallel
 from sparsellm.chain import Feed, Stream
 from sparsellm.errors import NumericalError, SparseLLMError, one_line
 from sparsellm.hub.card import CARD, card_text
@@ -98,6 +98,7 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
 def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
     """Does all that :func:`prune` does before it writes, with its refusals, and returns the prediction of the run."""
     progress = progress if parallel.is_main() else ignore
+    interrupts.keeps("")  # an unfinished run, which the same command without --dry-run resumes, is not what is stopped
     make = make_plan if request.recipe.experts is None else plan_removal
     with machine.computing(device_of(request.model, request.recipe)):
         plan = make(request, PhaseClock(), progress)
