@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.errors import StorageError
 from sparsellm.run import predictions
 from sparsellm.run import prune as running
 from sparsellm.run import walk as walking
@@ -41,7 +42,9 @@ def test_a_config_alone_predicts_what_a_run_does(make: Any, tmp_path: Path) -> N
         assert one.memory.hidden_in_memory_bytes == door.memory.hidden_in_memory_bytes
 
 
-def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(llama: Path, tmp_path: Path, run: Any) -> None:
+def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(
+    llama: Path, tmp_path: Path, run: Any, monkeypatch: Any
+) -> None:
     before, out = tree(tmp_path), tmp_path / "out"
     few = ("--samples", 4, "--seq-len", 32, "--method", "wanda", "--calibration", "pydoc")
     line = ("prune", llama, "--out", out, *few)
@@ -56,6 +59,14 @@ def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(llama: Path, tmp_p
     (state / "run.json").write_text('{"recipe": {"seed": 1}}')
     line = (*line[:3], tmp_path / "more", *line[4:])
     assert "holds another unfinished run" in run(*line, "--dry-run", exits=2)[2]
+    model = save_tiny(tiny_llama(hidden_size=512), tiny_tokenizer(), tmp_path / "m")
+    recipe = Recipe(method="wanda", calibration="pydoc")
+    memory = sparsellm.dry_run(model, recipe, out=tmp_path / "p").memory
+    recipe = recipe.updated(memory=memory.predicted_peak_rss_bytes - memory.hidden_in_memory_bytes // 2)
+    usage = shutil.disk_usage(tmp_path)._replace(free=(model / "model.safetensors").stat().st_size)
+    monkeypatch.setattr("sparsellm.storage.directory.shutil.disk_usage", lambda place: usage)
+    with pytest.raises(StorageError, match="make room"):  # hidden states do not fit there
+        sparsellm.dry_run(model, recipe, out=tmp_path / "p")
 
 
 def config(directory: Path, **changes: Any) -> Path:

@@ -102,6 +102,7 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
     make = make_plan if request.recipe.experts is None else plan_removal
     with machine.computing(device_of(request.model, request.recipe)):
         plan = make(request, PhaseClock(), progress)
+    plan.request.destination((), plan.disk_bytes if plan.fewer is None or not plan.request.overwrite else 0)
     if plan.out is not None:
         identity = to_jsonable_python(asdict(plan.identity))
         parallel.from_main(partial(check_unfinished, partial_of(plan.out), identity, restart=request.restart))
