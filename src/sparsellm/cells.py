@@ -149,8 +149,7 @@ def compare(
 
             with _changed(place) as grid:
                 grid.begun[name] = recipes[name]
-            request = Request(model, cells[name], place / name, shared=shared)
-            measured = _measure(request, protocol, dense, grid, tell)
+            measured = _measure(Request(model, cells[name], place / name, shared=shared), protocol, dense, grid, tell)
             with _changed(place) as grid:
                 grid.cells.append(measured)
 

@@ -224,8 +224,7 @@ def print_packed(result: PackResult) -> None:
     if dense := sum(entry is None for entry in result.linears.values()):
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
     if result.expert_weights:
-        kept = count(result.expert_weights)
-        say(f"note: {kept} weights of experts stay dense; they have no packed form", error=True)
+        say(f"note: {count(result.expert_weights)} weights of experts stay dense; they have no packed form", error=True)
     if result.rounded:
         say(
             f"note: {len(result.rounded)} of {len(result.linears)} linears were rounded to nearest. A model that was "

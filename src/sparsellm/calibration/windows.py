@@ -277,8 +277,7 @@ def _windows_of_documents(
                 f"{_called(source)} has too few documents longer than {length} tokens ({len(windows)} of {samples} "
                 f"found, and then {misses} shorter ones); lower seq_len"
             )
-        document = int(torch.randint(len(text.documents), (), generator=generator))
-        ids = read(text.documents[document])
+        ids = read(text.documents[int(torch.randint(len(text.documents), (), generator=generator))])
         misses += 1
         if len(ids) > length:
             misses, offset = 0, int(torch.randint(len(ids) - length, (), generator=generator))

@@ -130,8 +130,7 @@ class Stream:
     def keep(self, known: KnownOutput) -> KnownOutput | None:
         """``known`` if the scratch can spare the memory for it, which is reserved; None on an accelerator, where moving
         the tensors takes as long as the module."""
-        fits = self.chain.device.type == "cpu" and self.scratch.spare.take(self._bytes_of(known))
-        return known if fits else None
+        return known if self.chain.device.type == "cpu" and self.scratch.spare.take(self._bytes_of(known)) else None
 
     def use(self, known: KnownOutput) -> None:
         """Leaves out the module in later runs: the linears before its writer, and the writer, are pruned now."""

@@ -76,8 +76,7 @@ def move_variables(
     if variables.gate is None or products.gate is None:
         return Variables(update_preactivation(products.up, a, coefficients))
     u = update_linear_gate_branch(products.up, a, unit.activation(variables.gate), coefficients)
-    s = descend_gate_preactivation(products.gate, a, variables.gate, u, unit.activation, coefficients)
-    return Variables(u, s)
+    return Variables(u, descend_gate_preactivation(products.gate, a, variables.gate, u, unit.activation, coefficients))
 
 
 @dataclass(frozen=True)
@@ -161,8 +160,7 @@ def pseudo_inverse_weight(moments: Moments) -> Fit:
     ``pinv(XᵀX) Xᵀ = pinv(X)``; its singular values below 1e-12 of the largest are noise of fp32 inputs."""
     assert moments.exact is not None, "accumulate with exact=True"
     square, cross = moments.exact
-    inverse = torch.linalg.pinv(square, rtol=1e-12, hermitian=True)
-    return Fit((cross @ inverse).to(moments.cross.dtype))
+    return Fit((cross @ torch.linalg.pinv(square, rtol=1e-12, hermitian=True)).to(moments.cross.dtype))
 
 
 def descend_weight(moments: Moments, weight: Tensor) -> Fit:

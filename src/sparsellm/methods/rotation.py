@@ -93,5 +93,4 @@ def _cost(channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, 
 
 def _pruned(errors: Tensor, pattern: NM) -> Tensor:
     """The sum of the errors of the weights that the pattern prunes, which are the smallest of each group."""
-    pruned = pattern.mask(errors.detach().flatten(0, -2)).logical_not_()
-    return (errors * pruned.view(errors.shape)).sum()
+    return (errors * pattern.mask(errors.detach().flatten(0, -2)).logical_not_().view(errors.shape)).sum()

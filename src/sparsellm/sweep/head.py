@@ -69,8 +69,7 @@ def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
         total = 0.0
         for rows, goal, part in _rows(logits, chain.finish(dense[:, span], ids[:, span]), slope):
             target, logarithm = functional.log_softmax(goal.float(), -1), functional.log_softmax(rows, -1)
-            difference = target - logarithm
-            total += float(difference.mul_(target.exp_()).sum(-1).double().sum())
+            total += float((target - logarithm).mul_(target.exp_()).sum(-1).double().sum())
             if part is not None:
                 torch.sub(logarithm.exp_(), target, out=part)
         return total

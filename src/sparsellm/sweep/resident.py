@@ -53,11 +53,7 @@ class _Blocks(nn.Module):
         if not self.way.narrow or self.way.sharded:
             return self.chain.apply(index, hidden, call, block)
         rounded = {name: p.to(torch.bfloat16) for name, p in block.named_parameters()}
-
-        def in_bf16(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(block, rounded, args, kwargs)
-
-        return self.chain.apply(index, hidden, call, in_bf16)
+        return self.chain.apply(index, hidden, call, lambda *args, **kwargs: functional_call(block, rounded, args, kwargs))
 
 
 class Resident(Weights):
