@@ -14,7 +14,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +52,9 @@ class _Blocks(nn.Module):
         if not self.way.narrow or self.way.sharded:
             return self.chain.apply(index, hidden, call, block)
         rounded = {name: p.to(torch.bfloat16) for name, p in block.named_parameters()}
-        return self.chain.apply(index, hidden, call, lambda *args, **kwargs: functional_call(block, rounded, args, kwargs))
+        return self.chain.apply(
+            index, hidden, call, lambda *args, **kwargs: functional_call(block, rounded, args, kwargs)
+        )
 
 
 class Resident(Weights):
