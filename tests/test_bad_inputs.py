@@ -107,8 +107,7 @@ def command_lines(draw: st.DrawFn) -> Example:
             continue
         values = integers if option.metavar in ("N", "0-3") else garbage
         values = st.one_of(st.sampled_from(TELLING[option.name]), values) if option.name in TELLING else values
-        plain = option.is_flag and draw(st.booleans())
-        line.append(option.opts[0] if plain else f"{option.opts[0]}={draw(values)}")
+        line.append(option.opts[0] if option.is_flag and draw(st.booleans()) else f"{option.opts[0]}={draw(values)}")
     return Example(line)
 
 

@@ -96,11 +96,10 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
 
 def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: GridResult) -> None:
     before = sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
-    cells = cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5])
     with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: protocol\.max_tokens is"):
         grid(llama, finished.out, protocol=Protocol("pydoc", 32, 512))
     with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: seed is 0 there and 1 here"):
-        grid(llama, finished.out, cells=cells)
+        grid(llama, finished.out, cells=cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5]))
     assert sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*")) == before
 
 

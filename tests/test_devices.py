@@ -73,10 +73,9 @@ def test_fp16_that_overflows_names_the_dtype_to_take(tmp_path: Path) -> None:
     model = tiny_llama().half()
     model.model.layers[0].mlp.up_proj.weight.data.mul_(3e4)
     source = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(method="wanda", dtype="float16")
     said = "blocks ran in float16, whose largest number is 65504; take dtype float32"
     with pytest.raises(NumericalError, match=said):
-        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "out")
+        sparsellm.prune(source, Recipe(method="wanda", dtype="float16"), calibration=windows(), out=tmp_path / "out")
 
 
 def test_settings_of_the_program_change_no_product_and_return(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,9 +315,8 @@ def test_coordinated_tries_exchanges_that_were_refused_last() -> None:
     ],
 )
 def test_what_cannot_be_removed_is_refused_before_the_work(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    source = save_tiny(mixtral(), None, tmp_path / "dense")
     with pytest.raises(RecipeError, match=said):
-        removed(source, tmp_path / "small", **changes)
+        removed(save_tiny(mixtral(), None, tmp_path / "dense"), tmp_path / "small", **changes)
     assert not [*tmp_path.glob("small*")]
 
 

@@ -66,9 +66,8 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
     config = json.loads((directory / "config.json").read_text())
     assert not {"quantization_config", "sparsity_config"} & set(config)
     assert config["dtype"] == "float32"
-    loaded = AutoModelForCausalLM.from_pretrained(directory)
     ids = torch.arange(60)[None]
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(directory)(ids).logits, model(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer("Hello world")["input_ids"] == tiny_tokenizer()("Hello world")["input_ids"]
     assert tokenizer.chat_template == CHAT
@@ -98,9 +97,8 @@ def test_what_a_file_says_of_positions_and_attention_counts(name: str, tmp_path:
     changes, more = CHANGED[name]
     model = family(name.replace("-4", "3"), **changes).eval()
     path = write_gguf(model, tmp_path / "tiny.gguf", F32, model.config.model_type, more=more)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf_checkpoint(path))
     ids = torch.arange(4, 60)[None]
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(gguf_checkpoint(path))(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("Gemma2", 46), ("Gemma3Text", 62)])
@@ -130,10 +128,9 @@ def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) 
     ],
 )
 def test_what_transformers_would_drop_is_refused(more: Any, tmp_path: Path) -> None:
-    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, more=more)
     said = r"tiny\.gguf has (rope_freqs|llama\.rope|blk\.0\.attn_q\.bias).* Hugging Face"
     with pytest.raises(ModelError, match=said):
-        gguf_checkpoint(path)
+        gguf_checkpoint(write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, more=more))
 
 
 def test_a_model_larger_than_memory_or_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

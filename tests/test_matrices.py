@@ -47,10 +47,9 @@ def with_mixture(kind: type[nn.Module], experts: int) -> PreTrainedModel:
 
 
 def built(model_type: str, **settings: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
 
 
 def by_hand(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[int, int]:

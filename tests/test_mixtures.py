@@ -208,8 +208,7 @@ DOWN = Part("s", (2,))
 def test_a_part_is_found_before_the_conversion(kinds: int, shape: Any, steps: list[str], parts: list[Part]) -> None:
     """Against transformers' own operations on tensors of random numbers."""
     operations = [eval(step, vars(loading)) for step in steps]
-    each = EXPERTS if len(shape) == 2 else 1
-    sources = [[f"{kind}.{number}" for number in range(each)] for kind in range(kinds)]
+    sources = [[f"{kind}.{number}" for number in range(EXPERTS if len(shape) == 2 else 1)] for kind in range(kinds)]
     tensors = {name: torch.randn(shape) for names in sources for name in names}
     values = {str(kind): [tensors[name] for name in names] for kind, names in enumerate(sources)}
     given: Any = {"source_patterns": list(values), "target_patterns": ["s"], "full_layer_name": "s", "config": None}

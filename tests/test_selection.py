@@ -24,10 +24,6 @@ from tests.test_matrices import Stacks, with_mixture
 OF = {"*.down_proj": 0.75, "model.layers.0.*": 0.25, "*.v_proj": 0}
 
 
-def zeros_of(result: sparsellm.PruneResult) -> dict[str, int]:
-    return {linear.name.removeprefix("model.layers."): linear.zeros for linear in result.linears}
-
-
 def test_linears_at_sparsity_0_keep_every_bit() -> None:
     """Also a writer of which no linear before it was pruned, and the biases."""
     model, of = tiny_opt(), {"*.fc1": 0, "*.fc2": 0, "*.q_proj": 0}
@@ -86,7 +82,7 @@ def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> Non
     model = tiny_llama()
     recipe = Recipe(method="magnitude", sparsity=0.6, allocation=name, sparsity_of=OF, exclude=["*.k_proj"])
     result = sparsellm.prune(model, recipe, calibration=IDS)
-    zeros = zeros_of(result)
+    zeros = {linear.name.removeprefix("model.layers."): linear.zeros for linear in result.linears}
     for linear in result.linears:
         assert int((model.get_submodule(linear.name).weight == 0).sum()) == linear.zeros
     assert {zeros[f"{block}.mlp.down_proj"] for block in (1, 2)} == {round(0.75 * 80 * 32)}

@@ -85,8 +85,7 @@ def test_every_help_fits_80_columns(command: str, run: Any) -> None:
     stdout = run(command, "--help", columns=80, exits=0)[1]
     assert f"Usage: sparsellm {command}" in stdout
     needed = [each for each in COMMANDS[command].params if each.param_type_name == "option" and each.required]
-    usage = " ".join(stdout.partition("╭")[0].split())
-    assert all(f"{each.opts[0]} {each.metavar}" in usage for each in needed)
+    assert all(f"{each.opts[0]} {each.metavar}" in " ".join(stdout.partition("╭")[0].split()) for each in needed)
     assert "Examples:" in stdout
     assert max(map(len, stdout.splitlines())) <= 80
     assert "…" not in stdout

@@ -125,8 +125,7 @@ def check(packed: object) -> None:
         rows = torch.empty_like(dense)
         native.unpack_rows(weight, 0, len(dense), rows, kernel=kernel)
         assert torch.equal(rows.nan_to_num(7.0), dense.nan_to_num(7.0)), kernel
-        y = native.multiply(weight, x, kernel=kernel).double()
-        assert bool(((y - exact).abs() <= slack)[usual].all()), kernel
+        assert bool(((native.multiply(weight, x, kernel=kernel).double() - exact).abs() <= slack)[usual].all()), kernel
         if weight.scales is not None:
             result = native.multiply(weight, x, rounded=True, kernel=kernel)
             assert torch.equal(result.nan_to_num(7.0), rounded.nan_to_num(7.0)), kernel

@@ -64,10 +64,9 @@ def bound(dense: Tensor, x: Tensor) -> Tensor:
 
     The sum of n products differs by at most ``(n + 3) u Σ|w x|`` with u = 2⁻²⁴ (Higham, section 3.1); a rounding to k
     bits adds ``2⁻ᵏ |y|``."""
-    magnitude = x.double().abs() @ dense.abs().T
     exact = (x.double() @ dense.T).abs()
     rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[x.dtype]
-    return (dense.shape[1] + 3) * 2.0**-24 * magnitude + rounding * exact + 2.0**-24
+    return (dense.shape[1] + 3) * 2.0**-24 * (x.double().abs() @ dense.abs().T) + rounding * exact + 2.0**-24
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,9 +42,8 @@ def test_it_runs_without_sparsellm_and_not_without_sparsepack(packed: Path) -> N
 
 def test_version_2_by_another_writer_is_read(llama: Path, tmp_path: Path) -> None:
     """It has offsets of dense weights, no exponents, and no checksum file here."""
-    dense = load_file(llama / "model.safetensors")
     names = [f"model.layers.0.mlp.{kind}_proj" for kind in ("up", "gate", "down")]
-    tensors, config = version_2(dense, names)
+    tensors, config = version_2(load_file(llama / "model.safetensors"), names)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     written = json.loads((llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": config}))

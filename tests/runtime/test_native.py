@@ -201,10 +201,9 @@ def test_results_are_rounded_to_nearest_even() -> None:
     packed, _ = random_weight(1, 2, "fp32", 0.0, seed=0, special_rows=False)
     weights = [0.0, 1e-6, 2.0**-14 - 2.0**-26, 65519.0, 65520.0, 3.3e38, *torch.linspace(-3, 3, 110).tolist()]
     for dtype in (torch.bfloat16, torch.float16):
-        one = torch.tensor([[1.0, 0.0]], dtype=dtype)
         for weight in weights:
             value = torch.tensor([weight, 0.0])
-            y = native.multiply(dataclasses.replace(packed, values=value), one)
+            y = native.multiply(dataclasses.replace(packed, values=value), torch.tensor([[1.0, 0.0]], dtype=dtype))
             assert torch.equal(y.view(1), value[:1].to(dtype))
 
 

@@ -96,9 +96,8 @@ def test_exec_passes_the_exit_code_on(tmp_path: Path) -> None:
 
 def test_peft_names_the_way_out(packed: Path) -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"PackedLinear\(.*not trained \(sparsellm unpack\)") as caught:
-        peft.get_peft_model(sparsellm.load(packed), config)
+        peft.get_peft_model(sparsellm.load(packed), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     assert "\n" not in str(caught.value)
 
 

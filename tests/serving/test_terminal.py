@@ -74,7 +74,6 @@ def test_what_cannot_talk_is_one_line(options: Any, said: str, llama: Path, run:
 def test_a_template_that_refuses_is_one_line(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer().__class__(tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="</s>")
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    directory = save_tiny(tiny_llama(), tokenizer, tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
-    stderr = run("chat", directory, exits=2)[2]
+    stderr = run("chat", save_tiny(tiny_llama(), tokenizer, tmp_path), exits=2)[2]
     assert stderr.endswith("refuses the conversation: TemplateError: roles must alternate\n")

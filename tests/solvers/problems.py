@@ -21,9 +21,8 @@ def gram_of(inputs: int, tokens: int | None = None, seed: int = 0) -> Gram:
     """The Gram matrix of correlated inputs: a decaying spectrum, and one input in eight much larger than the rest."""
     generator = torch.Generator().manual_seed(1000 + seed)
     tokens = 4 * inputs + 8 if tokens is None else tokens
-    spectrum = torch.arange(1, inputs + 1).float().pow(-0.7)
     mixing = torch.randn(inputs, inputs, generator=generator)
-    x = (torch.randn(tokens, inputs, generator=generator) * spectrum) @ mixing
+    x = (torch.randn(tokens, inputs, generator=generator) * torch.arange(1, inputs + 1).float().pow(-0.7)) @ mixing
     x[:, ::8] *= 5
     return Gram((x.T @ x / tokens), tokens)
 

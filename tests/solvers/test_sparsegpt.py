@@ -37,11 +37,10 @@ def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, step: int, da
                 kept[:, j:stop] = kept[:, j:stop].scatter(1, scores.argsort(dim=1)[:, : pattern.m - pattern.n], False)
             else:
                 zeros = zeros_of(pattern, weight.shape)
-                count = zeros * stop // inputs - zeros * j // inputs
                 # columns first: ties aside, the order does not matter
                 flat = scores.flatten()
                 chosen = torch.ones(len(flat), dtype=torch.bool)
-                chosen[flat.argsort()[:count]] = False
+                chosen[flat.argsort()[: zeros * stop // inputs - zeros * j // inputs]] = False
                 kept[:, j:stop] = chosen.reshape(scores.shape)
         inverse = torch.linalg.inv(damped[j:, j:])
         for row in range(outputs):

@@ -268,13 +268,12 @@ def test_what_is_copied_last_can_be_read_first(tmp_path: Path, monkeypatch: pyte
 
 def test_a_snapshot_of_the_hub_is_copied_from_its_blobs(tmp_path: Path) -> None:
     repository = tmp_path / "models--a--b"
-    other = source(tmp_path / "models--c--d" / "blobs")
     source(repository / "blobs", l="licence")
     snapshot = repository / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     for name, target in {"config.json": "config.json", "tokenizer.json": "tokenizer.json", "LICENSE": "l"}.items():
         (snapshot / name).symlink_to(f"../../blobs/{target}")
-    (snapshot / "NOTICE").symlink_to(other / "tokenizer.json")
+    (snapshot / "NOTICE").symlink_to(source(tmp_path / "models--c--d" / "blobs") / "tokenizer.json")
     with WorkingDirectory(tmp_path / "p", {}) as work:
         with pytest.warns(Note, match="^NOTICE of the model was not copied"):
             (writer := CheckpointWriter(work, 1)).copy_companions(snapshot)

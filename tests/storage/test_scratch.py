@@ -85,10 +85,9 @@ def test_advancing_in_place_writes_no_new_room(tmp_path: Path) -> None:
 
 
 def test_an_item_is_no_alias_and_keeps_nothing_else(tmp_path: Path) -> None:
-    value = torch.ones(1000, requires_grad=True)
     for memory in (None, 0):
         store = Scratch(memory, tmp_path).store()
-        store.append((value * 2)[:2])
+        store.append((torch.ones(1000, requires_grad=True) * 2)[:2])
         assert not store[0].requires_grad
         assert store[0].untyped_storage().nbytes() == 8
     store[0].add_(1)

@@ -28,11 +28,9 @@ RECIPE = {"sparsity": 0.6, "samples": SAMPLES, "seq_len": SEQ_LEN, "batch_tokens
 def runs_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """Filled with the windows of each pass and the dense model's hidden states for them."""
     seen: list[tuple[Tensor, Tensor]] = []
-
-    def noted(_: object, run: Run, *__: object) -> None:
-        seen.append((run.windows, torch.cat(list(run.dense))))
-
-    ahead_of(monkeypatch, whole_model, "_pass", noted)
+    ahead_of(
+        monkeypatch, whole_model, "_pass", lambda _, run, *__: seen.append((run.windows, torch.cat(list(run.dense))))
+    )
     return seen
 
 
