@@ -16,7 +16,6 @@ from sparsellm.calibration.windows import calibration_windows
 from sparsellm.run import opening as reading
 from sparsellm.run import prune as story
 from sparsellm.sweep import whole_model
-from sparsellm.sweep.sweep_task import Run
 from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.sweep.helpers import Family, dense_end, ids_of, tiny_zamba
