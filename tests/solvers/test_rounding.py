@@ -159,8 +159,7 @@ def test_numbers_and_scale_of_a_group_are_near_the_best(name: str, kept: int, se
     assert not bool(codes[:, kept:].any())
     inside = Gram(gram.matrix[:kept, :kept], gram.tokens)
     fixed = int(weight.abs().argmax())
-    start = abs(float(weight[0, fixed])) / -grid.lowest
-    steps = torch.linspace(0.5, 1.2, 300).mul_(start).bfloat16().double().unique()
+    steps = torch.linspace(0.5, 1.2, 300).mul_(abs(float(weight[0, fixed])) / -grid.lowest).bfloat16().double().unique()
     others = torch.tensor(list(itertools.product(range(grid.lowest, grid.highest + 1), repeat=kept - 1))).double()
     whole = torch.cat((others[:, :fixed], torch.full((len(others), 1), float(grid.lowest)), others[:, fixed:]), dim=1)
     sign = -math.copysign(1.0, float(weight[0, fixed]))
