@@ -95,13 +95,14 @@ def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> Non
 
 
 @pytest.mark.usefixtures("forgotten_plugins")
-def test_an_allocation_that_misses_the_total_is_corrected() -> None:
+@pytest.mark.parametrize("of", [{}, {"*.q_proj": 0.1}])
+def test_an_allocation_that_misses_the_total_is_corrected(of: dict[str, float]) -> None:
     @ALLOCATIONS.register("rough", paper="none")
     def rough(survey: Survey) -> Allocation:
         """A tenth less than it was asked for."""
         return Allocation({linear.name: int(0.9 * survey.sparsity * linear.weights) for linear in survey.linears})
 
-    recipe = Recipe(method="magnitude", sparsity=0.6, allocation="rough", sparsity_of={"*.q_proj": 0.1})
+    recipe = Recipe(method="magnitude", sparsity=0.6, allocation="rough", sparsity_of=of)
     result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
     assert result.zeros == round(0.6 * result.weights)
     assert result.allocation == {"name": "rough"}

@@ -64,13 +64,11 @@ class Division:
     sparsity: float
 
     def wrong(self, chosen: Allocation) -> str:
-        """What is wrong with a user's allocation, as a clause, or nothing. Each linear may round its zeros alone."""
+        """What is wrong with a user's allocation, as a clause, or nothing. A wrong sum is corrected."""
         zeros = chosen.zeros if isinstance(chosen, Allocation) else {}
         for linear in self.free:
             if type(count := zeros.get(linear.name)) is not int or not 0 <= count <= linear.weights:
                 return f"gives {linear.name} {shown(count)} of its {linear.weights} weights as zeros"
-        if abs(sum(zeros[linear.name] for linear in self.free) - self.zeros) > len(self.free):
-            return f"does not give {self.zeros} zeros in all"
         return ""
 
     def allocation(self, chosen: Allocation | None = None) -> Allocation:
