@@ -192,7 +192,7 @@ def test_a_full_disk_is_said_at_once(llama: Path, tmp_path: Path, run: Any, monk
         ("export", rounded, "--to", "compressed-tensors"),
     ]
     for line in (prune, *others):
-        assert " MB and its disk has 0 MB free; make room" in run(*line, "--out", tmp_path / "p", exits=2)[2]
+        assert " MB and its disk has 0.00 MB free; make room" in run(*line, "--out", tmp_path / "p", exits=2)[2]
 
 
 def test_no_memory_from_the_system_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:

@@ -53,12 +53,12 @@ def test_a_signal_stops_and_says_what_is_kept(signum: signal.Signals, llama: Pat
     assert (out / "pruning.json").is_file()
 
 
-@pytest.mark.parametrize("options", [{"restart": True}, {"dry": True}])
+@pytest.mark.parametrize("options", [{"restart": True}, {}])
 def test_what_does_not_go_on_keeps_nothing(options: dict[str, bool], llama: Path, tmp_path: Path) -> None:
-    """Of an unfinished run, before it is begun anew, and in a dry run."""
+    """Of an unfinished run, before it is begun anew, and, without options, in a dry run."""
     (state := tmp_path / "p.partial" / ".sparsellm-run").mkdir(parents=True)
     (state / "run.json").write_text("{}")
-    start = sparsellm.dry_run if options.pop("dry", False) else sparsellm.prune
+    start = sparsellm.prune if options else sparsellm.dry_run
     with pytest.raises(interrupts.Interrupted), interrupts.installed():
         start(llama, out=tmp_path / "p", progress=lambda on: on.phase == "check" and signal.raise_signal(15), **options)
     assert "this command keeps nothing: start it again" in interrupts.last_words(signal.SIGTERM)

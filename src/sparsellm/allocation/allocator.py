@@ -74,8 +74,11 @@ class Division:
     def allocation(self, chosen: Allocation | None = None) -> Allocation:
         """The zeros of all linears: in the free ones as ``chosen``, with the sum corrected, or None for the same
         sparsity in each."""
+        limits = bounds(sizes := [x.weights for x in self.free], self.sparsity)
         goals = [chosen.zeros[x.name] if chosen else self.sparsity * x.weights for x in self.free]
-        limits = bounds([x.weights for x in self.free], self.sparsity)
+        if abs(sum(goals) - self.zeros) > len(goals):  # too many to be corrected one by one
+            shares = [goal / size for goal, size in zip(goals, sizes, strict=True)]
+            goals = shift_to_total(sizes, shares, self.zeros, limits)
         free = Allocation.of(self.free, round_exactly(goals, self.zeros, limits))
         report = json.loads(json.dumps(chosen.report if chosen else {}, default=str))  # tensors as text
         return Allocation({**self.fixed, **free.zeros}, report)

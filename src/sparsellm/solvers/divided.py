@@ -46,7 +46,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         scaled = weight if root is None else weight * root[rows]
         with products if products is not None and entry.workspace.narrow else nullcontext():
             result = entry.function(scaled, gram, pattern, **options)
-        if not _is_solution(result, weight.shape, pattern):
+        if not (entry.function.__module__.startswith("sparsellm.") or _is_solution(result, weight.shape, pattern)):
             no = f"no Solution of shape {tuple(weight.shape)} with the zeros of its pattern"
             raise RecipeError(f"solver {entry.name}: {no}; return solution(weight, pruned, pattern.mask(scores), gram)")
         if root is None:
@@ -82,7 +82,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
 
 
 def _is_solution(found: Solution, shape: torch.Size, pattern: Pattern) -> bool:
-    """Whether a solver returned a solution of this shape with the pattern's zeros, which rows may round without N:M."""
+    """Whether a plugin returned a solution of this shape with the pattern's zeros, which rows may round without N:M."""
     if not isinstance(found, Solution) or not found.weight.shape == found.mask.shape == shape:
         return False
     if isinstance(pattern, NM):

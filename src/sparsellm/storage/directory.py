@@ -19,7 +19,6 @@ from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts
 from sparsellm.errors import StorageError, shown, some
-from sparsellm.inputs import about
 from sparsellm.storage import files
 from sparsellm.storage.contents import LIST, belongs_to, companions_of, foreign_entries, listed_files, unknown_entries
 from sparsellm.storage.files import empty, explained, keep_record, kept_record, locked, remove_torn, user_of_new_files
@@ -237,7 +236,8 @@ def check_room(place: Path, need_bytes: int) -> None:
     with explained(place):
         free = shutil.disk_usage(_existing(place)).free
     if free < need_bytes:
-        needs, left = about(need_bytes), about(free)
+        unit, name = (1e9, "GB") if need_bytes >= 1e9 else (1e6, "MB")
+        needs, left = f"{need_bytes / unit:.2f} {name}", f"{free / unit:.2f} {name}"
         raise StorageError(f"{place} needs {needs} and its disk has {left} free; make room or name another directory")
 
 

@@ -108,8 +108,8 @@ class CheckpointWriter:
         return self.work.out
 
     def write_config(self, path: Path) -> None:
-        """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`, and without the path that it came from."""
-        config, without = read_object(path), (*FOREIGN_CONFIG_KEYS, "_name_or_path")
+        """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`, its path and what may stop it running."""
+        config, without = read_object(path), (*FOREIGN_CONFIG_KEYS, "_name_or_path", "return_dict")
         self.write_json("config.json", {key: value for key, value in config.items() if key not in without})
 
 

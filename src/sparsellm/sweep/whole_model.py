@@ -159,7 +159,7 @@ def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(task.seed + (number - 1) * 1_000_003))
     for place, chosen in enumerate(order.flip(0).tolist()):
         task.feed.progress(Progress("sweep", number - first + place / count, task.passes - first + 1, text))
-        since = (number - 1 - undone) * length + place + 1  # steps since Adam's moments began
+        since = (number - 1 - undone) * length + place + 1  # about the steps since Adam's moments began
         factor = schedule(((number - 1) * count + place) * length / count, task.passes * length, since)
         total += run.step(steps[chosen], rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)

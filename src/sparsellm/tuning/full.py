@@ -51,8 +51,7 @@ class ZeroKeeper:
     def __enter__(self) -> Self:
         for name, weight in self._weights.items():
             if weight.requires_grad:
-                mask = self.masks[name]
-                self._hooks.append(weight.register_hook(lambda g, mask=mask: g.masked_fill(~mask.to(g.device), 0.0)))
+                self._hooks.append(weight.register_hook(lambda g, mask=self.masks[name]: _cleared(g.clone(), mask)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,7 +63,14 @@ class ZeroKeeper:
     def restore(self) -> None:
         """Sets every pruned weight to zero again."""
         for name, weight in self._weights.items():
-            weight.masked_fill_(~self.masks[name].to(weight.device), 0.0)  # also where it is NaN or infinite
+            _cleared(weight, self.masks[name])
+
+
+def _cleared(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` with zeros off the mask, also where not finite; torch fills by a bool mask many times as slowly."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    values.view(whole).bitwise_and_(mask.to(values.device, whole).neg_())  # all ones where kept
+    return values
 
 
 class KeepZeros(TrainerCallback):
