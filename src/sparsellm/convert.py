@@ -170,7 +170,7 @@ def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResu
             writer.write_json("config.json", {**config, **WAY_IN, "quantization_config": quantization_config(entries)})
             writer.write_json(MANIFEST, manifest(writer.folder))
         text = ""
-        with suppress(StorageError):  # there is no record of the run, or it is damaged: no card
+        with suppress(StorageError):  # a missing or damaged record gives no card
             text = card_text(read_pruning(source), packed=entries.values())
         if text:
             writer.write_text(CARD, text)
