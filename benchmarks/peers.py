@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace, method: str, target: str) -> dict[str, An
         "cpu_seconds": run.cpu_seconds,
         "peak_rss_bytes": run.peak_rss,
         "sparsity": sum(x.zeros for x in linears) / sum(x.weights for x in linears),
-        "perplexity": measure(arguments, str(out))["perplexity"],
+        **measure(arguments, str(out)),
         "versions": json.loads(run.stdout.strip().splitlines()[-1]),
     }
     shutil.rmtree(out)

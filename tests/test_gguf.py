@@ -165,9 +165,10 @@ def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ModelError, match=said):
             gguf_checkpoint(path)
-    write_gguf(tiny_llama(), path, F32, split="falcon")
-    with pytest.raises(ModelError, match=r"a\.gguf splits text as falcon, .* Hugging Face checkpoint"):
-        gguf_checkpoint(path)
+    for split in ("falcon", "seed-coder"):
+        write_gguf(tiny_llama(), path, F32, split=split)
+        with pytest.raises(ModelError, match=rf"a\.gguf splits text as {split}, .* Hugging Face checkpoint"):
+            gguf_checkpoint(path)
     path.unlink()
     with pytest.raises(ModelError, match=r"cannot read .*a\.gguf"):
         gguf_checkpoint(path)

@@ -25,9 +25,11 @@ from sparsepack.files import read_bytes
 
 FORMAT = 4  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
-# Ways of splitting text that transformers takes for GPT-2's: those that split off each digit, and others.
-_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-_OTHERS = re.compile("falcon|bloom|poro-chat|gpt3-finnish|stablelm2|deepseek-(llm|coder|v3)|chatglm-bpe|viking")
+# Ways of splitting text, by llama.cpp's names: those that split off each digit, which transformers takes for GPT-2's;
+# GPT-2's own, and what files say whose tokens are not split; and those that releases with no table know by the model.
+_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
+_PLAIN = {"", "default", "gemma4", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum"}
+_BY_MODEL = {"llama3", "llama-v3", "llama-bpe", "qwen2", "deepseek-r1-qwen"}
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}  # by their blocks, as llama.cpp tells them
 _TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
 
@@ -49,7 +51,7 @@ def gguf_checkpoint(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
     unread, split, weights = check_header(path)
-    if _OTHERS.fullmatch(split):
+    if split not in _DIGITS | _PLAIN | _known_splits():
         raise ModelError(f"{path} splits text as {split}, and transformers does not; give a Hugging Face checkpoint")
     check_room(folder, 4 * weights)
     if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
@@ -108,6 +110,15 @@ def _convert(path: Path, folder: Path) -> Path:
     # Tools with transformers 4 refuse the class name that version 5 writes.
     settings.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return directory
+
+
+def _known_splits() -> set[str]:
+    """The ways of splitting text for which transformers has rules; it takes any other for GPT-2's."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return _BY_MODEL
+    return set(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def _complete(path: Path, config: Any) -> None:

@@ -23,7 +23,7 @@ from sparsepack.checkpoint import PackedEntry, PackedTensors, is_packed
 from sparsepack.errors import PackError
 from sparsepack.files import weight_files
 
-PIECE = 1 << 22  # elements checked or hashed at a time: a small part of a weight, large enough that calls cost nothing
+PIECE = 1 << 22  # elements checked, hashed or written at a time: a small part of a weight, which costs few calls
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
 

@@ -21,10 +21,8 @@ from sparsellm.inputs import read_object
 from sparsellm.storage.contents import belongs_to, companions_of, write_list
 from sparsellm.storage.directory import BLOCKS, WorkingDirectory
 from sparsellm.storage.files import empty, explained, replace_atomically, write_all, write_bytes
-from sparsellm.storage.reader import DTYPES, CheckpointReader, memory_of
+from sparsellm.storage.reader import DTYPES, PIECE, CheckpointReader, memory_of
 from sparsepack.errors import Note
-
-PIECE = 1 << 22  # elements converted and written at a time: a small part of a block, large enough for a fast disk
 
 # Keys of compression schemes: vLLM and transformers refuse a config with a scheme that they do not support. The last is
 # the name of the weight files, which have other names in what is written.
