@@ -49,6 +49,16 @@ def test_jsonl_and_parquet_give_their_text(tmp_path: Path) -> None:
     assert list(read_source(f"file:{tmp_path / 'a.jsonl'}", "calibration").documents) == ROWS
 
 
+def test_a_record_without_text_gives_its_conversation(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    columns = {"text": [None, "a"], "messages": [chat, chat]}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert list(read_source(str(tmp_path / name), "calibration").documents) == [chat, "a"]
+
+
 def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
     """The data set's rows keep their line ends, and are empty where the line is blank."""
     path = tmp_path / "wiki.test.raw"
@@ -82,8 +92,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: b
         ({"text": [1, 2]}, "it must hold strings"),
         ({"text": [["a"], ["b"]]}, "it must hold strings"),
         ({"text": [b"a", b"b"]}, "it must hold strings"),
+        ({"messages": ["a", "b"]}, "a column 'messages' of string; it must hold lists"),
     ],
-    ids=["body", "numbers", "lists", "bytes"],
+    ids=["body", "numbers", "lists", "bytes", "messages"],
 )
 def test_a_parquet_file_without_strings_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")

@@ -12,6 +12,7 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import parse_json
 
 Split = Literal["calibration", "evaluation"]
+_FIELDS = {"text": (str, "strings"), "messages": (list, "lists")}  # the second where a record has no text
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _jsonl_rows(path: Path) -> list[Any]:
         if not line.strip():
             continue
         record = parse_json(line, f"{path}, line {number},", error=DataError)
-        row = record.get("text", record.get("messages")) if isinstance(record, dict) else None
+        row = next((x for x in map(record.get, _FIELDS) if x is not None), None) if isinstance(record, dict) else None
         if not isinstance(row, str | list):
             raise DataError(f"{path}, line {number}, has no field 'text' that holds a string, and no 'messages'")
         rows.append(row)
@@ -78,20 +79,22 @@ def _jsonl_rows(path: Path) -> list[Any]:
 
 
 def _parquet_rows(path: Path) -> list[Any]:
-    """The strings of the column ``text``, or else ``messages``; rows without any are left out."""
+    """The strings of the column ``text``, or else ``messages``, of each row; rows without any are left out."""
     import pyarrow.parquet  # here, because the import is slow and few runs need it
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        names, kind = file.schema_arrow.names, str if "text" in file.schema_arrow.names else list
-        name = "text" if kind is str else "messages"
-        if name not in names:
+        names, rows = file.schema_arrow.names, [None] * file.metadata.num_rows
+        if not _FIELDS.keys() & names:
             raise DataError(f"{path} has no column 'text'; its columns: {', '.join(names)[:300]}")
-        column = file.read([name]).column(name)
-        rows = [row for row in column.to_pylist() if row is not None]
-        if not all(isinstance(row, kind) for row in rows):
-            raise DataError(f"{path} has a column 'text' of {column.type}; it must hold strings")
-        return rows
+        for name, (kind, kinds) in _FIELDS.items():
+            if name in names and None in rows:
+                column = file.read([name]).column(name)
+                own = column.to_pylist()
+                if not all(isinstance(row, kind | None) for row in own):
+                    raise DataError(f"{path} has a column {name!r} of {column.type}; it must hold {kinds}")
+                rows = [new if row is None else row for row, new in zip(rows, own, strict=True)]
+        return [row for row in rows if row is not None]
     except DataError:
         raise
     except Exception as error:  # a damaged file raises errors of Arrow, of Thrift, of the system, or KeyError
