@@ -88,9 +88,10 @@ def test_token_weights_tame_massive_activations_only() -> None:
     torch.testing.assert_close(weights[1, 7], (limit / norms[1, 7]) ** 2)
 
 
-def test_auxiliary_variables_record_their_history_and_never_end_worse() -> None:
-    model = tiny_opt()
-    result = sparsellm.prune(model, Recipe(sparsity=0.6, options={"iterations": 2}, batch_tokens=200), calibration=IDS)
+@pytest.mark.parametrize("values", ["keep", "int8"])
+def test_auxiliary_variables_record_their_history_and_never_end_worse(values: str) -> None:
+    model, recipe = tiny_opt(), Recipe(sparsity=0.6, options={"iterations": 2}, batch_tokens=200, values=values)
+    result = sparsellm.prune(model, recipe, calibration=IDS)
     histories = [linear.history for linear in result.linears if linear.history]
     assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} == {"fc2"}
     assert len(histories) == model.config.num_hidden_layers
@@ -99,7 +100,7 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse() -> None:
         assert chosen.held_out_error == min(record.held_out_error for record in history)
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
-        assert math.isnan(linear.error) == linear.name.endswith("fc1")  # the error of a unit is given once
+        assert math.isnan(linear.error) == linear.name.endswith("fc1")  # the error of a unit is given once, unrounded
     assert error(model, tiny_opt()) < error(pruned(tiny_opt, "admm"), tiny_opt())
 
 
@@ -112,6 +113,10 @@ def test_iterations_in_other_units_are_told_and_change_nothing() -> None:
     assert all(torch.equal(*pair) for pair in zip(*(model.state_dict().values() for model in models), strict=True))
     told = [linear.name for linear in results[1].linears if any("two-layer ReLU" in note for note in linear.notes)]
     assert told == [linear.name for linear in results[1].linears if linear.name.endswith("down_proj")]
+    recipe = Recipe(effort=0, exclude=["*.out_proj"], options={"iterations": 2})  # then attention is with the unit
+    result = sparsellm.prune(tiny_opt(), recipe, calibration=IDS)
+    noted = [x for x in result.linears if "other linears" in "".join(x.notes)]
+    assert [x.name[-3:] for x in noted] == ["fc2"] * tiny_opt().config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

@@ -21,27 +21,28 @@ from tests.models import save_tiny, tiny_llama
 from tests.storage.small import tensors_of
 from tests.sweep.helpers import CPU, halved, swept
 
-DOWN = "model.layers.1.mlp.down_proj"
+DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"
 IDS = torch.arange(96).view(4, 24)
 
 
+@pytest.mark.parametrize("name", [DOWN, QUERY])
 @pytest.mark.parametrize("method", ["sparsegpt", "admm", "sparsellm"])
-def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(method: str, tmp_path: Path) -> None:
+def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(method: str, name: str, tmp_path: Path) -> None:
     """What is left makes up for what was pruned, and so grows beyond 65504."""
     model = tiny_llama().half()
-    model.model.layers[1].mlp.down_proj.weight.data.fill_(60_000.0)
+    model.get_submodule(name).weight.data.fill_(60_000.0)
     source = save_tiny(model, None, tmp_path / "model")
     recipe = Recipe(method=method, sparsity=0.6)
     with pytest.raises(NumericalError) as caught:
         sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=IDS)
     said = str(caught.value)
-    assert f"weight {DOWN}.weight would get " in said
+    assert f"weight {name}.weight would get " in said
     assert "float16, whose largest number is 65504; store the model in bfloat16 or float32" in said
     written = tensors_of(partial_of(tmp_path / "p") / "blocks")
-    assert any(name.startswith("model.layers.0.") for name in written)  # the block before is kept
+    assert any(each.startswith("model.layers.0.") for each in written)  # the block before is kept
     assert all(bool(value.isfinite().all()) for value in written.values())
-    assert not any(name.startswith("model.layers.1.") for name in written)
-    assert sparsellm.prune(source, recipe.updated(exclude=[DOWN]), out=tmp_path / "q", calibration=IDS).sparsity > 0.5
+    assert not any(each.startswith("model.layers.1.") for each in written)
+    assert sparsellm.prune(source, recipe.updated(exclude=[name]), out=tmp_path / "q", calibration=IDS).sparsity > 0.5
 
 
 @pytest.mark.parametrize("part", ["config", "generation_config"])

@@ -33,8 +33,7 @@ app = typer.Typer(
 
 def _command(*parameters: Parameter, examples: Sequence[str], name: str | None = None) -> Callable[..., Any]:
     """Registers a command with these options. One that is not given is not passed on, so the function's default holds;
-    ``progress``, ``json``, ``quiet`` and ``verbose`` are passed to functions that take them. Of several processes only
-    the main one prints."""
+    ``progress``, ``json``, ``quiet`` and ``verbose`` go to functions that take them. Only the main process prints."""
 
     def register(function: Callable[..., Printed]) -> Callable[..., None]:
         taken = signature(function).parameters

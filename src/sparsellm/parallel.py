@@ -137,8 +137,7 @@ def share(total: int, unit: int = 1) -> slice:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Calls ``make`` in the main process, :func:`alone`, and returns its result in all; a SparseLLMError is raised in
-    all, too."""
+    """Calls ``make`` in the main process, :func:`alone`; all return its result, or raise its SparseLLMError."""
     return _from_first(make, None, 0) if size() > 1 else make()
 
 

@@ -102,8 +102,7 @@ class Recipe(BaseModel):
     method: Annotated[str, Option(WHAT, "NAME", registered=("methods", "solvers")), NAME] = "sparsellm"
     """How weights are chosen and refitted; `sparsellm methods` lists all."""
     sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.5
-    """Fraction of zeros over all pruned linears, at least 0 and below 1; the allocation decides how many each linear
-    gets."""
+    """Fraction of zeros over all pruned linears, at least 0 and below 1, which the allocation divides among them."""
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
     """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
     so that the sparsity is met as nearly as these steps allow."""
@@ -142,17 +141,13 @@ class Recipe(BaseModel):
     """Parameters that no linear owns and that may stay dense, as shell patterns such as '*.conv1d'. Without it, more
     than 2 % of a block is refused."""
     effort: Annotated[Integer | None, Option(WHAT, "0-3", null=EFFORT), Field(ge=0, le=3)] = None
-    """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More passes take longer and lose
-    less."""
+    """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More take longer, lose less."""
     sweep_tokens: Annotated[Tokens | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
-    """Tokens that the sweep trains on, such as 256k or 1M: unused text first, then the same again. It replaces
-    `effort`."""
+    """Tokens that the sweep trains on, such as 256k or 1M: unused text first, then again. It replaces `effort`."""
     passes: Annotated[Integer | None, Field(ge=0, le=1000)] = None
-    """Passes of the sweep, as a number, after each of which the model is judged and saved; null: by `effort`, or
-    `sweep_tokens`."""
+    """Passes of the sweep, after each of which the model is judged and saved; null: by `effort` or `sweep_tokens`."""
     sets: Annotated[Integer | None, Field(ge=1, le=8)] = None
-    """Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass or two,
-    4 with more."""
+    """Sets of windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass or two, 4 with more."""
     sweep_rate: Annotated[float | None, Field(gt=0, le=1)] = None
     """Learning rate of the sweep; null: by the divergence at its start."""
     calibration: Annotated[Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)] = None

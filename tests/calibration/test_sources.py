@@ -51,10 +51,9 @@ def test_jsonl_and_parquet_give_their_text(tmp_path: Path) -> None:
 
 def test_a_record_without_text_gives_its_conversation(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
-    columns = {"text": [None, "a"], "messages": [chat, chat]}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    rows = [{"text": text, "messages": chat} for text in (None, "a")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
         assert list(read_source(str(tmp_path / name), "calibration").documents) == [chat, "a"]
 

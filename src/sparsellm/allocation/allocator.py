@@ -72,8 +72,7 @@ class Division:
         return ""
 
     def allocation(self, chosen: Allocation | None = None) -> Allocation:
-        """The zeros of all linears: in the free ones as ``chosen``, with the sum corrected, or None for the same
-        sparsity in each."""
+        """The zeros of all linears: in the free ones as ``chosen``, with the sum corrected; None: equally sparse."""
         limits = bounds(sizes := [x.weights for x in self.free], self.sparsity)
         goals = [chosen.zeros[x.name] if chosen else self.sparsity * x.weights for x in self.free]
         if abs(sum(goals) - self.zeros) > len(goals):  # too many to be corrected one by one

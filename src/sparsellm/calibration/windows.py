@@ -267,8 +267,7 @@ def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: tor
 def _windows_of_documents(
     source: Given, text: Text, read: Callable[[str], Tensor], samples: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4. ``read``
-    returns the ids of one."""
+    """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
     windows: list[Tensor] = []
     misses = 0
     while len(windows) < samples:

@@ -159,9 +159,8 @@ class Chain(ModelWeights):
 
     @torch.no_grad()
     def check_handed(self, ids: Tensor) -> None:
-        """Runs all blocks on token ids ``(batch, seq)``, if they hand on more than hidden states. A ModelError says
-        that this changes from block to block, such as the state of a router: :meth:`start` gives all that of block 0,
-        as is right for positions."""
+        """Runs all blocks on token ids ``(batch, seq)``, if they hand on more than hidden states. Raises ModelError if
+        it changes from block to block, as the state of a router: :meth:`start` gives all that of block 0."""
         if not self._others:
             return
         with self.outer(head=False), self.block(0):

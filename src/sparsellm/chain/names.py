@@ -50,8 +50,7 @@ class Names:
 
 
 def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: dict[str, Tensor]) -> Names:
-    """The weights of a model, whose ``state_dict()`` is ``values``, that the tensors ``keys`` of a checkpoint become in
-    ``from_pretrained``."""
+    """The weights of a model with state dict ``values`` that a checkpoint's ``keys`` become in ``from_pretrained``."""
     rules = get_model_conversion_mapping(model, getattr(model, "_checkpoint_conversion_mapping", None) or None)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]

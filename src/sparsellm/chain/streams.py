@@ -128,8 +128,7 @@ class Stream:
         self.forget()
 
     def keep(self, known: KnownOutput) -> KnownOutput | None:
-        """``known`` if the scratch can spare the memory for it, which is reserved; None on an accelerator, where moving
-        the tensors takes as long as the module."""
+        """``known`` if the scratch can reserve its memory; None on an accelerator, where moving takes as long."""
         return known if self.chain.device.type == "cpu" and self.scratch.spare.take(self._bytes_of(known)) else None
 
     def use(self, known: KnownOutput) -> None:

@@ -108,8 +108,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def tower_names(model: PreTrainedModel) -> list[str]:
-    """The outermost modules of a multimodal model that read no text, by name: models inside it that have a config of
-    their own other than that of the text."""
+    """The outermost modules of a multimodal model that read no text, by name: those whose config is not the text's."""
     config = model.config
     text = config.get_text_config()
     inner = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if _SENSES.search(key)]

@@ -304,14 +304,8 @@ class ModelWeights:
                     value.copy_(value.to(stored))
                 if stored.itemsize > 1:
                     value.add_(0.0)  # no negative zero is written
-            if isinstance(value, nn.Parameter) and (bad := not_finite(value.detach())):
-                dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
-                wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(stored)
-                cure = f"store the model in {wider} and prune that" if wider else "raise the method's damping"
-                raise NumericalError(
-                    f"weight {name} would get {bad} infinite or NaN values once pruned and rounded to {dtype}, whose "
-                    f"largest number is {largest:.5g}; {cure}, or exclude it. Blocks before this one are kept"
-                )
+            if isinstance(value, nn.Parameter):
+                require_storable(value, name, stored)
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of a loaded block under the checkpoint's names and in its dtypes, ready to be written."""
@@ -365,6 +359,18 @@ class ModelWeights:
         value = getattr(*self._place(name))
         assert isinstance(value, Tensor)
         return value
+
+
+def require_storable(value: Tensor, name: str, stored: torch.dtype) -> None:
+    """Raises NumericalError if a pruned weight, rounded to the dtype in which it is stored, is not finite."""
+    if bad := not_finite(value.detach()):
+        dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
+        wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(stored)
+        cure = f"store the model in {wider} and prune that" if wider else "raise the method's damping"
+        raise NumericalError(
+            f"weight {name} would get {bad} infinite or NaN values once pruned and rounded to {dtype}, whose "
+            f"largest number is {largest:.5g}; {cure}, or exclude it. Blocks before this one are kept"
+        )
 
 
 def _check_tied(pairs: Iterable[tuple[str, str]], reader: CheckpointReader) -> None:

@@ -52,8 +52,7 @@ class OnGrid:
 
 def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
     """A checkpoint that was pruned on one of these grids. A RecipeError says that it is on another grid, or on none; a
-    ModelError or StorageError that it cannot be read, its files contradict each other, or a linear is a part of a
-    tensor."""
+    ModelError or StorageError that it cannot be read, files contradict each other, or a linear is part of a tensor."""
     if not (directory / PRUNING).is_file():
         raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote")
     chain, run = open_chain(directory, device=torch.device("cpu")), read_pruning(directory)

@@ -18,8 +18,7 @@ from sparsellm.statistics import Fit, Gram
 
 
 def from_solver(entry: Entry[Solver]) -> Entry[Method]:
-    """The method of a solver, with its name, options and paper: it collects the statistics of a block in one pass and
-    solves each linear on them."""
+    """The method of a solver, with its name, options and paper: one pass collects all statistics of a block."""
 
     def prune_block(task: BlockTask, **options: Any) -> None:
         solver = partial(divide(entry, task.stream.chain.products), **options)

@@ -14,6 +14,7 @@ from sparsellm import machine, parallel
 from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
+from sparsellm.chain.weights import require_storable
 from sparsellm.errors import NumericalError
 from sparsellm.patterns import NM, Pattern, count_zeros
 from sparsellm.progress import PhaseClock
@@ -147,7 +148,7 @@ class BlockTask:
     ) -> None:
         """Assigns the solution for a ``dense`` weight to a linear, with its values rounded if the recipe asks for
         integers, and adds its result, with ``notes`` before those of the solution. The rounding takes ``gram``, of the
-        linear's inputs, or None to run the block for it."""
+        linear's inputs; None to run the block for it, and to keep the error of the solution, which is of a unit."""
         pattern, weight, error = self.patterns[linear.name], solution.weight, solution.error
         notes, exponents = (*notes, *solution.notes), ""
         if self.values != "keep":
@@ -156,11 +157,14 @@ class BlockTask:
                     f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
                     "give values keep, or leave it out (exclude)"
                 )
-            grid, before, error = self._rounded(linear, dense, solution, gram)
+            grid, before, after = self._rounded(linear, dense, solution, gram)
+            error = error if gram is None else after
             weight, notes, exponents = grid.weight, (*notes, *grid.notes), text_of_exponents(grid.exponents)
-            if error > before + COARSE:
-                notes = (*notes, f"rounding to {self.values} raised its error from {before:.3f} to {error:.3f}")
+            if after > before + COARSE:
+                notes = (*notes, f"rounding to {self.values} raised its error from {before:.3f} to {after:.3f}")
         linear.assign(weight)
+        if linear.storage_dtype is torch.float16:  # later passes would name the linears that read its outputs
+            require_storable(linear.parameter, linear.weight_name, linear.storage_dtype)
         zeros = count_zeros(linear.parameter)
         if gram is not None and self.values == "keep":
             _check_kept(linear, zeros, dense, solution.mask, gram)

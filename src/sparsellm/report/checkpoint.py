@@ -91,8 +91,7 @@ def commands_of(rows: Iterable[Row]) -> list[str]:
 
 
 def packed_commands(record: Checkpoint) -> list[str]:
-    """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed
-    or has none."""
+    """The commands that pack a checkpoint and measure the packed form; empty if it is packed or has no results."""
     run = record.pruning
     if record.packed or not run.packs:
         return []

@@ -179,8 +179,7 @@ def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = No
 
 
 def _check_groups(sizes: list[LinearSize], name: str) -> None:
-    """Refuses the grid of another program whose groups do not divide the inputs of a linear, and names one that fits.
-    Raises RecipeError."""
+    """Raises RecipeError for another program's grid whose groups do not divide a linear's inputs; it names a better."""
     grid = GRIDS.get(name)
     odd = next((linear for linear in sizes if grid and grid.group and linear.shape[1] % grid.group), None)
     if grid is None or odd is None:
@@ -194,8 +193,7 @@ def _check_groups(sizes: list[LinearSize], name: str) -> None:
 
 
 def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
-    """The linears to prune, in the order of the chain, with the zeros that ``sparsity_of`` fixes: the last of its
-    patterns that match counts."""
+    """The linears to prune, in the order of the chain, with the zeros that the last match of ``sparsity_of`` fixes."""
     sizes = []
     for index in range(len(chain)):
         for linear in chain.linears(index):

@@ -169,8 +169,7 @@ def _open_start(
     teacher: Chain, directory: Path, tokenizer: PreTrainedTokenizerBase | None, trust: bool
 ) -> CheckpointReader:
     """The weights of the model to prune. Raises ModelError if config, tokenizer, the name or shape of a weight, or a
-    weight outside the blocks, which a run does not change, is not the teacher's; StorageError if the model cannot be
-    read."""
+    weight outside the blocks, which a run does not change, is not the teacher's; StorageError if it is unreadable."""
     dense, start = teacher.reader, open_checkpoint(directory)
     assert dense is not None
     why = config_difference(load_config(directory, trust_remote_code=trust).to_dict(), teacher.config.to_dict())

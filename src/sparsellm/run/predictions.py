@@ -248,8 +248,7 @@ def gradient_bytes(chain: Chain, tokens: int) -> int:
 
 
 def saved_sweep_bytes(chain: Chain, passes: int, zeros: float, *, unrounded: bool) -> int:
-    """The most disk space that the saved passes of a sweep take, without the ``zeros`` of the linears; of a single one
-    only its parameters are saved."""
+    """Most disk that saved passes of a sweep take, without the ``zeros``; a single one saves only its parameters."""
     copies = SAVED_COPIES if passes > 1 else passes
     return round(copies * (4 * kept_share(chain, zeros) + 1 / 8) * _trained(chain, unrounded))
 

@@ -60,8 +60,7 @@ def plan_removal(request: Request, clock: PhaseClock, progress: ProgressCallback
 
 
 def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
-    """The model of a request without some experts, from the block that an earlier process reached; errors as
-    :func:`plan_removal`."""
+    """The model of a request without some experts, resumed if there is a part of it; errors as :func:`plan_removal`."""
     clock = PhaseClock()
     plan = plan_removal(request, clock, progress)
     progress(Progress(PLAN, costs=plan.whole.seconds))

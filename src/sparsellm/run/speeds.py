@@ -66,8 +66,7 @@ def named(card: str) -> Speeds:
 
 @cache
 def measured(device: torch.device, dtype: torch.dtype, width: int) -> Speeds:
-    """The speeds of a device of this machine, for a model of this width whose blocks multiply in ``dtype``; it takes
-    three seconds at most."""
+    """The speeds of a device for a model of this width whose blocks multiply in ``dtype``, in three seconds at most."""
     values = torch.ones(ELEMENTS, device=device)
     card = device.type != "cpu"
     there = 4 * ELEMENTS / _least(lambda: torch.ones(ELEMENTS).to(device)) if card else math.inf

@@ -60,8 +60,7 @@ class Settings(BaseModel):
 
 def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
     """A listening socket, so that a busy port is known before the model is loaded, and the key of those who may come
-    in; None for everybody. A RecipeError says that the port is in use, the host is not of this machine, or a key is
-    unusable or missing."""
+    in; None for everybody. Raises RecipeError for a port in use, another machine's host, or a key that is unusable."""
     key, host, port = _key(settings.key_file), settings.host, settings.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -188,8 +187,7 @@ class _Gate:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a Host header is ``localhost`` or an address: a web page can make a browser call this machine, but by a
-    name of its own."""
+    """Whether a Host header is ``localhost`` or an address; web pages that call this machine have other names."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or bool(ipaddress.ip_address(name))

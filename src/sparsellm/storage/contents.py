@@ -69,8 +69,7 @@ def unknown_entries(directory: Path) -> list[str]:
 
 
 def companions_of(model: Path, *more: str) -> dict[Path, str]:
-    """Config, tokenizer, licence and the like of a model's directory, and files named in ``more``: their names there,
-    in order."""
+    """A model's config, tokenizer, licence and the like, and files named in ``more``: their names there, in order."""
     every = sorted([*model.iterdir(), *model.glob("additional_chat_templates/*")])
     found = {file: file.relative_to(model).as_posix() for file in every if file.is_file()}
     return {file: name for file, name in found.items() if COMPANIONS.fullmatch(name) or name in more}

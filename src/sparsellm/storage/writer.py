@@ -113,8 +113,7 @@ class CheckpointWriter:
 
 @contextlib.contextmanager
 def written(work: WorkingDirectory, shards: int) -> Iterator[CheckpointWriter]:
-    """The writer of a checkpoint that is not resumed. At the end of the context the checkpoint gets its name; after an
-    error no file is left."""
+    """The writer of a checkpoint that is not resumed; it gets its name at the end; after an error no file is left."""
     with work:
         writer = CheckpointWriter(work, shards)
         try:
