@@ -99,13 +99,13 @@ def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> Non
 def test_an_allocation_that_misses_the_total_is_corrected(of: dict[str, float]) -> None:
     @ALLOCATIONS.register("rough", paper="none")
     def rough(survey: Survey) -> Allocation:
-        """A tenth less than it was asked for."""
-        return Allocation({linear.name: int(0.9 * survey.sparsity * linear.weights) for linear in survey.linears})
+        zeros = {linear.name: int(0.9 * survey.sparsity * linear.weights) for linear in survey.linears}  # a tenth less
+        return Allocation(zeros, {"name": "another", (0, 1): 2})  # type: ignore[dict-item]
 
     recipe = Recipe(method="magnitude", sparsity=0.6, allocation="rough", sparsity_of=of)
     result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
     assert result.zeros == round(0.6 * result.weights)
-    assert result.allocation == {"name": "rough"}
+    assert result.allocation == {"name": "rough", "(0, 1)": 2}
 
 
 def test_the_order_of_patterns_is_part_of_the_identity(llama: Path, tmp_path: Path) -> None:

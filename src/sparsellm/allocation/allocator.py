@@ -79,7 +79,8 @@ class Division:
             shares = [goal / size for goal, size in zip(goals, sizes, strict=True)]
             goals = shift_to_total(sizes, shares, self.zeros, limits)
         free = Allocation.of(self.free, round_exactly(goals, self.zeros, limits))
-        report = json.loads(json.dumps(chosen.report if chosen else {}, default=str))  # tensors as text
+        said = {str(key): value for key, value in chosen.report.items()} if chosen else {}
+        report = json.loads(json.dumps(said, default=str))  # tensors as text
         return Allocation({**self.fixed, **free.zeros}, report)
 
 

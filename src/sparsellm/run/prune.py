@@ -227,7 +227,7 @@ def _result(
         warnings=warnings,
         memory=plan.prediction.memory,
         sweeps=pruned.sweeps,
-        allocation={"name": plan.choice.allocator.name, **allocation.report} if allocation is not None else {},
+        allocation={**allocation.report, "name": plan.choice.allocator.name} if allocation is not None else {},
         processes=parallel.size(),
         dense=dense,
         base=plan.base,
