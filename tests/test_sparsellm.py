@@ -92,12 +92,11 @@ def test_token_weights_tame_massive_activations_only() -> None:
 def test_auxiliary_variables_record_their_history_and_never_end_worse(values: str) -> None:
     model, recipe = tiny_opt(), Recipe(sparsity=0.6, options={"iterations": 2}, batch_tokens=200, values=values)
     result = sparsellm.prune(model, recipe, calibration=IDS)
-    histories = [linear.history for linear in result.linears if linear.history]
-    assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} == {"fc2"}
-    assert len(histories) == model.config.num_hidden_layers
-    for history in histories:
-        (chosen,) = (record for record in history if record.chosen)
-        assert chosen.held_out_error == min(record.held_out_error for record in history)
+    units = [linear for linear in result.linears if linear.history]
+    assert [linear.name.rpartition(".")[2] for linear in units] == ["fc2"] * model.config.num_hidden_layers
+    for linear in units:
+        (chosen,) = (record for record in linear.history if record.chosen)
+        assert linear.error == chosen.held_out_error == min(record.held_out_error for record in linear.history)
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
         assert math.isnan(linear.error) == linear.name.endswith("fc1")  # the error of a unit is given once, unrounded

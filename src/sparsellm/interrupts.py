@@ -71,7 +71,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls a function for the signals that are not ignored; SIGINT, which may raise, first, and restored last."""
+    """Calls a function for the signals that are not ignored; SIGINT may raise, so it is set first, restored last."""
     signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     handlers = ((signum, signal.getsignal(signum)) for signum in signals)
     before = {signum: theirs for signum, theirs in handlers if theirs not in (signal.SIG_IGN, None)}

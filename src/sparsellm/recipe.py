@@ -143,7 +143,7 @@ class Recipe(BaseModel):
     effort: Annotated[Integer | None, Option(WHAT, "0-3", null=EFFORT), Field(ge=0, le=3)] = None
     """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More take longer, lose less."""
     sweep_tokens: Annotated[Tokens | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
-    """Tokens that the sweep trains on, such as 256k or 1M: unused text first, then again. It replaces `effort`."""
+    """Tokens the sweep trains on, such as 256k or 1M: unused text first, then the same again. It replaces `effort`."""
     passes: Annotated[Integer | None, Field(ge=0, le=1000)] = None
     """Passes of the sweep, after each of which the model is judged and saved; null: by `effort` or `sweep_tokens`."""
     sets: Annotated[Integer | None, Field(ge=1, le=8)] = None

@@ -82,7 +82,7 @@ class Matrix(Record):
 class LinearResult(Matrix):
     """The result of one linear. Its error is ‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs that the method
     fitted to, for the dense weight W₀, or that of a writer after its refit. In a unit of auxiliary variables ``down``
-    has the unit's error on held-out tokens, and the others have none, if values are kept. Its exponents are a
+    has the unit's error on held-out tokens, before rounding, and the others have none. Its exponents are a
     hexadecimal digit (the exponent plus 8) for each column of integer values, empty if all are 0."""
 
     shape: Annotated[tuple[Size, Size], Field(strict=False)]

@@ -91,9 +91,11 @@ def _parquet_rows(path: Path) -> list[Any]:
             if name in names and None in rows:
                 column = file.read([name]).column(name)
                 own = column.to_pylist()
-                if not all(isinstance(row, kind | None) for row in own):
+                if not all(isinstance(row, kind | None) for row in own) and (kind is str or "text" not in names):
                     raise DataError(f"{path} has a column {name!r} of {column.type}; it must hold {kinds}")
-                rows = [new if row is None else row for row, new in zip(rows, own, strict=True)]
+                rows = [
+                    new if row is None and isinstance(new, kind) else row for row, new in zip(rows, own, strict=True)
+                ]
         return [row for row in rows if row is not None]
     except DataError:
         raise

@@ -107,9 +107,9 @@ def sparsellm(
     if iterations or (iterations is None and refit and sparsest >= PAYS):
         units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
     for each in units:  # the rest of attention is in a unit's sublayer where its writer stays dense
-        alone = {x.name for x in each.linears().values()} in [sublayer.names for sublayer in sublayers]
-        if not alone and _rounds(task, each, solver, iterations):
-            task.notes[each.down.name] = ("pruned without auxiliary variables: its sublayer has other linears, too",)
+        names, noted = {x.name for x in each.linears().values()}, task.notes.get(each.down.name, ())
+        if any(names < sublayer.names for sublayer in sublayers) and _rounds(task, each, solver, iterations):
+            task.notes[each.down.name] = (*noted, "pruned without auxiliary variables: its sublayer has other linears")
     for sublayer in sublayers:
         unit = next((u for u in units if {x.name for x in u.linears().values()} == sublayer.names), None)
         if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):

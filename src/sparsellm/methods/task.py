@@ -161,7 +161,8 @@ class BlockTask:
             error = error if gram is None else after
             weight, notes, exponents = grid.weight, (*notes, *grid.notes), text_of_exponents(grid.exponents)
             if after > before + COARSE:
-                notes = (*notes, f"rounding to {self.values} raised its error from {before:.3f} to {after:.3f}")
+                more = f"raised its error from {before:.3f} to" if gram is not None else "added an error of"
+                notes = (*notes, f"rounding to {self.values} {more} {after:.3f}")
         linear.assign(weight)
         if linear.storage_dtype is torch.float16:  # later passes would name the linears that read its outputs
             require_storable(linear.parameter, linear.weight_name, linear.storage_dtype)

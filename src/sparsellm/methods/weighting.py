@@ -33,7 +33,7 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
 def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, Solver]:
     """The local solver of each linear, by name; its outputs compete for weights by ``E[g²]^power``.
 
-    Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and where no token came."""
+    Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and if no token came."""
     products, device = task.stream.chain.products, task.stream.chain.device
     solvers = {}
     for linear in task.linears:

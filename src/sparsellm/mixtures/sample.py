@@ -139,8 +139,7 @@ def sampled(stream: Stream, index: int) -> Iterator[list[Tensor]]:
 def output_of(
     mixture: Mixture, routed: Routed, tokens: int, see: Callable[[int, Tensor], None] = lambda number, part: None
 ) -> Tensor:
-    """The outputs ``(tokens, width)`` of a mixture in fp32; ``see`` gets the number and the weighted outputs of each
-    expert that has tokens."""
+    """The outputs ``(tokens, width)`` of a mixture in fp32; ``see`` gets each expert's number and weighted outputs."""
     total = torch.zeros(tokens, routed.inputs.shape[1], device=routed.inputs.device)
     for number in routed.experts.unique().tolist():
         if number < len(mixture):

@@ -160,7 +160,7 @@ def _size(run: Candidate, packed: bool) -> str:
 
 
 def _advice(runs: Sequence[Candidate], packed: bool, recover: float | None, max_bytes: int | None) -> str:
-    """The run to take, and why; empty if no recovery was measured. Unless all are packed, more zeros are smaller."""
+    """The run to take, and why; empty if no recovery was measured. Without packed sizes more zeros count as smaller."""
     if not runs:
         return ""
     if recover is None and max_bytes is None:

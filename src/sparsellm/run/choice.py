@@ -179,7 +179,7 @@ def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = No
 
 
 def _check_groups(sizes: list[LinearSize], name: str) -> None:
-    """Raises RecipeError for another program's grid whose groups do not divide a linear's inputs; it names a better."""
+    """Raises RecipeError for another program's grid whose groups do not divide a linear's inputs, and names another."""
     grid = GRIDS.get(name)
     odd = next((linear for linear in sizes if grid and grid.group and linear.shape[1] % grid.group), None)
     if grid is None or odd is None:

@@ -60,7 +60,7 @@ class Settings(BaseModel):
 
 def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
     """A listening socket, so that a busy port is known before the model is loaded, and the key of those who may come
-    in; None for everybody. Raises RecipeError for a port in use, another machine's host, or a key that is unusable."""
+    in; None for everybody. Raises RecipeError for a port in use, another machine's host, or a missing or bad key."""
     key, host, port = _key(settings.key_file), settings.host, settings.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -23,13 +23,13 @@ from sparsellm.storage.directory import check_room
 from sparsellm.storage.files import sha256
 from sparsepack.files import read_bytes
 
-FORMAT = 4  # part of the cache key: raise it when the output of this file changes
+FORMAT = 5  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
 # Ways of splitting text, by llama.cpp's names: those that split off each digit, which transformers takes for GPT-2's;
-# GPT-2's own, and what files say whose tokens are not split; and those that releases with no table know by the model.
+# GPT-2's own, and what files say whose tokens are not split; those that releases with no table know by the model.
 _DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 _PLAIN = {"", "default", "gemma4", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum"}
-_BY_MODEL = {"llama3", "llama-v3", "llama-bpe", "qwen2", "deepseek-r1-qwen"}
+_BY_MODEL = {"qwen2", "deepseek-r1-qwen"}
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}  # by their blocks, as llama.cpp tells them
 _TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
 
@@ -52,7 +52,7 @@ def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
     unread, split, weights = check_header(path)
     if split not in _DIGITS | _PLAIN | _known_splits():
-        raise ModelError(f"{path} splits text as {split}, and transformers does not; give a Hugging Face checkpoint")
+        raise ModelError(f"{path} splits text as {split}; give a Hugging Face checkpoint, or update transformers")
     check_room(folder, 4 * weights)
     if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
         said = f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and"
