@@ -105,7 +105,7 @@ def test_an_allocation_that_misses_the_total_is_corrected(of: dict[str, float]) 
     recipe = Recipe(method="magnitude", sparsity=0.6, allocation="rough", sparsity_of=of)
     result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
     assert result.zeros == round(0.6 * result.weights)
-    assert result.allocation == {"name": "rough", "0,1": 2}
+    assert result.allocation == {"name": "rough", "(0, 1)": 2}
 
 
 def test_the_order_of_patterns_is_part_of_the_identity(llama: Path, tmp_path: Path) -> None:

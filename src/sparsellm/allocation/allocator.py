@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
-
-from pydantic_core import to_jsonable_python
 
 from sparsellm.allocation.exact import LARGEST, bounds, shift_to_total
 from sparsellm.allocation.survey import LinearSize, Survey
@@ -80,7 +79,8 @@ class Division:
             shares = [goal / size for goal, size in zip(goals, sizes, strict=True)]
             goals = shift_to_total(sizes, shares, self.zeros, limits)
         free = Allocation.of(self.free, round_exactly(goals, self.zeros, limits))
-        report = to_jsonable_python(chosen.report if chosen else {}, fallback=str)  # tensors as text
+        said = {str(key): value for key, value in chosen.report.items()} if chosen else {}
+        report = json.loads(json.dumps(said, default=str))  # tensors as text
         return Allocation({**self.fixed, **free.zeros}, report)
 
 
