@@ -109,7 +109,7 @@ def test_the_largest_gemmas_are_known_by_their_blocks(name: str, blocks: int, tm
 
 
 def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:
-    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, split="llama-bpe")
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, split="qwen2")
     (tmp_path / "tokenizer.json").write_text("{}")  # another model's
     first = gguf_checkpoint(path)
     before = (first / "config.json").stat().st_mtime_ns
