@@ -128,7 +128,7 @@ class Stream:
         self.forget()
 
     def keep(self, known: KnownOutput) -> KnownOutput | None:
-        """``known`` if the scratch can reserve its memory; None on an accelerator: moving it takes as long."""
+        """``known`` if the scratch reserves its memory; None on an accelerator: moving costs as much as computing."""
         return known if self.chain.device.type == "cpu" and self.scratch.spare.take(self._bytes_of(known)) else None
 
     def use(self, known: KnownOutput) -> None:
