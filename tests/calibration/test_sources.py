@@ -72,7 +72,7 @@ def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"txt": "x"}\n', "line 1, has no field 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{oops\n', "line 2, is not valid JSON"),
-        ("a.jsonl", b'{"text": 3}', "line 1, has no field 'text'"),
+        ("a.jsonl", b'{"text": [1]}', "line 1, has no field 'text'"),
         ("a.jsonl", b'{"text": "a"}\xff', "not UTF-8 text"),
         ("a.txt", b"abc\xff", "not UTF-8 text .byte 3."),
         ("a.txt", "abc".encode("utf-16"), "not UTF-8 text .byte 0."),

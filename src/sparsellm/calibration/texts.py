@@ -71,10 +71,11 @@ def _jsonl_rows(path: Path) -> list[Any]:
         if not line.strip():
             continue
         record = parse_json(line, f"{path}, line {number},", error=DataError)
-        row = next((x for x in map(record.get, _FIELDS) if x is not None), None) if isinstance(record, dict) else None
-        if not isinstance(row, str | list):
+        given = _FIELDS if isinstance(record, dict) else {}
+        name = next((name for name in given if record.get(name) is not None), None)
+        if name is None or not isinstance(record[name], _FIELDS[name][0]):
             raise DataError(f"{path}, line {number}, has no field 'text' that holds a string, and no 'messages'")
-        rows.append(row)
+        rows.append(record[name])
     return rows
 
 
