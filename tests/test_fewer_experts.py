@@ -25,7 +25,7 @@ from sparsellm.storage import directory
 from tests import killing
 from tests.killing import KILLED, stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.models.families import MIXTURES, family, mixtral
+from tests.models.families import MIXTURES, family, llama4, mixtral
 from tests.storage.small import tensors_of, tree
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
@@ -180,15 +180,18 @@ def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:
         assert tree(out)["config.json"] == last
 
 
-def test_a_repeat_with_other_experts_is_refused_before_the_removal(tmp_path: Path) -> None:
+def test_a_repeat_with_other_experts_is_refused_before_the_removal(tmp_path: Path, monkeypatch: Any) -> None:
     source, given = save_tiny(mixtral(), None, tmp_path / "dense"), {"out": tmp_path / "out", "calibration": IDS}
-    with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(source, Recipe(**RECIPE), progress=stop_after_one("prune"), **given)
+    for phase in ("experts", "prune"):
+        monkeypatch.setattr("sparsellm.run.journal.versions", lambda phase=phase: {"place": phase})
+        with pytest.raises(KeyboardInterrupt):
+            sparsellm.prune(source, Recipe(**RECIPE), progress=stop_after_one(phase), **given)
     before = tree(tmp_path / "out-experts")
     with pytest.raises(StorageError, match=r"recipe\.experts is 2.* there and 3.* here"):
         sparsellm.prune(source, Recipe(**{**RECIPE, "experts": 3}), **given)
     assert tree(tmp_path / "out-experts") == before
-    sparsellm.prune(source, Recipe(**RECIPE), **given)
+    said = "blocks up to 1 were pruned with place experts, those after them with place prune"
+    assert said in sparsellm.prune(source, Recipe(**RECIPE), **given).warnings
 
 
 def test_tokens_of_a_sample_are_numbered_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +326,8 @@ def test_what_cannot_be_removed_is_refused_before_the_work(changes: dict[str, An
 def test_a_model_without_mixtures_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no mixture of experts"):
         removed(llama, tmp_path / "small")
+    with pytest.raises(ModelError, match="part of a larger model"):
+        removed(save_tiny(llama4(), None, tmp_path / "dense"), tmp_path / "small")
     with pytest.raises(RecipeError, match="on disk"):
         sparsellm.prune(tiny_llama(), Recipe(**RECIPE), calibration=IDS)
     for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):

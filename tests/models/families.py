@@ -21,7 +21,6 @@ _VISION |= {"image_size": 28, "patch_size": 14}
 
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 _MAMBA |= {"mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 8}
-# Blocks that share the weights of their attention.
 _ZAMBA2: dict[str, Any] = {"layers_block_type": ["hybrid", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4}
 _ZAMBA2 |= {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16}
 _ZAMBA2 |= {"mamba_d_state": 8, "mamba_ngroups": 1, "chunk_size": 8}
@@ -86,6 +85,13 @@ def qwen3_5() -> PreTrainedModel:
     text = {**LLAMA, **_LINEAR, "layer_types": ["full_attention", "full_attention"]}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     return _model("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", {"text_config": text, "vision_config": vision})
+
+
+def llama4() -> PreTrainedModel:
+    """Llama 4 as published: the mixture is a part, next to a vision tower."""
+    text = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 80}
+    vision = {**_VISION, **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)}
+    return _model("Llama4Config", "Llama4ForConditionalGeneration", {"text_config": text, "vision_config": vision})
 
 
 def git() -> PreTrainedModel:

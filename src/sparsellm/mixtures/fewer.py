@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from sparsellm.chain import Chain
 from sparsellm.chain.chain import empty_model
 from sparsellm.chain.experts import DOWN, GATE, UP
 from sparsellm.errors import ModelError, RecipeError
+from sparsellm.inputs import read_object
 from sparsellm.records import Record
 
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys of configs
@@ -38,6 +40,8 @@ class Routing(Record):
         per_token, groups, why = experts_of_token(chain), _number(chain, ("n_group",)) or 1, ""
         if not experts:
             why = f"a {kind} has no mixture of experts whose experts can be removed"
+        elif chain.reader is not None and _written_type(chain.reader.directory) != kind:
+            why = f"experts of a {kind} that is a part of a larger model are not removed"
         elif len({*experts.values()}) > 1 or max(map(len, mixtures)) > 1:
             why = f"the mixtures of this {kind} differ in size or share a block"
         elif any("." not in mixture.name for each in mixtures for mixture in each):
@@ -49,15 +53,14 @@ class Routing(Record):
         has_shared = any("shared" in name for block in chain.blocks for name, _ in block.named_modules())
         shared = (_number(chain, ("n_shared_experts",)) or 1) if has_shared else 0
         chosen = _number(chain, ("topk_group",)) or groups
-        pairs = 2 if groups > 1 else 1  # the routing compares groups by their two best experts
-        least = groups * max(pairs, -(-(per_token or 1) // chosen))
+        # The routing compares groups by their two best experts.
+        least = groups * max(2 if groups > 1 else 1, -(-(per_token or 1) // chosen))
         if not why and least >= max(experts.values()):
             why = f"routing needs all {max(experts.values())} experts"
         return cls(experts=experts, per_token=per_token, shared=shared, groups=groups, least=least, why=why)
 
     def keep(self, experts: float) -> int:
-        """The experts that stay: a share below 1 of those that go, or the number that stays. Raises ModelError if none
-        can be removed, and RecipeError if too few would be left for the routing."""
+        """The experts that stay, by ``experts`` of a recipe. ModelError: none can go. RecipeError: too many would."""
         if self.why:
             raise ModelError(f"{self.why}; leave experts out")
         many = next(iter(self.experts.values()))
@@ -71,6 +74,10 @@ class Routing(Record):
                 "; give a smaller share, or the number to keep"
             )
         return keep
+
+
+def _written_type(place: Path) -> object:
+    return read_object(place / "config.json" if place.is_dir() else place).get("model_type")
 
 
 def experts_of_token(chain: Chain) -> int | None:
@@ -91,9 +98,8 @@ def _number(chain: Chain, names: Sequence[str]) -> int | None:
 class FewerExperts:
     """A twin of a chain's model with fewer experts, one block of which has weights at a time.
 
-    ``chain`` is the twin as a chain by its config alone; its blocks run in place of those of the model. ``routing`` is
-    that of the model, ``keep`` the experts of each mixture that stay, by ``experts`` of a recipe. A ModelError or a
-    RecipeError says that none of the experts, or not as many, can be removed."""
+    ``chain`` is the twin as a chain by its config alone, ``routing`` that of the model, ``keep`` the experts of each
+    mixture that stay, by ``experts`` of a recipe. ModelError or RecipeError: none, or not as many, can go."""
 
     def __init__(self, dense: Chain, experts: float) -> None:
         self.dense, self.routing, full = dense, Routing.of(dense), dense.config.to_dict()

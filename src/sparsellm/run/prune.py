@@ -205,7 +205,7 @@ def _result(
         shards = journal.writer.shards[: len(chain)] if journal.writer is not None else []  # in the first process
         dense = parallel.from_main(partial(left_dense, chain, recipe, pruned.linears, shards))
     experts = removed.experts if removed is not None else []
-    warnings = [*plan.warnings, *other_conditions(finished)]
+    warnings = [*plan.warnings, *(removed.warnings if removed is not None else []), *other_conditions(finished)]
     warnings += few_tokens(pruned.linears, recipe.min_tokens_per_expert) + rarely_chosen(experts)
     warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
     return PruneResult(

@@ -24,7 +24,7 @@ from sparsellm.mixtures.sample import last_linears
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock
-from sparsellm.run.journal import BlockRecord, Journal, conditions
+from sparsellm.run.journal import BlockRecord, Journal, conditions, other_conditions
 from sparsellm.run.plan import Plan, Removed, Request, make_plan
 from sparsellm.storage.contents import foreign_entries
 from sparsellm.storage.directory import check_identity, checkpoints_among, left_in, partial_of
@@ -70,7 +70,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     identity = to_jsonable_python(asdict(plan.identity))
     if (known := parallel.from_main(partial(_read, place))).get("identity") == identity:
         records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
-        return Removed(plan, records, known.get("seconds", {}))
+        return Removed(plan, records, known.get("seconds", {}), known.get("warnings", []))
     with Journal(place, len(plan.chain), restart=request.restart, overwrite=plan.request.overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
         memory = plan.prediction.memory
@@ -86,11 +86,13 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         score = SCORES[recipe.expert_score]
         function = partial(score.function, **score.check(recipe.expert_options))
         removal = Removal(fewer, function, costs, recipe.expert_refit, recipe.seed)
-        records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, clock)
+        done = journal.finished(progress)
+        records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, done, clock)
         parallel.barrier()
         kept = {"identity": identity, "experts": [each.model_dump() for each in records], "seconds": clock.seconds}
+        kept["warnings"] = warnings = other_conditions(done)
         parallel.from_main(partial(_save, plan, fewer, journal, kept))
-    return Removed(plan, records, clock.seconds)
+    return Removed(plan, records, clock.seconds, warnings)
 
 
 def _read(place: Path) -> dict[str, Any]:
@@ -107,10 +109,11 @@ def clean_up(removed: Removed) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _walk(plan: Plan, removal: Removal, feed: Feed, journal: Journal, clock: PhaseClock) -> list[ExpertsOfBlock]:
-    """Removes experts of block after block, each on the outputs of the smaller blocks before it."""
+def _walk(
+    plan: Plan, removal: Removal, feed: Feed, journal: Journal, done: list[BlockRecord], clock: PhaseClock
+) -> list[ExpertsOfBlock]:
+    """Removes experts of the blocks that are not ``done``, each on the outputs of the smaller blocks before it."""
     chain, fewer = plan.chain, removal.fewer
-    done = journal.finished(feed.progress)
     records = [record.experts for record in done]
     for record in done:
         clock.add(record.seconds)
