@@ -103,8 +103,7 @@ def packed_commands(record: Checkpoint) -> list[str]:
 
 
 def _evaluate(record: Checkpoint, tasks: str = "") -> str:
-    """The command that runs tasks, or compares a checkpoint with its dense model; the text is the data set of the
-    calibration if that is a named one."""
+    """The command that runs tasks, or compares with the dense model, on the calibration's data set if it has a name."""
     base, calibration = record.pruning.base, record.pruning.recipe.get("calibration")
     model = base.model or without_folders(base.name) or "MODEL"
     text = calibration if calibration in _TEXTS else "wikitext2"

@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
 
     name: str
     recovery: float
-    size: float  # bytes of the packed weight files
+    size: float  # bytes of the packed weight files; where some run is not packed, the share of weights that is left
     kl: float
 
 
@@ -122,7 +122,7 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
     packed = max_bytes is not None or None not in [record.packed_bytes for record in records]
     runs = [
-        Candidate(name, each["recovery"], (record.packed_bytes or 0) if packed else 1 - each["zeros"], each["KL"])
+        Candidate(name, each["recovery"], (record.packed_bytes or 0) if packed else _left(record), each["KL"])
         for (name, each), record in zip(values[1:], records, strict=True)
         if "recovery" in each and (record.packed_bytes or not packed)
     ]
@@ -155,12 +155,18 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
     return names[1:]
 
 
+def _left(record: Checkpoint) -> float:
+    """The share of the weights that is no zero, nor in an expert that was removed, as the files' sizes tell."""
+    dense = record.pruning.base.bytes if record.pruning.experts else 0
+    return (1 - record.pruning.sparsity_pruned) * (record.file_bytes / dense if dense else 1)
+
+
 def _size(run: Candidate, packed: bool) -> str:
-    return f"{megabytes(run.size / 1e6)} packed" if packed else f"{percent(1 - run.size)} zeros"
+    return f"{megabytes(run.size / 1e6)} packed" if packed else f"{percent(run.size)} of the weights"
 
 
 def _advice(runs: Sequence[Candidate], packed: bool, recover: float | None, max_bytes: int | None) -> str:
-    """The run to take, and why; empty if no recovery was measured. Without packed sizes more zeros count as smaller."""
+    """The run to take, and why; empty if no recovery was measured."""
     if not runs:
         return ""
     if recover is None and max_bytes is None:
@@ -174,7 +180,7 @@ def _advice(runs: Sequence[Candidate], packed: bool, recover: float | None, max_
     best, most = recommend(runs, recover, max_bytes), max(runs, key=lambda run: run.recovery)
     if best is None:
         return f"No run has {' and '.join(asked)}. The best recovery is that of {said(most)}."
-    why = "the best recovery" if recover is None else "the smallest size" if packed else "the most zeros"
+    why = "the best recovery" if recover is None else "the smallest size" if packed else "the fewest weights"
     text = f"Take {said(best)}: it has {why} among the runs with {' and '.join(asked)}."
     return text if best is most else f"{text} The best recovery is that of {said(most)}."
 
