@@ -96,8 +96,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, int, int]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Runs a command line in this process: its exit code, which can be asked for with ``exits``, stdout and stderr; by
-    default 160 columns wide."""
+    """Runs a command line in this process: its exit code, which ``exits`` asks for, stdout and stderr."""
 
     def call(*arguments: Any, columns: int = 160, exits: int | None = None) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sparsellm", *map(str, arguments)])

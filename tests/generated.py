@@ -53,9 +53,8 @@ MEASURED = ("--sparsity=0.5", "--text-seq-len=16", "--max-tokens=64")
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that succeeds, the files whose damage it may meet, and the paths that it may change, as shell
-    patterns with ``{first}`` for the first argument and ``{out}`` for that of ``--out``; ``kept`` also when it is
-    refused."""
+    """A command line that succeeds, the files whose damage it may meet, and the paths that it may change, as patterns
+    with ``{first}`` for the first argument and ``{out}`` for that of ``--out``; ``kept`` also when it is refused."""
 
     line: tuple[str, ...]
     damaged: tuple[str, ...]
@@ -120,7 +119,6 @@ COMMANDS: dict[str, Command] = {
     "exec": Command(("exec", "--", "python", "-c", "pass"), ("model/config.json", "model/README.md"), positional=3),
 }
 
-# Parts of command lines, and JSON values.
 HUGE = ["0", "-1", "1.5", "1e9", "nan", "-inf", "1e400", "true", "9" * 5000, str(2**63), str(-(2**64)), "0x10"]
 WORDS = ["", " ", "None", "a,b", ",", "2:4", "0:0", "9" * 400 + ":4", "x" * 300, "x" * 5000, "[", "*a", "!!int x"]
 WORDS += ["{a: 1, a: 2}", "[" * 50_000, "-", "--", "%s", "a=b", "=", "samples=", "options.x=1", "seed=1e99", "1e-30"]
@@ -346,8 +344,7 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """No network, no server that waits, no program in place of this one, and no bars of transformers, which the command
-    line silences before it imports transformers."""
+    """No network, no server that waits, no program in place of this one, and no bars of transformers."""
     with (
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
         mock.patch.object(uvicorn.Server, "run", return_value=None),

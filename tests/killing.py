@@ -38,11 +38,9 @@ LIMIT = 120.0  # seconds, far beyond what any command here takes
 KILLED = -signal.SIGKILL
 
 At = int | tuple[str, int] | None  # the number of a step, or its kind and its number among those
-# Operations by kind; writing has its own three steps for each call.
 _CALLS = {"replace": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make", "fsync": "sync"}
 _WRITERS = (files, writer, scratch)
-# With what the modules of sparsellm and transformers import only when they are used.
-_IMPORTED = (
+_IMPORTED = (  # also what is imported late
     *("sparsellm.api", "sparsellm.console", "sparsellm.methods", "sparsellm.convert", "sparsellm.tables"),
     *("tests.models", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"),
 )
@@ -61,8 +59,7 @@ class Died(BaseException):
 
 @contextlib.contextmanager
 def dying(at: At = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
-    """Counts operations on files by kind, a step before and after each, and dies at step ``at``, by SIGKILL if it is
-    ``signalled``; lives if that is None."""
+    """Counts operations on files by kind, a step before and after each; dies at step ``at``, or is ``signalled``."""
     steps: Counter[str] = Counter()
 
     def step(kind: str) -> None:

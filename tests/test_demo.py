@@ -73,8 +73,7 @@ def test_an_unfinished_demo_begins_anew_in_its_place(tmp_path: Path, monkeypatch
     sizes = {"SAMPLES": 4, "SEQ_LEN": 32, "EVALUATION_TOKENS": 256, "PROMPT_TOKENS": 4, "NEW_TOKENS": 2, "ROUNDS": 1}
     for name, size in {**sizes, "TEXT_TOKENS": 4}.items():
         monkeypatch.setattr(demo, name, size)
-    # Rows of whole groups, and as many positions as the question has tokens
-    dense = tiny_llama(intermediate_size=96, max_position_embeddings=1024)
+    dense = tiny_llama(intermediate_size=96, max_position_embeddings=1024)  # for groups, and the question
     model = save_tiny(dense, tiny_tokenizer(), tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)

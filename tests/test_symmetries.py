@@ -49,8 +49,7 @@ def loaded(
 
 
 def permuted(model: PreTrainedModel, **how: Any) -> tuple[BlockTask, list[Channels], set[str]]:
-    """Rotates and permutes the block that is :func:`loaded`; the model must compute the same afterwards. Last of the
-    result are the names of the parameters that changed."""
+    """Rotates and permutes the block that is :func:`loaded`; the model must compute the same. Last: what changed."""
     before, logits = copy.deepcopy(model.state_dict()), model(IDS).logits
     with loaded(model, **how) as task:
         found = find_channels(task)

@@ -44,7 +44,9 @@ def test_the_sweep_follows_the_teacher(llama: Path, half: Path, tmp_path: Path) 
     assert result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out  # from the dense model, not the half-pruned one
     assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
     assert result.base.name == llama.name
-    assert not any("already pruned" in warning for warning in result.warnings)
+    fewer = sparsellm.prune(half, recipe.updated(sparsity=0.3, passes=0), out=tmp_path / "fewer", teacher=llama)
+    for found, said in ((result, False), (fewer, True)):
+        assert any("already pruned" in warning for warning in found.warnings) == said
 
 
 def test_before_the_sweep_it_is_the_model_that_is_pruned(llama: Path, half: Path, tmp_path: Path) -> None:
@@ -58,8 +60,7 @@ def test_before_the_sweep_it_is_the_model_that_is_pruned(llama: Path, half: Path
 
 @pytest.mark.skipif("Zamba2" not in FAMILIES, reason="transformers is too old")
 def test_a_teacher_of_blocks_that_share_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block that comes later runs with what was pruned, and the survey before it reads the model that is pruned; a
-    resumed run has no survey."""
+    """Later blocks run with what was pruned, and the survey before reads the model to prune; a resumed run has none."""
     ids = torch.arange(4, 100).view(4, 24)
     for copy in ("dense", "copy"):
         save_tiny(family("Zamba2"), None, tmp_path / copy)

@@ -68,8 +68,7 @@ def reference(model: PreTrainedModel, ids: Tensor, solver: str, sparsity: float)
 def test_the_walk_equals_a_plain_reference(family: Family, solver: str) -> None:
     model = family()
     expected = reference(model, IDS, solver, 0.5)
-    # batches of several windows: the streamed statistics must add up to the same
-    sparsellm.prune(model, Recipe(method=solver, sparsity=0.5, batch_tokens=48), calibration=IDS)
+    sparsellm.prune(model, Recipe(method=solver, sparsity=0.5, batch_tokens=48), calibration=IDS)  # 2 windows
     for (name, pruned), plain in zip(model.named_parameters(), expected.parameters(), strict=True):
         disagree = ((pruned == 0) != (plain == 0)).float().mean()
         assert disagree < 0.002, name  # a score at the threshold may fall to either side of rounding
@@ -221,8 +220,7 @@ def test_bad_calls_are_refused_before_any_work() -> None:
 
 @pytest.mark.parametrize("tiny", [tiny_opt, tiny_gpt2])
 def test_biases_keep_the_mean_of_the_outputs(tiny: Family) -> None:
-    """Those of attention in the first block, without weights of tokens: no pruning changes the inputs of q, k, v, and
-    the writer's target is what it gave before."""
+    """Those of attention in the first block, without weights of tokens: no pruning changes the inputs of q, k, v."""
     dense, ids = tiny(), ids_of(4, seed=1)
     model = copy.deepcopy(dense)
     recipe = Recipe(sparsity=0.7, effort=0, allocation="uniform", options={"norm_weighting": 0})

@@ -26,8 +26,7 @@ _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
 
 
 def count() -> int:
-    """The number of processes that torchrun started, as its environment says; 1 without torchrun, also in a shell that
-    has only some of its variables."""
+    """The processes that torchrun started, by its environment; 1 where some of its variables are missing."""
     started = {"TORCHELASTIC_RUN_ID", "RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     size = os.environ.get("WORLD_SIZE", "")
     return int(size) if started and size.isdecimal() else 1

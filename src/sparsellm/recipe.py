@@ -295,8 +295,7 @@ class Recipe(BaseModel):
         return Recipe(**values)
 
     def with_settings(self, settings: list[str], /, **changes: Any) -> Recipe:
-        """A copy with other fields: ``changes``, and over them ``key=value`` settings in order, with values in YAML;
-        ``options.damping=0.1`` sets one entry."""
+        """A copy with ``changes``, then ``key=value`` settings in order, in YAML, such as ``options.damping=0.1``."""
         for setting in settings:
             key, equals, text = setting.partition("=")
             field, dot, name = (part.strip() for part in key.partition("."))

@@ -83,12 +83,10 @@ def published(
         if now.ws is not None:
             now.ws = of_gate.prune(now.ws, pattern)
         now.w2 = of_down.prune(now.w2, pattern)
-        # activations
-        system = beta * now.w2.T @ now.w2 + gamma * torch.eye(len(p)).double()
+        system = beta * now.w2.T @ now.w2 + gamma * torch.eye(len(p)).double()  # of activations
         made = z.relu() if s is None else torch.nn.functional.silu(s) * z
         p = torch.linalg.inv(system) @ (beta * now.w2.T @ (y - now.b2) + gamma * made)
-        # pre-activations
-        m = now.w1 @ x + now.b1
+        m = now.w1 @ x + now.b1  # pre-activations
         if s is None or now.ws is None:
             candidates = [((gamma * p + alpha * m) / (gamma + alpha)).clamp(min=0), m.clamp(max=0)]
             costs = [gamma * (p - candidate.relu()) ** 2 + alpha * (candidate - m) ** 2 for candidate in candidates]

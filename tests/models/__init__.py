@@ -76,9 +76,7 @@ def save_tiny(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
 
 def _seeded(family: type[Any], config: PretrainedConfig, seed: int) -> Any:
     """The model in evaluation mode, fp32; weights spread enough (std 0.1) that every part of it shapes the logits.
-
-    Biases and norms start at 0 and 1 in Hugging Face, which would hide their being dropped: they are drawn too.
-    The global random state is left as it was."""
+    Biases and norms start at 0 and 1 in Hugging Face, which would hide their being dropped: they are drawn too."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = family(config).eval()

@@ -28,11 +28,9 @@ from tests.runtime.extension import built
 
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
-# Newer wheels for ARM bring CUDA.
-TORCH = "torch<2.9"
+TORCH = "torch<2.9"  # Newer wheels for ARM bring CUDA.
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
-# Emulated CPUs, and what of the extension each must be able to run.
-CPUS = {"max": ["neon_dotprod", "neon", "scalar"], "cortex-a53": ["neon", "scalar"]}
+CPUS = {"max": ["neon_dotprod", "neon", "scalar"], "cortex-a53": ["neon", "scalar"]}  # what each can run
 NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
 TESTS = ("test_native.py", "test_decode.py", "test_scaled_embeddings.py")
 NOT_HERE = "not forked"  # these start another interpreter

@@ -12,7 +12,6 @@ from types import ModuleType
 
 NAME = "sparsepack._kernels"
 SOURCES = Path(__file__).parents[2] / "src/sparsepack/_native"
-# As in setup.py, but for what makes it faster alone.
 FLAGS = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-DPy_LIMITED_API=0x030B0000"]
 
 

@@ -60,10 +60,8 @@ def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int) -> Ten
 
 
 def bound(dense: Tensor, x: Tensor) -> Tensor:
-    """How far a product ``(tokens, out)`` in fp32 may be from the exact one, then rounded to the type of ``x``.
-
-    The sum of n products differs by at most ``(n + 3) u Σ|w x|`` with u = 2⁻²⁴ (Higham, section 3.1); a rounding to k
-    bits adds ``2⁻ᵏ |y|``."""
+    """How far a product ``(tokens, out)`` in fp32 may be from the exact one, then rounded to the type of ``x``: by
+    ``(n + 3) u Σ|w x|`` with u = 2⁻²⁴ (Higham, section 3.1), and ``2⁻ᵏ |y|`` by a rounding to k bits."""
     exact = (x.double() @ dense.T).abs()
     rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[x.dtype]
     return (dense.shape[1] + 3) * 2.0**-24 * (x.double().abs() @ dense.abs().T) + rounding * exact + 2.0**-24

@@ -21,8 +21,7 @@ def run() -> None:
 
     assert triton_kernels.available() == "triton"
     for value_type in VALUE_TYPES:
-        # One column; fewer than a byte; more than one step of a row; all columns kept.
-        shapes = [(1, 1, 0.0, "fp32", 64), (3, 7, 0.5, "bf16", 32), (4, 65, 0.7, "fp16", 32)]
+        shapes = [(1, 1, 0.0, "fp32", 64), (3, 7, 0.5, "bf16", 32), (4, 65, 0.7, "fp16", 32)]  # also one column
         for out, columns, sparsity, dtype, group in (*shapes, (2, 300, -1.0, "fp32", 64), (4, 600, 0.5, "fp32", 128)):
             packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
             for tokens in (1, 3, 8, 16) if columns == 65 else (5,):

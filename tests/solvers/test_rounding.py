@@ -169,8 +169,7 @@ def test_numbers_and_scale_of_a_group_are_near_the_best(name: str, kept: int, se
 
 
 def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: Tensor) -> Tensor:
-    """What rounding one input after another gives, fp64, by the definition: after each, all later ones take the values
-    that are best for the error so far."""
+    """Rounding one input after another, fp64, by definition: after each all later ones suit the error so far."""
     order = sorted(range(len(matrix)), key=lambda place: -float(matrix[place, place]))
     goal, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
     scales = grid.scales(grid.first)

@@ -20,9 +20,8 @@ sparsegpt = SOLVERS["sparsegpt"].function
 
 
 def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, step: int, damping: float = 0.01) -> Tensor:
-    """Column j is pruned, then every later column is updated, with the inverse of what is left recomputed each time.
-
-    The mask is chosen for ``step`` columns at a time."""
+    """Column j is pruned, then every later column is updated, with the inverse of what is left recomputed each time;
+    the mask is chosen for ``step`` columns at a time."""
     outputs, inputs = weight.shape
     work = weight.double().clone()
     damped = gram.matrix.double() + damping * gram.matrix.double().diagonal().mean() * torch.eye(inputs)
@@ -37,8 +36,7 @@ def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, step: int, da
                 kept[:, j:stop] = kept[:, j:stop].scatter(1, scores.argsort(dim=1)[:, : pattern.m - pattern.n], False)
             else:
                 zeros = zeros_of(pattern, weight.shape)
-                # columns first: ties aside, the order does not matter
-                flat = scores.flatten()
+                flat = scores.flatten()  # by columns: ties aside, the order does not matter
                 chosen = torch.ones(len(flat), dtype=torch.bool)
                 chosen[flat.argsort()[: zeros * stop // inputs - zeros * j // inputs]] = False
                 kept[:, j:stop] = chosen.reshape(scores.shape)

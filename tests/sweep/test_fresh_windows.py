@@ -12,9 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sparsellm
+from sparsellm import Recipe
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.run import opening as reading
 from sparsellm.run import prune as story
+from sparsellm.run.choice import Choice
+from sparsellm.run.plan import _short_text
 from sparsellm.sweep import whole_model
 from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -93,12 +96,20 @@ def test_sets_come_again_when_the_text_is_used_up(llama: Path, tmp_path: Path, s
 def test_ids_and_models_in_memory_have_no_others(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = runs_of(monkeypatch)
     result = sparsellm.prune(llama, RECIPE, calibration=ids_of(SAMPLES, SEQ_LEN), out=tmp_path / "out")
-    assert any(warning.startswith("the sweep has no windows of its own") for warning in result.warnings)
+    assert any(warning.startswith("the sweep has too few windows of its own") for warning in result.warnings)
     written = str(text(tmp_path / "text.txt", 400))
     sparsellm.prune(tiny_llama(), {**RECIPE, "calibration": written}, tokenizer=tiny_tokenizer())
     assert len(seen) == 8
     for passes in (seen[:4], seen[4:]):
         assert all(torch.equal(windows, passes[0][0]) for windows, _ in passes)
+
+
+@pytest.mark.parametrize(("samples", "fresh", "said"), [(8, 4, False), (8, 3, True), (3, 3, True), (4, 4, False)])
+def test_too_few_windows_of_the_sweep_are_said(samples: int, fresh: int, said: bool) -> None:
+    """Fewer than half a pass are not used, and fewer than four steps judge themselves."""
+    ids, choice = torch.zeros(1, samples, 512, dtype=torch.int64), Choice.of(Recipe(effort=1))
+    windows = reading.Windows(ids, ids[0, :fresh], "no", 4096, passes=1, of_pass=samples)
+    assert any("too few windows of its own" in warning for warning in _short_text(windows, choice)) == said
 
 
 def test_fresh_windows_do_not_overlap_those_of_the_statistics(tmp_path: Path) -> None:

@@ -32,8 +32,7 @@ def to_blocks(codes: Tensor, scales: Tensor, bits: int) -> np.ndarray:
 
 
 def quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Rows ``(rows, columns)`` in fp32 in a type of GGUF, as uint8 or in floating point. gguf-py cannot write Q6_K:
-    that is done here, 4096 rows at a time."""
+    """Rows ``(rows, columns)`` in fp32 in a type of GGUF, as uint8 or floating point; also Q6_K, unlike gguf-py."""
     if kind != gguf.GGMLQuantizationType.Q6_K:
         return gguf.quantize(values, kind)
     return np.concatenate([_q6_k(values[start : start + 4096]) for start in range(0, len(values), 4096)])

@@ -53,9 +53,9 @@ def inspect_block(chain: Chain, index: int) -> Iterator[MatrixZeros]:
         )
 
 
-def pruned_share(chain: Chain) -> float:
-    """The share of zeros in the first block's linears if a fifth or more, else 0: dense weights have hardly any."""
-    with chain.block(0):
+def pruned_share(chain: Chain, start: CheckpointReader | None = None) -> float:
+    """The share of zeros in the first block's linears, or in those of ``start``, if a fifth or more, else 0."""
+    with chain.block(0, start):
         weights = [linear.parameter for linear in chain.linears(0)]
         zeros = sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)
     return zeros if zeros >= 0.2 else 0.0

@@ -36,7 +36,7 @@ from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked
 from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows, save_companions
 from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
 from sparsellm.storage.directory import check_destination, checkpoints_among
-from sparsellm.sweep.whole_model import check_sweepable
+from sparsellm.sweep.whole_model import STEP_TOKENS, check_sweepable
 from sparsepack.grids import GRIDS
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ class Removed:
     plan: Plan  # that of the dense model, into the directory of the smaller one
     experts: list[ExpertsOfBlock]
     seconds: dict[str, float]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         progress(Progress("check", 0, 1))
         dense = model_fingerprint(chain, progress)
         started = start_fingerprint(model.start, progress) if model.start is not None else ""
-        warnings += [*chain.unused(), *_already_pruned(model)]
+        warnings += [*chain.unused(), *_already_pruned(model, recipe)]
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
@@ -268,8 +269,8 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
 def _short_text(windows: Windows, choice: Choice) -> list[str]:
     """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
     warnings, tokens = [], windows.first.numel()
-    if choice.passes and not len(windows.fresh):
-        fitted = "the sweep has no windows of its own, so its divergence is on those that the blocks were fitted to"
+    if choice.passes and (2 * len(windows.fresh) < windows.of_pass or windows.by_pass[0].numel() < 4 * STEP_TOKENS):
+        fitted = "the sweep has too few windows of its own, so its divergence is on some that weights were fitted to"
         warnings.append(f"{fitted}; `sparsellm eval` measures it on others")
     if windows.bos == "given":
         return warnings
@@ -329,9 +330,10 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
     return windows, choice
 
 
-def _already_pruned(model: Models) -> list[str]:
-    """A warning if the model was pruned before."""
-    zeros = pruned_share(model.chain) if model.start is None else 0.0
+def _already_pruned(model: Models, recipe: Recipe) -> list[str]:
+    """A warning if the model was pruned before; next to a teacher, only if the recipe asks for fewer zeros."""
+    zeros = pruned_share(model.chain, model.start)
+    zeros = zeros if model.start is None or recipe.sparsity < zeros else 0.0
     where = f"{zeros:.1%} of the weights of its first block are zero"
     said = f"the model is already pruned: {where}; if the recipe asks for fewer zeros, some get values again"
     return [said] if zeros else []

@@ -420,8 +420,7 @@ def _attention_bytes(chain: Chain, tokens: int, seq: int, *, gradients: bool) ->
 
 
 def _statistics_bytes(kind: Kind, workspace: Workspace) -> int:
-    """Bytes of the statistics: a chunk of tokens in fp32, sums for every input, the largest Gram matrix. Experts have
-    statistics one at a time."""
+    """Bytes of the statistics: a chunk of tokens in fp32, sums for every input, the largest Gram matrix."""
     if not workspace.grams:
         return 2 * 4 * CHUNK_ELEMENTS
     inputs = [features for _, features, _ in _inputs(kind.linears)]
@@ -460,8 +459,7 @@ def _inputs(linears: Sequence[Size]) -> dict[tuple[str, int, bool], list[Size]]:
 
 def _solver_bytes(chain: Chain, kind: Kind, workspace: Workspace) -> int:
     """Bytes for the most expensive linear of a block: copies of its weight, its Gram matrices and factorisations, and
-    the Gram matrices of later inputs, of which a method that refits writers has none; for a linear of an expert, those
-    of all tokens."""
+    the Gram matrices of later inputs, unless writers are refitted; for a linear of an expert, those of all tokens."""
 
     def solving(linear: Size, others: Sequence[int]) -> int:
         solved = int(workspace.weights * 4 * linear.features * linear.outputs)
@@ -629,6 +627,5 @@ def sweep_seconds(
 
 
 def walked_passes(choice: Choice, *, kept: bool) -> float:
-    """Passes of a block over all tokens in the walk, where outputs of pruned sublayers are kept or not
-    (:mod:`sparsellm.chain.shortcuts`)."""
+    """Passes of a block over all tokens in the walk, where outputs of pruned sublayers are ``kept`` or not."""
     return (REPEATED if choice.method.workspace.writers > 0 and not kept else PASSES) + choice.sets - 1

@@ -41,8 +41,7 @@ class Targets:
 
 
 def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseClock) -> Targets:
-    """The targets of a run. A resumed run takes those of its first start from the journal, and needs no output costs if
-    all blocks are ``walked`` already."""
+    """The targets of a run, those of its first start if it is resumed; no output costs if all blocks are ``walked``."""
     choice, sizes = plan.choice, sizes_of(plan.chain, plan.recipe)
     feed = replace(feed, blocks=plan.model.start)
     allocation = journal.allocation() if choice.allocates else None

@@ -20,8 +20,7 @@ def open_model(
     directory: str, options: dict[str, str], *, template: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`. A UserError says that one
-    of them cannot be read, that a chat ``template`` was asked for and is missing, or that the generation config has a
-    value that cannot be used."""
+    of them, or the generation config, cannot be read or used, or that an asked-for chat ``template`` is missing."""
     tokenizer = load_tokenizer(checkpoint_path(directory))  # first: weights take longer
     if template:
         check_template(tokenizer)

@@ -32,8 +32,7 @@ def place_of_results(directory: str) -> Path | None:
 
 
 def read_results(directory: Path) -> Results:
-    """The results of a checkpoint; empty lists if nothing was measured yet. Raises StorageError if results.json cannot
-    be read, or is not of this format."""
+    """The results of a checkpoint, empty if nothing was measured. Raises StorageError if results.json is unreadable."""
     path = directory / RESULTS
     if os.path.lexists(path) and not path.is_file():
         raise StorageError(f"{path} is not an ordinary file; {_ADVICE}")

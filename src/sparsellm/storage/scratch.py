@@ -108,8 +108,7 @@ class _Pinned:
 
 
 def powers(size: int) -> list[int]:
-    """Powers of two that add up to ``size``, and what is left below :data:`SMALL`: torch rounds each piece of pinned
-    memory up to a power of two."""
+    """Powers of two that add up to ``size``, and what is left below :data:`SMALL`: torch pins no other sizes."""
     bits = [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
     large = [bit for bit in bits if bit >= SMALL]
     return [*large, size - sum(large)] if size > sum(large) else large
@@ -141,8 +140,7 @@ class TensorStore(Sequence[Tensor]):
         self._items[index] = self._keep(value, old if isinstance(old, _Slot) else None)
 
     def overwrite(self, index: int, value: Tensor) -> None:
-        """Assigns an item that nothing else refers to, in its own memory if it is there: a new tensor for each value
-        would leave holes between others."""
+        """Assigns an item that nothing else refers to, in its own memory if it is there: new tensors leave holes."""
         old = self._items[index]
         if isinstance(old, Tensor) and (old.device, old.dtype, old.shape) == (value.device, value.dtype, value.shape):
             old.copy_(value)

@@ -51,8 +51,7 @@ class TensorSource:
 
 class CheckpointWriter:
     """A checkpoint of some shards in the making: the files in one folder of a working directory, ``BLOCKS``, or
-    ``SWEPT`` for the checkpoint that replaces that one after a sweep. If it ``resumes``, the shards that an earlier
-    process has written stay."""
+    ``SWEPT`` for the one that replaces it after a sweep. If it ``resumes``, the shards that are there stay."""
 
     def __init__(self, work: WorkingDirectory, shards: int, folder: str = BLOCKS, *, resumes: bool = False) -> None:
         self.work, self.folder = work, work.path / folder

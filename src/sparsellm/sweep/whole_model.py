@@ -46,8 +46,7 @@ def cut_to(width: int, sharers: int) -> int:
 
 
 def check_sweepable(chain: Chain) -> None:
-    """Raises a ModelError for a model that a sweep cannot train: a weight is used in a block and outside the blocks, or
-    a block has no weight of its own."""
+    """Raises a ModelError where a weight is used in a block and outside the blocks, or a block has none of its own."""
     for index in range(len(chain)):
         if not any(map(chain.owns, chain.block_parameters(index))):
             raise ModelError(f"block {index} has no weight of its own that a sweep could train; set passes=0")
