@@ -25,7 +25,7 @@ from sparsellm.storage import directory
 from tests import killing
 from tests.killing import KILLED, stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.models.families import MIXTURES, family, llama4, mixtral
+from tests.models.families import MIXTURES, family, mixtral
 from tests.storage.small import tensors_of, tree
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
@@ -66,10 +66,11 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     assert kept
     assert all(len(numbers) == 4 for numbers in kept.values())
     assert torch.equal(small(IDS).logits, by_hand(loaded(source), small, kept)(IDS).logits)
+    found = type(dense).from_pretrained(tmp_path / "small", output_loading_info=True)[1]
+    assert not [*found["missing_keys"], *found["unexpected_keys"]]
     assert small.num_parameters() < dense.num_parameters()
     assert not (tmp_path / "small-experts").exists()
-    assert result.predicted_seconds["experts"] > 0
-    assert result.seconds["experts"] > 0
+    assert min(result.predicted_seconds["experts"], result.seconds["experts"]) > 0
 
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
@@ -326,8 +327,6 @@ def test_what_cannot_be_removed_is_refused_before_the_work(changes: dict[str, An
 def test_a_model_without_mixtures_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no mixture of experts"):
         removed(llama, tmp_path / "small")
-    with pytest.raises(ModelError, match="part of a larger model"):
-        removed(save_tiny(llama4(), None, tmp_path / "dense"), tmp_path / "small")
     with pytest.raises(RecipeError, match="on disk"):
         sparsellm.prune(tiny_llama(), Recipe(**RECIPE), calibration=IDS)
     for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):

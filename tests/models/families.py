@@ -87,9 +87,9 @@ def qwen3_5() -> PreTrainedModel:
     return _model("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", {"text_config": text, "vision_config": vision})
 
 
-def llama4() -> PreTrainedModel:
+def llama4(**changes: Any) -> PreTrainedModel:
     """Llama 4 as published: the mixture is a part, next to a vision tower."""
-    text = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 80}
+    text = {**LLAMA, "num_experts_per_tok": 1, "intermediate_size_mlp": 80, **changes}
     vision = {**_VISION, **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)}
     return _model("Llama4Config", "Llama4ForConditionalGeneration", {"text_config": text, "vision_config": vision})
 
@@ -166,7 +166,8 @@ def family(name: str, **given: Any) -> PreTrainedModel:
 _SPECIAL = {"Llama 3": llama3, "Gemma3Text": gemma3_text, "Gemma3": gemma3, "Gemma4Text": gemma4_text}
 _SPECIAL |= {"Qwen3_5": qwen3_5, "OPT 350M": opt_350m, "Dbrx": dbrx}
 FAMILIES = [*_TEXT, *_SPECIAL, *_MIXTURES]
-MIXTURES = [*_MIXTURES, "Dbrx"]
+_SPECIAL["Llama4"] = llama4  # which transformers loads, and does not run without an image
+MIXTURES = [*_MIXTURES, "Dbrx", "Llama4"]
 
 
 def _model(config: str, causal: str, settings: dict[str, Any]) -> PreTrainedModel:

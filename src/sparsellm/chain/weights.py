@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial, reduce
 from pathlib import Path
@@ -87,8 +88,14 @@ class ModelWeights:
                     module._buffers[name] = buffer.to(device)
 
     def describe(self, place: Path, device: torch.device, dtype: torch.dtype | None, like: ModelWeights) -> None:
-        """Makes a model without weights that of a checkpoint in ``place``, which is not there, to be planned with. Its
-        dtypes are those of the weights of the same names in ``like``, which may be this model."""
+        """Makes a model without weights that of a checkpoint in ``place``, which is not there, to plan with. Names and
+        dtypes are those of ``like``, which is this model, or has more experts, whose stacks are longer."""
+        if like is not self:
+            self.key_of = {name: like.key_of[name] for name in self.key_of}
+            self.parts = {name: like.parts[name] for name in self.key_of if name in like.parts}
+            few, many = (Counter(part.source for part in each.parts.values()) for each in (self, like))
+            self._shapes = {key: tuple(self.value(name).shape) for name, key in self.key_of.items()}
+            self._shapes |= {k: (like._shapes[k][0] * few[k] // many[k], *like._shapes[k][1:]) for k in few}
         stored = {
             key: (like.stored_dtype(name), self._shapes[key]) for name, key in self.key_of.items() if self.owns(name)
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,7 +13,6 @@ from sparsellm.chain import Chain
 from sparsellm.chain.chain import empty_model
 from sparsellm.chain.experts import DOWN, GATE, UP
 from sparsellm.errors import ModelError, RecipeError
-from sparsellm.inputs import read_object
 from sparsellm.records import Record
 
 NUMBERS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys of configs
@@ -40,8 +38,6 @@ class Routing(Record):
         per_token, groups, why = experts_of_token(chain), _number(chain, ("n_group",)) or 1, ""
         if not experts:
             why = f"a {kind} has no mixture of experts whose experts can be removed"
-        elif chain.reader is not None and _written_type(chain.reader.directory) != kind:
-            why = f"experts of a {kind} that is a part of a larger model are not removed"
         elif len({*experts.values()}) > 1 or max(map(len, mixtures)) > 1:
             why = f"the mixtures of this {kind} differ in size or share a block"
         elif any("." not in mixture.name for each in mixtures for mixture in each):
@@ -74,10 +70,6 @@ class Routing(Record):
                 "; give a smaller share, or the number to keep"
             )
         return keep
-
-
-def _written_type(place: Path) -> object:
-    return read_object(place / "config.json" if place.is_dir() else place).get("model_type")
 
 
 def experts_of_token(chain: Chain) -> int | None:
@@ -123,6 +115,8 @@ class FewerExperts:
 
     def change(self, config: dict[str, Any]) -> None:
         """Puts the number of experts into the contents of a ``config.json``, also one that it leaves to its default."""
+        kind, parts = self.chain.config.model_type, [x for x in config.values() if isinstance(x, dict)]
+        config = next((each for each in parts if each.get("model_type") == kind), config)  # a part of a larger one
         for part, names in self._numbers.items():
             holder = config.get(part) if part else config
             if isinstance(holder, dict):

@@ -48,8 +48,7 @@ class Choice:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
-        """The choice of a recipe. Raises RecipeError if a name or an option is unknown, an option does not fit, or the
-        method has no sweep and the recipe sets one."""
+        """The choice of a recipe. Raises RecipeError for a wrong name or option, or a sweep that a method has not."""
         method = METHODS[recipe.method]
         options = method.check(recipe.options)
         given = next((name for name in SWEEP if getattr(recipe, name)), None)
