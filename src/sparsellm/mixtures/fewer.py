@@ -56,7 +56,7 @@ class Routing(Record):
         return cls(experts=experts, per_token=per_token, shared=shared, groups=groups, least=least, why=why)
 
     def keep(self, experts: float) -> int:
-        """The experts that stay, by ``experts`` of a recipe. ModelError: none can go. RecipeError: too many would."""
+        """The experts that stay, by ``experts`` of a recipe. ModelError if none can go, RecipeError if too many."""
         if self.why:
             raise ModelError(f"{self.why}; leave experts out")
         many = next(iter(self.experts.values()))
@@ -91,7 +91,7 @@ class FewerExperts:
     """A twin of a chain's model with fewer experts, one block of which has weights at a time.
 
     ``chain`` is the twin as a chain by its config alone, ``routing`` that of the model, ``keep`` the experts of each
-    mixture that stay, by ``experts`` of a recipe. ModelError or RecipeError: none, or not as many, can go."""
+    mixture that stay, by ``experts`` of a recipe. ModelError if none can go, RecipeError if too many."""
 
     def __init__(self, dense: Chain, experts: float) -> None:
         self.dense, self.routing, full = dense, Routing.of(dense), dense.config.to_dict()

@@ -156,7 +156,7 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
 
 
 def _left(record: Checkpoint) -> float:
-    """The share of the weights that is no zero, nor in an expert that was removed, as the files' sizes tell."""
+    """The share of the weights that are left and not zero. Sizes of files tell what removed experts had."""
     dense = record.pruning.base.bytes if record.pruning.experts else 0
     return (1 - record.pruning.sparsity_pruned) * (record.file_bytes / dense if dense else 1)
 
