@@ -59,7 +59,7 @@ class Died(BaseException):
 
 @contextlib.contextmanager
 def dying(at: At = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
-    """Counts operations on files by kind, a step before and after each; dies at step ``at``, or is ``signalled``."""
+    """Counts operations on files by kind, a step before and after each; dies at ``at``, if ``signalled`` by SIGKILL."""
     steps: Counter[str] = Counter()
 
     def step(kind: str) -> None:

@@ -116,7 +116,7 @@ class FewerExperts:
     def change(self, config: dict[str, Any]) -> None:
         """Puts the number of experts into the contents of a ``config.json``, also one that it leaves to its default."""
         kind, parts = self.chain.config.model_type, [x for x in config.values() if isinstance(x, dict)]
-        config = next((each for each in parts if each.get("model_type") == kind), config)  # a part of a larger one
+        config = next((each for each in parts if each.get("model_type") == kind), config)  # where it is nested
         for part, names in self._numbers.items():
             holder = config.get(part) if part else config
             if isinstance(holder, dict):

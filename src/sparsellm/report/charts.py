@@ -160,7 +160,7 @@ def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
 
 
 def _heat_map(heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, log: bool = False) -> Chart:
-    """Values by kind of linear and block, fractions but with ``log``. The text has a place for their range."""
+    """Values by kind of linear and block: fractions, or coloured by ``log``. The text has a place for their range."""
 
     def z(value: float | None) -> float | None:
         return value if not log else math.log10(value) if value is not None and value > 0 else None

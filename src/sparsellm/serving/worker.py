@@ -94,7 +94,7 @@ class Worker:
             self._changed.notify()
 
     def stop(self, seconds: float) -> None:
-        """Refuses what waits, and cancels what runs after this time; 0 answers its client at once."""
+        """Refuses what waits, and cancels what runs after this time; with 0 its client is answered at once."""
         with self._changed:
             self._end = min(self._end or math.inf, time.monotonic() + seconds)
             for job in (*self._waiting, *([self._running] if self._running and not seconds else [])):
