@@ -104,8 +104,7 @@ def dry_run(
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> Prediction:
-    """Refuses what :func:`prune` with these arguments refuses before the work, and predicts it; writes nothing. A model
-    or text on the hub is downloaded."""
+    """Predicts a run of :func:`prune`, or refuses what it refuses; downloads what is on the hub, and writes nothing."""
     settled, door = settle_calibration(Recipe.of(recipe), None), (overwrite, restart, trust_remote_code, teacher)
     return story.rehearse(Request(model, settled, out, None, None, *door), progress)
 

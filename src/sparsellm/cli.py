@@ -335,8 +335,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
 def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     """Prune MODEL in every combination of the lists, and measure each run against it.
 
-    With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
-    is a checkpoint in DIR."""
+    With --recover or --max-bytes it recommends one. The same command resumes it. Each run is a checkpoint in DIR."""
     from sparsellm import cells as grid
     from sparsellm import tables
     from sparsellm.inputs import parse_bytes, parse_yaml

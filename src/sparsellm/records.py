@@ -231,8 +231,7 @@ class Base(Record):
 
 
 class RunRecord(Record):
-    """What is known of a run; with its recipe, the contents of ``pruning.json``. That file may leave this machine, so
-    it has names and digests, and no paths."""
+    """What is known of a run: with its recipe, ``pruning.json``, which travels, so it has names and no paths."""
 
     format: Literal[1] = 1
     base: Base = Base()

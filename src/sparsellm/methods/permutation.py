@@ -51,8 +51,7 @@ def _orders(task: BlockTask, proved: list[Channels], weights: list[Tensor] | Non
 
 
 def best_order(channels: Channels, mean_squares: Tensor) -> Tensor:
-    """The order ``(heads, width)`` that :func:`spread` chooses by the mean squares ``(in,)`` of the inputs, on the
-    CPU, so that any process can take it."""
+    """The order ``(heads, width)``, on the CPU, that :func:`spread` chooses by the inputs' mean squares ``(in,)``."""
     reader = channels.reader
     if not bool(torch.isfinite(mean_squares).all()):
         raise NumericalError(f"{reader.name}: the squares of its inputs are too large for fp32")

@@ -106,12 +106,13 @@ def sparsellm(
     units: list[Unit] = []
     if iterations or (iterations is None and refit and sparsest >= PAYS):
         units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
-    for each in units:  # the rest of attention is in a unit's sublayer where its writer stays dense
-        names, noted = {x.name for x in each.linears().values()}, task.notes.get(each.down.name, ())
+    by_names = {frozenset(linear.name for linear in unit.linears().values()): unit for unit in units}
+    for names, each in by_names.items():  # the rest of attention is in a unit's sublayer where its writer stays dense
         if any(names < sublayer.names for sublayer in sublayers) and _rounds(task, each, solver, iterations):
+            noted = task.notes.get(each.down.name, ())
             task.notes[each.down.name] = (*noted, "pruned without auxiliary variables: its sublayer has other linears")
     for sublayer in sublayers:
-        unit = next((u for u in units if {x.name for x in u.linears().values()} == sublayer.names), None)
+        unit = by_names.get(frozenset(sublayer.names))
         if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):
             prune_unit(task, unit, weights, solvers, Settings(rounds, damping=refit_damping))
         else:

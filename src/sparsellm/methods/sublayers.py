@@ -77,8 +77,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
 def _shortcut(
     task: BlockTask, groups: list[Group], order: RunOrder, returns: Returns, later: list[LinearView]
 ) -> KnownOutput | None:
-    """The module around the last linear of ``groups``, if the input of that linear, the writer, no longer changes when
-    the linears ``later`` are pruned."""
+    """The module around the writer, last of ``groups``, if pruning the linears ``later`` does not change its input."""
     (writer,) = groups[-1]
     path = writer.name.removeprefix(f"{task.stream.chain.block_names[task.index]}.")
     around = returns.around(writer, path) if _run_later(task, later, writer, order) else None

@@ -56,8 +56,7 @@ def best_at_each_size(runs: Sequence[Candidate]) -> list[Candidate]:
 
 
 def recommend(runs: Sequence[Candidate], recover: float | None, max_bytes: float | None) -> Candidate | None:
-    """The run that fits the constraints: with ``recover`` the smallest one, else the one that recovers most. None if
-    there are no constraints, or none fits."""
+    """Of the runs that fit, the smallest with ``recover``, else the one that recovers most; None without any."""
     if recover is None and max_bytes is None:
         return None
     least, most = recover or 0.0, math.inf if max_bytes is None else max_bytes

@@ -215,10 +215,14 @@ class Windows:
         """The windows of each pass, of all processes: new ones as far as there are any, then those of the statistics,
         which the pruned weights fit already. After the last, they come again in turn."""
         sets = (self.fresh, self.first if self.divided else self.first[:0])
-        fresh, known = ([part for part in s.split(self.of_pass) if 2 * len(part) >= self.of_pass] for s in sets)
+        fresh, known = (list(filter(self.suffices, windows.split(self.of_pass))) for windows in sets)
         parts = [*fresh, *(known or [self.first])][: self.passes or 1]
         lead = int(self.first[0, 0]) if self.bos == "yes" else None
         return [_cut(part, lead, self.sharers) if self.bos != "given" else part for part in parts]
+
+    def suffices(self, windows: Tensor) -> bool:
+        """Whether these windows are enough for a pass: half as many as it has."""
+        return 2 * len(windows) >= self.of_pass
 
     @property
     def swept(self) -> list[Tensor]:

@@ -36,6 +36,7 @@ from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked
 from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows, save_companions
 from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
 from sparsellm.storage.directory import check_destination, checkpoints_among
+from sparsellm.sweep.training import LEAST_STEPS
 from sparsellm.sweep.whole_model import STEP_TOKENS, check_sweepable
 from sparsepack.grids import GRIDS
 
@@ -269,7 +270,8 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
 def _short_text(windows: Windows, choice: Choice) -> list[str]:
     """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
     warnings, tokens = [], windows.first.numel()
-    if choice.passes and (2 * len(windows.fresh) < windows.of_pass or windows.by_pass[0].numel() < 4 * STEP_TOKENS):
+    known = not windows.suffices(windows.fresh) or windows.by_pass[0].numel() < LEAST_STEPS * STEP_TOKENS
+    if choice.passes and known:
         fitted = "the sweep has too few windows of its own, so its divergence is on some that weights were fitted to"
         warnings.append(f"{fitted}; `sparsellm eval` measures it on others")
     if windows.bos == "given":

@@ -30,8 +30,7 @@ class GoneError(SparseLLMError):
 class Job:
     """A request on its way through the worker: pieces of text come back, then the result or an error.
 
-    ``ids`` makes the prompt ``(1, tokens)`` from the tokenizer; ``limit`` is the most tokens of the answer, None for as
-    many as there is room for."""
+    ``ids`` makes the prompt ``(1, tokens)``; ``limit`` is the most tokens of the answer, None for what has room."""
 
     def __init__(self, ids: Callable[[PreTrainedTokenizerBase], Tensor], sampling: Sampling, limit: int | None) -> None:
         self.ids, self.sampling, self.limit = ids, sampling, limit

@@ -93,8 +93,7 @@ def _is_solution(found: Solution, shape: torch.Size, pattern: Pattern) -> bool:
 
 
 def safe_factor(weight: Tensor) -> float:
-    """The power of two that brings the largest value of a weight near 1, if its squares could leave the range of fp32;
-    1 for all other weights, and for one that is 0."""
+    """The power of two that brings a weight's largest value near 1, if its squares could leave fp32's range; else 1."""
     largest = max(map(abs, torch.stack(torch.aminmax(weight)).tolist()))
     if largest == 0 or not math.isfinite(largest) or abs(exponent := math.frexp(largest)[1]) <= SAFE:
         return 1.0

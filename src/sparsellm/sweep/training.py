@@ -18,6 +18,7 @@ BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 FACTOR_RATE, FACTOR_LIMIT = 5.0, 1e-3  # steps of factors of groups: this multiple of the rate, and at most the limit
 RISING = 10  # steps: with 1, a sweep of 14 steps ends where it began, as Adam's first steps follow noise
+LEAST_STEPS = 4  # with fewer, nothing is held out
 MOST_HELD_OUT = 8  # steps: enough to compare states; further steps are worth more as training data
 
 T = TypeVar("T")
@@ -104,8 +105,8 @@ def schedule(step: float, steps: int, number: int) -> float:
 
 def held_out_of(steps: Sequence[T], kinds: Sequence[str] = ()) -> tuple[list[T], list[T]]:
     """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`.
-    Of each of the ``kinds``, an eighth or one is. Fewer than four steps, and all if none is left, are in both lists."""
-    count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8))) if len(steps) >= 4 else 0
+    Of each of the ``kinds``, an eighth or one is. Fewer than :data:`LEAST_STEPS`, and all if none is left, are both."""
+    count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8))) if len(steps) >= LEAST_STEPS else 0
     kinds = kinds or [""] * len(steps)
     order = sorted(range(len(steps)), key=lambda i: kinds[i])
     held = {order[at] for at in spread_evenly(count, len(steps))}
