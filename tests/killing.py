@@ -267,8 +267,7 @@ def started(target: Any, *arguments: Any, **options: Any) -> Iterator[BaseProces
 @contextlib.contextmanager
 def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProcess]:
     """A command line in a process, when it has come to the point where it waits; its ``stdout`` and ``stderr`` are in
-    ``folder``. Options are ``how`` it waits, ``ignore``, signals that it ignores from the start, as under nohup, and
-    ``closed``, whether nobody reads what it writes."""
+    ``folder``. ``how`` it waits; signals to ``ignore``, as under nohup; ``closed`` if nobody reads its output."""
     with started(command_line, [str(word) for word in arguments], folder, **options) as process:
         await_file(folder / "reached", process)
         yield process

@@ -104,7 +104,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_is_one_line_and_blocks_are_kept(change: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        once_in_block(1, patched, lambda: change(source))
+        once_in_block(1, patched, lambda: change(source), after=1)
         with pytest.raises(StorageError, match=CHANGES[change]) as caught:
             prune(source, tmp_path / "p")
     assert "a pruning run keeps the blocks that are done" in str(caught.value)
@@ -123,7 +123,7 @@ def test_files_only_touched_are_read(anew: bool, source: Path, tmp_path: Path, m
             os.replace(tmp_path / "copy", source / WEIGHTS)
         os.utime(source / WEIGHTS)
 
-    once_in_block(1, monkeypatch, touch)
+    once_in_block(1, monkeypatch, touch, after=1)
     assert prune(source, tmp_path / "p").resumed == 0
 
 

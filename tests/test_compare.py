@@ -94,12 +94,17 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
     assert pack.call_count == 2 + 2
 
 
-def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: GridResult) -> None:
+def test_other_settings_of_a_finished_cell_are_refused(
+    llama: Path, finished: GridResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
     with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: protocol\.max_tokens is"):
         grid(llama, finished.out, protocol=Protocol("pydoc", 32, 512))
     with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: seed is 0 there and 1 here"):
         grid(llama, finished.out, cells=cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5]))
+    monkeypatch.setattr(compare, "loaded", lambda: {"mine.py": "ab"})
+    with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: plugins is None there and .'mine"):
+        grid(llama, finished.out)
     assert sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*")) == before
 
 

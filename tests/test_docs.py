@@ -21,8 +21,7 @@ from tests.models.families import mixtral
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# What makes a command of a page quick; the last value of an option counts.
-SMALL = {
+SMALL = {  # What makes a command of a page quick; the last value of an option counts.
     "prune": "--samples 4 --seq-len 32",
     "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
     "tune": "--steps 2 --seq-len 32",

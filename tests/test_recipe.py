@@ -17,12 +17,9 @@ from sparsepack.codes import FLOAT_TYPES
 from sparsepack.grids import GRIDS
 
 
-def test_yaml_round_trip_keeps_every_field() -> None:
+def test_yaml_round_trip_keeps_every_field_and_describes_it() -> None:
     recipe = Recipe(method="wanda", pattern="4:8", options={"damping": 0.1}, exclude=["*.down_proj"], seq_len=64)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-
-
-def test_every_field_is_described_in_the_yaml() -> None:
     text = Recipe().to_yaml()
     assert all(f"# {help_of(name)}" in text and help_of(name) != "None" for name in Recipe.model_fields)
 

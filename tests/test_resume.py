@@ -161,8 +161,8 @@ def test_without_room_a_sweep_begins_anew(source: Path, tmp_path: Path, monkeypa
 
 
 def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
-    """An error in place of a signal."""
-    once_in_block(index, patched, Mock(side_effect=NumericalError("the processor caught fire")), after)
+    """An error in place of a signal, where gradients read the block ``after`` times; the check for zeros does, too."""
+    once_in_block(index, patched, Mock(side_effect=NumericalError("the processor caught fire")), after + 1)
 
 
 def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:

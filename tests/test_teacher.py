@@ -44,9 +44,11 @@ def test_the_sweep_follows_the_teacher(llama: Path, half: Path, tmp_path: Path) 
     assert result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out  # from the dense model, not the half-pruned one
     assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
     assert result.base.name == llama.name
-    fewer = sparsellm.prune(half, recipe.updated(sparsity=0.3, passes=0), out=tmp_path / "fewer", teacher=llama)
-    for found, said in ((result, False), (fewer, True)):
-        assert any("already pruned" in warning for warning in found.warnings) == said
+    found = {"taught": result}
+    for name, change in {"fewer": {"sparsity": 0.3}, "grouped": {"pattern": "2:4"}}.items():
+        found[name] = sparsellm.prune(half, recipe.updated(**change, passes=0), out=tmp_path / name, teacher=llama)
+    for name, said in (("taught", False), ("fewer", True), ("grouped", True)):
+        assert any("already pruned" in warning for warning in found[name].warnings) == said
 
 
 def test_before_the_sweep_it_is_the_model_that_is_pruned(llama: Path, half: Path, tmp_path: Path) -> None:

@@ -206,6 +206,8 @@ def test_an_already_pruned_model_is_said_and_pruned_further() -> None:
     sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
     result = sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.7), calibration=IDS)
     assert any("already pruned: 50.0%" in warning for warning in result.warnings)
+    sparsellm.prune(later := tiny_llama(), Recipe(method="magnitude", exclude=["*.layers.0.*"]), calibration=IDS)
+    assert sparsellm.evaluate(model, IDS, against=later).against.recovery is None  # type: ignore[union-attr]
     assert result.sparsity == pytest.approx(0.7, abs=1e-3)
 
 

@@ -14,7 +14,7 @@ import sparsepack  # noqa: F401 - so that from_pretrained loads packed checkpoin
 from sparsellm.version import __version__
 
 if TYPE_CHECKING:
-    from sparsellm.api import PruneResult, card, dry_run, evaluate, inspect, plan, prune, push
+    from sparsellm.api import PruneResult, card, dry_run, evaluate, inspect, keep_results, plan, prune, push
     from sparsellm.cells import Protocol, cells_of, compare
     from sparsellm.console import progress as show_progress
     from sparsellm.convert import PackResult, pack, unpack
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparsepack.loading import load
 
 _MODULES = {
-    "sparsellm.api": ("PruneResult", "card", "dry_run", "evaluate", "inspect", "plan", "prune", "push"),
+    "sparsellm.api": ("PruneResult", "card", "dry_run", "evaluate", "inspect", "keep_results", "plan", "prune", "push"),
     "sparsellm.cells": ("Protocol", "cells_of", "compare"),
     "sparsellm.console": ("show_progress",),
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
@@ -46,7 +46,7 @@ _MODULES = {
 
 __all__ = ["Evaluation", "ExportResult", "PackResult", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
 __all__ += ["Protocol", "bench", "card", "cells_of", "compare", "dry_run", "evaluate", "export", "generate"]
-__all__ += ["inspect", "load", "pack", "plan", "prune", "push", "show_progress", "unpack"]
+__all__ += ["inspect", "keep_results", "load", "pack", "plan", "prune", "push", "show_progress", "unpack"]
 __all__ += ["write_comparison", "write_report"]
 _OTHER_NAMES = {"show_progress": "progress", "bench": "compared_speed"}  # in their modules
 

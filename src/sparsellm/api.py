@@ -94,7 +94,7 @@ def prune(  # noqa: PLR0913 - the Python door
 
 @checked
 def dry_run(
-    model: Model,
+    model: Checkpoint,
     recipe: arguments.RecipeGiven = None,
     *,
     out: arguments.Out,
@@ -249,8 +249,11 @@ def pack_and_measure(
     )
 
 
-def keep_results(directory: Path, *results: Evaluation | Benchmark | Continuation) -> None:
-    """Adds results to those of a checkpoint, and writes its card and its report with them."""
+@checked
+def keep_results(directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]) -> None:
+    """Adds results to those of a checkpoint (``results.json``), and writes its card and its report with them. Raises
+    StorageError if :func:`prune` or ``pack`` did not write it, or its card was edited."""
+    directory = Path(directory).expanduser()
     for each in results:
         append_result(directory, each)
     card(directory)
@@ -284,7 +287,7 @@ class Opened:
 
     @cached_property
     def is_pruned(self) -> bool:
-        """Whether a run wrote the model, or its first block has zeros as no dense one has; that is read once."""
+        """Whether a run wrote the model, or blocks have zeros as no dense one has; that is read once."""
         return (self.directory is not None and (self.directory / PRUNING).is_file()) or pruned_share(self.chain) > 0
 
     @checked
@@ -327,8 +330,7 @@ class Opened:
 
 @checked
 def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
-    """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time. One that
-    does not exist or cannot be read is a SparseLLMError."""
+    """Zeros of every matrix in a checkpoint's blocks, read one by one; a SparseLLMError if it cannot be read."""
     directory = checkpoint_directory(str(model))
     chain = open_chain(directory, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
     zeros: list[MatrixZeros] = []

@@ -25,6 +25,7 @@ from sparsellm.evaluation.speed import compared_speed
 from sparsellm.inputs import without_folders
 from sparsellm.methods import METHODS
 from sparsellm.mixtures.fewer import FewerExperts
+from sparsellm.plugins import loaded
 from sparsellm.progress import Progress, ProgressCallback, ignore, note
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
@@ -133,6 +134,8 @@ def compare(
         "protocol": {**asdict(protocol), "text": without_folders(protocol.text)},
         "text": tokens_fingerprint(windows),
     }
+    if plugins := loaded():
+        settings["plugins"] = {**plugins}
     shared = dict[Hashable, object]()
     sources = [dense.directory] if dense.directory else []
     with contextlib.ExitStack() as held:
@@ -347,7 +350,7 @@ def _measure(
     packed, evaluation = api.pack_and_measure(run, target, protocol.text, dense, progress, **window)
     benchmarks = [compared_speed(packed.path, place, progress=progress)] if protocol.speed else []
     for directory in [packed.path, place] if recipe.values == "keep" else [packed.path]:  # else another model
-        api.keep_results(directory, evaluation, *benchmarks)
+        api.keep_results(directory, [evaluation, *benchmarks])
     speeds = benchmarks[0].decoding if benchmarks else None
     against = evaluation.against
     assert against is not None

@@ -174,7 +174,7 @@ def prune(
         with parallel.alone():
             packed, evaluation = api.pack_and_measure(run, pack, text, dense, progress, **window)
             try:
-                api.keep_results(pack, evaluation)
+                api.keep_results(pack, [evaluation])
             except (OSError, StorageError) as error:  # both checkpoints are complete, and the numbers are printed
                 console.say(f"note: the measurement is not kept in {pack}: {error}", error=True)
         content |= {"packed": packed.to_dict(), "evaluation": evaluation.model_dump(mode="json")}

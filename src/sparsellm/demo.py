@@ -142,8 +142,8 @@ def run_demo(
     with phase("generate"):
         answers = [_alone(_answer, path, torch.get_num_threads()) for path in (dense, packed)]
         texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
-    api.keep_results(pruned, of_pruned, speeds)
-    api.keep_results(packed, evaluation, speeds, texts)
+    api.keep_results(pruned, [of_pruned, speeds])
+    api.keep_results(packed, [evaluation, speeds, texts])
     assert evaluation.against is not None
     of_dense = evaluation.model_copy(update={"perplexity": evaluation.against.perplexity, "against": None})
     return DemoResult(

@@ -58,8 +58,7 @@ def installed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Postpones signals to the end of the context, for steps that belong together, such as renaming two directories;
-    then the handlers, ours or any others, are called."""
+    """Postpones signals to the end of the context, for steps that belong together; then handlers are called."""
     arrived: list[int] = []
     try:
         with handled_by(lambda signum, _: arrived.append(signum)):

@@ -183,8 +183,7 @@ def _machine() -> tuple[ProcessGroup, int]:
 
 
 def greedy(costs: Sequence[float]) -> tuple[list[int], float]:
-    """A process for each job: the longest first, each to the process with the least to do, the lowest among equals.
-    And the cost of the jobs of the process with the most."""
+    """A process for each job, the longest first, each to the one with the least to do; and the cost of the most."""
     loads, owners = [0.0] * size(), [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
         owners[job] = loads.index(min(loads))

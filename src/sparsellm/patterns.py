@@ -156,8 +156,7 @@ def most_kept(weight: Tensor) -> tuple[int, int]:
 
 
 def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
-    """The strictest N:4 and N:8 that weights with these :func:`most_kept` satisfy together, such as ``3:8, 2:4``,
-    without one that follows from the other; None for none."""
+    """The strictest N:4 and N:8 that weights with these :func:`most_kept` satisfy, such as ``3:8, 2:4``, or None."""
     four, eight = map(max, zip(*kept, strict=True))
     found = [NM(eight, 8)] if eight < min(8, 2 * four) else []
     found += [NM(four, 4)] if four < min(4, eight) else []

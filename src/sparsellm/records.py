@@ -206,8 +206,7 @@ class Prediction(Record):
 
 
 class ExpertsOfBlock(Record):
-    """The experts of one mixture, whose output has the relative error ``error`` with those that were kept alone, and
-    ``refitted`` after the refit of their last linears."""
+    """The experts of a mixture, with its output's relative error before and after the refit of those that stay."""
 
     block: Count
     kept: list[Count]  # their numbers in the dense model
@@ -239,7 +238,7 @@ class RunRecord(Record):
     values: str = "keep"
     grid: str = "own"  # to which values were rounded; "own" for that of the packed format, or for none
     seed: int = 0
-    bits_per_weight: float | None = None  # as ``pack`` or the grid stores pruned linears; None if values were kept
+    bits_per_weight: float | None = None  # as ``pack`` (experts aside) or the grid stores pruned linears; None if kept
     linears: list[LinearResult]
     dense: list[DenseMatrix] = []  # matrices of the blocks
     seconds: dict[str, Seconds] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``

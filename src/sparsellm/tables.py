@@ -49,6 +49,7 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         grid = GRIDS.get(recipe.grid)
         stored = recipe.values if grid is None else f"{recipe.values} ({grid.name})"
         then = "it is packed" if grid is None else "it is exported"
+        then += ", experts aside" if grid is None and any(each.tokens is not None for each in result.linears) else ""
         say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight when {then}")
     if result.sweeps:
         best = min(result.sweeps, key=lambda each: each.held_out)

@@ -72,6 +72,7 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
         ("pydoc:0.5,self:0", "source 'self' in text mixture .* has share 0; leave it out"),
         ("pydoc:1,pydoc:2", "'pydoc' .* occurs twice"),
         ("a.txt:1,file:./a.txt:2", "names one text twice; add its shares"),
+        ("a.txt:1,b/a.txt:2", "has files of one name, which reports cannot tell apart; rename one"),
         ("pydoc:1,wikitxt2:2", "unknown text source 'wikitxt2'; did you mean 'wikitext2'"),
         ("pydoc,words:0.5", "unknown text source .*; a text mixture is SOURCE:SHARE,SOURCE:SHARE"),
         ("pydoc:1,nowhere.txt:2", "nowhere.txt' does not exist"),
@@ -81,7 +82,9 @@ def test_unusable_mixtures_are_refused_before_the_work(
     source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("a.txt").write_text("some text")
+    Path("b").mkdir()
+    for name in ("a.txt", "b/a.txt"):
+        Path(name).write_text("some text")
     with pytest.raises(DataError, match=message):
         check_sources(source, "calibration")
     with pytest.raises(DataError, match="mixes texts for calibration"):

@@ -18,7 +18,8 @@ import pyarrow.parquet
 import pytest
 
 from sparsellm.calibration import corpora
-from sparsellm.calibration.sources import default_source, read_source
+from sparsellm.calibration.sources import as_text, default_source, read_source
+from sparsellm.calibration.texts import Text
 from sparsellm.errors import DataError
 
 ROWS = [" = Title = ", "", " Some text , here . ", " More . "]
@@ -51,11 +52,12 @@ def test_jsonl_and_parquet_give_their_text(tmp_path: Path) -> None:
 
 def test_a_record_without_text_gives_its_conversation(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}]
-    rows = [{"text": text, "messages": chat} for text in (None, "a")]
+    rows = [{"text": text, "messages": turns} for text, turns in ((None, chat), ("a", chat), (None, None))]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
         assert list(read_source(str(tmp_path / name), "calibration").documents) == [chat, "a"]
+    assert as_text(rows, "text", "calibration") == Text([chat, "a"])
 
 
 def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
@@ -88,10 +90,10 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: b
     ("columns", "message"),
     [
         ({"body": ROWS}, "no column 'text'; its columns: body"),
-        ({"text": [1, 2]}, "it must hold strings"),
-        ({"text": [["a"], ["b"]]}, "it must hold strings"),
-        ({"text": [b"a", b"b"]}, "it must hold strings"),
-        ({"messages": ["a", "b"]}, "a column 'messages' of string; it must hold lists"),
+        ({"text": [1, 2]}, "row 1, has no field 'text' that holds a string"),
+        ({"text": [["a"], ["b"]]}, "row 1, has no field 'text' that holds a string"),
+        ({"text": [None, b"b"]}, "row 2, has no field 'text' that holds a string"),
+        ({"messages": ["a", "b"]}, "row 1, has no .* list 'messages': .'messages': 'a'"),
     ],
     ids=["body", "numbers", "lists", "bytes", "messages"],
 )

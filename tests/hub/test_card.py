@@ -110,6 +110,9 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> N
     assert "/home/me" not in text
     assert "Not evaluated" not in text
     assert run("card", pruned)[0] == 0  # its own card is replaced again and again
+    other = {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 96}}
+    sparsellm.keep_results(pruned, [sparsellm.Evaluation(**other)])
+    assert "windows of 96 tokens" in (pruned / "README.md").read_text()
 
 
 def test_what_was_never_pruned_or_evaluated_has_no_new_card(pruned: Path, refusal: Any) -> None:

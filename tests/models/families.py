@@ -31,8 +31,7 @@ _GRANITE_HYBRID |= {"num_local_experts": 0, "shared_intermediate_size": 80}
 LLAMA3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 32}
 LLAMA3 |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
-# The name of the family's classes, and what its config has that Llama's has not.
-_TEXT: dict[str, dict[str, Any]] = {
+_TEXT: dict[str, dict[str, Any]] = {  # The name of the family's classes, and what its config has that Llama's has not.
     "Llama": {"tie_word_embeddings": False},
     **{name: {} for name in ("Qwen2", "Qwen3", "Gemma", "Phi", "Phi3", "StableLm", "Starcoder2", "Olmo", "Olmo2")},
     **{name: {} for name in ("Granite", "Cohere", "Glm", "Glm4")},
@@ -115,8 +114,7 @@ _LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]
 _LINEAR |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 _JAMBA: dict[str, Any] = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4}
 _JAMBA |= {"expert_layer_period": 1, "expert_layer_offset": 0}
-# Mixtures of experts: as _TEXT, with what Mixtral has.
-_MIXTURES: dict[str, dict[str, Any]] = {
+_MIXTURES: dict[str, dict[str, Any]] = {  # Mixtures of experts: as _TEXT, with what Mixtral has.
     **{name: {} for name in ("Mixtral", "Olmoe", "Phimoe", "GraniteMoe")},
     "Qwen2Moe": {**_NARROW, "shared_expert_intermediate_size": 40},
     "Qwen3Moe": _NARROW,

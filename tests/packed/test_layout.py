@@ -134,8 +134,7 @@ def test_int3_is_int4_in_memory_and_three_bits_in_a_file(sparsity: float) -> Non
     slots, written = int(packed.offsets[-1]), packed.stored["values"]
     assert len(written) == (3 * slots + 7) // 8
     assert torch.equal(widened(written, slots), packed.values)
-    # The first value of the third row, bit by bit, as docs/format.md tells it.
-    at = 3 * int(packed.offsets[2])
+    at = 3 * int(packed.offsets[2])  # The first value of the third row, bit by bit, as docs/format.md tells it.
     code = sum((int(written[(at + bit) // 8]) >> (at + bit) % 8 & 1) << bit for bit in range(3))
     assert packed.scales is not None
     column = int(weight[2].nonzero()[0]) if packed.layout == "bitmask" else 0

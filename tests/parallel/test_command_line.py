@@ -23,8 +23,7 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.storage.small import tensors_of
 from tests.sweep.helpers import same_bits
 
-# Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for

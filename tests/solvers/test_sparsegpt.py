@@ -20,8 +20,7 @@ sparsegpt = SOLVERS["sparsegpt"].function
 
 
 def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, step: int, damping: float = 0.01) -> Tensor:
-    """Column j is pruned, then every later column is updated, with the inverse of what is left recomputed each time;
-    the mask is chosen for ``step`` columns at a time."""
+    """Each column is pruned and all later ones updated, by a new inverse; ``step`` columns get their mask at a time."""
     outputs, inputs = weight.shape
     work = weight.double().clone()
     damped = gram.matrix.double() + damping * gram.matrix.double().diagonal().mean() * torch.eye(inputs)

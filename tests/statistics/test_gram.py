@@ -126,12 +126,9 @@ def test_a_singular_gram_raises_its_damping_and_says_so():
     assert_close(factor.matrix @ factor.matrix.T, damped)
 
 
-def test_each_step_of_damping_is_tenfold():
+def test_each_step_of_damping_is_tenfold_and_none_saves_an_indefinite_matrix():
     factor = gram_of(normal(50, 3).repeat(1, 2)).cholesky(1e-12)  # every input twice
     assert any(factor.damping == pytest.approx(10.0**power) for power in range(-11, -3))
-
-
-def test_no_damping_saves_an_indefinite_matrix():
     indefinite = torch.eye(4)
     indefinite[0, 1] = indefinite[1, 0] = 1e9
     with pytest.raises(NumericalError, match="any damping from 0"):

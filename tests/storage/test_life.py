@@ -49,8 +49,7 @@ def later(place: Path) -> dict[str, bytes]:
 
 
 def live_later(place: Path, model: Path, draw: random.Random) -> Counter[str]:
-    """Files that are written into a complete checkpoint: each is as before or as it would be, and none is foreign. A
-    file of the user's in between stops the run that would replace the checkpoint."""
+    """Files written into a complete checkpoint are as before or as they would be; one of the user's is not replaced."""
     value, ended = value_of(place), Counter[str]()
     for number in range(draw.randint(0, 6)):
         name, before = draw.choice(LATER), later(place)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sparsellm.calibration import corpora
-from sparsellm.calibration.texts import READERS, Split, Text, read_file, text_file
+from sparsellm.calibration.texts import READERS, Split, Text, documents_of, read_file, text_file
 from sparsellm.errors import DataError, nearest, one_line, shown
-from sparsellm.inputs import mixture_of
+from sparsellm.inputs import mixture_of, without_folders
 from sparsellm.recipe import Recipe
 
 TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequence[Any] | Mapping[str, Any] | Text
@@ -62,6 +62,10 @@ def check_sources(source: str, split: Split) -> list[tuple[str, str]]:
     sources = [check_source(each, split) for each in shares]
     if len({(name, os.path.realpath(os.path.expanduser(file))) for name, file in sources}) < len(sources):
         raise DataError(f"text mixture {shown(source)} names one text twice; add its shares")
+    if len(set(map(without_folders, shares))) < len(shares):
+        raise DataError(
+            f"text mixture {shown(source)} has files of one name, which reports cannot tell apart; rename one"
+        )
     return sources
 
 
@@ -121,13 +125,12 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     rows = list(value)
     if not isinstance(rows[0], Mapping):
         return _ids(rows, name)
-    field = next((name for name in ("input_ids", "text", "messages") if name in rows[0]), "text")
-    for at, row in enumerate(rows):
-        if not isinstance(row, Mapping) or field not in row or (field == "text" and not isinstance(row["text"], str)):
-            raise DataError(f"{name}, row {at}, is {shown(row)}, without a {field!r} of its type; {_HINT}")
-    _refuse_padding(rows if field == "input_ids" else [], name)
-    values = [row[field] for row in rows]
-    return _ids(values, name) if field == "input_ids" else Text(values)
+    if "input_ids" not in rows[0]:
+        return Text(documents_of((f"{name}, row {number}", row) for number, row in enumerate(rows)))
+    if not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        raise DataError(f"not every row of {name} has 'input_ids', as the first has; {_HINT}")
+    _refuse_padding(rows, name)
+    return _ids([row["input_ids"] for row in rows], name)
 
 
 def _refuse_padding(rows: Iterable[Mapping[str, Any]], name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import parse_json
 
 Split = Literal["calibration", "evaluation"]
-_FIELDS = {"text": (str, "strings"), "messages": (list, "lists")}  # the second where a record has no text
+FIELDS = {"text": str, "messages": list}  # the second where a record has no text
 
 
 @dataclass(frozen=True)
@@ -65,43 +65,38 @@ def text_rows(path: Path) -> list[str]:
     return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
 
 
+def documents_of(records: Iterable[tuple[str, Any]]) -> list[Any]:
+    """The ``text``, or else the ``messages``, of records, each with its place for an error; those without any are left
+    out. Raises DataError for a record that has neither field, or another type in it."""
+    found = []
+    for place, record in records:
+        given = [name for name in FIELDS if isinstance(record, Mapping) and name in record]
+        name = next((name for name in given if record[name] is not None), None)
+        if name is not None and isinstance(record[name], FIELDS[name]):
+            found.append(record[name])
+        elif name is not None or not given:
+            why = "has no field 'text' that holds a string, and no list 'messages'"
+            raise DataError(f"{place}, {why}: {shown(record)}")
+    return found
+
+
 def _jsonl_rows(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text_rows(path), start=1):
-        if not line.strip():
-            continue
-        record = parse_json(line, f"{path}, line {number},", error=DataError)
-        given = _FIELDS if isinstance(record, dict) else {}
-        name = next((name for name in given if record.get(name) is not None), None)
-        if name is None or not isinstance(record[name], _FIELDS[name][0]):
-            raise DataError(f"{path}, line {number}, has no field 'text' that holds a string, and no 'messages'")
-        rows.append(record[name])
-    return rows
+    places = ((f"{path}, line {number}", line) for number, line in enumerate(text_rows(path), start=1) if line.strip())
+    return documents_of((place, parse_json(line, f"{place},", error=DataError)) for place, line in places)
 
 
 def _parquet_rows(path: Path) -> list[Any]:
-    """The strings of the column ``text``, or else ``messages``, of each row; rows without any are left out."""
     import pyarrow.parquet  # here, because the import is slow and few runs need it
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        names, rows = file.schema_arrow.names, [None] * file.metadata.num_rows
-        if not _FIELDS.keys() & names:
-            raise DataError(f"{path} has no column 'text'; its columns: {', '.join(names)[:300]}")
-        for name, (kind, kinds) in _FIELDS.items():
-            if name in names and None in rows:
-                column = file.read([name]).column(name)
-                own = column.to_pylist()
-                if not all(isinstance(row, kind | None) for row in own) and (kind is str or "text" not in names):
-                    raise DataError(f"{path} has a column {name!r} of {column.type}; it must hold {kinds}")
-                rows = [
-                    new if row is None and isinstance(new, kind) else row for row, new in zip(rows, own, strict=True)
-                ]
-        return [row for row in rows if row is not None]
-    except DataError:
-        raise
+        names = file.schema_arrow.names
+        rows = file.read([name for name in FIELDS if name in names]).to_pylist()
     except Exception as error:  # a damaged file raises errors of Arrow, of Thrift, of the system, or KeyError
         raise DataError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
+    if not FIELDS.keys() & names:
+        raise DataError(f"{path} has no column 'text'; its columns: {', '.join(names)[:300]}")
+    return documents_of((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 READERS = {".txt": text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}

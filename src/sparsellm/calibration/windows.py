@@ -99,8 +99,7 @@ def mixed_windows(source: str, sizes: list[int], draw: Callable[[str, int, int],
     shares = shares_of(source)
     if len(shares) == 1:
         return draw(source, sizes[0], sum(sizes[1:])), []
-    bare = [without_folders(name) for name in shares]
-    names = [f"{name} ({at})" if bare.count(name) > 1 else name for at, name in enumerate(bare, 1)]
+    names = [without_folders(name) for name in shares]
     counts = [
         round_exactly([share * size for share in shares.values()], size, ([0] * len(shares), [size] * len(shares)))
         for size in sizes
@@ -164,8 +163,7 @@ def evaluation_windows(
 
 
 def seq_len_of(config: PretrainedConfig, asked: int | None) -> int:
-    """The tokens of a window: those that are asked for, or else 2048, or the number of the model's positions if that is
-    less. Raises DataError as :func:`check_seq_len`."""
+    """Tokens of a window: as asked, or 2048, or the model's positions if fewer; errors as :func:`check_seq_len`."""
     seq_len = asked or min(DEFAULT_SEQ_LEN, context_limit(config) or DEFAULT_SEQ_LEN)
     check_seq_len(config, seq_len)
     return seq_len
@@ -187,8 +185,7 @@ def check_memory(windows: int, seq_len: int) -> None:
 
 
 def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
-    """The text as one string, conversations by the tokenizer's chat template. Raises DataError if it refuses one, or
-    the text is too long for the memory that is free."""
+    """The text as one string, chats by the template; a DataError if that refuses one, or memory is short."""
     parts, size, free = [], 0, machine.free_memory()
     for document in text.documents:
         if document is not None:  # data sets have nulls

@@ -87,8 +87,7 @@ def stored(inputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Sequenc
 
 
 def split(chunks: Chunks) -> tuple[Chunks, Chunks]:
-    """(train, held out): held out are chunks spread evenly, or the last tokens if there is only one chunk. Neighbouring
-    tokens are too similar to test a fit on each other."""
+    """(train, held out): chunks spread evenly, or the last tokens of a single one, since neighbours are similar."""
     if len(chunks) == 1:
         x, y, weights = chunks[0]()
         cut = [len(x) - round(len(x) * HELD_OUT)]

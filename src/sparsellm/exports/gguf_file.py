@@ -103,8 +103,7 @@ def write_gguf(
 
 
 def _remove_torn(folder: Path) -> None:
-    """Removes the GGUF files that killed exports were writing into a user's folder: ordinary ones of a name that no
-    other program gives, which no process has locked."""
+    """Removes what killed exports left in a user's folder: ordinary files of our temporary names, not locked."""
     for path in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             if TORN.fullmatch(path.name) and path.is_file() and not path.is_symlink():

@@ -41,8 +41,7 @@ class OnGrid:
         return self.chain.reader
 
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
-        """Whole numbers, int8 ``(out, in)``, and scales, ``(out, groups)`` in the dtype of the weight, of a tensor. A
-        StorageError says that the weight is not on the grid."""
+        """Int8 numbers ``(out, in)`` and scales ``(out, groups)`` of a tensor; a StorageError if it is off the grid."""
         stored = self.reader.get(key)
         weight = stored.t().contiguous() if key in self.transposed else stored
         with as_storage_error():

@@ -48,8 +48,8 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 def card(directory: Checkpoint, *, force: bool = False) -> Path:
     """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
 
-    ``prune`` must have written the checkpoint, and ``evaluate`` measured it or ``export`` read it; ``force`` replaces a
-    card that somebody else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written."""
+    ``prune`` must have written it, and ``keep_results`` an evaluation, or ``export`` read it; ``force`` replaces a card
+    that somebody else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written."""
     directory = Path(directory).expanduser()
     path = directory / CARD
     run = read_pruning(directory)

@@ -54,11 +54,13 @@ def inspect_block(chain: Chain, index: int) -> Iterator[MatrixZeros]:
 
 
 def pruned_share(chain: Chain, start: CheckpointReader | None = None) -> float:
-    """The share of zeros in the first block's linears, or in those of ``start``, if a fifth or more, else 0."""
-    with chain.block(0, start):
-        weights = [linear.parameter for linear in chain.linears(0)]
-        zeros = sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)
-    return zeros if zeros >= 0.2 else 0.0
+    """The largest share of zeros in linears of the first, middle and last block, or ``start``'s; 0 if below a fifth."""
+    shares = [0.0]
+    for index in {0, len(chain) // 2, len(chain) - 1}:
+        with chain.block(index, start):
+            weights = [linear.parameter for linear in chain.linears(index)]
+            shares.append(sum(map(count_zeros, weights)) / max(1, sum(weight.numel() for weight in weights)))
+    return max(shares) if max(shares) >= 0.2 else 0.0
 
 
 def left_dense(

@@ -68,8 +68,7 @@ def open_models(
     trust: bool,
 ) -> Models:
     """Opens the model and its teacher, as in :func:`sparsellm.prune`: with a tokenizer for a ``text``, in memory if
-    ``whole``, and with modelling code of the checkpoint if ``trust``. Raises SparseLLMError if a model cannot be
-    opened, or the teacher is another model."""
+    ``whole``, with the checkpoint's code if ``trust``. SparseLLMError if one cannot be opened, or they do not fit."""
     if teacher is not None and (whole or isinstance(model, PreTrainedModel)):
         raise RecipeError("teacher needs models on disk: give model and teacher by name, and out=DIR")
     named = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
@@ -95,8 +94,7 @@ def open_models(
 
 
 def device_of(model: Model, recipe: Recipe) -> torch.device:
-    """The device on which a model is pruned: where it is, if it is given as an object, else that of the recipe. A
-    ModelError says that it is nowhere, or in several places."""
+    """The device of a model that is an object (a ModelError if it has none, or several), else that of the recipe."""
     if isinstance(model, PreTrainedModel):
         if len({parameter.device for parameter in model.parameters()}) > 1 or model.device.type == "meta":
             raise ModelError(
@@ -260,8 +258,7 @@ def read_windows(
     text: Text | str, recipe: Recipe, model: Models, choice: Choice, passes: int, progress: ProgressCallback
 ) -> Windows:
     """Windows of a text, or of the one that the dense model writes if the recipe says so: the choice's sets for the
-    statistics and further ones for ``passes`` passes, as far as the text has room. Raises DataError if the model has no
-    tokenizer, or the text is too short for one set."""
+    statistics and further ones for ``passes`` passes, as far as there is room; DataError if there is none for a set."""
     chain, tokenizer, directory = model.chain, model.tokenizer, model.directory
 
     def tell(done: int, total: int) -> None:

@@ -80,8 +80,7 @@ class Request:
         return cast(T, self.shared[key])
 
     def destination(self, sources: Iterable[str | os.PathLike[str]] = (), need_bytes: int = 0) -> Path | None:
-        """The directory of the result, resolved and checked by the first process; None if the result stays in memory.
-        Raises StorageError if no checkpoint can be written there."""
+        """The result's directory, resolved and checked by the first process (StorageError); None for one in memory."""
         if self.out is None:
             return None
         check = partial(check_destination, self.out, overwrite=self.overwrite)
@@ -168,9 +167,9 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     progress(Progress(DETAIL, 1, 1, predictions.described(prediction.memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
+        warnings += [*chain.unused(), *_already_pruned(model, recipe)]  # before digests, which the walk compares
         dense = model_fingerprint(chain, progress)
         started = start_fingerprint(model.start, progress) if model.start is not None else ""
-        warnings += [*chain.unused(), *_already_pruned(model, recipe)]
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
@@ -333,9 +332,9 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
 
 
 def _already_pruned(model: Models, recipe: Recipe) -> list[str]:
-    """A warning if the model was pruned before; next to a teacher, only if the recipe asks for fewer zeros."""
+    """A warning if the model was pruned before; next to a teacher, only if zeros may get values again."""
     zeros = pruned_share(model.chain, model.start)
-    zeros = zeros if model.start is None or recipe.sparsity < zeros else 0.0
-    where = f"{zeros:.1%} of the weights of its first block are zero"
-    said = f"the model is already pruned: {where}; if the recipe asks for fewer zeros, some get values again"
-    return [said] if zeros else []
+    fewer = recipe.pattern is not None or recipe.sparsity < zeros
+    where = f"{zeros:.1%} of the weights of a block are zero"
+    said = f"the model is already pruned: {where}; linears or groups that are to have fewer get some values again"
+    return [said] if zeros and (model.start is None or fewer) else []

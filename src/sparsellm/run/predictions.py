@@ -42,6 +42,7 @@ LIBRARIES = 128 << 20  # torch, its kernels and the allocator
 
 GRADIENTS = 2.5  # fp32 copies of a block: its parameters in fp32 and in bf16, Fisher diagonals of its weights
 STREAMED_COPIES, ROUNDED_COPIES = 1.5, 3.5  # fp32 copies of a block in a step: gradients, half in bf16; two on its grid
+HOLES = 2  # as many for a mixture: the small weights of experts leave holes in the heap
 MOVED = 3  # fp32 copies of a block that a step of a streamed sweep reads: parameters, two moments
 AHEAD = 3  # fp32 copies of a block that a GPU holds more: the next one's parameters and moments are on their way
 ATTENTION_COPIES = 4  # fp32 matrices (heads, seq, seq) of attention as plain products, where gradients follow
@@ -126,8 +127,7 @@ class Held(NamedTuple):
 
 
 def device_budget(device: torch.device, asked: str | int | None) -> int:
-    """The bytes that a run may take of a CUDA device: a share of what is free, or what is asked for if that is free; 0
-    for other devices, whose memory torch does not tell."""
+    """Bytes that a run may take of a CUDA device: what is asked for, or a share of what is free; 0 elsewhere."""
     if device.type != "cuda":
         return 0
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to use again
@@ -142,7 +142,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_devic
     and hidden states stay there as far as ``on_device`` bytes have room; None for as many as the blocks take. Raises
     MemoryBudgetError if the run needs more than a budget."""
     start, most = _start_and_most(demand.extent.sharers, budget)
-    steps, base, held, there = steps_of(chain, demand), start + LIBRARIES, 0, 0
+    steps, base, held, there = steps_of(chain, demand), start + _libraries_bytes(chain), 0, 0
     advice = f"lower batch_tokens (now {demand.extent.batch_tokens}), or take a method that needs less"
     worst = max(steps, key=lambda name: steps[name].working + steps[name].read)
     if chain.device.type != "cpu":
@@ -194,10 +194,9 @@ def _start_and_most(sharers: int, budget: str | int | None) -> tuple[int, int]:
 
 
 def check_writing(chain: Chain, extent: Extent, budget: str | int | None, on_device: int) -> None:
-    """Raises MemoryBudgetError if a model that writes its own calibration text, with all of its weights in memory, has
-    no room in ``budget``, or in ``on_device`` bytes of a GPU."""
+    """MemoryBudgetError if ``budget`` or ``on_device`` bytes are too few for a model that writes its own text."""
     start, most = _start_and_most(1, budget)
-    held, room = _writing_bytes(chain, extent), most - start - LIBRARIES
+    held, room = _writing_bytes(chain, extent), most - start - _libraries_bytes(chain)
     room = min(room, on_device) if chain.device.type == "cuda" else room
     if held > room:
         raise MemoryBudgetError(
@@ -230,9 +229,13 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
+def _libraries_bytes(chain: Chain) -> int:
+    """:data:`LIBRARIES`, twice for a mixture: oneDNN keeps kernels for each number of tokens that an expert gets."""
+    return LIBRARIES * (1 + any(kind.experts for kind in chain.kinds))
+
+
 def kept_bytes(chain: Chain, demand: Demand) -> int:
-    """The most bytes of the inputs, or the outputs where these are larger, of a block's writers for all tokens; they
-    are kept on the CPU only (:meth:`Stream.keep`)."""
+    """The most bytes of a block's writers' inputs, or outputs if larger, on the CPU alone (:meth:`Stream.keep`)."""
     if chain.device.type != "cpu":
         return 0
     width, most = _width(chain), 0
@@ -357,6 +360,7 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
         best = int(share * best)
         copies = ROUNDED_COPIES if demand.unrounded else STREAMED_COPIES
         copies += MOVED * (gpu or share < 1) + AHEAD * gpu  # a block is made whole to run
+        copies += HOLES * any(kind.experts for kind in chain.kinds)
         block = int(copies * largest) + _activations_for_gradients(chain, demand, 4)
         moved, read = moved + (TRAINED_COPIES + places) * best, 0 if gpu else MOVED * largest
         working = outer + inputs + max(loss, block)
@@ -437,9 +441,8 @@ def _expert_bytes(linears: Sequence[Size]) -> int:
 
 
 def _removal_bytes(chain: Chain, kind: Kind, tokens: int, every: int) -> int:
-    """Bytes of the removal of experts from a block, with ``tokens`` in a forward call and ``every`` one of this
-    process: a copy of the block, the routes of all tokens, and the sample with the outputs of all experts, or the refit
-    of one; see :mod:`sparsellm.mixtures.removal`."""
+    """Bytes of the removal of experts from a block, with ``tokens`` in a forward call, ``every`` one of this process: a
+    copy of the block, all routes, and the sample with the outputs of all experts, or the refit of one."""
     width, inner = _width(chain), max((linears[-1].features for linears in kind.experts), default=0)
     sample = min(every, 2 * SAMPLE) * (sum(kind.experts.values()) * min(width, PROJECTED) + 4 * width)
     refit = 4 * inner**2 + 7 * width * inner + tokens * (2 * inner + 3 * width)
@@ -448,8 +451,7 @@ def _removal_bytes(chain: Chain, kind: Kind, tokens: int, every: int) -> int:
 
 
 def _inputs(linears: Sequence[Size]) -> dict[tuple[str, int, bool], list[Size]]:
-    """The linears that share an input, by their module, their number of inputs, and whether they are the module's last:
-    a guess, since which do is known only when the block runs."""
+    """Groups of linears with one input, by a guess: one module and number of inputs, each module's last apart."""
     last = {linear.module: position for position, linear in enumerate(linears)}
     groups: dict[tuple[str, int, bool], list[Size]] = {}
     for position, linear in enumerate(linears):

@@ -46,8 +46,7 @@ class Pruned:
 
 
 def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
-    """Prunes the model of a request, from the block that an earlier process reached, and writes it to ``out``. Raises a
-    subclass of SparseLLMError that names the cause."""
+    """Prunes the model of a request, from where an earlier process stopped. Errors are SparseLLMErrors."""
     progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
     with machine.computing(device_of(request.model, request.recipe)):
         if request.recipe.experts is not None and request.removed is None:

@@ -92,6 +92,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         kept = {"identity": identity, "experts": [each.model_dump() for each in records], "seconds": clock.seconds}
         kept["warnings"] = warnings = other_conditions(done)
         parallel.from_main(partial(_save, plan, fewer, journal, kept))
+    machine.trim()  # the pass that follows begins with what is left
     return Removed(plan, records, clock.seconds, warnings)
 
 

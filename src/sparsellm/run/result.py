@@ -48,8 +48,8 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
 
 
 def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | None:
-    """Bits of a weight of the pruned linears, as ``pack`` will write them in the type to which the values were rounded,
-    or as the grid of another program stores them; None if values were kept."""
+    """Bits of a pruned weight on another program's grid, or as ``pack`` will store it, experts aside; None if kept."""
+    linears = linears if recipe.grid in GRIDS else [linear for linear in linears if linear.tokens is None]
     weights = sum(linear.weights for linear in linears)
     if recipe.values == "keep" or not weights:
         return None

@@ -48,8 +48,7 @@ def listed_files(directory: Path) -> dict[str, list[str]] | None:
 
 
 def foreign_entries(directory: Path) -> list[str]:
-    """Names in a directory that sparsellm did not write or that changed since: files, folders, and all links. Raises
-    OSError if the directory or a file cannot be read."""
+    """Names that sparsellm did not write or that changed since, and links; OSError for what cannot be read."""
     known = listed_files(directory) or {}
 
     def ours(name: str, path: Path) -> bool:
@@ -63,8 +62,7 @@ def foreign_entries(directory: Path) -> list[str]:
 
 
 def unknown_entries(directory: Path) -> list[str]:
-    """Names in a directory that no file of a checkpoint has; for a checkpoint that is not complete and has no list.
-    Raises OSError if the directory cannot be read."""
+    """Names in a directory without a list that no file of a checkpoint has; OSError if it cannot be read."""
     return _others(directory, lambda name, _: _CHECKPOINT.fullmatch(name) is not None)
 
 

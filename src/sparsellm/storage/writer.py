@@ -63,8 +63,7 @@ class CheckpointWriter:
                 empty(self.folder)
 
     def write_shard(self, index: int, tensors: Mapping[str, TensorSource | Tensor]) -> str:
-        """Writes a shard, waits until it is on the disk, and returns the file's SHA-256. Raises StorageError if the
-        disk is full or the directory cannot be written."""
+        """Writes a shard, waits until it is on the disk, and returns its SHA-256; a StorageError if that fails."""
         digest = replace_atomically(self.shards[index], partial(write_shard, tensors=tensors))
         self.digests[self.shards[index].name] = digest
         return digest

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sparsellm import parallel
+from sparsellm import machine, parallel
 from sparsellm.chain import Chain, Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
 from sparsellm.chain.streams import PIECE_TOKENS
@@ -164,6 +164,7 @@ def backward_sweep(
                 _back_through(stream, index, inputs[index], gradients, seen, _hook(see, reads_inputs))
                 done(linears)
             inputs[index].close()
+            machine.trim()  # the copies in fp32 leave holes
     feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
     return loss
 

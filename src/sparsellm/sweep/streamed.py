@@ -18,6 +18,7 @@ from sparsellm.chain.streams import Piece
 from sparsellm.sweep.sweep_task import Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import adam_step, joined, running_on, share_gradients
 
+COPIED = 1 << 20  # elements that are put in their places at once, since that takes places in int64
 MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is kept take as much as is saved
 
 
@@ -74,7 +75,10 @@ class Streamed(Weights):
         if not len(places):
             return part
         elements = sum(shape.numel() for shape in self.shapes[index].values())
-        return part.new_zeros(*part.shape[:-1], elements).index_copy_(-1, places.long(), part)
+        whole = part.new_zeros(*part.shape[:-1], elements)
+        for some, values in zip(places.split(COPIED), part.split(COPIED, -1), strict=True):
+            whole.index_copy_(-1, some.long(), values)
+        return whole
 
     def parameters(self, block: int) -> Tensor:
         return self.complete(block, self.store[2 * block])
@@ -163,7 +167,10 @@ class Streamed(Weights):
                 self.integers.pull_back(trained, used, chain, index)
             share_gradients(trained.values(), process)
             adam_step(trained, state, rate, number, pruned=self.pruned, factors=self.factors)
-            self.replace(index, self.part(index, flat), self.part(index, state))
+            kept = self.part(index, flat)
+            del flat, parameters, used, trained  # before as much is taken again
+            self.replace(index, kept, self.part(index, state))
+            del state
         return parallel.broadcast(loss, process)
 
     def _forward(self, run: Run, piece: Piece, *, written: bool) -> list[Tensor]:
