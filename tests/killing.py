@@ -1,7 +1,7 @@
 """Commands in processes of their own, which are killed at a chosen operation on a file or by a signal.
 
-A server process imports, once, all that a pruning run imports, and each command is forked from it: importing torch and
-transformers takes seconds, a run of a tiny model a tenth of one. What is run lives in this module, not in a test.
+A server process imports all of a pruning run once, which takes seconds, and each command is forked from it. What is run
+lives in this module, not in a test.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sparsellm import cli, interrupts
 from sparsellm.chain import Chain, LinearView
 from sparsellm.errors import SparseLLMError
 from sparsellm.progress import Progress
+from sparsellm.run import plan
 from sparsellm.storage import files, scratch, writer
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
@@ -214,7 +215,7 @@ def command_line(
 ) -> None:
     """What the process of a command runs; arguments as in :func:`command`."""
     torch.set_num_threads(1)
-    interrupts.SAME = 0.0
+    interrupts.SAME, plan.pruned_share = 0.0, lambda *_: 0.0  # type: ignore[attr-defined]  # a check that reads blocks
     for signum in ignore:
         signal.signal(signum, signal.SIG_IGN)
     for number, name in ((1, "stdout"), (2, "stderr")):

@@ -39,8 +39,7 @@ from tests.test_resume import fail_after_passes
 WINDOWS = 7  # three processes do not divide it
 two_blocks = partial(tiny_llama, num_hidden_layers=2)
 SWEEP: dict[str, Any] = {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda", "output_metric": 0.0}}
-# name → family and recipe: every solver, N:M, an allocation by gradients, and the method with a median,
-# refits, and Adam on the whole model next to the dense stream
+# name → family and recipe: every solver, N:M, an allocation by gradients, the method's medians and refits, the sweep
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "magnitude": (two_blocks, {"method": "magnitude"}),
     "wanda": (two_blocks, {"method": "wanda", "sparsity": 0.55}),
