@@ -251,8 +251,8 @@ def pack_and_measure(
 
 @checked
 def keep_results(directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]) -> None:
-    """Adds results to those of a checkpoint (``results.json``), and writes its card and its report with them. Raises
-    StorageError if :func:`prune` or ``pack`` did not write it, or its card was edited."""
+    """Adds results to those of a checkpoint (``results.json``), then writes its card and report with them. Raises
+    StorageError if :func:`prune` or ``pack`` did not write it, or its card was edited, which stays as it is."""
     directory = Path(directory).expanduser()
     for each in results:
         append_result(directory, each)

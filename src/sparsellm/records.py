@@ -230,7 +230,7 @@ class Base(Record):
 
 
 class RunRecord(Record):
-    """What is known of a run: with its recipe, ``pruning.json``, which travels, so it has names and no paths."""
+    """What is known of a run. With its recipe it is ``pruning.json``, which travels: names and digests, no paths."""
 
     format: Literal[1] = 1
     base: Base = Base()

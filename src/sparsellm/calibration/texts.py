@@ -12,7 +12,7 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import parse_json
 
 Split = Literal["calibration", "evaluation"]
-FIELDS = {"text": str, "messages": list}  # the second where a record has no text
+_FIELDS = {"text": str, "messages": list}  # the second where a record has no text
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def documents_of(records: Iterable[tuple[str, Any]]) -> list[Any]:
     out. Raises DataError for a record that has neither field, or another type in it."""
     found = []
     for place, record in records:
-        given = [name for name in FIELDS if isinstance(record, Mapping) and name in record]
+        given = [name for name in _FIELDS if isinstance(record, Mapping) and name in record]
         name = next((name for name in given if record[name] is not None), None)
-        if name is not None and isinstance(record[name], FIELDS[name]):
+        if name is not None and isinstance(record[name], _FIELDS[name]):
             found.append(record[name])
         elif name is not None or not given:
             why = "has no field 'text' that holds a string, and no list 'messages'"
@@ -91,10 +91,10 @@ def _parquet_rows(path: Path) -> list[Any]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
-        rows = file.read([name for name in FIELDS if name in names]).to_pylist()
+        rows = file.read([name for name in _FIELDS if name in names]).to_pylist()
     except Exception as error:  # a damaged file raises errors of Arrow, of Thrift, of the system, or KeyError
         raise DataError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
-    if not FIELDS.keys() & names:
+    if not _FIELDS.keys() & names:
         raise DataError(f"{path} has no column 'text'; its columns: {', '.join(names)[:300]}")
     return documents_of((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 

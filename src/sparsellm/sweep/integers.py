@@ -29,7 +29,7 @@ class Integers:
     groups: dict[str, Groups] = field(default_factory=dict)  # by name of the weight; filled by factors()
 
     def factors(self, chain: Chain, index: int) -> dict[str, Tensor]:
-        """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, by parameter."""
+        """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, by their names."""
         factors = {}
         for linear in self._of(chain, index):
             if chain.owns(linear.weight_name):

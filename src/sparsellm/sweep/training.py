@@ -105,7 +105,7 @@ def schedule(step: float, steps: int, number: int) -> float:
 
 def held_out_of(steps: Sequence[T], kinds: Sequence[str] = ()) -> tuple[list[T], list[T]]:
     """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`.
-    Of each of the ``kinds``, an eighth or one is. Fewer than :data:`LEAST_STEPS`, and all if none is left, are both."""
+    Each of ``kinds`` has one at least. Fewer than :data:`LEAST_STEPS`, and all if none is left, are in both lists."""
     count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8))) if len(steps) >= LEAST_STEPS else 0
     kinds = kinds or [""] * len(steps)
     order = sorted(range(len(steps)), key=lambda i: kinds[i])
