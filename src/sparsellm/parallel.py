@@ -183,7 +183,7 @@ def _machine() -> tuple[ProcessGroup, int]:
 
 
 def greedy(costs: Sequence[float]) -> tuple[list[int], float]:
-    """A process for each job, the longest first, each to the one with the least to do; and the cost of the most."""
+    """A process for each job, the longest first, each to the first with the least to do; and the most that one has."""
     loads, owners = [0.0] * size(), [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
         owners[job] = loads.index(min(loads))

@@ -39,7 +39,7 @@ def quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray
 
 
 def _q6_k(values: np.ndarray) -> np.ndarray:
-    """Q6_K: 256 numbers, -32 … 31, in 16 parts with scales of int8 times one in fp16; the largest number is -32."""
+    """Q6_K: 256 numbers, -32 … 31, in 16 parts with scales of int8 times one in fp16; the largest magnitude is -32."""
     parts = values.reshape(-1, 16, 16)
     scales = _extreme(parts) / -32  # (blocks, 16, 1)
     unit = (_extreme(scales[..., 0]) / -128).astype(np.float16)  # (blocks, 1)

@@ -41,7 +41,7 @@ class OnGrid:
         return self.chain.reader
 
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
-        """Int8 numbers ``(out, in)`` and scales ``(out, groups)`` of a tensor; a StorageError if it is off the grid."""
+        """Int8 numbers ``(out, in)``, scales ``(out, groups)`` in the weight's dtype; StorageError if off the grid."""
         stored = self.reader.get(key)
         weight = stored.t().contiguous() if key in self.transposed else stored
         with as_storage_error():

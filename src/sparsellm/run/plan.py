@@ -336,5 +336,5 @@ def _already_pruned(model: Models, recipe: Recipe) -> list[str]:
     zeros = pruned_share(model.chain, model.start)
     fewer = recipe.pattern is not None or recipe.sparsity < zeros
     where = f"{zeros:.1%} of the weights of a block are zero"
-    said = f"the model is already pruned: {where}; linears or groups that are to have fewer get some values again"
+    said = f"the model is already pruned: {where}; where a linear or a group is to have fewer, some get values again"
     return [said] if zeros and (model.start is None or fewer) else []

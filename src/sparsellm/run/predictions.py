@@ -38,11 +38,11 @@ from sparsellm.sweep.whole_model import STEP_TOKENS, cut_to
 DEFAULT_SHARE = 0.8  # share of the free memory; the rest is for the page cache and other processes
 DEVICE_SHARE = 0.9  # share of the free memory of a GPU; the rest is for libraries, and for holes between tensors
 SLACK = 0.05  # hidden states leave this part of the budget free, because the prediction is not exact
-LIBRARIES = 128 << 20  # torch, its kernels and the allocator
+LIBRARIES = 128 << 20  # torch, its kernels and the allocator; once more where a CPU runs experts
 
 GRADIENTS = 2.5  # fp32 copies of a block: its parameters in fp32 and in bf16, Fisher diagonals of its weights
 STREAMED_COPIES, ROUNDED_COPIES = 1.5, 3.5  # fp32 copies of a block in a step: gradients, half in bf16; two on its grid
-HOLES = 2  # as many for a mixture: the small weights of experts leave holes in the heap
+HOLES = 2  # fp32 copies of a block in a mixture's step on a CPU: small weights of experts leave holes in the heap
 MOVED = 3  # fp32 copies of a block that a step of a streamed sweep reads: parameters, two moments
 AHEAD = 3  # fp32 copies of a block that a GPU holds more: the next one's parameters and moments are on their way
 ATTENTION_COPIES = 4  # fp32 matrices (heads, seq, seq) of attention as plain products, where gradients follow
@@ -142,7 +142,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, on_devic
     and hidden states stay there as far as ``on_device`` bytes have room; None for as many as the blocks take. Raises
     MemoryBudgetError if the run needs more than a budget."""
     start, most = _start_and_most(demand.extent.sharers, budget)
-    steps, base, held, there = steps_of(chain, demand), start + _libraries_bytes(chain), 0, 0
+    steps, base, held, there = steps_of(chain, demand), start + LIBRARIES * (1 + _experts_on_cpu(chain)), 0, 0
     advice = f"lower batch_tokens (now {demand.extent.batch_tokens}), or take a method that needs less"
     worst = max(steps, key=lambda name: steps[name].working + steps[name].read)
     if chain.device.type != "cpu":
@@ -196,7 +196,7 @@ def _start_and_most(sharers: int, budget: str | int | None) -> tuple[int, int]:
 def check_writing(chain: Chain, extent: Extent, budget: str | int | None, on_device: int) -> None:
     """MemoryBudgetError if ``budget`` or ``on_device`` bytes are too few for a model that writes its own text."""
     start, most = _start_and_most(1, budget)
-    held, room = _writing_bytes(chain, extent), most - start - _libraries_bytes(chain)
+    held, room = _writing_bytes(chain, extent), most - start - LIBRARIES * (1 + _experts_on_cpu(chain))
     room = min(room, on_device) if chain.device.type == "cuda" else room
     if held > room:
         raise MemoryBudgetError(
@@ -229,9 +229,9 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _libraries_bytes(chain: Chain) -> int:
-    """:data:`LIBRARIES`, twice for a mixture: oneDNN keeps kernels for each number of tokens that an expert gets."""
-    return LIBRARIES * (1 + any(kind.experts for kind in chain.kinds))
+def _experts_on_cpu(chain: Chain) -> bool:
+    """Whether a CPU runs experts: oneDNN keeps kernels for each number of tokens that one gets."""
+    return chain.device.type == "cpu" and any(kind.experts for kind in chain.kinds)
 
 
 def kept_bytes(chain: Chain, demand: Demand) -> int:
@@ -360,7 +360,7 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
         best = int(share * best)
         copies = ROUNDED_COPIES if demand.unrounded else STREAMED_COPIES
         copies += MOVED * (gpu or share < 1) + AHEAD * gpu  # a block is made whole to run
-        copies += HOLES * any(kind.experts for kind in chain.kinds)
+        copies += HOLES * _experts_on_cpu(chain)
         block = int(copies * largest) + _activations_for_gradients(chain, demand, 4)
         moved, read = moved + (TRAINED_COPIES + places) * best, 0 if gpu else MOVED * largest
         working = outer + inputs + max(loss, block)
