@@ -387,6 +387,7 @@ def methods() -> Printed:
 
 
 @_command(
+    # With int4 values a model with 30 % of zeros takes fewer bytes than Q4_0.
     option("--sparsity SHARE", "Fraction of zeros, at least 0 and below 1.", WHAT, default=0.3),
     option("--out DIR", "Directory of the checkpoints, DIR/pruned and DIR/packed.", shown="in the cache"),
     *use.WRITING,

@@ -45,7 +45,6 @@ from sparsepack.loading import load
 Result = TypeVar("Result")
 
 # Sized for five minutes on two cores
-SPARSITY = 0.3  # with int4 it takes fewer bytes than Q4_0
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
 OPTIONS: Settings = {"solver": "sparsegpt"}  # the default solver takes two and a half times its time
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # for the measurement of speed

@@ -104,7 +104,7 @@ RECIPE = [
     option("--recipe FILE", "A recipe in YAML; options given here override it.", WHAT),
     repeatable(
         "--set KEY=VALUE",
-        "Any field of the recipe, options.NAME, allocation_options.NAME or sparsity_of.GLOB. Repeatable.",
+        "A recipe's field, options.NAME, allocation_options.NAME, expert_options.NAME or sparsity_of.GLOB. Repeatable.",
     ),
 ]
 

@@ -116,7 +116,7 @@ def random_mask(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(out, inputs, generator=torch.Generator().manual_seed(seed)) > 0.6
 
 
-def test_reaches_the_normal_equation_with_the_ridge_of_the_inputs_own_squares():
+def test_reaches_the_normal_equation_with_each_inputs_own_ridge():
     weight, gram, mask = weight_of(9, 20), gram_of(20), random_mask(9, 20)
     result = refine_on_support(weight.double(), wide(gram), mask, weight.double(), 200)
     torch.testing.assert_close(result.weight, best_on(mask, weight, gram), rtol=1e-5, atol=1e-7)

@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite_are_not_written(pruned: Path, text: Path, t
     assert not (tmp_path / "o").exists()
 
 
-def test_a_seed_chooses_the_windows_of_whole_batches_and_memory_is_counted(
+def test_a_seed_chooses_windows_and_memory_is_counted(
     pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tuned(name: str, seed: int, batch: int = 1) -> tuple[Any, bytes]:

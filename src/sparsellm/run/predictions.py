@@ -32,8 +32,8 @@ from sparsellm.sweep.gradients import BINS, LEAST_SCORED, LEAST_WINDOWS, SHARE, 
 from sparsellm.sweep.head import HEAD_TOKENS
 from sparsellm.sweep.streamed import MOST_KEPT, place_dtype
 from sparsellm.sweep.sweep_task import Residence
-from sparsellm.sweep.training import MOST_HELD_OUT
-from sparsellm.sweep.whole_model import STEP_TOKENS, cut_to
+from sparsellm.sweep.training import LEAST_STEPS, MOST_HELD_OUT
+from sparsellm.sweep.whole_model import PROBE_STEPS, STEP_TOKENS, cut_to
 
 DEFAULT_SHARE = 0.8  # share of the free memory; the rest is for the page cache and other processes
 DEVICE_SHARE = 0.9  # share of the free memory of a GPU; the rest is for libraries, and for holes between tensors
@@ -614,9 +614,9 @@ def sweep_seconds(
     ranks = extent.ranks if sweep in RESIDENT else 1
     tokens, step = extent.swept / ranks, extent.step(ranks)
     steps = tokens / step / passes
-    held = min(MOST_HELD_OUT, max(1.0, steps / 8)) * step
-    judged = (passes + 1 + TRIALS * (steps >= 8)) * held
-    trained = tokens - held * (steps >= 4)  # in the first pass
+    held = min(MOST_HELD_OUT, max(1.0, steps / 8)) * (steps >= LEAST_STEPS)
+    judged = (passes + 1 + TRIALS * (steps - held >= 3 * PROBE_STEPS)) * (held or steps) * step
+    trained = tokens - held * step  # in the first pass
     through = tokens + judged + trained * (1 + BACKWARD - (sweep in RESIDENT and not RESIDENT[sweep].recomputes))
     running = (through * work.token + (2 * judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
     away = moving if sweep == STREAMED else (sweep in RESIDENT and RESIDENT[sweep].offloads) / speeds.link
