@@ -32,7 +32,7 @@ from sparsepack.loading import load
 
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
 MOST_WINDOWS = 1024  # that are drawn from a text, or one batch; more steps take them again
-BYTES = {"full": 16, "lora": 9}  # that a weight takes in training: fp32, with gradient and moments, or mask and update
+BYTES = {"full": 20, "lora": 11}  # a weight in training: fp32, mask, gradient and moments or update, holes between
 TUNE = "tune"  # kind of run
 
 
