@@ -53,6 +53,4 @@ class Survey:
     @cached_property
     def shared(self) -> frozenset[str]:
         """The names of linears whose weight is used in several places of the model."""
-        blocks = dict.fromkeys(linear.block for linear in self.linears)
-        views = (linear for index in blocks for linear in self.chain.linears(index) if linear.name in self.names)
-        return frozenset(linear.name for linear in views if self.chain.is_shared(linear.weight_name))
+        return frozenset(name for name in self.names if self.chain.is_shared(f"{name}.weight"))
