@@ -25,7 +25,6 @@ from sparsellm.chain.capture import replacing
 from sparsellm.chain.experts import STACKED, ExpertLinear, Mixture
 from sparsellm.chain.open import check_sizes, load_config
 from sparsellm.chain.products import Bf16Products, attention_for
-from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.chain.weights import ModelWeights
 from sparsellm.errors import ModelError, SparseLLMError, one_line
 from sparsellm.storage.reader import open_checkpoint
@@ -82,17 +81,6 @@ class Chain(ModelWeights):
     products: Bf16Products | None = None  # the mode in which blocks multiply fp32 matrices in bf16; None for fp32
     _as_returned: Callable[[Tensor], Any] | None = None  # hidden states → the return value of a block
     _others: tuple[object, ...] = ()  # what block 0 returned after hidden states; all blocks get it
-
-    def linears(self, index: int) -> list[LinearView]:
-        """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
-        return [
-            LinearView(name, module, self.stored_dtype(f"{name}.weight"), self._bias_dtype(name, module))
-            for name, module in iterate_linears(self.blocks[index], self.block_names[index])
-            if f"{name}.weight" not in self.gates and self.owns(f"{name}.weight")
-        ]
-
-    def _bias_dtype(self, name: str, module: nn.Module) -> torch.dtype | None:
-        return self.stored_dtype(f"{name}.bias") if isinstance(module.bias, Tensor) else None
 
     @cached_property
     def kinds(self) -> list[Kind]:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sparsellm import parallel
 from sparsellm.chain.experts import gates_of, separate_experts
 from sparsellm.chain.names import checkpoint_names, expert_parts, published_names, refuse_converted, unused_tensors
-from sparsellm.chain.structure import find_blocks, iterate_linears, tower_names
+from sparsellm.chain.structure import LinearView, find_blocks, iterate_linears, tower_names
 from sparsellm.errors import ModelError, NumericalError, some
 from sparsellm.machine import bf16_is_native
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, Outline, not_finite
@@ -107,8 +107,7 @@ class ModelWeights:
 
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Sets the device, and the dtype of blocks: if None, one that holds the values of every linear."""
-        names = (n for place in zip(self.blocks, self.block_names, strict=True) for n, _ in iterate_linears(*place))
-        stored = (self.stored_dtype(n) for n in map("{}.weight".format, names) if self.owns(n) and n not in self.gates)
+        stored = (linear.storage_dtype for index in range(len(self)) for linear in self.linears(index))
         self.device, self.dtype = device, dtype or _fast_dtype(reduce(torch.promote_types, stored), device)
 
     def _in_tower(self, name: str) -> bool:
@@ -144,6 +143,16 @@ class ModelWeights:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def linears(self, index: int) -> list[LinearView]:
+        """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
+        found = []
+        for name, module in iterate_linears(self.blocks[index], self.block_names[index]):
+            weight = f"{name}.weight"
+            if weight not in self.gates and self.owns(weight):
+                of_bias = self.stored_dtype(f"{name}.bias") if isinstance(module.bias, Tensor) else None
+                found.append(LinearView(name, module, self.stored_dtype(weight), of_bias))
+        return found
 
     def unused(self) -> list[str]:
         """Warnings that name tensors which the model does not use, or not for text."""
