@@ -59,9 +59,7 @@ def test_a_linear_that_takes_or_returns_no_tensor_is_one_line(given: tuple[objec
 
 def test_only_what_runs_after_everything_wanted_is_unread() -> None:
     a, b, c, never = (view(name, 2, 2) for name in ("a", "b", "c", "never"))
-    order = RunOrder()
-    for linear in (a, b, c, b):
-        order.see(linear)
+    order = RunOrder(["a", "b", "c", "b"])
     everything = [a, b, c, never]
     assert order.unread(everything, inputs=[a], outputs=[]) == [a, b, c]
     assert order.unread(everything, inputs=[], outputs=[a]) == [b, c]

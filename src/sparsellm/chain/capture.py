@@ -86,29 +86,23 @@ def skipping(linears: list[LinearView]) -> contextlib.AbstractContextManager[Non
     return replacing({linear.module: zeros_of(linear) for linear in linears})
 
 
-class RunOrder:
-    """The order in which linears run. Call :meth:`see` for each call of a linear during one run of the block."""
-
-    def __init__(self) -> None:
-        self._calls: list[str] = []
-
-    def see(self, linear: LinearView) -> None:
-        self._calls.append(linear.name)
+class RunOrder(list[str]):
+    """The order in which linears run: append the name of a linear for each of its calls during one run of the block."""
 
     def first(self, names: Iterable[str]) -> int | None:
         """The number of the first call of any of these linears; None if none of them ran."""
-        return min((self._calls.index(name) for name in names if name in self._calls), default=None)
+        return min((self.index(name) for name in names if name in self), default=None)
 
     def unread(
         self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
     ) -> list[LinearView]:
         """Those of ``linears`` that first ran after the inputs of ``inputs`` and the outputs of ``outputs`` existed, so
         that none of these depends on them. Empty if one of ``inputs`` or ``outputs`` did not run."""
-        last = {name: number for number, name in enumerate(self._calls)}
+        last = {name: number for number, name in enumerate(self)}
         if any(linear.name not in last for linear in (*inputs, *outputs)):
             return []
         known = max([last[x.name] for x in inputs] + [last[x.name] + 1 for x in outputs], default=0)
-        return [x for x in linears if x.name in last and self._calls.index(x.name) >= known]
+        return [x for x in linears if x.name in last and self.index(x.name) >= known]
 
 
 class InputGroups:

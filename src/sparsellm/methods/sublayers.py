@@ -42,7 +42,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     repeated: set[str] = set()  # linears that run again, so that a window has several targets
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
-        order.see(linear)
+        order.append(linear.name)
         if linear.name in pruned and x.shape[:-1].numel() == tokens:
             grouping.add(linear, x)
             if linear.out_features == width:

@@ -84,7 +84,7 @@ class BlockTask:
                 accumulators[linear.name].update(inputs, weights if every else None)
 
         with self.clock.phase("prune/statistics"):
-            with watch(everything, lambda linear, *_: order.see(linear)), watch(linears, see):
+            with watch(everything, lambda linear, *_: order.append(linear.name)), watch(linears, see):
                 self.stream.run_batch(self.index, 0)
             grouping.freeze()
             with watch(linears, see), skipping(order.unread(everything, inputs=linears, outputs=[])):
