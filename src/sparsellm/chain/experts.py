@@ -77,7 +77,7 @@ class Expert(nn.Module):
     def inner(self, x: Tensor) -> Tensor:
         """The input of the last linear, for ``x (tokens, width)``."""
         layout, up = self._layout, self.get_submodule(UP)(x)
-        if not layout.gated:
+        if GATE not in self._modules:
             return layout.activation(up)
         gate = self.get_submodule(GATE)(x)
         if layout.apply_gate is None:
@@ -130,7 +130,6 @@ class _Layout:
     activation: Callable[[Tensor], Tensor]
     apply_gate: Callable[[Tensor], Tensor] | None = None  # from one tensor with gate and up; None for φ(gate) ∘ up
     interleaved: bool = False  # whether that tensor has the outputs of gate and up in turn
-    gated: bool = True
     normed: bool = False  # whether the output of an expert is normalised
     routed: bool = True  # the forward gets tokens, their experts and weights; else see _forward_of_all
 
@@ -275,7 +274,7 @@ def _decorated(module: Any) -> _Layout:
     parts = _three_dimensional(first, module.is_transposed, module.has_gate, interleaved, module.has_bias)
     activation, normed = getattr(module, "act_fn", nn.Identity()), bool(getattr(module, "has_post_expert_norm", False))
     gate = None if default or not module.has_gate else module._apply_gate
-    return _Layout(parts, activation, gate, interleaved=interleaved, gated=module.has_gate, normed=normed)
+    return _Layout(parts, activation, gate, interleaved=interleaved, normed=normed)
 
 
 def _three_dimensional(
