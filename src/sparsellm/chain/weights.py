@@ -318,8 +318,7 @@ class ModelWeights:
             if value.is_floating_point():
                 if value.dtype != stored:
                     value.copy_(value.to(stored))
-                if stored.itemsize > 1:
-                    value.add_(0.0)  # no negative zero is written
+                value.add_(0.0)  # no negative zero is written
             if isinstance(value, nn.Parameter):
                 require_storable(value, name, stored)
 
