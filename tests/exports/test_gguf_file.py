@@ -19,7 +19,7 @@ from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageErr
 from sparsellm.exports.gguf_file import _remove_torn
 from sparsellm.exports.template import Template, orders_of
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.writer import TensorSource, write_shard
+from sparsellm.storage.writer import write_shard
 from tests.exports.checkpoints import family, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
@@ -249,7 +249,7 @@ def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
     changed = {name: reader.get(name) for name in reader if reader.file_of(name) == shard}
     changed[key][0, :32] = torch.linspace(0.011, 0.123, 32)
     with shard.open("wb") as file:
-        write_shard(file, {name: TensorSource.of(tensor) for name, tensor in changed.items()})
+        write_shard(file, changed)
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):
         exported(directory)
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sparsellm.storage.contents import LATER, LIST
 from sparsellm.storage.directory import REPLACED, WorkingDirectory, partial_of
 from sparsellm.storage.files import TORN
-from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names
+from sparsellm.storage.writer import CheckpointWriter, shard_names
 
 SHARDS = 2
 
@@ -34,7 +34,7 @@ def write(out: Path, value: float, model: Path, kind: str = "prune", **options: 
     with WorkingDirectory(out, {"kind": kind, "value": value}, **options) as work:
         writer = CheckpointWriter(work, SHARDS, resumes=True)
         for index in range(SHARDS):
-            writer.write_shard(index, {f"w{index}": TensorSource.of(torch.full((3, 2), value))})
+            writer.write_shard(index, {f"w{index}": torch.full((3, 2), value)})
         writer.copy_companions(model)
         writer.write_json("pruning.json", {"value": value})
         return writer.finish()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,11 +38,6 @@ class TensorSource:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> Self:
-        """The source of a tensor in memory, to be written in ``dtype``, or in its own if that is None."""
-        return cls(dtype or tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     @property
     def bytes(self) -> int:
@@ -133,7 +128,10 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource | Tensor]) ->
     Zeros are written as +0.0: packed formats would store −0.0 as a kept value, and bitwise comparison would differ.
 
     Returns the SHA-256 of the file, in hexadecimal."""
-    sources = {n: each if isinstance(each, TensorSource) else TensorSource.of(each) for n, each in tensors.items()}
+    sources = {
+        name: each if isinstance(each, TensorSource) else TensorSource(each.dtype, each.shape, each.detach)
+        for name, each in tensors.items()
+    }
     order = sorted(sources, key=lambda name: (-sources[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
