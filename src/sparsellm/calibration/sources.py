@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -98,7 +99,8 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
 def read_source(source: str, split: Split) -> Text:
     """The text that a source string names. Raises DataError as :func:`check_source`, or if the text cannot be read."""
     name, argument = check_source(source, split)
-    return _PLAIN[name](split) if name in _PLAIN else _WITH_ARGUMENT[name](argument, split)
+    text = _PLAIN[name](split) if name in _PLAIN else _WITH_ARGUMENT[name](argument, split)
+    return replace(text, called=f"source {shown(source)}")
 
 
 def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:

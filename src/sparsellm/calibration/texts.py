@@ -23,6 +23,7 @@ class Text:
     joiner: str = "\n\n"  # the string between two documents when all are tokenised as one string
     per_document: bool = False  # calibration windows are drawn inside single long documents
     most_windows: int | None = None  # that the protocol evaluates on
+    called: str = "the text"  # in messages
 
 
 def text_file(path: str) -> Path:

@@ -73,16 +73,16 @@ def calibration_windows(
     length = seq_len if lead is None else seq_len - 1
     generator = torch.Generator().manual_seed(seed)
     text = source if isinstance(source, Text) else read_source(source, "calibration")
-    read = partial(_tokens, source, tokenizer, lead)
+    read = partial(_tokens, text, tokenizer, lead)
     if text.per_document:
-        return _led(_windows_of_documents(source, text, read, samples + fresh, length, generator), lead)
-    ids = read(_joined(source, text, tokenizer, lead), least=length + 1)
+        return _led(_windows_of_documents(text, read, samples + fresh, length, generator), lead)
+    ids = read(_joined(text, tokenizer, lead), least=length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
-        few = f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn"
+        few = f"{text.called} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn"
         raise DataError(f"{few}, not {samples}; lower samples, or name a longer text")
     if samples * length > len(ids):
-        few = f"{_called(source)} has {len(ids)} tokens, so that {samples} windows of {seq_len} overlap"
+        few = f"{text.called} has {len(ids)} tokens, so that {samples} windows of {seq_len} overlap"
         warnings.warn(f"{few}; a longer text gives a better model", Note, stacklevel=2)
     return _led(ids.unfold(0, length, 1)[_offsets(len(ids), samples, fresh, length, generator)], lead)
 
@@ -156,7 +156,7 @@ def evaluation_windows(
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
-    ids = _tokens(source, tokenizer, lead, _joined(source, text, tokenizer, lead), length)
+    ids = _tokens(text, tokenizer, lead, _joined(text, tokenizer, lead), length)
     limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
     windows = min(limit for limit in limits if limit is not None)
     return _led(ids[: windows * length].view(windows, length), lead)
@@ -184,7 +184,7 @@ def check_memory(windows: int, seq_len: int) -> None:
         raise DataError(f"{take}, and {free / 1e9:.1f} GB of memory are free; lower samples, effort or seq_len")
 
 
-def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
+def _joined(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
     """The text as one string, chats by the template; a DataError if that refuses one, or memory is short."""
     parts, size, free = [], 0, machine.free_memory()
     for document in text.documents:
@@ -192,13 +192,13 @@ def _joined(source: Given, text: Text, tokenizer: PreTrainedTokenizerBase, lead:
             parts.append(document if isinstance(document, str) else _chat(document, tokenizer, lead))
             size += len(parts[-1])
         if TOKENISING * size > max(1 << 28, free):  # before the next one is read
-            raise _too_long(source, size, free, "more than ")
+            raise _too_long(text, size, free, "more than ")
     return text.joiner.join(parts)
 
 
-def _too_long(source: Given, characters: int, free: int, more: str = "") -> DataError:
+def _too_long(text: Text, characters: int, free: int, more: str = "") -> DataError:
     return DataError(
-        f"{_called(source)} has {more}{characters / 1e6:.1f} million characters; tokenising it takes about "
+        f"{text.called} has {more}{characters / 1e6:.1f} million characters; tokenising it takes about "
         f"{TOKENISING * characters / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; give a part of it"
     )
 
@@ -215,16 +215,16 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -
         raise DataError(f"a conversation of the text cannot be read: {why}") from None
 
 
-def _tokens(source: Given, tokenizer: PreTrainedTokenizerBase, lead: int | None, text: str, least: int = 0) -> Tensor:
+def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None, joined: str, least: int = 0) -> Tensor:
     """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
-    needed = TOKENISING * len(text)
+    needed = TOKENISING * len(joined)
     if needed > 1 << 28 and needed > (free := machine.free_memory()):  # asking takes a millisecond
-        raise _too_long(source, len(text), free)
+        raise _too_long(text, len(joined), free)
     # verbose=False: the warning that a text is longer than the model's positions does not apply here.
-    ids = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    ids = tokenizer(joined, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     ids = ids[1:] if lead is not None and ids[:1] == [lead] else ids
     if len(ids) < least:
-        few = f"{_called(source)} has {len(ids)} tokens and {least} are needed for one window"
+        few = f"{text.called} has {len(ids)} tokens and {least} are needed for one window"
         raise DataError(f"{few}; lower seq_len, or name a longer text")
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
@@ -232,10 +232,6 @@ def _tokens(source: Given, tokenizer: PreTrainedTokenizerBase, lead: int | None,
 def _led(windows: Tensor, lead: int | None) -> Tensor:
     """The windows, each after BOS if there is one."""
     return windows if lead is None else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
-
-
-def _called(source: Given) -> str:
-    return "the text" if isinstance(source, Text) else f"source {shown(source)}"
 
 
 def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: torch.Generator) -> Tensor:
@@ -262,7 +258,7 @@ def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: tor
 
 
 def _windows_of_documents(
-    source: Given, text: Text, read: Callable[[str], Tensor], samples: int, length: int, generator: torch.Generator
+    text: Text, read: Callable[[str], Tensor], samples: int, length: int, generator: torch.Generator
 ) -> Tensor:
     """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
     windows: list[Tensor] = []
@@ -270,7 +266,7 @@ def _windows_of_documents(
     while len(windows) < samples:
         if misses == _MOST_MISSES or not len(text.documents):
             raise DataError(
-                f"{_called(source)} has too few documents longer than {length} tokens ({len(windows)} of {samples} "
+                f"{text.called} has too few documents longer than {length} tokens ({len(windows)} of {samples} "
                 f"found, and then {misses} shorter ones); lower seq_len"
             )
         ids = read(text.documents[int(torch.randint(len(text.documents), (), generator=generator))])
