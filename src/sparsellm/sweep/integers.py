@@ -32,11 +32,10 @@ class Integers:
         """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, by their names."""
         factors = {}
         for linear in self._of(chain, index):
-            if chain.owns(linear.weight_name):
-                weight = linear.weight()
-                groups = self.groups[linear.weight_name] = Groups.of(weight, self.values)
-                of_a_row = len(groups.collect(weight)) // len(weight)
-                factors[linear.weight_name + FACTORS] = weight.new_ones(len(weight), of_a_row)
+            weight = linear.weight()
+            groups = self.groups[linear.weight_name] = Groups.of(weight, self.values)
+            of_a_row = len(groups.collect(weight)) // len(weight)
+            factors[linear.weight_name + FACTORS] = weight.new_ones(len(weight), of_a_row)
         return factors
 
     def of(self, parameters: Mapping[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
@@ -44,12 +43,11 @@ class Integers:
         linears; a gradient of one is taken as that of the weight behind it (straight-through)."""
         rounded = {name: parameter for name, parameter in parameters.items() if not name.endswith(FACTORS)}
         for linear in self._of(chain, index):
-            if linear.weight_name in parameters:
-                weight = _seen(linear, parameters[linear.weight_name].detach())
-                factors = parameters[linear.weight_name + FACTORS].detach()
-                groups = self.groups[linear.weight_name]
-                weight = groups.spread(groups.collect(weight) * factors.reshape(-1, 1))
-                rounded[linear.weight_name] = nn.Parameter(_seen(linear, self._rounded(linear, weight, groups)))
+            weight = _seen(linear, parameters[linear.weight_name].detach())
+            factors = parameters[linear.weight_name + FACTORS].detach()
+            groups = self.groups[linear.weight_name]
+            weight = groups.spread(groups.collect(weight) * factors.reshape(-1, 1))
+            rounded[linear.weight_name] = nn.Parameter(_seen(linear, self._rounded(linear, weight, groups)))
         return rounded
 
     def pull_back(
@@ -59,8 +57,7 @@ class Integers:
         are held, so its values move together. ``rounded`` is what :meth:`of` made of ``parameters``."""
         for linear in self._of(chain, index):
             name = linear.weight_name
-            gradient = parameters[name].grad if name in parameters else None
-            if gradient is None:
+            if (gradient := parameters[name].grad) is None:
                 continue
             products = _seen(linear, gradient * rounded[name].detach())
             factors = parameters[name + FACTORS]
@@ -70,8 +67,7 @@ class Integers:
     def settle(self, chain: Chain, index: int) -> None:
         """Rounds the weights of the loaded block ``index``."""
         for linear in self._of(chain, index):
-            if chain.owns(linear.weight_name):
-                linear.assign(self._rounded(linear, linear.weight()))
+            linear.assign(self._rounded(linear, linear.weight()))
 
     def _of(self, chain: Chain, index: int) -> list[LinearView]:
         return [linear for linear in chain.linears(index) if linear.name in self.linears]
