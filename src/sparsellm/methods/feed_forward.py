@@ -58,7 +58,7 @@ def alternate(
         error = pruned.error if role == "down" else math.nan  # it is the unit's
         solution = Solution(linear.weight.where(mask, 0.0), mask, error, pruned.notes)
         steps = tuple(history) if role == "down" else ()
-        task.accept(linears[role], solution.weight, solution, None, history=steps)
+        task.accept(linears[role], solution.weight, solution, None, steps)
         linears[role].assign_bias(linear.bias)
 
 

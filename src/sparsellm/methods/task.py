@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,10 +104,10 @@ class BlockTask:
         inputs were all 0 is left to :meth:`finish`."""
         if bool(gram.dead.all()):
             return
-        weight, notes = (linear.weight(), ()) if fit is None else (fit.weight, fit.notes)
+        fit = Fit(linear.weight()) if fit is None else fit
         with self.clock.phase("prune/solve"), naming(linear.name):
-            solution = solver(weight, gram, self.patterns[linear.name])
-        self.accept(linear, weight, solution, gram, notes=notes)
+            solution = solver(fit.weight, gram, self.patterns[linear.name])
+        self.accept(linear, fit.weight, replace(solution, notes=(*fit.notes, *solution.notes)), gram)
 
     def share_out(self, groups: Sequence[Group], owners: Sequence[int], prune: Callable[[int], None]) -> None:
         """Calls ``prune`` with the number of each group of linears in the process that owns the group, as if it were
@@ -137,20 +137,13 @@ class BlockTask:
                     self.unrounded[linear.name] = parallel.broadcast_(kept.contiguous(), owner)
 
     def accept(
-        self,
-        linear: LinearView,
-        dense: Tensor,
-        solution: Solution,
-        gram: Gram | None,
-        *,
-        notes: tuple[str, ...] = (),
-        history: tuple[Step, ...] = (),
+        self, linear: LinearView, dense: Tensor, solution: Solution, gram: Gram | None, history: tuple[Step, ...] = ()
     ) -> None:
         """Assigns the solution for a ``dense`` weight to a linear, with its values rounded if the recipe asks for
-        integers, and adds its result, with ``notes`` before those of the solution. The rounding takes ``gram``, of the
-        linear's inputs; None to run the block for it, and to keep the error of the solution, which is of a unit."""
+        integers, and adds its result. The rounding takes ``gram``, of the linear's inputs; None to run the block for
+        it, and to keep the error of the solution, which is of a unit."""
         pattern, weight, error = self.patterns[linear.name], solution.weight, solution.error
-        notes, exponents = (*notes, *solution.notes), ""
+        notes, exponents = solution.notes, ""
         if self.values != "keep":
             if (factor := safe_factor(weight)) != 1:
                 raise NumericalError(
