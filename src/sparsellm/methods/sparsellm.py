@@ -34,7 +34,7 @@ from sparsellm.methods.permutation import permute_block
 from sparsellm.methods.rotation import rotate_block
 from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
-from sparsellm.methods.task import METHODS, BlockTask, naming
+from sparsellm.methods.task import METHODS, BlockTask, Group, naming
 from sparsellm.methods.weighting import token_weights, weighted_solvers
 from sparsellm.patterns import NM
 from sparsellm.registry import Needs, Options, Workspace
@@ -205,9 +205,7 @@ class _Fitting:
                 known = sublayer.shortcut if group[0] is sublayer.writer else None
                 known = stream.keep(known) if known is not None else None
                 recorded = writer if group is sublayer.groups[0] else None
-                fitted = group[0] is writer
-                means = _Means(group, fitted, stream.chain.device)
-                gram, cross = self._moments(group[0], target, known, recorded, fitted=fitted, means=means)
+                gram, cross, means = self._moments(group, target, known, recorded, fitted=group[0] is writer)
                 fit = None
                 if cross is not None and self.damping is not None:
                     with task.clock.phase("prune/solve"), naming(group[0].name):
@@ -221,20 +219,15 @@ class _Fitting:
                     stream.use(known)
 
     def _moments(
-        self,
-        head: LinearView,
-        target: TensorStore,
-        known: KnownOutput | None,
-        recorded: LinearView | None,
-        *,
-        fitted: bool,
-        means: _Means,
-    ) -> tuple[Gram, Tensor | None]:
-        """The Gram matrix of the input of ``head``, and its cross-moment with the target ``(out, in)`` if it is fitted.
+        self, group: Group, target: TensorStore, known: KnownOutput | None, recorded: LinearView | None, *, fitted: bool
+    ) -> tuple[Gram, Tensor | None, _Means]:
+        """The Gram matrix of the input of a group, its cross-moment with the target ``(out, in)`` if it is fitted, and
+        its means.
 
         They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
         Linears that only run after both are skipped."""
-        stream, index = self.task.stream, self.task.index
+        stream, index, head = self.task.stream, self.task.index, group[0]
+        means = _Means(group, fitted, stream.chain.device)
         gram = GramAccumulator(head.in_features, stream.chain.device)
         cross = CrossAccumulator(head.out_features, head.in_features, stream.chain.device) if fitted else None
         bias = head.bias
@@ -263,4 +256,4 @@ class _Fitting:
         if cross is not None:
             cross.reduce()
         with naming(head.name):
-            return gram.finish(), cross.finish() if cross is not None else None
+            return gram.finish(), cross.finish() if cross is not None else None, means
