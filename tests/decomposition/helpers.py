@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,8 +47,8 @@ def prune(
 ) -> tuple[Pruned, list[Step]]:
     """The loop with one solver for all linears, and one pattern or several."""
     by_role = dict.fromkeys(dense.linears(), patterns) if isinstance(patterns, Pattern) else patterns
-    solvers, given = dict.fromkeys(dense.linears(), solver), (settings or Settings(), scratch or Scratch())
-    return loop.prune_feed_forward(dense, train, held_out, solvers, by_role, *given)
+    solvers = {role: partial(solver, pattern=pattern) for role, pattern in by_role.items()}
+    return loop.prune_feed_forward(dense, train, held_out, solvers, settings or Settings(), scratch or Scratch())
 
 
 def assert_same(one: FeedForward, other: FeedForward) -> None:

@@ -24,7 +24,6 @@ from sparsellm.decomposition import objective, updates
 from sparsellm.decomposition.objective import Chunks, Coefficients, FeedForward, Linear, Variables
 from sparsellm.decomposition.updates import Moments, MomentsAccumulator
 from sparsellm.errors import NumericalError
-from sparsellm.patterns import Pattern
 from sparsellm.records import Step
 from sparsellm.solvers import Solver
 from sparsellm.solvers.support import refine_on_support
@@ -74,7 +73,6 @@ def prune_feed_forward(
     train: Chunks,
     held_out: Chunks,
     solvers: Mapping[str, Solver],
-    patterns: Mapping[str, Pattern],
     settings: Settings,
     scratch: Scratch,
 ) -> tuple[Pruned, list[Step]]:
@@ -83,7 +81,7 @@ def prune_feed_forward(
 
     ``dense`` is the unit before pruning; iteration 0 prunes its weights. Weights are fitted to the tokens ``train``;
     those ``held_out`` choose the iterate, which is then fitted to them too; if empty, ``train`` chooses. ``solvers``
-    and ``patterns`` are by role (``up``, ``gate``, ``down``); ``scratch`` stores the variables of all tokens. A
+    are by role (``up``, ``gate``, ``down``), each with its pattern; ``scratch`` stores the variables of all tokens. A
     NumericalError says that an iterate is not finite; with the safeguard, that the local solution is not."""
     history: list[Step] = []
     best: Pruned | None = None
@@ -91,7 +89,7 @@ def prune_feed_forward(
         stores = {role: stack.enter_context(scratch.store(dense.up.weight.device)) for role in dense.first_half()}
         first = train[0]()
         coefficients = settings.coefficients or objective.default_coefficients(dense, first.inputs, first.targets)
-        loop = _Loop(dense, train, solvers, patterns, settings, coefficients, stores)
+        loop = _Loop(dense, train, solvers, settings, coefficients, stores)
         unit = dense
         for iteration in range(settings.iterations + 1):
             try:
@@ -115,7 +113,7 @@ def prune_feed_forward(
     history[chosen] = history[chosen].model_copy(update={"chosen": True})
     if held_out:  # make the chosen iterate again, from all tokens
         again = replace(settings, iterations=chosen, patience=chosen + 1, coefficients=coefficients, safeguard=False)
-        refit, _ = prune_feed_forward(dense, [*train, *held_out], [], solvers, patterns, again, scratch)
+        refit, _ = prune_feed_forward(dense, [*train, *held_out], [], solvers, again, scratch)
         best = replace(best, unit=refit.unit, masks=refit.masks)
     return best, history
 
@@ -127,7 +125,6 @@ class _Loop:
     dense: FeedForward
     train: Chunks
     solvers: Mapping[str, Solver]
-    patterns: Mapping[str, Pattern]
     settings: Settings
     coefficients: Coefficients
     variables: dict[str, TensorStore]  # by role, a tensor for each chunk
@@ -147,7 +144,7 @@ class _Loop:
 
         def prune(role: str) -> Tensor:
             fit = self._fit(role, unit.linears()[role].weight, moments[role], iteration)
-            solution = self.solvers[role](fit.weight, moments[role].gram, self.patterns[role])
+            solution = self.solvers[role](fit.weight, moments[role].gram)
             notes.extend(f"{role}: {note}" for note in (*fit.notes, *solution.notes))
             masks[role] = solution.mask
             return solution.weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -47,13 +48,12 @@ def alternate(
 ) -> None:
     """Runs the loop with a solver for each linear, by name, and accepts its results; ``down`` gets the history."""
     linears, scratch = unit.linears(), task.stream.scratch
-    inside = {role: solvers[linear.name] for role, linear in linears.items()}
-    patterns = {role: task.patterns[linear.name] for role, linear in linears.items()}
+    inside = {role: partial(solvers[x.name], pattern=task.patterns[x.name]) for role, x in linears.items()}
     with naming(unit.down.name):
-        pruned, history = prune_feed_forward(current(unit), train, held_out, inside, patterns, settings, scratch)
+        pruned, history = prune_feed_forward(current(unit), train, held_out, inside, settings, scratch)
     for role, linear in pruned.unit.linears().items():
         mask = pruned.masks[role]
-        if patterns[role].sparsity < 1 and not bool(linear.weight.any()):
+        if task.patterns[linears[role].name].sparsity < 1 and not bool(linear.weight.any()):
             continue  # its inputs were 0 in every token
         error = pruned.error if role == "down" else math.nan  # it is the unit's
         solution = Solution(linear.weight.where(mask, 0.0), mask, error, pruned.notes)
