@@ -60,7 +60,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
         if len(group) > 1 or group[0].out_features != width or group[0].name in repeated:
             continue
         # In a parallel block the feed-forward unit shares the input of attention, but runs after attention's writer.
-        late = [[x for x in each if _run_later(task, [x], group[0], order)] for each in groups]
+        late = [[x for x in each if _run_later([x], group[0], order)] for each in groups]
         own = [[x for x in each if x not in after] for each, after in zip(groups, late, strict=True)]
         if len(groups) > 1 and all(own):
             known = _shortcut(task, own, order, returns, [*later, *chain.from_iterable(late)])
@@ -80,7 +80,7 @@ def _shortcut(
     """The module around the writer, last of ``groups``, if pruning the linears ``later`` does not change its input."""
     (writer,) = groups[-1]
     path = writer.name.removeprefix(f"{task.stream.chain.block_names[task.index]}.")
-    around = returns.around(writer, path) if _run_later(task, later, writer, order) else None
+    around = returns.around(writer, path) if _run_later(later, writer, order) else None
     if around is None or not {linear.module for linear in later}.isdisjoint(around[0].modules()):
         return None
     module, returned = around
@@ -88,14 +88,13 @@ def _shortcut(
     return KnownOutput(writer, module, returned.items, before)
 
 
-def _run_later(task: BlockTask, linears: list[LinearView], writer: LinearView, order: RunOrder) -> bool:
+def _run_later(linears: list[LinearView], writer: LinearView, order: RunOrder) -> bool:
     """Whether all these linears first run after the writer. One that did not run is taken for the smallest module
     around it of which a linear ran, such as the other experts of a mixture."""
-    everything = [linear.name for linear in task.stream.chain.linears(task.index)]
     start = order.first([writer.name])
     for linear in linears:
         scope = linear.name
-        while (first := order.first(n for n in everything if n == scope or n.startswith(f"{scope}."))) is None:
+        while (first := order.first(n for n in order if n == scope or n.startswith(f"{scope}."))) is None:
             scope = scope.rpartition(".")[0]
         if start is None or first <= start:
             return False
