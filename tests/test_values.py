@@ -273,7 +273,7 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: weight.detach().clone() for name, weight in linear_weights(model).items()}
     task = SweepTask(
         Feed(chain, ids, 96, Scratch()), dense_end(dense, ids, 96), 1, 0, lambda index: None, learning_rate=0.01,
-        integers=Integers("int4", dict.fromkeys(names, "")),
+        integers=Integers(chain, "int4", dict.fromkeys(names, "")),
     )  # fmt: skip
     whole_model.sweep(task)
     with torch.no_grad():

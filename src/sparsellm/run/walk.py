@@ -144,7 +144,7 @@ def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
     if not plan.choice.trains_integers(plan.recipe):
         return None
-    return Integers(plan.recipe.rounding, {each.name: each.exponents for each in linears})
+    return Integers(plan.chain, plan.recipe.rounding, {each.name: each.exponents for each in linears})
 
 
 def replay(
@@ -154,6 +154,6 @@ def replay(
     None. ``integers`` are rounded in memory, while the shard has the values that a sweep goes on from."""
     with chain.block(index, weights):
         if integers is not None:
-            integers.settle(chain, index)
+            integers.settle(index)
         for stream in streams:
             stream.advance(index)

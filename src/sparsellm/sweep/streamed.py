@@ -115,7 +115,7 @@ class Streamed(Weights):
         for at in dict.fromkeys([index, *(at for at, _ in self._aliases[index].values())]):
             views[at] = self.views(flat if at == index else self.parameters(at), at)
             if running and self.integers is not None:
-                views[at] = self.integers.of(views[at], self.chain, at)
+                views[at] = self.integers.of(views[at], at)
             if written:
                 for name, parameter in views[at].items():
                     views[at][name] = nn.Parameter(self.as_written(name, parameter.detach()))
@@ -164,7 +164,7 @@ class Streamed(Weights):
             for name in trained.keys() & waiting.keys():
                 trained[name].grad = waiting.pop(name)
             if piece is not None and self.integers is not None:
-                self.integers.pull_back(trained, used, chain, index)
+                self.integers.pull_back(trained, used, index)
             share_gradients(trained.values(), process)
             adam_step(trained, state, rate, number, pruned=self.pruned, factors=self.factors)
             kept = self.part(index, flat)

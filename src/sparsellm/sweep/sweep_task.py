@@ -123,11 +123,11 @@ class Weights(ABC):
             with chain.block(index, self.task.pruned(index)):
                 if self.best:
                     trained = self.views(self.complete(index, self._best_store[index]), index)
-                    trained = trained if self.integers is None else self.integers.of(trained, chain, index)
+                    trained = trained if self.integers is None else self.integers.of(trained, index)
                     for name, value in trained.items():
                         chain.block_parameters(index)[name].copy_(value)
                 elif self.integers is not None:
-                    self.integers.settle(chain, index)
+                    self.integers.settle(index)
                 chain.settle_block(index)
                 self.task.write_block(index)
 
@@ -153,7 +153,7 @@ class Weights(ABC):
 
     def trained(self, index: int) -> dict[str, Tensor]:
         """What is trained in the loaded block: the parameters it owns, and factors of groups if values are rounded."""
-        factors = {} if self.integers is None else self.integers.factors(self.chain, index)
+        factors = {} if self.integers is None else self.integers.factors(index)
         parameters = self.chain.block_parameters(index)
         return {**{name: p for name, p in parameters.items() if self.chain.owns(name)}, **factors}
 
