@@ -6,6 +6,7 @@ import io
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def powers(size: int) -> list[int]:
     return [*large, size - sum(large)] if size > sum(large) else large
 
 
-class TensorStore(Sequence[Tensor]):
+class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
     """A list of tensors, each on the store's device, in memory, or in a file, where :class:`Scratch` has room.
 
     An item is read as a tensor on the store's device, without gradients; to change it, assign it. Closing the store, or
@@ -178,9 +179,6 @@ class TensorStore(Sequence[Tensor]):
         if self._file is not None:
             self._file.close()
             self._file, self._end = None, 0
-
-    def __enter__(self) -> TensorStore:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
