@@ -44,8 +44,7 @@ def from_solver(entry: Entry[Solver]) -> Entry[Method]:
         products = [work.products * sum(x.out_features * x.in_features**2 for x in group) for group in groups]
         owners, longest = parallel.greedy([factor + product for factor, product in zip(factors, products, strict=True)])
         if longest <= sum(factors) + sum(products) / parallel.size():
-            for number in [number for number, owner in enumerate(owners) if owner != parallel.rank()]:
-                del statistics[number]
+            statistics = {number: statistics[number] for number, owner in enumerate(owners) if owner == parallel.rank()}
             task.share_out(groups, owners, solve_group)
         else:
             for number in range(len(groups)):
