@@ -1,6 +1,5 @@
 // A token through a whole decoder without Python in between: every product is one of the driver's.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 #include "driver.h"
@@ -75,7 +74,6 @@ struct Attention {
   const float *query, *keys, *values;  // (heads, size), (kv_heads, capacity, size)
   float scale;
   float *scores, *out;  // (heads, capacity), (heads, size)
-  std::atomic<int64_t> next{0};
 
   void head(int64_t index) const {
     const int64_t group = index / (heads / kv_heads);
@@ -86,11 +84,6 @@ struct Attention {
     for (int64_t j = 0; j < tokens; ++j) sum += mine[j] = std::exp(mine[j] - largest);
     for (int64_t j = 0; j < tokens; ++j) mine[j] /= sum;
     set.attention_values(mine, values + group * capacity * size, tokens, size, out + index * size);
-  }
-
-  static void work(void* data) {
-    Attention& all = *static_cast<Attention*>(data);
-    for (int64_t index; (index = all.next.fetch_add(1)) < all.heads;) all.head(index);
   }
 };
 
@@ -126,9 +119,10 @@ void decode(const InstructionSet& set, const int64_t* numbers, int64_t token, in
       std::copy_n(gate + index * size, size, keys + place);
       std::copy_n(up + index * size, size, values + place);
     }
-    Attention attention{set, heads, kv_heads, size, capacity, position + 1, query, keys, values, settings[1], scores,
-                        mixed};
-    run_parallel(heads * size * position < 1 << 15 ? 1 : threads, Attention::work, &attention);
+    const Attention attention{set, heads, kv_heads, size, capacity, position + 1, query, keys, values, settings[1],
+                              scores, mixed};
+    const int sharers = heads * size * position < 1 << 15 ? 1 : threads;
+    for_each(sharers, heads, [&](int64_t index) { attention.head(index); });
     o(set, mixed, added, threads);
     for (int64_t i = 0; i < hidden; ++i) x[i] += added[i];
     normalise(x, second_norm, hidden, settings[0], normed);

@@ -1,7 +1,6 @@
 #include "driver.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -121,8 +120,6 @@ struct Pieces {
     }
     starts.push_back(last);
   }
-
-  size_t size() const { return starts.size() - 1; }
 };
 
 // Subnormal numbers count on every thread, whatever torch.set_flush_denormal did to the calling one.
@@ -140,20 +137,10 @@ class ExactSubnormals {
 // Calls use(first, last) for every piece, on several threads.
 template <class Use>
 void for_each_piece(const Pieces& pieces, const Use& use) {
-  struct Shared {
-    const Pieces& pieces;
-    const Use& use;
-    std::atomic<size_t> next{0};
-  } shared{pieces, use};
-  run_parallel(
-      pieces.threads,
-      [](void* data) noexcept {  // without memory the process ends: nothing could catch an exception of a worker
-        [[maybe_unused]] const ExactSubnormals exact;
-        Shared& mine = *static_cast<Shared*>(data);
-        for (size_t i; (i = mine.next.fetch_add(1)) < mine.pieces.size();)
-          mine.use(mine.pieces.starts[i], mine.pieces.starts[i + 1]);
-      },
-      &shared);
+  for_each(pieces.threads, static_cast<int64_t>(pieces.starts.size()) - 1, [&](int64_t i) {
+    [[maybe_unused]] const ExactSubnormals exact;
+    use(pieces.starts[i], pieces.starts[i + 1]);
+  });
 }
 
 // Memory that a thread keeps from call to call; it holds nothing between them. The caller's panels of activations are

@@ -1,8 +1,6 @@
 // In plain loops over outputs, which compilers turn into vectors of the oldest machine; all machines have the same bits.
 #include "round.h"
 
-#include <atomic>
-
 #include "numbers.h"
 #include "pool.h"
 
@@ -96,23 +94,13 @@ Outputs outputs_of(const RoundPanel& panel) {
 }  // namespace
 
 void round_panel(const RoundPanel& panel, int threads) {
-  struct Shared {
-    const RoundPanel& panel;
-    Outputs outputs;
-    std::atomic<int64_t> next{0};
-  } shared{panel, panel.stored == kBf16   ? outputs_of<AsBf16>(panel)
-                  : panel.stored == kFp16 ? outputs_of<AsFp16>(panel)
-                                          : outputs_of<AsFp32>(panel)};
-  run_parallel(
-      threads,
-      [](void* data) {
-        Shared& mine = *static_cast<Shared*>(data);
-        for (int64_t start; (start = kWidth * mine.next.fetch_add(1)) < mine.panel.out;) {
-          const int64_t left = mine.panel.out - start;
-          mine.outputs(mine.panel, start, left < kWidth ? left : kWidth);
-        }
-      },
-      &shared);
+  const Outputs outputs = panel.stored == kBf16   ? outputs_of<AsBf16>(panel)
+                          : panel.stored == kFp16 ? outputs_of<AsFp16>(panel)
+                                                  : outputs_of<AsFp32>(panel);
+  for_each(threads, (panel.out + kWidth - 1) / kWidth, [&](int64_t index) {
+    const int64_t start = kWidth * index, left = panel.out - start;
+    outputs(panel, start, left < kWidth ? left : kWidth);
+  });
 }
 
 }  // namespace sparsellm
