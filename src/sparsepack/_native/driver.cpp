@@ -51,17 +51,22 @@ void convert(const Read& read, ValueType kind, int64_t count, void* to) {
   }
 }
 
-void convert(ValueType type, const void* from, ValueType kind, int64_t count, void* to) {
+// Calls use(read), where read(i) is number i in fp32, with code of its own for each type.
+template <class Use>
+void with_reader(ValueType type, const void* from, const Use& use) {
+  const float* wide = static_cast<const float*>(from);
+  const uint16_t* halves = static_cast<const uint16_t*>(from);
   if (type == kFp32) {
-    const float* numbers = static_cast<const float*>(from);
-    convert([=](int64_t i) { return numbers[i]; }, kind, count, to);
+    use([=](int64_t i) { return wide[i]; });
   } else if (type == kBf16) {
-    const uint16_t* numbers = static_cast<const uint16_t*>(from);
-    convert([=](int64_t i) { return bf16_to_fp32(numbers[i]); }, kind, count, to);
+    use([=](int64_t i) { return bf16_to_fp32(halves[i]); });
   } else {
-    const uint16_t* numbers = static_cast<const uint16_t*>(from);
-    convert([=](int64_t i) { return fp16_to_fp32(numbers[i]); }, kind, count, to);
+    use([=](int64_t i) { return fp16_to_fp32(halves[i]); });
   }
+}
+
+void convert(ValueType type, const void* from, ValueType kind, int64_t count, void* to) {
+  with_reader(type, from, [=](const auto& read) { convert(read, kind, count, to); });
 }
 
 // x in the kernel's order: within blocks of interleave * lanes columns, column j * interleave + k stands at [k][j].
@@ -79,17 +84,9 @@ void lay_out(const Read& read, int64_t columns, int lanes, int interleave, float
 }
 
 void lay_out(ValueType kind, const void* x, int64_t columns, int lanes, const Multiply& how, float* panel) {
-  const float factor = how.factor;
-  if (kind == kFp32) {
-    const float* from = static_cast<const float*>(x);
-    lay_out([=](int64_t i) { return from[i] * factor; }, columns, lanes, how.interleave, panel);
-  } else if (kind == kBf16) {
-    const uint16_t* from = static_cast<const uint16_t*>(x);
-    lay_out([=](int64_t i) { return bf16_to_fp32(from[i]) * factor; }, columns, lanes, how.interleave, panel);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(x);
-    lay_out([=](int64_t i) { return fp16_to_fp32(from[i]) * factor; }, columns, lanes, how.interleave, panel);
-  }
+  with_reader(kind, x, [=](const auto& read) {
+    lay_out([=](int64_t i) { return read(i) * how.factor; }, columns, lanes, how.interleave, panel);
+  });
 }
 
 // Rows cut into pieces of about equal work: a piece is rows [starts[i], starts[i + 1]).
@@ -304,16 +301,7 @@ void round_token(const Read& read, int64_t columns, int64_t words, int8_t* codes
 }
 
 void round_token(ValueType kind, const void* x, int64_t columns, int64_t words, int8_t* codes, float* scales) {
-  if (kind == kFp32) {
-    const float* from = static_cast<const float*>(x);
-    round_token([=](int64_t i) { return from[i]; }, columns, words, codes, scales);
-  } else if (kind == kBf16) {
-    const uint16_t* from = static_cast<const uint16_t*>(x);
-    round_token([=](int64_t i) { return bf16_to_fp32(from[i]); }, columns, words, codes, scales);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(x);
-    round_token([=](int64_t i) { return fp16_to_fp32(from[i]); }, columns, words, codes, scales);
-  }
+  with_reader(kind, x, [=](const auto& read) { round_token(read, columns, words, codes, scales); });
 }
 
 }  // namespace
