@@ -16,7 +16,7 @@ struct Plan {
   int64_t number() { return *at++; }
   template <class T>
   T* address() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(*at++));
+    return at_address<T>(*at++);
   }
 };
 
@@ -25,20 +25,8 @@ struct Linear {
   bool rounded;
   const float* bias;  // or null
 
-  explicit Linear(Plan& plan) {
-    weight.type = static_cast<ValueType>(plan.number());
-    weight.out = plan.number();
-    weight.columns = plan.number();
-    weight.stride = plan.number();
-    weight.mask = plan.address<const uint8_t>();
-    weight.values = plan.address<const uint8_t>();
-    weight.offsets = plan.address<const int64_t>();
-    weight.scales = plan.address<const void>();
-    weight.group = plan.number();
-    weight.mask_step = plan.number();
-    weight.exponents = plan.address<const int8_t>();
-    const int8_t* levels = plan.address<const int8_t>();
-    weight.levels = levels != nullptr ? levels : kPlainLevels;
+  explicit Linear(Plan& plan) : weight(weight_of(plan.at)) {
+    plan.at += kWeightNumbers;
     rounded = plan.number() != 0;
     bias = plan.address<const float>();
   }

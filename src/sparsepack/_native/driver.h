@@ -18,6 +18,19 @@ struct Packed {
   const int8_t* levels;     // int4: the number of each of the sixteen codes
 };
 
+template <class T>
+T* at_address(int64_t number) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(number));
+}
+
+// The weight that these numbers describe, in the order of `addresses` in sparsepack/native.py.
+constexpr int kWeightNumbers = 12;
+inline Packed weight_of(const int64_t* n) {
+  return {n[1], n[2], n[3], at_address<const uint8_t>(n[4]), at_address<const uint8_t>(n[5]),
+          at_address<const int64_t>(n[6]), at_address<const void>(n[7]), static_cast<ValueType>(n[0]), n[8], n[9],
+          at_address<const int8_t>(n[10]), n[11] != 0 ? at_address<const int8_t>(n[11]) : kPlainLevels};
+}
+
 // y (tokens, out) = x (tokens, columns) W^T, both of type kFp32, kBf16 or kFp16; at most kMaxTokens tokens.
 void multiply(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x, void* y,
               int threads);

@@ -27,7 +27,7 @@ const InstructionSet* const kSets[] = {
 };
 constexpr int kCount = sizeof(kSets) / sizeof(kSets[0]);
 
-bool read_numbers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, long long* out) {
+bool read_numbers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, int64_t* out) {
   if (given != wanted) {
     PyErr_Format(PyExc_TypeError, "%zd integers expected, not %zd", wanted, given);
     return false;
@@ -39,35 +39,25 @@ bool read_numbers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, lo
   return true;
 }
 
-// set, value type, out, columns, stride, mask, values, offsets, scales, group, mask_step, exponents, levels
-constexpr Py_ssize_t kWeightNumbers = 13;
+constexpr int kSetAndWeight = 1 + kWeightNumbers;
 
-bool read_weight(const long long* n, const InstructionSet** set, Packed* weight) {
-  if (n[0] < 0 || n[0] >= kCount || n[1] < 0 || n[1] >= kValueTypes || n[4] % 8 != 0 || n[4] * 8 < n[3]) {
+bool read_weight(const int64_t* n, const InstructionSet** set, Packed* weight) {
+  *weight = weight_of(n + 1);
+  const int64_t stride = weight->stride;
+  if (n[0] < 0 || n[0] >= kCount || n[1] < 0 || n[1] >= kValueTypes || stride % 8 != 0 || stride * 8 < weight->columns) {
     PyErr_SetString(PyExc_ValueError, "no such instruction set or value type, or the mask's rows are too short");
     return false;
   }
-  if ((n[1] == kInt4 && (n[9] <= 0 || n[9] % kShared != 0)) || (n[10] != 0 && n[10] != n[4])) {
+  if ((weight->type == kInt4 && (weight->group <= 0 || weight->group % kShared != 0)) ||
+      (weight->mask_step != 0 && weight->mask_step != stride)) {
     PyErr_SetString(PyExc_ValueError, "groups of 32, 64, ... columns and a mask a row or one for all expected");
     return false;
   }
   *set = kSets[n[0]];
-  *weight = Packed{n[2],
-                   n[3],
-                   n[4],
-                   reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5])),
-                   reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[6])),
-                   reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(n[7])),
-                   reinterpret_cast<const void*>(static_cast<uintptr_t>(n[8])),
-                   static_cast<ValueType>(n[1]),
-                   n[9],
-                   n[10],
-                   reinterpret_cast<const int8_t*>(static_cast<uintptr_t>(n[11])),
-                   n[12] != 0 ? reinterpret_cast<const int8_t*>(static_cast<uintptr_t>(n[12])) : kPlainLevels};
   return true;
 }
 
-bool is_float(long long kind) { return kind == kBf16 || kind == kFp16 || kind == kFp32; }
+bool is_float(int64_t kind) { return kind == kBf16 || kind == kFp16 || kind == kFp32; }
 
 template <class Compute>
 PyObject* without_gil(const Compute& compute) {
@@ -84,11 +74,11 @@ PyObject* without_gil(const Compute& compute) {
 }
 
 PyObject* py_multiply(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long n[kWeightNumbers + 6];
+  int64_t n[kSetAndWeight + 6];
   const InstructionSet* set;
   Packed weight;
-  if (!read_numbers(args, count, kWeightNumbers + 6, n) || !read_weight(n, &set, &weight)) return nullptr;
-  const long long* rest = n + kWeightNumbers;  // tokens, type of x and y, x, y, threads, whether x is rounded to int8
+  if (!read_numbers(args, count, kSetAndWeight + 6, n) || !read_weight(n, &set, &weight)) return nullptr;
+  const int64_t* rest = n + kSetAndWeight;  // tokens, type of x and y, x, y, threads, whether x is rounded to int8
   const bool rounded = rest[5] != 0;
   if (rest[0] < 1 || rest[0] > kMaxTokens || !is_float(rest[1]) || (rounded && is_float(weight.type))) {
     PyErr_SetString(PyExc_ValueError, "1 to 16 tokens of bf16, fp16 or fp32 expected, rounded for integers alone");
@@ -96,50 +86,47 @@ PyObject* py_multiply(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   return without_gil([&] {
     (rounded ? multiply_rounded : multiply)(*set, weight, static_cast<int>(rest[0]), static_cast<ValueType>(rest[1]),
-             reinterpret_cast<const void*>(static_cast<uintptr_t>(rest[2])),
-             reinterpret_cast<void*>(static_cast<uintptr_t>(rest[3])), static_cast<int>(rest[4]));
+             at_address<const void>(rest[2]), at_address<void>(rest[3]), static_cast<int>(rest[4]));
   });
 }
 
 PyObject* py_unpack_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long n[kWeightNumbers + 5];
+  int64_t n[kSetAndWeight + 5];
   const InstructionSet* set;
   Packed weight;
-  if (!read_numbers(args, count, kWeightNumbers + 5, n) || !read_weight(n, &set, &weight)) return nullptr;
-  const long long* rest = n + kWeightNumbers;  // first, last, type of out, out, threads
+  if (!read_numbers(args, count, kSetAndWeight + 5, n) || !read_weight(n, &set, &weight)) return nullptr;
+  const int64_t* rest = n + kSetAndWeight;  // first, last, type of out, out, threads
   if (rest[0] < 0 || rest[1] < rest[0] || rest[1] > weight.out || !is_float(rest[2])) {
     PyErr_SetString(PyExc_ValueError, "rows outside the weight, or a type that is no float");
     return nullptr;
   }
   return without_gil([&] {
-    unpack_rows(*set, weight, rest[0], rest[1], static_cast<ValueType>(rest[2]),
-                reinterpret_cast<void*>(static_cast<uintptr_t>(rest[3])), static_cast<int>(rest[4]));
+    unpack_rows(*set, weight, rest[0], rest[1], static_cast<ValueType>(rest[2]), at_address<void>(rest[3]),
+                static_cast<int>(rest[4]));
   });
 }
 
 // set, plan, token, position, threads
 PyObject* py_decode(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long n[5];
+  int64_t n[5];
   if (!read_numbers(args, count, 5, n)) return nullptr;
   if (n[0] < 0 || n[0] >= kCount) {
     PyErr_SetString(PyExc_ValueError, "no such instruction set");
     return nullptr;
   }
-  return without_gil([&] {
-    decode(*kSets[n[0]], reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(n[1])), n[2], n[3],
-           static_cast<int>(n[4]));
-  });
+  return without_gil(
+      [&] { decode(*kSets[n[0]], at_address<const int64_t>(n[1]), n[2], n[3], static_cast<int>(n[4])); });
 }
 
 // inputs, out, state, columns, scales, free, inner, moves, gains, table, lowest, highest, zero, first, type, threads
 PyObject* py_round_panel(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long n[16];
+  int64_t n[16];
   if (!read_numbers(args, count, 16, n)) return nullptr;
   if (n[0] < 0 || n[0] > kMaxInputs || n[1] < 0 || n[10] >= n[11] || !is_float(n[14])) {
     PyErr_SetString(PyExc_ValueError, "too many inputs, no numbers, or a type that is not a float");
     return nullptr;
   }
-  const auto at = [&](int i) { return reinterpret_cast<float*>(static_cast<uintptr_t>(n[i])); };
+  const auto at = [&](int i) { return at_address<float>(n[i]); };
   const RoundPanel panel{n[0],  n[1],  at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), static_cast<float>(n[10]),
                          static_cast<float>(n[11]), n[12] != 0, n[13] != 0, static_cast<ValueType>(n[14])};
   return without_gil([&] { round_panel(panel, static_cast<int>(n[15])); });
