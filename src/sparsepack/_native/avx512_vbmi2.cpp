@@ -11,16 +11,21 @@ namespace {
 
 #include "avx512_common.h"
 
-// Expanded halves: even columns in the low half of each 32-bit lane, odd columns in the high half. bf16 is fp32 without
-// its low half, so a shift and a mask make two vectors of fp32, with no use of the port that expands.
-struct Bf16 {
+// Expanded halves: even columns in the low half of each 32-bit lane, odd columns in the high half.
+template <class Values>
+struct Halves {
   static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    widen(_mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), out);
+    Values::widen(_mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), out);
   }
-  static void all(const uint8_t* values, Vector* out) { widen(_mm512_loadu_si512(values), out); }
+  static void all(const uint8_t* values, Vector* out) { Values::widen(_mm512_loadu_si512(values), out); }
+};
+
+// bf16 is fp32 without its low half, so a shift and a mask make two vectors of fp32, with no use of the port that
+// expands.
+struct Bf16 : Halves<Bf16> {
   static void widen(__m512i pairs, Vector* out) {
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
@@ -29,14 +34,7 @@ struct Bf16 {
 
 // The exponent and mantissa of a half, moved into those of an fp32, are the number times 2^-112 (subnormals too). The
 // factor is made up for by 2^56 on x and 2^56 on the sum: cheaper than converting, which needs the expanding port.
-struct Fp16 {
-  static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static constexpr uint64_t kAll = 0xffffffffu;
-  static int64_t bytes(int64_t n) { return 2 * n; }
-  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    widen(_mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), out);
-  }
-  static void all(const uint8_t* values, Vector* out) { widen(_mm512_loadu_si512(values), out); }
+struct Fp16 : Halves<Fp16> {
   static void widen(__m512i pairs, Vector* out) {
     const __m512i keep = _mm512_set1_epi32(static_cast<int>(0x8fffe000u));
     out[0] = finished(_mm512_and_si512(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 3), keep));

@@ -34,28 +34,25 @@ inline uint32x4_t four_words(uint64_t bits, const uint8_t* values) {
   return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(values), vld1q_u8(kLookup.words[bits & 15])));
 }
 
-struct Bf16 {
+template <class Values>
+struct Halves {
   static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    widen(eight_halves(bits, values), out);
+    Values::widen(eight_halves(bits, values), out);
   }
-  static void all(const uint8_t* values, Vector* out) { widen(vreinterpretq_u16_u8(vld1q_u8(values)), out); }
+  static void all(const uint8_t* values, Vector* out) { Values::widen(vreinterpretq_u16_u8(vld1q_u8(values)), out); }
+};
+
+struct Bf16 : Halves<Bf16> {
   static void widen(uint16x8_t halves, Vector* out) {
     out[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16));
     out[1] = vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16));
   }
 };
 
-struct Fp16 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static constexpr uint64_t kAll = 0xffu;
-  static int64_t bytes(int64_t n) { return 2 * n; }
-  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    widen(eight_halves(bits, values), out);
-  }
-  static void all(const uint8_t* values, Vector* out) { widen(vreinterpretq_u16_u8(vld1q_u8(values)), out); }
+struct Fp16 : Halves<Fp16> {
   static void widen(uint16x8_t bits, Vector* out) {
     const float16x8_t halves = vreinterpretq_f16_u16(bits);
     out[0] = vcvt_f32_f16(vget_low_f16(halves));
