@@ -150,8 +150,6 @@ PyObject* py_use_openmp(PyObject*, PyObject* address) {
   Py_RETURN_NONE;
 }
 
-PyObject* py_pool_name(PyObject*, PyObject*) { return PyUnicode_FromString(pool_name()); }
-
 PyMethodDef methods[] = {
     {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_multiply)), METH_FASTCALL, nullptr},
     {"unpack_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unpack_rows)), METH_FASTCALL,
@@ -160,7 +158,6 @@ PyMethodDef methods[] = {
     {"round_panel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_round_panel)), METH_FASTCALL, nullptr},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
     {"use_openmp", py_use_openmp, METH_O, nullptr},
-    {"pool_name", py_pool_name, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,

@@ -120,6 +120,4 @@ void run_parallel(int threads, void (*body)(void*), void* data) {
 
 void use_openmp(GompParallel start) { openmp.store(start); }
 
-const char* pool_name() { return openmp.load() != nullptr ? "openmp" : "own"; }
-
 }  // namespace sparsellm

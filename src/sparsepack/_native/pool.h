@@ -32,7 +32,4 @@ void for_each(int threads, int64_t count, const Use& use) {
 using GompParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 void use_openmp(GompParallel start);
 
-// "openmp" or "own".
-const char* pool_name();
-
 }  // namespace sparsellm
