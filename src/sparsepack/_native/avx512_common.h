@@ -2,17 +2,12 @@
 
 #include "expand.h"
 
-using Vector = __m512;
-constexpr int kLanes = 16;
 constexpr int kLocality = 3;
 constexpr int kPrefetchSteps = 2;
 
-inline Vector zero() { return _mm512_setzero_ps(); }
-inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
 inline Vector all(float number) { return _mm512_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
 inline bool cpu_has_avx512() {

@@ -12,14 +12,9 @@ namespace {
 #include "eight.h"
 #include "expand.h"
 
-using Vector = __m512;
-constexpr int kLanes = 16;
 constexpr int kRowsOfTwo = 2, kRowsOfFour = 2;
 
-inline Vector zero() { return _mm512_setzero_ps(); }
-inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(const Vector* v) {
   return sum_of(_mm256_add_ps(_mm512_castps512_ps256(v[0]), _mm512_extractf32x8_ps(v[0], 1)));
 }
