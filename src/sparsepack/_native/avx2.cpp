@@ -16,7 +16,6 @@ namespace {
 
 using Vector = __m256;
 constexpr int kLanes = 8;
-constexpr int kLocality = 3;
 constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return _mm256_setzero_ps(); }

@@ -2,7 +2,6 @@
 
 #include "expand.h"
 
-constexpr int kLocality = 3;
 constexpr int kPrefetchSteps = 2;
 
 inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }

@@ -14,7 +14,6 @@ namespace {
 
 using Vector = float32x4_t;
 constexpr int kLanes = 4;
-constexpr int kLocality = 3;
 constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return vdupq_n_f32(0); }

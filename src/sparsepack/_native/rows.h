@@ -50,14 +50,14 @@ inline __attribute__((always_inline)) void walk_words(const Rows& rows, int64_t 
 #pragma GCC unroll 16
     for (int r = 0; r < R && !kFull; ++r) {
       __builtin_memcpy(&bits[r], rows.mask[r] + 8 * word, 8);
-      if (word % 8 == 0) __builtin_prefetch(rows.mask[r] + 8 * word + rows.mask_ahead, 0, kLocality);
+      if (word % 8 == 0) __builtin_prefetch(rows.mask[r] + 8 * word + rows.mask_ahead);
     }
 #pragma GCC unroll 8
     for (int step = 0; step < kSteps; ++step) {
       Vector weights[R][kVectors];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        if (kFull || step % kPrefetchSteps == 0) __builtin_prefetch(values[r] + rows.values_ahead[r], 0, kLocality);
+        if (kFull || step % kPrefetchSteps == 0) __builtin_prefetch(values[r] + rows.values_ahead[r]);
         values[r] = kFull ? next_full<Values>(step, values[r], weights[r], 0)
                           : next<Values>(bits[r], step, values[r], weights[r], 0);
       }
