@@ -57,7 +57,6 @@ struct Bf16 {
 
 struct Fp16 {
   static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
-  static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm256_cvtph_ps(eight_halves(bits, values));
@@ -75,7 +74,6 @@ inline __m256i eight_words(uint64_t bits, const uint8_t* values) {
 
 struct Fp32 {
   static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
-  static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 4 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm256_castsi256_ps(eight_words(bits, values));

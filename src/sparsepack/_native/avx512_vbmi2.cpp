@@ -15,7 +15,6 @@ namespace {
 template <class Values>
 struct Halves {
   static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     Values::widen(_mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), out);
@@ -50,7 +49,6 @@ struct Fp16 : Halves<Fp16> {
 // Four columns in each 32-bit lane, taken out by shifts.
 struct Int8 {
   static constexpr int kColumns = 64, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
-  static constexpr uint64_t kAll = ~uint64_t{0};
   static int64_t bytes(int64_t n) { return n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     const __m512i four = _mm512_mask_expand_epi8(zeros(), static_cast<__mmask64>(bits), _mm512_loadu_si512(values));

@@ -20,7 +20,8 @@ inline __attribute__((always_inline)) auto next(uint64_t word, int step, const u
 template <class Values>
 inline __attribute__((always_inline)) const uint8_t* next(uint64_t word, int step, const uint8_t* values, Vector* out,
                                                           long) {
-  const uint64_t some = Values::kColumns == 64 ? word : (word >> (step * Values::kColumns)) & Values::kAll;
+  constexpr uint64_t kAll = ~uint64_t{0} >> (64 - Values::kColumns);
+  const uint64_t some = (word >> (step * Values::kColumns)) & kAll;
   Values::expand(some, values, out);
   return values + Values::bytes(__builtin_popcountll(some));
 }
