@@ -35,7 +35,7 @@ inline __m128i eight_halves(uint64_t bits, const uint8_t* values) {
 // Even columns in the low, odd columns in the high half of each 32-bit lane. The lookup's offsets are cut out of the
 // mask in place: sixteen bytes an entry, so a byte of the mask is wanted four bits further up.
 struct Bf16 {
-  static constexpr int kColumns = 16, kRowsOfOne = 1, kRowsOfTwo = 1, kRowsOfFour = 1, kChains = 2;
+  static constexpr int kColumns = 16, kRowsOfOne = 1, kRowsOfTwo = 1, kRowsOfFour = 1, kChains = 2, kBytes = 2;
   static const uint8_t* take(uint64_t word, int step, const uint8_t* values, Vector* out) {
     const uint64_t low = (step == 0 ? word << 4 : word >> (16 * step - 4)) & 0xff0;
     const uint64_t high = word >> (16 * step + 4) & 0xff0;
@@ -45,7 +45,6 @@ struct Bf16 {
     widen(_mm256_inserti128_si256(_mm256_castsi128_si256(halves[0]), halves[1], 1), out);
     return second + 2 * __builtin_popcountll(high);
   }
-  static int64_t bytes(int64_t n) { return 2 * n; }
   static void all(const uint8_t* values, Vector* out) {
     widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), out);
   }
@@ -56,8 +55,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
-  static int64_t bytes(int64_t n) { return 2 * n; }
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1, kBytes = 2;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm256_cvtph_ps(eight_halves(bits, values));
   }
@@ -73,8 +71,7 @@ inline __m256i eight_words(uint64_t bits, const uint8_t* values) {
 }
 
 struct Fp32 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
-  static int64_t bytes(int64_t n) { return 4 * n; }
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1, kBytes = 4;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm256_castsi256_ps(eight_words(bits, values));
   }

@@ -16,8 +16,7 @@ inline __m256i sixteen_halves(const uint8_t* values) {
 }
 
 struct Bf16 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return 2 * n; }
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 2;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     const __m512i wide = _mm512_cvtepu16_epi32(sixteen_halves(values));
     const __m512i spread = _mm512_mask_expand_epi32(zeros(), static_cast<__mmask16>(bits), wide);
@@ -29,8 +28,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return 2 * n; }
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 2;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros()), static_cast<__mmask16>(bits), _mm512_cvtph_ps(sixteen_halves(values)));
   }
@@ -38,8 +36,7 @@ struct Fp16 {
 };
 
 struct Int8 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return n; }
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 1;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
     out[0] = _mm512_cvtepi32_ps(_mm512_mask_expand_epi32(zeros(), static_cast<__mmask16>(bits), wide));

@@ -15,8 +15,7 @@ inline bool cpu_has_avx512() {
 }
 
 struct Fp32 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return 4 * n; }
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 4;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros()), static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
   }

@@ -14,8 +14,7 @@ namespace {
 // Expanded halves: even columns in the low half of each 32-bit lane, odd columns in the high half.
 template <class Values>
 struct Halves {
-  static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return 2 * n; }
+  static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 2;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     Values::widen(_mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), out);
   }
@@ -48,8 +47,7 @@ struct Fp16 : Halves<Fp16> {
 
 // Four columns in each 32-bit lane, taken out by shifts.
 struct Int8 {
-  static constexpr int kColumns = 64, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
-  static int64_t bytes(int64_t n) { return n; }
+  static constexpr int kColumns = 64, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1, kBytes = 1;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     const __m512i four = _mm512_mask_expand_epi8(zeros(), static_cast<__mmask64>(bits), _mm512_loadu_si512(values));
     out[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(four, 24), 24));

@@ -35,8 +35,7 @@ inline uint32x4_t four_words(uint64_t bits, const uint8_t* values) {
 
 template <class Values>
 struct Halves {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return 2 * n; }
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 2;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     Values::widen(eight_halves(bits, values), out);
   }
@@ -59,8 +58,7 @@ struct Fp16 : Halves<Fp16> {
 };
 
 struct Fp32 {
-  static constexpr int kColumns = 4, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return 4 * n; }
+  static constexpr int kColumns = 4, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 4;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = vreinterpretq_f32_u32(four_words(bits, values));
   }
@@ -70,8 +68,7 @@ struct Fp32 {
 };
 
 struct Int8 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
-  static int64_t bytes(int64_t n) { return n; }
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1, kBytes = 1;
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     const uint8x8_t spread = vtbl1_u8(vld1_u8(values), vld1_u8(kLookup.bytes[bits & 255]));
     const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(spread));

@@ -4,7 +4,7 @@
 // and one class for each value type with
 //   kColumns  columns expanded at once (a divisor of 64), as kColumns / kLanes vectors
 //   expand(bits, values, out)  the next popcount(bits) values spread over the columns whose bits are set
-//   bytes(n)  storage of n values
+//   kBytes  storage of a value
 //   kChains  accumulators of a sum, which take turns: with few rows at once, a single one would wait for itself
 // or, where the bits are better cut out of the mask word in its own way,
 //   take(word, step, values, out)  the same for step `step` of the word; returns where the values after these begin
@@ -23,7 +23,7 @@ inline __attribute__((always_inline)) const uint8_t* next(uint64_t word, int ste
   constexpr uint64_t kAll = ~uint64_t{0} >> (64 - Values::kColumns);
   const uint64_t some = (word >> (step * Values::kColumns)) & kAll;
   Values::expand(some, values, out);
-  return values + Values::bytes(__builtin_popcountll(some));
+  return values + int64_t{Values::kBytes} * __builtin_popcountll(some);
 }
 
 // The same where all bits of the word are set.
@@ -31,7 +31,7 @@ template <class Values>
 inline __attribute__((always_inline)) auto next_full(int, const uint8_t* values, Vector* out, int)
     -> decltype(Values::all(values, out), values + 0) {
   Values::all(values, out);
-  return values + Values::bytes(Values::kColumns);
+  return values + Values::kBytes * Values::kColumns;
 }
 
 template <class Values>
