@@ -92,30 +92,14 @@ struct Int8 {
 
 #include "attention.h"
 #include "rows.h"
+#include "spread.h"
 
-// The last columns, fewer than eight, go through a full-width copy.
-void spread16(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
-  for (int64_t column = 0; column < columns; column += 8) {
-    const unsigned bits = mask[column / 8];
-    const __m128i spread = eight_halves(bits, values);
-    values += 2 * __builtin_popcount(bits);
-    uint8_t last[16];
-    const bool whole = column + 8 <= columns;
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(whole ? out + 2 * column : last), spread);
-    if (!whole) __builtin_memcpy(out + 2 * column, last, 2 * static_cast<size_t>(columns - column));
-  }
+inline void next_halves(unsigned bits, const uint8_t* values, uint8_t* out) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), eight_halves(bits, values));
 }
 
-void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
-  for (int64_t column = 0; column < columns; column += 8) {
-    const unsigned bits = mask[column / 8];
-    const __m256i spread = eight_words(bits, values);
-    values += 4 * __builtin_popcount(bits);
-    uint8_t last[32];
-    const bool whole = column + 8 <= columns;
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole ? out + 4 * column : last), spread);
-    if (!whole) __builtin_memcpy(out + 4 * column, last, 4 * static_cast<size_t>(columns - column));
-  }
+inline void next_words(unsigned bits, const uint8_t* values, uint8_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), eight_words(bits, values));
 }
 
 // Sixty-four codes are thirty-two bytes; each sixteen are brought to sixteen bits and the high nibbles to the upper bytes.
@@ -168,8 +152,8 @@ const InstructionSet kAvx2 = {
     supported,
     kLanes,
     {{dot<Bf16>, 2, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
-    spread16,
-    spread32,
+    spread<2, 8, next_halves>,
+    spread<4, 8, next_words>,
     int4_to_int8,
     int8_to_fp32,
     fp32_to_bf16,

@@ -79,30 +79,14 @@ struct Int8 {
 
 #include "attention.h"
 #include "rows.h"
+#include "spread.h"
 
-// The last columns, fewer than a vector, go through a full-width copy.
-void spread16(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
-  for (int64_t column = 0; column < columns; column += 8) {
-    const unsigned bits = mask[column / 8];
-    const uint8x16_t spread = vreinterpretq_u8_u16(eight_halves(bits, values));
-    values += 2 * __builtin_popcount(bits);
-    uint8_t last[16];
-    const bool whole = column + 8 <= columns;
-    vst1q_u8(whole ? out + 2 * column : last, spread);
-    if (!whole) __builtin_memcpy(out + 2 * column, last, 2 * static_cast<size_t>(columns - column));
-  }
+inline void next_halves(unsigned bits, const uint8_t* values, uint8_t* out) {
+  vst1q_u8(out, vreinterpretq_u8_u16(eight_halves(bits, values)));
 }
 
-void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
-  for (int64_t column = 0; column < columns; column += 4) {
-    const unsigned bits = mask[column / 8] >> column % 8 & 15;
-    const uint8x16_t spread = vreinterpretq_u8_u32(four_words(bits, values));
-    values += 4 * __builtin_popcount(bits);
-    uint8_t last[16];
-    const bool whole = column + 4 <= columns;
-    vst1q_u8(whole ? out + 4 * column : last, spread);
-    if (!whole) __builtin_memcpy(out + 4 * column, last, 4 * static_cast<size_t>(columns - column));
-  }
+inline void next_words(unsigned bits, const uint8_t* values, uint8_t* out) {
+  vst1q_u8(out, vreinterpretq_u8_u32(four_words(bits, values)));
 }
 
 // Sixteen codes are eight bytes.
@@ -129,8 +113,8 @@ constexpr InstructionSet with(const char* name, bool (*supported)(), const Integ
       supported,
       kLanes,
       {{dot<Bf16>, 1, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
-      spread16,
-      spread32,
+      spread<2, 8, next_halves>,
+      spread<4, 4, next_words>,
       int4_to_int8,
       int8_to_fp32,
       nullptr,
