@@ -33,7 +33,8 @@ from sparsellm.report.comparison import Candidate, best_at_each_size, recommend,
 from sparsellm.report.document import check_page
 from sparsellm.run.choice import Choice
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.run.plan import Request, checked_choice
+from sparsellm.run.needs import chosen_for
+from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, differences, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
@@ -126,7 +127,7 @@ def compare(
         if recipe.experts is not None:
             Choice.removing(recipe)
         chain = dense.chain if recipe.experts is None else FewerExperts(dense.chain, recipe.experts).chain
-        checked_choice(chain, recipe)
+        chosen_for(chain, recipe)
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {

@@ -140,9 +140,16 @@ def after_removal(first: Prediction, smaller: Chain, rest: Prediction) -> Predic
 
 
 def chosen_for(chain: Chain, recipe: Recipe) -> Choose:
-    """How a recipe chooses for a chain that is pruned, by the patterns of one; errors as :func:`patterns_of`."""
+    """How a recipe chooses for a chain that is pruned, by the patterns of one. Raises RecipeError or ModelError if the
+    two do not fit."""
     patterns = patterns_of(chain, recipe).values()
-    return lambda recipe: Choice.of(recipe).on(patterns, recipe.values, reduced=recipe.experts is not None)
+
+    def choose(recipe: Recipe) -> Choice:
+        return Choice.of(recipe).on(patterns, recipe.values, reduced=recipe.experts is not None)
+
+    if choose(recipe).passes:
+        check_sweepable(chain)
+    return choose
 
 
 def foresee(
@@ -180,8 +187,6 @@ def foresee(
         return None
 
     why = ""
-    if choose(recipe).passes:
-        check_sweepable(chain)
     try:
         prediction = foreseen(recipe, ranks)
     except MemoryBudgetError as error:

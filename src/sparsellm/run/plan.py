@@ -37,7 +37,7 @@ from sparsellm.run.opening import Model, Models, Windows, given_windows, open_mo
 from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
 from sparsellm.storage.directory import check_destination, checkpoints_among
 from sparsellm.sweep.training import LEAST_STEPS
-from sparsellm.sweep.whole_model import STEP_TOKENS, check_sweepable
+from sparsellm.sweep.whole_model import STEP_TOKENS
 from sparsepack.grids import GRIDS
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             with tempfile.TemporaryDirectory() as folder:
                 save_companions(Path(folder), chain.model, request.tokenizer)
         fewer = FewerExperts(chain, request.then.experts or 0) if request.then is not None else None
-        choice = choice if choice.removes else checked_choice(chain, recipe)
+        choice = choice if choice.removes else chosen_for(chain, recipe)(recipe)
         disk_bytes = choice.copies * checkpoint_bytes(chain)
         if request.then is not None and fewer is not None:  # the smaller model and the run that follows
             disk_bytes = (1 + Choice.of(request.then).copies) * checkpoint_bytes(fewer.chain)
@@ -195,14 +195,6 @@ def _computing(chain: Chain) -> str:
     return ways.pop()
 
 
-def checked_choice(chain: Chain, recipe: Recipe) -> Choice:
-    """The choice of a recipe for the chain that is pruned. Raises RecipeError or ModelError if the two do not fit."""
-    choice = chosen_for(chain, recipe)(recipe)
-    if choice.passes:
-        check_sweepable(chain)
-    return choice
-
-
 def _patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
     """The shell patterns of a recipe, by field."""
     return {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
@@ -212,7 +204,7 @@ def _with_rest(request: Request, settled: Recipe, smaller: Chain, first: Predict
     """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
     assert request.then is not None
     recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
-    choice = checked_choice(smaller, recipe)
+    choice = chosen_for(smaller, recipe)(recipe)
     choice.check_processes(recipe.samples)
     unmatched_patterns(smaller, _patterns(recipe))
     extent = extent_asked(smaller, choice, recipe, parallel.size(), parallel.on_this_machine())
