@@ -89,36 +89,6 @@ void lay_out(ValueType kind, const void* x, int64_t columns, int lanes, const Mu
   });
 }
 
-// Rows cut into pieces of about equal work: a piece is rows [starts[i], starts[i + 1]).
-struct Pieces {
-  std::vector<int64_t> starts;
-  int threads;
-
-  Pieces(const Packed& weight, int64_t first, int64_t last, int wanted) {
-    const auto work = [&](int64_t row) {  // kept values are read, the columns' bits are expanded
-      return weight.offsets[row] - weight.offsets[first] + (row - first) * weight.columns;
-    };
-    const int64_t total = work(last);
-    threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, total / kLeastPiece)));
-    const int64_t count = threads == 1 ? 1 : threads * kPiecesPerThread;
-    starts.push_back(first);
-    for (int64_t piece = 1; piece < count; ++piece) {
-      int64_t low = starts.back(), high = last;
-      while (low < high) {
-        const int64_t middle = low + (high - low) / 2;
-        if (work(middle) * count < total * piece) {
-          low = middle + 1;
-        } else {
-          high = middle;
-        }
-      }
-      const int64_t row = std::min(last, first + (low - first + kMaxRows - 1) / kMaxRows * kMaxRows);
-      if (row > starts.back() && row < last) starts.push_back(row);
-    }
-    starts.push_back(last);
-  }
-};
-
 // Subnormal numbers count on every thread, whatever torch.set_flush_denormal did to the calling one.
 class ExactSubnormals {
 #ifdef SPARSELLM_X86
@@ -131,12 +101,33 @@ class ExactSubnormals {
 #endif
 };
 
-// Calls use(first, last) for every piece, on several threads.
+// Calls use(from, to) for pieces of the rows [first, last) that are about equal work, on up to `wanted` threads.
 template <class Use>
-void for_each_piece(const Pieces& pieces, const Use& use) {
-  for_each(pieces.threads, static_cast<int64_t>(pieces.starts.size()) - 1, [&](int64_t i) {
+void for_each_piece(const Packed& weight, int64_t first, int64_t last, int wanted, const Use& use) {
+  const auto work = [&](int64_t row) {  // kept values are read, the columns' bits are expanded
+    return weight.offsets[row] - weight.offsets[first] + (row - first) * weight.columns;
+  };
+  const int64_t total = work(last);
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, total / kLeastPiece)));
+  const int64_t count = threads == 1 ? 1 : threads * kPiecesPerThread;
+  std::vector<int64_t> starts{first};
+  for (int64_t piece = 1; piece < count; ++piece) {
+    int64_t low = starts.back(), high = last;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (work(middle) * count < total * piece) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    const int64_t row = std::min(last, first + (low - first + kMaxRows - 1) / kMaxRows * kMaxRows);
+    if (row > starts.back() && row < last) starts.push_back(row);
+  }
+  starts.push_back(last);
+  for_each(threads, static_cast<int64_t>(starts.size()) - 1, [&](int64_t i) {
     [[maybe_unused]] const ExactSubnormals exact;
-    use(pieces.starts[i], pieces.starts[i + 1]);
+    use(starts[i], starts[i + 1]);
   });
 }
 
@@ -232,7 +223,7 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
   const size_t row_size = row_bytes(weight);
   const int64_t groups = weight.type == kInt4 ? (weight.columns + weight.group - 1) / weight.group : 0;
   const int shift = shift_of(weight);
-  for_each_piece(Pieces(weight, 0, weight.out, threads), [&](int64_t first, int64_t last) {
+  for_each_piece(weight, 0, weight.out, threads, [&](int64_t first, int64_t last) {
     uint8_t* buffers = scratch<0>(3 * kMaxRows * row_size);
     float* scales = reinterpret_cast<float*>(scratch<2>(static_cast<size_t>(4 * kMaxRows * (groups + 1))));
     float sums[kMaxRows * kMaxTokens];
@@ -378,7 +369,7 @@ void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first,
   if (first == last) return;
   const size_t row_size = row_bytes(weight);
   const Spread spread = kind == kFp32 ? set.spread32 : set.spread16;
-  for_each_piece(Pieces(weight, first, last, threads), [&](int64_t from, int64_t to) {
+  for_each_piece(weight, first, last, threads, [&](int64_t from, int64_t to) {
     uint8_t* values = scratch<0>(4 * row_size);
     uint8_t* decoded = values + row_size;
     for (int64_t row = from; row < to; ++row) {
