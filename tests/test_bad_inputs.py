@@ -42,7 +42,6 @@ class Example:
     family: str = "llama"
 
 
-# Values that are wrong almost everywhere.
 NUMBERS = ["0", "-1", "1.5", "1e9", "nan", "-inf", "1e400", "true", "9" * 5000, str(2**63), str(2**64), "0x10"]
 STRANGE = ["", " ", ".", "..", "/", "a/b", "x" * 5000, "~no-such-user/x", "a\nb", "a[/b]", "run[v2]", "\x1b[31m"]
 STRANGE += ["\u2028", "\udcff", "{a: b}", "[", "*a", "!!int x", "%s", "self:x", "pydoc:foo", "hub:", "missing.txt"]

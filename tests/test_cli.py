@@ -132,12 +132,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
     "no weight left": (["prune", "{llama}", "--method=wanda", "--sparsity=0.9999999999"], ["0.9999999999", "every"]),
     "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
-    "pack without the model's code": (
-        ["prune", "{llama}", "--pack", "{tmp}/p", "--trust-remote-code"],
-        ["a packed model runs no code of a checkpoint"],
-    ),
+    "pack with code": (["prune", "{llama}", "--pack={tmp}/p", "--trust-remote-code"], ["runs no code of a checkpoint"]),
     "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/x/../o"], ["--out and --pack are", "/o"]),
     "pack in out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack={tmp}/o/p"], ["--pack", "overlaps with --out"]),
+    "pack, and a long name": (["prune", "{llama}", "--out", "x" * 300, "--pack", "{tmp}/p"], ["'xx", "300 bytes"]),
     "no share": (["prune", "{llama}", "--sparsity-of", "*.q_proj"], ["--sparsity-of", "write GLOB=SHARE"]),
     "no tokenizer": (["prune", "{tmp}/bare"], ["no tokenizer's files", "copy tokenizer.json"]),
     "no tokenizer to talk with": (["chat", "{tmp}/bare"], ["no tokenizer's files"]),
@@ -148,6 +146,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),
     "unpack what is dense": (["unpack", "{llama}", "--out", "{tmp}/p"], ["not packed"]),
     "bench what is dense": (["bench", "{llama}"], ["not packed", "sparsellm pack"]),
+    "bench on no device": (["bench", "{llama}", "--device", "cuda:99"], ["device 'cuda:99' does not exist here"]),
     "unknown command": (["prume", "{llama}"], ["prume"]),
 }
 

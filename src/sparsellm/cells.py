@@ -283,7 +283,8 @@ def cells_of(
     every effort, if the method has a sweep, type of values and ``experts``. The other settings are those of ``base``,
     whose options hold for the methods that have them, and those of a sweep for the methods with one. A RecipeError if
     nothing is asked for, something is named twice or wrong, or no method has an option of the base."""
-    _check_lists(methods=methods, sparsities=sparsities, patterns=patterns, efforts=efforts, values=values)
+    _check_lists(methods=methods, sparsities=sparsities, patterns=patterns)
+    _check_lists(efforts=efforts, values=values, experts=experts)
     recipe = Recipe.of(base)
     if values and recipe.grid != "own":
         raise RecipeError(f"grid {recipe.grid} means values {recipe.values}; leave out values, or the grid")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
     sources = [out, *checkpoints_among(*models)]
     overwrite = options["overwrite"]
     parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite, option="--pack"))
-    if parallel.from_main((out / PRUNING).is_file) and not overwrite:
+    if parallel.from_main(partial(os.path.isfile, out / PRUNING)) and not overwrite:
         again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack)])}` packs it"
         raise RecipeError(f"{out} is a complete checkpoint: {again}; --overwrite prunes it again")
     if options["trust_remote_code"]:
@@ -246,7 +247,7 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
     place = results.place_of_results(model) if save and model != "demo" else None  # no directory of that name is meant
     keep, flatters = results.keeper(place, partial(console.say, error=True)), False
     file = Path(text.removeprefix("file:"))
-    if place is not None and file.is_file():
+    if place is not None and os.path.isfile(file):  # a text given as such may be too long for a name
         with suppress(StorageError):  # a damaged record
             given = str(read_pruning(place).recipe.get("calibration"))
             parts = [name for name, _ in mixture_of(given)] or [given]

@@ -40,7 +40,7 @@ def shown(value: object, most: int = 160) -> str:
     if isinstance(value, str | bytes) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
         value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(repr(str(value) if hasattr(value, "__fspath__") else value).split())
     except Exception:  # from the repr of a user's class, or of a list with a number that is too long
         return f"a {type(value).__name__}"
     head = most // 2

@@ -369,6 +369,7 @@ def test_a_text_that_was_calibrated_on_flatters_as_a_part_too(llama: Path, text:
         out = llama.with_name(f"flattered-{at}")
         run("prune", llama, "--out", out, "--method", "magnitude", "--calibration", source, "--seq-len", 16, exits=0)
         assert "flatters its numbers" in run("eval", out, "--text", f"file:{text}", "--seq-len", 16, exits=0)[2]
+    assert "unknown text source" in run("eval", out, "--text", "a" * 300, exits=2)[2]  # longer than any name
 
 
 def test_a_name_that_is_not_utf8_is_refused_before_the_work(pruned: Path, tmp_path: Path, refusal: Any) -> None:

@@ -30,5 +30,6 @@ def compared_speed(
     **settings: Any,
 ) -> Benchmark:
     """Same as :func:`sparsepack.bench.compare`, as a record."""
+    measured_on = resolve_device(device)
     compared = bench.compare(packed, dense, device=device, progress=lambda *s: progress(Progress(*s)), **settings)
-    return Benchmark(**vars(compared), **vars(stamp(resolve_device(device))))
+    return Benchmark(**vars(compared), **vars(stamp(measured_on)))

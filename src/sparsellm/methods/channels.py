@@ -95,7 +95,7 @@ def find_channels(task: BlockTask) -> list[Channels]:
             proved.append(replace(fitting[number], rotates=rotates))
             continue
         if reader.out_features == stream_width:  # others read the stream, whose channels are those of all blocks
-            task.notes[reader.name] = (*task.notes.get(reader.name, ()), UNPROVED.format(pattern, why))
+            task.note(reader, UNPROVED.format(pattern, why))
     return proved
 
 

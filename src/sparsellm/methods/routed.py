@@ -64,7 +64,7 @@ def prune_experts(
                 for linear in linears.values():
                     task.routed[linear.name] = count
                     if not count:
-                        task.notes[linear.name] = (NOT_ROUTED,)
+                        task.note(linear, NOT_ROUTED)
                 down = [linears.pop(DOWN)] if DOWN in linears else []
                 experts.append(ExpertTokens(tokens, expert, number, [*linears.values()], down))
             order = [linear.name for own in experts for linear in own.first + own.down]

@@ -109,8 +109,7 @@ def sparsellm(
     by_names = {frozenset(linear.name for linear in unit.linears().values()): unit for unit in units}
     for names, each in by_names.items():  # the rest of attention is in a unit's sublayer where its writer stays dense
         if any(names < sublayer.names for sublayer in sublayers) and _rounds(task, each, solver, iterations):
-            noted = task.notes.get(each.down.name, ())
-            task.notes[each.down.name] = (*noted, "pruned without auxiliary variables: its sublayer has other linears")
+            task.note(each.down, "pruned without auxiliary variables: its sublayer has other linears")
     for sublayer in sublayers:
         unit = by_names.get(frozenset(sublayer.names))
         if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):
@@ -132,7 +131,7 @@ def _rounds(task: BlockTask, unit: Unit, solver: str, asked: int | None) -> int:
     inside (docs/results.md, *What the auxiliary variables are worth*); in gated units they gain nothing."""
     if unit.gate is not None or unit.activation is not relu:
         if asked:
-            task.notes[unit.down.name] = ("pruned without auxiliary variables, which are for two-layer ReLU units",)
+            task.note(unit.down, "pruned without auxiliary variables, which are for two-layer ReLU units")
         return 0
     if asked is not None:
         return asked
@@ -142,7 +141,7 @@ def _rounds(task: BlockTask, unit: Unit, solver: str, asked: int | None) -> int:
     if sparsity < PAYS or (solver, fixed) not in (("sparsegpt", False), ("admm", True)):
         return 0
     if parallel.size() > 1:
-        task.notes[unit.down.name] = ("pruned without auxiliary variables, which work in one process only",)
+        task.note(unit.down, "pruned without auxiliary variables, which work in one process only")
         return 0
     return ROUNDS
 

@@ -57,6 +57,10 @@ class BlockTask:
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False  # whether a sweep follows
 
+    def note(self, linear: LinearView, text: str) -> None:
+        """Tells the user something about the pruning of a linear, next to what was said before."""
+        self.notes[linear.name] = (*self.notes.get(linear.name, ()), text)
+
     @property
     def idle(self) -> bool:
         """Whether nothing is to be done: no zeros and no rounding."""
