@@ -21,8 +21,7 @@ from tests.models.families import STAY_DENSE, family
 from tests.sweep.helpers import ids_of, same_bits
 
 IDS = ids_of(5, seed=4)
-# The classes of the modules that the last pass over a block leaves out. OPT has no module around its feed-forward
-# linears; BLOOM adds the residual inside its modules.
+# Classes of modules that the last pass over a block leaves out. OPT's linears are in none; BLOOM's add the residual.
 LEFT_OUT = {
     "Llama": {"LlamaAttention", "LlamaMLP"},
     "OPT": {"OPTAttention", "Linear"},
