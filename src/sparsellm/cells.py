@@ -127,7 +127,7 @@ def compare(
         if recipe.experts is not None:
             Choice.removing(recipe)
         chain = dense.chain if recipe.experts is None else FewerExperts(dense.chain, recipe.experts).chain
-        chosen_for(chain, recipe)
+        chosen_for(chain, recipe)  # raises where the two do not fit
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {
