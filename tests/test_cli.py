@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
     "no weight left": (["prune", "{llama}", "--method=wanda", "--sparsity=0.9999999999"], ["0.9999999999", "every"]),
     "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
-    "pack with code": (["prune", "{llama}", "--pack={tmp}/p", "--trust-remote-code"], ["runs no code of a checkpoint"]),
+    "code": (["prune", "{llama}", "--pack=p", "--trust-remote-code"], ["a packed model runs no code of a checkpoint"]),
     "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/x/../o"], ["--out and --pack are", "/o"]),
     "pack in out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack={tmp}/o/p"], ["--pack", "overlaps with --out"]),
     "pack, and a long name": (["prune", "{llama}", "--out", "x" * 300, "--pack", "{tmp}/p"], ["'xx", "300 bytes"]),

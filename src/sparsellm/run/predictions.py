@@ -615,7 +615,7 @@ def sweep_seconds(
     tokens, step = extent.swept / ranks, extent.step(ranks)
     steps = tokens / step / passes
     held = min(MOST_HELD_OUT, max(1.0, steps / 8)) * (steps >= LEAST_STEPS)
-    judged = (passes + 1 + TRIALS * (steps - held >= 3 * PROBE_STEPS)) * (held or steps) * step
+    judged = (passes + 1 + TRIALS * (steps - held >= 3 * PROBE_STEPS)) * (held or steps) * step  # if none, by all
     trained = tokens - held * step  # in the first pass
     through = tokens + judged + trained * (1 + BACKWARD - (sweep in RESIDENT and not RESIDENT[sweep].recomputes))
     running = (through * work.token + (2 * judged + 4 * trained) * work.head) / (BUSY * speeds.blocks)
