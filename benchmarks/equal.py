@@ -1,12 +1,14 @@
-"""Other methods in our time, allocations of one span and long sweeps, on two test texts: the tables in docs/results.md.
+"""Other methods in our time, allocations of one span, long sweeps, and orders of channels in N:M, on two test texts: the
+tables in docs/results.md.
 
     python benchmarks/equal.py --text wikitext2:wikitext2-raw-test.txt --calibration wikipedia.txt --targets 0.7
 
 Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit, output costs and symmetries,
 and as many passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune`
 of all kept weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0.
-Table ``sweeps``: sparsellm with longer and longer sweeps. Finished cells are kept in the file of ``quality.py``, so
-that a stopped script continues when it is run again.
+Table ``sweeps``: sparsellm with longer and longer sweeps. Table ``symmetries``: sparsellm at ``--effort`` with channels
+in order, and with values rotated too. Finished cells are kept in the file of ``quality.py``, so that a stopped script
+continues when it is run again.
 """
 
 from __future__ import annotations
@@ -132,16 +134,26 @@ def sweeps(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) 
     return rows
 
 
-TABLES = {"budgets": budgets, "allocations": allocations, "sweeps": sweeps}
+def symmetries(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+    """Rows of one target of N:M and one seed."""
+    rows = [("sparsegpt", cell(arguments, cells, "sparsegpt", target, seed))]
+    for name in ("permute", "rotate"):
+        settings = (f"effort={arguments.effort}", f"options.symmetries={name}")
+        rows.append((name, cell(arguments, cells, "sparsellm", target, seed, *settings)))
+    return rows
+
+
+TABLES = {"budgets": budgets, "allocations": allocations, "sweeps": sweeps, "symmetries": symmetries}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_conditions(parser)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[*TABLES])
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=["budgets", "allocations", "sweeps"])
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--effort", type=int, choices=(1, 2, 3), default=1, help="whose time the other methods get")
+    effort = "whose time the other methods get, above 0; that of the table symmetries"
+    parser.add_argument("--effort", type=int, choices=range(4), default=1, help=effort)
     parser.add_argument(
         "--solvers", nargs="*", default=["admm", "sparsegpt", "wanda"], help="local methods whose passes are measured"
     )

@@ -39,6 +39,7 @@ from sparsellm.run.prune import prune
 from sparsellm.storage.directory import check_destination, check_place, differences, partial_of
 from sparsellm.storage.files import TORN, explained, has_digest, locked, remove_torn, sha256, write_bytes
 from sparsepack.bench import Rounds, check_positions
+from sparsepack.errors import UserError
 
 GRID, PAGE = "compare.json", "compare.html"  # the record of a comparison, and its page
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
@@ -122,12 +123,13 @@ def compare(
     windows = parallel.from_main(partial(dense.windows, protocol.text, protocol.seq_len, protocol.max_tokens, bos))
     if protocol.speed:
         check_positions(dense.chain.config, Rounds(), "the model")
-    for recipe in cells.values():  # one that could not be pruned or packed is refused before the first is pruned
-        check_packable(recipe)
-        if recipe.experts is not None:
-            Choice.removing(recipe)
-        chain = dense.chain if recipe.experts is None else FewerExperts(dense.chain, recipe.experts).chain
-        chosen_for(chain, recipe)  # raises where the two do not fit
+    for name, recipe in cells.items():  # one that could not be pruned or packed is refused before the first is pruned
+        with _naming(name):
+            check_packable(recipe)
+            if recipe.experts is not None:
+                Choice.removing(recipe)
+            chain = dense.chain if recipe.experts is None else FewerExperts(dense.chain, recipe.experts).chain
+            chosen_for(chain, recipe)  # raises where the two do not fit
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {
@@ -153,7 +155,9 @@ def compare(
 
             with _changed(place) as grid:
                 grid.begun[name] = recipes[name]
-            measured = _measure(Request(model, cells[name], place / name, shared=shared), protocol, dense, grid, tell)
+            with _naming(name):
+                request = Request(model, cells[name], place / name, shared=shared)
+                measured = _measure(request, protocol, dense, grid, tell)
             with _changed(place) as grid:
                 grid.cells.append(measured)
 
@@ -170,6 +174,15 @@ def compare(
             return GridResult(out=place, page=page, recommended=named, best_at_each_size=best, cells=finished)
 
         return parallel.from_main(end)
+
+
+@contextlib.contextmanager
+def _naming(cell: str) -> Iterator[None]:
+    """Begins the message of an error with the name of the cell that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"cell {cell}: {error}") from error
 
 
 def _check_asked(cells: Mapping[str, Recipe], protocol: Protocol, recover: float | None) -> None:

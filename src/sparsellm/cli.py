@@ -98,7 +98,7 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
 def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any]) -> None:
     """Refuses a directory to pack into, before the run."""
     from sparsellm import parallel
-    from sparsellm.records import PRUNING
+    from sparsellm.records import PRUNING, read_pruning
     from sparsellm.storage.directory import check_destination, checkpoints_among, resolved
 
     if resolved(pack) == resolved(out):
@@ -107,7 +107,8 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
     overwrite = options["overwrite"]
     parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite, option="--pack"))
     if parallel.from_main(partial(os.path.isfile, out / PRUNING)) and not overwrite:
-        again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack)])}` packs it"
+        values = ["--values", parallel.from_main(lambda: read_pruning(out).values)]
+        again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack), *values])}` packs it"
         raise RecipeError(f"{out} is a complete checkpoint: {again}; --overwrite prunes it again")
     if options["trust_remote_code"]:
         raise RecipeError("a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack")
