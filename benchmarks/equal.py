@@ -1,4 +1,4 @@
-"""Other methods in our time, allocations of one span, long sweeps, and orders of channels in N:M, on two test texts: the
+"""Other methods in our time, allocations of one span, long sweeps, orders of channels in N:M, on two test texts: the
 tables in docs/results.md.
 
     python benchmarks/equal.py --text wikitext2:wikitext2-raw-test.txt --calibration wikipedia.txt --targets 0.7
