@@ -156,10 +156,9 @@ def compare(
             with _changed(place) as grid:
                 grid.begun[name] = recipes[name]
             with _naming(name):
-                request = Request(model, cells[name], place / name, shared=shared)
-                measured = _measure(request, protocol, dense, grid, tell)
+                cell = _measure(Request(model, cells[name], place / name, shared=shared), protocol, dense, grid, tell)
             with _changed(place) as grid:
-                grid.cells.append(measured)
+                grid.cells.append(cell)
 
         def end() -> GridResult:
             cell_of = {cell.name: cell for cell in _read(place).cells}

@@ -136,8 +136,7 @@ def test_damping_rises_tenfold_and_an_indefinite_matrix_fails():
 
 
 def test_dead_inputs_are_cut_loose():
-    x = normal(100, 6)
-    x[:, 2] = 0
+    x = normal(100, 6).index_fill_(1, torch.tensor(2), 0)
     result = gram_of(x)
     assert result.dead.tolist() == [False, False, True, False, False, False]
     live = [0, 1, 3, 4, 5]
@@ -157,13 +156,11 @@ def test_least_squares_is_the_normal_equation():
     fit = least_squares(gram_of(x), cross_of(target, x), 0.0, torch.zeros(7, 20))
     assert_close(fit.weight, torch.linalg.lstsq(x.double(), target.double()).solution.T, 1e-4)
     assert fit.notes == ()
-    few = x[:5]
-    assert "damping raised" in least_squares(gram_of(few), cross_of(few, few), 0.0, torch.eye(20)).notes[0]
+    assert "damping raised" in least_squares(gram_of(x[:5]), cross_of(x[:5], x[:5]), 0.0, torch.eye(20)).notes[0]
 
 
 def test_least_squares_with_a_ridge_towards_a_prior():
-    x, target, prior = normal(30, 20), normal(30, 7, seed=1), normal(7, 20, seed=2)
-    x[:, 4] = 0
+    x, target, prior = normal(30, 20).index_fill_(1, torch.tensor(4), 0), normal(30, 7, seed=1), normal(7, 20, seed=2)
     result = gram_of(x)
     fit = least_squares(result, cross_of(target, x), damping=0.3, prior=prior)
     # the same problem with the ridge as more rows of data: √(Nλ) I with targets √(Nλ) priorᵀ
@@ -183,8 +180,9 @@ def test_triangles_are_inverted_by_halves(size: int, monkeypatch: pytest.MonkeyP
     assert_close(inverse @ lower, torch.eye(size))
 
 
-def test_half_precision_is_widened_by_the_product_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA alone has the product, so here fp32 factors stand in for what it computes."""
+@pytest.mark.parametrize("product", [gram._by_amx, gram._widening])
+def test_half_precision_is_widened_where_a_product_can(product: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA alone has ``torch.mm`` into fp32: here fp32 factors stand in, for two panels twice and two cross-moments."""
     weights = torch.ones(40).index_fill_(0, torch.tensor([3, 30]), 0.3)
     x, y, seen = normal(40, 300).bfloat16(), normal(40, 20, seed=1).bfloat16(), []
 
@@ -195,9 +193,10 @@ def test_half_precision_is_widened_by_the_product_where_it_can(monkeypatch: pyte
         seen.append((left.dtype, right.dtype, out_dtype))
         return left.float() @ right.float()
 
+    monkeypatch.setattr(gram, "_product_for", lambda *_: gram._product)
     right = moments()
-    monkeypatch.setattr(gram, "_widens", lambda _, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(gram, "_product_for", lambda *_: product)
     monkeypatch.setattr(torch, "mm", mm)
     for found, wanted in zip(moments(), right, strict=True):
         assert_close(found, wanted, 1e-6)
-    assert seen == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 6  # two panels twice, and two cross-moments
+    assert seen == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 6 * (product is gram._widening)

@@ -183,11 +183,11 @@ class GramAccumulator:
 
     def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``x (..., features)``; one of weight w ≥ 0 adds ``w x xᵀ``, and N stays the token count."""
-        for (rows,) in _chunks((x,), token_weights, self.device):
+        for product, rows in _chunks((x,), token_weights, self.device):
             self.silent = self.silent and not bool(rows.any())
             for panel in self.panels:
                 right = rows[:, self.features - panel.shape[1] :]
-                panel += _product(right[:, : len(panel)], right)
+                panel += product(right[:, : len(panel)], right)
             self.tokens += len(rows)
 
     def reduce(self) -> None:
@@ -226,8 +226,8 @@ class CrossAccumulator:
 
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``target (..., out)``, ``x (..., features)``; weights as in :class:`GramAccumulator`."""
-        for target_rows, rows in _chunks((target, x), token_weights, self.total.device):
-            self.total += _product(target_rows, rows)
+        for product, target_rows, rows in _chunks((target, x), token_weights, self.total.device):
+            self.total += product(target_rows, rows)
             self.tokens += len(rows)
 
     def reduce(self) -> None:
@@ -280,43 +280,61 @@ def invert_lower_(matrix: Tensor) -> None:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``LᵀR`` in fp32, for factors ``(tokens, ...)`` from :func:`_chunks`."""
-    return left.T @ right if left.dtype == torch.float32 else torch.mm(left.T, right, out_dtype=torch.float32)
+    """``LᵀR`` of fp32 factors ``(tokens, ...)``."""
+    return left.T @ right
+
+
+def _widening(left: Tensor, right: Tensor) -> Tensor:
+    """``LᵀR`` in fp32 of factors of 16 bits ``(tokens, ...)`` on a GPU."""
+    return torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+def _by_amx(left: Tensor, right: Tensor) -> Tensor:
+    """``LᵀR`` of fp32 factors ``(tokens, ...)`` whose numbers are numbers of bf16, by a CPU's units for those."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        return left.T @ right
+    finally:
+        matmul.fp32_precision = before
 
 
 @cache
-def _widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU multiplies factors of 16 bits and adds up in fp32. The product of two such numbers is exact there,
-    so the sum is as good as that of fp32 factors, for a fraction of the time."""
+def _product_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """How a device multiplies tokens of a dtype. Where it has units that multiply 16 bits and add up in fp32, by those:
+    the product of two such numbers is exact, so the sum is as good as that of fp32 factors, for a fraction of the time.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return _by_amx
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
+        return _product
     ones = torch.ones(8, 8, dtype=dtype, device=device)
     try:
-        return bool((torch.mm(ones, ones, out_dtype=torch.float32) == 8).all())
+        return _widening if bool((_widening(ones, ones) == 8).all()) else _product
     except (RuntimeError, TypeError):  # the card, the device, or this release of torch does not
-        return False
+        return _product
 
 
-def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight. Those of
-    weight 1, which are nearly all, stay in a dtype that the device widens by itself."""
+def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """A product, then the tokens of each tensor ``(..., features)`` for it: ``(tokens, features)``, scaled by √weight.
+    They are fp32, but for those of weight 1, which are nearly all, where a GPU widens them."""
     flat = [tensor.detach().flatten(0, -2) for tensor in tensors]
     given = {tensor.dtype for tensor in tensors}
-    narrow = given.pop() if len(given) == 1 else torch.float32
-    dtype = narrow if _widens(device, narrow) else torch.float32
+    product = _product_for(device, given.pop()) if len(given) == 1 else _product
+    dtype = tensors[0].dtype if product is _widening else torch.float32
     root = None if weights is None else weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
     step = max(256, CHUNK_ELEMENTS // max(tensor.shape[-1] for tensor in tensors))
     for start in range(0, len(flat[0]), step):
         parts = tuple(rows[start : start + step].to(device, dtype) for rows in flat)
         if root is None:
-            yield parts
+            yield product, *parts
             continue
         roots = root[start : start + step]
-        if dtype == torch.float32:
-            yield tuple(part * roots for part in parts)
+        if product is _product:
+            yield product, *(part * roots for part in parts)
             continue
         plain = roots[:, 0] == 1
-        for chosen, factor in ((plain, None), (~plain, roots[~plain])):
-            some = tuple(part[chosen] if factor is None else part[chosen].float() * factor for part in parts)
+        for chosen, factor, way in ((plain, None, product), (~plain, roots[~plain], _product)):
+            some = [part[chosen] if factor is None else part[chosen].float() * factor for part in parts]
             if len(some[0]):
-                yield some
+                yield way, *some
