@@ -6,8 +6,7 @@
 
 An input is a command line with strange arguments, damaged files in the directory that it reads, or both. It runs in
 this process, in a fresh directory, and depends on its command and number alone. A new command is one entry of
-:data:`COMMANDS`.
-"""
+:data:`COMMANDS`."""
 
 from __future__ import annotations
 

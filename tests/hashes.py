@@ -4,8 +4,7 @@
     python -m tests.hashes --compare before.json      # on another: lists what differs, and then exits with 1
 
 Each model is pruned in one process and in two. Hashes depend on the machine and on the version of torch, so compare
-them on one machine. ``--only`` takes parts of names, such as ``sparsegpt`` or ``opt/``.
-"""
+them on one machine. ``--only`` takes parts of names, such as ``sparsegpt`` or ``opt/``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Commands in processes of their own, which are killed at a chosen operation on a file or by a signal.
 
 A server process imports all of a pruning run once, which takes seconds, and each command is forked from it. What is run
-lives in this module, not in a test.
-"""
+lives in this module, not in a test."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@
 
 A table says for each command how many of its runs, killed by SIGKILL in processes of their own, ended after the second
 start in the files of a run that nothing stopped, bit by bit (but for times, memory, and pages that show them), and that
-nothing else was there. The exit code is 1 if one did not.
-"""
+nothing else was there. The exit code is 1 if one did not."""
 
 from __future__ import annotations
 

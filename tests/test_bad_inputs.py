@@ -1,8 +1,7 @@
 """Generated inputs at every command: each ends in exit code 0, or in exit code 2 with one line, and leaves no trace.
 
 An example is a directory with a tiny model, a packed one, and generated files, in which one command line runs in this
-process. Afterwards everything that was there is as it was, to the byte; only a finished ``--out`` is new.
-"""
+process. Afterwards everything that was there is as it was, to the byte; only a finished ``--out`` is new."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What decides about a device: whether it computes, in which dtype and with which settings, and what it lacks.
 
-No GPU is needed: torch's own functions are replaced where they would ask one.
-"""
+No GPU is needed: torch's own functions are replaced where they would ask one."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from tests import killing
 from tests.killing import KILLED, stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import MIXTURES, family, mixtral
+from tests.report.pages import rewrite
 from tests.storage.small import tensors_of, tree
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
@@ -60,6 +61,7 @@ def by_hand(dense: PreTrainedModel, small: PreTrainedModel, kept: dict[int, list
 def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> None:
     dense = family(name, **EIGHT)
     source = save_tiny(dense, None, tmp_path / "dense")
+    rewrite(source / "config.json", **EIGHT)  # by every name that a family has for it
     result = removed(source, tmp_path / "small", experts=4, expert_refit=False, effort=0)
     small = loaded(tmp_path / "small")
     kept = {each.block: each.kept for each in result.experts}
@@ -104,6 +106,14 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
     assert "| experts of each mixture | 2 of 4, kept by `coordinated` |" in card
     assert "2 of 4 experts stayed in each mixture" in page
     assert ", score " in page
+    assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
+
+
+def test_experts_may_be_narrower_than_the_block(tmp_path: Path) -> None:
+    changes = {"layers_block_type": ["attention", "moe"], "moe_latent_size": 16, "n_group": 1, "topk_group": 1}
+    source = save_tiny(family("NemotronH", **changes, **EIGHT), None, tmp_path / "dense")
+    (experts,) = removed(source, tmp_path / "small", experts=4, effort=0).experts
+    assert 0 < experts.refitted < experts.error
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
 
 
@@ -327,8 +337,9 @@ def test_what_cannot_be_removed_is_refused_before_the_work(changes: dict[str, An
 def test_a_model_without_mixtures_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no mixture of experts"):
         removed(llama, tmp_path / "small")
-    with pytest.raises(RecipeError, match="on disk"):
-        sparsellm.prune(tiny_llama(), Recipe(**RECIPE), calibration=IDS)
+    for model, more in ((tiny_llama(), {}), (str(llama), {"out": tmp_path / "o", "trust_remote_code": True})):
+        with pytest.raises(RecipeError, match="takes a model by name, and out=DIR, without teacher or trust"):
+            sparsellm.prune(model, Recipe(**RECIPE), calibration=IDS, **more)
     for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):
         with pytest.raises(RecipeError, match="give experts, or leave them out"):
             sparsellm.prune(tiny_llama(), Recipe(**setting), calibration=IDS)

@@ -1,7 +1,6 @@
 """What needs a GPU, against the same on the CPU: run ``pytest -m gpu`` on a machine with one.
 
-``SPARSELLM_TEST_DEVICE=cpu`` runs these tests on a CPU, which shows that the tests themselves work.
-"""
+``SPARSELLM_TEST_DEVICE=cpu`` runs these tests on a CPU, which shows that the tests themselves work."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def _load_file(path: Path) -> None:
         module = ModuleType(f"sparsellm_plugin_{path.stem}_{digest[:8]}")
         module.__file__ = key
         sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
-        exec(compile(source, key, "exec"), module.__dict__)
+        exec(compile(source, key, "exec", dont_inherit=True), module.__dict__)
         return digest
 
     _run(key, path.name, str(path), execute)

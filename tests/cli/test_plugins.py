@@ -132,6 +132,7 @@ def test_what_is_defined_in_a_file_has_a_module(tmp_path: Path) -> None:
     (module,) = [module for name, module in sys.modules.items() if name.startswith("sparsellm_plugin_with_class_")]
     assert module.A(1).x == 1
     assert module.__file__ == str(tmp_path / "with_class.py")
+    plugins.load_plugin(write(tmp_path / "own.py", "def f(x: int): ...\nassert f.__annotations__ == {'x': int}"))
 
 
 BROKEN: dict[str, tuple[str, list[str]]] = {

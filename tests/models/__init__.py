@@ -1,7 +1,6 @@
 """Tiny, untrained, deterministic models of the families that differ in ways that matter, and a tokenizer for them.
 
-Hidden, intermediate and vocabulary sizes all differ, so that a transposed or swapped matrix cannot go unnoticed.
-"""
+Hidden, intermediate and vocabulary sizes all differ, so that a transposed or swapped matrix cannot go unnoticed."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ def save_tiny(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
 
 
 def _seeded(family: type[Any], config: PretrainedConfig, seed: int) -> Any:
-    """The model in evaluation mode, fp32; weights spread enough (std 0.1) that every part of it shapes the logits.
-    Biases and norms start at 0 and 1 in Hugging Face, which would hide their being dropped: they are drawn too."""
+    """The model in evaluation mode, fp32; weights, biases and norms are drawn so that each part shapes the logits."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = family(config).eval()

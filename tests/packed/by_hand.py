@@ -70,7 +70,6 @@ def two_of_four(weight: Tensor) -> Tensor:
 
 def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors and ``quantization_config`` as format version 2 has them, from dense tensors in fp32.
-
     The named weights are packed: bitmasks with their values, and the first one dense int8 with offsets."""
     tensors, linears = dict(dense), {}
     for name in packed:

@@ -7,8 +7,7 @@
 
 Each operation on such a tensor passes :func:`_run`. It raises what CUDA raises (tensors on two devices, a generator of
 the CPU, operators without a kernel), and counts launches, synchronisations, and bytes that cross. There are no streams,
-no asynchrony and no memory of the device; numbers are the CPU's and not those of cuBLAS.
-"""
+no asynchrony and no memory of the device; numbers are the CPU's and not those of cuBLAS."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@
 
 Debian's or Ubuntu's packages and wheels of the running environment's versions are fetched into FOLDER once; the
 extension is built anew. The commands of the first line need root. By default those tests of the kernels, of decoding
-and of embeddings run that start no other interpreter.
-"""
+and of embeddings run that start no other interpreter."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@
 Every round writes a small packed checkpoint of one layout and value type with a few bytes changed, in the header, in a
 tensor or in config.json. It must be refused with an error of this library, or read; what is read is multiplied by every
 instruction set, with exact and with rounded activations, and unpacked. The results must be those of plain torch on the
-same tensors. A sanitizer ends the process at the first wrong access.
-"""
+same tensors. A sanitizer ends the process at the first wrong access."""
 
 from __future__ import annotations
 

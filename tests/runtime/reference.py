@@ -69,7 +69,6 @@ def bound(dense: Tensor, x: Tensor) -> Tensor:
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 4)`` and fp32 scales ``(tokens, groups)``.
-
     Groups of four columns that lie 64, 128 or 192 columns apart within 256 share a scale."""
     padded = functional.pad(x.float(), (0, -x.shape[1] % 256)).view(len(x), -1, 4, 16, 4)
     largest = padded.abs().amax(dim=(2, 4), keepdim=True)

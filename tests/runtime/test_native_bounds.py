@@ -1,7 +1,6 @@
 """No kernel touches a byte outside its buffers: each ends where a page without access begins, or starts where one ends.
 
-A violation kills the process, so the check runs in a child.
-"""
+A violation kills the process, so the check runs in a child."""
 
 from __future__ import annotations
 

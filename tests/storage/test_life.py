@@ -1,8 +1,7 @@
 """Random lives of two directories, written by runs that live, die or find the disk full.
 
 Whatever happens to a directory, the older or the newer checkpoint is complete in it, no foreign file has changed, and
-nothing that a run wrote counts as foreign.
-"""
+nothing that a run wrote counts as foreign."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sparsellm.interrupts import Interrupted
 from sparsellm.tuning import recover
 from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.models.families import mixtral
+from tests.models.families import family, mixtral
 from tests.models.pruned import prune_tiny
 from tests.report.pages import rewrite
 from tests.storage.small import shards_of, tensors_of
@@ -72,10 +72,12 @@ def test_weights_keep_the_dtype_in_which_they_are_stored(pruned: Path, text: Pat
     source, out = Path(shutil.copytree(pruned, tmp_path / "source")), tmp_path / "out"
     rewrite(source / "config.json", dtype="float16")
     stacked = save_tiny(prune_tiny(mixtral()).bfloat16(), tiny_tokenizer(), tmp_path / "experts")
-    for model, dtype in ((source, torch.float32), (stacked, torch.bfloat16)):
+    inside = save_tiny(prune_tiny(family("Llama4")).bfloat16(), tiny_tokenizer(), tmp_path / "towers")
+    for model, dtype in ((source, torch.float32), (stacked, torch.bfloat16), (inside, torch.bfloat16)):
         line = ("tune", model, "--out", out, "--overwrite", "--calibration", text, "--steps", 1, "--seq-len", 32)
         run(*line, exits=0)
         assert {tensor.dtype for tensor in tensors_of(out).values()} == {dtype}
+        assert tensors_of(out).keys() == tensors_of(model).keys() - ({"lm_head.weight"} if model == source else set())
 
 
 def test_what_cannot_be_tuned_is_one_line(pruned: Path, llama: Path, text: Path, tmp_path: Path, refusal: Any) -> None:
@@ -133,6 +135,8 @@ def test_a_seed_chooses_windows_and_memory_is_counted(
     monkeypatch.setattr(recover, "free_memory", lambda: 1000)
     with pytest.raises(MemoryBudgetError, match=r"training needs .* take --way lora"):
         tuned("d", 0)
+    with pytest.raises(MemoryBudgetError, match=r"training needs .* lower --batch or --seq-len"):
+        tuned("d", 0, 65)
 
 
 def test_a_stopped_training_leaves_nothing(pruned: Path, text: Path, tmp_path: Path) -> None:

@@ -178,8 +178,9 @@ def test_variants_that_cannot_keep_zeros_are_refused(changes: dict[str, Any]) ->
 def test_what_peft_adapts_without_the_mask_is_refused() -> None:
     with pytest.raises(RecipeError, match="fill"):
         adapter_on(mixtral())
-    with pytest.raises(RecipeError, match="leaves out the stacked experts"):
-        lora.add_adapter(prune_tiny(family("Qwen2Moe")))
+    for name in ("Qwen2Moe", "Dbrx"):
+        with pytest.raises(RecipeError, match="leaves out the stacked experts"):
+            lora.add_adapter(prune_tiny(family(name)))
     with pytest.raises(ModelError, match="share weights"):
         adapter_on(model := sharing_llama())
     assert not [name for name, each in model.named_parameters() if "lora" in name or not each.requires_grad]

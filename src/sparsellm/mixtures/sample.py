@@ -46,9 +46,9 @@ class Sample:
         chain = fewer.dense
         (mixture,) = chain.mixtures(index)
         known = [costs[name] for name in last_linears(chain, index) if name in costs]
-        projection = _projection(inputs.shape[-1], known, seed).to(chain.device)
-        goal = output_of(mixture, _route(chain, index, inputs), inputs.shape[1]) @ projection
-        return cls(fewer, index, inputs, projection, goal)
+        made = output_of(mixture, _route(chain, index, inputs), inputs.shape[1])  # may be narrower than the inputs
+        projection = _projection(made.shape[-1], known, seed).to(chain.device)
+        return cls(fewer, index, inputs, projection, made @ projection)
 
     @cached_property
     def experts(self) -> Tensor | None:

@@ -302,8 +302,7 @@ def _by_amx(left: Tensor, right: Tensor) -> Tensor:
 @cache
 def _product_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """How a device multiplies tokens of a dtype. Where it has units that multiply 16 bits and add up in fp32, by those:
-    the product of two such numbers is exact, so the sum is as good as that of fp32 factors, for a fraction of the time.
-    """
+    products are exact there, so the sum is as good as that of fp32 factors, for a fraction of the time."""
     if device.type == "cpu" and dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
         return _by_amx
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):

@@ -33,6 +33,7 @@ from sparsepack.loading import load
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
 MOST_WINDOWS = 1024  # that are drawn from a text, or one batch; more steps take them again
 BYTES = {"full": 20, "lora": 11}  # a weight in training: fp32, mask, gradient and moments or update, holes between
+WIDTHS = 26  # activations of a block that gradients read, in widths of the model
 TUNE = "tune"  # kind of run
 
 
@@ -98,10 +99,11 @@ def tune(
     device = resolve_device(training.device)
     room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     check_seq_len(chain.config, training.seq_len)
-    logits = 12 * training.batch * training.seq_len * chain.config.get_text_config().vocab_size  # and their gradient
-    if (needed := BYTES[training.way] * weights + logits) > room or 4 * weights > free_memory():  # loaded in fp32 first
+    text, tokens = chain.config.get_text_config(), training.batch * training.seq_len
+    passed = 4 * tokens * (3 * text.vocab_size + WIDTHS * len(chain) * text.hidden_size)  # 3: logits and gradient
+    if (needed := BYTES[training.way] * weights + passed) > room or 4 * weights > free_memory():  # loaded in fp32 first
         ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
-        ways = "lower --batch or --seq-len" if logits > BYTES[training.way] * weights else ways
+        ways = "lower --batch or --seq-len" if passed > BYTES[training.way] * weights else ways
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
     tokenizer = load_tokenizer(source)
     samples = training.batch * min(training.steps, max(1, MOST_WINDOWS // training.batch))  # whole batches
@@ -116,7 +118,8 @@ def tune(
         trained, losses = _trained(loaded, training, rows, stored, progress)
         loads = {*chain.key_of.values()}  # all else, such as a vision tower, is copied
         others = {key: tensor for key, tensor in chain.outer_tensors().items() if key not in loads}
-        chain = open_chain(trained, device=torch.device("cpu"))
+        names, chain = chain, open_chain(trained, device=torch.device("cpu"))
+        chain.write_as(names)
         for index in range(len(chain)):
             writer.write_shard(index, chain.block_tensors(index))
         writer.write_shard(len(chain), {**others, **chain.outer_tensors()})
