@@ -118,7 +118,7 @@ def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any], *, whole:
         raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")
     named = find_blocks(model)[1].named_parameters() if whole else ()
     stacks = (w for n, w in named if w.dim() == 3 or (".experts." in n and not n.endswith(("weight", "bias"))))
-    if any(w.shape[1] > 1 and bool((w == 0).any()) for w in stacks):  # a convolution's has 1
+    if any(w.dim() > 1 and w.shape[1] > 1 and bool((w == 0).any()) for w in stacks):  # a convolution's has 1
         raise RecipeError("an adapter on all linears leaves out the stacked experts of this model; take --way full")
     trained, wrapped = [parameter for parameter in model.parameters() if parameter.requires_grad], None
     try:
