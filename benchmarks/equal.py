@@ -6,9 +6,9 @@ tables in docs/results.md.
 Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit, output costs and symmetries,
 and as many passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune`
 of all kept weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0.
-Table ``sweeps``: sparsellm with longer and longer sweeps. Table ``symmetries``: sparsellm at ``--effort`` with channels
-in order, and with values rotated too. Finished cells are kept in the file of ``quality.py``, so that a stopped script
-continues when it is run again.
+Table ``sweeps``: sparsellm with longer and longer sweeps. Table ``symmetries``, for N:M: sparsellm at
+``--effort`` with the order of channels alone, and with values rotated too. Finished cells are kept in the file of
+``quality.py``, so that a stopped script continues when it is run again.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
     arguments = parser.parse_args()
+    if arguments.effort == 0 and "budgets" in arguments.tables:
+        parser.error("the table budgets needs an effort above 0")
     arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
     arguments.other_text = arguments.other_text or str(write_news(OUT / "news.txt"))
     cells = Cells(arguments.cells)

@@ -120,8 +120,8 @@ class FewerExperts:
         for part, names in self._numbers.items():
             holder = config.get(part) if part else config
             if isinstance(holder, dict):
-                same = (getattr(self.chain.config, part) if part else self.chain.config).attribute_map  # other names
-                holder.update({name: self.keep for name in (*names, *holder) if same.get(name, name) in names})
+                aliases = (getattr(self.chain.config, part) if part else self.chain.config).attribute_map
+                holder.update({name: self.keep for name in (*names, *holder) if aliases.get(name, name) in names})
 
     def fill(self, index: int, kept: Sequence[int]) -> None:
         """Gives the block weights of the model's block, which is loaded: those of the ``kept`` experts."""

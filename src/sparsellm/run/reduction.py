@@ -40,8 +40,8 @@ _SETTINGS = ("experts", "expert_score", "expert_options", "expert_refit")
 def plan_removal(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
     """The plan of the pass that writes the model of a request without some experts, next to the request's ``out``, and
     the prediction of all that follows. Raises a SparseLLMError for what the pass, or the run after it, refuses."""
-    recipe, away = request.recipe, request.teacher is not None or request.trust_remote_code
-    if away or request.out is None or isinstance(request.model, PreTrainedModel):
+    recipe, unfit = request.recipe, request.teacher is not None or request.trust_remote_code
+    if unfit or request.out is None or isinstance(request.model, PreTrainedModel):
         raise RecipeError("experts takes a model by name, and out=DIR, without teacher or trust_remote_code")
     request.destination(checkpoints_among(request.model))
     place, rest = Path(f"{os.path.expanduser(request.out)}-experts"), partial_of(Path(request.out).expanduser())

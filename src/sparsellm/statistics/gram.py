@@ -290,7 +290,7 @@ def _widening(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_amx(left: Tensor, right: Tensor) -> Tensor:
-    """``LᵀR`` of fp32 factors ``(tokens, ...)`` whose numbers are numbers of bf16, by a CPU's units for those."""
+    """``LᵀR`` of fp32 factors ``(tokens, ...)`` that bf16 holds exactly, by the bf16 units of a CPU."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:

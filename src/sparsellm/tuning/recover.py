@@ -100,10 +100,10 @@ def tune(
     room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     check_seq_len(chain.config, training.seq_len)
     text, tokens = chain.config.get_text_config(), training.batch * training.seq_len
-    passed = 4 * tokens * (3 * text.vocab_size + WIDTHS * len(chain) * text.hidden_size)  # 3: logits and gradient
-    if (needed := BYTES[training.way] * weights + passed) > room or 4 * weights > free_memory():  # loaded in fp32 first
+    activations = 4 * tokens * (3 * text.vocab_size + WIDTHS * len(chain) * text.hidden_size)  # 3: logits, gradient
+    if (needed := BYTES[training.way] * weights + activations) > room or 4 * weights > free_memory():  # loaded in fp32
         ways = "take --way lora, or a machine with more memory" if training.way == "full" else "take another machine"
-        ways = "lower --batch or --seq-len" if passed > BYTES[training.way] * weights else ways
+        ways = "lower --batch or --seq-len" if 2 * activations > needed else ways
         raise MemoryBudgetError(f"training needs {needed / 1e9:.1f} GB of memory, more than is free; {ways}")
     tokenizer = load_tokenizer(source)
     samples = training.batch * min(training.steps, max(1, MOST_WINDOWS // training.batch))  # whole batches
@@ -118,11 +118,11 @@ def tune(
         trained, losses = _trained(loaded, training, rows, stored, progress)
         loads = {*chain.key_of.values()}  # all else, such as a vision tower, is copied
         others = {key: tensor for key, tensor in chain.outer_tensors().items() if key not in loads}
-        names, chain = chain, open_chain(trained, device=torch.device("cpu"))
-        chain.write_as(names)
-        for index in range(len(chain)):
-            writer.write_shard(index, chain.block_tensors(index))
-        writer.write_shard(len(chain), {**others, **chain.outer_tensors()})
+        result = open_chain(trained, device=torch.device("cpu"))
+        result.write_as(chain)
+        for index in range(len(result)):
+            writer.write_shard(index, result.block_tensors(index))
+        writer.write_shard(len(result), {**others, **result.outer_tensors()})
         writer.copy_companions(source)
     few = max(1, len(losses) // 8)
     first, last = (sum(part) / few for part in (losses[:few], losses[-few:]))
