@@ -54,7 +54,7 @@ ALLOCATIONS = {
     "owl": (f"allocation_options.lam={SPAN}", PLUGIN),
     "dlp": (f"allocation_options.alpha={SPAN}", PLUGIN),
 }
-TRIAL = (2, 10)  # steps of two short trainings, whose difference is the time of a step
+TRIAL = (2, 10)  # steps of two short trainings, whose difference is the time of a step; the second at least
 
 Row = tuple[str, dict[str, Any]]
 
@@ -109,8 +109,13 @@ def trained(arguments: argparse.Namespace, target: str, seed: int, way: str, bud
             how = ("--way", way, "--steps", str(steps), "--seq-len", str(min(512, arguments.window)))
             return timed("tune", pruned, "--out", f"{folder}/{steps}", *how, *text)
 
-        few, more = map(tune, TRIAL)
-        steps = TRIAL[1] + max(1, int((budget - used - more) / ((more - few) / (TRIAL[1] - TRIAL[0]))))
+        first, second = TRIAL
+        few, more = tune(first), tune(second)
+        while more < 1.5 * few and used + 2 * more < budget:  # a small model: the start takes most of both
+            second *= 2
+            more = tune(second)
+        a_step = max(more - few, 0.1) / (second - first)
+        steps = second + max(1, int((budget - used - more) / a_step))
         used += tune(steps)
         return {**measure(arguments, f"{folder}/{steps}"), "cpu_seconds": used, "steps": steps}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+import sparsellm
 from sparsellm.version import __version__
 
 INTERVAL = 0.05  # seconds between samples of memory: watched more often, a single core computes noticeably less
@@ -81,7 +82,7 @@ def children_computed() -> float:
 
 
 def code_version() -> str:
-    """The release of sparsellm and the git hash of its sources, marked where files differ from it.
+    """The release of the sparsellm that runs and the git hash of its sources, marked where files differ from it.
 
     Two commits whose sources are equal have the same version, whatever else changed. ``BENCHMARK_CODE`` replaces it, to
     print a table again from the results of other code.
@@ -89,12 +90,12 @@ def code_version() -> str:
     chosen = os.environ.get("BENCHMARK_CODE")
     if chosen is not None:
         return chosen
-    root = Path(__file__).resolve().parent.parent
+    root = Path(sparsellm.__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
 
-    tree = git("rev-parse", "--short", "HEAD:src")  # empty outside a checkout
+    tree = git("rev-parse", "--short", "HEAD:./src")  # empty outside a checkout
     new = git("ls-files", "--others", "--exclude-standard", "--", "src").splitlines()
     texts = [git("diff", "HEAD", "--", "src"), *((root / name).read_text(errors="replace") for name in new)]
     changed = f"-changed-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]}" if any(texts) or new else ""
