@@ -152,6 +152,8 @@ def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_banned_phrases_are_found_with_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    banned = runpy.run_path(str(ROOT / "tools" / "language.py"))["banned"]
+    script = runpy.run_path(str(ROOT / "tools" / "language.py"))
     text = "weights: of the linear\nthe inputs of a linear\nkept as of a linear, so many times\n"
-    assert [place for place, _ in banned({"a.py": text})] == ["a.py:1", "a.py:3", "a.py:3"]
+    assert [place for place, _ in script["banned"]({"a.py": text})] == ["a.py:1", "a.py:3", "a.py:3"]
+    source = "def f(whole):\n    return [each for each in whole]\n"
+    assert sorted(script["vague_names"]({"a.py": source, "b.md": "="})) == [("a.py:1", "whole"), ("a.py:2", "each")]

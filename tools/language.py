@@ -4,11 +4,13 @@
     python tools/language.py --list    # the places too
 
 A phrase that begins with "of" after a colon, a hash or at the start of a help text has no subject. The others are
-idioms of this project's past, for which plain English has shorter words.
+idioms of this project's past, for which plain English has shorter words. Names of variables that do not say what they
+hold count as well.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BANNED = re.compile(r"(?:: |# )[Oo]f |[Ss]o many |\b[Aa]s of (?:a|the) |[Bb]y what to |\b[Ee]ntering\b|\b[Ll]eaving\b")
 SUFFIXES = {".py", ".cpp", ".h", ".md", ".html", ".css", ".js", ".jinja"}
-STRICT = ("src", "README", "help")  # where none is allowed
+NAMES = {"each", "found", "own", "wanted", "whole"}
+STRICT = ("src", "names in src", "README", "help")  # where none is allowed
 
 Place = tuple[str, str]
 """Where a phrase stands, and the line."""
@@ -30,6 +33,19 @@ def banned(texts: dict[str, str]) -> list[Place]:
         for path, text in texts.items()
         for number, line in enumerate(text.splitlines(), 1)
         for _ in BANNED.finditer(line)
+    ]
+
+
+def vague_names(texts: dict[str, str]) -> list[Place]:
+    """Each variable or parameter of Python sources by path whose name is one of ``NAMES``."""
+    return [
+        (f"{path}:{node.lineno}", name)
+        for path, text in texts.items()
+        if path.endswith(".py")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        for name in [node.arg if isinstance(node, ast.arg) else node.id]
+        if name in NAMES
     ]
 
 
@@ -61,6 +77,7 @@ def places() -> dict[str, list[Place]]:
     """All places, by where they count."""
     return {
         "src": banned(files(ROOT / "src")),
+        "names in src": vague_names(files(ROOT / "src")),
         "README": banned(files(ROOT / "README.md")),
         "help": banned({f"--help of {name}": f": {text}" for name, text in help_texts()}),
         "docs": banned(files(ROOT / "docs", ROOT / "CONTRIBUTING.md")),

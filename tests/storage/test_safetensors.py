@@ -34,8 +34,7 @@ def written(path: Path, sources: Mapping[str, TensorSource | Tensor]) -> str:
 def test_a_shard_is_what_the_library_reads(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "PIECE", piece)
     path = tmp_path / "model.safetensors"
-    digest = written(path, tensors())
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert written(path, tensors()) == hashlib.sha256(path.read_bytes()).hexdigest()
     loaded, ours = load_file(path), CheckpointReader(tmp_path)
     assert loaded.keys() == tensors().keys() == {*ours}
     for name, value in tensors().items():
