@@ -60,7 +60,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 def cell(arguments: argparse.Namespace, cells: Cells, method: str, target: str, seed: int, *settings: str) -> Any:
-    names = tuple(Path(each).name if each[:2] == "--" else each for each in settings)
+    names = tuple(Path(setting).name if setting[:2] == "--" else setting for setting in settings)
     key = cell_key(arguments, method, target, seed, names)
     return cells.get(key, partial(run_cell, arguments, method, target, seed, settings))
 
@@ -72,7 +72,7 @@ def budgets(arguments: argparse.Namespace, cells: Cells, target: str, seed: int)
     ours = run("sparsellm", target, seed, f"effort={arguments.effort}")
     rows.append((f"sparsellm, effort {arguments.effort}", ours))
     seconds = sum(value for name, value in ours["phases"].items() if "/" not in name)
-    passes = max(each["passes"] for each in ours["sweeps"])
+    passes = max(sweep["passes"] for sweep in ours["sweeps"])
     a_pass = ours["cpu_seconds"] * ours["phases"]["sweep"] / seconds / passes
     for solver in arguments.solvers:
         local = run(solver, target, seed)

@@ -103,11 +103,11 @@ def right_words(model: PreTrainedModel, tokenizer: Any, docs: Iterable[tuple[str
         before = tokenizer(context)["input_ids"]
         after = [tokenizer(word)["input_ids"] for word in words]
         longest = max(map(len, after))
-        ids = torch.tensor([[*before, *each, *[0] * (longest - len(each))] for each in after])
+        ids = torch.tensor([[*before, *tokens, *[0] * (longest - len(tokens))] for tokens in after])
         scores = model(ids, use_cache=False).logits.log_softmax(-1)
         sums = [
-            sum(float(scores[row, len(before) + at - 1, token]) for at, token in enumerate(each))
-            for row, each in enumerate(after)
+            sum(float(scores[row, len(before) + at - 1, token]) for at, token in enumerate(tokens))
+            for row, tokens in enumerate(after)
         ]
         right.append(max(range(len(words)), key=sums.__getitem__) == 0)
     return statistics.fmean(right)
@@ -125,7 +125,7 @@ class Tests:
         self.tokenizer = load_tokenizer(self.model)
 
     def on(self, directory: Path) -> Point:
-        found = {
+        results = {
             kind: sparsellm.evaluate(
                 directory, str(self.model / f"heldout-{kind}.txt"), seq_len=self.window, max_tokens=self.tokens,
                 against=opened,
@@ -134,8 +134,8 @@ class Tests:
         }  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         return Point(
-            {kind: each.against.kl for kind, each in found.items() if each.against is not None},
-            {kind: each.perplexity.value for kind, each in found.items()},
+            {kind: result.against.kl for kind, result in results.items() if result.against is not None},
+            {kind: result.perplexity.value for kind, result in results.items()},
             {kind: right_words(model, self.tokenizer, docs) for kind, docs in self.docs.items()},
         )
 
@@ -148,9 +148,9 @@ def recipe_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Recipe
 def row(name: str, points: list[Point], *more: str) -> None:
     """Prints the means over seeds: divergences, perplexities, tasks, and the range of the mean divergence."""
     means = [point.mean for point in points]
-    columns = ([each.kl for each in points], [each.perplexity for each in points], [each.task for each in points])
+    columns = ([point.kl for point in points], [point.perplexity for point in points], [point.task for point in points])
     shown = [
-        " / ".join(form.format(statistics.fmean(each[kind] for each in column)) for kind in points[0].kl)
+        " / ".join(form.format(statistics.fmean(values[kind] for values in column)) for kind in points[0].kl)
         for column, form in zip(columns, ("{:.3f}", "{:.1f}", "{:.2f}"), strict=True)
     ]
     ends = f"{statistics.fmean(means):.3f}" + f" ({min(means):.3f}–{max(means):.3f})" * (len(means) > 1)
@@ -225,11 +225,13 @@ def peer(arguments: argparse.Namespace, tests: Tests) -> None:
                     ),
                 }
                 kept = list(json.loads((folder / "kept.json").read_text()).values())
-                own = [each["kept"] for each in json.loads((folder / "ours" / "pruning.json").read_text())["experts"]]
-                same = sum(len({*a} & {*b}) for a, b in zip(kept, own, strict=True))
+                chosen = [
+                    record["kept"] for record in json.loads((folder / "ours" / "pruning.json").read_text())["experts"]
+                ]
+                same = sum(len({*a} & {*b}) for a, b in zip(kept, chosen, strict=True))
                 for who, run in runs.items():
                     place = folder / ("ours" if who == "sparsellm" else "theirs")
-                    cost = (f"{run.cpu_seconds:.1f}", f"{run.peak_rss / 1e6:.0f}", f"{same} of {sum(map(len, own))}")
+                    cost = (f"{run.cpu_seconds:.1f}", f"{run.peak_rss / 1e6:.0f}", f"{same} of {sum(map(len, chosen))}")
                     row(f"{who}, {seed}", [tests.on(place)], *cost)
 
 

@@ -97,21 +97,25 @@ def row(model: str, chain: Chain, text: str) -> str:
     name, speeds, memory, ranks = machine(text)
     chain.device = torch.device("cuda" if speeds.card_bytes else "cpu")
     budget = f"{int(0.8 * memory / ranks)}B"
-    found: Prediction | None = None
+    prediction: Prediction | None = None
     for changes in TRIED:
         recipe = Recipe(memory=budget, **changes)
         set_products(chain, recipe)
-        found = foresee(chain, recipe, ranks=ranks, speeds=speeds)
-        if not found.notes:
+        prediction = foresee(chain, recipe, ranks=ranks, speeds=speeds)
+        if not prediction.notes:
             break
-    assert found is not None
+    assert prediction is not None
     what = (
         recipe.method if recipe.method != "sparsellm" else f"effort {recipe.effort if recipe.effort is not None else 1}"
     )
-    what = f"{what}, does not fit" if found.notes else what
-    needs = [found.memory.predicted_peak_rss_bytes, found.memory.predicted_peak_device_bytes, found.disk_bytes]
-    phases = [found.seconds[phase] for phase in ("prune", "sweep")]
-    cells = [model, name, what, hours(sum(found.seconds.values())), *map(hours, phases)]
+    what = f"{what}, does not fit" if prediction.notes else what
+    needs = [
+        prediction.memory.predicted_peak_rss_bytes,
+        prediction.memory.predicted_peak_device_bytes,
+        prediction.disk_bytes,
+    ]
+    phases = [prediction.seconds[phase] for phase in ("prune", "sweep")]
+    cells = [model, name, what, hours(sum(prediction.seconds.values())), *map(hours, phases)]
     return " | ".join([*cells, *(about(size) if size else "–" for size in needs)])
 
 
@@ -154,7 +158,7 @@ def against(models: list[str], scratch: Path, settings: dict[str, object], clock
         measured["prune"] = sum(measured.get(name, 0.0) for name in ("read", "prune", "forward", "write"))
         phases = [name for name in ("gradients", "prune", "sweep") if measured.get(name)]
         rows = [(PHASES[name], predicted[name], measured[name], "s") for name in phases]
-        rows += [("these phases", *(sum(each[name] for name in phases) for each in (predicted, measured)), "s")]
+        rows += [("these phases", *(sum(seconds[name] for name in phases) for seconds in (predicted, measured)), "s")]
         for what, first, second, unit in [*rows, ("memory", memory / 1e9, peak / 1e9, "GB")]:
             print(f"| {Path(model).name} | {what} | {first:.3g} {unit} | {second:.3g} {unit} | {first / second:.2f} |")
 

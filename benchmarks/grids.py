@@ -82,8 +82,8 @@ def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Dense) 
         began = time.process_time()
         result = sparsellm.prune(asked.model, recipe, out=Path(folder) / "pruned")
         took = time.process_time() - began
-        found = scores(asked, Path(folder) / "pruned", dense)
-    return {"zeros": result.sparsity_pruned, "bits": result.bits_per_weight, "seconds": took, "texts": found}
+        texts = scores(asked, Path(folder) / "pruned", dense)
+    return {"zeros": result.sparsity_pruned, "bits": result.bits_per_weight, "seconds": took, "texts": texts}
 
 
 def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: Dense) -> Row:
@@ -96,10 +96,10 @@ def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: 
             f"--group={group}", f"--windows={write_windows(asked)}",
         ]  # fmt: skip
         run = measured(command, OUT / f"{method}.log")
-        found = scores(asked, Path(folder) / "out", dense)
+        texts = scores(asked, Path(folder) / "out", dense)
     bits = 4 + 16 / group  # as its file would have
     versions = json.loads(run.stdout.strip().splitlines()[-1])
-    return {"zeros": 0.0, "bits": bits, "seconds": run.cpu_seconds, "texts": found, "versions": versions}
+    return {"zeros": 0.0, "bits": bits, "seconds": run.cpu_seconds, "texts": texts, "versions": versions}
 
 
 def main() -> None:
@@ -147,13 +147,13 @@ def main() -> None:
             rows[f"{grid}, to nearest"] = cells.get(
                 f"{conditions}/{grid}/nearest", partial(nearest, asked, grid, opened)
             )
-        for method, python in (each.split("=") for each in asked.peers if sparsity == 0 and grid.startswith("w4a16")):
+        for method, python in (pair.split("=") for pair in asked.peers if sparsity == 0 and grid.startswith("w4a16")):
             rows[f"{grid}, {method}"] = cells.get(
                 f"{conditions}/{grid}/{method}", partial(peer, asked, method, python, grid, opened)
             )
         for name, row in rows.items():
-            found = "".join(f" {each['kl']:.3g} | {each['perplexity']:.2f} |" for each in row["texts"].values())
-            print(f"| {name} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{found}", flush=True)
+            shown = "".join(f" {text['kl']:.3g} | {text['perplexity']:.2f} |" for text in row["texts"].values())
+            print(f"| {name} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint_directory(arguments.model))
     windows = evaluation_windows(arguments.text, tokenizer, arguments.window, arguments.windows * arguments.window)
     cells = Cells(arguments.out / "perplexity.json")
-    models = ",".join(identity(each.rpartition("=")[2]) for each in (arguments.model, *arguments.pruned))
+    models = ",".join(identity(form.rpartition("=")[2]) for form in (arguments.model, *arguments.pruned))
     conditions = f"{models}/{Path(arguments.text).name}/{len(windows)}x{arguments.window}"
     rows, missing = {}, {}
     for name, opened in forms(arguments).items():

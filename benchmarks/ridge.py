@@ -98,11 +98,11 @@ def rounded_errors(
 def print_dampings(asked: argparse.Namespace, linears: dict[str, Any], fitted: dict[str, Gram], texts: Texts) -> None:
     print(f"| damping | {' | '.join(asked.values)} |")
     print("|---" * (1 + len(asked.values)) + "|")
-    plain = [rounded_errors(linears, fitted, texts, each, 0.0) for each in asked.values]
+    plain = [rounded_errors(linears, fitted, texts, values, 0.0) for values in asked.values]
     for by in DAMPINGS:
         cells = []
-        for each, bases in zip(asked.values, plain, strict=True):
-            errors = rounded_errors(linears, fitted, texts, each, by)
+        for values, bases in zip(asked.values, plain, strict=True):
+            errors = rounded_errors(linears, fitted, texts, values, by)
             cells.append(", ".join(f"{error / base:.3f}" for error, base in zip(errors, bases, strict=True)))
         print(f"| {by:g} | {' | '.join(cells)} |", flush=True)
 
@@ -120,7 +120,7 @@ def print_floors(asked: argparse.Namespace, linears: dict[str, Any], fitted: dic
                 with mock.patch.object(solver, "FLOOR", floor):
                     pruned = solver.admm(weight, gram, pattern_of(target, weight.numel())).weight
                 near = rounding.rounded(pruned, gram, "int4", torch.bfloat16, fixed_mask=":" in target).weight
-                lost = [float(held[name].energy(each, minus=weight)) for each in (pruned, near)]
+                lost = [float(held[name].energy(changed, minus=weight)) for changed in (pruned, near)]
                 logarithms.append((math.log(lost[0]), math.log(lost[1])))
                 largest = max(largest, float(pruned.abs().max() / weight.abs().max()))
             cells.append([math.exp(statistics.mean(column)) for column in zip(*logarithms, strict=True)])

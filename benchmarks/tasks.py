@@ -86,8 +86,8 @@ def agreement(count: int, seed: int) -> list[dict[str, Any]]:
 def write_tasks(folder: Path, source: str, count: int, choices: int, seed: int) -> None:
     """The files of both tasks."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = read_source(source, "evaluation")
-    text = found.joiner.join(found.documents)
+    loaded = read_source(source, "evaluation")
+    text = loaded.joiner.join(loaded.documents)
     docs = {"cloze": cloze(text, count, choices, seed), "agreement": agreement(count, seed)}
     for name, rows in docs.items():
         data = folder / f"{name}.jsonl"
@@ -125,8 +125,8 @@ def main() -> None:
         measured = command("eval", model, "--text", asked.text, *protocol, *tasks)
         shown = []
         for task, metric in names:
-            each = measured["tasks"][task][metric]
-            shown.append(f"{each['value']:.3f}" + (f" ± {each['stderr']:.3f}" if each["stderr"] else ""))
+            score = measured["tasks"][task][metric]
+            shown.append(f"{score['value']:.3f}" + (f" ± {score['stderr']:.3f}" if score["stderr"] else ""))
         print(f"| {Path(model).name} | {measured['perplexity']['value']:.2f} | {' | '.join(shown)} |", flush=True)
 
 
