@@ -134,14 +134,14 @@ def plan(
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     chain = outline(config_place(str(model)), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     set_products(chain, settings)
-    found = foresee(chain, settings, ranks=ranks, speeds=speeds)
-    return found.model_copy(update={"model": without_folders(str(model))})
+    prediction = foresee(chain, settings, ranks=ranks, speeds=speeds)
+    return prediction.model_copy(update={"model": without_folders(str(model))})
 
 
 @contextmanager
 def _modes_kept(*models: object) -> Iterator[None]:
     """Puts every module of these models back into its mode: blocks run as in inference."""
-    kept = [(each, each.training) for model in models if isinstance(model, PreTrainedModel) for each in model.modules()]
+    kept = [(part, part.training) for model in models if isinstance(model, PreTrainedModel) for part in model.modules()]
     try:
         yield
     finally:
@@ -254,8 +254,8 @@ def keep_results(directory: Checkpoint, results: Sequence[Evaluation | Benchmark
     """Adds results to those of a checkpoint (``results.json``), then writes its card and report with them. Raises
     StorageError if :func:`prune` or ``pack`` did not write it, or its card was edited, which stays as it is."""
     directory = Path(directory).expanduser()
-    for each in results:
-        append_result(directory, each)
+    for result in results:
+        append_result(directory, result)
     card(directory)
     with suppress(MissingExtraError):  # the run has said what to install
         write_report(directory)
@@ -277,8 +277,8 @@ class Opened:
         given = model if isinstance(model, PreTrainedModel) else None
         self.name = (str(model) if given is None else str(given.name_or_path)) or type(model).__name__
         self.tokenizer = tokenizer
-        found = partial(checkpoint_directory, str(model), argument)
-        self.directory = parallel.main_first(found) if given is None else None
+        locate = partial(checkpoint_directory, str(model), argument)
+        self.directory = parallel.main_first(locate) if given is None else None
         self._trust = trust
         self.chain, _ = open_model(model, self.directory, settings, trust, whole=False)
         self.kept = Kept(self.chain, without_folders(self.name))

@@ -148,7 +148,7 @@ def compare(
             return {cell.name for cell in grid.cells}
 
         known = parallel.from_main(begin)
-        for number, name in parallel.dealt([each for each in enumerate(cells, 1) if each[1] not in known]):
+        for number, name in parallel.dealt([pair for pair in enumerate(cells, 1) if pair[1] not in known]):
 
             def tell(event: Progress, title: str = f"{number}/{len(cells)} {name}") -> None:
                 progress(replace(event, detail=f"{title}: {event.detail}"))
@@ -186,7 +186,7 @@ def _naming(cell: str) -> Iterator[None]:
 
 def _check_asked(cells: Mapping[str, Recipe], protocol: Protocol, recover: float | None) -> None:
     """Refuses wrong arguments of :func:`compare`, before anything is opened."""
-    if not cells or not all(isinstance(each, Recipe) and Path(name).name == name for name, each in cells.items()):
+    if not cells or not all(isinstance(recipe, Recipe) and Path(name).name == name for name, recipe in cells.items()):
         raise RecipeError("cells is empty, or not recipes by names of directories; make one or more with cells_of")
     if not isinstance(protocol, Protocol):
         raise RecipeError(f"protocol is {shown(protocol)}; give a Protocol, which has the text")
@@ -253,12 +253,12 @@ def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -
             _check_same(pruned, begun, recipe)
         if name in finished and not (packed / PRUNING).is_file():
             raise StorageError(f"{packed}, a finished run, is gone; put it back, or give another --out")
-        for each in (pruned, packed) if name not in finished else ():
+        for folder in (pruned, packed) if name not in finished else ():
             if begun is not None:
-                check_destination(each, overwrite=True)  # completes a renaming that was cut short
+                check_destination(folder, overwrite=True)  # completes a renaming that was cut short
                 continue
-            check_place(each)
-            if other := [path for path in (each, partial_of(each)) if os.path.lexists(path)]:
+            check_place(folder)
+            if other := [path for path in (folder, partial_of(folder)) if os.path.lexists(path)]:
                 raise StorageError(f"{other[0]} was not written by this comparison; move it, or give another --out")
         _resumed(pruned, grid)
     return grid
@@ -316,12 +316,12 @@ def cells_of(
     for pattern in patterns:
         shares = targets[: len(sparsities)] if pattern.startswith("auto") else []  # auto:M has a sparsity too
         targets += [{"pattern": pattern, **share} for share in shares or [{}]]
-    typed: list[Settings] = [{"values": each} for each in values] or [{}]
-    fewer: list[Settings] = [{"experts": each} for each in experts] or [{}]
+    typed: list[Settings] = [{"values": kind} for kind in values] or [{}]
+    fewer: list[Settings] = [{"experts": fraction} for fraction in experts] or [{}]
     for left, target, entry, kept in product(fewer, targets, entries, typed):
         options = {key: value for key, value in recipe.options.items() if key in entry.options.model_fields}
         without = dict.fromkeys(swept) if entry.effort is None else {}
-        for sweep in [{"effort": each} for each in efforts if entry.effort is not None] or [{}]:
+        for sweep in [{"effort": effort} for effort in efforts if entry.effort is not None] or [{}]:
             one = recipe.updated(method=entry.name, options=options, **{**without, **sweep}, **target, **kept, **left)
             name = f"{entry.name}-{one.pattern.replace(':', '-') if one.pattern else format(one.sparsity, 'g')}"
             name += f"-{one.sparsity:g}" if one.chosen_of is not None else ""

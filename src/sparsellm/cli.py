@@ -209,8 +209,8 @@ def plan(model: str, **options: Any) -> Printed:
     """Predict time, memory and disk of `sparsellm prune` for MODEL, on this machine or on cards."""
     from sparsellm import api, tables
 
-    found = api.plan(model, use.take_recipe(options), **options)
-    return found.model_dump(mode="json"), lambda: tables.print_prediction(found)
+    prediction = api.plan(model, use.take_recipe(options), **options)
+    return prediction.model_dump(mode="json"), lambda: tables.print_prediction(prediction)
 
 
 @_command(
@@ -344,7 +344,7 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
 
     numeric = ("sparsity", "effort", "experts")
     asked = {name: use.listed(options.pop(name)) for name in ("method", "pattern", "values", *numeric)}
-    numbers = {name: [parse_yaml(each, f"--{name}") for each in asked[name]] for name in numeric}
+    numbers = {name: [parse_yaml(entry, f"--{name}") for entry in asked[name]] for name in numeric}
     most = options.get("max_bytes")
     measured = map(options.get, ("text", "text_seq_len", "max_tokens", "speed"))
     interrupts.keeps(f"finished runs and blocks are kept in {out}")

@@ -147,9 +147,9 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
     shown = table(("step",), ("time", "share"))
     for name in names:
         within = [part for part in longest if parts and part.startswith(f"{name}/")]
-        for each in (name, *within):
-            step, share = f"{'  ' * ('/' in each)}{PHASES.get(each, each)}", seconds[each] / (total or 1)
-            shown.add_row(step, duration(seconds[each]), f"{share:.0%}", style="dim" if "/" in each else None)
+        for phase in (name, *within):
+            step, share = f"{'  ' * ('/' in phase)}{PHASES.get(phase, phase)}", seconds[phase] / (total or 1)
+            shown.add_row(step, duration(seconds[phase]), f"{share:.0%}", style="dim" if "/" in phase else None)
     shown.add_section()
     shown.add_row("all", duration(total), "", style="bold")
     return shown

@@ -67,8 +67,8 @@ def check_size(value: object) -> None:
         parts += len(level)
         if parts > MOST_PARTS:
             raise ValueError(f"it has more than {MOST_PARTS} parts")
-        holders = (each for each in level if isinstance(each, Mapping | list | tuple))
-        level = [part for each in holders for part in (each.values() if isinstance(each, Mapping) else each)]
+        holders = (item for item in level if isinstance(item, Mapping | list | tuple))
+        level = [part for holder in holders for part in (holder.values() if isinstance(holder, Mapping) else holder)]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MOST_DEPTH - 1} levels")

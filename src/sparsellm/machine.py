@@ -50,9 +50,9 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:
         raise RecipeError(f"device {shown(name)} does not exist here; here: {', '.join(here)}, or 'auto'")
-    whole = torch.arange(64.0).remainder_(7).view(8, 8)  # a product of small whole numbers is exact in every precision
+    matrix = torch.arange(64.0).remainder_(7).view(8, 8)  # a product of small whole numbers is exact in every precision
     try:
-        if not torch.equal((whole.to(name) @ whole.to(name)).cpu(), whole @ whole):
+        if not torch.equal((matrix.to(name) @ matrix.to(name)).cpu(), matrix @ matrix):
             raise RuntimeError("a product of two small matrices is wrong")
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -171,8 +171,8 @@ def _control_group_rooms() -> list[int]:
         ("", "memory.max", "memory.current", ""),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
-        own = PurePosixPath(groups[name])
-        for group in (own, *own.parents):  # in a container, paths of the machine do not exist
+        innermost = PurePosixPath(groups[name])
+        for group in (innermost, *innermost.parents):  # in a container, paths of the machine do not exist
             folder = CONTROL_GROUPS / name / group.relative_to("/")
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 most, used = (int((folder / file).read_text()) for file in (limit, usage))

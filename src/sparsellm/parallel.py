@@ -71,8 +71,8 @@ def session() -> Iterator[None]:
 
     store, this, of = _reached(next, rendezvous("env://", timeout=TIMEOUT))
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store keeps the addresses of processes that ended
-    own = PrefixStore(f"sparsellm-{start}", store)
-    _reached(dist.init_process_group, backend(), store=own, rank=this, world_size=of, timeout=TIMEOUT)
+    prefixed = PrefixStore(f"sparsellm-{start}", store)
+    _reached(dist.init_process_group, backend(), store=prefixed, rank=this, world_size=of, timeout=TIMEOUT)
     _failures = PrefixStore(f"sparsellm-failures-{start}", store)
     yield
     barrier()
@@ -174,10 +174,10 @@ def _machine() -> tuple[ProcessGroup, int]:
     global _machines
     if _machines is None or _machines[0] is not dist.group.WORLD:
         names = gather(socket.gethostname())
-        for each in dict.fromkeys(names):
-            group = dist.new_group([i for i, name in enumerate(names) if name == each], timeout=TIMEOUT)
-            if each == names[rank()]:
-                _machines = dist.group.WORLD, group, names.index(each)
+        for host in dict.fromkeys(names):
+            group = dist.new_group([i for i, name in enumerate(names) if name == host], timeout=TIMEOUT)
+            if host == names[rank()]:
+                _machines = dist.group.WORLD, group, names.index(host)
     assert _machines is not None
     return _machines[1:]
 

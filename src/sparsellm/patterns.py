@@ -158,9 +158,9 @@ def most_kept(weight: Tensor) -> tuple[int, int]:
 def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
     """The strictest N:4 and N:8 that weights with these :func:`most_kept` satisfy, such as ``3:8, 2:4``, or None."""
     four, eight = map(max, zip(*kept, strict=True))
-    found = [NM(eight, 8)] if eight < min(8, 2 * four) else []
-    found += [NM(four, 4)] if four < min(4, eight) else []
-    return ", ".join(map(str, sorted(found, key=lambda each: each.sparsity, reverse=True))) or None
+    patterns = [NM(eight, 8)] if eight < min(8, 2 * four) else []
+    patterns += [NM(four, 4)] if four < min(4, eight) else []
+    return ", ".join(map(str, sorted(patterns, key=lambda pattern: pattern.sparsity, reverse=True))) or None
 
 
 def share(total: int, start: int, stop: int, length: int) -> int:

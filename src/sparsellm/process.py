@@ -43,7 +43,7 @@ def announce() -> None:
 def run(command: Callable[[], Any]) -> None:
     """Runs a command and ends the process: one line and code 2 after a mistake, 128 + its number after a signal."""
     # Python has None for a stream that the caller closed.
-    sys.stdout, sys.stderr = (each or Path(os.devnull).open("w") for each in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     if not os.environ.get("COLUMNS", "1").strip("0"):
         del os.environ["COLUMNS"]  # rich would print empty tables
     _quiet_libraries()

@@ -144,7 +144,7 @@ class Totals(Record):
     @classmethod
     def of(cls, matrices: Iterable[Matrix]) -> Self:
         every = list(matrices)
-        return cls(zeros=sum(each.zeros for each in every), weights=sum(each.weights for each in every))
+        return cls(zeros=sum(matrix.zeros for matrix in every), weights=sum(matrix.weights for matrix in every))
 
     @property
     def sparsity(self) -> float:
@@ -185,8 +185,8 @@ class Memory(Record):
         """The shares of hidden states and swept weights that are not where blocks run, and of these, in files."""
         files = self.hidden_on_disk_bytes
         away = files + (self.hidden_in_memory_bytes if self.predicted_peak_device_bytes else 0)
-        whole = files + self.hidden_in_memory_bytes + self.hidden_on_device_bytes
-        return (away / whole, files / whole) if whole else (0.0, 0.0)
+        total = files + self.hidden_in_memory_bytes + self.hidden_on_device_bytes
+        return (away / total, files / total) if total else (0.0, 0.0)
 
 
 class Prediction(Record):
@@ -340,7 +340,7 @@ class Interval(Measurement):
 
     def shown(self, digits: int = 4) -> str:
         """The value with its interval, such as ``14.37 (13.9–14.9)``."""
-        value, *ends = (f"{each:.{digits}g}" for each in (self.value, self.low, self.high) if each is not None)
+        value, *ends = (f"{number:.{digits}g}" for number in (self.value, self.low, self.high) if number is not None)
         return f"{value} ({'–'.join(ends)})" if ends else value
 
 
@@ -424,14 +424,14 @@ class Evaluation(Stamp):
             return [(QUANTITIES[0], None, self.perplexity.shown())]
         shown = (dense.divergence.shown(3), f"{dense.agreement:.1%}", f"{dense.recovery:.1%}")
         values = ((dense.perplexity.shown(), self.perplexity.shown()), *zip(("0", "100%", "100%"), shown, strict=True))
-        return [(name, *each) for name, each in zip(QUANTITIES, values, strict=True)]
+        return [(name, *pair) for name, pair in zip(QUANTITIES, values, strict=True)]
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
         rows = [(name, dense or "", value) for name, dense, value in self.rows()]
         for task, metrics in (self.tasks or {}).items():
             rows += [(f"{task}: {name}", "", metric.shown()) for name, metric in metrics.items()]
-        cells = ["".join(f"<td>{html.escape(each)}</td>" for each in row) for row in rows]
+        cells = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
         head = "<tr><th></th><th>dense</th><th>this model</th></tr>"
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         return f"<table><caption>{html.escape(str(self.protocol))}</caption>{head}{body}</table>"
@@ -488,9 +488,9 @@ class Results(Measurement):
 
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
         """The latest evaluation of each protocol, by the protocol's key; one that compares outlives others."""
-        return {each.protocol.key: each for each in sorted(self.evaluations, key=lambda each: bool(each.dense))}
+        return {entry.protocol.key: entry for entry in sorted(self.evaluations, key=lambda entry: bool(entry.dense))}
 
     def shown(self) -> list[Evaluation]:
         """What a card has, in order: the latest evaluation of each protocol, and the latest with tasks."""
-        latest = (self.latest(), {each.protocol.key: each for each in self.evaluations if each.tasks})
-        return [each for each in self.evaluations if any(each is of.get(each.protocol.key) for of in latest)]
+        latest = (self.latest(), {entry.protocol.key: entry for entry in self.evaluations if entry.tasks})
+        return [entry for entry in self.evaluations if any(entry is of.get(entry.protocol.key) for of in latest)]

@@ -49,10 +49,10 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         grid = GRIDS.get(recipe.grid)
         stored = recipe.values if grid is None else f"{recipe.values} ({grid.name})"
         then = "it is packed" if grid is None else "it is exported"
-        then += ", experts aside" if grid is None and any(each.tokens is not None for each in result.linears) else ""
+        then += ", experts aside" if grid is None and any(entry.tokens is not None for entry in result.linears) else ""
         say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight when {then}")
     if result.sweeps:
-        best = min(result.sweeps, key=lambda each: each.held_out)
+        best = min(result.sweeps, key=lambda record: record.held_out)
         before = f"{best.held_out:.3f} nats a token ({result.sweeps[0].held_out:.3f} before the sweep)"
         before += "".join(f", {visible(name)} {divergence:.3f}" for name, divergence in best.sources.items())
         say(f"KL from the dense model on held-out calibration windows: {before}")
@@ -63,31 +63,31 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         say(f"report: {result.report}")
 
 
-def print_prediction(found: Prediction) -> None:
+def print_prediction(prediction: Prediction) -> None:
     """Prints the seconds of each phase, and memory, disk and tokens of a run."""
-    memory = found.memory
-    shown = phases({name: took for name, took in found.seconds.items() if took})
-    shown.title = f"Predicted for {visible(found.machine)}" + (f" × {found.ranks}" * (found.ranks > 1))
+    memory = prediction.memory
+    shown = phases({name: took for name, took in prediction.seconds.items() if took})
+    shown.title = f"Predicted for {visible(prediction.machine)}" + (f" × {prediction.ranks}" * (prediction.ranks > 1))
     out().print(shown)
     needs = table(("need",), ("size",))
     rows = {
         "memory of a process": memory.predicted_peak_rss_bytes,
         "of it, hidden states and swept weights": memory.hidden_in_memory_bytes,
         "memory of its card": memory.predicted_peak_device_bytes,
-        "disk, at most": found.disk_bytes,
-        "of it, for want of memory": memory.hidden_on_disk_bytes * found.ranks,
+        "disk, at most": prediction.disk_bytes,
+        "of it, for want of memory": memory.hidden_on_disk_bytes * prediction.ranks,
     }
     for name, size in rows.items():
         if size:
             needs.add_row(name, about(size))
     out().print(needs)
-    tokens = ", ".join(f"{PHASES[name]} {count(number)}" for name, number in found.tokens.items() if number)
+    tokens = ", ".join(f"{PHASES[name]} {count(number)}" for name, number in prediction.tokens.items() if number)
     say(f"tokens: {tokens}" + f"; sweep {memory.sweep}" * bool(memory.sweep))
-    if found.wanted_ranks == 0:
+    if prediction.wanted_ranks == 0:
         say("no number of processes has the memory for all of it")
-    elif found.wanted_ranks is not None:
-        say(f"processes with the memory for all of it: {found.wanted_ranks}")
-    for note in found.notes:
+    elif prediction.wanted_ranks is not None:
+        say(f"processes with the memory for all of it: {prediction.wanted_ranks}")
+    for note in prediction.notes:
         say(f"note: {note}")
 
 
@@ -168,8 +168,8 @@ def print_choices(option: str, registry: Registry[Any], prefix: str, *, allocati
         _print_indented(entry.summary, "  ")
         if allocations:
             _print_indented(f"Without --allocation or --pattern: {entry.allocation}.", "  ")
-        for name, each in entry.to_dict()["options"].items():
-            _print_indented(f"{prefix}.{name}: {each['type']} = {each['default']}  {each['description']}", "    ")
+        for name, schema in entry.to_dict()["options"].items():
+            _print_indented(f"{prefix}.{name}: {schema['type']} = {schema['default']}  {schema['description']}", "    ")
 
 
 def _print_indented(line: str, indent: str) -> None:
@@ -186,10 +186,10 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     shown = table(("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "pruned, packed"), ())
     shown.add_row("weights", *(_megabytes(form.weight_bytes) for form in forms))
     shown.add_row("perplexity, held-out text", *(f"{form.evaluation.value:.2f}" for form in forms))
-    shown.add_row("KL from dense, nats a token", *(f"{each.kl:.3f}" if each else "0" for each in against))
-    shown.add_row("same next token as dense", *(f"{each.agreement:.1%}" if each else "100%" for each in against))
+    shown.add_row("KL from dense, nats a token", *(f"{record.kl:.3f}" if record else "0" for record in against))
+    shown.add_row("same next token as dense", *(f"{record.agreement:.1%}" if record else "100%" for record in against))
     if (pair := speeds.decoding) is not None:
-        dense, packed, eager = (f"{each.median:.1f}" for each in (pair.dense, pair.packed, pair.transformers))
+        dense, packed, eager = (f"{rate.median:.1f}" for rate in (pair.dense, pair.packed, pair.transformers))
         other = result.q4_0_tokens_per_second
         llama_cpp = f"{other:.1f} (×{other / pair.dense.median:.2f})" if other is not None else "not installed"
         ratio = f"{packed} (×{pair.packed.median / pair.dense.median:.2f})"
@@ -311,7 +311,7 @@ def print_speeds(report: Benchmark, saved: Path | None) -> None:
         packed = pair.packed
         for how, dense in pair.against:
             name = f"{packed.phase} {packed.batch} × {packed.threads}, {how}"
-            rates = (speed(each.median, each.slowest, each.fastest) for each in (dense, packed))
+            rates = (speed(timing.median, timing.slowest, timing.fastest) for timing in (dense, packed))
             shown.add_row(name, *rates, f"{packed.median / dense.median:.2f}")
     out().print(shown)
     say(

@@ -54,7 +54,7 @@ def measured(
     fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)  # so that all load the same blocks as often
     windows = torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)]) if fewer else feed.windows
     chains = [chain] if dense is None else [chain, dense.chain]
-    width = sum(each.config.get_text_config().hidden_size for each in chains)
+    width = sum(model.config.get_text_config().hidden_size for model in chains)
     parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * chain.dtype.itemsize)))
     steps = len(parts) * (sum(map(len, chains)) + 1)  # the heads count as one more block
     done = itertools.count()
@@ -67,8 +67,8 @@ def measured(
         hidden = [_outputs(chain, part, tell), *([dense.outputs(part, tell)] if dense is not None else [])]
         begun = next(done)
         with ExitStack() as held:
-            for each in chains:
-                held.enter_context(each.outer())
+            for model in chains:
+                held.enter_context(model.outer())
             for at, (ids, *states) in enumerate(zip(part.split(1), *hidden, strict=True)):
                 progress(Progress("evaluate", begun + at / len(part), steps, "head"))
                 rows.append(_window(chains, states, ids))
@@ -134,9 +134,9 @@ def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[floa
     scored = ids.shape[1] - 1
     for first in range(0, scored, CHUNK):
         span = slice(first, min(first + CHUNK, scored))
-        logs = [_logits(chain, each, ids, span) for chain, each in zip(chains, states, strict=True)]
+        logs = [_logits(chain, state, ids, span) for chain, state in zip(chains, states, strict=True)]
         targets = ids[0, span.start + 1 : span.stop + 1].to(logs[0].device)
-        values = [functional.nll_loss(each, targets, reduction="none") for each in logs]
+        values = [functional.nll_loss(log, targets, reduction="none") for log in logs]
         if len(logs) > 1:
             values.append(functional.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(-1))
             values.append((logs[0].argmax(-1) == logs[1].argmax(-1)).float())

@@ -87,6 +87,6 @@ def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
         metrics[metric if filtered == "none" else key] = Metric(value=float(value), stderr=stderr)
     if lost and not metrics:
         raise NumericalError(f"{lost[0]}, and no metric is finite; activations may overflow, try --dtype float32")
-    for each in lost:
-        warnings.warn(f"{each}, and is left out", Note, stacklevel=2)
+    for message in lost:
+        warnings.warn(f"{message}, and is left out", Note, stacklevel=2)
     return metrics

@@ -101,7 +101,7 @@ def export(  # noqa: PLR0913 - the Python door
                 "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
             )
         template = Template(demo_gguf() if like is None else Path(like).expanduser())
-        if {resolved(each) for each in (template.path, model or template.path, source)} & {place, place.parent}:
+        if {resolved(path) for path in (template.path, model or template.path, source)} & {place, place.parent}:
             raise StorageError(f"--out {place} is the template or the dense model, or in the checkpoint; name another")
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
@@ -114,6 +114,6 @@ def export(  # noqa: PLR0913 - the Python door
         work = WorkingDirectory(place, {"kind": "export"}, overwrite=overwrite, restart=restart, need_bytes=need)
         record = write_compressed(opened, work, record, progress, keep)
     run, grid = opened.run, opened.grid
-    linear = sum(grid.bits_per_weight(each.shape[1]) * each.weights for each in run.linears) / 8
-    packed = sum(each.packed_bytes(grid.values, grid.group) for each in run.linears) if run.packs else None
+    linear = sum(grid.bits_per_weight(matrix.shape[1]) * matrix.weights for matrix in run.linears) / 8
+    packed = sum(matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears) if run.packs else None
     return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)

@@ -62,16 +62,16 @@ class Template:
 
     def keys_of(self, keys: Sequence[str]) -> dict[str, list[str]]:
         """The tensors of a checkpoint by their name in GGUF; those of experts, which it stacks, in their order."""
-        found: dict[str, dict[int, str]] = {}
+        stacked: dict[str, dict[int, str]] = {}
         for key in keys:
             plain = re.sub(r"(?<=\.experts)\.\d+(?=\.)", "", key)
             tried = (plain, plain.replace("language_model.", ""), f"model.{plain}")
-            names = (self._names.get_name(each, try_suffixes=(".weight", ".bias")) for each in tried)
+            names = (self._names.get_name(candidate, try_suffixes=(".weight", ".bias")) for candidate in tried)
             name = next(filter(None, names), None)
             if name is not None:
                 expert = re.search(r"(?<=\.experts\.)\d+(?=\.)", key)
-                found.setdefault(name, {})[int(expert.group()) if expert else 0] = key
-        return {name: [each for _, each in sorted(of.items())] for name, of in found.items()}
+                stacked.setdefault(name, {})[int(expert.group()) if expert else 0] = key
+        return {name: [key for _, key in sorted(of.items())] for name, of in stacked.items()}
 
     def change(self, tensor: gguf.ReaderTensor, dense: Tensor, orders: Sequence[Tensor]) -> Change | None:
         """The change that makes ``tensor`` of the dense model's rows ``(rows, columns)``, by one of these orders.
@@ -81,8 +81,8 @@ class Template:
             return None
         shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
         changes = [Change(order, shift) for order in orders for shift in shifts]
-        found = [change for change in changes if _fits(tensor, dense, change)]
-        return found[0] if len(found) == 1 else None
+        fitting = [change for change in changes if _fits(tensor, dense, change)]
+        return fitting[0] if len(fitting) == 1 else None
 
 
 def rows_of(tensor: gguf.ReaderTensor) -> int:
@@ -102,9 +102,9 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
         if rows % (2 * count) == 0:
             orders.append(order.view(count, 2, -1).transpose(1, 2).reshape(-1))
         if heads % count == 0 and rows % (heads + 2 * count) == 0:
-            each = order.view(count, heads // count + 2, -1)
-            orders.append(torch.cat([part.reshape(-1) for part in (each[:, :-2], each[:, -2], each[:, -1])]))
-    return [each for i, each in enumerate(orders) if not any(torch.equal(each, other) for other in orders[:i])]
+            grouped = order.view(count, heads // count + 2, -1)
+            orders.append(torch.cat([part.reshape(-1) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])]))
+    return [tensor for i, tensor in enumerate(orders) if not any(torch.equal(tensor, other) for other in orders[:i])]
 
 
 def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:

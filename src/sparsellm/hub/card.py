@@ -106,7 +106,7 @@ def card_text(
         **run.base.model_dump(include=set(_LICENSE), exclude_none=True),
     )
     defaults = Recipe().model_dump()
-    settings = dump_yaml({key: each for key, each in run.recipe.items() if key in _ALWAYS or each != defaults.get(key)})
+    settings = dump_yaml({key: item for key, item in run.recipe.items() if key in _ALWAYS or item != defaults.get(key)})
     fence = "`" * max(3, _longest_run(settings) + 1)
     card = ModelCard.from_template(
         data,

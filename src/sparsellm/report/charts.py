@@ -136,7 +136,7 @@ def lines(
     for position, values in enumerate(series.values()):
         alike.setdefault(tuple(map(shown, values)), []).append(position)
     names, every = list(series), list(series.values())
-    traces = [line(", ".join(names[each] for each in at), x[1], every[at[0]], at[0]) for at in alike.values()]
+    traces = [line(", ".join(names[position] for position in at), x[1], every[at[0]], at[0]) for at in alike.values()]
     layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(traces) <= MOST_NAMED}
     return Chart(*heading, _table(*x, series, shown), traces, layout)
 
@@ -206,12 +206,12 @@ def experts_chart(pruning: Pruning) -> Chart:
     """The tokens and the score of every expert of the dense model, by block, and which experts stayed."""
     first, every = pruning.experts[0], [str(number) for number in range(len(pruning.experts[0].tokens))]
     shares, rows = list[Values](), list[list[str]]()
-    for each in pruning.experts:
-        known = [(count / max(1, sum(each.tokens)), at in each.kept) for at, count in enumerate(each.tokens)]
+    for mixture in pruning.experts:
+        known = [(count / max(1, sum(mixture.tokens)), at in mixture.kept) for at, count in enumerate(mixture.tokens)]
         shares.append([share if stays else None for share, stays in known])
         said = [f"{'kept' if stays else 'removed'}, {share:.1%}" for share, stays in known]
-        rows.append([f"{what}, score {number(score)}" for what, score in zip(said, each.scores, strict=False)])
-    blocks = [str(each.block) for each in pruning.experts]
+        rows.append([f"{what}, score {number(score)}" for what, score in zip(said, mixture.scores, strict=False)])
+    blocks = [str(mixture.block) for mixture in pruning.experts]
     trace = _heat(
         z=shares,
         x=every,
@@ -257,18 +257,18 @@ def course(pruning: Pruning) -> list[Chart]:
 
 def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
     """The divergence from the dense model after each pass of the sweep."""
-    best = min(passes, key=lambda each: (not math.isfinite(each.held_out), each.held_out))
+    best = min(passes, key=lambda record: (not math.isfinite(record.held_out), record.held_out))
     kept = f"{number(best.held_out)} after pass {best.passes}, whose weights were kept"
     if best is passes[0]:
         kept = "no pass was better, so the weights before it were kept"
     text = "KL(dense ‖ pruned) in nats a token on held-out windows: "
     text += f"{number(passes[0].held_out)} before the first pass; {kept}."
     series: dict[str, Values] = {
-        "held-out windows": [each.held_out for each in passes],
-        "windows of the pass": [each.train for each in passes],
-        **{f"held out of {name}": [each.sources.get(name) for each in passes] for name in passes[0].sources},
+        "held-out windows": [record.held_out for record in passes],
+        "windows of the pass": [record.train for record in passes],
+        **{f"held out of {name}": [record.sources.get(name) for record in passes] for name in passes[0].sources},
     }
-    numbers = ("passes", [each.passes for each in passes])
+    numbers = ("passes", [record.passes for record in passes])
     return lines(("sweep", "The sweep", text), numbers, axis("KL, nats", rangemode="tozero"), series)
 
 

@@ -47,7 +47,7 @@ class Checkpoint:
 
     def decoding(self) -> tuple[Benchmark, Pair] | None:
         """The latest benchmark with decoding, and its speeds while decoding."""
-        return next(((each, pair) for each in reversed(self.results.benchmarks) if (pair := each.decoding)), None)
+        return next(((result, pair) for result in reversed(self.results.benchmarks) if (pair := result.decoding)), None)
 
 
 def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -81,7 +81,7 @@ def headline(record: Checkpoint) -> list[Row]:
     rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
     if pruning.matrices.weights > pruning.weights:
         rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
-    files = [Row(f"File {each.name}", str(each), None, megabytes(each.bytes / 1e6)) for each in record.results.exports]
+    files = [Row(f"File {file.name}", str(file), None, megabytes(file.bytes / 1e6)) for file in record.results.exports]
     return [*rows, *_quality(record), *_tasks(record), *_sizes(record), *files, *_speeds(record)]
 
 

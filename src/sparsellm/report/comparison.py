@@ -100,30 +100,30 @@ def write_comparison(
 
 def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None) -> bytes:
     """The comparison as HTML."""
-    protocols = [each.protocol for record in records for each in record.results.latest().values()]
-    counts = Counter(each.key for each in protocols)
-    protocol = max(protocols, key=lambda each: counts[each.key], default=None)  # by which most runs were measured
+    protocols = [evaluation.protocol for record in records for evaluation in record.results.latest().values()]
+    counts = Counter(setting.key for setting in protocols)
+    protocol = max(protocols, key=lambda setting: counts[setting.key], default=None)  # by which most runs were measured
     names = _names(records)
     values = _values(records, names, protocol)
-    methods = [" ".join(str(each.pruning.recipe.get(key) or "") for key in ("method", "pattern")) for each in records]
-    seconds = [f"{sum(each.pruning.whole_seconds.values()):,.0f} s" for each in records]
-    measured = {"perplexity"}.union(*(each for _, each in values[1:]))
+    methods = [" ".join(str(run.pruning.recipe.get(key) or "") for key in ("method", "pattern")) for run in records]
+    seconds = [f"{sum(run.pruning.whole_seconds.values()):,.0f} s" for run in records]
+    measured = {"perplexity"}.union(*(numbers for _, numbers in values[1:]))
     columns = {key: text for key, text in _MEASURES.items() if key in measured}
     decoded = [name for name, record in zip(names, records, strict=True) if record.decoding() is not None]
-    measured_elsewhere = {*decoded} - {name for name, each in values if "tokens/s" in each}
+    measured_elsewhere = {*decoded} - {name for name, numbers in values if "tokens/s" in numbers}
     summary = []
-    for (name, each), method, took in zip(values, ["", *methods], ["", *seconds], strict=True):
+    for (name, numbers), method, took in zip(values, ["", *methods], ["", *seconds], strict=True):
         elsewhere = dict.fromkeys(_SPEEDS, "another machine or batch") if name in measured_elsewhere else {}
-        cells = (text(each[k]) if k in each else elsewhere.get(k, "not measured") for k, text in columns.items())
+        cells = (text(numbers[k]) if k in numbers else elsewhere.get(k, "not measured") for k, text in columns.items())
         summary.append((name, method.strip(), *cells, took))
     quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
     packed = max_bytes is not None or None not in [record.packed_bytes for record in records]
     runs = [
-        Candidate(name, each["recovery"], (record.packed_bytes or 0) if packed else _left(record), each["KL"])
-        for (name, each), record in zip(values[1:], records, strict=True)
-        if "recovery" in each and (record.packed_bytes or not packed)
+        Candidate(name, numbers["recovery"], (record.packed_bytes or 0) if packed else _left(record), numbers["KL"])
+        for (name, numbers), record in zip(values[1:], records, strict=True)
+        if "recovery" in numbers and (record.packed_bytes or not packed)
     ]
     best = [(_size(x, packed), x.name, short_number(x.kl), percent(x.recovery)) for x in best_at_each_size(runs)]
     return page(
@@ -189,7 +189,7 @@ def _values(records: Sequence[Checkpoint], names: list[str], protocol: Protocol 
     values, setting = list[tuple[str, _Values]](), None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
     evaluations = [record.results.latest().get(protocol.key) if protocol is not None else None for record in records]
-    perplexities = [each.dense.perplexity.value for each in evaluations if each is not None and each.dense is not None]
+    perplexities = [run.dense.perplexity.value for run in evaluations if run is not None and run.dense is not None]
     if perplexities:  # that of most runs: one may have been measured against another model
         dense["perplexity"] = max(
             perplexities, key=lambda value: sum(math.isclose(value, other, rel_tol=SAME) for other in perplexities)

@@ -105,7 +105,7 @@ class Choice:
     def token_states(self) -> bool:
         """Whether hidden states must be ``(windows, seq, width)``, as for gradients and the sweep."""
         needs = (self.needs, self.allocation_needs)
-        return self.passes > 0 or any(each.token_states or each.output_costs or each.gradient_tokens for each in needs)
+        return self.passes > 0 or any(need.token_states or need.output_costs or need.gradient_tokens for need in needs)
 
     def on(self, patterns: Collection[Pattern], values: str, *, reduced: bool = False) -> Self:
         """The same choice without needs that are useless for these patterns, and with those of integer values; of a

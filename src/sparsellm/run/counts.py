@@ -115,7 +115,7 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
 
 def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
     """A warning that names the experts that fewer than ``least`` tokens were routed to, with their counts; or none."""
-    tokens = {each.name.rpartition(".")[0]: each.tokens for each in linears if each.tokens is not None}
+    tokens = {linear.name.rpartition(".")[0]: linear.tokens for linear in linears if linear.tokens is not None}
     few = sorted((count, name) for name, count in tokens.items() if count < least)
     if not few:
         return []
@@ -131,10 +131,10 @@ def rarely_chosen(experts: Sequence[ExpertsOfBlock]) -> list[str]:
 
     An expert for a kind of text that calibration lacks looks useless."""
     few = [
-        f"block {each.block} expert {number} ({tokens})"
-        for each in experts
-        for number, tokens in enumerate(each.tokens)
-        if number not in each.kept and tokens < RARE * sum(each.tokens) / len(each.tokens)
+        f"block {mixture.block} expert {number} ({tokens})"
+        for mixture in experts
+        for number, tokens in enumerate(mixture.tokens)
+        if number not in mixture.kept and tokens < RARE * sum(mixture.tokens) / len(mixture.tokens)
     ]
     said = (
         f"{len(few)} removed experts got less than {RARE:.0%} of their share of the calibration tokens: "
@@ -148,8 +148,8 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
 
     Rounding may leave each matrix one zero short. The warning names the matrices that stayed dense, largest first, each
     kind once, and the linears with too few zeros."""
-    whole = Totals.of([*linears, *dense])
-    if asked * whole.weights - whole.zeros <= len(linears) + len(dense):
+    total = Totals.of([*linears, *dense])
+    if asked * total.weights - total.zeros <= len(linears) + len(dense):
         return []
     kinds: dict[tuple[str, str], list[DenseMatrix]] = {}
     for matrix in dense:
@@ -158,7 +158,7 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
     causes = []
     for (kind, reason), part in ordered:
         where = part[0].name if len(part) == 1 else f"{len(part)} of {kind}"
-        causes.append(f"{where} ({sum(m.weights for m in part) / whole.weights:.2%} of the weights, {reason})")
+        causes.append(f"{where} ({sum(m.weights for m in part) / total.weights:.2%} of the weights, {reason})")
     causes += [
         f"{linear.name} (zeros {linear.sparsity:.2%} of {linear.asked:.2%})"
         for linear in linears
@@ -166,5 +166,5 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
     ]
     why = f"left dense: {some(causes, _SHOWN, '; ')}" if causes else "the steps of the pattern are that coarse"
     return [
-        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; {why}"
+        f"sparsity {total.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; {why}"
     ]

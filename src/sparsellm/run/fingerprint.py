@@ -60,7 +60,7 @@ def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
         weights.append(f"{name} {value.dtype} {tuple(value.shape)} {digest.hexdigest()}")
         done += value.nbytes
-        reading(progress, done, sum(each.nbytes for each in values.values()))
+        reading(progress, done, sum(tensor.nbytes for tensor in values.values()))
     return "".join(weights)
 
 

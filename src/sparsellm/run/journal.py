@@ -91,9 +91,9 @@ class Journal(contextlib.ExitStack):
 
         def begin(out: Path) -> bool:
             # torchrun and Slurm count starts, and repeat a command with restart: the run that it began goes on.
-            own = directory.left_in(self._partial) == to_jsonable_python(asdict(identity))
+            identical = directory.left_in(self._partial) == to_jsonable_python(asdict(identity))
             counts = (os.environ.get(f"{launcher}_RESTART_COUNT", "0") for launcher in ("TORCHELASTIC", "SLURM"))
-            self._restart = self._restart and (not own or all(count == "0" for count in counts))
+            self._restart = self._restart and (not identical or all(count == "0" for count in counts))
             opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)
             work = self.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
             self._walked = self.writer = CheckpointWriter(work, self.blocks + 1, resumes=True)

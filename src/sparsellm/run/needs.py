@@ -96,7 +96,7 @@ def predict(
         raise refused
     took = partial(predictions.predicted_seconds, chain, choice, extent, speeds, finished=finished)
     timed = [(memory, took(memory=memory)) for memory in fitting]
-    memory, seconds = min(timed, key=lambda each: sum(each[1].values()))  # the first of equals
+    memory, seconds = min(timed, key=lambda pair: sum(pair[1].values()))  # the first of equals
     files = memory.hidden_on_disk_bytes * extent.ranks
     if journal is None or journal.out is not None:
         files += choice.copies * checkpoint_bytes(chain)
@@ -203,8 +203,8 @@ def foresee(
         lower = [effort for effort, passes in enumerate(PASSES) if passes < prediction.passes]
         others: list[dict[str, JsonValue]] = [{"effort": effort} for effort in reversed(lower)]
         others += [{"method": name, "options": {}, **dict.fromkeys(SWEEP)} for name in LOCAL]
-        fits = (each for each in others if fitting(recipe.updated(**each), ranks) is not None)
-        name, value = next((next(iter(each.items())) for each in fits), ("no effort and no local", "method"))
+        fits = (change for change in others if fitting(recipe.updated(**change), ranks) is not None)
+        name, value = next((next(iter(change.items())) for change in fits), ("no effort and no local", "method"))
         notes = [f"{why}: it does not fit; {name} {value} does"]
     return prediction.model_copy(update={"notes": notes, "wanted_ranks": least})
 

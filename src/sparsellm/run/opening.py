@@ -64,12 +64,12 @@ def open_models(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     text: bool,
-    whole: bool,
+    loaded: bool,
     trust: bool,
 ) -> Models:
     """Opens the model and its teacher, as in :func:`sparsellm.prune`: with a tokenizer for a ``text``, in memory if
-    ``whole``, with the checkpoint's code if ``trust``. SparseLLMError if one cannot be opened, or they do not fit."""
-    if teacher is not None and (whole or isinstance(model, PreTrainedModel)):
+    ``loaded``, with the checkpoint's code if ``trust``. SparseLLMError if one cannot be opened, or they do not fit."""
+    if teacher is not None and (loaded or isinstance(model, PreTrainedModel)):
         raise RecipeError("teacher needs models on disk: give model and teacher by name, and out=DIR")
     named = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
     check = partial(load_config, trust_remote_code=trust)
@@ -79,11 +79,11 @@ def open_models(
         if not isinstance(given, PreTrainedModel)
     ]
     directory = sources[-1] if sources else None
-    if whole and directory is not None and is_packed(read_object(directory / "config.json")):
+    if loaded and directory is not None and is_packed(read_object(directory / "config.json")):
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
-    if isinstance(model, PreTrainedModel) and any(hasattr(each, "base_layer") for each in model.modules()):
+    if isinstance(model, PreTrainedModel) and any(hasattr(module, "base_layer") for module in model.modules()):
         raise ModelError("the model has adapters; merge them first (merge_and_unload), or give the model without them")
-    chain, in_memory = open_model(model if teacher is None else teacher, directory, recipe, trust, whole=whole)
+    chain, in_memory = open_model(model if teacher is None else teacher, directory, recipe, trust, whole=loaded)
     if tokenizer is None and directory is not None and text:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust)
     start = None if teacher is None else _open_start(chain, sources[0], tokenizer if text else None, trust)

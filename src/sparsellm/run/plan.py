@@ -98,7 +98,7 @@ class Plan:
     model: Models
     windows: Windows
     prediction: Prediction  # memory is that of this process
-    whole: Prediction  # the same with the run that follows, if one does
+    total: Prediction  # the same with the run that follows, if one does
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]
@@ -129,7 +129,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
         given, trust = (request.model, request.teacher, recipe, request.tokenizer), request.trust_remote_code
-        model = open_models(*given, text=not isinstance(ids, Tensor), whole=request.out is None, trust=trust)
+        model = open_models(*given, text=not isinstance(ids, Tensor), loaded=request.out is None, trust=trust)
         chain = model.chain
         computing = _computing(chain)
         if request.out is not None and model.directory is None:  # transformers may refuse what it saves last
@@ -162,8 +162,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         prediction = parallel.together(partial(foreseen, sweep=slowest))
     windows = replace(windows, sharers=parallel.size() if prediction.memory.sweep in RESIDENT else 1)
     disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
-    whole = prediction if fewer is None else _with_rest(request, recipe, fewer.chain, prediction, budgets)
-    progress(Progress(NOTE, 1, 1, needed(whole)))
+    total = prediction if fewer is None else _with_rest(request, recipe, fewer.chain, prediction, budgets)
+    progress(Progress(NOTE, 1, 1, needed(total)))
     progress(Progress(DETAIL, 1, 1, predictions.described(prediction.memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
@@ -180,7 +180,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     )
     note(progress, warnings)
     opened = (request, recipe, choice, out, model, windows)
-    return Plan(*opened, prediction, whole, disk_bytes, identity, tuple(warnings), fewer)
+    return Plan(*opened, prediction, total, disk_bytes, identity, tuple(warnings), fewer)
 
 
 def _computing(chain: Chain) -> str:
@@ -241,9 +241,9 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
         saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
         warnings.append(f"{saves}; sparsity 0 loses less")
     if recipe.grid != "own":
-        pruned = [each for each in linears if not is_excluded(each.weight_name, recipe.exclude, recipe.only)]
-        parts = [each.name for each in pruned if each.weight_name in chain.parts or chain.is_shared(each.weight_name)]
-        turned = [each.name for each in pruned if each.transposed and GRIDS[recipe.grid].group != 32]  # that of GGUF
+        pruned = [linear for linear in linears if not is_excluded(linear.weight_name, recipe.exclude, recipe.only)]
+        parts = [part.name for part in pruned if part.weight_name in chain.parts or chain.is_shared(part.weight_name)]
+        turned = [part.name for part in pruned if part.transposed and GRIDS[recipe.grid].group != 32]  # that of GGUF
         whys = [f"{name} has no tensor of its own; exclude it" for name in parts]
         whys += [f"{name} is a Conv1D, which only GGUF has; take q4_0 or q8_0" for name in turned]
         warnings += [f"no export takes grid {recipe.grid}: {why}" for why in whys[:1]]

@@ -240,7 +240,7 @@ def kept_bytes(chain: Chain, demand: Demand) -> int:
         return 0
     width, most = _width(chain), 0
     for kind in chain.kinds:
-        inputs = sorted((max(each.features, width) for each in kind.linears if each.outputs == width), reverse=True)
+        inputs = sorted((max(size.features, width) for size in kind.linears if size.outputs == width), reverse=True)
         most = max(most, sum(inputs[: demand.workspace.writers]))
     return most * demand.extent.share * demand.extent.seq_len * chain.dtype.itemsize
 
@@ -258,7 +258,7 @@ def saved_sweep_bytes(chain: Chain, passes: int, zeros: float, *, unrounded: boo
 
 def kept_share(chain: Chain, zeros: float) -> float:
     """The share of the elements of all blocks that are not pruned, with these ``zeros`` in their linears."""
-    weights = sum(kind.number * sum(each.features * each.outputs for each in _linears(kind)) for kind in chain.kinds)
+    weights = sum(kind.number * sum(size.features * size.outputs for size in _linears(kind)) for kind in chain.kinds)
     return 1 - zeros * weights / _trained(chain, unrounded=False)
 
 
@@ -385,12 +385,12 @@ def sweeps(chain: Chain, demand: Demand) -> list[str]:
     without rows or of several blocks."""
     if not demand.passes:
         return [""]
-    gpu, whole = chain.device.type == "cuda", any(kind.scalars for kind in chain.kinds)
-    whole |= any(not chain.owns(name) for index in range(len(chain)) for name in chain.names_of(index))
-    if demand.unrounded or any(kind.experts for kind in chain.kinds) or (demand.extent.ranks > 1 and whole):
+    gpu, undivided = chain.device.type == "cuda", any(kind.scalars for kind in chain.kinds)
+    undivided |= any(not chain.owns(name) for index in range(len(chain)) for name in chain.names_of(index))
+    if demand.unrounded or any(kind.experts for kind in chain.kinds) or (demand.extent.ranks > 1 and undivided):
         return [STREAMED]
     resident = RESIDENT.items() if gpu or chain.device.type == "cpu" else ()
-    return [*[name for name, way in resident if (gpu and not whole) or not way.offloads], STREAMED]
+    return [*[name for name, way in resident if (gpu and not undivided) or not way.offloads], STREAMED]
 
 
 def residence(chain: Chain, sweep: str, ranks: int) -> Residence | None:
@@ -408,7 +408,7 @@ def _activations_for_gradients(chain: Chain, demand: Demand, item: int) -> int:
 
 def _widest(chain: Chain, kind: Kind) -> int:
     """The most outputs of a linear."""
-    return max((each.outputs for linears in (kind.linears, *kind.experts) for each in linears), default=_width(chain))
+    return max((size.outputs for linears in (kind.linears, *kind.experts) for size in linears), default=_width(chain))
 
 
 def _attention_bytes(chain: Chain, tokens: int, seq: int, *, gradients: bool) -> int:
@@ -473,8 +473,8 @@ def _solver_bytes(chain: Chain, kind: Kind, workspace: Workspace) -> int:
 
     groups = _inputs(kind.linears)
     inputs = [] if workspace.writers else [features for _, features, _ in groups]
-    sizes = [solving(each, inputs[at:]) for at, group in enumerate(groups.values(), 1) for each in group]
-    sizes += [solving(each, [other.features for other in expert]) for expert in kind.experts for each in expert]
+    sizes = [solving(size, inputs[at:]) for at, group in enumerate(groups.values(), 1) for size in group]
+    sizes += [solving(size, [other.features for other in expert]) for expert in kind.experts for size in expert]
     return max(sizes, default=0)
 
 

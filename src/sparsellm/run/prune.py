@@ -105,7 +105,7 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
     if plan.out is not None:
         identity = to_jsonable_python(asdict(plan.identity))
         parallel.from_main(partial(check_unfinished, partial_of(plan.out), identity, restart=request.restart))
-    return plan.whole.model_copy(update={"model": plan.base.name})
+    return plan.total.model_copy(update={"model": plan.base.name})
 
 
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
@@ -192,7 +192,7 @@ def _sweep(
         sweeps = sweep(task)
     if dense is not None:
         dense.close()
-    return Pruned([each.model_copy(update={"zeros": zeros[each.name]}) for each in linears], sweeps, peak)
+    return Pruned([linear.model_copy(update={"zeros": zeros[linear.name]}) for linear in linears], sweeps, peak)
 
 
 def _result(
@@ -221,7 +221,7 @@ def _result(
         peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), pruned.peak))),
         calibration_tokens=plan.windows.sets.numel(),
         calibration_bos=plan.windows.bos,
-        predicted_seconds=(plan if removed is None else removed.plan).whole.seconds,
+        predicted_seconds=(plan if removed is None else removed.plan).total.seconds,
         resumed=len(finished),
         warnings=warnings,
         memory=plan.prediction.memory,

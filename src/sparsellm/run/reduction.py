@@ -63,13 +63,13 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     """The model of a request without some experts, resumed if there is a part of it; errors as :func:`plan_removal`."""
     clock = PhaseClock()
     plan = plan_removal(request, clock, progress)
-    progress(Progress(PLAN, costs=plan.whole.seconds))
+    progress(Progress(PLAN, costs=plan.total.seconds))
     fewer, place, recipe = plan.fewer, plan.out, plan.recipe
     assert fewer is not None
     assert place is not None
     identity = to_jsonable_python(asdict(plan.identity))
     if (known := parallel.from_main(partial(_read, place))).get("identity") == identity:
-        records = [ExpertsOfBlock.model_validate(each) for each in known["experts"]]
+        records = [ExpertsOfBlock.model_validate(entry) for entry in known["experts"]]
         return Removed(plan, records, known.get("seconds", {}), known.get("warnings", []))
     with Journal(place, len(plan.chain), restart=request.restart, overwrite=plan.request.overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
@@ -89,7 +89,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         done = journal.finished(progress)
         records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, done, clock)
         parallel.barrier()
-        kept = {"identity": identity, "experts": [each.model_dump() for each in records], "seconds": clock.seconds}
+        kept = {"identity": identity, "experts": [record.model_dump() for record in records], "seconds": clock.seconds}
         kept["warnings"] = warnings = other_conditions(done)
         parallel.from_main(partial(_save, plan, fewer, journal, kept))
     machine.trim()  # the pass that follows begins with what is left

@@ -75,12 +75,12 @@ def _allocate(plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGr
     chosen = plan.choice.allocator.function(surveyed, **plan.choice.allocation_options)
     if wrong := parts.wrong(chosen):
         raise RecipeError(f"allocation {plan.choice.allocator.name} {wrong}; use from_sparsities(survey, sparsities)")
-    found = parts.allocation(chosen)
+    result = parts.allocation(chosen)
     m = plan.recipe.chosen_of
     if m is None:
-        return found
-    zeros = round_to_groups([found.zeros[x.name] for x in parts.free], [x.weights for x in parts.free], m, parts.zeros)
-    return Allocation.of(parts.free, zeros, found.report)
+        return result
+    zeros = round_to_groups([result.zeros[x.name] for x in parts.free], [x.weights for x in parts.free], m, parts.zeros)
+    return Allocation.of(parts.free, zeros, result.report)
 
 
 def walk(
@@ -144,7 +144,7 @@ def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
     if not plan.choice.trains_integers(plan.recipe):
         return None
-    return Integers(plan.chain, plan.recipe.rounding, {each.name: each.exponents for each in linears})
+    return Integers(plan.chain, plan.recipe.rounding, {linear.name: linear.exponents for linear in linears})
 
 
 def replay(

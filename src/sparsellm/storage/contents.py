@@ -69,8 +69,8 @@ def unknown_entries(directory: Path) -> list[str]:
 def companions_of(model: Path, *more: str) -> dict[Path, str]:
     """A model's config, tokenizer, licence and the like, and files named in ``more``: their names there, in order."""
     every = sorted([*model.iterdir(), *model.glob("additional_chat_templates/*")])
-    found = {file: file.relative_to(model).as_posix() for file in every if file.is_file()}
-    return {file: name for file, name in found.items() if COMPANIONS.fullmatch(name) or name in more}
+    names = {file: file.relative_to(model).as_posix() for file in every if file.is_file()}
+    return {file: name for file, name in names.items() if COMPANIONS.fullmatch(name) or name in more}
 
 
 def belongs_to(model: Path, file: Path) -> bool:
@@ -103,7 +103,7 @@ def changing(directory: str | os.PathLike[str]) -> Iterator[Callable[[str, bytes
         path = folder / name
         if name in LATER and (known := listed_files(folder)) is not None:
             digest = hashlib.sha256(data).hexdigest()
-            there = [each for each in known.get(name, []) if each != digest and has_digest(path, each)]
+            there = [earlier for earlier in known.get(name, []) if earlier != digest and has_digest(path, earlier)]
             keep_record(folder / LIST, {**known, name: [digest, *there]})  # first, so that no kill makes it foreign
         write_bytes(path, data)
         return path
@@ -121,7 +121,7 @@ def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
             return False
         if path.is_dir():
             inside = list(path.iterdir()) if depth == 0 else []
-            return bool(inside) and all(known(each, 1) for each in inside)
+            return bool(inside) and all(known(child, 1) for child in inside)
         torn = TORN.fullmatch(path.name) is not None
         return path.is_file() and (torn or ours(path.relative_to(directory).as_posix(), path))
 

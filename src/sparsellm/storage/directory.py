@@ -189,7 +189,7 @@ def check_destination(
     check_room(place, need_bytes - written_bytes(partial))
     for source in filter(os.path.isdir, map(resolved, [*sources][-1:])):  # the last one is copied
         copied = (file for file in companions_of(source) if belongs_to(source, file))
-        if (file := next((each for each in copied if not os.access(each, os.R_OK)), None)) is not None:
+        if (file := next((path for path in copied if not os.access(path, os.R_OK)), None)) is not None:
             raise StorageError(f"{file} cannot be read, and is copied into the result; correct its permissions")
     return place
 
@@ -263,7 +263,7 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
                 yield f"cannot be written: {path} belongs to another user (id {status.st_uid})"
     for source in sources:
         for path in (place, partial):
-            pairs = [(each, source) for each in (path, *path.parents)] + [(path, each) for each in source.parents]
+            pairs = [(outer, source) for outer in (path, *path.parents)] + [(path, outer) for outer in source.parents]
             if any(_same(*pair) for pair in pairs):  # one is the other or inside it, by what they are, not by name
                 what = "the model" if (source / "config.json").is_file() else "--out"  # the same run's
                 yield f"overlaps with {what} {source}, since {path} is written"

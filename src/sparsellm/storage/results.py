@@ -72,7 +72,7 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
             case Continuation():
                 results.continuations.append(record)
             case Export():
-                others = [each for each in results.exports if (each.to, each.name) != (record.to, record.name)]
+                others = [export for export in results.exports if (export.to, export.name) != (record.to, record.name)]
                 results.exports = [*others, record]  # a second start, or the file was replaced
         write(RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
     return directory / RESULTS

@@ -129,8 +129,8 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource | Tensor]) ->
 
     Returns the SHA-256 of the file, in hexadecimal."""
     sources = {
-        name: each if isinstance(each, TensorSource) else TensorSource(each.dtype, each.shape, each.detach)
-        for name, each in tensors.items()
+        name: tensor if isinstance(tensor, TensorSource) else TensorSource(tensor.dtype, tensor.shape, tensor.detach)
+        for name, tensor in tensors.items()
     }
     order = sorted(sources, key=lambda name: (-sources[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
