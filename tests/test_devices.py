@@ -65,7 +65,7 @@ def test_half_precision_widens_where_it_has_no_units(
     if not new:
         for field in ("dtype", "products"):
             with pytest.raises(RecipeError, match=f"Old Card has no units for bfloat16; give {field} float32 or auto"):
-                opening.open_model("x", tmp_path, Recipe(**{field: "bfloat16"}), False, whole=False)
+                opening.open_model("x", tmp_path, Recipe(**{field: "bfloat16"}), False, load=False)
 
 
 def test_fp16_that_overflows_names_the_dtype_to_take(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ class Opened:
         locate = partial(checkpoint_directory, str(model), argument)
         self.directory = parallel.main_first(locate) if given is None else None
         self._trust = trust
-        self.chain, _ = open_model(model, self.directory, settings, trust, whole=False)
+        self.chain, _ = open_model(model, self.directory, settings, trust, load=False)
         self.kept = Kept(self.chain, without_folders(self.name))
         if tokenizer is None and self.directory is not None and with_tokenizer:
             self.tokenizer = load_tokenizer(self.directory, trust_remote_code=trust)

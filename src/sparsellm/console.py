@@ -87,11 +87,11 @@ def _escape(match: re.Match[str]) -> str:
     return match.group().encode("unicode_escape").decode("ascii")
 
 
-def say(line: str, *, error: bool = False, whole: bool = False) -> None:
+def say(line: str, *, error: bool = False, unbroken: bool = False) -> None:
     """Prints one line on stdout, or on stderr, whose own errors are ignored. On a terminal that is too narrow it breaks
-    between words, unless it stays ``whole``, such as a command that is copied."""
+    between words, unless it stays ``unbroken``, such as a command that is copied."""
     console, text = log() if error else out(), one_line(line)
-    if console.is_terminal and not whole:
+    if console.is_terminal and not unbroken:
         text = textwrap.fill(text, console.width, break_long_words=False, break_on_hyphens=False)
     with contextlib.suppress(*((OSError,) if error else ())):
         console.print(text, soft_wrap=True)

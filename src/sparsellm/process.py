@@ -144,7 +144,7 @@ def _say_why(first: str, *more: str) -> None:
         first = f"process {os.environ['RANK']} of {count()}: {first}"
     console.say(first, error=True)
     for line in more:
-        console.say(line, error=True, whole=True)
+        console.say(line, error=True, unbroken=True)
 
 
 def _leave_the_others(code: int) -> None:

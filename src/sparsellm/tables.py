@@ -94,16 +94,16 @@ def print_prediction(prediction: Prediction) -> None:
 def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     """Prints the two commands that come next for a pruned checkpoint: one measures it, one packs or exports it."""
     name, grid = shlex.quote(str(out)), GRIDS.get(recipe.grid)
-    say(f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}", whole=True)
+    say(f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}", unbroken=True)
     base = str(out).rstrip("/")
     if grid is not None:
         end, like = (".gguf", " --like FILE.gguf") if grid.form == "gguf" else ("-exported", "")
         place = shlex.quote(base + end)
-        say(f"export it:   sparsellm export {name} --to {grid.form} --out {place}{like}", whole=True)
+        say(f"export it:   sparsellm export {name} --to {grid.form} --out {place}{like}", unbroken=True)
         return
     packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
     if recipe.sparsity or packed:
-        say(f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}", whole=True)
+        say(f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}", unbroken=True)
 
 
 def _kinds(result: PruneResult) -> Table:

@@ -118,7 +118,7 @@ def test_a_line_breaks_between_words_and_a_command_does_not(terminal: Terminal) 
     assert max(map(len, lines)) <= 80
     assert " ".join(lines).split() == words.split()
     command = "sparsellm eval " + "long-name/" * 12
-    console.say(command, error=True, whole=True)
+    console.say(command, error=True, unbroken=True)
     assert terminal.getvalue().splitlines()[-1] == command
 
 

@@ -83,7 +83,7 @@ def open_models(
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
     if isinstance(model, PreTrainedModel) and any(hasattr(module, "base_layer") for module in model.modules()):
         raise ModelError("the model has adapters; merge them first (merge_and_unload), or give the model without them")
-    chain, in_memory = open_model(model if teacher is None else teacher, directory, recipe, trust, whole=loaded)
+    chain, in_memory = open_model(model if teacher is None else teacher, directory, recipe, trust, load=loaded)
     if tokenizer is None and directory is not None and text:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust)
     start = None if teacher is None else _open_start(chain, sources[0], tokenizer if text else None, trust)
@@ -106,9 +106,9 @@ def device_of(model: Model, recipe: Recipe) -> torch.device:
 
 
 def open_model(
-    model: Model, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
+    model: Model, directory: Path | None, recipe: Recipe, trust: bool, *, load: bool
 ) -> tuple[Chain, PreTrainedModel | None]:
-    """A chain over a model, or over its checkpoint in ``directory``, which is loaded if ``whole``; and the model itself
+    """A chain over a model, or over its checkpoint in ``directory``, which is loaded if ``load``; and the model itself
     if it is in memory. Raises RecipeError if the recipe sets device or dtype for a model that is in memory already."""
     device = device_of(model, recipe)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -126,7 +126,7 @@ def open_model(
     else:
         assert directory is not None
         chain = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust)
-        if whole:
+        if load:
             loaded = load_whole(directory, chain.dtype, device, trust)
             chain = open_chain(loaded, device=device)
     set_products(chain, recipe)
