@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import SkipValidation
 
 from sparsellm import api, parallel
-from sparsellm.arguments import RecipeGiven
+from sparsellm.arguments import RecipeGiven, checked
 from sparsellm.calibration.sources import check_sources, default_source
 from sparsellm.calibration.texts import text_file
 from sparsellm.convert import check_packable
@@ -43,6 +45,9 @@ from sparsepack.errors import UserError
 
 GRID, PAGE = "compare.json", "compare.html"  # the record of a comparison, and its page
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
+
+
+AnyNumber = Annotated[float, SkipValidation]  # the recipe checks it
 
 
 class Measured(Record):
@@ -196,12 +201,6 @@ def _check_asked(cells: Mapping[str, Recipe], protocol: Protocol, recover: float
         raise RecipeError("speed is measured while nothing else runs; leave it out, or start one process")
 
 
-def _check_lists(**lists: object) -> None:
-    for name, given in lists.items():
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise RecipeError(f"{name} is {shown(given)}; give a list")
-
-
 def _with_text(
     cells: Mapping[str, Recipe], model: str | os.PathLike[str], progress: ProgressCallback
 ) -> dict[str, Recipe]:
@@ -281,22 +280,21 @@ def _keep(grid: Grid, place: Path) -> None:
     write_bytes(place / GRID, (grid.model_dump_json(indent=2) + "\n").encode())
 
 
+@checked
 def cells_of(
     base: RecipeGiven,
     *,
     methods: Sequence[str],
-    sparsities: Sequence[float] = (),
+    sparsities: Sequence[AnyNumber] = (),
     patterns: Sequence[str] = (),
-    efforts: Sequence[int] = (),
+    efforts: Sequence[AnyNumber] = (),
     values: Sequence[str] = (),
-    experts: Sequence[float] = (),
+    experts: Sequence[AnyNumber] = (),
 ) -> dict[str, Recipe]:
     """The cells by name: every method at every sparsity, then at every pattern, auto:M at every sparsity; each with
     every effort, if the method has a sweep, type of values and ``experts``. The other settings are those of ``base``,
     whose options hold for the methods that have them, and those of a sweep for the methods with one. A RecipeError if
     nothing is asked for, something is named twice or wrong, or no method has an option of the base."""
-    _check_lists(methods=methods, sparsities=sparsities, patterns=patterns)
-    _check_lists(efforts=efforts, values=values, experts=experts)
     recipe = Recipe.of(base)
     if values and recipe.grid != "own":
         raise RecipeError(f"grid {recipe.grid} means values {recipe.values}; leave out values, or the grid")
