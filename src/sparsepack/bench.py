@@ -277,9 +277,9 @@ def pairs_of(speeds: Sequence[Speed]) -> list[Pair]:
     for speed in speeds:
         settings.setdefault((speed.phase, speed.batch, speed.threads), []).append(speed)
     pairs = []
-    for each in settings.values():
-        packed = next((speed for speed in each if speed.model == "packed"), None)
-        dense = {speed.decoder: speed for speed in each if speed.model == "dense"}
+    for measured in settings.values():
+        packed = next((speed for speed in measured if speed.model == "packed"), None)
+        dense = {speed.decoder: speed for speed in measured if speed.model == "dense"}
         if packed is not None and "transformers" in dense:
             pairs.append(Pair(packed, dense.get(packed.decoder), dense["transformers"]))
     return pairs

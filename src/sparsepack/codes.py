@@ -66,21 +66,21 @@ class Levels:
 
     def nearest(self, units: Tensor, *, zero: bool = False) -> Tensor:
         """The nearest numbers; 0 for a value of 0, and for others only with ``zero``."""
-        whole = units.round().clamp_(self.lowest, self.numbers[-1])
+        rounded = units.round().clamp_(self.lowest, self.numbers[-1])
         # Signs are added and multiplied: bools take a CPU up to fifty times as long as numbers.
         if self.even:
-            return whole if zero else whole.add_(whole.abs().clamp_(max=1).sub_(1).neg_().mul_(units.sign()))
-        places = whole.sub_(self.lowest).nan_to_num_().to(torch.int32)  # a scale is NaN where a value is
+            return rounded if zero else rounded.add_(rounded.abs().clamp_(max=1).sub_(1).neg_().mul_(units.sign()))
+        places = rounded.sub_(self.lowest).nan_to_num_().to(torch.int32)  # a scale is NaN where a value is
         nearest = nearest_levels(self.numbers, units.device).index_select(0, places.view(-1)).view_as(units)
         return nearest.mul_(units.sign().abs_())
 
-    def codes(self, whole: Tensor) -> Tensor:
+    def codes(self, numbers: Tensor) -> Tensor:
         """The codes 0 … 15 of some of the numbers, uint8."""
         if self.even:
-            return (whole + CODES // 2).to(torch.uint8)
+            return (numbers + CODES // 2).to(torch.uint8)
         table = torch.zeros(1 - self.lowest + self.numbers[-1], dtype=torch.uint8)
         table[torch.tensor(self.numbers) - self.lowest] = torch.arange(len(self.numbers), dtype=torch.uint8)
-        return table[(whole - self.lowest).long()] + (CODES - len(self.numbers)) // 2
+        return table[(numbers - self.lowest).long()] + (CODES - len(self.numbers)) // 2
 
     @property
     def table(self) -> Tensor | None:
@@ -205,16 +205,16 @@ def encode_values(
         raise FormatError(f"a weight is NaN, infinite or too large, and cannot be stored as {value_type}")
     if value_type == "int8":
         scales = exact.abs().amax(dim=1) / 127
-        whole = whole_numbers(exact, scales.unsqueeze(1), PLAIN["int8"], zero=True)
-        return Encoded(whole[kept].to(torch.int8), offsets, scales)
+        numbers = whole_numbers(exact, scales.unsqueeze(1), PLAIN["int8"], zero=True)
+        return Encoded(numbers[kept].to(torch.int8), offsets, scales)
     assert group is not None
     groups = groups_of(weight.shape[1], group)
     padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).view(-1, group)
     levels = levels_of(value_type, layout)
     if not levels.even and not _is_on(padded, levels):
         levels = PLAIN[value_type]
-    whole, scales, _ = _quantise_groups(padded, levels)
-    codes = levels.codes(whole.view(len(weight), -1)[:, : weight.shape[1]][kept])
+    numbers, scales, _ = _quantise_groups(padded, levels)
+    codes = levels.codes(numbers.view(len(weight), -1)[:, : weight.shape[1]][kept])
     rows, rank = _places(counts)
     slots = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
     slots[offsets[rows] + rank] = codes
@@ -239,8 +239,8 @@ def decode_values(
         assert group is not None
         row, rank = _places(counts)
         codes = _nibbles(values[start // 2 : stop // 2])[(offsets[rows] - start)[row] + rank]
-        whole = codes.float() - CODES // 2 if levels is None else levels.float()[codes.int()]
-        exact = whole * scales[rows][row, kept.nonzero()[:, 1] // group].float()
+        numbers = codes.float() - CODES // 2 if levels is None else levels.float()[codes.int()]
+        exact = numbers * scales[rows][row, kept.nonzero()[:, 1] // group].float()
     return exact if exponents is None else exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
 
 
@@ -305,19 +305,19 @@ def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, f
     """Whole numbers ``(groups, columns)``, the best bf16 scales ``(groups,)`` of those tried, and the squared error.
 
     The anchor becomes the lowest number, which has no positive counterpart, so a scale may be negative."""
-    whole, scales = torch.empty_like(grouped), grouped.new_empty(len(grouped), dtype=torch.bfloat16)
+    numbers, scales = torch.empty_like(grouped), grouped.new_empty(len(grouped), dtype=torch.bfloat16)
     total = 0.0
     for first in range(0, len(grouped), _GROUPS_AT_ONCE):
         part = slice(first, first + _GROUPS_AT_ONCE)
-        whole[part], scales[part], error = _best_of_scales(grouped[part], levels)
+        numbers[part], scales[part], error = _best_of_scales(grouped[part], levels)
         total += float(error.double().sum())
-    return whole, scales, total
+    return numbers, scales, total
 
 
 def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
     extreme = grouped.gather(1, anchors(grouped))  # (groups, 1)
     best = torch.full_like(extreme, math.nan)  # an error that overflows is better than none
-    whole, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
+    numbers, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
     for fraction in _SCALE_FRACTIONS:
         scale = (extreme / levels.lowest * fraction).bfloat16().float()  # rounded as it will be read
         tried = whole_numbers(grouped, scale, levels, zero=True)
@@ -325,8 +325,8 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
         better = ~(error >= best)
         best = torch.where(better, error, best)
         scales = torch.where(better, scale, scales)
-        whole = torch.where(better, tried, whole)
-    return whole, scales.squeeze(1).bfloat16(), best
+        numbers = torch.where(better, tried, numbers)
+    return numbers, scales.squeeze(1).bfloat16(), best
 
 
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:

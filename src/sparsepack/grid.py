@@ -87,9 +87,9 @@ def scales_of(extreme: Tensor, groups: Groups, dtype: torch.dtype, unit: Tensor 
     return anchors.to(dtype).float() / end
 
 
-def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def as_stored(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of whole numbers, fp32, rounded as a checkpoint in ``dtype`` has them."""
-    return (whole * scales).to(dtype).float().add_(0.0)  # 0 times a negative scale is -0.0
+    return (numbers * scales).to(dtype).float().add_(0.0)  # 0 times a negative scale is -0.0
 
 
 def on_grid(
@@ -120,8 +120,8 @@ def on_grid_of(groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tenso
     for start in range(0, len(weight), few):
         grouped = groups.collect(weight[start : start + few] / powers)
         units = units_of_few[: len(grouped)]
-        whole, scales = _nearest(groups, grouped, dtype, units)
-        rounded[start : start + few] = groups.spread(as_stored(whole, scales * units, dtype))
+        numbers, scales = _nearest(groups, grouped, dtype, units)
+        rounded[start : start + few] = groups.spread(as_stored(numbers, scales * units, dtype))
     return rounded
 
 
@@ -140,10 +140,10 @@ def codes_of(weight: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
     for start in range(0, len(weight), few):
         rows = slice(start, start + few)
         grouped = groups.collect(weight[rows].float())
-        whole, of_groups = _nearest(groups, grouped, weight.dtype, torch.ones_like(grouped))
-        if not torch.equal(as_stored(whole, of_groups, weight.dtype), grouped):
+        numbers, of_groups = _nearest(groups, grouped, weight.dtype, torch.ones_like(grouped))
+        if not torch.equal(as_stored(numbers, of_groups, weight.dtype), grouped):
             raise FormatError(f"{name} is not on the grid {grid.name}; export what `prune --grid {grid.name}` wrote")
-        codes[rows], scales[rows] = groups.spread(whole).to(torch.int8), of_groups.view(-1, scales.shape[1])
+        codes[rows], scales[rows] = groups.spread(numbers).to(torch.int8), of_groups.view(-1, scales.shape[1])
     return codes, scales
 
 

@@ -62,9 +62,9 @@ def load(
     except Exception as error:  # damage raises TypeError, KeyError, SafetensorError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FormatError(f"transformers cannot load {path}: {reason[:300]}") from error
-    model, found = loaded
+    model, report = loaded
     assert isinstance(model, PreTrainedModel)
-    if missing := sorted(found["missing_keys"]):  # transformers makes random ones, and warns
+    if missing := sorted(report["missing_keys"]):  # transformers makes random ones, and warns
         raise FormatError(
             f"weight {missing[0]} of the model of config.json is not in {path}, nor are {len(missing) - 1} more; the "
             "checkpoint is incomplete, or of another model: copy it again"

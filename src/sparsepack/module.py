@@ -249,7 +249,7 @@ class PackedLinear(nn.Module):
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            same = new.dtype == tensor.dtype or not any(tensor is each for each in packed)
+            same = new.dtype == tensor.dtype or not any(tensor is buffer for buffer in packed)
             return new if same else tensor.to(new.device)
 
         super()._apply(moved, recurse)
@@ -265,8 +265,8 @@ class PackedLinear(nn.Module):
             try:
                 if any(part is None for part in parts[:3]):
                     raise FormatError(f"packed weight {name}: mask, values and offsets are loaded together")
-                own = [None if part is None else part.clone() for part in parts]
-                self.set_packed(_assemble(own, self.in_features, name), name)
+                copies = [None if part is None else part.clone() for part in parts]
+                self.set_packed(_assemble(copies, self.in_features, name), name)
             except FormatError as error:
                 rest[-1].append(str(error))
                 return

@@ -101,14 +101,14 @@ class PackedQuantizer(HfQuantizer):
         linears: dict[str, object] = {}
         prefix = f"{model.base_model_prefix}."
         for name, entry in self._entries.items():
-            module = _find(model, own := self._modules[name])
+            module = _find(model, module_name := self._modules[name])
             assert isinstance(module, PackedLinear)
             if module.weight.is_meta:
                 raise FormatError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._tensors.packed(name), name)
             # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3. It gives modules the
             # names of the checkpoint again, but leaves the prefix of the base model as it is.
-            written = own if own.removeprefix(prefix) == name.removeprefix(prefix) else name
+            written = module_name if module_name.removeprefix(prefix) == name.removeprefix(prefix) else name
             linears[written] = entry.of(module.packed, entry.torch_dtype, transposed=entry.transposed).to_dict()
         model.num_parameters = partial(_num_parameters, model)  # pickle would look a method up by its name
         if isinstance(model.get_input_embeddings(), PackedEmbedding):
@@ -143,9 +143,9 @@ def _module_names(model: Any, names: list[str]) -> dict[str, str]:
     modules = {}
     for name in names:
         key = f"{name}.weight"
-        found, _ = rename_source_key(key, renamings, converters, prefix, weights)
+        target, _ = rename_source_key(key, renamings, converters, prefix, weights)
         others = (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")  # a rule for other releases may have misled
-        modules[name] = next((other for other in (found, *others) if other in weights), found).removesuffix(".weight")
+        modules[name] = next((other for other in (target, *others) if other in weights), target).removesuffix(".weight")
     return modules
 
 

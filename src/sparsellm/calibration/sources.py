@@ -60,7 +60,7 @@ def check_sources(source: str, split: Split) -> list[tuple[str, str]]:
     shares = shares_of(source)
     if len(shares) > 1 and split == "evaluation":
         raise DataError(f"{shown(source)} mixes texts for calibration; to evaluate, name one of them after the other")
-    sources = [check_source(each, split) for each in shares]
+    sources = [check_source(part, split) for part in shares]
     if len({(name, os.path.realpath(os.path.expanduser(file))) for name, file in sources}) < len(sources):
         raise DataError(f"text mixture {shown(source)} names one text twice; add its shares")
     if len(set(map(without_folders, shares))) < len(shares):

@@ -69,16 +69,16 @@ def text_rows(path: Path) -> list[str]:
 def documents_of(records: Iterable[tuple[str, Any]]) -> list[Any]:
     """The ``text``, or else the ``messages``, of records, each with its place for an error; those without any are left
     out. Raises DataError for a record that has neither field, or another type in it."""
-    found = []
+    documents = []
     for place, record in records:
         given = [name for name in _FIELDS if isinstance(record, Mapping) and name in record]
         name = next((name for name in given if record[name] is not None), None)
         if name is not None and isinstance(record[name], _FIELDS[name]):
-            found.append(record[name])
+            documents.append(record[name])
         elif name is not None or not given:
             why = "has no field 'text' that holds a string, and no list 'messages'"
             raise DataError(f"{place}, {why}: {shown(record)}")
-    return found
+    return documents
 
 
 def _jsonl_rows(path: Path) -> list[Any]:

@@ -206,7 +206,7 @@ def _too_long(text: Text, characters: int, free: int, more: str = "") -> DataErr
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
     """A conversation by the chat template, without the BOS that :func:`_led` puts before windows."""
     try:
-        if not all(isinstance(each[field], str) for each in messages for field in ("role", "content")):
+        if not all(isinstance(message[field], str) for message in messages for field in ("role", "content")):
             raise ValueError("a role or content is not a string")
         text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
         return text if lead is None else text.removeprefix(str(tokenizer.bos_token))

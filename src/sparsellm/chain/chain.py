@@ -160,7 +160,7 @@ class Chain(ModelWeights):
             now = {key: others[place] for key, place in places.items()}
             real = call.map(lambda value, now=now: now.get(id(value), value))  # type: ignore[misc]
             with self.block(index) as block:
-                output, other = (each.on(block, hidden.clone()) for each in (real, call))
+                output, other = (variant.on(block, hidden.clone()) for variant in (real, call))
                 following = _hidden_of(output, block)
                 if not torch.allclose(following, _hidden_of(other, block), rtol=1e-3, atol=1e-3, equal_nan=True):
                     raise ModelError(

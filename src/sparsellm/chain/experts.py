@@ -168,7 +168,7 @@ def _routers(module: nn.Module, mixture: str, experts: int) -> Iterator[str]:
         around = name.rpartition(".")[0].rpartition(".")[0]
         readers = module.get_submodule(around).parameters() if around != scope else ()
         fits = parameter.dim() == 2 and len(parameter) == experts and not name.startswith(f"{mixture}.")
-        if fits and not any(each.dim() == 2 and each.shape[1] == experts for each in readers):
+        if fits and not any(reader.dim() == 2 and reader.shape[1] == experts for reader in readers):
             yield name
 
 

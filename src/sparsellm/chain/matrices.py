@@ -81,14 +81,14 @@ def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> l
     linear owns, and may match nothing: a warning names each. ``patterns`` are those of the recipe, by field."""
     matrices = all_matrices(chain) if any(patterns.values()) else []
     warnings = []
-    for field, each in patterns.items():
+    for field, entries in patterns.items():
         owned = field != "allow_dense"
         names = [matrix.name for matrix in matrices if owned or matrix.linear is None]
         if field == "sparsity_of":  # which is for linears that are pruned
             names = [name for name in names if not is_excluded(name, patterns["exclude"], [*patterns["only"]])]
         kind = "matrix of the blocks" if owned else "parameter that is not a linear's"
         like = f"; names are like {names[0]!r}" if names else ""
-        missed = [pattern for pattern in each if not any(matches(name, [pattern]) for name in names)]
+        missed = [pattern for pattern in entries if not any(matches(name, [pattern]) for name in names)]
         said = [f"{field} {pattern!r} matches no {kind}{like}" for pattern in missed]
         if said and owned:
             raise RecipeError(f"{said[0]}; correct the pattern, or leave it out")

@@ -62,7 +62,7 @@ def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: dict[s
         name, pattern = loading.rename_source_key(key, renamings, converters, base, values)
         if name not in values:
             plain = (key, key.removeprefix(f"{base}."), f"{base}.{key}")
-            name, pattern = next(((each, None) for each in plain if each in values), (name, pattern))
+            name, pattern = next(((candidate, None) for candidate in plain if candidate in values), (name, pattern))
         name_of[key] = name
         if pattern is not None:
             made.setdefault(name, {}).setdefault(pattern, []).append(key)
@@ -112,7 +112,7 @@ def _part_before(
 
     Operations of transformers: the tensors of all experts are stacked; gate and up are put one after the other; two
     dimensions are exchanged; the outputs of gate and up, which come in turn, are put apart."""
-    steps = [(type(each).__name__, getattr(each, "dim", None)) for each in conversion.operations]
+    steps = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in conversion.operations]
     last = conversion.operations[-1]
     expert, *inner = part.index
     if not isinstance(expert, int):
@@ -120,7 +120,7 @@ def _part_before(
     merged = steps[:1] == [("MergeModulelist", 0)]
     if any(len(keys) != (stack[0] if merged else 1) for keys in conversion.sources):
         return None
-    keys = [each[expert if merged else 0] for each in conversion.sources]
+    keys = [names[expert if merged else 0] for names in conversion.sources]
     before: Index = () if merged else (expert,)
     steps = steps[merged:]
     rows = inner[0] if len(inner) == 1 else None
@@ -147,7 +147,7 @@ def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel,
     if not converted:
         return
     name, keys = max(converted.items(), key=lambda item: len(item[1]))
-    count = sum(len(each) for each in converted.values())
+    count = sum(len(tensors) for tensors in converted.values())
     made = f"{len(keys)} tensors such as {keys[0]} become" if len(keys) > 1 else f"{keys[0]} becomes"
     raise ModelError(
         f"transformers merges, splits or transposes {count} tensors of {reader.directory} while it loads a "
@@ -161,8 +161,8 @@ def unused_tensors(
 ) -> list[str]:
     """The tensors of a checkpoint that the model does not use, without those that its class tells to ignore. A
     ModelError says that some belong to blocks beyond the ``depth`` blocks of the list."""
-    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
-    taken = {*names.key_of.values(), *(key for each in names.conversions.values() for key in each.keys)}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    taken = {*names.key_of.values(), *(key for conversion in names.conversions.values() for key in conversion.keys)}
     unused = [
         name
         for name in reader

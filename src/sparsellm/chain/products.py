@@ -37,7 +37,7 @@ class Bf16Products(TorchFunctionMode):
         if func is torch.addmm and not kwargs and len(args) == 3 and _fits(args[1], args[2]):  # Conv1D of GPT-2
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
         if func is functional.scaled_dot_product_attention and _attention_fits(*args, **(kwargs or {})):
-            return func(*(each.to(torch.bfloat16) for each in args), **(kwargs or {})).float()
+            return func(*(tensor.to(torch.bfloat16) for tensor in args), **(kwargs or {})).float()
         return func(*args, **(kwargs or {}))
 
     def forget(self) -> None:

@@ -49,7 +49,7 @@ class KnownOutput:
 
 def without(known: Iterable[KnownOutput], position: int) -> contextlib.AbstractContextManager[None]:
     """Until the context ends, these modules return their outputs for the batch of this number and do not run."""
-    return replacing({module: forward for each in known for module, forward in each.forwards(position).items()})
+    return replacing({module: forward for output in known for module, forward in output.forwards(position).items()})
 
 
 class Return(NamedTuple):

@@ -112,7 +112,7 @@ def tower_names(model: PreTrainedModel) -> list[str]:
     config = model.config
     text = config.get_text_config()
     inner = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if _SENSES.search(key)]
-    kinds = (PretrainedConfig,) if text is not config else tuple({type(each) for each in inner if each is not None})
+    kinds = (PretrainedConfig,) if text is not config else tuple({type(part) for part in inner if part is not None})
     towers: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(config))):

@@ -93,7 +93,7 @@ class ModelWeights:
         if like is not self:
             self.key_of = {name: like.key_of[name] for name in self.key_of}
             self.parts = {name: like.parts[name] for name in self.key_of if name in like.parts}
-            few, many = (Counter(part.source for part in each.parts.values()) for each in (self, like))
+            few, many = (Counter(part.source for part in weights.parts.values()) for weights in (self, like))
             self._shapes = {key: tuple(self.value(name).shape) for name, key in self.key_of.items()}
             self._shapes |= {k: (like._shapes[k][0] * few[k] // many[k], *like._shapes[k][1:]) for k in few}
         stored = {
@@ -150,13 +150,13 @@ class ModelWeights:
 
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
-        found = []
+        linears = []
         for name, module in iterate_linears(self.blocks[index], self.block_names[index]):
             weight = f"{name}.weight"
             if weight not in self.gates and self.owns(weight):
                 of_bias = self.stored_dtype(f"{name}.bias") if isinstance(module.bias, Tensor) else None
-                found.append(LinearView(name, module, self.stored_dtype(weight), of_bias))
-        return found
+                linears.append(LinearView(name, module, self.stored_dtype(weight), of_bias))
+        return linears
 
     def unused(self) -> list[str]:
         """Warnings that name tensors which the model does not use, or not for text."""

@@ -35,7 +35,7 @@ def rotate_block(task: BlockTask, proved: list[Channels], weights: list[Tensor] 
     if not rotating:
         return
     task.report("rotation")
-    linears = [linear for each in rotating for linear in (each.reader, *(source for source, _ in each.sources))]
+    linears = [linear for axes in rotating for linear in (axes.reader, *(source for source, _ in axes.sources))]
     patterns = {name: pattern for name, pattern in task.patterns.items() if isinstance(pattern, NM)}
     grams = {linear.name: gram for group, gram in task.statistics(linears, weights) for linear in group}
     with task.clock.phase("prune/rotation"), torch.no_grad():

@@ -67,7 +67,7 @@ def prune_experts(
                         task.note(linear, NOT_ROUTED)
                 down = [linears.pop(DOWN)] if DOWN in linears else []
                 experts.append(ExpertTokens(tokens, expert, number, [*linears.values()], down))
-            order = [linear.name for own in experts for linear in own.first + own.down]
+            order = [linear.name for entry in experts for linear in entry.first + entry.down]
             begin = len(task.results)
             for place in range(0, len(experts), parallel.size()):
                 task.report(f"expert {place + 1}/{len(experts)}")
@@ -78,7 +78,7 @@ def prune_experts(
 def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve: Solve, refit: float | None) -> None:
     """Prunes the linears of one expert in each process, which alone keeps its moments, on the tokens of all; ``every``
     are the moments of the inputs of all tokens of the mixture."""
-    dense = [own.expert.frozen() if refit is not None and own.down and own.first else None for own in experts]
+    dense = [entry.expert.frozen() if refit is not None and entry.down and entry.first else None for entry in experts]
     shared, last = dict[int, _Moments](), dict[int, _Moments]()
 
     def prune_first(place: int) -> None:
@@ -98,27 +98,27 @@ def _prune(task: BlockTask, experts: list[ExpertTokens], every: _Moments, solve:
 
     def take(pruned: bool) -> None:
         """Takes the moments before, or after, the other linears of an expert are pruned."""
-        for place, own in enumerate(experts):
-            if own.first and not pruned:
-                with naming(own.first[0].name):
-                    moments = _moments(own.routed(), len(every.matrix), task).shrunk_to(every)
+        for place, entry in enumerate(experts):
+            if entry.first and not pruned:
+                with naming(entry.first[0].name):
+                    moments = _moments(entry.routed(), len(every.matrix), task).shrunk_to(every)
                 if place == parallel.rank():
                     shared[place] = moments
-            if own.down and (dense[place] is not None) == pruned:
-                with naming(own.down[0].name):
-                    width = own.down[0].in_features
-                    moments = _moments(own.routed(), width, task, own.expert, dense[place])
-                    sample = own.tokens.sample(SAMPLE * width)
-                    moments = moments.shrunk_to(_moments(sample, width, task, own.expert, dense[place]))
+            if entry.down and (dense[place] is not None) == pruned:
+                with naming(entry.down[0].name):
+                    width = entry.down[0].in_features
+                    moments = _moments(entry.routed(), width, task, entry.expert, dense[place])
+                    sample = entry.tokens.sample(SAMPLE * width)
+                    moments = moments.shrunk_to(_moments(sample, width, task, entry.expert, dense[place]))
                 if place == parallel.rank():
                     last[place] = moments
 
     with task.clock.phase("prune/statistics"):
         take(pruned=False)
-    task.share_out([own.first for own in experts], range(len(experts)), prune_first)
+    task.share_out([entry.first for entry in experts], range(len(experts)), prune_first)
     with task.clock.phase("prune/statistics"):
         take(pruned=True)
-    task.share_out([own.down for own in experts], range(len(experts)), prune_down)
+    task.share_out([entry.down for entry in experts], range(len(experts)), prune_down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,13 +211,13 @@ def _record(task: BlockTask, mixture: Mixture, store: TensorStore, token_weights
     tokens = MixtureTokens(store, [], [], [])
 
     def see(routed: Routed) -> None:
-        own = torch.ones(len(routed.inputs), device=routed.inputs.device)
+        weights = torch.ones(len(routed.inputs), device=routed.inputs.device)
         if token_weights is not None and int(routed.places.max()) < token_weights[position].numel():
-            own = token_weights[position].flatten().to(own.device)[routed.places]
+            weights = token_weights[position].flatten().to(weights.device)[routed.places]
         store.append(routed.inputs.detach())
         tokens.experts.append(routed.experts)
-        tokens.factors.append(routed.weights.detach().float().square() * own[:, None])
-        tokens.weights.append(own)
+        tokens.factors.append(routed.weights.detach().float().square() * weights[:, None])
+        tokens.weights.append(weights)
 
     with mixture.observed(see):
         for position in range(len(task.stream)):

@@ -107,9 +107,9 @@ def sparsellm(
     if iterations or (iterations is None and refit and sparsest >= PAYS):
         units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
     by_names = {frozenset(linear.name for linear in unit.linears().values()): unit for unit in units}
-    for names, each in by_names.items():  # the rest of attention is in a unit's sublayer where its writer stays dense
-        if any(names < sublayer.names for sublayer in sublayers) and _rounds(task, each, solver, iterations):
-            task.note(each.down, "pruned without auxiliary variables: its sublayer has other linears")
+    for names, layers in by_names.items():  # the rest of attention is in a unit's sublayer where its writer stays dense
+        if any(names < sublayer.names for sublayer in sublayers) and _rounds(task, layers, solver, iterations):
+            task.note(layers.down, "pruned without auxiliary variables: its sublayer has other linears")
     for sublayer in sublayers:
         unit = by_names.get(frozenset(sublayer.names))
         if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):

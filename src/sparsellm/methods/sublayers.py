@@ -60,17 +60,17 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
         if len(group) > 1 or group[0].out_features != width or group[0].name in repeated:
             continue
         # In a parallel block the feed-forward unit shares the input of attention, but runs after attention's writer.
-        late = [[x for x in each if _run_later([x], group[0], order)] for each in groups]
-        own = [[x for x in each if x not in after] for each, after in zip(groups, late, strict=True)]
-        if len(groups) > 1 and all(own):
-            known = _shortcut(task, own, order, returns, [*later, *chain.from_iterable(late)])
+        late = [[x for x in linears if _run_later([x], group[0], order)] for linears in groups]
+        early = [[x for x in linears if x not in after] for linears, after in zip(groups, late, strict=True)]
+        if len(groups) > 1 and all(early):
+            known = _shortcut(task, early, order, returns, [*later, *chain.from_iterable(late)])
             trial = [*proven, replace(known, values=[outputs[group[0].name]])] if known is not None else []
             if trial and _proves(task, trial, output):
                 proven = trial
             else:
                 known = None
-            sublayers.append(Sublayer(own, group[0], known))
-            groups = [each for each in late if each]
+            sublayers.append(Sublayer(early, group[0], known))
+            groups = [linears for linears in late if linears]
     return [*sublayers, Sublayer(groups, None)] if groups else sublayers
 
 

@@ -64,7 +64,7 @@ class BlockTask:
     @property
     def idle(self) -> bool:
         """Whether nothing is to be done: no zeros and no rounding."""
-        return self.values == "keep" and not any(self.patterns[each.name].sparsity for each in self.linears)
+        return self.values == "keep" and not any(self.patterns[linear.name].sparsity for linear in self.linears)
 
     def statistics(
         self, linears: list[LinearView], token_weights: list[Tensor] | None = None
@@ -118,13 +118,13 @@ class BlockTask:
         the only one. Then all have its weights and results, in the order of the groups. An error is raised in all."""
         first, me = len(self.results), parallel.rank()
 
-        def own() -> None:
+        def prune_owned() -> None:
             with parallel.alone():
                 for number, (group, owner) in enumerate(zip(groups, owners, strict=True)):
                     if group and owner == me:
                         prune(number)
 
-        parallel.together(own)
+        parallel.together(prune_owned)
         if parallel.size() == 1:
             return
         everything = parallel.gather((self.results[first:], [*self.unrounded]))
@@ -194,7 +194,7 @@ class BlockTask:
             fixed, weight = isinstance(self.patterns[linear.name], NM), solution.weight
             target = weight if solution.fitted else dense
             grid = rounded(weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed, target=target)
-            lost = [gram.energy(each, minus=dense) for each in (weight, grid.weight)]
+            lost = [gram.energy(matrix, minus=dense) for matrix in (weight, grid.weight)]
             energy, *errors = torch.stack((gram.energy(dense), *lost)).tolist()
         if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
             self.unrounded[linear.name] = grid.unrounded.to(linear.storage_dtype)

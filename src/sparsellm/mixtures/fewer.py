@@ -34,13 +34,13 @@ class Routing(Record):
     def of(cls, chain: Chain) -> Self:
         """The routing of a model."""
         kind, mixtures = chain.config.model_type, [chain.mixtures(index) for index in range(len(chain))]
-        experts = {index: len(mixture) for index, each in enumerate(mixtures) for mixture in each}
+        experts = {index: len(mixture) for index, of_block in enumerate(mixtures) for mixture in of_block}
         per_token, groups, why = experts_of_token(chain), _number(chain, ("n_group",)) or 1, ""
         if not experts:
             why = f"a {kind} has no mixture of experts whose experts can be removed"
         elif len({*experts.values()}) > 1 or max(map(len, mixtures)) > 1:
             why = f"the mixtures of this {kind} differ in size or share a block"
-        elif any("." not in mixture.name for each in mixtures for mixture in each):
+        elif any("." not in mixture.name for of_block in mixtures for mixture in of_block):
             why = f"the experts of a {kind} are not in a module with their router"
         elif per_token is None:
             why = f"the config of a {kind} does not say how many experts a token takes"
@@ -99,7 +99,7 @@ class FewerExperts:
         parts = {"": full, **{inner: full[inner] for inner in _INNER if isinstance(full.get(inner), dict)}}
         # Names that have the number of experts, by the part of the config, "" for the config itself.
         many = next(iter(self.routing.experts.values()))
-        self._numbers = {part: [name for name in NUMBERS if each.get(name) == many] for part, each in parts.items()}
+        self._numbers = {part: [name for name in NUMBERS if fields.get(name) == many] for part, fields in parts.items()}
         config = copy.deepcopy(dense.config)
         for part, names in self._numbers.items():
             for name in names:
@@ -116,7 +116,7 @@ class FewerExperts:
     def change(self, config: dict[str, Any]) -> None:
         """Puts the number of experts into the contents of a ``config.json``, also one that it leaves to its default."""
         kind, parts = self.chain.config.model_type, [x for x in config.values() if isinstance(x, dict)]
-        config = next((each for each in parts if each.get("model_type") == kind), config)  # where it is nested
+        config = next((nested for nested in parts if nested.get("model_type") == kind), config)  # where it is nested
         for part, names in self._numbers.items():
             holder = config.get(part) if part else config
             if isinstance(holder, dict):

@@ -159,7 +159,7 @@ class _Rest:
 
 
 def _energy(outputs: TensorStore) -> float:
-    return parallel.total(sum(float(each.double().square().sum()) for each in outputs))
+    return parallel.total(sum(float(output.double().square().sum()) for output in outputs))
 
 
 def _repair(sample: Sample, stream: Stream, outputs: TensorStore, *, refit: bool) -> tuple[float, float]:

@@ -63,9 +63,9 @@ class Sample:
     def error_of(self, kept: Sequence[int]) -> float:
         """The relative error of the mixture's output with these experts alone, before a refit."""
         self.fewer.fill(self.index, kept)
-        lost, whole = (float(each.sum()) for each in (self._errors(self.experts, kept), self.goal.double().square()))
-        lost, whole = parallel.total(lost), parallel.total(whole)
-        return lost / whole if whole else 0.0
+        lost, energy = (float(terms.sum()) for terms in (self._errors(self.experts, kept), self.goal.double().square()))
+        lost, energy = parallel.total(lost), parallel.total(energy)
+        return lost / energy if energy else 0.0
 
     def fit_router(self) -> None:
         """Fits the router of the twin's block to the error on some of the tokens by Adam, and keeps the values with the
@@ -83,19 +83,19 @@ class Sample:
         for _ in range(STEPS):
             with torch.enable_grad():
                 errors = self._errors(experts, numbers)
-                found = torch.autograd.grad(errors[~held].sum(), values, allow_unused=True)
+                gradients = torch.autograd.grad(errors[~held].sum(), values, allow_unused=True)
             error = parallel.total(float(errors.detach()[held].sum()))
             if error < least:
                 least, best = error, [value.detach().clone() for value in values]
-            for each, gradient in zip(exact, found, strict=True):
+            for parameter, gradient in zip(exact, gradients, strict=True):
                 if gradient is not None:
-                    each.grad = parallel.all_sum_(gradient.float())
+                    parameter.grad = parallel.all_sum_(gradient.float())
             adam.step()
             falling.step()
-            for value, each in zip(values, exact, strict=True):
-                value.copy_(each)
-        for value, each in zip(values, best, strict=True):
-            value.requires_grad_(False).copy_(each)
+            for value, parameter in zip(values, exact, strict=True):
+                value.copy_(parameter)
+        for value, saved in zip(values, best, strict=True):
+            value.requires_grad_(False).copy_(saved)
 
     def _projected(self, chain: Chain) -> Tensor | None:
         """The projected outputs ``(experts, tokens, projected)`` of all experts; None if the router weights inputs."""
@@ -103,7 +103,7 @@ class Sample:
         if not mixture.weighs_outputs:
             return None
         inputs = _route(chain, self.index, self.inputs).inputs
-        return torch.stack([mixture.expert(each)(inputs).float() @ self.projection for each in range(len(mixture))])
+        return torch.stack([mixture.expert(number)(inputs).float() @ self.projection for number in range(len(mixture))])
 
     def _errors(self, experts: Tensor | None, kept: Sequence[int]) -> Tensor:
         """The squared error of each token with the twin's mixture, whose experts have the outputs ``experts[kept]``."""

@@ -81,15 +81,15 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
     return solve
 
 
-def _is_solution(found: Solution, shape: torch.Size, pattern: Pattern) -> bool:
+def _is_solution(result: Solution, shape: torch.Size, pattern: Pattern) -> bool:
     """Whether a plugin returned a solution of this shape with the pattern's zeros, which rows may round without N:M."""
-    if not isinstance(found, Solution) or not found.weight.shape == found.mask.shape == shape:
+    if not isinstance(result, Solution) or not result.weight.shape == result.mask.shape == shape:
         return False
     if isinstance(pattern, NM):
-        surplus = float(found.mask.reshape(-1, pattern.m).sum(1).max()) - pattern.n
+        surplus = float(result.mask.reshape(-1, pattern.m).sum(1).max()) - pattern.n
     else:  # over the rows of all processes
-        surplus = parallel.total(float(found.mask.sum()) - shape[0] * (shape[1] * (1 - pattern.sparsity) + 1))
-    return surplus <= 0 and not bool(((found.weight != 0) > found.mask).any())
+        surplus = parallel.total(float(result.mask.sum()) - shape[0] * (shape[1] * (1 - pattern.sparsity) + 1))
+    return surplus <= 0 and not bool(((result.weight != 0) > result.mask).any())
 
 
 def safe_factor(weight: Tensor) -> float:

@@ -25,11 +25,11 @@ HALVES = {torch.bfloat16: 1, torch.float16: 2}  # dtypes of a checkpoint as the 
 @triton.jit  # type: ignore[untyped-decorator]
 def _nearest(units, table, LOWEST, HIGHEST, EVEN: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
     """The numbers of the grid, as ``Levels.nearest`` has them."""
-    whole = tl.minimum(tl.maximum(units, LOWEST), HIGHEST) + 12582912.0 - 12582912.0  # 1.5 · 2²³: half to even
+    rounded = tl.minimum(tl.maximum(units, LOWEST), HIGHEST) + 12582912.0 - 12582912.0  # 1.5 · 2²³: half to even
     sign = (units > 0).to(tl.float32) - (units < 0).to(tl.float32)
     if EVEN:
-        return whole if ZERO else tl.where(whole == 0, sign, whole)
-    return tl.load(table + (whole - LOWEST).to(tl.int32)) * tl.abs(sign)
+        return rounded if ZERO else tl.where(rounded == 0, sign, rounded)
+    return tl.load(table + (rounded - LOWEST).to(tl.int32)) * tl.abs(sign)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -71,21 +71,21 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     gained = tl.zeros([BLOCK], dtype=tl.float32)
     for number in range(n):
         at = tl.cast(number, tl.int64) * out + place
-        own = tl.sum(tl.where((row == number)[:, None], state, 0.0), axis=0)
+        current = tl.sum(tl.where((row == number)[:, None], state, 0.0), axis=0)
         old = tl.load(columns_pointer + at, mask=real, other=0)
         scale = tl.load(scales_pointer + at, mask=real, other=0)
         free = tl.load(free_pointer + at, mask=real, other=0)
         pivot = tl.load(inner_pointer + number * n + number)
-        goal = own if FIRST else old - own / pivot
+        goal = current if FIRST else old - current / pivot
         units = tl.where(scale == 0, 0.0, goal / tl.where(scale == 0, 1.0, scale))
         value = _stored(_nearest(units, table, LOWEST, HIGHEST, EVEN, ZERO) * scale, HALF)
         if FIRST:
             new = old + value * free  # anchors and zeros are what they are
-            move = (own - new) / pivot
+            move = (current - new) / pivot
             change = -move
         else:
             move = (value - old) * free
-            gain = (2 * own + pivot * move) * move  # negative where the error falls
+            gain = (2 * current + pivot * move) * move  # negative where the error falls
             better = gain < 0
             new, move = tl.where(better, value, old), tl.where(better, move, 0.0)
             gained -= tl.where(better, gain, 0.0)
@@ -137,7 +137,7 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
         for number in range(group, tl.minimum(group + M, n)):
             at = tl.cast(number, tl.int64) * out + place
             here = (row == number)[:, None]
-            own = tl.sum(tl.where(here, state, 0.0), axis=0)
+            current = tl.sum(tl.where(here, state, 0.0), axis=0)
             if N:
                 score = tl.sum(tl.where(here, scores, 0.0), axis=0)[None, :]
                 beaten = (scores > score) | ((scores == score) & (row < number)[:, None])
@@ -145,8 +145,8 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
                 tl.store(kept_pointer + at, kept, mask=real)
             else:
                 kept = tl.load(kept_pointer + at, mask=real, other=1)
-            error = tl.where(kept != 0, 0.0, own / tl.load(upper_pointer + number * (n + 1)))
-            tl.store(columns_pointer + at, own, mask=real)
+            error = tl.where(kept != 0, 0.0, current / tl.load(upper_pointer + number * (n + 1)))
+            tl.store(columns_pointer + at, current, mask=real)
             tl.store(errors_pointer + at, error, mask=real)
             factor = tl.load(upper_pointer + number * n + row, mask=row < n, other=0)
             state -= factor[:, None] * error[None, :]

@@ -80,8 +80,8 @@ def _convert(path: Path, folder: Path) -> Path:
                 f"transformers {transformers.__version__} does not read its architecture (give a Hugging Face "
                 "checkpoint instead)"
             ) from error
-        model, found = loaded
-        if missing := sorted(found["missing_keys"]):  # transformers makes random ones
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):  # transformers makes random ones
             raise ModelError(
                 f"{path} cannot be converted: it has no weight {missing[0]}, nor {len(missing) - 1} more of its model; "
                 "the file is damaged, or of another model: fetch it again"
@@ -134,9 +134,9 @@ def _complete(path: Path, config: Any) -> None:
     if "partial_rotary_factor" in ropes and "rope.dimension_count" in said:
         ropes["partial_rotary_factor"] = said["rope.dimension_count"] / (getattr(config, "head_dim", None) or width)
     for name in ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
-        value, own = said.get(name), name.rpartition(".")[2]
-        if hasattr(config, own) and isinstance(value, int | float) and value:  # Phi-4 says 0, which is none
-            setattr(config, own, value)
+        value, attribute = said.get(name), name.rpartition(".")[2]
+        if hasattr(config, attribute) and isinstance(value, int | float) and value:  # Phi-4 says 0, which is none
+            setattr(config, attribute, value)
     if config.num_hidden_layers == _LARGEST_GEMMAS.get(config.model_type):  # no key has it
         config.query_pre_attn_scalar = width
 
@@ -144,8 +144,8 @@ def _complete(path: Path, config: Any) -> None:
 def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
     """Raises ModelError if the model lacks one of these scalings or biases: it would be another one."""
     ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [ropes, *(each for each in ropes.values() if isinstance(each, dict))]  # one, or one for each kind of layer
-    scaled = any(each.get("rope_type", "default") != "default" for each in kinds)
+    kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]  # one, or one for each kind of layer
+    scaled = any(rope.get("rope_type", "default") != "default" for rope in kinds)
     biased = any(re.search(r"att\w*\.\w+\.bias$", name) for name, _ in model.named_parameters())
     for name in unread:
         if not (biased if name.endswith(".bias") else scaled):

@@ -65,7 +65,7 @@ class SavedSweep:
         StorageError says that the disk is full. Every process takes part in ``state``."""
         number, seconds = history[-1].passes, time.perf_counter() - self._began
         kinds = ({("parameters", best)} if best else set()) | (set() if last else {(kind, number) for kind in state})
-        names = {self._file(*each, block).name for each in kinds for block in range(self._blocks)}
+        names = {self._file(kind, at, block).name for kind, at in kinds for block in range(self._blocks)}
         files = dict(self.last.files) if self.last is not None else {}
 
         def write(file: Path, value: Tensor) -> None:

@@ -75,10 +75,10 @@ class Streamed(Weights):
         if not len(places):
             return part
         elements = sum(shape.numel() for shape in self.shapes[index].values())
-        whole = part.new_zeros(*part.shape[:-1], elements)
+        filled = part.new_zeros(*part.shape[:-1], elements)
         for some, values in zip(places.split(COPIED), part.split(COPIED, -1), strict=True):
-            whole.index_copy_(-1, some.long(), values)
-        return whole
+            filled.index_copy_(-1, some.long(), values)
+        return filled
 
     def parameters(self, block: int) -> Tensor:
         return self.complete(block, self.store[2 * block])

@@ -211,7 +211,7 @@ class Run:
     def texts(self, steps: Sequence[Step]) -> list[str]:
         """The text of a mixture that the first window of each step is from."""
         texts = parallel.gather([self.text(piece) for piece in self.stream.pieces])
-        return [next(own[at] for own, at in zip(texts, each.pieces, strict=True) if at is not None) for each in steps]
+        return [next(part[at] for part, at in zip(texts, step.pieces, strict=True) if at is not None) for step in steps]
 
     def text(self, piece: Piece) -> str:
         return self.sources[self.starts[piece.batch] + piece.rows.start] if self.sources else ""
@@ -242,10 +242,10 @@ class Run:
             parts = [replace(piece, rows=slice(row, row + 1)) for row in rows] if self.sources else [piece]
             for part, some in zip(parts, hidden.chunk(len(parts)), strict=True):
                 sums.append((self.text(part), self.end(some, part)[0], self.ids(part).numel()))
-        gathered = [each for some in parallel.gather(sums) for each in some]
+        gathered = [record for some in parallel.gather(sums) for record in some]
 
         def mean(*names: str) -> float:
-            chosen = [each for each in gathered if each[0] in names]
+            chosen = [record for record in gathered if record[0] in names]
             return sum(divergence for _, divergence, _ in chosen) / sum(tokens for _, _, tokens in chosen)
 
         names = sorted({name for name, _, _ in gathered})

@@ -91,7 +91,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
         RecipeError: the configuration cannot keep zeros, or those of stacked experts.
     """
     masks = masked(config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return _keeping_zeros(model, lambda: get_peft_model(model, masks, adapter_name), whole=config is None)
+    return _keeping_zeros(model, lambda: get_peft_model(model, masks, adapter_name), all_linears=config is None)
 
 
 def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -111,12 +111,12 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
     return _keeping_zeros(model, lambda: PeftModel.from_pretrained(model, str(directory), **settings))
 
 
-def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any], *, whole: bool = False) -> PeftModel:
+def _keeping_zeros(model: PreTrainedModel, adapted: Callable[[], Any], *, all_linears: bool = False) -> PeftModel:
     """What ``adapted`` makes of the model; if it is refused, by peft or because zeros would be filled, the model is put
-    back, as far as peft takes its adapters out again. With ``whole``, no pruned weights may be left out."""
+    back, as far as peft takes its adapters out again. With ``all_linears``, no pruned weights may be left out."""
     if getattr(model, "quantization_method", None) == "sparsellm":
         raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")
-    named = find_blocks(model)[1].named_parameters() if whole else ()
+    named = find_blocks(model)[1].named_parameters() if all_linears else ()
     stacks = (w for n, w in named if w.dim() == 3 or (".experts." in n and not n.endswith(("weight", "bias"))))
     if any(w.dim() > 1 and w.shape[1] > 1 and bool((w == 0).any()) for w in stacks):  # a convolution's has 1
         raise RecipeError("an adapter on all linears leaves out the stacked experts of this model; take --way full")
@@ -140,12 +140,12 @@ def _check_zeros(wrapped: PeftModel) -> None:
     """Refuses what peft trains unmasked, and a weight with several adapters, which merge into another model."""
     if any(getattr(config, "target_parameters", None) for config in wrapped.peft_config.values()):
         raise RecipeError("peft would adapt the stacked experts of this model and fill their zeros; take --way full")
-    copied = {name: each for name, each in wrapped.named_modules() if isinstance(each, ModulesToSaveWrapper)}
+    copied = {name: module for name, module in wrapped.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     inside = {*find_blocks(wrapped.get_base_model())[1].modules()} if copied else set()  # a head was not pruned
-    for name, each in copied.items():
-        pruned = inside.intersection(each.original_module.modules())
+    for name, module in copied.items():
+        pruned = inside.intersection(module.original_module.modules())
         if not all(bool(child.weight.detach().all()) for child in pruned if isinstance(child, nn.Linear | Conv1D)):
             raise RecipeError(f"modules_to_save has {name}, whose zeros would be trained; make it a target instead")
-    weights = [id(each.get_base_layer().weight) for each in wrapped.modules() if isinstance(each, MaskedLoraLinear)]
+    weights = [id(layer.get_base_layer().weight) for layer in wrapped.modules() if isinstance(layer, MaskedLoraLinear)]
     if len({*weights}) < len(weights):
         raise ModelError("blocks of this model share weights, and each would get an adapter; take --way full")

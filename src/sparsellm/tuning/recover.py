@@ -179,4 +179,4 @@ def _trained(
         tensor.data = tensor.data.to(stored.get(name) or next(parts, tensor.dtype))
         if isinstance(tensor, nn.Parameter) and not torch.isfinite(tensor).all():
             raise NumericalError(f"{name} is not finite after training; take a lower --rate")
-    return merged, [float(each["loss"]) for each in trainer.state.log_history if "loss" in each]
+    return merged, [float(record["loss"]) for record in trainer.state.log_history if "loss" in record]
