@@ -91,8 +91,7 @@ def test_one_command_prunes_packs_measures_and_reports(
         assert "overlaps with the model" in run(*line, exits=2)[2]
     again = run("prune", llama, "--out", pruned, "--pack", tmp_path / "later", *SMALL, exits=2)[2]
     assert f"`sparsellm pack {pruned} --out {tmp_path / 'later'} --values int8` packs it" in again
-    line = ("prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL)
-    assert "give --overwrite" in run(*line, exits=2)[2]
+    assert "give --overwrite" in run("prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL, exits=2)[2]
 
 
 def test_something_is_printed_before_torch_is_imported() -> None:

@@ -119,8 +119,7 @@ def test_recipes_of_the_guide_are_recipes() -> None:
     result = blocks(ROOT / "docs" / "guide.md", "yaml")
     assert result
     for block in result:
-        recipe = Recipe.from_yaml(block)
-        assert all(getattr(recipe, key) == value for key, value in yaml.safe_load(block).items())
+        assert all(getattr(Recipe.from_yaml(block), key) == value for key, value in yaml.safe_load(block).items())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -57,8 +57,7 @@ def test_a_dry_run_refuses_what_a_run_does_and_writes_nothing(
     state = tmp_path / "more.partial" / ".sparsellm-run"
     state.mkdir(parents=True)
     (state / "run.json").write_text('{"recipe": {"seed": 1}}')
-    line = (*line[:3], tmp_path / "more", *line[4:])
-    assert "holds another unfinished run" in run(*line, "--dry-run", exits=2)[2]
+    assert "holds another unfinished run" in run(*line[:3], tmp_path / "more", *line[4:], "--dry-run", exits=2)[2]
     model = save_tiny(tiny_llama(hidden_size=512), tiny_tokenizer(), tmp_path / "m")
     recipe = Recipe(method="wanda", calibration="pydoc")
     memory = sparsellm.dry_run(model, recipe, out=tmp_path / "p").memory

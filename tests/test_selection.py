@@ -83,8 +83,7 @@ def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> Non
     recipe = Recipe(method="magnitude", sparsity=0.6, allocation=name, sparsity_of=OF, exclude=["*.k_proj"])
     result = sparsellm.prune(model, recipe, calibration=IDS)
     zeros = {linear.name.removeprefix("model.layers."): linear.zeros for linear in result.linears}
-    for linear in result.linears:
-        assert int((model.get_submodule(linear.name).weight == 0).sum()) == linear.zeros
+    assert all(int((model.get_submodule(linear.name).weight == 0).sum()) == linear.zeros for linear in result.linears)
     assert {zeros[f"{block}.mlp.down_proj"] for block in (1, 2)} == {round(0.75 * 80 * 32)}
     assert zeros["0.mlp.down_proj"] == zeros["0.mlp.up_proj"] == 640  # the later pattern counts
     assert [zeros[f"{block}.self_attn.v_proj"] for block in range(3)] == [0, 0, 0]

@@ -45,8 +45,7 @@ def pruned(family: Family, method: str, **settings: Any) -> PreTrainedModel:
         assert len({linear.asked for linear in result.linears}) > 1
     else:
         assert all(abs(linear.zeros - 0.6 * linear.weights) <= 0.5 for linear in result.linears)
-    for linear in result.linears:
-        assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
+    assert all(linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1]) for linear in result.linears)
     return model
 
 

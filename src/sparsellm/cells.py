@@ -239,8 +239,7 @@ def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -
     """The record in a directory, which may be new, after all checks of :func:`_opened`."""
     grid = Grid(settings=settings, begun={}, cells=[])
     if (place / GRID).is_file():
-        grid = _read(place)
-        _check_same(place, grid.settings, settings)
+        _check_same(place, _read(place).settings, settings)
     elif place.is_dir() and not all(map(TORN.fullmatch, os.listdir(place))):
         raise StorageError(f"{place} is not empty, and holds no comparison; give another --out")
     if place.is_dir():

@@ -81,8 +81,8 @@ def registered(*packages: str) -> list[str]:
     return [name for path in modules for name in re.findall(r'\.register\(\s*"([^"]+)"', path.read_text("utf-8"))]
 
 
-def field(name: str, panel: str = "") -> Parameter:
-    """The option for a field of the recipe; the recipe checks its value."""
+def field(name: str, panel: str = "", help: str = "") -> Parameter:
+    """The option for a field of the recipe, which checks its value; ``help`` replaces that of the recipe."""
     info, line = Recipe.model_fields[name], option_of(name)
     assert line is not None
     default = info.get_default(call_default_factory=True)
@@ -90,7 +90,7 @@ def field(name: str, panel: str = "") -> Parameter:
     choices = line.values or (get_args(info.annotation) if get_origin(info.annotation) is Literal else ())
     made = option(
         f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
-        help_of(name) + " Repeatable." * repeated,
+        (help or help_of(name)) + " Repeatable." * repeated,
         panel or line.panel,
         kind=list[str] if repeated else None,
         shown=line.null if default is None else "" if repeated else default,
@@ -150,7 +150,7 @@ PLUGIN = repeatable(
 RUN = [*map(field, FIELDS), *RECIPE, PLUGIN]
 RUNNING = [
     option("--device NAME", "cpu, cuda or cuda:1.", RESOURCES, default="cpu", values=DEVICES),
-    field("dtype"),
+    field("dtype", help="Type of the computation: float32, bfloat16, float16, or auto for the stored one."),
     option(
         "--activations TYPE",
         "Activations of packed int8 and int4 weights: int8 (faster) or fp32 (exact).",

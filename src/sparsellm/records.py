@@ -21,6 +21,7 @@ from sparsellm.errors import StorageError, refusal, shown
 from sparsellm.inputs import read_object
 from sparsellm.patterns import parse_pattern
 from sparsepack.bench import Comparison, Measurement, Pair
+from sparsepack.checkpoint import is_packed
 from sparsepack.layout import predicted_bytes
 
 PRUNING, RESULTS = "pruning.json", "results.json"
@@ -103,8 +104,7 @@ class LinearResult(Matrix):
     @property
     def kind(self) -> str:
         """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
-        inner = re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
-        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", re.split(r"\.\d+\.", self.name, maxsplit=1)[-1])
 
     def packed_bytes(self, values: str, group: int | None = None) -> int:
         """Its bytes packed with values of a type; ``group`` as in :func:`sparsepack.layout.predicted_bytes`."""
@@ -324,10 +324,13 @@ class Pruning(RunRecord):
 
 
 def read_pruning(directory: Path) -> Pruning:
-    """``pruning.json`` of a checkpoint; errors as in :func:`read_record`."""
+    """``pruning.json`` of a checkpoint, but for one that was exported; errors as in :func:`read_record`."""
     if not os.path.isfile(directory / PRUNING):  # also for a name that is too long
         advice = "give a directory that `sparsellm prune` wrote, or its packed form"
         raise StorageError(f"{shown(str(directory))} has no {PRUNING}; {advice}")
+    config = read_object(file) if (file := directory / "config.json").is_file() else {}
+    if config.get("quantization_config") and not is_packed(config):
+        raise StorageError(f"{directory} was exported for another program; give the checkpoint that it was made from")
     return read_record(Pruning, directory / PRUNING)
 
 

@@ -172,8 +172,10 @@ def compare(
         chosen = Rounds(**rounds)
     except ValidationError as error:
         raise SettingError(refusal(error)) from None
-    if dense is not None and is_packed(_config(dense).to_dict()):
+    if dense is not None and is_packed(config := _config(dense).to_dict()):
         raise SettingError(f"dense is {dense}, which is packed; leave it out, or unpack it: sparsellm unpack {dense}")
+    if dense is not None and config.get("quantization_config"):
+        raise SettingError(f"dense is {dense}, which is quantised; give the checkpoint that it was made from")
     if dense is not None and (difference := config_difference(_config(packed).to_dict(), _config(dense).to_dict())):
         raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 0, 2, "packed")

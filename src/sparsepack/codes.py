@@ -209,7 +209,7 @@ def encode_values(
         return Encoded(numbers[kept].to(torch.int8), offsets, scales)
     assert group is not None
     groups = groups_of(weight.shape[1], group)
-    padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).view(-1, group)
+    padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).reshape(-1, group)
     levels = levels_of(value_type, layout)
     if not levels.even and not _is_on(padded, levels):
         levels = PLAIN[value_type]
@@ -263,8 +263,7 @@ def bytes_of_three_bits(values: int) -> int:
 
 def narrowed(pairs: Tensor) -> Tensor:
     """Codes of int4 that are all 4 … 11 in three bits each, minus 4, least significant bit first: uint8."""
-    codes = _nibbles(pairs).view(-1, 1) - CODES // 4
-    bits = numpy.unpackbits(codes.numpy(), axis=1, count=3, bitorder="little")
+    bits = numpy.unpackbits((_nibbles(pairs).view(-1, 1) - CODES // 4).numpy(), axis=1, count=3, bitorder="little")
     return torch.from_numpy(numpy.packbits(bits.reshape(-1), bitorder="little"))
 
 

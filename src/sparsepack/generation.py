@@ -235,7 +235,7 @@ class _Numbers(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():
-            raise FormatError("the model computes NaN; take dtype float32, or evaluate the model to see where")
+            raise FormatError("the model computes NaN; take dtype float32; if it has that, evaluate it to see where")
         return scores
 
 

@@ -118,7 +118,7 @@ def pack(
         value_type: one of :data:`~sparsepack.codes.WRITTEN_TYPES`, or ``keep`` for the type of the weight.
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
-        exponents: int8 ``(in,)``, for integers.
+        exponents: whole numbers ``(in,)``, for integers.
         group: the columns that share a scale of int4 or int3, 32, 64, … 1024; None for as many as keep about 32.
 
     Raises:
@@ -155,7 +155,7 @@ def pack(
     else:
         kept = torch.ones_like(kept) if layout == "dense" else kept
         mask = masks.to_bits(kept[:1] if layout == "dense" else kept)
-    exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
+    exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.to("cpu", torch.int8)
     values, offsets, scales, levels = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
     narrow = value_type == "int3"
     held = "int4" if narrow else value_type
@@ -230,8 +230,7 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype)
     kept = masks.from_bits(mask[first:last], packed.shape[1])
     stored = Encoded(packed.values, packed.offsets, packed.scales, packed.levels)
     values = decode_values(packed.value_type, stored, slice(first, last), kept, packed.group, packed.exponents)
-    dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
-    return dense.masked_scatter_(kept, values.to(dtype))
+    return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
 
 
 def as_bitmask(packed: PackedWeight) -> PackedWeight:

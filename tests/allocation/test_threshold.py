@@ -68,8 +68,7 @@ def test_histograms_count_every_weight_free_ones_first() -> None:
     model.model.layers[1].mlp.down_proj.weight.data[:16] = 0.0  # half of it is already gone
     survey = survey_of(model, gradients=True, sparsity=0.6)
     counts = survey.gradients.saliency
-    for linear in survey.linears:
-        assert int(counts[linear.name].sum()) == linear.weights
+    assert all(int(counts[linear.name].sum()) == linear.weights for linear in survey.linears)
     assert int(counts["model.layers.1.mlp.down_proj"][0]) == 16 * 80
     assert from_histograms(survey, counts, span=1.0).zeros["model.layers.1.mlp.down_proj"] >= 16 * 80
 

@@ -101,6 +101,8 @@ def test_a_directory_has_what_belongs_to_the_model_and_no_place(tmp_path: Path) 
     assert "vllm serve" in (out / "README.md").read_text()
     assert str(tmp_path) not in (out / "config.json").read_text() + (out / "README.md").read_text()
     assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(StorageError, match="was exported for another program; give the checkpoint that it was made"):
+        sparsellm.card(out)
 
 
 def test_what_the_format_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,9 @@ def test_a_group_of_no_file_is_refused_and_large_values_are_packed() -> None:
             pack(torch.ones(4, 64), "int4", exponents=torch.tensor(exponents, dtype=torch.int8))
     with pytest.raises(SettingError, match="group is 48; give one of 32, 64"):
         pack(torch.randn(4, 96), "int4", "bitmask", group=48)
+    weight, ones = torch.randn(64, 4).t(), torch.ones(64)
+    packed = packed_of(weight.contiguous(), "int4", exponents=ones.to(torch.int8))
+    assert torch.equal(unpack(packed_of(weight, "int4", exponents=ones)), unpack(packed))
     large = 1e20 * torch.rand(1, 64)  # whose squares overflow
     assert (unpack(packed_of(large, "int4")) - large).abs().max() < 1e20 / 7
 

@@ -95,13 +95,11 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     assert "not measured" not in shown
     assert (shown.count("wikitext2, window 64"), shown.count(dense)) == (1, 1)
     assert "auxiliary variables" not in half.source  # the method has none
-    shown = opt.one("table", **{"class": "headline"}).text
-    assert shown.count("not measured") == 5
+    assert opt.one("table", **{"class": "headline"}).text.count("not measured") == 5
     commands = opt.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
     assert "sparsellm eval opt --text pydoc --against dense-opt" in commands
     assert commands.endswith("sparsellm report opt")
-    commands = opt.one("pre", **{"aria-label": "Commands that pack and measure"}).text
-    assert "sparsellm bench opt-packed" in commands
+    assert "sparsellm bench opt-packed" in opt.one("pre", **{"aria-label": "Commands that pack and measure"}).text
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 

@@ -265,6 +265,10 @@ def test_another_model_is_not_compared_with(packed: Path, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
     with pytest.raises(SettingError, match="which is packed; leave it out, or unpack it"):
         compare(packed, packed)
+    config = json.loads((other / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingError, match="which is quantised; give the checkpoint that it was made from"):
+        compare(packed, other)
 
 
 def test_other_names_and_no_architectures_are_the_same_model(packed: Path, llama: Path, tmp_path: Path) -> None:
