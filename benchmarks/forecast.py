@@ -121,7 +121,7 @@ def row(model: str, chain: Chain, text: str) -> str:
 
 def tables(models: list[str], machines: list[str]) -> None:
     print(f"sparsellm {__version__}, 50 %, 128 windows of 2048 tokens\n")
-    print("| model | machine | what fits | time | walk | sweep | memory | card | disk |")
+    print("| model | machine | what fits | time | walk | sweep | memory | GPU memory | disk |")
     print("|---|---|---|---|---|---|---|---|---|")
     for model in models:
         with tempfile.TemporaryDirectory() as folder:

@@ -45,8 +45,6 @@ from sparsepack.errors import UserError
 
 GRID, PAGE = "compare.json", "compare.html"  # the record of a comparison, and its page
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
-
-
 AnyNumber = Annotated[float, SkipValidation]  # the recipe checks it
 
 
@@ -239,7 +237,8 @@ def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -
     """The record in a directory, which may be new, after all checks of :func:`_opened`."""
     grid = Grid(settings=settings, begun={}, cells=[])
     if (place / GRID).is_file():
-        _check_same(place, _read(place).settings, settings)
+        grid = _read(place)
+        _check_same(place, grid.settings, settings)
     elif place.is_dir() and not all(map(TORN.fullmatch, os.listdir(place))):
         raise StorageError(f"{place} is not empty, and holds no comparison; give another --out")
     if place.is_dir():

@@ -196,7 +196,7 @@ def prune(
     argument("MODEL", "As for prune, or a config.json; only the config is read."),
     *use.RUN,
     use.TRUST,
-    option("--card NAME", "A card such as h100; only --memory limits its host.", RESOURCES, shown="this machine"),
+    option("--card NAME", "GPU such as h100, on a host limited by --memory alone.", RESOURCES, shown="this machine"),
     option("--ranks N", "Processes of torchrun, with a card each if there are cards.", RESOURCES, default=1),
     use.JSON,
     examples=(
@@ -223,7 +223,7 @@ def plan(model: str, **options: Any) -> Printed:
     ),
     *use.WINDOW,
     field("bos", TEXT),
-    option("--against MODEL", "The dense model to compare with: KL divergence, same first choices, recovery.", MEASURE),
+    option("--against MODEL", "Dense model to compare with: KL divergence, same likeliest tokens, recovery.", MEASURE),
     option("--tasks A,B", "Tasks of lm-eval to run on the whole model (needs sparsellm\\[eval]).", MEASURE),
     option("--tasks-dir DIR", "Directory with further tasks, in lm-eval's YAML files.", MEASURE),
     field("device"),
@@ -335,7 +335,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     ),
 )
 def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
-    """Prune MODEL in every combination of the lists, and measure each run against it.
+    """Prune MODEL with every combination of the options that are lists, and measure each result against MODEL.
 
     With --recover or --max-bytes it recommends one. The same command resumes it. Each run is a checkpoint in DIR."""
     from sparsellm import cells as grid
@@ -419,7 +419,7 @@ def demo(progress: Any, verbose: bool, out: Path | None = None, **options: Any) 
     examples=("sparsellm pack pruned --out packed", "sparsellm pack pruned --out packed --values int8"),
 )
 def pack(model: str, progress: Any, **options: Any) -> Printed:
-    """Pack a pruned MODEL: store the kept values and a bit for each weight. It stays packed in memory too."""
+    """Pack a pruned MODEL: store the kept values and where they are. It stays packed in memory too."""
     from sparsellm import convert, tables
 
     result = convert.pack(model, progress=progress, **options)
@@ -428,7 +428,7 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 
 @_command(
     argument("DIRECTORY", "A pruned checkpoint, not packed."),
-    field("calibration"),
+    field("calibration", help="Text to train on: a source as for `prune`."),
     option(
         "--way NAME", "Train all weights that are kept, or by LoRA.", TRAINING, default="full", values=("full", "lora")
     ),

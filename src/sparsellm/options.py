@@ -169,7 +169,7 @@ VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
 JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")
 REPORTING = [flag("--quiet -q", "Print no progress, only the result, warnings and errors."), VERBOSE, JSON]
 RESTARTING = [
-    flag("--overwrite", "Replace the checkpoint that sparsellm wrote in DIR."),
-    flag("--restart", "Start from the beginning; remove what an unfinished run left for DIR."),
+    flag("--overwrite", "Replace what sparsellm wrote there before."),
+    flag("--restart", "Start from the beginning; remove what an unfinished run left."),
 ]
 WRITING = [*RESTARTING, *REPORTING]

@@ -122,8 +122,8 @@ class Recipe(BaseModel):
     allocation_options: dict[str, JsonValue] = {}
     """Options of the allocation, by name."""
     experts: Annotated[float | None, Option(WHAT, "SHARE", null="keep all"), Field(gt=0, le=1 << 20)] = None
-    """Share of the experts of each mixture to remove before anything else, such as 0.5, or the number to keep, from 1
-    on; with sparsity 0, nothing else is pruned."""
+    """Experts of each mixture to remove before anything else: below 1 the share to remove, such as 0.5; from 1 on the
+    number to keep. With sparsity 0, nothing else is pruned."""
     expert_score: Annotated[str, Option(WHAT, "NAME", registered=("mixtures",)), NAME] = "coordinated"
     """How experts to keep are chosen; `sparsellm methods` lists all."""
     expert_options: dict[str, JsonValue] = {}
@@ -135,8 +135,8 @@ class Recipe(BaseModel):
     exclude: Annotated[Globs, Option(WHAT, "GLOB", flag="--skip")] = []
     """Linears, other parameters or modules that stay dense, as shell patterns such as '*.down_proj'."""
     sparsity_of: Annotated[dict[str, Annotated[float, Field(ge=0, lt=1)]], Option(WHAT, "GLOB=SHARE")] = {}
-    """Sparsities of some linears, by shell patterns such as '*.down_proj'; of two that match, the later one counts. The
-    others make up for it, so that the sparsity is reached."""
+    """Sparsity of the linears that a shell pattern such as '*.down_proj' matches; where several match, the last counts.
+    All other linears make up for it, so that the total sparsity is the one asked for."""
     allow_dense: Annotated[Globs, Option(WHAT, "GLOB")] = []
     """Parameters that no linear owns and that may stay dense, as shell patterns such as '*.conv1d'. Without it, more
     than 2 % of a block is refused."""
@@ -178,8 +178,8 @@ class Recipe(BaseModel):
     device: Annotated[str, Option(RESOURCES, "NAME", values=DEVICES), NAME] = "auto"
     """cpu, cuda, cuda:1, or auto for a GPU if there is one."""
     dtype: Annotated[Dtype, Option(RESOURCES, "NAME")] = "auto"
-    """Dtype in which blocks compute: float32, bfloat16, float16, or auto for the stored one, but float32 for float16,
-    and where bfloat16 has no units. Weights are saved in their stored dtype."""
+    """Dtype in which blocks compute: float32, bfloat16, float16, or auto: the stored one, but float32 for float16,
+    and for bfloat16 where it is not native. Weights are saved in their stored dtype."""
     products: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU or GPU with
     bf16 units. Solvers that declare it take them too; statistics are always fp32."""

@@ -89,7 +89,7 @@ def sparsellm(
         "alternations of the auxiliary variables of two-layer ReLU units; null: 2 where they pay",
     ] = None,
 ) -> None:
-    """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
+    """Global pruning by auxiliary targets: linears in order, each sublayer's last one refitted to its dense output."""
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
     task.stream.forget()
