@@ -33,7 +33,7 @@ from sparsellm.machine import resolve_device
 from sparsellm.mixtures.fewer import Routing
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
-from sparsellm.records import PRUNING, Benchmark, Continuation, Evaluation, Prediction, Protocol
+from sparsellm.records import PRUNING, Benchmark, Continuation, Evaluation, Prediction, Protocol, read_pruning
 from sparsellm.report.document import write_report
 from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
@@ -76,8 +76,8 @@ def prune(  # noqa: PLR0913 - the Python door
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
         teacher: the dense model by name, if ``model`` was pruned from it already: sweeps follow its predictions.
         overwrite: replace the checkpoint that sparsellm wrote in ``out``.
-        restart: start again instead of resuming an unfinished run into ``out``, unless torchrun or Slurm starts this
-            program again.
+        restart: remove an unfinished run into ``out`` and start again; where torchrun or Slurm starts the same command
+            once more, its run is resumed nevertheless.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: called with the progress of the run.
 
@@ -183,7 +183,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
 
     Raises:
         SparseLLMError: a model or the text cannot be read, the text is too short, the models have different tokenizers,
-            or a task is unknown or fails. All but the last is checked before the work.
+            or a task is unknown or fails. All but the failure of a task is checked before the work.
     """
     if tasks_dir is not None and not tasks:
         raise RecipeError("tasks_dir is given without tasks; name the tasks to run")
@@ -251,9 +251,9 @@ def pack_and_measure(
 
 @checked
 def keep_results(directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]) -> None:
-    """Adds results to those of a checkpoint (``results.json``), then writes its card and report with them. Raises
-    StorageError if :func:`prune` or ``pack`` did not write it, or its card was edited, which stays as it is."""
-    directory = Path(directory).expanduser()
+    """Adds results to those of a checkpoint (``results.json``), then writes its card and report again. Raises
+    StorageError if :func:`prune` or ``pack`` did not write it, or, after results were added, if its card was edited."""
+    read_pruning(directory := Path(directory).expanduser())
     for result in results:
         append_result(directory, result)
     card(directory)

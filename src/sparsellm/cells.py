@@ -80,7 +80,7 @@ class GridResult(Record):
     """The result of :func:`compare`, with the cells of the call."""
 
     out: Path
-    page: Path | None  # None without the chart library
+    page: Path | None  # None without the chart library, and for a single cell
     recommended: str | None  # the cell that fits the constraints best; None if there were none, or none fits
     best_at_each_size: list[str]  # cells that diverge less than every smaller one, smallest first
     cells: list[Measured]
@@ -289,10 +289,10 @@ def cells_of(
     values: Sequence[str] = (),
     experts: Sequence[AnyNumber] = (),
 ) -> dict[str, Recipe]:
-    """The cells by name: every method at every sparsity, then at every pattern, auto:M at every sparsity; each with
-    every effort, if the method has a sweep, type of values and ``experts``. The other settings are those of ``base``,
-    whose options hold for the methods that have them, and those of a sweep for the methods with one. A RecipeError if
-    nothing is asked for, something is named twice or wrong, or no method has an option of the base."""
+    """The cells by name: every method at every sparsity, then with every pattern (auto:M at every sparsity); each with
+    every type of ``values``, every entry of ``experts`` and, if the method has a sweep, every effort. ``base`` gives
+    the other settings: options to methods that have them, those of a sweep to methods with one. A RecipeError if no
+    method, or neither sparsity nor pattern, is given, one is repeated or wrong, or no method has an option of base."""
     recipe = Recipe.of(base)
     if values and recipe.grid != "own":
         raise RecipeError(f"grid {recipe.grid} means values {recipe.values}; leave out values, or the grid")

@@ -82,7 +82,7 @@ def pack(
     allow_copy: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
-    """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
+    """Writes a packed checkpoint: linears of the blocks, except experts, in the smallest form (dense, bitmask or N:M).
 
     Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); integers quantise the kept
     values. All else is copied. If it fails, no files are left.

@@ -97,8 +97,8 @@ def claims_failure(*, alone: bool) -> bool:
 
 
 def await_other_failures() -> None:
-    """Closes the connections of process 0, for which others may wait, then waits until all have failed, at most
-    :data:`LAST_WORDS` seconds, since it may hold the count that :func:`claims_failure` reads in them."""
+    """In process 0, closes gloo's connections, on which others may wait, then waits until all have failed, at most
+    :data:`LAST_WORDS` seconds: process 0 may hold the count that :func:`claims_failure` reads in the others."""
     global _machines
     if _failures is None or os.environ["RANK"] != "0":
         return
@@ -142,8 +142,8 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def once_a_machine(make: Callable[[], tuple[Tensor, T]], device: torch.device) -> tuple[Tensor, T]:
-    """A contiguous tensor and a value that ``make`` returns in the first process of each machine, in all processes, the
-    tensor on the device of each; a SparseLLMError is raised in all processes of the machine, too."""
+    """Calls ``make`` in the first process of each machine; every process of that machine returns its value and its
+    contiguous tensor, the latter on the process's own device, or raises its SparseLLMError."""
     if size() == 1:
         return make()
     made: list[Tensor] = []
@@ -301,9 +301,9 @@ def gather(value: T) -> list[T]:
 
 
 def spread(counts: Sequence[int], about: int) -> list[slice]:
-    """Slices of the batches of this process, which have these ``counts`` of tokens, that take about that many tokens of
-    all processes. Their step has no divisor in common with the tokens in all, and so with a window, of which it would
-    else take only some places."""
+    """Slices of this process's batches, which have these ``counts`` of tokens. They take every n-th token of all
+    processes, about ``about`` tokens together. n has no divisor in common with the number of all tokens, and so none
+    with the length of a window: otherwise they would take only some positions of a window."""
     every = gather(sum(counts))
     step = next(number for number in count(max(1, sum(every) // about)) if math.gcd(number, sum(every)) == 1)
     starts = accumulate(counts, initial=sum(every[: rank()]))

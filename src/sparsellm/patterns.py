@@ -251,8 +251,8 @@ def count_zeros(weight: Tensor) -> int:
 def round_exactly(aims: Sequence[float], total: int, limits: Limits) -> list[int]:
     """Whole numbers near ``aims``, within the limits, that add up to ``total``; the largest remainders round up.
 
-    If ``aims`` add up to ``total``, each number is within one of its aim. Among equal remainders the first is raised.
-    A ValueError says that the limits do not allow the total."""
+    If ``aims`` are within the limits and add up to ``total``, each number is within one of its aim. Among equal
+    remainders the first is raised. A ValueError says that the limits do not allow the total."""
     fewest, most = limits
     if not sum(fewest) <= total <= sum(most):
         raise ValueError(f"{total} zeros are not between {sum(fewest)} and {sum(most)}")

@@ -138,7 +138,7 @@ def _say_why(first: str, *more: str) -> None:
     if count() > 1:
         from sparsellm import parallel
 
-        # A process with the count that was killed has reported nothing; one that a signal stopped has.
+        # If the count is gone, its process was killed and reported nothing, or a signal stopped it and it has reported.
         if not parallel.claims_failure(alone=interrupts.received() is None):
             return
         first = f"process {os.environ['RANK']} of {count()}: {first}"

@@ -246,8 +246,8 @@ class Recipe(BaseModel):
         return self.values if self.grid == "own" else self.grid
 
     def allocation_by(self, preferred: str) -> str:
-        """The allocation that the recipe names; else ``preferred``, or ``uniform`` with a pattern or sparsity 0; but a
-        pattern with a choice of N, which needs one, takes ``threshold`` for ``uniform``."""
+        """The allocation that the recipe names. If it names none: ``uniform`` for a fixed pattern or sparsity 0; for a
+        pattern with a choice of N, ``preferred``, or ``threshold`` where that is ``uniform``; else ``preferred``."""
         if self.allocation is not None:
             return self.allocation
         if self.chosen_of is not None:
@@ -279,8 +279,8 @@ class Recipe(BaseModel):
         return Unstructured(zeros, weights) if m is None else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
 
     def updated(self, /, **changes: Any) -> Recipe:
-        """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, values and a grid, or
-        lengths of the sweep, the changed one counts."""
+        """A copy with some fields changed, checked again. If a changed field excludes one that is not changed (a fixed
+        pattern and sparsity, a grid and values, ways to give the sweep's length), the latter is as if not given."""
         values = {**self.model_dump(exclude_unset=True), **changes}  # what a field implies is implied again
         pairs = [("grid", "values")] if self.grid != "own" or values.get("grid", "own") != "own" else []
         pairs += [("pattern", "sparsity")] if "auto" not in str(values.get("pattern")) else []

@@ -81,10 +81,10 @@ class Matrix(Record):
 
 
 class LinearResult(Matrix):
-    """The result of one linear. Its error is ‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs that the method
-    fitted to, for the dense weight W₀, or that of a writer after its refit. In a unit of auxiliary variables ``down``
-    has the unit's error on held-out tokens, before rounding, and the others have none. Its exponents are a
-    hexadecimal digit (the exponent plus 8) for each column of integer values, empty if all are 0."""
+    """The result of one linear. Its error is ‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs X that the method
+    fitted to; W₀ is the dense weight, or that of a writer after its refit. In a unit that was fitted by auxiliary
+    variables, ``down`` has the error of the unit on held-out tokens before rounding, the others NaN. ``exponents`` has
+    a hexadecimal digit, the exponent plus 8, for each column of integer values; it is empty if all are 0."""
 
     shape: Annotated[tuple[Size, Size], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
@@ -199,9 +199,9 @@ class Prediction(Record):
     passes: Count  # passes of the sweep
     tokens: dict[str, Count]  # by phase
     seconds: dict[str, Seconds]  # by phase
-    memory: Memory  # the process that holds most
+    memory: Memory  # one process with the largest share of the windows
     disk_bytes: Count  # at most: the result, the walk's blocks, hidden states, and saved passes
-    wanted_ranks: Count | None = None  # fewest processes, a power of two, in whose memory all of it fits; 0: none
+    wanted_ranks: Count | None = None  # fewest processes, a power of two, that need no files; 0: no number does
     notes: list[str] = []  # what does not fit, and what does
 
 
@@ -490,7 +490,7 @@ class Results(Measurement):
     exports: list[Export] = Field(default_factory=list)  # the latest into each file or directory
 
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
-        """The latest evaluation of each protocol, by the protocol's key; one that compares outlives others."""
+        """The latest evaluation of each protocol, by key; one with a dense model is preferred to later ones without."""
         return {entry.protocol.key: entry for entry in sorted(self.evaluations, key=lambda entry: bool(entry.dense))}
 
     def shown(self) -> list[Evaluation]:

@@ -52,8 +52,8 @@ class Needs:
 class Entry(Generic[F]):
     """A registered function; ``needs`` takes all options, and raises RecipeError if they contradict each other.
 
-    A solver is ``distributed``, fit for several processes, if rows may be solved apart because it compares them through
-    its pattern only; a method if every process may run it on its share of the windows."""
+    ``distributed`` says, for a solver, that several processes may solve rows apart, since it compares them only through
+    its pattern; for a method, that every process may run it on its share of the windows."""
 
     name: str
     function: F

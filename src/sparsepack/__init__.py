@@ -10,9 +10,9 @@ A packed model:
 
 The contract with a program that prunes, rounds and writes checkpoints, as sparsellm does:
 
-    codes       the whole numbers of each integer type (``Levels``), exponents of columns
+    codes       the integers of each type (``Levels``), exponents of columns
     grid        ``Groups``, ``on_grid``: round a weight so that packing it is exact
-    pack        ``pack(weight, values)`` → ``PackedWeight``; ``unpack``; ``layout.predicted_bytes``
+    layout      ``pack(weight, value_type)`` → ``PackedWeight`` or None; ``unpack``; ``predicted_bytes``
     checkpoint  ``PackedEntry``, ``quantization_config`` and ``manifest`` to write; ``PackedTensors`` to read
 
 Errors are subclasses of :class:`PackError`.

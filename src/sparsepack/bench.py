@@ -58,8 +58,8 @@ class Speed(Measurement):
 
 
 class Ratio(Measurement):
-    """How many times as fast as the dense model the packed one is in a setting, if the same decoder runs both, and if
-    transformers runs the dense one. ``same_decoder`` is None if that decoder does not run the dense one."""
+    """The packed model's speed divided by the dense one's in a setting: ``same_decoder`` by one decoder for both, or
+    None if it does not run the dense model; ``dense_by_transformers`` with the dense model run by transformers."""
 
     phase: str
     batch: int

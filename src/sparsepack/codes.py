@@ -32,8 +32,8 @@ GROUPS = (32, 64, 128, 256, 512, 1024)  # columns that may share a scale of int4
 CODES = 16  # those of int4; int3 has the eight in the middle
 EXPONENTS = range(-8, 8)  # a column has one; it is a hexadecimal digit in the records of a run
 
-# Fractions of the smallest scale at which nothing saturates. If an outlier saturates, the step is finer for all other
-# values; below 0.7 that never lowered the error on normal or Laplace weights.
+# Fractions of the scale with which the value of largest magnitude becomes the lowest number. If an outlier saturates,
+# the step is finer for all other values; below 0.7 that never lowered the error on normal or Laplace weights.
 _SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _JUDGES = 2048  # groups that tell whether a weight is on a grid
 ON_GRID = 1e-4  # relative squared error of a weight that is on a grid; rounding to bf16 is below 4e-6
@@ -127,7 +127,7 @@ def levels_of(value_type: str, layout: str) -> Levels:
 
 
 def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
-    """``keep`` as the name of ``dtype``; a SettingError for a name that is unknown."""
+    """``keep`` as the name of ``dtype`` (FormatError if it has no packed form); a SettingError for an unknown name."""
     if value_type == "keep":
         if dtype not in _NAME_OF:
             raise FormatError(f"values of {dtype} have no packed form; choose one of {', '.join(VALUE_TYPES)}")

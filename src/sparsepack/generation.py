@@ -143,7 +143,7 @@ def generate(
 
     Raises:
         SettingError: the prompt has no token, or is too long for the model; or another argument is out of range.
-        FormatError: a setting of the generation config that is used has another type or is out of range.
+        FormatError: a used setting of the generation config has a wrong type or value, or the model computes NaN.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -102,8 +102,8 @@ def on_grid(
 ) -> Tensor:
     """The fp32 weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero.
 
-    The scales follow from the largest magnitudes of ``weight``, so nothing is clipped. ``dtype`` is that of the
-    checkpoint; ``exponents``, int8 ``(in,)``; ``groups``, those of the weight, where they are known already."""
+    The scales follow from the largest magnitudes of ``weight``, as in :func:`scales_of`; a value beyond the last number
+    becomes it. ``dtype`` is the checkpoint's; ``exponents``, int8 ``(in,)``; ``groups``, if they are known already."""
     groups = Groups.of(weight, value_type) if groups is None else groups
     powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)
     rounded = on_grid_of(groups, weight, dtype, powers)

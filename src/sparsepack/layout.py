@@ -118,7 +118,7 @@ def pack(
         value_type: one of :data:`~sparsepack.codes.WRITTEN_TYPES`, or ``keep`` for the type of the weight.
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
-        exponents: whole numbers ``(in,)``, for integers.
+        exponents: integers ``(in,)``, -8 to 7: column ``j`` is multiplied by ``2^exponents[j]``; not used for floats.
         group: the columns that share a scale of int4 or int3, 32, 64, … 1024; None for as many as keep about 32.
 
     Raises:

@@ -3,7 +3,7 @@
 A batch of up to 16 tokens is multiplied by a kernel that reads packed weights, if the device has one. Such a batch is
 bound by memory, so fewer bytes make it faster. A larger batch is bound by arithmetic: the weight is unpacked tile by
 tile, all tokens use a tile while it is in the cache, and no dense weight is held. Without a compiled kernel every batch
-is multiplied by tiles; the results differ only by the order of summation.
+takes tiles. The sums differ in order; tiles are in the dtype of the inputs, and kernels may round inputs to int8.
 """
 
 from __future__ import annotations

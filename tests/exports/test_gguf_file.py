@@ -110,8 +110,7 @@ def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
     assert {each.name for each in file.tensors if each.tensor_type == Kind.Q6_K} == set(OUTSIDE)
     assert_is(file, directory, but=OUTSIDE)
     ours, theirs = tensors(file), in_gguf(AutoModelForCausalLM.from_pretrained(directory))
-    for name in OUTSIDE:
-        assert np.square(ours[name] - theirs[name]).sum() < 4e-4 * np.square(theirs[name]).sum()
+    assert all(np.square(ours[name] - theirs[name]).sum() < 4e-4 * np.square(theirs[name]).sum() for name in OUTSIDE)
     with pytest.raises(RecipeError, match=r"rows of 64 in \S+ are not blocks of 256; leave --head out"):
         exported(pruned(wide_llama(num_hidden_layers=1), tmp_path / "narrow", "q4_0"), head="q6_k")
     assert not (tmp_path / "narrow" / "out.gguf").exists()

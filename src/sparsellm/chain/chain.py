@@ -147,8 +147,8 @@ class Chain(ModelWeights):
 
     @torch.no_grad()
     def check_handed(self, ids: Tensor) -> None:
-        """Runs all blocks on token ids ``(batch, seq)``, if they hand on more than hidden states. Raises ModelError if
-        it changes from block to block, as the state of a router: :meth:`start` gives all that of block 0."""
+        """Runs all blocks on token ids ``(batch, seq)``, if they return more than hidden states. Raises ModelError if a
+        block needs other values, such as a router's state, of the one before it: :meth:`start` has only block 0's."""
         if not self._others:
             return
         with self.outer(head=False), self.block(0):

@@ -54,8 +54,8 @@ class Feed:
         return replace(self, windows=self.windows[: max(least, windows_of(tokens, self.seq_len))])
 
     def own(self) -> tuple[Feed, slice]:
-        """A feed of this process's share of the windows, and their places. With fewer windows than processes some have
-        none: they run the first window, which then has no place, since all processes load the same blocks."""
+        """A feed of this process's share of the windows, and the slice of that share. If there are fewer windows than
+        processes, some get an empty slice, and a feed of the first window: all processes must load the same blocks."""
         places = parallel.share(len(self.windows), windows_of(self.batch_tokens, self.seq_len))
         return replace(self, windows=self.windows[places] if places.start < places.stop else self.windows[:1]), places
 
@@ -128,7 +128,7 @@ class Stream:
         self.forget()
 
     def keep(self, known: KnownOutput) -> KnownOutput | None:
-        """``known`` if the scratch reserves its memory; None on an accelerator: moving costs as much as computing."""
+        """``known`` if memory has room, else None; also None on an accelerator: moving costs as much as computing."""
         return known if self.chain.device.type == "cpu" and self.scratch.spare.take(self._bytes_of(known)) else None
 
     def use(self, known: KnownOutput) -> None:

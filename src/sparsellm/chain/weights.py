@@ -36,7 +36,7 @@ class ModelWeights:
         gates: names of weights that choose or scale other modules; they are not pruned.
         device, dtype: where and in which dtype blocks run.
 
-    A ModelError says that config and weights do not fit, or a weight has a dtype that is not supported, the first one.
+    A ModelError says that config and weights do not fit each other, or names the first weight of an unsupported dtype.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class ModelWeights:
                     module._buffers[name] = buffer.to(device)
 
     def describe(self, place: Path, device: torch.device, dtype: torch.dtype | None, like: ModelWeights) -> None:
-        """Makes a model without weights that of a checkpoint in ``place``, which is not there, to plan with. Names and
-        dtypes are those of ``like``, which is this model, or has more experts, whose stacks are longer."""
+        """Lets a model without weights be planned with, as if of a checkpoint in ``place``, which need not exist. Names
+        and dtypes are those of ``like``: this model itself, or the same one with more experts in each stack."""
         if like is not self:
             self.key_of = {name: like.key_of[name] for name in self.key_of}
             self.parts = {name: like.parts[name] for name in self.key_of if name in like.parts}

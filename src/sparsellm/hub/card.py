@@ -48,8 +48,8 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 def card(directory: Checkpoint, *, force: bool = False) -> Path:
     """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
 
-    ``prune`` must have written it, and ``keep_results`` an evaluation, or ``export`` read it; ``force`` replaces a card
-    that somebody else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written."""
+    The checkpoint must have ``pruning.json``, and an evaluation or an export in ``results.json``; a card that somebody
+    else wrote or edited needs ``force``. Otherwise, or if a file is damaged: a StorageError, and nothing is written."""
     directory = Path(directory).expanduser()
     path = directory / CARD
     run = read_pruning(directory)

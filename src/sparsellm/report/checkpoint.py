@@ -91,7 +91,7 @@ def commands_of(rows: Iterable[Row]) -> list[str]:
 
 
 def packed_commands(record: Checkpoint) -> list[str]:
-    """The commands that pack a checkpoint and measure the packed form; empty if it is packed or has no results."""
+    """The commands that pack a checkpoint and measure the packed form; empty if it is packed or has no packed form."""
     run = record.pruning
     if record.packed or not run.packs:
         return []

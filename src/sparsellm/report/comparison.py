@@ -56,7 +56,7 @@ def best_at_each_size(runs: Sequence[Candidate]) -> list[Candidate]:
 
 
 def recommend(runs: Sequence[Candidate], recover: float | None, max_bytes: float | None) -> Candidate | None:
-    """Of the runs within the limits, if one is given, the smallest with ``recover``, else the best; None if none is."""
+    """The smallest run within the limits; without ``recover``, the best recovery. None: no limit or no such run."""
     if recover is None and max_bytes is None:
         return None
     least, most = recover or 0.0, math.inf if max_bytes is None else max_bytes

@@ -108,8 +108,8 @@ class Choice:
         return self.passes > 0 or any(need.token_states or need.output_costs or need.gradient_tokens for need in needs)
 
     def on(self, patterns: Collection[Pattern], values: str, *, reduced: bool = False) -> Self:
-        """The same choice without needs that are useless for these patterns, and with those of integer values; of a
-        model that is ``reduced`` already, the sweep stays."""
+        """The choice for these patterns and ``values``: output costs only where outputs compete, memory for rounding if
+        values are rounded. If no weight changes: no needs, and no sweep unless the model is ``reduced`` already."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
         if values == "keep" and not pruned:
             # No weight changes: nothing has to be compensated.

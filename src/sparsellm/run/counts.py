@@ -127,7 +127,7 @@ def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
 
 
 def rarely_chosen(experts: Sequence[ExpertsOfBlock]) -> list[str]:
-    """A warning that names experts which the calibration text hardly reaches, and which were removed for that; or none.
+    """A warning that names removed experts to which few of the calibration tokens were routed; empty if there are none.
 
     An expert for a kind of text that calibration lacks looks useless."""
     few = [

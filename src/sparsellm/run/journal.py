@@ -90,7 +90,7 @@ class Journal(contextlib.ExitStack):
         StorageError if the directory cannot be written, or holds an unfinished run with another identity."""
 
         def begin(out: Path) -> bool:
-            # torchrun and Slurm count starts, and repeat a command with restart: the run that it began goes on.
+            # torchrun and Slurm repeat a command with its --restart, and count starts: a later start resumes the run.
             identical = directory.left_in(self._partial) == to_jsonable_python(asdict(identity))
             counts = (os.environ.get(f"{launcher}_RESTART_COUNT", "0") for launcher in ("TORCHELASTIC", "SLURM"))
             self._restart = self._restart and (not identical or all(count == "0" for count in counts))

@@ -73,13 +73,13 @@ def predict(
     journal: Journal | None = None,
     sweep: str | None = None,
 ) -> Prediction:
-    """Memory of this process, seconds, and files of all processes of a run; what its ``journal`` has is not done again.
-    Without one, a run that writes a checkpoint from the start. The sweep holds the blocks as ``sweep`` says, or in the
-    way that is predicted to be the fastest of those that fit. Raises MemoryBudgetError if none does."""
+    """The predicted memory of this process, seconds, and files of all processes. What ``journal`` has is not counted;
+    without one, the run begins anew and writes a checkpoint. ``sweep`` is the way to hold the blocks in the
+    sweep; None takes the one that is predicted to be the fastest. Raises MemoryBudgetError if none fits."""
     speeds = speeds or speeds_of(chain)
     finished = journal.begun() if journal is not None else 0
     gradients = predictions.gradient_windows(choice, extent)
-    # None of what the journal has from an earlier start.
+    # Whether the journal has from an earlier start what the gradients are needed for.
     done = journal is not None and journal.knows(OUTPUT_COSTS) and (journal.knows(ALLOCATION) or not choice.allocates)
     workspace = choice.workspace.then(choice.allocator.workspace)
     differentiated = 0 if done else extent.share_of(gradients) * extent.seq_len
@@ -140,8 +140,8 @@ def after_removal(first: Prediction, smaller: Chain, rest: Prediction) -> Predic
 
 
 def chosen_for(chain: Chain, recipe: Recipe) -> Choose:
-    """How a recipe chooses for a chain that is pruned, by the patterns of one. Raises RecipeError or ModelError if the
-    two do not fit."""
+    """A function from a recipe to its choice, without needs that are useless for the patterns of this recipe on this
+    chain. Raises RecipeError or ModelError if recipe and chain do not fit."""
     patterns = patterns_of(chain, recipe).values()
 
     def choose(recipe: Recipe) -> Choice:
@@ -155,10 +155,10 @@ def chosen_for(chain: Chain, recipe: Recipe) -> Choose:
 def foresee(
     chain: Chain, recipe: Recipe, *, ranks: int = 1, speeds: Speeds | None = None, choose: Choose | None = None
 ) -> Prediction:
-    """The prediction for a chain whose weights need not be there: on this machine, with ``ranks`` processes on it; or,
-    with the ``speeds`` of another one, whose memory is that of the recipe, or else unlimited. A run that does not fit
-    is predicted all the same; a note says so, and what fits. ``choose`` makes it one of the passes of a run that
-    removes experts. Raises SparseLLMError for what no memory could run."""
+    """The prediction for a chain, whose weights are not read: for ``ranks`` processes on this machine; or, with the
+    ``speeds`` of another, in the recipe's memory (without one, unlimited). A run that does not fit is predicted, too,
+    with a note that names an effort or a method which fits. ``choose`` replaces the recipe's choice in each pass of a
+    run that removes experts. Raises SparseLLMError for what cannot run in any memory."""
     if recipe.samples < ranks:
         raise RecipeError(f"{recipe.samples} calibration windows cannot be divided among {ranks} processes")
     if recipe.experts is not None and choose is None:

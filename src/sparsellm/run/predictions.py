@@ -1,7 +1,7 @@
 """The memory and the seconds of a run, predicted before it starts. Every formula of bytes is in this file.
 
-Solvers, methods and allocations declare the tensors they hold in a :class:`~sparsellm.registry.Workspace`. Only the
-proportions of the seconds count: :class:`sparsellm.progress.Forecast` corrects them by finished phases.
+Solvers, methods and allocations declare the tensors they hold in a :class:`~sparsellm.registry.Workspace`. The seconds
+are those that `sparsellm plan` prints; in a run :class:`sparsellm.progress.Forecast` corrects them by finished phases.
 """
 
 from __future__ import annotations
@@ -381,8 +381,8 @@ def _sweep_steps(chain: Chain, demand: Demand) -> dict[str, Held]:
 def sweeps(chain: Chain, demand: Demand) -> list[str]:
     """The ways to hold the blocks in the sweep of a run; [""] if it has none.
 
-    Experts and rounded values are swept by a streamed sweep, and where processes would divide it, so are parameters
-    without rows or of several blocks."""
+    Only a streamed sweep takes experts, rounded values and, in several processes, models with a parameter that is a
+    single number or is shared, which processes do not divide by rows."""
     if not demand.passes:
         return [""]
     gpu, undivided = chain.device.type == "cuda", any(kind.scalars for kind in chain.kinds)

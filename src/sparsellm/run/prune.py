@@ -1,4 +1,4 @@
-"""One pruning run: plan → walk → sweep → finish. Each step is a function; what one finds, the next is given."""
+"""One pruning run: plan → survey → walk → sweep → save. Each step is a function that gets the results before it."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class Settings(BaseModel):
 
 
 def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
-    """A listening socket, so that a busy port is known before the model is loaded, and the key of those who may come
-    in; None for everybody. Raises RecipeError for a port in use, another machine's host, or a missing or bad key."""
+    """A listening socket, so that a busy port is known before the model is loaded, and the key that clients must send,
+    or None. RecipeError: the port cannot be used, other machines can reach it without a key, or the key is bad."""
     key, host, port = _key(settings.key_file), settings.host, settings.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

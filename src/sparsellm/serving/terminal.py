@@ -21,8 +21,8 @@ HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 class Manner(BaseModel):
-    """How a conversation is held: the first message, and limit, sampling and CPU threads of the answers. What is None
-    is as the model recommends; a seed, another one each time."""
+    """How a conversation is held: the first message, and limit, sampling and CPU threads of the answers. None means no
+    first message, the temperature that the model recommends, another seed each time, or torch's number of threads."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 

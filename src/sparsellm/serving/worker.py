@@ -80,7 +80,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Lines a job up. An UnavailableError if too many wait already, or the server stops."""
+        """Queues a job. UnavailableError: too many wait, or the server stops; SettingError: its limit is too high."""
         if job.limit is not None and job.limit > self._max_tokens:
             raise SettingError(f"max_tokens is {job.limit}; an answer has at most {self._max_tokens} tokens here")
         with self._changed:

@@ -25,8 +25,8 @@ from sparsepack.files import read_bytes
 
 FORMAT = 5  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
-# Ways of splitting text, by llama.cpp's names: those that split off each digit, which transformers takes for GPT-2's;
-# GPT-2's own, and what files say whose tokens are not split; those that releases with no table know by the model.
+# Pre-tokenizers by llama.cpp's names. _DIGITS split off each digit, and transformers takes them for GPT-2's; _PLAIN are
+# GPT-2's, or in files whose text is not split; releases of transformers without a table find _BY_MODEL by the model.
 _DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 _PLAIN = {"", "default", "gemma4", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum"}
 _BY_MODEL = {"qwen2", "deepseek-r1-qwen"}

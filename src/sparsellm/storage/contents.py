@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparsellm.storage.files import TORN, has_digest, keep_record, kept_record, locked, remove_torn, sha256, write_bytes
 
-LIST = "sparsellm-files.json"  # file → its SHA-256, or two: a process was killed as it replaced the second by the first
+LIST = "sparsellm-files.json"  # file → its SHA-256, and, after it was replaced, that of the file before it
 LATER = ("results.json", "README.md", "report.html")  # what commands write into a complete checkpoint
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
