@@ -9,12 +9,12 @@ import numpy
 
 from sparsellm.patterns import Limits
 
-LARGEST = 0.99  # sparsity of one linear; without any weights it would cut its block in two
+LARGEST = 0.99  # the largest sparsity of one linear: without any weights its outputs would not depend on its inputs
 
 
 def bounds(weights: Sequence[int], sparsity: float, span: float = 1.0) -> Limits:
-    """The fewest and the most zeros of each linear: its sparsity is within ``span`` of the target, and in [0, 0.99].
-    Limits are rounded outward, and the target itself is always within them, so the total can always be met."""
+    """The fewest and the most zeros of each linear: its sparsity is within ``span`` of the target and in [0, 0.99]. The
+    span is rounded outward, 0.99 inward; the target itself is always allowed, so the total can always be met."""
     fewest = [math.floor(max(0.0, sparsity - span) * count) for count in weights]
     most = [
         max(math.ceil(sparsity * count), min(math.ceil((sparsity + span) * count), math.floor(LARGEST * count)))
@@ -36,12 +36,12 @@ def shift_to_total(weights: Sequence[int], aims: Sequence[float], total: int, li
 
 
 def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total: int) -> list[int]:
-    """Zeros of N:M, from 1 to m − 1 of every m weights of a linear, that add up to ``total``.
+    """Zeros of N:M, from 1 to m − 1 of every m weights of a linear, that add up to ``total`` as nearly as steps allow.
 
-    Each is one of the three multiples nearest to its aim. Among these the sum is the nearest to ``total`` that can be
-    reached, and then ``Σ (z_i − aims_i)² / weights_i`` the least, by dynamic programming over the sum. Where many aims
-    are outside the limits and the sum is a whole step of a linear away, it goes on from there. Aims must add up to
-    about ``total``, and weights be multiples of m."""
+    Each linear gets one of the three multiples nearest to its aim, so that the sum is as near to ``total`` as possible
+    and then ``Σ (z_i − aims_i)² / weights_i`` the least, by dynamic programming over the sum. If the sum is off by a
+    step of the largest linear or more, since many aims are outside the limits, the choice is made again around the last
+    one, as long as that helps. Aims must add up to about ``total``, and weights be multiples of m."""
     unit = math.gcd(*weights) // m
     steps = [count // m // unit for count in weights]  # units of one more zero in every group
     base = [min(max(round(m * aim / count), 1), m - 1) for aim, count in zip(aims, weights, strict=True)]

@@ -34,7 +34,7 @@ def threshold(
     """Zeros of each linear: its weights whose saliency ½ w² E[g² x²] is below one threshold for the whole model.
 
     A linear that no token reached has the target sparsity, and so has one whose weight the model uses in several
-    places, because the sweep covers only one of them."""
+    places, because its gradients are taken at only one of them."""
     counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}
     report: Settings = {"tokens": survey.gradients.tokens, "kept_target": [*sorted(survey.names - counts.keys())]}
     return replace(from_histograms(survey, counts, span=span), report=report)

@@ -1,7 +1,7 @@
-"""The text that a user names or passes: a source, a file, token ids, or a data set. Checked before a model is opened.
+"""The text that a user names or passes, checked before a model is opened: a source, a file, token ids, or a data set.
 
-A source string is ``name`` or ``name:argument`` (``wikitext2``, ``hub:owner/name``), or the path of a file. A mixture
-is several of them, each with its share of the windows: ``wiki.txt:0.5,hub:owner/name:0.3,self:0.2``.
+A source string is ``name`` or ``name:argument`` (``wikitext2``, ``hub:owner/name``), or the path of a file. A text
+mixture is several of them, each with its share of the windows: ``wiki.txt:0.5,hub:owner/name:0.3,self:0.2``.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def default_source(*, demo: bool) -> tuple[str, list[str]]:
 
 
 def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) -> Recipe:
-    """The recipe with ``calibration`` set to the name of the text that is used; sources pass :func:`check_source`."""
+    """The recipe with the name of ``calibration``, which :func:`as_text` checked; if None, its own, checked here."""
     if calibration is None:
         if recipe.calibration is not None:
             check_sources(recipe.calibration, "calibration")

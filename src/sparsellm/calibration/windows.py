@@ -59,9 +59,9 @@ def calibration_windows(
     cost, because a repeated token only adds weight in a Gram matrix. A shorter text is drawn from as in the papers.
 
     Returns ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU; ``seq_len`` includes BOS, if a window
-    begins with it (:func:`leading_token`). Fresh windows overlap with no other, as far as the text has any, except that
-    windows of a source of documents may. Raises DataError if the source cannot be read, the text is too short for one
-    window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
+    begins with it (:func:`leading_token`). Fresh windows overlap with no other, so a short text may have fewer or none;
+    those of documents (``c4``) may overlap. Raises DataError if the source cannot be read, the text is too short for
+    one window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
     if isinstance(source, str) and len(shares_of(source)) > 1:
         return mixed_windows(
             source,

@@ -1,11 +1,11 @@
 """The alternating minimisation of one feed-forward unit by auxiliary variables.
 
 Read :func:`prune_feed_forward` first, then ``_Loop.iterate``. Iteration 0 is local pruning. Each further iteration
-minimises the penalty objective over the auxiliary variables, fits the first half to them, prunes it again, and fits and
-prunes ``down``. The published algorithm is a setting of this loop: see :class:`Settings`.
+updates each auxiliary variable once, prunes the first half fitted to them, fits its kept weights to the dense products,
+and fits and prunes ``down``. The published algorithm, a setting of this loop, omits that fit: see :class:`Settings`.
 
-An iteration includes pruning, so the true error may rise. With the safeguard, the error is measured after every
-iteration and the best iterate is the result, which is never worse than local pruning.
+An iteration includes pruning, so the true error, measured after each, may rise. With the safeguard, the iterate with
+the least error on held-out tokens is chosen, never one worse than local pruning, and made again from all tokens.
 """
 
 from __future__ import annotations

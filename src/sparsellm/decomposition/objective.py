@@ -4,7 +4,7 @@
     gated       α‖U − m_u‖² + α‖S − m_s‖² + γ‖A − φ(S)∘U‖² + β‖Y − (A W_dᵀ + b_d)‖²
 
 with m = X Wᵀ + b of the respective linear (SparseLLM, arXiv 2402.17946, eq. 4 and section 3.4). Tokens are rows. Sums
-run over tokens and features, in fp64; each token's squares are multiplied by its weight.
+over features are in fp32, those over tokens in fp64; each token's squares are multiplied by its weight.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The updates of the alternating minimisation. Each is the exact minimiser over its own variable, the others fixed.
+"""The updates of the alternating minimisation. All but two are exact minimisers over one variable, the others fixed.
 
 Tokens are rows. A, Z, U and S are separable by token, so their updates work on any chunk of tokens. The weights are
-fitted by least squares from moments over all tokens. Inputs are never changed. The published code takes gradient steps
-on S and, in OPT, on W₂.
+fitted by least squares from moments over all tokens. No argument is changed. The other two are gradient steps of the
+published code, on S and, in OPT, on W₂.
 """
 
 from __future__ import annotations

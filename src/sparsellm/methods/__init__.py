@@ -1,4 +1,4 @@
-"""Pruning methods for one block. Each is one decorated function in this package; no other code names it."""
+"""Methods, which prune one block: functions registered in this package, and one method made of each solver."""
 
 from sparsellm.methods import sparsellm, sparsellm_paper  # noqa: F401  (each registers its method)
 from sparsellm.methods.local import from_solver

@@ -62,8 +62,8 @@ class Channels:
 
 @torch.no_grad()
 def find_channels(task: BlockTask) -> list[Channels]:
-    """The channels of the loaded block whose reader gets an N:M pattern, each proved on one window. A linear for whose
-    inputs no permutation was proved, or whose sources stay dense, gets a note."""
+    """The channels of the loaded block whose reader gets an N:M pattern, each proved on one window. A reader that is
+    as wide as the stream at its output gets a note if no permutation is proved, or if its sources stay dense."""
     if not any(isinstance(task.patterns[linear.name], NM) for linear in task.linears):
         return []
     chain = task.stream.chain
@@ -159,8 +159,8 @@ def _first_proved(guesses: list[Channels], task: BlockTask) -> tuple[int | None,
 
 
 def _same(task: BlockTask, guess: Channels, before: list[Tensor], change: Callable[[], None], roundings: float) -> bool:
-    """Whether the block's outputs stay the same, up to some roundings, with a change of the linears, which is undone.
-    A wrong guess changes all by their size, or by little where attention or gains are nearly uniform."""
+    """Whether the block's outputs stay the same after ``change``, which is undone, up to ``roundings`` of the coarsest
+    dtype. A wrong guess changes outputs by about their norm, but by little if attention or gains are nearly uniform."""
     linears = [guess.reader, *(linear for linear, _ in guess.sources)]
     dtypes = [linear.storage_dtype for linear in linears]
     dtypes.append(task.stream.chain.dtype if task.stream.chain.products is None else torch.bfloat16)

@@ -62,8 +62,8 @@ def best_order(channels: Channels, mean_squares: Tensor) -> Tensor:
 
 
 def spread(scores: Tensor, pattern: NM) -> Tensor:
-    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores ``(out, in)``: inputs are dealt
-    by their mean score, and then parts of at most :data:`GROUPS` similar groups exchange members."""
+    """The natural order of the inputs, ``(inputs,)``, or one in which N:M keeps a larger sum of scores ``(out, in)``:
+    inputs are dealt by mean score; then at most :data:`GROUPS` groups at a time, spread evenly, exchange members."""
     groups = scores.shape[1] // pattern.m
     dealt = scores.mean(0).argsort(descending=True, stable=True).view(pattern.m, groups).T  # (groups, m)
     parts = -(-groups // GROUPS)

@@ -143,7 +143,7 @@ class _Moments:
 def _moments(
     rows: Rows, features: int, task: BlockTask, expert: Expert | None = None, dense: Expert | None = None
 ) -> _Moments:
-    """The moments of this process's rows, or of the inputs of the last linear of ``expert`` for these rows.
+    """The moments of the rows of all processes, or of the inputs of the last linear of ``expert`` for these rows.
 
     ``dense`` is the expert before it was pruned, whose outputs, without bias, are targets; None for no targets."""
     device = task.stream.chain.device
@@ -207,7 +207,7 @@ class ExpertTokens:
 
 
 def _record(task: BlockTask, mixture: Mixture, store: TensorStore, token_weights: list[Tensor] | None) -> MixtureTokens:
-    """Runs the block on every batch up to a mixture, and stores what enters it."""
+    """Runs the block on every batch, with zeros as the outputs of a mixture, and stores the tokens that reach it."""
     tokens = MixtureTokens(store, [], [], [])
 
     def see(routed: Routed) -> None:

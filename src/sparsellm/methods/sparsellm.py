@@ -147,8 +147,8 @@ def _rounds(task: BlockTask, unit: Unit, solver: str, asked: int | None) -> int:
 
 
 class _Means:
-    """Inputs of a group of linears, and the target if its linear is fitted, as weighted means over tokens. By them a
-    bias takes over what pruning changes in the mean of the outputs. Without a bias nothing is summed."""
+    """Weighted means over tokens of the inputs of a group of linears and, if its linear is fitted, of the targets. From
+    them follows the bias that makes up for the change of the mean output. Without a bias nothing is summed."""
 
     def __init__(self, group: Sequence[LinearView], fitted: bool, device: torch.device) -> None:
         head, biased = group[0], any(linear.bias is not None for linear in group)
@@ -167,7 +167,7 @@ class _Means:
 
     @contextmanager
     def kept(self, linear: LinearView) -> Iterator[None]:
-        """Within it, a linear gets another weight; then its bias makes its mean output what it was, or the target's."""
+        """In the context the weight changes; its end sets the bias: the mean output stays, or becomes the target's."""
         if linear.bias is None:
             yield
             return

@@ -3,8 +3,8 @@
 As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. SparseGPT
 prunes attention and the experts of a mixture. The loop with ``Settings.of_the_paper`` prunes
 the feed-forward unit: its inputs are those from before attention was pruned, and its targets are the dense unit's
-outputs on them. Differences from the authors' code: all numbers are fp32, every block of the model is pruned, and
-variables are kept in chunks that may be on disk.
+outputs on them. Differences from the authors' code: the loop computes in fp32, sums of moments and the pseudo-inverse
+in fp64; every block of the model is pruned; variables are kept in chunks that may be on disk.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from sparsellm.methods.task import BlockTask, Group
 class Sublayer:
     """Groups of linears that share an input, in the order in which they run.
 
-    The writer is the output projection, which adds to the residual stream: the last linear, alone on its input, with as
-    many outputs as the stream is wide. It is None if it is not pruned, or is the only linear of the sublayer."""
+    The writer is the last linear, alone on its input, with as many outputs as the residual stream is wide. A sublayer
+    whose writer is not pruned, or alone is pruned, is joined to the next one; the last one then has the writer None."""
 
     groups: list[Group]  # at least one, none empty
     writer: LinearView | None

@@ -48,7 +48,7 @@ class BlockTask:
     patterns: dict[str, Pattern]
     stream: Stream  # the hidden states of the pruned model that enter the block
     report: Callable[[str], None]  # called with a short text at each step of the method
-    clock: PhaseClock  # counts the seconds of statistics and solve, which are parts of the phase prune
+    clock: PhaseClock  # counts the seconds of the parts of the phase prune, such as statistics, solve and rounding
     results: list[LinearResult] = field(default_factory=list)  # one for each linear done
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # to the user, next to those of the solver
     routed: dict[str, int] = field(default_factory=dict)  # tokens that were routed to the linears of experts
@@ -69,11 +69,11 @@ class BlockTask:
     def statistics(
         self, linears: list[LinearView], token_weights: list[Tensor] | None = None
     ) -> list[tuple[Group, Gram]]:
-        """Groups of linears that share an input, each with the Gram matrix of that input, from one pass of the block.
+        """Groups of linears that share an input, each with the Gram matrix of that input, from one run of the block.
 
         The tokens are those of all processes. A linear that no calibration token reaches is left out, see
         :meth:`finish`; experts are in :mod:`sparsellm.methods.routed`. ``token_weights`` are ``(batch, seq)`` for each
-        batch; linears that do not get every token do without, since theirs cannot be identified."""
+        batch; for a linear that does not get every token all weights are 1, since it is not known which it gets."""
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
         accumulators: dict[str, GramAccumulator] = {}
         grouping, order, position = InputGroups(), RunOrder(), 0
@@ -143,9 +143,9 @@ class BlockTask:
     def accept(
         self, linear: LinearView, dense: Tensor, solution: Solution, gram: Gram | None, history: tuple[Step, ...] = ()
     ) -> None:
-        """Assigns the solution for a ``dense`` weight to a linear, with its values rounded if the recipe asks for
-        integers, and adds its result. The rounding takes ``gram``, of the linear's inputs; None to run the block for
-        it, and to keep the error of the solution, which is of a unit."""
+        """Assigns the solution for a weight ``dense (out, in)`` to a linear, with its values rounded if the recipe asks
+        for integers, and adds a result. ``gram`` is that of the linear's inputs. If it is None, the rounding runs the
+        block, and the result keeps the solution's error. NumericalError if values cannot be rounded or stored."""
         pattern, weight, error = self.patterns[linear.name], solution.weight, solution.error
         notes, exponents = solution.notes, ""
         if self.values != "keep":
@@ -202,7 +202,7 @@ class BlockTask:
         return grid, before, after
 
     def finish(self) -> None:
-        """Prunes the linears that no calibration token reached by magnitude, with a note. They have no error."""
+        """Prunes by magnitude, with a note, linears that no nonzero input reached; their error before rounding is 0."""
         done = {result.name for result in self.results}
         for linear in self.linears:
             if linear.name not in done:

@@ -56,7 +56,7 @@ class Routing(Record):
         return cls(experts=experts, per_token=per_token, shared=shared, groups=groups, least=least, why=why)
 
     def keep(self, experts: float) -> int:
-        """The experts that stay, by ``experts`` of a recipe. ModelError if none can go, RecipeError if too many."""
+        """The number of experts to keep. ModelError if none can go, RecipeError if it is all or routing forbids it."""
         if self.why:
             raise ModelError(f"{self.why}; leave experts out")
         many = next(iter(self.experts.values()))
@@ -111,7 +111,7 @@ class FewerExperts:
         self.chain.products = dense.products
         for index in range(len(dense)):
             if [len(mixture) for mixture in self.chain.mixtures(index)] != [keep] * len(dense.mixtures(index)):
-                raise ModelError(f"a {config.model_type} has other experts in some blocks; leave experts out")
+                raise ModelError(f"the config of a {config.model_type} does not set all its experts; leave experts out")
 
     def change(self, config: dict[str, Any]) -> None:
         """Puts the number of experts into the contents of a ``config.json``, also one that it leaves to its default."""

@@ -71,7 +71,7 @@ def running(stream: Stream, index: int, fewer: FewerExperts) -> AbstractContextM
 
 
 def _routed(stream: Stream, index: int, mixture: Mixture) -> Iterator[tuple[int, Routed]]:
-    """The tokens that reach a mixture, batch by batch; its block runs up to there."""
+    """The tokens that reach a mixture, batch by batch; its block runs, with zeros as the outputs of the mixture."""
     seen: list[Routed] = []
     with mixture.observed(seen.append):
         for position in range(len(stream)):

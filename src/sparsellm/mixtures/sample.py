@@ -1,8 +1,8 @@
 """Some tokens of a mixture, on which sets of experts are compared and the router is fitted.
 
 The error of a twin's mixture is ``‖Y − Σ_e r'_e E_e(x)‖²`` over ``‖Y‖²``, for the output ``Y`` of the model's. Output i
-counts with the square root of ``E[g_i²]``, as in the solver. Outputs are projected at random to a few numbers, which
-keeps norms to about a tenth, so that a set of experts costs one pass of the router.
+counts with the square root of ``E[g_i²]``, as in the solver. Outputs are projected at random to :data:`PROJECTED`
+numbers, which changes norms by about a tenth, so that a set of experts costs one run of the router.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class MixtureView:
     strength: Tensor  # Σ r ‖y‖ over these tokens, of router weight r and output y of the expert, (E,) fp64
     seed: int
     error_of: Callable[[Sequence[int]], float]
-    """The error of the mixture's output if these experts stay, after routing over them; see :mod:`.removal`."""
+    """The relative error of the mixture's output, routed over these experts, before a refit; see :mod:`.sample`."""
 
     def best(self, scores: Tensor) -> list[int]:
         """The numbers of the experts that stay by these scores ``(E,)``, in order; of equal ones, the first."""
@@ -59,7 +59,7 @@ def coordinated(
     *,
     trials: Annotated[int, Field(ge=0, le=100_000), "exchanges of two experts that are tried in each mixture"] = 256,
 ) -> Tensor:
-    """The set of experts with the least error of the mixture's output, by exchanges, from the set that reap keeps."""
+    """The set of least output error among those that exchanges try, from reap's set on: 1 inside, 0 outside."""
     scores = reap(view)
     kept = view.best(scores)
     least, left, size = view.error_of(kept), trials, len(scores) // view.groups

@@ -62,7 +62,7 @@ def admm(
     refine_iterations: Annotated[int, Field(ge=0), "conjugate-gradient steps on the weights that are kept"] = 4,
     damping: Annotated[float, Field(ge=0), "ridge towards the dense weight, in mean curvatures"] = 0.05,
 ) -> Solution:
-    """Alternates between weights and mask, each optimal near the other, then refits the kept weights."""
+    """Alternates between weights, drawn to the last sparse ones, and their mask, then refits the kept weights."""
     metric, scale = gram.remember(("admm", damping), lambda: _metric(gram, damping))
     dense = weight * scale.masked_fill(gram.dead, 0.0)  # (out, in): W₀, from here on in the units of the metric
     kept = pattern.mask(dense.abs())

@@ -82,7 +82,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
 
 
 def _is_solution(result: Solution, shape: torch.Size, pattern: Pattern) -> bool:
-    """Whether a plugin returned a solution of this shape with the pattern's zeros, which rows may round without N:M."""
+    """Whether a plugin returned a solution of this shape and pattern; unstructured, it may keep one more a row."""
     if not isinstance(result, Solution) or not result.weight.shape == result.mask.shape == shape:
         return False
     if isinstance(pattern, NM):

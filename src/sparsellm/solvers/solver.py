@@ -45,8 +45,8 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 def solution(
     original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = (), *, fitted: bool = True
 ) -> Solution:
-    """The solution with exact zeros off the mask and its relative error; not ``fitted`` if the solver does not fit the
-    values that it keeps. A NumericalError says that the weight (out, in) is not finite."""
+    """The solution ``weight (out, in)`` for a weight ``original``, with exact zeros off the mask, and its error.
+    ``fitted`` says whether the solver fits the values it keeps. A NumericalError says that a weight is not finite."""
     # A product with floats takes a twentieth of the time of torch.where. + 0.0 turns −0.0 into 0.0; a packed file would
     # store −0.0 as a kept value.
     sparse = (weight * mask.view(torch.uint8).to(weight.dtype)).add_(0.0)

@@ -147,8 +147,8 @@ class Gram:
     def cholesky(self, damping: float, *, reverse: bool = False) -> Factor:
         """Lower triangular ``L`` with ``L Lᵀ = G + λI``, not cached; ``reverse`` reverses the order of inputs first.
 
-        If the factorisation fails, damping is raised tenfold, at most eight times, and a note says so. A NumericalError
-        says that it failed at every damping."""
+        If the factorisation fails, damping is raised tenfold (from 0 to 1e-6), at most seven times, and a note says so.
+        A NumericalError says that it failed at every damping."""
         asked, name = damping, f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
         for _ in range(DAMPING_TRIES):
             diagonal = (self.diagonal + damping * self.mean_diagonal).masked_fill_(self.dead, 1.0)
@@ -172,8 +172,8 @@ class Gram:
 class GramAccumulator:
     """Sums ``XᵀX`` over chunks of tokens: products in fp32, their sum in fp64.
 
-    The sum is therefore exact to fp32, and equal to the bit for any order of chunks and any number of processes. Only
-    panels of rows, from the diagonal on, are computed and kept, in the memory of one Gram matrix in fp32."""
+    Rounded to fp32, the sum is the same for any order of chunks and any number of processes, but for rare ties.
+    Only panels of rows, from the diagonal on, are computed and kept, in the memory of one Gram matrix in fp32."""
 
     def __init__(self, features: int, device: torch.device = CPU) -> None:
         self.features, self.device, self.tokens = features, device, 0
@@ -236,7 +236,7 @@ class CrossAccumulator:
         self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Tensor:
-        """``C = TᵀX / N`` (out, features), fp32; errors as in :meth:`GramAccumulator.finish`."""
+        """``C = TᵀX / N`` (out, features), fp32. NumericalError if there are no tokens, or a sum is not finite."""
         matrix = (self.total / self.tokens).float()
         require_finite(matrix, f"cross moment of shape {tuple(matrix.shape)}")
         return matrix
@@ -315,8 +315,8 @@ def _product_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, 
 
 
 def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """A product, then the tokens of each tensor ``(..., features)`` for it: ``(tokens, features)``, scaled by √weight.
-    They are fp32, but for those of weight 1, which are nearly all, where a GPU widens them."""
+    """Yields a product and the tokens of each tensor ``(..., features)`` to give it: ``(tokens, features)`` fp32, times
+    √weight. On a GPU that multiplies factors of 16 bits, tokens of weight 1, which are nearly all, keep their dtype."""
     flat = [tensor.detach().flatten(0, -2) for tensor in tensors]
     given = {tensor.dtype for tensor in tensors}
     product = _product_for(device, given.pop()) if len(given) == 1 else _product

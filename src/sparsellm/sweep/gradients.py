@@ -121,8 +121,8 @@ def backward_sweep(
 ) -> float:
     """Differentiates the next-token loss at outputs of linears, last block first; returns its mean, in nats a token.
 
-    Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit. The scratch holds
-    ``blocks + 2`` times the hidden states of this process's windows.
+    The forward pass runs blocks in the chain's dtype, the backward pass copies in fp32. The model stays the same to the
+    bit. The scratch holds ``blocks + 2`` times the hidden states of this process's windows.
 
     Args:
         see: called for each linear and batch of this process's windows.

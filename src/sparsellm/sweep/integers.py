@@ -80,5 +80,5 @@ class Integers:
 
 
 def _seen(linear: LinearView, matrix: Tensor) -> Tensor:
-    """A matrix as its parameter has it as ``(out, in)``, or the other way round."""
+    """A matrix, transposed between the layout of its parameter and ``(out, in)`` where the linear stores ``Wᵀ``."""
     return matrix.t().contiguous() if linear.transposed else matrix

@@ -211,9 +211,9 @@ class Resident(Weights):
         return parallel.total(loss)
 
     def _run(self, run: Run, piece: Piece | None) -> Tensor:
-        """The output of the last block; without a piece, the process takes part for the others."""
+        """The output of the last block, for the first piece if there is none: every process must run the blocks."""
         if self.chain.products is not None:
-            self.chain.products.forget()  # gathered weights are changed behind its back
+            self.chain.products.forget()  # gathered weights change without a new version
         piece = run.stream.pieces[0] if piece is None else piece
         calls = [run.call(piece, index, self.dtype) for index in range(len(self.chain))]
         with warnings.catch_warnings():

@@ -30,17 +30,17 @@ class SweepRecord:
     history: list[SweepPass]  # every pass so far, including the state before the first
     best: int  # the number of the best pass so far; 0 for the state before the first
     files: dict[str, str]  # SHA-256 of the files, by name
-    seconds: float  # that the sweep took so far, in all processes that ran it
-    peak_rss: int  # the highest in any of them
+    seconds: float  # on the wall clock, that the sweep took so far in all starts of the run
+    peak_rss: int  # bytes; the highest of the first process in any of these starts
     way: str = ""  # how processes divide the windows, on which the held-out ones depend
 
 
 class SavedSweep:
     """The saved passes of one run. Every process reads them, the first writes.
 
-    The parameters after each pass (flat, fp32), and Adam's moments ``(2, elements)``, are one file per block, without
-    its zeros. One record, written last, has the history and the checksums of the files. Files of earlier passes are
-    then removed. ``last`` is the last saved pass whose files are intact, or None. ``way`` is set by the sweep."""
+    A block has one file of its parameters after a pass (flat, fp32), and one of Adam's moments ``(2, elements)``, both
+    without zeros. One record, written last, has the history and the checksums of the files. Files of earlier passes but
+    the best are then removed. ``last`` is the last saved pass with intact files, or None. The sweep sets ``way``."""
 
     way = ""
 

@@ -2,8 +2,8 @@
 
 Each step runs the blocks forward and stores their inputs. On the way back each block runs again on its stored input,
 Adam updates it, and it is stored. Weights and moments of the other blocks are in memory or on disk, depending on the
-room; those of pruned weights, which stay zero, are not stored. With several processes, the one that has the windows of
-a step computes the gradient, and all take the step.
+room; in a block with 30 % of zeros or more, those of pruned weights, which stay zero, are not stored. With several
+processes, the one that has the windows of a step computes the gradient, and all take the step.
 """
 
 from __future__ import annotations

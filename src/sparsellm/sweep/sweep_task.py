@@ -50,7 +50,7 @@ class SweepTask:
     passes: int  # each over a set of windows
     seed: int  # decides the order of the windows
     write_block: Callable[[int], None]  # called for each final block in order, while it is loaded
-    # Adam's rate, relative to a parameter's root mean square; None: by the first divergence, at most whole_model.RATE.
+    # Adam's rate, relative to a parameter's root mean square; None: whole_model._start chooses one, at most PROBED.
     learning_rate: float | None = None
     blocks: Sequence[CheckpointReader] | None = None  # the shard of each; None for a chain that holds pruned weights
     saved: SavedSweep | None = None  # storage of passes, from which an interrupted sweep continues; None to save none

@@ -96,16 +96,16 @@ def adam_step(
 
 
 def schedule(step: float, steps: int, number: int) -> float:
-    """The factor of the learning rate at ``step``, from 0: a linear rise over the first tenth or :data:`RISING` steps,
-    at most half of all, then a cosine to zero; it rises anew with Adam's moments, of which this is step ``number``."""
+    """The factor of the learning rate at ``step``, from 0: a linear rise over a tenth of all or :data:`RISING` steps
+    (the larger, at most half), then a cosine to zero. It rises again after a reset of Adam, ``number`` steps ago."""
     rising = max(1, min(max(RISING, round(0.1 * steps)), steps // 2))
     falling = max(0, step - rising) / max(1, steps - rising)
     return min(1.0, number / rising) * 0.5 * (1 + math.cos(math.pi * falling))
 
 
 def held_out_of(steps: Sequence[T], kinds: Sequence[str] = ()) -> tuple[list[T], list[T]]:
-    """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`.
-    Each of ``kinds`` has one at least. Fewer than :data:`LEAST_STEPS`, and all if none is left, are in both lists."""
+    """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`,
+    plus one of any kind that has none. Both are all steps if fewer than :data:`LEAST_STEPS`, or if all are held."""
     count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8))) if len(steps) >= LEAST_STEPS else 0
     kinds = kinds or [""] * len(steps)
     order = sorted(range(len(steps)), key=lambda i: kinds[i])

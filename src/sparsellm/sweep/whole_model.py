@@ -26,7 +26,7 @@ from sparsellm.sweep.sweep_task import Run, Step, SweepTask, Weights
 from sparsellm.sweep.training import held_out_of, schedule
 
 # The learning rate of a model that is far from the dense one: three times as much diverges there within one pass. What
-# a step gains falls with the square of the divergence, what its noise costs does not. So the rate does, too.
+# a step gains falls with the square of the divergence, what noise costs does not. So the rate falls with that square.
 RATE = 0.0007
 FAR = 1.2  # nats on windows that nothing was fitted to; from here on the rate is the highest
 CAREFUL = 0.75  # nats; below this divergence the rate is tried out
@@ -110,8 +110,8 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
 
 
 def _rescaled(history: list[SweepPass], task: SweepTask, run: Run, judges: list[Step]) -> list[SweepPass]:
-    """The history of a sweep that processes divided otherwise, whose held-out windows were others: its divergences
-    times what they are for the present state on these windows, divided by what they were."""
+    """The history of a resumed sweep whose windows are divided among processes in another way, and others held out: all
+    divergences times one factor, that of the present state on the windows held out now, over its recorded one."""
     undone = history[-1].passes in harmful_passes(history)  # then the best state is there again
     before = min(record.held_out for record in history) if undone else history[-1].held_out
     with task.feed.chain.outer():
@@ -125,9 +125,9 @@ def _rescaled(history: list[SweepPass], task: SweepTask, run: Run, judges: list[
 
 
 def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> SweepPass:
-    """The state before the first pass, with the learning rate for the sweep: proportional to the square of the
-    divergence. Where that is small, it may be far too small for a model whose gradients have little noise. So a few
-    steps are tried at rates that rise, each from the start, as long as they lower the held-out divergence further."""
+    """The state before the first pass, with the sweep's learning rate, proportional to the squared divergence. At a
+    small divergence that rate may be far too low for a model whose gradients have little noise. So a few steps are
+    tried at rising rates, each from the start, as long as they lower the held-out divergence further."""
     with task.feed.chain.outer():
         start, sources = run.judge(judges)
         if not math.isfinite(start):
@@ -149,8 +149,8 @@ def _start(task: SweepTask, run: Run, train: list[Step], judges: list[Step]) -> 
 
 
 def _pass(task: SweepTask, run: Run, steps: list[Step], history: list[SweepPass], first: int, length: int) -> float:
-    """Runs the next pass over the steps of all processes, of which ``first`` was the first in this process; returns the
-    mean divergence per token before its steps. In the schedule all have ``length`` steps, so that it is one curve."""
+    """Runs the next pass over the steps of all processes; returns the mean divergence per token, each before its step.
+    ``first`` is the first pass of this start. In the schedule all passes have ``length`` steps, so it is one curve."""
     number, count, total, harmful = history[-1].passes + 1, len(steps), 0.0, harmful_passes(history)
     rate, undone = history[0].rate, harmful[-1] if harmful else 0  # the pass after which Adam's moments began anew
     assert rate is not None, "the state before the first pass has the rate"
