@@ -252,8 +252,7 @@ def measure(
         seconds: dict[tuple[str, str, _Decoder], list[float]] = {}
         with threads_set(count):
             for turn in range(rounds.repeats + 1):
-                share = turn / (rounds.repeats + 1)
-                progress("bench", index + share, len(settings), f"batch {batch}, {count} threads")
+                progress("bench", index + turn / (rounds.repeats + 1), len(settings), f"batch {batch}, {count} threads")
                 for name, model in models.items():
                     compiled = batch == 1 and decodes(model)
                     decoders: list[_Decoder] = ["compiled"] * compiled

@@ -331,5 +331,4 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The row of each kept value, and its rank in that row, from 0."""
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    starts = counts.cumsum(0) - counts
-    return rows, torch.arange(len(rows), device=counts.device) - starts[rows]
+    return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]

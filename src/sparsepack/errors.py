@@ -39,12 +39,17 @@ def shown(value: object, most: int = 160) -> str:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str | bytes) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
         value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
+    name, parts = f"a {type(value).__name__}", [value]
+    for part in parts:  # lists that hold each other may be of more parts than fit in memory
+        if isinstance(part, dict | list | tuple | set):
+            parts += part.values() if isinstance(part, dict) else part
+        if len(parts) > 1_000_000:
+            return name
     try:
         text = " ".join(repr(str(value) if hasattr(value, "__fspath__") else value).split())
     except Exception:  # from the repr of a user's class, or of a list with a number that is too long
-        return f"a {type(value).__name__}"
-    head = most // 2
-    return text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}"
+        return name
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
 
 
 class SettingError(PackError):

@@ -83,8 +83,7 @@ def scales_of(extreme: Tensor, groups: Groups, dtype: torch.dtype, unit: Tensor 
         return (extreme.abs() * one).clamp(max=largest).to(dtype).float() / one / 127
     # Rounded again: fp16 has a narrower range.
     end = -levels.lowest * one
-    anchors = (extreme / levels.lowest).bfloat16().float().mul_(end).clamp_(-largest, largest)
-    return anchors.to(dtype).float() / end
+    return (extreme / levels.lowest).bfloat16().float().mul_(end).clamp_(-largest, largest).to(dtype).float() / end
 
 
 def as_stored(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -67,16 +67,14 @@ def detect(kept: Tensor) -> NM | None:
 def implies(pattern: NM, other: NM) -> bool:
     """Whether each weight that satisfies a pattern must satisfy the other."""
     (n, m), (most, size) = pattern, other
-    kept = min(n, size) if m % size == 0 else n * size // m if size % m == 0 else size
-    return kept <= most
+    return (min(n, size) if m % size == 0 else n * size // m if size % m == 0 else size) <= most
 
 
 def filled(kept: Tensor, pattern: NM) -> Tensor:
     """Bool ``(out, in)`` with exactly ``n`` of every ``m``: the kept ones, then the first of the others."""
     n, m = pattern
     groups = kept.view(len(kept), -1, m)
-    missing = n - groups.sum(dim=2, keepdim=True)
-    return (groups | ((~groups).cumsum(dim=2) <= missing)).view_as(kept)
+    return (groups | ((~groups).cumsum(dim=2) <= n - groups.sum(dim=2, keepdim=True))).view_as(kept)
 
 
 def code_bits(pattern: NM) -> int:
