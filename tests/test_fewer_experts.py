@@ -65,8 +65,7 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     result = removed(source, tmp_path / "small", experts=4, expert_refit=False, effort=0)
     small = loaded(tmp_path / "small")
     kept = {each.block: each.kept for each in result.experts}
-    assert kept
-    assert all(len(numbers) == 4 for numbers in kept.values())
+    assert {len(numbers) for numbers in kept.values()} == {4}
     assert torch.equal(small(IDS).logits, by_hand(loaded(source), small, kept)(IDS).logits)
     found = type(dense).from_pretrained(tmp_path / "small", output_loading_info=True)[1]
     assert not [*found["missing_keys"], *found["unexpected_keys"]]
@@ -110,8 +109,9 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
 
 
 def test_experts_may_be_narrower_than_the_block(tmp_path: Path) -> None:
-    changes = {"layers_block_type": ["attention", "moe"], "moe_latent_size": 16, "n_group": 1, "topk_group": 1}
-    source = save_tiny(family("NemotronH", **changes, **EIGHT), None, tmp_path / "dense")
+    sizes = dict.fromkeys(("moe_latent_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size"), 16)
+    changes = {"layers_block_type": ["attention", "moe"], "n_group": 1, "topk_group": 1, **sizes, **EIGHT}
+    source = save_tiny(family("NemotronH", **changes), None, tmp_path / "dense")
     (experts,) = removed(source, tmp_path / "small", experts=4, effort=0).experts
     assert 0 < experts.refitted < experts.error
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()

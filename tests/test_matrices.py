@@ -156,8 +156,7 @@ class Router(nn.Module):
 
 def test_biases_do_not_count_and_small_matrices_are_named() -> None:
     result = sparsellm.prune(with_mixture(Router, 2), MAGNITUDE, calibration=IDS)
-    block = 3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32  # q, o, map; k, v; single; gate
-    assert result.matrices.weights == 3 * block
+    assert result.matrices.weights == 3 * (3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32)  # q, o, map; k, v; single; gate
     assert [(matrix.name, matrix.reason) for matrix in result.dense] == [
         (f"model.layers.{index}.mlp.{name}", reason)
         for index in range(3)
