@@ -54,7 +54,7 @@ ALLOCATIONS = {
     "owl": (f"allocation_options.lam={SPAN}", PLUGIN),
     "dlp": (f"allocation_options.alpha={SPAN}", PLUGIN),
 }
-TRIAL = (2, 10)  # steps of two short trainings, whose difference is the time of a step; the second at least
+TRIAL = (2, 10)  # steps of two short trainings; the second gets more until their times differ clearly
 
 Row = tuple[str, dict[str, Any]]
 

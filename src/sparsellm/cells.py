@@ -313,7 +313,7 @@ def cells_of(
         shares = targets[: len(sparsities)] if pattern.startswith("auto") else []  # auto:M has a sparsity too
         targets += [{"pattern": pattern, **share} for share in shares or [{}]]
     typed: list[Settings] = [{"values": kind} for kind in values] or [{}]
-    fewer: list[Settings] = [{"experts": fraction} for fraction in experts] or [{}]
+    fewer: list[Settings] = [{"experts": setting} for setting in experts] or [{}]
     for left, target, entry, kept in product(fewer, targets, entries, typed):
         options = {key: value for key, value in recipe.options.items() if key in entry.options.model_fields}
         without = dict.fromkeys(swept) if entry.effort is None else {}

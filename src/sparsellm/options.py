@@ -169,7 +169,7 @@ VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
 JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")
 REPORTING = [flag("--quiet -q", "Print no progress, only the result, warnings and errors."), VERBOSE, JSON]
 RESTARTING = [
-    flag("--overwrite", "Replace what sparsellm wrote there before."),
+    flag("--overwrite", "Replace an earlier output that sparsellm wrote."),
     flag("--restart", "Start from the beginning; remove what an unfinished run left."),
 ]
 WRITING = [*RESTARTING, *REPORTING]

@@ -40,7 +40,7 @@ def shown(value: object, most: int = 160) -> str:
     if isinstance(value, str | bytes) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
         value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
     name, parts = f"a {type(value).__name__}", [value]
-    for part in parts:  # lists that hold each other may be of more parts than fit in memory
+    for part in parts:  # a list that holds another twice, and so on, has more parts than its text could show
         if isinstance(part, dict | list | tuple | set):
             parts += part.values() if isinstance(part, dict) else part
         if len(parts) > 1_000_000:
