@@ -52,6 +52,7 @@ def _on_disk(reader: CheckpointReader, progress: ProgressCallback) -> str:
 
 def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
     values, done, weights = dict(sorted(model.state_dict(keep_vars=True).items())), 0, []
+    total = sum(value.nbytes for value in values.values())
     for name, value in values.items():
         if isinstance(value, nn.Parameter) and not_finite(value.detach()):  # buffers such as masks may be infinite
             raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
@@ -60,7 +61,7 @@ def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
         weights.append(f"{name} {value.dtype} {tuple(value.shape)} {digest.hexdigest()}")
         done += value.nbytes
-        reading(progress, done, sum(tensor.nbytes for tensor in values.values()))
+        reading(progress, done, total)
     return "".join(weights)
 
 

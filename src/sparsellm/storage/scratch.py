@@ -110,8 +110,7 @@ class _Pinned:
 
 def powers(size: int) -> list[int]:
     """Powers of two that add up to ``size``, and what is left below :data:`SMALL`: torch pins no others."""
-    bits = [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
-    large = [bit for bit in bits if bit >= SMALL]
+    large = [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1 and 1 << bit >= SMALL]
     return [*large, size - sum(large)] if size > sum(large) else large
 
 
