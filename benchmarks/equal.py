@@ -4,11 +4,11 @@ tables in docs/results.md.
     python benchmarks/equal.py --text wikitext2:wikitext2-raw-test.txt --calibration wikipedia.txt --targets 0.7
 
 Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit, output costs and symmetries,
-and as many passes of the sweep as take at least the time of sparsellm at ``--effort``; sparsegpt, then `sparsellm tune`
-of all kept weights or by LoRA, in as many steps as fit in that time. Table ``allocations``: sparsellm at effort 0.
-Table ``sweeps``: sparsellm with longer and longer sweeps. Table ``symmetries``, for N:M: sparsellm at
-``--effort`` with the order of channels alone, and with values rotated too. Finished cells are kept in the file of
-``quality.py``, so that a stopped script continues when it is run again.
+and as many passes of the sweep as take at least the time of sparsellm at ``--effort``, admm in N:M also with our order
+of channels and rotated values; sparsegpt, then `sparsellm tune` of all kept weights or by LoRA, in as many steps as fit
+in that time. Table ``allocations``: sparsellm at effort 0. Table ``sweeps``: sparsellm with longer and longer sweeps.
+Table ``symmetries``, for N:M: sparsellm at ``--effort`` with the order of channels alone, and with values rotated too.
+Finished cells are kept in the file of ``quality.py``, so that a stopped script continues when it is run again.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from quality import (
 )
 from wikipedia import write_news, write_wikipedia
 
+NATURAL_ORDER = "options.symmetries=none"
 ALONE = (
     "allocation=uniform",
     ALIKE,
     "options.refit=false",
     "options.norm_weighting=0",
-    "options.symmetries=none",
+    NATURAL_ORDER,
     "sets=2",
 )
 SPAN = 0.15  # how far sparsities are from the target at most: the default of threshold
@@ -79,9 +80,13 @@ def budgets(arguments: argparse.Namespace, cells: Cells, target: str, seed: int)
         if solver != "sparsegpt":
             rows.append((solver, local))
         count = max(1, math.ceil((ours["cpu_seconds"] - local["cpu_seconds"]) / a_pass))
-        settings = (*ALONE, f"options.solver={solver}", f"passes={count}")
-        rows.append((f"{solver}, then {count} passes of the sweep", run("sparsellm", target, seed, *settings)))
+        after = (f"options.solver={solver}", f"passes={count}")
+        passed = run("sparsellm", target, seed, *ALONE, *after)
+        rows.append((f"{solver}, then {count} passes of the sweep", passed))
         if solver == "admm":  # the best of the others first, then what others do after pruning
+            if ":" in target:
+                ordered = run("sparsellm", target, seed, *(x for x in ALONE if x != NATURAL_ORDER), *after)
+                rows.append((f"{solver}, channels ordered and rotated, then {count} passes", ordered))
             for way in arguments.ways:
                 budget = ours["cpu_seconds"]
                 key = cell_key(arguments, f"sparsegpt, {way} {budget:.0f} s", target, seed)
