@@ -177,12 +177,11 @@ PAGE = """# Families
 
 Every type of causal language model in transformers is built as a tiny random model from its default config, saved,
 and pruned from its directory by `sparsegpt` (50 %), `sparsellm` (60 %, efforts 0 and 1), `wanda` (2:4), and at
-sparsity 0. *Right* means that the sparsity is reached, that plain transformers reads the checkpoint again under the
-names it had, and that the logits at sparsity 0 are those of the dense model, bit for bit. Matrices that stay dense
-are named with the reason: *gate*, a router or gate; *small*, at most 2 % of its block; *allowed dense*, more than
-that, accepted by `--allow-dense`. A percentage is the sparsity over all matrices of the blocks at 50 %, where that is
-below 49.5 %. *In
-part*: `sparsellm` refuses the type, the local methods prune it. *Refused* is an error of one line before the work.
+sparsity 0. *Right*: the sparsity is reached, plain transformers reads the checkpoint again under the names it had,
+and at sparsity 0 the logits are those of the dense model, bit for bit. Matrices that stay dense are named with the
+reason: *gate*, a router or gate; *small*, at most 2 % of its block; *allowed dense*, more than that, accepted by
+`--allow-dense`. A percentage is the sparsity over all matrices of the blocks at 50 %, if below 49.5 %. *In part*:
+`sparsellm` refuses the type, the local methods prune it. *Refused*: an error of one line before the work.
 Printed by `benchmarks/families.py`.
 """
 
