@@ -204,8 +204,8 @@ def generated(name: str, number: int) -> Input:
 def _strange_argument(line: list[str], command: Command, chance: random.Random) -> None:
     """Replaces an argument, or adds an option of the command with a strange value."""
     pool = chance.choice((HUGE, WORDS, ODD, PATHS, PATHS))
-    options = [each for each in get_command(cli.app).commands[line[0]].params if each.param_type_name == "option"]  # type: ignore[attr-defined]
-    options = [each for each in options if each.name not in ("help", "plugin", "trust_remote_code")]
+    options = [param for param in get_command(cli.app).commands[line[0]].params if param.param_type_name == "option"]  # type: ignore[attr-defined]
+    options = [param for param in options if param.name not in ("help", "plugin", "trust_remote_code")]
     if chance.random() < 0.4 or not options:
         word = chance.choice(pool)
         line[chance.randint(1, command.positional)] = word if not word.startswith("-") else f"./{word}"
@@ -329,7 +329,7 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
     if code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 2000):
         return "more than a line", shown
     allowed = command.kept if code == 2 else (*command.changed, *command.kept)
-    patterns = [each.replace(key, glob.escape(path)) for each in allowed for key, path in places.items() if key in each]
+    patterns = [rule.replace(key, glob.escape(path)) for rule in allowed for key, path in places.items() if key in rule]
     changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
     made_for_out = [str(parent) for parent in Path(places.get("{out}", "")).parents if code == 0]
     patterns += [glob.escape(parent) for parent in made_for_out if parent not in before]

@@ -91,7 +91,7 @@ def contents(home: Path) -> dict[str, Any]:
         there[name] = "a page"
     for name in [name for name in there if name.endswith(".json") and there[name]]:
         there[name] = json.loads(
-            there[name], object_hook=lambda each: {key: each[key] for key in each.keys() - MEASURED}
+            there[name], object_hook=lambda entry: {key: entry[key] for key in entry.keys() - MEASURED}
         )
     return there
 

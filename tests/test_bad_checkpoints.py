@@ -256,8 +256,8 @@ def test_of_a_hub_model_the_config_comes_first_and_no_pickle(tmp_path: Path, mon
     config, weights = (call.kwargs for call in asked.call_args_list)
     assert config["allow_patterns"] == ["config.json", "*.py"]
     names = ["pytorch_model.bin", "consolidated.safetensors", "fp16/x.safetensors"]
-    wanted = ["model.safetensors", "tokenizer.json", "LICENCE", "COPYING", "USE_POLICY.md", "bpe.codes", "a.tiktoken"]
-    assert [*huggingface_hub.utils.filter_repo_objects([*names, *wanted], **weights)] == wanted
+    needed = ["model.safetensors", "tokenizer.json", "LICENCE", "COPYING", "USE_POLICY.md", "bpe.codes", "a.tiktoken"]
+    assert [*huggingface_hub.utils.filter_repo_objects([*names, *needed], **weights)] == needed
     (place / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(ModelError):
         sparsellm.prune("owner/name", Recipe(method="wanda"), out=tmp_path / "q", calibration=IDS)

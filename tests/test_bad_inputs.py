@@ -99,7 +99,7 @@ def command_lines(draw: st.DrawFn) -> Example:
         line[draw(st.integers(1, 2 if name == "generate" else 1))] = draw(garbage)
         options = [word for word in line[1:] if word in COMMANDS[name] and word.startswith("--")]
         return Example([line[0], *options, "--", *(word for word in line[1:] if word not in options)])
-    options = [each for each in get_command(cli.app).commands[name].params if each.param_type_name == "option"]  # type: ignore[attr-defined]
+    options = [param for param in get_command(cli.app).commands[name].params if param.param_type_name == "option"]  # type: ignore[attr-defined]
     for option in draw(st.lists(st.sampled_from(options), min_size=1, max_size=3)):
         if option.name in ("help", "tasks"):
             continue
@@ -255,7 +255,7 @@ def check(example: Example) -> None:
     given = dict(word.partition("=")[::2] for word in example.arguments)  # the last one of a name counts
     inside = {Path("outer/work") / given.get(name, "/") for name in ("--out", "--pack")}
     if example.arguments[0] in ("bench", "eval"):  # they keep what they measured next to the checkpoint
-        changed -= {f"outer/work/{example.arguments[1]}/{each}" for each in ("results.json", "sparsellm-files.json")}
+        changed -= {f"outer/work/{example.arguments[1]}/{file}" for file in ("results.json", "sparsellm-files.json")}
     assert all(inside & {Path(path), *Path(path).parents} for path in changed), changed
     assert not any(name.endswith(".partial") for name in after)
 

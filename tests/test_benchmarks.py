@@ -167,10 +167,10 @@ def test_the_forecast_is_what_plan_predicts(printed: Any, tmp_path: Path, monkey
     table = rows_of(printed("forecast.py", "--models", "8b", "--machines", "h100=2000,8"))["8b"]
     forecast = importlib.import_module("forecast")
     forecast.MODELS["8b"].to_json_file(tmp_path / "config.json")
-    found = sparsellm.plan(tmp_path / "config.json", Recipe(memory="200GB"), card="h100", ranks=8)
-    sizes = (found.memory.predicted_peak_rss_bytes, found.memory.predicted_peak_device_bytes, found.disk_bytes)
+    plan = sparsellm.plan(tmp_path / "config.json", Recipe(memory="200GB"), card="h100", ranks=8)
+    sizes = (plan.memory.predicted_peak_rss_bytes, plan.memory.predicted_peak_device_bytes, plan.disk_bytes)
     assert table[2:] == [
-        forecast.hours(sum(found.seconds.values())),
-        *(forecast.hours(found.seconds[phase]) for phase in ("prune", "sweep")),
+        forecast.hours(sum(plan.seconds.values())),
+        *(forecast.hours(plan.seconds[phase]) for phase in ("prune", "sweep")),
         *map(about, sizes),
     ]

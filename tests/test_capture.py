@@ -45,7 +45,7 @@ def test_linears_called_by_keyword_are_pruned_like_others() -> None:
         layer.mlp = ByKeyword()
     result = sparsellm.prune(model, Recipe(sparsity=0.5, batch_tokens=64), calibration=windows(8, 32))
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
-    assert [each for each in result.warnings if "windows of its own" not in each] == []
+    assert [warning for warning in result.warnings if "windows of its own" not in warning] == []
 
 
 @pytest.mark.parametrize(("given", "name"), [((), "NoneType"), (([torch.ones(2)],), "list")])
@@ -73,13 +73,13 @@ def test_leaving_out_what_nobody_reads_is_exact(family: Any, method: str, monkey
     skipped: list[str] = []
     unread = RunOrder.unread
 
-    def noted(self: RunOrder, *args: list[LinearView], **wanted: list[LinearView]) -> list[LinearView]:
-        found = unread(self, *args, **wanted)
-        skipped.extend(linear.name for linear in found)
-        return found
+    def noted(self: RunOrder, *args: list[LinearView], **kwargs: list[LinearView]) -> list[LinearView]:
+        linears = unread(self, *args, **kwargs)
+        skipped.extend(linear.name for linear in linears)
+        return linears
 
     models = []
-    for leave_out in (noted, lambda *args, **wanted: []):
+    for leave_out in (noted, lambda *args, **kwargs: []):
         monkeypatch.setattr(RunOrder, "unread", leave_out)
         model = family()
         sparsellm.prune(model, Recipe(method=method, sparsity=0.5, batch_tokens=64), calibration=windows(8, 32))

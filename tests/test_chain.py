@@ -56,9 +56,9 @@ def test_the_chain_run_block_by_block_equals_the_whole_model(name: str, lazily: 
     expected = hooked(model, list(Chain(model, None, device=CPU, dtype=None).blocks))
     with torch.no_grad():
         logits = model(IDS, use_cache=False).logits
-    hidden, found = run_by_blocks(chain)
+    hidden, by_blocks = run_by_blocks(chain)
     assert all(map(torch.equal, hidden, expected))
-    assert torch.equal(found, logits)
+    assert torch.equal(by_blocks, logits)
 
 
 def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
@@ -72,8 +72,8 @@ def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
         stream, groups = Feed(chain, IDS, 60).stream(), InputGroups()
         with watch(chain.linears(0), lambda linear, x, y, g=groups: g.add(linear, x)):
             list(stream.run(0))
-        found = [sorted(linear.name.rpartition(".")[2] for linear in group) for group in groups.groups]
-        assert found == [sorted(group) for group in kinds]
+        names = [sorted(linear.name.rpartition(".")[2] for linear in group) for group in groups.groups]
+        assert names == [sorted(group) for group in kinds]
 
 
 def test_conv1d_is_seen_as_out_by_in() -> None:

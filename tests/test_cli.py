@@ -52,7 +52,7 @@ def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Pat
     assert len([line for line in others if line.startswith("note: calibrated on Python's documentation")]) == 1
     assert len([line for line in others if line.startswith("note: 128 calibration tokens are few")]) == 1
     sweeps = json.loads((out / "pruning.json").read_text())["sweeps"]
-    least, before = min(each["held_out"] for each in sweeps), sweeps[0]["held_out"]
+    least, before = min(sweep["held_out"] for sweep in sweeps), sweeps[0]["held_out"]
     assert f"held-out calibration windows: {least:.3f} nats a token ({before:.3f} before the sweep)" in stdout
     assert json.loads((out / "pruning.json").read_text())["recipe"]["calibration"] == "pydoc"
     following = [line.partition("sparsellm ")[2] for line in stdout.splitlines() if "it:  " in line]
@@ -106,7 +106,7 @@ def test_something_is_printed_before_torch_is_imported() -> None:
         subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=False)
         for more in ([], ["--quiet"])
     ]
-    assert [each.returncode for each in done] == [3, 3]
+    assert [process.returncode for process in done] == [3, 3]
     assert re.fullmatch(r"sparsellm \S+: loading torch and transformers\ntorch\n", done[0].stdout)
     assert done[1].stdout == "torch\n"
 

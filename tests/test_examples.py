@@ -25,18 +25,18 @@ def test_a_recipe_says_when_to_take_it_and_prunes_so(recipe: Path, llama: Path, 
     model = llama if recipe.stem != "experts" else save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "mixture")
     line = ("prune", model, "--out", tmp_path / "p", "--recipe", recipe, *SMALL)
     report = json.loads(run(*line, "--json", exits=0)[1])
-    wanted = Recipe.from_yaml(recipe)
-    assert report["recipe"]["method"] == wanted.method
-    assert report["sparsity_pruned"] == pytest.approx(wanted.sparsity, abs=1e-3)
-    for field in wanted.model_fields_set - {"samples", "seq_len", "sparsity"}:
-        assert report["recipe"][field] == getattr(wanted, field)
+    expected = Recipe.from_yaml(recipe)
+    assert report["recipe"]["method"] == expected.method
+    assert report["sparsity_pruned"] == pytest.approx(expected.sparsity, abs=1e-3)
+    for field in expected.model_fields_set - {"samples", "seq_len", "sparsity"}:
+        assert report["recipe"][field] == getattr(expected, field)
     comment = [line.strip("# \n") for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert "Take it" in " ".join(comment)
     assert f"--recipe examples/recipes/{recipe.name}" in comment[-1]
     attention = [linear for linear in report["linears"] if "attn" in linear["name"]]
     assert (attention == []) == (recipe.stem == "dense-attention")
-    if wanted.pattern:
-        assert json.loads(run("inspect", tmp_path / "p", "--json")[1])["pattern"] == wanted.pattern
+    if expected.pattern:
+        assert json.loads(run("inspect", tmp_path / "p", "--json")[1])["pattern"] == expected.pattern
 
 
 def test_the_solver_loses_less_than_wanda_whose_mask_it_has(llama: Path, tmp_path: Path, run: Any) -> None:

@@ -74,7 +74,7 @@ def test_half_of_every_matrix_is_zero_under_the_source_names(name: str, source: 
     state = separate_experts(loaded)[0].state_dict()
     for linear in pruned.linears:
         assert int((state[f"{linear.name}.weight"] == 0).sum()) == linear.zeros, linear.name
-    inspected = {each.name: each.zeros for each in sparsellm.inspect(pruned.path) if each.linear}
+    inspected = {matrix.name: matrix.zeros for matrix in sparsellm.inspect(pruned.path) if matrix.linear}
     assert inspected == {linear.name: linear.zeros for linear in pruned.linears}
 
 
@@ -159,13 +159,13 @@ def test_an_unknown_conversion_is_refused_before_the_work(tmp_path: Path, monkey
 @pytest.mark.slow
 def test_the_script_tries_types_of_every_kind_and_writes_a_page(tmp_path: Path) -> None:
     """One that is right, one with linears that no token reaches, one with convolutions, and two that are refused."""
-    wanted = {"gpt_neox": "right", "marian": "right", "mamba2": "right, some dense"}
-    wanted |= {"cpmant": "in part", "xlm": "refused"}
+    expected = {"gpt_neox": "right", "marian": "right", "mamba2": "right, some dense"}
+    expected |= {"cpmant": "in part", "xlm": "refused"}
     page, script = tmp_path / "families.md", Path(__file__).parents[1] / "benchmarks" / "families.py"
-    command = [sys.executable, str(script), "--out", str(page), "--types", *wanted]
+    command = [sys.executable, str(script), "--out", str(page), "--types", *expected]
     paths = os.pathsep.join([str(Path(sparsellm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
-    assert {name.split()[0]: row[0].removeprefix("| ") for row in rows for name in row[1].split(", ")} == wanted
+    assert {name.split()[0]: row[0].removeprefix("| ") for row in rows for name in row[1].split(", ")} == expected
     assert "5 types built with transformers" in page.read_text(encoding="utf-8")

@@ -64,11 +64,11 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     rewrite(source / "config.json", **EIGHT)  # by every name that a family has for it
     result = removed(source, tmp_path / "small", experts=4, expert_refit=False, effort=0)
     small = loaded(tmp_path / "small")
-    kept = {each.block: each.kept for each in result.experts}
+    kept = {mixture.block: mixture.kept for mixture in result.experts}
     assert {len(numbers) for numbers in kept.values()} == {4}
     assert torch.equal(small(IDS).logits, by_hand(loaded(source), small, kept)(IDS).logits)
-    found = type(dense).from_pretrained(tmp_path / "small", output_loading_info=True)[1]
-    assert not [*found["missing_keys"], *found["unexpected_keys"]]
+    info = type(dense).from_pretrained(tmp_path / "small", output_loading_info=True)[1]
+    assert not [*info["missing_keys"], *info["unexpected_keys"]]
     assert small.num_parameters() < dense.num_parameters()
     assert not (tmp_path / "small-experts").exists()
     assert min(result.predicted_seconds["experts"], result.seconds["experts"]) > 0
@@ -83,10 +83,10 @@ def test_every_family_is_cut_short_resumed_and_rounded(name: str, tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         sparsellm.prune(source, Recipe(**{**RECIPE, **recipe}), out=tmp_path / "cut", calibration=IDS, progress=cut)
     result = removed(source, tmp_path / "cut", **recipe)
-    whole, resumed = tree(tmp_path / "whole"), tree(tmp_path / "cut")
-    written = [file for file in whole if file.endswith((".safetensors", "config.json"))]
+    uncut, resumed = tree(tmp_path / "whole"), tree(tmp_path / "cut")
+    written = [file for file in uncut if file.endswith((".safetensors", "config.json"))]
     assert len(written) > 3
-    assert all(whole[file] == resumed[file] for file in written)
+    assert all(uncut[file] == resumed[file] for file in written)
     assert len([linear for linear in result.linears if ".experts." in linear.name]) == 3 * 4 * len(result.experts)
     assert result.bits_per_weight is not None
     assert loaded(tmp_path / "cut")(IDS).logits.isfinite().all()
@@ -95,9 +95,9 @@ def test_every_family_is_cut_short_resumed_and_rounded(name: str, tmp_path: Path
 def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Path) -> None:
     source = save_tiny(mixtral(), None, tmp_path / "dense")
     result = removed(source, tmp_path / "small", sparsity=0.5, method="sparsegpt", values="int4")
-    assert all(each.refitted < each.error for each in result.experts)
+    assert all(mixture.refitted < mixture.error for mixture in result.experts)
     assert result.sparsity > 0.49
-    assert {each.name.split(".experts.")[1][0] for each in result.linears if ".experts." in each.name} == {"0", "1"}
+    assert {entry.name.split(".experts.")[1][0] for entry in result.linears if ".experts." in entry.name} == {"0", "1"}
     assert result.base.name == "dense"
     record = json.loads((tmp_path / "small" / "pruning.json").read_text())
     assert record["experts"][0]["tokens"] == result.experts[0].tokens
@@ -126,8 +126,8 @@ def test_the_error_left_is_that_of_the_mixture_that_is_written(refit: bool, tmp_
     first, second = (model.model.layers[0].mlp for model in (dense.eval(), loaded(tmp_path / "small")))
     first.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     dense(IDS)
-    wanted, made = (mixture(inputs[0]) for mixture in (first, second))
-    error = float((wanted - made).square().sum() / wanted.square().sum())
+    expected, made = (mixture(inputs[0]) for mixture in (first, second))
+    error = float((expected - made).square().sum() / expected.square().sum())
     assert result.experts[0].refitted == pytest.approx(error, rel=1e-3)
     assert refit == (result.experts[0].refitted != result.experts[0].error)
     assert refit == (" refitted." in (tmp_path / "small" / "report.html").read_text())
@@ -163,7 +163,7 @@ def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
             values.append({key: value.clone() for key, value in chain.blocks[sample.index].state_dict().items()})
         gains.append(float(1 - errors[1] / errors[0]))
         changed.update(key for key, value in values[0].items() if not torch.equal(value, values[1][key]))
-        assert not any(each.requires_grad for each in chain.blocks[sample.index].parameters())
+        assert not any(parameter.requires_grad for parameter in chain.blocks[sample.index].parameters())
 
     monkeypatch.setattr(Sample, "of", made)
     monkeypatch.setattr(Sample, "fit_router", fitted)
@@ -179,10 +179,10 @@ def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
 def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     source = save_tiny(mixtral().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
     recipe = {**RECIPE, "method": "wanda", "sparsity": 0.5, "dtype": "float32"}
-    whole = killing.run(killing.prune, source, tmp_path / "whole", recipe)
-    assert whole.code == 0
+    uncut = killing.run(killing.prune, source, tmp_path / "whole", recipe)
+    assert uncut.code == 0
     first, last = (tree(tmp_path / "whole")[name] for name in ("model-00001-of-00003.safetensors", "config.json"))
-    renames = whole.steps["rename"]
+    renames = uncut.steps["rename"]
     for at in range(1, renames, max(1, renames // 6)):
         out = tmp_path / f"cut-{at}"
         assert killing.run(killing.prune, source, out, recipe, at=("rename", at)).code == KILLED
@@ -218,21 +218,21 @@ def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
         for count in (8, 2)
     )
     recipe = {"samples": 64, "seq_len": 32, "effort": 1}
-    whole = sparsellm.plan(many, {**recipe, "experts": 0.75})
+    plan = sparsellm.plan(many, {**recipe, "experts": 0.75})
     alone = sparsellm.plan(few, recipe)
     door = sparsellm.dry_run(many, {**recipe, "experts": 0.75, "calibration": "pydoc"}, out=tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
-    assert (whole.tokens, whole.disk_bytes) == (door.tokens, door.disk_bytes)
-    assert whole.seconds == pytest.approx(door.seconds)
-    assert whole.memory.working_bytes == door.memory.working_bytes
-    assert whole.tokens["experts"] == 64 * 32
-    assert all(whole.seconds[name] == pytest.approx(alone.seconds[name]) for name in ("prune", "sweep"))
-    assert whole.seconds["experts"] > 0
-    assert whole.seconds["gradients"] > alone.seconds["gradients"]
-    assert whole.disk_bytes > alone.disk_bytes
-    assert whole.memory.steps_bytes["experts"] > 0
+    assert (plan.tokens, plan.disk_bytes) == (door.tokens, door.disk_bytes)
+    assert plan.seconds == pytest.approx(door.seconds)
+    assert plan.memory.working_bytes == door.memory.working_bytes
+    assert plan.tokens["experts"] == 64 * 32
+    assert all(plan.seconds[name] == pytest.approx(alone.seconds[name]) for name in ("prune", "sweep"))
+    assert plan.seconds["experts"] > 0
+    assert plan.seconds["gradients"] > alone.seconds["gradients"]
+    assert plan.disk_bytes > alone.disk_bytes
+    assert plan.memory.steps_bytes["experts"] > 0
     unscored = sparsellm.plan(many, {**recipe, "experts": 0.75, "expert_score": "reap"})
-    assert unscored.seconds["gradients"] < whole.seconds["gradients"]
+    assert unscored.seconds["gradients"] < plan.seconds["gradients"]
 
 
 def test_the_memory_of_a_removal_by_hand() -> None:
@@ -264,9 +264,9 @@ def test_inspect_says_which_experts_can_go(llama: Path, tmp_path: Path, run: Any
     said = "mixtures: 8 experts in 1 of 2 blocks, 2 for a token, 1 shared, 2 groups; prune --experts can keep 4 or more"
     assert said in " ".join(run("inspect", source, exits=0)[1].split())
     source = save_tiny(mixtral(num_experts_per_tok=4), tiny_tokenizer(), tmp_path / "all")
-    found = json.loads(run("inspect", source, "--json")[1])["mixtures"]
-    assert found["experts"] == {"0": 4, "1": 4}
-    assert (found["least"], found["why"]) == (4, "routing needs all 4 experts")
+    mixtures = json.loads(run("inspect", source, "--json")[1])["mixtures"]
+    assert mixtures["experts"] == {"0": 4, "1": 4}
+    assert (mixtures["least"], mixtures["why"]) == (4, "routing needs all 4 experts")
     monkeypatch.setattr("sparsellm.mixtures.fewer.NUMBERS", ())  # a config without such a number
     assert "has no number in its config" in json.loads(run("inspect", source, "--json")[1])["mixtures"]["why"]
     with pytest.raises(ModelError, match="has no number in its config"):

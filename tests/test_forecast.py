@@ -152,16 +152,16 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
         extent = Extent(samples=tokens // 64, seq_len=64, batch_tokens=4096, swept=tokens // 2)
         return predictions.predicted_seconds(chain, choice, extent, speeds_of(chain), finished=finished)
 
-    whole, resumed = seconds(choice), seconds(choice, finished=2)
-    assert min(whole["gradients"], whole["prune"], whole["sweep"], resumed["replay"]) > 0
-    assert (whole["replay"], resumed["gradients"]) == (0, 0)
-    assert resumed["prune"] < whole["prune"]
-    assert whole["sweep"] < seconds(choice, 8192)["sweep"] < 3 * whole["sweep"]  # the steps to judge by are few
+    fresh, resumed = seconds(choice), seconds(choice, finished=2)
+    assert min(fresh["gradients"], fresh["prune"], fresh["sweep"], resumed["replay"]) > 0
+    assert (fresh["replay"], resumed["gradients"]) == (0, 0)
+    assert resumed["prune"] < fresh["prune"]
+    assert fresh["sweep"] < seconds(choice, 8192)["sweep"] < 3 * fresh["sweep"]  # the steps to judge by are few
     local = seconds(Choice.of(Recipe(method="wanda")))
     assert (local["gradients"], local["sweep"]) == (0, 0)
-    assert local["prune"] < whole["prune"]
+    assert local["prune"] < fresh["prune"]
     rounded = seconds(choice.on([Unstructured(1, 2)], "int4"))
-    assert rounded["prune"] > whole["prune"]  # rounding to a grid takes time, too
+    assert rounded["prune"] > fresh["prune"]  # rounding to a grid takes time, too
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -171,7 +171,7 @@ def test_the_passes_of_the_walk_are_as_predicted(
 ) -> None:
     """Counted in products with the weights of blocks."""
     model, ids = tiny_llama(num_hidden_layers=4), torch.randint(256, (32, 16))
-    weights = {id(each.weight): each.weight for each in model.model.layers.modules() if isinstance(each, nn.Linear)}
+    weights = {id(layer.weight): layer.weight for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)}
     products: list[int] = []
     multiply, walk = functional.linear, running.walk
 

@@ -177,8 +177,8 @@ def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0.01, 0.7])
 def test_a_cut_file_and_an_unknown_architecture_are_refused(tmp_path: Path, keep: float, own_cache: Path) -> None:
     path = write_gguf(tiny_llama(), tmp_path / "cut.gguf", F32)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * keep)])
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(ModelError, match=r"cut\.gguf cannot be converted"):
         gguf_checkpoint(path)
     assert list(own_cache.iterdir()) == []
@@ -205,9 +205,9 @@ HEADERS: dict[str, tuple[bytes, bytes, str]] = {
 def test_a_header_beyond_its_file_is_refused(case: str, tmp_path: Path, own_cache: Path) -> None:
     before, after, said = HEADERS[case]
     path = write_gguf(tiny_llama(), tmp_path / "a.gguf", F32)
-    whole = path.read_bytes()
-    assert whole.count(before) == 1
-    path.write_bytes(whole.replace(before, after))
+    data = path.read_bytes()
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
     with pytest.raises(ModelError, match=said):
         gguf_checkpoint(path)
     assert list(own_cache.iterdir()) == []
@@ -259,7 +259,7 @@ def test_what_others_can_have_planted_is_not_trusted(
     finally:
         os.umask(umask)
     assert gguf_checkpoint(path) == made
-    assert not any(each.stat().st_mode & 0o022 for each in (own_cache, made, *made.iterdir()))
+    assert not any(entry.stat().st_mode & 0o022 for entry in (own_cache, made, *made.iterdir()))
     if planted == "of another user":
         monkeypatch.setattr(os, "geteuid", lambda: made.stat().st_uid + 1)
         monkeypatch.setattr(cache, "user_of_new_files", lambda folder: made.stat().st_uid + 1)
@@ -275,8 +275,8 @@ def test_a_conversion_is_synced_before_named(tmp_path: Path, own_cache: Path, mo
 
     def checked(source: Any, target: Any) -> None:
         if Path(target).parent == own_cache:
-            for each in [Path(source), *Path(source).rglob("*")]:
-                assert each.stat().st_ino in synced, each
+            for entry in [Path(source), *Path(source).rglob("*")]:
+                assert entry.stat().st_ino in synced, entry
 
     ahead_of(monkeypatch, os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
     ahead_of(monkeypatch, os, "replace", checked)

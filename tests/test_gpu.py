@@ -35,12 +35,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not CARD,
 on_a_card = pytest.mark.skipif(not CARD, reason="there is no GPU")
 
 
-def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Equal to rounding, but for the few weights that are as important as a pruned one."""
-    assert found.keys() == wanted.keys()
+    assert actual.keys() == expected.keys()
     different = total = 0
-    for name, value in wanted.items():
-        other = found[name].cpu()
+    for name, value in expected.items():
+        other = actual[name].cpu()
         same = (other == 0) == (value == 0)
         different += int((~same).sum())
         total += value.numel()
@@ -76,11 +76,11 @@ def test_a_checkpoint_is_streamed_through_the_device(dtype: str, llama: Path, tm
         recipe = Recipe(device=device, dtype=dtype, method="admm", options={"iterations": 8}, sparsity=0.5)
         result = sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / name)
         assert result.zeros == round(0.5 * result.weights)
-    found, wanted = tensors_of(tmp_path / "device"), tensors_of(tmp_path / "cpu")
+    on_device, on_cpu = tensors_of(tmp_path / "device"), tensors_of(tmp_path / "cpu")
     if dtype == "float32":
-        close(found, wanted)
+        close(on_device, on_cpu)
     else:  # a product in bf16 is another one on every machine
-        assert all(torch.isfinite(value).all() for value in found.values())
+        assert all(torch.isfinite(value).all() for value in on_device.values())
 
 
 def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
@@ -88,7 +88,7 @@ def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
     for device in (DEVICE, "cpu"):
         model = tiny_llama().to(device)  # type: ignore[arg-type]  # torch decorates the method
         recipe = Recipe(method="sparsellm", passes=3, options={"solver": "wanda"}, sparsity=0.6)
-        histories.append([each.held_out for each in sparsellm.prune(model, recipe, calibration=windows()).sweeps])
+        histories.append([sweep.held_out for sweep in sparsellm.prune(model, recipe, calibration=windows()).sweeps])
     assert histories[0][-1] < histories[0][0]
     assert histories[0] == pytest.approx(histories[1], rel=0.05)
 
@@ -139,8 +139,8 @@ def test_a_gram_matrix_of_bf16_inputs_is_exact_to_fp32() -> None:
     x = torch.randn(5000, 700, generator=torch.Generator().manual_seed(0)).bfloat16()
     accumulator = GramAccumulator(700, torch.device(DEVICE))
     accumulator.update(x.to(DEVICE))
-    found, right = accumulator.finish().matrix.cpu().double(), x.double().T @ x.double() / len(x)
-    assert float((found - right).norm()) <= 1e-5 * float(right.norm())
+    matrix, right = accumulator.finish().matrix.cpu().double(), x.double().T @ x.double() / len(x)
+    assert float((matrix - right).norm()) <= 1e-5 * float(right.norm())
 
 
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
@@ -217,7 +217,7 @@ def test_two_processes_join_by_nccl(llama: Path, tmp_path: Path) -> None:
 def test_a_weight_packed_from_the_device_is_that_from_the_cpu() -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     weight[weight.abs() < 0.6] = 0
-    found, wanted = pack(weight.cuda(), "int4"), pack(weight, "int4")
-    assert found is not None
-    assert wanted is not None
-    assert all(torch.equal(found.tensors[name], wanted.tensors[name]) for name in wanted.tensors)
+    on_device, on_cpu = pack(weight.cuda(), "int4"), pack(weight, "int4")
+    assert on_device is not None
+    assert on_cpu is not None
+    assert all(torch.equal(on_device.tensors[name], on_cpu.tensors[name]) for name in on_cpu.tensors)

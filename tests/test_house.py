@@ -28,8 +28,8 @@ def test_functions_are_short_and_have_few_parameters(monkeypatch: pytest.MonkeyP
     files = {path: text for path, text in tool["files_of"](None).items() if path.startswith("src/")}
     functions = list(tool["functions"](files))
     assert len(functions) > 1000
-    assert [each for each in functions if each.lines > tool["LONGEST"]] == []
-    assert {each.place for each in functions if each.parameters > tool["MOST_PARAMETERS"]} == EXCEPTIONS
+    assert [function for function in functions if function.lines > tool["LONGEST"]] == []
+    assert {function.place for function in functions if function.parameters > tool["MOST_PARAMETERS"]} == EXCEPTIONS
 
 
 def test_no_two_files_have_one_name() -> None:

@@ -54,8 +54,8 @@ def built(model_type: str, **settings: Any) -> PreTrainedModel:
 
 def by_hand(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[int, int]:
     """Zeros and weights over all parameters of the blocks with two or more dimensions, stacks of biases left out."""
-    own = [p for block in blocks for name, p in block.named_parameters() if p.dim() > 1 and not name.endswith("bias")]
-    return sum(int((p == 0).sum()) for p in own), sum(p.numel() for p in own)
+    params = [p for block in blocks for key, p in block.named_parameters() if p.dim() > 1 and not key.endswith("bias")]
+    return sum(int((p == 0).sum()) for p in params), sum(p.numel() for p in params)
 
 
 def test_stacks_of_an_unknown_kind_are_refused_before_the_work(tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_counts_are_those_of_the_written_files_and_of_inspect(tmp_path: Path) ->
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     counted = by_hand(model, find_blocks(model)[1])
     assert (result.matrices.zeros, result.matrices.weights) == counted
-    found = sparsellm.inspect(tmp_path / "out")
-    assert (sum(matrix.zeros for matrix in found), sum(matrix.weights for matrix in found)) == counted
+    inspected = sparsellm.inspect(tmp_path / "out")
+    assert (sum(matrix.zeros for matrix in inspected), sum(matrix.weights for matrix in inspected)) == counted
     routers = [matrix.name for matrix in result.dense if matrix.reason == "gate"]
-    assert [matrix.name for matrix in found if not matrix.linear] == routers
+    assert [matrix.name for matrix in inspected if not matrix.linear] == routers
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["sparsity_reached"] == result.sparsity
 
 

@@ -102,7 +102,7 @@ def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chai
     demand = Demand(Extent(4, 128, 4096), Workspace())
     plain = plan_memory(chain, demand, 1 << 50)
     models = (tiny_llama(attn_implementation=how) for how in ("eager", "sdpa"))
-    stored, fused = (steps_of(open_chain(each, device=CPU), demand) for each in models)
+    stored, fused = (steps_of(open_chain(model, device=CPU), demand) for model in models)
     scores = 4 * 4 * 512 * 128 * chain.config.num_attention_heads
     assert stored["statistics"].working - fused["statistics"].working == scores - 4 * 4 * 512 * 80
     swept = plan_memory(chain, replace(demand, gradient_tokens=512), 1 << 50)
@@ -137,8 +137,8 @@ def test_what_a_sweep_holds_in_files_is_read_a_block_at_a_time(chain: Chain) -> 
         assert steps["sweeps"].movable == states + copies * len(chain) * block
         assert steps["keeping"].movable == states + 4 * len(chain) * block
         assert steps["sweeps"].read == 3 * block
-    whole = Demand(Extent(4, 128, 4096, swept=256), Workspace(), passes=1)
-    plain, pruned = (steps_of(chain, replace(whole, zeros=zeros))["sweeps"] for zeros in (0.0, 0.75))
+    demand = Demand(Extent(4, 128, 4096, swept=256), Workspace(), passes=1)
+    plain, pruned = (steps_of(chain, replace(demand, zeros=zeros))["sweeps"] for zeros in (0.0, 0.75))
     share = kept_share(chain, 0.75)
     assert 0.25 < share < 0.3  # norms are kept
     assert pruned.movable - states == pytest.approx(4 / 3 * share * (plain.movable - states), rel=1e-3)  # with places
@@ -219,16 +219,16 @@ def test_what_a_block_needs_by_hand() -> None:
     """One linear of each kind: the moments against sums written out."""
     config = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1}
     chain = open_chain(tiny_llama(**config), device=CPU)  # in memory: its weights are there already
-    found = steps_of(chain, Demand(Extent(100, 16, 64), Workspace(weights=3, grams=2)))
+    steps = steps_of(chain, Demand(Extent(100, 16, 64), Workspace(weights=3, grams=2)))
     groups = [([32, 16, 16], 32), ([32], 32), ([80, 80], 32), ([32], 80)]  # outputs of linears with the same inputs
     activations = 64 * (4 * 80 + 8 * 32) * 4
     grams = sum(8 * inputs**2 for _, inputs in groups)  # sums are fp64; one panel holds such a small one whole
-    assert found["statistics"].working == activations + grams + 4 * 80**2 + 2 * 4 * (1 << 23)
+    assert steps["statistics"].working == activations + grams + 4 * 80**2 + 2 * 4 * (1 << 23)
     solving = []
     for position, (outputs, inputs) in enumerate(groups):
         later = sum(4 * i**2 for _, i in groups[position + 1 :])
         solving.append(3 * 4 * max(outputs) * inputs + 2 * 4 * inputs**2 + later)
-    assert found["solving"].working == max(*solving, activations)
+    assert steps["solving"].working == max(*solving, activations)
 
 
 def test_what_blocks_are_given_for_each_token_counts() -> None:
@@ -248,10 +248,10 @@ def test_what_blocks_are_given_for_each_token_counts() -> None:
 @pytest.mark.parametrize("solver", ["admm", "sparsegpt", "wanda"])
 def test_the_solver_inside_a_method_counts(solver: str) -> None:
     inside, method = SOLVERS[solver].workspace, METHODS["sparsellm"]
-    whole = method.workspace.then(method.needs(method.check({"solver": solver})).workspace)
-    assert whole.weights >= inside.weights + 1  # the weight and the one that its outputs' costs weigh
-    assert whole.grams >= inside.grams
-    assert whole.remembered == inside.remembered
+    workspace = method.workspace.then(method.needs(method.check({"solver": solver})).workspace)
+    assert workspace.weights >= inside.weights + 1  # the weight and the one that its outputs' costs weigh
+    assert workspace.grams >= inside.grams
+    assert workspace.remembered == inside.remembered
 
 
 def test_the_head_is_not_read_to_run_the_blocks(chain: Chain, tmp_path: Path) -> None:

@@ -65,16 +65,16 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
         for number in range(4):
             x, chosen, weights = by_hand(model, number)
             factors = weights.square() * own_weights.flatten()[chosen]
-            own = routed.ExpertTokens(tokens, mixture.expert(number), number, [])
+            of_expert = routed.ExpertTokens(tokens, mixture.expert(number), number, [])
             assert tokens.count(number) == len(chosen) > 0
-            found = routed._moments(own.routed(), 32, task)
-            assert torch.allclose(found.matrix, (x[chosen].T * factors) @ x[chosen] / factors.sum(), atol=1e-5)
-            found = routed._moments(own.routed(), 80, task, own.expert, own.expert.frozen())
+            moments = routed._moments(of_expert.routed(), 32, task)
+            assert torch.allclose(moments.matrix, (x[chosen].T * factors) @ x[chosen] / factors.sum(), atol=1e-5)
+            moments = routed._moments(of_expert.routed(), 80, task, of_expert.expert, of_expert.expert.frozen())
             h = inner(model, number, x[chosen])
-            assert torch.allclose(found.matrix, (h.T * factors) @ h / factors.sum(), atol=1e-6)
+            assert torch.allclose(moments.matrix, (h.T * factors) @ h / factors.sum(), atol=1e-6)
             targets = h @ model.model.layers[0].mlp.experts.down_proj[number].T
-            assert found.cross is not None
-            assert torch.allclose(found.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6)
+            assert moments.cross is not None
+            assert torch.allclose(moments.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6)
         every = routed._moments(zip(tokens.store, tokens.weights, strict=True), 32, task)
         own_weights = own_weights.flatten()
         assert torch.allclose(every.matrix, (x.T * own_weights) @ x / own_weights.sum(), atol=1e-5)
@@ -93,11 +93,11 @@ def test_samples_of_tokens_have_every_place_of_a_window_alike(window: int) -> No
 @pytest.mark.parametrize("tokens", [0, 1, 40, 1_000_000])
 def test_shrinkage_is_the_closed_form(tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    own, every = (torch.randn(8, 8, generator=generator) for _ in range(2))
+    expert, every = (torch.randn(8, 8, generator=generator) for _ in range(2))
     cross, other = (torch.randn(3, 8, generator=generator) for _ in range(2))
-    shrunk = routed._Moments(own, tokens, cross).shrunk_to(routed._Moments(every, 99, other))
+    shrunk = routed._Moments(expert, tokens, cross).shrunk_to(routed._Moments(every, 99, other))
     share = routed.PRIOR * 8 / (routed.PRIOR * 8 + tokens)
-    assert torch.allclose(shrunk.matrix, (1 - share) * own + share * every, atol=1e-6)
+    assert torch.allclose(shrunk.matrix, (1 - share) * expert + share * every, atol=1e-6)
     assert shrunk.cross is not None
     assert torch.allclose(shrunk.cross, (1 - share) * cross + share * other, atol=1e-6)
     assert tokens or torch.equal(shrunk.matrix, every)
@@ -153,8 +153,8 @@ def test_the_last_linear_of_an_expert_is_refitted() -> None:
         errors[refit] = 0.0
         for number in range(4):
             _, chosen, weights = by_hand(model, number)
-            found = inner(model, number, x[chosen]) @ model.model.layers[0].mlp.experts.down_proj[number].T
-            errors[refit] += float(((found - dense[number][chosen]) * weights[:, None]).square().sum())
+            outputs = inner(model, number, x[chosen]) @ model.model.layers[0].mlp.experts.down_proj[number].T
+            errors[refit] += float(((outputs - dense[number][chosen]) * weights[:, None]).square().sum())
     assert errors[True] < errors[False]
 
 
@@ -212,20 +212,20 @@ def test_a_part_is_found_before_the_conversion(kinds: int, shape: Any, steps: li
     tensors = {name: torch.randn(shape) for names in sources for name in names}
     values = {str(kind): [tensors[name] for name in names] for kind, names in enumerate(sources)}
     given: Any = {"source_patterns": list(values), "target_patterns": ["s"], "full_layer_name": "s", "config": None}
-    whole: Any = dict(values)
+    converted: Any = dict(values)
 
     class Model:
         def get_parameter(self, name: str) -> Tensor:
             return torch.empty(shape)
 
     for operation in operations:
-        whole = operation.convert(whole, model=Model(), **given)
-    (stack,) = whole.values()
+        converted = operation.convert(converted, model=Model(), **given)
+    (stack,) = converted.values()
     stack = stack[0] if isinstance(stack, list) else stack
     for part in parts:
-        found = _part_before(part, Conversion(sources, operations), tuple(stack.shape), dict.fromkeys(tensors, shape))
-        assert found is not None
-        assert torch.equal(found.of(tensors[found.source]), part.of(stack))
+        before = _part_before(part, Conversion(sources, operations), tuple(stack.shape), dict.fromkeys(tensors, shape))
+        assert before is not None
+        assert torch.equal(before.of(tensors[before.source]), part.of(stack))
 
 
 def test_tensors_that_are_missing_make_no_part() -> None:

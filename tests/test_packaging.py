@@ -52,8 +52,8 @@ def installed(wheel: Path, place: Path) -> Path:
     run(sys.executable, "-m", "venv", place)
     python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     run(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel, **NO_COMPILER)
-    (own,) = place.rglob("site-packages")
-    (own / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (packages,) = place.rglob("site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 
@@ -76,8 +76,8 @@ def test_wheel_and_source_install_without_a_compiler(tmp_path: Path) -> None:
     expected = {wheel: kernels(), plain: "not compiled, torch does their work"}
     if not (shutil.which("c++") or shutil.which("cl")):
         expected.pop(wheel)
-    for number, (each, said) in enumerate(expected.items()):
-        python = installed(each, tmp_path / f"env{number}")
+    for number, (package, said) in enumerate(expected.items()):
+        python = installed(package, tmp_path / f"env{number}")
         assert str(tmp_path) in run(python, "-c", "import sparsellm; print(sparsellm.__file__)")
         assert run(python.parent / "sparsellm", "--version").startswith(f"sparsellm {__version__}\nkernels: {said}")
         listed = run(python, "-c", "import importlib.metadata as m; print(*m.files('sparsellm'), sep='\\n')")

@@ -80,7 +80,7 @@ def test_the_strictest_patterns_of_four_and_eight():
     rows = {"11100000": "3:8", "11111000": "5:8", "11000101": "2:4", "11000100": "3:8, 2:4", "10000001": "1:4"}
     rows |= {"10000000": "1:8", "11111111": "", "111001111000": "3:4", "100": "", "00000000": "1:8"}
     for row, expected in rows.items():
-        weight = torch.tensor([[float(each) for each in row]] * 2)
+        weight = torch.tensor([[float(digit) for digit in row]] * 2)
         assert strictest([most_kept(weight)]) == (expected or None), row
         for pattern in expected.split(", ") if expected else ():
             assert violations(parse_pattern(pattern), weight) == 0

@@ -32,7 +32,7 @@ def test_a_config_alone_predicts_what_a_run_does(make: Any, tmp_path: Path) -> N
     model = save_tiny(make(), tiny_tokenizer(), tmp_path / "model")
     alone = shutil.copy(model / "config.json", tmp_path / "some.json")
     door = sparsellm.dry_run(model, SMALL, out=tmp_path / "out")
-    by_directory, by_config = (sparsellm.plan(each, SMALL) for each in (model, alone))
+    by_directory, by_config = (sparsellm.plan(source, SMALL) for source in (model, alone))
     assert (by_config.model, door.model) == ("some.json", "model")
     assert by_config.seconds == by_directory.seconds == pytest.approx(door.seconds)
     for one in (by_directory, by_config):
@@ -149,7 +149,7 @@ def test_backward_work_is_as_predicted(module: Any, name: str, tmp_path: Path, m
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_each_rank_moves_its_rows_to_its_card_and_gathers_all(ranks: int) -> None:
     work = predictions.Work(*[0.0] * 5, weights=1000, sums=0, stored=0, hidden=0)
-    way = next(name for name, each in predictions.RESIDENT.items() if each.offloads)
+    way = next(name for name, residence in predictions.RESIDENT.items() if residence.offloads)
     extent = predictions.Extent(64, 512, 512, swept=65536, ranks=ranks)
     speeds = Speeds("cards", math.inf, math.inf, math.inf, link=28.0, card_bytes=1, exchanged=6.0)
     steps = 65536 / ranks / (512 if ranks == 1 else 128) - 8  # of a rank; eight are held out

@@ -71,7 +71,7 @@ def test_no_file_for_others_names_the_machine(home: Path, run: Any) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(model)
     recipe = sparsellm.Recipe(method="wanda", samples=4, seq_len=32, calibration=str(text))
     sparsellm.prune(loaded, recipe, out=out / "object", tokenizer=AutoTokenizer.from_pretrained(model))
-    secret |= {each for each in (getpass.getuser(), str(Path.home())) if len(each) > 5}
+    secret |= {word for word in (getpass.getuser(), str(Path.home())) if len(word) > 5}
     files = [file for file in out.rglob("*") if file.is_file()]
     names = {"pruning.json", "results.json", "recipe.yaml", "README.md", "report.html", "packed.json", "compare.html"}
     assert names | {"compare.json", "all.html", "config.json"} <= {file.name for file in files}

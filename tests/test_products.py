@@ -45,20 +45,20 @@ def test_outputs_and_gradients_err_by_three_roundings_at_most(kind: str) -> None
         y = module(x)
     y.backward(g)
     assert y.dtype is torch.float32
-    wanted, size = exact(module, x.detach())
-    assert ((y.detach() - wanted).abs() <= 3.1 * UNIT * size + 1e-6).all()
-    assert not torch.equal(y.detach(), wanted.float()), "nothing was rounded"
+    expected, size = exact(module, x.detach())
+    assert ((y.detach() - expected).abs() <= 3.1 * UNIT * size + 1e-6).all()
+    assert not torch.equal(y.detach(), expected.float()), "nothing was rounded"
     weight = module.weight.detach().double() if kind == "linear" else module.weight.detach().double().T  # (out, in)
     rows, given = x.detach().double().flatten(0, 1), g.double().flatten(0, 1)
     assert x.grad is not None
     assert module.weight.grad is not None
     assert module.bias is not None
     assert module.bias.grad is not None
-    for found, true, size in (
+    for gradient, true, size in (
         (x.grad.flatten(0, 1), given @ weight, given.abs() @ weight.abs()),
         (module.weight.grad if kind == "linear" else module.weight.grad.T, given.T @ rows, given.abs().T @ rows.abs()),
     ):
-        assert ((found - true).abs() <= 3.1 * UNIT * size + 1e-6).all()
+        assert ((gradient - true).abs() <= 3.1 * UNIT * size + 1e-6).all()
     torch.testing.assert_close(module.bias.grad, g.flatten(0, 1).sum(0))
 
 
@@ -79,10 +79,10 @@ def test_small_and_other_products_stay_as_they_are() -> None:
     big, narrow = linear_of("linear", 320, 256), torch.randn(3, 320).bfloat16()
     router, states = nn.Linear(1024, 128), torch.randn(3, 1024)
     with torch.no_grad():
-        wanted = small(x), big.bfloat16()(narrow), x @ small.weight, router(states)
+        expected = small(x), big.bfloat16()(narrow), x @ small.weight, router(states)
         with Bf16Products():
-            found = small(x), big(narrow), x @ small.weight, router(states)
-    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+            outputs = small(x), big(narrow), x @ small.weight, router(states)
+    assert all(torch.equal(one, other) for one, other in zip(expected, outputs, strict=True))
 
 
 def test_attention_errs_by_few_roundings_and_not_by_a_mask_of_numbers() -> None:
@@ -95,10 +95,10 @@ def test_attention_errs_by_few_roundings_and_not_by_a_mask_of_numbers() -> None:
             with mode:
                 y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
             results.append([y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))])
-        for true, found in zip(*results, strict=True):
-            assert found.dtype is torch.float32
-            assert torch.equal(found, true) == (mask is not causal)
-            assert (found - true).norm() <= 3 * UNIT * true.norm()
+        for true, rounded in zip(*results, strict=True):
+            assert rounded.dtype is torch.float32
+            assert torch.equal(rounded, true) == (mask is not causal)
+            assert (rounded - true).norm() <= 3 * UNIT * true.norm()
 
 
 @pytest.fixture

@@ -57,12 +57,12 @@ def test_a_grid_sets_the_values_that_it_implies() -> None:
     recipe = Recipe(grid="q4_0")
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe == recipe.updated(seed=0)
     changed = [recipe.updated(grid="q8_0"), recipe.updated(grid="own"), recipe.updated(values="int8")]
-    assert [(each.grid, each.values) for each in changed] == [("q8_0", "int8"), ("own", "keep"), ("own", "int8")]
+    assert [(new.grid, new.values) for new in changed] == [("q8_0", "int8"), ("own", "keep"), ("own", "int8")]
 
 
 def test_a_grid_alone_makes_no_zeros() -> None:
     grid = Recipe(grid="q4_0")
-    assert [each.sparsity for each in (grid, Recipe(seed=1).updated(seed=2, grid="w4a16"))] == [0, 0]
+    assert [recipe.sparsity for recipe in (grid, Recipe(seed=1).updated(seed=2, grid="w4a16"))] == [0, 0]
     assert [Recipe(grid="q4_0", **given).sparsity for given in ({"sparsity": 0.3}, {"pattern": "auto:8"})] == [0.3, 0.5]
     assert [grid.updated(grid="own").sparsity, grid.updated(sparsity=0.5).sparsity] == [0.5, 0.5]
 
@@ -179,7 +179,7 @@ def test_settings_join_the_options_that_are_there() -> None:
 
 def test_effort_is_a_number_of_passes() -> None:
     assert [Choice.of(Recipe(effort=effort)).passes for effort in (None, 0, 1, 2, 3)] == [1, 0, 1, 3, 8]
-    assert [Choice.of(each).passes for each in (Recipe(effort=1, passes=5), Recipe(method="wanda"))] == [5, 0]
+    assert [Choice.of(recipe).passes for recipe in (Recipe(effort=1, passes=5), Recipe(method="wanda"))] == [5, 0]
 
 
 def test_tokens_of_the_sweep_are_divided_into_at_most_sixteen_passes() -> None:

@@ -75,13 +75,13 @@ def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pyte
     both = threading.Barrier(2)
 
     def read(directory: Path) -> Results:
-        found = read_results(directory)
+        content = read_results(directory)
         with contextlib.suppress(threading.BrokenBarrierError):
             both.wait(0.3)  # for the other one, which would read the same
-        return found
+        return content
 
     monkeypatch.setattr(results, "read_results", read)
-    both_records = [Continuation(prompt=each, dense="", pruned="") for each in ("one", "other")]
+    both_records = [Continuation(prompt=prompt, dense="", pruned="") for prompt in ("one", "other")]
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda record: append_result(tmp_path, record), both_records))
     assert {record.prompt for record in read_results(tmp_path).continuations} == {"one", "other"}
@@ -89,11 +89,11 @@ def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pyte
 
 def test_an_evaluation_is_a_table_in_a_notebook() -> None:
     protocol = records.Protocol(text="a<b", digest="0", window=8, windows=2, tokens=14, bos="no", dtype="float32")
-    dense, own = (records.Interval(value=value) for value in (2.0, 4.0))
+    dense, pruned = (records.Interval(value=value) for value in (2.0, 4.0))
     against = records.Against(model="d", perplexity=dense, kl=0.5, agreement=0.75, recovery=0.5)
     more: Any = {"tasks": {"arc": {"acc": records.Metric(value=0.25)}}, "sparsellm": "0", "machine": "m", "date": "d"}
-    found = records.Evaluation(protocol=protocol, perplexity=own, against=against, **more)
-    root = ElementTree.fromstring(found._repr_html_())
+    evaluation = records.Evaluation(protocol=protocol, perplexity=pruned, against=against, **more)
+    root = ElementTree.fromstring(evaluation._repr_html_())
     rows = [[cell.text or "" for cell in row] for row in root.iter("tr")]
     assert rows[1] == ["perplexity", "2", "4"]
     assert rows[-2:] == [["recovery", "100%", "50.0%"], ["arc: acc", "", "0.25"]]

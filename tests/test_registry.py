@@ -72,8 +72,8 @@ def test_the_defaults_are_those_of_the_measurements() -> None:
 
 def test_all_registered_options_are_json_and_have_needs() -> None:
     for registry in (METHODS, ALLOCATIONS, SOLVERS):
-        for each in registry.values():
-            filled = each.check({})
-            assert filled.keys() == each.options.model_fields.keys()
+        for registered in registry.values():
+            filled = registered.check({})
+            assert filled.keys() == registered.options.model_fields.keys()
             assert json.loads(json.dumps(filled)) == filled
-            assert isinstance(each.needs(filled), Needs)
+            assert isinstance(registered.needs(filled), Needs)

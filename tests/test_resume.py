@@ -272,7 +272,7 @@ def test_no_other_run_goes_on(source: Path, unfinished: Path, tmp_path: Path, mo
         model.config.rms_norm_eps *= epsilon
         save_tiny(model, tiny_tokenizer(), tmp_path / name)
     entry = METHODS["sparsegpt"]
-    fields = {name: (each.annotation, each.default) for name, each in entry.options.model_fields.items()}
+    fields = {name: (field.annotation, field.default) for name, field in entry.options.model_fields.items()}
     changed = create_model("sparsegpt", **{**fields, "damping": (float, 2 * fields["damping"][1])})
     before = tree(partial_of(unfinished))
     for what, changes, said in DIFFERENT:

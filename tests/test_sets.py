@@ -47,8 +47,8 @@ def test_each_block_sees_its_own_set_behind_the_pruned_blocks(sets: int, inputs:
     windows = calibration_windows("pydoc", tiny_tokenizer(), SAMPLES, SEQ_LEN, 0, fresh=(sets - 1) * SAMPLES)
     assert len({*map(tuple, windows.tolist())}) == sets * SAMPLES
     for index, hidden in enumerate(inputs):
-        own = windows[SAMPLES * (index % sets) :][:SAMPLES]
-        expected = pruned(own, output_hidden_states=True).hidden_states[index].detach()
+        subset = windows[SAMPLES * (index % sets) :][:SAMPLES]
+        expected = pruned(subset, output_hidden_states=True).hidden_states[index].detach()
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_a_sweep_longer_than_a_text_reads_it_again(fresh: int, of_pass: int, par
 def test_a_short_text_makes_more_passes_and_a_long_one_no_longer_ones(tmp_path: Path, steps: Any) -> None:
     source, ids = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense"), torch.arange(64).view(4, 16) % 50
     sweeps = sparsellm.prune(source, {**FIELDS, "sweep_tokens": 192}, calibration=ids, out=tmp_path / "out").sweeps
-    assert [each.passes for each in sweeps] == [0, 1, 2, 3]
+    assert [sweep.passes for sweep in sweeps] == [0, 1, 2, 3]
     for model, out in ((source, tmp_path / "few"), (tiny_llama(), None)):
         steps.clear()
         sparsellm.prune(model, {**FIELDS, "sweep_tokens": 32}, calibration=ids, out=out)

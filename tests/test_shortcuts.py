@@ -42,16 +42,16 @@ def pruned(model: PreTrainedModel, **options: Any) -> dict[str, Tensor]:
 @pytest.fixture
 def left_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The classes of modules that the forward after pruning did not run. That forward is compared with a plain one."""
-    found: set[str] = set()
+    classes: set[str] = set()
 
     def compared(self: Stream, index: int) -> None:
         quick = list(self.run(index))
-        found.update(type(known.module).__name__ for known in self.known)
+        classes.update(type(known.module).__name__ for known in self.known)
         self.forget()
         assert all(torch.equal(one, other) for one, other in zip(quick, self.run(index), strict=True))
 
     ahead_of(monkeypatch, Stream, "advance", compared)
-    return found
+    return classes
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -119,10 +119,10 @@ def test_what_finds_no_room_is_run_again(
     kept: int, modules: set[str], left_out: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the feed-forward unit, 80 instead of 32 numbers of each token are kept."""
-    whole = pruned(tiny_llama(num_hidden_layers=2))
+    with_room = pruned(tiny_llama(num_hidden_layers=2))
     assert left_out == {"LlamaAttention", "LlamaMLP"}
     left_out.clear()
     plan = planning.plan_memory
     monkeypatch.setattr(planning, "plan_memory", lambda *a, **k: plan(*a, **k).model_copy(update={"kept_bytes": kept}))
-    assert same_bits(whole, pruned(tiny_llama(num_hidden_layers=2)))
+    assert same_bits(with_room, pruned(tiny_llama(num_hidden_layers=2)))
     assert left_out == modules

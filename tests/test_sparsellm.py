@@ -33,8 +33,8 @@ IDS, UNSEEN = ids_of(24, 48, seed=1), ids_of(24, 48, seed=9)
 def error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
     """Relative squared error of the logits on tokens that nothing was fitted to."""
     with torch.no_grad():
-        wanted, found = dense(UNSEEN).logits, model(UNSEEN).logits
-    return float((found - wanted).square().sum() / wanted.square().sum())
+        expected, logits = dense(UNSEEN).logits, model(UNSEEN).logits
+    return float((logits - expected).square().sum() / expected.square().sum())
 
 
 def pruned(family: Family, method: str, **settings: Any) -> PreTrainedModel:
@@ -202,11 +202,11 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
         recipe = Recipe(effort=0, sparsity=0.6, allocation="uniform", options={"output_metric": metric})
         result = sparsellm.prune(model, recipe, calibration=IDS)
         assert all(linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1]) for linear in result.linears)
-        found = {}
+        shares = {}
         for linear in result.linears:
             weight = model.get_submodule(linear.name).weight
-            found[linear.name] = (weight.t() if family is tiny_gpt2 else weight).ne(0).float().mean(1)  # (out,)
-        return found
+            shares[linear.name] = (weight.t() if family is tiny_gpt2 else weight).ne(0).float().mean(1)  # (out,)
+        return shares
 
     model = family()
     plain, weighed = kept(0.0), kept(1.0)

@@ -52,18 +52,18 @@ def permuted(model: PreTrainedModel, **how: Any) -> tuple[BlockTask, list[Channe
     """Rotates and permutes the block that is :func:`loaded`; the model must compute the same. Last: what changed."""
     before, logits = copy.deepcopy(model.state_dict()), model(IDS).logits
     with loaded(model, **how) as task:
-        found = find_channels(task)
-        rotate_block(task, found, None)
-        permute_block(task, found, None)
+        channels = find_channels(task)
+        rotate_block(task, channels, None)
+        permute_block(task, channels, None)
     torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
-    return task, found, {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    return task, channels, {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
-def roles(found: list[Channels]) -> dict[str, list[str]]:
+def roles(channels: list[Channels]) -> dict[str, list[str]]:
     """The last name of each reader, with those of its sources."""
     return {
-        each.reader.name.rpartition(".")[2]: [linear.name.rpartition(".")[2] for linear, _ in each.sources]
-        for each in found
+        group.reader.name.rpartition(".")[2]: [linear.name.rpartition(".")[2] for linear, _ in group.sources]
+        for group in channels
     }
 
 
@@ -79,28 +79,28 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_model_is_the_same_and_its_channels_are_known(name: str) -> None:
-    task, found, changed = permuted(family(name))
-    assert roles(found) == EXPECTED[name]
-    assert [each.rotates for each in found] == [True, False]  # values; a feed-forward unit is not linear
+    task, channels, changed = permuted(family(name))
+    assert roles(channels) == EXPECTED[name]
+    assert [entry.rotates for entry in channels] == [True, False]  # values; a feed-forward unit is not linear
     assert not task.notes
-    for channels in found:
-        assert {each.weight_name for each in (channels.reader, *(source for source, _ in channels.sources))} <= changed
+    for group in channels:
+        assert {linear.weight_name for linear in (group.reader, *(source for source, _ in group.sources))} <= changed
 
 
 def test_weights_stored_transposed() -> None:
-    _, found, _ = permuted(tiny_gpt2(), index=1)
-    assert [tuple(each.inputs.shape) for each in found] == [(1, 4, 12), (1, 1, 112)]
+    _, channels, _ = permuted(tiny_gpt2(), index=1)
+    assert [tuple(group.inputs.shape) for group in channels] == [(1, 4, 12), (1, 1, 112)]
 
 
 def test_heads_that_share_their_values_are_permuted_alike() -> None:
-    _, found, _ = permuted(tiny_llama())
-    assert tuple(found[0].inputs.shape) == (2, 2, 8)  # two queries for each of two heads of 8
-    assert found[0].inputs[:, 0].tolist() == [[*range(8)], [*range(8, 16)]]
+    _, channels, _ = permuted(tiny_llama())
+    assert tuple(channels[0].inputs.shape) == (2, 2, 8)  # two queries for each of two heads of 8
+    assert channels[0].inputs[:, 0].tolist() == [[*range(8)], [*range(8, 16)]]
 
 
 def test_values_that_are_gated_are_left_alone() -> None:
-    task, found, changed = permuted(family("Qwen3_5"))
-    assert roles(found) == {"down_proj": ["gate_proj", "up_proj"]}
+    task, channels, changed = permuted(family("Qwen3_5"))
+    assert roles(channels) == {"down_proj": ["gate_proj", "up_proj"]}
     [(name, notes)] = task.notes.items()
     assert name.endswith("o_proj")
     assert notes == (
@@ -113,8 +113,8 @@ def test_values_that_are_gated_are_left_alone() -> None:
 def test_values_that_later_blocks_read_are_left_alone() -> None:
     """Blocks 2 and 3 have no keys and values of their own: they take those of blocks 0 and 1."""
     types = ["sliding_attention", "full_attention"] * 2
-    task, found, _ = permuted(gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types))
-    assert roles(found) == {"down_proj": ["gate_proj", "up_proj"]}
+    task, channels, _ = permuted(gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types))
+    assert roles(channels) == {"down_proj": ["gate_proj", "up_proj"]}
     assert any(name.endswith("o_proj") for name in task.notes)
 
 
@@ -132,28 +132,28 @@ class Between(nn.Module):
 def test_channels_with_weights_of_their_own_are_left_alone() -> None:
     model = tiny_opt()
     model.model.decoder.layers[0].activation_fn = Between(112)
-    task, found, changed = permuted(model)
-    assert roles(found) == {"out_proj": ["v_proj"]}
+    task, channels, changed = permuted(model)
+    assert roles(channels) == {"out_proj": ["v_proj"]}
     assert [name.rpartition(".")[2] for name in task.notes] == ["fc2"]
     assert not any(".fc" in name for name in changed)
 
 
 def test_what_stays_dense_keeps_every_bit() -> None:
-    task, found, changed = permuted(tiny_llama(), dense=("up_proj",))
-    assert roles(found) == {"o_proj": ["v_proj"]}
+    task, channels, changed = permuted(tiny_llama(), dense=("up_proj",))
+    assert roles(channels) == {"o_proj": ["v_proj"]}
     why = "its inputs were not permuted for 2:4: the linears before it stay dense"
     assert task.notes["model.layers.0.mlp.down_proj"] == (why,)
     assert not any(".mlp." in name for name in changed)
 
 
 def test_a_head_that_m_does_not_divide_is_left_alone() -> None:
-    _, found, _ = permuted(tiny_gpt2(), pattern=NM(8, 16))  # heads of 12, a unit of 112
-    assert roles(found) == {"c_proj": ["c_fc"]}
+    _, channels, _ = permuted(tiny_gpt2(), pattern=NM(8, 16))  # heads of 12, a unit of 112
+    assert roles(channels) == {"c_proj": ["c_fc"]}
 
 
 def test_only_n_of_m_is_permuted() -> None:
-    _, found, changed = permuted(tiny_llama(), pattern=Share(0.5))
-    assert not found
+    _, channels, changed = permuted(tiny_llama(), pattern=Share(0.5))
+    assert not channels
     assert not changed
 
 
@@ -168,7 +168,7 @@ def test_a_rotation_lowers_what_pruning_costs() -> None:
         return float(errors.reshape(-1, 4).sort(dim=1).values[:, :2].sum() / ((weight @ matrix) * weight).sum())
 
     with loaded(tiny_opt()) as task:
-        values = next(each for each in find_channels(task) if each.rotates)
+        values = next(group for group in find_channels(task) if group.rotates)
         chosen = [values.reader, *(linear for linear, _ in values.sources)]
 
         def total() -> float:
@@ -186,7 +186,7 @@ def test_an_order_that_changes_little_is_told_from_one_without_effect() -> None:
     sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_attention_heads": 4}
     model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, vocab_size=300, max_position_embeddings=128))
     with loaded(model.to(torch.bfloat16).eval()) as task:
-        (output,) = [each for each in find_channels(task) if each.reader.name.endswith("out_proj")]
+        (output,) = [group for group in find_channels(task) if group.reader.name.endswith("out_proj")]
     assert [linear.name.rpartition(".")[2] for linear, _ in output.sources] == ["v_proj"]
 
 
@@ -198,16 +198,16 @@ def test_cayleys_map_is_orthogonal() -> None:
 
 def test_values_fused_with_queries_and_keys_are_rotated_alike() -> None:
     with loaded(tiny_gpt2()) as task:
-        values = next(each for each in find_channels(task) if each.rotates)
+        values = next(group for group in find_channels(task) if group.rotates)
         ((fused, rows),) = values.sources
         alone = nn.Linear(fused.in_features, rows.numel(), bias=False)
         alone.weight.data = fused.weight()[rows.flatten()]
         view = LinearView("v", alone, torch.float32)
         grams = {linear.name: gram for group, gram in task.statistics([values.reader, fused]) for linear in group}
-        own = replace(values, sources=((view, torch.arange(rows.numel()).view(rows.shape)),))
+        separate = replace(values, sources=((view, torch.arange(rows.numel()).view(rows.shape)),))
         patterns = dict.fromkeys((*grams, "v"), TWO_OF_FOUR)
         grams["v"] = grams[fused.name]
-        torch.testing.assert_close(*(best_rotation(each, grams, patterns) for each in (values, own)))
+        torch.testing.assert_close(*(best_rotation(group, grams, patterns) for group in (values, separate)))
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 4), NM(4, 8), NM(3, 4)], ids=str)
@@ -245,6 +245,6 @@ def test_the_order_lowers_the_error(family: Callable[..., PreTrainedModel]) -> N
         recipe = Recipe(pattern="2:4", effort=0, options={"refit": False, "symmetries": symmetries})
         result = sparsellm.prune(family(), recipe, calibration=ids_of(24, 48, seed=3))
         names = ("o_proj", "out_proj", "c_proj", "fc2", "down_proj")
-        return sum(each.error for each in result.linears if each.name.endswith(names))
+        return sum(linear.error for linear in result.linears if linear.name.endswith(names))
 
     assert error("permute") < 0.97 * error("none")

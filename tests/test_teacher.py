@@ -31,9 +31,9 @@ def half(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def divergence(model: Path, dense: Path) -> float:
-    found = sparsellm.evaluate(model, "pydoc", seq_len=24, max_tokens=480, against=dense)
-    assert found.against is not None
-    return found.against.kl
+    measured = sparsellm.evaluate(model, "pydoc", seq_len=24, max_tokens=480, against=dense)
+    assert measured.against is not None
+    return measured.against.kl
 
 
 def test_the_sweep_follows_the_teacher(llama: Path, half: Path, tmp_path: Path) -> None:
@@ -44,11 +44,11 @@ def test_the_sweep_follows_the_teacher(llama: Path, half: Path, tmp_path: Path) 
     assert result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out  # from the dense model, not the half-pruned one
     assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
     assert result.base.name == llama.name
-    found = {"taught": result}
+    results = {"taught": result}
     for name, change in {"fewer": {"sparsity": 0.3}, "grouped": {"pattern": "2:4"}}.items():
-        found[name] = sparsellm.prune(half, recipe.updated(**change, passes=0), out=tmp_path / name, teacher=llama)
+        results[name] = sparsellm.prune(half, recipe.updated(**change, passes=0), out=tmp_path / name, teacher=llama)
     for name, said in (("taught", False), ("fewer", True), ("grouped", True)):
-        assert any("already pruned" in warning for warning in found[name].warnings) == said
+        assert any("already pruned" in warning for warning in results[name].warnings) == said
 
 
 def test_before_the_sweep_it_is_the_model_that_is_pruned(llama: Path, half: Path, tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_teacher_of_blocks_that_share_weights(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_is_resumed_with_its_teacher_alone(llama: Path, half: Path, tmp_path: Path) -> None:
-    out, whole = tmp_path / "p", tmp_path / "whole"
-    sparsellm.prune(half, SWEPT, out=whole, teacher=llama)
+    out, uncut = tmp_path / "p", tmp_path / "whole"
+    sparsellm.prune(half, SWEPT, out=uncut, teacher=llama)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -95,7 +95,7 @@ def test_a_run_is_resumed_with_its_teacher_alone(llama: Path, half: Path, tmp_pa
     with pytest.raises(StorageError, match=r"start is '[0-9a-f]{16}' there and '' here"):
         sparsellm.prune(llama, SWEPT, out=out)
     assert sparsellm.prune(half, SWEPT, out=out, teacher=llama).resumed == 3
-    assert shards_of(out) == shards_of(whole)
+    assert shards_of(out) == shards_of(uncut)
 
 
 @pytest.mark.parametrize(

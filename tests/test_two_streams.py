@@ -56,8 +56,8 @@ def test_the_dense_stream_is_of_the_dense_model(family: Callable[..., Any], monk
     chain, dense = task.feed.chain, task.dense
     assert dense is not None
     assert not same_bits(chain.model.state_dict(), family().state_dict())  # it is pruned by now
-    found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(dense)])
-    torch.testing.assert_close(found, family()(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    logits = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(dense)])
+    torch.testing.assert_close(logits, family()(IDS, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
 FAMILIES = {
@@ -100,8 +100,8 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
         linear = plain.get_submodule(writer)
         (output,) = hooked(plain, [linear], IDS)
         output = output.view(*IDS.shape, -1)  # (windows, seq, features)
-        wanted = output if linear.bias is None else output - linear.bias.detach()
-        torch.testing.assert_close(torch.cat(targets[at + number]), wanted, rtol=1e-3, atol=1e-4)
+        expected = output if linear.bias is None else output - linear.bias.detach()
+        torch.testing.assert_close(torch.cat(targets[at + number]), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("left_in", ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"])

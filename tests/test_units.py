@@ -39,7 +39,7 @@ NAMES |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), "gelu_tanh")
 @pytest.mark.parametrize(("name", "known"), NAMES.items())
 def test_values_are_those_of_transformers(name: str, known: str) -> None:
     z = torch.arange(-20.0, 20.0, 0.0371)
-    (activation,) = (each for each in KNOWN if each.name == known)
+    (activation,) = (candidate for candidate in KNOWN if candidate.name == known)
     torch.testing.assert_close(activation(z), ACT2FN[name](z), rtol=1e-5, atol=2e-5)
 
 

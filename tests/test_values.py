@@ -44,7 +44,7 @@ Pruned = tuple[Path, sparsellm.PruneResult]
 
 def is_on_grid(result: sparsellm.PruneResult, name: str, weight: Tensor) -> bool:
     """Whether a weight of int4 in fp32, by the name of its parameter, is on the grid that the result records."""
-    exponents = {each.name: each.exponents for each in result.linears}[name.removesuffix(".weight")]
+    exponents = {linear.name: linear.exponents for linear in result.linears}[name.removesuffix(".weight")]
     return torch.equal(on_grid(weight.detach(), "int4", torch.float32, exponents_of_text(exponents)), weight)
 
 
@@ -85,13 +85,13 @@ def test_packing_the_result_loses_nothing(family: Any, fields: dict[str, Any], v
     assert not sparsellm.pack(out, out=tmp_path / "packed", values=values).rounded
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
-    assert any(each.exponents for each in result.linears)
+    assert any(linear.exponents for linear in result.linears)
     assert result.sparsity_pruned >= 0.6 - 1e-3
     report = json.loads((out / "pruning.json").read_text())
     assert report["values"] == report["recipe"]["values"] == values
     assert report["bits_per_weight"] == pytest.approx(result.bits_per_weight)
     if fields is SWEPT and values == "int4":  # int8 costs too little for tiny models to gain
-        assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out
+        assert min(sweep.held_out for sweep in result.sweeps[1:]) < result.sweeps[0].held_out
 
 
 GRIDDED: dict[str, Any] = {"method": "sparsellm", "effort": 1, "sweep_rate": 0.003}
@@ -121,11 +121,11 @@ def test_a_run_ends_on_the_grid_with_the_zeros(family: Any, name: str, dtype: to
         codes, _ = codes_of(weight, grid, linear.name)
         assert int((codes == 0).sum()) == linear.zeros >= round(linear.asked * linear.weights)
     assert result.sparsity_pruned >= 0.6 - 1e-3
-    assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out or grid.bits == 8
+    assert min(sweep.held_out for sweep in result.sweeps[1:]) < result.sweeps[0].held_out or grid.bits == 8
     assert result.bits_per_weight == pytest.approx({"q4_0": 4.5, "q8_0": 8.5, "w4a16-32": 4.5}.get(name, 8.25), abs=0.1)
-    assert any(f"grid {name} stores zeros like other values" in each for each in result.warnings)
+    assert any(f"grid {name} stores zeros like other values" in warning for warning in result.warnings)
     assert (pruning["grid"], pruning["values"], pruning["recipe"]["grid"]) == (name, grid.values, name)
-    assert not any(each.exponents for each in result.linears)
+    assert not any(entry.exponents for entry in result.linears)
     if grid.bits == 8:
         with pytest.raises(RecipeError, match=f"on the grid {name}, .* values keep"):
             sparsellm.pack(out, out=tmp_path / "packed", values="int8")
@@ -161,7 +161,7 @@ def test_without_exponents_pack_says_so(pruned: Pruned, tmp_path: Path, capfd: p
     out, result = shutil.copytree(pruned[0], tmp_path / "pruned"), pruned[1]
     (out / "pruning.json").unlink()
     packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4")
-    assert set(packed.rounded) == {each.name for each in result.linears if each.exponents}
+    assert set(packed.rounded) == {linear.name for linear in result.linears if linear.exponents}
     assert packed.to_dict()["rounded"] == packed.rounded
     print_packed(packed)
     assert f"note: {len(packed.rounded)} of {len(packed.linears)} linears were rounded" in capfd.readouterr().err
@@ -221,10 +221,10 @@ def test_sparsity_0_is_quantisation(fields: dict[str, Any]) -> None:
 def test_a_linear_that_rounding_costs_much_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block, "COARSE", 0.01)
     result = sparsellm.prune(tiny_llama(), {**RECIPE, "values": "int3", "sparsity": 0.0}, tokenizer=tiny_tokenizer())
-    for each in result.linears:
-        said = f"rounding to int3 raised its error from 0.000 to {each.error:.3f}"
-        assert each.notes == ((said,) if each.error > 0.01 else ())
-    assert len({bool(each.notes) for each in result.linears}) == 2
+    for linear in result.linears:
+        said = f"rounding to int3 raised its error from 0.000 to {linear.error:.3f}"
+        assert linear.notes == ((said,) if linear.error > 0.01 else ())
+    assert len({bool(entry.notes) for entry in result.linears}) == 2
 
 
 def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -
         model(ids)
     expected = seen[0].T @ seen[0] / len(seen[0])
     grams = [call.args[1].matrix for call in rounded.call_args_list]
-    assert any(each.shape == expected.shape and torch.allclose(each, expected, rtol=1e-3, atol=1e-6) for each in grams)
+    assert any(gram.shape == expected.shape and torch.allclose(gram, expected, rtol=1e-3, atol=1e-6) for gram in grams)
 
 
 def test_the_judge_and_the_steps_see_rounded_values(steps: Any, tmp_path: Path) -> None:
@@ -261,10 +261,10 @@ def test_the_judge_and_the_steps_see_rounded_values(steps: Any, tmp_path: Path) 
 def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of each weight is that of its rounded value, computed by autograd on the whole rounded model, and
     that of a group's factor is how the loss changes if all its rounded values grow together."""
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
-        found.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        gradients.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
 
     monkeypatch.setattr(streamed, "adam_step", recorded)
     dense, model, plain, ids = tiny_gpt2(), halved(tiny_gpt2()), halved(tiny_gpt2()), ids_of(2)
@@ -284,14 +284,14 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     several = False
     for name, weight in linear_weights(plain).items():
         assert weight.grad is not None
-        assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6), name
+        assert torch.allclose(gradients[name], weight.grad, rtol=1e-3, atol=1e-6), name
         seen, slope = weight.detach().t(), weight.grad.t()
         size = Groups.of(seen, "int4").size
         several = several or size < seen.shape[1]
         for group, start in enumerate(range(0, seen.shape[1], size)):
             part = slice(start, start + size)
             expected = (slope[:, part] * seen[:, part]).sum(dim=1)
-            assert torch.allclose(found[f"{name}.factors"][:, group], expected, rtol=1e-2, atol=1e-6), name
+            assert torch.allclose(gradients[f"{name}.factors"][:, group], expected, rtol=1e-2, atol=1e-6), name
     assert several, "every row is one group"
     assert same_bits(linear_weights(model), linear_weights(plain))  # as it is written: no step was taken
 
@@ -314,7 +314,7 @@ def test_a_run_goes_on_bit_for_bit(rounding: dict[str, str], tmp_path: Path, mon
 def test_weights_that_blocks_share_are_rounded_once() -> None:
     model, ids = sharing_llama(), ids_of(4)
     result = sparsellm.prune(model, Recipe(**SWEPT, sparsity=0.5, values="int4", products="float32"), calibration=ids)
-    recorded = {id(model.get_submodule(each.name).weight): each.name for each in result.linears}
+    recorded = {id(model.get_submodule(linear.name).weight): linear.name for linear in result.linears}
     for name, weight in linear_weights(model).items():
         assert is_on_grid(result, recorded[id(weight)], weight), name
 
@@ -340,7 +340,7 @@ def test_packed_with_exponents_computes_as_pruned(pruned: Pruned, tmp_path: Path
     assert any(name.endswith("weight_exponents") for name in tensors_of(packed))
     with torch.no_grad():
         dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        found = sparsellm.load(packed, dtype="float32")
-        assert torch.equal(found(ids).logits, dense(ids).logits)
-        found.save_pretrained(tmp_path / "saved")
+        loaded = sparsellm.load(packed, dtype="float32")
+        assert torch.equal(loaded(ids).logits, dense(ids).logits)
+        loaded.save_pretrained(tmp_path / "saved")
         assert torch.equal(sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits, dense(ids).logits)

@@ -142,7 +142,7 @@ def test_code_of_a_checkpoint_runs_if_trusted_and_is_not_copied(tmp_path: Path) 
     with pytest.raises(sparsellm.SparseLLMError, match="transformers cannot read"):
         sparsellm.prune(source, recipe, out=tmp_path / "pruned")
     result = sparsellm.prune(source, recipe, out=tmp_path / "pruned", trust_remote_code=True)
-    assert any("code that came with the model is not copied" in each for each in result.warnings)
+    assert any("code that came with the model is not copied" in warning for warning in result.warnings)
     assert not list((tmp_path / "pruned").glob("*.py"))
 
 
@@ -229,11 +229,11 @@ def test_biases_keep_the_mean_of_the_outputs(tiny: Family) -> None:
     sparsellm.prune(model, recipe, calibration=ids)
     of_the_first = [name for name in linears_of(dense) if ".0." in name]
     names = [name for name in of_the_first if re.search(r"[qkv]_proj|c_attn|out_proj|attn\.c_proj", name)]
-    before, after = ([each.get_submodule(name) for name in names] for each in (dense, model))
+    before, after = ([network.get_submodule(name) for name in names] for network in (dense, model))
     assert names
     for *both, one, other in zip(hooked(dense, before, ids), hooked(model, after, ids), before, after, strict=True):
-        wanted, found = (each.flatten(0, 1).mean(dim=0) for each in both)
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+        expected, actual = (output.flatten(0, 1).mean(dim=0) for output in both)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
         assert not torch.equal(one.bias, other.bias)
 
 
@@ -248,6 +248,6 @@ def test_a_model_object_stays_in_its_mode() -> None:
 def test_processes_of_different_ways_are_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gather = parallel.gather
     way = "torch.float32 on cpu"
-    monkeypatch.setattr(parallel, "gather", lambda each: [*gather(each), *([f"{way}, in fp8"] if each == way else [])])
+    monkeypatch.setattr(parallel, "gather", lambda item: [*gather(item), *([f"{way}, in fp8"] if item == way else [])])
     with pytest.raises(RecipeError, match=r"different ways \(torch.float32 on cpu; .*fp8\); set device, dtype"):
         sparsellm.prune(llama, Recipe(method="wanda", products="float32"), out=tmp_path / "out", calibration=IDS)

@@ -39,9 +39,9 @@ def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(method: str, name:
     assert f"weight {name}.weight would get " in said
     assert "float16, whose largest number is 65504; store the model in bfloat16 or float32" in said
     written = tensors_of(partial_of(tmp_path / "p") / "blocks")
-    assert any(each.startswith("model.layers.0.") for each in written)  # the block before is kept
+    assert any(key.startswith("model.layers.0.") for key in written)  # the block before is kept
     assert all(bool(value.isfinite().all()) for value in written.values())
-    assert not any(each.startswith("model.layers.1.") for each in written)
+    assert not any(key.startswith("model.layers.1.") for key in written)
     assert sparsellm.prune(source, recipe.updated(exclude=[name]), out=tmp_path / "q", calibration=IDS).sparsity > 0.5
 
 
@@ -84,7 +84,7 @@ def test_a_model_that_was_given_as_an_object_is_named_in_its_config(tmp_path: Pa
 def test_kept_weights_rounded_to_the_computing_dtype_are_told(held: str, asked: str, tmp_path: Path) -> None:
     source = save_tiny(tiny_llama().to(getattr(torch, held)), None, tmp_path / "model")
     said = sparsellm.prune(source, Recipe(method="wanda", dtype=asked), out=tmp_path / "p", calibration=IDS).warnings
-    told = any(f"kept weights are rounded to {asked}, and stored in {held}" in each for each in said)
+    told = any(f"kept weights are rounded to {asked}, and stored in {held}" in warning for warning in said)
     assert told == (asked == "bfloat16")
 
 

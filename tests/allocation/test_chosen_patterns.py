@@ -61,7 +61,7 @@ def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsit
         assert pattern.sparsity == linear.asked
         weight = model.get_submodule(linear.name).weight
         assert violations(pattern, weight.T if make is tiny_gpt2 else weight) == 0
-    assert [each["pattern"] for each in result.to_dict()["linears"]] == [linear.pattern for linear in result.linears]
+    assert [entry["pattern"] for entry in result.to_dict()["linears"]] == [linear.pattern for linear in result.linears]
 
 
 def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:

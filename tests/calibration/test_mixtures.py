@@ -126,11 +126,11 @@ def test_a_run_on_a_mixture_reports_each_text(files: list[str], run: Any) -> Non
     _, stdout, _ = run("prune", model, "--out", "pruned", *given, exits=0)
     record = json.loads(Path("pruned/pruning.json").read_text())
     assert record["recipe"]["calibration"] == "a,b.txt:2,chat.jsonl:1,self:1"
-    for each in record["sweeps"]:
-        assert each["sources"].keys() == {"a,b.txt", "chat.jsonl", "self"}
-        assert min(each["sources"].values()) <= each["held_out"] <= max(each["sources"].values())
+    for sweep in record["sweeps"]:
+        assert sweep["sources"].keys() == {"a,b.txt", "chat.jsonl", "self"}
+        assert min(sweep["sources"].values()) <= sweep["held_out"] <= max(sweep["sources"].values())
     assert "chat.jsonl" in Path("pruned/report.html").read_text()
-    best = min(record["sweeps"], key=lambda each: each["held_out"])["sources"]
+    best = min(record["sweeps"], key=lambda entry: entry["held_out"])["sources"]
     assert f"a,b.txt {best['a,b.txt']:.3f}, chat.jsonl {best['chat.jsonl']:.3f}, self {best['self']:.3f}" in stdout
     line = ("compare", model, "--out", "compared", "--sparsity", 0.5, "--method", "wanda,magnitude", "--text", "pydoc")
     for _ in range(2):

@@ -106,9 +106,9 @@ def test_a_parquet_file_without_strings_is_refused(tmp_path: Path, columns: dict
 def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ROWS * 50}), path)
-    whole = path.read_bytes()
-    for stop in range(0, len(whole), 37):
-        path.write_bytes(whole[:stop])
+    data = path.read_bytes()
+    for stop in range(0, len(data), 37):
+        path.write_bytes(data[:stop])
         with pytest.raises(DataError, match="not a readable Parquet file") as caught:
             read_source(str(path), "calibration")
         assert str(caught.value).isprintable()
@@ -226,7 +226,7 @@ def test_the_default_text_is_fetched_from_the_hub_once(stand_in: list[str], monk
 
 def test_a_damaged_sample_is_one_line(stand_in: list[str], tmp_path: Path) -> None:
     default_source(demo=False)
-    (file,) = (each for each in (tmp_path / "hub").rglob("*.json.gz"))
+    (file,) = (path for path in (tmp_path / "hub").rglob("*.json.gz"))
     with pytest.raises(DataError, match=r"not the sample of C4|not valid JSON"):
         read_source("c4-sample", "calibration")  # it ends after eight documents
     file.resolve().write_bytes(SHARD[:30])

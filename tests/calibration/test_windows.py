@@ -36,12 +36,12 @@ def written(samples: int, seq_len: int, seed: int = 0, *, model: Any = None, **c
 
 def places(windows: torch.Tensor, ids: list[int]) -> list[int]:
     """Where each window stands in the text; exactly one place is required."""
-    found = []
+    starts = []
     for window in windows.tolist():
         here = [start for start in range(len(ids) - len(window) + 1) if ids[start : start + len(window)] == window]
         assert len(here) == 1
-        found += here
-    return found
+        starts += here
+    return starts
 
 
 def test_windows_of_a_long_text_are_disjoint_in_random_order(counting: tuple[str, list[int]]) -> None:

@@ -112,8 +112,8 @@ def test_a_file_is_loaded_once_and_known_by_its_content(tmp_path: Path, monkeypa
 
 
 def test_processes_with_different_plugins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [[("s.py", "1")], [("s.py", "2")]]
-    monkeypatch.setattr(parallel, "gather", lambda value: found if isinstance(value, list) else [value])
+    gathered = [[("s.py", "1")], [("s.py", "2")]]
+    monkeypatch.setattr(parallel, "gather", lambda value: gathered if isinstance(value, list) else [value])
     with pytest.raises(RecipeError, match="a plugin differs between processes"):
         sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=IDS)
 
@@ -171,10 +171,10 @@ def test_no_run_goes_on_with_a_changed_plugin(llama: Path, tmp_path: Path, monke
         plugins.load_plugin(write(source, code))
         return sparsellm.prune(llama, recipe, out=tmp_path / "p")
 
-    whole = SOLVER.format(name="mine")
+    text = SOLVER.format(name="mine")
     with pytest.raises(ZeroDivisionError):
-        prune(whole.replace("    return SOLVERS", "    1 / 0\n    return SOLVERS"))
+        prune(text.replace("    return SOLVERS", "    1 / 0\n    return SOLVERS"))
     with pytest.raises(StorageError, match=r"plugins\.s\.py is '\w{64}' there and '\w{64}' here"):
-        prune(whole)
+        prune(text)
     plugins.load_plugin(source)
     assert sparsellm.prune(llama, recipe, out=tmp_path / "p", restart=True).zeros

@@ -151,7 +151,7 @@ def test_verbose_names_the_linear_of_each_error(llama: Path, tmp_path: Path, run
     words = ["--method", "wanda", "--samples", "4", "--seq-len", "32", "--verbose", "--out"]
     said = run("prune", llama, *words, tmp_path / "out", exits=0)[2]
     shown = dict(re.findall(r" · error of (\S+) (\S+)$", said, re.MULTILINE))
-    linears = {each.name: f"{each.error:.4f}" for each in read_pruning(tmp_path / "out").linears}
+    linears = {linear.name: f"{linear.error:.4f}" for linear in read_pruning(tmp_path / "out").linears}
     assert len(shown) > len(linears) / 2
     assert shown.items() <= linears.items()
 

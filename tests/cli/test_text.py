@@ -84,8 +84,8 @@ COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
 def test_every_help_fits_80_columns(command: str, run: Any) -> None:
     stdout = run(command, "--help", columns=80, exits=0)[1]
     assert f"Usage: sparsellm {command}" in stdout
-    needed = [each for each in COMMANDS[command].params if each.param_type_name == "option" and each.required]
-    assert all(f"{each.opts[0]} {each.metavar}" in " ".join(stdout.partition("╭")[0].split()) for each in needed)
+    needed = [param for param in COMMANDS[command].params if param.param_type_name == "option" and param.required]
+    assert all(f"{param.opts[0]} {param.metavar}" in " ".join(stdout.partition("╭")[0].split()) for param in needed)
     assert "Examples:" in stdout
     assert max(map(len, stdout.splitlines())) <= 80
     assert "…" not in stdout

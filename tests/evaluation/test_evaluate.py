@@ -91,8 +91,8 @@ def test_divergence_is_that_of_both_whole_models(llama: Path, text: Path, tmp_pa
     windows = by_hand(text, bos=True)
     with torch.no_grad():
         dense, model = (
-            each(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
-            for each in (tiny_llama(), tiny_llama(seed=1, num_hidden_layers=2))
+            network(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+            for network in (tiny_llama(), tiny_llama(seed=1, num_hidden_layers=2))
         )
     kl = (dense.exp() * (dense - model)).sum(-1)  # (windows, 15)
     trained = tiny_llama().train()
@@ -139,16 +139,16 @@ def test_only_a_dense_model_gives_a_recovery(llama: Path, text: Path, pruned: Pa
 
 def test_parts_of_text_change_nothing(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(add_bos=True), tmp_path / "other")
-    whole = sparsellm.evaluate(other, text, seq_len=16, against=llama)
+    at_once = sparsellm.evaluate(other, text, seq_len=16, against=llama)
     monkeypatch.setattr(perplexity, "_HIDDEN_BYTES", 2 * 3 * 16 * 32 * 4)  # three windows of both models
     monkeypatch.setattr(perplexity, "CHUNK", 4)
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 32)
     parts = sparsellm.evaluate(other, text, seq_len=16, against=llama)
-    assert parts.value == pytest.approx(whole.value, rel=1e-5)
+    assert parts.value == pytest.approx(at_once.value, rel=1e-5)
     assert parts.against is not None
-    assert whole.against is not None
-    assert parts.against.kl == pytest.approx(whole.against.kl, rel=1e-4)
-    assert parts.against.agreement == whole.against.agreement
+    assert at_once.against is not None
+    assert parts.against.kl == pytest.approx(at_once.against.kl, rel=1e-4)
+    assert parts.against.agreement == at_once.against.agreement
 
 
 def test_the_interval_is_that_of_the_windows_mean_losses(llama: Path, text: Path) -> None:
@@ -301,7 +301,7 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
     pruned = prune_tiny(tiny_llama())
     sparsellm.pack(save_tiny(pruned, tiny_tokenizer(), tmp_path / "p"), out=tmp_path / "packed")
     for model, dense, bos in ((llama, tiny_llama(), True), (tmp_path / "packed", pruned, False)):  # as tokenizers do
-        expected, otherwise = (accuracy_by_hand(folder, dense, bos=each) for each in (bos, not bos))
+        expected, otherwise = (accuracy_by_hand(folder, dense, bos=with_bos) for with_bos in (bos, not bos))
         assert expected != otherwise
         state = random.getstate()
         measured = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)

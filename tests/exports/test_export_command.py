@@ -56,7 +56,7 @@ def test_a_second_start_ends_an_export_on_a_full_disk(tmp_path: Path, run: Any, 
         if code == 2:
             assert "is full; make room and run the same command again" in stderr
             assert not (tmp_path / "out.gguf").exists()
-    assert (code, [each.name for each in read_results(directory).exports]) == (0, ["out.gguf"])
+    assert (code, [export.name for export in read_results(directory).exports]) == (0, ["out.gguf"])
 
 
 def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, refusal: Any) -> None:

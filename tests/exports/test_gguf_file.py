@@ -39,7 +39,7 @@ def exported(directory: Path, like: Kind = Kind.BF16, **settings: Any) -> gguf.G
 
 def tensors(file: gguf.GGUFReader) -> dict[str, np.ndarray]:
     """Every tensor in fp32."""
-    return {each.name: gguf.dequantize(each.data, each.tensor_type) for each in file.tensors}
+    return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in file.tensors}
 
 
 def assert_is(file: gguf.GGUFReader, directory: Path, *, but: tuple[str, ...] = ()) -> None:
@@ -66,7 +66,7 @@ def test_every_tensor_is_that_of_the_checkpoint(tmp_path: Path, make: Any, grid:
     directory = pruned(make(), tmp_path, grid, effort=1)  # so that norms change too
     file = exported(directory, like)
     assert_is(file, directory)
-    types = {each.tensor_type for each in file.tensors if "attn_q.w" in each.name or "exps" in each.name}
+    types = {tensor.tensor_type for tensor in file.tensors if "attn_q.w" in tensor.name or "exps" in tensor.name}
     assert types == {Kind.Q8_0 if grid == "q8_0" else Kind.Q4_0}
 
 
@@ -86,7 +86,7 @@ def test_a_quantised_template_keeps_its_embedding_and_head(tmp_path: Path) -> No
     directory = pruned(wide_llama(), tmp_path, "q4_0")
     file = exported(directory, Kind.Q8_0)
     assert_is(file, directory, but=OUTSIDE)
-    like = {each.name: each for each in gguf.GGUFReader(tmp_path / "like.gguf").tensors}
+    like = {entry.name: entry for entry in gguf.GGUFReader(tmp_path / "like.gguf").tensors}
     for tensor in file.tensors:
         if tensor.name in OUTSIDE:
             assert tensor.tensor_type == Kind.Q8_0
@@ -96,9 +96,9 @@ def test_a_quantised_template_keeps_its_embedding_and_head(tmp_path: Path) -> No
 def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0", exclude=["*.v_proj"])
     file = exported(directory, head="q8_0")
-    found = {each.name: each.tensor_type for each in file.tensors}
-    assert (found["token_embd.weight"], found["output.weight"]) == (Kind.Q8_0, Kind.Q8_0)
-    assert found["blk.0.attn_v.weight"] == Kind.BF16  # what is not pruned stays as it is in the template
+    types = {tensor.name: tensor.tensor_type for tensor in file.tensors}
+    assert (types["token_embd.weight"], types["output.weight"]) == (Kind.Q8_0, Kind.Q8_0)
+    assert types["blk.0.attn_v.weight"] == Kind.BF16  # what is not pruned stays as it is in the template
     assert_is(file, directory, but=OUTSIDE)
     ours, theirs = tensors(file)["output.weight"], in_gguf(AutoModelForCausalLM.from_pretrained(directory))
     assert np.array_equal(ours, gguf.dequantize(gguf.quantize(theirs["output.weight"], Kind.Q8_0), Kind.Q8_0))
@@ -107,7 +107,7 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
 def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
     directory = pruned(wide_llama(hidden_size=256, num_hidden_layers=1), tmp_path / "wide", "q4_0")
     file = exported(directory, head="q6_k")
-    assert {each.name for each in file.tensors if each.tensor_type == Kind.Q6_K} == set(OUTSIDE)
+    assert {tensor.name for tensor in file.tensors if tensor.tensor_type == Kind.Q6_K} == set(OUTSIDE)
     assert_is(file, directory, but=OUTSIDE)
     ours, theirs = tensors(file), in_gguf(AutoModelForCausalLM.from_pretrained(directory))
     assert all(np.square(ours[name] - theirs[name]).sum() < 4e-4 * np.square(theirs[name]).sum() for name in OUTSIDE)

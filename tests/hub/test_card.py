@@ -76,7 +76,7 @@ def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: py
         made: dict[str, Any] = {}
         exec(code.replace("path/to/this/checkpoint", name), made)
         assert made["model"](made["tokenizer"]("Hello", return_tensors="pt")["input_ids"]).logits.isfinite().all()
-    assert all(each in text and each in first for each in ("weights are packed", "| packed values | int8 |"))
+    assert all(part in text and part in first for part in ("weights are packed", "| packed values | int8 |"))
 
 
 def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:

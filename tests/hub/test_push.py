@@ -52,10 +52,10 @@ class Hub:
     def upload_folder(self, repo_id: str, folder_path: Path, revision: str | None, **patterns: Any) -> Any:
         self._called("upload_folder")
         stored = self.files[repo_id, revision or "main"]
-        for name in [name for name in stored if any(fnmatch(name, each) for each in patterns["delete_patterns"])]:
+        for name in [name for name in stored if any(fnmatch(name, pattern) for pattern in patterns["delete_patterns"])]:
             del stored[name]
         names = [str(file.relative_to(folder_path)) for file in folder_path.rglob("*") if file.is_file()]
-        for name in (name for name in names if any(fnmatch(name, each) for each in patterns["allow_patterns"])):
+        for name in (name for name in names if any(fnmatch(name, pattern) for pattern in patterns["allow_patterns"])):
             stored[name] = (folder_path / name).read_bytes()
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/0")
 
@@ -78,7 +78,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def test_the_files_of_the_checkpoint_arrive_and_nothing_else(server: Hub, checkpoint: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(checkpoint, tmp_path / "p"))
-    wanted = {file.name: file.read_bytes() for file in directory.iterdir()}
+    expected = {file.name: file.read_bytes() for file in directory.iterdir()}
     (directory / ".sparsellm-run").mkdir()
     (directory / ".sparsellm-run" / "run.json").write_text("{}")
     (directory / ".0123.tmp").write_text("half")
@@ -86,15 +86,15 @@ def test_the_files_of_the_checkpoint_arrive_and_nothing_else(server: Hub, checkp
     (directory / "link.json").symlink_to(directory / "config.json")
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "short.jinja").write_text("x")
-    wanted["additional_chat_templates/short.jinja"] = b"x"
+    expected["additional_chat_templates/short.jinja"] = b"x"
     there = ["model-00001-of-00002.safetensors", "eval/model.safetensors", "adapter_config.json"]
     server.files["me/mine", "main"] = dict.fromkeys(there, b"")
     pushed = push(directory, "me/mine")
     assert server.files["me/mine", "main"].pop("eval/model.safetensors") == b""
-    assert server.files["me/mine", "main"] == wanted
-    assert pushed.files == sorted(wanted)
+    assert server.files["me/mine", "main"] == expected
+    assert pushed.files == sorted(expected)
     assert pushed.left_out == [".0123.tmp", ".sparsellm-run", "link.json", "notes.md"]
-    assert pushed.bytes == sum(map(len, wanted.values()))
+    assert pushed.bytes == sum(map(len, expected.values()))
     assert server.private == {"me/mine": False}
     assert pushed.url == "https://hub/me/mine/commit/0"
 

@@ -25,10 +25,10 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The weights of a model in fp32, by their names in GGUF."""
     config, weights = model.config, dict[str, np.ndarray]()
     if config.model_type not in ("llama", "mixtral"):  # whose rows and experts lie in another order
-        arch = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if config.model_type in (name, f"{name}_text"))
+        arch = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if config.model_type in (name, f"{name}_text"))
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        own = {names.get_name(key, (".weight", ".bias")): x.numpy() for key, x in model.float().state_dict().items()}
-        return {name: weight for name, weight in own.items() if name}  # a tied head has none
+        named = {names.get_name(key, (".weight", ".bias")): x.numpy() for key, x in model.float().state_dict().items()}
+        return {name: weight for name, weight in named.items() if name}  # a tied head has none
     for key, parameter in model.float().state_dict().items():
         stem, _, kind = key.rpartition(".")
         weight = parameter.numpy()

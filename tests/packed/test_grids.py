@@ -63,9 +63,9 @@ def test_every_number_of_a_grid_is_told_from_the_next(name: str, dtype: torch.dt
     scales = torch.cat([torch.arange(128, 256) * 2.0**exponent for exponent in (-24, -22, -13, 0, 1)])
     scales = torch.cat((scales, -scales, torch.tensor([1, 3, -5, 21]) * 2.0**-24))
     twin = (numbers[None].double() * scales[:, None, None].double()).to(dtype).view(-1, size)
-    codes, found = codes_of(twin, grid, "a")
+    codes, read_scales = codes_of(twin, grid, "a")
     assert torch.equal(codes, numbers.to(torch.int8).repeat(len(scales), 1))
-    assert torch.equal(found.view(-1), scales.float().repeat_interleave(len(numbers)))
+    assert torch.equal(read_scales.view(-1), scales.float().repeat_interleave(len(numbers)))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("q4_0", "Q4_0"), ("q8_0", "Q8_0")])
@@ -90,11 +90,11 @@ def test_the_scale_of_a_group_is_near_the_best() -> None:
     shared = bits[torch.isfinite(bits) & (bits.half().double() == bits)]
     for row, values in zip(weight.double(), on_grid(weight, "q4_0", torch.float32).double(), strict=True):
         candidates = -shared * torch.sign(row[row.abs().argmax()])
-        whole = (row / candidates[:, None]).round().clamp(-8, 7)
-        whole[:, row.abs().argmax()] = -8
-        ends = ((whole * candidates[:, None] - row)[:, row.abs().argmax()]).abs()
+        codes = (row / candidates[:, None]).round().clamp(-8, 7)
+        codes[:, row.abs().argmax()] = -8
+        ends = ((codes * candidates[:, None] - row)[:, row.abs().argmax()]).abs()
         nearest = int(ends.argmin())  # on_grid moves the extreme least
-        assert torch.equal(values, whole[nearest] * candidates[nearest])
+        assert torch.equal(values, codes[nearest] * candidates[nearest])
 
 
 @pytest.mark.parametrize(

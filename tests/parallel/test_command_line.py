@@ -99,11 +99,11 @@ def test_torchrun_writes_what_one_process_writes(llama: Path, tmp_path: Path) ->
     recipe = Recipe(method="sparsellm", samples=5, seq_len=40, batch_tokens=80, allocation="uniform", passes=2, seed=1)
     expected_report = sparsellm.prune(llama, recipe, out=alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "pruned"]
-    assert [linear["zeros"] for linear in report["linears"]] == [each.zeros for each in expected_report.linears]
+    assert [linear["zeros"] for linear in report["linears"]] == [linear.zeros for linear in expected_report.linears]
     assert len(report["sweeps"]) == len(expected_report.sweeps) == 3
-    found, expected = tensors_of(out), tensors_of(alone)
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+    written, expected = tensors_of(out), tensors_of(alone)
+    assert written.keys() == expected.keys()
+    for name, value in written.items():
         assert torch.equal(value == 0, expected[name] == 0), name
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
@@ -111,18 +111,18 @@ def test_torchrun_writes_what_one_process_writes(llama: Path, tmp_path: Path) ->
 def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(num_hidden_layers=8), tiny_tokenizer(), tmp_path / "dense")
     command = ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=20")
-    out, whole, partial = (tmp_path / name for name in ("pruned", "whole", "pruned.partial"))
+    out, uncut, partial = (tmp_path / name for name in ("pruned", "whole", "pruned.partial"))
     killed = by_torchrun(2, *command, f"--out={out}")
     wait_for_blocks(partial, killed, shards=3)
     killed.terminate()  # torchrun ends both
     ended(killed)
     assert 3 <= len(list(partial.rglob("*.safetensors"))) < 9
-    for folder in (out, whole):
+    for folder in (out, uncut):
         run = by_torchrun(2, *command, f"--out={folder}")
         _, stderr = ended(run)
         assert run.returncode == 0, stderr
         assert stderr.count("resuming an unfinished run") == (folder == out)
-    assert same_bits(tensors_of(out), tensors_of(whole))
+    assert same_bits(tensors_of(out), tensors_of(uncut))
 
 
 def test_those_who_are_left_end_by_themselves_and_one_says_why(long_run: Any, tmp_path: Path) -> None:

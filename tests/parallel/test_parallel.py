@@ -23,16 +23,16 @@ from tests.sweep.helpers import same_bits
 
 
 @pytest.fixture(scope="module", params=[3])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """name → what each process found."""
     size: int = request.param
     folder = tmp_path_factory.mktemp("processes")
     run_in(size, workers.everything, folder)
-    return Found(folder, size)
+    return Outputs(folder, size)
 
 
 @dataclass(frozen=True)
-class Found:
+class Outputs:
     folder: Path
     size: int
 
@@ -47,22 +47,22 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", workers.CASES)
-def test_several_processes_prune_as_one_does(name: str, found: Any, alone: dict[str, Any]) -> None:
-    first, *rest = found(name)
+def test_several_processes_prune_as_one_does(name: str, outputs: Any, alone: dict[str, Any]) -> None:
+    first, *rest = outputs(name)
     expected = alone[name]
     assert expected["processes"] == 1
     assert first["processes"] == 1 + len(rest)
     assert first["tokens"] == expected["tokens"] == workers.windows(workers.WINDOWS).numel()
     for weight_name, weight in first["weights"].items():
-        wanted = expected["weights"][weight_name]
-        assert torch.equal(weight == 0, wanted == 0), weight_name
-        torch.testing.assert_close(weight, wanted, rtol=1e-3, atol=2e-5)
+        reference = expected["weights"][weight_name]
+        assert torch.equal(weight == 0, reference == 0), weight_name
+        torch.testing.assert_close(weight, reference, rtol=1e-3, atol=2e-5)
     for (linear, zeros, error), (_, true_zeros, true_error) in zip(first["linears"], expected["linears"], strict=True):
         assert zeros == true_zeros, linear
         assert error == pytest.approx(true_error, rel=1e-3), linear
     assert first["allocation"] == expected["allocation"]
-    for some, wanted in zip(first["sweeps"], expected["sweeps"], strict=True):
-        assert some == pytest.approx(wanted, rel=1e-3)
+    for some, reference in zip(first["sweeps"], expected["sweeps"], strict=True):
+        assert some == pytest.approx(reference, rel=1e-3)
     assert first["factorised"] + sum(other["factorised"] for other in rest) == expected["factorised"]
     for other in rest:
         assert same_bits(first["weights"], other["weights"])
@@ -70,41 +70,41 @@ def test_several_processes_prune_as_one_does(name: str, found: Any, alone: dict[
 
 
 @pytest.mark.parametrize("count", [workers.WINDOWS, 2])
-def test_the_survey_divides_its_windows(count: int, found: Any) -> None:
-    first, *rest = found(f"survey {count}")
-    own, whole = first
-    assert own["output_squares"].keys() == whole["output_squares"].keys()
-    for name, value in own["output_squares"].items():
-        torch.testing.assert_close(value, whole["output_squares"][name], rtol=1e-3, atol=1e-9)
-    for name, counts in own["saliency"].items():
-        expected = whole["saliency"][name]
+def test_the_survey_divides_its_windows(count: int, outputs: Any) -> None:
+    first, *rest = outputs(f"survey {count}")
+    divided, single = first
+    assert divided["output_squares"].keys() == single["output_squares"].keys()
+    for name, value in divided["output_squares"].items():
+        torch.testing.assert_close(value, single["output_squares"][name], rtol=1e-3, atol=1e-9)
+    for name, counts in divided["saliency"].items():
+        expected = single["saliency"][name]
         assert counts.sum() == expected.sum()
         assert (counts.cumsum(0) - expected.cumsum(0)).abs().max() <= 0.02 * counts.sum()  # some are near an edge
     for other, _ in rest:
-        assert all(same_bits(own[key], other[key]) for key in ("output_squares", "saliency"))
+        assert all(same_bits(divided[key], other[key]) for key in ("output_squares", "saliency"))
 
 
-def test_an_evaluation_divides_its_windows(found: Any) -> None:
-    results = found("evaluated")
+def test_an_evaluation_divides_its_windows(outputs: Any) -> None:
+    results = outputs("evaluated")
     assert all(count == -(-workers.WINDOWS // len(results)) for count, *_ in results)
-    assert all(own == whole == results[0][1] for _, own, whole in results)
+    assert all(divided == single == results[0][1] for _, divided, single in results)
 
 
-def test_a_checkpoint_is_read_once_a_machine(found: Any) -> None:
-    first, *rest = found("reads 1")
+def test_a_checkpoint_is_read_once_a_machine(outputs: Any) -> None:
+    first, *rest = outputs("reads 1")
     assert first > 0 == sum(rest)
-    assert found("reads 2") == [first, *rest[1:], first]
+    assert outputs("reads 2") == [first, *rest[1:], first]
 
 
-def test_a_comparison_runs_one_cell_a_process(found: Any) -> None:
-    (names, cells), *rest = found("compared")
+def test_a_comparison_runs_one_cell_a_process(outputs: Any) -> None:
+    (names, cells), *rest = outputs("compared")
     taken = [names, *(others for others, _ in rest)]
     assert all(taken)  # each process had one or more, and none ran twice
     assert sorted(itertools.chain(*taken)) == sorted(cell.name for cell in cells)
     assert all(others == cells for _, others in rest)
-    for shard in (found.folder / "alone").glob("*/*.safetensors"):
-        assert shard.read_bytes() == (found.folder / "divided" / shard.parent.name / shard.name).read_bytes()
-    kept, alone = (read_record(Grid, found.folder / name / GRID, "") for name in ("divided", "alone"))
+    for shard in (outputs.folder / "alone").glob("*/*.safetensors"):
+        assert shard.read_bytes() == (outputs.folder / "divided" / shard.parent.name / shard.name).read_bytes()
+    kept, alone = (read_record(Grid, outputs.folder / name / GRID, "") for name in ("divided", "alone"))
     assert {cell.name: cell.kl for cell in kept.cells} == {cell.name: cell.kl for cell in alone.cells}
 
 
@@ -114,30 +114,30 @@ def test_what_is_compared_is_there(alone: dict[str, Any]) -> None:
     assert alone["swept"]["sweeps"][-1][0] < alone["swept"]["sweeps"][0][0]  # so it is the swept weights that are kept
 
 
-def test_every_process_holds_the_same_moments(found: Any) -> None:
-    first, *rest = found("gram")
+def test_every_process_holds_the_same_moments(outputs: Any) -> None:
+    first, *rest = outputs("gram")
     assert all(torch.equal(first, other) for other in rest)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_same_number_of_processes_gives_the_same_bits(size: int, tmp_path: Path) -> None:
     run_in(size, workers.prune_twice, tmp_path)
-    found = Found(tmp_path, size)
+    saved = Outputs(tmp_path, size)
     for name in workers.AGAIN:
-        first, *others = itertools.chain(*found(name))
+        first, *others = itertools.chain(*saved(name))
         assert len(others) == 2 * size - 1
         assert all(same_bits(first, other) for other in others), name
 
 
-def test_a_solver_not_registered_as_distributed_solves_whole_weights(found: Any) -> None:
-    first, *rest = found("unknown")
+def test_a_solver_not_registered_as_distributed_solves_whole_weights(outputs: Any) -> None:
+    first, *rest = outputs("unknown")
     assert all(same_bits(first, other) for other in rest)
     weight = first["model.layers.0.mlp.up_proj.weight"]
     assert int((weight == 0).sum()) == round(0.5 * weight.numel())
 
 
-def test_processes_round_some_rows_each_to_what_one_rounds_all(found: Any) -> None:
-    (first, seen), *rest = found("rounded")
+def test_processes_round_some_rows_each_to_what_one_rounds_all(outputs: Any) -> None:
+    (first, seen), *rest = outputs("rounded")
     alone, gram = workers.rounded_weights(), gram_of(96)
     size = 1 + len(rest)
     assert sum(seen) + sum(sum(rows) for _, rows in rest) < 3 * (1 + 2 + 3 + 25) * size  # not all rows in each
@@ -146,15 +146,15 @@ def test_processes_round_some_rows_each_to_what_one_rounds_all(found: Any) -> No
         # Products of fewer rows round otherwise, and a value in the middle between two numbers falls to either side.
         assert int((one != alone[name][1]).any(dim=1).sum()) <= len(weight) // 10, name
         assert loss(one, weight, gram) == pytest.approx(loss(alone[name][1], weight, gram), rel=0.02)
-    models = found("rounded model")
+    models = outputs("rounded model")
     assert all(same_bits(models[0], other) for other in models[1:])
 
 
 def test_groups_seen_by_any_process_hold_for_all() -> None:
     assert merged([[["q", "k"], ["o"]], [["q", "k"], ["o"]]]) == [["q", "k"], ["o"]]
     # one meets expert 1 only after its first batch, and so sees its linears apart; one never meets expert 2
-    whole = [["q"], ["1.up", "1.gate"], ["2.up", "2.gate"]]
-    assert merged([[["q"], ["1.up"], ["1.gate"]], whole]) == whole
+    groups = [["q"], ["1.up", "1.gate"], ["2.up", "2.gate"]]
+    assert merged([[["q"], ["1.up"], ["1.gate"]], groups]) == groups
     assert merged([[["1.up", "1.gate"]], [["1.up"], ["1.gate"]]]) == [["1.up", "1.gate"]]
 
 

@@ -78,6 +78,6 @@ def test_two_processes_run_every_script(scripts: list[str], folder: Path) -> Non
         command = ["timeout", str(LIMIT), "bash", "-ec", small(script, port)]
         nodes = 2 if "--nnodes" in script and "srun" not in script else 1
         running = [subprocess.Popen(command, env=environment) for _ in range(nodes)]
-        assert [each.wait() for each in running] == [0] * nodes, script
+        assert [process.wait() for process in running] == [0] * nodes, script
         for record in [*folder.glob("pruned/pruning.json"), *folder.glob("shared/pruned/pruning.json")]:
             assert json.loads(record.read_text())["processes"] == 2

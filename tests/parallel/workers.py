@@ -72,9 +72,9 @@ def prune_case(name: str) -> dict[str, Any]:
         result = sparsellm.prune(model, Recipe(**{"batch_tokens": 80, **fields}), calibration=windows(WINDOWS))
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
     sweeps = [(record.held_out, record.train or 0.0) for record in result.sweeps]
-    found = {"weights": dict(model.state_dict()), "linears": linears, "allocation": result.allocation, "sweeps": sweeps}
+    facts = {"weights": dict(model.state_dict()), "linears": linears, "allocation": result.allocation, "sweeps": sweeps}
     counts = {"processes": result.processes, "tokens": result.calibration_tokens, "factorised": factorised.call_count}
-    return {**found, **counts}
+    return {**facts, **counts}
 
 
 SWEPT = {**CASES["swept"][1], "sweep_rate": 0.003}
@@ -98,8 +98,8 @@ def swept_to(folder: Path, name: str, *, fails: bool = False) -> sparsellm.Prune
             return None
 
 
-def leave(folder: Path, name: str, found: Any) -> None:
-    torch.save(found, folder / f"{name}-{parallel.rank()}-of-{parallel.size()}.pt")
+def leave(folder: Path, name: str, output: Any) -> None:
+    torch.save(output, folder / f"{name}-{parallel.rank()}-of-{parallel.size()}.pt")
 
 
 def prune_everything(folder: Path) -> None:
@@ -171,8 +171,8 @@ def sums_and_selections(folder: Path) -> None:
         cut = [0, *sorted(torch.randint(inner * size, (size - 1,), generator=generator).tolist()), inner * size]
         zeros = int(torch.randint(scores.numel() + 1, (), generator=generator))
         expected = highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
-        own = slice(cut[rank], cut[rank + 1])
-        assert torch.equal(highest_of_all(scores[:, own], zeros), expected[:, own]), (case, zeros)
+        columns = slice(cut[rank], cut[rank + 1])
+        assert torch.equal(highest_of_all(scores[:, columns], zeros), expected[:, columns]), (case, zeros)
 
 
 def _refuse(why: str = "a field is missing") -> None:
@@ -184,11 +184,11 @@ def fewer_rows_than_processes(folder: Path) -> None:
     accumulator.update(torch.randn(30, 9, generator=torch.Generator().manual_seed(2)))
     weight = torch.randn(1, 9, generator=torch.Generator().manual_seed(4))
     entry = SOLVERS["sparsegpt"]
-    found = divide(entry)(weight, accumulator.finish(), Share(0.5))
+    divided = divide(entry)(weight, accumulator.finish(), Share(0.5))
     alone = entry.function(weight, accumulator.finish(), Share(0.5))
-    assert torch.equal(found.weight, alone.weight)
-    assert torch.equal(found.mask, alone.mask)
-    assert found.error == alone.error
+    assert torch.equal(divided.weight, alone.weight)
+    assert torch.equal(divided.mask, alone.mask)
+    assert divided.error == alone.error
     for rows in (1, 5):  # outputs with costs
         weight = torch.randn(rows, 9, generator=torch.Generator().manual_seed(rows))
         costs = torch.arange(1.0, rows + 1)
@@ -203,14 +203,14 @@ def fewer_rows_than_processes(folder: Path) -> None:
 
 def rounded_weights() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """A weight, what it was rounded to, and from where training would go on, for each type and number of rows."""
-    gram, found = gram_of(96), {}
+    gram, triples = gram_of(96), {}
     for rows in (1, 2, 3, 25):  # fewer than three processes, as many, and some over
         weight = weight_of(rows, 96, rows)
         weight *= Share(0.5).mask(weight.abs())
         for values in INTEGERS:
             one = rounding.rounded(weight, gram, values, torch.bfloat16)
-            found[f"{rows} {values}"] = (weight, one.weight, one.unrounded)
-    return found
+            triples[f"{rows} {values}"] = (weight, one.weight, one.unrounded)
+    return triples
 
 
 def rounding_of_some_rows(folder: Path) -> None:
@@ -231,22 +231,22 @@ def survey_of_some_windows(folder: Path) -> None:
     for count in (WINDOWS, 2):
         feed, names = Feed(chain, windows(count), 80), {size.name for size in sizes_of(chain)}
         with counting(Chain, "run") as run:
-            own = loss_gradients(feed, names, saliency=True)
+            divided = loss_gradients(feed, names, saliency=True)
         ran = sum(len(call.args[2]) for call in run.call_args_list)
         with parallel.alone():
-            whole = loss_gradients(feed, names, saliency=True)
+            single = loss_gradients(feed, names, saliency=True)
         assert ran < count * len(chain)
-        leave(folder, f"survey {count}", [vars(own), vars(whole)])
+        leave(folder, f"survey {count}", [vars(divided), vars(single)])
 
 
 def evaluation_of_some_windows(folder: Path) -> None:
     source = parallel.from_main(lambda: save_tiny(tiny_llama(), tiny_tokenizer(), folder / "llama"))
     asked = {"seq_len": 32, "max_tokens": WINDOWS * 32, "against": source}
     with mock.patch.object(perplexity, "_window", side_effect=perplexity._window) as window:
-        own = sparsellm.evaluate(source, "pydoc", **asked)
+        divided = sparsellm.evaluate(source, "pydoc", **asked)
     with parallel.alone():
-        whole = sparsellm.evaluate(source, "pydoc", **asked)
-    leave(folder, "evaluated", (window.call_count, *((each.perplexity, each.against) for each in (own, whole))))
+        single = sparsellm.evaluate(source, "pydoc", **asked)
+    leave(folder, "evaluated", (window.call_count, *((score.perplexity, score.against) for score in (divided, single))))
 
 
 def reads(folder: Path) -> None:

@@ -77,8 +77,8 @@ def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
                 return f"on {name}: the sweep lowers no divergence, so nothing of it is compared"
         except Exception:
             return f"on {name}: {traceback.format_exc()}"
-    found, wanted = tensors_of(folder / "cuda"), tensors_of(folder / "cpu")
-    return ", ".join(name for name in wanted if not torch.equal(found[name], wanted[name]))
+    on_card, on_cpu = tensors_of(folder / "cuda"), tensors_of(folder / "cpu")
+    return ", ".join(name for name in on_cpu if not torch.equal(on_card[name], on_cpu[name]))
 
 
 def of_the_device() -> tuple[list[str], dict[str, Counter[str]]]:
@@ -145,8 +145,8 @@ def _traffic(name: str, pattern: Pattern, inputs: int) -> tuple[Counter[str], st
             stack.enter_context(mock.patch.object(module, limit, int(getattr(module, limit) * share)))
         with device.counted() as traffic:
             result = solved(*there)
-        found, wanted = result.cpu(), solved(weight, matrix)
-    same = torch.equal(found == 0, wanted == 0) and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+        on_card, on_cpu = result.cpu(), solved(weight, matrix)
+    same = torch.equal(on_card == 0, on_cpu == 0) and torch.allclose(on_card, on_cpu, rtol=1e-3, atol=1e-4)
     return traffic, "" if same else f"the card has other numbers than the CPU for {inputs} inputs. "
 
 
@@ -173,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder, faults = Path(name), {}
-        sources = {each: save_tiny(family(each), tiny_tokenizer(), folder / each) for each in FAMILIES}
+        sources = {kind: save_tiny(family(kind), tiny_tokenizer(), folder / kind) for kind in FAMILIES}
         if not places:
             for number, (case, (model, fields)) in enumerate(runs().items()):
                 faults[case] = fault_of(sources[model], fields, folder / str(number))

@@ -161,13 +161,13 @@ class _Factories(TorchDispatchMode):
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among the arguments of an operator, and in lists among them."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-    return found
+            tensors += _tensors(value)
+    return tensors
 
 
 def _each(change: Callable[[Tensor], Any], value: Any) -> Any:

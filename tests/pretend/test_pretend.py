@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def report() -> dict[str, Any]:
     """What one process with the pretend device finds."""
     if shutil.which("g++") is None or find_spec("triton") is None:
         pytest.skip("there is no g++, which compiles the device, or no Triton, which runs its kernel")
@@ -38,30 +38,30 @@ CEILINGS = {f"{name} {target}": most for name, most in MOST.items() for target i
 CEILINGS |= {"walk, a block": (6300, 400), "sweep, a block": (1300, 170)}
 
 
-def test_the_device_refuses_and_counts_like_cuda(found: dict[str, Any]) -> None:
-    assert found["accepted"] == []
+def test_the_device_refuses_and_counts_like_cuda(report: dict[str, Any]) -> None:
+    assert report["accepted"] == []
     launch, wait = {"launches": 1}, {"launches": 1, "syncs": 1}
     compared = {"launches": 2, "syncs": 1}  # the comparison, and the copy of its result
     expected = {"add": launch, "view": {}, "item": wait, "bool": compared, "nonzero": wait, "by a mask": compared}
     expected |= {"to the card": {**wait, "bytes_in": 16}, "to the host": {**wait, "bytes_out": 16}}
-    assert found["operations"] == expected
+    assert report["operations"] == expected
 
 
-def test_all_runs_end_with_the_bits_of_the_cpu(found: dict[str, Any]) -> None:
-    assert len(found["faults"]) == 45
-    assert {name: fault for name, fault in found["faults"].items() if fault} == {}
+def test_all_runs_end_with_the_bits_of_the_cpu(report: dict[str, Any]) -> None:
+    assert len(report["faults"]) == 45
+    assert {name: fault for name, fault in report["faults"].items() if fault} == {}
 
 
 @pytest.mark.parametrize("name", CEILINGS)
-def test_launches_and_waits_stay_below_ceilings(name: str, found: dict[str, Any]) -> None:
+def test_launches_and_waits_stay_below_ceilings(name: str, report: dict[str, Any]) -> None:
     """``python -m tests.pretend --places`` names the lines of src that launch and wait most."""
     launches, waits = CEILINGS[name]
-    traffic = found["traffic"][name]
+    traffic = report["traffic"][name]
     assert traffic["launches"] <= launches
     assert traffic["syncs"] <= waits
     if not name.endswith("a block"):  # a weight stays on the card
         assert traffic.get("bytes_in", 0) + traffic.get("bytes_out", 0) <= 4 * 1024 * 10
 
 
-def test_every_row_of_the_traffic_has_a_ceiling(found: dict[str, Any]) -> None:
-    assert found["traffic"].keys() == CEILINGS.keys()
+def test_every_row_of_the_traffic_has_a_ceiling(report: dict[str, Any]) -> None:
+    assert report["traffic"].keys() == CEILINGS.keys()

@@ -35,10 +35,10 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    whole = Path(shutil.copytree(runs / "opt", folder / "opt"))
-    shutil.copy(runs / "half" / "results.json", whole)  # with measurements and continuations, everything is on it
+    complete = Path(shutil.copytree(runs / "opt", folder / "opt"))
+    shutil.copy(runs / "half" / "results.json", complete)  # with measurements and continuations, everything is on it
     return {
-        "run": write_report(whole, folder / "run.html"),
+        "run": write_report(complete, folder / "run.html"),
         "comparison": write_comparison([runs / "half", runs / "nm"], folder / "comparison.html"),
     }
 
@@ -68,9 +68,9 @@ def test_a_page_draws_and_is_accessible(
         assert all(0 <= low < high <= 1 for low, high in ranges), ranges  # fractions of zeros
     assert page.evaluate("document.documentElement.scrollWidth") == width  # only tables scroll sideways
     serious = [
-        (each["id"], [node["html"][:120] for node in each["nodes"]])
-        for each in axe.Axe().run(page).response["violations"]
-        if each["impact"] in ("serious", "critical", "moderate")
+        (violation["id"], [node["html"][:120] for node in violation["nodes"]])
+        for violation in axe.Axe().run(page).response["violations"]
+        if violation["impact"] in ("serious", "critical", "moderate")
     ]
     assert serious == []
     assert said == []

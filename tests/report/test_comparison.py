@@ -126,7 +126,7 @@ def test_a_packed_run_next_to_its_dense_form(runs: Path, tmp_path: Path) -> None
 
 def test_speeds_of_another_machine_do_not_stand_side_by_side(runs: Path, copied: Path, tmp_path: Path) -> None:
     results = json.loads((copied / "results.json").read_text())
-    rewrite(copied / "results.json", benchmarks=[{**each, "machine": "a server"} for each in results["benchmarks"]])
+    rewrite(copied / "results.json", benchmarks=[{**entry, "machine": "a server"} for entry in results["benchmarks"]])
     head, _, first, second = page_of(write_comparison([runs / "half", copied], tmp_path / "c.html")).rows(SUMMARY)
     column = head.index("tokens/s")
     assert (first[column], second[column]) == ("33", "another machine or batch")

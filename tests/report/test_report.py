@@ -71,7 +71,7 @@ def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
     assert [row[6] for row in rows] == of_fc2
     header, *rows = opt.rows("Error of each linear")
     assert [row[6] for row in rows] == [f"{linears[f'model.decoder.layers.{b}.fc2']['error']:.3g}" for b in (0, 1)]
-    assert [row[1] for row in opt.rows("The sweep")[1:]] == [f"{each['held_out']:.4g}" for each in pruning["sweeps"]]
+    assert [row[1] for row in opt.rows("The sweep")[1:]] == [f"{sweep['held_out']:.4g}" for sweep in pruning["sweeps"]]
     history = linears["model.decoder.layers.0.fc2"]["history"]
     assert opt.rows("The decomposition's objective")[2][1] == f"{history[1]['objective']:.4g}"
     assert opt.figures()["objective"]["data"][0]["y"][0] is None  # local pruning has no objective
@@ -104,9 +104,9 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
 
 
 def test_a_comparison_outlives_an_evaluation_without_one(copied: Path) -> None:
-    compared = [each for each in json.loads((copied / "results.json").read_text())["evaluations"] if each["against"]]
-    rewrite(copied / "results.json", evaluations=[*compared, *({**each, "against": None} for each in compared)])
-    assert all(each.dense is not None for each in read_checkpoint(copied).results.latest().values())
+    compared = [entry for entry in json.loads((copied / "results.json").read_text())["evaluations"] if entry["against"]]
+    rewrite(copied / "results.json", evaluations=[*compared, *({**entry, "against": None} for entry in compared)])
+    assert all(entry.dense is not None for entry in read_checkpoint(copied).results.latest().values())
     assert read_checkpoint(copied).results.latest()
 
 

@@ -164,7 +164,7 @@ def test_other_keys_of_the_config_have_no_checksum(packed: Path, llama: Path, co
     changed = {**dict(reversed(config.items())), "transformers_version": "9", "dtype": "bfloat16"}
     (copy / "config.json").write_text(json.dumps(changed))
     assert PackedReader(copy).entries == PackedReader(packed).entries
-    change_config(copy, lambda found: found.update(comment="new"))
+    change_config(copy, lambda content: content.update(comment="new"))
     refused(copy, "config.json", "SHA-256")
     out = sparsellm.unpack(forget_config_digest(copy), out=tmp_path / "dense").path
     assert same_bits(tensors_of(llama), tensors_of(out))

@@ -70,12 +70,12 @@ def test_a_prompt_that_is_cut_within_a_character_spoils_none() -> None:
     characters.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     text = _Text(PreTrainedTokenizerFast(tokenizer_object=characters), [], None, lambda: False)
     ids = [*"\u6f22\u5b57\u6f22\u5b57".encode()]
-    for some in (ids[:9], *([each] for each in ids[9:])):
+    for some in (ids[:9], *([byte] for byte in ids[9:])):
         text.put(torch.tensor(some))
     assert text.text == "\u5b57"
     text = _Text(PreTrainedTokenizerFast(tokenizer_object=characters), [], None, lambda: False)
-    for each in ids[:4]:  # a prompt of half a character
-        text.put(torch.tensor([each]))
+    for token in ids[:4]:  # a prompt of half a character
+        text.put(torch.tensor([token]))
     assert text.ids == ids[1:4]
 
 

@@ -88,8 +88,8 @@ def test_exec_passes_the_exit_code_on(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (-signal.SIGPIPE, "")
     (tmp_path / "empty").write_text("\0")
     (tmp_path / "empty").chmod(0o755)
-    for each, said in (("no-such-command", "'no-such-command' is not a command on PATH"), (tmp_path / "empty", "run:")):
-        done = execute(each, "--flag")
+    for name, said in (("no-such-command", "'no-such-command' is not a command on PATH"), (tmp_path / "empty", "run:")):
+        done = execute(name, "--flag")
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
         assert said in done.stderr
 

@@ -47,7 +47,7 @@ def serving(directory: Path, *options: object, **environment: str) -> Iterator[t
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
     assert process.stderr is not None
     try:
-        yield process, next(found[0] for line in process.stderr if (found := re.search(r"http://[^,]+/v1", line)))
+        yield process, next(match[0] for line in process.stderr if (match := re.search(r"http://[^,]+/v1", line)))
     finally:
         process.kill()
         process.wait()
@@ -57,8 +57,8 @@ def serving(directory: Path, *options: object, **environment: str) -> Iterator[t
 @pytest.fixture(scope="module")
 def url(packed: Path) -> Iterator[str]:
     limits = ("--max-tokens", LONG, "--queue", 1, "--max-body", MOST, "--name", "tiny", "--quiet")
-    with serving(packed, *limits, SPARSELLM_API_KEY=KEY) as (_, found):
-        yield found
+    with serving(packed, *limits, SPARSELLM_API_KEY=KEY) as (_, address):
+        yield address
 
 
 @pytest.fixture

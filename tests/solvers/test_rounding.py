@@ -161,11 +161,11 @@ def test_numbers_and_scale_of_a_group_are_near_the_best(name: str, kept: int, se
     fixed = int(weight.abs().argmax())
     steps = torch.linspace(0.5, 1.2, 300).mul_(abs(float(weight[0, fixed])) / -grid.lowest).bfloat16().double().unique()
     others = torch.tensor(list(itertools.product(range(grid.lowest, grid.highest + 1), repeat=kept - 1))).double()
-    whole = torch.cat((others[:, :fixed], torch.full((len(others), 1), float(grid.lowest)), others[:, fixed:]), dim=1)
+    numbers = torch.cat((others[:, :fixed], torch.full((len(others), 1), float(grid.lowest)), others[:, fixed:]), dim=1)
     sign = -math.copysign(1.0, float(weight[0, fixed]))
-    least = min(float(losses(whole * sign * step, weight[:, :kept], inside).min()) for step in steps)
-    found = loss((codes.double() * scales.double())[:, :kept], weight[:, :kept], inside)
-    assert least - 1e-12 <= found <= 1.5 * least + 1e-12
+    least = min(float(losses(numbers * sign * step, weight[:, :kept], inside).min()) for step in steps)
+    error = loss((codes.double() * scales.double())[:, :kept], weight[:, :kept], inside)
+    assert least - 1e-12 <= error <= 1.5 * least + 1e-12
 
 
 def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: Tensor) -> Tensor:

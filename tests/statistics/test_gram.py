@@ -197,6 +197,6 @@ def test_half_precision_is_widened_where_a_product_can(product: object, monkeypa
     right = moments()
     monkeypatch.setattr(gram, "_product_for", lambda *_: product)
     monkeypatch.setattr(torch, "mm", mm)
-    for found, wanted in zip(moments(), right, strict=True):
-        assert_close(found, wanted, 1e-6)
+    for moment, expected in zip(moments(), right, strict=True):
+        assert_close(moment, expected, 1e-6)
     assert seen == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 6 * (product is gram._widening)

@@ -56,7 +56,7 @@ def value_of(directory: Path) -> float:
 
 def value_there(place: Path) -> float | None:
     """The value of the checkpoint under a name, or of the older one between two renames; None where there is none."""
-    places = [each for each in (place, partial_of(place) / REPLACED) if each.is_dir()]
+    places = [path for path in (place, partial_of(place) / REPLACED) if path.is_dir()]
     return value_of(places[0]) if places else None
 
 

@@ -62,7 +62,7 @@ def live_later(place: Path, model: Path, draw: random.Random) -> Counter[str]:
             assert name in later(place)
         ended["torn"] += any(TORN.fullmatch(path.name) is not None for path in place.iterdir())
         after = later(place)
-        others = [{key: data for key, data in each.items() if key != name} for each in (before, after)]
+        others = [{key: data for key, data in files.items() if key != name} for files in (before, after)]
         assert others[0] == others[1]
         assert before.get(name) == after.get(name) or str(number).encode() in after[name]
         assert foreign_entries(place) == []

@@ -41,9 +41,9 @@ def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: helpers.Fami
     history, expected = swept_by(None, halved(family()), dense)
     model = halved(family())
     zeros = {name: weight == 0 for name, weight in linear_weights(model).items()}
-    found, written = swept_by(WAYS[way], model, dense)
+    resident, written = swept_by(WAYS[way], model, dense)
     assert history[-1].held_out < history[0].held_out
-    for one, other in zip(history, found, strict=True):
+    for one, other in zip(history, resident, strict=True):
         assert one.held_out == pytest.approx(other.held_out, rel=1e-5)
         assert (one.train or 0.0) == pytest.approx(other.train or 0.0, rel=1e-5)
     for name, value in expected.items():
@@ -72,10 +72,10 @@ def test_ranks_repeat_their_bits_and_go_on_for_each_other(tmp_path: Path) -> Non
     assert shards_of(tmp_path / "two") == shards_of(tmp_path / "again")
     expected = CheckpointReader(tmp_path / "one")
     for name in ("two", "begun-by-one", "begun-by-two"):
-        found = CheckpointReader(tmp_path / name)
+        reader = CheckpointReader(tmp_path / name)
         for key in expected:
-            assert torch.equal(found.get(key) == 0, expected.get(key) == 0), key
-            torch.testing.assert_close(found.get(key), expected.get(key), rtol=1e-3, atol=2e-5, msg=f"{key} of {name}")
+            assert torch.equal(reader.get(key) == 0, expected.get(key) == 0), key
+            torch.testing.assert_close(reader.get(key), expected.get(key), rtol=1e-3, atol=2e-5, msg=f"{key} of {name}")
 
 
 def test_states_are_judged_as_they_will_be_written(tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_blocks_in_bf16_train_fp32_parameters_alike(sharded: bool) -> None:
     exact, _ = swept_by(Residence(), halved(tiny_opt()), tiny_opt())
     model = halved(tiny_opt())
     zeros = {name: weight == 0 for name, weight in linear_weights(model).items()}
-    found, written = swept_by(Residence(sharded=sharded, narrow=True), model, tiny_opt())
-    gains = [history[0].held_out - history[-1].held_out for history in (exact, found)]
+    narrow, written = swept_by(Residence(sharded=sharded, narrow=True), model, tiny_opt())
+    gains = [history[0].held_out - history[-1].held_out for history in (exact, narrow)]
     assert gains[1] == pytest.approx(gains[0], rel=0.1)
     assert {value.dtype for value in written.values()} == {torch.float32}
     assert all(torch.equal(weight == 0, zeros[name]) for name, weight in linear_weights(model).items())

@@ -41,7 +41,7 @@ def test_divergences_are_rescaled_with_those_of_each_text() -> None:
     run, task = MagicMock(judge=lambda judges: (3.0, {})), MagicMock()
     history = [SweepPass(passes=n, held_out=kl, sources={"a": kl / 2}) for n, kl in enumerate((4.0, 2.0))]
     rescaled = module._rescaled(history, task, run, [])
-    assert [(each.held_out, each.sources["a"]) for each in rescaled] == [(6.0, 3.0), (3.0, 1.5)]
+    assert [(record.held_out, record.sources["a"]) for record in rescaled] == [(6.0, 3.0), (3.0, 1.5)]
 
 
 @pytest.mark.parametrize("family", helpers.FAMILIES, ids=lambda family: family.__name__)
@@ -374,7 +374,7 @@ def test_the_divergence_of_each_text_is_that_of_its_windows(monkeypatch: pytest.
     feed, names = Feed(open_chain(model, device=CPU), ids, helpers.TOKENS), ["a", "b", "a", "a", "b", "a"]
     end = helpers.dense_end(dense, ids, helpers.TOKENS)
     start, _ = sweep(SweepTask(feed, end, 1, 3, lambda _: None, learning_rate=0.0, sources=names))
-    alone = {name: divergence(dense, model, ids[[each == name for each in names]]).item() for name in "ab"}
+    alone = {name: divergence(dense, model, ids[[source == name for source in names]]).item() for name in "ab"}
     assert start.sources == pytest.approx(alone, rel=1e-4)
     assert start.held_out == pytest.approx((4 * alone["a"] + 2 * alone["b"]) / 6, rel=1e-4)
 

@@ -110,7 +110,7 @@ def test_weights_that_are_not_finite_are_not_written(pruned: Path, text: Path, t
         shard.unlink()
     (source / "model.safetensors.index.json").unlink()
     tensors["model.norm.weight"].fill_(3e38)  # logits are infinite
-    save_file({name: each.clone() for name, each in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    save_file({name: value.clone() for name, value in tensors.items()}, source / "model.safetensors", {"format": "pt"})
     said = refusal("tune", source, "--out", tmp_path / "o", "--calibration", text, *SMALL)
     assert "is not finite after training; take a lower --rate" in said
     assert not (tmp_path / "o").exists()

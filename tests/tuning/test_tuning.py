@@ -183,10 +183,10 @@ def test_what_peft_adapts_without_the_mask_is_refused() -> None:
             lora.add_adapter(prune_tiny(family(name)))
     with pytest.raises(ModelError, match="share weights"):
         adapter_on(model := sharing_llama())
-    assert not [name for name, each in model.named_parameters() if "lora" in name or not each.requires_grad]
-    for target, whole in (("q_proj", "down_proj"), ("q_proj", "mlp"), ("lm_head", "model")):
-        with pytest.raises(RecipeError, match=rf"modules_to_save has \S*{whole}, whose zeros would be trained"):
-            adapter_on(prune_tiny(tiny_llama()), target_modules=[target], modules_to_save=[whole])
+    assert not [name for name, parameter in model.named_parameters() if "lora" in name or not parameter.requires_grad]
+    for target, saved in (("q_proj", "down_proj"), ("q_proj", "mlp"), ("lm_head", "model")):
+        with pytest.raises(RecipeError, match=rf"modules_to_save has \S*{saved}, whose zeros would be trained"):
+            adapter_on(prune_tiny(tiny_llama()), target_modules=[target], modules_to_save=[saved])
     model = prune_tiny(tiny_llama())
     model.lm_head.weight.data[5] = 0.0  # the row of a token that pads the vocabulary
     adapter_on(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
