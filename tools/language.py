@@ -5,7 +5,7 @@
 
 A phrase that begins with "of" after a colon, a hash or at the start of a help text has no subject. The others are
 idioms of this project's past, for which plain English has shorter words. Names of variables that do not say what they
-hold count as well.
+hold count as well, in tests, benchmarks and examples too: none is allowed there either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BANNED = re.compile(r"(?:: |# )[Oo]f |[Ss]o many |\b[Aa]s of (?:a|the) |[Bb]y what to |\b[Ee]ntering\b|\b[Ll]eaving\b")
 SUFFIXES = {".py", ".cpp", ".h", ".md", ".html", ".css", ".js", ".jinja"}
 NAMES = {"each", "found", "own", "wanted", "whole"}
-STRICT = ("src", "names in src", "README", "help")  # where none is allowed
+STRICT = ("src", "names", "README", "help")  # where none is allowed
 
 Place = tuple[str, str]
 """Where a phrase stands, and the line."""
@@ -77,7 +77,7 @@ def places() -> dict[str, list[Place]]:
     """All places, by where they count."""
     return {
         "src": banned(files(ROOT / "src")),
-        "names in src": vague_names(files(ROOT / "src")),
+        "names": vague_names(files(*(ROOT / part for part in ("src", "tests", "benchmarks", "examples")))),
         "README": banned(files(ROOT / "README.md")),
         "help": banned({f"--help of {name}": f": {text}" for name, text in help_texts()}),
         "docs": banned(files(ROOT / "docs", ROOT / "CONTRIBUTING.md")),
