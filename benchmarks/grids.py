@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
     parser.add_argument("--peers", nargs="*", default=[], help="METHOD=PYTHON of the tool's environment")
     parser.add_argument("--cells", type=Path, default=OUT / "grids.json")
-    parser.set_defaults(seed=sparsellm.Recipe().seed)  # of the windows: other tools get those of our runs
+    parser.set_defaults(seed=sparsellm.Recipe().seed)  # chooses the windows: other tools get those of our runs
     asked = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -152,6 +152,6 @@ def test_each_rank_moves_its_rows_to_its_card_and_gathers_all(ranks: int) -> Non
     way = next(name for name, residence in predictions.RESIDENT.items() if residence.offloads)
     extent = predictions.Extent(64, 512, 512, swept=65536, ranks=ranks)
     speeds = Speeds("cards", math.inf, math.inf, math.inf, link=28.0, card_bytes=1, exchanged=6.0)
-    steps = 65536 / ranks / (512 if ranks == 1 else 128) - 8  # of a rank; eight are held out
+    steps = 65536 / ranks / (512 if ranks == 1 else 128) - 8  # those of a rank; eight are held out
     seconds = predictions.sweep_seconds(work, extent, 1, speeds, 0.0, way, 1.0)
     assert seconds == pytest.approx(steps * 1000 * (1 / ranks + (ranks > 1)))

@@ -1,6 +1,6 @@
 """Counts turns of phrase that a reader has to decode, in src, README, docs and the help texts of the command line.
 
-    python tools/language.py           # counts; exit code 1 if src, README or help have one
+    python tools/language.py           # counts; exit code 1 if src, README, help or docs have one
     python tools/language.py --list    # the places too
 
 A phrase that begins with "of" after a colon, a hash or at the start of a help text has no subject. The others are
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BANNED = re.compile(r"(?:: |# )[Oo]f |[Ss]o many |\b[Aa]s of (?:a|the) |[Bb]y what to |\b[Ee]ntering\b|\b[Ll]eaving\b")
 SUFFIXES = {".py", ".cpp", ".h", ".md", ".html", ".css", ".js", ".jinja"}
 NAMES = {"each", "found", "own", "wanted", "whole"}
-STRICT = ("src", "names", "README", "help")  # where none is allowed
+STRICT = ("src", "names", "README", "help", "docs")  # where none is allowed
 
 Place = tuple[str, str]
 """Where a phrase stands, and the line."""

@@ -91,7 +91,7 @@ NO_SCALARS_OF_CPU = {"mm", "bmm", "addmm", "addmv", "cat", "stack", "gather", "s
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"}
 WAITS |= {"_unique2", "unique_dim", "unique_consecutive", "_linalg_check_errors", "_linalg_eigh", "linalg_lstsq"}
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
-PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "addmv", "addmv_", "baddbmm", "mv", "dot"}  # of floats alone
+PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "addmv", "addmv_", "baddbmm", "mv", "dot"}  # they multiply floats alone
 ONLY_CPU = ("mkldnn", "for_cpu", "fbgemm", "quantized::")
 # What only describes memory: no kernel runs.
 FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "view"}

@@ -124,7 +124,7 @@ def test_only_modules_of_torch_and_transformers_are_decoded(llama: Path) -> None
 def test_a_generation_leaves_the_config_of_the_model_to_other_threads(
     packed: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the compiled decoder has no memory for so many positions, and transformers decodes."""
+    """Also where the compiled decoder has no memory for these positions, and transformers decodes."""
     model, seen = sparsellm.load(packed), list[Any]()
     before, expected = model.generation_config, generate(model, tiny_tokenizer(), PROMPT).text
     if not compiled:
