@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ WAYS = {
 }
 
 
+@cache
+def streamed(family: helpers.Family) -> Any:
+    return swept_by(None, halved(family()), family())
+
+
 def hooked_llama() -> Any:
     model = tiny_llama()
     model.model.layers[0].register_forward_pre_hook(lambda module, args: (1.5 * args[0], *args[1:]))
@@ -37,11 +43,10 @@ def hooked_llama() -> Any:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", [hooked_llama, *FAMILIES], ids=lambda family: family.__name__)
 def test_a_resident_sweep_takes_the_steps_of_a_streamed_one(family: helpers.Family, way: str) -> None:
-    dense = family()
-    history, expected = swept_by(None, halved(family()), dense)
+    history, expected = streamed(family)
     model = halved(family())
     zeros = {name: weight == 0 for name, weight in linear_weights(model).items()}
-    resident, written = swept_by(WAYS[way], model, dense)
+    resident, written = swept_by(WAYS[way], model, family())
     assert history[-1].held_out < history[0].held_out
     for one, other in zip(history, resident, strict=True):
         assert one.held_out == pytest.approx(other.held_out, rel=1e-5)
