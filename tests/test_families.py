@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def pruned(source: Path) -> sparsellm.PruneResult:
     return sparsellm.prune(source, RECIPE, out=source.parent / "pruned", calibration=IDS)
 
 
+@lru_cache(maxsize=3)  # of a family what was saved, what was pruned, and what a test wrote
 def read_back(directory: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
     loaded, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     return loaded.eval(), {kind: set(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
