@@ -147,8 +147,9 @@ def test_what_stays_dense_keeps_every_bit() -> None:
 
 
 def test_a_head_that_m_does_not_divide_is_left_alone() -> None:
-    _, channels, _ = permuted(tiny_gpt2(), pattern=NM(8, 16))  # heads of 12, a unit of 112
+    task, channels, _ = permuted(tiny_gpt2(), pattern=NM(8, 16))  # heads of 12, a unit of 112
     assert roles(channels) == {"c_proj": ["c_fc"]}
+    assert "8:16: M divides no group of channels" in task.notes["transformer.h.0.attn.c_proj"][0]
 
 
 def test_only_n_of_m_is_permuted() -> None:
