@@ -91,20 +91,6 @@ def test_without_its_list_a_checkpoint_is_not_replaced(damage: str | None, old: 
         check_destination(old, overwrite=True)
 
 
-def test_what_our_commands_write_later_is_replaced_too(old: Path, model: Path) -> None:
-    for name in LATER:
-        with changing(old) as write_later:
-            for data in (b"first", b"second"):
-                write_later(name, data)
-    before = tree(old.parent)
-    (old / "README.md").write_text("edited")
-    with pytest.raises(StorageError, match=r"holds README\.md \(changed\);"):
-        write(old, 2, model, overwrite=True)
-    (old / "README.md").write_bytes(b"second")
-    assert tree(old.parent) == before
-    assert value_of(write(old, 2, model, overwrite=True)) == 2
-
-
 @pytest.mark.parametrize("target", ["theirs", "nothing"])
 @pytest.mark.parametrize("name", LATER)
 def test_a_link_in_the_place_of_a_later_file_is_replaced(name: str, target: str, old: Path, model: Path) -> None:

@@ -186,9 +186,3 @@ def test_permissions_of_the_old_checkpoint_are_kept(model: Path, tmp_path: Path)
     out.chmod(0o2750)
     write(out, 2, model, overwrite=True)
     assert out.stat().st_mode & 0o7777 == 0o2750
-
-
-def test_what_a_killed_process_was_writing_is_replaced(model: Path, tmp_path: Path) -> None:
-    out = write(tmp_path / "p", 1, model)
-    (out / f".{'0a' * 12}.tmp").touch()
-    assert value_of(write(out, 2, model, overwrite=True)) == 2
