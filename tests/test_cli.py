@@ -83,9 +83,6 @@ def test_one_command_prunes_packs_measures_and_reports(
         _, stdout, stderr = run(*line, exits=0)
     assert "the measurement is not kept in" in stderr
     assert json.loads(stdout)["evaluation"]["against"]["kl"] > 0
-    stderr = run("prune", llama, "--out", tmp_path / "q", "--pack", tmp_path / "q" / "p", *SMALL, exits=2)[2]
-    assert stderr.count("\n") == 1
-    assert not (tmp_path / "q").exists()
     for model, place in ((llama, llama / "inside"), (pruned, pruned)):  # which would be measured against itself
         line = ("prune", model, "--out", tmp_path / "q", "--pack", place, "--overwrite", *SMALL)
         assert "overlaps with the model" in run(*line, exits=2)[2]
@@ -127,13 +124,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "unknown method": (["prune", "{llama}", "--method", "wonda"], ["wonda", "'wanda'"]),
     "a percentage": (["prune", "{llama}", "--sparsity", "70"], ["70", "did you mean 0.7?"]),
     "a text that is no file": (["eval", "{llama}", "--text", "nofile"], ["unknown text source 'nofile'; known: c4"]),
-    "unknown field": (["prune", "{llama}", "--set", "sparsty=1"], ["sparsty", "'sparsity'"]),
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
     "no weight left": (["prune", "{llama}", "--method=wanda", "--sparsity=0.9999999999"], ["0.9999999999", "every"]),
     "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
     "code": (["prune", "{llama}", "--pack=p", "--trust-remote-code"], ["a packed model runs no code of a checkpoint"]),
     "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/x/../o"], ["--out and --pack are", "/o"]),
-    "pack in out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack={tmp}/o/p"], ["--pack", "overlaps with --out"]),
+    "pack in out": (["prune", "{llama}", "--pack={tmp}/pruned/p"], ["--pack", "overlaps with --out"]),
     "pack, and a long name": (["prune", "{llama}", "--out", "x" * 300, "--pack", "{tmp}/p"], ["'xx", "300 bytes"]),
     "no share": (["prune", "{llama}", "--sparsity-of", "*.q_proj"], ["--sparsity-of", "write GLOB=SHARE"]),
     "no tokenizer": (["prune", "{tmp}/bare"], ["no tokenizer's files", "copy tokenizer.json"]),
@@ -141,7 +137,6 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),
     "quiet and verbose": (["pack", "{llama}", "--out", "{tmp}/p", "--quiet", "--verbose"], ["contradict each other"]),
     "eval without text": (["eval", "{llama}"], ["--text"]),
-    "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),
     "unpack what is dense": (["unpack", "{llama}", "--out", "{tmp}/p"], ["not packed"]),
     "bench what is dense": (["bench", "{llama}"], ["not packed", "sparsellm pack"]),

@@ -89,13 +89,6 @@ def test_a_signal_within_the_import_of_torch_is_told_without_torch(tmp_path: Pat
     assert "finished blocks are kept next to p; the same command resumes" in done.stderr.splitlines()[1]
 
 
-def test_a_command_that_keeps_nothing_says_so(llama: Path, tmp_path: Path) -> None:
-    command = ["eval", str(llama), "--text", "pydoc"]
-    code, line = stopped(tmp_path, signal.SIGINT, *command)
-    again = shlex.join(["sparsellm", *command])
-    assert (code, line) == (130, f"interrupted (SIGINT); this command keeps nothing: start it again with  {again}")
-
-
 def test_a_swallowed_signal_stops_the_run_at_its_next_step(llama: Path, tmp_path: Path) -> None:
     code, line = stopped(tmp_path, signal.SIGINT, *pruning(llama, tmp_path), how="swallow")
     assert (tmp_path / "swallowed").exists()
