@@ -61,6 +61,11 @@ def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) ->
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert "quantization_config" not in read_object(again / "config.json")
     assert not (again / "packed.json").exists()
+    written, plain = (one.generate(IDS[:1], max_new_tokens=12, do_sample=False) for one in (model, dense(pruned)))
+    assert torch.equal(written, plain)
+    wide = sparsellm.load(tmp_path / "packed")
+    wide.dequantize(torch.float64)  # type: ignore[operator]
+    assert {weight.dtype for weight in wide.parameters()} == {torch.float64}
     model.dequantize()
     assert 0 < resident_bytes(model, linears_only=True) == resident_bytes(dense(pruned), linears_only=True)
     model.save_pretrained(tmp_path / "plain")
@@ -88,21 +93,6 @@ def test_dtype_is_that_of_activations_and_dense_weights(dtype: str, packed: Path
     assert module.weight_values.dtype == torch.float32
     assert module.weight.dtype == model.get_input_embeddings().weight.dtype == getattr(torch, dtype)
     assert logits(model).dtype == getattr(torch, dtype)
-
-
-def test_a_loaded_model_generates_saves_and_becomes_dense(packed: Path, llama: Path, tmp_path: Path) -> None:
-    model = sparsellm.load(packed)
-    written = model.generate(IDS[:1], max_new_tokens=12, do_sample=False)  # type: ignore[operator]
-    assert torch.equal(written, dense(llama).generate(IDS[:1], max_new_tokens=12, do_sample=False))  # type: ignore[operator]
-    model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(sparsellm.load(tmp_path / "saved")), logits(model))
-    before = logits(model)
-    model.dequantize(torch.float64)  # type: ignore[operator]
-    assert {weight.dtype for weight in model.parameters()} == {torch.float64}
-    assert not [module for module in model.modules() if isinstance(module, PackedLinear)]
-    assert torch.allclose(logits(model).float(), before, atol=1e-4)
-    model.save_pretrained(tmp_path / "plain")
-    assert "quantization_config" not in read_object(tmp_path / "plain" / "config.json")
 
 
 def test_n_m_is_stored_in_its_shorter_code(tmp_path: Path) -> None:

@@ -131,7 +131,6 @@ def test_what_is_saved_again_loads_again(packed: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").num_parameters() == model.num_parameters()
     model.dequantize()
     model.save_pretrained(tmp_path / "dense")
-    assert run(sys.executable, "-c", PIPELINE, tmp_path / "dense").returncode != 2
     written = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert not {"transformers_weights", "quantization_config"} & written.keys()
     older = Path(shutil.copytree(packed, tmp_path / "older"))
