@@ -66,6 +66,8 @@ def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) ->
     wide = sparsellm.load(tmp_path / "packed")
     wide.dequantize(torch.float64)  # type: ignore[operator]
     assert {weight.dtype for weight in wide.parameters()} == {torch.float64}
+    assert not [module for module in wide.modules() if isinstance(module, PackedLinear)]
+    assert torch.allclose(logits(wide).float(), expected, atol=1e-4)
     model.dequantize()
     assert 0 < resident_bytes(model, linears_only=True) == resident_bytes(dense(pruned), linears_only=True)
     model.save_pretrained(tmp_path / "plain")
