@@ -279,6 +279,7 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
     for arguments, message in (
         ((other, *words), "was made with other settings: model is"),
         ((llama, *words, "--set", "bos=yes"), "was made with other settings: text is"),
+        ((llama, *words, "--max-tokens", 128), "was made with other settings: protocol.max_tokens is"),
     ):
         assert message in run("compare", *arguments, exits=2)[2]
     text.write_text(" ".join(map(str, range(400, 800))))

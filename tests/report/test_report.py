@@ -167,6 +167,7 @@ def test_what_a_checkpoint_lacks_is_left_out(copied: Path) -> None:
     [
         ("pruning.json", None, "has no pruning.json; give a directory that `sparsellm prune` wrote"),
         ("pruning.json", '{"sparsity_asked": 0.5, "linears": []}', "linears is []"),
+        ("results.json", '{"format": 2}', "format is 2"),
     ],
 )
 def test_files_that_are_wrong(name: str, content: str | None, said: str, copied: Path, refusal: Any) -> None:
