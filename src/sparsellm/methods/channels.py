@@ -87,10 +87,9 @@ def find_channels(task: BlockTask) -> list[Channels]:
         fitting = [guess for guess in guesses if guess.inputs.shape[-1] % pattern.m == 0]
         with task.clock.phase("prune/permutation"):
             number, rotates = parallel.from_main(partial(_first_proved, fitting, task))
-        if not fitting:
-            why = "M divides no group of channels that could be permuted"
-        elif number is None:
-            why = "no order of channels that was tried leaves the output of the block as it is"
+        if number is None:
+            tried = "no order of channels that was tried leaves the output of the block as it is"
+            why = tried if fitting else "M divides no group of channels that could be permuted"
         elif any(linear.name not in names for linear, _ in fitting[number].sources):
             why = "the linears before it stay dense"
         else:
