@@ -191,7 +191,7 @@ BLOCKS, TOKENS, WIDTH = b"llama.block_count", b"tokenizer.ggml.tokens", b"llama.
 HEADERS: dict[str, tuple[bytes, bytes, str]] = {
     "blocks beyond the tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 10**5), "block_count 100000, and has 30 tensors"),
     "a block without tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 4), "no weight model.layers.3.input_layernorm"),
-    "no number of blocks": (BLOCKS, b"llama.block_covnt", "no weight model.layers"),
+    "no number of blocks": (BLOCKS, b"llama.block_covnt", "not say how many blocks"),
     "no end of tokens": (TOKENS + u32(9, 8, 300), TOKENS + u32(9, 4, 2**31), "8589934592 bytes at"),
     "an array of arrays": (TOKENS + u32(9, 8), TOKENS + u32(9, 9), "values of type 9"),
     "unknown type": (TOKENS + u32(9), TOKENS + u32(77), "values of type 77"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import os
@@ -155,8 +156,20 @@ class CardTensor(Tensor):
 class _Factories(TorchDispatchMode):
     """Sees operations that have no tensor on the card among their arguments, such as those that make one."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against it takes a sixth of the time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+@functools.cache
+def _facts(func: Any) -> tuple[str, bool, bool]:
+    """An operator's name without its namespace; whether a kernel runs; and whether only the CPU has one."""
+    name = func._schema.name
+    short = name.rpartition("::")[2]
+    return short, not (func.is_view or short in FREE), any(part in name for part in ONLY_CPU)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -172,9 +185,9 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def _each(change: Callable[[Tensor], Any], value: Any) -> Any:
     """A value with its tensors changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    return type(value)([_each(change, part) for part in value]) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)([_each(change, part) for part in value])
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def _held(tensor: Tensor) -> Tensor:
@@ -189,12 +202,14 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     makes = device is not None and torch.device(device).type == "cuda"
     if not here and not makes:
         return func(*args, **kwargs)
-    short = func._schema.name.rpartition("::")[2]
+    short, launches, only_cpu = _facts(func)
     if short in COPIES:
         _copied(short, args, kwargs, makes if device is not None else bool(here))
     else:
-        _refuse(func, short, args, tensors, kwargs.get("generator"))
-    if not (func.is_view or short in FREE):
+        if only_cpu:
+            raise NotImplementedError(f"{func} has no kernel for the CUDA backend")
+        _refuse(short, args, tensors, kwargs.get("generator"))
+    if launches:
         _count("launches")
         if short in WAITS or _selects(short, args):
             _count("syncs")
@@ -214,9 +229,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return _each(lambda made: of_held[id(made)] if id(made) in of_held else CardTensor(made), result)
 
 
-def _refuse(func: Any, short: str, args: Any, tensors: list[Tensor], generator: torch.Generator | None) -> None:
+def _refuse(short: str, args: Any, tensors: list[Tensor], generator: torch.Generator | None) -> None:
     """Raises what CUDA raises for these arguments."""
-    name = func._schema.name
     indices = set(map(id, _tensors(args[1]))) if short in BY_INDEX else set()
     for tensor in tensors:
         if isinstance(tensor, CardTensor) or tensor.is_meta:
@@ -225,13 +239,11 @@ def _refuse(func: Any, short: str, args: Any, tensors: list[Tensor], generator: 
             _count("bytes_in", tensor.nbytes)
             _count("syncs")
         elif tensor.ndim or short in NO_SCALARS_OF_CPU:
-            raise RuntimeError(f"{name}: all tensors must be on the same device, and are on cuda:0 and {tensor.device}")
-    if any(part in name for part in ONLY_CPU):
-        raise NotImplementedError(f"{name} has no kernel for the CUDA backend")
+            raise RuntimeError(f"{short}: all tensors must be on one device, and are on cuda:0 and {tensor.device}")
     if short in PRODUCTS and WHOLE & {tensor.dtype for tensor in tensors}:
         raise NotImplementedError(f'"{short}_cuda" not implemented for whole numbers')
     if generator is not None and generator.device.type != "cuda":
-        raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
+        raise RuntimeError(f"{short}: expected a 'cuda' device type for generator but found 'cpu'")
 
 
 def _selects(short: str, args: Any) -> bool:

@@ -21,7 +21,6 @@ _MOST_PAIRS = 1 << 16  # keys with values
 _LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes that describe a tensor: name, dimensions, type, place
 # What transformers does not read for all models.
 _UNREAD = re.compile(r"rope_f.*|blk\.\d+\.attn_(q|k|v|qkv|output)\.bias|.*\.rope\.scaling\.factor")
-_SPLIT = "tokenizer.ggml.pre"
 _SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert_count|attention\.head_count(_kv)?)")
 
 
@@ -29,8 +28,8 @@ def check_header(path: Path) -> tuple[list[str], str, int]:
     """The names of scalings of positions and of biases of attention, which transformers may not read; the way in which
     text is split before it becomes tokens, "" if the file says none; and the number of weights.
 
-    Raises ModelError if the header states more than the file holds, or sizes of a model that its tensors do not have,
-    such as a ``block_count`` beyond the number of tensors; or if the file is one of several."""
+    Raises ModelError if the header states more than the file holds, no ``block_count``, or sizes of a model that its
+    tensors do not have, such as a ``block_count`` beyond the number of tensors; or if the file is one of several."""
     size = os.stat(path).st_size
     try:
         with path.open("rb") as file:
@@ -39,12 +38,13 @@ def check_header(path: Path) -> tuple[list[str], str, int]:
         raise ModelError(f"{path} cannot be converted: {error}; it is damaged or cut short: fetch it again") from None
     if sizes.get("split.count", 1) > 1:
         raise ModelError(f"{path} is one of several files; join them with llama-gguf-split --merge")
-    for key, value in sizes.items():
-        blocks = key.endswith(".block_count")
-        most = min(tensors, DEEPEST) if blocks else max(MANY, largest)
-        if (blocks or _SIZES.fullmatch(key)) and not 0 <= value <= most:
+    depths = [key for key in sizes if key.endswith(".block_count")]
+    if not depths:
+        raise ModelError(f"{path} cannot be converted: it does not say how many blocks it has; fetch it again")
+    for key in (*depths, *filter(_SIZES.fullmatch, sizes)):
+        if not 0 <= sizes[key] <= (min(tensors, DEEPEST) if key in depths else max(MANY, largest)):
             has = f"has {tensors} tensors of at most {largest} rows or columns (blocks: at most {DEEPEST})"
-            raise ModelError(f"{path} cannot be converted: it says {key} {value}, and {has}; fetch it again")
+            raise ModelError(f"{path} cannot be converted: it says {key} {sizes[key]}, and {has}; fetch it again")
     return unread, split, weights
 
 
@@ -60,7 +60,7 @@ def _read_all(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int, list
     for _ in range(pairs):
         key = _text(file, size)
         (kind,) = _read(file, "<I")
-        if (key, kind) == (_SPLIT, _STRING):
+        if (key, kind) == ("tokenizer.ggml.pre", _STRING):
             split = _text(file, size)
             continue
         raw = _value(file, kind, size)
