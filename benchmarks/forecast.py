@@ -5,7 +5,7 @@
     python benchmarks/forecast.py --against demo /path/to/gemma.gguf --text my-text.txt --cpu-seconds
 
 The tables come from configs alone, as `sparsellm plan` has them, for the default recipe; where that does not fit, for
-the highest effort or else the local method that does. A machine is a card of `sparsellm plan --card` with GB of memory
+the highest effort or else the local method that does. A machine is a GPU of `sparsellm plan --gpu` with GB of memory
 and a number of processes that share it, or, for a CPU, GFLOP/s in bf16 and fp32, GB/s and GB. With `--against`, runs
 are predicted and done, each in a process of its own; `1.1b` and `7b-1-layers` are made of random weights.
 """
@@ -95,7 +95,7 @@ def hours(seconds: float) -> str:
 
 def row(model: str, chain: Chain, text: str) -> str:
     name, speeds, memory, ranks = machine(text)
-    chain.device = torch.device("cuda" if speeds.card_bytes else "cpu")
+    chain.device = torch.device("cuda" if speeds.gpu_bytes else "cpu")
     budget = f"{int(0.8 * memory / ranks)}B"
     prediction: Prediction | None = None
     for changes in TRIED:

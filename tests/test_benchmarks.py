@@ -167,7 +167,7 @@ def test_the_forecast_is_what_plan_predicts(printed: Any, tmp_path: Path, monkey
     table = rows_of(printed("forecast.py", "--models", "8b", "--machines", "h100=2000,8"))["8b"]
     forecast = importlib.import_module("forecast")
     forecast.MODELS["8b"].to_json_file(tmp_path / "config.json")
-    plan = sparsellm.plan(tmp_path / "config.json", Recipe(memory="200GB"), card="h100", ranks=8)
+    plan = sparsellm.plan(tmp_path / "config.json", Recipe(memory="200GB"), gpu="h100", ranks=8)
     sizes = (plan.memory.predicted_peak_rss_bytes, plan.memory.predicted_peak_device_bytes, plan.disk_bytes)
     assert table[2:] == [
         forecast.hours(sum(plan.seconds.values())),

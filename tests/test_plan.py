@@ -78,24 +78,24 @@ def config(directory: Path, **changes: Any) -> Path:
 
 def test_cards_and_processes_divide_a_large_model(tmp_path: Path) -> None:
     model = config(tmp_path)
-    one, eight = (sparsellm.plan(model, card="h100", ranks=ranks) for ranks in (1, 8))
+    one, eight = (sparsellm.plan(model, gpu="h100", ranks=ranks) for ranks in (1, 8))
     assert eight.seconds["prune"] < one.seconds["prune"] / 2
     assert eight.memory.hidden_in_memory_bytes < one.memory.hidden_in_memory_bytes
     assert (one.notes, one.wanted_ranks) == ([], 1)
     assert one.memory.predicted_peak_device_bytes < 80e9
-    small = sparsellm.plan(model, card="l4")
+    small = sparsellm.plan(model, gpu="l4")
     assert small.memory.predicted_peak_device_bytes > 22e9
     assert small.wanted_ranks == 0
     assert small.notes[0].endswith("it does not fit; method sparsegpt does")
-    assert sparsellm.plan(model, {"memory": "200GB"}, card="h100").memory.hidden_on_disk_bytes > 400e9
+    assert sparsellm.plan(model, {"memory": "200GB"}, gpu="h100").memory.hidden_on_disk_bytes > 400e9
 
 
 def test_the_sweep_is_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = config(tmp_path, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    chosen, seconds = sparsellm.plan(model, card="h100"), []
+    chosen, seconds = sparsellm.plan(model, gpu="h100"), []
     for way in [*predictions.RESIDENT, predictions.STREAMED]:
         monkeypatch.setattr(predictions, "sweeps", lambda *_, way=way: [way])
-        alone = sparsellm.plan(model, card="h100")
+        alone = sparsellm.plan(model, gpu="h100")
         seconds += [] if alone.notes else [sum(alone.seconds.values())]
     assert len(set(seconds)) > 1
     assert sum(chosen.seconds.values()) == min(seconds)
@@ -104,7 +104,7 @@ def test_the_sweep_is_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("options", "layers", "why"),
     [
-        (["--card", "h101"], 2, "did you mean 'h100'"),
+        (["--gpu", "h101"], 2, "did you mean 'h100'"),
         (["--ranks", "0"], 2, "ranks is 0"),
         (["--ranks", "256"], 2, "128 calibration windows"),
         ([], 0, "num_hidden_layers 0"),
@@ -151,7 +151,7 @@ def test_each_rank_moves_its_rows_to_its_card_and_gathers_all(ranks: int) -> Non
     work = predictions.Work(*[0.0] * 5, weights=1000, sums=0, stored=0, hidden=0)
     way = next(name for name, residence in predictions.RESIDENT.items() if residence.offloads)
     extent = predictions.Extent(64, 512, 512, swept=65536, ranks=ranks)
-    speeds = Speeds("cards", math.inf, math.inf, math.inf, link=28.0, card_bytes=1, exchanged=6.0)
+    speeds = Speeds("GPUs", math.inf, math.inf, math.inf, link=28.0, gpu_bytes=1, exchanged=6.0)
     steps = 65536 / ranks / (512 if ranks == 1 else 128) - 8  # those of a rank; eight are held out
     seconds = predictions.sweep_seconds(work, extent, 1, speeds, 0.0, way, 1.0)
     assert seconds == pytest.approx(steps * 1000 * (1 / ranks + (ranks > 1)))

@@ -115,7 +115,7 @@ def plan(
     recipe: arguments.RecipeGiven = None,
     *,
     ranks: arguments.Count = 1,
-    card: arguments.Name | None = None,
+    gpu: arguments.Name | None = None,
     trust_remote_code: bool = False,
 ) -> Prediction:
     """Predicts what :func:`prune` needs, by the config of a model alone: no weights are read.
@@ -123,13 +123,13 @@ def plan(
     Args:
         model: as in :func:`prune` by name, or a ``config.json``.
         recipe: as in :func:`prune`; its ``memory`` is that of the machine.
-        ranks: processes of torchrun that divide the work, with a card each if there are cards.
-        card: a card of the table, such as ``h100``; None for this machine, which is measured.
+        ranks: processes of torchrun that divide the work, with a GPU each if there are any.
+        gpu: one of the table, such as ``h100``; None for this machine, which is measured.
 
     Raises:
-        SparseLLMError: the config cannot be read, the recipe does not fit it, or the card is not in the table.
+        SparseLLMError: the config cannot be read, the recipe does not fit it, or the GPU is not in the table.
     """
-    settings, speeds = Recipe.of(recipe), named(card) if card is not None else None
+    settings, speeds = Recipe.of(recipe), named(gpu) if gpu is not None else None
     device = resolve_device(settings.device) if speeds is None else torch.device("cuda")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     chain = outline(config_place(str(model)), device=device, dtype=dtype, trust_remote_code=trust_remote_code)

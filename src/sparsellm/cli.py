@@ -196,17 +196,17 @@ def prune(
     argument("MODEL", "As for prune, or a config.json; only the config is read."),
     *use.RUN,
     use.TRUST,
-    option("--card NAME", "GPU such as h100, on a host limited by --memory alone.", RESOURCES, shown="this machine"),
-    option("--ranks N", "Processes of torchrun, with a card each if there are cards.", RESOURCES, default=1),
+    option("--gpu NAME", "GPU such as h100, on a host limited by --memory alone.", RESOURCES, shown="this machine"),
+    option("--ranks N", "Processes of torchrun, with a GPU each if there are any.", RESOURCES, default=1),
     use.JSON,
     examples=(
         "sparsellm plan path/to/model",
-        "sparsellm plan config.json --card h100 --ranks 8 --effort 2",
+        "sparsellm plan config.json --gpu h100 --ranks 8 --effort 2",
         "sparsellm plan demo --samples 32 --memory 2GiB --json",
     ),
 )
 def plan(model: str, **options: Any) -> Printed:
-    """Predict time, memory and disk of `sparsellm prune` for MODEL, on this machine or on cards."""
+    """Predict time, memory and disk of `sparsellm prune` for MODEL, on this machine or on GPUs."""
     from sparsellm import api, tables
 
     prediction = api.plan(model, use.take_recipe(options), **options)

@@ -29,7 +29,7 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         with contextlib.suppress(AssertionError, RuntimeError):  # without CUDA, a run can only be planned
             return torch.cuda.get_device_name(device)
-        return "the card"
+        return "the GPU"
     return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
@@ -62,7 +62,7 @@ def resolve_device(name: str) -> torch.device:
 
 def bf16_is_native(device: torch.device) -> bool:
     """Whether a CPU or a CUDA device has units for products in bf16, which it otherwise emulates."""
-    if device.type == "cuda":  # a card that is not here, for which a run is planned, has them
+    if device.type == "cuda":  # a GPU that is not here, for which a run is planned, has them
         return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return device.type == "cpu" and any(probe is not None and probe() for probe in probes)  # torch may lack the probes

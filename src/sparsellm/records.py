@@ -193,7 +193,7 @@ class Prediction(Record):
     """What a run is predicted to take. A process is one of ``ranks``; files and tokens are those of all together."""
 
     model: str = ""
-    machine: str  # the processor or card
+    machine: str  # the processor or GPU
     ranks: Count
     method: str
     passes: Count  # passes of the sweep

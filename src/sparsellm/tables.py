@@ -73,7 +73,7 @@ def print_prediction(prediction: Prediction) -> None:
     rows = {
         "memory of a process": memory.predicted_peak_rss_bytes,
         "of it, hidden states and swept weights": memory.hidden_in_memory_bytes,
-        "memory of its card": memory.predicted_peak_device_bytes,
+        "memory of its GPU": memory.predicted_peak_device_bytes,
         "disk, at most": prediction.disk_bytes,
         "of it, for want of memory": memory.hidden_on_disk_bytes * prediction.ranks,
     }

@@ -74,8 +74,8 @@ def measured(
                 rows.append(_window(chains, states, ids))
                 if not math.isfinite(sum(rows[-1])):
                     raise NumericalError(
-                        f"the loss of window {places.start + len(rows) - 1} is {sum(rows[-1])}: weights or activations "
-                        f"overflow in {chain.dtype}; try --dtype float32"
+                        f"the loss or divergence of window {places.start + len(rows) - 1} is not finite: weights or "
+                        f"activations overflow in {chain.dtype}; try --dtype float32"
                     )
     progress(Progress("evaluate", steps, steps))
     rows = [row for some in parallel.gather(rows[: places.stop - places.start]) for row in some]

@@ -35,7 +35,7 @@ class Budgets(NamedTuple):
     """The most bytes of a process."""
 
     host: str | int | None = None  # None: a share of what is free
-    card: int | None = None  # None: what it needs
+    gpu: int | None = None  # None: what it needs
 
 
 UNLIMITED = 1 << 62  # bytes
@@ -171,8 +171,8 @@ def foresee(
     if here:
         budgets = Budgets(recipe.memory, predictions.device_budget(chain.device, recipe.device_memory))
     else:
-        card = int(DEVICE_SHARE * speeds.card_bytes)
-        asked = card if recipe.device_memory is None else min(card, parse_bytes(recipe.device_memory))
+        gpu = int(DEVICE_SHARE * speeds.gpu_bytes)
+        asked = gpu if recipe.device_memory is None else min(gpu, parse_bytes(recipe.device_memory))
         budgets = Budgets(recipe.memory or UNLIMITED, asked)
 
     def foreseen(recipe: Recipe, ranks: int, budgets: Budgets = budgets, sweep: str | None = None) -> Prediction:

@@ -307,8 +307,8 @@ def _windows(request: Request, choice: Choice, model: Models, progress: Progress
         read: Callable[[], Windows] = partial(given_windows, request.calibration, chain, recipe, choice, passes)
     else:
         if asked.written and chain.reader is not None:
-            card = device_budget(chain.device, recipe.device_memory)
-            parallel.from_main(partial(predictions.check_writing, chain, asked, recipe.memory, card))
+            gpu = device_budget(chain.device, recipe.device_memory)
+            parallel.from_main(partial(predictions.check_writing, chain, asked, recipe.memory, gpu))
         text = recipe.calibration if request.calibration is None else request.calibration
         assert text is not None  # see _with_text
         settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens)

@@ -310,7 +310,7 @@ def _product_for(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, 
     ones = torch.ones(8, 8, dtype=dtype, device=device)
     try:
         return _widening if bool((_widening(ones, ones) == 8).all()) else _product
-    except (RuntimeError, TypeError):  # the card, the device, or this release of torch does not
+    except (RuntimeError, TypeError):  # the GPU, the device, or this release of torch does not
         return _product
 
 

@@ -48,7 +48,7 @@ class Training(BaseModel):
     batch: int = Field(1, ge=1, le=1 << 16)  # windows in a step
     seq_len: int = Field(512, ge=2, le=1 << 24)  # tokens in a window
     seed: int = Field(0, ge=0, lt=1 << 32)
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # one card at most
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # one GPU at most
 
 
 @dataclass(frozen=True)
