@@ -41,6 +41,8 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
 
         @wraps(function)
         def call(**values: Any) -> None:
+            if name == "exec":  # it does not return, and the imports below take seconds
+                function(**values)
             if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
                 process.announce()
             if function.__name__ == "prune" and not (values.get("restart") or values.get("dry_run")):
@@ -103,8 +105,7 @@ def _check_pack(pack: Path, out: Path, models: list[str], options: dict[str, Any
 
     if resolved(pack) == resolved(out):
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
-    sources = [out, *checkpoints_among(*models)]
-    overwrite = options["overwrite"]
+    sources, overwrite = [out, *checkpoints_among(*models)], options["overwrite"]
     parallel.from_main(lambda: check_destination(pack, sources=sources, overwrite=overwrite, option="--pack"))
     if parallel.from_main(partial(os.path.isfile, out / PRUNING)) and not overwrite:
         values = ["--values", parallel.from_main(lambda: read_pruning(out).values)]

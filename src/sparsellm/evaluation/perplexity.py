@@ -73,10 +73,8 @@ def measured(
                 progress(Progress("evaluate", begun + at / len(part), steps, "head"))
                 rows.append(_window(chains, states, ids))
                 if not math.isfinite(sum(rows[-1])):
-                    raise NumericalError(
-                        f"the loss or divergence of window {places.start + len(rows) - 1} is not finite: weights or "
-                        f"activations overflow in {chain.dtype}; try --dtype float32"
-                    )
+                    said = f"the loss or divergence of window {places.start + len(rows) - 1} is not finite"
+                    raise NumericalError(f"{said}: {chain.dtype} overflows; try --dtype float32")
     progress(Progress("evaluate", steps, steps))
     rows = [row for some in parallel.gather(rows[: places.stop - places.start]) for row in some]
     loss, *more = torch.tensor(rows, dtype=torch.float64).T
