@@ -123,7 +123,7 @@ def test_every_process_holds_the_same_moments(outputs: Any) -> None:
 def test_the_same_number_of_processes_gives_the_same_bits(size: int, tmp_path: Path) -> None:
     run_in(size, workers.prune_twice, tmp_path)
     saved = Outputs(tmp_path, size)
-    for name in workers.AGAIN[: 2 if size > 2 else None]:
+    for name in workers.repeated(size):
         first, *others = itertools.chain(*saved(name))
         assert len(others) == 2 * size - 1
         assert all(same_bits(first, other) for other in others), name

@@ -55,8 +55,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     # one step takes all windows, however many processes divide them
     "swept": (two_blocks, {**SWEEP, "allocation": "uniform", "batch_tokens": 1024}),
 }
-# A survey and a sweep, whose sums depend on the number of processes; rows and whole linears, which wait often.
-AGAIN = ("allocated", "swept", "admm", "experts")
+
+
+def repeated(size: int) -> tuple[str, ...]:
+    """The cases that run twice: a survey and a sweep, whose sums depend on the number of processes; and where no more
+    than two wait for each other, rows and whole linears, which wait often."""
+    return ("allocated", "swept") if size > 2 else ("allocated", "swept", "admm", "experts")
 
 
 def counting(owner: type, name: str) -> Any:
@@ -134,7 +138,7 @@ def prune_everything(folder: Path) -> None:
 
 
 def prune_twice(folder: Path) -> None:
-    for name in AGAIN[: 2 if parallel.size() > 2 else None]:
+    for name in repeated(parallel.size()):
         leave(folder, name, [prune_case(name)["weights"] for _ in range(2)])
 
 
