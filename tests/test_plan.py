@@ -76,7 +76,7 @@ def config(directory: Path, **changes: Any) -> Path:
     return directory / "config.json"
 
 
-def test_cards_and_processes_divide_a_large_model(tmp_path: Path) -> None:
+def test_gpus_and_processes_divide_a_large_model(tmp_path: Path) -> None:
     model = config(tmp_path)
     one, eight = (sparsellm.plan(model, gpu="h100", ranks=ranks) for ranks in (1, 8))
     assert eight.seconds["prune"] < one.seconds["prune"] / 2
@@ -147,7 +147,7 @@ def test_backward_work_is_as_predicted(module: Any, name: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
-def test_each_rank_moves_its_rows_to_its_card_and_gathers_all(ranks: int) -> None:
+def test_each_rank_moves_its_rows_to_its_gpu_and_gathers_all(ranks: int) -> None:
     work = predictions.Work(*[0.0] * 5, weights=1000, sums=0, stored=0, hidden=0)
     way = next(name for name, residence in predictions.RESIDENT.items() if residence.offloads)
     extent = predictions.Extent(64, 512, 512, swept=65536, ranks=ranks)
