@@ -11,7 +11,15 @@ windows = sys.platform == "win32"
 flags = (
     ["/std:c++17", "/O2"]
     if windows
-    else ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-pthread"]
+    else [
+        "-std=c++17",
+        "-O3",
+        "-g0",
+        "-ffp-contract=off",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-pthread",
+    ]
 )
 
 setup(

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from sparsellm import parallel
-from sparsellm.allocation.allocator import ALLOCATIONS, Allocation, from_sparsities
-from sparsellm.allocation.survey import Survey
-from sparsellm.chain import LinearView
-from sparsellm.chain.capture import watch
+from sparsellm.method.allocation.allocator import (
+    ALLOCATIONS,
+    Allocation,
+    from_sparsities,
+)
+from sparsellm.method.allocation.survey import Survey
+from sparsellm.model import LinearView
+from sparsellm.model.capture import watch
 from sparsellm.registry import Workspace
 
 
@@ -31,11 +35,17 @@ def chance(
     """Sparsities of linears drawn uniformly from the target ± span."""
     draw = random.Random(seed)
     return from_sparsities(
-        survey, {linear.name: survey.sparsity + draw.uniform(-span, span) for linear in survey.linears}
+        survey,
+        {
+            linear.name: survey.sparsity + draw.uniform(-span, span)
+            for linear in survey.linears
+        },
     )
 
 
-@ALLOCATIONS.register("owl", paper="arXiv 2310.05175", workspace=Workspace(weights=1, grams=0, blocks=1))
+@ALLOCATIONS.register(
+    "owl", paper="arXiv 2310.05175", workspace=Workspace(weights=1, grams=0, blocks=1)
+)
 def owl(
     survey: Survey,
     *,
@@ -43,18 +53,27 @@ def owl(
     lam: Annotated[float, "sparsities of blocks differ by 2 lam at most"] = 0.08,
 ) -> Allocation:
     """Importance of a block by its outliers: the share of its metrics above M times their mean (section 3.2)."""
-    shares = {block: float((values > M * values.double().mean()).double().mean()) for block, values in _metrics(survey)}
+    shares = {
+        block: float((values > M * values.double().mean()).double().mean())
+        for block, values in _metrics(survey)
+    }
     return _from_importance(survey, shares, lam)
 
 
-@ALLOCATIONS.register("dlp", paper="arXiv 2505.23807", workspace=Workspace(weights=1, grams=0, blocks=3))
+@ALLOCATIONS.register(
+    "dlp", paper="arXiv 2505.23807", workspace=Workspace(weights=1, grams=0, blocks=3)
+)
 def dlp(
-    survey: Survey, *, alpha: Annotated[float, "sparsities of blocks differ by 2 alpha at most"] = 0.15
+    survey: Survey,
+    *,
+    alpha: Annotated[float, "sparsities of blocks differ by 2 alpha at most"] = 0.15,
 ) -> Allocation:
     """Relative importance of a block: 1 less the median of its metrics divided by the sum of all blocks' medians."""
     medians = {block: float(values.median()) for block, values in _metrics(survey)}
     total = sum(medians.values()) or 1.0
-    return _from_importance(survey, {block: 1 - median / total for block, median in medians.items()}, alpha)
+    return _from_importance(
+        survey, {block: 1 - median / total for block, median in medians.items()}, alpha
+    )
 
 
 def _metrics(survey: Survey) -> Iterator[tuple[int, Tensor]]:
@@ -71,21 +90,37 @@ def _metrics(survey: Survey) -> Iterator[tuple[int, Tensor]]:
 
     stream = feed.stream()
     for index in range(len(chain)):
-        seen = [linear for linear in chain.linears(index) if linear.name in survey.names]
+        seen = [
+            linear for linear in chain.linears(index) if linear.name in survey.names
+        ]
         with chain.block(index, feed.blocks), watch(seen, see):
             stream.advance(index)
             reached = [linear for linear in seen if linear.name in sums]
-            roots = ((sums[linear.name] / tokens[linear.name]).sqrt() for linear in reached)
-            parts = [(linear.weight().abs() * root).flatten() for linear, root in zip(reached, roots, strict=True)]
+            roots = (
+                (sums[linear.name] / tokens[linear.name]).sqrt() for linear in reached
+            )
+            parts = [
+                (linear.weight().abs() * root).flatten()
+                for linear, root in zip(reached, roots, strict=True)
+            ]
         if parts:
             yield index, torch.cat(parts)
     stream.close()
 
 
-def _from_importance(survey: Survey, importance: Mapping[int, float], reach: float) -> Allocation:
+def _from_importance(
+    survey: Survey, importance: Mapping[int, float], reach: float
+) -> Allocation:
     least, most = min(importance.values()), max(importance.values())
-    above = {block: 2 * reach * (value - least) / ((most - least) or 1.0) for block, value in importance.items()}
+    above = {
+        block: 2 * reach * (value - least) / ((most - least) or 1.0)
+        for block, value in importance.items()
+    }
     mean = sum(above.values()) / len(above)
     return from_sparsities(
-        survey, {linear.name: survey.sparsity - above[linear.block] + mean for linear in survey.linears}
+        survey,
+        {
+            linear.name: survey.sparsity - above[linear.block] + mean
+            for linear in survey.linears
+        },
     )

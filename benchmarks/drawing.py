@@ -27,14 +27,23 @@ Line = list[tuple[float, float]]  # corners in pixels
 
 
 def text(
-    x: float, y: float, content: str, *, size: int = 13, color: str = "#333", anchor: str = "start", bold: bool = False
+    x: float,
+    y: float,
+    content: str,
+    *,
+    size: int = 13,
+    color: str = "#333",
+    anchor: str = "start",
+    bold: bool = False,
 ) -> str:
     weight = ' font-weight="600"' if bold else ""
     place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"{weight}'
     return f'<text {place} fill="{color}">{escape(content)}</text>'
 
 
-def head(width: int, height: int, title: str, conditions: Iterable[str]) -> Iterator[str]:
+def head(
+    width: int, height: int, title: str, conditions: Iterable[str]
+) -> Iterator[str]:
     """The start of a picture: the page, its title, and lines of conditions below."""
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -58,7 +67,11 @@ def legend(y: float, styles: dict[str, Marker]) -> Iterator[str]:
 
 def marker(x: float, y: float, style: Marker) -> str:
     shape, color, filled = style
-    paint = f'fill="var({color})" stroke="var(--page)"' if filled else f'fill="var(--page)" stroke="var({color})"'
+    paint = (
+        f'fill="var({color})" stroke="var(--page)"'
+        if filled
+        else f'fill="var(--page)" stroke="var({color})"'
+    )
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.6" stroke-width="1.6" {paint}/>'
     corners = {
@@ -101,38 +114,62 @@ class Plot:
         vertical: the values at the bottom and the top.
     """
 
-    def __init__(self, place: Box, horizontal: tuple[float, float], vertical: tuple[float, float]) -> None:
+    def __init__(
+        self, place: Box, horizontal: tuple[float, float], vertical: tuple[float, float]
+    ) -> None:
         self.left, self.top, self.right, self.bottom = place
         self.horizontal, self.vertical = horizontal, vertical
 
     def x(self, value: float) -> float:
         low, high = self.horizontal
-        return self.left + math.log(value / low) / math.log(high / low) * (self.right - self.left)
+        return self.left + math.log(value / low) / math.log(high / low) * (
+            self.right - self.left
+        )
 
     def y(self, value: float) -> float:
         low, high = self.vertical
-        return self.bottom - math.log(value / low) / math.log(high / low) * (self.bottom - self.top)
+        return self.bottom - math.log(value / low) / math.log(high / low) * (
+            self.bottom - self.top
+        )
 
     def grid(self, across: Iterable[float] | None = None) -> Iterator[str]:
         """Lines and names of values; ``across`` are those of the horizontal axis, :func:`ticks` by default."""
         for tick in ticks(*self.horizontal) if across is None else across:
             x = self.x(tick)
             yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{self.top}" y2="{self.bottom}" stroke="var(--grid)"/>'
-            yield text(x, self.bottom + 20, f"{tick:,g}", size=12, color="var(--faint)", anchor="middle")
+            yield text(
+                x,
+                self.bottom + 20,
+                f"{tick:,g}",
+                size=12,
+                color="var(--faint)",
+                anchor="middle",
+            )
         for tick in ticks(*self.vertical):
             y = self.y(tick)
             yield f'<line x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>'
-            yield text(self.left - 8, y + 4, f"{tick:,g}", size=12, color="var(--faint)", anchor="end")
+            yield text(
+                self.left - 8,
+                y + 4,
+                f"{tick:,g}",
+                size=12,
+                color="var(--faint)",
+                anchor="end",
+            )
 
     def names(self, horizontal: str, vertical: str) -> Iterator[str]:
         """The names of the two axes."""
         middle, x = (self.top + self.bottom) / 2, self.left - 56
         across = (self.left + self.right) / 2, self.bottom + 44
         yield text(*across, horizontal, size=13, color="var(--ink)", anchor="middle")
-        upright = text(x, middle, vertical, size=13, color="var(--ink)", anchor="middle")
+        upright = text(
+            x, middle, vertical, size=13, color="var(--ink)", anchor="middle"
+        )
         yield f'<g transform="rotate(-90 {x} {middle})">{upright}</g>'
 
-    def labels(self, placed: list[tuple[float, float, str, str]], line: Line) -> Iterator[str]:
+    def labels(
+        self, placed: list[tuple[float, float, str, str]], line: Line
+    ) -> Iterator[str]:
         """Names of points ``(x, y, label, colour)``, where they cover least of points, other names and a line."""
         taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y, _, _ in placed]
         taken += along(line)
@@ -140,9 +177,15 @@ class Plot:
             wide = LETTER * len(label)
             boxes = []
             for anchor, dx, dy in AROUND:
-                left, base = x + dx - wide * {"start": 0, "middle": 0.5, "end": 1}[anchor], y + dy
+                left, base = (
+                    x + dx - wide * {"start": 0, "middle": 0.5, "end": 1}[anchor],
+                    y + dy,
+                )
                 boxes.append((left, base - LINE + 1, left + wide, base + 2))
-            costs = [sum(overlap(box, other) + self.outside(box) for other in taken) for box in boxes]
+            costs = [
+                sum(overlap(box, other) + self.outside(box) for other in taken)
+                for box in boxes
+            ]
             best = costs.index(min(costs))
             taken.append(boxes[best])
             anchor, dx, dy = AROUND[best]
@@ -151,7 +194,12 @@ class Plot:
     def outside(self, box: Box) -> float:
         """What it costs a label to leave the plot: more than to cover another."""
         left, top, right, bottom = box
-        inside = self.left <= left and right <= self.right + 20 and self.top - 8 <= top and bottom <= self.bottom
+        inside = (
+            self.left <= left
+            and right <= self.right + 20
+            and self.top - 8 <= top
+            and bottom <= self.bottom
+        )
         return 0.0 if inside else 1e4
 
 

@@ -55,18 +55,32 @@ ALLOCATIONS = {
     "owl": (f"allocation_options.lam={SPAN}", PLUGIN),
     "dlp": (f"allocation_options.alpha={SPAN}", PLUGIN),
 }
-TRIAL = (2, 10)  # steps of two short trainings; the second gets more until their times differ clearly
+TRIAL = (
+    2,
+    10,
+)  # steps of two short trainings; the second gets more until their times differ clearly
 
 Row = tuple[str, dict[str, Any]]
 
 
-def cell(arguments: argparse.Namespace, cells: Cells, method: str, target: str, seed: int, *settings: str) -> Any:
-    names = tuple(Path(setting).name if setting[:2] == "--" else setting for setting in settings)
+def cell(
+    arguments: argparse.Namespace,
+    cells: Cells,
+    method: str,
+    target: str,
+    seed: int,
+    *settings: str,
+) -> Any:
+    names = tuple(
+        Path(setting).name if setting[:2] == "--" else setting for setting in settings
+    )
     key = cell_key(arguments, method, target, seed, names)
     return cells.get(key, partial(run_cell, arguments, method, target, seed, settings))
 
 
-def budgets(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+def budgets(
+    arguments: argparse.Namespace, cells: Cells, target: str, seed: int
+) -> list[Row]:
     """Rows of one target and seed. The first is what ratios divide by."""
     run = partial(cell, arguments, cells)
     rows = [("sparsegpt", run("sparsegpt", target, seed))]
@@ -83,19 +97,40 @@ def budgets(arguments: argparse.Namespace, cells: Cells, target: str, seed: int)
         after = (f"options.solver={solver}", f"passes={count}")
         passed = run("sparsellm", target, seed, *ALONE, *after)
         rows.append((f"{solver}, then {count} passes of the sweep", passed))
-        if solver == "admm":  # the best of the others first, then what others do after pruning
+        if (
+            solver == "admm"
+        ):  # the best of the others first, then what others do after pruning
             if ":" in target:
-                ordered = run("sparsellm", target, seed, *(x for x in ALONE if x != NATURAL_ORDER), *after)
-                rows.append((f"{solver}, channels ordered and rotated, then {count} passes", ordered))
+                ordered = run(
+                    "sparsellm",
+                    target,
+                    seed,
+                    *(x for x in ALONE if x != NATURAL_ORDER),
+                    *after,
+                )
+                rows.append(
+                    (
+                        f"{solver}, channels ordered and rotated, then {count} passes",
+                        ordered,
+                    )
+                )
             for way in arguments.ways:
                 budget = ours["cpu_seconds"]
-                key = cell_key(arguments, f"sparsegpt, {way} {budget:.0f} s", target, seed)
-                made = cells.get(key, partial(trained, arguments, target, seed, way, budget))
-                rows.append((f"sparsegpt, then {made['steps']} steps of training ({way})", made))
+                key = cell_key(
+                    arguments, f"sparsegpt, {way} {budget:.0f} s", target, seed
+                )
+                made = cells.get(
+                    key, partial(trained, arguments, target, seed, way, budget)
+                )
+                rows.append(
+                    (f"sparsegpt, then {made['steps']} steps of training ({way})", made)
+                )
     return rows
 
 
-def trained(arguments: argparse.Namespace, target: str, seed: int, way: str, budget: float) -> dict[str, Any]:
+def trained(
+    arguments: argparse.Namespace, target: str, seed: int, way: str, budget: float
+) -> dict[str, Any]:
     """sparsegpt, and training of the kept weights on the calibration text until ``budget`` CPU seconds are used."""
     with tempfile.TemporaryDirectory(dir=OUT) as folder:
 
@@ -106,87 +141,165 @@ def trained(arguments: argparse.Namespace, target: str, seed: int, way: str, bud
 
         goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
         text = ("--calibration", arguments.calibration, "--seed", str(seed))
-        windows = ("--samples", str(arguments.samples), "--seq-len", str(arguments.window))
+        windows = (
+            "--samples",
+            str(arguments.samples),
+            "--seq-len",
+            str(arguments.window),
+        )
         pruned = f"{folder}/pruned"
-        used = timed("prune", arguments.model, "--out", pruned, "--method", "sparsegpt", *goal, *text, *windows)
+        used = timed(
+            "prune",
+            arguments.model,
+            "--out",
+            pruned,
+            "--method",
+            "sparsegpt",
+            *goal,
+            *text,
+            *windows,
+        )
 
         def tune(steps: int) -> float:
-            how = ("--way", way, "--steps", str(steps), "--seq-len", str(min(512, arguments.window)))
+            how = (
+                "--way",
+                way,
+                "--steps",
+                str(steps),
+                "--seq-len",
+                str(min(512, arguments.window)),
+            )
             return timed("tune", pruned, "--out", f"{folder}/{steps}", *how, *text)
 
         first, second = TRIAL
         few, more = tune(first), tune(second)
-        while more < 1.5 * few and used + 2 * more < budget:  # a small model: the start takes most of both
+        while (
+            more < 1.5 * few and used + 2 * more < budget
+        ):  # a small model: the start takes most of both
             second *= 2
             more = tune(second)
         a_step = max(more - few, 0.1) / (second - first)
         steps = second + max(1, int((budget - used - more) / a_step))
         used += tune(steps)
-        return {**measure(arguments, f"{folder}/{steps}"), "cpu_seconds": used, "steps": steps}
+        return {
+            **measure(arguments, f"{folder}/{steps}"),
+            "cpu_seconds": used,
+            "steps": steps,
+        }
 
 
-def allocations(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+def allocations(
+    arguments: argparse.Namespace, cells: Cells, target: str, seed: int
+) -> list[Row]:
     """Rows of one target and seed; ``random`` draws other sparsities for each seed."""
     rows = [("sparsegpt, uniform", cell(arguments, cells, "sparsegpt", target, seed))]
     for name, options in ALLOCATIONS.items():
         drawn = (f"allocation_options.seed={seed}",) if name == "random" else ()
         settings = ("effort=0", f"allocation={name}", *options, *drawn)
-        rows.append((name, cell(arguments, cells, "sparsellm", target, seed, *settings)))
+        rows.append(
+            (name, cell(arguments, cells, "sparsellm", target, seed, *settings))
+        )
     return rows
 
 
-def sweeps(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+def sweeps(
+    arguments: argparse.Namespace, cells: Cells, target: str, seed: int
+) -> list[Row]:
     """Rows of one target and seed: longer and longer sweeps behind the same walk."""
     rows = [("sparsegpt", cell(arguments, cells, "sparsegpt", target, seed))]
     for tokens in arguments.sweep_tokens:
         how_long = "effort=0" if tokens == "0" else f"sweep_tokens={tokens}"
-        rows.append((f"{tokens} tokens", cell(arguments, cells, "sparsellm", target, seed, "sets=4", how_long)))
+        rows.append(
+            (
+                f"{tokens} tokens",
+                cell(arguments, cells, "sparsellm", target, seed, "sets=4", how_long),
+            )
+        )
     return rows
 
 
-def symmetries(arguments: argparse.Namespace, cells: Cells, target: str, seed: int) -> list[Row]:
+def symmetries(
+    arguments: argparse.Namespace, cells: Cells, target: str, seed: int
+) -> list[Row]:
     """Rows of one target of N:M and one seed."""
     rows = [("sparsegpt", cell(arguments, cells, "sparsegpt", target, seed))]
     for name in ("permute", "rotate"):
         settings = (f"effort={arguments.effort}", f"options.symmetries={name}")
-        rows.append((name, cell(arguments, cells, "sparsellm", target, seed, *settings)))
+        rows.append(
+            (name, cell(arguments, cells, "sparsellm", target, seed, *settings))
+        )
     return rows
 
 
-TABLES = {"budgets": budgets, "allocations": allocations, "sweeps": sweeps, "symmetries": symmetries}
+TABLES = {
+    "budgets": budgets,
+    "allocations": allocations,
+    "sweeps": sweeps,
+    "symmetries": symmetries,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_conditions(parser)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=["budgets", "allocations", "sweeps"])
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        choices=TABLES,
+        default=["budgets", "allocations", "sweeps"],
+    )
     parser.add_argument("--targets", nargs="+", default=["0.5", "0.7"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     effort = "whose time the other methods get, above 0; that of the table symmetries"
     parser.add_argument("--effort", type=int, choices=range(4), default=1, help=effort)
     parser.add_argument(
-        "--solvers", nargs="*", default=["admm", "sparsegpt", "wanda"], help="local methods whose passes are measured"
+        "--solvers",
+        nargs="*",
+        default=["admm", "sparsegpt", "wanda"],
+        help="local methods whose passes are measured",
     )
     parser.add_argument(
-        "--ways", nargs="*", default=["full", "lora"], help="how sparsegpt is trained, where admm is a solver"
+        "--ways",
+        nargs="*",
+        default=["full", "lora"],
+        help="how sparsegpt is trained, where admm is a solver",
     )
-    parser.add_argument("--sweep-tokens", nargs="*", default=["0", "16k", "64k", "256k"], help="of the table sweeps")
-    parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
+    parser.add_argument(
+        "--sweep-tokens",
+        nargs="*",
+        default=["0", "16k", "64k", "256k"],
+        help="of the table sweeps",
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="settings for every run, key=value"
+    )
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
     arguments = parser.parse_args()
     if arguments.effort == 0 and "budgets" in arguments.tables:
         parser.error("the table budgets needs an effort above 0")
-    arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
+    arguments.calibration = arguments.calibration or str(
+        write_wikipedia(OUT / "wikipedia.txt")
+    )
     arguments.other_text = arguments.other_text or str(write_news(OUT / "news.txt"))
     cells = Cells(arguments.cells)
-    dense = cells.get(f"{conditions_of(arguments)}/dense", partial(measure, arguments, arguments.model))
+    dense = cells.get(
+        f"{conditions_of(arguments)}/dense",
+        partial(measure, arguments, arguments.model),
+    )
     print(heading(arguments, dense, cells.code))
     other = Path(arguments.other_text).name
     for table in arguments.tables:
-        print(f"| {table} | {Path(arguments.text).name} | ratio | {other} ({dense['other']:.2f}) | ratio | CPU s |")
+        print(
+            f"| {table} | {Path(arguments.text).name} | ratio | {other} ({dense['other']:.2f}) | ratio | CPU s |"
+        )
         print("|---|---|---|---|---|---|", flush=True)
         for target in arguments.targets:
-            by_seed = [TABLES[table](arguments, cells, target, seed) for seed in arguments.seeds]
+            by_seed = [
+                TABLES[table](arguments, cells, target, seed)
+                for seed in arguments.seeds
+            ]
             for same in zip(*by_seed, strict=True):  # a row: one cell of each seed
                 shown = []
                 for text in ("perplexity", "other"):
@@ -197,7 +310,10 @@ def main() -> None:
                     values = ", ".join(f"{row[text]:.1f}" for _, row in same)
                     shown.append(f"{values} | {statistics.mean(excess):.3f}")
                 seconds = statistics.mean(row["cpu_seconds"] for _, row in same)
-                print(f"| {target} {same[0][0]} | {' | '.join(shown)} | {seconds:.0f} |", flush=True)
+                print(
+                    f"| {target} {same[0][0]} | {' | '.join(shown)} | {seconds:.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -35,13 +35,18 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import sparsellm
 from sparsellm import PruneResult, Recipe
 from sparsellm.errors import SparseLLMError
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.files.reader import CheckpointReader
 
 LAYERS, WIDTH, VOCABULARY, POSITIONS = 2, 64, 300, 128
 LARGEST = 20_000_000  # parameters
@@ -68,19 +73,34 @@ SIZES: list[tuple[str, int | str]] = [
         r"(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len\w*|seq_length)$",
         POSITIONS,
     ),
-    (r"(num_hidden_layers|num_layers|n_layers?|(encoder|decoder|num_encoder|num_decoder)_layers|depth)$", LAYERS),
+    (
+        r"(num_hidden_layers|num_layers|n_layers?|(encoder|decoder|num_encoder|num_decoder)_layers|depth)$",
+        LAYERS,
+    ),
     (r"(num_key_value_heads|n_kv_heads|num_kv_heads|num_query_groups)$", "kv"),
-    (r"(num_attention_heads|num_heads|n_heads?|(encoder|decoder)_attention_heads|\w+_num_heads)$", "heads"),
-    (r"(head_dim|d_kv|attention_head_dim|attn_head_dim|\w*_key_head_dim|\w*_value_head_dim|d_head)$", "head_dim"),
+    (
+        r"(num_attention_heads|num_heads|n_heads?|(encoder|decoder)_attention_heads|\w+_num_heads)$",
+        "heads",
+    ),
+    (
+        r"(head_dim|d_kv|attention_head_dim|attn_head_dim|\w*_key_head_dim|\w*_value_head_dim|d_head)$",
+        "head_dim",
+    ),
     (r"(qk_nope_head_dim|qk_rope_head_dim|v_head_dim)$", 16),
     (r"rotary_dim$", 8),
     (r"(q_lora_rank|kv_lora_rank|o_lora_rank|lora_rank)$", 32),
-    (r"(num_experts_per_tok|moe_topk|top_k_experts|moe_top_k|num_experts_per_token|moe_k)$", 2),
+    (
+        r"(num_experts_per_tok|moe_topk|top_k_experts|moe_top_k|num_experts_per_token|moe_k)$",
+        2,
+    ),
     (r"(n_group|topk_group)$", 1),
     (r"(n_routed_experts|num_local_experts|num_experts|moe_num_experts)$", 4),
     (r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)$", 1),
     (r"(moe_\w*intermediate_size|shared_expert_intermediate_size|expert_dim)$", 32),
-    (r"(\w*intermediate_size\w*|\w*ffn_dim|n_inner|d_?ff|ffn_hidden_size|inner_dim|dim_ff)$", 96),
+    (
+        r"(\w*intermediate_size\w*|\w*ffn_dim|n_inner|d_?ff|ffn_hidden_size|inner_dim|dim_ff)$",
+        96,
+    ),
     (
         r"(hidden_size|d_model|n_embd|embed_dim|word_embed_proj_dim|embedding_size|\w*hidden_size|dim_model|emb_dim)$",
         WIDTH,
@@ -89,7 +109,9 @@ SIZES: list[tuple[str, int | str]] = [
     (r"image_size$", 28),
     (r"patch_size$", 14),
 ]
-DROPPED = re.compile(r"\w*_token_id|\w*_token_index|transformers_version|model_type|architectures|dtype|torch_dtype")
+DROPPED = re.compile(
+    r"\w*_token_id|\w*_token_index|transformers_version|model_type|architectures|dtype|torch_dtype"
+)
 OFTEN_NONE = re.compile(
     r"head_dim|num_key_value_heads|num_experts_per_tok|n_routed_experts|n_shared_experts|n_group|topk_group"
 )
@@ -121,10 +143,23 @@ class Tried:
     @property
     def result(self) -> str:
         """One word for all runs: the worst of them, where refusals of some runs are a part."""
-        worst = next((state for state in (DIED, WRONG, FAILS, TOO_SLOW, NOT_BUILT) if state in self.states), None)
+        worst = next(
+            (
+                state
+                for state in (DIED, WRONG, FAILS, TOO_SLOW, NOT_BUILT)
+                if state in self.states
+            ),
+            None,
+        )
         if worst or self.states == {REFUSED}:
             return worst or REFUSED
-        return PART if REFUSED in self.states else SOME_DENSE if SOME_DENSE in self.states else RIGHT
+        return (
+            PART
+            if REFUSED in self.states
+            else SOME_DENSE
+            if SOME_DENSE in self.states
+            else RIGHT
+        )
 
     def add(self, run: str, state: str, cell: str, reason: str = "") -> None:
         self.cells[run] = cell
@@ -136,37 +171,57 @@ class Tried:
             self.reasons.append(reason)
 
     def reason(self) -> str:
-        return "; ".join(self.reasons).replace("|", "/").replace("*", r"\*").replace("<", "&lt;")
+        return (
+            "; ".join(self.reasons)
+            .replace("|", "/")
+            .replace("*", r"\*")
+            .replace("<", "&lt;")
+        )
 
     def short_reason(self) -> str:
         """The reason as the page has it: alike for types that are refused, or not built, for the same cause."""
         if self.result == NOT_BUILT:
             return "transformers does not build, save or read a small model of the type"
-        return UNFINISHED.sub("", CONVERTED.sub(" tensors while it loads the type", self.reason())[:REASON])
+        return UNFINISHED.sub(
+            "",
+            CONVERTED.sub(" tensors while it loads the type", self.reason())[:REASON],
+        )
 
     def row(self) -> str:
         cells = [self.cells.get(run, "–") for run in RUNS]
-        return f"| {self.kind} | {self.result} | {' | '.join(cells)} | {self.reason()} |"
+        return (
+            f"| {self.kind} | {self.result} | {' | '.join(cells)} | {self.reason()} |"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--types", nargs="+", help="model types; by default all")
-    parser.add_argument("--seconds", type=int, default=90, help="of CPU time for one type")
+    parser.add_argument(
+        "--seconds", type=int, default=90, help="of CPU time for one type"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="types tried at once")
     parser.add_argument("--out", type=Path, help="a Markdown page to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    header = f"| type | result | {' | '.join(RUNS)} | why |\n|{'---|' * (len(RUNS) + 3)}"
+    header = (
+        f"| type | result | {' | '.join(RUNS)} | why |\n|{'---|' * (len(RUNS) + 3)}"
+    )
     print(header, flush=True)
     done = []
-    for tried in all_tried(arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), arguments):
+    for tried in all_tried(
+        arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), arguments
+    ):
         done.append(tried)
         print(tried.row(), flush=True)
     done.sort(key=lambda tried: tried.kind)
     print(f"\n{summary(done)}")
     if arguments.out is not None:
-        arguments.out.write_text(f"{PAGE.format(summary=summary(done))}\n{grouped(done)}\n")
+        arguments.out.write_text(
+            f"{PAGE.format(summary=summary(done))}\n{grouped(done)}\n"
+        )
     if any(tried.result in (DIED, FAILS, WRONG) for tried in done):
         raise SystemExit(1)
 
@@ -190,11 +245,27 @@ def grouped(done: Sequence[Tried]) -> str:
     """The table: a row for all types with one result and one reason."""
     rows: dict[tuple[str, str], list[str]] = {}
     for tried in done:
-        percent = next(iter(tried.cells.values()), "").removeprefix("✓").strip().removesuffix("%")
-        low = f" ({percent} %)" if percent.replace(".", "").isdigit() and float(percent) < 49.5 else ""
-        rows.setdefault((tried.result, tried.short_reason()), []).append(tried.kind + low)
-    ordered = sorted(rows.items(), key=lambda row: (ORDER.index(row[0][0]), -len(row[1])))
-    lines = [f"| {result} | {', '.join(types)} | {reason} |" for (result, reason), types in ordered]
+        percent = (
+            next(iter(tried.cells.values()), "")
+            .removeprefix("✓")
+            .strip()
+            .removesuffix("%")
+        )
+        low = (
+            f" ({percent} %)"
+            if percent.replace(".", "").isdigit() and float(percent) < 49.5
+            else ""
+        )
+        rows.setdefault((tried.result, tried.short_reason()), []).append(
+            tried.kind + low
+        )
+    ordered = sorted(
+        rows.items(), key=lambda row: (ORDER.index(row[0][0]), -len(row[1]))
+    )
+    lines = [
+        f"| {result} | {', '.join(types)} | {reason} |"
+        for (result, reason), types in ordered
+    ]
     return "\n".join(["| result | types | why |", "|---|---|---|", *lines])
 
 
@@ -213,25 +284,37 @@ def all_tried(kinds: Sequence[str], arguments: argparse.Namespace) -> Iterator[T
     while left or running:
         while left and len(running) < arguments.jobs:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=child, args=(sender, left[0], arguments.seconds))
+            process = context.Process(
+                target=child, args=(sender, left[0], arguments.seconds)
+            )
             process.start()
             sender.close()
             running[receiver] = left.pop(0), process
-        for receiver in [item for item in wait(list(running)) if isinstance(item, Connection)]:
+        for receiver in [
+            item for item in wait(list(running)) if isinstance(item, Connection)
+        ]:
             kind, process = running.pop(receiver)
             try:
                 tried: Tried = receiver.recv()
             except EOFError:
                 process.join()
                 slow = process.exitcode == -signal.SIGXCPU
-                reason = f"more than {arguments.seconds} s" if slow else f"exit code {process.exitcode}"
-                tried = Tried(kind, states={TOO_SLOW if slow else DIED}, reasons=[reason])
+                reason = (
+                    f"more than {arguments.seconds} s"
+                    if slow
+                    else f"exit code {process.exitcode}"
+                )
+                tried = Tried(
+                    kind, states={TOO_SLOW if slow else DIED}, reasons=[reason]
+                )
             process.join()
             yield tried
 
 
 def child(sender: Connection, kind: str, seconds: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # a signal first, which names the cause
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (seconds, seconds + 5)
+    )  # a signal first, which names the cause
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)  # progress and warnings
     transformers.utils.logging.set_verbosity_error()
@@ -249,7 +332,12 @@ def tried_type(kind: str) -> Tried:
             model, *info = read(source)
             dense = logits(model, ids)
         except Exception as error:  # plain transformers does not run it, not save it, or not read what it saved
-            tried.add("", NOT_BUILT, "", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            tried.add(
+                "",
+                NOT_BUILT,
+                "",
+                f"{type(error).__name__}: {error}".splitlines()[0][:200],
+            )
             return tried
         accepted: list[str] = []
         for run, settings in RUNS.items():
@@ -259,26 +347,49 @@ def tried_type(kind: str) -> Tried:
                 wrong = faults(result, out, source, info, dense, ids)
             except SparseLLMError as error:
                 reason = str(error).replace(f"{folder}/", "")
-                tried.add(run, REFUSED, "refused", reason if len(reason) < 240 else f"{reason[:240]}…")
+                tried.add(
+                    run,
+                    REFUSED,
+                    "refused",
+                    reason if len(reason) < 240 else f"{reason[:240]}…",
+                )
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                tried.add(run, FAILS, "fails", f"{reason[:200]} ({Path(where.filename).name}:{where.lineno})")
+                tried.add(
+                    run,
+                    FAILS,
+                    "fails",
+                    f"{reason[:200]} ({Path(where.filename).name}:{where.lineno})",
+                )
             else:
                 short = result.sparsity < result.recipe.sparsity - 0.001
                 cell = f"✓ {result.sparsity:.1%}" if short else "✓"
                 right = SOME_DENSE if short else RIGHT
-                tried.add(run, WRONG if wrong else right, "wrong" if wrong else cell, wrong)
-                for left, why in dict.fromkeys((matrix.kind, matrix.reason) for matrix in result.dense):
+                tried.add(
+                    run, WRONG if wrong else right, "wrong" if wrong else cell, wrong
+                )
+                for left, why in dict.fromkeys(
+                    (matrix.kind, matrix.reason) for matrix in result.dense
+                ):
                     tried.explain(f"{left}: {why}")
-                if any("no calibration token reached" in warning for warning in result.warnings):
+                if any(
+                    "no calibration token reached" in warning
+                    for warning in result.warnings
+                ):
                     tried.explain("linears that no token reaches: by magnitude")
                 if any("outside the blocks" in warning for warning in result.warnings):
                     tried.explain("linears outside the blocks: dense")
     return tried
 
 
-def pruned(source: Path, out: Path, ids: torch.Tensor, settings: dict[str, Any], accepted: list[str]) -> PruneResult:
+def pruned(
+    source: Path,
+    out: Path,
+    ids: torch.Tensor,
+    settings: dict[str, Any],
+    accepted: list[str],
+) -> PruneResult:
     """The result of one run; what it refuses to leave dense unasked is added to ``accepted``."""
     recipe = Recipe(samples=4, seq_len=24, allow_dense=accepted, **settings)
     try:
@@ -288,18 +399,29 @@ def pruned(source: Path, out: Path, ids: torch.Tensor, settings: dict[str, Any],
         if suggested is None or accepted:
             raise
         accepted += ast.literal_eval(suggested[1])
-        return sparsellm.prune(source, recipe.updated(allow_dense=accepted), out=out, calibration=ids)
+        return sparsellm.prune(
+            source, recipe.updated(allow_dense=accepted), out=out, calibration=ids
+        )
 
 
 def faults(
-    result: PruneResult, out: Path, source: Path, info: list[set[str]], dense: torch.Tensor, ids: torch.Tensor
+    result: PruneResult,
+    out: Path,
+    source: Path,
+    info: list[set[str]],
+    dense: torch.Tensor,
+    ids: torch.Tensor,
 ) -> str:
     """What is wrong with a finished run; empty if nothing is."""
     asked = result.recipe.sparsity
-    if result.sparsity < asked - 0.001 and not any("was requested" in warning for warning in result.warnings):
+    if result.sparsity < asked - 0.001 and not any(
+        "was requested" in warning for warning in result.warnings
+    ):
         return f"sparsity {result.sparsity:.2%} of {asked:.2%}, without a word"
     if result.sparsity_pruned < asked - 0.001:
-        return f"sparsity {result.sparsity_pruned:.2%} of {asked:.2%} in what was pruned"
+        return (
+            f"sparsity {result.sparsity_pruned:.2%} of {asked:.2%} in what was pruned"
+        )
     if set(CheckpointReader(out)) != set(CheckpointReader(source)):
         return f"other names: {sorted(set(CheckpointReader(out)) ^ set(CheckpointReader(source)))[:3]}"
     loaded, *loading = read(out)
@@ -312,7 +434,9 @@ def faults(
 
 def read(directory: Path) -> tuple[PreTrainedModel, set[str], set[str]]:
     """The model as plain transformers loads it, and what it misses and does not expect."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True
+    )
     model, info = loaded
     return model, set(info["missing_keys"]), set(info["unexpected_keys"])
 
@@ -327,14 +451,28 @@ def tiny(kind: str) -> PreTrainedModel:
     for (heads, kv, head_dim), explicit in itertools.product(TRIES, (True, False)):
         try:
             config = AutoConfig.for_model(kind)
-            changes = shrunk(config, {"heads": heads, "kv": kv, "head_dim": head_dim}, explicit=explicit)
+            changes = shrunk(
+                config,
+                {"heads": heads, "kv": kv, "head_dim": head_dim},
+                explicit=explicit,
+            )
             small = type(config)(**{**changes, **OWN.get(kind, {})})
-            if kind in transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            if (
+                kind
+                in transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+            ):
                 small.is_decoder = True
             with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(small).parameters())
+                size = sum(
+                    parameter.numel()
+                    for parameter in AutoModelForCausalLM.from_config(
+                        small
+                    ).parameters()
+                )
             if size > LARGEST:
-                raise ValueError(f"it did not become small: {size / 1e6:.0f} million parameters")
+                raise ValueError(
+                    f"it did not become small: {size / 1e6:.0f} million parameters"
+                )
             torch.manual_seed(0)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(small).eval()
             logits(model, torch.arange(4, 52).view(2, 24))
@@ -344,7 +482,9 @@ def tiny(kind: str) -> PreTrainedModel:
     raise failed
 
 
-def shrunk(config: PretrainedConfig, variable: dict[str, int], *, explicit: bool) -> dict[str, Any]:
+def shrunk(
+    config: PretrainedConfig, variable: dict[str, int], *, explicit: bool
+) -> dict[str, Any]:
     """What to change of a default config so that its model is tiny.
 
     Args:
@@ -360,16 +500,27 @@ def shrunk(config: PretrainedConfig, variable: dict[str, int], *, explicit: bool
             changes[name] = shrunk(inner, variable, explicit=explicit)
         elif DROPPED.fullmatch(name) or isinstance(value, bool):
             continue
-        elif isinstance(value, int) or (value is None and explicit and OFTEN_NONE.fullmatch(name)):
-            size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+        elif isinstance(value, int) or (
+            value is None and explicit and OFTEN_NONE.fullmatch(name)
+        ):
+            size = next(
+                (size for pattern, size in SIZES if re.fullmatch(pattern, name)), None
+            )
             if size is not None:
                 changes[name] = variable[size] if isinstance(size, str) else size
         elif isinstance(value, list) and isinstance(depth, int) and len(value) == depth:
-            size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+            size = next(
+                (size for pattern, size in SIZES if re.fullmatch(pattern, name)), None
+            )
             few = [value[0], *value[-(LAYERS - 1) :]]
-            changes[name] = [size if isinstance(item, int) and isinstance(size, int) else item for item in few]
+            changes[name] = [
+                size if isinstance(item, int) and isinstance(size, int) else item
+                for item in few
+            ]
     for name, value in config.to_dict().items():
-        if name in ("pad_token_id", "bos_token_id", "eos_token_id") and isinstance(value, int):
+        if name in ("pad_token_id", "bos_token_id", "eos_token_id") and isinstance(
+            value, int
+        ):
             changes[name] = min(value, 2)
     return changes
 

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm.chain.structure import find_blocks, iterate_linears
+from sparsellm.model.structure import find_blocks, iterate_linears
 from sparsepack.bench import resident_bytes
 
 # By model_type of transformers: the architecture's name in llama.cpp, which its mixtures of types depend on.
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
 
 
 @dataclass
@@ -27,15 +31,21 @@ class Numbers:
     bytes: dict[str, int] = field(default_factory=dict)
 
 
-def open_dense(directory: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+def open_dense(
+    directory: Path, dtype: torch.dtype | str = torch.float32
+) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype
+    ).eval()
     return model
 
 
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The linears of the blocks by the name of their weight."""
     name, blocks = find_blocks(model)
-    return {f"{linear}.weight": module for linear, module in iterate_linears(blocks, name)}
+    return {
+        f"{linear}.weight": module for linear, module in iterate_linears(blocks, name)
+    }
 
 
 @torch.no_grad()
@@ -56,7 +66,9 @@ def torchao_model(directory: Path, bits: int) -> PreTrainedModel:
     model = open_dense(directory)
     quantize_(
         find_blocks(model)[1],
-        Int8WeightOnlyConfig() if bits == 8 else PrototypeInt4WeightOnlyConfig(group_size=32),
+        Int8WeightOnlyConfig()
+        if bits == 8
+        else PrototypeInt4WeightOnlyConfig(group_size=32),
     )
     return model
 
@@ -66,19 +78,29 @@ def torchao_numbers(directory: Path, bits: int) -> Numbers:
     quantised, numbers = block_linears(torchao_model(directory, bits)), Numbers()
     for name, linear in block_linears(open_dense(directory)).items():
         weight: Any = quantised[name].get_parameter("weight")
-        if hasattr(weight, "scale_and_zero"):  # int4 for the CPU keeps its codes in the order of its kernel
-            numbers.weights[name] = rounded(linear.get_parameter("weight").detach(), weight.scale_and_zero)
+        if hasattr(
+            weight, "scale_and_zero"
+        ):  # int4 for the CPU keeps its codes in the order of its kernel
+            numbers.weights[name] = rounded(
+                linear.get_parameter("weight").detach(), weight.scale_and_zero
+            )
         else:
             numbers.weights[name] = weight.dequantize().detach()
-        numbers.bytes[name] = resident_bytes(nn.ModuleList([quantised[name]]), linears_only=True)
+        numbers.bytes[name] = resident_bytes(
+            nn.ModuleList([quantised[name]]), linears_only=True
+        )
     return numbers
 
 
 def rounded(weight: Tensor, scale_and_zero: Tensor) -> Tensor:
     """A weight ``(out, in)`` in torchao's int4, (code - 8) · scale + zero; scales, zeros ``(groups, out, 2)``."""
     groups = len(scale_and_zero)
-    scale, zero = scale_and_zero.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1)
-    codes = ((weight.view(len(weight), groups, -1) - zero) / scale + 8).round().clamp(0, 15)
+    scale, zero = (
+        scale_and_zero.transpose(0, 1).unsqueeze(2).unbind(-1)
+    )  # (out, groups, 1)
+    codes = (
+        ((weight.view(len(weight), groups, -1) - zero) / scale + 8).round().clamp(0, 15)
+    )
     return ((codes - 8) * scale + zero).view_as(weight)
 
 
@@ -89,14 +111,21 @@ def hqq_numbers(directory: Path, bits: int, group: int = 64) -> Numbers:
     numbers = Numbers()
     for name, linear in block_linears(open_dense(directory)).items():
         config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=1)
-        made = HQQLinear(linear, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
+        made = HQQLinear(
+            linear, config, compute_dtype=torch.float16, device="cpu", del_orig=False
+        )
         numbers.weights[name] = made.dequantize().float()
-        stored = [made.W_q, *(part for part in made.meta.values() if isinstance(part, Tensor))]
+        stored = [
+            made.W_q,
+            *(part for part in made.meta.values() if isinstance(part, Tensor)),
+        ]
         numbers.bytes[name] = sum(part.numel() * part.element_size() for part in stored)
     return numbers
 
 
-def write_gguf(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+def write_gguf(
+    model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
     """Writes a model as a GGUF file for llama.cpp, matrices in ``dtype``, and returns parameters by GGUF name.
 
     The file has neither a tokenizer nor the order of rows that llama.cpp computes with. The quantiser needs neither:
@@ -107,10 +136,15 @@ def write_gguf(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.fl
     """
     config = model.config
     if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"no GGUF file is written here for the architecture {config.model_type}")
+        raise ValueError(
+            f"no GGUF file is written here for the architecture {config.model_type}"
+        )
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = (
+        getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -132,7 +166,12 @@ def write_gguf(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.fl
         if called is None:
             raise ValueError(f"llama.cpp has no name for the parameter {name}")
         parameters[called] = name
-        writer.add_tensor(called, parameter.detach().to(dtype if parameter.dim() > 1 else torch.float32).numpy())
+        writer.add_tensor(
+            called,
+            parameter.detach()
+            .to(dtype if parameter.dim() > 1 else torch.float32)
+            .numpy(),
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -149,7 +188,10 @@ def importance_matrix(directory: Path, windows: Tensor) -> dict[str, Tensor]:
         windows: ``(windows, tokens)`` ids of the calibration text.
     """
     model = open_dense(directory)
-    sums = {name: torch.zeros(linear.get_parameter("weight").shape[1]) for name, linear in block_linears(model).items()}
+    sums = {
+        name: torch.zeros(linear.get_parameter("weight").shape[1])
+        for name, linear in block_linears(model).items()
+    }
 
     def add(name: str, inputs: tuple[Tensor, ...]) -> None:
         sums[name] += inputs[0].flatten(0, -2).square().sum(0)
@@ -162,7 +204,11 @@ def importance_matrix(directory: Path, windows: Tensor) -> dict[str, Tensor]:
 
 
 def quantised_gguf(
-    source: Path, kind: str, path: Path, threads: int = 1, importance: dict[str, Tensor] | None = None
+    source: Path,
+    kind: str,
+    path: Path,
+    threads: int = 1,
+    importance: dict[str, Tensor] | None = None,
 ) -> Path:
     """A GGUF file quantised by llama.cpp as ``path``, which is made where it does not exist.
 
@@ -183,17 +229,31 @@ def quantised_gguf(
         return path
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    settings.allow_requantize = True  # from the model's own values, which are what every other row starts from
+    settings.allow_requantize = (
+        True  # from the model's own values, which are what every other row starts from
+    )
     settings.nthread = threads
-    arrays = {name.encode(): values.contiguous().numpy() for name, values in (importance or {}).items()}
+    arrays = {
+        name.encode(): values.contiguous().numpy()
+        for name, values in (importance or {}).items()
+    }
     if arrays:
-        entries = (llama_cpp.llama_model_imatrix_data * (len(arrays) + 1))()  # a name of null ends the array
+        entries = (
+            llama_cpp.llama_model_imatrix_data * (len(arrays) + 1)
+        )()  # a name of null ends the array
         for entry, (name, values) in zip(entries, arrays.items(), strict=False):
             entry.name, entry.size = name, values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        settings.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+        settings.imatrix = ctypes.cast(
+            entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data)
+        )
     temporary = path.with_suffix(".part")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(temporary).encode(), ctypes.byref(settings)) != 0:
+    if (
+        llama_cpp.llama_model_quantize(
+            str(source).encode(), str(temporary).encode(), ctypes.byref(settings)
+        )
+        != 0
+    ):
         raise RuntimeError(f"llama.cpp could not quantise {source} to {kind}")
     temporary.replace(path)
     return path
@@ -205,6 +265,8 @@ def gguf_numbers(path: Path, parameters: dict[str, str]) -> Numbers:
     for tensor in gguf.GGUFReader(path).tensors:
         if len(tensor.shape) == 2:
             name = parameters[tensor.name]
-            numbers.weights[name] = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).clone()
+            numbers.weights[name] = torch.from_numpy(
+                gguf.dequantize(tensor.data, tensor.tensor_type)
+            ).clone()
             numbers.bytes[name] = int(tensor.n_bytes)
     return numbers

@@ -54,11 +54,11 @@ from wikipedia import write_wikipedia
 
 import sparsellm
 from sparsellm.api import Opened
-from sparsellm.calibration.windows import calibration_windows
-from sparsellm.chain.open import load_tokenizer
 from sparsellm.errors import RecipeError
-from sparsellm.sources.gguf import without_bars
-from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.files.gguf import without_bars
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.model.open import load_tokenizer
+from sparsellm.text.windows import calibration_windows
 from sparsepack.grid import INTEGERS
 
 SPARSITIES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -75,14 +75,21 @@ class Bench:
         self.arguments, self.folder = arguments, folder
         self.directory = checkpoint_directory(arguments.model)
         self.tokenizer = load_tokenizer(self.directory)
-        self.dense = Opened(str(self.directory), sparsellm.Recipe(products="float32"), trust=False)
+        self.dense = Opened(
+            str(self.directory), sparsellm.Recipe(products="float32"), trust=False
+        )
         model = open_dense(self.directory, "auto")
         if model.dtype != torch.float32:
             raise SystemExit(
                 f"{arguments.model} is in {model.dtype}; give a checkpoint in float32, as which all are scored"
             )
-        self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        self.linears = {name: linear.get_parameter("weight").numel() for name, linear in block_linears(model).items()}
+        self.sizes = {
+            name: parameter.numel() for name, parameter in model.named_parameters()
+        }
+        self.linears = {
+            name: linear.get_parameter("weight").numel()
+            for name, linear in block_linears(model).items()
+        }
 
     @cached_property
     def source(self) -> tuple[Path, dict[str, str]]:
@@ -94,13 +101,19 @@ class Bench:
     def windows(self) -> torch.Tensor:
         """The calibration windows, the same as sparsellm's."""
         asked = self.arguments
-        return calibration_windows(asked.calibration, self.tokenizer, asked.samples, asked.window, seed=0)
+        return calibration_windows(
+            asked.calibration, self.tokenizer, asked.samples, asked.window, seed=0
+        )
 
     @cached_property
     def importance(self) -> dict[str, torch.Tensor]:
         """The importance matrix by GGUF name."""
         result = importance_matrix(self.directory, self.windows)
-        return {called: result[name] for called, name in self.source[1].items() if name in result}
+        return {
+            called: result[name]
+            for called, name in self.source[1].items()
+            if name in result
+        }
 
     def score(self, model: PreTrainedModel | Path) -> Row:
         asked = self.arguments
@@ -109,15 +122,27 @@ class Bench:
             tokenizer=None if isinstance(model, Path) else self.tokenizer,
         )  # fmt: skip
         assert result.against is not None
-        return {"perplexity": result.value, "kl": result.against.kl, "tokens": result.tokens}
+        return {
+            "perplexity": result.value,
+            "kl": result.against.kl,
+            "tokens": result.tokens,
+        }
 
     def of_numbers(self, numbers: Numbers) -> Row:
         """The row of a form that is numbers, for linears alone or for more."""
-        inside = {name: weight for name, weight in numbers.weights.items() if name in self.linears}
+        inside = {
+            name: weight
+            for name, weight in numbers.weights.items()
+            if name in self.linears
+        }
         stored = sum(numbers.bytes[name] for name in inside)
         # A linear that the tool left alone, and everything else that it does not store, takes 16 bits.
-        stored += sum(2 * size for name, size in self.linears.items() if name not in inside)
-        total = sum(numbers.bytes.values()) + sum(2 * n for name, n in self.sizes.items() if name not in numbers.bytes)
+        stored += sum(
+            2 * size for name, size in self.linears.items() if name not in inside
+        )
+        total = sum(numbers.bytes.values()) + sum(
+            2 * n for name, n in self.sizes.items() if name not in numbers.bytes
+        )
         row = {"bits": 8 * stored / sum(self.linears.values()), "whole_bytes": total}
         row |= self.score(with_numbers(self.directory, Numbers(inside, {})))
         if len(inside) < len(numbers.weights):
@@ -134,7 +159,9 @@ def llama_cpp(bench: Bench, folder: Path, kind: str, important: bool) -> Row:
     return {**bench.of_numbers(gguf_numbers(made, parameters)), "seconds": seconds}
 
 
-def other_tool(bench: Bench, folder: Path, make: Callable[[Bench, int], Numbers], bits: int) -> Row:
+def other_tool(
+    bench: Bench, folder: Path, make: Callable[[Bench, int], Numbers], bits: int
+) -> Row:
     began = time.process_time()
     numbers = make(bench, bits)
     seconds = time.process_time() - began
@@ -148,17 +175,28 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
         sparsity=sparsity, values=values, effort=asked.effort, calibration=str(asked.calibration),
         samples=asked.samples, seq_len=asked.window,
     )  # fmt: skip
-    zeros = sparsellm.prune(str(bench.directory), recipe, out=folder / "pruned").sparsity
+    zeros = sparsellm.prune(
+        str(bench.directory), recipe, out=folder / "pruned"
+    ).sparsity
     packed = sparsellm.pack(folder / "pruned", out=folder / "packed", values=values)  # type: ignore[arg-type]
     seconds = time.process_time() - began
     bits, scores = 8 * packed.packed_bytes / packed.weights, bench.score(packed.path)
     row = {"bits": bits, "zeros": zeros, **scores, "seconds": seconds}
     try:
-        total = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")  # type: ignore[arg-type]
+        total = sparsellm.pack(
+            folder / "pruned",
+            out=folder / "whole",
+            values=values,  # type: ignore[arg-type]
+            head="int8",
+        )
     except RecipeError as error:
         print(f"{values}, the head as it is: {error}", flush=True)
         return {**row, "whole_bytes": packed.checkpoint_bytes}
-    return {**row, "whole_bytes": total.checkpoint_bytes, "whole_kl": bench.score(total.path)["kl"]}
+    return {
+        **row,
+        "whole_bytes": total.checkpoint_bytes,
+        "whole_kl": bench.score(total.path)["kl"],
+    }
 
 
 @dataclass(frozen=True)
@@ -175,10 +213,19 @@ class Form:
 def forms(arguments: argparse.Namespace) -> Iterator[Form]:
     """All forms, other tools' first."""
     by_llama_cpp = partial(version, "llama-cpp-python")
-    for kinds, important, series in ((PLAIN, False, "llama.cpp"), (WITH_IMPORTANCE, True, "llama.cpp, importance")):
+    for kinds, important, series in (
+        (PLAIN, False, "llama.cpp"),
+        (WITH_IMPORTANCE, True, "llama.cpp, importance"),
+    ):
         for kind in kinds:
             name = f"llama.cpp {kind}" + (" with importance" if important else "")
-            yield Form(name, series, kind, by_llama_cpp, partial(llama_cpp, kind=kind, important=important))
+            yield Form(
+                name,
+                series,
+                kind,
+                by_llama_cpp,
+                partial(llama_cpp, kind=kind, important=important),
+            )
     others: tuple[tuple[str, str, str, Callable[[Bench, int], Numbers], tuple[int, ...]], ...] = (
         ("torchao", "torchao", "int{}", lambda b, bits: torchao_numbers(b.directory, bits), (8, 4)),
         ("hqq", "hqq", "{} bits", lambda b, bits: hqq_numbers(b.directory, bits), (4, 3, 2)),
@@ -187,7 +234,9 @@ def forms(arguments: argparse.Namespace) -> Iterator[Form]:
         for bits in widths:
             named = label.format(bits)
             made = partial(other_tool, make=make, bits=bits)
-            yield Form(f"{series} {named}", series, named, partial(version, package), made)
+            yield Form(
+                f"{series} {named}", series, named, partial(version, package), made
+            )
     for values in INTEGERS:
         for sparsity in SPARSITIES:
             yield Form(
@@ -211,7 +260,9 @@ def on_front(rows: dict[str, Row]) -> set[str]:
 
 
 def print_table(rows: dict[str, Row], front: set[str]) -> None:
-    print("| form | zeros | bits a weight | KL | perplexity | on the front | whole model (MB) | KL, whole | CPU s |")
+    print(
+        "| form | zeros | bits a weight | KL | perplexity | on the front | whole model (MB) | KL, whole | CPU s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         zeros = f"{row['zeros']:.1%}" if row.get("zeros", 0) else ""
@@ -222,7 +273,9 @@ def print_table(rows: dict[str, Row], front: set[str]) -> None:
         )
 
 
-def measure(bench: Bench, chosen: list[Form], cells: Cells) -> tuple[dict[str, Row], dict[str, str]]:
+def measure(
+    bench: Bench, chosen: list[Form], cells: Cells
+) -> tuple[dict[str, Row], dict[str, str]]:
     """The rows, and for each form that has none the reason."""
     asked = bench.arguments
     conditions = (
@@ -233,26 +286,43 @@ def measure(bench: Bench, chosen: list[Form], cells: Cells) -> tuple[dict[str, R
     for form in chosen:
         try:
             key = "/".join(str(part) for part in (*conditions, form.code(), form.name))
-            with tempfile.TemporaryDirectory(prefix="form-", dir=bench.folder) as folder:
-                rows[form.name] = cells.get(key, partial(form.make, bench, Path(folder)))
+            with tempfile.TemporaryDirectory(
+                prefix="form-", dir=bench.folder
+            ) as folder:
+                rows[form.name] = cells.get(
+                    key, partial(form.make, bench, Path(folder))
+                )
         except (ImportError, ValueError) as reason:
             missing[form.name] = f"{type(reason).__name__}: {reason}"
     return rows, missing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_conditions(parser)
     parser.add_argument("--effort", type=int, default=1, help="of sparsellm")
-    parser.add_argument("--forms", nargs="*", default=[""], help="only forms whose name begins so")
+    parser.add_argument(
+        "--forms", nargs="*", default=[""], help="only forms whose name begins so"
+    )
     parser.add_argument("--picture", type=Path, help="write an SVG")
     parser.add_argument("--cells", type=Path, default=OUT / "frontier.json")
     arguments = parser.parse_args()
-    arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
+    arguments.calibration = arguments.calibration or str(
+        write_wikipedia(OUT / "wikipedia.txt")
+    )
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
-    chosen = [form for form in forms(arguments) if form.name.startswith(tuple(arguments.forms))]
-    with tempfile.TemporaryDirectory(prefix="frontier-", dir=OUT) as folder, without_bars():
+    chosen = [
+        form
+        for form in forms(arguments)
+        if form.name.startswith(tuple(arguments.forms))
+    ]
+    with (
+        tempfile.TemporaryDirectory(prefix="frontier-", dir=OUT) as folder,
+        without_bars(),
+    ):
         bench = Bench(arguments, Path(folder))
         dense = Cells(arguments.cells, versioned=False).get(
             f"{identity(arguments.model)}/{arguments.text}/{arguments.window}/{arguments.max_tokens}/dense",
@@ -274,8 +344,14 @@ def main() -> None:
     for name, reason in missing.items():
         print(f"\nno row {name}: {reason}")
     if arguments.picture and rows:
-        drawn = [(form.series, form.label, rows[form.name]) for form in chosen if form.name in rows]
-        points = [(series, label, row["bits"], row["kl"]) for series, label, row in drawn]
+        drawn = [
+            (form.series, form.label, rows[form.name])
+            for form in chosen
+            if form.name in rows
+        ]
+        points = [
+            (series, label, row["bits"], row["kl"]) for series, label, row in drawn
+        ]
         arguments.picture.write_text(draw(points, conditions), encoding="utf-8")
 
 

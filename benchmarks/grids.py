@@ -35,8 +35,8 @@ from wikipedia import write_news, write_wikipedia
 
 import sparsellm
 from sparsellm.api import Opened
-from sparsellm.chain.open import load_tokenizer
-from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.model.open import load_tokenizer
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS
 
@@ -44,7 +44,11 @@ Row = dict[str, Any]
 Dense = dict[str, Opened]  # by the text on which its outputs are kept
 
 
-def scores(asked: argparse.Namespace, model: str | Path | PreTrainedModel, dense: Dense | None = None) -> Row:
+def scores(
+    asked: argparse.Namespace,
+    model: str | Path | PreTrainedModel,
+    dense: Dense | None = None,
+) -> Row:
     """For each text its perplexity, the tokens scored, and the divergence from the dense model if there is one."""
     rows: Row = {}
     for text in asked.texts:
@@ -54,7 +58,11 @@ def scores(asked: argparse.Namespace, model: str | Path | PreTrainedModel, dense
             tokenizer=load_tokenizer(checkpoint_directory(asked.model)) if isinstance(model, PreTrainedModel) else None,
         )  # fmt: skip
         kl = result.against.kl if result.against is not None else 0.0
-        rows[Path(text).name] = {"perplexity": result.value, "tokens": result.tokens, "kl": kl}
+        rows[Path(text).name] = {
+            "perplexity": result.value,
+            "tokens": result.tokens,
+            "kl": kl,
+        }
     return rows
 
 
@@ -65,9 +73,13 @@ def nearest(asked: argparse.Namespace, grid: str, dense: Dense) -> Row:
     bits = weights = 0.0
     for linear in block_linears(model).values():
         weight = linear.get_parameter("weight")
-        weight.copy_(on_grid(weight.float(), "int4" if grid == "own" else grid, torch.float32))
+        weight.copy_(
+            on_grid(weight.float(), "int4" if grid == "own" else grid, torch.float32)
+        )
         weights += weight.numel()
-        bits += weight.numel() * (GRIDS[grid].bits_per_weight(weight.shape[1]) if grid in GRIDS else 4.5)
+        bits += weight.numel() * (
+            GRIDS[grid].bits_per_weight(weight.shape[1]) if grid in GRIDS else 4.5
+        )
     return {"zeros": 0.0, "bits": bits / weights, "texts": scores(asked, model, dense)}
 
 
@@ -83,10 +95,17 @@ def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Dense) 
         result = sparsellm.prune(asked.model, recipe, out=Path(folder) / "pruned")
         took = time.process_time() - began
         texts = scores(asked, Path(folder) / "pruned", dense)
-    return {"zeros": result.sparsity_pruned, "bits": result.bits_per_weight, "seconds": took, "texts": texts}
+    return {
+        "zeros": result.sparsity_pruned,
+        "bits": result.bits_per_weight,
+        "seconds": took,
+        "texts": texts,
+    }
 
 
-def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: Dense) -> Row:
+def peer(
+    asked: argparse.Namespace, method: str, python: str, grid: str, dense: Dense
+) -> Row:
     """Another tool's rounding of the dense model, with its CPU seconds."""
     group = GRIDS[grid].group
     worker = str(Path(__file__).with_name("peers_rounding.py"))
@@ -99,24 +118,50 @@ def peer(asked: argparse.Namespace, method: str, python: str, grid: str, dense: 
         texts = scores(asked, Path(folder) / "out", dense)
     bits = 4 + 16 / group  # as its file would have
     versions = json.loads(run.stdout.strip().splitlines()[-1])
-    return {"zeros": 0.0, "bits": bits, "seconds": run.cpu_seconds, "texts": texts, "versions": versions}
+    return {
+        "zeros": 0.0,
+        "bits": bits,
+        "seconds": run.cpu_seconds,
+        "texts": texts,
+        "versions": versions,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", required=True, help="test texts; nothing is chosen by them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        required=True,
+        help="test texts; nothing is chosen by them",
+    )
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
+    parser.add_argument(
+        "--calibration", help="a text source; by default a sample of Wikipedia"
+    )
     parser.add_argument("--grids", nargs="+", default=["own", "q4_0", "w4a16-64"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.0, 0.3, 0.5])
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of each test text; 0 for all of it")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=8192,
+        help="of each test text; 0 for all of it",
+    )
     parser.add_argument("--effort", type=int, default=1)
-    parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
-    parser.add_argument("--peers", nargs="*", default=[], help="METHOD=PYTHON of the tool's environment")
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="settings for every run, key=value"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", default=[], help="METHOD=PYTHON of the tool's environment"
+    )
     parser.add_argument("--cells", type=Path, default=OUT / "grids.json")
-    parser.set_defaults(seed=sparsellm.Recipe().seed)  # chooses the windows: other tools get those of our runs
+    parser.set_defaults(
+        seed=sparsellm.Recipe().seed
+    )  # chooses the windows: other tools get those of our runs
     asked = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
@@ -126,19 +171,36 @@ def main() -> None:
     cells = Cells(asked.cells)
     conditions = "/".join(
         map(
-            str, (identity(asked.model), *asked.texts, asked.calibration, asked.samples, asked.window, asked.max_tokens)
+            str,
+            (
+                identity(asked.model),
+                *asked.texts,
+                asked.calibration,
+                asked.samples,
+                asked.window,
+                asked.max_tokens,
+            ),
         )
     )
     dense = cells.get(f"{conditions}/dense", partial(scores, asked, asked.model))
-    directory, settings = str(checkpoint_directory(asked.model)), sparsellm.Recipe(products="float32")
+    directory, settings = (
+        str(checkpoint_directory(asked.model)),
+        sparsellm.Recipe(products="float32"),
+    )
     opened = {text: Opened(directory, settings, trust=False) for text in asked.texts}
-    read = "; ".join(f"{name} {row['tokens']} tokens, dense {row['perplexity']:.2f}" for name, row in dense.items())
+    read = "; ".join(
+        f"{name} {row['tokens']} tokens, dense {row['perplexity']:.2f}"
+        for name, row in dense.items()
+    )
     print(
         f"Model {asked.model}; windows of {asked.window}: {read}; calibration {asked.samples} × {asked.window} tokens "
         f"of {Path(asked.calibration).name}; effort {asked.effort}; {' '.join(asked.set)}\n"
         f"{cpu_name()}, 1 thread, torch {torch.__version__}, code {cells.code}\n"
     )
-    print("| grid | sparsity | zeros | bits a weight |" + "".join(f" {name}: KL | perplexity |" for name in dense))
+    print(
+        "| grid | sparsity | zeros | bits a weight |"
+        + "".join(f" {name}: KL | perplexity |" for name in dense)
+    )
     print("|---|---|---|---|" + "---|---|" * len(dense))
     for sparsity, grid in itertools.product(asked.sparsities, asked.grids):
         key = f"{conditions}/{asked.effort}/{' '.join(asked.set)}/{grid}/{sparsity}"
@@ -147,13 +209,24 @@ def main() -> None:
             rows[f"{grid}, to nearest"] = cells.get(
                 f"{conditions}/{grid}/nearest", partial(nearest, asked, grid, opened)
             )
-        for method, python in (pair.split("=") for pair in asked.peers if sparsity == 0 and grid.startswith("w4a16")):
+        for method, python in (
+            pair.split("=")
+            for pair in asked.peers
+            if sparsity == 0 and grid.startswith("w4a16")
+        ):
             rows[f"{grid}, {method}"] = cells.get(
-                f"{conditions}/{grid}/{method}", partial(peer, asked, method, python, grid, opened)
+                f"{conditions}/{grid}/{method}",
+                partial(peer, asked, method, python, grid, opened),
             )
         for name, row in rows.items():
-            shown = "".join(f" {text['kl']:.3g} | {text['perplexity']:.2f} |" for text in row["texts"].values())
-            print(f"| {name} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{shown}", flush=True)
+            shown = "".join(
+                f" {text['kl']:.3g} | {text['perplexity']:.2f} |"
+                for text in row["texts"].values()
+            )
+            print(
+                f"| {name} | {sparsity:.0%} | {row['zeros']:.1%} | {row['bits']:.2f} |{shown}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def measured(command: list[str], log: Path) -> Measured:
     log.parent.mkdir(parents=True, exist_ok=True)
     start, computed = time.perf_counter(), children_computed()
     with log.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
     memory = PeakMemory(process.pid)
     memory.start()
     stdout, _ = process.communicate()
@@ -71,7 +73,9 @@ def measured(command: list[str], log: Path) -> Measured:
     memory.join()
     if process.returncode != 0:
         tail = "\n".join(log.read_text().splitlines()[-20:])
-        raise RuntimeError(f"{command[:6]} ended with exit code {process.returncode}; the end of {log}:\n{tail}")
+        raise RuntimeError(
+            f"{command[:6]} ended with exit code {process.returncode}; the end of {log}:\n{tail}"
+        )
     return Measured(stdout, seconds, children_computed() - computed, memory.peak)
 
 
@@ -93,12 +97,21 @@ def code_version() -> str:
     root = Path(sparsellm.__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True
+        ).stdout.strip()
 
     tree = git("rev-parse", "--short", "HEAD:./src")  # empty outside a checkout
     new = git("ls-files", "--others", "--exclude-standard", "--", "src").splitlines()
-    texts = [git("diff", "HEAD", "--", "src"), *((root / name).read_text(errors="replace") for name in new)]
-    changed = f"-changed-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]}" if any(texts) or new else ""
+    texts = [
+        git("diff", "HEAD", "--", "src"),
+        *((root / name).read_text(errors="replace") for name in new),
+    ]
+    changed = (
+        f"-changed-{hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]}"
+        if any(texts) or new
+        else ""
+    )
     return f"{__version__}+{tree}{changed}" if tree else __version__
 
 
@@ -106,6 +119,10 @@ def cpu_name() -> str:
     """The processor's model where the system tells it, and its kind where not."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip()
+            for line in lines
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import sparsellm
-from sparsellm.chain.open import load_tokenizer
+from sparsellm.model.open import load_tokenizer
 from sparsepack.bench import Rounds, measure, resident_bytes, weight_file_bytes
 from sparsepack.module import kernel_name
 
@@ -38,7 +38,12 @@ def llama(layers: int, **changes: int) -> Any:
         "intermediate_size": 5632,
         "num_attention_heads": 32,
     }
-    shape |= {"num_hidden_layers": layers, "num_key_value_heads": 4, "max_position_embeddings": 2048, **changes}
+    shape |= {
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        **changes,
+    }
     config = LlamaConfig(**shape, tie_word_embeddings=False, dtype="bfloat16")
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
@@ -50,7 +55,9 @@ def llama(layers: int, **changes: int) -> Any:
                 parameter.fill_(1)
             else:
                 parameter.normal_(0, 0.02, generator=generator)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables were lost with the meta device
+    model.model.rotary_emb = type(model.model.rotary_emb)(
+        config
+    )  # its tables were lost with the meta device
     return model.eval()
 
 
@@ -61,11 +68,15 @@ def prune_at_random(model: nn.Module, sparsity: float) -> None:
     for layer in model.model.layers:  # type: ignore[union-attr]
         for module in layer.modules():
             if isinstance(module, nn.Linear):
-                module.weight.masked_fill_(torch.rand(module.weight.shape, generator=generator) < sparsity, 0)
+                module.weight.masked_fill_(
+                    torch.rand(module.weight.shape, generator=generator) < sparsity, 0
+                )
 
 
 def speeds(arguments: argparse.Namespace) -> None:
-    print(f"Llama of 1.1B's shape, {arguments.layers} layers; {conditions(arguments.threads)}.")
+    print(
+        f"Llama of 1.1B's shape, {arguments.layers} layers; {conditions(arguments.threads)}."
+    )
     clock = "processor" if arguments.cpu_seconds else "wall-clock"
     print(
         f"Prompt {arguments.prompt_tokens}, {arguments.new_tokens} tokens decoded, {arguments.repeats} rounds, "
@@ -73,7 +84,9 @@ def speeds(arguments: argparse.Namespace) -> None:
     )
     print(
         "| sparsity | model | MB on disk | MB in memory | linears / dense bf16 | prefill tokens/s | decode tokens/s "
-        "| × bf16, same decoder | × bf16 by transformers | both by transformers |\n" + "|---" * 10 + "|"
+        "| × bf16, same decoder | × bf16 by transformers | both by transformers |\n"
+        + "|---" * 10
+        + "|"
     )
     for sparsity in sorted(arguments.sparsities):
         with tempfile.TemporaryDirectory() as folder:
@@ -81,13 +94,17 @@ def speeds(arguments: argparse.Namespace) -> None:
                 print(line, flush=True)
 
 
-def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> list[str]:
+def row_group(
+    arguments: argparse.Namespace, sparsity: float, folder: Path
+) -> list[str]:
     source = llama(arguments.layers)
     prune_at_random(source, sparsity)
     source.save_pretrained(folder / "dense")
     del source
     sizes = {"bf16": weight_file_bytes(folder / "dense")}
-    models: dict[str, PreTrainedModel] = {"bf16": sparsellm.load(folder / "dense", dtype="bfloat16")}
+    models: dict[str, PreTrainedModel] = {
+        "bf16": sparsellm.load(folder / "dense", dtype="bfloat16")
+    }
     for values in arguments.values:
         name = f"packed {values}"
         sparsellm.pack(folder / "dense", out=folder / values, values=values)
@@ -105,15 +122,25 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
         clock=time.process_time if arguments.cpu_seconds else time.perf_counter,
     )
     rates = {(speed.model, speed.phase, speed.decoder): speed for speed in measured}
-    fast: Any = "compiled" if ("bf16", "decode", "compiled") in rates else "transformers"
+    fast: Any = (
+        "compiled" if ("bf16", "decode", "compiled") in rates else "transformers"
+    )
     dense = [rates["bf16", "decode", by].median for by in (fast, "transformers")]
     linear_bytes = resident_bytes(models["bf16"], linears_only=True)
     lines = []
     for name, model in models.items():
         share = resident_bytes(model, linears_only=True) / linear_bytes
         decode, eager = (rates[name, "decode", by] for by in (fast, "transformers"))
-        ratios = (decode.median / dense[0], decode.median / dense[1], eager.median / dense[1])
-        spread = f" ({decode.slowest:.2f} – {decode.fastest:.2f})" if arguments.verbose else ""
+        ratios = (
+            decode.median / dense[0],
+            decode.median / dense[1],
+            eager.median / dense[1],
+        )
+        spread = (
+            f" ({decode.slowest:.2f} – {decode.fastest:.2f})"
+            if arguments.verbose
+            else ""
+        )
         lines.append(
             f"| {sparsity:.0%} | {name} | {sizes[name] / 1e6:.0f} | {resident_bytes(model) / 1e6:.0f} | {share:.3f} "
             f"| {rates[name, 'prefill', fast].median:.1f} | {decode.median:.2f}{spread} "
@@ -132,14 +159,20 @@ def text(directory: Path, tokens: int) -> None:
         for path in (directory, result.path):
             model = sparsellm.load(path, dtype="float32")
             with torch.no_grad():
-                output = model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)  # type: ignore[operator]
+                output = model.generate(
+                    ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
+                )  # type: ignore[operator]
                 written.append(output[0, ids.shape[1] :])
                 logits = model(ids).logits
             if path == directory:
                 reference = logits
     same = int((written[0] == written[1]).long().cumprod(0).sum())
-    print(f"{directory}: {same} of {tokens} greedy tokens are the same, dense and packed ({kernel_name()}, fp32)")
-    print(f"largest difference of a logit over the prompt: {float((logits - reference).abs().max()):.2e}")
+    print(
+        f"{directory}: {same} of {tokens} greedy tokens are the same, dense and packed ({kernel_name()}, fp32)"
+    )
+    print(
+        f"largest difference of a logit over the prompt: {float((logits - reference).abs().max()):.2e}"
+    )
     print(
         f"linears: {result.packed_bytes / (2 * result.weights):.4f} of dense bf16 ({result.packed_bytes / 1e6:.1f} MB)"
     )
@@ -150,18 +183,31 @@ def conditions(threads: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9])
-    parser.add_argument("--values", nargs="+", default=["keep"], help="value types to pack in")
+    parser.add_argument(
+        "--values", nargs="+", default=["keep"], help="value types to pack in"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cpu-seconds", action="store_true", help="processor time: one thread on a shared machine")
+    parser.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="processor time: one thread on a shared machine",
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--verbose", action="store_true", help="with the range of the rounds")
     parser.add_argument(
-        "--text", type=Path, metavar="DIR", help="compare greedy text of this pruned checkpoint instead"
+        "--verbose", action="store_true", help="with the range of the rounds"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="DIR",
+        help="compare greedy text of this pruned checkpoint instead",
     )
     parser.add_argument("--tokens", type=int, default=200, help="of the greedy text")
     arguments = parser.parse_args()

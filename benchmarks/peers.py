@@ -21,9 +21,9 @@ from quality import OUT, measure
 from safetensors.torch import save_file
 
 import sparsellm
-from sparsellm.calibration.windows import calibration_windows
-from sparsellm.chain.open import load_tokenizer
-from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.model.open import load_tokenizer
+from sparsellm.text.windows import calibration_windows
 
 WORKER = Path(__file__).with_name("peers_llmcompressor.py")
 
@@ -54,7 +54,13 @@ def run(arguments: argparse.Namespace, method: str, target: str) -> dict[str, An
 def write_windows(arguments: argparse.Namespace) -> Path:
     """The file with the token ids of the calibration samples, ``windows``: (samples, seq)."""
     tokenizer = load_tokenizer(checkpoint_directory(arguments.model))
-    ids = calibration_windows(arguments.calibration, tokenizer, arguments.samples, arguments.window, arguments.seed)
+    ids = calibration_windows(
+        arguments.calibration,
+        tokenizer,
+        arguments.samples,
+        arguments.window,
+        arguments.seed,
+    )
     path = OUT / "peers" / "windows.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"windows": ids}, path)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 
-def by_llmcompressor(model: nn.Module, windows: Tensor, method: str, group: int) -> dict[str, Tensor]:
+def by_llmcompressor(
+    model: nn.Module, windows: Tensor, method: str, group: int
+) -> dict[str, Tensor]:
     """Weights by name."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.lifecycle.forward import forward_quantize
@@ -30,11 +32,19 @@ def by_llmcompressor(model: nn.Module, windows: Tensor, method: str, group: int)
 
     if not torch.cuda.is_available():
         Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign] # AWQ calls it without an accelerator too, where torch refuses
-    numbers = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group)
+    numbers = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=group
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=numbers)
     fields = {"config_groups": {"group_0": scheme}, "ignore": ["re:.*lm_head"]}
-    recipe = [GPTQModifier(**fields)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**fields)]
-    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
+    recipe = (
+        [GPTQModifier(**fields)]
+        if method == "gptq"
+        else [AWQModifier(), QuantizationModifier(**fields)]
+    )
+    rows = [
+        {"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows
+    ]
     oneshot(
         model=model,
         dataset=Dataset.from_list(rows),
@@ -46,47 +56,74 @@ def by_llmcompressor(model: nn.Module, windows: Tensor, method: str, group: int)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         if (given := getattr(module, "quantization_scheme", None)) is not None:
-            weights[f"{name}.weight"] = forward_quantize(module, module.weight, "weight", given.weights).detach()
+            weights[f"{name}.weight"] = forward_quantize(
+                module, module.weight, "weight", given.weights
+            ).detach()
     return weights
 
 
 def by_gptqmodel(directory: str, windows: Tensor, group: int) -> dict[str, Tensor]:
     """Weights by name."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it needs two, and takes one on a machine of two cores
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", "2"
+    )  # it needs two, and takes one on a machine of two cores
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(
-        directory, QuantizeConfig(bits=4, group_size=group, sym=True, offload_to_disk=False), device="cpu"
+        directory,
+        QuantizeConfig(bits=4, group_size=group, sym=True, offload_to_disk=False),
+        device="cpu",
     )
-    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
+    rows = [
+        {"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows
+    ]
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
-    weights = {name: parameter.detach() for name, parameter in model.model.named_parameters()}
+    weights = {
+        name: parameter.detach() for name, parameter in model.model.named_parameters()
+    }
     for name, module in model.model.named_modules():
         if hasattr(module, "dequantize_weight"):
             weight = module.dequantize_weight().detach()  # (in, out)
-            if module.qzero_format() == 1:  # stored zeros are one less, which is mended only when a file is loaded
+            if (
+                module.qzero_format() == 1
+            ):  # stored zeros are one less, which is mended only when a file is loaded
                 weight = weight - module.scales[module.g_idx.long()]
             weights[f"{name}.weight"] = weight.t()
     return weights
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--method", choices=("gptqmodel", "gptq", "awq"), required=True)
-    parser.add_argument("--group", type=int, required=True, help="columns that share a scale")
-    parser.add_argument("--windows", required=True, help="safetensors file with token ids, (samples, seq)")
+    parser.add_argument(
+        "--group", type=int, required=True, help="columns that share a scale"
+    )
+    parser.add_argument(
+        "--windows",
+        required=True,
+        help="safetensors file with token ids, (samples, seq)",
+    )
     asked = parser.parse_args()
     windows = load_file(asked.windows)["windows"]
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto")
-    dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    dense = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters()
+    }
     if asked.method == "gptqmodel":
         weights = by_gptqmodel(asked.model, windows, asked.group)
     else:
         weights = by_llmcompressor(model, windows, asked.method, asked.group)
-    there = {name: weight for name, weight in weights.items() if not weight.is_meta}  # gptqmodel drops some others
-    result = {name: there.get(name, old).to(old.dtype).contiguous() for name, old in dense.items()}
+    there = {
+        name: weight for name, weight in weights.items() if not weight.is_meta
+    }  # gptqmodel drops some others
+    result = {
+        name: there.get(name, old).to(old.dtype).contiguous()
+        for name, old in dense.items()
+    }
     rounded = sum(not torch.equal(result[name], old) for name, old in dense.items())
     assert all(result[name].shape == old.shape for name, old in dense.items())
     asked.out.mkdir(parents=True)
@@ -95,7 +132,11 @@ def main() -> None:
             shutil.copy(file, asked.out)
     save_file(result, asked.out / "model.safetensors", metadata={"format": "pt"})
     package = "gptqmodel" if asked.method == "gptqmodel" else "llmcompressor"
-    print(json.dumps({package: version(package), "torch": torch.__version__, "changed": rounded}))
+    print(
+        json.dumps(
+            {package: version(package), "torch": torch.__version__, "changed": rounded}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from measure import children_computed, code_version, cpu_name
 from wikipedia import write_wikipedia
 
-from sparsellm.storage.files import sha256
+from sparsellm.files.files import sha256
 
 OUT = Path(__file__).parent / "out"
 TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4", "4:8", "0.9")
@@ -67,7 +67,11 @@ class RefusedError(Exception):
 
 
 def command(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "sparsellm", *arguments, "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsellm", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+    )
     print(done.stderr, end="", file=sys.stderr, flush=True)
     if done.returncode == 2:
         raise RefusedError(done.stderr.strip().splitlines()[-1])
@@ -90,7 +94,9 @@ class Cells:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, Any]:
-        stored: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        stored: dict[str, Any] = (
+            json.loads(self.path.read_text()) if self.path.is_file() else {}
+        )
         return stored
 
     def __contains__(self, key: str) -> bool:
@@ -135,7 +141,13 @@ def conditions_of(arguments: argparse.Namespace) -> str:
     return "/".join(str(part) for part in parts)
 
 
-def cell_key(arguments: argparse.Namespace, method: str, target: str, seed: int, settings: tuple[str, ...] = ()) -> str:
+def cell_key(
+    arguments: argparse.Namespace,
+    method: str,
+    target: str,
+    seed: int,
+    settings: tuple[str, ...] = (),
+) -> str:
     return "/".join((conditions_of(arguments), method, *settings, target, str(seed)))
 
 
@@ -152,7 +164,11 @@ def heading(arguments: argparse.Namespace, dense: dict[str, Any], code: str) -> 
 
 
 def run_cell(
-    arguments: argparse.Namespace, method: str, target: str, seed: int, settings: tuple[str, ...] = ()
+    arguments: argparse.Namespace,
+    method: str,
+    target: str,
+    seed: int,
+    settings: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     OUT.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="pruned-", dir=OUT)) / "model"
@@ -175,7 +191,9 @@ def run_cell(
     shutil.rmtree(directory.parent)
     return {
         **scored,
-        "seconds": sum(value for name, value in pruned["seconds"].items() if "/" not in name),
+        "seconds": sum(
+            value for name, value in pruned["seconds"].items() if "/" not in name
+        ),
         "cpu_seconds": computed,  # the whole process, imports too: other jobs change it least
         "phases": pruned["seconds"],
         "peak_rss_bytes": pruned["peak_rss_bytes"],
@@ -187,47 +205,90 @@ def run_cell(
 
 def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     limit = ["--max-tokens", str(arguments.max_tokens)] if arguments.max_tokens else []
-    protocol = ("--seq-len", str(arguments.window), *limit, *(["--dtype", arguments.dtype] if arguments.dtype else []))
+    protocol = (
+        "--seq-len",
+        str(arguments.window),
+        *limit,
+        *(["--dtype", arguments.dtype] if arguments.dtype else []),
+    )
     measured = command("eval", model, "--text", arguments.text, *protocol)
-    scored = {"perplexity": measured["perplexity"]["value"], "tokens_scored": measured["protocol"]["tokens"]}
+    scored = {
+        "perplexity": measured["perplexity"]["value"],
+        "tokens_scored": measured["protocol"]["tokens"],
+    }
     if arguments.other_text:
-        scored["other"] = command("eval", model, "--text", arguments.other_text, *protocol)["perplexity"]["value"]
+        scored["other"] = command(
+            "eval", model, "--text", arguments.other_text, *protocol
+        )["perplexity"]["value"]
     return scored
 
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:
     """What every perplexity is measured under."""
-    parser.add_argument("--text", required=True, help="raw WikiText-2 test, a row a line")
-    parser.add_argument("--other-text", help="a second test text, of another kind than the calibration")
+    parser.add_argument(
+        "--text", required=True, help="raw WikiText-2 test, a row a line"
+    )
+    parser.add_argument(
+        "--other-text", help="a second test text, of another kind than the calibration"
+    )
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
+    parser.add_argument(
+        "--calibration", help="a text source; by default a sample of Wikipedia"
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of the test text; 0 for all of it")
-    parser.add_argument("--dtype", help="in which models are scored: bfloat16 takes a third of the time of fp32")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=16384,
+        help="of the test text; 0 for all of it",
+    )
+    parser.add_argument(
+        "--dtype",
+        help="in which models are scored: bfloat16 takes a third of the time of fp32",
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_conditions(parser)
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--targets", nargs="*", default=TARGETS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="settings for every run, key=value"
+    )
     parser.add_argument("--effort", type=int, help="of sparsellm; by default its own")
-    parser.add_argument("--ablation", action="store_true", help="what each part buys, at the first target and seed")
-    parser.add_argument("--rows", nargs="*", default=[""], help="only rows of the ablation whose name has one of these")
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        help="what each part buys, at the first target and seed",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="*",
+        default=[""],
+        help="only rows of the ablation whose name has one of these",
+    )
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
     arguments = parser.parse_args()
-    arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
+    arguments.calibration = arguments.calibration or str(
+        write_wikipedia(OUT / "wikipedia.txt")
+    )
     cells = Cells(arguments.cells)
-    dense = cells.get(f"{conditions_of(arguments)}/dense", lambda: measure(arguments, arguments.model))
+    dense = cells.get(
+        f"{conditions_of(arguments)}/dense", lambda: measure(arguments, arguments.model)
+    )
     title = heading(arguments, dense, cells.code)
     if arguments.ablation:
         print_ablation(arguments, cells, dense["perplexity"], title)
         return
     table = {}
-    for target in arguments.targets:  # every method's cell of a target before the next, so that times are comparable
+    for target in (
+        arguments.targets
+    ):  # every method's cell of a target before the next, so that times are comparable
         for seed in arguments.seeds:
             for method in arguments.methods:
                 if target in ONLY.get(method, arguments.targets):
@@ -235,27 +296,42 @@ def main() -> None:
                     settings = (f"effort={arguments.effort}",) if chosen else ()
                     key = cell_key(arguments, method, target, seed, settings)
                     table[method, target, seed] = cells.get(
-                        key, lambda m=method, t=target, s=seed, x=settings: run_cell(arguments, m, t, s, x)
+                        key,
+                        lambda m=method, t=target, s=seed, x=settings: run_cell(
+                            arguments, m, t, s, x
+                        ),
                     )
     print(title)
     print(f"| target | method | {COLUMNS} |")
     print("|---|---|---|---|---|---|---|")
     for target in arguments.targets:
         for method in arguments.methods:
-            rows = [table[method, target, seed] for seed in arguments.seeds if (method, target, seed) in table]
+            rows = [
+                table[method, target, seed]
+                for seed in arguments.seeds
+                if (method, target, seed) in table
+            ]
             if not rows:
                 continue
             base = [
-                table["sparsegpt", target, seed] for seed in arguments.seeds if ("sparsegpt", target, seed) in table
+                table["sparsegpt", target, seed]
+                for seed in arguments.seeds
+                if ("sparsegpt", target, seed) in table
             ]
             label = method
             if method == "sparsellm":
-                effort = "" if arguments.effort is None else f", effort {arguments.effort}"
+                effort = (
+                    "" if arguments.effort is None else f", effort {arguments.effort}"
+                )
                 label += f"{effort}, {rows[0].get('allocation', 'uniform')}"
-            print(f"| {target} | {label} | {columns(rows, base, dense['perplexity'])} |")
+            print(
+                f"| {target} | {label} | {columns(rows, base, dense['perplexity'])} |"
+            )
 
 
-def columns(rows: list[dict[str, Any]], base: list[dict[str, Any]], dense: float) -> str:
+def columns(
+    rows: list[dict[str, Any]], base: list[dict[str, Any]], dense: float
+) -> str:
     """What :data:`COLUMNS` names, for the cells of all seeds; ``base`` are sparsegpt's, where there are any."""
     failed = next((row["failed"] for row in rows if "failed" in row), None)
     if failed is not None:
@@ -263,14 +339,19 @@ def columns(rows: list[dict[str, Any]], base: list[dict[str, Any]], dense: float
     ratios: list[float] = []
     times = "– | –"
     if len(base) == len(rows):
-        ratios = [excess_ratio(row, other, dense) for row, other in zip(rows, base, strict=True)]
+        ratios = [
+            excess_ratio(row, other, dense)
+            for row, other in zip(rows, base, strict=True)
+        ]
         times = time_ratios(rows, base)
     perplexity = spread([row["perplexity"] for row in rows], 1)
     peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
     return f"{perplexity} | {spread(ratios, 3)} | {times} | {peak:.2f}"
 
 
-def excess_ratio(row: dict[str, Any], base: dict[str, Any], dense: float, text: str = "perplexity") -> float:
+def excess_ratio(
+    row: dict[str, Any], base: dict[str, Any], dense: float, text: str = "perplexity"
+) -> float:
     """How much of the base's excess of log perplexity over the dense model's a cell has; ``other`` is that on the
     second text."""
     return math.log(row[text] / dense) / math.log(base[text] / dense)
@@ -281,7 +362,9 @@ def spread(values: list[float], digits: int) -> str:
     if not values:
         return "–"
     shown = f"{statistics.mean(values):.{digits}f}"
-    return shown + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return shown + (
+        f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    )
 
 
 def time_ratios(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
@@ -289,19 +372,27 @@ def time_ratios(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     means = []
     for name in ("seconds", "cpu_seconds"):
         known = all(name in cell for cell in (*rows, *base))
-        ratios = [row[name] / other[name] for row, other in zip(rows, base, strict=True)] if known else []
+        ratios = (
+            [row[name] / other[name] for row, other in zip(rows, base, strict=True)]
+            if known
+            else []
+        )
         means.append(f"{statistics.mean(ratios):.2f}" if ratios else "–")
     return " | ".join(means)
 
 
-def print_ablation(arguments: argparse.Namespace, cells: Cells, dense: float, title: str) -> None:
+def print_ablation(
+    arguments: argparse.Namespace, cells: Cells, dense: float, title: str
+) -> None:
     target, seed = arguments.targets[0], arguments.seeds[0]
     rows = {}
     for name, method, settings in ABLATION:
         if name != "sparsegpt" and not any(part in name for part in arguments.rows):
             continue
         key = cell_key(arguments, method, target, seed, settings)
-        rows[name] = cells.get(key, lambda m=method, x=settings: run_cell(arguments, m, target, seed, x))
+        rows[name] = cells.get(
+            key, lambda m=method, x=settings: run_cell(arguments, m, target, seed, x)
+        )
     print(title)
     print(f"| at {target} | {COLUMNS} |")
     print("|---|---|---|---|---|---|")

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsellm
-from sparsellm.calibration.windows import evaluation_windows
-from sparsellm.chain.open import load_tokenizer
+from sparsellm.model.open import load_tokenizer
+from sparsellm.text.windows import evaluation_windows
 from sparsepack.module import SMALL_BATCH, kernel_name
 
 
@@ -30,39 +30,68 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """``(tokens, vocabulary)`` for a window of token ids, read a small batch at a time."""
     cache, scores = None, []
     for piece in ids.split(SMALL_BATCH):
-        output = model(input_ids=piece.unsqueeze(0), past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=piece.unsqueeze(0), past_key_values=cache, use_cache=True
+        )
         cache = output.past_key_values
         scores.append(output.logits[0].float().log_softmax(-1))
     return torch.cat(scores)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", required=True)
-    parser.add_argument("--pruned", type=Path, required=True, metavar="DIR", help="a pruned checkpoint")
+    parser.add_argument(
+        "--pruned", type=Path, required=True, metavar="DIR", help="a pruned checkpoint"
+    )
     parser.add_argument("--values", nargs="+", default=["int8", "int4"])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--out", type=Path, required=True, help="directory of packed checkpoints")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory of packed checkpoints"
+    )
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.pruned)
-    windows = evaluation_windows(arguments.text, tokenizer, arguments.window, arguments.windows * arguments.window)
-    print(f"{len(windows)} windows of {arguments.window}; {cpu_name()}, kernel {kernel_name()}\n")
-    print("| values | head | activations | perplexity | KL | same token |\n|---|---|---|---|---|---|")
+    windows = evaluation_windows(
+        arguments.text,
+        tokenizer,
+        arguments.window,
+        arguments.windows * arguments.window,
+    )
+    print(
+        f"{len(windows)} windows of {arguments.window}; {cpu_name()}, kernel {kernel_name()}\n"
+    )
+    print(
+        "| values | head | activations | perplexity | KL | same token |\n|---|---|---|---|---|---|"
+    )
     for values in arguments.values:
         exact: list[Tensor] = []
         for head in ("keep", "int8"):
             directory = arguments.out / f"{values}-{head}"
-            sparsellm.pack(arguments.pruned, out=directory, values=values, head=head, overwrite=True)
+            sparsellm.pack(
+                arguments.pruned,
+                out=directory,
+                values=values,
+                head=head,
+                overwrite=True,
+            )
             for activations in ("fp32", "int8"):
-                model = sparsellm.load(directory, dtype="float32", activations=activations)
+                model = sparsellm.load(
+                    directory, dtype="float32", activations=activations
+                )
                 loss, divergence, same, tokens = 0.0, 0.0, 0, 0
                 for index, ids in enumerate(windows):
                     scores = log_probabilities(model, ids)
                     if head == "keep" and activations == "fp32":
                         exact.append(scores)
-                    loss -= float(scores[:-1].gather(1, ids[1:].unsqueeze(1)).double().sum())
-                    divergence += float((exact[index].exp() * (exact[index] - scores)).double().sum())
+                    loss -= float(
+                        scores[:-1].gather(1, ids[1:].unsqueeze(1)).double().sum()
+                    )
+                    divergence += float(
+                        (exact[index].exp() * (exact[index] - scores)).double().sum()
+                    )
                     same += int((scores.argmax(-1) == exact[index].argmax(-1)).sum())
                     tokens += len(ids)
                 perplexity = math.exp(loss / (tokens - len(windows)))

@@ -103,7 +103,10 @@ def make_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> None:
         "input_layernorm": (width,),
         "post_attention_layernorm": (width,),
     }
-    shards = [{f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()} for i in range(blocks)]
+    shards = [
+        {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
+        for i in range(blocks)
+    ]
     shards.append(
         {
             "model.embed_tokens.weight": (vocabulary, width),
@@ -118,18 +121,30 @@ def make_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> None:
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for key, shape in shapes.items():
-            part = key.partition(".layers.")[2].partition(".")[2] or key  # all blocks have the numbers of the first
+            part = (
+                key.partition(".layers.")[2].partition(".")[2] or key
+            )  # all blocks have the numbers of the first
             if part not in drawn:
-                values = torch.randn(shape, generator=generator).mul_(config["initializer_range"])
-                drawn[part] = (torch.ones(shape) if len(shape) == 1 else values).to(torch.bfloat16)
+                values = torch.randn(shape, generator=generator).mul_(
+                    config["initializer_range"]
+                )
+                drawn[part] = (torch.ones(shape) if len(shape) == 1 else values).to(
+                    torch.bfloat16
+                )
             tensors[key] = drawn[part]
         save_file(tensors, directory / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(shapes, name))
-        print(f"\rwriting the checkpoint: shard {number}/{len(shards)}", end="", file=sys.stderr)
+        print(
+            f"\rwriting the checkpoint: shard {number}/{len(shards)}",
+            end="",
+            file=sys.stderr,
+        )
     print(file=sys.stderr)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     make_tokenizer(directory)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def make_tokenizer(directory: Path) -> None:
@@ -144,16 +159,25 @@ def make_tokenizer(directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=1000,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(topics.values(), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
 
 
 def import_memory() -> int:
     """Resident bytes of a process that only imports the package."""
-    program = "import psutil, sparsellm, sparsellm.api, sparsellm.cli; print(psutil.Process().memory_info().rss)"
-    return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+    program = "import psutil, sparsellm, sparsellm.api, sparsellm.app.cli; print(psutil.Process().memory_info().rss)"
+    return int(
+        subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True, text=True
+        ).stdout
+    )
 
 
 @dataclass
@@ -163,13 +187,17 @@ class Run:
     peak: int  # bytes
     predicted: float  # GB
     seconds: float
-    blocks: list[dict[str, float]]  # seconds of each phase, of every block that is on the disk
+    blocks: list[
+        dict[str, float]
+    ]  # seconds of each phase, of every block that is on the disk
     first: int  # blocks that were there before
 
 
 def records(out: Path) -> list[dict[str, float]]:
     """Seconds of each phase, of every block that a run has finished."""
-    paths = sorted(out.with_name(f"{out.name}.partial").glob(".sparsellm-run/model-*.json"))
+    paths = sorted(
+        out.with_name(f"{out.name}.partial").glob(".sparsellm-run/model-*.json")
+    )
     facts = [json.loads(path.read_text()) for path in paths]
     return [entry["seconds"] for entry in facts if "linears" in entry]
 
@@ -177,17 +205,35 @@ def records(out: Path) -> list[dict[str, float]]:
 COMMAND = ("-m", "sparsellm")
 
 
-def prune(model: Path, out: Path, options: list[str], stop_after: int | None, program: Sequence[str] = COMMAND) -> Run:
+def prune(
+    model: Path,
+    out: Path,
+    options: list[str],
+    stop_after: int | None,
+    program: Sequence[str] = COMMAND,
+) -> Run:
     """Runs the command, and kills it when ``stop_after`` blocks are on the disk. ``program``: what Python runs."""
     first = len(records(out))
-    command = [sys.executable, *program, "prune", str(model), "--out", str(out), *options]
+    command = [
+        sys.executable,
+        *program,
+        "prune",
+        str(model),
+        "--out",
+        str(out),
+        *options,
+    ]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     memory = PeakMemory(process.pid)
     memory.start()
     said: list[str] = []
     assert process.stderr is not None
-    listener = threading.Thread(target=lambda stream: said.extend(stream), args=(process.stderr,), daemon=True)
+    listener = threading.Thread(
+        target=lambda stream: said.extend(stream), args=(process.stderr,), daemon=True
+    )
     listener.start()
     seen: list[dict[str, float]] = []
     while process.poll() is None:
@@ -203,16 +249,29 @@ def prune(model: Path, out: Path, options: list[str], stop_after: int | None, pr
     if process.returncode not in (0, -signal.SIGKILL):
         raise SystemExit(f"{' '.join(command)} failed:\n{text}")
     predicted = re.search(r"predicted peak memory ([\d.]+) GB", text)
-    return Run(memory.peak, float(predicted[1]) if predicted else 0.0, time.perf_counter() - start, seen, first)
+    return Run(
+        memory.peak,
+        float(predicted[1]) if predicted else 0.0,
+        time.perf_counter() - start,
+        seen,
+        first,
+    )
 
 
 def row(name: str, what: str, run: Run, imports: int, blocks: int) -> str:
     # The first block pays for the libraries' first steps.
-    work = [sum(v for k, v in entry.items() if "/" not in k and k not in BEFORE) for entry in run.blocks[run.first :]]
+    work = [
+        sum(v for k, v in entry.items() if "/" not in k and k not in BEFORE)
+        for entry in run.blocks[run.first :]
+    ]
     entry = sum(work[1:] or work) / max(1, len(work[1:] or work))
     outside = max(0.0, run.seconds - sum(work))
     peak = (run.peak - imports) / 1e9
-    bar = f" ({'within' if peak <= BARS[name] else 'ABOVE'} {BARS[name]:g})" if name in BARS else ""
+    bar = (
+        f" ({'within' if peak <= BARS[name] else 'ABOVE'} {BARS[name]:g})"
+        if name in BARS
+        else ""
+    )
     return (
         f"| {name} | {what} | {run.first}…{len(run.blocks)} of {blocks} | {peak:.2f} GB{bar} "
         f"| {run.predicted - imports / 1e9:.2f} GB | {entry:.1f} s | {run.seconds:.0f} s "
@@ -220,30 +279,61 @@ def row(name: str, what: str, run: Run, imports: int, blocks: int) -> str:
     )
 
 
-BEFORE = ("open", "calibration", "check", "embed", "replay")  # phases that are not part of a block
+BEFORE = (
+    "open",
+    "calibration",
+    "check",
+    "embed",
+    "replay",
+)  # phases that are not part of a block
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=CONFIGS, default="1.1b")
     parser.add_argument("--methods", nargs="+", default=["sparsegpt"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--samples", type=int, nargs="+", default=[8])
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--memory", help="see `sparsellm prune`")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="see `sparsellm prune`")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="see `sparsellm prune`",
+    )
     parser.add_argument("--layers", type=int, help="cut the model to N blocks")
-    parser.add_argument("--blocks", type=int, help="kill the run when N are done, and go on for one more")
-    parser.add_argument("--once", action="store_true", help="with --blocks: do not go on after the kill")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        help="kill the run when N are done, and go on for one more",
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="with --blocks: do not go on after the kill"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--scratch", type=Path, default=Path(__file__).parent / "out", help="where checkpoints are made"
+        "--scratch",
+        type=Path,
+        default=Path(__file__).parent / "out",
+        help="where checkpoints are made",
     )
-    parser.add_argument("--restart", action="store_true", help="forget what an unfinished run of this script has left")
-    parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoint")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="forget what an unfinished run of this script has left",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the pruned checkpoint"
+    )
     arguments = parser.parse_args()
     config = dict(CONFIGS[arguments.model])
-    config["num_hidden_layers"] = blocks = arguments.layers or config["num_hidden_layers"]
+    config["num_hidden_layers"] = blocks = (
+        arguments.layers or config["num_hidden_layers"]
+    )
     name = arguments.model + (f"-{arguments.layers}-layers" if arguments.layers else "")
     model = arguments.scratch / f"random-{name}-{arguments.seed}"
     make_checkpoint(model, config, arguments.seed)
@@ -252,19 +342,43 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"imports alone {imports / 1e9:.2f} GB; sparsity {arguments.sparsity:g}, seed {arguments.seed}.\n"
     )
-    print("| model | run | blocks | peak beyond imports | predicted | a block | this run | whole model, projected |")
+    print(
+        "| model | run | blocks | peak beyond imports | predicted | a block | this run | whole model, projected |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for method in arguments.methods:
         for samples in arguments.samples:
             out = arguments.scratch / f"pruned-{name}-{method}-{samples}"
-            for leftover in (out, *([out.with_name(f"{out.name}.partial")] if arguments.restart else [])):
+            for leftover in (
+                out,
+                *([out.with_name(f"{out.name}.partial")] if arguments.restart else []),
+            ):
                 shutil.rmtree(leftover, ignore_errors=True)
-            options = ["--method", method, "--sparsity", str(arguments.sparsity), "--samples", str(samples)]
-            options += ["--seq-len", str(arguments.seq_len), "--calibration", "pydoc", "--verbose"]
+            options = [
+                "--method",
+                method,
+                "--sparsity",
+                str(arguments.sparsity),
+                "--samples",
+                str(samples),
+            ]
+            options += [
+                "--seq-len",
+                str(arguments.seq_len),
+                "--calibration",
+                "pydoc",
+                "--verbose",
+            ]
             options += ["--memory", arguments.memory] if arguments.memory else []
-            options += [part for setting in arguments.set for part in ("--set", setting)]
+            options += [
+                part for setting in arguments.set for part in ("--set", setting)
+            ]
             what = f"{method}, {samples} × {arguments.seq_len}"
-            stops = [None] if arguments.blocks is None else [arguments.blocks, arguments.blocks + 1]
+            stops = (
+                [None]
+                if arguments.blocks is None
+                else [arguments.blocks, arguments.blocks + 1]
+            )
             for position, stop in enumerate(stops[:1] if arguments.once else stops):
                 run = prune(model, out, options, stop)
                 label = f"{what}, killed and gone on" if position else what

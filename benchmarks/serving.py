@@ -34,7 +34,21 @@ from measure import code_version, cpu_name
 
 from sparsellm.errors import shown
 
-WORDS = ("time", "year", "people", "way", "day", "man", "thing", "life", "child", "world", "school", "state", "group")
+WORDS = (
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "group",
+)
 LOADING = 600.0  # seconds until a server must answer
 
 
@@ -48,7 +62,9 @@ class Server:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=LOADING) as answer:
             return json.load(answer)
 
@@ -69,24 +85,51 @@ def serving(path: Path, arguments: argparse.Namespace) -> Iterator[Server]:
     port, clients, context = free_port(), max(arguments.clients), arguments.context
     common = ["--port", str(port), "--threads", str(arguments.threads)]
     if path.is_dir():
-        command = [sys.executable, "-m", "sparsellm", "serve", str(path), *common, "--queue", str(clients), "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "sparsellm",
+            "serve",
+            str(path),
+            *common,
+            "--queue",
+            str(clients),
+            "--quiet",
+        ]
         command += ["--context", str(context), "--dtype", arguments.dtype]
     else:
-        command = [str(arguments.llama_server), "--model", str(path), *common, "--host", "127.0.0.1"]
-        command += ["--threads-batch", str(arguments.threads), "--parallel", str(clients)]
+        command = [
+            str(arguments.llama_server),
+            "--model",
+            str(path),
+            *common,
+            "--host",
+            "127.0.0.1",
+        ]
+        command += [
+            "--threads-batch",
+            str(arguments.threads),
+            "--parallel",
+            str(clients),
+        ]
         command += ["--ctx-size", str(clients * context), "--no-webui"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     with (arguments.out / f"{path.name}-{port}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        server, end = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid)), time.monotonic() + LOADING
+        server, end = (
+            Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid)),
+            time.monotonic() + LOADING,
+        )
         while True:
             try:
                 server.ask("/health")
                 break
             except OSError:  # not listening yet, or status 503 while it loads
                 if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(f"{shown(command)} does not answer; its log is {log.name}") from None
+                    raise SystemExit(
+                        f"{shown(command)} does not answer; its log is {log.name}"
+                    ) from None
                 time.sleep(0.2)
         yield server
     finally:
@@ -94,42 +137,76 @@ def serving(path: Path, arguments: argparse.Namespace) -> Iterator[Server]:
         process.wait()
 
 
-def one_round(server: Server, clients: int, arguments: argparse.Namespace, words: random.Random) -> float:
+def one_round(
+    server: Server, clients: int, arguments: argparse.Namespace, words: random.Random
+) -> float:
     """Generated tokens a second of all clients together."""
 
     def answer(prompt: str) -> int:
-        body = {"prompt": prompt, "max_tokens": arguments.new_tokens, "temperature": 0, "ignore_eos": True}
+        body = {
+            "prompt": prompt,
+            "max_tokens": arguments.new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         return int(server.ask("/v1/completions", body)["usage"]["completion_tokens"])
 
-    prompts = [" ".join(words.choices(WORDS, k=arguments.prompt_words)) for _ in range(clients)]
+    prompts = [
+        " ".join(words.choices(WORDS, k=arguments.prompt_words)) for _ in range(clients)
+    ]
     start, computed = time.perf_counter(), server.computed()
     with ThreadPoolExecutor(clients) as pool:
         tokens = sum(pool.map(answer, prompts))
-    seconds = server.computed() - computed if arguments.cpu_seconds else time.perf_counter() - start
+    seconds = (
+        server.computed() - computed
+        if arguments.cpu_seconds
+        else time.perf_counter() - start
+    )
     return tokens / seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("forms", nargs="+", metavar="NAME=PATH")
-    parser.add_argument("--llama-server", type=Path, help="the program; without it, GGUF files are left out")
+    parser.add_argument(
+        "--llama-server",
+        type=Path,
+        help="the program; without it, GGUF files are left out",
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto", help="of `sparsellm serve`")
     parser.add_argument("--prompt-words", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--context", type=int, default=512, help="tokens of a prompt and its answer")
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens of a prompt and its answer"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cpu-seconds", action="store_true", help="processor time: a shared machine")
-    parser.add_argument("--out", type=Path, default=Path("/tmp"), help="folder for the logs of the servers")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="processor time: a shared machine"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("/tmp"),
+        help="folder for the logs of the servers",
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    paths = {name: Path(path) for name, _, path in (form.partition("=") for form in arguments.forms)}
+    paths = {
+        name: Path(path)
+        for name, _, path in (form.partition("=") for form in arguments.forms)
+    }
     if arguments.llama_server is None:
         paths = {name: path for name, path in paths.items() if path.is_dir()}
 
     with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(serving(path, arguments)) for name, path in paths.items()}
+        servers = {
+            name: stack.enter_context(serving(path, arguments))
+            for name, path in paths.items()
+        }
         words = random.Random(0)
         for turn in range(arguments.rounds + 1):
             for clients in arguments.clients:
@@ -142,15 +219,27 @@ def main() -> None:
         f"{arguments.new_tokens} tokens after {arguments.prompt_words} words, {arguments.rounds} rounds in turns, "
         f"{time_of} time, {arguments.threads} thread(s); {cpu_name()}, code {code_version()}.\n"
     )
-    print("| form | server | " + " | ".join(f"{count} clients: tokens/s | ratio" for count in arguments.clients) + " |")
+    print(
+        "| form | server | "
+        + " | ".join(
+            f"{count} clients: tokens/s | ratio" for count in arguments.clients
+        )
+        + " |"
+    )
     print("|---|---|" + "---|---|" * len(arguments.clients))
     first = next(iter(servers.values()))
     for name, server in servers.items():
         cells = [name, "sparsellm serve" if paths[name].is_dir() else "llama-server"]
         for clients, rates in server.rates.items():
-            ratios = [rate / other for rate, other in zip(rates, first.rates[clients], strict=True)]
+            ratios = [
+                rate / other
+                for rate, other in zip(rates, first.rates[clients], strict=True)
+            ]
             spread = f"({min(ratios):.2f} – {max(ratios):.2f})"
-            cells += [f"{statistics.median(rates):.1f}", f"{statistics.median(ratios):.2f} {spread}"]
+            cells += [
+                f"{statistics.median(rates):.1f}",
+                f"{statistics.median(ratios):.2f} {spread}",
+            ]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -40,7 +40,9 @@ PIECE = 16 << 20  # bytes of it that are copied at once
 HELD = 200 << 20  # bytes of weights that take turns
 
 
-def random_weight(out: int, columns: int, sparsity: float, value_type: str) -> PackedWeight:
+def random_weight(
+    out: int, columns: int, sparsity: float, value_type: str
+) -> PackedWeight:
     weight = torch.randn(out, columns)
     weight[torch.rand(out, columns) < sparsity] = 0
     packed = pack(weight, value_type, "bitmask")
@@ -50,12 +52,19 @@ def random_weight(out: int, columns: int, sparsity: float, value_type: str) -> P
 
 def copy_of(packed: PackedWeight) -> PackedWeight:
     scales = None if packed.scales is None else packed.scales.clone()
-    tensors = {"values": packed.values.clone(), "mask": packed.mask.clone(), "offsets": packed.offsets.clone()}
+    tensors = {
+        "values": packed.values.clone(),
+        "mask": packed.mask.clone(),
+        "offsets": packed.offsets.clone(),
+    }
     return dataclasses.replace(packed, **tensors, scales=scales)  # type: ignore[arg-type]
 
 
 def interleaved(
-    runs: list[Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter, cached: bool = False
+    runs: list[Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    cached: bool = False,
 ) -> list[list[float]]:
     """Seconds of every run in every round; if cached, of one of several after one that brings all into the cache."""
     times: list[list[float]] = [[] for _ in runs]
@@ -72,18 +81,41 @@ def interleaved(
 
 
 def asked() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed of the kernels on packed weights.")
+    parser = argparse.ArgumentParser(
+        description="Speed of the kernels on packed weights."
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--values", nargs="+", default=["bf16"], choices=VALUE_TYPES)
-    parser.add_argument("--kernel", default=None, help="an instruction set; the best one if not given")
-    parser.add_argument("--rounded", action="store_true", help="activations rounded to int8 for int8 and int4 values")
-    parser.add_argument("--activations", default="bf16", choices=FLOAT_TYPES, help="of the dense weight too")
-    parser.add_argument("--shapes", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES])
+    parser.add_argument(
+        "--kernel", default=None, help="an instruction set; the best one if not given"
+    )
+    parser.add_argument(
+        "--rounded",
+        action="store_true",
+        help="activations rounded to int8 for int8 and int4 values",
+    )
+    parser.add_argument(
+        "--activations",
+        default="bf16",
+        choices=FLOAT_TYPES,
+        help="of the dense weight too",
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES]
+    )
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--cpu-seconds", action="store_true", help="processor time, on a machine with other work")
-    parser.add_argument("--cached", action="store_true", help="one weight again and again, not weights in turns")
+    parser.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="processor time, on a machine with other work",
+    )
+    parser.add_argument(
+        "--cached",
+        action="store_true",
+        help="one weight again and again, not weights in turns",
+    )
     return parser.parse_args()
 
 
@@ -96,33 +128,49 @@ def main() -> None:
     )
     dtype = FLOAT_TYPES[options.activations]
     shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes]
-    source, target = torch.ones(COPIED, dtype=torch.uint8), torch.zeros(COPIED, dtype=torch.uint8)
-    pieces = itertools.cycle(list(zip(target.split(PIECE), source.split(PIECE), strict=True)))
+    source, target = (
+        torch.ones(COPIED, dtype=torch.uint8),
+        torch.zeros(COPIED, dtype=torch.uint8),
+    )
+    pieces = itertools.cycle(
+        list(zip(target.split(PIECE), source.split(PIECE), strict=True))
+    )
     print(
         "| shape | values | sparsity | tokens | dense ms | same kernel ms | packed ms | faster "
         "| faster than by the same kernel | GB/s | dense GB/s | copy GB/s "
         "| of copy | of traffic | ns / 64 | bytes / 64 |"
     )
     print("|---" * 16 + "|")
-    for (out, columns), value_type, sparsity in itertools.product(shapes, options.values, options.sparsities):
+    for (out, columns), value_type, sparsity in itertools.product(
+        shapes, options.values, options.sparsities
+    ):
         first = random_weight(out, columns, sparsity, value_type)
         size = first.nbytes
         held = 1 if options.cached else HELD
         packed = [copy_of(first) for _ in range(max(1, held // size))]
-        dense = [torch.randn(out, columns).to(dtype) for _ in range(max(1, held // (dtype.itemsize * out * columns)))]
+        dense = [
+            torch.randn(out, columns).to(dtype)
+            for _ in range(max(1, held // (dtype.itemsize * out * columns)))
+        ]
         for tokens in options.tokens:
             x = torch.randn(tokens, columns).to(dtype)
             turns, dense_turns = itertools.cycle(packed), itertools.cycle(dense)
             same_turns = itertools.cycle([dense_weight(weight) for weight in dense])
 
-            def run_dense(x: torch.Tensor = x, turns: itertools.cycle[torch.Tensor] = dense_turns) -> None:
+            def run_dense(
+                x: torch.Tensor = x, turns: itertools.cycle[torch.Tensor] = dense_turns
+            ) -> None:
                 torch.nn.functional.linear(x, next(turns))
 
             def product(weight: PackedWeight, x: torch.Tensor = x) -> None:
-                if len(x) > native.MAX_TOKENS:  # no kernel's work: unpacked tile by tile
+                if (
+                    len(x) > native.MAX_TOKENS
+                ):  # no kernel's work: unpacked tile by tile
                     multiply(weight, x)
                 else:
-                    native.multiply(weight, x, rounded=options.rounded, kernel=options.kernel)
+                    native.multiply(
+                        weight, x, rounded=options.rounded, kernel=options.kernel
+                    )
 
             def run_same(turns: itertools.cycle[PackedWeight] = same_turns) -> None:
                 product(next(turns))
@@ -134,7 +182,12 @@ def main() -> None:
                 to, piece = next(pieces)
                 to.copy_(piece)
 
-            runs: list[Callable[[], object]] = [run_dense, run_same, run_packed, run_copy]
+            runs: list[Callable[[], object]] = [
+                run_dense,
+                run_same,
+                run_packed,
+                run_copy,
+            ]
             interleaved(runs, 3)
             clock = time.process_time if options.cpu_seconds else time.perf_counter
             times = interleaved(runs, options.rounds, clock, options.cached)

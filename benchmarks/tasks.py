@@ -21,13 +21,39 @@ from typing import Any
 
 from quality import OUT, command
 
-from sparsellm.calibration.sources import read_source
+from sparsellm.text.sources import read_source
 
 WORDS = (20, 80)  # the fewest and the most of a paragraph, without the last one
-NOUNS = ("key", "teacher", "river", "song", "letter", "doctor", "village", "machine", "author", "garden")
-OTHERS = ("door", "student", "hill", "film", "friend", "office", "road", "tool", "book", "tree")
+NOUNS = (
+    "key",
+    "teacher",
+    "river",
+    "song",
+    "letter",
+    "doctor",
+    "village",
+    "machine",
+    "author",
+    "garden",
+)
+OTHERS = (
+    "door",
+    "student",
+    "hill",
+    "film",
+    "friend",
+    "office",
+    "road",
+    "tool",
+    "book",
+    "tree",
+)
 LINKS = ("near the", "behind the", "next to the", "that belongs to the")
-ENDS = (("is", "are", "very old"), ("was", "were", "well known"), ("has", "have", "changed a lot"))
+ENDS = (
+    ("is", "are", "very old"),
+    ("was", "were", "well known"),
+    ("has", "have", "changed a lot"),
+)
 METRICS = """metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 """
@@ -66,7 +92,9 @@ def cloze(text: str, count: int, choices: int, seed: int) -> list[dict[str, Any]
     words = sorted(set(paragraphs.values()))
     docs = []
     for context in chosen:
-        others = draw.sample([word for word in words if word != paragraphs[context]], choices - 1)
+        others = draw.sample(
+            [word for word in words if word != paragraphs[context]], choices - 1
+        )
         docs.append({"context": context, "choices": [paragraphs[context], *others]})
     return docs
 
@@ -76,9 +104,17 @@ def agreement(count: int, seed: int) -> list[dict[str, Any]]:
     draw, docs = random.Random(seed), []
     for noun, link, other, end in itertools.product(NOUNS, LINKS, OTHERS, ENDS):
         singular, plural, rest = end
-        docs.append([f"The {noun} {link} {other}s {verb} {rest}." for verb in (singular, plural)])
         docs.append(
-            [f"The {noun}s {link.replace('belongs', 'belong')} {other} {v} {rest}." for v in (plural, singular)]
+            [
+                f"The {noun} {link} {other}s {verb} {rest}."
+                for verb in (singular, plural)
+            ]
+        )
+        docs.append(
+            [
+                f"The {noun}s {link.replace('belongs', 'belong')} {other} {v} {rest}."
+                for v in (plural, singular)
+            ]
         )
     return [{"sentences": pair} for pair in draw.sample(docs, count)]
 
@@ -88,7 +124,10 @@ def write_tasks(folder: Path, source: str, count: int, choices: int, seed: int) 
     folder.mkdir(parents=True, exist_ok=True)
     loaded = read_source(source, "evaluation")
     text = loaded.joiner.join(loaded.documents)
-    docs = {"cloze": cloze(text, count, choices, seed), "agreement": agreement(count, seed)}
+    docs = {
+        "cloze": cloze(text, count, choices, seed),
+        "agreement": agreement(count, seed),
+    }
     for name, rows in docs.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,36 +137,73 @@ def write_tasks(folder: Path, source: str, count: int, choices: int, seed: int) 
             f"  - {{metric: {metric}, aggregation: mean, higher_is_better: {better}}}\n"
             for metric, better in (("rank", "false"), ("greedy", "true"))
         )
-        task = CLOZE + where + METRICS + more if name == "cloze" else AGREEMENT + where + METRICS
+        task = (
+            CLOZE + where + METRICS + more
+            if name == "cloze"
+            else AGREEMENT + where + METRICS
+        )
         (folder / f"{name}.yaml").write_text(task)
     (folder / "cloze.py").write_text(RESULTS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="checkpoints, dense, pruned or packed")
-    parser.add_argument("--text", required=True, help="held-out text, a paragraph a line")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models", nargs="+", help="checkpoints, dense, pruned or packed"
+    )
+    parser.add_argument(
+        "--text", required=True, help="held-out text, a paragraph a line"
+    )
     parser.add_argument("--count", type=int, default=200, help="examples of each task")
-    parser.add_argument("--choices", type=int, default=8, help="words among which the last one is")
+    parser.add_argument(
+        "--choices", type=int, default=8, help="words among which the last one is"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--window", type=int, default=512, help="of the perplexity that `eval` measures too")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="of that perplexity")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=512,
+        help="of the perplexity that `eval` measures too",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, help="of that perplexity"
+    )
     parser.add_argument("--out", type=Path, default=OUT / "tasks")
     asked = parser.parse_args()
     write_tasks(asked.out, asked.text, asked.count, asked.choices, asked.seed)
-    names = [("cloze", "acc"), ("cloze", "rank"), ("cloze", "greedy"), ("agreement", "acc")]
-    print(f"{asked.count} examples of each task, the cloze from {Path(asked.text).name}, {asked.choices} choices.\n")
+    names = [
+        ("cloze", "acc"),
+        ("cloze", "rank"),
+        ("cloze", "greedy"),
+        ("agreement", "acc"),
+    ]
+    print(
+        f"{asked.count} examples of each task, the cloze from {Path(asked.text).name}, {asked.choices} choices.\n"
+    )
     print(f"| model | perplexity | {' | '.join(' '.join(name) for name in names)} |")
     print("|---|---|---|---|---|---|")
     for model in asked.models:
-        protocol = ("--seq-len", str(asked.window), "--max-tokens", str(asked.max_tokens))
+        protocol = (
+            "--seq-len",
+            str(asked.window),
+            "--max-tokens",
+            str(asked.max_tokens),
+        )
         tasks = ("--tasks", "cloze,agreement", "--tasks-dir", str(asked.out))
         measured = command("eval", model, "--text", asked.text, *protocol, *tasks)
         shown = []
         for task, metric in names:
             score = measured["tasks"][task][metric]
-            shown.append(f"{score['value']:.3f}" + (f" ± {score['stderr']:.3f}" if score["stderr"] else ""))
-        print(f"| {Path(model).name} | {measured['perplexity']['value']:.2f} | {' | '.join(shown)} |", flush=True)
+            shown.append(
+                f"{score['value']:.3f}"
+                + (f" ± {score['stderr']:.3f}" if score["stderr"] else "")
+            )
+        print(
+            f"| {Path(model).name} | {measured['perplexity']['value']:.2f} | {' | '.join(shown)} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -28,13 +28,18 @@ def code(seed: int) -> list[str]:
     texts = []
     folder = Path(sysconfig.get_path("stdlib"))
     for path in sorted(folder.rglob("*.py")):
-        if not {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(path.relative_to(folder).parts):
+        if not {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(
+            path.relative_to(folder).parts
+        ):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 for inner in ast.walk(node):
-                    if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
+                    if (
+                        isinstance(inner, ast.FunctionDef | ast.ClassDef)
+                        and ast.get_docstring(inner) is not None
+                    ):
                         inner.body = inner.body[1:] or [ast.Pass()]
                 texts.append(ast.unparse(node)[:LONGEST])
     random.Random(seed).shuffle(texts)
@@ -49,7 +54,9 @@ def articles(file: Path, seed: int) -> list[str]:
     return texts
 
 
-def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen2MoeForCausalLM:
+def build(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
+) -> Qwen2MoeForCausalLM:
     """The untrained model. The loss includes the term that spreads the tokens over the experts."""
     config = Qwen2MoeConfig(
         vocab_size=len(tokenizer), hidden_size=arguments.width, num_hidden_layers=arguments.layers,
@@ -65,12 +72,32 @@ def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def main() -> None:
-    parser = options(__doc__, out=OUT / "mixture", layers=3, width=128, vocabulary=2048, batch=8, rate=3e-3)
+    parser = options(
+        __doc__,
+        out=OUT / "mixture",
+        layers=3,
+        width=128,
+        vocabulary=2048,
+        batch=8,
+        rate=3e-3,
+    )
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--expert-width", type=int, default=128)
-    parser.add_argument("--articles", type=Path, required=True, help="a text file with a paragraph in each line")
+    parser.add_argument(
+        "--articles",
+        type=Path,
+        required=True,
+        help="a text file with a paragraph in each line",
+    )
     arguments = parser.parse_args()
-    run(arguments, build, {"code": code(arguments.seed), "articles": articles(arguments.articles, arguments.seed)})
+    run(
+        arguments,
+        build,
+        {
+            "code": code(arguments.seed),
+            "articles": articles(arguments.articles, arguments.seed),
+        },
+    )
 
 
 if __name__ == "__main__":

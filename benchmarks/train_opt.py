@@ -54,10 +54,17 @@ def docstrings(folder: Path) -> list[list[str]]:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # written for other tools, or broken on purpose
+        except (
+            SyntaxError,
+            UnicodeDecodeError,
+        ):  # written for other tools, or broken on purpose
             continue
         named = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, named)]
+        texts = [
+            ast.get_docstring(node)
+            for node in ast.walk(tree)
+            if isinstance(node, named)
+        ]
         pages.append([text for text in texts if text])
     return pages
 
@@ -68,18 +75,24 @@ def documents(seed: int, packages: Sequence[str] = ()) -> list[str]:
     Modules of a package often copy a docstring. Only the first has it here, so that no copy is in the part held out.
     """
     pages = [str(topics[name]) for name in sorted(topics)]
-    pages += ["\n\n".join(texts) for texts in docstrings(Path(sysconfig.get_path("stdlib")))]
+    pages += [
+        "\n\n".join(texts) for texts in docstrings(Path(sysconfig.get_path("stdlib")))
+    ]
     seen: set[str] = set()
     for name in packages:
         for texts in docstrings(Path(str(files(name)))):
-            pages.append("\n\n".join(dict.fromkeys(text for text in texts if text not in seen)))
+            pages.append(
+                "\n\n".join(dict.fromkeys(text for text in texts if text not in seen))
+            )
             seen.update(texts)
     pages = [text for text in dict.fromkeys(pages) if len(text) >= SHORTEST]
     random.Random(seed).shuffle(pages)
     return pages
 
 
-def tokenizer_of(texts: list[str], vocabulary: int, positions: int) -> PreTrainedTokenizerFast:
+def tokenizer_of(
+    texts: list[str], vocabulary: int, positions: int
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,17 +115,24 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, ids: torch.Tensor, positions: int, windows: int = 32) -> float:
+def held_out_loss(
+    model: PreTrainedModel, ids: torch.Tensor, positions: int, windows: int = 32
+) -> float:
     """Mean loss of a token in nats, on the first windows."""
     model.eval()
     parts = ids[: min(windows, len(ids) // positions) * positions].view(-1, positions)
     scored = [model(part[None], use_cache=False).logits[0, :-1] for part in parts]
-    losses = [float(functional.cross_entropy(scores, part[1:])) for scores, part in zip(scored, parts, strict=True)]
+    losses = [
+        float(functional.cross_entropy(scores, part[1:]))
+        for scores, part in zip(scored, parts, strict=True)
+    ]
     model.train()
     return sum(losses) / len(losses)
 
 
-def train(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespace) -> None:
+def train(
+    model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespace
+) -> None:
     """AdamW for `minutes`; the learning rate follows the clock: up over the first 5 %, then down by a cosine.
 
     The clock is that of the thread, so that other programs of a busy machine take no steps away.
@@ -120,14 +140,20 @@ def train(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespa
     generator = torch.Generator().manual_seed(arguments.seed)
     minutes, batch, rate = arguments.minutes, arguments.batch, arguments.rate
     positions = model.config.max_position_embeddings
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
     began = said = time.thread_time()
     step, smooth = 0, math.nan
     model.train()
     while (passed := (time.thread_time() - began) / (60 * minutes)) < 1:
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(passed / 0.05 + 0.01, 0.5 * (1 + math.cos(math.pi * passed)))
-        starts = torch.randint(len(ids) - positions, (batch,), generator=generator).tolist()
+            group["lr"] = rate * min(
+                passed / 0.05 + 0.01, 0.5 * (1 + math.cos(math.pi * passed))
+            )
+        starts = torch.randint(
+            len(ids) - positions, (batch,), generator=generator
+        ).tolist()
         part = torch.stack([ids[start : start + positions] for start in starts])
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             loss = model(part, labels=part, use_cache=False).loss
@@ -136,7 +162,11 @@ def train(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespa
         optimiser.step()
         optimiser.zero_grad()
         step += 1
-        smooth = float(loss.detach()) if math.isnan(smooth) else 0.95 * smooth + 0.05 * float(loss.detach())
+        smooth = (
+            float(loss.detach())
+            if math.isnan(smooth)
+            else 0.95 * smooth + 0.05 * float(loss.detach())
+        )
         if time.thread_time() - said > 15:
             said = time.thread_time()
             print(f"{passed:6.1%}  step {step}  loss {smooth:.3f}", flush=True)
@@ -144,7 +174,9 @@ def train(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespa
     model.eval()
 
 
-def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def build(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
     """The untrained model."""
     common = {
         "vocab_size": len(tokenizer), "hidden_size": arguments.width, "num_hidden_layers": arguments.layers,
@@ -153,11 +185,21 @@ def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     if arguments.architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(intermediate_size=3 * arguments.width, tie_word_embeddings=True, **common))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                intermediate_size=3 * arguments.width,
+                tie_word_embeddings=True,
+                **common,
+            )
+        )
     if arguments.architecture == "phi":
-        return PhiForCausalLM(PhiConfig(intermediate_size=4 * arguments.width, **common))
+        return PhiForCausalLM(
+            PhiConfig(intermediate_size=4 * arguments.width, **common)
+        )
     width = {"word_embed_proj_dim": arguments.width, "ffn_dim": 4 * arguments.width}
-    return OPTForCausalLM(OPTConfig(activation_function="relu", dropout=0.0, **width, **common))
+    return OPTForCausalLM(
+        OPTConfig(activation_function="relu", dropout=0.0, **width, **common)
+    )
 
 
 def run(
@@ -174,18 +216,26 @@ def run(
     random.Random(arguments.seed).shuffle(training)
     tokenizer = tokenizer_of(training, arguments.vocabulary, arguments.positions)
     ids, held_out_ids = ids_of(tokenizer, training), ids_of(tokenizer, held_out)
-    print(f"{len(training)} documents of {len(ids)} tokens; held out: {len(held_out)} of {len(held_out_ids)} tokens")
+    print(
+        f"{len(training)} documents of {len(ids)} tokens; held out: {len(held_out)} of {len(held_out_ids)} tokens"
+    )
     torch.manual_seed(arguments.seed)
     model = make(arguments, tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, seed {arguments.seed}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, seed {arguments.seed}"
+    )
     train(model, ids, arguments)
     loss = held_out_loss(model, held_out_ids, arguments.positions)
     print(f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}")
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     for kind, texts in kinds.items() if further else ():
-        (arguments.out / f"train-{kind}.txt").write_text("\n\n".join(texts[cuts[kind] :]), encoding="utf-8")
-        (arguments.out / f"heldout-{kind}.txt").write_text("\n\n".join(texts[: cuts[kind]]), encoding="utf-8")
+        (arguments.out / f"train-{kind}.txt").write_text(
+            "\n\n".join(texts[cuts[kind] :]), encoding="utf-8"
+        )
+        (arguments.out / f"heldout-{kind}.txt").write_text(
+            "\n\n".join(texts[: cuts[kind]]), encoding="utf-8"
+        )
     (arguments.out / "train.txt").write_text("\n\n".join(training), encoding="utf-8")
     (arguments.out / "heldout.txt").write_text("\n\n".join(held_out), encoding="utf-8")
     print(f"wrote {arguments.out}")
@@ -193,7 +243,9 @@ def run(
 
 def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The options that :func:`run` reads, with the defaults of a script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--layers", type=int)
@@ -202,16 +254,35 @@ def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser
     parser.add_argument("--positions", type=int, default=256)
     parser.add_argument("--batch", type=int, help="windows in a step")
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the CPU has AVX-512 BF16")
-    parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose docstrings are text too")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="products in bf16: faster where the CPU has AVX-512 BF16",
+    )
+    parser.add_argument(
+        "--packages",
+        nargs="*",
+        default=[],
+        help="installed packages whose docstrings are text too",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(**defaults)
     return parser
 
 
 def main() -> None:
-    parser = options(__doc__, out=OUT / "opt", layers=6, width=256, vocabulary=4096, batch=8, rate=1e-3)
-    parser.add_argument("--architecture", choices=("opt", "llama", "phi"), default="opt")
+    parser = options(
+        __doc__,
+        out=OUT / "opt",
+        layers=6,
+        width=256,
+        vocabulary=4096,
+        batch=8,
+        rate=1e-3,
+    )
+    parser.add_argument(
+        "--architecture", choices=("opt", "llama", "phi"), default="opt"
+    )
     run(parser.parse_args(), build)
 
 

@@ -28,7 +28,11 @@ def wikipedia_articles() -> list[str]:
             continue
         text = filter_wiki(source).replace("'''", "").replace("''", "")
         lines = [line.strip() for line in text.split("\n")]
-        prose = [line for line in lines if len(line) > 80 and not re.match(r"[*#:;|={!]", line)]
+        prose = [
+            line
+            for line in lines
+            if len(line) > 80 and not re.match(r"[*#:;|={!]", line)
+        ]
         if prose:
             articles.append("\n".join(prose))
     return articles
@@ -44,7 +48,10 @@ def write_wikipedia(path: Path) -> Path:
 def write_news(path: Path) -> Path:
     """Writes the Lee corpus, news of a few hundred words each, as a ``.txt`` source of an article a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(Path(datapath("lee_background.cor")).read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(
+        Path(datapath("lee_background.cor")).read_text(encoding="utf-8"),
+        encoding="utf-8",
+    )
     return path
 
 

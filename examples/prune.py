@@ -16,11 +16,17 @@ def main(model: str = "demo", out: str = "pruned", *settings: str) -> None:
     result = sparsellm.prune(model, recipe, out=out)
     for warning in result.warnings:
         print("note:", warning)
-    print(f"{result.zeros:,} of {result.weights:,} weights are zero, {result.sparsity_pruned:.1%}")
+    print(
+        f"{result.zeros:,} of {result.weights:,} weights are zero, {result.sparsity_pruned:.1%}"
+    )
     window = result.recipe.seq_len or 512
     for name, path in (("dense", model), ("pruned", out)):
-        evaluation = sparsellm.evaluate(path, "pydoc", seq_len=window, max_tokens=8 * window)
-        print(f"{name}: perplexity {evaluation.value:.2f} over {evaluation.tokens} tokens")
+        evaluation = sparsellm.evaluate(
+            path, "pydoc", seq_len=window, max_tokens=8 * window
+        )
+        print(
+            f"{name}: perplexity {evaluation.value:.2f} over {evaluation.tokens} tokens"
+        )
     print(f"load it with AutoModelForCausalLM.from_pretrained({str(result.path)!r})")
 
 

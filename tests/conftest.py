@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from sparsellm import cli, console, plugins
-from sparsellm.allocation import ALLOCATIONS
-from sparsellm.methods import METHODS
-from sparsellm.solvers import SOLVERS
-from sparsellm.sweep import sweep_task
+from sparsellm import plugins
+from sparsellm.app import cli, console
+from sparsellm.method.allocation import ALLOCATIONS
+from sparsellm.method.blocks import METHODS
+from sparsellm.method.solvers import SOLVERS
+from sparsellm.method.sweep import sweep_task
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
 THREADS = torch.get_num_threads()
@@ -35,7 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     disable_progress_bar()  # as the command line does in a process of its own
     if config.getoption("markexpr") != "slow":
         os.environ["SPARSELLM_CACHE"] = os.environ["HF_HUB_CACHE"]
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     for signum, handler in usual.items():
         if signal.getsignal(signum) == signal.SIG_IGN:
             signal.signal(signum, handler)
@@ -57,7 +62,9 @@ def threads_for_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
+@pytest.fixture(
+    params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__
+)
 def family(request: pytest.FixtureRequest) -> Callable[..., PreTrainedModel]:
     return request.param
 
@@ -95,10 +102,14 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, int, int]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
     """Runs a command line in this process: its exit code, which ``exits`` asks for, stdout and stderr."""
 
-    def call(*arguments: Any, columns: int = 160, exits: int | None = None) -> tuple[int, str, str]:
+    def call(
+        *arguments: Any, columns: int = 160, exits: int | None = None
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sparsellm", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", str(columns))
         for made in (console.out, console.log):

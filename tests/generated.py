@@ -38,15 +38,21 @@ import transformers
 import uvicorn
 from typer.main import get_command
 
-from sparsellm import cli
-from tests.hub.test_push import Hub
+from sparsellm.app import cli
+from tests.files.small import tree
 from tests.line import run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.storage.small import tree
+from tests.report.test_push import Hub
 
 SECRET = "a file outside of the directory of the command"
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
-GRID = ("--method=magnitude", "--set=samples=2", "--set=seq_len=16", "--calibration=note.txt", "--text=note.txt")
+GRID = (
+    "--method=magnitude",
+    "--set=samples=2",
+    "--set=seq_len=16",
+    "--calibration=note.txt",
+    "--text=note.txt",
+)
 MEASURED = ("--sparsity=0.5", "--text-seq-len=16", "--max-tokens=64")
 
 
@@ -59,10 +65,20 @@ class Command:
     damaged: tuple[str, ...]
     changed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
-    positional: int = 1  # arguments after the name of the command, which may be replaced
+    positional: int = (
+        1  # arguments after the name of the command, which may be replaced
+    )
 
 
-RECORDS = ("pruning.json", "results.json", "config.json", "README.md", "report.html", "recipe.yaml", "packed.json")
+RECORDS = (
+    "pruning.json",
+    "results.json",
+    "config.json",
+    "README.md",
+    "report.html",
+    "recipe.yaml",
+    "packed.json",
+)
 RECORDS += ("sparsellm-files.json",)
 COMMANDS: dict[str, Command] = {
     "report": Command(
@@ -72,7 +88,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "report of two": Command(
         ("report", "pruned", "packed", "--out=page.html"),
-        tuple(f"{place}/{name}" for place in ("pruned", "packed") for name in RECORDS[:2]),
+        tuple(
+            f"{place}/{name}" for place in ("pruned", "packed") for name in RECORDS[:2]
+        ),
         ("{out}",),
         positional=2,
     ),
@@ -83,12 +101,20 @@ COMMANDS: dict[str, Command] = {
     ),
     "push": Command(
         ("push", "packed", "me/model"),
-        tuple(f"packed/{name}" for name in (*RECORDS, "model.safetensors.index.json", "added.txt")),
+        tuple(
+            f"packed/{name}"
+            for name in (*RECORDS, "model.safetensors.index.json", "added.txt")
+        ),
         positional=2,
     ),
     "compare": Command(
         ("compare", "model", "--out=new", *GRID, *MEASURED),
-        ("model/config.json", "model/model.safetensors.index.json", "model/tokenizer.json", "model/README.md"),
+        (
+            "model/config.json",
+            "model/model.safetensors.index.json",
+            "model/tokenizer.json",
+            "model/README.md",
+        ),
         ("{out}", "{out}/*"),
     ),
     "compare again": Command(
@@ -96,40 +122,191 @@ COMMANDS: dict[str, Command] = {
         (
             "grid/compare.json",
             "grid/compare.html",
-            *(f"grid/magnitude-0.5{end}/{name}" for end in ("", "-packed") for name in RECORDS),
+            *(
+                f"grid/magnitude-0.5{end}/{name}"
+                for end in ("", "-packed")
+                for name in RECORDS
+            ),
         ),
         ("{out}", "{out}/*"),
         kept=("{out}/magnitude-0.5*.partial",),
     ),
     "tune": Command(
-        ("tune", "pruned", "--out=new", "--calibration=note.txt", "--steps=2", "--seq-len=16"),
-        tuple(f"pruned/{name}" for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")),
+        (
+            "tune",
+            "pruned",
+            "--out=new",
+            "--calibration=note.txt",
+            "--steps=2",
+            "--seq-len=16",
+        ),
+        tuple(
+            f"pruned/{name}"
+            for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")
+        ),
         ("{out}", "{out}/*"),
     ),
     "export": Command(
         ("export", "gridded", "--to=compressed-tensors", "--out=new"),
         tuple(f"gridded/{name}" for name in (*RECORDS, "model.safetensors.index.json")),
-        ("{out}", "{out}/*", "{first}/results.json", "{first}/README.md", "{first}/sparsellm-files.json"),
+        (
+            "{out}",
+            "{out}/*",
+            "{first}/results.json",
+            "{first}/README.md",
+            "{first}/sparsellm-files.json",
+        ),
     ),
     "serve": Command(
         ("serve", "packed", "--port=0"),
-        tuple(f"packed/{name}" for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")),
+        tuple(
+            f"packed/{name}"
+            for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")
+        ),
     ),
-    "exec": Command(("exec", "--", "python", "-c", "pass"), ("model/config.json", "model/README.md"), positional=3),
+    "exec": Command(
+        ("exec", "--", "python", "-c", "pass"),
+        ("model/config.json", "model/README.md"),
+        positional=3,
+    ),
 }
 
-HUGE = ["0", "-1", "1.5", "1e9", "nan", "-inf", "1e400", "true", "9" * 5000, str(2**63), str(-(2**64)), "0x10"]
-WORDS = ["", " ", "None", "a,b", ",", "2:4", "0:0", "9" * 400 + ":4", "x" * 300, "x" * 5000, "[", "*a", "!!int x"]
-WORDS += ["{a: 1, a: 2}", "[" * 50_000, "-", "--", "%s", "a=b", "=", "samples=", "options.x=1", "seed=1e99", "1e-30"]
-ODD = ["a\nb", "\x1b[31m", "\x7f", "\u2028", "\u202egnp", "\udcff", "\udc80/x", "\U0001f40d", "é", "a\tb", "\r"]
-PATHS = ["/", "//", "/..", ".", "..", "./.", "~", "~no-such-user/x", "missing", "missing/x", "note.txt", "note.txt/x"]
-PATHS += ["folder", "folder/", "full", "full/mine.txt", "model", "model/config.json", "pruned", "packed", "grid"]
-PATHS += ["link-to-folder", "link-to-file", "link-to-model", "dangling", "loop", "socket", "pipe", "outside"]
-PATHS += ["/dev/null", "/dev/zero", "/proc/self/mem", "../outside/mine.txt", "../outside", "pruned/pruning.json"]
+HUGE = [
+    "0",
+    "-1",
+    "1.5",
+    "1e9",
+    "nan",
+    "-inf",
+    "1e400",
+    "true",
+    "9" * 5000,
+    str(2**63),
+    str(-(2**64)),
+    "0x10",
+]
+WORDS = [
+    "",
+    " ",
+    "None",
+    "a,b",
+    ",",
+    "2:4",
+    "0:0",
+    "9" * 400 + ":4",
+    "x" * 300,
+    "x" * 5000,
+    "[",
+    "*a",
+    "!!int x",
+]
+WORDS += [
+    "{a: 1, a: 2}",
+    "[" * 50_000,
+    "-",
+    "--",
+    "%s",
+    "a=b",
+    "=",
+    "samples=",
+    "options.x=1",
+    "seed=1e99",
+    "1e-30",
+]
+ODD = [
+    "a\nb",
+    "\x1b[31m",
+    "\x7f",
+    "\u2028",
+    "\u202egnp",
+    "\udcff",
+    "\udc80/x",
+    "\U0001f40d",
+    "é",
+    "a\tb",
+    "\r",
+]
+PATHS = [
+    "/",
+    "//",
+    "/..",
+    ".",
+    "..",
+    "./.",
+    "~",
+    "~no-such-user/x",
+    "missing",
+    "missing/x",
+    "note.txt",
+    "note.txt/x",
+]
+PATHS += [
+    "folder",
+    "folder/",
+    "full",
+    "full/mine.txt",
+    "model",
+    "model/config.json",
+    "pruned",
+    "packed",
+    "grid",
+]
+PATHS += [
+    "link-to-folder",
+    "link-to-file",
+    "link-to-model",
+    "dangling",
+    "loop",
+    "socket",
+    "pipe",
+    "outside",
+]
+PATHS += [
+    "/dev/null",
+    "/dev/zero",
+    "/proc/self/mem",
+    "../outside/mine.txt",
+    "../outside",
+    "pruned/pruning.json",
+]
 PATHS += ["model/..", "new/../new", "A" * 254, "a/" * 3000]
-VALUES: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, 10**12, 10**400, 0.5, -0.0, 1e308, 5e-324, "", "x" * 10_000]
-VALUES += [[], {}, [[]], {"a": {}}, [None] * 50, "\ud800", "<script>alert(1)</script>", "{{ 7 * 7 }}", "a\nb\x1b[31m"]
-VALUES += ["../../outside/mine.txt", "/etc/passwd", float("nan"), float("inf"), float("-inf"), {"": ""}, "9" * 5000]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**12,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    5e-324,
+    "",
+    "x" * 10_000,
+]
+VALUES += [
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [None] * 50,
+    "\ud800",
+    "<script>alert(1)</script>",
+    "{{ 7 * 7 }}",
+    "a\nb\x1b[31m",
+]
+VALUES += [
+    "../../outside/mine.txt",
+    "/etc/passwd",
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    {"": ""},
+    "9" * 5000,
+]
 
 
 @cache
@@ -138,7 +315,11 @@ def template() -> Path:
     work = Path(tempfile.mkdtemp(prefix="generated-")) / "work"
     work.mkdir()
     (work / "note.txt").write_text(TEXT)
-    save_tiny(tiny_llama(num_hidden_layers=2, hidden_size=16, intermediate_size=24), tiny_tokenizer(), work / "model")
+    save_tiny(
+        tiny_llama(num_hidden_layers=2, hidden_size=16, intermediate_size=24),
+        tiny_tokenizer(),
+        work / "model",
+    )
     with contextlib.chdir(work):
         for line in (
             "prune model --out pruned --method magnitude --sparsity 0.5 --calibration note.txt --set samples=2 "
@@ -167,8 +348,15 @@ def directory() -> Iterator[Path]:
         for name in ("folder", "full"):
             (work / name).mkdir()
         (work / "full" / "mine.txt").write_text("mine")
-        links = {"link-to-folder": "folder", "link-to-file": "full/mine.txt", "link-to-model": "model", "loop": "loop"}
-        for name, target in (links | {"dangling": "../outside/none", "outside": "../outside"}).items():
+        links = {
+            "link-to-folder": "folder",
+            "link-to-file": "full/mine.txt",
+            "link-to-model": "model",
+            "loop": "loop",
+        }
+        for name, target in (
+            links | {"dangling": "../outside/none", "outside": "../outside"}
+        ).items():
             (work / name).symlink_to(target)
         os.mkfifo(work / "pipe")
         with contextlib.chdir(work):
@@ -204,19 +392,33 @@ def generated(name: str, number: int) -> Input:
 def _strange_argument(line: list[str], command: Command, chance: random.Random) -> None:
     """Replaces an argument, or adds an option of the command with a strange value."""
     pool = chance.choice((HUGE, WORDS, ODD, PATHS, PATHS))
-    options = [param for param in get_command(cli.app).commands[line[0]].params if param.param_type_name == "option"]  # type: ignore[attr-defined]
-    options = [param for param in options if param.name not in ("help", "plugin", "trust_remote_code")]
+    options = [
+        param
+        for param in get_command(cli.app).commands[line[0]].params
+        if param.param_type_name == "option"
+    ]  # type: ignore[attr-defined]
+    options = [
+        param
+        for param in options
+        if param.name not in ("help", "plugin", "trust_remote_code")
+    ]
     if chance.random() < 0.4 or not options:
         word = chance.choice(pool)
-        line[chance.randint(1, command.positional)] = word if not word.startswith("-") else f"./{word}"
+        line[chance.randint(1, command.positional)] = (
+            word if not word.startswith("-") else f"./{word}"
+        )
         return
     option = chance.choice(options)
-    line.append(option.opts[0] if option.is_flag else f"{option.opts[0]}={chance.choice(pool)}")
+    line.append(
+        option.opts[0] if option.is_flag else f"{option.opts[0]}={chance.choice(pool)}"
+    )
 
 
 def _damage(file: str, chance: random.Random) -> tuple[str, Callable[[Path], None]]:
     """A change of one file, with its name: a JSON value, bytes, or something else in the place of the file."""
-    name, change = chance.choice((("value", _change_value), ("bytes", _change_bytes), ("place", _change_place)))
+    name, change = chance.choice(
+        (("value", _change_value), ("bytes", _change_bytes), ("place", _change_place))
+    )
     seed = chance.random()
     return f"{file}: {name}", lambda work: change(work / file, random.Random(seed))
 
@@ -229,7 +431,9 @@ def _change_value(path: Path, chance: random.Random) -> None:
     for _ in range(chance.choice((1, 1, 3))):
         inside = content
         while True:
-            keys: Sequence[Any] = [*inside, "added"] if isinstance(inside, dict) else range(len(inside))
+            keys: Sequence[Any] = (
+                [*inside, "added"] if isinstance(inside, dict) else range(len(inside))
+            )
             key = chance.choice(keys)
             deeper = inside.get(key) if isinstance(inside, dict) else inside[key]
             if isinstance(deeper, dict | list) and deeper and chance.random() < 0.7:
@@ -271,7 +475,9 @@ def _change_bytes(path: Path, chance: random.Random) -> None:
 def _change_place(path: Path, chance: random.Random) -> None:
     """Something else at the path of a file, or nothing."""
     path.unlink(missing_ok=True)
-    match chance.choice(("missing", "folder", "pipe", "loop", "link", "link", "link", "empty")):
+    match chance.choice(
+        ("missing", "folder", "pipe", "loop", "link", "link", "link", "empty")
+    ):
         case "folder":
             path.mkdir()
         case "pipe":
@@ -279,7 +485,14 @@ def _change_place(path: Path, chance: random.Random) -> None:
         case "loop":
             path.symlink_to(path.name)
         case "link":
-            targets = ("../../outside/mine.txt", "../../outside/new", "/dev/zero", "/dev/null", "../pipe", "../full")
+            targets = (
+                "../../outside/mine.txt",
+                "../../outside/new",
+                "/dev/zero",
+                "/dev/null",
+                "../pipe",
+                "../full",
+            )
             path.symlink_to(chance.choice(targets))
         case "empty":
             path.write_bytes(b"{}")
@@ -306,7 +519,10 @@ def limited(seconds: float) -> Iterator[None]:
 def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
     """``refused`` or ``succeeded``, or what is wrong with the end of an input, and a text that shows it."""
     command, made, hub = COMMANDS[name], generated(name, number), Hub()
-    with directory() as root, mock.patch.object(huggingface_hub, "HfApi", return_value=hub):
+    with (
+        directory() as root,
+        mock.patch.object(huggingface_hub, "HfApi", return_value=hub),
+    ):
         for _, change in made.damage:
             change(root / "work")
         before = tree(root)
@@ -318,25 +534,54 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
         except BaseException:
             return "traceback", f"{made}\n{traceback.format_exc()[-1500:]}"
         after = tree(root)
-        outs = [word.partition("=")[2] for word in made.arguments if word.startswith("--out=")]
+        outs = [
+            word.partition("=")[2]
+            for word in made.arguments
+            if word.startswith("--out=")
+        ]
         named = {"{first}": made.arguments[1], "{out}": outs[-1] if outs else ""}
         at = os.path.realpath(root)
-        places = {key: os.path.relpath(os.path.realpath(os.path.expanduser(p)), at) for key, p in named.items() if p}
+        places = {
+            key: os.path.relpath(os.path.realpath(os.path.expanduser(p)), at)
+            for key, p in named.items()
+            if p
+        }
     shown = f"{made}\nexit {code}: {stderr[:600]}"
     lines = [line for line in stderr.splitlines() if line.strip()]
     if code not in (0, 2) or "Traceback" in stderr:
         return "traceback", shown
-    if code == 2 and (len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 2000):
+    if code == 2 and (
+        len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 2000
+    ):
         return "more than a line", shown
     allowed = command.kept if code == 2 else (*command.changed, *command.kept)
-    patterns = [rule.replace(key, glob.escape(path)) for rule in allowed for key, path in places.items() if key in rule]
-    changed = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
-    made_for_out = [str(parent) for parent in Path(places.get("{out}", "")).parents if code == 0]
+    patterns = [
+        rule.replace(key, glob.escape(path))
+        for rule in allowed
+        for key, path in places.items()
+        if key in rule
+    ]
+    changed = [
+        path
+        for path in before.keys() | after.keys()
+        if before.get(path) != after.get(path)
+    ]
+    made_for_out = [
+        str(parent) for parent in Path(places.get("{out}", "")).parents if code == 0
+    ]
     patterns += [glob.escape(parent) for parent in made_for_out if parent not in before]
-    beyond = [path for path in changed if not any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
+    beyond = [
+        path
+        for path in changed
+        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    ]
     if beyond:
         return "changed other files", f"{shown}\n{sorted(beyond)[:10]}"
-    if any(SECRET.encode() in data for files in hub.files.values() for data in files.values()):
+    if any(
+        SECRET.encode() in data
+        for files in hub.files.values()
+        for data in files.values()
+    ):
         return "uploaded a file from outside", shown
     return ("refused" if code else "succeeded"), shown
 
@@ -359,11 +604,19 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", nargs="*", default=sorted(COMMANDS), help=", ".join(COMMANDS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "commands", nargs="*", default=sorted(COMMANDS), help=", ".join(COMMANDS)
+    )
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=250)
-    parser.add_argument("--show", action="store_true", help="print every outcome, not only those that are wrong")
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print every outcome, not only those that are wrong",
+    )
     chosen, wrong = parser.parse_args(), 0
     with alone():
         for name in chosen.commands:

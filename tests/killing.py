@@ -25,24 +25,43 @@ from unittest import mock
 import torch
 
 import sparsellm
-from sparsellm import cli, interrupts
-from sparsellm.chain import Chain, LinearView
+from sparsellm import interrupts
+from sparsellm.app import cli
 from sparsellm.errors import SparseLLMError
+from sparsellm.files import files, scratch, writer
+from sparsellm.files.reader import CheckpointReader
+from sparsellm.files.scratch import Scratch
+from sparsellm.model import Chain, LinearView
 from sparsellm.progress import Progress
 from sparsellm.run import plan
-from sparsellm.storage import files, scratch, writer
-from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.scratch import Scratch
 
 LIMIT = 120.0  # seconds, far beyond what any command here takes
 KILLED = -signal.SIGKILL
 
-At = int | tuple[str, int] | None  # the number of a step, or its kind and its number among those
-_CALLS = {"replace": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make", "fsync": "sync"}
+At = (
+    int | tuple[str, int] | None
+)  # the number of a step, or its kind and its number among those
+_CALLS = {
+    "replace": "rename",
+    "unlink": "remove",
+    "rmdir": "remove",
+    "mkdir": "make",
+    "fsync": "sync",
+}
 _WRITERS = (files, writer, scratch)
 _IMPORTED = (  # also what is imported late
-    *("sparsellm.api", "sparsellm.console", "sparsellm.methods", "sparsellm.convert", "sparsellm.tables"),
-    *("tests.models", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"),
+    *(
+        "sparsellm.api",
+        "sparsellm.app.console",
+        "sparsellm.method.blocks",
+        "sparsellm.convert",
+        "sparsellm.app.tables",
+    ),
+    *(
+        "tests.models",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.gpt2.modeling_gpt2",
+    ),
 )
 
 
@@ -64,7 +83,13 @@ def dying(at: At = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
 
     def step(kind: str) -> None:
         steps[kind] += 1
-        reached = steps.total() if isinstance(at, int) else steps[at[0]] if at is not None else 0
+        reached = (
+            steps.total()
+            if isinstance(at, int)
+            else steps[at[0]]
+            if at is not None
+            else 0
+        )
         if at is not None and reached >= (at if isinstance(at, int) else at[1]):
             if signalled:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -90,11 +115,18 @@ def dying(at: At = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
 
     with contextlib.ExitStack() as patched:
         for name, kind in _CALLS.items():
-            patched.enter_context(mock.patch.object(os, name, around(kind, getattr(os, name))))
+            patched.enter_context(
+                mock.patch.object(os, name, around(kind, getattr(os, name)))
+            )
         for module in _WRITERS:
             patched.enter_context(mock.patch.object(module, "write_all", torn))
-        for owner, name, kind in ((CheckpointReader, "get", "read"), (LinearView, "assign", "solve")):
-            patched.enter_context(mock.patch.object(owner, name, around(kind, getattr(owner, name))))
+        for owner, name, kind in (
+            (CheckpointReader, "get", "read"),
+            (LinearView, "assign", "solve"),
+        ):
+            patched.enter_context(
+                mock.patch.object(owner, name, around(kind, getattr(owner, name)))
+            )
         yield steps
 
 
@@ -125,7 +157,13 @@ class Ended:
     steps: Counter[str] = field(default_factory=Counter)
 
 
-def run(command: Callable[..., Any], *args: Any, at: At = None, memory: int | None = None, **kwargs: Any) -> Ended:
+def run(
+    command: Callable[..., Any],
+    *args: Any,
+    at: At = None,
+    memory: int | None = None,
+    **kwargs: Any,
+) -> Ended:
     """Runs ``command(*args, **kwargs)`` in a process of its own, which is killed at step ``at`` of :func:`dying`."""
     reading, writing = context().Pipe(duplex=False)
     with started(_counted, writing, (command, args, kwargs), at, memory) as process:
@@ -155,10 +193,14 @@ def line(home: Path, words: list[str], disk: int | None = None) -> None:
 def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
     torch.set_num_threads(1)
     command, args, kwargs = call
-    os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and it takes the time
+    os.fsync = lambda descriptor: (
+        None
+    )  # what a kill leaves does not depend on it, and it takes the time
     error, make = "", Scratch.__init__
     if memory is not None:  # for hidden states; the others are on disk
-        Scratch.__init__ = lambda self, _=None, *args, **kwargs: make(self, memory, *args, **kwargs)  # type: ignore[method-assign]
+        Scratch.__init__ = lambda self, _=None, *args, **kwargs: make(
+            self, memory, *args, **kwargs
+        )  # type: ignore[method-assign]
     with dying(at, signalled=True) as steps:
         try:
             command(*args, **kwargs)
@@ -190,7 +232,9 @@ def ahead_of(patched: Any, owner: Any, name: str, do: Callable[..., Any]) -> Non
     patched.setattr(owner, name, both)
 
 
-def once_in_block(index: int, patched: Any, do: Callable[[], Any], after: int = 0) -> None:
+def once_in_block(
+    index: int, patched: Any, do: Callable[[], Any], after: int = 0
+) -> None:
     """Something happens when the model's own block ``index`` is about to be read for the time ``after`` + 1."""
     times = 0
 
@@ -210,7 +254,12 @@ def some(count: int, of: int, seed: int | str) -> list[int]:
 
 
 def command_line(
-    arguments: list[str], folder: Path, *, how: str = "wait", ignore: tuple[int, ...] = (), closed: bool = False
+    arguments: list[str],
+    folder: Path,
+    *,
+    how: str = "wait",
+    ignore: tuple[int, ...] = (),
+    closed: bool = False,
 ) -> None:
     """What the process of a command runs; arguments as in :func:`command`."""
     torch.set_num_threads(1)
@@ -224,8 +273,14 @@ def command_line(
             os.close(reading)
             os.close(writing)
         else:
-            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            os.dup2(
+                os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+                number,
+            )
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", closefd=False),
+        os.fdopen(2, "w", closefd=False),
+    )
     Chain.block = _waiting(Chain.block, folder, how)  # type: ignore[method-assign]
     sys.argv = ["sparsellm", *arguments]
     cli.main()
@@ -239,7 +294,9 @@ def _waiting(block: Callable[..., Any], folder: Path, how: str) -> Callable[...,
         waits = index == 1 and not (folder / "reached").exists()
         while waits:
             try:
-                (folder / "reached").touch()  # in here, so that a signal right after it is caught
+                (
+                    folder / "reached"
+                ).touch()  # in here, so that a signal right after it is caught
                 time.sleep(0.01)
                 waits = not (folder / "go").exists()
             except BaseException:
@@ -268,7 +325,9 @@ def started(target: Any, *arguments: Any, **options: Any) -> Iterator[BaseProces
 def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProcess]:
     """A command line in a process, when it has come to the point where it waits; its ``stdout`` and ``stderr`` are in
     ``folder``. ``how`` it waits; signals to ``ignore``, as under nohup; ``closed`` if nobody reads its output."""
-    with started(command_line, [str(word) for word in arguments], folder, **options) as process:
+    with started(
+        command_line, [str(word) for word in arguments], folder, **options
+    ) as process:
         await_file(folder / "reached", process)
         yield process
 

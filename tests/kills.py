@@ -20,17 +20,34 @@ from typing import Any
 import torch
 from gguf import GGMLQuantizationType
 
-from sparsellm.storage.contents import LIST
+from sparsellm.files.contents import LIST
 from tests import killing
+from tests.files.small import tree
 from tests.killing import KILLED, some
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import family
-from tests.storage.small import tree
 from tests.test_gguf import quantized_llama, write_gguf
 
-SMALL = ["--samples=4", "--seq-len=24", "--calibration=text.txt", "--sparsity=0.5", "--out=out"]
-TEXT = "The quick brown fox jumps over the lazy dog, and the dog looks at the fox for a while. " * 200
-MEASURED = {"seconds", "predicted_seconds", "peak_rss_bytes", "memory", "predicted_memory", "date", "speeds"}
+SMALL = [
+    "--samples=4",
+    "--seq-len=24",
+    "--calibration=text.txt",
+    "--sparsity=0.5",
+    "--out=out",
+]
+TEXT = (
+    "The quick brown fox jumps over the lazy dog, and the dog looks at the fox for a while. "
+    * 200
+)
+MEASURED = {
+    "seconds",
+    "predicted_seconds",
+    "peak_rss_bytes",
+    "memory",
+    "predicted_memory",
+    "date",
+    "speeds",
+}
 MEASURED |= {"tokens_per_second", "dense_tokens_per_second", "peak_rss"}
 Q8_0 = GGMLQuantizationType.Q8_0
 PAGES = ("report.html", "compare.html")
@@ -53,19 +70,46 @@ JOBS = [
     Job("prune", PRUNE),
     Job("prune, sweep", ["prune", "dense", "--effort=1", *SMALL]),
     Job("prune, int4", INT4),
-    Job("prune, int3, 2:4", ["prune", "dense", "--values=int3", "--pattern=2:4", *SMALL]),
+    Job(
+        "prune, int3, 2:4", ["prune", "dense", "--values=int3", "--pattern=2:4", *SMALL]
+    ),
     Job("prune, mixture", ["prune", "mixture", "--method=wanda", *SMALL]),
     Job("prune, GGUF", ["prune", "dense.gguf", "--method=wanda", *SMALL]),
     Job("prune, overwriting", [*PRUNE, "--overwrite", "--pattern=2:4"], (PRUNE,)),
     Job("pack", PACK, (PRUNE,)),
     Job("pack, int4", PACK, (INT4,)),
     Job("unpack", ["unpack", "packed", "--out=again"], (INT4, PACK)),
-    Job("tune", ["tune", "out", "--steps=2", "--seq-len=24", "--calibration=text.txt", "--out=tuned"], (PRUNE,)),
-    Job("export", ["export", "out", "--to=compressed-tensors", "--out=exported"], ([*PRUNE, "--grid=w8a16"],)),
+    Job(
+        "tune",
+        [
+            "tune",
+            "out",
+            "--steps=2",
+            "--seq-len=24",
+            "--calibration=text.txt",
+            "--out=tuned",
+        ],
+        (PRUNE,),
+    ),
+    Job(
+        "export",
+        ["export", "out", "--to=compressed-tensors", "--out=exported"],
+        ([*PRUNE, "--grid=w8a16"],),
+    ),
     Job("eval", EVAL, (PRUNE,)),
     Job("report", ["report", "out"], (PRUNE, EVAL)),
     Job("card", ["card", "out"], (PRUNE, EVAL)),
-    Job("compare", ["compare", "dense", "--method=wanda,sparsegpt", "--text=text.txt", "--text-seq-len=24", *SMALL]),
+    Job(
+        "compare",
+        [
+            "compare",
+            "dense",
+            "--method=wanda,sparsegpt",
+            "--text=text.txt",
+            "--text-seq-len=24",
+            *SMALL,
+        ],
+    ),
 ]
 
 
@@ -91,7 +135,10 @@ def contents(home: Path) -> dict[str, Any]:
         there[name] = "a page"
     for name in [name for name in there if name.endswith(".json") and there[name]]:
         there[name] = json.loads(
-            there[name], object_hook=lambda entry: {key: entry[key] for key in entry.keys() - MEASURED}
+            there[name],
+            object_hook=lambda entry: {
+                key: entry[key] for key in entry.keys() - MEASURED
+            },
         )
     return there
 
@@ -111,11 +158,17 @@ def again(job: Job, home: Path, expected: dict[str, Any]) -> list[str]:
     if ended.code != 0 or (ended.error and "exists and is not empty" not in log):
         return [f"{ended.error}: {log[-300:]}"]
     got = contents(home)
-    names = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+    names = sorted(
+        name
+        for name in got.keys() | expected.keys()
+        if got.get(name) != expected.get(name)
+    )
     return [f"{', '.join(names)} differ"] if names else []
 
 
-def started(job: Job, home: Path, at: int | None = None, disk: int | None = None) -> killing.Ended:
+def started(
+    job: Job, home: Path, at: int | None = None, disk: int | None = None
+) -> killing.Ended:
     return killing.run(killing.line, home, job.words, disk, at=at)
 
 
@@ -123,19 +176,35 @@ def tried(job: Job, folder: Path, kills: int, disks: int, seed: int) -> list[str
     """What went wrong in the runs of a job; prints the line of the table."""
     prepare(job, base := folder / job.name)
     ended = started(job, home := copied(base))
-    assert (ended.code, ended.error) == (0, ""), (job, ended, (folder / "run.log").read_text())
-    expected, steps, writes = contents(home), ended.steps.total(), ended.steps["write"] // 3
+    assert (ended.code, ended.error) == (0, ""), (
+        job,
+        ended,
+        (folder / "run.log").read_text(),
+    )
+    expected, steps, writes = (
+        contents(home),
+        ended.steps.total(),
+        ended.steps["write"] // 3,
+    )
     wrong: dict[str, list[str]] = {"kill": [], "disk": []}
     for at in (kills_at := some(kills, steps, f"{seed} {job.name}")):
         home = copied(base)
         assert started(job, home, at=at).code == KILLED
-        wrong["kill"] += [f"{job.name}, killed at {at}: {text}" for text in again(job, home, expected)]
+        wrong["kill"] += [
+            f"{job.name}, killed at {at}: {text}" for text in again(job, home, expected)
+        ]
     for at in (full_at := some(disks, writes, f"{seed} {job.name}, disk")):
         home = copied(base)
         assert started(job, home, disk=at).error
-        wrong["disk"] += [f"{job.name}, disk full at {at}: {text}" for text in again(job, home, expected)]
+        wrong["disk"] += [
+            f"{job.name}, disk full at {at}: {text}"
+            for text in again(job, home, expected)
+        ]
     good = len(kills_at) - len(wrong["kill"]), len(full_at) - len(wrong["disk"])
-    print(f"| {job.name} | {steps} | {len(kills_at)} | {good[0]} | {len(full_at)} | {good[1]} |", flush=True)
+    print(
+        f"| {job.name} | {steps} | {len(kills_at)} | {good[0]} | {len(full_at)} | {good[1]} |",
+        flush=True,
+    )
     return wrong["kill"] + wrong["disk"]
 
 
@@ -147,10 +216,14 @@ def main() -> int:
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     wrong = []
-    print("| command | operations | kills | same bits | full disks | same bits |\n|---|---|---|---|---|---|")
+    print(
+        "| command | operations | kills | same bits | full disks | same bits |\n|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for job in (job for job in JOBS if arguments.only in job.name):
-            wrong += tried(job, Path(folder), arguments.kills, arguments.disks, arguments.seed)
+            wrong += tried(
+                job, Path(folder), arguments.kills, arguments.disks, arguments.seed
+            )
     print(*wrong, sep="\n", file=sys.stderr)
     return int(bool(wrong))
 

@@ -44,4 +44,6 @@ def zeros_of(pattern: Pattern, shape: Sequence[int]) -> int:
 
 def violations(pattern: NM, weight: Tensor) -> int:
     """The number of zeros that a weight lacks for a pattern; 0 if it satisfies the pattern."""
-    return int(((weight != 0).reshape(-1, pattern.m).sum(dim=1) - pattern.n).clamp(min=0).sum())
+    return int(
+        ((weight != 0).reshape(-1, pattern.m).sum(dim=1) - pattern.n).clamp(min=0).sum()
+    )

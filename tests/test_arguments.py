@@ -45,7 +45,9 @@ def test_a_path_calibrates_on_its_file(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text(TEXT)
     pruned = []
     for calibration in (tmp_path / "my.txt", str(tmp_path / "my.txt")):
-        result = sparsellm.prune(llama, {**FAST, "method": "wanda"}, calibration=calibration)
+        result = sparsellm.prune(
+            llama, {**FAST, "method": "wanda"}, calibration=calibration
+        )
         assert result.recipe.calibration == str(tmp_path / "my.txt")
         assert result.model is not None
         pruned.append(result.model.state_dict())
@@ -56,12 +58,26 @@ IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_s
 ROWS = IDS.tolist()
 
 
-KINDS = [IDS, IDS.int(), IDS.numpy(), IDS.numpy().astype(numpy.uint16), ROWS, tuple(map(tuple, ROWS)), list(IDS)]
-KINDS += [list(IDS.numpy()), {"input_ids": IDS, "attention_mask": IDS + 1}, Dataset.from_dict({"input_ids": ROWS})]
+KINDS = [
+    IDS,
+    IDS.int(),
+    IDS.numpy(),
+    IDS.numpy().astype(numpy.uint16),
+    ROWS,
+    tuple(map(tuple, ROWS)),
+    list(IDS),
+]
+KINDS += [
+    list(IDS.numpy()),
+    {"input_ids": IDS, "attention_mask": IDS + 1},
+    Dataset.from_dict({"input_ids": ROWS}),
+]
 
 
 @pytest.mark.parametrize("ids", KINDS, ids=lambda value: type(value).__name__)
-def test_token_ids_of_every_kind_are_the_same_windows(ids: Any, llama: Path, model: PreTrainedModel) -> None:
+def test_token_ids_of_every_kind_are_the_same_windows(
+    ids: Any, llama: Path, model: PreTrainedModel
+) -> None:
     assert numbers(llama, ids) == numbers(llama, IDS)
     result = sparsellm.prune(model, FAST, calibration=ids)
     assert (result.recipe.samples, result.recipe.seq_len) == (3, 12)
@@ -69,10 +85,17 @@ def test_token_ids_of_every_kind_are_the_same_windows(ids: Any, llama: Path, mod
 
 
 def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one two three four"}\n{"text": "five six seven eight nine"}\n')
-    rows = [{"text": "one two three four", "id": 1}, {"text": "five six seven eight nine"}]
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one two three four"}\n{"text": "five six seven eight nine"}\n'
+    )
+    rows = [
+        {"text": "one two three four", "id": 1},
+        {"text": "five six seven eight nine"},
+    ]
     for given in (rows, Dataset.from_list(rows)):
-        assert numbers(llama, given, seq_len=8) == numbers(llama, tmp_path / "a.jsonl", seq_len=8)
+        assert numbers(llama, given, seq_len=8) == numbers(
+            llama, tmp_path / "a.jsonl", seq_len=8
+        )
     result = sparsellm.prune(llama, {**FAST, "seq_len": 8}, calibration=rows)
     assert result.recipe.calibration == "documents given in Python"
 
@@ -94,8 +117,14 @@ def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
         ([[1, 2], [3]], "not windows of ids"),
         ([[1, 10**30]], "not windows of ids"),
         ([[-1, 2]], "the vocabulary has"),
-        ({"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 0]]}, "has padding (attention_mask is 0"),
-        ({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]}, "not windows of ids"),
+        (
+            {"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 0]]},
+            "has padding (attention_mask is 0",
+        ),
+        (
+            {"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]},
+            "not windows of ids",
+        ),
         ([{"input_ids": [1, 2], "attention_mask": [0, 1]}], "has padding"),
         (torch.ones(3), "2 or more"),
         (torch.ones(2, 4, dtype=torch.bool), "must be integers"),
@@ -111,19 +140,38 @@ def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else None,
 )
-def test_what_is_no_text_is_refused(text: Any, said: str, llama: Path, model: PreTrainedModel) -> None:
+def test_what_is_no_text_is_refused(
+    text: Any, said: str, llama: Path, model: PreTrainedModel
+) -> None:
     refused(lambda: sparsellm.evaluate(llama, text), DataError, said)
     if text is not None and said != "for calibration only":
         before = {name: value.clone() for name, value in model.state_dict().items()}
         again = ({"text": "a"} for _ in range(3)) if said == "is <generator" else text
-        refused(lambda: sparsellm.prune(model, FAST, calibration=again), DataError, said)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        refused(
+            lambda: sparsellm.prune(model, FAST, calibration=again), DataError, said
+        )
+        assert all(
+            torch.equal(value, before[name])
+            for name, value in model.state_dict().items()
+        )
 
 
 def test_ids_decide_the_window(llama: Path) -> None:
-    refused(lambda: sparsellm.evaluate(llama, IDS, seq_len=16), DataError, "seq_len is 16", "12")
-    refused(lambda: sparsellm.evaluate(llama, IDS, max_tokens=11), DataError, "max_tokens is 11")
-    assert sparsellm.evaluate(llama, IDS, seq_len=12, max_tokens=25).protocol.tokens == 2 * 11
+    refused(
+        lambda: sparsellm.evaluate(llama, IDS, seq_len=16),
+        DataError,
+        "seq_len is 16",
+        "12",
+    )
+    refused(
+        lambda: sparsellm.evaluate(llama, IDS, max_tokens=11),
+        DataError,
+        "max_tokens is 11",
+    )
+    assert (
+        sparsellm.evaluate(llama, IDS, seq_len=12, max_tokens=25).protocol.tokens
+        == 2 * 11
+    )
 
 
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
@@ -134,17 +182,33 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (sparsellm.prune, {"recipe": 5}, "recipe is 5"),
     (sparsellm.prune, {"recipe": {1: 2}}, "give a mapping of fields"),
     (sparsellm.prune, {"out": 5}, "out is 5: give a path"),
-    (sparsellm.prune, {"overwrite": "yes"}, "overwrite is 'yes': it should be a valid boolean"),
+    (
+        sparsellm.prune,
+        {"overwrite": "yes"},
+        "overwrite is 'yes': it should be a valid boolean",
+    ),
     (sparsellm.prune, {"progress": "x"}, "progress is 'x': it should be callable"),
     (sparsellm.prune, {"teacher": 3}, "teacher is 3"),
-    (sparsellm.evaluate, {"seq_len": 1}, "seq_len is 1: it should be greater than or equal to 2"),
+    (
+        sparsellm.evaluate,
+        {"seq_len": 1},
+        "seq_len is 1: it should be greater than or equal to 2",
+    ),
     (sparsellm.evaluate, {"max_tokens": 0}, "max_tokens is 0"),
     (sparsellm.evaluate, {"device": ""}, "device is ''"),
     (sparsellm.evaluate, {"device": "opencl"}, "here: cpu"),
-    (sparsellm.evaluate, {"dtype": torch.int8}, "dtype is 'int8': it should be 'auto', 'float32'"),
+    (
+        sparsellm.evaluate,
+        {"dtype": torch.int8},
+        "dtype is 'int8': it should be 'auto', 'float32'",
+    ),
     (sparsellm.evaluate, {"against": 4}, "against is 4"),
     (sparsellm.evaluate, {"tasks": ["a", 3]}, "tasks[1] is 3"),
-    (sparsellm.evaluate, {"tasks": ["a"], "tasks_dir": "/nowhere"}, "tasks_dir is '/nowhere'"),
+    (
+        sparsellm.evaluate,
+        {"tasks": ["a"], "tasks_dir": "/nowhere"},
+        "tasks_dir is '/nowhere'",
+    ),
     (sparsellm.inspect, {"model": tiny_llama()}, "give a checkpoint directory"),
     (sparsellm.pack, {"out": ""}, "out is ''"),
     (sparsellm.unpack, {"directory": 5}, "directory is 5"),
@@ -153,7 +217,9 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("call", "changes", "said"), REFUSED)
-def test_a_bad_argument_is_refused(call: Any, changes: dict[str, Any], said: str, llama: Path, tmp_path: Path) -> None:
+def test_a_bad_argument_is_refused(
+    call: Any, changes: dict[str, Any], said: str, llama: Path, tmp_path: Path
+) -> None:
     given: dict[Any, dict[str, Any]] = {
         sparsellm.prune: {"model": llama, "recipe": FAST, "out": tmp_path / "out"},
         sparsellm.evaluate: {"model": llama, "text": "pydoc"},
@@ -174,7 +240,9 @@ def test_a_recipe_is_taken_as_mapping_and_as_file(llama: Path, tmp_path: Path) -
     (tmp_path / "r.yaml").write_text(Recipe(**FAST).to_yaml())
     for recipe in (Recipe(**FAST), FAST, tmp_path / "r.yaml", str(tmp_path / "r.yaml")):
         used = sparsellm.prune(llama, recipe, calibration=IDS).recipe
-        assert used == Recipe(**{**FAST, "samples": 3, "seq_len": 12, "calibration": used.calibration})
+        assert used == Recipe(
+            **{**FAST, "samples": 3, "seq_len": 12, "calibration": used.calibration}
+        )
 
 
 def test_a_message_is_one_printable_line() -> None:

@@ -37,12 +37,19 @@ def pruned(tmp_path: Path) -> Path:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("\n".join(f"Line {line} of a text that is neither long nor about anything." for line in range(80)))
+    path.write_text(
+        "\n".join(
+            f"Line {line} of a text that is neither long nor about anything."
+            for line in range(80)
+        )
+    )
     return path
 
 
 @pytest.fixture
-def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """What a script prints when it runs with some words."""
 
     def run(script: str, *words: object) -> str:
@@ -65,8 +72,21 @@ def rows_of(output: str, key: int = 0) -> dict[str, list[str]]:
     return {row[key]: row[key + 1 :] for row in rows}
 
 
-def test_the_forms_of_a_model_are_counted_and_scored(pruned: Path, text: Path, tmp_path: Path, printed: Any) -> None:
-    common = ("--window", "16", "--windows", "4", "--new-tokens", "2", "--prompt-tokens", "3", "--repeats", "1")
+def test_the_forms_of_a_model_are_counted_and_scored(
+    pruned: Path, text: Path, tmp_path: Path, printed: Any
+) -> None:
+    common = (
+        "--window",
+        "16",
+        "--windows",
+        "4",
+        "--new-tokens",
+        "2",
+        "--prompt-tokens",
+        "3",
+        "--repeats",
+        "1",
+    )
     output = printed(
         "instead.py", "--text", text, "--model", pruned, "--pruned", f"0.6={pruned}", *common,
         "--values", "keep", "int8", "--skip", "torchao", "--out", tmp_path / "out",
@@ -74,32 +94,56 @@ def test_the_forms_of_a_model_are_counted_and_scored(pruned: Path, text: Path, t
     rows = rows_of(output)
     dense = {"dense fp32", "dense bf16", "dense bf16 by transformers"}
     assert rows.keys() == dense | {"packed 60%, keep", "packed 60%, int8"}
-    megabytes = resident_bytes(AutoModelForCausalLM.from_pretrained(pruned), linears_only=True) / 1e6
+    megabytes = (
+        resident_bytes(AutoModelForCausalLM.from_pretrained(pruned), linears_only=True)
+        / 1e6
+    )
     assert float(rows["dense fp32"][0]) == pytest.approx(megabytes, abs=0.05)
     assert [float(rows[name][1]) for name in ("dense fp32", "dense bf16")] == [32, 16]
     assert float(rows["packed 60%, int8"][1]) < float(rows["packed 60%, keep"][1]) < 16
-    assert float(rows["packed 60%, keep"][4]) == pytest.approx(float(rows["dense fp32"][4]), rel=1e-3)
+    assert float(rows["packed 60%, keep"][4]) == pytest.approx(
+        float(rows["dense fp32"][4]), rel=1e-3
+    )
 
 
-def test_the_frontier_counts_scores_and_draws_every_form(llama: Path, text: Path, tmp_path: Path, printed: Any) -> None:
+def test_the_frontier_counts_scores_and_draws_every_form(
+    llama: Path, text: Path, tmp_path: Path, printed: Any
+) -> None:
     output = printed(
         "frontier.py", "--text", text, "--model", llama, "--calibration", text, "--samples", 8, "--window", 16,
         "--max-tokens", 64, "--effort", 0, "--cells", tmp_path / "cells.json", "--picture", tmp_path / "frontier.svg",
         "--forms", "sparsellm 50% int8", "sparsellm 50% int4", "sparsellm 0% int8",
     )  # fmt: skip
     rows = rows_of(output)
-    assert rows.keys() == {"sparsellm 0% int8", "sparsellm 50% int8", "sparsellm 50% int4"}
-    bits, divergences = ({name: float(row[column]) for name, row in rows.items()} for column in (1, 2))
+    assert rows.keys() == {
+        "sparsellm 0% int8",
+        "sparsellm 50% int8",
+        "sparsellm 50% int4",
+    }
+    bits, divergences = (
+        {name: float(row[column]) for name, row in rows.items()} for column in (1, 2)
+    )
     assert bits["sparsellm 50% int4"] < bits["sparsellm 50% int8"]
     assert 0 < divergences["sparsellm 0% int8"] < divergences["sparsellm 50% int8"]
-    assert rows["sparsellm 0% int8"][4] == rows["sparsellm 50% int4"][4] == "yes"  # the best, and the smallest
+    assert (
+        rows["sparsellm 0% int8"][4] == rows["sparsellm 50% int4"][4] == "yes"
+    )  # the best, and the smallest
     drawn = ElementTree.parse(tmp_path / "frontier.svg").getroot()
-    assert {"50% int4", "50% int8", "0% int8"} <= {node.text for node in drawn.iter(f"{SVG}text")}
+    assert {"50% int4", "50% int8", "0% int8"} <= {
+        node.text for node in drawn.iter(f"{SVG}text")
+    }
 
 
-def test_perplexity_by_time_is_listed_and_drawn(tmp_path: Path, printed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perplexity_by_time_is_listed_and_drawn(
+    tmp_path: Path, printed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cell(perplexity: float, seconds: float) -> dict[str, float]:
-        return {"perplexity": perplexity, "seconds": 9, "cpu_seconds": seconds, "peak_rss_bytes": 2e9}
+        return {
+            "perplexity": perplexity,
+            "seconds": 9,
+            "cpu_seconds": seconds,
+            "peak_rss_bytes": 2e9,
+        }
 
     conditions, file = "there/train.txt/8/16/heldout.txt/64", tmp_path / "cells.json"
     known = {
@@ -107,8 +151,12 @@ def test_perplexity_by_time_is_listed_and_drawn(tmp_path: Path, printed: Any, mo
         f"code/{conditions}/magnitude/0.7/0": cell(4000, 50),
         f"code/{conditions}/sparsegpt/0.7/0": {**cell(40, 100), "other": 128},
         f"code/{conditions}/sparsellm/effort=0/0.7/0": {**cell(20, 200), "other": 16},
-        f"code/{conditions}/sparsellm-paper/0.7/0": {"failed": "error: diverged in block 11"},
-        f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(50, 150),  # for every version of sparsellm
+        f"code/{conditions}/sparsellm-paper/0.7/0": {
+            "failed": "error: diverged in block 11"
+        },
+        f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(
+            50, 150
+        ),  # for every version of sparsellm
         f"{conditions}/llmcompressor/wanda/0.7/0": cell(30, 150),
     }
     file.write_text(json.dumps(known))
@@ -124,38 +172,95 @@ def test_perplexity_by_time_is_listed_and_drawn(tmp_path: Path, printed: Any, mo
         "magnitude", "sparsegpt", "sparsellm, effort 0", "sparsellm-paper", "llmcompressor: sparsegpt",
         "llmcompressor: wanda",
     }  # fmt: skip
-    assert rows["sparsellm, effort 0"] == ["20.0, 16.0", "0.500, 0.250", "200", "2.00", "2.00"]
-    assert rows["llmcompressor: sparsegpt"][:2] == ["50.0", "1.161"]  # measured on one text only
-    assert rows["sparsellm-paper"] == ["error: diverged in block 11", "–", "–", "–", "–"]
+    assert rows["sparsellm, effort 0"] == [
+        "20.0, 16.0",
+        "0.500, 0.250",
+        "200",
+        "2.00",
+        "2.00",
+    ]
+    assert rows["llmcompressor: sparsegpt"][:2] == [
+        "50.0",
+        "1.161",
+    ]  # measured on one text only
+    assert rows["sparsellm-paper"] == [
+        "error: diverged in block 11",
+        "–",
+        "–",
+        "–",
+        "–",
+    ]
     assert "Below the line: llmcompressor: wanda at 70%.\n" in output
     assert "Not measured: wanda at 70%; admm at 70%;" in output
-    drawn = {node.text for node in ElementTree.parse(picture).getroot().iter(f"{SVG}text")}
-    assert {"70% zeros", "magnitude 4,000 ↑", "sparsegpt 40.0", "sparsegpt 50.0", "effort 0 20.0"} <= drawn
+    drawn = {
+        node.text for node in ElementTree.parse(picture).getroot().iter(f"{SVG}text")
+    }
+    assert {
+        "70% zeros",
+        "magnitude 4,000 ↑",
+        "sparsegpt 40.0",
+        "sparsegpt 50.0",
+        "effort 0 20.0",
+    } <= drawn
     assert not any("as published" in str(node) for node in drawn)
-    same = ("--methods", "sparsegpt", "sparsellm", "--effort", "0")  # there is no such model to make a cell from
-    assert [row[1] for row in rows_of(printed("quality.py", *common, *same), key=1).values()] == ["1.000", "0.500"]
+    same = (
+        "--methods",
+        "sparsegpt",
+        "sparsellm",
+        "--effort",
+        "0",
+    )  # there is no such model to make a cell from
+    assert [
+        row[1] for row in rows_of(printed("quality.py", *common, *same), key=1).values()
+    ] == ["1.000", "0.500"]
     assert json.loads(file.read_text()) == known
 
 
-def test_a_model_in_gguf_reads_back_as_its_own_numbers(llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_in_gguf_reads_back_as_its_own_numbers(
+    llama: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     forms = importlib.import_module("forms")
     parameters = forms.write_gguf(forms.open_dense(llama), tmp_path / "dense.gguf")
     numbers = forms.gguf_numbers(tmp_path / "dense.gguf", parameters)
-    matrices = {name: p for name, p in forms.open_dense(llama).named_parameters() if p.dim() == 2}
+    matrices = {
+        name: p
+        for name, p in forms.open_dense(llama).named_parameters()
+        if p.dim() == 2
+    }
     assert numbers.weights.keys() == matrices.keys()
     for name, weight in matrices.items():
         assert torch.equal(numbers.weights[name], weight)
         assert numbers.bytes[name] == 4 * weight.numel()
-    assert parameters["blk.0.attn_q.weight"].endswith("layers.0.self_attn.q_proj.weight")
+    assert parameters["blk.0.attn_q.weight"].endswith(
+        "layers.0.self_attn.q_proj.weight"
+    )
     forms.write_gguf(tiny_llama().bfloat16(), tmp_path / "half.gguf", torch.float16)
     half = forms.gguf_numbers(tmp_path / "half.gguf", parameters)
     assert {name: 2 * matrices[name].numel() for name in matrices} == half.bytes
 
 
-def test_servers_take_turns_and_their_rates_are_printed(pruned: Path, tmp_path: Path, printed: Any) -> None:
-    quick = ("--rounds", 2, "--new-tokens", 4, "--clients", 1, 2, "--context", 128, "--prompt-words", 4)
-    rows = rows_of(printed("serving.py", f"tiny={pruned}", "left-out=a.gguf", *quick, "--out", tmp_path))
+def test_servers_take_turns_and_their_rates_are_printed(
+    pruned: Path, tmp_path: Path, printed: Any
+) -> None:
+    quick = (
+        "--rounds",
+        2,
+        "--new-tokens",
+        4,
+        "--clients",
+        1,
+        2,
+        "--context",
+        128,
+        "--prompt-words",
+        4,
+    )
+    rows = rows_of(
+        printed(
+            "serving.py", f"tiny={pruned}", "left-out=a.gguf", *quick, "--out", tmp_path
+        )
+    )
     assert rows.keys() == {"tiny"}
     server, one, ratio, two, _ = rows["tiny"]
     assert (server, ratio) == ("sparsellm serve", "1.00 (1.00 – 1.00)")
@@ -163,12 +268,22 @@ def test_servers_take_turns_and_their_rates_are_printed(pruned: Path, tmp_path: 
     assert float(two) > 0
 
 
-def test_the_forecast_is_what_plan_predicts(printed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = rows_of(printed("forecast.py", "--models", "8b", "--machines", "h100=2000,8"))["8b"]
+def test_the_forecast_is_what_plan_predicts(
+    printed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = rows_of(
+        printed("forecast.py", "--models", "8b", "--machines", "h100=2000,8")
+    )["8b"]
     forecast = importlib.import_module("forecast")
     forecast.MODELS["8b"].to_json_file(tmp_path / "config.json")
-    plan = sparsellm.plan(tmp_path / "config.json", Recipe(memory="200GB"), gpu="h100", ranks=8)
-    sizes = (plan.memory.predicted_peak_rss_bytes, plan.memory.predicted_peak_device_bytes, plan.disk_bytes)
+    plan = sparsellm.plan(
+        tmp_path / "config.json", Recipe(memory="200GB"), gpu="h100", ranks=8
+    )
+    sizes = (
+        plan.memory.predicted_peak_rss_bytes,
+        plan.memory.predicted_peak_device_bytes,
+        plan.disk_bytes,
+    )
     assert table[2:] == [
         forecast.hours(sum(plan.seconds.values())),
         *(forecast.hours(plan.seconds[phase]) for phase in ("prune", "sweep")),

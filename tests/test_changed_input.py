@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import open_chain
 from sparsellm.errors import NumericalError, StorageError
+from sparsellm.files.directory import partial_of
+from sparsellm.files.reader import CheckpointReader
+from sparsellm.model import open_chain
 from sparsellm.run.fingerprint import model_fingerprint
-from sparsellm.storage.directory import partial_of
-from sparsellm.storage.reader import CheckpointReader
+from tests.files.small import shards_of
 from tests.killing import once_in_block, stop_after_one
 from tests.models import save_tiny, tiny_llama
-from tests.storage.small import shards_of
 
 IDS = torch.arange(96).view(4, 24)
 RECIPE = Recipe(method="magnitude", sparsity=0.5)
@@ -45,25 +45,42 @@ def change_a_middle_row(source: Path) -> None:
     save_file(tensors, source / WEIGHTS, {"format": "pt"})
 
 
-def test_a_row_changed_between_two_starts_is_another_model(source: Path, tmp_path: Path) -> None:
+def test_a_row_changed_between_two_starts_is_another_model(
+    source: Path, tmp_path: Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         prune(source, tmp_path / "p", progress=stop_after_one("prune"))
-    kept = {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").rglob("*.safetensors")}
+    kept = {
+        path.name: path.read_bytes()
+        for path in partial_of(tmp_path / "p").rglob("*.safetensors")
+    }
     change_a_middle_row(source)
     with pytest.raises(StorageError, match="model is"):
         prune(source, tmp_path / "p")
-    assert {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").rglob("*.safetensors")} == kept
+    assert {
+        path.name: path.read_bytes()
+        for path in partial_of(tmp_path / "p").rglob("*.safetensors")
+    } == kept
     said: list[str] = []
     save_tiny(tiny_llama(), None, source)  # as it was, though written anew
-    assert prune(source, tmp_path / "p", progress=lambda event: said.append(event.detail)).resumed == 1
-    assert any("reading all weights once, for their checksums" in detail for detail in said)
+    assert (
+        prune(
+            source, tmp_path / "p", progress=lambda event: said.append(event.detail)
+        ).resumed
+        == 1
+    )
+    assert any(
+        "reading all weights once, for their checksums" in detail for detail in said
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_number_of_a_model_in_memory_counts(dtype: torch.dtype) -> None:
     first, same, other = (tiny_llama().to(dtype) for _ in range(3))
     other.model.layers[1].mlp.up_proj.weight.data[40, 16] *= 1.5
-    chains = (open_chain(model, device=torch.device("cpu")) for model in (first, same, other))
+    chains = (
+        open_chain(model, device=torch.device("cpu")) for model in (first, same, other)
+    )
     known, again, changed = map(model_fingerprint, chains)
     assert known == again != changed
 
@@ -72,7 +89,9 @@ def test_a_parameter_in_memory_must_be_finite_and_a_mask_need_not() -> None:
     model = tiny_llama()
     model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
     chain = open_chain(model, device=torch.device("cpu"))
-    assert model_fingerprint(chain) != model_fingerprint(open_chain(tiny_llama(), device=torch.device("cpu")))
+    assert model_fingerprint(chain) != model_fingerprint(
+        open_chain(tiny_llama(), device=torch.device("cpu"))
+    )
     model.model.norm.weight.data[3] = torch.nan
     with pytest.raises(NumericalError, match=r"weight model\.norm\.weight has NaN"):
         model_fingerprint(chain)
@@ -102,7 +121,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_is_one_line_and_blocks_are_kept(change: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
+def test_a_change_is_one_line_and_blocks_are_kept(
+    change: Callable[[Path], None], source: Path, tmp_path: Path
+) -> None:
     with pytest.MonkeyPatch.context() as patched:
         once_in_block(1, patched, lambda: change(source), after=1)
         with pytest.raises(StorageError, match=CHANGES[change]) as caught:
@@ -116,7 +137,9 @@ def test_a_change_is_one_line_and_blocks_are_kept(change: Callable[[Path], None]
 
 
 @pytest.mark.parametrize("anew", [False, True])
-def test_files_only_touched_are_read(anew: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_only_touched_are_read(
+    anew: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def touch() -> None:
         if anew:
             shutil.copyfile(source / WEIGHTS, tmp_path / "copy")
@@ -134,7 +157,9 @@ def test_a_change_between_the_header_and_the_checksums_is_seen(source: Path) -> 
         reader.digests()
 
 
-def test_evaluation_stops_as_well(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_stops_as_well(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     once_in_block(1, monkeypatch, lambda: cut_short(source))
     with pytest.raises(StorageError, match=WEIGHTS):
         sparsellm.evaluate(source, IDS)
@@ -142,8 +167,13 @@ def test_evaluation_stops_as_well(source: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_digests_are_those_of_the_stored_bytes_and_progress_ends(source: Path) -> None:
     seen: list[tuple[int, int]] = []
-    digests = CheckpointReader(source).digests(lambda done, total: seen.append((done, total)))
+    digests = CheckpointReader(source).digests(
+        lambda done, total: seen.append((done, total))
+    )
     tensors = load_file(source / WEIGHTS)
-    assert digests == {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
+    assert digests == {
+        name: hashlib.sha256(value.numpy().tobytes()).hexdigest()
+        for name, value in tensors.items()
+    }
     assert seen[-1][0] == seen[-1][1] == sum(value.nbytes for value in tensors.values())
     assert len(seen) == len(tensors)

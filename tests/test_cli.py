@@ -23,39 +23,97 @@ SMALL = ("--samples", 4, "--seq-len", 32)
 
 def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "pruned"
-    line = ("prune", llama, "--out", out, "--method", "sparsegpt", "--pattern", "2:4", *SMALL)
+    line = (
+        "prune",
+        llama,
+        "--out",
+        out,
+        "--method",
+        "sparsegpt",
+        "--pattern",
+        "2:4",
+        *SMALL,
+    )
     report = json.loads(run(*line, "--json", exits=0)[1])
     assert report["sparsity_asked"] == report["sparsity_reached"] == 0.5
     assert report["peak_rss_bytes"] > 0
     assert {"read", "prune", "forward", "write"} <= report["seconds"].keys()
     assert report["recipe"]["samples"] == 4
-    assert {"path": str(out), **json.loads((out / "pruning.json").read_text())} == report
+    assert {
+        "path": str(out),
+        **json.loads((out / "pruning.json").read_text()),
+    } == report
     inspected = json.loads(run("inspect", out, "--json", exits=0)[1])
     assert inspected["pattern"] == "2:4"
     assert inspected["sparsity"] == 0.5
-    assert sum(block["zeros"] for block in inspected["blocks"]) == inspected["zeros"] == report["zeros"]
+    assert (
+        sum(block["zeros"] for block in inspected["blocks"])
+        == inspected["zeros"]
+        == report["zeros"]
+    )
     line = ("eval", out, "--text", "pydoc", "--seq-len", 64, "--max-tokens", 640)
     measured = json.loads(run(*line, "--json", exits=0)[1])
-    assert (measured["protocol"]["tokens"], measured["protocol"]["window"]) == (10 * 63, 64)
+    assert (measured["protocol"]["tokens"], measured["protocol"]["window"]) == (
+        10 * 63,
+        64,
+    )
     assert 1 < measured["perplexity"]["value"] < 10_000
     model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] > 3
+    assert (
+        model.generate(
+            torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False
+        ).shape[1]
+        > 3
+    )
 
 
-def test_a_run_says_what_it_needs_and_what_comes_next(llama: Path, tmp_path: Path, run: Any) -> None:
+def test_a_run_says_what_it_needs_and_what_comes_next(
+    llama: Path, tmp_path: Path, run: Any
+) -> None:
     """Without a hub, and with few tokens, of which it warns once."""
     out = tmp_path / "a b"
     _, stdout, stderr = run("prune", llama, "--out", out, *SMALL, exits=0)
     first, *others = stderr.splitlines()
-    assert re.fullmatch(r"needs about [\d.]+ [MG]B of memory, [\d.]+ MB of disk and a few seconds", first)
+    assert re.fullmatch(
+        r"needs about [\d.]+ [MG]B of memory, [\d.]+ MB of disk and a few seconds",
+        first,
+    )
     assert "before the start" not in stderr
-    assert len([line for line in others if line.startswith("note: calibrated on Python's documentation")]) == 1
-    assert len([line for line in others if line.startswith("note: 128 calibration tokens are few")]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in others
+                if line.startswith("note: calibrated on Python's documentation")
+            ]
+        )
+        == 1
+    )
+    assert (
+        len(
+            [
+                line
+                for line in others
+                if line.startswith("note: 128 calibration tokens are few")
+            ]
+        )
+        == 1
+    )
     sweeps = json.loads((out / "pruning.json").read_text())["sweeps"]
     least, before = min(sweep["held_out"] for sweep in sweeps), sweeps[0]["held_out"]
-    assert f"held-out calibration windows: {least:.3f} nats a token ({before:.3f} before the sweep)" in stdout
-    assert json.loads((out / "pruning.json").read_text())["recipe"]["calibration"] == "pydoc"
-    following = [line.partition("sparsellm ")[2] for line in stdout.splitlines() if "it:  " in line]
+    assert (
+        f"held-out calibration windows: {least:.3f} nats a token ({before:.3f} before the sweep)"
+        in stdout
+    )
+    assert (
+        json.loads((out / "pruning.json").read_text())["recipe"]["calibration"]
+        == "pydoc"
+    )
+    following = [
+        line.partition("sparsellm ")[2]
+        for line in stdout.splitlines()
+        if "it:  " in line
+    ]
     assert [line.split()[0] for line in following] == ["eval", "pack"]
     for command in following:
         run(*shlex.split(command), exits=0)
@@ -69,26 +127,78 @@ def test_one_command_prunes_packs_measures_and_reports(
     llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruned, packed = tmp_path / "pruned", tmp_path / "packed"
-    line = ("prune", llama, "--out", pruned, "--pack", packed, "--values", "int8", *SMALL, "--effort", 0)
+    line = (
+        "prune",
+        llama,
+        "--out",
+        pruned,
+        "--pack",
+        packed,
+        "--values",
+        "int8",
+        *SMALL,
+        "--effort",
+        0,
+    )
     content = json.loads(run(*line, "--json", exits=0)[1])
     assert content["packed"]["path"] == str(packed)
     (measured,) = json.loads((packed / "results.json").read_text())["evaluations"]
     assert measured == content["evaluation"]
-    assert (measured["protocol"]["text"], measured["against"]["kl"] > 0) == ("pydoc", True)
-    assert f"{measured['against']['kl']:.3f}"[:4] in (packed / "report.html").read_text(encoding="utf-8")
+    assert (measured["protocol"]["text"], measured["against"]["kl"] > 0) == (
+        "pydoc",
+        True,
+    )
+    assert f"{measured['against']['kl']:.3f}"[:4] in (packed / "report.html").read_text(
+        encoding="utf-8"
+    )
     assert "KL" in (packed / "README.md").read_text()
     with monkeypatch.context() as patched:
-        patched.setattr("sparsellm.api.append_result", Mock(side_effect=OSError("the disk is full")))
-        line = ("prune", llama, "--out", tmp_path / "r", "--pack", tmp_path / "s", *SMALL, "--effort", 0, "--json")
+        patched.setattr(
+            "sparsellm.api.append_result", Mock(side_effect=OSError("the disk is full"))
+        )
+        line = (
+            "prune",
+            llama,
+            "--out",
+            tmp_path / "r",
+            "--pack",
+            tmp_path / "s",
+            *SMALL,
+            "--effort",
+            0,
+            "--json",
+        )
         _, stdout, stderr = run(*line, exits=0)
     assert "the measurement is not kept in" in stderr
     assert json.loads(stdout)["evaluation"]["against"]["kl"] > 0
-    for model, place in ((llama, llama / "inside"), (pruned, pruned)):  # which would be measured against itself
-        line = ("prune", model, "--out", tmp_path / "q", "--pack", place, "--overwrite", *SMALL)
+    for model, place in (
+        (llama, llama / "inside"),
+        (pruned, pruned),
+    ):  # which would be measured against itself
+        line = (
+            "prune",
+            model,
+            "--out",
+            tmp_path / "q",
+            "--pack",
+            place,
+            "--overwrite",
+            *SMALL,
+        )
         assert "overlaps with the model" in run(*line, exits=2)[2]
-    again = run("prune", llama, "--out", pruned, "--pack", tmp_path / "later", *SMALL, exits=2)[2]
-    assert f"`sparsellm pack {pruned} --out {tmp_path / 'later'} --values int8` packs it" in again
-    assert "give --overwrite" in run("prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL, exits=2)[2]
+    again = run(
+        "prune", llama, "--out", pruned, "--pack", tmp_path / "later", *SMALL, exits=2
+    )[2]
+    assert (
+        f"`sparsellm pack {pruned} --out {tmp_path / 'later'} --values int8` packs it"
+        in again
+    )
+    assert (
+        "give --overwrite"
+        in run(
+            "prune", llama, "--out", tmp_path / "q", "--pack", packed, *SMALL, exits=2
+        )[2]
+    )
 
 
 def test_something_is_printed_before_torch_is_imported() -> None:
@@ -100,11 +210,18 @@ def test_something_is_printed_before_torch_is_imported() -> None:
         "cli.main()\n"
     )
     done = [
-        subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=False)
+        subprocess.run(
+            [sys.executable, "-c", program, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         for more in ([], ["--quiet"])
     ]
     assert [process.returncode for process in done] == [3, 3]
-    assert re.fullmatch(r"sparsellm \S+: loading torch and transformers\ntorch\n", done[0].stdout)
+    assert re.fullmatch(
+        r"sparsellm \S+: loading torch and transformers\ntorch\n", done[0].stdout
+    )
     assert done[1].stdout == "torch\n"
 
 
@@ -116,39 +233,91 @@ def test_methods_lists_options_and_papers(run: Any) -> None:
     assert "options.damping" in run("methods", columns=0, exits=0)[1]
 
 
-MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that refuses; its tests have the others
+MISTAKES: dict[
+    str, tuple[list[str], list[str]]
+] = {  # one from each part that refuses; its tests have the others
     "model not found": (["prune", "{tmp}/nowhere"], ["nowhere", "not found"]),
     "an encoder": (["prune", "{tmp}/bert"], ["bert", "decoder"]),
     "an encoder-decoder": (["prune", "{tmp}/t5"], ["t5", "decoder-only"]),
-    "a short text": (["prune", "{llama}", "--calibration", "{tmp}/short.txt"], ["short.txt", "tokens"]),
+    "a short text": (
+        ["prune", "{llama}", "--calibration", "{tmp}/short.txt"],
+        ["short.txt", "tokens"],
+    ),
     "unknown method": (["prune", "{llama}", "--method", "wonda"], ["wonda", "'wanda'"]),
-    "a percentage": (["prune", "{llama}", "--sparsity", "70"], ["70", "did you mean 0.7?"]),
-    "a text that is no file": (["eval", "{llama}", "--text", "nofile"], ["unknown text source 'nofile'; known: c4"]),
-    "unknown field": (["prune", "{llama}", "--set", "sparsty=1"], ["sparsty", "'sparsity'"]),
-    "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
-    "no weight left": (["prune", "{llama}", "--method=wanda", "--sparsity=0.9999999999"], ["0.9999999999", "every"]),
-    "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
-    "code": (["prune", "{llama}", "--pack=p", "--trust-remote-code"], ["a packed model runs no code of a checkpoint"]),
-    "pack is out": (["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/x/../o"], ["--out and --pack are", "/o"]),
-    "pack in out": (["prune", "{llama}", "--pack={tmp}/pruned/p"], ["--pack", "overlaps with --out"]),
-    "pack, and a long name": (["prune", "{llama}", "--out", "x" * 300, "--pack", "{tmp}/p"], ["'xx", "300 bytes"]),
-    "no share": (["prune", "{llama}", "--sparsity-of", "*.q_proj"], ["--sparsity-of", "write GLOB=SHARE"]),
-    "no tokenizer": (["prune", "{tmp}/bare"], ["no tokenizer's files", "copy tokenizer.json"]),
+    "a percentage": (
+        ["prune", "{llama}", "--sparsity", "70"],
+        ["70", "did you mean 0.7?"],
+    ),
+    "a text that is no file": (
+        ["eval", "{llama}", "--text", "nofile"],
+        ["unknown text source 'nofile'; known: c4"],
+    ),
+    "unknown field": (
+        ["prune", "{llama}", "--set", "sparsty=1"],
+        ["sparsty", "'sparsity'"],
+    ),
+    "effort without a sweep": (
+        ["prune", "{llama}", "--method", "wanda", "--effort", "1"],
+        ["wanda", "effort"],
+    ),
+    "no weight left": (
+        ["prune", "{llama}", "--method=wanda", "--sparsity=0.9999999999"],
+        ["0.9999999999", "every"],
+    ),
+    "out is the model": (
+        ["prune", "{llama}", "--out", "{llama}", "--overwrite"],
+        ["overlaps with the model"],
+    ),
+    "code": (
+        ["prune", "{llama}", "--pack=p", "--trust-remote-code"],
+        ["a packed model runs no code of a checkpoint"],
+    ),
+    "pack is out": (
+        ["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/x/../o"],
+        ["--out and --pack are", "/o"],
+    ),
+    "pack in out": (
+        ["prune", "{llama}", "--pack={tmp}/pruned/p"],
+        ["--pack", "overlaps with --out"],
+    ),
+    "pack, and a long name": (
+        ["prune", "{llama}", "--out", "x" * 300, "--pack", "{tmp}/p"],
+        ["'xx", "300 bytes"],
+    ),
+    "no share": (
+        ["prune", "{llama}", "--sparsity-of", "*.q_proj"],
+        ["--sparsity-of", "write GLOB=SHARE"],
+    ),
+    "no tokenizer": (
+        ["prune", "{tmp}/bare"],
+        ["no tokenizer's files", "copy tokenizer.json"],
+    ),
     "no tokenizer to talk with": (["chat", "{tmp}/bare"], ["no tokenizer's files"]),
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),
-    "quiet and verbose": (["pack", "{llama}", "--out", "{tmp}/p", "--quiet", "--verbose"], ["contradict each other"]),
+    "quiet and verbose": (
+        ["pack", "{llama}", "--out", "{tmp}/p", "--quiet", "--verbose"],
+        ["contradict each other"],
+    ),
     "eval without text": (["eval", "{llama}"], ["--text"]),
-    "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
+    "eval of too little": (
+        ["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"],
+        ["max_tokens", "3"],
+    ),
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),
     "unpack what is dense": (["unpack", "{llama}", "--out", "{tmp}/p"], ["not packed"]),
     "bench what is dense": (["bench", "{llama}"], ["not packed", "sparsellm pack"]),
-    "bench on no device": (["bench", "{llama}", "--device", "cuda:99"], ["device 'cuda:99' does not exist here"]),
+    "bench on no device": (
+        ["bench", "{llama}", "--device", "cuda:99"],
+        ["device 'cuda:99' does not exist here"],
+    ),
     "unknown command": (["prume", "{llama}"], ["prume"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, tmp_path: Path, run: Any) -> None:
+def test_a_mistake_is_one_clear_line_and_exit_code_2(
+    mistake: str, llama: Path, tmp_path: Path, run: Any
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("too short")
     arguments, said = MISTAKES[mistake]
@@ -156,8 +325,17 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
     if mistake.startswith("no tokenizer"):
         save_tiny(tiny_llama(), None, tmp_path / "bare")
     if mistake == "an encoder":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        save_tiny(BertForMaskedLM(BertConfig(vocab_size=300, **sizes)), tiny_tokenizer(), tmp_path / "bert")
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        }
+        save_tiny(
+            BertForMaskedLM(BertConfig(vocab_size=300, **sizes)),
+            tiny_tokenizer(),
+            tmp_path / "bert",
+        )
     elif mistake == "an encoder-decoder":
         T5Config().save_pretrained(tmp_path / "t5")
     if command[0] == "prune" and "--out" not in command:
@@ -172,41 +350,69 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, 
     assert not (tmp_path / "pruned").exists()
 
 
-def test_a_full_disk_is_said_at_once(llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsellm.storage import directory
+def test_a_full_disk_is_said_at_once(
+    llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsellm.files import directory
 
     prune = ("prune", llama, "--method", "wanda", *SMALL)
     kept, rounded = tmp_path / "kept", tmp_path / "rounded"
     run(*prune, "--out", kept, exits=0)
     run(*prune, "--grid", "w8a8", "--out", rounded, exits=0)
     usage = directory.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(
+        directory.shutil, "disk_usage", lambda path: usage._replace(free=1000)
+    )
     others = [
         ("pack", kept),
         ("tune", kept, "--steps", 1, "--seq-len", 32),
         ("export", rounded, "--to", "compressed-tensors"),
     ]
     for line in (prune, *others):
-        assert " MB and its disk has 0.00 MB free; make room" in run(*line, "--out", tmp_path / "p", exits=2)[2]
+        assert (
+            " MB and its disk has 0.00 MB free; make room"
+            in run(*line, "--out", tmp_path / "p", exits=2)[2]
+        )
 
 
-def test_no_memory_from_the_system_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")):
+def test_no_memory_from_the_system_is_one_line(
+    llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any
+) -> None:
+    for error in (
+        MemoryError(),
+        RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+    ):
         monkeypatch.setattr("sparsellm.api.prune", Mock(side_effect=error))
-        assert "gives this process no more memory" in refusal("prune", llama, "--out", tmp_path / "p")
+        assert "gives this process no more memory" in refusal(
+            "prune", llama, "--out", tmp_path / "p"
+        )
 
 
-def test_what_may_not_be_read_is_one_line(llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any) -> None:
+def test_what_may_not_be_read_is_one_line(
+    llama: Path, tmp_path: Path, refusal: Any, monkeypatch: Any
+) -> None:
     """A directory without permission to search it, which root has, and a current directory that was removed."""
-    monkeypatch.setattr("sparsellm.api.inspect", Mock(side_effect=PermissionError(13, "Permission denied", "m/x")))
-    assert refusal("inspect", llama) == "error: m/x: Permission denied; correct the path or its permissions"
+    monkeypatch.setattr(
+        "sparsellm.api.inspect",
+        Mock(side_effect=PermissionError(13, "Permission denied", "m/x")),
+    )
+    assert (
+        refusal("inspect", llama)
+        == "error: m/x: Permission denied; correct the path or its permissions"
+    )
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert "the current directory: No such file" in refusal("prune", llama, "--out", "p")
+    assert "the current directory: No such file" in refusal(
+        "prune", llama, "--out", "p"
+    )
 
 
-def test_a_damaged_text_of_the_model_is_named(llama: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
+def test_a_damaged_text_of_the_model_is_named(
+    llama: Path, tmp_path: Path, run: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
     line = ("prune", llama, "--calibration", "self", "--method", "wanda", *SMALL)
     run(*line, "--out", tmp_path / "p", exits=0)
@@ -216,11 +422,36 @@ def test_a_damaged_text_of_the_model_is_named(llama: Path, tmp_path: Path, run: 
 
 
 def test_closed_streams_end_nothing() -> None:
-    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "sparsellm", "--version"]
+    closed = [
+        "sh",
+        "-c",
+        'exec "$@" >&- 2>&-',
+        "sh",
+        sys.executable,
+        "-m",
+        "sparsellm",
+        "--version",
+    ]
     assert subprocess.run(closed, check=False).returncode == 0
 
 
-def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "2"]
-    done = subprocess.run([*command, "--seq-len", "16", "--method", "wanda", "--json"], capture_output=True, check=True)
+def test_stdout_of_a_real_process_is_one_json_object(
+    llama: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "sparsellm",
+        "prune",
+        str(llama),
+        "--out",
+        str(tmp_path / "p"),
+        "--samples",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, "--seq-len", "16", "--method", "wanda", "--json"],
+        capture_output=True,
+        check=True,
+    )
     assert json.loads(done.stdout)["path"] == str(tmp_path / "p")

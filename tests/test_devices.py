@@ -14,17 +14,17 @@ import torch
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm.chain.products import attention_for
-from sparsellm.chain.weights import _fast_dtype
 from sparsellm.errors import MemoryBudgetError, NumericalError, RecipeError
 from sparsellm.machine import computing, resolve_device
+from sparsellm.model.products import attention_for
+from sparsellm.model.weights import _fast_dtype
 from sparsellm.run import opening, walk
 from sparsellm.run.result import environment
 from sparsepack import module, triton_kernels
 from sparsepack.errors import Note
+from tests.files.small import tensors_of
 from tests.line import run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer, windows
-from tests.storage.small import tensors_of
 
 CARD = torch.device("cuda", 0)
 
@@ -39,15 +39,27 @@ def visible(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("visible")
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
 def test_a_card_that_does_not_compute_is_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match=r"device 'cuda(:0)?' cannot be used here .*; try another, such as 'cpu'"):
+    with pytest.raises(
+        RecipeError,
+        match=r"device 'cuda(:0)?' cannot be used here .*; try another, such as 'cpu'",
+    ):
         resolve_device(name)
 
 
-def test_a_device_that_multiplies_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: torch.zeros(8, 8) if x is y else torch.mm(x, y))
+def test_a_device_that_multiplies_wrongly_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda x, y: torch.zeros(8, 8) if x is y else torch.mm(x, y),
+    )
     assert resolve_device("auto").type == "cpu"
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: x + 1)
-    with pytest.raises(RecipeError, match=r"'cpu' cannot be used here .+ product of two small matrices is wrong"):
+    with pytest.raises(
+        RecipeError,
+        match=r"'cpu' cannot be used here .+ product of two small matrices is wrong",
+    ):
         resolve_device("cpu")
 
 
@@ -59,13 +71,24 @@ def test_half_precision_widens_where_it_has_no_units(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old Card")
     new = capability >= (8, 0)
-    assert _fast_dtype(torch.float16, CARD) == _fast_dtype(torch.float32, CARD) == torch.float32
-    assert _fast_dtype(torch.bfloat16, CARD) == (torch.bfloat16 if new else torch.float32)
+    assert (
+        _fast_dtype(torch.float16, CARD)
+        == _fast_dtype(torch.float32, CARD)
+        == torch.float32
+    )
+    assert _fast_dtype(torch.bfloat16, CARD) == (
+        torch.bfloat16 if new else torch.float32
+    )
     monkeypatch.setattr(opening, "resolve_device", lambda _: CARD)
     if not new:
         for field in ("dtype", "products"):
-            with pytest.raises(RecipeError, match=f"Old Card has no units for bfloat16; give {field} float32 or auto"):
-                opening.open_model("x", tmp_path, Recipe(**{field: "bfloat16"}), False, load=False)
+            with pytest.raises(
+                RecipeError,
+                match=f"Old Card has no units for bfloat16; give {field} float32 or auto",
+            ):
+                opening.open_model(
+                    "x", tmp_path, Recipe(**{field: "bfloat16"}), False, load=False
+                )
 
 
 def test_fp16_that_overflows_names_the_dtype_to_take(tmp_path: Path) -> None:
@@ -74,10 +97,17 @@ def test_fp16_that_overflows_names_the_dtype_to_take(tmp_path: Path) -> None:
     source = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
     said = "blocks ran in float16, whose largest number is 65504; take dtype float32"
     with pytest.raises(NumericalError, match=said):
-        sparsellm.prune(source, Recipe(method="wanda", dtype="float16"), calibration=windows(), out=tmp_path / "out")
+        sparsellm.prune(
+            source,
+            Recipe(method="wanda", dtype="float16"),
+            calibration=windows(),
+            out=tmp_path / "out",
+        )
 
 
-def test_settings_of_the_program_change_no_product_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_program_change_no_product_and_return(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     current: list[torch.device] = []
 
     @contextmanager
@@ -87,14 +117,18 @@ def test_settings_of_the_program_change_no_product_and_return(monkeypatch: pytes
 
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     right = x @ x
-    torch.set_float32_matmul_precision("medium")  # oneDNN multiplies in bf16 where the processor can
+    torch.set_float32_matmul_precision(
+        "medium"
+    )  # oneDNN multiplies in bf16 where the processor can
     try:
         with computing(torch.device("cpu")):
             assert torch.equal(x @ x, right)
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             with torch.device("meta"), computing(torch.device("cpu")):
                 assert torch.zeros(1).device.type == "cpu"
-            assert not torch.are_deterministic_algorithms_enabled()  # bits on a CPU do not depend on it
+            assert (
+                not torch.are_deterministic_algorithms_enabled()
+            )  # bits on a CPU do not depend on it
         assert torch.get_float32_matmul_precision() == "medium"
         monkeypatch.setattr(torch.cuda, "device", use)
         with computing(CARD):
@@ -106,7 +140,9 @@ def test_settings_of_the_program_change_no_product_and_return(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["autocast", "inference mode", "default dtype"])
-def test_what_a_program_around_a_run_sets_changes_no_bit(name: str, tmp_path: Path) -> None:
+def test_what_a_program_around_a_run_sets_changes_no_bit(
+    name: str, tmp_path: Path
+) -> None:
     around = {
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
         "inference mode": torch.inference_mode,
@@ -115,7 +151,9 @@ def test_what_a_program_around_a_run_sets_changes_no_bit(name: str, tmp_path: Pa
     source, ids = save_tiny(tiny_llama(), None, tmp_path / "dense"), windows(4, 16)
     for place, context in (("alone", nullcontext), ("inside", around[name])):
         with context():
-            sparsellm.prune(source, Recipe(sparsity=0.6), out=tmp_path / place, calibration=ids)
+            sparsellm.prune(
+                source, Recipe(sparsity=0.6), out=tmp_path / place, calibration=ids
+            )
     alone, inside = tensors_of(tmp_path / "alone"), tensors_of(tmp_path / "inside")
     assert [key for key in alone if not torch.equal(alone[key], inside[key])] == []
 
@@ -139,23 +177,42 @@ def test_gradients_on_a_card_take_plain_attention() -> None:
             assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_a_device_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, llama: Path, tmp_path: Path) -> None:
+def test_a_device_without_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, llama: Path, tmp_path: Path
+) -> None:
     said = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a capacity of"
     full = Mock(side_effect=torch.OutOfMemoryError(said))
     monkeypatch.setattr(walk, "BlockTask", full)
     monkeypatch.setattr(api, "inspect", full)
-    with pytest.raises(MemoryBudgetError, match=r"no memory left .*2\.00 GiB.*; lower batch_tokens, seq_len or device"):
-        sparsellm.prune(llama, Recipe(method="wanda"), calibration=windows(), out=tmp_path / "out")
-    more = ["--method=wanda", f"--out={tmp_path}/o", "--samples=4", "--calibration=pydoc"]
-    for command, advice in (("prune", "lower batch_tokens"), ("inspect", "lower batch, tokens or context")):
+    with pytest.raises(
+        MemoryBudgetError,
+        match=r"no memory left .*2\.00 GiB.*; lower batch_tokens, seq_len or device",
+    ):
+        sparsellm.prune(
+            llama, Recipe(method="wanda"), calibration=windows(), out=tmp_path / "out"
+        )
+    more = [
+        "--method=wanda",
+        f"--out={tmp_path}/o",
+        "--samples=4",
+        "--calibration=pydoc",
+    ]
+    for command, advice in (
+        ("prune", "lower batch_tokens"),
+        ("inspect", "lower batch, tokens or context"),
+    ):
         code, said = run([command, str(llama), *(more if command == "prune" else [])])
         assert code == 2
         assert advice in said.splitlines()[-1]
 
 
-def test_the_card_of_a_report_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_of_a_report_is_that_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"card at {device}")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda device=None: f"card at {device}"
+    )
     assert environment(torch.device("cuda", 1))["gpu"] == "card at cuda:1"
     assert environment(torch.device("cpu"))["gpu"] == "none"
 
@@ -164,7 +221,10 @@ def test_the_card_of_a_report_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch
 def test_triton_that_cannot_launch_is_said_and_not_used() -> None:
     for cached in (triton_kernels.available, module._kernels):
         cached.cache_clear()
-    with pytest.warns(Note, match="Triton does not run here .*, so torch does the work of its kernels, slowly"):
+    with pytest.warns(
+        Note,
+        match="Triton does not run here .*, so torch does the work of its kernels, slowly",
+    ):
         assert module.kernel_name("cuda") == "torch"
     for cached in (triton_kernels.available, module._kernels):
         cached.cache_clear()

@@ -19,7 +19,11 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import mixtral
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 SMALL = {  # What makes a command of a page quick; the last value of an option counts.
     "prune": "--samples 4 --seq-len 32",
@@ -30,34 +34,63 @@ SMALL = {  # What makes a command of a page quick; the last value of an option c
     "compare": "--text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32",
 }
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-RUN = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "experts.md", TUTORIAL]
+RUN = [
+    ROOT / "README.md",
+    ROOT / "docs" / "guide.md",
+    ROOT / "docs" / "experts.md",
+    TUTORIAL,
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
 
 
 def steps(page: Path) -> list[tuple[str, str]]:
     """Commands of this tool in the shell blocks of a page, and its Python blocks, in order: language and text."""
-    fences = re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    fences = re.findall(
+        r"^```(sh|python)\n(.*?)^```",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
     result = []
     for language, text in fences:
-        lines = [line for line in text.splitlines() if line.startswith("sparsellm ")] if language == "sh" else [text]
+        lines = (
+            [line for line in text.splitlines() if line.startswith("sparsellm ")]
+            if language == "sh"
+            else [text]
+        )
         result += [(language, line) for line in lines]
     return result
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for target in [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]:
+    text = re.sub(
+        r"^```.*?^```",
+        "",
+        page.read_text(encoding="utf-8"),
+        flags=re.MULTILINE | re.DOTALL,
+    )
+    for target in [
+        target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target
+    ]:
         name, _, heading = target.partition("#")
         file = page.parent / name if name else page
         assert file.exists(), f"{page.name}: {target}"
         if heading:
-            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            anchors = {re.sub(r"[^\w\- ]", "", item.lower()).replace(" ", "-") for item in headings}
+            headings = re.findall(
+                r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE
+            )
+            anchors = {
+                re.sub(r"[^\w\- ]", "", item.lower()).replace(" ", "-")
+                for item in headings
+            }
             assert heading in anchors, f"{page.name}: {target}"
 
 
@@ -70,34 +103,56 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "zensical.toml", tmp_path)
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    built = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     page = (tmp_path / "site" / "index.html").read_text("utf-8")
     assert "Prunes Hugging Face language models" in page
-    assert not re.findall(r'(?:src|rel="stylesheet" href)="(?:https?:)?//', page), "it loads something from elsewhere"
+    assert not re.findall(r'(?:src|rel="stylesheet" href)="(?:https?:)?//', page), (
+        "it loads something from elsewhere"
+    )
 
 
 @pytest.mark.usefixtures("forgotten_plugins")
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
-    monkeypatch.setattr(api, "find_tasks", lambda *_: "tasks")  # most tasks of a page need a network
+def test_every_command_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    monkeypatch.setattr(
+        api, "find_tasks", lambda *_: "tasks"
+    )  # most tasks of a page need a network
     monkeypatch.setattr(api, "run_tasks", lambda *_, **__: {})
     monkeypatch.chdir(tmp_path)
     save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "path" / "to" / "model")
     if page.name == "experts.md":
         save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "path" / "to" / "mixture")
-    lines = "\n".join(f"Line {number} of a text about nothing in particular." for number in range(400))
+    lines = "\n".join(
+        f"Line {number} of a text about nothing in particular." for number in range(400)
+    )
     for name in ("my-text.txt", "my-test.txt"):
         Path(name).write_text(lines, encoding="utf-8")
-    solver = next((block for block in blocks(page, "python") if "SOLVERS.register" in block), "")
+    solver = next(
+        (block for block in blocks(page, "python") if "SOLVERS.register" in block), ""
+    )
     Path("my_solver.py").write_text(solver)
     Path("my.yaml").write_text("".join(blocks(page, "yaml")))
     result, names = steps(page), dict[str, object]()
     for language, line in result:
         if language == "python":
-            if page.name == "guide.md" and ".register(" not in line:  # blocks go on from each other, and from commands
-                quick = line.replace('calibration="my-text.txt"', 'calibration="my-text.txt", samples=4, seq_len=32')
-                exec(compile(quick.replace("seq_len=1024", "seq_len=32"), page.name, "exec"), names)
+            if (
+                page.name == "guide.md" and ".register(" not in line
+            ):  # blocks go on from each other, and from commands
+                quick = line.replace(
+                    'calibration="my-text.txt"',
+                    'calibration="my-text.txt", samples=4, seq_len=32',
+                )
+                exec(
+                    compile(
+                        quick.replace("seq_len=1024", "seq_len=32"), page.name, "exec"
+                    ),
+                    names,
+                )
             continue
         words = shlex.split(line)[1:]
         if "--out" in words:  # pages use the same name again and again
@@ -109,8 +164,19 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
         command = [sys.executable, "-m", "sparsellm", "serve", "packed", "--port", "0"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
-            listening = next(url for line in server.stderr for url in re.findall(r"http://[^\s,]+", line))
-            exec(compile(client.replace("http://127.0.0.1:8000/v1", listening), page.name, "exec"), names)
+            listening = next(
+                url
+                for line in server.stderr
+                for url in re.findall(r"http://[^\s,]+", line)
+            )
+            exec(
+                compile(
+                    client.replace("http://127.0.0.1:8000/v1", listening),
+                    page.name,
+                    "exec",
+                ),
+                names,
+            )
             server.terminate()
         assert names["answer"].usage.completion_tokens == 20
 
@@ -119,7 +185,10 @@ def test_recipes_of_the_guide_are_recipes() -> None:
     result = blocks(ROOT / "docs" / "guide.md", "yaml")
     assert result
     for block in result:
-        assert all(getattr(Recipe.from_yaml(block), key) == value for key, value in yaml.safe_load(block).items())
+        assert all(
+            getattr(Recipe.from_yaml(block), key) == value
+            for key, value in yaml.safe_load(block).items()
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -135,10 +204,20 @@ def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
         "class A:\n    def f(self, x: dict[str, Any], *, y=1):\n        def inner(*z): pass\n        return x\n\n"
         "async def g() -> list[dict[str, Any]]:  # of A\n    'dict[str, Any]'\n"
     )
-    places = [(item.place, item.lines, item.parameters) for item in script["functions"]({"src/sparsellm/a.py": source})]
+    places = [
+        (item.place, item.lines, item.parameters)
+        for item in script["functions"]({"src/sparsellm/a.py": source})
+    ]
     names = {"A.f": (3, 2), "A.f.inner": (1, 1), "g": (2, 0)}
-    assert places == [(f"src/sparsellm/a.py:{name}", *sizes) for name, sizes in names.items()]
-    files = {"src/sparsellm/a.py": source, "src/sparsellm/run/b.py": "A()\n", "tests/c.py": "1\n", "README.md": "a b"}
+    assert places == [
+        (f"src/sparsellm/a.py:{name}", *sizes) for name, sizes in names.items()
+    ]
+    files = {
+        "src/sparsellm/a.py": source,
+        "src/sparsellm/run/b.py": "A()\n",
+        "tests/c.py": "1\n",
+        "README.md": "a b",
+    }
     figures = script["figures"](files)
     assert figures["lines of `sparsellm`"] == "8"
     assert figures["occurrences of `dict[str, Any]`"] == "2"
@@ -150,9 +229,18 @@ def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
     assert over == ["tests has 1 lines, and its budget is 0"]
 
 
-def test_banned_phrases_are_found_with_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_banned_phrases_are_found_with_their_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     script = runpy.run_path(str(ROOT / "tools" / "language.py"))
     text = "weights: of the linear\nthe inputs of a linear\nkept as of a linear, so many times\n"
-    assert [place for place, _ in script["banned"]({"a.py": text})] == ["a.py:1", "a.py:3", "a.py:3"]
+    assert [place for place, _ in script["banned"]({"a.py": text})] == [
+        "a.py:1",
+        "a.py:3",
+        "a.py:3",
+    ]
     source = "def f(whole):\n    return [each for each in whole]\n"
-    assert sorted(script["vague_names"]({"a.py": source, "b.md": "="})) == [("a.py:1", "whole"), ("a.py:2", "each")]
+    assert sorted(script["vague_names"]({"a.py": source, "b.md": "="})) == [
+        ("a.py:1", "whole"),
+        ("a.py:2", "each"),
+    ]

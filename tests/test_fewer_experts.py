@@ -15,42 +15,60 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe, parallel
-from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import MemoryBudgetError, ModelError, RecipeError, StorageError
-from sparsellm.mixtures.sample import HELD, Sample
-from sparsellm.mixtures.scores import SCORES, MixtureView
+from sparsellm.files import directory
+from sparsellm.method.experts.sample import HELD, Sample
+from sparsellm.method.experts.scores import SCORES, MixtureView
+from sparsellm.model import Chain, open_chain
 from sparsellm.registry import Workspace
 from sparsellm.run.predictions import Demand, Extent, steps_of
-from sparsellm.storage import directory
 from tests import killing
+from tests.files.small import tensors_of, tree
 from tests.killing import KILLED, stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import MIXTURES, family, mixtral
 from tests.report.pages import rewrite
-from tests.storage.small import tensors_of, tree
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
-RECIPE: dict[str, Any] = {"sparsity": 0.0, "samples": 6, "seq_len": 24, "batch_tokens": 48, "experts": 2}
+RECIPE: dict[str, Any] = {
+    "sparsity": 0.0,
+    "samples": 6,
+    "seq_len": 24,
+    "batch_tokens": 48,
+    "experts": 2,
+}
 EIGHT = {"num_local_experts": 8, "num_experts": 8, "n_routed_experts": 8}
 
 
 def removed(source: Path, out: Path, **changes: Any) -> sparsellm.PruneResult:
-    return sparsellm.prune(source, Recipe(**{**RECIPE, **changes}), out=out, calibration=IDS)
+    return sparsellm.prune(
+        source, Recipe(**{**RECIPE, **changes}), out=out, calibration=IDS
+    )
 
 
 def loaded(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True).eval()
 
 
-def by_hand(dense: PreTrainedModel, small: PreTrainedModel, kept: dict[int, list[int]]) -> PreTrainedModel:
+def by_hand(
+    dense: PreTrainedModel, small: PreTrainedModel, kept: dict[int, list[int]]
+) -> PreTrainedModel:
     """A model of the small one's config with the rows of the dense one's tensors that belong to ``kept`` experts."""
     made, values = type(small)(small.config).eval(), dense.state_dict()
     for name, value in made.state_dict().items():
         source = values[name]
         for dim, (many, few) in enumerate(zip(source.shape, value.shape, strict=True)):
             if many != few:
-                block = int(name.split("layers." if "layers." in name else "blocks.")[1].partition(".")[0])
-                rows = torch.arange(many).view(len(kept[block]) * many // few, -1)[kept[block]].flatten()
+                block = int(
+                    name.split("layers." if "layers." in name else "blocks.")[
+                        1
+                    ].partition(".")[0]
+                )
+                rows = (
+                    torch.arange(many)
+                    .view(len(kept[block]) * many // few, -1)[kept[block]]
+                    .flatten()
+                )
                 source = source.index_select(dim, rows)
         value.copy_(source)
     return made
@@ -62,11 +80,15 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     dense = family(name, **EIGHT)
     source = save_tiny(dense, None, tmp_path / "dense")
     rewrite(source / "config.json", **EIGHT)  # by every name that a family has for it
-    result = removed(source, tmp_path / "small", experts=4, expert_refit=False, effort=0)
+    result = removed(
+        source, tmp_path / "small", experts=4, expert_refit=False, effort=0
+    )
     small = loaded(tmp_path / "small")
     kept = {mixture.block: mixture.kept for mixture in result.experts}
     assert {len(numbers) for numbers in kept.values()} == {4}
-    assert torch.equal(small(IDS).logits, by_hand(loaded(source), small, kept)(IDS).logits)
+    assert torch.equal(
+        small(IDS).logits, by_hand(loaded(source), small, kept)(IDS).logits
+    )
     info = type(dense).from_pretrained(tmp_path / "small", output_loading_info=True)[1]
     assert not [*info["missing_keys"], *info["unexpected_keys"]]
     assert small.num_parameters() < dense.num_parameters()
@@ -75,34 +97,58 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
-def test_every_family_is_cut_short_resumed_and_rounded(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sparsellm.mixtures.sample.STEPS", 20)  # with which routers change too
-    source = save_tiny(family(name, **EIGHT).to(torch.bfloat16), None, tmp_path / "dense")
+def test_every_family_is_cut_short_resumed_and_rounded(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(
+        "sparsellm.method.experts.sample.STEPS", 20
+    )  # with which routers change too
+    source = save_tiny(
+        family(name, **EIGHT).to(torch.bfloat16), None, tmp_path / "dense"
+    )
     recipe = {"experts": 4, "values": "int4", "method": "sparsegpt"}
     cut = stop_after_one("experts")
     removed(source, tmp_path / "whole", **recipe)
     with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(source, Recipe(**{**RECIPE, **recipe}), out=tmp_path / "cut", calibration=IDS, progress=cut)
+        sparsellm.prune(
+            source,
+            Recipe(**{**RECIPE, **recipe}),
+            out=tmp_path / "cut",
+            calibration=IDS,
+            progress=cut,
+        )
     result = removed(source, tmp_path / "cut", **recipe)
     uncut, resumed = tree(tmp_path / "whole"), tree(tmp_path / "cut")
     written = [file for file in uncut if file.endswith((".safetensors", "config.json"))]
     assert len(written) > 3
     assert all(uncut[file] == resumed[file] for file in written)
-    assert len([linear for linear in result.linears if ".experts." in linear.name]) == 3 * 4 * len(result.experts)
+    assert len(
+        [linear for linear in result.linears if ".experts." in linear.name]
+    ) == 3 * 4 * len(result.experts)
     assert result.bits_per_weight is not None
     assert loaded(tmp_path / "cut")(IDS).logits.isfinite().all()
 
 
-def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Path) -> None:
+def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(
+    tmp_path: Path,
+) -> None:
     source = save_tiny(mixtral(), None, tmp_path / "dense")
-    result = removed(source, tmp_path / "small", sparsity=0.5, method="sparsegpt", values="int4")
+    result = removed(
+        source, tmp_path / "small", sparsity=0.5, method="sparsegpt", values="int4"
+    )
     assert all(mixture.refitted < mixture.error for mixture in result.experts)
     assert result.sparsity > 0.49
-    assert {entry.name.split(".experts.")[1][0] for entry in result.linears if ".experts." in entry.name} == {"0", "1"}
+    assert {
+        entry.name.split(".experts.")[1][0]
+        for entry in result.linears
+        if ".experts." in entry.name
+    } == {"0", "1"}
     assert result.base.name == "dense"
     record = json.loads((tmp_path / "small" / "pruning.json").read_text())
     assert record["experts"][0]["tokens"] == result.experts[0].tokens
-    card, page = ((tmp_path / "small" / name).read_text() for name in ("README.md", "report.html"))
+    card, page = (
+        (tmp_path / "small" / name).read_text() for name in ("README.md", "report.html")
+    )
     assert "| experts of each mixture | 2 of 4, kept by `coordinated` |" in card
     assert "2 of 4 experts stayed in each mixture" in page
     assert ", score " in page
@@ -110,8 +156,21 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(tmp_path: Pat
 
 
 def test_experts_may_be_narrower_than_the_block(tmp_path: Path) -> None:
-    sizes = dict.fromkeys(("moe_latent_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size"), 16)
-    changes = {"layers_block_type": ["attention", "moe"], "n_group": 1, "topk_group": 1, **sizes, **EIGHT}
+    sizes = dict.fromkeys(
+        (
+            "moe_latent_size",
+            "moe_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+        ),
+        16,
+    )
+    changes = {
+        "layers_block_type": ["attention", "moe"],
+        "n_group": 1,
+        "topk_group": 1,
+        **sizes,
+        **EIGHT,
+    }
     source = save_tiny(family("NemotronH", **changes), None, tmp_path / "dense")
     (experts,) = removed(source, tmp_path / "small", experts=4, effort=0).experts
     assert 0 < experts.refitted < experts.error
@@ -120,11 +179,21 @@ def test_experts_may_be_narrower_than_the_block(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("refit", [True, False])
 @torch.no_grad()
-def test_the_error_left_is_that_of_the_mixture_that_is_written(refit: bool, tmp_path: Path) -> None:
+def test_the_error_left_is_that_of_the_mixture_that_is_written(
+    refit: bool, tmp_path: Path
+) -> None:
     """Of the first block, whose inputs the removal does not change."""
     dense, inputs = mixtral(), list[Tensor]()
-    result = removed(save_tiny(dense, None, tmp_path / "dense"), tmp_path / "small", effort=0, expert_refit=refit)
-    first, second = (model.model.layers[0].mlp for model in (dense.eval(), loaded(tmp_path / "small")))
+    result = removed(
+        save_tiny(dense, None, tmp_path / "dense"),
+        tmp_path / "small",
+        effort=0,
+        expert_refit=refit,
+    )
+    first, second = (
+        model.model.layers[0].mlp
+        for model in (dense.eval(), loaded(tmp_path / "small"))
+    )
     first.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     dense(IDS)
     expected, made = (mixture(inputs[0]) for mixture in (first, second))
@@ -140,16 +209,30 @@ def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
 ) -> None:
     dense = family(name, **EIGHT)
     for key, value in dense.named_parameters():
-        if ".experts." in key:  # every expert is there twice, so that the one can have the tokens of the other
+        if (
+            ".experts." in key
+        ):  # every expert is there twice, so that the one can have the tokens of the other
             value.data[4:] = value.data[:4].clone()
-    source, make, fit = save_tiny(dense, None, tmp_path / "dense"), Sample.of, Sample.fit_router
+    source, make, fit = (
+        save_tiny(dense, None, tmp_path / "dense"),
+        Sample.of,
+        Sample.fit_router,
+    )
     goals: dict[int, Tensor] = {}
     gains, changed = [], set()
 
-    def output(chain: Chain, sample: Sample) -> Tensor:  # as the model computes it, without the sample's projection
+    def output(
+        chain: Chain, sample: Sample
+    ) -> Tensor:  # as the model computes it, without the sample's projection
         (mixture,) = chain.mixtures(sample.index)
-        made = chain.blocks[sample.index].get_submodule(mixture.name.rpartition(".")[0])(sample.inputs)
-        return (made[0] if isinstance(made, tuple) else made).reshape(sample.inputs.shape[1:]).double()
+        made = chain.blocks[sample.index].get_submodule(
+            mixture.name.rpartition(".")[0]
+        )(sample.inputs)
+        return (
+            (made[0] if isinstance(made, tuple) else made)
+            .reshape(sample.inputs.shape[1:])
+            .double()
+        )
 
     def made(*arguments: Any) -> Sample:
         sample = make(*arguments)
@@ -160,53 +243,97 @@ def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
         chain, errors, values = sample.fewer.chain, [], []
         for act in (lambda: None, lambda: fit(sample)):
             act()
-            errors.append((output(chain, sample) - goals[sample.index]).square().sum(1)[::HELD].sum())
-            values.append({key: value.clone() for key, value in chain.blocks[sample.index].state_dict().items()})
+            errors.append(
+                (output(chain, sample) - goals[sample.index])
+                .square()
+                .sum(1)[::HELD]
+                .sum()
+            )
+            values.append(
+                {
+                    key: value.clone()
+                    for key, value in chain.blocks[sample.index].state_dict().items()
+                }
+            )
         gains.append(float(1 - errors[1] / errors[0]))
-        changed.update(key for key, value in values[0].items() if not torch.equal(value, values[1][key]))
-        assert not any(parameter.requires_grad for parameter in chain.blocks[sample.index].parameters())
+        changed.update(
+            key
+            for key, value in values[0].items()
+            if not torch.equal(value, values[1][key])
+        )
+        assert not any(
+            parameter.requires_grad
+            for parameter in chain.blocks[sample.index].parameters()
+        )
 
     monkeypatch.setattr(Sample, "of", made)
     monkeypatch.setattr(Sample, "fit_router", fitted)
     ids = torch.randint(4, 300, (32, 64), generator=torch.Generator().manual_seed(3))
-    recipe = Recipe(**RECIPE | {"experts": 4, "samples": 32, "seq_len": 64}, effort=0, expert_score="reap")
+    recipe = Recipe(
+        **RECIPE | {"experts": 4, "samples": 32, "seq_len": 64},
+        effort=0,
+        expert_score="reap",
+    )
     sparsellm.prune(source, recipe, out=tmp_path / "small", calibration=ids)
     assert min(gains) > -1e-6
-    assert max(gains) > 1e-3 or name == "Llama4Text"  # one expert a token: its weight is all that can change
+    assert (
+        max(gains) > 1e-3 or name == "Llama4Text"
+    )  # one expert a token: its weight is all that can change
     assert bool(changed) == (max(gains) > 0)
     assert all("router" in key or "gate." in key for key in changed)
 
 
 def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:
-    source = save_tiny(mixtral().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
+    source = save_tiny(
+        mixtral().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense"
+    )
     recipe = {**RECIPE, "method": "wanda", "sparsity": 0.5, "dtype": "float32"}
     uncut = killing.run(killing.prune, source, tmp_path / "whole", recipe)
     assert uncut.code == 0
-    first, last = (tree(tmp_path / "whole")[name] for name in ("model-00001-of-00003.safetensors", "config.json"))
+    first, last = (
+        tree(tmp_path / "whole")[name]
+        for name in ("model-00001-of-00003.safetensors", "config.json")
+    )
     renames = uncut.steps["rename"]
     for at in range(1, renames, max(1, renames // 4)):
         out = tmp_path / f"cut-{at}"
-        assert killing.run(killing.prune, source, out, recipe, at=("rename", at)).code == KILLED
+        assert (
+            killing.run(killing.prune, source, out, recipe, at=("rename", at)).code
+            == KILLED
+        )
         assert killing.run(killing.prune, source, out, recipe).code == 0
         assert tree(out)["model-00001-of-00003.safetensors"] == first
         assert tree(out)["config.json"] == last
 
 
-def test_a_repeat_with_other_experts_is_refused_before_the_removal(tmp_path: Path, monkeypatch: Any) -> None:
-    source, given = save_tiny(mixtral(), None, tmp_path / "dense"), {"out": tmp_path / "out", "calibration": IDS}
+def test_a_repeat_with_other_experts_is_refused_before_the_removal(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    source, given = (
+        save_tiny(mixtral(), None, tmp_path / "dense"),
+        {"out": tmp_path / "out", "calibration": IDS},
+    )
     for phase in ("experts", "prune"):
-        monkeypatch.setattr("sparsellm.run.journal.versions", lambda phase=phase: {"place": phase})
+        monkeypatch.setattr(
+            "sparsellm.run.journal.versions", lambda phase=phase: {"place": phase}
+        )
         with pytest.raises(KeyboardInterrupt):
-            sparsellm.prune(source, Recipe(**RECIPE), progress=stop_after_one(phase), **given)
+            sparsellm.prune(
+                source, Recipe(**RECIPE), progress=stop_after_one(phase), **given
+            )
     before = tree(tmp_path / "out-experts")
-    with pytest.raises(StorageError, match=r"recipe\.experts is 2.* there and 3.* here"):
+    with pytest.raises(
+        StorageError, match=r"recipe\.experts is 2.* there and 3.* here"
+    ):
         sparsellm.prune(source, Recipe(**{**RECIPE, "experts": 3}), **given)
     assert tree(tmp_path / "out-experts") == before
     said = "blocks up to 1 were pruned with place experts, those after them with place prune"
     assert said in sparsellm.prune(source, Recipe(**RECIPE), **given).warnings
 
 
-def test_tokens_of_a_sample_are_numbered_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_a_sample_are_numbered_over_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(parallel, "gather", lambda count: [5, 7, count])
     monkeypatch.setattr(parallel, "rank", lambda: 2)
     nothing: Any = None
@@ -215,19 +342,28 @@ def test_tokens_of_a_sample_are_numbered_over_all_processes(monkeypatch: pytest.
 
 def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
     many, few = (
-        save_tiny(family("Mixtral", **dict.fromkeys(EIGHT, count)), tiny_tokenizer(), tmp_path / str(count))
+        save_tiny(
+            family("Mixtral", **dict.fromkeys(EIGHT, count)),
+            tiny_tokenizer(),
+            tmp_path / str(count),
+        )
         for count in (8, 2)
     )
     recipe = {"samples": 64, "seq_len": 32, "effort": 1}
     plan = sparsellm.plan(many, {**recipe, "experts": 0.75})
     alone = sparsellm.plan(few, recipe)
-    door = sparsellm.dry_run(many, {**recipe, "experts": 0.75, "calibration": "pydoc"}, out=tmp_path / "out")
+    door = sparsellm.dry_run(
+        many, {**recipe, "experts": 0.75, "calibration": "pydoc"}, out=tmp_path / "out"
+    )
     assert not list(tmp_path.glob("out*"))
     assert (plan.tokens, plan.disk_bytes) == (door.tokens, door.disk_bytes)
     assert plan.seconds == pytest.approx(door.seconds)
     assert plan.memory.working_bytes == door.memory.working_bytes
     assert plan.tokens["experts"] == 64 * 32
-    assert all(plan.seconds[name] == pytest.approx(alone.seconds[name]) for name in ("prune", "sweep"))
+    assert all(
+        plan.seconds[name] == pytest.approx(alone.seconds[name])
+        for name in ("prune", "sweep")
+    )
     assert plan.seconds["experts"] > 0
     assert plan.seconds["gradients"] > alone.seconds["gradients"]
     assert plan.disk_bytes > alone.disk_bytes
@@ -239,19 +375,35 @@ def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
 def test_the_memory_of_a_removal_by_hand() -> None:
     chain = open_chain(mixtral(num_hidden_layers=1), device=torch.device("cpu"))
     demand = Demand(Extent(samples=100, seq_len=16, batch_tokens=64), Workspace(0, 0))
-    removing, other = steps_of(chain, replace(demand, removes=True)), steps_of(chain, demand)
+    removing, other = (
+        steps_of(chain, replace(demand, removes=True)),
+        steps_of(chain, demand),
+    )
     width, inner, experts, tokens, every = 32, 80, 4, 64, 1600
     activations = tokens * (4 * inner + 8 * width) * 4
     sample = every * (experts * width + 4 * width)
     refit = 4 * inner**2 + 7 * width * inner + tokens * (2 * inner + 3 * width)
     block = 4 * sum(value.numel() for value in chain.blocks[0].state_dict().values())
-    assert removing["experts"].working == activations + block + every * (12 * 2 + 8) + 4 * max(sample, refit)
-    assert removing["experts"].movable == other["solving"].movable + every * width * 4  # what the mixture returned
+    assert removing["experts"].working == activations + block + every * (
+        12 * 2 + 8
+    ) + 4 * max(sample, refit)
+    assert (
+        removing["experts"].movable == other["solving"].movable + every * width * 4
+    )  # what the mixture returned
 
 
 def test_a_run_that_cannot_fit_later_is_refused_at_first(tmp_path: Path) -> None:
-    source = save_tiny(mixtral(intermediate_size=2048), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(samples=4, seq_len=32, experts=2, calibration="pydoc", effort=0, options={"solver": "admm"})
+    source = save_tiny(
+        mixtral(intermediate_size=2048), tiny_tokenizer(), tmp_path / "dense"
+    )
+    recipe = Recipe(
+        samples=4,
+        seq_len=32,
+        experts=2,
+        calibration="pydoc",
+        effort=0,
+        options={"solver": "admm"},
+    )
     needed = sparsellm.dry_run(source, recipe, out=tmp_path / "small").memory
     assert needed.predicted_peak_rss_bytes - needed.steps_bytes["experts"] > 60 << 20
     tight = recipe.updated(memory=needed.predicted_peak_rss_bytes - (30 << 20))
@@ -260,16 +412,27 @@ def test_a_run_that_cannot_fit_later_is_refused_at_first(tmp_path: Path) -> None
     assert not list(tmp_path.glob("small*"))
 
 
-def test_inspect_says_which_experts_can_go(llama: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
-    source = save_tiny(family("DeepseekV3", **EIGHT), tiny_tokenizer(), tmp_path / "deep")
+def test_inspect_says_which_experts_can_go(
+    llama: Path, tmp_path: Path, run: Any, monkeypatch: Any
+) -> None:
+    source = save_tiny(
+        family("DeepseekV3", **EIGHT), tiny_tokenizer(), tmp_path / "deep"
+    )
     said = "mixtures: 8 experts in 1 of 2 blocks, 2 for a token, 1 shared, 2 groups; prune --experts can keep 4 or more"
     assert said in " ".join(run("inspect", source, exits=0)[1].split())
-    source = save_tiny(mixtral(num_experts_per_tok=4), tiny_tokenizer(), tmp_path / "all")
+    source = save_tiny(
+        mixtral(num_experts_per_tok=4), tiny_tokenizer(), tmp_path / "all"
+    )
     mixtures = json.loads(run("inspect", source, "--json")[1])["mixtures"]
     assert mixtures["experts"] == {"0": 4, "1": 4}
     assert (mixtures["least"], mixtures["why"]) == (4, "routing needs all 4 experts")
-    monkeypatch.setattr("sparsellm.mixtures.fewer.NUMBERS", ())  # a config without such a number
-    assert "has no number in its config" in json.loads(run("inspect", source, "--json")[1])["mixtures"]["why"]
+    monkeypatch.setattr(
+        "sparsellm.method.experts.fewer.NUMBERS", ()
+    )  # a config without such a number
+    assert (
+        "has no number in its config"
+        in json.loads(run("inspect", source, "--json")[1])["mixtures"]["why"]
+    )
     with pytest.raises(ModelError, match="has no number in its config"):
         removed(source, tmp_path / "small", experts=3)
     assert json.loads(run("inspect", llama, "--json")[1])["mixtures"] is None
@@ -277,8 +440,28 @@ def test_inspect_says_which_experts_can_go(llama: Path, tmp_path: Path, run: Any
 
 def test_a_comparison_has_runs_with_fewer_experts(tmp_path: Path, run: Any) -> None:
     source = save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "dense")
-    line = ("compare", source, "--out", tmp_path / "compared", "--method", "wanda", "--sparsity", "0.5")
-    line += ("--experts", "0.25,2", "--text-seq-len", 32, "--max-tokens", 256, "--samples", 4, "--seq-len", 32)
+    line = (
+        "compare",
+        source,
+        "--out",
+        tmp_path / "compared",
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.5",
+    )
+    line += (
+        "--experts",
+        "0.25,2",
+        "--text-seq-len",
+        32,
+        "--max-tokens",
+        256,
+        "--samples",
+        4,
+        "--seq-len",
+        32,
+    )
     told = json.loads(run(*line, "--calibration", "pydoc", "--json", exits=0)[1])
     cells = {cell["name"]: cell["packed_bytes"] for cell in told["cells"]}
     assert cells["wanda-0.5-experts0.25"] > cells["wanda-0.5-experts2"]
@@ -300,7 +483,9 @@ def test_scores_follow_their_definitions() -> None:
 
 def test_coordinated_finds_the_best_set_by_exchanges() -> None:
     worth = {frozenset({0, 1}): 0.1, frozenset({0, 3}): 0.9, frozenset({1, 3}): 0.5}
-    score: Tensor = SCORES["coordinated"].function(view(error_of=lambda kept: worth.get(frozenset(kept), 0.8)))
+    score: Tensor = SCORES["coordinated"].function(
+        view(error_of=lambda kept: worth.get(frozenset(kept), 0.8))
+    )
     assert view().best(score) == [0, 1]
 
 
@@ -312,7 +497,11 @@ def test_coordinated_tries_exchanges_that_were_refused_last() -> None:
         errors.append(float(len({*kept} & {0, 1, 2, 3})))
         return errors[-1]
 
-    many = {"keep": 8, "tokens": torch.full((16,), 10), "strength": torch.arange(16.0, 0.0, -1.0).double()}
+    many = {
+        "keep": 8,
+        "tokens": torch.full((16,), 10),
+        "strength": torch.arange(16.0, 0.0, -1.0).double(),
+    }
     SCORES["coordinated"].function(view(error_of=error_of, **many), trials=80)
     assert min(errors) == 0  # with refused ones first again after each gain, 2
 
@@ -325,48 +514,85 @@ def test_coordinated_tries_exchanges_that_were_refused_last() -> None:
         ({"experts": 4}, "removes none of 4 experts"),
         ({"expert_score": "reep"}, "did you mean 'reap'"),
         ({"expert_options": {"trials": 1}, "expert_score": "reap"}, "no options"),
-        ({"sparsity": 0.5, "exclude": ["*.q_porj"]}, r"exclude '\*.q_porj' matches no matrix"),
+        (
+            {"sparsity": 0.5, "exclude": ["*.q_porj"]},
+            r"exclude '\*.q_porj' matches no matrix",
+        ),
     ],
 )
-def test_what_cannot_be_removed_is_refused_before_the_work(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_removed_is_refused_before_the_work(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match=said):
-        removed(save_tiny(mixtral(), None, tmp_path / "dense"), tmp_path / "small", **changes)
+        removed(
+            save_tiny(mixtral(), None, tmp_path / "dense"),
+            tmp_path / "small",
+            **changes,
+        )
     assert not [*tmp_path.glob("small*")]
 
 
 def test_a_model_without_mixtures_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no mixture of experts"):
         removed(llama, tmp_path / "small")
-    for model, more in ((tiny_llama(), {}), (str(llama), {"out": tmp_path / "o", "trust_remote_code": True})):
-        with pytest.raises(RecipeError, match="takes a model by name, and out=DIR, without teacher or trust"):
+    for model, more in (
+        (tiny_llama(), {}),
+        (str(llama), {"out": tmp_path / "o", "trust_remote_code": True}),
+    ):
+        with pytest.raises(
+            RecipeError,
+            match="takes a model by name, and out=DIR, without teacher or trust",
+        ):
             sparsellm.prune(model, Recipe(**RECIPE), calibration=IDS, **more)
     for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):
         with pytest.raises(RecipeError, match="give experts, or leave them out"):
             sparsellm.prune(tiny_llama(), Recipe(**setting), calibration=IDS)
 
 
-def test_the_disk_holds_the_smaller_model_and_the_run_that_follows(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_disk_holds_the_smaller_model_and_the_run_that_follows(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     """Said before the work; a smaller model that is there needs no room again."""
-    source, usage = save_tiny(mixtral(), None, tmp_path / "dense"), shutil.disk_usage(tmp_path)
-    recipe, out = Recipe(**{**RECIPE, "sparsity": 0.5, "method": "sparsegpt"}), tmp_path / "small"
+    source, usage = (
+        save_tiny(mixtral(), None, tmp_path / "dense"),
+        shutil.disk_usage(tmp_path),
+    )
+    recipe, out = (
+        Recipe(**{**RECIPE, "sparsity": 0.5, "method": "sparsegpt"}),
+        tmp_path / "small",
+    )
     sparsellm.prune(source, recipe, out=tmp_path / "whole", calibration=IDS)
     size = sum(tensor.nbytes for tensor in tensors_of(tmp_path / "whole").values())
-    monkeypatch.setattr(directory.shutil, "disk_usage", lambda place: usage._replace(free=2 * size - 1))
+    monkeypatch.setattr(
+        directory.shutil, "disk_usage", lambda place: usage._replace(free=2 * size - 1)
+    )
     with pytest.raises(StorageError, match="make room"):
         sparsellm.prune(source, recipe, out=out, calibration=IDS)
     assert not [*tmp_path.glob("small*")]
     monkeypatch.undo()
     with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(source, recipe, out=out, calibration=IDS, progress=stop_after_one("prune"))
-    monkeypatch.setattr(directory.shutil, "disk_usage", lambda place: usage._replace(free=size))
+        sparsellm.prune(
+            source, recipe, out=out, calibration=IDS, progress=stop_after_one("prune")
+        )
+    monkeypatch.setattr(
+        directory.shutil, "disk_usage", lambda place: usage._replace(free=size)
+    )
     sparsellm.prune(source, recipe, out=out, calibration=IDS)
 
 
-def test_a_checkpoint_of_the_user_is_not_taken_for_the_smaller_model(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_user_is_not_taken_for_the_smaller_model(
+    tmp_path: Path,
+) -> None:
     source = save_tiny(mixtral(), None, tmp_path / "dense")
     removed(source, tmp_path / "small-experts", experts=3)
     before = tree(tmp_path / "small-experts")
     for overwrite in (False, True):
         with pytest.raises(StorageError, match="small-experts"):
-            sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "small", calibration=IDS, overwrite=overwrite)
+            sparsellm.prune(
+                source,
+                Recipe(**RECIPE),
+                out=tmp_path / "small",
+                calibration=IDS,
+                overwrite=overwrite,
+            )
     assert tree(tmp_path / "small-experts") == before

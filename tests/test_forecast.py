@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Stream, open_chain
+from sparsellm.model import Stream, open_chain
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import DETAIL, NOTE, PLAN, Forecast, Progress, between
 from sparsellm.run import predictions
@@ -103,13 +103,16 @@ def test_without_a_plan_the_phase_counts_and_a_plan_starts_anew() -> None:
 
 phases = st.sampled_from(["open", "check", "prune", "sweep", "other"])
 steps = st.tuples(phases, st.floats(-1, 3), st.floats(0, 2), st.floats(0, 50))
-plans = st.dictionaries(st.sampled_from(["check", "prune", "sweep"]), st.floats(0, 1000))
+plans = st.dictionaries(
+    st.sampled_from(["check", "prune", "sweep"]), st.floats(0, 1000)
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(plans, st.lists(st.one_of(steps, plans)))
 def test_the_share_never_falls_and_no_time_left_is_negative(
-    first: dict[str, float], events: list[tuple[str, float, float, float] | dict[str, float]]
+    first: dict[str, float],
+    events: list[tuple[str, float, float, float] | dict[str, float]],
 ) -> None:
     forecast = Forecast(clock := Clock())
     forecast.see(Progress(PLAN, costs={"open": 1.0, **first}))
@@ -129,13 +132,22 @@ def test_the_share_never_falls_and_no_time_left_is_negative(
     assert (forecast.share, forecast.left) == (1.0, 0.0)
 
 
-def test_a_run_announces_its_phases_and_tells_error_and_sparsity(llama: Path, tmp_path: Path) -> None:
+def test_a_run_announces_its_phases_and_tells_error_and_sparsity(
+    llama: Path, tmp_path: Path
+) -> None:
     events: list[Progress] = []
-    result = sparsellm.prune(llama, Recipe(samples=4, seq_len=32), out=tmp_path / "out", progress=events.append)
+    result = sparsellm.prune(
+        llama,
+        Recipe(samples=4, seq_len=32),
+        out=tmp_path / "out",
+        progress=events.append,
+    )
     planned = [event for event in events if event.phase == PLAN]
     phases = {event.phase for event in events} - {DETAIL, NOTE, PLAN}
     assert phases - planned[-1].costs.keys() == {"open"}
-    assert {name for name, seconds in planned[-1].costs.items() if seconds} >= phases - {"open", "calibration"}
+    assert {
+        name for name, seconds in planned[-1].costs.items() if seconds
+    } >= phases - {"open", "calibration"}
     pruning = [event for event in events if event.phase == "prune"]
     done = [event.done / event.total for event in pruning]
     assert done == sorted(done)
@@ -148,15 +160,25 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
     chain = open_chain(tiny_llama(), device=torch.device("cpu"))
     choice = Choice.of(Recipe(sparsity=0.5))
 
-    def seconds(choice: Choice, tokens: int = 4096, finished: int = 0) -> dict[str, float]:
-        extent = Extent(samples=tokens // 64, seq_len=64, batch_tokens=4096, swept=tokens // 2)
-        return predictions.predicted_seconds(chain, choice, extent, speeds_of(chain), finished=finished)
+    def seconds(
+        choice: Choice, tokens: int = 4096, finished: int = 0
+    ) -> dict[str, float]:
+        extent = Extent(
+            samples=tokens // 64, seq_len=64, batch_tokens=4096, swept=tokens // 2
+        )
+        return predictions.predicted_seconds(
+            chain, choice, extent, speeds_of(chain), finished=finished
+        )
 
     fresh, resumed = seconds(choice), seconds(choice, finished=2)
-    assert min(fresh["gradients"], fresh["prune"], fresh["sweep"], resumed["replay"]) > 0
+    assert (
+        min(fresh["gradients"], fresh["prune"], fresh["sweep"], resumed["replay"]) > 0
+    )
     assert (fresh["replay"], resumed["gradients"]) == (0, 0)
     assert resumed["prune"] < fresh["prune"]
-    assert fresh["sweep"] < seconds(choice, 8192)["sweep"] < 3 * fresh["sweep"]  # the steps to judge by are few
+    assert (
+        fresh["sweep"] < seconds(choice, 8192)["sweep"] < 3 * fresh["sweep"]
+    )  # the steps to judge by are few
     local = seconds(Choice.of(Recipe(method="wanda")))
     assert (local["gradients"], local["sweep"]) == (0, 0)
     assert local["prune"] < fresh["prune"]
@@ -171,12 +193,18 @@ def test_the_passes_of_the_walk_are_as_predicted(
 ) -> None:
     """Counted in products with the weights of blocks."""
     model, ids = tiny_llama(num_hidden_layers=4), torch.randint(256, (32, 16))
-    weights = {id(layer.weight): layer.weight for layer in model.model.layers.modules() if isinstance(layer, nn.Linear)}
+    weights = {
+        id(layer.weight): layer.weight
+        for layer in model.model.layers.modules()
+        if isinstance(layer, nn.Linear)
+    }
     products: list[int] = []
     multiply, walk = functional.linear, running.walk
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        products.append(weight.numel() * x.shape[:-1].numel() if id(weight) in weights else 0)
+        products.append(
+            weight.numel() * x.shape[:-1].numel() if id(weight) in weights else 0
+        )
         return multiply(x, weight, bias)
 
     def walk_alone(*arguments: Any) -> None:
@@ -188,8 +216,18 @@ def test_the_passes_of_the_walk_are_as_predicted(
     monkeypatch.setattr(running, "walk", walk_alone)
     if not kept:
         monkeypatch.setattr(Stream, "keep", lambda stream, shortcut: None)
-    recipe = Recipe(method=method, allocation="uniform", sparsity=0.5, products="float32", effort=effort)
+    recipe = Recipe(
+        method=method,
+        allocation="uniform",
+        sparsity=0.5,
+        products="float32",
+        effort=effort,
+    )
     with pytest.raises(ZeroDivisionError):
         sparsellm.prune(model, recipe, calibration=ids)
-    passes = sum(products) / (sum(weight.numel() for weight in weights.values()) * ids.numel())
-    assert passes == pytest.approx(predictions.walked_passes(Choice.of(recipe), kept=kept), rel=0.15)
+    passes = sum(products) / (
+        sum(weight.numel() for weight in weights.values()) * ids.numel()
+    )
+    assert passes == pytest.approx(
+        predictions.walked_passes(Choice.of(recipe), kept=kept), rel=0.15
+    )

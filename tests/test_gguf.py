@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from sparsellm.errors import MemoryBudgetError, ModelError, StorageError
-from sparsellm.sources import cache
-from sparsellm.sources.cache import cached
-from sparsellm.sources.gguf import gguf_checkpoint
+from sparsellm.files import cache
+from sparsellm.files.cache import cached
+from sparsellm.files.gguf import gguf_checkpoint
 from tests.killing import ahead_of
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.models.families import family
@@ -48,7 +48,11 @@ def quantized_llama(kind: gguf.GGMLQuantizationType) -> LlamaForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)))
+                parameter.copy_(
+                    torch.from_numpy(
+                        gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)
+                    )
+                )
     return model
 
 
@@ -63,20 +67,32 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
     captured = capfd.readouterr()
     assert (captured.out, "it/s" in captured.err) == ("", False)
     assert directory.parent == own_cache
-    assert [entry.name for entry in own_cache.iterdir()] == [directory.name]  # nothing half-built is left
+    assert [entry.name for entry in own_cache.iterdir()] == [
+        directory.name
+    ]  # nothing half-built is left
     config = json.loads((directory / "config.json").read_text())
     assert not {"quantization_config", "sparsity_config"} & set(config)
     assert config["dtype"] == "float32"
     ids = torch.arange(60)[None]
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(directory)(ids).logits, model(ids).logits)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(directory)(ids).logits, model(ids).logits
+    )
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert tokenizer("Hello world")["input_ids"] == tiny_tokenizer()("Hello world")["input_ids"]
+    assert (
+        tokenizer("Hello world")["input_ids"]
+        == tiny_tokenizer()("Hello world")["input_ids"]
+    )
     assert tokenizer.chat_template == CHAT
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
-CHANGED: dict[str, tuple[dict[str, Any], Any]] = {  # what transformers' table lacks: the config, and what the file says
-    "Starcoder2": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, lambda writer: None),
+CHANGED: dict[
+    str, tuple[dict[str, Any], Any]
+] = {  # what transformers' table lacks: the config, and what the file says
+    "Starcoder2": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        lambda writer: None,
+    ),
     "Phi-4": (
         {"sliding_window": None, "pad_token_id": 1},
         lambda writer: (writer.add_sliding_window(0), writer.add_pad_token_id(1)),
@@ -86,28 +102,61 @@ CHANGED: dict[str, tuple[dict[str, Any], Any]] = {  # what transformers' table l
         lambda writer: (writer.add_sliding_window(8), writer.add_pad_token_id(1)),
     ),
     "StableLm": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}},
-        lambda writer: (writer.add_rope_dimension_count(4), writer.add_parallel_residual(True)),
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e5,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        lambda writer: (
+            writer.add_rope_dimension_count(4),
+            writer.add_parallel_residual(True),
+        ),
     ),
 }
 
 
 @pytest.mark.parametrize("name", sorted(CHANGED))
 @torch.no_grad()
-def test_what_a_file_says_of_positions_and_attention_counts(name: str, tmp_path: Path) -> None:
+def test_what_a_file_says_of_positions_and_attention_counts(
+    name: str, tmp_path: Path
+) -> None:
     changes, more = CHANGED[name]
     model = family(name.replace("-4", "3"), **changes).eval()
-    path = write_gguf(model, tmp_path / "tiny.gguf", F32, model.config.model_type, more=more)
+    path = write_gguf(
+        model, tmp_path / "tiny.gguf", F32, model.config.model_type, more=more
+    )
     ids = torch.arange(4, 60)[None]
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(gguf_checkpoint(path))(ids).logits, model(ids).logits)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(gguf_checkpoint(path))(ids).logits,
+        model(ids).logits,
+    )
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("Gemma2", 46), ("Gemma3Text", 62)])
-def test_the_largest_gemmas_are_known_by_their_blocks(name: str, blocks: int, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))  # made 1,062 times
-    model = family(name, num_hidden_layers=blocks, hidden_size=48, num_attention_heads=4)
-    path = write_gguf(model, tmp_path / "a.gguf", F32, name[:6].lower(), more=lambda writer: writer.add_key_length(8))
-    assert json.loads((gguf_checkpoint(path) / "config.json").read_text())["query_pre_attn_scalar"] == 48 / 4
+def test_the_largest_gemmas_are_known_by_their_blocks(
+    name: str, blocks: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(
+        gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)
+    )  # made 1,062 times
+    model = family(
+        name, num_hidden_layers=blocks, hidden_size=48, num_attention_heads=4
+    )
+    path = write_gguf(
+        model,
+        tmp_path / "a.gguf",
+        F32,
+        name[:6].lower(),
+        more=lambda writer: writer.add_key_length(8),
+    )
+    assert (
+        json.loads((gguf_checkpoint(path) / "config.json").read_text())[
+            "query_pre_attn_scalar"
+        ]
+        == 48 / 4
+    )
 
 
 def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:
@@ -122,52 +171,86 @@ def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) 
 @pytest.mark.parametrize(
     "more",
     [
-        lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 2.0, np.float32)),
+        lambda writer: writer.add_tensor(
+            "rope_freqs.weight", np.full(8, 2.0, np.float32)
+        ),
         lambda writer: writer.add_rope_scaling_factor(4.0),
         lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)),
     ],
 )
 def test_what_transformers_would_drop_is_refused(more: Any, tmp_path: Path) -> None:
-    said = r"tiny\.gguf has (rope_freqs|llama\.rope|blk\.0\.attn_q\.bias).* Hugging Face"
+    said = (
+        r"tiny\.gguf has (rope_freqs|llama\.rope|blk\.0\.attn_q\.bias).* Hugging Face"
+    )
     with pytest.raises(ModelError, match=said):
-        gguf_checkpoint(write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, more=more))
+        gguf_checkpoint(
+            write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, more=more)
+        )
 
 
-def test_a_model_larger_than_memory_or_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_larger_than_memory_or_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
     weights = sum(parameter.numel() for parameter in tiny_llama().parameters())
-    monkeypatch.setattr("sparsellm.sources.gguf.free_memory", lambda: 4 * weights - 1)
-    with pytest.raises(MemoryBudgetError, match=rf"tiny\.gguf has {weights:,} weights: converting .* GB are free"):
+    monkeypatch.setattr("sparsellm.files.gguf.free_memory", lambda: 4 * weights - 1)
+    with pytest.raises(
+        MemoryBudgetError,
+        match=rf"tiny\.gguf has {weights:,} weights: converting .* GB are free",
+    ):
         gguf_checkpoint(tmp_path / "tiny.gguf")
     full = SimpleNamespace(free=4 * weights - 1)
-    monkeypatch.setattr("sparsellm.storage.directory.shutil.disk_usage", lambda place: full)
+    monkeypatch.setattr(
+        "sparsellm.files.directory.shutil.disk_usage", lambda place: full
+    )
     with pytest.raises(StorageError, match="its disk has"):
         gguf_checkpoint(tmp_path / "tiny.gguf")
 
 
 def test_a_cache_that_fills_up_is_one_line(tmp_path: Path) -> None:
-    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with pytest.raises(ModelError, match=r"No space left on device.*set SPARSELLM_CACHE"):
+    full = SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+    with pytest.raises(
+        ModelError, match=r"No space left on device.*set SPARSELLM_CACHE"
+    ):
         cached(tmp_path / "cache" / "key.safetensors", Mock(side_effect=full))
 
 
 def test_digits_are_split_and_turns_end_as_in_the_file(tmp_path: Path) -> None:
-    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32, split="smollm", last="<end_of_turn>")
+    path = write_gguf(
+        tiny_llama(), tmp_path / "tiny.gguf", F32, split="smollm", last="<end_of_turn>"
+    )
     directory = gguf_checkpoint(path)
-    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [1, 299]
+    assert json.loads((directory / "generation_config.json").read_text())[
+        "eos_token_id"
+    ] == [1, 299]
     split = AutoTokenizer.from_pretrained(directory).backend_tokenizer.pre_tokenizer
-    assert [part for part, _ in split.pre_tokenize_str("in  2024")] == ["in", "ĠĠ", "2", "0", "2", "4"]
+    assert [part for part, _ in split.pre_tokenize_str("in  2024")] == [
+        "in",
+        "ĠĠ",
+        "2",
+        "0",
+        "2",
+        "4",
+    ]
 
 
 def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    for content, said in ((b"PK\x03\x04 else", "it starts with b'PK"), (b"GGUF\x03", "cut short")):
+    for content, said in (
+        (b"PK\x03\x04 else", "it starts with b'PK"),
+        (b"GGUF\x03", "cut short"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ModelError, match=said):
             gguf_checkpoint(path)
     for split in ("falcon", "seed-coder"):
         write_gguf(tiny_llama(), path, F32, split=split)
-        with pytest.raises(ModelError, match=rf"a\.gguf splits text as {split}; .* Hugging Face checkpoint"):
+        with pytest.raises(
+            ModelError,
+            match=rf"a\.gguf splits text as {split}; .* Hugging Face checkpoint",
+        ):
             gguf_checkpoint(path)
     path.unlink()
     with pytest.raises(ModelError, match=r"cannot read .*a\.gguf"):
@@ -175,7 +258,9 @@ def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.7])
-def test_a_cut_file_and_an_unknown_architecture_are_refused(tmp_path: Path, keep: float, own_cache: Path) -> None:
+def test_a_cut_file_and_an_unknown_architecture_are_refused(
+    tmp_path: Path, keep: float, own_cache: Path
+) -> None:
     path = write_gguf(tiny_llama(), tmp_path / "cut.gguf", F32)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
@@ -187,22 +272,44 @@ def test_a_cut_file_and_an_unknown_architecture_are_refused(tmp_path: Path, keep
         gguf_checkpoint(path)
 
 
-BLOCKS, TOKENS, WIDTH = b"llama.block_count", b"tokenizer.ggml.tokens", b"llama.embedding_length"
+BLOCKS, TOKENS, WIDTH = (
+    b"llama.block_count",
+    b"tokenizer.ggml.tokens",
+    b"llama.embedding_length",
+)
 HEADERS: dict[str, tuple[bytes, bytes, str]] = {
-    "blocks beyond the tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 10**5), "block_count 100000, and has 30 tensors"),
-    "a block without tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 4), "no weight model.layers.3.input_layernorm"),
+    "blocks beyond the tensors": (
+        BLOCKS + u32(4, 3),
+        BLOCKS + u32(4, 10**5),
+        "block_count 100000, and has 30 tensors",
+    ),
+    "a block without tensors": (
+        BLOCKS + u32(4, 3),
+        BLOCKS + u32(4, 4),
+        "no weight model.layers.3.input_layernorm",
+    ),
     "no number of blocks": (BLOCKS, b"llama.block_covnt", "not say how many blocks"),
-    "no end of tokens": (TOKENS + u32(9, 8, 300), TOKENS + u32(9, 4, 2**31), "8589934592 bytes at"),
+    "no end of tokens": (
+        TOKENS + u32(9, 8, 300),
+        TOKENS + u32(9, 4, 2**31),
+        "8589934592 bytes at",
+    ),
     "an array of arrays": (TOKENS + u32(9, 8), TOKENS + u32(9, 9), "values of type 9"),
     "unknown type": (TOKENS + u32(9), TOKENS + u32(77), "values of type 77"),
-    "a width of a billion": (WIDTH + u32(4, 32), WIDTH + u32(4, 10**9), "embedding_length 1000000000"),
+    "a width of a billion": (
+        WIDTH + u32(4, 32),
+        WIDTH + u32(4, 10**9),
+        "embedding_length 1000000000",
+    ),
     "version": (b"GGUF" + u32(3), b"GGUF" + u32(1), "version 1"),
     "tensors": (b"GGUF" + u32(3, 30), b"GGUF" + u32(3, 10**9), "1000000000 tensors"),
 }
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_header_beyond_its_file_is_refused(case: str, tmp_path: Path, own_cache: Path) -> None:
+def test_a_header_beyond_its_file_is_refused(
+    case: str, tmp_path: Path, own_cache: Path
+) -> None:
     before, after, said = HEADERS[case]
     path = write_gguf(tiny_llama(), tmp_path / "a.gguf", F32)
     data = path.read_bytes()
@@ -213,10 +320,12 @@ def test_a_header_beyond_its_file_is_refused(case: str, tmp_path: Path, own_cach
     assert list(own_cache.iterdir()) == []
 
 
-def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: Path) -> None:
+def test_a_killed_conversion_leaves_nothing_for_ever(
+    tmp_path: Path, own_cache: Path
+) -> None:
     """Of the same model and of others; what a living process has in work stays."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom sparsellm.sources.cache import cached\n"
+        "import sys\nfrom pathlib import Path\nfrom sparsellm.files.cache import cached\n"
         "def make(folder):\n"
         "    (folder / 'half').write_text('a checkpoint')\n"
         "    print('inside', flush=True)\n"
@@ -227,7 +336,9 @@ def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: 
 
     def inside(name: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", program, str(own_cache / name)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == b"inside\n"
         return process
@@ -239,7 +350,9 @@ def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: 
     assert len(list(own_cache.glob("*.partial"))) == 3
 
     def make(folder: Path) -> Path:
-        assert {path.name.partition(".")[0] for path in own_cache.glob("*.partial")} == {"same-model", "living-model"}
+        assert {
+            path.name.partition(".")[0] for path in own_cache.glob("*.partial")
+        } == {"same-model", "living-model"}
         (folder / "whole").write_text("a checkpoint")
         return folder / "whole"
 
@@ -259,17 +372,25 @@ def test_what_others_can_have_planted_is_not_trusted(
     finally:
         os.umask(umask)
     assert gguf_checkpoint(path) == made
-    assert not any(entry.stat().st_mode & 0o022 for entry in (own_cache, made, *made.iterdir()))
+    assert not any(
+        entry.stat().st_mode & 0o022 for entry in (own_cache, made, *made.iterdir())
+    )
     if planted == "of another user":
         monkeypatch.setattr(os, "geteuid", lambda: made.stat().st_uid + 1)
-        monkeypatch.setattr(cache, "user_of_new_files", lambda folder: made.stat().st_uid + 1)
+        monkeypatch.setattr(
+            cache, "user_of_new_files", lambda folder: made.stat().st_uid + 1
+        )
     else:
         (made if planted == "the entry" else own_cache).chmod(0o775)
-    with pytest.raises(ModelError, match="is not trusted; remove it, or set SPARSELLM_CACHE"):
+    with pytest.raises(
+        ModelError, match="is not trusted; remove it, or set SPARSELLM_CACHE"
+    ):
         gguf_checkpoint(path)
 
 
-def test_a_conversion_is_synced_before_named(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_is_synced_before_named(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
     synced: set[int] = set()
 
@@ -278,7 +399,12 @@ def test_a_conversion_is_synced_before_named(tmp_path: Path, own_cache: Path, mo
             for entry in [Path(source), *Path(source).rglob("*")]:
                 assert entry.stat().st_ino in synced, entry
 
-    ahead_of(monkeypatch, os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    ahead_of(
+        monkeypatch,
+        os,
+        "fsync",
+        lambda descriptor: synced.add(os.fstat(descriptor).st_ino),
+    )
     ahead_of(monkeypatch, os, "replace", checked)
     assert len(list(gguf_checkpoint(path).iterdir())) > 3
     assert own_cache.stat().st_ino in synced

@@ -16,22 +16,39 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.statistics import GramAccumulator
-from sparsellm.storage.scratch import Scratch
+from sparsellm.files.scratch import Scratch
+from sparsellm.method.gram import GramAccumulator
 from sparsepack.bench import one_run
 from sparsepack.generation import generate
 from sparsepack.layout import pack
 from sparsepack.loading import load
 from sparsepack.module import kernel_name
-from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
+from tests.files.small import tensors_of
+from tests.models import (
+    VOCABULARY,
+    save_tiny,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_tokenizer,
+    windows,
+)
 from tests.models.pruned import prune_tiny
 from tests.parallel.test_command_line import by_torchrun, ended
-from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, layer_of, random_weight
-from tests.storage.small import tensors_of
+from tests.runtime.reference import (
+    FLOATS,
+    VALUE_TYPES,
+    activations,
+    bound,
+    layer_of,
+    random_weight,
+)
 
 DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
 CARD = torch.cuda.is_available()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not CARD, reason="there is no GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not CARD, reason="there is no GPU"),
+]
 on_a_card = pytest.mark.skipif(not CARD, reason="there is no GPU")
 
 
@@ -71,10 +88,20 @@ def test_pruning_on_the_device_is_that_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_is_streamed_through_the_device(dtype: str, llama: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_streamed_through_the_device(
+    dtype: str, llama: Path, tmp_path: Path
+) -> None:
     for name, device in (("device", DEVICE), ("cpu", "cpu")):
-        recipe = Recipe(device=device, dtype=dtype, method="admm", options={"iterations": 8}, sparsity=0.5)
-        result = sparsellm.prune(llama, recipe, calibration=windows(), out=tmp_path / name)
+        recipe = Recipe(
+            device=device,
+            dtype=dtype,
+            method="admm",
+            options={"iterations": 8},
+            sparsity=0.5,
+        )
+        result = sparsellm.prune(
+            llama, recipe, calibration=windows(), out=tmp_path / name
+        )
         assert result.zeros == round(0.5 * result.weights)
     on_device, on_cpu = tensors_of(tmp_path / "device"), tensors_of(tmp_path / "cpu")
     if dtype == "float32":
@@ -87,24 +114,45 @@ def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
     histories = []
     for device in (DEVICE, "cpu"):
         model = tiny_llama().to(device)  # type: ignore[arg-type]  # torch decorates the method
-        recipe = Recipe(method="sparsellm", passes=3, options={"solver": "wanda"}, sparsity=0.6)
-        histories.append([sweep.held_out for sweep in sparsellm.prune(model, recipe, calibration=windows()).sweeps])
+        recipe = Recipe(
+            method="sparsellm", passes=3, options={"solver": "wanda"}, sparsity=0.6
+        )
+        histories.append(
+            [
+                sweep.held_out
+                for sweep in sparsellm.prune(
+                    model, recipe, calibration=windows()
+                ).sweeps
+            ]
+        )
     assert histories[0][-1] < histories[0][0]
     assert histories[0] == pytest.approx(histories[1], rel=0.05)
 
 
 @on_a_card
 def test_the_memory_of_the_device_is_predicted(tmp_path: Path) -> None:
-    large = tiny_llama(hidden_size=512, intermediate_size=1408, vocab_size=VOCABULARY, num_hidden_layers=2)
+    large = tiny_llama(
+        hidden_size=512,
+        intermediate_size=1408,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=2,
+    )
     source = save_tiny(large, tiny_tokenizer(), tmp_path / "dense")
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     recipe = Recipe(device="cuda", dtype="float32", method="admm")
-    result = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "out")
+    result = sparsellm.prune(
+        source, recipe, calibration=windows(), out=tmp_path / "out"
+    )
     assert result.memory is not None
-    used, predicted = torch.cuda.max_memory_allocated() - before, result.memory.predicted_peak_device_bytes
-    assert 0.3 * predicted <= used <= 1.1 * predicted + (64 << 20)  # cuBLAS has a workspace
+    used, predicted = (
+        torch.cuda.max_memory_allocated() - before,
+        result.memory.predicted_peak_device_bytes,
+    )
+    assert (
+        0.3 * predicted <= used <= 1.1 * predicted + (64 << 20)
+    )  # cuBLAS has a workspace
 
 
 def test_the_same_command_gives_the_same_bits(llama: Path, tmp_path: Path) -> None:
@@ -139,7 +187,10 @@ def test_a_gram_matrix_of_bf16_inputs_is_exact_to_fp32() -> None:
     x = torch.randn(5000, 700, generator=torch.Generator().manual_seed(0)).bfloat16()
     accumulator = GramAccumulator(700, torch.device(DEVICE))
     accumulator.update(x.to(DEVICE))
-    matrix, right = accumulator.finish().matrix.cpu().double(), x.double().T @ x.double() / len(x)
+    matrix, right = (
+        accumulator.finish().matrix.cpu().double(),
+        x.double().T @ x.double() / len(x),
+    )
     assert float((matrix - right).norm()) <= 1e-5 * float(right.norm())
 
 
@@ -150,8 +201,14 @@ def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -
     layer = layer_of(packed, dtype=torch.float32).to(DEVICE)
     layer.rounded = False
     x = activations(tokens, 1100, torch.float32, seed=2)
-    slack = bound(dense, x) + (2.0**-10 * (x.double().abs() @ dense.abs().T) if tokens > 16 else 0)  # TF32
-    assert bool(((layer(x.to(DEVICE)).cpu().double() - x.double() @ dense.T).abs() <= slack).all())
+    slack = bound(dense, x) + (
+        2.0**-10 * (x.double().abs() @ dense.abs().T) if tokens > 16 else 0
+    )  # TF32
+    assert bool(
+        (
+            (layer(x.to(DEVICE)).cpu().double() - x.double() @ dense.T).abs() <= slack
+        ).all()
+    )
 
 
 @on_a_card
@@ -159,14 +216,22 @@ def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -
 def test_the_compiled_triton_kernel_multiplies(value_type: str) -> None:
     triton_kernels = pytest.importorskip("sparsepack.triton_kernels")
     assert kernel_name("cuda") == "triton"
-    for out, columns, sparsity in ((1, 1, 0.0), (5, 65, 0.7), (70, 1100, 0.5), (33, 300, -1.0), (256, 4096, 0.5)):
+    for out, columns, sparsity in (
+        (1, 1, 0.0),
+        (5, 65, 0.7),
+        (70, 1100, 0.5),
+        (33, 300, -1.0),
+        (256, 4096, 0.5),
+    ):
         packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns)
         moved = packed.to("cuda")
         for tokens in (1, 2, 3, 5, 8, 16):
             for dtype in FLOATS.values():
                 x = activations(tokens, columns, dtype, seed=tokens)
                 y = triton_kernels.multiply(moved, x.cuda()).cpu()
-                assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all()), (out, tokens, dtype)
+                assert bool(
+                    ((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all()
+                ), (out, tokens, dtype)
 
 
 @pytest.mark.parametrize("values", ["keep", "int8", "int4"])
@@ -175,7 +240,9 @@ def test_a_packed_model_generates_on_the_device(values: str, tmp_path: Path) -> 
     sparsellm.pack(source, out=tmp_path / "packed", values=values)
     texts, logits = [], []
     for device in (DEVICE, "cpu"):
-        model = load(tmp_path / "packed", device=device, dtype="float32", activations="fp32")
+        model = load(
+            tmp_path / "packed", device=device, dtype="float32", activations="fp32"
+        )
         with torch.no_grad():
             logits.append(model(windows()[:1].to(model.device)).logits.float().cpu())
         texts.append(generate(model, tiny_tokenizer(), "a line", max_new_tokens=5).text)
@@ -190,7 +257,12 @@ def test_the_kernel_runs_where_its_tensors_are() -> None:
     x = activations(4, 1100, torch.float32, seed=2)
     layer = layer_of(packed, dtype=torch.float32).to("cuda:1")
     assert torch.cuda.current_device() == 0
-    assert bool(((layer(x.to("cuda:1")).cpu().double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
+    assert bool(
+        (
+            (layer(x.to("cuda:1")).cpu().double() - x.double() @ dense.T).abs()
+            <= bound(dense, x)
+        ).all()
+    )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
@@ -205,7 +277,14 @@ def test_a_run_stays_on_the_card_that_it_names(llama: Path, tmp_path: Path) -> N
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 def test_two_processes_join_by_nccl(llama: Path, tmp_path: Path) -> None:
-    settings = ("prune", str(llama), "--method=wanda", "--samples=4", "--seq-len=32", "--device=cuda")
+    settings = (
+        "prune",
+        str(llama),
+        "--method=wanda",
+        "--samples=4",
+        "--seq-len=32",
+        "--device=cuda",
+    )
     for size in (1, 2):
         process = by_torchrun(size, *settings, f"--out={tmp_path / str(size)}")
         _, said = ended(process)
@@ -220,4 +299,7 @@ def test_a_weight_packed_from_the_device_is_that_from_the_cpu() -> None:
     on_device, on_cpu = pack(weight.cuda(), "int4"), pack(weight, "int4")
     assert on_device is not None
     assert on_cpu is not None
-    assert all(torch.equal(on_device.tensors[name], on_cpu.tensors[name]) for name in on_cpu.tensors)
+    assert all(
+        torch.equal(on_device.tensors[name], on_cpu.tensors[name])
+        for name in on_cpu.tensors
+    )

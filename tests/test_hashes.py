@@ -19,7 +19,12 @@ def test_a_digest_sees_one_bit_of_any_weight() -> None:
 
 
 def test_cases_repeat_and_differ_from_each_other() -> None:
-    chosen = ["opt/0.6/magnitude", "opt/2:4/magnitude", "gpt2/0.6/sparsellm-paper", "llama/0.6/sparsellm effort 0"]
+    chosen = [
+        "opt/0.6/magnitude",
+        "opt/2:4/magnitude",
+        "gpt2/0.6/sparsellm-paper",
+        "llama/0.6/sparsellm effort 0",
+    ]
     result = hashes.hashes(chosen)
     assert result == hashes.hashes(chosen)
     assert len(set(result.values())) == 4

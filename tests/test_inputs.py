@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsellm.errors import DataError, RecipeError, SparseLLMError, StorageError
-from sparsellm.inputs import dump_yaml, parse_json, parse_yaml, read_object, read_yaml, without_folders
+from sparsellm.inputs import (
+    dump_yaml,
+    parse_json,
+    parse_yaml,
+    read_object,
+    read_yaml,
+    without_folders,
+)
 
 
 def test_plain_values_are_read() -> None:
@@ -51,7 +58,9 @@ def test_plain_values_are_read() -> None:
     ],
     ids=lambda value: None if callable(value) else value[:30],
 )
-def test_text_that_could_hurt_later_is_refused(parse: Any, data: bytes | str, said: str) -> None:
+def test_text_that_could_hurt_later_is_refused(
+    parse: Any, data: bytes | str, said: str
+) -> None:
     with pytest.raises(DataError, match=f"^the file .*{re.escape(said)}") as caught:
         parse(data, "the file", error=DataError)
     assert str(caught.value).isprintable()
@@ -72,7 +81,13 @@ def test_a_device_or_a_pipe_is_not_read(tmp_path: Path) -> None:
     assert read_yaml(Path(f"/dev/fd/{reader}")) == {"seed": 3}
 
 
-@given(st.one_of(st.binary(max_size=200), st.text(max_size=100), st.text("[]{}&*!:-?#|>'\"%@ \n\tab1.", max_size=60)))
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=100),
+        st.text("[]{}&*!:-?#|>'\"%@ \n\tab1.", max_size=60),
+    )
+)
 def test_anything_is_a_value_or_one_line(data: bytes | str) -> None:
     said = ""
     try:
@@ -82,11 +97,35 @@ def test_anything_is_a_value_or_one_line(data: bytes | str) -> None:
     assert said.isprintable()
 
 
-numbers = st.integers(-(10**40), 10**40) | st.floats(allow_nan=False, allow_infinity=False)
-words = st.sampled_from(["2:4", "1e-3", "yes", "010", "1_000", "2024-01-01", "<<", "=", "~", "0o7", ".5", "a\nb"])
+numbers = st.integers(-(10**40), 10**40) | st.floats(
+    allow_nan=False, allow_infinity=False
+)
+words = st.sampled_from(
+    [
+        "2:4",
+        "1e-3",
+        "yes",
+        "010",
+        "1_000",
+        "2024-01-01",
+        "<<",
+        "=",
+        "~",
+        "0o7",
+        ".5",
+        "a\nb",
+    ]
+)
 plain = st.recursive(
-    st.none() | st.booleans() | numbers | st.text(st.characters(codec="utf-8"), max_size=20) | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", min_size=1), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | numbers
+    | st.text(st.characters(codec="utf-8"), max_size=20)
+    | words,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text("abc", min_size=1), inner, max_size=3)
+    ),
 )
 
 
@@ -96,9 +135,13 @@ def test_what_is_written_is_read_back(value: object) -> None:
 
 
 def test_json_is_read() -> None:
-    assert parse_json(b'\xef\xbb\xbf{"a": [1, 2.5, null, "\\u00e9"]}', "x") == {"a": [1, 2.5, None, "é"]}
+    assert parse_json(b'\xef\xbb\xbf{"a": [1, 2.5, null, "\\u00e9"]}', "x") == {
+        "a": [1, 2.5, None, "é"]
+    }
     huge = 1000000000000000019884624838656
-    assert parse_json(f'{{"model_max_length": {huge}}}', "x") == {"model_max_length": huge}
+    assert parse_json(f'{{"model_max_length": {huge}}}', "x") == {
+        "model_max_length": huge
+    }
 
 
 @pytest.mark.parametrize(
@@ -113,14 +156,19 @@ def test_json_is_read() -> None:
         ("wikitext2:/home/me/w.parquet", "wikitext2:w.parquet"),
         ("--out=/home/me/out", "--out=out"),
         ("--set=calibration=file:/home/me/a.txt", "--set=calibration=file:a.txt"),
-        ("--calibration=/home/me/a.txt:0.5, hub:o/n:c:2,~/b.txt:1", "--calibration=a.txt:0.5,hub:o/n:c:2,b.txt:1"),
+        (
+            "--calibration=/home/me/a.txt:0.5, hub:o/n:c:2,~/b.txt:1",
+            "--calibration=a.txt:0.5,hub:o/n:c:2,b.txt:1",
+        ),
         ("owner/name", "owner/name"),
         ("hub:owner/name:config", "hub:owner/name:config"),
         ("folder/name", "name"),
         ("*.mlp.*", "*.mlp.*"),
     ],
 )
-def test_a_written_path_has_no_folder(given: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_written_path_has_no_folder(
+    given: str, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     assert without_folders(given) == left

@@ -13,14 +13,14 @@ from transformers import core_model_loading as loading
 
 import sparsellm
 from sparsellm import Recipe, parallel
-from sparsellm.chain import Feed, open_chain
-from sparsellm.chain.experts import Part, separate_experts
-from sparsellm.chain.names import Conversion, _part_before
 from sparsellm.errors import NumericalError
-from sparsellm.methods import routed
-from sparsellm.methods.task import BlockTask
+from sparsellm.files.reader import CheckpointReader, open_checkpoint
+from sparsellm.method.blocks import routed
+from sparsellm.method.blocks.task import BlockTask
+from sparsellm.model import Feed, open_chain
+from sparsellm.model.experts import Part, separate_experts
+from sparsellm.model.names import Conversion, _part_before
 from sparsellm.progress import PhaseClock
-from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 from sparsellm.tuning.full import ZeroKeeper
 from tests.models.families import family, mixtral, sparse_attention
 from tests.shares import Share
@@ -35,8 +35,12 @@ def by_hand(model: PreTrainedModel, number: int) -> tuple[Tensor, Tensor, Tensor
     seen: dict[str, Any] = {}
     mixture = model.model.layers[0].mlp
     handles = [
-        mixture.register_forward_hook(lambda module, args, output: seen.update(inputs=args[0])),
-        mixture.gate.register_forward_hook(lambda module, args, output: seen.update(routes=output)),
+        mixture.register_forward_hook(
+            lambda module, args, output: seen.update(inputs=args[0])
+        ),
+        mixture.gate.register_forward_hook(
+            lambda module, args, output: seen.update(routes=output)
+        ),
     ]
     model(IDS, use_cache=False)
     for handle in handles:
@@ -47,7 +51,9 @@ def by_hand(model: PreTrainedModel, number: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
-    gate, up = nn.functional.linear(x, model.model.layers[0].mlp.experts.gate_up_proj[number]).chunk(2, dim=-1)
+    gate, up = nn.functional.linear(
+        x, model.model.layers[0].mlp.experts.gate_up_proj[number]
+    ).chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
 
 
@@ -57,28 +63,56 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
     chain = open_chain(model, device=torch.device("cpu"))
     patterns = {linear.name: Share(0.5) for linear in chain.linears(0)}
     stream = Feed(chain, IDS, 48).stream()
-    task = BlockTask(0, chain.linears(0), dict(patterns), stream, lambda step: None, PhaseClock())
-    own_weights = torch.rand(6, 24, generator=torch.Generator().manual_seed(0)) if weighted else torch.ones(6, 24)
+    task = BlockTask(
+        0, chain.linears(0), dict(patterns), stream, lambda step: None, PhaseClock()
+    )
+    own_weights = (
+        torch.rand(6, 24, generator=torch.Generator().manual_seed(0))
+        if weighted
+        else torch.ones(6, 24)
+    )
     (mixture,) = chain.mixtures(0)
     with stream.store() as store:
-        tokens = routed._record(task, mixture, store, list(own_weights.split(2)) if weighted else None)
+        tokens = routed._record(
+            task, mixture, store, list(own_weights.split(2)) if weighted else None
+        )
         for number in range(4):
             x, chosen, weights = by_hand(model, number)
             factors = weights.square() * own_weights.flatten()[chosen]
             of_expert = routed.ExpertTokens(tokens, mixture.expert(number), number, [])
             assert tokens.count(number) == len(chosen) > 0
             moments = routed._moments(of_expert.routed(), 32, task)
-            assert torch.allclose(moments.matrix, (x[chosen].T * factors) @ x[chosen] / factors.sum(), atol=1e-5)
-            moments = routed._moments(of_expert.routed(), 80, task, of_expert.expert, of_expert.expert.frozen())
+            assert torch.allclose(
+                moments.matrix,
+                (x[chosen].T * factors) @ x[chosen] / factors.sum(),
+                atol=1e-5,
+            )
+            moments = routed._moments(
+                of_expert.routed(),
+                80,
+                task,
+                of_expert.expert,
+                of_expert.expert.frozen(),
+            )
             h = inner(model, number, x[chosen])
-            assert torch.allclose(moments.matrix, (h.T * factors) @ h / factors.sum(), atol=1e-6)
+            assert torch.allclose(
+                moments.matrix, (h.T * factors) @ h / factors.sum(), atol=1e-6
+            )
             targets = h @ model.model.layers[0].mlp.experts.down_proj[number].T
             assert moments.cross is not None
-            assert torch.allclose(moments.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6)
-        every = routed._moments(zip(tokens.store, tokens.weights, strict=True), 32, task)
+            assert torch.allclose(
+                moments.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6
+            )
+        every = routed._moments(
+            zip(tokens.store, tokens.weights, strict=True), 32, task
+        )
         own_weights = own_weights.flatten()
-        assert torch.allclose(every.matrix, (x.T * own_weights) @ x / own_weights.sum(), atol=1e-5)
-        assert torch.allclose(torch.cat([rows for rows, _ in tokens.sample(20)]), x[::7], atol=1e-5)
+        assert torch.allclose(
+            every.matrix, (x.T * own_weights) @ x / own_weights.sum(), atol=1e-5
+        )
+        assert torch.allclose(
+            torch.cat([rows for rows, _ in tokens.sample(20)]), x[::7], atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("window", [256, 1000, 2048])
@@ -95,9 +129,13 @@ def test_shrinkage_is_the_closed_form(tokens: int) -> None:
     generator = torch.Generator().manual_seed(1)
     expert, every = (torch.randn(8, 8, generator=generator) for _ in range(2))
     cross, other = (torch.randn(3, 8, generator=generator) for _ in range(2))
-    shrunk = routed._Moments(expert, tokens, cross).shrunk_to(routed._Moments(every, 99, other))
+    shrunk = routed._Moments(expert, tokens, cross).shrunk_to(
+        routed._Moments(every, 99, other)
+    )
     share = routed.PRIOR * 8 / (routed.PRIOR * 8 + tokens)
-    assert torch.allclose(shrunk.matrix, (1 - share) * expert + share * every, atol=1e-6)
+    assert torch.allclose(
+        shrunk.matrix, (1 - share) * expert + share * every, atol=1e-6
+    )
     assert shrunk.cross is not None
     assert torch.allclose(shrunk.cross, (1 - share) * cross + share * other, atol=1e-6)
     assert tokens or torch.equal(shrunk.matrix, every)
@@ -106,7 +144,9 @@ def test_shrinkage_is_the_closed_form(tokens: int) -> None:
 def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> None:
     model = mixtral(num_local_experts=5, num_experts=5)
     with torch.no_grad():
-        for layer in model.model.layers:  # five logits a, −a, b, −b and 0: the last is never among the largest two
+        for layer in (
+            model.model.layers
+        ):  # five logits a, −a, b, −b and 0: the last is never among the largest two
             gate = layer.mlp.gate.weight
             gate[1], gate[3], gate[4] = -gate[0], -gate[2], 0
     x, chosen, _ = by_hand(model, 4)
@@ -115,27 +155,49 @@ def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> Non
     mean_square = x.square().mean(0)
     result = sparsellm.prune(model, RECIPE, calibration=IDS, out=tmp_path / "p")
     pruned = model.model.layers[0].mlp.experts.gate_up_proj[4, :80]
-    scores = dense.abs() * mean_square.sqrt()  # attention changes the inputs of a mixture only in later blocks
+    scores = (
+        dense.abs() * mean_square.sqrt()
+    )  # attention changes the inputs of a mixture only in later blocks
     kept = scores.argsort(dim=1, descending=True)[:, :16]
-    assert torch.equal(pruned != 0, torch.zeros_like(dense, dtype=torch.bool).scatter_(1, kept, True))
+    assert torch.equal(
+        pruned != 0, torch.zeros_like(dense, dtype=torch.bool).scatter_(1, kept, True)
+    )
     of_expert = [linear for linear in result.linears if ".experts.4." in linear.name]
     assert [linear.tokens for linear in of_expert] == [0] * 6
-    assert all(routed.NOT_ROUTED in linear.notes and linear.sparsity == 0.5 for linear in of_expert)
+    assert all(
+        routed.NOT_ROUTED in linear.notes and linear.sparsity == 0.5
+        for linear in of_expert
+    )
     (told,) = [warning for warning in result.warnings if "routed" in warning]
     assert "2 of 10 experts" in told
     assert "model.layers.0.mlp.experts.4 (0)" in told
-    assert not any("no calibration token reached" in warning for warning in result.warnings)
+    assert not any(
+        "no calibration token reached" in warning for warning in result.warnings
+    )
 
 
 def test_tokens_of_experts_are_counted_and_few_are_warned_of() -> None:
-    result = sparsellm.prune(mixtral(), RECIPE.updated(min_tokens_per_expert=10_000), calibration=IDS)
+    result = sparsellm.prune(
+        mixtral(), RECIPE.updated(min_tokens_per_expert=10_000), calibration=IDS
+    )
     counts = {linear.name: linear.tokens for linear in result.linears}
-    assert sum(counts[f"model.layers.1.mlp.experts.{n}.up_proj"] or 0 for n in range(4)) == 2 * IDS.numel()
+    assert (
+        sum(counts[f"model.layers.1.mlp.experts.{n}.up_proj"] or 0 for n in range(4))
+        == 2 * IDS.numel()
+    )
     assert counts["model.layers.1.self_attn.q_proj"] is None
-    (told,) = [warning for warning in result.warnings if "were routed to 8 of 8 experts" in warning]
+    (told,) = [
+        warning
+        for warning in result.warnings
+        if "were routed to 8 of 8 experts" in warning
+    ]
     least = min((tokens, name) for name, tokens in counts.items() if tokens is not None)
     assert f"{least[1].rpartition('.')[0]} ({least[0]}), " in told
-    assert not [w for w in sparsellm.prune(mixtral(), RECIPE, calibration=IDS).warnings if "routed" in w]
+    assert not [
+        w
+        for w in sparsellm.prune(mixtral(), RECIPE, calibration=IDS).warnings
+        if "routed" in w
+    ]
 
 
 @torch.no_grad()
@@ -145,35 +207,66 @@ def test_the_last_linear_of_an_expert_is_refitted() -> None:
     for refit in (True, False):
         model = mixtral()
         x, _, _ = by_hand(model, 0)
-        dense = [inner(model, n, x) @ model.model.layers[0].mlp.experts.down_proj[n].T for n in range(4)]
-        options = {"output_metric": 0.0, "norm_weighting": 0.0, "refit": refit, "refit_damping": 0.001}
+        dense = [
+            inner(model, n, x) @ model.model.layers[0].mlp.experts.down_proj[n].T
+            for n in range(4)
+        ]
+        options = {
+            "output_metric": 0.0,
+            "norm_weighting": 0.0,
+            "refit": refit,
+            "refit_damping": 0.001,
+        }
         exclude = ["*.self_attn.*"]  # the inputs of the mixture stay the same
-        changes: dict[str, Any] = {"options": options, "exclude": exclude, "allocation": "uniform"}
-        sparsellm.prune(model, Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, **changes), calibration=IDS)
+        changes: dict[str, Any] = {
+            "options": options,
+            "exclude": exclude,
+            "allocation": "uniform",
+        }
+        sparsellm.prune(
+            model,
+            Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, **changes),
+            calibration=IDS,
+        )
         errors[refit] = 0.0
         for number in range(4):
             _, chosen, weights = by_hand(model, number)
-            outputs = inner(model, number, x[chosen]) @ model.model.layers[0].mlp.experts.down_proj[number].T
-            errors[refit] += float(((outputs - dense[number][chosen]) * weights[:, None]).square().sum())
+            outputs = (
+                inner(model, number, x[chosen])
+                @ model.model.layers[0].mlp.experts.down_proj[number].T
+            )
+            errors[refit] += float(
+                ((outputs - dense[number][chosen]) * weights[:, None]).square().sum()
+            )
     assert errors[True] < errors[False]
 
 
 def test_an_expert_whose_moments_overflow_is_named() -> None:
     model = family("Qwen3Moe")
     model.model.layers[0].mlp.experts.gate_up_proj.data[1] *= 1e10
-    with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.experts\.1\.down_proj: "):
-        sparsellm.prune(model, Recipe(method="sparsegpt", samples=6, seq_len=24), calibration=IDS)
+    with pytest.raises(
+        NumericalError, match=r"layers\.0\.mlp\.experts\.1\.down_proj: "
+    ):
+        sparsellm.prune(
+            model, Recipe(method="sparsegpt", samples=6, seq_len=24), calibration=IDS
+        )
 
 
 def test_a_twin_shares_weights_and_leaves_the_model_alone() -> None:
     model = mixtral()
-    before = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
+    before = {
+        name: id(value) for name, value in model.state_dict(keep_vars=True).items()
+    }
     twin, parts = separate_experts(model)
     assert twin is not model
-    assert {name: id(value) for name, value in model.state_dict(keep_vars=True).items()} == before
+    assert {
+        name: id(value) for name, value in model.state_dict(keep_vars=True).items()
+    } == before
     assert len(parts) == 2 * 4 * 3
     for name, part in parts.items():
-        assert torch.equal(twin.get_parameter(name), part.of(model.get_parameter(part.source)))
+        assert torch.equal(
+            twin.get_parameter(name), part.of(model.get_parameter(part.source))
+        )
     twin.get_parameter("model.layers.1.mlp.experts.2.up_proj.weight").data.fill_(7.0)
     assert (model.model.layers[1].mlp.experts.gate_up_proj[2, 80:] == 7).all()
     assert (model.model.layers[1].mlp.experts.gate_up_proj[2, :80] != 7).all()
@@ -183,7 +276,9 @@ def test_a_mixture_under_a_hook_of_accelerate_is_refused() -> None:
     model = mixtral()
     layer = model.model.layers[0].mlp
     layer.forward = layer.forward
-    with pytest.raises(sparsellm.SparseLLMError, match="load the model without device_map"):
+    with pytest.raises(
+        sparsellm.SparseLLMError, match="load the model without device_map"
+    ):
         open_chain(model, device=torch.device("cpu"))
 
 
@@ -201,17 +296,40 @@ DOWN = Part("s", (2,))
         (2, (EXPERTS, INNER, WIDTH), ["Concatenate(1)"], [GATE, UP]),
         (1, (EXPERTS, 2 * INNER, WIDTH), ["Interleave(1)"], [GATE, UP]),
         (1, (EXPERTS, WIDTH, 2 * INNER), ["Transpose(1, 2)"], [GATE, UP]),
-        (1, (EXPERTS, 2 * INNER, WIDTH), ["Transpose(1, 2)"], [ACROSS, Part("s", (3,), True)]),
-        (1, (EXPERTS, 2 * INNER, WIDTH), ["Transpose(1, 2, check_dims=True)"], [GATE, DOWN]),
+        (
+            1,
+            (EXPERTS, 2 * INNER, WIDTH),
+            ["Transpose(1, 2)"],
+            [ACROSS, Part("s", (3,), True)],
+        ),
+        (
+            1,
+            (EXPERTS, 2 * INNER, WIDTH),
+            ["Transpose(1, 2, check_dims=True)"],
+            [GATE, DOWN],
+        ),
     ],
 )
-def test_a_part_is_found_before_the_conversion(kinds: int, shape: Any, steps: list[str], parts: list[Part]) -> None:
+def test_a_part_is_found_before_the_conversion(
+    kinds: int, shape: Any, steps: list[str], parts: list[Part]
+) -> None:
     """Against transformers' own operations on tensors of random numbers."""
     operations = [eval(step, vars(loading)) for step in steps]
-    sources = [[f"{kind}.{number}" for number in range(EXPERTS if len(shape) == 2 else 1)] for kind in range(kinds)]
+    sources = [
+        [f"{kind}.{number}" for number in range(EXPERTS if len(shape) == 2 else 1)]
+        for kind in range(kinds)
+    ]
     tensors = {name: torch.randn(shape) for names in sources for name in names}
-    values = {str(kind): [tensors[name] for name in names] for kind, names in enumerate(sources)}
-    given: Any = {"source_patterns": list(values), "target_patterns": ["s"], "full_layer_name": "s", "config": None}
+    values = {
+        str(kind): [tensors[name] for name in names]
+        for kind, names in enumerate(sources)
+    }
+    given: Any = {
+        "source_patterns": list(values),
+        "target_patterns": ["s"],
+        "full_layer_name": "s",
+        "config": None,
+    }
     converted: Any = dict(values)
 
     class Model:
@@ -223,7 +341,12 @@ def test_a_part_is_found_before_the_conversion(kinds: int, shape: Any, steps: li
     (stack,) = converted.values()
     stack = stack[0] if isinstance(stack, list) else stack
     for part in parts:
-        before = _part_before(part, Conversion(sources, operations), tuple(stack.shape), dict.fromkeys(tensors, shape))
+        before = _part_before(
+            part,
+            Conversion(sources, operations),
+            tuple(stack.shape),
+            dict.fromkeys(tensors, shape),
+        )
         assert before is not None
         assert torch.equal(before.of(tensors[before.source]), part.of(stack))
 
@@ -249,8 +372,14 @@ def test_zeros_of_experts_stay_in_fine_tuning() -> None:
 
 def test_an_indexer_that_chooses_tokens_stays_dense(tmp_path: Path) -> None:
     """Sparse attention of DeepSeek 3.2: what chooses is known by what it returns, whatever it is called."""
-    result = sparsellm.prune(sparse_attention(), RECIPE, calibration=IDS, out=tmp_path / "p")
-    dense = {matrix.name: matrix.reason for matrix in result.dense if "indexer" in matrix.name}
+    result = sparsellm.prune(
+        sparse_attention(), RECIPE, calibration=IDS, out=tmp_path / "p"
+    )
+    dense = {
+        matrix.name: matrix.reason
+        for matrix in result.dense
+        if "indexer" in matrix.name
+    }
     assert len(dense) == 6
     assert set(dense.values()) == {"gate"}
     assert not any("indexer" in linear.name for linear in result.linears)
@@ -262,15 +391,31 @@ def test_a_swept_mixture_keeps_its_zeros_and_comes_nearer() -> None:
     recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, effort=1, sweep_rate=0.01)
     result = sparsellm.prune(model, recipe, calibration=IDS)
     assert result.sweeps[1].held_out < result.sweeps[0].held_out
-    zeros = sum(int((p == 0).sum()) for name, p in model.named_parameters() if "experts" in name)
-    assert zeros == sum(linear.zeros for linear in result.linears if "experts" in linear.name) > 0
+    zeros = sum(
+        int((p == 0).sum()) for name, p in model.named_parameters() if "experts" in name
+    )
+    assert (
+        zeros
+        == sum(linear.zeros for linear in result.linears if "experts" in linear.name)
+        > 0
+    )
 
 
-def test_a_stored_stack_of_experts_is_read_once_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_stack_of_experts_is_read_once_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = family("GptOss")
     model.save_pretrained(tmp_path)
-    chain, reader, read = open_chain(model, device=torch.device("cpu")), open_checkpoint(tmp_path), list[str]()
+    chain, reader, read = (
+        open_chain(model, device=torch.device("cpu")),
+        open_checkpoint(tmp_path),
+        list[str](),
+    )
     plain = CheckpointReader.get
-    monkeypatch.setattr(CheckpointReader, "get", lambda self, key, *rest: read.append(key) or plain(self, key, *rest))
+    monkeypatch.setattr(
+        CheckpointReader,
+        "get",
+        lambda self, key, *rest: read.append(key) or plain(self, key, *rest),
+    )
     with chain.block(0, reader):
         assert len(set(read)) == len(read) < len(chain.names_of(0))

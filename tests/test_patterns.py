@@ -10,13 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import NumericalError, RecipeError
-from sparsellm.patterns import NM, SAMPLED, STRIDE, Pattern, Unstructured, most_kept, parse_pattern, share, strictest
+from sparsellm.patterns import (
+    NM,
+    SAMPLED,
+    STRIDE,
+    Pattern,
+    Unstructured,
+    most_kept,
+    parse_pattern,
+    share,
+    strictest,
+)
 from tests.shares import Share, violations
 
 
 def scores_of(rows: int, columns: int, levels: int, seed: int) -> torch.Tensor:
     """Scores (rows, columns) with at most this many different values: few make many ties."""
-    return torch.randint(levels, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+    return torch.randint(
+        levels, (rows, columns), generator=torch.Generator().manual_seed(seed)
+    ).float()
 
 
 shapes, seeds = st.tuples(st.integers(1, 9), st.integers(1, 40)), st.integers(0, 99)
@@ -27,9 +39,13 @@ shapes, seeds = st.tuples(st.integers(1, 9), st.integers(1, 40)), st.integers(0,
 def test_matrix_mask_is_the_stable_sort_of_all_scores(shape, sparsity, levels, seed):
     scores = scores_of(*shape, levels, seed)
     values = scores.flatten().tolist()
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))  # the first of equals is kept
+    ranked = sorted(
+        range(len(values)), key=lambda i: (-values[i], i)
+    )  # the first of equals is kept
     kept = set(ranked[: scores.numel() - round(sparsity * scores.numel())])
-    assert {*Share(sparsity).mask(scores).flatten().nonzero().flatten().tolist()} == kept
+    assert {
+        *Share(sparsity).mask(scores).flatten().nonzero().flatten().tolist()
+    } == kept
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,13 +62,24 @@ def test_row_mask_is_the_stable_sort_of_each_row(shape, sparsity, levels, seed):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(2, 24), st.data(), st.sampled_from([1, 3, 10**6]), seeds)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(2, 24),
+    st.data(),
+    st.sampled_from([1, 3, 10**6]),
+    seeds,
+)
 def test_every_group_of_n_m_keeps_its_n_highest(rows, groups, m, data, levels, seed):
     n = data.draw(st.integers(1, m - 1))
     scores = scores_of(rows, groups * m, levels, seed)
     mask = NM(n, m).mask(scores)
-    for group, kept in zip(scores.reshape(-1, m).tolist(), mask.reshape(-1, m).tolist(), strict=True):
-        assert {i for i, keep in enumerate(kept) if keep} == set(sorted(range(m), key=lambda i: (-group[i], i))[:n])
+    for group, kept in zip(
+        scores.reshape(-1, m).tolist(), mask.reshape(-1, m).tolist(), strict=True
+    ):
+        assert {i for i, keep in enumerate(kept) if keep} == set(
+            sorted(range(m), key=lambda i: (-group[i], i))[:n]
+        )
     assert int((~mask).sum()) == rows * groups * (m - n)
 
 
@@ -66,19 +93,43 @@ def test_other_dtypes_of_scores(dtype: torch.dtype):
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.9, 0.9999])
 def test_a_threshold_that_is_located_in_a_sample_is_exact(fraction: float):
     spread = torch.randn(320, 311, generator=torch.Generator().manual_seed(0))
-    misleading = torch.arange(320 * 311.0).remainder(STRIDE).reshape(320, 311) + spread * 0.1  # the sample is near 0
-    for scores in (spread, spread.mul(3).round(), misleading, -misleading, spread.abs().sort().values):
+    misleading = (
+        torch.arange(320 * 311.0).remainder(STRIDE).reshape(320, 311) + spread * 0.1
+    )  # the sample is near 0
+    for scores in (
+        spread,
+        spread.mul(3).round(),
+        misleading,
+        -misleading,
+        spread.abs().sort().values,
+    ):
         assert scores.numel() > SAMPLED
         kept, zeros = Share(fraction).mask(scores), round(fraction * scores.numel())
         expected = torch.zeros(scores.numel(), dtype=torch.bool)
-        expected[scores.flatten().argsort(descending=True, stable=True)[: scores.numel() - zeros]] = True
+        expected[
+            scores.flatten().argsort(descending=True, stable=True)[
+                : scores.numel() - zeros
+            ]
+        ] = True
         assert torch.equal(kept.flatten(), expected)
 
 
 def test_the_strictest_patterns_of_four_and_eight():
     """A pattern that follows from another one is not named."""
-    rows = {"11100000": "3:8", "11111000": "5:8", "11000101": "2:4", "11000100": "3:8, 2:4", "10000001": "1:4"}
-    rows |= {"10000000": "1:8", "11111111": "", "111001111000": "3:4", "100": "", "00000000": "1:8"}
+    rows = {
+        "11100000": "3:8",
+        "11111000": "5:8",
+        "11000101": "2:4",
+        "11000100": "3:8, 2:4",
+        "10000001": "1:4",
+    }
+    rows |= {
+        "10000000": "1:8",
+        "11111111": "",
+        "111001111000": "3:4",
+        "100": "",
+        "00000000": "1:8",
+    }
     for row, expected in rows.items():
         weight = torch.tensor([[float(digit) for digit in row]] * 2)
         assert strictest([most_kept(weight)]) == (expected or None), row
@@ -95,7 +146,11 @@ def test_the_patterns_of_several_weights():
 
 
 def test_a_text_is_a_pattern_or_refused():
-    for text, expected in (("2:4", NM(2, 4)), (" 1 : 4 ", NM(1, 4)), ("16:32", NM(16, 32))):
+    for text, expected in (
+        ("2:4", NM(2, 4)),
+        (" 1 : 4 ", NM(1, 4)),
+        ("16:32", NM(16, 32)),
+    ):
         assert parse_pattern(text) == parse_pattern(str(expected)) == expected
     for text in ("2:3:4", "4:2", "0:4", "4:4", "a:b", "", "2", ":4", "-1:4", "2.0:4"):
         with pytest.raises(RecipeError, match="pattern is"):
@@ -128,6 +183,11 @@ def test_finite_scores_whose_sum_overflows_are_fine():
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 50), min_size=1, max_size=9))
 def test_shares_add_up(total: int, lengths: list[int]):
     ends = [0, *itertools.accumulate(lengths)]
-    parts = [share(total, start, stop, ends[-1]) for start, stop in itertools.pairwise(ends)]
+    parts = [
+        share(total, start, stop, ends[-1]) for start, stop in itertools.pairwise(ends)
+    ]
     assert sum(parts) == total
-    assert all(abs(part - total * length / ends[-1]) < 1 for part, length in zip(parts, lengths, strict=True))
+    assert all(
+        abs(part - total * length / ends[-1]) < 1
+        for part, length in zip(parts, lengths, strict=True)
+    )

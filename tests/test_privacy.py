@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsellm
+from tests.files.small import shards_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.storage.small import shards_of
 
 USER, HOST = "zaphod-the-user", "milliways-the-host"
 SMALL = ["--set=samples=4", "--set=seq_len=32", "--sparsity=0.5"]
@@ -45,11 +45,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("forgotten_plugins")
 def test_no_file_for_others_names_the_machine(home: Path, run: Any) -> None:
-    model, text, out = home / "models" / "tiny", home / "texts" / "words.txt", home / "out"
-    secret = {USER, HOST, str(home.parent), sys.prefix, os.path.dirname(os.getcwd()), socket.gethostname()}
+    model, text, out = (
+        home / "models" / "tiny",
+        home / "texts" / "words.txt",
+        home / "out",
+    )
+    secret = {
+        USER,
+        HOST,
+        str(home.parent),
+        sys.prefix,
+        os.path.dirname(os.getcwd()),
+        socket.gethostname(),
+    }
     measured = ("--text", f"file:{text}", "--seq-len", 32, "--max-tokens", 256)
     grid = ("--text", f"file:{text}", "--text-seq-len", 32, "--max-tokens", 256)
-    plugins = [f"--plugin={home / folder / 'mine.py'}" for folder in ("first", "second")]
+    plugins = [
+        f"--plugin={home / folder / 'mine.py'}" for folder in ("first", "second")
+    ]
     half, again, packed = out / "half", out / "other" / "half", out / "packed"
     commands: list[tuple[object, ...]] = [
         ("prune", model, "--out", half, "--calibration", text, *plugins, *SMALL),
@@ -69,24 +82,67 @@ def test_no_file_for_others_names_the_machine(home: Path, run: Any) -> None:
     for command in commands:
         run(*command, exits=0)
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    recipe = sparsellm.Recipe(method="wanda", samples=4, seq_len=32, calibration=str(text))
-    sparsellm.prune(loaded, recipe, out=out / "object", tokenizer=AutoTokenizer.from_pretrained(model))
+    recipe = sparsellm.Recipe(
+        method="wanda", samples=4, seq_len=32, calibration=str(text)
+    )
+    sparsellm.prune(
+        loaded,
+        recipe,
+        out=out / "object",
+        tokenizer=AutoTokenizer.from_pretrained(model),
+    )
     secret |= {word for word in (getpass.getuser(), str(Path.home())) if len(word) > 5}
     files = [file for file in out.rglob("*") if file.is_file()]
-    names = {"pruning.json", "results.json", "recipe.yaml", "README.md", "report.html", "packed.json", "compare.html"}
-    assert names | {"compare.json", "all.html", "config.json"} <= {file.name for file in files}
+    names = {
+        "pruning.json",
+        "results.json",
+        "recipe.yaml",
+        "README.md",
+        "report.html",
+        "packed.json",
+        "compare.html",
+    }
+    assert names | {"compare.json", "all.html", "config.json"} <= {
+        file.name for file in files
+    }
     assert any(file.suffix == ".safetensors" for file in files)
     written = {str(file.relative_to(out)): file.read_bytes() for file in files}
-    assert not [(name, word) for name, held in written.items() for word in secret if word.encode() in held]
+    assert not [
+        (name, word)
+        for name, held in written.items()
+        for word in secret
+        if word.encode() in held
+    ]
     assert "words.txt" in (half / "pruning.json").read_text()
 
 
-def test_the_recipe_that_is_written_prunes_again(home: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+def test_the_recipe_that_is_written_prunes_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
     """The text is found where it lies by its name, or is named again."""
     text, out = home / "texts" / "words.txt", home / "out"
-    assert run("prune", home / "models" / "tiny", "--out", out / "one", "--calibration", text, *SMALL)[0] == 0
-    words = ("prune", home / "models" / "tiny", "--recipe", out / "one" / "recipe.yaml", "--out")
-    assert "text file 'words.txt' does not exist" in run(*words, out / "two", exits=2)[2]
+    assert (
+        run(
+            "prune",
+            home / "models" / "tiny",
+            "--out",
+            out / "one",
+            "--calibration",
+            text,
+            *SMALL,
+        )[0]
+        == 0
+    )
+    words = (
+        "prune",
+        home / "models" / "tiny",
+        "--recipe",
+        out / "one" / "recipe.yaml",
+        "--out",
+    )
+    assert (
+        "text file 'words.txt' does not exist" in run(*words, out / "two", exits=2)[2]
+    )
     assert run(*words, out / "two", "--calibration", text)[0] == 0
     monkeypatch.chdir(text.parent)
     assert run(*words, out / "three")[0] == 0

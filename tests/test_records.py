@@ -15,12 +15,16 @@ import pytest
 
 from sparsellm import records
 from sparsellm.errors import StorageError
+from sparsellm.files import results
+from sparsellm.files.results import append_result, read_results
 from sparsellm.records import Continuation, Pruning, Results, read_record
-from sparsellm.storage import results
-from sparsellm.storage.results import append_result, read_results
 from tests.report.pages import results as measured
 
-LINEAR: dict[str, Any] = {"name": "model.layers.3.mlp.experts.7.w1", "shape": [2, 8], "zeros": 4}
+LINEAR: dict[str, Any] = {
+    "name": "model.layers.3.mlp.experts.7.w1",
+    "shape": [2, 8],
+    "zeros": 4,
+}
 PRUNING: dict[str, Any] = {"sparsity_asked": 0.25, "linears": [LINEAR]}
 
 
@@ -28,19 +32,53 @@ PRUNING: dict[str, Any] = {"sparsity_asked": 0.25, "linears": [LINEAR]}
     ("kind", "content", "said"),
     [
         (Pruning, "{", "is not valid JSON"),
-        (Pruning, json.dumps({"linears": []}), "sparsity_asked is missing; put the file back as it was"),
-        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "zeros": 1 << 64}]}), "linears.0.zeros is 1844"),
-        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "shape": [2, "8"]}]}), "linears.0.shape.1 is '8'"),
-        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "shape": [2, 0]}]}), "linears.0.shape.1 is 0"),
-        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "exponents": "xy"}]}), "linears.0.exponents is 'xy'"),
-        (Pruning, json.dumps({**PRUNING, "versions": {"torch\n": 2}}), r"versions.torch\n is 2"),
+        (
+            Pruning,
+            json.dumps({"linears": []}),
+            "sparsity_asked is missing; put the file back as it was",
+        ),
+        (
+            Pruning,
+            json.dumps({**PRUNING, "linears": [{**LINEAR, "zeros": 1 << 64}]}),
+            "linears.0.zeros is 1844",
+        ),
+        (
+            Pruning,
+            json.dumps({**PRUNING, "linears": [{**LINEAR, "shape": [2, "8"]}]}),
+            "linears.0.shape.1 is '8'",
+        ),
+        (
+            Pruning,
+            json.dumps({**PRUNING, "linears": [{**LINEAR, "shape": [2, 0]}]}),
+            "linears.0.shape.1 is 0",
+        ),
+        (
+            Pruning,
+            json.dumps({**PRUNING, "linears": [{**LINEAR, "exponents": "xy"}]}),
+            "linears.0.exponents is 'xy'",
+        ),
+        (
+            Pruning,
+            json.dumps({**PRUNING, "versions": {"torch\n": 2}}),
+            r"versions.torch\n is 2",
+        ),
         (Results, json.dumps({"format": 2}), "format is 2"),
         (Results, json.dumps({"evaluations": {"a": 1}}), "evaluations is {'a': 1}"),
-        (Results, json.dumps({"evaluations": [{}]}), "evaluations.0.sparsellm is missing"),
-        (Results, json.dumps(measured(math.inf)), "evaluations.0.perplexity.value is inf"),
+        (
+            Results,
+            json.dumps({"evaluations": [{}]}),
+            "evaluations.0.sparsellm is missing",
+        ),
+        (
+            Results,
+            json.dumps(measured(math.inf)),
+            "evaluations.0.perplexity.value is inf",
+        ),
     ],
 )
-def test_a_damaged_file_is_named_in_one_line(kind: Any, content: str, said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_in_one_line(
+    kind: Any, content: str, said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "file.json"
     path.write_text(content)
     with pytest.raises(StorageError) as caught:
@@ -52,7 +90,9 @@ def test_a_damaged_file_is_named_in_one_line(kind: Any, content: str, said: str,
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     """Fields of another release, such as ``stages``, are not read."""
-    one = Pruning.model_validate({**PRUNING, "seconds": {"prune": 1.23456}, "stages": [{"sparsity_pruned": 0.2}]})
+    one = Pruning.model_validate(
+        {**PRUNING, "seconds": {"prune": 1.23456}, "stages": [{"sparsity_pruned": 0.2}]}
+    )
     assert (one.zeros, one.weights, one.sparsity_reached) == (4, 16, 0.25)
     assert (one.linears[0].block, one.linears[0].kind) == (3, "mlp.experts.*.w1")
     (tmp_path / "file.json").write_text(one.model_dump_json())
@@ -71,7 +111,9 @@ def test_fields_of_a_later_release_stay_in_the_results(tmp_path: Path) -> None:
     assert (kept["later"], kept["evaluations"][0]["perplexity"]["later"]) == (1, 2)
 
 
-def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_appended_at_once_are_all_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = threading.Barrier(2)
 
     def read(directory: Path) -> Results:
@@ -81,18 +123,40 @@ def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pyte
         return content
 
     monkeypatch.setattr(results, "read_results", read)
-    both_records = [Continuation(prompt=prompt, dense="", pruned="") for prompt in ("one", "other")]
+    both_records = [
+        Continuation(prompt=prompt, dense="", pruned="") for prompt in ("one", "other")
+    ]
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda record: append_result(tmp_path, record), both_records))
-    assert {record.prompt for record in read_results(tmp_path).continuations} == {"one", "other"}
+    assert {record.prompt for record in read_results(tmp_path).continuations} == {
+        "one",
+        "other",
+    }
 
 
 def test_an_evaluation_is_a_table_in_a_notebook() -> None:
-    protocol = records.Protocol(text="a<b", digest="0", window=8, windows=2, tokens=14, bos="no", dtype="float32")
+    protocol = records.Protocol(
+        text="a<b",
+        digest="0",
+        window=8,
+        windows=2,
+        tokens=14,
+        bos="no",
+        dtype="float32",
+    )
     dense, pruned = (records.Interval(value=value) for value in (2.0, 4.0))
-    against = records.Against(model="d", perplexity=dense, kl=0.5, agreement=0.75, recovery=0.5)
-    more: Any = {"tasks": {"arc": {"acc": records.Metric(value=0.25)}}, "sparsellm": "0", "machine": "m", "date": "d"}
-    evaluation = records.Evaluation(protocol=protocol, perplexity=pruned, against=against, **more)
+    against = records.Against(
+        model="d", perplexity=dense, kl=0.5, agreement=0.75, recovery=0.5
+    )
+    more: Any = {
+        "tasks": {"arc": {"acc": records.Metric(value=0.25)}},
+        "sparsellm": "0",
+        "machine": "m",
+        "date": "d",
+    }
+    evaluation = records.Evaluation(
+        protocol=protocol, perplexity=pruned, against=against, **more
+    )
     root = ElementTree.fromstring(evaluation._repr_html_())
     rows = [[cell.text or "" for cell in row] for row in root.iter("tr")]
     assert rows[1] == ["perplexity", "2", "4"]

@@ -9,19 +9,27 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from sparsellm.allocation import ALLOCATIONS
 from sparsellm.errors import RecipeError
-from sparsellm.methods import METHODS
+from sparsellm.method.allocation import ALLOCATIONS
+from sparsellm.method.blocks import METHODS
+from sparsellm.method.solvers import SOLVERS
 from sparsellm.registry import Entry, Needs, Registry
-from sparsellm.solvers import SOLVERS
 
 
 def entry() -> Entry[Any]:
     registry: Registry[Any] = Registry("thing")
 
-    @registry.register("mine", paper="none", needs=lambda options: Needs(gradient_tokens=options["low"]))
+    @registry.register(
+        "mine",
+        paper="none",
+        needs=lambda options: Needs(gradient_tokens=options["low"]),
+    )
     def mine(
-        weight: object, *, low: Annotated[int, Field(ge=0), "the least"] = 1, high: float = 3.0, name: str | None = None
+        weight: object,
+        *,
+        low: Annotated[int, Field(ge=0), "the least"] = 1,
+        high: float = 3.0,
+        name: str | None = None,
     ) -> None:
         """Does nothing."""
 
@@ -66,7 +74,11 @@ def test_the_defaults_are_those_of_the_measurements() -> None:
         "solver": "admm", "refit": True, "refit_damping": 0.1, "output_metric": 0.5, "norm_weighting": 1.5,
         "symmetries": "rotate", "iterations": None,
     }  # fmt: skip
-    assert SOLVERS["admm"].check({}) == {"iterations": 16, "refine_iterations": 4, "damping": 0.05}
+    assert SOLVERS["admm"].check({}) == {
+        "iterations": 16,
+        "refine_iterations": 4,
+        "damping": 0.05,
+    }
     assert SOLVERS["sparsegpt"].check({}) == {"damping": 0.01}
 
 

@@ -19,26 +19,38 @@ from pydantic import create_model
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import DataError, NumericalError, StorageError
-from sparsellm.methods import METHODS
+from sparsellm.files.contents import LIST
+from sparsellm.files.directory import BLOCKS, STATE, partial_of
+from sparsellm.files.files import keep_record, kept_record
+from sparsellm.files.writer import CheckpointWriter
+from sparsellm.method.blocks import METHODS
+from sparsellm.method.sweep.sweep_task import Run
 from sparsellm.progress import Progress
 from sparsellm.run import journal
 from sparsellm.run.journal import BlockRecord
-from sparsellm.storage.contents import LIST
-from sparsellm.storage.directory import BLOCKS, STATE, partial_of
-from sparsellm.storage.files import keep_record, kept_record
-from sparsellm.storage.writer import CheckpointWriter
-from sparsellm.sweep.sweep_task import Run
 from tests import killing
+from tests.files.small import tensors_of, tree
 from tests.killing import KILLED, Ended, ahead_of, full_disk, once_in_block, some
+from tests.method.sweep.helpers import same_bits
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.storage.small import tensors_of, tree
-from tests.sweep.helpers import same_bits
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
-RECIPE: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.6, "samples": 4, "seq_len": 24, "batch_tokens": 48}
+RECIPE: dict[str, Any] = {
+    "method": "sparsegpt",
+    "sparsity": 0.6,
+    "samples": 4,
+    "seq_len": 24,
+    "batch_tokens": 48,
+}
 FLOAT: dict[str, Any] = {**RECIPE, "dtype": "float32"}
-SWEEPING: dict[str, Any] = {**FLOAT, "method": "sparsellm", "effort": 0, "passes": 3, "sweep_rate": 0.0007}
+SWEEPING: dict[str, Any] = {
+    **FLOAT,
+    "method": "sparsellm",
+    "effort": 0,
+    "passes": 3,
+    "sweep_rate": 0.0007,
+}
 # Bytes of one of the two batches of hidden states. Runs in this process hold both: a small budget changes no bit.
 HALF_ON_DISK = 2 * 24 * 32 * 4
 Files = tuple[dict[str, Any], Counter[str]]
@@ -47,7 +59,11 @@ Files = tuple[dict[str, Any], Counter[str]]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stored in bf16 and computed in fp32, so that what is not rounded before it runs shows after a restart."""
-    return save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+    return save_tiny(
+        tiny_llama().to(torch.bfloat16),
+        tiny_tokenizer(),
+        tmp_path_factory.mktemp("dense"),
+    )
 
 
 def run(source: Path, out: Path, recipe: dict[str, Any], at: Any = None) -> Ended:
@@ -79,7 +95,11 @@ def contents(out: Path) -> dict[str, Any]:
         del report[key]
     del there["report.html"]  # it shows these times
     listed = json.loads(there[LIST]).items()
-    lasting = {name: digests for name, digests in listed if name not in ("pruning.json", "report.html")}
+    lasting = {
+        name: digests
+        for name, digests in listed
+        if name not in ("pruning.json", "report.html")
+    }
     return {**there, "pruning.json": report, LIST: lasting}
 
 
@@ -100,33 +120,55 @@ def test_killed_again_and_again(source: Path, uncut: Files, tmp_path: Path) -> N
 
 
 def test_biases_are_rounded_before_their_block_runs_on(tmp_path: Path) -> None:
-    source = save_tiny(tiny_opt().to(torch.float16), tiny_tokenizer(), tmp_path / "dense")
+    source = save_tiny(
+        tiny_opt().to(torch.float16), tiny_tokenizer(), tmp_path / "dense"
+    )
     recipe = Recipe(**{**RECIPE, "method": "sparsellm", "effort": 0})
     expected = sparsellm.prune(source, recipe, out=tmp_path / "uncut")
     with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(source, recipe, out=tmp_path / "p", progress=killing.stop_after_one("prune"))
+        sparsellm.prune(
+            source, recipe, out=tmp_path / "p", progress=killing.stop_after_one("prune")
+        )
     assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 1
     assert same_bits(tensors_of(tmp_path / "p"), tensors_of(expected.path))
 
 
-@pytest.mark.parametrize(("kind", "back"), [("remove", 0), ("rename", 0), ("rename", 3), ("write", 40), ("sync", 9)])
-def test_killed_in_the_sweep(kind: str, back: int, source: Path, swept: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "back"),
+    [("remove", 0), ("rename", 0), ("rename", 3), ("write", 40), ("sync", 9)],
+)
+def test_killed_in_the_sweep(
+    kind: str, back: int, source: Path, swept: Files, tmp_path: Path
+) -> None:
     """Also at its end, where the result gets its name and files are removed."""
-    assert run(source, tmp_path / "p", SWEEPING, (kind, swept[1][kind] - back)).code == KILLED
+    assert (
+        run(source, tmp_path / "p", SWEEPING, (kind, swept[1][kind] - back)).code
+        == KILLED
+    )
     assert finish(source, tmp_path / "p", SWEEPING) == swept[0]
 
 
-def test_a_model_that_writes_its_text_writes_the_same_again(source: Path, tmp_path: Path) -> None:
+def test_a_model_that_writes_its_text_writes_the_same_again(
+    source: Path, tmp_path: Path
+) -> None:
     recipe, out = {**SWEEPING, "calibration": "self"}, tmp_path / "p"
     expected, steps = uninterrupted(source, tmp_path / "uncut", recipe)
     assert run(source, out, recipe, ("rename", steps["rename"] - 8)).code == KILLED
-    assert len(json.loads((partial_of(out) / STATE / "sweep.json").read_text())["history"]) > 1
+    assert (
+        len(json.loads((partial_of(out) / STATE / "sweep.json").read_text())["history"])
+        > 1
+    )
     assert finish(source, out, recipe) == expected
 
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_saved_pass_is_not_swept_again_unless_damaged(
-    damaged: bool, source: Path, swept: Files, steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damaged: bool,
+    source: Path,
+    swept: Files,
+    steps: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "p"
     with monkeypatch.context() as patched:
@@ -140,14 +182,18 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
     steps.clear()
     seen: list[Progress] = []
     sparsellm.prune(source, Recipe(**SWEEPING), out=out, progress=seen.append)
-    assert [number for _, _, number, _ in steps] == list(range(1 if damaged else 2 * count + 1, 3 * count + 1))
+    assert [number for _, _, number, _ in steps] == list(
+        range(1 if damaged else 2 * count + 1, 3 * count + 1)
+    )
     shown = [event.done / event.total for event in seen if event.phase == "sweep"]
     assert shown == sorted(shown)
     assert shown[-1] == 1
     assert contents(out) == swept[0]
 
 
-def test_without_room_a_sweep_begins_anew(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_a_sweep_begins_anew(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def room(place: Path, need: int) -> None:
         if place.name == "p.partial":
             raise StorageError("its disk is full")
@@ -155,56 +201,100 @@ def test_without_room_a_sweep_begins_anew(source: Path, tmp_path: Path, monkeypa
     said: list[str] = []
     monkeypatch.setattr(journal, "check_room", room)
     recipe = Recipe(**{**SWEEPING, "passes": 1})
-    result = sparsellm.prune(source, recipe, out=tmp_path / "p", progress=lambda event: said.append(event.detail))
+    result = sparsellm.prune(
+        source,
+        recipe,
+        out=tmp_path / "p",
+        progress=lambda event: said.append(event.detail),
+    )
     assert len(result.sweeps) == 2
-    assert any("an interrupted sweep will start again: its disk is full" in detail for detail in said)
+    assert any(
+        "an interrupted sweep will start again: its disk is full" in detail
+        for detail in said
+    )
 
 
 def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
     """An error in place of a signal, where gradients read the block ``after`` times; the check for zeros does, too."""
-    once_in_block(index, patched, Mock(side_effect=NumericalError("the processor caught fire")), after + 1)
+    once_in_block(
+        index,
+        patched,
+        Mock(side_effect=NumericalError("the processor caught fire")),
+        after + 1,
+    )
 
 
 def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
     """An error when the pass after ``saved`` ones is judged."""
     judged = [None] * (saved + 1)
-    ahead_of(patched, Run, "judge", Mock(side_effect=[*judged, NumericalError("the processor caught fire")]))
+    ahead_of(
+        patched,
+        Run,
+        "judge",
+        Mock(side_effect=[*judged, NumericalError("the processor caught fire")]),
+    )
 
 
-def test_gradients_of_the_first_start_are_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_the_first_start_are_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recipe(**{**FLOAT, "method": "sparsellm", "allocation": "uniform"})
     sparsellm.prune(source, recipe, out=tmp_path / "uncut")
     with monkeypatch.context() as patched:
-        fail_in_block(1, patched, after=2)  # the gradients read it twice before the walk
+        fail_in_block(
+            1, patched, after=2
+        )  # the gradients read it twice before the walk
         with pytest.raises(NumericalError):
             sparsellm.prune(source, recipe, out=tmp_path / "p")
     torch.manual_seed(12345)  # nothing may depend on what was drawn before
     seen: list[Progress] = []
-    assert sparsellm.prune(source, recipe, out=tmp_path / "p", progress=seen.append).resumed == 1
+    assert (
+        sparsellm.prune(
+            source, recipe, out=tmp_path / "p", progress=seen.append
+        ).resumed
+        == 1
+    )
     assert "gradients" not in {event.phase for event in seen}
     assert contents(tmp_path / "p") == contents(tmp_path / "uncut")
 
 
-def test_a_model_in_memory_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_memory_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After it stopped in a block, and again at the very end."""
     ids, recipe = torch.arange(96).view(4, 24), Recipe(method="sparsegpt", sparsity=0.6)
     expected, model = tiny_opt(), tiny_opt()
     sparsellm.prune(expected, recipe, calibration=ids, out=tmp_path / "uncut")
-    for stop in (lambda patched: fail_in_block(1, patched), lambda p: p.setattr(CheckpointWriter, "finish", None)):
+    for stop in (
+        lambda patched: fail_in_block(1, patched),
+        lambda p: p.setattr(CheckpointWriter, "finish", None),
+    ):
         with monkeypatch.context() as patched:
             stop(patched)
             with pytest.raises((NumericalError, TypeError)):
                 sparsellm.prune(tiny_opt(), recipe, calibration=ids, out=tmp_path / "p")
-    assert sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p").resumed == 2
+    assert (
+        sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p").resumed == 2
+    )
     assert contents(tmp_path / "p") == contents(tmp_path / "uncut")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
 
 
-def test_a_full_disk_for_the_files_of_a_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_for_the_files_of_a_model_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, full = tiny_opt(), OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(model.config, "save_pretrained", Mock(side_effect=full))
     with pytest.raises(StorageError, match=r"disk of .* is full"):
-        sparsellm.prune(model, Recipe(method="magnitude"), calibration=torch.arange(96).view(4, 24), out=tmp_path / "p")
+        sparsellm.prune(
+            model,
+            Recipe(method="magnitude"),
+            calibration=torch.arange(96).view(4, 24),
+            out=tmp_path / "p",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +315,9 @@ def unfinished(stopped: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("damaged", ["shard", "record"])
-def test_a_damaged_block_is_pruned_again(damaged: str, source: Path, uncut: Files, unfinished: Path) -> None:
+def test_a_damaged_block_is_pruned_again(
+    damaged: str, source: Path, uncut: Files, unfinished: Path
+) -> None:
     if damaged == "shard":
         path = sorted((partial_of(unfinished) / BLOCKS).glob("*.safetensors"))[1]
         path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -238,7 +330,9 @@ def test_a_damaged_block_is_pruned_again(damaged: str, source: Path, uncut: File
     assert contents(unfinished) == uncut[0]
 
 
-def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path) -> None:
+def test_time_and_memory_of_both_processes_count(
+    source: Path, unfinished: Path
+) -> None:
     """And it is said that the first blocks were pruned with other libraries, and by how many processes and threads."""
     paths = sorted((partial_of(unfinished) / STATE).glob("model-*.json"))[:2]
     first, second = (kept_record(path, BlockRecord) for path in paths)
@@ -249,28 +343,48 @@ def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path)
     result = sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
     assert result.resumed == 2
     assert result.peak_rss_bytes == 1 << 50
-    assert result.seconds["prune"] > first.seconds["prune"] + second.seconds["prune"] > 0
+    assert (
+        result.seconds["prune"] > first.seconds["prune"] + second.seconds["prune"] > 0
+    )
     assert result.seconds["replay"] > 0
     assert len(result.linears) == 21
     here = f"torch {torch.__version__}, processes 1, threads {torch.get_num_threads()}"
     there = "torch 1.0, processes 2, threads 64"
-    assert f"blocks up to 2 were pruned with {there}, those after them with {here}" in result.warnings
+    assert (
+        f"blocks up to 2 were pruned with {there}, those after them with {here}"
+        in result.warnings
+    )
 
 
 DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("recipe", {"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration_tokens is"]),
+    (
+        "recipe",
+        {"seed": 3},
+        ["recipe.seed is 0 there and 3 here", "calibration_tokens is"],
+    ),
     ("config", {}, ["model is"]),
-    ("defaults", {}, ["recipe.options.damping"]),  # another release may have another default
+    (
+        "defaults",
+        {},
+        ["recipe.options.damping"],
+    ),  # another release may have another default
 ]
 
 
-def test_no_other_run_goes_on(source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_other_run_goes_on(
+    source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llama().to(torch.bfloat16)
     model.config.rms_norm_eps *= 2
     save_tiny(model, tiny_tokenizer(), tmp_path / "config")
     entry = METHODS["sparsegpt"]
-    fields = {name: (field.annotation, field.default) for name, field in entry.options.model_fields.items()}
-    changed = create_model("sparsegpt", **{**fields, "damping": (float, 2 * fields["damping"][1])})
+    fields = {
+        name: (field.annotation, field.default)
+        for name, field in entry.options.model_fields.items()
+    }
+    changed = create_model(
+        "sparsegpt", **{**fields, "damping": (float, 2 * fields["damping"][1])}
+    )
     before = tree(partial_of(unfinished))
     for what, changes, said in DIFFERENT:
         if what == "defaults":
@@ -278,37 +392,75 @@ def test_no_other_run_goes_on(source: Path, unfinished: Path, tmp_path: Path, mo
         place = tmp_path / what if what == "config" else source
         with pytest.raises(StorageError) as refused:
             sparsellm.prune(place, Recipe(**{**FLOAT, **changes}), out=unfinished)
-        assert all(part in str(refused.value) for part in [*said, "--restart"]), str(refused.value)
+        assert all(part in str(refused.value) for part in [*said, "--restart"]), str(
+            refused.value
+        )
         assert tree(partial_of(unfinished)) == before
-    assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed == 0
+    assert (
+        sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed
+        == 0
+    )
 
 
-@pytest.mark.parametrize("counter", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_launcher_resumes_it(counter: str, source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "counter", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"]
+)
+def test_a_launcher_resumes_it(
+    counter: str, source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(counter, "1")
-    assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed > 0
+    assert (
+        sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed
+        > 0
+    )
 
 
-def test_a_launcher_restarts_another_run(source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_restarts_another_run(
+    source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert sparsellm.prune(source, Recipe(**{**FLOAT, "seed": 9}), out=unfinished, restart=True).resumed == 0
+    assert (
+        sparsellm.prune(
+            source, Recipe(**{**FLOAT, "seed": 9}), out=unfinished, restart=True
+        ).resumed
+        == 0
+    )
 
 
-def test_a_restart_with_bad_input_removes_nothing(source: Path, unfinished: Path) -> None:
+def test_a_restart_with_bad_input_removes_nothing(
+    source: Path, unfinished: Path
+) -> None:
     before = tree(partial_of(unfinished))
     with pytest.raises(DataError, match="tokens"):
-        sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, calibration=[{"text": "Too short."}], restart=True)
+        sparsellm.prune(
+            source,
+            Recipe(**FLOAT),
+            out=unfinished,
+            calibration=[{"text": "Too short."}],
+            restart=True,
+        )
     assert tree(partial_of(unfinished)) == before
 
 
-def test_memory_place_and_shards_make_no_other_run(unfinished: Path, tmp_path: Path) -> None:
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "moved", max_shard_size="20KB")
+def test_memory_place_and_shards_make_no_other_run(
+    unfinished: Path, tmp_path: Path
+) -> None:
+    tiny_llama().to(torch.bfloat16).save_pretrained(
+        tmp_path / "moved", max_shard_size="20KB"
+    )
     tiny_tokenizer().save_pretrained(tmp_path / "moved")
     assert len(list((tmp_path / "moved").glob("*.safetensors"))) > 1
-    assert sparsellm.prune(tmp_path / "moved", Recipe(**FLOAT, memory="1TiB"), out=unfinished).resumed == 2
+    assert (
+        sparsellm.prune(
+            tmp_path / "moved", Recipe(**FLOAT, memory="1TiB"), out=unfinished
+        ).resumed
+        == 2
+    )
 
 
-def test_overwriting_resumes_and_keeps_the_old_one(source: Path, uncut: Files, tmp_path: Path) -> None:
+def test_overwriting_resumes_and_keeps_the_old_one(
+    source: Path, uncut: Files, tmp_path: Path
+) -> None:
     out = tmp_path / "p"
     sparsellm.prune(source, Recipe(**{**FLOAT, "sparsity": 0.3}), out=out)
     before = contents(out)
@@ -317,17 +469,28 @@ def test_overwriting_resumes_and_keeps_the_old_one(source: Path, uncut: Files, t
         with pytest.raises(NumericalError):
             sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True)
     assert contents(out) == before
-    assert sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True).resumed == 1
+    assert (
+        sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True).resumed == 1
+    )
     assert contents(out) == uncut[0]
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
-def test_a_full_disk_loses_nothing(source: Path, uncut: Files, unfinished: Path) -> None:
+def test_a_full_disk_loses_nothing(
+    source: Path, uncut: Files, unfinished: Path
+) -> None:
     for at in (1, 5, 15):
         before = tree(partial_of(unfinished) / BLOCKS)
-        with full_disk(at), pytest.raises(StorageError, match="is full; make room and run the same command again"):
+        with (
+            full_disk(at),
+            pytest.raises(
+                StorageError, match="is full; make room and run the same command again"
+            ),
+        ):
             sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
         assert before.items() <= tree(partial_of(unfinished) / BLOCKS).items()
-        assert not list(partial_of(unfinished).rglob("*.tmp"))  # the space of unfinished files is free again
+        assert not list(
+            partial_of(unfinished).rglob("*.tmp")
+        )  # the space of unfinished files is free again
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished).resumed >= 2
     assert contents(unfinished) == uncut[0]

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Stream
-from sparsellm.methods import sublayers
+from sparsellm.method.blocks import sublayers
+from sparsellm.model import Stream
 from sparsellm.run import predictions as planning
 from tests.killing import ahead_of
+from tests.method.sweep.helpers import ids_of, same_bits
 from tests.models import tiny_llama
 from tests.models.families import STAY_DENSE, family
-from tests.sweep.helpers import ids_of, same_bits
 
 IDS = ids_of(5, seed=4)
 # Classes of modules that the last pass over a block leaves out. OPT's linears are in none; BLOOM's add the residual.
@@ -26,15 +26,23 @@ LEFT_OUT = {
     "Llama": {"LlamaAttention", "LlamaMLP"},
     "OPT": {"OPTAttention", "Linear"},
     "GPT2": {"GPT2Attention", "GPT2MLP"},
-    "Phi": {"PhiAttention", "PhiMLP"},  # its feed-forward unit has the input of attention
+    "Phi": {
+        "PhiAttention",
+        "PhiMLP",
+    },  # its feed-forward unit has the input of attention
     "Bloom": {"Linear"},
     "Mixtral": {"MixtralAttention"},
-    "Gemma4Text": {"Linear", "Gemma4TextMLP"},  # its attention is given a dict, to which it writes keys and values
+    "Gemma4Text": {
+        "Linear",
+        "Gemma4TextMLP",
+    },  # its attention is given a dict, to which it writes keys and values
 }
 
 
 def pruned(model: PreTrainedModel, **options: Any) -> dict[str, Tensor]:
-    recipe = Recipe(sparsity=0.5, effort=0, batch_tokens=48, options=options, allow_dense=STAY_DENSE)
+    recipe = Recipe(
+        sparsity=0.5, effort=0, batch_tokens=48, options=options, allow_dense=STAY_DENSE
+    )
     sparsellm.prune(model, recipe, calibration=IDS)
     return model.state_dict()
 
@@ -48,7 +56,10 @@ def left_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         quick = list(self.run(index))
         classes.update(type(known.module).__name__ for known in self.known)
         self.forget()
-        assert all(torch.equal(one, other) for one, other in zip(quick, self.run(index), strict=True))
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(quick, self.run(index), strict=True)
+        )
 
     ahead_of(monkeypatch, Stream, "advance", compared)
     return classes
@@ -57,14 +68,21 @@ def left_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LEFT_OUT),
     ("Llama", {"refit": False}),
-    ("OPT", {"iterations": 1}),  # the linears of the feed-forward unit are pruned together
+    (
+        "OPT",
+        {"iterations": 1},
+    ),  # the linears of the feed-forward unit are pruned together
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
-def test_no_bit_changes(name: str, options: Any, left_out: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bit_changes(
+    name: str, options: Any, left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     quick = pruned(family(name), **options)
-    assert left_out == (LEFT_OUT[name] if not options.get("iterations") else {"OPTAttention"})
+    assert left_out == (
+        LEFT_OUT[name] if not options.get("iterations") else {"OPTAttention"}
+    )
     monkeypatch.setattr(sublayers, "_shortcut", lambda *_: None)  # a plain run
     assert same_bits(quick, pruned(family(name), **options))
 
@@ -93,14 +111,22 @@ class Returning(Scaled):
     [
         (Scaled, lambda x: x * 2, "LlamaAttention"),
         (Scaled, lambda x: x.clamp(-9, 9), "LlamaAttention"),  # changes nothing here
-        (Scaled, lambda x: x.mul_(2), "LlamaAttention"),  # the same memory with other values
+        (
+            Scaled,
+            lambda x: x.mul_(2),
+            "LlamaAttention",
+        ),  # the same memory with other values
         (Scaled, lambda x: x, "Scaled"),
         (Returning, None, "Returning"),  # which the block does not read
     ],
     ids=["scaled", "clamped", "in place", "as it is", "two tensors"],
 )
 def test_a_module_that_does_more_than_its_writer_runs(
-    wrapper: type[Scaled], last: Any, module: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch
+    wrapper: type[Scaled],
+    last: Any,
+    module: str,
+    left_out: set[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def wrapped() -> PreTrainedModel:
         model = tiny_llama(num_hidden_layers=2)
@@ -114,7 +140,9 @@ def test_a_module_that_does_more_than_its_writer_runs(
     assert same_bits(quick, pruned(wrapped()))
 
 
-@pytest.mark.parametrize(("kept", "modules"), [(5 * 24 * 32 * 4, {"LlamaAttention"}), (0, set())])
+@pytest.mark.parametrize(
+    ("kept", "modules"), [(5 * 24 * 32 * 4, {"LlamaAttention"}), (0, set())]
+)
 def test_what_finds_no_room_is_run_again(
     kept: int, modules: set[str], left_out: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +151,10 @@ def test_what_finds_no_room_is_run_again(
     assert left_out == {"LlamaAttention", "LlamaMLP"}
     left_out.clear()
     plan = planning.plan_memory
-    monkeypatch.setattr(planning, "plan_memory", lambda *a, **k: plan(*a, **k).model_copy(update={"kept_bytes": kept}))
+    monkeypatch.setattr(
+        planning,
+        "plan_memory",
+        lambda *a, **k: plan(*a, **k).model_copy(update={"kept_bytes": kept}),
+    )
     assert same_bits(with_room, pruned(tiny_llama(num_hidden_layers=2)))
     assert left_out == modules

@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.methods import sparsellm as sparsellm_method
-from sparsellm.methods.weighting import token_weights
-from sparsellm.statistics import least_squares
-from sparsellm.sweep.gradients import loss_gradients
+from sparsellm.method.blocks import sparsellm as sparsellm_method
+from sparsellm.method.blocks.weighting import token_weights
+from sparsellm.method.gram import least_squares
+from sparsellm.method.sweep.gradients import loss_gradients
+from sparsellm.model import Feed, open_chain
+from tests.method.sweep.helpers import ids_of
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.models.families import STAY_DENSE
 from tests.models.families import family as family_of
-from tests.sweep.helpers import ids_of
 
 Family = Callable[..., PreTrainedModel]
 IDS, UNSEEN = ids_of(24, 48, seed=1), ids_of(24, 48, seed=9)
@@ -39,37 +39,60 @@ def error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
 
 def pruned(family: Family, method: str, **settings: Any) -> PreTrainedModel:
     model = family()
-    result = sparsellm.prune(model, Recipe(method=method, sparsity=0.6, **settings, batch_tokens=200), calibration=IDS)
+    result = sparsellm.prune(
+        model,
+        Recipe(method=method, sparsity=0.6, **settings, batch_tokens=200),
+        calibration=IDS,
+    )
     if method == "sparsellm":
         assert result.zeros == round(0.6 * result.weights)
         assert len({linear.asked for linear in result.linears}) > 1
     else:
-        assert all(abs(linear.zeros - 0.6 * linear.weights) <= 0.5 for linear in result.linears)
-    assert all(linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1]) for linear in result.linears)
+        assert all(
+            abs(linear.zeros - 0.6 * linear.weights) <= 0.5 for linear in result.linears
+        )
+    assert all(
+        linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
+        for linear in result.linears
+    )
     return model
 
 
 def test_the_refit_lowers_the_error_on_unseen_tokens(family: Family) -> None:
     dense = family()
-    assert error(pruned(family, "sparsellm", effort=0), dense) < error(pruned(family, "admm"), dense)
+    assert error(pruned(family, "sparsellm", effort=0), dense) < error(
+        pruned(family, "admm"), dense
+    )
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPTJ", "Phi", "Cohere", "Falcon"])
-def test_both_writers_are_refitted_where_sublayers_read_one_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_writers_are_refitted_where_sublayers_read_one_input(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = Mock(wraps=least_squares)
     monkeypatch.setattr(sparsellm_method, "least_squares", fit)
     model = family_of(name)
     dense = {key: value.clone() for key, value in model.state_dict().items()}
-    sparsellm.prune(model, Recipe(sparsity=0.6, effort=0, allow_dense=STAY_DENSE), calibration=IDS)
+    sparsellm.prune(
+        model, Recipe(sparsity=0.6, effort=0, allow_dense=STAY_DENSE), calibration=IDS
+    )
     fitted = [call.kwargs["prior"] for call in fit.call_args_list]
-    writers = [weight for key, weight in dense.items() if any(torch.equal(weight, prior) for prior in fitted)]
+    writers = [
+        weight
+        for key, weight in dense.items()
+        if any(torch.equal(weight, prior) for prior in fitted)
+    ]
     assert len(fitted) == len(writers) == 2 * model.config.num_hidden_layers
 
 
-def test_a_writer_that_runs_twice_in_a_block_is_not_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_runs_twice_in_a_block_is_not_refitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_llama()
     for block in model.model.layers:
-        monkeypatch.setattr(block.mlp, "forward", lambda x, once=block.mlp.forward: once(once(x)))
+        monkeypatch.setattr(
+            block.mlp, "forward", lambda x, once=block.mlp.forward: once(once(x))
+        )
     fit = Mock(wraps=least_squares)
     monkeypatch.setattr(sparsellm_method, "least_squares", fit)
     result = sparsellm.prune(model, Recipe(sparsity=0.6, effort=0), calibration=IDS)
@@ -82,36 +105,68 @@ def test_token_weights_tame_massive_activations_only() -> None:
     hidden[1, 7] *= 1000
     (weights,) = token_weights([hidden], 1.5)
     norms = hidden.norm(dim=-1)
-    limit = 1.5 * norms.flatten().sort().values[49]  # torch's median is the lower of the two middle values
+    limit = (
+        1.5 * norms.flatten().sort().values[49]
+    )  # torch's median is the lower of the two middle values
     assert torch.equal(weights == 1, norms <= limit)
     torch.testing.assert_close(weights[1, 7], (limit / norms[1, 7]) ** 2)
 
 
 @pytest.mark.parametrize("values", ["keep", "int8"])
-def test_auxiliary_variables_record_their_history_and_never_end_worse(values: str) -> None:
-    model, recipe = tiny_opt(), Recipe(sparsity=0.6, options={"iterations": 2}, batch_tokens=200, values=values)
+def test_auxiliary_variables_record_their_history_and_never_end_worse(
+    values: str,
+) -> None:
+    model, recipe = (
+        tiny_opt(),
+        Recipe(
+            sparsity=0.6, options={"iterations": 2}, batch_tokens=200, values=values
+        ),
+    )
     result = sparsellm.prune(model, recipe, calibration=IDS)
     units = [linear for linear in result.linears if linear.history]
-    assert [linear.name.rpartition(".")[2] for linear in units] == ["fc2"] * model.config.num_hidden_layers
+    assert [linear.name.rpartition(".")[2] for linear in units] == [
+        "fc2"
+    ] * model.config.num_hidden_layers
     for linear in units:
         (chosen,) = (record for record in linear.history if record.chosen)
-        assert linear.error == chosen.held_out_error == min(record.held_out_error for record in linear.history)
+        assert (
+            linear.error
+            == chosen.held_out_error
+            == min(record.held_out_error for record in linear.history)
+        )
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
-        assert math.isnan(linear.error) == linear.name.endswith("fc1")  # the error of a unit is given once, unrounded
+        assert math.isnan(linear.error) == linear.name.endswith(
+            "fc1"
+        )  # the error of a unit is given once, unrounded
     assert error(model, tiny_opt()) < error(pruned(tiny_opt, "admm"), tiny_opt())
 
 
 def test_iterations_in_other_units_are_told_and_change_nothing() -> None:
     models = [tiny_llama(), tiny_llama()]
     results = [
-        sparsellm.prune(model, Recipe(sparsity=0.6, effort=0, options=options), calibration=IDS)
+        sparsellm.prune(
+            model, Recipe(sparsity=0.6, effort=0, options=options), calibration=IDS
+        )
         for model, options in zip(models, ({}, {"iterations": 2}), strict=True)
     ]
-    assert all(torch.equal(*pair) for pair in zip(*(model.state_dict().values() for model in models), strict=True))
-    told = [linear.name for linear in results[1].linears if any("two-layer ReLU" in note for note in linear.notes)]
-    assert told == [linear.name for linear in results[1].linears if linear.name.endswith("down_proj")]
-    recipe = Recipe(effort=0, exclude=["*.out_proj"], options={"iterations": 2})  # then attention is with the unit
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(*(model.state_dict().values() for model in models), strict=True)
+    )
+    told = [
+        linear.name
+        for linear in results[1].linears
+        if any("two-layer ReLU" in note for note in linear.notes)
+    ]
+    assert told == [
+        linear.name
+        for linear in results[1].linears
+        if linear.name.endswith("down_proj")
+    ]
+    recipe = Recipe(
+        effort=0, exclude=["*.out_proj"], options={"iterations": 2}
+    )  # then attention is with the unit
     result = sparsellm.prune(tiny_opt(), recipe, calibration=IDS)
     noted = [x for x in result.linears if "other linears" in "".join(x.notes)]
     assert [x.name[-3:] for x in noted] == ["fc2"] * tiny_opt().config.num_hidden_layers
@@ -129,10 +184,21 @@ def test_iterations_in_other_units_are_told_and_change_nothing() -> None:
         (tiny_gpt2, {"sparsity": 0.9}, "sparsegpt", False),  # GELU
     ],
 )
-def test_auxiliary_variables_run_where_they_pay(family: Family, goal: dict[str, Any], solver: str, taken: bool) -> None:
+def test_auxiliary_variables_run_where_they_pay(
+    family: Family, goal: dict[str, Any], solver: str, taken: bool
+) -> None:
     def histories(**options: Any) -> list[Any]:
-        recipe = Recipe(effort=0, options={"solver": solver, **options}, allocation="uniform", **goal)
-        return [x.history for x in sparsellm.prune(family(), recipe, calibration=IDS).linears if x.history]
+        recipe = Recipe(
+            effort=0,
+            options={"solver": solver, **options},
+            allocation="uniform",
+            **goal,
+        )
+        return [
+            x.history
+            for x in sparsellm.prune(family(), recipe, calibration=IDS).linears
+            if x.history
+        ]
 
     assert bool(histories()) == taken
     if taken:
@@ -141,9 +207,13 @@ def test_auxiliary_variables_run_where_they_pay(family: Family, goal: dict[str, 
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])
-def test_the_published_algorithm_runs_on_a_model_and_shows_its_errors(family: Family) -> None:
+def test_the_published_algorithm_runs_on_a_model_and_shows_its_errors(
+    family: Family,
+) -> None:
     model = family()
-    result = sparsellm.prune(model, Recipe(method="sparsellm-paper", options={"epochs": 3}), calibration=IDS)
+    result = sparsellm.prune(
+        model, Recipe(method="sparsellm-paper", options={"epochs": 3}), calibration=IDS
+    )
     histories = [linear.history for linear in result.linears if linear.history]
     assert len(histories) == model.config.num_hidden_layers
     for history in histories:
@@ -155,7 +225,9 @@ def test_the_published_algorithm_runs_on_a_model_and_shows_its_errors(family: Fa
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])
 def test_one_epoch_of_the_published_algorithm_is_sparsegpt(family: Family) -> None:
     paper, plain = family(), family()
-    one = sparsellm.prune(paper, Recipe(method="sparsellm-paper", options={"epochs": 1}), calibration=IDS)
+    one = sparsellm.prune(
+        paper, Recipe(method="sparsellm-paper", options={"epochs": 1}), calibration=IDS
+    )
     two = sparsellm.prune(plain, Recipe(method="sparsegpt"), calibration=IDS)
     assert [x.zeros for x in one.linears] == [x.zeros for x in two.linears]
     for a, b in zip(paper.parameters(), plain.parameters(), strict=True):
@@ -171,19 +243,31 @@ def diverging() -> PreTrainedModel:
     return model
 
 
-def test_the_published_algorithm_says_where_it_diverged(diverging: PreTrainedModel) -> None:
+def test_the_published_algorithm_says_where_it_diverged(
+    diverging: PreTrainedModel,
+) -> None:
     said = r"layers\.1\.mlp\.down_proj: .*diverged in iteration \d+ .*0\.\d+.*options\.safeguard=true"
     with pytest.raises(NumericalError, match=said):
-        sparsellm.prune(diverging, Recipe(method="sparsellm-paper", options={"epochs": 30}), calibration=IDS)
+        sparsellm.prune(
+            diverging,
+            Recipe(method="sparsellm-paper", options={"epochs": 30}),
+            calibration=IDS,
+        )
 
 
-def test_the_safeguard_keeps_the_best_epoch_of_each_unit(diverging: PreTrainedModel) -> None:
-    recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 5, "safeguard": True})
+def test_the_safeguard_keeps_the_best_epoch_of_each_unit(
+    diverging: PreTrainedModel,
+) -> None:
+    recipe = Recipe(
+        method="sparsellm-paper", sparsity=0.5, options={"epochs": 5, "safeguard": True}
+    )
     result = sparsellm.prune(diverging, recipe, calibration=IDS)
     for history in (linear.history for linear in result.linears if linear.history):
         (chosen,) = (record for record in history if record.chosen)
         assert chosen.train_error == min(record.train_error for record in history)
-    worst = next(x.history for x in result.linears if x.name == "model.layers.1.mlp.down_proj")
+    worst = next(
+        x.history for x in result.linears if x.name == "model.layers.1.mlp.down_proj"
+    )
     assert worst[0].chosen
     assert worst[-1].train_error > 100 * worst[0].train_error
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
@@ -199,23 +283,44 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
 
     def kept(metric: float) -> dict[str, Tensor]:
         model = family()
-        recipe = Recipe(effort=0, sparsity=0.6, allocation="uniform", options={"output_metric": metric})
+        recipe = Recipe(
+            effort=0,
+            sparsity=0.6,
+            allocation="uniform",
+            options={"output_metric": metric},
+        )
         result = sparsellm.prune(model, recipe, calibration=IDS)
-        assert all(linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1]) for linear in result.linears)
+        assert all(
+            linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1])
+            for linear in result.linears
+        )
         shares = {}
         for linear in result.linears:
             weight = model.get_submodule(linear.name).weight
-            shares[linear.name] = (weight.t() if family is tiny_gpt2 else weight).ne(0).float().mean(1)  # (out,)
+            shares[linear.name] = (
+                (weight.t() if family is tiny_gpt2 else weight).ne(0).float().mean(1)
+            )  # (out,)
         return shares
 
     model = family()
     plain, weighed = kept(0.0), kept(1.0)
-    costs = loss_gradients(Feed(open_chain(model, device=torch.device("cpu")), IDS, 2048), plain.keys()).output_squares
+    costs = loss_gradients(
+        Feed(open_chain(model, device=torch.device("cpu")), IDS, 2048), plain.keys()
+    ).output_squares
     assert costs.keys() == plain.keys()
-    moved: dict[str, list[Tensor]] = {}  # by role, since a linear of one block has few rows
+    moved: dict[
+        str, list[Tensor]
+    ] = {}  # by role, since a linear of one block has few rows
     for name, cost in costs.items():
-        bounded = (cost / cost.mean()).clamp(min=1e-4).log()  # a hidden unit that never fires costs nothing
-        moved.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(torch.stack([weighed[name] - plain[name], bounded]))
-    by_role = [float(torch.corrcoef(torch.cat(blocks, dim=1))[0, 1]) for blocks in moved.values()]
+        bounded = (
+            (cost / cost.mean()).clamp(min=1e-4).log()
+        )  # a hidden unit that never fires costs nothing
+        moved.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(
+            torch.stack([weighed[name] - plain[name], bounded])
+        )
+    by_role = [
+        float(torch.corrcoef(torch.cat(blocks, dim=1))[0, 1])
+        for blocks in moved.values()
+    ]
     assert min(by_role) > 0.2
     assert sum(by_role) / len(by_role) > 0.5

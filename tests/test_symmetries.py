@@ -15,18 +15,23 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Feed, LinearView, open_chain
-from sparsellm.methods import BlockTask
-from sparsellm.methods.channels import Channels, find_channels
-from sparsellm.methods.permutation import permute_block, spread
-from sparsellm.methods.rotation import DAMPING, best_rotation, cayley, rotate_block
+from sparsellm.method.blocks import BlockTask
+from sparsellm.method.blocks.channels import Channels, find_channels
+from sparsellm.method.blocks.permutation import permute_block, spread
+from sparsellm.method.blocks.rotation import (
+    DAMPING,
+    best_rotation,
+    cayley,
+    rotate_block,
+)
+from sparsellm.method.gram import Gram
+from sparsellm.model import Feed, LinearView, open_chain
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
-from sparsellm.statistics import Gram
+from tests.method.sweep.helpers import ids_of
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.models.families import family, gemma4_text
 from tests.shares import Share
-from tests.sweep.helpers import ids_of
 
 TWO_OF_FOUR = NM(2, 4)
 IDS = ids_of(6, 40, seed=3)
@@ -34,7 +39,10 @@ IDS = ids_of(6, 40, seed=3)
 
 @contextmanager
 def loaded(
-    model: PreTrainedModel, pattern: Pattern = TWO_OF_FOUR, dense: tuple[str, ...] = (), index: int = 0
+    model: PreTrainedModel,
+    pattern: Pattern = TWO_OF_FOUR,
+    dense: tuple[str, ...] = (),
+    index: int = 0,
 ) -> Iterator[BlockTask]:
     """Block ``index`` of a model, with a pattern for all linears but those whose names end with one of ``dense``."""
     chain = open_chain(model, device=torch.device("cpu"))
@@ -43,12 +51,20 @@ def loaded(
         with chain.block(earlier):
             stream.advance(earlier)
     with chain.block(index):
-        linears = [linear for linear in chain.linears(index) if not linear.name.endswith(dense or ("?",))]
+        linears = [
+            linear
+            for linear in chain.linears(index)
+            if not linear.name.endswith(dense or ("?",))
+        ]
         patterns = dict.fromkeys([linear.name for linear in linears], pattern)
-        yield BlockTask(index, linears, patterns, stream, lambda step: None, PhaseClock())
+        yield BlockTask(
+            index, linears, patterns, stream, lambda step: None, PhaseClock()
+        )
 
 
-def permuted(model: PreTrainedModel, **how: Any) -> tuple[BlockTask, list[Channels], set[str]]:
+def permuted(
+    model: PreTrainedModel, **how: Any
+) -> tuple[BlockTask, list[Channels], set[str]]:
     """Rotates and permutes the block that is :func:`loaded`; the model must compute the same. Last: what changed."""
     before, logits = copy.deepcopy(model.state_dict()), model(IDS).logits
     with loaded(model, **how) as task:
@@ -56,24 +72,49 @@ def permuted(model: PreTrainedModel, **how: Any) -> tuple[BlockTask, list[Channe
         rotate_block(task, channels, None)
         permute_block(task, channels, None)
     torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-4)
-    return task, channels, {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    return (
+        task,
+        channels,
+        {
+            name
+            for name, value in model.state_dict().items()
+            if not torch.equal(value, before[name])
+        },
+    )
 
 
 def roles(channels: list[Channels]) -> dict[str, list[str]]:
     """The last name of each reader, with those of its sources."""
     return {
-        group.reader.name.rpartition(".")[2]: [linear.name.rpartition(".")[2] for linear, _ in group.sources]
+        group.reader.name.rpartition(".")[2]: [
+            linear.name.rpartition(".")[2] for linear, _ in group.sources
+        ]
         for group in channels
     }
 
 
 EXPECTED = {
-    **{name: {"o_proj": ["v_proj"], "down_proj": ["gate_proj", "up_proj"]} for name in ("Llama", "Gemma", "Qwen3")},
+    **{
+        name: {"o_proj": ["v_proj"], "down_proj": ["gate_proj", "up_proj"]}
+        for name in ("Llama", "Gemma", "Qwen3")
+    },
     "OPT": {"out_proj": ["v_proj"], "fc2": ["fc1"]},
-    "Phi": {"dense": ["v_proj"], "fc2": ["fc1"]},  # attention and feed-forward unit side by side
-    "Phi3": {"o_proj": ["qkv_proj"], "down_proj": ["gate_up_proj"]},  # q, k, v in one linear; gate and up in one
-    "GPTNeoX": {"dense": ["query_key_value"], "dense_4h_to_h": ["dense_h_to_4h"]},  # q, k, v of each head in turn
-    "Falcon": {"dense": ["query_key_value"], "dense_4h_to_h": ["dense_h_to_4h"]},  # one key and value for all heads
+    "Phi": {
+        "dense": ["v_proj"],
+        "fc2": ["fc1"],
+    },  # attention and feed-forward unit side by side
+    "Phi3": {
+        "o_proj": ["qkv_proj"],
+        "down_proj": ["gate_up_proj"],
+    },  # q, k, v in one linear; gate and up in one
+    "GPTNeoX": {
+        "dense": ["query_key_value"],
+        "dense_4h_to_h": ["dense_h_to_4h"],
+    },  # q, k, v of each head in turn
+    "Falcon": {
+        "dense": ["query_key_value"],
+        "dense_4h_to_h": ["dense_h_to_4h"],
+    },  # one key and value for all heads
 }
 
 
@@ -81,20 +122,33 @@ EXPECTED = {
 def test_the_model_is_the_same_and_its_channels_are_known(name: str) -> None:
     task, channels, changed = permuted(family(name))
     assert roles(channels) == EXPECTED[name]
-    assert [entry.rotates for entry in channels] == [True, False]  # values; a feed-forward unit is not linear
+    assert [entry.rotates for entry in channels] == [
+        True,
+        False,
+    ]  # values; a feed-forward unit is not linear
     assert not task.notes
     for group in channels:
-        assert {linear.weight_name for linear in (group.reader, *(source for source, _ in group.sources))} <= changed
+        assert {
+            linear.weight_name
+            for linear in (group.reader, *(source for source, _ in group.sources))
+        } <= changed
 
 
 def test_weights_stored_transposed() -> None:
     _, channels, _ = permuted(tiny_gpt2(), index=1)
-    assert [tuple(group.inputs.shape) for group in channels] == [(1, 4, 12), (1, 1, 112)]
+    assert [tuple(group.inputs.shape) for group in channels] == [
+        (1, 4, 12),
+        (1, 1, 112),
+    ]
 
 
 def test_heads_that_share_their_values_are_permuted_alike() -> None:
     _, channels, _ = permuted(tiny_llama())
-    assert tuple(channels[0].inputs.shape) == (2, 2, 8)  # two queries for each of two heads of 8
+    assert tuple(channels[0].inputs.shape) == (
+        2,
+        2,
+        8,
+    )  # two queries for each of two heads of 8
     assert channels[0].inputs[:, 0].tolist() == [[*range(8)], [*range(8, 16)]]
 
 
@@ -113,7 +167,9 @@ def test_values_that_are_gated_are_left_alone() -> None:
 def test_values_that_later_blocks_read_are_left_alone() -> None:
     """Blocks 2 and 3 have no keys and values of their own: they take those of blocks 0 and 1."""
     types = ["sliding_attention", "full_attention"] * 2
-    task, channels, _ = permuted(gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types))
+    task, channels, _ = permuted(
+        gemma4_text(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=types)
+    )
     assert roles(channels) == {"down_proj": ["gate_proj", "up_proj"]}
     assert any(name.endswith("o_proj") for name in task.notes)
 
@@ -147,9 +203,14 @@ def test_what_stays_dense_keeps_every_bit() -> None:
 
 
 def test_a_head_that_m_does_not_divide_is_left_alone() -> None:
-    task, channels, _ = permuted(tiny_gpt2(), pattern=NM(8, 16))  # heads of 12, a unit of 112
+    task, channels, _ = permuted(
+        tiny_gpt2(), pattern=NM(8, 16)
+    )  # heads of 12, a unit of 112
     assert roles(channels) == {"c_proj": ["c_fc"]}
-    assert "8:16: M divides no group of channels" in task.notes["transformer.h.0.attn.c_proj"][0]
+    assert (
+        "8:16: M divides no group of channels"
+        in task.notes["transformer.h.0.attn.c_proj"][0]
+    )
 
 
 def test_only_n_of_m_is_permuted() -> None:
@@ -166,14 +227,21 @@ def test_a_rotation_lowers_what_pruning_costs() -> None:
         damped = matrix + DAMPING * matrix.diagonal().mean() * torch.eye(len(matrix))
         weight = linear.weight().double()
         errors = weight.square() / damped.inverse().diagonal()
-        return float(errors.reshape(-1, 4).sort(dim=1).values[:, :2].sum() / ((weight @ matrix) * weight).sum())
+        return float(
+            errors.reshape(-1, 4).sort(dim=1).values[:, :2].sum()
+            / ((weight @ matrix) * weight).sum()
+        )
 
     with loaded(tiny_opt()) as task:
         values = next(group for group in find_channels(task) if group.rotates)
         chosen = [values.reader, *(linear for linear, _ in values.sources)]
 
         def total() -> float:
-            grams = {linear.name: gram for group, gram in task.statistics(chosen) for linear in group}
+            grams = {
+                linear.name: gram
+                for group, gram in task.statistics(chosen)
+                for linear in group
+            }
             return sum(cost(linear, grams[linear.name]) for linear in chosen)
 
         before = total()
@@ -184,16 +252,35 @@ def test_a_rotation_lowers_what_pruning_costs() -> None:
 def test_an_order_that_changes_little_is_told_from_one_without_effect() -> None:
     """Attention of small weights is nearly uniform: heads that are mixed up change its outputs by 3 %."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_attention_heads": 4}
-    model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=1, vocab_size=300, max_position_embeddings=128))
+    sizes = {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 256,
+        "num_attention_heads": 4,
+    }
+    model = OPTForCausalLM(
+        OPTConfig(
+            **sizes, num_hidden_layers=1, vocab_size=300, max_position_embeddings=128
+        )
+    )
     with loaded(model.to(torch.bfloat16).eval()) as task:
-        (output,) = [group for group in find_channels(task) if group.reader.name.endswith("out_proj")]
-    assert [linear.name.rpartition(".")[2] for linear, _ in output.sources] == ["v_proj"]
+        (output,) = [
+            group
+            for group in find_channels(task)
+            if group.reader.name.endswith("out_proj")
+        ]
+    assert [linear.name.rpartition(".")[2] for linear, _ in output.sources] == [
+        "v_proj"
+    ]
 
 
 def test_cayleys_map_is_orthogonal() -> None:
-    matrices = cayley(torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(16).expand(3, 16, 16), atol=1e-5, rtol=0)
+    matrices = cayley(
+        torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    )
+    torch.testing.assert_close(
+        matrices @ matrices.mT, torch.eye(16).expand(3, 16, 16), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(torch.linalg.det(matrices), torch.ones(3))
 
 
@@ -204,11 +291,19 @@ def test_values_fused_with_queries_and_keys_are_rotated_alike() -> None:
         alone = nn.Linear(fused.in_features, rows.numel(), bias=False)
         alone.weight.data = fused.weight()[rows.flatten()]
         view = LinearView("v", alone, torch.float32)
-        grams = {linear.name: gram for group, gram in task.statistics([values.reader, fused]) for linear in group}
-        separate = replace(values, sources=((view, torch.arange(rows.numel()).view(rows.shape)),))
+        grams = {
+            linear.name: gram
+            for group, gram in task.statistics([values.reader, fused])
+            for linear in group
+        }
+        separate = replace(
+            values, sources=((view, torch.arange(rows.numel()).view(rows.shape)),)
+        )
         patterns = dict.fromkeys((*grams, "v"), TWO_OF_FOUR)
         grams["v"] = grams[fused.name]
-        torch.testing.assert_close(*(best_rotation(group, grams, patterns) for group in (values, separate)))
+        torch.testing.assert_close(
+            *(best_rotation(group, grams, patterns) for group in (values, separate))
+        )
 
 
 @pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 4), NM(4, 8), NM(3, 4)], ids=str)
@@ -219,10 +314,15 @@ def test_large_weights_do_not_share_a_group(pattern: NM) -> None:
     scores[:, : 12 * pattern.n] = 1.0
     order = spread(scores, pattern)
     assert sorted(order.tolist()) == list(range(inputs))
-    assert float((scores[:, order] * pattern.mask(scores[:, order])).sum()) == 5 * 12 * pattern.n
+    assert (
+        float((scores[:, order] * pattern.mask(scores[:, order])).sum())
+        == 5 * 12 * pattern.n
+    )
 
 
-def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exchanges_see_rows_and_never_keep_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where all inputs weigh alike over all rows, only the rows tell which of them disturb each other."""
     scores = torch.rand(40, 64, generator=torch.Generator().manual_seed(0)).pow(4)
     scores = torch.cat([scores, scores.flip(0)])  # pairs of rows
@@ -233,7 +333,9 @@ def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch)
 
     natural = kept(torch.arange(64))
     assert kept(spread(scores, pattern)) > 1.02 * natural
-    monkeypatch.setattr("sparsellm.methods.permutation.GROUPS", 5)  # parts of unequal size
+    monkeypatch.setattr(
+        "sparsellm.method.blocks.permutation.GROUPS", 5
+    )  # parts of unequal size
     parts = spread(scores, pattern)
     assert sorted(parts.tolist()) == list(range(64))
     assert kept(parts) > natural
@@ -243,9 +345,13 @@ def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_order_lowers_the_error(family: Callable[..., PreTrainedModel]) -> None:
     def error(symmetries: str) -> float:
-        recipe = Recipe(pattern="2:4", effort=0, options={"refit": False, "symmetries": symmetries})
+        recipe = Recipe(
+            pattern="2:4", effort=0, options={"refit": False, "symmetries": symmetries}
+        )
         result = sparsellm.prune(family(), recipe, calibration=ids_of(24, 48, seed=3))
         names = ("o_proj", "out_proj", "c_proj", "fc2", "down_proj")
-        return sum(linear.error for linear in result.linears if linear.name.endswith(names))
+        return sum(
+            linear.error for linear in result.linears if linear.name.endswith(names)
+        )
 
     assert error("permute") < 0.97 * error("none")

@@ -13,13 +13,18 @@ import torch
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, StorageError
+from sparsellm.method.sweep.sweep_task import Run
 from sparsellm.run import prune as story
-from sparsellm.sweep.sweep_task import Run
+from tests.files.small import shards_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import FAMILIES, STAY_DENSE, family
-from tests.storage.small import shards_of
 
-SETTINGS: dict[str, Any] = {"samples": 8, "seq_len": 24, "batch_tokens": 48, "dtype": "float32"}
+SETTINGS: dict[str, Any] = {
+    "samples": 8,
+    "seq_len": 24,
+    "batch_tokens": 48,
+    "dtype": "float32",
+}
 SWEPT = Recipe(**SETTINGS, sparsity=0.8, effort=0, passes=2, sweep_rate=0.01)
 
 
@@ -27,11 +32,15 @@ SWEPT = Recipe(**SETTINGS, sparsity=0.8, effort=0, passes=2, sweep_rate=0.01)
 def half(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dense model at 60 %."""
     recipe = Recipe(**SETTINGS, sparsity=0.6, method="magnitude")
-    return sparsellm.prune(llama, recipe, out=tmp_path_factory.mktemp("half") / "p").path
+    return sparsellm.prune(
+        llama, recipe, out=tmp_path_factory.mktemp("half") / "p"
+    ).path
 
 
 def divergence(model: Path, dense: Path) -> float:
-    measured = sparsellm.evaluate(model, "pydoc", seq_len=24, max_tokens=480, against=dense)
+    measured = sparsellm.evaluate(
+        model, "pydoc", seq_len=24, max_tokens=480, against=dense
+    )
     assert measured.against is not None
     return measured.against.kl
 
@@ -40,28 +49,46 @@ def test_the_sweep_follows_the_teacher(llama: Path, half: Path, tmp_path: Path) 
     recipe = SWEPT.updated(samples=32, passes=4, sweep_rate=0.03)
     result = sparsellm.prune(half, recipe, out=tmp_path / "taught", teacher=llama)
     alone = sparsellm.prune(half, recipe, out=tmp_path / "alone")
-    assert divergence(tmp_path / "taught", llama) < 0.9 * divergence(tmp_path / "alone", llama)
-    assert result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out  # from the dense model, not the half-pruned one
+    assert divergence(tmp_path / "taught", llama) < 0.9 * divergence(
+        tmp_path / "alone", llama
+    )
+    assert (
+        result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out
+    )  # from the dense model, not the half-pruned one
     assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
     assert result.base.name == llama.name
     results = {"taught": result}
-    for name, change in {"fewer": {"sparsity": 0.3}, "grouped": {"pattern": "2:4"}}.items():
-        results[name] = sparsellm.prune(half, recipe.updated(**change, passes=0), out=tmp_path / name, teacher=llama)
+    for name, change in {
+        "fewer": {"sparsity": 0.3},
+        "grouped": {"pattern": "2:4"},
+    }.items():
+        results[name] = sparsellm.prune(
+            half, recipe.updated(**change, passes=0), out=tmp_path / name, teacher=llama
+        )
     for name, said in (("taught", False), ("fewer", True), ("grouped", True)):
-        assert any("already pruned" in warning for warning in results[name].warnings) == said
+        assert (
+            any("already pruned" in warning for warning in results[name].warnings)
+            == said
+        )
 
 
-def test_before_the_sweep_it_is_the_model_that_is_pruned(llama: Path, half: Path, tmp_path: Path) -> None:
+def test_before_the_sweep_it_is_the_model_that_is_pruned(
+    llama: Path, half: Path, tmp_path: Path
+) -> None:
     """Without a sweep and with statistics that ask for no gradients, the teacher changes no bit."""
     recipe = Recipe(**SETTINGS, sparsity=0.8, method="wanda")
     for name, teacher in (("taught", llama), ("alone", None)):
         result = sparsellm.prune(half, recipe, out=tmp_path / name, teacher=teacher)
-        assert any("the teacher changes no weight" in said for said in result.warnings) == (teacher is not None)
+        assert any(
+            "the teacher changes no weight" in said for said in result.warnings
+        ) == (teacher is not None)
     assert shards_of(tmp_path / "taught") == shards_of(tmp_path / "alone")
 
 
 @pytest.mark.skipif("Zamba2" not in FAMILIES, reason="transformers is too old")
-def test_a_teacher_of_blocks_that_share_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_of_blocks_that_share_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Later blocks run with what was pruned, and the survey before reads the model to prune; a resumed run has none."""
     ids = torch.arange(4, 100).view(4, 24)
     for copy in ("dense", "copy"):
@@ -69,12 +96,26 @@ def test_a_teacher_of_blocks_that_share_weights(tmp_path: Path, monkeypatch: pyt
     fields: dict[str, Any] = {"samples": 4, "seq_len": 24, "allow_dense": STAY_DENSE}
     for out, teacher in (("half", None), ("taught", tmp_path / "dense")):
         recipe = Recipe(method="wanda", sparsity=0.5, **fields)
-        sparsellm.prune(tmp_path / "copy", recipe, out=tmp_path / out, teacher=teacher, calibration=ids)
-    assert shards_of(tmp_path / "half") == shards_of(tmp_path / "taught")  # the model is its own teacher
+        sparsellm.prune(
+            tmp_path / "copy",
+            recipe,
+            out=tmp_path / out,
+            teacher=teacher,
+            calibration=ids,
+        )
+    assert shards_of(tmp_path / "half") == shards_of(
+        tmp_path / "taught"
+    )  # the model is its own teacher
 
     def prune(out: str) -> None:
         recipe = Recipe(sparsity=0.7, effort=0, passes=1, **fields)
-        sparsellm.prune(tmp_path / "half", recipe, out=tmp_path / out, teacher=tmp_path / "dense", calibration=ids)
+        sparsellm.prune(
+            tmp_path / "half",
+            recipe,
+            out=tmp_path / out,
+            teacher=tmp_path / "dense",
+            calibration=ids,
+        )
 
     prune("whole")
     with monkeypatch.context() as patch:
@@ -85,14 +126,18 @@ def test_a_teacher_of_blocks_that_share_weights(tmp_path: Path, monkeypatch: pyt
     assert shards_of(tmp_path / "whole") == shards_of(tmp_path / "p")
 
 
-def test_a_run_is_resumed_with_its_teacher_alone(llama: Path, half: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_its_teacher_alone(
+    llama: Path, half: Path, tmp_path: Path
+) -> None:
     out, uncut = tmp_path / "p", tmp_path / "whole"
     sparsellm.prune(half, SWEPT, out=uncut, teacher=llama)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sparsellm.prune(half, SWEPT, out=out, teacher=llama)
-    with pytest.raises(StorageError, match=r"start is '[0-9a-f]{16}' there and '' here"):
+    with pytest.raises(
+        StorageError, match=r"start is '[0-9a-f]{16}' there and '' here"
+    ):
         sparsellm.prune(llama, SWEPT, out=out)
     assert sparsellm.prune(half, SWEPT, out=out, teacher=llama).resumed == 3
     assert shards_of(out) == shards_of(uncut)
@@ -106,8 +151,12 @@ def test_a_run_is_resumed_with_its_teacher_alone(llama: Path, half: Path, tmp_pa
         ({}, "outside the blocks, has other values"),
     ],
 )
-def test_another_model_is_no_teacher(config: dict[str, Any], reason: str, half: Path, tmp_path: Path) -> None:
-    other = save_tiny(tiny_llama(seed=7, **config), tiny_tokenizer(), tmp_path / "other")
+def test_another_model_is_no_teacher(
+    config: dict[str, Any], reason: str, half: Path, tmp_path: Path
+) -> None:
+    other = save_tiny(
+        tiny_llama(seed=7, **config), tiny_tokenizer(), tmp_path / "other"
+    )
     with pytest.raises(ModelError, match=reason) as caught:
         sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=other)
     assert str(caught.value).startswith(f"{other} cannot be the teacher of {half}: ")
@@ -124,7 +173,11 @@ def test_another_model_is_no_teacher(config: dict[str, Any], reason: str, half: 
     ],
 )
 def test_a_teacher_that_is_not_there_is_named_as_such(
-    teacher: str, reason: str, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: str,
+    reason: str,
+    half: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=f"^{reason}"):
@@ -143,7 +196,11 @@ def test_another_tokenizer_is_refused(llama: Path, half: Path, tmp_path: Path) -
         sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=other)
 
 
-def test_models_in_memory_have_no_teacher(llama: Path, half: Path, tmp_path: Path) -> None:
+def test_models_in_memory_have_no_teacher(
+    llama: Path, half: Path, tmp_path: Path
+) -> None:
     for model, out in ((half, None), (tiny_llama(), tmp_path / "p")):
         with pytest.raises(RecipeError, match="teacher needs models on disk"):
-            sparsellm.prune(model, SWEPT, out=out, teacher=llama, tokenizer=tiny_tokenizer())
+            sparsellm.prune(
+                model, SWEPT, out=out, teacher=llama, tokenizer=tiny_tokenizer()
+            )

@@ -16,24 +16,33 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Feed, open_chain
+from sparsellm.app.tables import print_packed
 from sparsellm.errors import NumericalError, RecipeError, StorageError
-from sparsellm.methods import task as block
+from sparsellm.files.scratch import Scratch
+from sparsellm.method.blocks import task as block
+from sparsellm.method.solvers import rounding
+from sparsellm.method.sweep import streamed, whole_model
+from sparsellm.method.sweep.integers import Integers
+from sparsellm.method.sweep.sweep_task import SweepTask
+from sparsellm.model import Feed, open_chain
 from sparsellm.patterns import parse_pattern
-from sparsellm.solvers import rounding
-from sparsellm.storage.scratch import Scratch
-from sparsellm.sweep import streamed, whole_model
-from sparsellm.sweep.integers import Integers
-from sparsellm.sweep.sweep_task import SweepTask
-from sparsellm.tables import print_packed
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid
 from sparsepack.grids import GRIDS
+from tests.files.small import tensors_of
+from tests.method.sweep.helpers import (
+    CPU,
+    dense_end,
+    divergence,
+    halved,
+    ids_of,
+    linear_weights,
+    same_bits,
+    sharing_llama,
+)
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
 from tests.shares import violations
-from tests.storage.small import tensors_of
-from tests.sweep.helpers import CPU, dense_end, divergence, halved, ids_of, linear_weights, same_bits, sharing_llama
 from tests.test_resume import RECIPE, contents, fail_after_passes, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
@@ -44,8 +53,13 @@ Pruned = tuple[Path, sparsellm.PruneResult]
 
 def is_on_grid(result: sparsellm.PruneResult, name: str, weight: Tensor) -> bool:
     """Whether a weight of int4 in fp32, by the name of its parameter, is on the grid that the result records."""
-    exponents = {linear.name: linear.exponents for linear in result.linears}[name.removesuffix(".weight")]
-    return torch.equal(on_grid(weight.detach(), "int4", torch.float32, exponents_of_text(exponents)), weight)
+    exponents = {linear.name: linear.exponents for linear in result.linears}[
+        name.removesuffix(".weight")
+    ]
+    return torch.equal(
+        on_grid(weight.detach(), "int4", torch.float32, exponents_of_text(exponents)),
+        weight,
+    )
 
 
 def uneven(model: PreTrainedModel) -> PreTrainedModel:
@@ -60,9 +74,13 @@ def uneven(model: PreTrainedModel) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     """A model of int4 in fp32 whose columns have exponents."""
-    source = save_tiny(uneven(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+    source = save_tiny(
+        uneven(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("dense")
+    )
     out = tmp_path_factory.mktemp("int4") / "pruned"
-    return out, sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=out)
+    return out, sparsellm.prune(
+        source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=out
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,11 +95,15 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_packing_the_result_loses_nothing(family: Any, fields: dict[str, Any], values: str, tmp_path: Path) -> None:
+def test_packing_the_result_loses_nothing(
+    family: Any, fields: dict[str, Any], values: str, tmp_path: Path
+) -> None:
     dtype = torch.float32 if family is tiny_opt else torch.bfloat16
     source = save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
     out = tmp_path / "pruned"
-    result = sparsellm.prune(source, Recipe(**{**RECIPE, **fields, "values": values}), out=out)
+    result = sparsellm.prune(
+        source, Recipe(**{**RECIPE, **fields, "values": values}), out=out
+    )
     assert not sparsellm.pack(out, out=tmp_path / "packed", values=values).rounded
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
@@ -90,12 +112,20 @@ def test_packing_the_result_loses_nothing(family: Any, fields: dict[str, Any], v
     report = json.loads((out / "pruning.json").read_text())
     assert report["values"] == report["recipe"]["values"] == values
     assert report["bits_per_weight"] == pytest.approx(result.bits_per_weight)
-    if fields is SWEPT and values == "int4":  # int8 costs too little for tiny models to gain
-        assert min(sweep.held_out for sweep in result.sweeps[1:]) < result.sweeps[0].held_out
+    if (
+        fields is SWEPT and values == "int4"
+    ):  # int8 costs too little for tiny models to gain
+        assert (
+            min(sweep.held_out for sweep in result.sweeps[1:])
+            < result.sweeps[0].held_out
+        )
 
 
 GRIDDED: dict[str, Any] = {"method": "sparsellm", "effort": 1, "sweep_rate": 0.003}
-LLAMA_OF_32, GPT2_OF_32 = partial(tiny_llama, intermediate_size=96), partial(tiny_gpt2, n_embd=64, n_inner=128)
+LLAMA_OF_32, GPT2_OF_32 = (
+    partial(tiny_llama, intermediate_size=96),
+    partial(tiny_gpt2, n_embd=64, n_inner=128),
+)
 
 
 @pytest.mark.parametrize(
@@ -108,23 +138,45 @@ LLAMA_OF_32, GPT2_OF_32 = partial(tiny_llama, intermediate_size=96), partial(tin
     ],
     ids=["q4_0", "q8_0", "w4a16-32", "w8a8"],
 )
-def test_a_run_ends_on_the_grid_with_the_zeros(family: Any, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_run_ends_on_the_grid_with_the_zeros(
+    family: Any, name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """Every pruned linear, after solver, refit and sweep; and `pack` keeps each bit or refuses."""
     source = save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
     out = tmp_path / "pruned"
-    result = sparsellm.prune(source, Recipe(**{**RECIPE, **GRIDDED, "grid": name}), out=out)
+    result = sparsellm.prune(
+        source, Recipe(**{**RECIPE, **GRIDDED, "grid": name}), out=out
+    )
     weights, pruning = tensors_of(out), json.loads((out / "pruning.json").read_text())
     grid = GRIDS[name]
     for linear in result.linears:
         weight = weights[f"{linear.name}.weight"]
-        weight = weight.t().contiguous() if linear.name.startswith("transformer") else weight  # GPT-2 stores (in, out)
+        weight = (
+            weight.t().contiguous() if linear.name.startswith("transformer") else weight
+        )  # GPT-2 stores (in, out)
         codes, _ = codes_of(weight, grid, linear.name)
-        assert int((codes == 0).sum()) == linear.zeros >= round(linear.asked * linear.weights)
+        assert (
+            int((codes == 0).sum())
+            == linear.zeros
+            >= round(linear.asked * linear.weights)
+        )
     assert result.sparsity_pruned >= 0.6 - 1e-3
-    assert min(sweep.held_out for sweep in result.sweeps[1:]) < result.sweeps[0].held_out or grid.bits == 8
-    assert result.bits_per_weight == pytest.approx({"q4_0": 4.5, "q8_0": 8.5, "w4a16-32": 4.5}.get(name, 8.25), abs=0.1)
-    assert any(f"grid {name} stores zeros like other values" in warning for warning in result.warnings)
-    assert (pruning["grid"], pruning["values"], pruning["recipe"]["grid"]) == (name, grid.values, name)
+    assert (
+        min(sweep.held_out for sweep in result.sweeps[1:]) < result.sweeps[0].held_out
+        or grid.bits == 8
+    )
+    assert result.bits_per_weight == pytest.approx(
+        {"q4_0": 4.5, "q8_0": 8.5, "w4a16-32": 4.5}.get(name, 8.25), abs=0.1
+    )
+    assert any(
+        f"grid {name} stores zeros like other values" in warning
+        for warning in result.warnings
+    )
+    assert (pruning["grid"], pruning["values"], pruning["recipe"]["grid"]) == (
+        name,
+        grid.values,
+        name,
+    )
     assert not any(entry.exponents for entry in result.linears)
     if grid.bits == 8:
         with pytest.raises(RecipeError, match=f"on the grid {name}, .* values keep"):
@@ -142,29 +194,51 @@ def test_a_run_ends_on_the_grid_with_the_zeros(family: Any, name: str, dtype: to
         ("q4_0", "do not divide the 80 inputs of model.layers.0.mlp.down_proj; leave it out (exclude)"),
     ],
 )  # fmt: skip
-def test_groups_that_do_not_divide_are_refused(name: str, said: str, tmp_path: Path, refusal: Any) -> None:
+def test_groups_that_do_not_divide_are_refused(
+    name: str, said: str, tmp_path: Path, refusal: Any
+) -> None:
     """Before the work, with the grid that fits, if one does."""
     width = 96 if name == "w4a16" else 80
-    source = save_tiny(tiny_llama(intermediate_size=width), tiny_tokenizer(), tmp_path / "dense")
+    source = save_tiny(
+        tiny_llama(intermediate_size=width), tiny_tokenizer(), tmp_path / "dense"
+    )
     assert said in refusal("prune", source, "--out", tmp_path / "out", "--grid", name)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_grid_without_a_packed_form_is_refused_before_the_work(llama: Path, tmp_path: Path, refusal: Any) -> None:
-    said = refusal("prune", llama, "--out", tmp_path / "a", "--grid", "w8a8", "--pack", tmp_path / "b")
+def test_a_grid_without_a_packed_form_is_refused_before_the_work(
+    llama: Path, tmp_path: Path, refusal: Any
+) -> None:
+    said = refusal(
+        "prune",
+        llama,
+        "--out",
+        tmp_path / "a",
+        "--grid",
+        "w8a8",
+        "--pack",
+        tmp_path / "b",
+    )
     assert "grid w8a8 has no packed form in int8; export the result" in said
     assert not list(tmp_path.glob("[ab]*"))
 
 
-def test_without_exponents_pack_says_so(pruned: Pruned, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_exponents_pack_says_so(
+    pruned: Pruned, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """They stand in pruning.json; a value of an unknown grid is rounded to nearest."""
     out, result = shutil.copytree(pruned[0], tmp_path / "pruned"), pruned[1]
     (out / "pruning.json").unlink()
     packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4")
-    assert set(packed.rounded) == {linear.name for linear in result.linears if linear.exponents}
+    assert set(packed.rounded) == {
+        linear.name for linear in result.linears if linear.exponents
+    }
     assert packed.to_dict()["rounded"] == packed.rounded
     print_packed(packed)
-    assert f"note: {len(packed.rounded)} of {len(packed.linears)} linears were rounded" in capfd.readouterr().err
+    assert (
+        f"note: {len(packed.rounded)} of {len(packed.linears)} linears were rounded"
+        in capfd.readouterr().err
+    )
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert not same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
     assert not sparsellm.pack(out, out=tmp_path / "kept").rounded
@@ -178,7 +252,9 @@ def test_without_exponents_pack_says_so(pruned: Pruned, tmp_path: Path, capfd: p
         ({"name": "no such"}, "no such linear"),
     ],
 )
-def test_wrong_exponents_are_refused(change: dict[str, str], said: str, pruned: Pruned, tmp_path: Path) -> None:
+def test_wrong_exponents_are_refused(
+    change: dict[str, str], said: str, pruned: Pruned, tmp_path: Path
+) -> None:
     out = shutil.copytree(pruned[0], tmp_path / "pruned")
     content = json.loads((out / "pruning.json").read_text())
     next(linear for linear in content["linears"] if linear["exponents"]).update(change)
@@ -190,17 +266,33 @@ def test_wrong_exponents_are_refused(change: dict[str, str], said: str, pruned: 
 
 @pytest.mark.parametrize(
     ("values", "goal", "near"),
-    [("int3", {}, 0.02), ("int4", {"pattern": "2:4"}, 0), ("int8", {"pattern": "4:8"}, 0)],
+    [
+        ("int3", {}, 0.02),
+        ("int4", {"pattern": "2:4"}, 0),
+        ("int8", {"pattern": "4:8"}, 0),
+    ],
     ids=["int3", "int4 2:4", "int8 4:8"],
 )  # rows that keep different numbers of values each count an even one
-def test_bits_a_weight_are_of_the_packed_file(values: str, goal: dict[str, Any], near: float, tmp_path: Path) -> None:
+def test_bits_a_weight_are_of_the_packed_file(
+    values: str, goal: dict[str, Any], near: float, tmp_path: Path
+) -> None:
     source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(**{**RECIPE, "sparsity": 0.5, **goal, "values": values})
     result = sparsellm.prune(source, recipe, out=tmp_path / "pruned")
-    packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "packed", values=values).to_dict()
-    assert result.bits_per_weight == pytest.approx(packed["bits_per_weight"], abs=near, rel=1e-9)
+    packed = sparsellm.pack(
+        tmp_path / "pruned", out=tmp_path / "packed", values=values
+    ).to_dict()
+    assert result.bits_per_weight == pytest.approx(
+        packed["bits_per_weight"], abs=near, rel=1e-9
+    )
     for linear in result.linears if recipe.pattern else ():
-        assert violations(parse_pattern(recipe.pattern), tensors_of(tmp_path / "pruned")[f"{linear.name}.weight"]) == 0
+        assert (
+            violations(
+                parse_pattern(recipe.pattern),
+                tensors_of(tmp_path / "pruned")[f"{linear.name}.weight"],
+            )
+            == 0
+        )
 
 
 @pytest.mark.parametrize("fields", [LOCAL, SWEPT], ids=["local", "swept"])
@@ -211,16 +303,26 @@ def test_sparsity_0_is_quantisation(fields: dict[str, Any]) -> None:
     for name, weight in linear_weights(model).items():
         assert not torch.equal(weight, linear_weights(dense)[name]), name
         assert is_on_grid(result, name, weight), name
-    assert result.bits_per_weight == pytest.approx(4.5, abs=0.3)  # a mask of one row and exponents of columns
+    assert result.bits_per_weight == pytest.approx(
+        4.5, abs=0.3
+    )  # a mask of one row and exponents of columns
     with torch.no_grad():
         for weight in linear_weights(nearest).values():
             weight.copy_(on_grid(weight, "int4", torch.float32))
-        assert divergence(dense, model, ids_of(8)) < 0.7 * divergence(dense, nearest, ids_of(8))
+        assert divergence(dense, model, ids_of(8)) < 0.7 * divergence(
+            dense, nearest, ids_of(8)
+        )
 
 
-def test_a_linear_that_rounding_costs_much_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linear_that_rounding_costs_much_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(block, "COARSE", 0.01)
-    result = sparsellm.prune(tiny_llama(), {**RECIPE, "values": "int3", "sparsity": 0.0}, tokenizer=tiny_tokenizer())
+    result = sparsellm.prune(
+        tiny_llama(),
+        {**RECIPE, "values": "int3", "sparsity": 0.0},
+        tokenizer=tiny_tokenizer(),
+    )
     for linear in result.linears:
         said = f"rounding to int3 raised its error from 0.000 to {linear.error:.3f}"
         assert linear.notes == ((said,) if linear.error > 0.01 else ())
@@ -230,32 +332,52 @@ def test_a_linear_that_rounding_costs_much_is_named(monkeypatch: pytest.MonkeyPa
 def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs of every Gram matrix that the rounding gets are those of the model as it is written so far."""
     rounded = Mock(wraps=rounding.rounded)
-    monkeypatch.setattr("sparsellm.methods.task.rounded", rounded)
+    monkeypatch.setattr("sparsellm.method.blocks.task.rounded", rounded)
     model, ids = tiny_llama(), ids_of(4)
-    recipe = Recipe(values="int4", effort=0, options={"norm_weighting": 0.0, "refit": False}, products="float32")
+    recipe = Recipe(
+        values="int4",
+        effort=0,
+        options={"norm_weighting": 0.0, "refit": False},
+        products="float32",
+    )
     sparsellm.prune(model, recipe, calibration=ids)
     seen: list[Tensor] = []
     down = model.model.layers[0].mlp.down_proj
     with torch.no_grad():
-        down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
+        down.register_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs[0].flatten(0, -2))
+        )
         model(ids)
     expected = seen[0].T @ seen[0] / len(seen[0])
     grams = [call.args[1].matrix for call in rounded.call_args_list]
-    assert any(gram.shape == expected.shape and torch.allclose(gram, expected, rtol=1e-3, atol=1e-6) for gram in grams)
+    assert any(
+        gram.shape == expected.shape
+        and torch.allclose(gram, expected, rtol=1e-3, atol=1e-6)
+        for gram in grams
+    )
 
 
 def test_the_judge_and_the_steps_see_rounded_values(steps: Any, tmp_path: Path) -> None:
     """The divergence before the first pass is that of the model that effort 0 writes, which has the same rounding."""
     source, ids = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense"), ids_of(4)
     given = {"sparsity": 0.5, "values": "int4", "products": "float32"}
-    sparsellm.prune(source, Recipe(**given, effort=0), calibration=ids, out=tmp_path / "walked")
-    swept = sparsellm.prune(source, Recipe(**given, passes=1, sweep_rate=1e-9), calibration=ids, out=tmp_path / "swept")
+    sparsellm.prune(
+        source, Recipe(**given, effort=0), calibration=ids, out=tmp_path / "walked"
+    )
+    swept = sparsellm.prune(
+        source,
+        Recipe(**given, passes=1, sweep_rate=1e-9),
+        calibration=ids,
+        out=tmp_path / "swept",
+    )
     walked = AutoModelForCausalLM.from_pretrained(tmp_path / "walked")
     expected = float(divergence(tiny_opt(), walked, ids).detach())
     assert swept.sweeps[0].held_out == pytest.approx(expected, rel=1e-3)
     assert steps[0][0] / steps[0][3] == pytest.approx(expected, rel=1e-3)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "swept")
-    assert same_bits(linear_weights(walked), linear_weights(written))  # steps too small to change a whole number
+    assert same_bits(
+        linear_weights(walked), linear_weights(written)
+    )  # steps too small to change a whole number
 
 
 def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,13 +386,28 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: dict[str, Tensor] = {}
 
     def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
-        gradients.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        gradients.update(
+            {
+                name: p.grad.clone()
+                for name, p in parameters.items()
+                if p.grad is not None
+            }
+        )
 
     monkeypatch.setattr(streamed, "adam_step", recorded)
-    dense, model, plain, ids = tiny_gpt2(), halved(tiny_gpt2()), halved(tiny_gpt2()), ids_of(2)
+    dense, model, plain, ids = (
+        tiny_gpt2(),
+        halved(tiny_gpt2()),
+        halved(tiny_gpt2()),
+        ids_of(2),
+    )
     chain = open_chain(model, device=CPU)
-    names = [linear.name for index in range(len(chain)) for linear in chain.linears(index)]
-    before = {name: weight.detach().clone() for name, weight in linear_weights(model).items()}
+    names = [
+        linear.name for index in range(len(chain)) for linear in chain.linears(index)
+    ]
+    before = {
+        name: weight.detach().clone() for name, weight in linear_weights(model).items()
+    }
     task = SweepTask(
         Feed(chain, ids, 96, Scratch()), dense_end(dense, ids, 96), 1, 0, lambda index: None, learning_rate=0.01,
         integers=Integers(chain, "int4", dict.fromkeys(names, "")),
@@ -291,16 +428,28 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
         for group, start in enumerate(range(0, seen.shape[1], size)):
             part = slice(start, start + size)
             expected = (slope[:, part] * seen[:, part]).sum(dim=1)
-            assert torch.allclose(gradients[f"{name}.factors"][:, group], expected, rtol=1e-2, atol=1e-6), name
+            assert torch.allclose(
+                gradients[f"{name}.factors"][:, group], expected, rtol=1e-2, atol=1e-6
+            ), name
     assert several, "every row is one group"
-    assert same_bits(linear_weights(model), linear_weights(plain))  # as it is written: no step was taken
+    assert same_bits(
+        linear_weights(model), linear_weights(plain)
+    )  # as it is written: no step was taken
 
 
-@pytest.mark.parametrize("rounding", [{"values": "int4"}, {"grid": "q4_0"}], ids=["own", "q4_0"])
-def test_a_run_goes_on_bit_for_bit(rounding: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "rounding", [{"values": "int4"}, {"grid": "q4_0"}], ids=["own", "q4_0"]
+)
+def test_a_run_goes_on_bit_for_bit(
+    rounding: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stops in a block and in its second pass; blocks and passes hold unrounded values."""
-    source = save_tiny(LLAMA_OF_32().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(**{**RECIPE, **SWEPT, **rounding, "dtype": "float32", "allocation": "uniform"})
+    source = save_tiny(
+        LLAMA_OF_32().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense"
+    )
+    recipe = Recipe(
+        **{**RECIPE, **SWEPT, **rounding, "dtype": "float32", "allocation": "uniform"}
+    )
     sparsellm.prune(source, recipe, out=tmp_path / "whole")
     for stop, place in ((partial(fail_in_block, after=2), 1), (fail_after_passes, 1)):
         with monkeypatch.context() as patched:
@@ -313,27 +462,40 @@ def test_a_run_goes_on_bit_for_bit(rounding: dict[str, str], tmp_path: Path, mon
 
 def test_weights_that_blocks_share_are_rounded_once() -> None:
     model, ids = sharing_llama(), ids_of(4)
-    result = sparsellm.prune(model, Recipe(**SWEPT, sparsity=0.5, values="int4", products="float32"), calibration=ids)
-    recorded = {id(model.get_submodule(linear.name).weight): linear.name for linear in result.linears}
+    result = sparsellm.prune(
+        model,
+        Recipe(**SWEPT, sparsity=0.5, values="int4", products="float32"),
+        calibration=ids,
+    )
+    recorded = {
+        id(model.get_submodule(linear.name).weight): linear.name
+        for linear in result.linears
+    }
     for name, weight in linear_weights(model).items():
         assert is_on_grid(result, recorded[id(weight)], weight), name
 
 
 def test_experts_are_rounded_too() -> None:
     model = mixtral()
-    result = sparsellm.prune(model, Recipe(sparsity=0.5, values="int4", effort=0), calibration=ids_of(4))
+    result = sparsellm.prune(
+        model, Recipe(sparsity=0.5, values="int4", effort=0), calibration=ids_of(4)
+    )
     chain = open_chain(model, device=torch.device("cpu"))
     for index in range(len(chain)):
         with chain.block(index):
             for linear in chain.linears(index):
                 weight = linear.weight()
                 if linear.name.endswith("gate"):
-                    assert not torch.equal(on_grid(weight, "int4", linear.storage_dtype), weight), linear.name
+                    assert not torch.equal(
+                        on_grid(weight, "int4", linear.storage_dtype), weight
+                    ), linear.name
                 else:
                     assert is_on_grid(result, linear.name, weight), linear.name
 
 
-def test_packed_with_exponents_computes_as_pruned(pruned: Pruned, tmp_path: Path) -> None:
+def test_packed_with_exponents_computes_as_pruned(
+    pruned: Pruned, tmp_path: Path
+) -> None:
     """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
     out, ids = pruned[0], ids_of(2)
     packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path
@@ -343,4 +505,7 @@ def test_packed_with_exponents_computes_as_pruned(pruned: Pruned, tmp_path: Path
         loaded = sparsellm.load(packed, dtype="float32")
         assert torch.equal(loaded(ids).logits, dense(ids).logits)
         loaded.save_pretrained(tmp_path / "saved")
-        assert torch.equal(sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits, dense(ids).logits)
+        assert torch.equal(
+            sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits,
+            dense(ids).logits,
+        )

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BANNED = re.compile(r"(?:: |# )[Oo]f |[Ss]o many |\b[Aa]s of (?:a|the) |[Bb]y what to |\b[Ee]ntering\b|\b[Ll]eaving\b")
+BANNED = re.compile(
+    r"(?:: |# )[Oo]f |[Ss]o many |\b[Aa]s of (?:a|the) |[Bb]y what to |\b[Ee]ntering\b|\b[Ll]eaving\b"
+)
 SUFFIXES = {".py", ".cpp", ".h", ".md", ".html", ".css", ".js", ".jinja"}
 NAMES = {"each", "found", "own", "wanted", "whole"}
 STRICT = ("src", "names", "README", "help", "docs")  # where none is allowed
@@ -43,7 +45,8 @@ def vague_names(texts: dict[str, str]) -> list[Place]:
         for path, text in texts.items()
         if path.endswith(".py")
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+        if isinstance(node, ast.arg)
+        or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
         for name in [node.arg if isinstance(node, ast.arg) else node.id]
         if name in NAMES
     ]
@@ -51,37 +54,57 @@ def vague_names(texts: dict[str, str]) -> list[Place]:
 
 def files(*roots: Path) -> dict[str, str]:
     """The texts of all files below ``roots`` that people read, by path."""
-    paths = (path for root in roots for path in ([root] if root.is_file() else sorted(root.rglob("*"))))
-    return {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in paths if path.suffix in SUFFIXES}
+    paths = (
+        path
+        for root in roots
+        for path in ([root] if root.is_file() else sorted(root.rglob("*")))
+    )
+    return {
+        str(path.relative_to(ROOT)): path.read_text("utf-8")
+        for path in paths
+        if path.suffix in SUFFIXES
+    }
 
 
 def help_texts() -> Iterator[Place]:
     """Help of every command and option, and of every option of a method, with what they belong to."""
     import typer
 
-    from sparsellm import cli
-    from sparsellm.allocation import ALLOCATIONS
-    from sparsellm.methods import METHODS
+    from sparsellm.app import cli
+    from sparsellm.method.allocation import ALLOCATIONS
+    from sparsellm.method.blocks import METHODS
 
     group = typer.main.get_command(cli.app)
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         yield name, command.help or ""
-        yield from ((f"{name} {option.name}", getattr(option, "help", None) or "") for option in command.params)
+        yield from (
+            (f"{name} {option.name}", getattr(option, "help", None) or "")
+            for option in command.params
+        )
     for registry in (METHODS, ALLOCATIONS):
         for entry in registry.values():
             fields = entry.options.model_fields
-            yield from ((f"{entry.name} {name}", field.description or "") for name, field in fields.items())
+            yield from (
+                (f"{entry.name} {name}", field.description or "")
+                for name, field in fields.items()
+            )
 
 
 def places() -> dict[str, list[Place]]:
     """All places, by where they count."""
     return {
         "src": banned(files(ROOT / "src")),
-        "names": vague_names(files(*(ROOT / part for part in ("src", "tests", "benchmarks", "examples")))),
+        "names": vague_names(
+            files(*(ROOT / part for part in ("src", "tests", "benchmarks", "examples")))
+        ),
         "README": banned(files(ROOT / "README.md")),
-        "help": banned({f"--help of {name}": f": {text}" for name, text in help_texts()}),
+        "help": banned(
+            {f"--help of {name}": f": {text}" for name, text in help_texts()}
+        ),
         "docs": banned(files(ROOT / "docs", ROOT / "CONTRIBUTING.md")),
-        "tests, benchmarks": banned(files(ROOT / "tests", ROOT / "benchmarks", ROOT / "examples")),
+        "tests, benchmarks": banned(
+            files(ROOT / "tests", ROOT / "benchmarks", ROOT / "examples")
+        ),
     }
 
 

@@ -14,9 +14,19 @@ import sparsepack  # noqa: F401 - so that from_pretrained loads packed checkpoin
 from sparsellm.version import __version__
 
 if TYPE_CHECKING:
-    from sparsellm.api import PruneResult, card, dry_run, evaluate, inspect, keep_results, plan, prune, push
-    from sparsellm.cells import Protocol, cells_of, compare
-    from sparsellm.console import progress as show_progress
+    from sparsellm.api import (
+        PruneResult,
+        card,
+        dry_run,
+        evaluate,
+        inspect,
+        keep_results,
+        plan,
+        prune,
+        push,
+    )
+    from sparsellm.app.cells import Protocol, cells_of, compare
+    from sparsellm.app.console import progress as show_progress
     from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.speed import compared_speed as bench
@@ -29,9 +39,19 @@ if TYPE_CHECKING:
     from sparsepack.loading import load
 
 _MODULES = {
-    "sparsellm.api": ("PruneResult", "card", "dry_run", "evaluate", "inspect", "keep_results", "plan", "prune", "push"),
-    "sparsellm.cells": ("Protocol", "cells_of", "compare"),
-    "sparsellm.console": ("show_progress",),
+    "sparsellm.api": (
+        "PruneResult",
+        "card",
+        "dry_run",
+        "evaluate",
+        "inspect",
+        "keep_results",
+        "plan",
+        "prune",
+        "push",
+    ),
+    "sparsellm.app.cells": ("Protocol", "cells_of", "compare"),
+    "sparsellm.app.console": ("show_progress",),
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
     "sparsellm.errors": ("SparseLLMError",),
     "sparsellm.evaluation.speed": ("bench",),
@@ -44,18 +64,51 @@ _MODULES = {
     "sparsepack.loading": ("load",),
 }
 
-__all__ = ["Evaluation", "ExportResult", "PackResult", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
-__all__ += ["Protocol", "bench", "card", "cells_of", "compare", "dry_run", "evaluate", "export", "generate"]
-__all__ += ["inspect", "keep_results", "load", "pack", "plan", "prune", "push", "show_progress", "unpack"]
+__all__ = [
+    "Evaluation",
+    "ExportResult",
+    "PackResult",
+    "PruneResult",
+    "Recipe",
+    "SparseLLMError",
+    "__version__",
+]
+__all__ += [
+    "Protocol",
+    "bench",
+    "card",
+    "cells_of",
+    "compare",
+    "dry_run",
+    "evaluate",
+    "export",
+    "generate",
+]
+__all__ += [
+    "inspect",
+    "keep_results",
+    "load",
+    "pack",
+    "plan",
+    "prune",
+    "push",
+    "show_progress",
+    "unpack",
+]
 __all__ += ["write_comparison", "write_report"]
-_OTHER_NAMES = {"show_progress": "progress", "bench": "compared_speed"}  # in their modules
+_OTHER_NAMES = {
+    "show_progress": "progress",
+    "bench": "compared_speed",
+}  # in their modules
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and transformers when they are first needed, so that ``sparsellm --help`` is fast."""
     for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(module), _OTHER_NAMES.get(name, name))
+            return getattr(
+                importlib.import_module(module), _OTHER_NAMES.get(name, name)
+            )
     raise AttributeError(f"module 'sparsellm' has no attribute {name!r}")
 
 

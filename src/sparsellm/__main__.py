@@ -1,3 +1,3 @@
-from sparsellm.cli import main
+from sparsellm.app.cli import main
 
 main()

@@ -15,26 +15,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import arguments, machine, parallel
 from sparsellm.arguments import Checkpoint, Model, checked
-from sparsellm.calibration.sources import DOCUMENTS, IDS, as_text, settle_calibration
-from sparsellm.calibration.texts import Text
-from sparsellm.calibration.windows import check_seq_len, evaluation_windows, leading_token, seq_len_of, windows_of_ids
-from sparsellm.chain import open_chain
-from sparsellm.chain.chain import outline
-from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.convert import PackResult, pack
 from sparsellm.errors import DataError, MissingExtraError, RecipeError
 from sparsellm.evaluation.perplexity import Kept, measured
 from sparsellm.evaluation.speed import stamp
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
-from sparsellm.hub.card import card
-from sparsellm.hub.push import push
+from sparsellm.files.resolve import checkpoint_directory, config_place
+from sparsellm.files.results import append_result
 from sparsellm.inputs import without_folders
 from sparsellm.machine import resolve_device
-from sparsellm.mixtures.fewer import Routing
+from sparsellm.method.experts.fewer import Routing
+from sparsellm.model import open_chain
+from sparsellm.model.chain import outline
+from sparsellm.model.open import check_vocabulary, load_tokenizer
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
-from sparsellm.records import PRUNING, Benchmark, Continuation, Evaluation, Prediction, Protocol, read_pruning
+from sparsellm.records import (
+    PRUNING,
+    Benchmark,
+    Continuation,
+    Evaluation,
+    Prediction,
+    Protocol,
+    read_pruning,
+)
+from sparsellm.report.card import card
 from sparsellm.report.document import write_report
+from sparsellm.report.push import push
 from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.fingerprint import tokens_fingerprint
@@ -43,8 +50,15 @@ from sparsellm.run.opening import load_whole, open_model, set_products
 from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult
 from sparsellm.run.speeds import named
-from sparsellm.sources.resolve import checkpoint_directory, config_place
-from sparsellm.storage.results import append_result
+from sparsellm.text.sources import DOCUMENTS, IDS, as_text, settle_calibration
+from sparsellm.text.texts import Text
+from sparsellm.text.windows import (
+    check_seq_len,
+    evaluation_windows,
+    leading_token,
+    seq_len_of,
+    windows_of_ids,
+)
 
 
 @checked
@@ -84,10 +98,24 @@ def prune(  # noqa: PLR0913 - the Python door
     Raises:
         SparseLLMError: a subclass of it that names the cause. All input is checked before the work.
     """
-    given = as_text(calibration, "calibration", "calibration") if calibration is not None else None
+    given = (
+        as_text(calibration, "calibration", "calibration")
+        if calibration is not None
+        else None
+    )
     settled = settle_calibration(Recipe.of(recipe), given)
     text = None if isinstance(given, str) else given  # the recipe contains a source
-    request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
+    request = Request(
+        model,
+        settled,
+        out,
+        text,
+        tokenizer,
+        overwrite,
+        restart,
+        trust_remote_code,
+        teacher,
+    )
     with _modes_kept(model):
         return story.prune(request, progress)
 
@@ -105,7 +133,10 @@ def dry_run(
     progress: ProgressCallback = ignore,
 ) -> Prediction:
     """Predicts a run of :func:`prune`, or refuses what it refuses; downloads what is on the hub, and writes nothing."""
-    settled, door = settle_calibration(Recipe.of(recipe), None), (overwrite, restart, trust_remote_code, teacher)
+    settled, door = (
+        settle_calibration(Recipe.of(recipe), None),
+        (overwrite, restart, trust_remote_code, teacher),
+    )
     return story.rehearse(Request(model, settled, out, None, None, *door), progress)
 
 
@@ -132,7 +163,12 @@ def plan(
     settings, speeds = Recipe.of(recipe), named(gpu) if gpu is not None else None
     device = resolve_device(settings.device) if speeds is None else torch.device("cuda")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    chain = outline(config_place(str(model)), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    chain = outline(
+        config_place(str(model)),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     set_products(chain, settings)
     prediction = foresee(chain, settings, ranks=ranks, speeds=speeds)
     return prediction.model_copy(update={"model": without_folders(str(model))})
@@ -141,7 +177,12 @@ def plan(
 @contextmanager
 def _modes_kept(*models: object) -> Iterator[None]:
     """Puts every module of these models back into its mode: blocks run as in inference."""
-    kept = [(part, part.training) for model in models if isinstance(model, PreTrainedModel) for part in model.modules()]
+    kept = [
+        (part, part.training)
+        for model in models
+        if isinstance(model, PreTrainedModel)
+        for part in model.modules()
+    ]
     try:
         yield
     finally:
@@ -187,34 +228,72 @@ def evaluate(  # noqa: PLR0913 - the Python door
     """
     if tasks_dir is not None and not tasks:
         raise RecipeError("tasks_dir is given without tasks; name the tasks to run")
-    manager = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
+    manager = (
+        find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None)
+        if tasks
+        else None
+    )
     words = as_text(text, "text", "evaluation")
     by_ids = isinstance(words, Tensor)
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
     with _modes_kept(model, against):
-        opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
-        windows = parallel.from_main(partial(opened.windows, words, seq_len, max_tokens, bos))
+        opened = Opened(
+            model,
+            settings,
+            trust_remote_code,
+            tokenizer,
+            with_tokenizer=not by_ids or manager is not None,
+        )
+        windows = parallel.from_main(
+            partial(opened.windows, words, seq_len, max_tokens, bos)
+        )
         tokenizer, results = opened.tokenizer, None
         leads = tokenizer is not None and leading_token(tokenizer, bos) is not None
         if tasks and tokenizer is None:
             raise DataError("tasks on a model given as an object need tokenizer=...")
-        if tasks and tokenizer is not None and leads and leading_token(tokenizer) is None:
-            raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
+        if (
+            tasks
+            and tokenizer is not None
+            and leads
+            and leading_token(tokenizer) is None
+        ):
+            raise DataError(
+                "bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out"
+            )
         if against is not None and not isinstance(against, Opened):
-            against = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
+            against = Opened(
+                against,
+                settings,
+                trust_remote_code,
+                with_tokenizer=not by_ids,
+                argument="against",
+            )
         if against is not None:
             opened.check_comparable(against, windows)
         if tasks and tokenizer is not None:  # first, since a task may fail
             progress(Progress("evaluate", 0, 1, "tasks"))
-            results = parallel.from_main(lambda: run_tasks(opened.in_memory(), tokenizer, tasks, manager, bos=leads))
+            results = parallel.from_main(
+                lambda: run_tasks(
+                    opened.in_memory(), tokenizer, tasks, manager, bos=leads
+                )
+            )
         with machine.computing(opened.chain.device):
-            perplexity, compared = measured(opened.chain, windows, None if against is None else against.kept, progress)
+            perplexity, compared = measured(
+                opened.chain,
+                windows,
+                None if against is None else against.kept,
+                progress,
+            )
         if compared is not None and against is not None and against.is_pruned:
             compared = compared.model_copy(update={"recovery": None})
     return Evaluation(
         protocol=Protocol(
-            text=without_folders(words) if isinstance(words, str) else IDS if by_ids else DOCUMENTS,
+            text=without_folders(words)
+            if isinstance(words, str)
+            else IDS
+            if by_ids
+            else DOCUMENTS,
             digest=tokens_fingerprint(windows),
             window=windows.shape[1],
             windows=len(windows),
@@ -230,7 +309,12 @@ def evaluate(  # noqa: PLR0913 - the Python door
 
 
 def pack_and_measure(
-    run: Request, packed: Path, text: str, against: Model | Opened, progress: ProgressCallback, **window: Any
+    run: Request,
+    packed: Path,
+    text: str,
+    against: Model | Opened,
+    progress: ProgressCallback,
+    **window: Any,
 ) -> tuple[PackResult, Evaluation]:
     """Packs the checkpoint of a run into ``packed`` and measures that against the dense model. ``window`` is
     ``seq_len`` and ``max_tokens`` of :func:`evaluate`."""
@@ -245,12 +329,20 @@ def pack_and_measure(
         progress=progress,
     )
     return result, evaluate(
-        result.path, text, bos=recipe.bos, against=against, device=recipe.device, progress=progress, **window
+        result.path,
+        text,
+        bos=recipe.bos,
+        against=against,
+        device=recipe.device,
+        progress=progress,
+        **window,
     )
 
 
 @checked
-def keep_results(directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]) -> None:
+def keep_results(
+    directory: Checkpoint, results: Sequence[Evaluation | Benchmark | Continuation]
+) -> None:
     """Adds results to those of a checkpoint (``results.json``), then writes its card and report again. Raises
     StorageError if :func:`prune` or ``pack`` did not write it, or, after results were added, if its card was edited."""
     read_pruning(directory := Path(directory).expanduser())
@@ -275,7 +367,9 @@ class Opened:
         argument: str = "model",
     ) -> None:
         given = model if isinstance(model, PreTrainedModel) else None
-        self.name = (str(model) if given is None else str(given.name_or_path)) or type(model).__name__
+        self.name = (str(model) if given is None else str(given.name_or_path)) or type(
+            model
+        ).__name__
         self.tokenizer = tokenizer
         locate = partial(checkpoint_directory, str(model), argument)
         self.directory = parallel.main_first(locate) if given is None else None
@@ -288,31 +382,44 @@ class Opened:
     @cached_property
     def is_pruned(self) -> bool:
         """Whether a run wrote the model, or blocks have zeros as no dense one has; that is read once."""
-        return (self.directory is not None and (self.directory / PRUNING).is_file()) or pruned_share(self.chain) > 0
+        return (
+            self.directory is not None and (self.directory / PRUNING).is_file()
+        ) or pruned_share(self.chain) > 0
 
     @checked
     def windows(
-        self, text: str | Tensor | Text, seq_len: arguments.SeqLen | None, max_tokens: arguments.Count | None, bos: Bos
+        self,
+        text: str | Tensor | Text,
+        seq_len: arguments.SeqLen | None,
+        max_tokens: arguments.Count | None,
+        bos: Bos,
     ) -> Tensor:
         """The windows to score, checked against the model."""
         config = self.chain.config
         if isinstance(text, Tensor):
-            return check_vocabulary(windows_of_ids(text, config, seq_len, max_tokens, bos), config)
+            return check_vocabulary(
+                windows_of_ids(text, config, seq_len, max_tokens, bos), config
+            )
         seq_len = seq_len_of(config, seq_len)
         if self.tokenizer is None:
-            raise DataError("a model given as an object needs tokenizer=..., or token ids in place of a text")
+            raise DataError(
+                "a model given as an object needs tokenizer=..., or token ids in place of a text"
+            )
         windows = evaluation_windows(text, self.tokenizer, seq_len, max_tokens, bos)
         return check_vocabulary(windows, config, self.tokenizer)
 
     def check_comparable(self, dense: Opened, windows: Tensor) -> None:
         """Refuses a dense model whose tokenizer, vocabulary or number of positions does not fit (DataError)."""
         check_seq_len(dense.chain.config, windows.shape[1])
-        sizes = [model.chain.config.get_text_config().vocab_size for model in (self, dense)]
+        sizes = [
+            model.chain.config.get_text_config().vocab_size for model in (self, dense)
+        ]
         differ = sizes[0] != sizes[1]
         if self.tokenizer is not None and dense.tokenizer is not None and not differ:
             sample = self.tokenizer.decode(windows[0])
             differ = self.tokenizer.get_vocab() != dense.tokenizer.get_vocab() or (
-                self.tokenizer(sample)["input_ids"] != dense.tokenizer(sample)["input_ids"]
+                self.tokenizer(sample)["input_ids"]
+                != dense.tokenizer(sample)["input_ids"]
             )
         if differ:
             raise DataError(
@@ -323,7 +430,9 @@ class Opened:
     def in_memory(self) -> PreTrainedModel:
         """The complete model in memory."""
         if self.directory is not None:
-            return load_whole(self.directory, self.chain.dtype, self.chain.device, self._trust)
+            return load_whole(
+                self.directory, self.chain.dtype, self.chain.device, self._trust
+            )
         assert isinstance(self.chain.model, PreTrainedModel)
         return self.chain.model
 
@@ -332,7 +441,12 @@ class Opened:
 def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
     """Zeros of every matrix in a checkpoint's blocks, read one by one; a SparseLLMError if it cannot be read."""
     directory = checkpoint_directory(str(model))
-    chain = open_chain(directory, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    chain = open_chain(
+        directory,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+    )
     zeros: list[MatrixZeros] = []
     for index in range(len(chain)):
         with chain.block(index):
@@ -343,9 +457,22 @@ def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[Matri
 @checked
 def inspect_experts(model: Checkpoint, *, trust_remote_code: bool = False) -> Routing:
     """The mixtures of a model, by its config alone, and whether experts can be removed. Errors as :func:`plan`."""
-    chain = outline(config_place(str(model)), device=torch.device("cpu"), trust_remote_code=trust_remote_code)
+    chain = outline(
+        config_place(str(model)),
+        device=torch.device("cpu"),
+        trust_remote_code=trust_remote_code,
+    )
     return Routing.of(chain)
 
 
-__all__ = ["Evaluation", "MatrixZeros", "Opened", "PruneResult", "card", "dry_run", "evaluate", "inspect"]
+__all__ = [
+    "Evaluation",
+    "MatrixZeros",
+    "Opened",
+    "PruneResult",
+    "card",
+    "dry_run",
+    "evaluate",
+    "inspect",
+]
 __all__ += ["inspect_experts", "plan", "prune", "push"]

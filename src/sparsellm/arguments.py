@@ -12,14 +12,17 @@ import torch
 from pydantic import BeforeValidator, Field, PlainValidator, SkipValidation
 from transformers import PreTrainedModel
 
-from sparsellm.calibration.sources import TextGiven
 from sparsellm.errors import RecipeError
 from sparsellm.recipe import MOST_TOKENS, Dtype, Integer, Recipe
+from sparsellm.text.sources import TextGiven
 from sparsepack.arguments import checking
 
 checked = checking(RecipeError)
 
-MOST_NAME, MOST_PATH = 255, 4096  # bytes: limits of one name, and of a path, on Linux and macOS
+MOST_NAME, MOST_PATH = (
+    255,
+    4096,
+)  # bytes: limits of one name, and of a path, on Linux and macOS
 ROOM_IN_NAME = 24  # for suffixes of an output that is being written, such as '.partial'
 
 
@@ -33,14 +36,23 @@ def _path(value: Any, *, most_name: int = MOST_NAME, hint: str = "give a path") 
     if "\0" in text:
         raise ValueError("a path holds no null byte")
     sizes = [len(os.fsencode(part)) for part in Path(text).parts]
-    if len(os.fsencode(text)) >= MOST_PATH or max(sizes, default=0) > MOST_NAME or (sizes and sizes[-1] > most_name):
-        raise ValueError(f"a name of {max(sizes)} bytes in a path of {len(os.fsencode(text))}; give a shorter one")
+    if (
+        len(os.fsencode(text)) >= MOST_PATH
+        or max(sizes, default=0) > MOST_NAME
+        or (sizes and sizes[-1] > most_name)
+    ):
+        raise ValueError(
+            f"a name of {max(sizes)} bytes in a path of {len(os.fsencode(text))}; give a shorter one"
+        )
     return Path(text)
 
 
 def _checkpoint(value: Any, hint: str = "") -> str | Path:
     """A name of a model; a string stays a string, because it may be a hub id."""
-    path = _path(value, hint="give a checkpoint directory, a hub id, a .gguf file, or 'demo'" + hint)
+    path = _path(
+        value,
+        hint="give a checkpoint directory, a hub id, a .gguf file, or 'demo'" + hint,
+    )
     try:
         path.expanduser()
     except RuntimeError:
@@ -49,22 +61,41 @@ def _checkpoint(value: Any, hint: str = "") -> str | Path:
 
 
 def _model(value: Any) -> Any:
-    return value if isinstance(value, PreTrainedModel) else _checkpoint(value, "; or a transformers model")
+    return (
+        value
+        if isinstance(value, PreTrainedModel)
+        else _checkpoint(value, "; or a transformers model")
+    )
 
 
 def _name_of(value: Any) -> Any:
     """The name of a torch dtype or device, such as ``torch.float32`` or ``torch.device('cuda')``."""
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype | torch.device) else value
+    return (
+        str(value).removeprefix("torch.")
+        if isinstance(value, torch.dtype | torch.device)
+        else value
+    )
 
 
 PathGiven = Annotated[str | os.PathLike[str], PlainValidator(_path)]
-Out = Annotated[str | os.PathLike[str], PlainValidator(partial(_path, most_name=MOST_NAME - ROOM_IN_NAME))]
+Out = Annotated[
+    str | os.PathLike[str],
+    PlainValidator(partial(_path, most_name=MOST_NAME - ROOM_IN_NAME)),
+]
 Checkpoint = Annotated[str | os.PathLike[str], PlainValidator(_checkpoint)]
-Model: TypeAlias = Annotated[str | os.PathLike[str] | PreTrainedModel, PlainValidator(_model)]
-AnyText: TypeAlias = Annotated[TextGiven, SkipValidation]  # ``as_text`` and ``Recipe.of`` check and convert these
-RecipeGiven: TypeAlias = Annotated[Recipe | Mapping[str, Any] | str | os.PathLike[str] | None, SkipValidation]
+Model: TypeAlias = Annotated[
+    str | os.PathLike[str] | PreTrainedModel, PlainValidator(_model)
+]
+AnyText: TypeAlias = Annotated[
+    TextGiven, SkipValidation
+]  # ``as_text`` and ``Recipe.of`` check and convert these
+RecipeGiven: TypeAlias = Annotated[
+    Recipe | Mapping[str, Any] | str | os.PathLike[str] | None, SkipValidation
+]
 SeqLen = Annotated[Integer, Field(ge=2, le=MOST_TOKENS)]
 Count = Annotated[Integer, Field(ge=1, le=1 << 62)]
-DeviceName = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_name_of)]
+DeviceName = Annotated[
+    str, Field(min_length=1, max_length=200), BeforeValidator(_name_of)
+]
 DtypeName = Annotated[Dtype, BeforeValidator(_name_of)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]

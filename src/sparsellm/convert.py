@@ -13,21 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.arguments import Checkpoint, Out, checked
-from sparsellm.chain import Chain, open_chain
-from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import NumericalError, RecipeError, StorageError, shown
-from sparsellm.hub.card import CARD, card_text
+from sparsellm.files.directory import (
+    WorkingDirectory,
+    check_destination,
+    checkpoints_among,
+)
+from sparsellm.files.reader import PackedReader
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.files.writer import CheckpointWriter, TensorSource, written
 from sparsellm.inputs import read_object
+from sparsellm.model import Chain, open_chain
+from sparsellm.model.experts import ExpertLinear
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
-from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among
-from sparsellm.storage.reader import PackedReader
-from sparsellm.storage.writer import CheckpointWriter, TensorSource, written
+from sparsellm.report.card import CARD, card_text
 from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
-from sparsepack.checkpoint import MANIFEST, WAY_IN, PackedEntry, is_packed, manifest, quantization_config
+from sparsepack.checkpoint import (
+    MANIFEST,
+    WAY_IN,
+    PackedEntry,
+    is_packed,
+    manifest,
+    quantization_config,
+)
 from sparsepack.codes import GROUPED, exponents_of_text
 from sparsepack.grid import INTEGERS
 from sparsepack.grids import GRIDS
@@ -43,14 +54,22 @@ class PackResult:
     """The result of packing or unpacking into ``path``."""
 
     path: Path
-    linears: dict[str, PackedEntry | None] = field(default_factory=dict, repr=False)  # None: it is smaller dense
+    linears: dict[str, PackedEntry | None] = field(
+        default_factory=dict, repr=False
+    )  # None: it is smaller dense
     dense_bytes: int = 0  # the size of the weights of these linears
     packed_bytes: int = 0
     weights: int = 0
     checkpoint_bytes: int = 0  # all weight files of the new checkpoint
-    head: dict[str, PackedEntry] = field(default_factory=dict)  # embedding and output head; empty if they were copied
-    expert_weights: int = 0  # weights of experts, which stay dense and are not counted above
-    rounded: list[str] = field(default_factory=list, repr=False)  # linears whose values were not on their integer grid
+    head: dict[str, PackedEntry] = field(
+        default_factory=dict
+    )  # embedding and output head; empty if they were copied
+    expert_weights: int = (
+        0  # weights of experts, which stay dense and are not counted above
+    )
+    rounded: list[str] = field(
+        default_factory=list, repr=False
+    )  # linears whose values were not on their integer grid
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -60,14 +79,19 @@ class PackResult:
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
             "of_bf16": self.packed_bytes / (2 * self.weights),
             "head": {name: entry.to_dict() for name, entry in self.head.items()},
-            "linears": {name: entry.to_dict() if entry else "dense" for name, entry in self.linears.items()},
+            "linears": {
+                name: entry.to_dict() if entry else "dense"
+                for name, entry in self.linears.items()
+            },
         }
 
 
 def check_packable(recipe: Recipe) -> None:
     """Raises RecipeError if what a recipe makes has no packed form."""
     if recipe.grid != "own" and recipe.values == "int8":
-        raise RecipeError(f"grid {recipe.grid} has no packed form in int8; export the result, and do not pack it")
+        raise RecipeError(
+            f"grid {recipe.grid} has no packed form in int8; export the result, and do not pack it"
+        )
 
 
 @checked
@@ -105,17 +129,28 @@ def pack(
     chain, result = open_chain(source, device=torch.device("cpu")), PackResult(place)
     group, exponents = _rounding(chain, source, values)
     assert chain.reader is not None
-    need = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
-    work = WorkingDirectory(place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need)
+    need = (
+        chain.reader.bytes
+    )  # with any value type, no linear takes more space than its dense weight
+    work = WorkingDirectory(
+        place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need
+    )
     with _written(work, len(chain) + 1, source, result) as writer:
-        writer.write_shard(len(chain), _outside_blocks(chain, result) if head == "int8" else chain.outer_tensors())
+        writer.write_shard(
+            len(chain),
+            _outside_blocks(chain, result) if head == "int8" else chain.outer_tensors(),
+        )
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
-            writer.write_shard(index, _packed_block(chain, index, values, group, exponents, result))
+            writer.write_shard(
+                index, _packed_block(chain, index, values, group, exponents, result)
+            )
         progress(Progress("pack", len(chain), len(chain)))
         if not (allow_copy or result.head or any(result.linears.values())):
             why = "no linear in its blocks is smaller packed than dense"
-            raise RecipeError(f"{source} has nothing to pack: {why}; prune it first, or give --values int8 or int4")
+            raise RecipeError(
+                f"{source} has nothing to pack: {why}; prune it first, or give --values int8 or int4"
+            )
     return result
 
 
@@ -137,7 +172,13 @@ def unpack(
     weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
     size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
     result = PackResult(place, dict.fromkeys(reader.entries), size, size, weights)
-    work = WorkingDirectory(place, {"kind": UNPACK}, overwrite=overwrite, restart=restart, need_bytes=reader.bytes)
+    work = WorkingDirectory(
+        place,
+        {"kind": UNPACK},
+        overwrite=overwrite,
+        restart=restart,
+        need_bytes=reader.bytes,
+    )
     with _written(work, len(shards), source, result) as writer:
         for index, names in enumerate(shards.values()):
             progress(Progress("unpack", index, len(shards)))
@@ -146,28 +187,47 @@ def unpack(
     return result
 
 
-def _places(model: Checkpoint, out: Out, kind: str, *, overwrite: bool) -> tuple[Path, Path]:
+def _places(
+    model: Checkpoint, out: Out, kind: str, *, overwrite: bool
+) -> tuple[Path, Path]:
     """The directories of the model and of the new checkpoint, checked."""
-    check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))  # before the model is downloaded
+    check_destination(
+        out, overwrite=overwrite, sources=checkpoints_among(model)
+    )  # before the model is downloaded
     source = checkpoint_directory(str(model))
     packed = is_packed(read_object(source / "config.json"))
     if packed and kind == PACK:
-        raise RecipeError(f"{source} is packed already; unpack it first to pack it another way")
+        raise RecipeError(
+            f"{source} is packed already; unpack it first to pack it another way"
+        )
     if not packed and kind == UNPACK:
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
     return source, check_destination(out, overwrite=overwrite, sources=[source])
 
 
 @contextmanager
-def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResult) -> Iterator[CheckpointWriter]:
-    """As :func:`~sparsellm.storage.writer.written`; companions, a card and the packed format's own files follow."""
+def _written(
+    work: WorkingDirectory, shards: int, source: Path, result: PackResult
+) -> Iterator[CheckpointWriter]:
+    """As :func:`~sparsellm.files.writer.written`; companions, a card and the packed format's own files follow."""
     with written(work, shards) as writer:
         yield writer
-        writer.copy_companions(source, PRUNING, "recipe.yaml")  # these two hold for the packed model too
-        entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
+        writer.copy_companions(
+            source, PRUNING, "recipe.yaml"
+        )  # these two hold for the packed model too
+        entries = {
+            name: entry for name, entry in result.linears.items() if entry is not None
+        } | result.head
         if entries:
             config = read_object(writer.folder / "config.json")
-            writer.write_json("config.json", {**config, **WAY_IN, "quantization_config": quantization_config(entries)})
+            writer.write_json(
+                "config.json",
+                {
+                    **config,
+                    **WAY_IN,
+                    "quantization_config": quantization_config(entries),
+                },
+            )
             writer.write_json(MANIFEST, manifest(writer.folder))
         text = ""
         with suppress(StorageError):  # a missing or damaged record gives no card
@@ -182,9 +242,13 @@ def _checked_reader(source: Path) -> PackedReader:
     """A reader of a packed checkpoint whose weights fit the model of its ``config.json``, also square ones."""
     chain = open_chain(source, device=torch.device("cpu"))
     assert isinstance(chain.reader, PackedReader)
-    for linear in (linear for index in range(len(chain)) for linear in chain.linears(index)):
+    for linear in (
+        linear for index in range(len(chain)) for linear in chain.linears(index)
+    ):
         name = chain.key_of[linear.weight_name].removesuffix(".weight")
-        if (entry := chain.reader.entries.get(name)) is not None and entry.transposed != linear.transposed:
+        if (
+            entry := chain.reader.entries.get(name)
+        ) is not None and entry.transposed != linear.transposed:
             raise StorageError(
                 f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
                 f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"
@@ -192,9 +256,13 @@ def _checked_reader(source: Path) -> PackedReader:
     return chain.reader
 
 
-def _stored(key: str, packed: layout.PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored(
+    key: str, packed: layout.PackedWeight, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The tensors of a packed weight, and a placeholder with a shape that loaders refuse for the weight."""
-    return {key: torch.zeros(1, dtype=dtype)} | {f"{key}_{part}": tensor for part, tensor in packed.stored.items()}
+    return {key: torch.zeros(1, dtype=dtype)} | {
+        f"{key}_{part}": tensor for part, tensor in packed.stored.items()
+    }
 
 
 def _packed(key: str, weight: Tensor, *how: Any) -> layout.PackedWeight | None:
@@ -204,21 +272,32 @@ def _packed(key: str, weight: Tensor, *how: Any) -> layout.PackedWeight | None:
         raise NumericalError(f"{key}: {error}") from None
 
 
-def _outside_blocks(chain: Chain, result: PackResult) -> dict[str, TensorSource | Tensor]:
+def _outside_blocks(
+    chain: Chain, result: PackResult
+) -> dict[str, TensorSource | Tensor]:
     """The tensors outside the blocks, embedding and head in int8, by name; adds the entries of these to ``result``."""
     assert chain.reader is not None
     tensors: dict[str, TensorSource | Tensor] = {**chain.outer_tensors()}
     names = {id(module): name for name, module in chain.model.named_modules()}
-    for module in (chain.model.get_input_embeddings(), chain.model.get_output_embeddings()):
+    for module in (
+        chain.model.get_input_embeddings(),
+        chain.model.get_output_embeddings(),
+    ):
         key = chain.key_of.get(f"{names.get(id(module))}.weight")
-        if key is None or key.removesuffix(".weight") in result.head:  # tied: stored once
+        if (
+            key is None or key.removesuffix(".weight") in result.head
+        ):  # tied: stored once
             continue
-        if result.head and module.weight is chain.model.get_input_embeddings().weight:  # tied, and stored twice
+        if (
+            result.head and module.weight is chain.model.get_input_embeddings().weight
+        ):  # tied, and stored twice
             del tensors[key]
             continue
         known = type(module) is nn.Linear or row_scale(module) is not None
         if not known or not key.endswith(".weight"):
-            raise RecipeError(f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep")
+            raise RecipeError(
+                f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep"
+            )
         weight = chain.reader.get(key)
         packed = _packed(key, weight, "int8", "dense")
         assert packed is not None
@@ -227,12 +306,18 @@ def _outside_blocks(chain: Chain, result: PackResult) -> dict[str, TensorSource 
     return tensors
 
 
-def _rounding(chain: Chain, directory: Path, values: str) -> tuple[int | None, dict[str, Tensor]]:
+def _rounding(
+    chain: Chain, directory: Path, values: str
+) -> tuple[int | None, dict[str, Tensor]]:
     """How the run that wrote a checkpoint rounded values of this type, if it did: the columns that share a scale on the
     grid of another program, and the exponents of columns, by linear. A RecipeError if the packed format does not have
     that grid, a StorageError if the exponents do not fit the model."""
     path, exponents = directory / PRUNING, dict[str, Tensor]()
-    if values not in INTEGERS or not path.is_file() or (pruning := read_pruning(directory)).values != values:
+    if (
+        values not in INTEGERS
+        or not path.is_file()
+        or (pruning := read_pruning(directory)).values != values
+    ):
         return None, exponents
     grid = GRIDS.get(pruning.grid)
     if grid is not None and values not in GROUPED:
@@ -240,7 +325,11 @@ def _rounding(chain: Chain, directory: Path, values: str) -> tuple[int | None, d
             f"{directory} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of the packed "
             f"format begins at {grid.lowest + 1}; pack it with values keep, or export it"
         )
-    columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
+    columns = {
+        linear.name: linear.in_features
+        for index in range(len(chain))
+        for linear in chain.linears(index)
+    }
     for linear in pruning.linears:
         if (numbers := exponents_of_text(linear.exponents)) is not None:
             if (expected := columns.get(linear.name, "no such linear")) != len(numbers):
@@ -251,12 +340,19 @@ def _rounding(chain: Chain, directory: Path, values: str) -> tuple[int | None, d
 
 
 def _packed_block(
-    chain: Chain, index: int, values: str, group: int | None, exponents: dict[str, Tensor], result: PackResult
+    chain: Chain,
+    index: int,
+    values: str,
+    group: int | None,
+    exponents: dict[str, Tensor],
+    result: PackResult,
 ) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     tensors = chain.stored_block(index)
     for linear in chain.linears(index):
-        if isinstance(linear.module, ExpertLinear):  # stays dense: transformers stacks experts while it loads
+        if isinstance(
+            linear.module, ExpertLinear
+        ):  # stays dense: transformers stacks experts while it loads
             result.expert_weights += linear.parameter.numel()
             continue
         key = chain.key_of[linear.weight_name]
@@ -266,13 +362,25 @@ def _packed_block(
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
-            packed = _packed(key, weight, values, "auto", exponents.get(linear.name), group)
+            packed = _packed(
+                key, weight, values, "auto", exponents.get(linear.name), group
+            )
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
-        entry = None if packed is None else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
+        entry = (
+            None
+            if packed is None
+            else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
+        )
         result.linears[name] = entry
-        if packed is not None and values in INTEGERS and not torch.equal(layout.unpack(packed, weight.dtype), weight):
+        if (
+            packed is not None
+            and values in INTEGERS
+            and not torch.equal(layout.unpack(packed, weight.dtype), weight)
+        ):
             result.rounded.append(name)
-        tensors |= {key: stored} if packed is None else _stored(key, packed, stored.dtype)
+        tensors |= (
+            {key: stored} if packed is None else _stored(key, packed, stored.dtype)
+        )
     return tensors

@@ -55,7 +55,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
     """The first ``most`` names, and the number of the others, as text."""
-    more = f"{between.rstrip(', ')} and {len(names) - most} more" if len(names) > most else ""
+    more = (
+        f"{between.rstrip(', ')} and {len(names) - most} more"
+        if len(names) > most
+        else ""
+    )
     return between.join(names[:most]) + more
 
 
@@ -63,4 +67,6 @@ def one_line(error: BaseException) -> str:
     """The message of another library's error, in one short line."""
     said = " ".join(str(error).split())  # some have the reason in the second line
     named = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in named[:300])
+    return "".join(
+        character if character.isprintable() else "?" for character in named[:300]
+    )

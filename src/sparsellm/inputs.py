@@ -16,14 +16,19 @@ import yaml
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
 from sparsepack import files
 
-MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
+MOST_YAML, MOST_DEPTH = (
+    256 << 10,
+    32,
+)  # bytes: a hundred times a recipe; levels of lists and mappings
 MOST_PARTS = 100_000  # values, at any depth, of a setting that was given in Python
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What stands before a path in an option or a source, such as ``--set=calibration=file:``
 _BEFORE_PATH = re.compile(r"(?:--?[\w-]+=)?(?:[\w.]+=)?(?:(?:file|wikitext2):)?")
 # A source and its share in a mixture; the name may hold colons and commas, since a share ends in a comma or the text
-_SHARED = re.compile(r"\s*([^,\s].*?):(\d{1,9}(?:\.\d{0,15})?|\.\d{1,15})\s*(,(?=.)|\Z)", re.ASCII)
+_SHARED = re.compile(
+    r"\s*([^,\s].*?):(\d{1,9}(?:\.\d{0,15})?|\.\d{1,15})\s*(,(?=.)|\Z)", re.ASCII
+)
 
 SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -31,30 +36,49 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 
 
 # sparsepack's readers of JSON; they raise StorageError unless ``error=`` names another.
-parse_json, read_object = partial(files.parse_json, error=StorageError), partial(files.read_object, error=StorageError)
+parse_json, read_object = (
+    partial(files.parse_json, error=StorageError),
+    partial(files.read_object, error=StorageError),
+)
 
 
-def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
+def parse_yaml(
+    data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError
+) -> Any:
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
     Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
     with files.refused_as(error, where):
         text, depth = files.text_of(data, MOST_YAML), 0
         try:
             for event in yaml.parse(text, Loader=_Loader):  # before a value is made
-                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                    event, yaml.CollectionEndEvent
+                )
                 if depth > MOST_DEPTH:
                     raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
                 if isinstance(event, yaml.AliasEvent):
-                    raise ValueError(f"the alias *{event.anchor} is not read; write the value again")
+                    raise ValueError(
+                        f"the alias *{event.anchor} is not read; write the value again"
+                    )
                 if (tag := getattr(event, "tag", None)) is not None:
-                    raise ValueError(f"the tag {tag[:80]} is not allowed; write plain values")
+                    raise ValueError(
+                        f"the tag {tag[:80]} is not allowed; write plain values"
+                    )
                 if isinstance(event, yaml.ScalarEvent):
                     event.value.encode()  # refuses half of a surrogate pair
             return yaml.load(text, Loader=_Loader)
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark
-            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-            raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
+            place = (
+                f", line {mark.line + 1}, column {mark.column + 1}"
+                if mark is not None
+                else ""
+            )
+            raise error(
+                f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[
+                    :300
+                ]
+            ) from None
         except yaml.YAMLError as bad:
             raise ValueError(bad) from None
 
@@ -68,7 +92,11 @@ def check_size(value: object) -> None:
         if parts > MOST_PARTS:
             raise ValueError(f"it has more than {MOST_PARTS} parts")
         holders = (item for item in level if isinstance(item, Mapping | list | tuple))
-        level = [part for holder in holders for part in (holder.values() if isinstance(holder, Mapping) else holder)]
+        level = [
+            part
+            for holder in holders
+            for part in (holder.values() if isinstance(holder, Mapping) else holder)
+        ]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MOST_DEPTH - 1} levels")
@@ -77,18 +105,29 @@ def check_size(value: object) -> None:
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
     file = Path(os.path.expanduser(path))
-    return parse_yaml(files.read_bytes(file, MOST_YAML, RecipeError, pipe=True), str(path))
+    return parse_yaml(
+        files.read_bytes(file, MOST_YAML, RecipeError, pipe=True), str(path)
+    )
 
 
 def dump_yaml(values: Mapping[str, object]) -> str:
     """A line for each key, from which :func:`parse_yaml` reads the same values; they are written as JSON."""
-    text = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
-    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
+    text = "".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in values.items()
+    )
+    return "".join(
+        c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text
+    )
 
 
 def about(size: int) -> str:
     """A size such as 270 MB, 3.2 GB or 141 GB."""
-    return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
+    return (
+        f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB"
+        if size >= 5e7
+        else f"{size / 1e6:.0f} MB"
+    )
 
 
 def mixture_of(source: str) -> list[tuple[str, str]]:
@@ -106,18 +145,28 @@ def without_folders(text: str) -> str:
     before = _BEFORE_PATH.match(text)
     assert before is not None
     path = text[before.end() :]
-    named = path.startswith("hub:") or (HUB_ID.fullmatch(path) and not os.path.exists(path.partition("/")[0]))
-    return text if named else before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    named = path.startswith("hub:") or (
+        HUB_ID.fullmatch(path) and not os.path.exists(path.partition("/")[0])
+    )
+    return (
+        text if named else before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    )
 
 
 def parse_bytes(text: str | int) -> int:
     """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter. Else a RecipeError."""
     match = _SIZE.fullmatch(text if isinstance(text, str) else shown(text))
     units = {name.lower(): size for name, size in SIZES.items()}
-    size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0)) if match is not None else 0
+    size = (
+        int(float(match[1]) * units.get((match[2] or "b").lower(), 0))
+        if match is not None
+        else 0
+    )
     if not 1 <= size <= 1 << 62:
         known = ", ".join(SIZES)
-        raise RecipeError(f"size {shown(text)} is unknown; write a positive number and one of {known}, such as 4GiB")
+        raise RecipeError(
+            f"size {shown(text)} is unknown; write a positive number and one of {known}, such as 4GiB"
+        )
     return size
 
 
@@ -138,11 +187,15 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        keys = Counter(
+            key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)
+        )
         for key, count in keys.most_common(1):
             if count > 1:
                 why = f"the key {key[:80]!r} occurs twice"
-                raise yaml.constructor.ConstructorError(problem=why, problem_mark=node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    problem=why, problem_mark=node.start_mark
+                )
         return super().construct_mapping(node, deep=deep)
 
 
@@ -154,5 +207,7 @@ def _number(loader: yaml.SafeLoader, node: Any) -> int | float:
 
 
 for _tag, _expression in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(rf"({_expression})\Z"), list("-+.0123456789"))
+    _Loader.add_implicit_resolver(
+        _tag, re.compile(rf"({_expression})\Z"), list("-+.0123456789")
+    )
     _Loader.add_constructor(_tag, _number)

@@ -26,7 +26,10 @@ RESUMES = "; the same command resumes it:  "
 _received: int | None = None
 _since = 0.0  # when it was received, by time.monotonic()
 _owner = 0  # the process that installed the handlers; a fork of it is another
-_kept, _whole = "", False  # what a stopped command leaves, as a sentence, or empty; if the whole command says it
+_kept, _whole = (
+    "",
+    False,
+)  # what a stopped command leaves, as a sentence, or empty; if the whole command says it
 _resumes = True  # whether the same command goes on from it
 
 
@@ -73,7 +76,11 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
     """Calls a function for the signals that are not ignored; SIGINT may raise, so it is set first, restored last."""
     signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     handlers = ((signum, signal.getsignal(signum)) for signum in signals)
-    before = {signum: theirs for signum, theirs in handlers if theirs not in (signal.SIG_IGN, None)}
+    before = {
+        signum: theirs
+        for signum, theirs in handlers
+        if theirs not in (signal.SIG_IGN, None)
+    }
     try:
         for signum in before:
             signal.signal(signum, handler)
@@ -85,7 +92,9 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 def _stop(signum: int, _: FrameType | None) -> None:
     global _received, _since
-    if os.getpid() != _owner:  # a forked child, which ends as it would without these handlers
+    if (
+        os.getpid() != _owner
+    ):  # a forked child, which ends as it would without these handlers
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     if _received is None:
@@ -118,7 +127,10 @@ def last_words(signum: int) -> str:
 def command_line(*, without: str = "") -> str:
     """The current command line (under torchrun, that of torchrun), quoted for a shell, without an option."""
     program = Path(sys.argv[0])
-    words = [program.name, *(sys.argv[1:] if program.stem == "sparsellm" else ())]  # others may be given secrets
+    words = [
+        program.name,
+        *(sys.argv[1:] if program.stem == "sparsellm" else ()),
+    ]  # others may be given secrets
     if program.parts[-2:] == ("sparsellm", "__main__.py"):
         words = [sys.orig_argv[0], "-m", "sparsellm", *sys.argv[1:]]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -126,6 +138,12 @@ def command_line(*, without: str = "") -> str:
 
         with contextlib.suppress(psutil.Error):
             parents: list[str] = psutil.Process(os.getppid()).cmdline()
-            if "sparsellm" in parents:  # python .../torchrun, or python -m torch.distributed.run
-                words = ["torchrun", *parents[2:]] if Path(parents[1]).name == "torchrun" else parents
+            if (
+                "sparsellm" in parents
+            ):  # python .../torchrun, or python -m torch.distributed.run
+                words = (
+                    ["torchrun", *parents[2:]]
+                    if Path(parents[1]).name == "torchrun"
+                    else parents
+                )
     return shlex.join(word for word in words if word != without)

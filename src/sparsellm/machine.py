@@ -27,7 +27,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
 def machine_name(device: torch.device) -> str:
     """The model of a GPU that is here; or that of the processor, and the threads in use."""
     if device.type == "cuda":
-        with contextlib.suppress(AssertionError, RuntimeError):  # without CUDA, a run can only be planned
+        with contextlib.suppress(
+            AssertionError, RuntimeError
+        ):  # without CUDA, a run can only be planned
             return torch.cuda.get_device_name(device)
         return "the GPU"
     return f"{processor_name()}, {torch.get_num_threads()} threads"
@@ -36,8 +38,16 @@ def machine_name(device: torch.device) -> str:
 def processor_name() -> str:
     """The model of the processor where the system tells it, else its kind."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        lines = (
+            Path("/proc/cpuinfo")
+            .read_text(encoding="utf-8", errors="replace")
+            .splitlines()
+        )
+        return next(
+            line.partition(":")[2].strip()
+            for line in lines
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -48,24 +58,42 @@ def resolve_device(name: str) -> torch.device:
     here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:
-        raise RecipeError(f"device {shown(name)} does not exist here; here: {', '.join(here)}, or 'auto'")
-    matrix = torch.arange(64.0).remainder_(7).view(8, 8)  # a product of small whole numbers is exact in every precision
+    elif name.removesuffix(":0") not in {
+        *here,
+        *(known.partition(":")[0] for known in here),
+    }:
+        raise RecipeError(
+            f"device {shown(name)} does not exist here; here: {', '.join(here)}, or 'auto'"
+        )
+    matrix = (
+        torch.arange(64.0).remainder_(7).view(8, 8)
+    )  # a product of small whole numbers is exact in every precision
     try:
         if not torch.equal((matrix.to(name) @ matrix.to(name)).cpu(), matrix @ matrix):
             raise RuntimeError("a product of two small matrices is wrong")
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecipeError(f"device {name!r} cannot be used here ({reason[:160]}); try another, such as 'cpu'") from None
+        raise RecipeError(
+            f"device {name!r} cannot be used here ({reason[:160]}); try another, such as 'cpu'"
+        ) from None
     return torch.device(name)
 
 
 def bf16_is_native(device: torch.device) -> bool:
     """Whether a CPU or a CUDA device has units for products in bf16, which it otherwise emulates."""
-    if device.type == "cuda":  # a GPU that is not here, for which a run is planned, has them
-        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return device.type == "cpu" and any(probe is not None and probe() for probe in probes)  # torch may lack the probes
+    if (
+        device.type == "cuda"
+    ):  # a GPU that is not here, for which a run is planned, has them
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability(
+            device
+        ) >= (8, 0)
+    probes = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return device.type == "cpu" and any(
+        probe is not None and probe() for probe in probes
+    )  # torch may lack the probes
 
 
 @contextlib.contextmanager
@@ -86,24 +114,36 @@ def computing(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        if torch.get_default_device().type != "cpu":  # else nothing, since the context slows every call
+        if (
+            torch.get_default_device().type != "cpu"
+        ):  # else nothing, since the context slows every call
             stack.enter_context(torch.device("cpu"))
         for part in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul"):
             put(attrgetter(part)(torch.backends), "fp32_precision", "ieee")
         if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))  # the current one, on which libraries put what they make
+            stack.enter_context(
+                torch.cuda.device(device)
+            )  # the current one, on which libraries put what they make
             lenient = torch.is_deterministic_algorithms_warn_only_enabled()
             before = torch.are_deterministic_algorithms_enabled()
-            stack.callback(torch.use_deterministic_algorithms, before, warn_only=lenient)
+            stack.callback(
+                torch.use_deterministic_algorithms, before, warn_only=lenient
+            )
             torch.use_deterministic_algorithms(True, warn_only=True)
             put(torch.utils.deterministic, "fill_uninitialized_memory", False)
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # read by cuBLAS when it starts
             stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
+            warnings.filterwarnings(
+                "ignore", ".*does not have a deterministic implementation"
+            )
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):  # cuBLAS says that
+            if not isinstance(
+                error, torch.OutOfMemoryError
+            ) and "ALLOC_FAILED" not in str(error):  # cuBLAS says that
                 raise
             raise MemoryBudgetError(
                 f"the device has no memory left ({one_line(error)[:160]}); "
@@ -123,7 +163,10 @@ def pinned(size: int) -> Tensor | None:
 
 def peak_rss() -> int:
     """The peak memory of this process so far, in bytes; getrusage would also count what its parent held at the fork."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/status", encoding="ascii", errors="replace") as status,
+    ):
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -162,7 +205,10 @@ def keeping_freed() -> Iterator[None]:
 def _control_group_rooms() -> list[int]:
     """The bytes that each memory limit of this process's control group, and of the groups around it (version 2 or 1),
     still leaves; empty without a limit. The page cache counts as free, as it does for the machine."""
-    rooms, groups = [], {"": "/", "memory": "/"}  # by the controllers that /proc names: none in version 2
+    rooms, groups = (
+        [],
+        {"": "/", "memory": "/"},
+    )  # by the controllers that /proc names: none in version 2
     with contextlib.suppress(OSError):
         for line in (PROC / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -172,11 +218,22 @@ def _control_group_rooms() -> list[int]:
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         innermost = PurePosixPath(groups[name])
-        for group in (innermost, *innermost.parents):  # in a container, paths of the machine do not exist
+        for group in (
+            innermost,
+            *innermost.parents,
+        ):  # in a container, paths of the machine do not exist
             folder = CONTROL_GROUPS / name / group.relative_to("/")
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                most, used = (int((folder / file).read_text()) for file in (limit, usage))
+                most, used = (
+                    int((folder / file).read_text()) for file in (limit, usage)
+                )
                 rooms.append(most - used)
-                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                rooms[-1] += sum(int(counts.get(f"{total}{part}_file", 0)) for part in ("active", "inactive"))
+                counts = dict(
+                    line.split()
+                    for line in (folder / "memory.stat").read_text().splitlines()
+                )
+                rooms[-1] += sum(
+                    int(counts.get(f"{total}{part}_file", 0))
+                    for part in ("active", "inactive")
+                )
     return rooms

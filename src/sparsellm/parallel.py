@@ -30,7 +30,9 @@ from sparsellm.errors import ProcessError, RecipeError, SparseLLMError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import ProcessGroup, Store
 
-TIMEOUT = timedelta(hours=12)  # for a process that hangs: longer than the main one ever works alone
+TIMEOUT = timedelta(
+    hours=12
+)  # for a process that hangs: longer than the main one ever works alone
 LAST_WORDS = 10.0  # seconds to wait for other processes to fail; on a busy machine they take a while to end
 CHUNK_ELEMENTS = 1 << 24  # elements converted to fp64 at a time: 128 MiB
 
@@ -38,12 +40,18 @@ T = TypeVar("T")
 
 _alone = False  # within alone()
 _failures: Store | None = None  # counts the processes that have failed
-_machines: tuple[Any, Any, int] | None = None  # the group of all processes, that of this machine, its first process
+_machines: tuple[Any, Any, int] | None = (
+    None  # the group of all processes, that of this machine, its first process
+)
 
 
 def size() -> int:
     """The number of processes of this run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
+    return (
+        dist.get_world_size()
+        if dist.is_available() and dist.is_initialized() and not _alone
+        else 1
+    )
 
 
 def rank() -> int:
@@ -70,9 +78,18 @@ def session() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     store, this, of = _reached(next, rendezvous("env://", timeout=TIMEOUT))
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store keeps the addresses of processes that ended
+    start = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # the store keeps the addresses of processes that ended
     prefixed = PrefixStore(f"sparsellm-{start}", store)
-    _reached(dist.init_process_group, backend(), store=prefixed, rank=this, world_size=of, timeout=TIMEOUT)
+    _reached(
+        dist.init_process_group,
+        backend(),
+        store=prefixed,
+        rank=this,
+        world_size=of,
+        timeout=TIMEOUT,
+    )
     _failures = PrefixStore(f"sparsellm-failures-{start}", store)
     yield
     barrier()
@@ -82,7 +99,11 @@ def session() -> Iterator[None]:
 
 def backend() -> str:
     """What sends tensors: gloo those on the CPU, NCCL those on GPUs."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    return (
+        "cpu:gloo,cuda:nccl"
+        if torch.cuda.is_available() and dist.is_nccl_available()
+        else "gloo"
+    )
 
 
 def claims_failure(*, alone: bool) -> bool:
@@ -104,9 +125,14 @@ def await_other_failures() -> None:
         return
     deadline, _machines = time.monotonic() + LAST_WORDS, None
     with contextlib.suppress(RuntimeError):
-        if dist.is_initialized() and backend() == "gloo":  # NCCL would wait for those that have ended
+        if (
+            dist.is_initialized() and backend() == "gloo"
+        ):  # NCCL would wait for those that have ended
             dist.destroy_process_group()
-        while int(_failures.add("count", 0)) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
+        while (
+            int(_failures.add("count", 0)) < int(os.environ["WORLD_SIZE"])
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
 
 
@@ -114,14 +140,20 @@ def own_device(name: str) -> str:
     """The device of this process: for ``cuda``, or ``auto`` with GPUs, the GPU with the process's local number. One GPU
     for several processes, or fewer GPUs than processes, is a RecipeError."""
     asked = name.partition(":")[0]
-    if size() == 1 or not (asked == "cuda" or (name == "auto" and torch.cuda.is_available())):
+    if size() == 1 or not (
+        asked == "cuda" or (name == "auto" and torch.cuda.is_available())
+    ):
         return name
     if asked != name:
-        raise RecipeError(f"device {name!r} is one GPU, and {size()} processes need one each; say 'cuda'")
+        raise RecipeError(
+            f"device {name!r} is one GPU, and {size()} processes need one each; say 'cuda'"
+        )
     count = torch.cuda.device_count()
     number = dist.get_node_local_rank(fallback_rank=rank() % max(count, 1))
     if number >= count:
-        raise RecipeError(f"process {number} of this machine has no GPU: there are {count}; start fewer, or say 'cpu'")
+        raise RecipeError(
+            f"process {number} of this machine has no GPU: there are {count}; start fewer, or say 'cpu'"
+        )
     torch.cuda.set_device(number)
     return f"cuda:{number}"
 
@@ -141,7 +173,9 @@ def from_main(make: Callable[[], T]) -> T:
     return _from_first(make, None, 0) if size() > 1 else make()
 
 
-def once_a_machine(make: Callable[[], tuple[Tensor, T]], device: torch.device) -> tuple[Tensor, T]:
+def once_a_machine(
+    make: Callable[[], tuple[Tensor, T]], device: torch.device
+) -> tuple[Tensor, T]:
     """Calls ``make`` in the first process of each machine; every process of that machine returns its value and its
     contiguous tensor, the latter on the process's own device, or raises its SparseLLMError."""
     if size() == 1:
@@ -175,7 +209,9 @@ def _machine() -> tuple[ProcessGroup, int]:
     if _machines is None or _machines[0] is not dist.group.WORLD:
         names = gather(socket.gethostname())
         for host in dict.fromkeys(names):
-            group = dist.new_group([i for i, name in enumerate(names) if name == host], timeout=TIMEOUT)
+            group = dist.new_group(
+                [i for i, name in enumerate(names) if name == host], timeout=TIMEOUT
+            )
             if host == names[rank()]:
                 _machines = dist.group.WORLD, group, names.index(host)
     assert _machines is not None
@@ -244,7 +280,9 @@ def _count(name: str, change: int) -> int:
     """A number that all processes of the group share, from 0, after this change of it."""
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-    return _reached(PrefixStore("sparsellm-counts", _get_default_store()).add, name, change)
+    return _reached(
+        PrefixStore("sparsellm-counts", _get_default_store()).add, name, change
+    )
 
 
 def together(make: Callable[[], T]) -> T:
@@ -271,14 +309,24 @@ def barrier() -> None:
 def all_sum_(tensor: Tensor) -> Tensor:
     """Sums a tensor of at least one dimension over all processes, in place; all then have the same bits. The sum is in
     fp64, so that its order does not affect a result that is rounded to fp32."""
-    for part in tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))) if size() > 1 else ():
-        wide = part.to(torch.float64 if part.is_floating_point() else torch.int64).contiguous()
+    for part in (
+        tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel())))
+        if size() > 1
+        else ()
+    ):
+        wide = part.to(
+            torch.float64 if part.is_floating_point() else torch.int64
+        ).contiguous()
         _reached(dist.all_reduce, wide)
         part.copy_(wide)
     return tensor
 
 
-def all_sums_(tensors: dict[str, Tensor], sizes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+def all_sums_(
+    tensors: dict[str, Tensor],
+    sizes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+) -> None:
     """:func:`all_sum_` of fp32 tensors by name, for the names in ``sizes``, in that order. One that a process lacks and
     another has is added, with that size."""
     known: set[str] = set().union(*gather(tensors.keys() & sizes.keys()))
@@ -305,24 +353,40 @@ def spread(counts: Sequence[int], about: int) -> list[slice]:
     processes, about ``about`` tokens together. n has no divisor in common with the number of all tokens, and so none
     with the length of a window: otherwise they would take only some positions of a window."""
     every = gather(sum(counts))
-    step = next(number for number in count(max(1, sum(every) // about)) if math.gcd(number, sum(every)) == 1)
+    step = next(
+        number
+        for number in count(max(1, sum(every) // about))
+        if math.gcd(number, sum(every)) == 1
+    )
     starts = accumulate(counts, initial=sum(every[: rank()]))
-    return [slice(-start % step, None, step) for start, _ in zip(starts, counts, strict=False)]
+    return [
+        slice(-start % step, None, step)
+        for start, _ in zip(starts, counts, strict=False)
+    ]
 
 
 def gather_list(tensor: Tensor) -> list[Tensor]:
     """The tensors of all processes, in order, on the device of this one's; shapes may differ, dtypes may not."""
     shapes = gather(tuple(tensor.shape))
     return [
-        broadcast_(tensor.contiguous() if source == rank() else tensor.new_empty(shape), source)
+        broadcast_(
+            tensor.contiguous() if source == rank() else tensor.new_empty(shape), source
+        )
         for source, shape in enumerate(shapes)
     ]
 
 
-def broadcast_(tensor: Tensor, source: int = 0, group: ProcessGroup | None = None) -> Tensor:
+def broadcast_(
+    tensor: Tensor, source: int = 0, group: ProcessGroup | None = None
+) -> Tensor:
     """Overwrites a contiguous tensor with that of the process ``source``, in all of a ``group``, or of all."""
     if size() > 1 and tensor.numel():  # as bytes, since gloo does not know all dtypes
-        _reached(dist.broadcast, tensor.reshape(-1).view(torch.uint8), src=source, group=group)
+        _reached(
+            dist.broadcast,
+            tensor.reshape(-1).view(torch.uint8),
+            src=source,
+            group=group,
+        )
     return tensor
 
 

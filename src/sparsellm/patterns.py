@@ -20,7 +20,9 @@ from sparsellm.errors import NumericalError, RecipeError, shown
 Scope = Literal["matrix", "row"]
 Limits = tuple[list[int], list[int]]  # the fewest and the most zeros of each linear
 
-SAMPLED = 1 << 15  # from this length on a threshold is first located in a sample: two passes instead of a partition
+SAMPLED = (
+    1 << 15
+)  # from this length on a threshold is first located in a sample: two passes instead of a partition
 STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
 RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
 
@@ -34,7 +36,9 @@ class Pattern(ABC):
         """Fraction of zeros."""
 
     @abstractmethod
-    def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
+    def validate(
+        self, shape: tuple[int, ...] | torch.Size, name: str = "weight"
+    ) -> None:
         """Raises RecipeError, with the name of the weight, if this pattern does not fit a weight of this shape."""
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
@@ -66,9 +70,13 @@ class Unstructured(Pattern):
     def sparsity(self) -> float:
         return self.zeros / self.weights
 
-    def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
+    def validate(
+        self, shape: tuple[int, ...] | torch.Size, name: str = "weight"
+    ) -> None:
         if math.prod(shape) != self.weights:
-            raise RecipeError(f"{name} of shape {tuple(shape)} has not the {self.weights} weights of its pattern")
+            raise RecipeError(
+                f"{name} of shape {tuple(shape)} has not the {self.weights} weights of its pattern"
+            )
 
     def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
@@ -90,7 +98,9 @@ class NM(Pattern):
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise RecipeError(f"pattern is {self.n}:{self.m}; n:m keeps n of every m weights, so 0 < n < m")
+            raise RecipeError(
+                f"pattern is {self.n}:{self.m}; n:m keeps n of every m weights, so 0 < n < m"
+            )
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -99,29 +109,45 @@ class NM(Pattern):
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
-    def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
+    def validate(
+        self, shape: tuple[int, ...] | torch.Size, name: str = "weight"
+    ) -> None:
         if shape[1] % self.m:
             odd = f"{name} has {shape[1]} inputs, which {self.m} does not divide"
-            raise RecipeError(f"{odd}; leave it out, or choose another pattern than {self}")
+            raise RecipeError(
+                f"{odd}; leave it out, or choose another pattern than {self}"
+            )
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
         return self.unchecked(scores.T).T
 
     def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
-        if scores.device.type != "cpu" and self.m <= RANKED // 2:  # few operations, and much memory
+        if (
+            scores.device.type != "cpu" and self.m <= RANKED // 2
+        ):  # few operations, and much memory
             groups = scores.reshape(-1, self.m, 1)
             others = groups.mT
-            before = torch.ones(self.m, self.m, dtype=torch.bool, device=scores.device).tril(-1)
+            before = torch.ones(
+                self.m, self.m, dtype=torch.bool, device=scores.device
+            ).tril(-1)
             beaten = (others > groups) | ((others == groups) & before)
             return (beaten.sum(dim=2) < self.n).view(scores.shape)
         if self.m > RANKED:
-            return highest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
-        members = [member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)]  # m times (groups,)
-        rank = torch.zeros(self.m, len(members[0]), dtype=torch.uint8, device=scores.device)  # number of higher members
+            return highest(scores.reshape(-1, self.m), self.m - self.n).reshape(
+                scores.shape
+            )
+        members = [
+            member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)
+        ]  # m times (groups,)
+        rank = torch.zeros(
+            self.m, len(members[0]), dtype=torch.uint8, device=scores.device
+        )  # number of higher members
         for later in range(1, self.m):
             for earlier in range(later):
-                beaten = (members[earlier] >= members[later]).view(torch.uint8)  # the earlier of two equals wins
+                beaten = (members[earlier] >= members[later]).view(
+                    torch.uint8
+                )  # the earlier of two equals wins
                 rank[later] += beaten
                 rank[earlier] += beaten ^ 1
         return torch.stack((rank < self.n).unbind(), dim=1).reshape(scores.shape)
@@ -160,7 +186,15 @@ def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
     four, eight = map(max, zip(*kept, strict=True))
     patterns = [NM(eight, 8)] if eight < min(8, 2 * four) else []
     patterns += [NM(four, 4)] if four < min(4, eight) else []
-    return ", ".join(map(str, sorted(patterns, key=lambda pattern: pattern.sparsity, reverse=True))) or None
+    return (
+        ", ".join(
+            map(
+                str,
+                sorted(patterns, key=lambda pattern: pattern.sparsity, reverse=True),
+            )
+        )
+        or None
+    )
 
 
 def share(total: int, start: int, stop: int, length: int) -> int:
@@ -172,12 +206,18 @@ def highest(scores: Tensor, zeros: int) -> Tensor:
     """The mask ``(rows, columns)``: False for the ``zeros`` lowest scores of a row; of equal ones the first stays."""
     if zeros <= 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    if scores.device.type != "cpu":  # A GPU sorts faster than it counts, and never waits for the number of ties.
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, : scores.shape[1] - zeros]
+    if (
+        scores.device.type != "cpu"
+    ):  # A GPU sorts faster than it counts, and never waits for the number of ties.
+        order = scores.argsort(dim=1, descending=True, stable=True)[
+            :, : scores.shape[1] - zeros
+        ]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
     threshold = lowest(scores, zeros)  # (rows, 1)
     kept = scores > threshold
-    surplus = scores.shape[1] - zeros - kept.sum(dim=1, dtype=torch.int32)  # (rows,) equals that stay
+    surplus = (
+        scores.shape[1] - zeros - kept.sum(dim=1, dtype=torch.int32)
+    )  # (rows,) equals that stay
     tied = surplus.nonzero()[:, 0]
     if len(tied):
         row, column, place = places_in_rows(scores[tied] == threshold[tied])
@@ -190,13 +230,21 @@ def places_in_rows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row, column, and number among those of its row, for each True of a mask ``(rows, columns)``, in order."""
     row, column = mask.nonzero(as_tuple=True)
     in_row = torch.bincount(row, minlength=len(mask))
-    return row, column, torch.arange(len(row), device=row.device) - (in_row.cumsum(0) - in_row)[row]
+    return (
+        row,
+        column,
+        torch.arange(len(row), device=row.device) - (in_row.cumsum(0) - in_row)[row],
+    )
 
 
 def highest_of_rows(scores: Tensor, zeros: int, first: int, rows: int) -> Tensor:
     """Same as :func:`highest` for the rows ``scores``, the first of which is row ``first`` of a matrix with ``rows``
     rows, over which its ``zeros`` are spread evenly."""
-    shares = (torch.arange(first, first + len(scores) + 1, device=scores.device) * zeros // rows).diff()
+    shares = (
+        torch.arange(first, first + len(scores) + 1, device=scores.device)
+        * zeros
+        // rows
+    ).diff()
     kept = torch.empty_like(scores, dtype=torch.bool)
     for count in (zeros // rows, zeros // rows + 1):  # rows differ by one zero at most
         chosen = shares == count
@@ -209,22 +257,31 @@ def lowest(scores: Tensor, rank: int) -> Tensor:
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         rows = scores.detach().numpy()
         if scores.shape[1] >= SAMPLED:
-            return torch.from_numpy(numpy.array([[_lowest_of_long(row, rank)] for row in rows]))
+            return torch.from_numpy(
+                numpy.array([[_lowest_of_long(row, rank)] for row in rows])
+            )
         # numpy selects with vector instructions: twenty times faster than torch.kthvalue
-        return torch.from_numpy(numpy.partition(rows, rank - 1, axis=1)[:, rank - 1 : rank].copy())
+        return torch.from_numpy(
+            numpy.partition(rows, rank - 1, axis=1)[:, rank - 1 : rank].copy()
+        )
     return scores.kthvalue(rank, dim=1, keepdim=True).values
 
 
 def ordered(scores: Tensor) -> Tensor:
     """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
+    bits = (scores.float() + 0.0).view(
+        torch.int32
+    )  # + 0.0: −0.0 equals 0.0, and its bits must too
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
     """The ``rank``-th lowest value of a long row, selected from the few values that are near it in a sample."""
     sample = numpy.sort(row[::STRIDE])
-    place, margin = rank / len(row) * len(sample), 1.5 * len(sample) ** 0.5 + 2  # three standard deviations
+    place, margin = (
+        rank / len(row) * len(sample),
+        1.5 * len(sample) ** 0.5 + 2,
+    )  # three standard deviations
     low = sample[max(0, int(place - margin))]
     high = sample[min(len(sample) - 1, int(place + margin) + 1)]
     near = row >= low
@@ -239,7 +296,9 @@ def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
 def require_finite(values: Tensor, name: str) -> None:
     """Raises NumericalError, with this name, if a value is NaN or infinite."""
     # A finite sum shows that all are finite, without a temporary; if finite values overflow, the exact test decides.
-    if not math.isfinite(values.sum().item()) and not bool(torch.isfinite(values).all()):
+    if not math.isfinite(values.sum().item()) and not bool(
+        torch.isfinite(values).all()
+    ):
         bad = f"{int((~torch.isfinite(values)).sum())} of {values.numel()} values are NaN or infinite"
         raise NumericalError(f"{name}: {bad}; look for such weights or activations")
 
@@ -256,11 +315,16 @@ def round_exactly(aims: Sequence[float], total: int, limits: Limits) -> list[int
     fewest, most = limits
     if not sum(fewest) <= total <= sum(most):
         raise ValueError(f"{total} zeros are not between {sum(fewest)} and {sum(most)}")
-    zeros = [min(max(math.floor(value), low), high) for value, low, high in zip(aims, fewest, most, strict=True)]
+    zeros = [
+        min(max(math.floor(value), low), high)
+        for value, low, high in zip(aims, fewest, most, strict=True)
+    ]
     while (missing := total - sum(zeros)) != 0:
         step = 1 if missing > 0 else -1
         room = [i for i in range(len(zeros)) if fewest[i] <= zeros[i] + step <= most[i]]
-        room.sort(key=lambda i: (step * (zeros[i] - aims[i]), i))  # the furthest from its aim comes first
+        room.sort(
+            key=lambda i: (step * (zeros[i] - aims[i]), i)
+        )  # the furthest from its aim comes first
         for i in room[: abs(missing)]:
             zeros[i] += step
     return zeros

@@ -15,7 +15,9 @@ from sparsellm.errors import RecipeError, one_line
 
 CORRECT = "correct it, or name another .py file or module"
 
-_loaded: dict[str, tuple[str, str]] = {}  # name and digest, by the path of the file or the name of the module
+_loaded: dict[
+    str, tuple[str, str]
+] = {}  # name and digest, by the path of the file or the name of the module
 
 
 def load_plugin(name_or_path: str | os.PathLike[str]) -> None:
@@ -41,12 +43,20 @@ def _load_file(path: Path) -> None:
         path = path.expanduser()
         key = str(path.resolve(strict=True))
         source = path.read_bytes()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, a null byte
-        raise RecipeError(f"cannot read plugin {str(path)[:200]}: {one_line(error)}; {CORRECT}") from None
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a loop of links, no such user, a null byte
+        raise RecipeError(
+            f"cannot read plugin {str(path)[:200]}: {one_line(error)}; {CORRECT}"
+        ) from None
     digest = hashlib.sha256(source).hexdigest()
     if key in _loaded:
         if _loaded[key][1] != digest:
-            raise RecipeError(f"plugin {path} has changed since it was loaded; start Python again")
+            raise RecipeError(
+                f"plugin {path} has changed since it was loaded; start Python again"
+            )
         return
 
     def execute() -> str:
@@ -67,7 +77,11 @@ def _import(name: str) -> str:
     digest = hashlib.sha256()
     for root in sorted(module.__path__):
         for file in sorted(Path(root).rglob("*.py")):
-            digest.update(os.fsencode(file.relative_to(root)) + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+            digest.update(
+                os.fsencode(file.relative_to(root))
+                + b"\0"
+                + hashlib.sha256(file.read_bytes()).digest()
+            )
     return digest.hexdigest()
 
 
@@ -77,8 +91,15 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str]) -> None:
         digest = execute()
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [at.lineno for at in frames if Path(at.filename).name == Path(shown).name]
+        lines = [
+            at.lineno for at in frames if Path(at.filename).name == Path(shown).name
+        ]
         at = f", line {lines[-1]}" if lines else ""
-        raise RecipeError(f"plugin {shown[:200]} cannot be imported: {one_line(error)}{at}; {CORRECT}") from error
+        raise RecipeError(
+            f"plugin {shown[:200]} cannot be imported: {one_line(error)}{at}; {CORRECT}"
+        ) from error
     free = f"{name} {digest[:8]}" if name in loaded() else name
-    _loaded[key] = free.encode("utf-8", "backslashreplace").decode(), digest  # records are UTF-8
+    _loaded[key] = (
+        free.encode("utf-8", "backslashreplace").decode(),
+        digest,
+    )  # records are UTF-8

@@ -54,9 +54,13 @@ class Progress:
     done: float = 0
     total: float = 1
     detail: str = ""  # the step in work
-    error: float | None = None  # relative squared error of the output of the linear that was pruned last
+    error: float | None = (
+        None  # relative squared error of the output of the linear that was pruned last
+    )
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
-    costs: Mapping[str, float] = field(default_factory=dict)  # in a PLAN, predicted seconds of phases
+    costs: Mapping[str, float] = field(
+        default_factory=dict
+    )  # in a PLAN, predicted seconds of phases
     linear: str = ""  # the linear that was pruned last
 
 
@@ -77,7 +81,9 @@ def between(low: float, high: float) -> str:
     """A range of seconds as text, such as ``3 to 9 minutes``."""
     if high < 10:
         return "a few seconds"
-    unit, size = next(((unit, size) for unit, size in _UNITS if high < 90 * size), ("days", 86_400))
+    unit, size = next(
+        ((unit, size) for unit, size in _UNITS if high < 90 * size), ("days", 86_400)
+    )
     first, last = max(1, round(low / size)), max(2, round(high / size))
     return f"{first} to {last} {unit}" if first < last else f"{last} {unit}"
 
@@ -90,7 +96,9 @@ class Forecast:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one
-        self.seconds: dict[str, float] = {}  # seconds of each finished phase; the times of one that begins again add up
+        self.seconds: dict[
+            str, float
+        ] = {}  # seconds of each finished phase; the times of one that begins again add up
         self.share = 0.0  # done of the whole, from 0 to 1; with a plan, it never falls
         self._clock = clock
         self._costs: dict[str, float] = {}
@@ -107,7 +115,11 @@ class Forecast:
     @property
     def left(self) -> float | None:
         """Seconds to the end, never negative; None while nothing is known. Between events they count down."""
-        return None if self._left is None else max(0.0, self._left - (self._clock() - self._judged))
+        return (
+            None
+            if self._left is None
+            else max(0.0, self._left - (self._clock() - self._judged))
+        )
 
     @property
     def range(self) -> tuple[float, float] | None:
@@ -121,12 +133,19 @@ class Forecast:
         """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
         ended = ""
         if event.phase == PLAN:
-            self.share = self.share if self._costs else 0.0  # before the first plan, it was that of a phase
+            self.share = (
+                self.share if self._costs else 0.0
+            )  # before the first plan, it was that of a phase
             self._costs.update(event.costs)
         else:
             ended = self._begin(event.phase)
-            self._fraction = min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
-            if (event.phase == "prune" and event.done >= 1) or event.phase in ("sweep", "save"):
+            self._fraction = (
+                min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
+            )
+            if (event.phase == "prune" and event.done >= 1) or event.phase in (
+                "sweep",
+                "save",
+            ):
                 self._guessed = False
         self._judge()
         return ended
@@ -148,11 +167,16 @@ class Forecast:
     def _judge(self) -> None:
         self._judged = self._clock()
         done, running = self._fraction, self._judged - self._phase_begun
-        rest = running * (1 - done) / done if done else None  # at the speed of this phase so far
+        rest = (
+            running * (1 - done) / done if done else None
+        )  # at the speed of this phase so far
         if not self._costs:
             self.share, self._left = done, rest
             return
-        factor, ahead = self._factor(running), self._costs.keys() - self.seconds.keys() - {self.phase}
+        factor, ahead = (
+            self._factor(running),
+            self._costs.keys() - self.seconds.keys() - {self.phase},
+        )
         left = factor * sum(self._costs[phase] for phase in ahead)
         if self.phase in self._costs:
             trust = min(1.0, done / TRUSTED)
@@ -160,7 +184,9 @@ class Forecast:
             left += trust * rest if rest is not None else 0.0
         self._left = left
         if self.elapsed + left > 0:
-            self.share = max(self.share, min(MOST_BEFORE_END, self.elapsed / (self.elapsed + left)))
+            self.share = max(
+                self.share, min(MOST_BEFORE_END, self.elapsed / (self.elapsed + left))
+            )
 
     def _factor(self, running: float) -> float:
         """Measured seconds divided by predicted ones, where both are known."""
@@ -183,7 +209,10 @@ class PhaseClock:
 
     def lap(self) -> dict[str, float]:
         """Seconds of each phase since the last lap."""
-        passed = {name: value - self._lapped.get(name, 0.0) for name, value in self.seconds.items()}
+        passed = {
+            name: value - self._lapped.get(name, 0.0)
+            for name, value in self.seconds.items()
+        }
         self._lapped = dict(self.seconds)
         return passed
 
@@ -199,4 +228,6 @@ class PhaseClock:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] = (
+                self.seconds.get(name, 0.0) + time.perf_counter() - start
+            )

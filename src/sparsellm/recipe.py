@@ -14,25 +14,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+)
 from pydantic.functional_validators import field_validator, model_validator
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
-from sparsellm.inputs import check_size, dump_yaml, parse_bytes, parse_yaml, read_yaml, without_folders
+from sparsellm.inputs import (
+    check_size,
+    dump_yaml,
+    parse_bytes,
+    parse_yaml,
+    read_yaml,
+    without_folders,
+)
 from sparsepack.arguments import SHORT_DTYPES
 from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
     from sparsellm.patterns import Pattern
 
-MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone take 16 GiB
+MOST_TOKENS = (
+    1 << 31
+)  # in all calibration windows together, whose ids alone take 16 GiB
 MOST_SEED = (1 << 63) - 1
-SWEEP = ("effort", "sweep_tokens", "passes", "sets", "sweep_rate")  # fields for methods that a sweep may follow
+SWEEP = (
+    "effort",
+    "sweep_tokens",
+    "passes",
+    "sets",
+    "sweep_rate",
+)  # fields for methods that a sweep may follow
 
-SOURCES = ("c4-sample", "pydoc", "self", "wikitext2", "ptb", "c4", "hub:")  # for a shell, as are the next
+SOURCES = (
+    "c4-sample",
+    "pydoc",
+    "self",
+    "wikitext2",
+    "ptb",
+    "c4",
+    "hub:",
+)  # for a shell, as are the next
 DEVICES = ("cpu", "cuda", "auto")
-WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
-ALLOCATION, EFFORT = "threshold with sparsellm, else uniform", "1 for sparsellm; the other methods have no sweep"
+WHAT, CALIBRATION, RESOURCES = (
+    "What to prune",
+    "Calibration",
+    "Resources",
+)  # panels of --help
+ALLOCATION, EFFORT = (
+    "threshold with sparsellm, else uniform",
+    "1 for sparsellm; the other methods have no sweep",
+)
 SEQ_LEN = "2048, or the limit of the model"
 TEXT = "c4-sample; pydoc for the demo, or where the hub cannot be reached"  # these four: what None means
 
@@ -46,7 +84,9 @@ class Option:
     flag: str = ""  # its name; "" for the field's name with dashes
     null: str = ""  # meaning of None, shown as the default
     values: tuple[str, ...] = ()  # completed by a shell; a ``Literal`` needs none
-    registered: tuple[str, ...] = ()  # subpackages whose registered names a shell completes
+    registered: tuple[
+        str, ...
+    ] = ()  # subpackages whose registered names a shell completes
 
 
 def _integer(value: Any) -> Any:
@@ -68,7 +108,9 @@ def _tokens(value: Any) -> Any:
         return _integer(value)
     match = re.fullmatch(r"(\d{1,12})([kKM]?)", value.strip())
     if match is None:
-        raise RecipeError(f"number of tokens {shown(value)} is unknown; write a whole number such as 16384, 256k or 1M")
+        raise RecipeError(
+            f"number of tokens {shown(value)} is unknown; write a whole number such as 16384, 256k or 1M"
+        )
     return int(match[1]) * {"": 1, "K": 1000, "M": 10**6}[match[2].upper()]
 
 
@@ -76,17 +118,25 @@ Integer = Annotated[int, BeforeValidator(_integer)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=MOST_TOKENS)]
 Bos = Annotated[
     Literal["auto", "yes", "no"],  # YAML reads ``yes`` and ``no`` as booleans
-    BeforeValidator(lambda value: ("yes" if value else "no") if isinstance(value, bool) else value),
+    BeforeValidator(
+        lambda value: ("yes" if value else "no") if isinstance(value, bool) else value
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    BeforeValidator(lambda value: SHORT_DTYPES.get(value, value) if isinstance(value, str) else value),
+    BeforeValidator(
+        lambda value: (
+            SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
+        )
+    ),
 ]
 Globs = Annotated[list[str], Field(strict=False)]
 NAME = Field(min_length=1, max_length=200)
 Source = Annotated[
     str,
-    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+    BeforeValidator(
+        lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value
+    ),
     Field(min_length=1, max_length=5000),
 ]
 
@@ -96,35 +146,62 @@ class Recipe(BaseModel):
     type or range, is a RecipeError. Neither a bool nor a string of digits is accepted as a number."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
-    method: Annotated[str, Option(WHAT, "NAME", registered=("methods", "solvers")), NAME] = "sparsellm"
+    method: Annotated[
+        str, Option(WHAT, "NAME", registered=("methods", "solvers")), NAME
+    ] = "sparsellm"
     """How weights are chosen and refitted; `sparsellm methods` lists all."""
     sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.5
     """Fraction of zeros over all pruned linears, at least 0 and below 1, which the allocation divides among them."""
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
     """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
     so that the sparsity is met as nearly as these steps allow."""
-    values: Annotated[Literal["keep", "int8", "int4", "int3"], Option(WHAT, "TYPE")] = "keep"
+    values: Annotated[Literal["keep", "int8", "int4", "int3"], Option(WHAT, "TYPE")] = (
+        "keep"
+    )
     """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
     `sparsellm pack --values` stores them without loss."""
     grid: Annotated[
-        Literal["own", "q4_0", "q8_0", "w4a16", "w4a16-64", "w4a16-32", "w3a16", "w8a16", "w8a8"], Option(WHAT, "NAME")
+        Literal[
+            "own",
+            "q4_0",
+            "q8_0",
+            "w4a16",
+            "w4a16-64",
+            "w4a16-32",
+            "w3a16",
+            "w8a16",
+            "w8a8",
+        ],
+        Option(WHAT, "NAME"),
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
     q4_0 and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8 (compressed-tensors). It implies the values,
     and sparsity 0 unless one is given, since zeros save nothing there."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""
-    allocation: Annotated[str | None, Option(WHAT, "NAME", null=ALLOCATION, registered=("allocation",)), NAME] = None
+    allocation: Annotated[
+        str | None,
+        Option(WHAT, "NAME", null=ALLOCATION, registered=("allocation",)),
+        NAME,
+    ] = None
     """How the zeros are divided among blocks and linears; `sparsellm methods` lists all. A fixed pattern needs none."""
     allocation_options: dict[str, JsonValue] = {}
     """Options of the allocation, by name."""
-    experts: Annotated[float | None, Option(WHAT, "SHARE", null="keep all"), Field(gt=0, le=1 << 20)] = None
+    experts: Annotated[
+        float | None, Option(WHAT, "SHARE", null="keep all"), Field(gt=0, le=1 << 20)
+    ] = None
     """Experts of each mixture to remove before anything else: below 1 the share to remove, such as 0.5; from 1 on the
     number to keep. With sparsity 0, nothing else is pruned."""
-    expert_score: Annotated[str, Option(WHAT, "NAME", registered=("mixtures",)), NAME] = "coordinated"
+    expert_score: Annotated[
+        str, Option(WHAT, "NAME", registered=("mixtures",)), NAME
+    ] = "coordinated"
     """How experts to keep are chosen; `sparsellm methods` lists all."""
     expert_options: dict[str, JsonValue] = {}
     """Options of the expert score, by name."""
@@ -134,15 +211,21 @@ class Recipe(BaseModel):
     """Linears to prune, as shell patterns such as '*.mlp.*'; all others stay dense."""
     exclude: Annotated[Globs, Option(WHAT, "GLOB", flag="--skip")] = []
     """Linears, other parameters or modules that stay dense, as shell patterns such as '*.down_proj'."""
-    sparsity_of: Annotated[dict[str, Annotated[float, Field(ge=0, lt=1)]], Option(WHAT, "GLOB=SHARE")] = {}
+    sparsity_of: Annotated[
+        dict[str, Annotated[float, Field(ge=0, lt=1)]], Option(WHAT, "GLOB=SHARE")
+    ] = {}
     """Sparsity of the linears that a shell pattern such as '*.down_proj' matches; where several match, the last counts.
     All other linears make up for it, so that the total sparsity is the one asked for."""
     allow_dense: Annotated[Globs, Option(WHAT, "GLOB")] = []
     """Parameters that no linear owns and that may stay dense, as shell patterns such as '*.conv1d'. Without it, more
     than 2 % of a block is refused."""
-    effort: Annotated[Integer | None, Option(WHAT, "0-3", null=EFFORT), Field(ge=0, le=3)] = None
+    effort: Annotated[
+        Integer | None, Option(WHAT, "0-3", null=EFFORT), Field(ge=0, le=3)
+    ] = None
     """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More take longer, lose less."""
-    sweep_tokens: Annotated[Tokens | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")] = None
+    sweep_tokens: Annotated[
+        Tokens | None, Option(WHAT, "TOKENS", null="as many as `effort` takes")
+    ] = None
     """Tokens the sweep trains on, such as 256k or 1M: unused text first, then the same again. It replaces `effort`."""
     passes: Annotated[Integer | None, Field(ge=0, le=1000)] = None
     """Passes of the sweep, after each of which the model is judged and saved; null: by `effort` or `sweep_tokens`."""
@@ -150,29 +233,43 @@ class Recipe(BaseModel):
     """Sets of windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass or two, 4 with more."""
     sweep_rate: Annotated[float | None, Field(gt=0, le=1)] = None
     """Learning rate of the sweep; null: by the divergence at its start."""
-    calibration: Annotated[Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)] = None
+    calibration: Annotated[
+        Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)
+    ] = None
     """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2, ptb,
     c4, hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation); or a text mixture with
     shares of the windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
-    samples: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)] = 128
+    samples: Annotated[
+        Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)
+    ] = 128
     """Calibration windows."""
-    seq_len: Annotated[Integer | None, Option(CALIBRATION, "N", null=SEQ_LEN), Field(ge=2, le=MOST_TOKENS)] = None
+    seq_len: Annotated[
+        Integer | None,
+        Option(CALIBRATION, "N", null=SEQ_LEN),
+        Field(ge=2, le=MOST_TOKENS),
+    ] = None
     """Tokens in a window."""
     seed: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=0, le=MOST_SEED)] = 0
     """Seed of all random choices."""
     bos: Annotated[Bos, Option(CALIBRATION, "WHEN")] = "auto"
     """Whether every window begins with the tokenizer's beginning-of-text token: auto (where the tokenizer adds it by
     itself), yes, or no (windows cut anywhere, as in the papers)."""
-    min_tokens_per_expert: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=0, le=MOST_TOKENS)] = 1
+    min_tokens_per_expert: Annotated[
+        Integer, Option(CALIBRATION, "N"), Field(ge=0, le=MOST_TOKENS)
+    ] = 1
     """Warn of experts that get fewer calibration tokens."""
     batch_tokens: Annotated[Integer, Field(ge=1, le=MOST_TOKENS)] = 4096
     """Calibration tokens in one forward call of a block; more take more memory."""
     memory: Annotated[
-        str | Integer | None, AfterValidator(_size), Option(RESOURCES, "SIZE", null="80 % of the free memory")
+        str | Integer | None,
+        AfterValidator(_size),
+        Option(RESOURCES, "SIZE", null="80 % of the free memory"),
     ] = None
     """Most memory of the run, such as 4GiB; hidden states beyond it go to disk."""
     device_memory: Annotated[
-        str | Integer | None, AfterValidator(_size), Option(RESOURCES, "SIZE", null="90 % of the GPU's free memory")
+        str | Integer | None,
+        AfterValidator(_size),
+        Option(RESOURCES, "SIZE", null="90 % of the GPU's free memory"),
     ] = None
     """Most memory of the run on a GPU, such as 20GiB; hidden states beyond it are in the machine's memory."""
     device: Annotated[str, Option(RESOURCES, "NAME", values=DEVICES), NAME] = "auto"
@@ -190,7 +287,9 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise RecipeError(_explain(error)) from None
 
-    @field_validator("options", "allocation_options", "expert_options", "sparsity_of", mode="before")
+    @field_validator(
+        "options", "allocation_options", "expert_options", "sparsity_of", mode="before"
+    )
     @classmethod
     def _is_small(cls, value: Any) -> Any:
         check_size(value)
@@ -201,7 +300,10 @@ class Recipe(BaseModel):
     def _can_be_written(cls, value: Any) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:  # a long integer, half a surrogate pair, a list in itself
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a long integer, half a surrogate pair, a list in itself
             raise ValueError(f"it cannot be written as JSON ({error})") from None
         return value
 
@@ -213,28 +315,43 @@ class Recipe(BaseModel):
         fixed = self.pattern is not None and m is None
         if fixed:
             implied = self.pattern_of(1).sparsity
-            if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
-                raise RecipeError(f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one")
+            if (
+                "sparsity" in self.model_fields_set
+                and abs(self.sparsity - implied) > 1e-9
+            ):
+                raise RecipeError(
+                    f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one"
+                )
             object.__setattr__(self, "sparsity", implied)
         if self.grid != "own":
             implied_values = GRIDS[self.grid].values
             if "values" in self.model_fields_set and self.values != implied_values:
-                raise RecipeError(f"grid {self.grid} means values {implied_values}, not {self.values}; give one")
+                raise RecipeError(
+                    f"grid {self.grid} means values {implied_values}, not {self.values}; give one"
+                )
             object.__setattr__(self, "values", implied_values)
             if self.pattern is None and "sparsity" not in self.model_fields_set:
                 object.__setattr__(self, "sparsity", 0.0)
         if self.pattern is not None and self.sparsity_of:
-            raise RecipeError(f"{pattern} fixes the sparsity of every linear; leave out sparsity_of")
+            raise RecipeError(
+                f"{pattern} fixes the sparsity of every linear; leave out sparsity_of"
+            )
         if m is not None and not (m > 1 and 1 / m <= self.sparsity <= 1 - 1 / m):
             beyond = f"{pattern} cannot reach sparsity {self.sparsity:g}"
-            raise RecipeError(f"{beyond}, because it keeps 1 to {m} - 1 of {m}; change one")
+            raise RecipeError(
+                f"{beyond}, because it keeps 1 to {m} - 1 of {m}; change one"
+            )
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             many = f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens"
             raise RecipeError(f"{many}; lower samples or seq_len")
         if self.experts is not None and self.experts > 1 and self.experts % 1:
-            raise RecipeError(f"experts {self.experts:g} is neither a share below 1 nor a whole number to keep")
+            raise RecipeError(
+                f"experts {self.experts:g} is neither a share below 1 nor a whole number to keep"
+            )
         if m is not None and self.allocation == "uniform":
-            raise RecipeError(f"{pattern} needs an allocation, and uniform chooses none; take another, or fix the N")
+            raise RecipeError(
+                f"{pattern} needs an allocation, and uniform chooses none; take another, or fix the N"
+            )
         if fixed and self.allocation not in (None, "uniform"):
             both = f"allocation {self.allocation} cannot go with {pattern}, which fixes the sparsity of every linear"
             raise RecipeError(f"{both}; leave out one")
@@ -257,7 +374,11 @@ class Recipe(BaseModel):
     @property
     def named(self) -> Recipe:
         """The recipe for files that leave this machine: its text by name, without folders."""
-        return self if self.calibration is None else self.updated(calibration=without_folders(self.calibration))
+        return (
+            self
+            if self.calibration is None
+            else self.updated(calibration=without_folders(self.calibration))
+        )
 
     @property
     def chosen_of(self) -> int | None:
@@ -276,22 +397,42 @@ class Recipe(BaseModel):
         if self.pattern is not None and m is None:
             return parse_pattern(self.pattern)
         zeros = round(self.sparsity * weights) if zeros is None else zeros
-        return Unstructured(zeros, weights) if m is None else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
+        return (
+            Unstructured(zeros, weights)
+            if m is None
+            else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
+        )
 
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again. If a changed field excludes one that is not changed (a fixed
         pattern and sparsity, a grid and values, ways to give the sweep's length), the latter is as if not given."""
-        values = {**self.model_dump(exclude_unset=True), **changes}  # what a field implies is implied again
-        pairs = [("grid", "values")] if self.grid != "own" or values.get("grid", "own") != "own" else []
-        pairs += [("pattern", "sparsity")] if "auto" not in str(values.get("pattern")) else []
+        values = {
+            **self.model_dump(exclude_unset=True),
+            **changes,
+        }  # what a field implies is implied again
+        pairs = (
+            [("grid", "values")]
+            if self.grid != "own" or values.get("grid", "own") != "own"
+            else []
+        )
+        pairs += (
+            [("pattern", "sparsity")]
+            if "auto" not in str(values.get("pattern"))
+            else []
+        )
         # Where two exclude each other, a change of one removes the other.
         for one, other in (*pairs, *((second, first) for first, second in pairs)):
             if one in changes and other not in changes:
                 values.pop(other, None)
-        for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # to say how long the sweep is
+        for ways in (
+            {"effort"},
+            {"sweep_tokens", "passes"},
+        ):  # to say how long the sweep is
             if any(changes.get(name) is not None for name in ways):
                 others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()
-                values = {name: value for name, value in values.items() if name not in others}
+                values = {
+                    name: value for name, value in values.items() if name not in others
+                }
         return Recipe(**values)
 
     def with_settings(self, settings: list[str], /, **changes: Any) -> Recipe:
@@ -300,12 +441,16 @@ class Recipe(BaseModel):
             key, equals, text = setting.partition("=")
             field, dot, name = (part.strip() for part in key.partition("."))
             if not equals or not field or (dot and not name):
-                raise RecipeError(f"setting {shown(setting)} has no {'key' if equals else repr('=')}; write key=value")
+                raise RecipeError(
+                    f"setting {shown(setting)} has no {'key' if equals else repr('=')}; write key=value"
+                )
             value = parse_yaml(text, f"the value of setting {shown(setting)}")
             if dot and field in MAPPINGS:
                 entries = changes.setdefault(field, dict(getattr(self, field)))
                 if isinstance(entries, dict):
-                    entries.pop(name, None)  # the entry goes last: in ``sparsity_of``, the later one counts
+                    entries.pop(
+                        name, None
+                    )  # the entry goes last: in ``sparsity_of``, the later one counts
                     entries[name] = value
             else:
                 changes[f"{field}{dot}{name}"] = value
@@ -316,16 +461,24 @@ class Recipe(BaseModel):
         text = ""
         for name, value in self:
             option = option_of(name)
-            text += f"# {help_of(name)}" + (f" null: {option.null}.\n" if option and option.null else "\n")
+            text += f"# {help_of(name)}" + (
+                f" null: {option.null}.\n" if option and option.null else "\n"
+            )
             text += dump_yaml({name: value})
         return text
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
         """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path."""
-        values = parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(source)
+        values = (
+            parse_yaml(source, "the recipe")
+            if isinstance(source, str)
+            else read_yaml(source)
+        )
         if not isinstance(values, Mapping):
-            raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.5'")
+            raise RecipeError(
+                "the recipe is not a mapping of fields; write lines like 'sparsity: 0.5'"
+            )
         return cls.of(values)
 
     @classmethod
@@ -337,15 +490,29 @@ class Recipe(BaseModel):
             return cls(**given)
         if isinstance(given, str | os.PathLike):
             return cls.from_yaml(Path(given))
-        raise RecipeError(f"recipe is {shown(given)}; give a mapping of fields, or the path of a file with such lines")
+        raise RecipeError(
+            f"recipe is {shown(given)}; give a mapping of fields, or the path of a file with such lines"
+        )
 
 
-MAPPINGS = ("options", "allocation_options", "expert_options", "sparsity_of")  # their entries are set after a dot
+MAPPINGS = (
+    "options",
+    "allocation_options",
+    "expert_options",
+    "sparsity_of",
+)  # their entries are set after a dot
 
 
 def option_of(name: str) -> Option | None:
     """The command-line option of a field; None for a field that only ``--set`` reaches."""
-    return next((mark for mark in Recipe.model_fields[name].metadata if isinstance(mark, Option)), None)
+    return next(
+        (
+            mark
+            for mark in Recipe.model_fields[name].metadata
+            if isinstance(mark, Option)
+        ),
+        None,
+    )
 
 
 def help_of(name: str) -> str:
@@ -361,5 +528,11 @@ def _explain(error: ValidationError) -> str:
     if key in MAPPINGS and len(first["loc"]) > 1:
         key = f"{key}.{shown(str(first['loc'][1]))[1:-1]}"
     value = first["input"]
-    percent = key.startswith("sparsity") and isinstance(value, int | float) and 5 <= value < 100
-    return refusal(error, f"recipe field {key}") + (f"; did you mean {value / 100:g}?" if percent else "")
+    percent = (
+        key.startswith("sparsity")
+        and isinstance(value, int | float)
+        and 5 <= value < 100
+    )
+    return refusal(error, f"recipe field {key}") + (
+        f"; did you mean {value / 100:g}?" if percent else ""
+    )

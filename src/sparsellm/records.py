@@ -15,7 +15,15 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, computed_field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    ValidationError,
+    computed_field,
+)
 
 from sparsellm.errors import StorageError, refusal, shown
 from sparsellm.inputs import read_object
@@ -89,9 +97,13 @@ class LinearResult(Matrix):
     shape: Annotated[tuple[Size, Size], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
     error: float = math.nan
-    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()  # for the user, such as a damping that was raised
+    notes: Annotated[
+        tuple[str, ...], Field(strict=False)
+    ] = ()  # for the user, such as a damping that was raised
     history: Annotated[tuple[Step, ...], Field(strict=False)] = ()
-    tokens: Count | None = None  # calibration tokens that were routed to it, if it belongs to an expert
+    tokens: Count | None = (
+        None  # calibration tokens that were routed to it, if it belongs to an expert
+    )
     pattern: str | None = None  # such as ``2:4``; None for zeros anywhere
     exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
 
@@ -99,17 +111,30 @@ class LinearResult(Matrix):
     def block(self) -> int:
         """The number of its block: the first number in its name; 0 if there is none."""
         number = re.search(r"(?<=\.)\d+(?=\.)", self.name)
-        return int(number.group()) if number is not None and len(number.group()) < 10 else 0
+        return (
+            int(number.group())
+            if number is not None and len(number.group()) < 10
+            else 0
+        )
 
     @property
     def kind(self) -> str:
         """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
-        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", re.split(r"\.\d+\.", self.name, maxsplit=1)[-1])
+        return re.sub(
+            r"(?<=\.)\d+(?=\.|$)", "*", re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
+        )
 
     def packed_bytes(self, values: str, group: int | None = None) -> int:
         """Its bytes packed with values of a type; ``group`` as in :func:`sparsepack.layout.predicted_bytes`."""
         fixed = None if self.pattern is None else astuple(parse_pattern(self.pattern))
-        return predicted_bytes(self.shape, self.zeros, values, fixed, exponents=bool(self.exponents), group=group)
+        return predicted_bytes(
+            self.shape,
+            self.zeros,
+            values,
+            fixed,
+            exponents=bool(self.exponents),
+            group=group,
+        )
 
 
 def by_kind(linears: Iterable[LinearResult]) -> dict[str, list[LinearResult]]:
@@ -118,7 +143,10 @@ def by_kind(linears: Iterable[LinearResult]) -> dict[str, list[LinearResult]]:
     for linear in linears:
         kinds.setdefault(linear.kind, []).append(linear)
     lasts = Counter(kind.rpartition(".")[2] for kind in kinds)
-    return {last if lasts[last := kind.rpartition(".")[2]] == 1 else kind: part for kind, part in kinds.items()}
+    return {
+        last if lasts[last := kind.rpartition(".")[2]] == 1 else kind: part
+        for kind, part in kinds.items()
+    }
 
 
 def error_of(linears: Iterable[LinearResult]) -> float:
@@ -144,7 +172,10 @@ class Totals(Record):
     @classmethod
     def of(cls, matrices: Iterable[Matrix]) -> Self:
         every = list(matrices)
-        return cls(zeros=sum(matrix.zeros for matrix in every), weights=sum(matrix.weights for matrix in every))
+        return cls(
+            zeros=sum(matrix.zeros for matrix in every),
+            weights=sum(matrix.weights for matrix in every),
+        )
 
     @property
     def sparsity(self) -> float:
@@ -160,8 +191,12 @@ class SweepPass(Record):
     passes: int
     held_out: float  # on held-out windows
     sources: dict[str, float] = {}  # the same on those of each text of a mixture
-    train: float | None = None  # on the windows of the last pass, before its steps; None before the first
-    rate: float | None = None  # learning rate of the sweep, with the state before the first pass
+    train: float | None = (
+        None  # on the windows of the last pass, before its steps; None before the first
+    )
+    rate: float | None = (
+        None  # learning rate of the sweep, with the state before the first pass
+    )
 
 
 class Memory(Record):
@@ -170,21 +205,33 @@ class Memory(Record):
     budget_bytes: Count = 0
     predicted_peak_rss_bytes: Count = 0
     start_bytes: Count = 0  # held before the run, including Python and libraries
-    working_bytes: Count = 0  # added at the peak: a block, statistics, the solver's workspace, activations
+    working_bytes: Count = (
+        0  # added at the peak: a block, statistics, the solver's workspace, activations
+    )
     worst: str = ""  # the step of the run at the peak
-    hidden_in_memory_bytes: Count = 0  # hidden states, and the sweep's copies of the weights
+    hidden_in_memory_bytes: Count = (
+        0  # hidden states, and the sweep's copies of the weights
+    )
     hidden_on_device_bytes: Count = 0  # as far as an accelerator has room
     hidden_on_disk_bytes: Count = 0  # the most of these in files at any time
-    kept_bytes: Count = 0  # outputs of pruned sublayers that save passes; none of them goes to disk
-    predicted_peak_device_bytes: Count = 0  # in the memory of an accelerator; 0 on the CPU
+    kept_bytes: Count = (
+        0  # outputs of pruned sublayers that save passes; none of them goes to disk
+    )
+    predicted_peak_device_bytes: Count = (
+        0  # in the memory of an accelerator; 0 on the CPU
+    )
     sweep: str = ""  # streamed: one block is in memory at a time; resident: all, perhaps recomputing and offloading
-    steps_bytes: dict[str, Count] = {}  # at the peak of each step of the run, on the CPU
+    steps_bytes: dict[
+        str, Count
+    ] = {}  # at the peak of each step of the run, on the CPU
 
     @property
     def shares(self) -> tuple[float, float]:
         """The shares of hidden states and swept weights that are not where blocks run, and of these, in files."""
         files = self.hidden_on_disk_bytes
-        away = files + (self.hidden_in_memory_bytes if self.predicted_peak_device_bytes else 0)
+        away = files + (
+            self.hidden_in_memory_bytes if self.predicted_peak_device_bytes else 0
+        )
         total = files + self.hidden_in_memory_bytes + self.hidden_on_device_bytes
         return (away / total, files / total) if total else (0.0, 0.0)
 
@@ -200,8 +247,12 @@ class Prediction(Record):
     tokens: dict[str, Count]  # by phase
     seconds: dict[str, Seconds]  # by phase
     memory: Memory  # one process with the largest share of the windows
-    disk_bytes: Count  # at most: the result, the walk's blocks, hidden states, and saved passes
-    wanted_ranks: Count | None = None  # fewest processes, a power of two, that need no files; 0: no number does
+    disk_bytes: (
+        Count  # at most: the result, the walk's blocks, hidden states, and saved passes
+    )
+    wanted_ranks: Count | None = (
+        None  # fewest processes, a power of two, that need no files; 0: no number does
+    )
     notes: list[str] = []  # what does not fit, and what does
 
 
@@ -210,7 +261,9 @@ class ExpertsOfBlock(Record):
 
     block: Count
     kept: list[Count]  # their numbers in the dense model
-    tokens: list[Count]  # calibration tokens that were routed to each expert of the dense model
+    tokens: list[
+        Count
+    ]  # calibration tokens that were routed to each expert of the dense model
     scores: list[float]
     error: float
     refitted: float
@@ -238,15 +291,23 @@ class RunRecord(Record):
     values: str = "keep"
     grid: str = "own"  # to which values were rounded; "own" for that of the packed format, or for none
     seed: int = 0
-    bits_per_weight: float | None = None  # as ``pack`` (experts aside) or the grid stores pruned linears; None if kept
+    bits_per_weight: float | None = (
+        None  # as ``pack`` (experts aside) or the grid stores pruned linears; None if kept
+    )
     linears: list[LinearResult]
     dense: list[DenseMatrix] = []  # matrices of the blocks
-    seconds: dict[str, Seconds] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
+    seconds: dict[
+        str, Seconds
+    ] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
     predicted_seconds: dict[str, Seconds] = {}  # when the run began
-    peak_rss_bytes: Count = 0  # the peak of one process, in this run or an earlier start of it
+    peak_rss_bytes: Count = (
+        0  # the peak of one process, in this run or an earlier start of it
+    )
     memory: Memory | None = None
     calibration_tokens: Count = 0
-    calibration_bos: str = "given"  # whether every window begins with BOS: yes, no, or given for token ids
+    calibration_bos: str = (
+        "given"  # whether every window begins with BOS: yes, no, or given for token ids
+    )
     processes: Count = 1
     versions: dict[str, str] = {}
     environment: dict[str, str] = {}
@@ -254,7 +315,9 @@ class RunRecord(Record):
     warnings: list[str] = []
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
-    experts: list[ExpertsOfBlock] = []  # a record for each mixture, if experts were removed
+    experts: list[
+        ExpertsOfBlock
+    ] = []  # a record for each mixture, if experts were removed
     identity: Settings = {}  # everything that the bits of the result depend on
 
     @computed_field  # type: ignore[prop-decorator]
@@ -330,7 +393,9 @@ def read_pruning(directory: Path) -> Pruning:
         raise StorageError(f"{shown(str(directory))} has no {PRUNING}; {advice}")
     config = read_object(file) if (file := directory / "config.json").is_file() else {}
     if config.get("quantization_config") and not is_packed(config):
-        raise StorageError(f"{directory} was exported for another program; give the checkpoint that it was made from")
+        raise StorageError(
+            f"{directory} was exported for another program; give the checkpoint that it was made from"
+        )
     return read_record(Pruning, directory / PRUNING)
 
 
@@ -343,7 +408,11 @@ class Interval(Measurement):
 
     def shown(self, digits: int = 4) -> str:
         """The value with its interval, such as ``14.37 (13.9–14.9)``."""
-        value, *ends = (f"{number:.{digits}g}" for number in (self.value, self.low, self.high) if number is not None)
+        value, *ends = (
+            f"{number:.{digits}g}"
+            for number in (self.value, self.low, self.high)
+            if number is not None
+        )
         return f"{value} ({'–'.join(ends)})" if ends else value
 
 
@@ -364,7 +433,13 @@ class Protocol(Measurement):
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for protocols whose results compare; the dtype may differ."""
-        return (self.digest or self.text, self.window, self.windows, self.tokens, self.bos)
+        return (
+            self.digest or self.text,
+            self.window,
+            self.windows,
+            self.tokens,
+            self.bos,
+        )
 
 
 class Against(Measurement):
@@ -376,7 +451,9 @@ class Against(Measurement):
     kl_low: float | None = None
     kl_high: float | None = None
     agreement: float  # fraction of the scored tokens for which both models have the same first choice
-    recovery: float | None = None  # dense perplexity / the model's; None if the reference is pruned too
+    recovery: float | None = (
+        None  # dense perplexity / the model's; None if the reference is pruned too
+    )
 
     @property
     def divergence(self) -> Interval:
@@ -392,7 +469,11 @@ class Metric(Measurement):
 
     def shown(self) -> str:
         """The value with its standard error, such as ``0.61 ± 0.01``."""
-        return f"{self.value:.4g}" if self.stderr is None else f"{self.value:.4g} ± {self.stderr:.2g}"
+        return (
+            f"{self.value:.4g}"
+            if self.stderr is None
+            else f"{self.value:.4g} ± {self.stderr:.2g}"
+        )
 
 
 class Stamp(Measurement):
@@ -404,7 +485,12 @@ class Stamp(Measurement):
 
 
 Tasks = dict[str, dict[str, Metric]]  # by task and name of the metric
-QUANTITIES = ("perplexity", "KL(dense ‖ pruned), nats a token", "same likeliest token", "recovery")
+QUANTITIES = (
+    "perplexity",
+    "KL(dense ‖ pruned), nats a token",
+    "same likeliest token",
+    "recovery",
+)
 
 
 class Evaluation(Stamp):
@@ -418,23 +504,39 @@ class Evaluation(Stamp):
     @property
     def dense(self) -> Against | None:
         """The comparison, if it is one with a dense model."""
-        return self.against if self.against is not None and self.against.recovery is not None else None
+        return (
+            self.against
+            if self.against is not None and self.against.recovery is not None
+            else None
+        )
 
     def rows(self) -> list[tuple[str, str | None, str]]:
         """Each quantity but the tasks as text: its name, the dense model's value if it is known, and the value."""
         dense = self.dense
         if dense is None:
             return [(QUANTITIES[0], None, self.perplexity.shown())]
-        shown = (dense.divergence.shown(3), f"{dense.agreement:.1%}", f"{dense.recovery:.1%}")
-        values = ((dense.perplexity.shown(), self.perplexity.shown()), *zip(("0", "100%", "100%"), shown, strict=True))
+        shown = (
+            dense.divergence.shown(3),
+            f"{dense.agreement:.1%}",
+            f"{dense.recovery:.1%}",
+        )
+        values = (
+            (dense.perplexity.shown(), self.perplexity.shown()),
+            *zip(("0", "100%", "100%"), shown, strict=True),
+        )
         return [(name, *pair) for name, pair in zip(QUANTITIES, values, strict=True)]
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
         rows = [(name, dense or "", value) for name, dense, value in self.rows()]
         for task, metrics in (self.tasks or {}).items():
-            rows += [(f"{task}: {name}", "", metric.shown()) for name, metric in metrics.items()]
-        cells = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
+            rows += [
+                (f"{task}: {name}", "", metric.shown())
+                for name, metric in metrics.items()
+            ]
+        cells = [
+            "".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows
+        ]
         head = "<tr><th></th><th>dense</th><th>this model</th></tr>"
         body = "".join(f"<tr>{row}</tr>" for row in cells)
         return f"<table><caption>{html.escape(str(self.protocol))}</caption>{head}{body}</table>"
@@ -487,13 +589,25 @@ class Results(Measurement):
     evaluations: list[Evaluation] = Field(default_factory=list)
     benchmarks: list[Benchmark] = Field(default_factory=list)
     continuations: list[Continuation] = Field(default_factory=list)
-    exports: list[Export] = Field(default_factory=list)  # the latest into each file or directory
+    exports: list[Export] = Field(
+        default_factory=list
+    )  # the latest into each file or directory
 
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
         """The latest evaluation of each protocol, by key; one with a dense model is preferred to later ones without."""
-        return {entry.protocol.key: entry for entry in sorted(self.evaluations, key=lambda entry: bool(entry.dense))}
+        return {
+            entry.protocol.key: entry
+            for entry in sorted(self.evaluations, key=lambda entry: bool(entry.dense))
+        }
 
     def shown(self) -> list[Evaluation]:
         """What a card has, in order: the latest evaluation of each protocol, and the latest with tasks."""
-        latest = (self.latest(), {entry.protocol.key: entry for entry in self.evaluations if entry.tasks})
-        return [entry for entry in self.evaluations if any(entry is of.get(entry.protocol.key) for of in latest)]
+        latest = (
+            self.latest(),
+            {entry.protocol.key: entry for entry in self.evaluations if entry.tasks},
+        )
+        return [
+            entry
+            for entry in self.evaluations
+            if any(entry is of.get(entry.protocol.key) for of in latest)
+        ]

@@ -14,8 +14,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
-Options: TypeAlias = dict[str, Any]  # the options of a function by name: JSON values, since a recipe sets them
-_OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())  # JSON has no NaN or infinity
+Options: TypeAlias = dict[
+    str, Any
+]  # the options of a function by name: JSON values, since a recipe sets them
+_OPTIONS = ConfigDict(
+    extra="forbid", allow_inf_nan=False, protected_namespaces=()
+)  # JSON has no NaN or infinity
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,27 @@ class Workspace:
     """The most memory that a registered function holds at a time, next to the block it works on, and its main work."""
 
     weights: float = 8.0  # fp32 copies of the weight that is pruned
-    grams: float = 4.0  # matrices as large as the Gram matrix of its inputs, including that matrix
+    grams: float = (
+        4.0  # matrices as large as the Gram matrix of its inputs, including that matrix
+    )
     remembered: int = 0  # factorisations kept for linears with the same inputs, see statistics.Gram.remember
-    blocks: float = 0.0  # fp32 copies of the block, such as gradients and moments of an optimiser
-    streams: int = 0  # copies of the hidden states of all calibration tokens, such as targets
+    blocks: float = (
+        0.0  # fp32 copies of the block, such as gradients and moments of an optimiser
+    )
+    streams: int = (
+        0  # copies of the hidden states of all calibration tokens, such as targets
+    )
     products: float = 1.0  # products of the weight with a matrix as large as the Gram matrix, to predict the time
     narrow: bool = False  # whether factors of its products may be rounded to bf16 where the blocks multiply in it
-    writers: int = 0  # writers whose inputs, for all tokens, are kept as far as memory goes
+    writers: int = (
+        0  # writers whose inputs, for all tokens, are kept as far as memory goes
+    )
 
     def then(self, other: Workspace) -> Workspace:
         """The larger memory, and the work of both, for two functions that run one after the other."""
-        larger = Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
+        larger = Workspace(
+            *(max(pair) for pair in zip(astuple(self), astuple(other), strict=True))
+        )
         return replace(larger, products=self.products + other.products)
 
 
@@ -45,7 +59,9 @@ class Needs:
     gradient_tokens: int = 0  # the first calibration tokens, for which it needs gradients; four windows or more
     token_states: bool = False  # hidden states (windows, seq, width), to select windows or tokens by position
     one_process: str = ""  # an option in use that works in one process only
-    workspace: Workspace = Workspace(weights=0, grams=0)  # for functions that the options choose, such as a solver
+    workspace: Workspace = Workspace(
+        weights=0, grams=0
+    )  # for functions that the options choose, such as a solver
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,12 @@ class Entry(Generic[F]):
     workspace: Workspace = Workspace()
     needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
-    allocation: str = "uniform"  # a method's default, unless a pattern fixes the sparsity
-    effort: int | None = None  # a method's default effort of the sweep that follows; None if none may follow
+    allocation: str = (
+        "uniform"  # a method's default, unless a pattern fixes the sparsity
+    )
+    effort: int | None = (
+        None  # a method's default effort of the sweep that follows; None if none may follow
+    )
 
     def check(self, values: Options) -> Options:
         """All options with their values, coerced to the declared types, as JSON values in the order of the signature.
@@ -75,8 +95,14 @@ class Entry(Generic[F]):
             first = error.errors(include_url=False, include_context=False)[0]
             option, known = str(first["loc"][0]), self.options.model_fields
             if option in known:
-                raise RecipeError(refusal(error, f"option {option} of {self.name}")) from None
-            hint = nearest(option, known) if known else "it has no options at all; leave it out"
+                raise RecipeError(
+                    refusal(error, f"option {option} of {self.name}")
+                ) from None
+            hint = (
+                nearest(option, known)
+                if known
+                else "it has no options at all; leave it out"
+            )
             raise RecipeError(f"{self.name} has no option {option!r}; {hint}") from None
 
     def to_dict(self) -> Options:
@@ -84,9 +110,17 @@ class Entry(Generic[F]):
         options: dict[str, Options] = {}
         for name, info in self.options.model_fields.items():
             kind = info.annotation
-            type_name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            type_name = (
+                kind.__name__
+                if isinstance(kind, type)
+                else str(kind).replace("typing.", "")
+            )
             default = None if info.is_required() else info.get_default()
-            options[name] = {"type": type_name, "default": default, "description": info.description}
+            options[name] = {
+                "type": type_name,
+                "default": default,
+                "description": info.description,
+            }
         return {"summary": self.summary, "paper": self.paper, "options": options}
 
 
@@ -96,7 +130,9 @@ class Registry(dict[str, Entry[F]]):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.listeners: list[Callable[[Entry[F]], None]] = []  # called with every entry that is added
+        self.listeners: list[
+            Callable[[Entry[F]], None]
+        ] = []  # called with every entry that is added
 
     def register(self, name: str, *, paper: str, **declared: Any) -> Callable[[F], F]:
         """A decorator that registers a function; ``declared`` are further attributes of its :class:`Entry`.
@@ -108,12 +144,20 @@ class Registry(dict[str, Entry[F]]):
             hints = typing.get_type_hints(function, include_extras=True)
             spec = inspect.getfullargspec(inspect.unwrap(function))
             defaults = spec.kwonlydefaults or {}
-            json.dumps(defaults)  # raises TypeError: options go into reports and identities
-            fields: dict[str, Any] = {name: (hints[name], defaults.get(name, ...)) for name in spec.kwonlyargs}
-            summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+            json.dumps(
+                defaults
+            )  # raises TypeError: options go into reports and identities
+            fields: dict[str, Any] = {
+                name: (hints[name], defaults.get(name, ...)) for name in spec.kwonlyargs
+            }
+            summary = (
+                (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+            )
             options = create_model(name, __config__=_OPTIONS, **fields)
             for field in options.model_fields.values():
-                field.description = next((part for part in field.metadata if isinstance(part, str)), "")
+                field.description = next(
+                    (part for part in field.metadata if isinstance(part, str)), ""
+                )
             self.add(Entry(name, function, paper, options, summary, **declared))
             return function
 
@@ -121,7 +165,9 @@ class Registry(dict[str, Entry[F]]):
 
     def add(self, entry: Entry[F]) -> None:
         if entry.name in self:
-            raise ValueError(f"{self.kind} {entry.name!r} is registered twice; give it another name")
+            raise ValueError(
+                f"{self.kind} {entry.name!r} is registered twice; give it another name"
+            )
         self[entry.name] = entry
         for listener in self.listeners:
             listener(entry)

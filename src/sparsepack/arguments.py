@@ -11,7 +11,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sparsepack.errors import SettingError, UserError, refusal
 
-SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of torch's dtypes, by short ones
+SHORT_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+}  # names of torch's dtypes, by short ones
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +36,11 @@ def checking(kind: type[UserError]) -> Callable[[Callable[P, R]], Callable[P, R]
         @cache  # at the first call: annotations may name what is defined later
         def adapters() -> dict[str, TypeAdapter[Any]]:
             hints = get_type_hints(function, include_extras=True)
-            return {name: TypeAdapter(hints[name], config=_STRICT) for name in parameters.parameters if name in hints}
+            return {
+                name: TypeAdapter(hints[name], config=_STRICT)
+                for name in parameters.parameters
+                if name in hints
+            }
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -40,7 +48,9 @@ def checking(kind: type[UserError]) -> Callable[[Callable[P, R]], Callable[P, R]
             for name, adapter in adapters().items():
                 try:
                     if name in given.arguments:
-                        given.arguments[name] = adapter.validate_python(given.arguments[name])
+                        given.arguments[name] = adapter.validate_python(
+                            given.arguments[name]
+                        )
                 except ValidationError as error:
                     raise kind(refusal(error, name)) from None
             return function(*given.args, **given.kwargs)

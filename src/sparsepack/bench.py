@@ -86,7 +86,11 @@ class Pair:
     def against(self) -> list[tuple[str, Speed]]:
         """The dense model's speeds, each once, by what runs it."""
         same = [] if self.same is None else [("the same decoder", self.same)]
-        return same if self.same is self.transformers else [*same, ("transformers", self.transformers)]
+        return (
+            same
+            if self.same is self.transformers
+            else [*same, ("transformers", self.transformers)]
+        )
 
     @property
     def ratio(self) -> Ratio:
@@ -137,8 +141,13 @@ class Rounds(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    batches: Annotated[Sequence[Annotated[int, Field(ge=1, le=1 << 20)]], Field(min_length=1)] = (1,)
-    threads: Annotated[Sequence[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] | None = None
+    batches: Annotated[
+        Sequence[Annotated[int, Field(ge=1, le=1 << 20)]], Field(min_length=1)
+    ] = (1,)
+    threads: (
+        Annotated[Sequence[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)]
+        | None
+    ) = None
     prompt_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 128
     new_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 32
     repeats: Annotated[int, Field(ge=1, le=1_000_000)] = 5
@@ -173,17 +182,35 @@ def compare(
     except ValidationError as error:
         raise SettingError(refusal(error)) from None
     if dense is not None and is_packed(config := _config(dense).to_dict()):
-        raise SettingError(f"dense is {dense}, which is packed; leave it out, or unpack it: sparsellm unpack {dense}")
+        raise SettingError(
+            f"dense is {dense}, which is packed; leave it out, or unpack it: sparsellm unpack {dense}"
+        )
     if dense is not None and config.get("quantization_config"):
-        raise SettingError(f"dense is {dense}, which is quantised; give the checkpoint that it was made from")
-    if dense is not None and (difference := config_difference(_config(packed).to_dict(), _config(dense).to_dict())):
-        raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
+        raise SettingError(
+            f"dense is {dense}, which is quantised; give the checkpoint that it was made from"
+        )
+    if dense is not None and (
+        difference := config_difference(
+            _config(packed).to_dict(), _config(dense).to_dict()
+        )
+    ):
+        raise SettingError(
+            f"dense is {dense}, which is another model than {packed}: in the latter, {difference}"
+        )
     progress("load", 0, 2, "packed")
-    models = {"packed": load(packed, device=device, dtype=dtype, activations=activations)}
-    if not any(isinstance(module, PackedLinear) for module in models["packed"].modules()):
-        raise SettingError(f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR")
+    models = {
+        "packed": load(packed, device=device, dtype=dtype, activations=activations)
+    }
+    if not any(
+        isinstance(module, PackedLinear) for module in models["packed"].modules()
+    ):
+        raise SettingError(
+            f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR"
+        )
     progress("load", 1, 2, "dense")
-    models["dense"] = load(packed if dense is None else dense, device=device, dtype=dtype)
+    models["dense"] = load(
+        packed if dense is None else dense, device=device, dtype=dtype
+    )
     to_dense(models["dense"])
     gather(models["dense"], dense=decodes(models["dense"]))
     progress("load", 2, 2, "")
@@ -209,9 +236,13 @@ def compare(
 def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:
     path = checkpoint_path(directory)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            path, trust_remote_code=False
+        )
     except Exception as error:  # an unknown model, or a value of the wrong type
-        raise FormatError(f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+        raise FormatError(
+            f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}"
+        ) from error
     return config
 
 
@@ -247,12 +278,21 @@ def measure(
     for name, model in models.items():
         check_positions(model.config, rounds, name)
     speeds = []
-    settings = [(count, batch) for count in rounds.threads or (torch.get_num_threads(),) for batch in rounds.batches]
+    settings = [
+        (count, batch)
+        for count in rounds.threads or (torch.get_num_threads(),)
+        for batch in rounds.batches
+    ]
     for index, (count, batch) in enumerate(settings):
         seconds: dict[tuple[str, str, _Decoder], list[float]] = {}
         with threads_set(count):
             for turn in range(rounds.repeats + 1):
-                progress("bench", index + turn / (rounds.repeats + 1), len(settings), f"batch {batch}, {count} threads")
+                progress(
+                    "bench",
+                    index + turn / (rounds.repeats + 1),
+                    len(settings),
+                    f"batch {batch}, {count} threads",
+                )
                 for name, model in models.items():
                     compiled = batch == 1 and decodes(model)
                     decoders: list[_Decoder] = ["compiled"] * compiled
@@ -262,12 +302,26 @@ def measure(
                         run = one_run(model, *asked, compiled=decoder == "compiled")
                         if turn:  # the first includes page faults, the start of threads and the choice of kernels
                             for phase, taken in zip(tokens, run, strict=True):
-                                seconds.setdefault((phase, name, decoder), []).append(taken)
-        for (phase, name, decoder), runs in sorted(seconds.items(), key=lambda item: item[0][0], reverse=True):
+                                seconds.setdefault((phase, name, decoder), []).append(
+                                    taken
+                                )
+        for (phase, name, decoder), runs in sorted(
+            seconds.items(), key=lambda item: item[0][0], reverse=True
+        ):
             rates = [batch * tokens[phase] / taken for taken in runs]
             low, median, high = min(rates), statistics.median(rates), max(rates)
-            rate = {"batch": batch, "threads": count, "median": median, "slowest": low, "fastest": high}
-            speeds.append(Speed.model_validate({"model": name, "phase": phase, "decoder": decoder, **rate}))
+            rate = {
+                "batch": batch,
+                "threads": count,
+                "median": median,
+                "slowest": low,
+                "fastest": high,
+            }
+            speeds.append(
+                Speed.model_validate(
+                    {"model": name, "phase": phase, "decoder": decoder, **rate}
+                )
+            )
     progress("bench", len(settings), len(settings), "")
     return speeds
 
@@ -294,7 +348,11 @@ def verdict(speeds: Sequence[Speed]) -> list[str]:
         packed, ratio = pair.packed, pair.ratio
         where = f"{packed.phase}, batch {packed.batch}, {packed.threads} thread{'s' * (packed.threads != 1)}"
         line = f"{where}: packed is {_outcome(packed.median / pair.dense.median)} ({packed.median:.1f} tokens/s)"
-        if pair.same is not None and pair.same is not pair.transformers and packed.phase == "decode":
+        if (
+            pair.same is not None
+            and pair.same is not pair.transformers
+            and packed.phase == "decode"
+        ):
             line += f" by the same decoder; {ratio.dense_by_transformers:.2f} × dense as transformers runs it"
         lines.append(line)
     return lines
@@ -317,18 +375,39 @@ def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
     """Bytes of a model's weights in memory, shared ones once; with ``linears_only``, of linears inside a ModuleList."""
     modules: Sequence[nn.Module] = [model]
     if linears_only:
-        blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        linears = [m for block in blocks for m in block.modules() if isinstance(m, (nn.Linear, Conv1D, PackedLinear))]
+        blocks = [
+            module for module in model.modules() if isinstance(module, nn.ModuleList)
+        ]
+        linears = [
+            m
+            for block in blocks
+            for m in block.modules()
+            if isinstance(m, (nn.Linear, Conv1D, PackedLinear))
+        ]
         modules = list(dict.fromkeys(linears))
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return sum({part.data_ptr(): part.nbytes for tensor in tensors for part in _plain_parts(tensor)}.values())
+    tensors = [
+        tensor
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+    ]
+    return sum(
+        {
+            part.data_ptr(): part.nbytes
+            for tensor in tensors
+            for part in _plain_parts(tensor)
+        }.values()
+    )
 
 
 def _plain_parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors of a tensor: itself, or the parts of a subclass such as torchao's quantised weights."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]
+    return [
+        part
+        for name in tensor.__tensor_flatten__()[0]
+        for part in _plain_parts(getattr(tensor, name))
+    ]
 
 
 @torch.no_grad()
@@ -347,7 +426,9 @@ def one_run(
     knows the model; all else by transformers' ``generate``."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator, device="cpu").to(model.device)
+    ids = torch.randint(
+        vocabulary, (batch, prompt_tokens), generator=generator, device="cpu"
+    ).to(model.device)
     if compiled and batch == 1 and decodes(model):
         decoder = Decoder(model, prompt_tokens + new_tokens)
         start = clock()
@@ -358,11 +439,18 @@ def one_run(
         return read - start, clock() - read
     calls, times = itertools.count(), list[float]()
 
-    def put(_: Tensor) -> None:  # transformers copies each token to the CPU, which waits for a GPU
+    def put(
+        _: Tensor,
+    ) -> None:  # transformers copies each token to the CPU, which waits for a GPU
         if next(calls) in (1, new_tokens + 1):  # the first call has the prompt
             times.append(clock())
 
-    greedy = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=new_tokens + 1)
+    greedy = GenerationConfig(
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        max_new_tokens=new_tokens + 1,
+    )
     ends = SimpleNamespace(put=put, end=lambda: None)
     configured, start = with_config(model, greedy), clock()
     configured.generate(ids, attention_mask=torch.ones_like(ids), streamer=ends)  # type: ignore[operator]

@@ -30,7 +30,11 @@ from sparsepack.validation import PACK_AGAIN, validate
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 4
-READABLE = (2, 3, 4)  # version 3 had no levels; version 2 had offsets of dense weights and no exponents
+READABLE = (
+    2,
+    3,
+    4,
+)  # version 3 had no levels; version 2 had offsets of dense weights and no exponents
 MANIFEST = "packed.json"
 # In config.json. transformers refuses this name of a weight file, with its text; the quantizer takes it out before.
 WAY_IN = {
@@ -62,11 +66,21 @@ class PackedEntry(BaseModel):
     transposed: StrictBool = False
 
     @classmethod
-    def of(cls, packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False) -> PackedEntry:
+    def of(
+        cls, packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False
+    ) -> PackedEntry:
         """The entry of a packed weight whose dense weight has this dtype."""
         value_type = "int3" if packed.narrow else packed.value_type
-        fields = {"shape": packed.shape, "layout": packed.layout, "value_type": value_type}
-        more = {"dtype": str(dtype).removeprefix("torch."), "pattern": packed.pattern, "transposed": transposed}
+        fields = {
+            "shape": packed.shape,
+            "layout": packed.layout,
+            "value_type": value_type,
+        }
+        more = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "pattern": packed.pattern,
+            "transposed": transposed,
+        }
         return cls.model_validate(fields | more)
 
     @property
@@ -103,7 +117,9 @@ def packed_entries(quantization_config: Mapping[str, Any]) -> dict[str, PackedEn
     _check_version(quantization_config.get("format_version"))
     linears = quantization_config.get("linears")
     if not isinstance(linears, dict):
-        raise FormatError(f"config.json: quantization_config has no table of linears; {PACK_AGAIN}")
+        raise FormatError(
+            f"config.json: quantization_config has no table of linears; {PACK_AGAIN}"
+        )
     entries = {}
     for name, content in linears.items():
         try:
@@ -117,7 +133,11 @@ def packed_entries(quantization_config: Mapping[str, Any]) -> dict[str, PackedEn
 def quantization_config(entries: Mapping[str, PackedEntry]) -> dict[str, object]:
     """The ``quantization_config`` of a packed checkpoint with these linears."""
     linears = {name: entry.to_dict() for name, entry in entries.items()}
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "linears": linears}
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "linears": linears,
+    }
 
 
 RESAVED = "; after save_pretrained into this directory, remove packed.json"
@@ -141,17 +161,29 @@ class PackedTensors:
     """
 
     def __init__(
-        self, directory: Path, files: list[Path], described: Mapping[str, Tensor], get: Callable[[str], Tensor]
+        self,
+        directory: Path,
+        files: list[Path],
+        described: Mapping[str, Tensor],
+        get: Callable[[str], Tensor],
     ) -> None:
         self.directory, self._get = directory, get
         config = read_object(directory / "config.json")
         if not is_packed(config):
-            raise FormatError(f"{directory / 'config.json'} has no quantization_config of sparsellm; {PACK_AGAIN}")
+            raise FormatError(
+                f"{directory / 'config.json'} has no quantization_config of sparsellm; {PACK_AGAIN}"
+            )
         self.entries = packed_entries(config["quantization_config"])
         listed = check_files(directory, files, config["quantization_config"])
-        self._parts: dict[str, dict[str, str]] = {}  # for each packed linear, the names of its tensors by field
+        self._parts: dict[
+            str, dict[str, str]
+        ] = {}  # for each packed linear, the names of its tensors by field
         for name, entry in self.entries.items():
-            parts = {field: f"{name}.weight_{field}" for field in FIELDS if f"{name}.weight_{field}" in described}
+            parts = {
+                field: f"{name}.weight_{field}"
+                for field in FIELDS
+                if f"{name}.weight_{field}" in described
+            }
             needed = FIELDS[:2] if entry.layout == "dense" else FIELDS[:3]
             missing = [field for field in needed if field not in parts]
             placeholder = described.get(f"{name}.weight")
@@ -161,21 +193,34 @@ class PackedTensors:
                 )
             # save_pretrained, which writes no packed.json, writes it in the dtype in which the model was loaded.
             other = listed and placeholder.dtype != entry.torch_dtype
-            if placeholder.shape != (1,) or not placeholder.is_floating_point() or other:
+            if (
+                placeholder.shape != (1,)
+                or not placeholder.is_floating_point()
+                or other
+            ):
                 raise FormatError(
                     f"the placeholder {name}.weight in {directory} is {placeholder.dtype} {tuple(placeholder.shape)}, "
                     f"not {entry.torch_dtype} (1,); {PACK_AGAIN}"
                 )
-            _check_sizes(name, entry, {field: described[key] for field, key in parts.items()})
+            _check_sizes(
+                name, entry, {field: described[key] for field, key in parts.items()}
+            )
             self._parts[name] = parts
         self.nbytes = {
-            name: sum(described[key].nbytes for key in parts.values()) for name, parts in self._parts.items()
+            name: sum(described[key].nbytes for key in parts.values())
+            for name, parts in self._parts.items()
         }
         self.hidden = {key for parts in self._parts.values() for key in parts.values()}
         for key in described:
             name, _, field = key.rpartition(".weight_")
-            if field in FIELDS and f"{name}.weight" in described and key not in self.hidden:
-                raise FormatError(f"{key!r} in {directory} is not described in config.json; {PACK_AGAIN}")
+            if (
+                field in FIELDS
+                and f"{name}.weight" in described
+                and key not in self.hidden
+            ):
+                raise FormatError(
+                    f"{key!r} in {directory} is not described in config.json; {PACK_AGAIN}"
+                )
 
     def packed(self, name: str) -> PackedWeight:
         """The packed weight of a linear; a FormatError if it is inconsistent."""
@@ -189,11 +234,20 @@ class PackedTensors:
             offsets, rows = parts["offsets"], (entry.shape[0] + 1,)
             try:
                 if offsets.dtype != torch.int64 or tuple(offsets.shape) != rows:
-                    raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}")
+                    raise ValueError(
+                        f"offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}"
+                    )
                 parts["values"] = widened(parts["values"], int(offsets[-1]))
             except ValueError as error:
-                raise FormatError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
-        described = {"shape": entry.shape, "layout": entry.layout, "value_type": value_type, "pattern": entry.pattern}
+                raise FormatError(
+                    f"packed weight {name}: {error}; {PACK_AGAIN}"
+                ) from None
+        described = {
+            "shape": entry.shape,
+            "layout": entry.layout,
+            "value_type": value_type,
+            "pattern": entry.pattern,
+        }
         tensors = {field: parts.get(field) for field in FIELDS}
         packed = PackedWeight(**described, **tensors, narrow=narrow)  # type: ignore[arg-type]
         validate(packed, name)
@@ -207,9 +261,15 @@ class PackedTensors:
         dense = unpack(packed, dtype)
         if values is None or torch.finfo(values).max > torch.finfo(dtype).max:
             finite = int(torch.isfinite(dense).sum())
-            infinite = dense.numel() - finite - (0 if values is None else int((~torch.isfinite(packed.values)).sum()))
+            infinite = (
+                dense.numel()
+                - finite
+                - (0 if values is None else int((~torch.isfinite(packed.values)).sum()))
+            )
             if infinite:
-                raise FormatError(f"packed weight {name} has {infinite} values that {dtype} cannot hold; {PACK_AGAIN}")
+                raise FormatError(
+                    f"packed weight {name} has {infinite} values that {dtype} cannot hold; {PACK_AGAIN}"
+                )
         return dense.t().contiguous() if entry.transposed else dense
 
 
@@ -220,11 +280,16 @@ def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> 
     width = mask_stride(columns)
     if entry.layout == "nm" and entry.pattern in PATTERNS:
         width = row_bytes(entry.pattern, columns)
-    shapes = {"mask": (1 if entry.layout == "dense" else out, width), "offsets": (out + 1,)}
+    shapes = {
+        "mask": (1 if entry.layout == "dense" else out, width),
+        "offsets": (out + 1,),
+    }
     for field, shape in shapes.items():
         if (part := parts.get(field)) is not None and tuple(part.shape) != shape:
             known = f"{part.dtype} {tuple(part.shape)}"
-            raise FormatError(f"packed weight {name}: {field} is {known}, not {shape}; {PACK_AGAIN}")
+            raise FormatError(
+                f"packed weight {name}: {field} is {known}, not {shape}; {PACK_AGAIN}"
+            )
     bits = {"int4": 4, "int3": 3}.get(entry.value_type, 8 * values.element_size())
     if entry.layout == "dense" and 8 * values.nbytes < bits * out * columns:
         raise FormatError(
@@ -241,7 +306,9 @@ def opened_weights(file: Path, framework: str) -> Iterator[Any]:
     except OSError as error:  # Python's own: safetensors calls each a missing file
         raise FormatError(f"cannot read {file}: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None
+        raise FormatError(
+            f"{file} is not a readable safetensors file ({error}); copy it again"
+        ) from None
 
 
 def open_packed(files: list[Path]) -> PackedTensors:
@@ -251,7 +318,9 @@ def open_packed(files: list[Path]) -> PackedTensors:
         with opened_weights(file, "pt") as opened:
             mapped |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     # A copy, as a mapped file that is truncated later ends the process.
-    return PackedTensors(files[0].parent, files, mapped, lambda name: mapped[name].clone())
+    return PackedTensors(
+        files[0].parent, files, mapped, lambda name: mapped[name].clone()
+    )
 
 
 def adapter_in(directory: Path) -> str | None:
@@ -266,7 +335,9 @@ def manifest(directory: Path) -> dict[str, object]:
     return {
         "format_version": FORMAT_VERSION,
         "sha256": _hashes(sorted(directory.glob("*.safetensors"))),
-        "quantization_config_sha256": config_digest(read_object(directory / "config.json").get("quantization_config")),
+        "quantization_config_sha256": config_digest(
+            read_object(directory / "config.json").get("quantization_config")
+        ),
     }
 
 
@@ -274,7 +345,9 @@ def config_digest(quantization_config: Any) -> str:
     """SHA-256 of a ``quantization_config``, as JSON in ASCII with sorted keys and without spaces.
 
     The other keys of ``config.json`` are left out: tools rewrite them (``torch_dtype``, ``transformers_version``)."""
-    text = json.dumps(quantization_config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(
+        quantization_config, sort_keys=True, separators=(",", ":"), ensure_ascii=True
+    )
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
@@ -289,18 +362,31 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
     try:
         listed = _Manifest.model_validate(read_object(path))
     except ValidationError as error:
-        raise FormatError(f"{path} is not a list of checksums: {refusal(error)}; {PACK_AGAIN}") from None
+        raise FormatError(
+            f"{path} is not a list of checksums: {refusal(error)}; {PACK_AGAIN}"
+        ) from None
     _check_version(listed.format_version)
     for name in listed.sha256:
         if Path(name).name != name:
-            raise FormatError(f"{path} is not a list of checksums: {name!r:.100} is not a file name; {PACK_AGAIN}")
-        if not os.path.isfile(directory / name):  # unlike Path.is_file, False for a name that is too long
-            raise FormatError(f"{path} lists {name!r:.100}, which is not there; copy the directory again")
+            raise FormatError(
+                f"{path} is not a list of checksums: {name!r:.100} is not a file name; {PACK_AGAIN}"
+            )
+        if not os.path.isfile(
+            directory / name
+        ):  # unlike Path.is_file, False for a name that is too long
+            raise FormatError(
+                f"{path} lists {name!r:.100}, which is not there; copy the directory again"
+            )
     for file in files:
         if file.name not in listed.sha256:
-            raise FormatError(f"{path} does not list {file.name}; copy the directory again, or pack the model again")
+            raise FormatError(
+                f"{path} does not list {file.name}; copy the directory again, or pack the model again"
+            )
     expected = listed.quantization_config_sha256
-    if expected is not None and (digest := config_digest(quantization_config)) != expected:
+    if (
+        expected is not None
+        and (digest := config_digest(quantization_config)) != expected
+    ):
         raise FormatError(
             f"quantization_config in {directory / 'config.json'} has SHA-256 {digest[:16]}…, not {expected[:16]}…: it "
             f"has changed since the model was packed; copy config.json again, or pack the model again{RESAVED}"
@@ -330,4 +416,6 @@ def _hashes(files: list[Path]) -> dict[str, str]:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        return dict(zip((file.name for file in files), pool.map(digest, files), strict=True))
+        return dict(
+            zip((file.name for file in files), pool.map(digest, files), strict=True)
+        )

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from sparsepack.arguments import SHORT_DTYPES
 from sparsepack.errors import FormatError, SettingError
 
-FLOAT_TYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for short, name in SHORT_DTYPES.items()}
+FLOAT_TYPES: dict[str, torch.dtype] = {
+    short: getattr(torch, name) for short, name in SHORT_DTYPES.items()
+}
 VALUE_TYPES = (*FLOAT_TYPES, "int8", "int4")  # in memory
 WRITTEN_TYPES = (*VALUE_TYPES, "int3")  # in files; int3 becomes int4 when it is read
 GROUPED = ("int4", "int3")  # types whose scales belong to groups of columns
@@ -30,7 +32,9 @@ _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 GROUPS = (32, 64, 128, 256, 512, 1024)  # columns that may share a scale of int4
 CODES = 16  # those of int4; int3 has the eight in the middle
-EXPONENTS = range(-8, 8)  # a column has one; it is a hexadecimal digit in the records of a run
+EXPONENTS = range(
+    -8, 8
+)  # a column has one; it is a hexadecimal digit in the records of a run
 
 # Fractions of the scale with which the value of largest magnitude becomes the lowest number. If an outlier saturates,
 # the step is finer for all other values; below 0.7 that never lowered the error on normal or Laplace weights.
@@ -57,7 +61,10 @@ class Levels:
     @property
     def closest(self) -> int:
         """The least distance of two numbers."""
-        return min(after - before for before, after in zip(self.numbers, self.numbers[1:], strict=False))
+        return min(
+            after - before
+            for before, after in zip(self.numbers, self.numbers[1:], strict=False)
+        )
 
     @property
     def even(self) -> bool:
@@ -69,9 +76,21 @@ class Levels:
         rounded = units.round().clamp_(self.lowest, self.numbers[-1])
         # Signs are added and multiplied: bools take a CPU up to fifty times as long as numbers.
         if self.even:
-            return rounded if zero else rounded.add_(rounded.abs().clamp_(max=1).sub_(1).neg_().mul_(units.sign()))
-        places = rounded.sub_(self.lowest).nan_to_num_().to(torch.int32)  # a scale is NaN where a value is
-        nearest = nearest_levels(self.numbers, units.device).index_select(0, places.view(-1)).view_as(units)
+            return (
+                rounded
+                if zero
+                else rounded.add_(
+                    rounded.abs().clamp_(max=1).sub_(1).neg_().mul_(units.sign())
+                )
+            )
+        places = (
+            rounded.sub_(self.lowest).nan_to_num_().to(torch.int32)
+        )  # a scale is NaN where a value is
+        nearest = (
+            nearest_levels(self.numbers, units.device)
+            .index_select(0, places.view(-1))
+            .view_as(units)
+        )
         return nearest.mul_(units.sign().abs_())
 
     def codes(self, numbers: Tensor) -> Tensor:
@@ -79,7 +98,9 @@ class Levels:
         if self.even:
             return (numbers + CODES // 2).to(torch.uint8)
         table = torch.zeros(1 - self.lowest + self.numbers[-1], dtype=torch.uint8)
-        table[torch.tensor(self.numbers) - self.lowest] = torch.arange(len(self.numbers), dtype=torch.uint8)
+        table[torch.tensor(self.numbers) - self.lowest] = torch.arange(
+            len(self.numbers), dtype=torch.uint8
+        )
         return table[(numbers - self.lowest).long()] + (CODES - len(self.numbers)) // 2
 
     @property
@@ -88,7 +109,9 @@ class Levels:
         if self.even:
             return None
         margin = (CODES - len(self.numbers)) // 2
-        return nn.functional.pad(torch.tensor(self.numbers, dtype=torch.int8), (margin, margin))
+        return nn.functional.pad(
+            torch.tensor(self.numbers, dtype=torch.int8), (margin, margin)
+        )
 
 
 @cache
@@ -116,24 +139,36 @@ def anchors(grouped: Tensor) -> Tensor:
     return grouped.abs().max(dim=1, keepdim=True).indices
 
 
-def whole_numbers(values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False) -> Tensor:
+def whole_numbers(
+    values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False
+) -> Tensor:
     """The nearest of ``levels`` in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
-    return levels.nearest(values / torch.where(scales == 0, math.inf, scales), zero=zero)
+    return levels.nearest(
+        values / torch.where(scales == 0, math.inf, scales), zero=zero
+    )
 
 
 def levels_of(value_type: str, layout: str) -> Levels:
     """The numbers to which `prune --values` rounds a weight: with a gap for bitmasks alone; others store zeros."""
-    return GAPPED.get(value_type, PLAIN[value_type]) if layout == "bitmask" else PLAIN[value_type]
+    return (
+        GAPPED.get(value_type, PLAIN[value_type])
+        if layout == "bitmask"
+        else PLAIN[value_type]
+    )
 
 
 def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
     """``keep`` as the name of ``dtype`` (FormatError if it has no packed form); a SettingError for an unknown name."""
     if value_type == "keep":
         if dtype not in _NAME_OF:
-            raise FormatError(f"values of {dtype} have no packed form; choose one of {', '.join(VALUE_TYPES)}")
+            raise FormatError(
+                f"values of {dtype} have no packed form; choose one of {', '.join(VALUE_TYPES)}"
+            )
         return _NAME_OF[dtype]
     if value_type not in WRITTEN_TYPES:
-        raise SettingError(f"unknown value type {value_type!r:.100}; choose one of keep, {', '.join(WRITTEN_TYPES)}")
+        raise SettingError(
+            f"unknown value type {value_type!r:.100}; choose one of keep, {', '.join(WRITTEN_TYPES)}"
+        )
     return value_type
 
 
@@ -144,7 +179,10 @@ def group_of(columns: int, groups: int) -> int | None:
 
 def best_group(share: float) -> int:
     """The columns that share a scale where this share of the weights is kept, so that about 32 of them are kept."""
-    return next((size for size in GROUPS if size * share >= GROUPS[0] / math.sqrt(2)), GROUPS[-1])
+    return next(
+        (size for size in GROUPS if size * share >= GROUPS[0] / math.sqrt(2)),
+        GROUPS[-1],
+    )
 
 
 def groups_of(columns: int, group: int) -> int:
@@ -159,12 +197,24 @@ def powers_of(exponents: Tensor) -> Tensor:
 
 def text_of_exponents(exponents: Tensor | None) -> str:
     """One hexadecimal digit for each column, the exponent plus 8; empty for None."""
-    return "" if exponents is None else "".join(f"{exponent - EXPONENTS.start:x}" for exponent in exponents.tolist())
+    return (
+        ""
+        if exponents is None
+        else "".join(
+            f"{exponent - EXPONENTS.start:x}" for exponent in exponents.tolist()
+        )
+    )
 
 
 def exponents_of_text(text: str) -> Tensor | None:
     """The inverse of :func:`text_of_exponents`: int8 ``(in,)``, or None."""
-    return torch.tensor([int(digit, 16) + EXPONENTS.start for digit in text], dtype=torch.int8) if text else None
+    return (
+        torch.tensor(
+            [int(digit, 16) + EXPONENTS.start for digit in text], dtype=torch.int8
+        )
+        if text
+        else None
+    )
 
 
 class Encoded(NamedTuple):
@@ -177,7 +227,12 @@ class Encoded(NamedTuple):
 
 
 def encode_values(
-    weight: Tensor, kept: Tensor, value_type: str, group: int | None, exponents: Tensor | None, layout: str
+    weight: Tensor,
+    kept: Tensor,
+    value_type: str,
+    group: int | None,
+    exponents: Tensor | None,
+    layout: str,
 ) -> Encoded:
     """The values of a floating weight ``(out, in)`` where bool ``kept`` is set.
 
@@ -192,24 +247,37 @@ def encode_values(
         FormatError: a value overflows the type, or is not finite and the type is an integer.
     """
     counts = kept.count_nonzero(dim=1)
-    offsets = torch.cat((counts.new_zeros(1), (counts + counts % 2 if value_type in GROUPED else counts).cumsum(0)))
+    offsets = torch.cat(
+        (
+            counts.new_zeros(1),
+            (counts + counts % 2 if value_type in GROUPED else counts).cumsum(0),
+        )
+    )
     if value_type in FLOAT_TYPES:
         values = weight[kept]
         stored = values.to(FLOAT_TYPES[value_type])
         overflowed = int((torch.isfinite(values) & ~torch.isfinite(stored)).sum())
         if overflowed:
-            raise FormatError(f"{overflowed} weights are too large for {value_type}; choose bf16 or fp32")
+            raise FormatError(
+                f"{overflowed} weights are too large for {value_type}; choose bf16 or fp32"
+            )
         return Encoded(stored, offsets)
-    exact = weight.float() if exponents is None else weight.float() * powers_of(-exponents)
+    exact = (
+        weight.float() if exponents is None else weight.float() * powers_of(-exponents)
+    )
     if not bool(torch.isfinite(exact).all()):
-        raise FormatError(f"a weight is NaN, infinite or too large, and cannot be stored as {value_type}")
+        raise FormatError(
+            f"a weight is NaN, infinite or too large, and cannot be stored as {value_type}"
+        )
     if value_type == "int8":
         scales = exact.abs().amax(dim=1) / 127
         numbers = whole_numbers(exact, scales.unsqueeze(1), PLAIN["int8"], zero=True)
         return Encoded(numbers[kept].to(torch.int8), offsets, scales)
     assert group is not None
     groups = groups_of(weight.shape[1], group)
-    padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).reshape(-1, group)
+    padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).reshape(
+        -1, group
+    )
     levels = levels_of(value_type, layout)
     if not levels.even and not _is_on(padded, levels):
         levels = PLAIN[value_type]
@@ -218,11 +286,18 @@ def encode_values(
     rows, rank = _places(counts)
     slots = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
     slots[offsets[rows] + rank] = codes
-    return Encoded(_in_pairs(slots), offsets, scales.view(len(weight), groups), levels.table)
+    return Encoded(
+        _in_pairs(slots), offsets, scales.view(len(weight), groups), levels.table
+    )
 
 
 def decode_values(
-    value_type: str, stored: Encoded, rows: slice, kept: Tensor, group: int | None, exponents: Tensor | None
+    value_type: str,
+    stored: Encoded,
+    rows: slice,
+    kept: Tensor,
+    group: int | None,
+    exponents: Tensor | None,
 ) -> Tensor:
     """The kept values of some rows of a weight, in order; floating types as they are stored, integers as fp32.
 
@@ -238,10 +313,20 @@ def decode_values(
     else:
         assert group is not None
         row, rank = _places(counts)
-        codes = _nibbles(values[start // 2 : stop // 2])[(offsets[rows] - start)[row] + rank]
-        numbers = codes.float() - CODES // 2 if levels is None else levels.float()[codes.int()]
+        codes = _nibbles(values[start // 2 : stop // 2])[
+            (offsets[rows] - start)[row] + rank
+        ]
+        numbers = (
+            codes.float() - CODES // 2
+            if levels is None
+            else levels.float()[codes.int()]
+        )
         exact = numbers * scales[rows][row, kept.nonzero()[:, 1] // group].float()
-    return exact if exponents is None else exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
+    return (
+        exact
+        if exponents is None
+        else exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
+    )
 
 
 def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -> int:
@@ -251,8 +336,12 @@ def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -
         return kept + 4 * len(counts)
     if value_type in GROUPED:
         pairs = int(((counts + 1) // 2).sum())
-        index = 2 * groups * len(counts) + CODES * (not levels_of(value_type, layout).even)
-        return (pairs if value_type == "int4" else bytes_of_three_bits(2 * pairs)) + index
+        index = 2 * groups * len(counts) + CODES * (
+            not levels_of(value_type, layout).even
+        )
+        return (
+            pairs if value_type == "int4" else bytes_of_three_bits(2 * pairs)
+        ) + index
     return kept * FLOAT_TYPES[value_type].itemsize
 
 
@@ -263,14 +352,26 @@ def bytes_of_three_bits(values: int) -> int:
 
 def narrowed(pairs: Tensor) -> Tensor:
     """Codes of int4 that are all 4 … 11 in three bits each, minus 4, least significant bit first: uint8."""
-    bits = numpy.unpackbits((_nibbles(pairs).view(-1, 1) - CODES // 4).numpy(), axis=1, count=3, bitorder="little")
+    bits = numpy.unpackbits(
+        (_nibbles(pairs).view(-1, 1) - CODES // 4).numpy(),
+        axis=1,
+        count=3,
+        bitorder="little",
+    )
     return torch.from_numpy(numpy.packbits(bits.reshape(-1), bitorder="little"))
 
 
 def widened(data: Tensor, values: int) -> Tensor:
     """The inverse of :func:`narrowed`; a ValueError if the data are not an even number of values."""
-    if values < 0 or values % 2 or data.dtype != torch.uint8 or tuple(data.shape) != (bytes_of_three_bits(values),):
-        raise ValueError(f"{data.dtype} {tuple(data.shape)} are not {values} values of three bits")
+    if (
+        values < 0
+        or values % 2
+        or data.dtype != torch.uint8
+        or tuple(data.shape) != (bytes_of_three_bits(values),)
+    ):
+        raise ValueError(
+            f"{data.dtype} {tuple(data.shape)} are not {values} values of three bits"
+        )
     bits = numpy.unpackbits(data.numpy(), bitorder="little")
     if bits[3 * values :].any():
         raise ValueError("a bit after the last value of three bits is set")
@@ -297,14 +398,19 @@ def _is_on(grouped: Tensor, levels: Levels) -> bool:
     while math.gcd(step, len(grouped)) > 1:  # so that it meets every column of a row
         step += 1
     judges = grouped[::step]
-    return _quantise_groups(judges, levels)[2] <= ON_GRID * float(judges.double().square().sum())
+    return _quantise_groups(judges, levels)[2] <= ON_GRID * float(
+        judges.double().square().sum()
+    )
 
 
 def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, float]:
     """Whole numbers ``(groups, columns)``, the best bf16 scales ``(groups,)`` of those tried, and the squared error.
 
     The anchor becomes the lowest number, which has no positive counterpart, so a scale may be negative."""
-    numbers, scales = torch.empty_like(grouped), grouped.new_empty(len(grouped), dtype=torch.bfloat16)
+    numbers, scales = (
+        torch.empty_like(grouped),
+        grouped.new_empty(len(grouped), dtype=torch.bfloat16),
+    )
     total = 0.0
     for first in range(0, len(grouped), _GROUPS_AT_ONCE):
         part = slice(first, first + _GROUPS_AT_ONCE)
@@ -315,10 +421,14 @@ def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, f
 
 def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
     extreme = grouped.gather(1, anchors(grouped))  # (groups, 1)
-    best = torch.full_like(extreme, math.nan)  # an error that overflows is better than none
+    best = torch.full_like(
+        extreme, math.nan
+    )  # an error that overflows is better than none
     numbers, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
     for fraction in _SCALE_FRACTIONS:
-        scale = (extreme / levels.lowest * fraction).bfloat16().float()  # rounded as it will be read
+        scale = (
+            (extreme / levels.lowest * fraction).bfloat16().float()
+        )  # rounded as it will be read
         tried = whole_numbers(grouped, scale, levels, zero=True)
         error = (tried * scale - grouped).square().sum(dim=1, keepdim=True)
         better = ~(error >= best)
@@ -331,4 +441,6 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The row of each kept value, and its rank in that row, from 0."""
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
+    return rows, torch.arange(len(rows), device=counts.device) - (
+        counts.cumsum(0) - counts
+    )[rows]

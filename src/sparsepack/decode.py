@@ -22,34 +22,85 @@ from sparsepack.masks import to_bits
 from sparsepack.module import PackedLinear, kernel_name
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
-_ROPES = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
-_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_ROPES = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # angles that do not change with the length of the text
+_LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+)
 _FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def cache_keyword(model: nn.Module) -> str:
     """The name of the key-value cache in a model's forward and its output, which differs between releases."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return (
+        "cache"
+        if "cache" in inspect.signature(model.forward).parameters
+        else "past_key_values"
+    )
 
 
 def decodes(model: Any) -> bool:
     """Whether the extension can decode a model: one that it knows, packed or dense, on a CPU with kernels."""
     family = type(model).__name__.removesuffix("ForCausalLM")
-    if family not in FAMILIES or not type(model).__module__.startswith("transformers.models."):
+    if family not in FAMILIES or not type(model).__module__.startswith(
+        "transformers.models."
+    ):
         return False
     modules, config = list(model.modules()), model.config
-    if kernel_name() == "torch" or torch.get_default_device().type != "cpu" or not all(map(_readable, modules)):
+    if (
+        kernel_name() == "torch"
+        or torch.get_default_device().type != "cpu"
+        or not all(map(_readable, modules))
+    ):
         return False
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if config.hidden_act != "silu" or rope.get("rope_type", "default") not in _ROPES or window:
+    rope = (
+        getattr(config, "rope_parameters", None)
+        or getattr(config, "rope_scaling", None)
+        or {}
+    )
+    window = getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    )
+    if (
+        config.hidden_act != "silu"
+        or rope.get("rope_type", "default") not in _ROPES
+        or window
+    ):
         return False
-    parts = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
-    known = {*(f"{family}{part}" for part in parts), "ModuleList", "Linear", "Embedding", "SiLU", "SiLUActivation"}
+    parts = (
+        "ForCausalLM",
+        "Model",
+        "DecoderLayer",
+        "Attention",
+        "MLP",
+        "RMSNorm",
+        "RotaryEmbedding",
+    )
+    known = {
+        *(f"{family}{part}" for part in parts),
+        "ModuleList",
+        "Linear",
+        "Embedding",
+        "SiLU",
+        "SiLUActivation",
+    }
     unchanged = all(
         (type(module).__name__ in known or isinstance(module, PackedLinear))
-        and type(module).__module__.startswith(("torch.nn.", "transformers.", "sparsepack."))
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and type(module).__module__.startswith(
+            ("torch.nn.", "transformers.", "sparsepack.")
+        )
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or "forward" in vars(module)
+        )
         for module in modules
     )
     # The extension computes keys and values of a token in the room of gate and up.
@@ -63,13 +114,20 @@ def _readable(module: nn.Module) -> bool:
     if weight is None:
         return True
     # Quantised weights of other libraries are tensors of their own classes, with the dtype of what they stand for.
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu or weight.layout != torch.strided:
+    if (
+        type(weight) not in (Tensor, nn.Parameter)
+        or not weight.is_cpu
+        or weight.layout != torch.strided
+    ):
         return False
     return isinstance(module, PackedLinear) or weight.dtype in FLOAT_TYPES.values()
 
 
 def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
 
 
 class Decoder:
@@ -85,24 +143,46 @@ class Decoder:
         self._model, self._capacity = model, capacity
         self._kept: list[Tensor] = []  # tensors whose addresses are in the plan
         size = _head_size(config)
-        heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
-        inner = max(config.intermediate_size, *(layer.mlp.gate_proj.out_features for layer in inside.layers))
+        heads, kv_heads, hidden = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.hidden_size,
+        )
+        inner = max(
+            config.intermediate_size,
+            *(layer.mlp.gate_proj.out_features for layer in inside.layers),
+        )
         positions = torch.arange(capacity).unsqueeze(0)
-        angles = inside.rotary_emb(torch.zeros(1, 1, hidden, dtype=torch.float32), positions)
+        angles = inside.rotary_emb(
+            torch.zeros(1, 1, hidden, dtype=torch.float32), positions
+        )
         # The extension writes fp32, whatever torch's default. Pages that nothing is written to take no memory.
-        self._cache = torch.empty(len(inside.layers), 2, kv_heads, capacity, size, dtype=torch.float32)
-        work = torch.empty(3 * hidden + 2 * heads * size + 2 * inner + heads * capacity, dtype=torch.float32)
+        self._cache = torch.empty(
+            len(inside.layers), 2, kv_heads, capacity, size, dtype=torch.float32
+        )
+        work = torch.empty(
+            3 * hidden + 2 * heads * size + 2 * inner + heads * capacity,
+            dtype=torch.float32,
+        )
         self.logits = torch.empty(config.vocab_size, dtype=torch.float32)
-        settings = torch.tensor([config.rms_norm_eps, inside.layers[0].self_attn.scaling], dtype=torch.float32)
+        settings = torch.tensor(
+            [config.rms_norm_eps, inside.layers[0].self_attn.scaling],
+            dtype=torch.float32,
+        )
         plan = [len(inside.layers), hidden, heads, kv_heads, size, inner, capacity]
         plan += [self._address(tensor[0]) for tensor in angles]
         plan += [self._address(settings), self._address(work), self.logits.data_ptr()]
         plan.append(self._address(inside.norm.weight))
         embedding = self._linear(inside.embed_tokens)
-        self._tokens = min(embedding[1], config.vocab_size)  # a caller may have taken rows off the embedding
+        self._tokens = min(
+            embedding[1], config.vocab_size
+        )  # a caller may have taken rows off the embedding
         plan += embedding + self._linear(model.lm_head)
         for index, layer in enumerate(inside.layers):
-            plan += [self._address(layer.input_layernorm.weight), self._address(layer.post_attention_layernorm.weight)]
+            plan += [
+                self._address(layer.input_layernorm.weight),
+                self._address(layer.post_attention_layernorm.weight),
+            ]
             plan += [self._cache[index, 0].data_ptr(), self._cache[index, 1].data_ptr()]
             for name in (*_LINEARS, *_FEED_FORWARD):
                 plan += self._linear(layer.get_submodule(name))
@@ -126,7 +206,9 @@ class Decoder:
             IndexError: token or position is out of range.
         """
         if not 0 <= position < self._capacity or not 0 <= token < self._tokens:
-            raise IndexError(f"token {token} of {self._tokens} at position {position} of {self._capacity}")
+            raise IndexError(
+                f"token {token} of {self._tokens} at position {position} of {self._capacity}"
+            )
         native.decode(self._plan, token, position)
         return self.logits
 
@@ -136,11 +218,23 @@ class Decoder:
         return self._kept[-1].data_ptr()
 
     def _linear(self, module: Any) -> list[int]:
-        packed = module.packed if isinstance(module, PackedLinear) else dense_weight(module.weight)
+        packed = (
+            module.packed
+            if isinstance(module, PackedLinear)
+            else dense_weight(module.weight)
+        )
         self._kept += packed.tensors.values()
-        rounded = isinstance(module, PackedLinear) and module.rounded and packed.scales is not None
+        rounded = (
+            isinstance(module, PackedLinear)
+            and module.rounded
+            and packed.scales is not None
+        )
         bias = getattr(module, "bias", None)
-        return [*native.addresses(packed), int(rounded), 0 if bias is None else self._address(bias)]
+        return [
+            *native.addresses(packed),
+            int(rounded),
+            0 if bias is None else self._address(bias),
+        ]
 
 
 def dense_weight(weight: Tensor) -> PackedWeight:
@@ -149,4 +243,12 @@ def dense_weight(weight: Tensor) -> PackedWeight:
     rows, columns = weight.shape
     kind = next(name for name, dtype in FLOAT_TYPES.items() if dtype == weight.dtype)
     mask = to_bits(torch.ones(1, columns, dtype=torch.bool))
-    return PackedWeight((rows, columns), "dense", mask, weight.view(-1), torch.arange(rows + 1) * columns, None, kind)
+    return PackedWeight(
+        (rows, columns),
+        "dense",
+        mask,
+        weight.view(-1),
+        torch.arange(rows + 1) * columns,
+        None,
+        kind,
+    )

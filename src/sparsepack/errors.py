@@ -12,7 +12,12 @@ class UserError(Exception):
     """A mistake that a user can mend. Line breaks, control characters and halves of surrogate pairs become escapes."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
+        super().__init__(
+            "".join(
+                c if c.isprintable() else c.encode("unicode_escape").decode()
+                for c in str(message)
+            )
+        )
 
 
 class Note(UserWarning):
@@ -26,18 +31,30 @@ class PackError(UserError):
 def refusal(error: ValidationError, name: str = "") -> str:
     """One line on the first value that pydantic refuses: in the argument ``name``, or at its place in a model."""
     first = error.errors(include_url=False, include_context=False)[0]
-    place = name + "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+    place = name + "".join(
+        f"[{part}]" for part in first["loc"] if isinstance(part, int)
+    )
     place = place if name else shown(".".join(map(str, first["loc"])))[1:-1]
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"{place} is " + ("missing" if first["type"] == "missing" else f"{shown(first['input'])}: {reason}")
+    reason = (
+        first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    )
+    return f"{place} is " + (
+        "missing"
+        if first["type"] == "missing"
+        else f"{shown(first['input'])}: {reason}"
+    )
 
 
 def shown(value: object, most: int = 160) -> str:
     """A value as text for an error message: one line of at most ``most`` characters, cut in the middle, since the end
     of a path says most. It never raises."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
+    if (
+        isinstance(value, int) and value.bit_length() > 256
+    ):  # Python refuses to write more than 4,300 digits
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str | bytes) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
+    if (
+        isinstance(value, str | bytes) and len(value) > 2 * most
+    ):  # so that a megabyte of text is not formatted
         value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
     name, parts = f"a {type(value).__name__}", [value]
     for part in parts:  # a list that holds another twice, and so on, has more parts than its text could show
@@ -46,10 +63,18 @@ def shown(value: object, most: int = 160) -> str:
         if len(parts) > 1_000_000:
             return name
     try:
-        text = " ".join(repr(str(value) if hasattr(value, "__fspath__") else value).split())
-    except Exception:  # from the repr of a user's class, or of a list with a number that is too long
+        text = " ".join(
+            repr(str(value) if hasattr(value, "__fspath__") else value).split()
+        )
+    except (
+        Exception
+    ):  # from the repr of a user's class, or of a list with a number that is too long
         return name
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
+    return (
+        text
+        if len(text) <= most
+        else f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
+    )
 
 
 class SettingError(PackError):

@@ -11,7 +11,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -22,7 +27,9 @@ from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.files import context_limit
 from sparsepack.module import threads_set
 
-TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
+TokenId = Annotated[
+    int, Field(ge=-1, lt=1 << 31)
+]  # -1 is how some checkpoints write that there is none
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
@@ -50,7 +57,11 @@ class Generation:
     @property
     def tokens_per_second(self) -> float:
         """Speed of decoding: tokens after the first, divided by their seconds; 0 if there are none."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
+        return (
+            (self.new_tokens - 1) / self.decode_seconds
+            if self.new_tokens > 1 and self.decode_seconds
+            else 0.0
+        )
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -59,7 +70,9 @@ class Generation:
 
 def _not_tiny(temperature: float) -> float:
     if 0 < temperature < LEAST_TEMPERATURE:
-        raise ValueError(f"give 0 for the likeliest token, or at least {LEAST_TEMPERATURE}")
+        raise ValueError(
+            f"give 0 for the likeliest token, or at least {LEAST_TEMPERATURE}"
+        )
     return temperature
 
 
@@ -76,7 +89,9 @@ Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)]
 class Sampling(BaseModel):
     """How a prompt is continued."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     max_new_tokens: Tokens = 100  # the most tokens to generate
     # 0 takes the likeliest token each time; above 0, tokens are sampled; None does what the model's generation config
@@ -86,7 +101,10 @@ class Sampling(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Seed = 0
     # The text ends before the first of these strings.
-    stop: Annotated[Sequence[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=16)] = ()
+    stop: Annotated[
+        Sequence[Annotated[str, Field(min_length=1, max_length=500)]],
+        Field(max_length=16),
+    ] = ()
     ignore_eos: bool = False  # whether an end-of-text token does not end it, as a measurement of speed needs
 
 
@@ -145,9 +163,13 @@ def generate(
         SettingError: the prompt has no token, or is too long for the model; or another argument is out of range.
         FormatError: a used setting of the generation config has a wrong type or value, or the model computes NaN.
     """
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    return continuation(model, tokenizer, ids, sampling, threads=threads, on_text=on_text)
+    return continuation(
+        model, tokenizer, ids, sampling, threads=threads, on_text=on_text
+    )
 
 
 @torch.no_grad()
@@ -168,7 +190,9 @@ def continuation(
     if length == 0:
         raise SettingError("the prompt is empty; give some text to continue")
     if (most := int(ids.max())) >= (size := model.config.get_text_config().vocab_size):
-        raise SettingError(f"the prompt has token id {most}, and the model has {size} tokens; resize its embedding")
+        raise SettingError(
+            f"the prompt has token id {most}, and the model has {size} tokens; resize its embedding"
+        )
     if limit is not None and limit < length + sampling.max_new_tokens:
         raise SettingError(
             f"the prompt has {length} tokens and {sampling.max_new_tokens} are to follow; "
@@ -181,14 +205,22 @@ def continuation(
 
     ids = ids.to(model.device)
     ends = {*last} if isinstance(last := settings.eos_token_id, list) else {last}
-    choices = _processors(settings, torch.Generator(ids.device).manual_seed(sampling.seed))
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    choices = _processors(
+        settings, torch.Generator(ids.device).manual_seed(sampling.seed)
+    )
+    padding = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id
+    )
     with threads_set(threads):
         start, count = time.perf_counter(), torch.get_num_threads()
         if (decoder := _decoder(model, length + sampling.max_new_tokens)) is not None:
             _decode(decoder, ids, choices, ends, sampling.max_new_tokens, text)
         else:  # greedily among what is chosen: its own sampling takes torch's random state, which all threads share
-            greedy = GenerationConfig(do_sample=False, eos_token_id=settings.eos_token_id)
+            greedy = GenerationConfig(
+                do_sample=False, eos_token_id=settings.eos_token_id
+            )
             with_config(model, greedy).generate(  # type: ignore[operator]
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -200,7 +232,9 @@ def continuation(
             )
     first, latest = text.times[0], text.times[-1]
     finish = text.over or ("stop" if text.ids[-1] in ends else "length")
-    return Generation(text.text, length, len(text.ids), first - start, latest - first, count, finish)
+    return Generation(
+        text.text, length, len(text.ids), first - start, latest - first, count, finish
+    )
 
 
 def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
@@ -214,7 +248,12 @@ def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
 
 
 def _decode(
-    decoder: Decoder, ids: Tensor, choices: LogitsProcessorList, ends: set[int | None], tokens: int, text: _Text
+    decoder: Decoder,
+    ids: Tensor,
+    choices: LogitsProcessorList,
+    ends: set[int | None],
+    tokens: int,
+    text: _Text,
 ) -> None:
     """Decodes by the extension as transformers' ``generate`` does."""
     text.put(ids)
@@ -235,7 +274,9 @@ class _Numbers(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():
-            raise FormatError("the model computes NaN; take dtype float32; if it has that, evaluate it to see where")
+            raise FormatError(
+                "the model computes NaN; take dtype float32; if it has that, evaluate it to see where"
+            )
         return scores
 
 
@@ -250,15 +291,23 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
-def _processors(settings: GenerationConfig, numbers: torch.Generator) -> LogitsProcessorList:
+def _processors(
+    settings: GenerationConfig, numbers: torch.Generator
+) -> LogitsProcessorList:
     """What transformers does to logits with these settings, in its order; above temperature 0 its top_k is 50."""
     chosen = LogitsProcessorList([_Numbers()])
     if settings.repetition_penalty is not None:
-        chosen.append(logits_process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        chosen.append(
+            logits_process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+        )
     if settings.do_sample:
         chosen.append(logits_process.TemperatureLogitsWarper(settings.temperature))
         if settings.top_k != 0:
-            chosen.append(logits_process.TopKLogitsWarper(50 if settings.top_k is None else settings.top_k))
+            chosen.append(
+                logits_process.TopKLogitsWarper(
+                    50 if settings.top_k is None else settings.top_k
+                )
+            )
         if settings.top_p is not None:
             chosen.append(logits_process.TopPLogitsWarper(settings.top_p))
         if settings.min_p is not None:
@@ -289,10 +338,16 @@ def generation_settings(model: PreTrainedModel, sampling: Sampling) -> Generatio
     if sampling.ignore_eos:
         used = used.model_copy(update={"eos_token_id": None})
     if temperature > 0:
-        return GenerationConfig(do_sample=True, temperature=temperature, **used.model_dump())
+        return GenerationConfig(
+            do_sample=True, temperature=temperature, **used.model_dump()
+        )
     ignored = {"top_k", "top_p", "min_p"}  # they would only cause warnings
     return GenerationConfig(
-        do_sample=False, temperature=None, top_k=None, top_p=None, **used.model_dump(exclude=ignored)
+        do_sample=False,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        **used.model_dump(exclude=ignored),
     )
 
 
@@ -321,8 +376,12 @@ class _Text(BaseStreamer):
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
         self._stop, self._longest = tuple(stop), max(map(len, stop), default=0)
         self._on_text, self._cancelled = on_text, cancelled
-        self._tokens: list[int] = []  # the last of the prompt, which comes first, and those that follow
-        self._before = self._read = 0  # tokens up to the last but one piece, and up to the last
+        self._tokens: list[
+            int
+        ] = []  # the last of the prompt, which comes first, and those that follow
+        self._before = self._read = (
+            0  # tokens up to the last but one piece, and up to the last
+        )
         self._given = 0  # characters
         self.ids: list[int] = []
         self.times: list[float] = []
@@ -334,7 +393,10 @@ class _Text(BaseStreamer):
         if not self._tokens:
             tails = [new[-CONTEXT:][start:] or new for start in range(MOST_TOKENS)]
             # The first that begins with a whole character: byte tokens are decoded only if all of a run are characters.
-            self._tokens = next((tail for tail in tails if not self._decode(tail).startswith("\ufffd")), tails[0])
+            self._tokens = next(
+                (tail for tail in tails if not self._decode(tail).startswith("\ufffd")),
+                tails[0],
+            )
             self._read = len(self._tokens)
             return
         self.times.append(time.perf_counter())
@@ -354,11 +416,17 @@ class _Text(BaseStreamer):
             return
         known = len(self._decode(self._tokens[self._before : self._read]))
         piece = self._decode(self._tokens[self._before :])[known:]
-        if piece and (last or not piece.endswith("\ufffd")):  # the beginning of a character
+        if piece and (
+            last or not piece.endswith("\ufffd")
+        ):  # the beginning of a character
             self._before, self._read = self._read, len(self._tokens)
             begin = max(0, len(self.text) - self._longest + 1)
             self.text += piece
-            if places := [place for stop in self._stop if (place := self.text.find(stop, begin)) >= 0]:
+            if places := [
+                place
+                for stop in self._stop
+                if (place := self.text.find(stop, begin)) >= 0
+            ]:
                 self.text, self.over, last = self.text[: min(places)], "stop", True
         safe = len(self.text) - (0 if last else self._held())
         if self._on_text is not None and safe > self._given:
@@ -368,4 +436,11 @@ class _Text(BaseStreamer):
     def _held(self) -> int:
         """The characters at the end of the text with which a stop string may begin."""
         sizes = range(min(len(self.text), self._longest - 1), 0, -1)
-        return next((size for size in sizes if any(s.startswith(self.text[-size:]) for s in self._stop)), 0)
+        return next(
+            (
+                size
+                for size in sizes
+                if any(s.startswith(self.text[-size:]) for s in self._stop)
+            ),
+            0,
+        )

@@ -28,8 +28,13 @@ from sparsepack.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
-LEAST_NORMAL, LEAST = 2.0**-14, 2.0**-24  # fp16: below the first, numbers are multiples of the second
-AT_ONCE = 1 << 17  # weights that are rounded together: what that needs stays in the cache
+LEAST_NORMAL, LEAST = (
+    2.0**-14,
+    2.0**-24,
+)  # fp16: below the first, numbers are multiples of the second
+AT_ONCE = (
+    1 << 17
+)  # weights that are rounded together: what that needs stays in the cache
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,26 @@ class Groups:
             numbers = Levels(tuple(range(grid.lowest, grid.highest + 1)))
             return cls(columns, grid.group or columns, numbers, dense=True, half=True)
         layout, group = form_of(weight, value_type)
-        return cls(columns, group or columns, levels_of(value_type, layout), layout == "dense")
+        return cls(
+            columns, group or columns, levels_of(value_type, layout), layout == "dense"
+        )
 
     def collect(self, dense: Tensor) -> Tensor:
         """The values ``(groups, size)`` of a matrix ``(out, in)``, with 0 beyond its columns."""
-        return nn.functional.pad(dense, (0, -self.columns % self.size)).reshape(-1, self.size)
+        return nn.functional.pad(dense, (0, -self.columns % self.size)).reshape(
+            -1, self.size
+        )
 
     def spread(self, grouped: Tensor) -> Tensor:
         """The inverse of :meth:`collect`: ``(out, in)``."""
-        return grouped.reshape(-1, self.columns + -self.columns % self.size)[:, : self.columns].contiguous()
+        return grouped.reshape(-1, self.columns + -self.columns % self.size)[
+            :, : self.columns
+        ].contiguous()
 
 
-def scales_of(extreme: Tensor, groups: Groups, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
+def scales_of(
+    extreme: Tensor, groups: Groups, dtype: torch.dtype, unit: Tensor | None = None
+) -> Tensor:
     """The scales with which ``extreme (groups, 1)`` become anchors, in fp32 as they are read from a file.
 
     An anchor is ``extreme`` times the power of two of its column, ``unit (groups, 1)`` or 1, rounded to ``dtype`` for
@@ -76,19 +89,27 @@ def scales_of(extreme: Tensor, groups: Groups, dtype: torch.dtype, unit: Tensor 
         largest = LARGEST_FP16 / (-levels.lowest if dtype == torch.float16 else 1)
         scales = (extreme / levels.lowest).bfloat16().float().clamp_(-largest, largest)
         # Towards 0, so that the value of largest magnitude still becomes the lowest number.
-        return torch.where(scales.abs() < LEAST_NORMAL, (scales / LEAST).trunc_().mul_(LEAST), scales)
+        return torch.where(
+            scales.abs() < LEAST_NORMAL, (scales / LEAST).trunc_().mul_(LEAST), scales
+        )
     one = torch.ones_like(extreme) if unit is None else unit
-    largest = LARGEST_FP16 if dtype == torch.float16 else torch.finfo(torch.bfloat16).max
+    largest = (
+        LARGEST_FP16 if dtype == torch.float16 else torch.finfo(torch.bfloat16).max
+    )
     if levels == PLAIN["int8"]:
         return (extreme.abs() * one).clamp(max=largest).to(dtype).float() / one / 127
     # Rounded again: fp16 has a narrower range.
     end = -levels.lowest * one
-    return (extreme / levels.lowest).bfloat16().float().mul_(end).clamp_(-largest, largest).to(dtype).float() / end
+    return (extreme / levels.lowest).bfloat16().float().mul_(end).clamp_(
+        -largest, largest
+    ).to(dtype).float() / end
 
 
 def as_stored(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of whole numbers, fp32, rounded as a checkpoint in ``dtype`` has them."""
-    return (numbers * scales).to(dtype).float().add_(0.0)  # 0 times a negative scale is -0.0
+    return (
+        (numbers * scales).to(dtype).float().add_(0.0)
+    )  # 0 times a negative scale is -0.0
 
 
 def on_grid(
@@ -104,14 +125,20 @@ def on_grid(
     The scales follow from the largest magnitudes of ``weight``, as in :func:`scales_of`; a value beyond the last number
     becomes it. ``dtype`` is the checkpoint's; ``exponents``, int8 ``(in,)``; ``groups``, if they are known already."""
     groups = Groups.of(weight, value_type) if groups is None else groups
-    powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)
+    powers = (
+        torch.ones(weight.shape[1], device=weight.device)
+        if exponents is None
+        else powers_of(exponents)
+    )
     rounded = on_grid_of(groups, weight, dtype, powers)
     if groups.dense and not Groups.of(rounded, value_type).dense:
         rounded = on_grid_of(replace(groups, dense=False), weight, dtype, powers)
     return rounded
 
 
-def on_grid_of(groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tensor) -> Tensor:
+def on_grid_of(
+    groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tensor
+) -> Tensor:
     """:func:`on_grid` for given groups and powers of two ``(in,)`` of columns; a few rows at a time on a CPU."""
     rounded = torch.empty_like(weight)
     few = _rows_at_once(weight)
@@ -120,7 +147,9 @@ def on_grid_of(groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tenso
         grouped = groups.collect(weight[start : start + few] / powers)
         units = units_of_few[: len(grouped)]
         numbers, scales = _nearest(groups, grouped, dtype, units)
-        rounded[start : start + few] = groups.spread(as_stored(numbers, scales * units, dtype))
+        rounded[start : start + few] = groups.spread(
+            as_stored(numbers, scales * units, dtype)
+        )
     return rounded
 
 
@@ -132,27 +161,47 @@ def codes_of(weight: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
     groups = Groups.of(weight, grid.name)
     if weight.shape[1] % groups.size:
         fault = f"its {weight.shape[1]} inputs are not a multiple of {groups.size}, the group"
-        raise FormatError(f"{name} cannot be stored as {grid.name}: {fault}; prune with another grid")
+        raise FormatError(
+            f"{name} cannot be stored as {grid.name}: {fault}; prune with another grid"
+        )
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(weight), weight.shape[1] // groups.size, device=weight.device)
+    scales = torch.empty(
+        len(weight), weight.shape[1] // groups.size, device=weight.device
+    )
     few = _rows_at_once(weight)
     for start in range(0, len(weight), few):
         rows = slice(start, start + few)
         grouped = groups.collect(weight[rows].float())
-        numbers, of_groups = _nearest(groups, grouped, weight.dtype, torch.ones_like(grouped))
+        numbers, of_groups = _nearest(
+            groups, grouped, weight.dtype, torch.ones_like(grouped)
+        )
         if not torch.equal(as_stored(numbers, of_groups, weight.dtype), grouped):
-            raise FormatError(f"{name} is not on the grid {grid.name}; export what `prune --grid {grid.name}` wrote")
-        codes[rows], scales[rows] = groups.spread(numbers).to(torch.int8), of_groups.view(-1, scales.shape[1])
+            raise FormatError(
+                f"{name} is not on the grid {grid.name}; export what `prune --grid {grid.name}` wrote"
+            )
+        codes[rows], scales[rows] = (
+            groups.spread(numbers).to(torch.int8),
+            of_groups.view(-1, scales.shape[1]),
+        )
     return codes, scales
 
 
 def _rows_at_once(weight: Tensor) -> int:
-    return max(1, min(len(weight), AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
+    return max(
+        1,
+        min(len(weight), AT_ONCE // weight.shape[1])
+        if weight.device.type == "cpu"
+        else len(weight),
+    )
 
 
-def _nearest(groups: Groups, grouped: Tensor, dtype: torch.dtype, units: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(
+    groups: Groups, grouped: Tensor, dtype: torch.dtype, units: Tensor
+) -> tuple[Tensor, Tensor]:
     """The numbers ``(groups, size)`` nearest to values without the powers of their columns, ``units (groups, size)``;
     and scales ``(groups, 1)``."""
     places = anchors(grouped)
-    scales = scales_of(grouped.gather(1, places), groups, dtype, units.gather(1, places))
+    scales = scales_of(
+        grouped.gather(1, places), groups, dtype, units.gather(1, places)
+    )
     return whole_numbers(grouped, scales, groups.levels, zero=groups.dense), scales

@@ -74,13 +74,19 @@ class PackedWeight:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors in memory, by field."""
-        return {field: getattr(self, field) for field in FIELDS if getattr(self, field) is not None}
+        return {
+            field: getattr(self, field)
+            for field in FIELDS
+            if getattr(self, field) is not None
+        }
 
     @property
     def stored(self) -> dict[str, Tensor]:
         """The tensors in a file, by field: all rows of a dense weight have the same length, so no offsets there."""
         left_out = "offsets" if self.layout == "dense" else None
-        written = {field: tensor for field, tensor in self.tensors.items() if field != left_out}
+        written = {
+            field: tensor for field, tensor in self.tensors.items() if field != left_out
+        }
         return {**written, "values": narrowed(self.values)} if self.narrow else written
 
     @property
@@ -132,17 +138,25 @@ def pack(
             "only matrices of fp64, fp32, fp16 and bf16 are"
         )
     if layout not in ("auto", *LAYOUTS):
-        raise SettingError(f"unknown layout {layout!r:.100}; choose one of auto, {', '.join(LAYOUTS)}")
+        raise SettingError(
+            f"unknown layout {layout!r:.100}; choose one of auto, {', '.join(LAYOUTS)}"
+        )
     if group is not None and group not in GROUPS:
-        raise SettingError(f"group is {group}; give one of {', '.join(map(str, GROUPS))}")
-    if exponents is not None and (exponents.shape != weight.shape[1:] or not {*exponents.tolist()} <= {*EXPONENTS}):
+        raise SettingError(
+            f"group is {group}; give one of {', '.join(map(str, GROUPS))}"
+        )
+    if exponents is not None and (
+        exponents.shape != weight.shape[1:] or not {*exponents.tolist()} <= {*EXPONENTS}
+    ):
         raise SettingError("exponents are one whole number for each column, -8 to 7")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
     kept, shape = weight != 0, (weight.shape[0], weight.shape[1])
     pattern = masks.detect(kept) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
-        raise SettingError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
+        raise SettingError(
+            "the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'"
+        )
     forms = _forms(shape, kept.count_nonzero(dim=1), pattern, value_type, group)
     if layout == "auto":
         layout = min(forms, key=lambda name: forms[name][0])
@@ -155,11 +169,29 @@ def pack(
     else:
         kept = torch.ones_like(kept) if layout == "dense" else kept
         mask = masks.to_bits(kept[:1] if layout == "dense" else kept)
-    exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.to("cpu", torch.int8)
-    values, offsets, scales, levels = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
+    exponents = (
+        None
+        if exponents is None or value_type in FLOAT_TYPES
+        else exponents.to("cpu", torch.int8)
+    )
+    values, offsets, scales, levels = encode_values(
+        weight, kept, value_type, forms[layout][1], exponents, layout
+    )
     narrow = value_type == "int3"
     held = "int4" if narrow else value_type
-    return PackedWeight(shape, layout, mask, values, offsets, scales, held, pattern, exponents, levels, narrow)
+    return PackedWeight(
+        shape,
+        layout,
+        mask,
+        values,
+        offsets,
+        scales,
+        held,
+        pattern,
+        exponents,
+        levels,
+        narrow,
+    )
 
 
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
@@ -167,7 +199,9 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
 
     Both depend on its zeros alone."""
     kept, shape = weight.detach() != 0, (weight.shape[0], weight.shape[1])
-    forms = _forms(shape, kept.count_nonzero(dim=1).cpu(), masks.detect(kept), value_type)
+    forms = _forms(
+        shape, kept.count_nonzero(dim=1).cpu(), masks.detect(kept), value_type
+    )
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
 
@@ -187,18 +221,36 @@ def predicted_bytes(
     that of :func:`pack`."""
     out, columns = shape
     counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
-    coded = next((other for other in masks.PATTERNS if pattern is not None and masks.implies(pattern, other)), None)
-    return min(size for size, _ in _forms(shape, counts, coded, value_type, group).values()) + columns * exponents
+    coded = next(
+        (
+            other
+            for other in masks.PATTERNS
+            if pattern is not None and masks.implies(pattern, other)
+        ),
+        None,
+    )
+    return (
+        min(
+            size for size, _ in _forms(shape, counts, coded, value_type, group).values()
+        )
+        + columns * exponents
+    )
 
 
 def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
     """The offsets of a weight in the layout ``dense``, int64 ``(out + 1,)``."""
     out, columns = shape
-    return torch.arange(out + 1) * (columns + columns % 2 if value_type == "int4" else columns)
+    return torch.arange(out + 1) * (
+        columns + columns % 2 if value_type == "int4" else columns
+    )
 
 
 def _forms(
-    shape: tuple[int, int], counts: Tensor, pattern: masks.NM | None, value_type: str, group: int | None = None
+    shape: tuple[int, int],
+    counts: Tensor,
+    pattern: masks.NM | None,
+    value_type: str,
+    group: int | None = None,
 ) -> dict[str, tuple[int, int | None]]:
     """The bytes and the int4 group of a weight in every layout that it can have, from the kept values of each row."""
     out, columns = shape
@@ -212,8 +264,18 @@ def _forms(
         parts["nm"] = (kept, out * masks.row_bytes(pattern, columns) + index_of_rows)
     forms: dict[str, tuple[int, int | None]] = {}
     for layout, (values, index) in parts.items():
-        size = (group or best_group(int(values.sum()) / (out * columns))) if value_type in GROUPED else None
-        forms[layout] = (index + bytes_of_values(values, value_type, groups_of(columns, size or 1), layout), size)
+        size = (
+            (group or best_group(int(values.sum()) / (out * columns)))
+            if value_type in GROUPED
+            else None
+        )
+        forms[layout] = (
+            index
+            + bytes_of_values(
+                values, value_type, groups_of(columns, size or 1), layout
+            ),
+            size,
+        )
     return forms
 
 
@@ -224,18 +286,31 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
     return unpack_rows(as_bitmask(packed), 0, packed.shape[0], dtype)
 
 
-def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def unpack_rows(
+    packed: PackedWeight, first: int, last: int, dtype: torch.dtype
+) -> Tensor:
     """Rows ``first:last`` of a weight in the layout ``bitmask`` or ``dense``, dense: ``(last - first, in)``."""
     mask = packed.mask.expand(last, -1) if packed.layout == "dense" else packed.mask
     kept = masks.from_bits(mask[first:last], packed.shape[1])
     stored = Encoded(packed.values, packed.offsets, packed.scales, packed.levels)
-    values = decode_values(packed.value_type, stored, slice(first, last), kept, packed.group, packed.exponents)
-    return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
+    values = decode_values(
+        packed.value_type,
+        stored,
+        slice(first, last),
+        kept,
+        packed.group,
+        packed.exponents,
+    )
+    return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(
+        kept, values.to(dtype)
+    )
 
 
 def as_bitmask(packed: PackedWeight) -> PackedWeight:
     """The same weight as kernels read it: codes of N:M become a bitmask; other layouts and values do not change."""
     if packed.pattern is None:
         return packed
-    mask = masks.to_bits(masks.decode_groups(packed.mask, packed.pattern, packed.shape[1])).to(packed.mask.device)
+    mask = masks.to_bits(
+        masks.decode_groups(packed.mask, packed.pattern, packed.shape[1])
+    ).to(packed.mask.device)
     return dataclasses.replace(packed, layout="bitmask", mask=mask, pattern=None)

@@ -59,12 +59,16 @@ def load(
         )
     except PackError:
         raise
-    except Exception as error:  # damage raises TypeError, KeyError, SafetensorError, ...
+    except (
+        Exception
+    ) as error:  # damage raises TypeError, KeyError, SafetensorError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FormatError(f"transformers cannot load {path}: {reason[:300]}") from error
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
-    if missing := sorted(report["missing_keys"]):  # transformers makes random ones, and warns
+    if missing := sorted(
+        report["missing_keys"]
+    ):  # transformers makes random ones, and warns
         raise FormatError(
             f"weight {missing[0]} of the model of config.json is not in {path}, nor are {len(missing) - 1} more; the "
             "checkpoint is incomplete, or of another model: copy it again"
@@ -84,18 +88,30 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
     try:
         path = Path(directory).expanduser()
         there = bool(os.fspath(directory)) and path.is_dir()
-    except (OSError, RuntimeError, ValueError):  # too long a name, no such user, a null byte
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # too long a name, no such user, a null byte
         there = False
     if not there:
         what = shown(os.fspath(directory))
-        raise FormatError(f"{what} is not a directory; give one that `sparsellm pack` or save_pretrained wrote")
+        raise FormatError(
+            f"{what} is not a directory; give one that `sparsellm pack` or save_pretrained wrote"
+        )
     if adapter := adapter_in(path):
         raise FormatError(adapter)
     read_object(path / "config.json")
     if (path / "generation_config.json").exists():
-        read_object(path / "generation_config.json")  # transformers takes defaults for a damaged one
-    if weight_files(path)[1] and not isinstance(read_object(path / INDEX).get("metadata"), dict):
-        raise FormatError(f'{path / INDEX} has no metadata, which transformers needs; add "metadata": {{}} to it')
+        read_object(
+            path / "generation_config.json"
+        )  # transformers takes defaults for a damaged one
+    if weight_files(path)[1] and not isinstance(
+        read_object(path / INDEX).get("metadata"), dict
+    ):
+        raise FormatError(
+            f'{path / INDEX} has no metadata, which transformers needs; add "metadata": {{}} to it'
+        )
     return path
 
 
@@ -104,9 +120,14 @@ def _check_sizes(path: Path) -> None:
     config, shapes = read_object(path / "config.json"), dict[str, tuple[int, ...]]()
     for file in weight_files(path)[0]:
         with opened_weights(file, "np") as opened:
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            shapes |= {
+                name: tuple(opened.get_slice(name).get_shape())
+                for name in opened.keys()  # noqa: SIM118 - not a mapping
+            }
     text = config.get("text_config")
-    if (unfit := unfit_size(config | (text if isinstance(text, dict) else {}), shapes)) is not None:
+    if (
+        unfit := unfit_size(config | (text if isinstance(text, dict) else {}), shapes)
+    ) is not None:
         raise FormatError(f"{path / 'config.json'} {unfit}; copy the checkpoint again")
 
 
@@ -119,5 +140,7 @@ def _device(name: str | torch.device) -> torch.device:
         torch.empty(1, device=device).item()  # a meta tensor has no value
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SettingError(f"device {str(name)!r:.100} cannot be used here ({reason[:160]}); try cpu or auto") from None
+        raise SettingError(
+            f"device {str(name)!r:.100} cannot be used here ({reason[:160]}); try cpu or auto"
+        ) from None
     return device

@@ -20,10 +20,16 @@ from torch import Tensor
 NM = tuple[int, int]
 """``(n, m)`` means that ``n`` of every ``m`` consecutive columns are kept."""
 
-PATTERNS: tuple[NM, ...] = ((1, 4), (2, 4), (4, 8))  # those that have codes, the strictest first
+PATTERNS: tuple[NM, ...] = (
+    (1, 4),
+    (2, 4),
+    (4, 8),
+)  # those that have codes, the strictest first
 _SAMPLE = 16  # rows that nearly always rule out N:M for an unstructured weight
 
-_SET_BITS = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(axis=1, dtype=numpy.uint8)
+_SET_BITS = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(
+    axis=1, dtype=numpy.uint8
+)
 
 
 def mask_stride(columns: int) -> int:
@@ -42,15 +48,21 @@ def to_bits(kept: Tensor) -> Tensor:
 def from_bits(mask: Tensor, columns: int) -> Tensor:
     """A bitmask ``(rows, stride)`` as bool ``(rows, columns)``, on its device."""
     if mask.device.type == "cpu":
-        unpacked = numpy.unpackbits(mask.numpy(), axis=1, count=columns, bitorder="little")
+        unpacked = numpy.unpackbits(
+            mask.numpy(), axis=1, count=columns, bitorder="little"
+        )
         return torch.from_numpy(unpacked).view(torch.bool)
-    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    bits = (
+        mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)
+    ) & 1
     return bits.view(len(mask), -1)[:, :columns].bool()
 
 
 def set_bits(mask: Tensor) -> Tensor:
     """The number of set bits in each row of a bitmask, int64 ``(rows,)``."""
-    return torch.from_numpy(_SET_BITS[mask.cpu().numpy()].sum(axis=1, dtype=numpy.int64))
+    return torch.from_numpy(
+        _SET_BITS[mask.cpu().numpy()].sum(axis=1, dtype=numpy.int64)
+    )
 
 
 def detect(kept: Tensor) -> NM | None:
@@ -59,22 +71,30 @@ def detect(kept: Tensor) -> NM | None:
     def satisfied(rows: Tensor, *patterns: NM) -> list[NM]:
         fitting = [(n, m) for n, m in patterns if rows.shape[1] % m == 0]
         flags = [(rows.reshape(-1, m).sum(dim=1) <= n).all() for n, m in fitting]
-        return list(itertools.compress(fitting, torch.stack(flags).tolist() if flags else ()))  # one read
+        return list(
+            itertools.compress(fitting, torch.stack(flags).tolist() if flags else ())
+        )  # one read
 
-    return next((nm for nm in satisfied(kept[:_SAMPLE], *PATTERNS) if satisfied(kept, nm)), None)
+    return next(
+        (nm for nm in satisfied(kept[:_SAMPLE], *PATTERNS) if satisfied(kept, nm)), None
+    )
 
 
 def implies(pattern: NM, other: NM) -> bool:
     """Whether each weight that satisfies a pattern must satisfy the other."""
     (n, m), (most, size) = pattern, other
-    return (min(n, size) if m % size == 0 else n * size // m if size % m == 0 else size) <= most
+    return (
+        min(n, size) if m % size == 0 else n * size // m if size % m == 0 else size
+    ) <= most
 
 
 def filled(kept: Tensor, pattern: NM) -> Tensor:
     """Bool ``(out, in)`` with exactly ``n`` of every ``m``: the kept ones, then the first of the others."""
     n, m = pattern
     groups = kept.view(len(kept), -1, m)
-    return (groups | ((~groups).cumsum(dim=2) <= n - groups.sum(dim=2, keepdim=True))).view_as(kept)
+    return (
+        groups | ((~groups).cumsum(dim=2) <= n - groups.sum(dim=2, keepdim=True))
+    ).view_as(kept)
 
 
 def code_bits(pattern: NM) -> int:
@@ -91,11 +111,17 @@ def row_bytes(pattern: NM, columns: int) -> int:
 def encode_groups(kept: Tensor, pattern: NM) -> Tensor:
     """Bool ``(out, in)`` with exactly ``n`` of every ``m`` set, as codes: uint8 ``(out, row_bytes)``."""
     groups = kept.cpu().numpy().reshape(len(kept), -1, pattern[1])
-    as_number = numpy.packbits(groups, axis=2, bitorder="little")[:, :, 0]  # (out, groups), m ≤ 8 bits
+    as_number = numpy.packbits(groups, axis=2, bitorder="little")[
+        :, :, 0
+    ]  # (out, groups), m ≤ 8 bits
     code = numpy.zeros(256, dtype=numpy.uint8)
     code[_members(pattern)] = numpy.arange(len(_members(pattern)))
-    bits = numpy.unpackbits(code[as_number][..., None], axis=2, count=code_bits(pattern), bitorder="little")
-    return torch.from_numpy(numpy.packbits(bits.reshape(len(kept), -1), axis=1, bitorder="little"))
+    bits = numpy.unpackbits(
+        code[as_number][..., None], axis=2, count=code_bits(pattern), bitorder="little"
+    )
+    return torch.from_numpy(
+        numpy.packbits(bits.reshape(len(kept), -1), axis=1, bitorder="little")
+    )
 
 
 def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
@@ -108,12 +134,16 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
     bits = numpy.unpackbits(codes.cpu().numpy(), axis=1, bitorder="little")
     if bits[:, groups * width :].any():
         raise ValueError("a padding bit is set")
-    code = numpy.packbits(bits[:, : groups * width].reshape(out, groups, width), axis=2, bitorder="little")[:, :, 0]
+    code = numpy.packbits(
+        bits[:, : groups * width].reshape(out, groups, width), axis=2, bitorder="little"
+    )[:, :, 0]
     members = _members(pattern)
     highest = int(numpy.max(code))
     if highest >= len(members):
         raise ValueError(f"code {highest} is not below {len(members)}")
-    kept = numpy.unpackbits(members[code][..., None], axis=2, count=pattern[1], bitorder="little")
+    kept = numpy.unpackbits(
+        members[code][..., None], axis=2, count=pattern[1], bitorder="little"
+    )
     return torch.from_numpy(kept.reshape(out, columns)).view(torch.bool)
 
 
@@ -121,4 +151,6 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
 def _members(pattern: NM) -> numpy.ndarray:
     """The bits of each code, as a number: uint8 ``(C(m, n),)``."""
     chosen = itertools.combinations(range(pattern[1]), pattern[0])
-    return numpy.array([sum(1 << place for place in places) for places in chosen], dtype=numpy.uint8)
+    return numpy.array(
+        [sum(1 << place for place in places) for places in chosen], dtype=numpy.uint8
+    )

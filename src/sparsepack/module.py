@@ -29,11 +29,16 @@ from sparsepack.layout import FIELDS, PackedWeight, as_bitmask, unpack, unpack_r
 from sparsepack.validation import PACK_AGAIN, validate
 
 SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
-TILE = 1 << 20  # weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
+TILE = (
+    1 << 20
+)  # weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pages
 
-ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default
+ACTIVATIONS = (
+    "int8",
+    "fp32",
+)  # what kernels multiply weights of int8 and int4 by; the first is the default
 PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
 
 
@@ -53,10 +58,14 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
 
 def activations_of(name: str | None = None) -> str:
     """``int8`` or ``fp32``: a name that was given, else ``SPARSELLM_ACTIVATIONS`` in the environment, else int8."""
-    asked = os.environ.get("SPARSELLM_ACTIVATIONS", "").strip() if name is None else name
+    asked = (
+        os.environ.get("SPARSELLM_ACTIVATIONS", "").strip() if name is None else name
+    )
     if asked and asked not in ACTIVATIONS:
         source = "SPARSELLM_ACTIVATIONS" if name is None else "activations"
-        raise SettingError(f"{source}: {asked!r:.100} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        raise SettingError(
+            f"{source}: {asked!r:.100} is unknown; choose one of {', '.join(ACTIVATIONS)}"
+        )
     return asked or ACTIVATIONS[0]
 
 
@@ -67,10 +76,20 @@ def gather(model: nn.Module, *, dense: bool = False) -> None:
     Products stream through them: with pages of 4 KB, a seventh of the time of a token goes to the pages' addresses."""
     places: dict[int, list[Tensor]] = {}
     for module in model.modules():
-        names = ("weight_mask", "weight_values") if isinstance(module, PackedLinear) else ("weight",)
+        names = (
+            ("weight_mask", "weight_values")
+            if isinstance(module, PackedLinear)
+            else ("weight",)
+        )
         for name in names if dense or isinstance(module, PackedLinear) else ():
             tensor = getattr(module, name, None)
-            if tensor is not None and tensor.dim() and tensor.is_cpu and tensor.is_contiguous() and tensor.numel():
+            if (
+                tensor is not None
+                and tensor.dim()
+                and tensor.is_cpu
+                and tensor.is_contiguous()
+                and tensor.numel()
+            ):
                 places.setdefault(tensor.data_ptr(), []).append(tensor)
     sizes = [-(-users[0].nbytes // 64) * 64 for users in places.values()]
     if sum(sizes) < LARGE_PAGES:
@@ -80,7 +99,9 @@ def gather(model: nn.Module, *, dense: bool = False) -> None:
     for users, piece in zip(places.values(), block.split(sizes), strict=True):
         tensor = users[0].detach()
         # A storage of its own: with a view of the block, pickle and torch.save would write the whole block.
-        moved = torch.frombuffer(piece.numpy(), dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+        moved = torch.frombuffer(
+            piece.numpy(), dtype=tensor.dtype, count=tensor.numel()
+        ).view(tensor.shape)
         moved.copy_(tensor)
         for user in users:  # the old memory is freed when all have moved: no second copy of the model is held
             user.data = moved
@@ -93,7 +114,9 @@ def _ask_for_large_pages(block: Tensor) -> None:
         return
     first = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = block.data_ptr() + block.numel() - first
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+    )
 
 
 @contextmanager
@@ -126,12 +149,17 @@ def _kernels(device: str) -> ModuleType | None:
     return module if module.available() else None
 
 
-def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., Any] | None) -> Tensor:
+def _multiply_tiled(
+    packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., Any] | None
+) -> Tensor:
     out, columns = packed.shape
     rows = max(1, min(out, TILE // columns))
     if rows > ROWS:
         rows -= rows % ROWS
-    y, buffer = x.new_empty(len(x), out), x.new_empty(rows if unpack_tile is not None else 0, columns)
+    y, buffer = (
+        x.new_empty(len(x), out),
+        x.new_empty(rows if unpack_tile is not None else 0, columns),
+    )
     for first in range(0, out, rows):
         last = min(first + rows, out)
         if unpack_tile is None:
@@ -139,22 +167,40 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
         else:
             tile = buffer[: last - first]
             unpack_tile(packed, first, last, tile)
-        torch.mm(x, tile.t(), out=y[:, first:last])  # a copy from a separate result costs a tenth of a short prompt
+        torch.mm(
+            x, tile.t(), out=y[:, first:last]
+        )  # a copy from a separate result costs a tenth of a short prompt
     return y
 
 
-def _assemble(parts: Sequence[Tensor | None], columns: int, name: str = "weight") -> PackedWeight:
+def _assemble(
+    parts: Sequence[Tensor | None], columns: int, name: str = "weight"
+) -> PackedWeight:
     """The packed weight of the tensors of :data:`FIELDS`; one mask for several rows is that of the layout ``dense``.
 
     A FormatError says that the values have a type that the format does not have."""
     mask, values, offsets = (part for part in parts[:3] if part is not None)
     scales, exponents, levels = parts[3:]
-    kind = next((kind for kind, stored in STORED_AS.items() if stored == values.dtype), None)
+    kind = next(
+        (kind for kind, stored in STORED_AS.items() if stored == values.dtype), None
+    )
     if kind is None:
-        raise FormatError(f"packed weight {name}: values cannot be {values.dtype}; {PACK_AGAIN}")
+        raise FormatError(
+            f"packed weight {name}: values cannot be {values.dtype}; {PACK_AGAIN}"
+        )
     shape = (offsets.shape[0] - 1, columns)
     layout = "dense" if mask.shape[0] == 1 < shape[0] else "bitmask"
-    return PackedWeight(shape, layout, mask, values, offsets, scales, kind, exponents=exponents, levels=levels)
+    return PackedWeight(
+        shape,
+        layout,
+        mask,
+        values,
+        offsets,
+        scales,
+        kind,
+        exponents=exponents,
+        levels=levels,
+    )
 
 
 class PackedLinear(nn.Module):
@@ -181,11 +227,17 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.rounded = activations_of() == "int8"
-        self.transposed = False  # whether the model had a Conv1D here, whose weight is (in, out)
+        self.transposed = (
+            False  # whether the model had a Conv1D here, whose weight is (in, out)
+        )
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
         for name in PACKED_BUFFERS:
             self.register_buffer(name, None)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
+            if bias
+            else None
+        )
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
         """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.
@@ -210,14 +262,24 @@ class PackedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The packed weight, without a copy; a PackError if none was loaded."""
         if self.weight_mask is None:
-            raise PackError("this PackedLinear has no weight yet; load it with sparsepack.load(DIR)")
-        return _assemble([self._buffers[name] for name in PACKED_BUFFERS], self.in_features)
+            raise PackError(
+                "this PackedLinear has no weight yet; load it with sparsepack.load(DIR)"
+            )
+        return _assemble(
+            [self._buffers[name] for name in PACKED_BUFFERS], self.in_features
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and x.requires_grad:  # the weight is unpacked again for the gradient, and not kept
-            y: Tensor = checkpoint(lambda x: x @ unpack(self.packed, x.dtype).t(), flat, use_reentrant=False)
+        if (
+            torch.is_grad_enabled() and x.requires_grad
+        ):  # the weight is unpacked again for the gradient, and not kept
+            y: Tensor = checkpoint(
+                lambda x: x @ unpack(self.packed, x.dtype).t(),
+                flat,
+                use_reentrant=False,
+            )
         else:
             y = multiply(self.packed, flat, self.rounded)
         if self.bias is not None:
@@ -227,12 +289,17 @@ class PackedLinear(nn.Module):
     def to_dense(self) -> nn.Module:
         """The same layer with a dense weight, in the dtype of the placeholder, which can be trained."""
         weight = unpack(self.packed, self.weight.dtype)
-        linear: nn.Module = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear: nn.Module = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
         if self.transposed:
             from transformers.pytorch_utils import Conv1D
 
             with torch.device("meta"):
-                linear, weight = Conv1D(self.out_features, self.in_features), weight.t().contiguous()
+                linear, weight = (
+                    Conv1D(self.out_features, self.in_features),
+                    weight.t().contiguous(),
+                )
         linear.weight = nn.Parameter(weight)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training).requires_grad_()
@@ -243,28 +310,42 @@ class PackedLinear(nn.Module):
             kept = f"{self.packed.value_type}, {self.packed.nbytes / 1e6:.2f} MB, not trained (sparsellm unpack)"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> PackedLinear:
         # Values, scales and masks move with .to(device) and do not change in .to(dtype), .half() or .type(dtype).
         packed = [self._buffers[name] for name in PACKED_BUFFERS]
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            same = new.dtype == tensor.dtype or not any(tensor is buffer for buffer in packed)
+            same = new.dtype == tensor.dtype or not any(
+                tensor is buffer for buffer in packed
+            )
             return new if same else tensor.to(new.device)
 
         super()._apply(moved, recurse)
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        *rest: Any,
     ) -> None:
         """Checks the loaded tensors, and puts them into buffers of other sizes than these: kept values differ in
         number."""
-        parts, name = [state_dict.get(prefix + name) for name in PACKED_BUFFERS], prefix.rstrip(".")
+        parts, name = (
+            [state_dict.get(prefix + name) for name in PACKED_BUFFERS],
+            prefix.rstrip("."),
+        )
         if any(part is not None for part in parts):
             try:
                 if any(part is None for part in parts[:3]):
-                    raise FormatError(f"packed weight {name}: mask, values and offsets are loaded together")
+                    raise FormatError(
+                        f"packed weight {name}: mask, values and offsets are loaded together"
+                    )
                 copies = [None if part is None else part.clone() for part in parts]
                 self.set_packed(_assemble(copies, self.in_features, name), name)
             except FormatError as error:
@@ -281,7 +362,9 @@ def row_scale(module: Any) -> float | None:
     if type(module) is nn.Embedding:
         return 1.0
     held = getattr(module, "embed_scale", None)
-    if not type(module).__name__.endswith("ScaledWordEmbedding") or not isinstance(held, Tensor):
+    if not type(module).__name__.endswith("ScaledWordEmbedding") or not isinstance(
+        held, Tensor
+    ):
         return None
     number = getattr(module, "scalar_embed_scale", None)
     if number is None and (held.is_meta or held.numel() != 1):
@@ -294,41 +377,72 @@ class PackedEmbedding(PackedLinear):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         rows, columns = embedding.weight.shape
-        super().__init__(columns, rows, False, dtype=embedding.weight.dtype, device=embedding.weight.device)
-        self.weight = nn.Parameter(self.weight, requires_grad=False)  # transformers ties parameters alone
-        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, embedding.padding_idx
+        super().__init__(
+            columns,
+            rows,
+            False,
+            dtype=embedding.weight.dtype,
+            device=embedding.weight.device,
+        )
+        self.weight = nn.Parameter(
+            self.weight, requires_grad=False
+        )  # transformers ties parameters alone
+        self.num_embeddings, self.embedding_dim, self.padding_idx = (
+            rows,
+            columns,
+            embedding.padding_idx,
+        )
         self.kind: Any = type(embedding)
         scale = row_scale(embedding)
         assert scale is not None
         self.scale = scale
 
     def _check(self, packed: PackedWeight, name: str) -> None:
-        if (packed.layout, packed.value_type, packed.exponents) != ("dense", "int8", None):
+        if (packed.layout, packed.value_type, packed.exponents) != (
+            "dense",
+            "int8",
+            None,
+        ):
             more = "" if packed.exponents is None else " with exponents"
             stored = f"{packed.layout}, {packed.value_type}{more}"
-            raise FormatError(f"packed weight {name} is {stored}; an embedding is dense, int8: pack the model again")
+            raise FormatError(
+                f"packed weight {name} is {stored}; an embedding is dense, int8: pack the model again"
+            )
         super()._check(packed, name)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of token ids, ``(..., columns)`` in the dtype of the placeholder."""
         packed = self.packed
         assert packed.scales is not None
-        values = nn.functional.embedding(ids, packed.values.view(packed.shape))  # refuses negative ids
+        values = nn.functional.embedding(
+            ids, packed.values.view(packed.shape)
+        )  # refuses negative ids
         rows = values.float() * packed.scales[ids].unsqueeze(-1)
         rows = rows.to(self.weight.dtype)
         # The factor is rounded to the dtype first, as the dense embedding does.
-        return rows if self.kind is nn.Embedding else rows * torch.tensor(self.scale).to(rows)
+        return (
+            rows
+            if self.kind is nn.Embedding
+            else rows * torch.tensor(self.scale).to(rows)
+        )
 
     def to_dense(self) -> nn.Module:
         """The same embedding with a dense weight, in the dtype of the placeholder."""
         weight = unpack(self.packed, self.weight.dtype)
         if self.kind is nn.Embedding:
-            embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)
+            embedding: nn.Embedding = nn.Embedding.from_pretrained(
+                weight, padding_idx=self.padding_idx
+            )
         else:
             with torch.device(weight.device):
-                embedding = self.kind(1, self.embedding_dim, None, embed_scale=self.scale)
+                embedding = self.kind(
+                    1, self.embedding_dim, None, embed_scale=self.scale
+                )
             embedding.weight = nn.Parameter(weight)
-            embedding.num_embeddings, embedding.padding_idx = self.num_embeddings, self.padding_idx
+            embedding.num_embeddings, embedding.padding_idx = (
+                self.num_embeddings,
+                self.padding_idx,
+            )
         return embedding.train(self.training).requires_grad_()
 
 
@@ -338,5 +452,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, PackedLinear):
                 setattr(module, name, child.to_dense())
-    getattr(model, "tie_weights", lambda: None)()  # that of transformers: a head may be the embedding's weight
+    getattr(
+        model, "tie_weights", lambda: None
+    )()  # that of transformers: a head may be the embedding's weight
     return model

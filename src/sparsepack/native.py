@@ -26,7 +26,9 @@ from sparsepack.masks import mask_stride
 
 MAX_TOKENS = 16  # in one call; the kernels' own limit
 
-_VALUE_TYPES = {name: number for number, name in enumerate(VALUE_TYPES)}  # bf16, fp16, fp32, int8, int4 in kernels.h
+_VALUE_TYPES = {
+    name: number for number, name in enumerate(VALUE_TYPES)
+}  # bf16, fp16, fp32, int8, int4 in kernels.h
 _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -45,7 +47,9 @@ def available() -> str | None:
     return asked or instruction_sets()[0]
 
 
-def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: str | None = None) -> Tensor:
+def multiply(
+    packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: str | None = None
+) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32: ``(tokens, out)`` in the type of ``x``.
 
     With ``rounded``, and where the weight is int8 or int4, sixteen columns of a token (four, and those 64, 128 and 192
@@ -63,18 +67,34 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
         KernelError: there is no such kernel here, or types, shapes or devices do not fit.
     """
     library, index = _kernel(kernel)
-    if x.dim() != 2 or x.shape[1] != packed.shape[1] or not 1 <= x.shape[0] <= MAX_TOKENS:
+    if (
+        x.dim() != 2
+        or x.shape[1] != packed.shape[1]
+        or not 1 <= x.shape[0] <= MAX_TOKENS
+    ):
         raise KernelError(
             f"activations of shape {tuple(x.shape)}; the kernels take (1 to {MAX_TOKENS}, {packed.shape[1]})"
         )
     kind, x = _kind(x, "activations"), x.contiguous()
     y = x.new_empty(len(x), packed.shape[0])
     arguments = (x.shape[0], kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-    library.multiply(index, *addresses(packed), *arguments, int(rounded and packed.value_type in SCALES_OF))
+    library.multiply(
+        index,
+        *addresses(packed),
+        *arguments,
+        int(rounded and packed.value_type in SCALES_OF),
+    )
     return y
 
 
-def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, kernel: str | None = None) -> None:
+def unpack_rows(
+    packed: PackedWeight,
+    first: int,
+    last: int,
+    out: Tensor,
+    *,
+    kernel: str | None = None,
+) -> None:
     """Writes rows ``first:last`` of a packed weight into ``out``: contiguous ``(last - first, in)`` of fp32, bf16 or
     fp16 on the CPU. Values are rounded to its type once. Other arguments, errors: see :func:`multiply`."""
     library, index = _kernel(kernel)
@@ -82,8 +102,16 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, ker
     if not 0 <= first <= last <= rows:
         raise KernelError(f"rows {first}:{last} of a weight with {rows} rows")
     if tuple(out.shape) != (last - first, columns) or not out.is_contiguous():
-        raise KernelError(f"rows go into a contiguous {(last - first, columns)}, not into {tuple(out.shape)}")
-    arguments = (first, last, _kind(out, "rows"), out.data_ptr(), torch.get_num_threads())
+        raise KernelError(
+            f"rows go into a contiguous {(last - first, columns)}, not into {tuple(out.shape)}"
+        )
+    arguments = (
+        first,
+        last,
+        _kind(out, "rows"),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
     library.unpack_rows(index, *addresses(packed), *arguments)
 
 
@@ -94,7 +122,12 @@ def decode(plan: Tensor, token: int, position: int) -> None:
 
 
 def round_panel(
-    parts: tuple[Tensor, ...], levels: Levels, dtype: torch.dtype, *, zero: bool, first: bool
+    parts: tuple[Tensor, ...],
+    levels: Levels,
+    dtype: torch.dtype,
+    *,
+    zero: bool,
+    first: bool,
 ) -> tuple[Tensor, Tensor]:
     """Rounds a panel of at most 64 inputs to a grid, one after another in place; what ``round.h`` says of it.
 
@@ -104,15 +137,26 @@ def round_panel(
     values are stored in. Returns the moves ``(n, out)``, or the errors, and the gains ``(out,)``. A KernelError says
     that a matrix has another shape or type."""
     (library, _), columns = _kernel(None), parts[1]
-    for part, shape in zip(parts, (*[columns.shape] * 4, (len(columns),) * 2), strict=True):
-        if part.shape != shape or part.dtype != torch.float32 or not part.is_cpu or not part.is_contiguous():
+    for part, shape in zip(
+        parts, (*[columns.shape] * 4, (len(columns),) * 2), strict=True
+    ):
+        if (
+            part.shape != shape
+            or part.dtype != torch.float32
+            or not part.is_cpu
+            or not part.is_contiguous()
+        ):
             raise KernelError(
                 f"{part.dtype} {tuple(part.shape)}: a panel takes contiguous fp32 on the CPU, {tuple(shape)}"
             )
     moves, gains = torch.empty_like(columns), torch.empty_like(columns[0])
     table = None if levels.even else nearest_levels(levels.numbers, columns.device)
-    addresses = [0 if part is None else part.data_ptr() for part in (*parts, moves, gains, table)]
-    stored = _ACTIVATIONS.get(dtype, _ACTIVATIONS[torch.float32])  # fp64 stores an fp32 value as it is
+    addresses = [
+        0 if part is None else part.data_ptr() for part in (*parts, moves, gains, table)
+    ]
+    stored = _ACTIVATIONS.get(
+        dtype, _ACTIVATIONS[torch.float32]
+    )  # fp64 stores an fp32 value as it is
     modes = (levels.lowest, levels.numbers[-1], int(zero), int(first), stored)
     library.round_panel(*columns.shape, *addresses, *modes, torch.get_num_threads())
     return moves, gains
@@ -121,7 +165,9 @@ def round_panel(
 def _kind(tensor: Tensor, what: str) -> int:
     """The extension's number for the type of activations."""
     if tensor.dtype not in _ACTIVATIONS or tensor.device.type != "cpu":
-        raise KernelError(f"{what} are {tensor.dtype} on {tensor.device}; the kernels take fp32, bf16, fp16 on the CPU")
+        raise KernelError(
+            f"{what} are {tensor.dtype} on {tensor.device}; the kernels take fp32, bf16, fp16 on the CPU"
+        )
     return _ACTIVATIONS[tensor.dtype]
 
 
@@ -131,9 +177,18 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
     Raises:
         KernelError: it is not on the CPU, or has codes of N:M.
     """
-    (out, columns), scales, exponents, levels = packed.shape, packed.scales, packed.exponents, packed.levels
-    if packed.layout == "nm" or not all(tensor.is_cpu for tensor in packed.tensors.values()):
-        raise KernelError(f"layout {packed.layout} on {packed.mask.device}: the kernels take bitmasks on the CPU")
+    (out, columns), scales, exponents, levels = (
+        packed.shape,
+        packed.scales,
+        packed.exponents,
+        packed.levels,
+    )
+    if packed.layout == "nm" or not all(
+        tensor.is_cpu for tensor in packed.tensors.values()
+    ):
+        raise KernelError(
+            f"layout {packed.layout} on {packed.mask.device}: the kernels take bitmasks on the CPU"
+        )
     stride = mask_stride(columns)
     return (
         _VALUE_TYPES[packed.value_type],
@@ -155,7 +210,9 @@ def _kernel(name: str | None) -> tuple[ModuleType, int]:
     """The extension, and the number of an instruction set in it."""
     library, name = _library(), name or available()
     if library is None or name is None:
-        raise KernelError(f"SPARSELLM_KERNEL=torch is set, or the kernels were not built; {NOT_BUILT}")
+        raise KernelError(
+            f"SPARSELLM_KERNEL=torch is set, or the kernels were not built; {NOT_BUILT}"
+        )
     return library, _index(name)
 
 
@@ -163,12 +220,18 @@ def _kernel(name: str | None) -> tuple[ModuleType, int]:
 def _index(name: str) -> int:
     library = _library()
     if library is None:
-        raise KernelError(f"instruction set {name!r:.100}: the kernels were not built; {NOT_BUILT}")
+        raise KernelError(
+            f"instruction set {name!r:.100}: the kernels were not built; {NOT_BUILT}"
+        )
     names = [known for known, _ in library.instruction_sets()]
     if name not in names:
-        raise KernelError(f"unknown instruction set {name!r:.100}; choose one of {', '.join(names)}, torch")
+        raise KernelError(
+            f"unknown instruction set {name!r:.100}; choose one of {', '.join(names)}, torch"
+        )
     if name not in instruction_sets():
-        raise KernelError(f"this machine has no {name}; it can run {', '.join(instruction_sets())}, or torch")
+        raise KernelError(
+            f"this machine has no {name}; it can run {', '.join(instruction_sets())}, or torch"
+        )
     return names.index(name)
 
 
@@ -191,12 +254,18 @@ def _openmp_of_torch() -> int | None:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]}
+    paths = {
+        line.split(maxsplit=5)[5]
+        for line in maps.splitlines()
+        if "omp" in line.rpartition("/")[2]
+    }
     folder = str(Path(torch.__file__).parent)  # torch's own library first
     for path in sorted(paths, key=lambda path: (not path.startswith(folder), path)):
         try:
             # RTLD_NOLOAD: only a library that is loaded already; a second OpenMP would have its own threads.
-            function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+            function = ctypes.CDLL(
+                path, mode=os.RTLD_NOLOAD | os.RTLD_NOW
+            ).GOMP_parallel
         except (OSError, AttributeError):
             continue
         return ctypes.cast(function, ctypes.c_void_p).value

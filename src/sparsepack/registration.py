@@ -23,7 +23,10 @@ class _AfterImport:
     """An import hook for one module: the ordinary finder loads it, and registration follows its execution."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _HOST:
             return None
@@ -34,7 +37,9 @@ class _AfterImport:
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                del loader.exec_module  # from the instance, so that the class's own method is back
+                del (
+                    loader.exec_module
+                )  # from the instance, so that the class's own method is back
                 execute(module)
                 import sparsepack.quantizer  # noqa: F401  (it registers itself)
 

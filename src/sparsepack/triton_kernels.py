@@ -40,7 +40,9 @@ def available() -> str | None:
         return None
     try:
         one, ends = torch.ones(1, 1, device="cuda"), torch.tensor([0, 1], device="cuda")
-        packed = PackedWeight((1, 1), "bitmask", one.to(torch.uint8), one.view(-1), ends, None, "fp32")
+        packed = PackedWeight(
+            (1, 1), "bitmask", one.to(torch.uint8), one.view(-1), ends, None, "fp32"
+        )
         if _product(packed, one).item() != 1:
             raise RuntimeError("a product is wrong")
     except Exception as error:  # from Triton, its compiler, or the driver
@@ -72,7 +74,9 @@ def _column(values, levels, before, byte, counts, KIND: tl.constexpr, J: tl.cons
     place = before + (((counts << 4) >> (4 * J)) & 15).to(tl.int32)
     if KIND == 2:
         pair = tl.load(values + place // 2, mask=kept, other=0).to(tl.int32)
-        weight = tl.load(levels + ((pair >> ((place % 2) * 4)) & 15), mask=kept, other=0).to(tl.float32)
+        weight = tl.load(
+            levels + ((pair >> ((place % 2) * 4)) & 15), mask=kept, other=0
+        ).to(tl.float32)
     else:
         weight = tl.load(values + place, mask=kept, other=0).to(tl.float32)
     return weight[None, :]
@@ -99,7 +103,9 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
 ):
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets_pointer + row)
-    values = values_pointer + (begin // 2 if KIND == 2 else begin)  # rows of int4 begin on a byte
+    values = values_pointer + (
+        begin // 2 if KIND == 2 else begin
+    )  # rows of int4 begin on a byte
     mask = mask_pointer + row * mask_step
     token = tl.arange(0, TOKENS)
     place = tl.arange(0, BYTES)
@@ -109,14 +115,22 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     for first in range(0, row_bytes, BYTES):
         index = first + place
         byte = following.to(tl.uint32)
-        following = tl.load(mask + index + BYTES, mask=index + BYTES < row_bytes, other=0)  # while this step waits
+        following = tl.load(
+            mask + index + BYTES, mask=index + BYTES < row_bytes, other=0
+        )  # while this step waits
         counts = _counts(byte)
         count = (counts >> 28).to(tl.int32)
         before = done + tl.cumsum(count, 0) - count
         done += tl.sum(count, 0)
         column = index[:, None] * 8 + tl.arange(0, 8)[None, :]
         given = (token < tokens)[:, None, None] & (column < columns)[None, :, :]
-        x = tl.load(x_pointer + token.to(tl.int64)[:, None, None] * columns + column[None, :, :], mask=given, other=0)
+        x = tl.load(
+            x_pointer
+            + token.to(tl.int64)[:, None, None] * columns
+            + column[None, :, :],
+            mask=given,
+            other=0,
+        )
         even, odd = tl.split(tl.reshape(x.to(tl.float32), [TOKENS, BYTES, 2, 2, 2]))
         x04, x26 = tl.split(even)
         x15, x37 = tl.split(odd)
@@ -134,13 +148,19 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
         products += _column(values, levels_pointer, before, byte, counts, KIND, 7) * x7
         if KIND == 2:
             scales = scales_pointer + row * tl.cdiv(columns, 8 * group)
-            scale = tl.load(scales + index // group, mask=index * 8 < columns, other=0).to(tl.float32)
+            scale = tl.load(
+                scales + index // group, mask=index * 8 < columns, other=0
+            ).to(tl.float32)
             products *= scale[None, :]
         sums += products
     y = tl.sum(sums, axis=1)
     if KIND == 1:
         y *= tl.load(scales_pointer + row)
-    tl.store(y_pointer + token.to(tl.int64) * out + row, y.to(y_pointer.dtype.element_ty), mask=token < tokens)
+    tl.store(
+        y_pointer + token.to(tl.int64) * out + row,
+        y.to(y_pointer.dtype.element_ty),
+        mask=token < tokens,
+    )
 
 
 @cache
@@ -160,14 +180,25 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """
     columns = packed.shape[1]
     if available() is None or (x.device.type != "cuda" and not _INTERPRETED):
-        raise KernelError(f"activations on {x.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1)")
-    if packed.layout == "nm" or packed.value_type not in _KINDS or packed.mask.device != x.device:
+        raise KernelError(
+            f"activations on {x.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1)"
+        )
+    if (
+        packed.layout == "nm"
+        or packed.value_type not in _KINDS
+        or packed.mask.device != x.device
+    ):
         raise KernelError(
             f"layout {packed.layout!r}, values {packed.value_type!r} on {packed.mask.device}, activations on "
             f"{x.device}: the Triton kernels take a bitmask, {', '.join(_KINDS)} on the device of the activations"
         )
     floating = (torch.float32, torch.bfloat16, torch.float16)
-    if x.dim() != 2 or x.shape[1] != columns or not 1 <= len(x) <= MAX_TOKENS or x.dtype not in floating:
+    if (
+        x.dim() != 2
+        or x.shape[1] != columns
+        or not 1 <= len(x) <= MAX_TOKENS
+        or x.dtype not in floating
+    ):
         raise KernelError(
             f"activations {x.dtype} {tuple(x.shape)}: the Triton kernels take fp32, bf16 or fp16 "
             f"of (1 to {MAX_TOKENS}, {columns})"

@@ -5,12 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsepack.codes import CODES, EXPONENTS, FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
+from sparsepack.codes import (
+    CODES,
+    EXPONENTS,
+    FLOAT_TYPES,
+    SCALES_OF,
+    STORED_AS,
+    VALUE_TYPES,
+    group_of,
+)
 from sparsepack.errors import FormatError
 from sparsepack.layout import LAYOUTS, PackedWeight
-from sparsepack.masks import PATTERNS, decode_groups, from_bits, mask_stride, row_bytes, set_bits
+from sparsepack.masks import (
+    PATTERNS,
+    decode_groups,
+    from_bits,
+    mask_stride,
+    row_bytes,
+    set_bits,
+)
 
-PACK_AGAIN = "the checkpoint is damaged or was not written by sparsellm: pack the model again"
+PACK_AGAIN = (
+    "the checkpoint is damaged or was not written by sparsellm: pack the model again"
+)
 
 
 def validate(packed: PackedWeight, name: str) -> None:
@@ -24,12 +41,21 @@ def validate(packed: PackedWeight, name: str) -> None:
         _check_counts(packed, _check_offsets(packed))
         _check_scales(packed)
         if packed.exponents is not None:
-            _require(packed.value_type not in FLOAT_TYPES, f"exponents with values of type {packed.value_type}")
+            _require(
+                packed.value_type not in FLOAT_TYPES,
+                f"exponents with values of type {packed.value_type}",
+            )
             _check_tensor("exponents", packed.exponents, torch.int8, (packed.shape[1],))
             for extreme in map(int, packed.exponents.aminmax()):
-                _require(extreme in EXPONENTS, f"an exponent is {extreme}, not one of -8 to 7")
+                _require(
+                    extreme in EXPONENTS,
+                    f"an exponent is {extreme}, not one of -8 to 7",
+                )
         if packed.levels is not None:
-            _require(packed.value_type == "int4", f"levels with values of type {packed.value_type}")
+            _require(
+                packed.value_type == "int4",
+                f"levels with values of type {packed.value_type}",
+            )
             _check_tensor("levels", packed.levels, torch.int8, (CODES,))
     except ValueError as error:
         raise FormatError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
@@ -40,16 +66,22 @@ def _require(holds: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _check_tensor(
+    what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     fits = tensor.dtype == dtype and tuple(tensor.shape) == shape
-    _require(fits, f"{what} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+    _require(
+        fits, f"{what} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}"
+    )
     _require(tensor.is_contiguous(), f"{what} is not contiguous")
 
 
 def _check_description(packed: PackedWeight) -> None:
     (out, columns), pattern = packed.shape, packed.pattern
     _require(out > 0 and columns > 0, f"shape {packed.shape} is empty or negative")
-    _require(packed.value_type in VALUE_TYPES, f"unknown value type {packed.value_type!r}")
+    _require(
+        packed.value_type in VALUE_TYPES, f"unknown value type {packed.value_type!r}"
+    )
     _require(packed.layout in LAYOUTS, f"unknown layout {packed.layout!r}")
     width = mask_stride(columns)
     if packed.layout != "nm":
@@ -62,7 +94,12 @@ def _check_description(packed: PackedWeight) -> None:
         _require(pattern in PATTERNS, f"pattern {n}:{m} is none of {known}")
         _require(columns % m == 0, f"{n}:{m} does not fit {columns} columns")
         width = row_bytes(pattern, columns)
-    _check_tensor("mask", packed.mask, torch.uint8, (1 if packed.layout == "dense" else out, width))
+    _check_tensor(
+        "mask",
+        packed.mask,
+        torch.uint8,
+        (1 if packed.layout == "dense" else out, width),
+    )
 
 
 def _check_offsets(packed: PackedWeight) -> Tensor:
@@ -71,10 +108,15 @@ def _check_offsets(packed: PackedWeight) -> Tensor:
     offsets, total = packed.offsets.cpu(), int(packed.offsets[-1])
     _require(int(offsets[0]) == 0, f"the first offset is {int(offsets[0])}, not 0")
     falls = (offsets[1:] < offsets[:-1]).nonzero()
-    _require(len(falls) == 0, f"offsets decrease after row {int(falls[0]) if len(falls) else 0}")
+    _require(
+        len(falls) == 0,
+        f"offsets decrease after row {int(falls[0]) if len(falls) else 0}",
+    )
     held = packed.values.numel() * (2 if packed.value_type == "int4" else 1)
     _require(held == total, f"{held} values, where offsets end at {total}")
-    _check_tensor("values", packed.values, STORED_AS[packed.value_type], (packed.values.numel(),))
+    _check_tensor(
+        "values", packed.values, STORED_AS[packed.value_type], (packed.values.numel(),)
+    )
     return offsets
 
 
@@ -82,31 +124,49 @@ def _check_counts(packed: PackedWeight, offsets: Tensor) -> None:
     """Compares the kept columns of each row with its values."""
     out, columns = packed.shape
     if packed.pattern is not None:
-        counts = decode_groups(packed.mask, packed.pattern, columns).count_nonzero(dim=1)
+        counts = decode_groups(packed.mask, packed.pattern, columns).count_nonzero(
+            dim=1
+        )
     else:
-        padding = from_bits(packed.mask[:, -8:], 64)[:, columns - 64 * (packed.mask.shape[1] // 8) :]
+        padding = from_bits(packed.mask[:, -8:], 64)[
+            :, columns - 64 * (packed.mask.shape[1] // 8) :
+        ]
         _require(columns % 64 == 0 or not bool(padding.any()), "a padding bit is set")
         counts = set_bits(packed.mask)
-        _require(packed.layout != "dense" or int(counts) == columns, "a bit of a dense weight's mask is not set")
+        _require(
+            packed.layout != "dense" or int(counts) == columns,
+            "a bit of a dense weight's mask is not set",
+        )
         counts = counts.expand(out)
     if packed.value_type == "int4":  # every row begins on a byte
         counts = counts + counts % 2
     wrong = (counts != offsets.diff()).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(f"row {row} has {int(offsets.diff()[row])} values, its mask keeps {int(counts[row])}")
+        raise ValueError(
+            f"row {row} has {int(offsets.diff()[row])} values, its mask keeps {int(counts[row])}"
+        )
 
 
 def _check_scales(packed: PackedWeight) -> None:
     scales, (out, columns), kind = packed.scales, packed.shape, packed.value_type
     if kind in FLOAT_TYPES or scales is None:
         fits = (scales is None) == (kind in FLOAT_TYPES)
-        _require(fits, f"{'no scales' if scales is None else 'scales'} with values of type {kind}")
+        _require(
+            fits,
+            f"{'no scales' if scales is None else 'scales'} with values of type {kind}",
+        )
         return
     shape: tuple[int, ...] = (out,)
     if kind == "int4":
-        _require(scales.dim() == 2, f"scales is {tuple(scales.shape)}, not ({out}, groups of columns)")
+        _require(
+            scales.dim() == 2,
+            f"scales is {tuple(scales.shape)}, not ({out}, groups of columns)",
+        )
         shape = (out, scales.shape[1])
-        _require(group_of(columns, shape[1]) is not None, f"{shape[1]} scales a row do not divide {columns} columns")
+        _require(
+            group_of(columns, shape[1]) is not None,
+            f"{shape[1]} scales a row do not divide {columns} columns",
+        )
     _check_tensor("scales", scales, SCALES_OF[kind], shape)
     _require(bool(torch.isfinite(scales).all()), "a scale is not finite")

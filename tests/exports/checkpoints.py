@@ -15,7 +15,11 @@ from sparsellm import Recipe
 from tests.models import families, save_tiny, tiny_llama, tiny_tokenizer, windows
 
 IDS = windows(4, 32)
-WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole groups of 32 columns
+WIDE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+}  # whole groups of 32 columns
 
 
 def wide_llama(**changes: Any) -> PreTrainedModel:
@@ -34,8 +38,19 @@ mixtral = partial(family, "Mixtral")
 def pruned(model: PreTrainedModel, place: Path, grid: str, **settings: Any) -> Path:
     """The checkpoint of a run, half of it zeros, next to its dense model."""
     dense = save_tiny(model, tiny_tokenizer(), place / "dense")
-    recipe = Recipe(**{"sparsity": 0.5, "grid": grid, "samples": 4, "seq_len": 32, "effort": 0, **settings})
-    return sparsellm.prune(dense, recipe, out=place / f"pruned-{grid}", calibration=IDS).path
+    recipe = Recipe(
+        **{
+            "sparsity": 0.5,
+            "grid": grid,
+            "samples": 4,
+            "seq_len": 32,
+            "effort": 0,
+            **settings,
+        }
+    )
+    return sparsellm.prune(
+        dense, recipe, out=place / f"pruned-{grid}", calibration=IDS
+    ).path
 
 
 def logits(directory: Path, **options: Any) -> Tensor:

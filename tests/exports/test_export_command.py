@@ -9,59 +9,111 @@ from typing import Any
 import pytest
 
 import sparsellm
+from sparsellm.files.results import read_results
 from sparsellm.report.charts import megabytes
-from sparsellm.storage.results import read_results
 from tests.exports.checkpoints import pruned, wide_llama
 from tests.killing import full_disk
 from tests.models.in_gguf import write_gguf
 
 
-def test_export_says_what_zeros_cost_and_is_named_from_then_on(tmp_path: Path, run: Any) -> None:
+def test_export_says_what_zeros_cost_and_is_named_from_then_on(
+    tmp_path: Path, run: Any
+) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
     write_gguf(wide_llama(), tmp_path / "like.gguf")
     out = tmp_path / "small model.gguf"
-    line = ("export", directory, "--to", "gguf", "--out", out, "--like", tmp_path / "like.gguf")
+    line = (
+        "export",
+        directory,
+        "--to",
+        "gguf",
+        "--out",
+        out,
+        "--like",
+        tmp_path / "like.gguf",
+    )
     _, stdout, stderr = run(*line, exits=0)
     assert "gguf stores the 50% of zeros like other values" in stderr
     assert "it runs in llama.cpp, Ollama, LM Studio" in stdout
     for command in ("card", "report"):
         assert run(command, directory)[0] == 0
     written = out.stat().st_size
-    for name, size in (("README.md", f"{written:,} bytes"), ("report.html", megabytes(written / 1e6))):
+    for name, size in (
+        ("README.md", f"{written:,} bytes"),
+        ("report.html", megabytes(written / 1e6)),
+    ):
         page = (directory / name).read_text()
         assert "small model.gguf" in page
         assert size in page
         assert "llama.cpp, Ollama, LM Studio" in page
         assert " --values int4" in page
-    line = ("export", directory, "--to", "compressed-tensors", "--out", tmp_path / "ct", "--json", "--no-save")
+    line = (
+        "export",
+        directory,
+        "--to",
+        "compressed-tensors",
+        "--out",
+        tmp_path / "ct",
+        "--json",
+        "--no-save",
+    )
     content = json.loads(run(*line, exits=0)[1])
     assert content["results"] is None
-    assert content["record"]["bytes"] == sum(file.stat().st_size for file in (tmp_path / "ct").glob("*.safetensors"))
-    assert content["packed_bytes"] < content["linear_bytes"] < content["record"]["bytes"]
-    packed = sparsellm.pack(directory, out=tmp_path / "packed", values="int4").packed_bytes
-    assert content["packed_bytes"] == pytest.approx(packed, rel=0.01)  # rows have different numbers of zeros
+    assert content["record"]["bytes"] == sum(
+        file.stat().st_size for file in (tmp_path / "ct").glob("*.safetensors")
+    )
+    assert (
+        content["packed_bytes"] < content["linear_bytes"] < content["record"]["bytes"]
+    )
+    packed = sparsellm.pack(
+        directory, out=tmp_path / "packed", values="int4"
+    ).packed_bytes
+    assert content["packed_bytes"] == pytest.approx(
+        packed, rel=0.01
+    )  # rows have different numbers of zeros
     assert "path" not in content["record"]
 
 
 @pytest.mark.parametrize("to", ["gguf", "compressed-tensors"])
-def test_a_second_start_ends_an_export_on_a_full_disk(tmp_path: Path, run: Any, to: str) -> None:
+def test_a_second_start_ends_an_export_on_a_full_disk(
+    tmp_path: Path, run: Any, to: str
+) -> None:
     """It is full at every place in turn; the record in the pruned checkpoint is there once."""
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w4a16-32")
-    like = ("--like", write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf")) if to == "gguf" else ()
+    like = (
+        ("--like", write_gguf(wide_llama(num_hidden_layers=1), tmp_path / "like.gguf"))
+        if to == "gguf"
+        else ()
+    )
     after, code = 0, 2
     while code == 2:
         after += 1
         with full_disk(after):
-            code, _, stderr = run("export", directory, "--to", to, "--out", tmp_path / "out.gguf", *like)
+            code, _, stderr = run(
+                "export", directory, "--to", to, "--out", tmp_path / "out.gguf", *like
+            )
         if code == 2:
             assert "is full; make room and run the same command again" in stderr
             assert not (tmp_path / "out.gguf").exists()
-    assert (code, [export.name for export in read_results(directory).exports]) == (0, ["out.gguf"])
+    assert (code, [export.name for export in read_results(directory).exports]) == (
+        0,
+        ["out.gguf"],
+    )
 
 
-def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, refusal: Any) -> None:
-    directory, out = pruned(wide_llama(num_hidden_layers=1), tmp_path, "w8a8"), tmp_path / "out"
-    before, line = sorted(tmp_path.iterdir()), ("export", directory, "--out", out, "--to")
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    tmp_path: Path, refusal: Any
+) -> None:
+    directory, out = (
+        pruned(wide_llama(num_hidden_layers=1), tmp_path, "w8a8"),
+        tmp_path / "out",
+    )
+    before, line = (
+        sorted(tmp_path.iterdir()),
+        ("export", directory, "--out", out, "--to"),
+    )
     assert "onnx" in refusal(*line, "onnx")
-    assert "settings of GGUF" in refusal(*line, "compressed-tensors", "--like", "a.gguf")
+    assert "settings of GGUF" in refusal(
+        *line, "compressed-tensors", "--like", "a.gguf"
+    )
     assert sorted(tmp_path.iterdir()) == before

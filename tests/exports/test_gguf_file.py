@@ -18,8 +18,8 @@ import sparsellm
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
 from sparsellm.exports.gguf_file import _remove_torn
 from sparsellm.exports.template import Template, orders_of
-from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.writer import write_shard
+from sparsellm.files.reader import CheckpointReader
+from sparsellm.files.writer import write_shard
 from tests.exports.checkpoints import family, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
@@ -28,10 +28,14 @@ from tests.report.pages import rewrite
 OUTSIDE = ("token_embd.weight", "output.weight")  # embedding and head
 
 
-def exported(directory: Path, like: Kind = Kind.BF16, **settings: Any) -> gguf.GGUFReader:
+def exported(
+    directory: Path, like: Kind = Kind.BF16, **settings: Any
+) -> gguf.GGUFReader:
     """The file that ``export`` writes with a template of the dense model next to the checkpoint."""
     place = directory.parent
-    write_gguf(AutoModelForCausalLM.from_pretrained(place / "dense"), place / "like.gguf", like)
+    write_gguf(
+        AutoModelForCausalLM.from_pretrained(place / "dense"), place / "like.gguf", like
+    )
     settings = {"like": place / "like.gguf", "model": place / "dense", **settings}
     sparsellm.export(directory, to="gguf", out=place / "out.gguf", **settings)
     return gguf.GGUFReader(place / "out.gguf")
@@ -39,16 +43,24 @@ def exported(directory: Path, like: Kind = Kind.BF16, **settings: Any) -> gguf.G
 
 def tensors(file: gguf.GGUFReader) -> dict[str, np.ndarray]:
     """Every tensor in fp32."""
-    return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in file.tensors}
+    return {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in file.tensors
+    }
 
 
-def assert_is(file: gguf.GGUFReader, directory: Path, *, but: tuple[str, ...] = ()) -> None:
+def assert_is(
+    file: gguf.GGUFReader, directory: Path, *, but: tuple[str, ...] = ()
+) -> None:
     """Every tensor is that of the checkpoint in its dtype, in the order of a converter that is written down apart."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     dtype, there, here = model.dtype, tensors(file), in_gguf(model)
     assert there.keys() == here.keys()
     for name in there.keys() - set(but):
-        assert torch.equal(torch.from_numpy(there[name].copy()).to(dtype).float(), torch.from_numpy(here[name])), name
+        assert torch.equal(
+            torch.from_numpy(there[name].copy()).to(dtype).float(),
+            torch.from_numpy(here[name]),
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -62,11 +74,17 @@ def assert_is(file: gguf.GGUFReader, directory: Path, *, but: tuple[str, ...] = 
     ],
     ids=["llama", "fp32", "tied", "mixtral", "mixtral-q4_0"],
 )
-def test_every_tensor_is_that_of_the_checkpoint(tmp_path: Path, make: Any, grid: str, like: Kind) -> None:
+def test_every_tensor_is_that_of_the_checkpoint(
+    tmp_path: Path, make: Any, grid: str, like: Kind
+) -> None:
     directory = pruned(make(), tmp_path, grid, effort=1)  # so that norms change too
     file = exported(directory, like)
     assert_is(file, directory)
-    types = {tensor.tensor_type for tensor in file.tensors if "attn_q.w" in tensor.name or "exps" in tensor.name}
+    types = {
+        tensor.tensor_type
+        for tensor in file.tensors
+        if "attn_q.w" in tensor.name or "exps" in tensor.name
+    }
     assert types == {Kind.Q8_0 if grid == "q8_0" else Kind.Q4_0}
 
 
@@ -79,14 +97,18 @@ def test_a_bias_of_zeros_goes_where_the_rows_of_its_weight_go(tmp_path: Path) ->
     bias = CheckpointReader(directory).get("model.layers.0.self_attn.q_proj.bias")
     assert bias.unique().numel() > 2
     half = bias.float().view(4, 2, 8).transpose(1, 2).reshape(-1)
-    assert torch.equal(torch.from_numpy(tensors(exported(directory))["blk.0.attn_q.bias"].copy()), half)
+    assert torch.equal(
+        torch.from_numpy(tensors(exported(directory))["blk.0.attn_q.bias"].copy()), half
+    )
 
 
 def test_a_quantised_template_keeps_its_embedding_and_head(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
     file = exported(directory, Kind.Q8_0)
     assert_is(file, directory, but=OUTSIDE)
-    like = {entry.name: entry for entry in gguf.GGUFReader(tmp_path / "like.gguf").tensors}
+    like = {
+        entry.name: entry for entry in gguf.GGUFReader(tmp_path / "like.gguf").tensors
+    }
     for tensor in file.tensors:
         if tensor.name in OUTSIDE:
             assert tensor.tensor_type == Kind.Q8_0
@@ -97,26 +119,55 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0", exclude=["*.v_proj"])
     file = exported(directory, head="q8_0")
     types = {tensor.name: tensor.tensor_type for tensor in file.tensors}
-    assert (types["token_embd.weight"], types["output.weight"]) == (Kind.Q8_0, Kind.Q8_0)
-    assert types["blk.0.attn_v.weight"] == Kind.BF16  # what is not pruned stays as it is in the template
+    assert (types["token_embd.weight"], types["output.weight"]) == (
+        Kind.Q8_0,
+        Kind.Q8_0,
+    )
+    assert (
+        types["blk.0.attn_v.weight"] == Kind.BF16
+    )  # what is not pruned stays as it is in the template
     assert_is(file, directory, but=OUTSIDE)
-    ours, theirs = tensors(file)["output.weight"], in_gguf(AutoModelForCausalLM.from_pretrained(directory))
-    assert np.array_equal(ours, gguf.dequantize(gguf.quantize(theirs["output.weight"], Kind.Q8_0), Kind.Q8_0))
+    ours, theirs = (
+        tensors(file)["output.weight"],
+        in_gguf(AutoModelForCausalLM.from_pretrained(directory)),
+    )
+    assert np.array_equal(
+        ours,
+        gguf.dequantize(gguf.quantize(theirs["output.weight"], Kind.Q8_0), Kind.Q8_0),
+    )
 
 
 def test_a_head_in_q6_k_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
-    directory = pruned(wide_llama(hidden_size=256, num_hidden_layers=1), tmp_path / "wide", "q4_0")
+    directory = pruned(
+        wide_llama(hidden_size=256, num_hidden_layers=1), tmp_path / "wide", "q4_0"
+    )
     file = exported(directory, head="q6_k")
-    assert {tensor.name for tensor in file.tensors if tensor.tensor_type == Kind.Q6_K} == set(OUTSIDE)
+    assert {
+        tensor.name for tensor in file.tensors if tensor.tensor_type == Kind.Q6_K
+    } == set(OUTSIDE)
     assert_is(file, directory, but=OUTSIDE)
-    ours, theirs = tensors(file), in_gguf(AutoModelForCausalLM.from_pretrained(directory))
-    assert all(np.square(ours[name] - theirs[name]).sum() < 4e-4 * np.square(theirs[name]).sum() for name in OUTSIDE)
-    with pytest.raises(RecipeError, match=r"rows of 64 in \S+ are not blocks of 256; leave --head out"):
-        exported(pruned(wide_llama(num_hidden_layers=1), tmp_path / "narrow", "q4_0"), head="q6_k")
+    ours, theirs = (
+        tensors(file),
+        in_gguf(AutoModelForCausalLM.from_pretrained(directory)),
+    )
+    assert all(
+        np.square(ours[name] - theirs[name]).sum()
+        < 4e-4 * np.square(theirs[name]).sum()
+        for name in OUTSIDE
+    )
+    with pytest.raises(
+        RecipeError, match=r"rows of 64 in \S+ are not blocks of 256; leave --head out"
+    ):
+        exported(
+            pruned(wide_llama(num_hidden_layers=1), tmp_path / "narrow", "q4_0"),
+            head="q6_k",
+        )
     assert not (tmp_path / "narrow" / "out.gguf").exists()
 
 
-def test_a_template_can_show_its_own_order_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_can_show_its_own_order_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
     directory = pruned(wide_llama(), tmp_path, "q4_0", effort=1)
     assert_is(exported(directory, model=None), directory)
@@ -124,9 +175,17 @@ def test_a_template_can_show_its_own_order_of_rows(tmp_path: Path, monkeypatch: 
 
 def test_keys_are_copied_and_those_of_the_file_are_new(tmp_path: Path) -> None:
     file = exported(pruned(wide_llama(), tmp_path, "q8_0"))
-    keys = {name: field.contents() for name, field in file.fields.items() if not name.startswith("GGUF.")}
+    keys = {
+        name: field.contents()
+        for name, field in file.fields.items()
+        if not name.startswith("GGUF.")
+    }
     like = Template(tmp_path / "like.gguf").reader.fields
-    same = {name: field.contents() for name, field in like.items() if not name.startswith("GGUF.")}
+    same = {
+        name: field.contents()
+        for name, field in like.items()
+        if not name.startswith("GGUF.")
+    }
     assert keys.pop("general.name") == "Tiny q8_0, 50% zeros"
     assert keys.pop("general.file_type") == gguf.LlamaFileType.MOSTLY_Q8_0
     assert keys.pop("general.quantization_version") == 2
@@ -138,9 +197,19 @@ def test_keys_are_copied_and_those_of_the_file_are_new(tmp_path: Path) -> None:
 
 def test_rows_of_heads_are_found_in_each_known_order() -> None:
     heads, groups, size = 4, 2, 3
-    orders = [order.tolist() for order in orders_of((heads + 2 * groups) * size, heads, [groups, heads])]
-    blocks = np.arange((heads + 2 * groups) * size).reshape(groups, heads // groups + 2, size)  # Falcon: q, q, k, v
-    assert np.concatenate([blocks[:, :2].ravel(), blocks[:, 2].ravel(), blocks[:, 3].ravel()]).tolist() in orders
+    orders = [
+        order.tolist()
+        for order in orders_of((heads + 2 * groups) * size, heads, [groups, heads])
+    ]
+    blocks = np.arange((heads + 2 * groups) * size).reshape(
+        groups, heads // groups + 2, size
+    )  # Falcon: q, q, k, v
+    assert (
+        np.concatenate(
+            [blocks[:, :2].ravel(), blocks[:, 2].ravel(), blocks[:, 3].ravel()]
+        ).tolist()
+        in orders
+    )
     assert list(range(24)) in orders
     assert np.arange(24).reshape(2, 2, 6).swapaxes(1, 2).ravel().tolist() in orders
     assert len(orders) == len({tuple(order) for order in orders})
@@ -175,40 +244,66 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("like", "said"),
     [
-        (partial(other, seed=1), r"is of another model: it has token_embd.weight other than model.embed_tokens.weight"),
+        (
+            partial(other, seed=1),
+            r"is of another model: it has token_embd.weight other than model.embed_tokens.weight",
+        ),
         (split, r"is one of several files; join them with llama-gguf-split --merge"),
         (damaged, r"cut\.gguf cannot be converted: .*cut short"),
-        (partial(other, num_hidden_layers=1), r"is of another model: it has no tensor for model\.layers\.1\."),
-        (partial(other, num_hidden_layers=3), r"other\.gguf is of another model: it has 3 blocks, not 2; give the"),
+        (
+            partial(other, num_hidden_layers=1),
+            r"is of another model: it has no tensor for model\.layers\.1\.",
+        ),
+        (
+            partial(other, num_hidden_layers=3),
+            r"other\.gguf is of another model: it has 3 blocks, not 2; give the",
+        ),
         (lambda place: place / "none.gguf", r"none\.gguf' is not a readable GGUF file"),
     ],
 )
-def test_a_template_that_does_not_fit_is_refused(ready: Path, tmp_path: Path, like: Any, said: str) -> None:
+def test_a_template_that_does_not_fit_is_refused(
+    ready: Path, tmp_path: Path, like: Any, said: str
+) -> None:
     template, model = like(ready.parent), ready.parent / "dense"
     with pytest.raises(ModelError, match=said) as refused:
-        sparsellm.export(ready, to="gguf", out=tmp_path / "out.gguf", like=template, model=model)
+        sparsellm.export(
+            ready, to="gguf", out=tmp_path / "out.gguf", like=template, model=model
+        )
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_template_or_a_dense_model_the_option_is_named(ready: Path, tmp_path: Path) -> None:
+def test_without_a_template_or_a_dense_model_the_option_is_named(
+    ready: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match=r"'dense' as a template: .* with --like"):
         sparsellm.export(ready, to="gguf", out=tmp_path / "out.gguf")
     like = ready.parent / "like.gguf"
     dense = save_tiny(wide_llama(seed=1), tiny_tokenizer(), tmp_path / "other")
     with pytest.raises(ModelError, match="with --model"):
-        sparsellm.export(ready, to="gguf", out=tmp_path / "out.gguf", like=like, model=dense)
-    out, settings = tmp_path / "out.gguf", {"like": like, "model": ready.parent / "dense"}
+        sparsellm.export(
+            ready, to="gguf", out=tmp_path / "out.gguf", like=like, model=dense
+        )
+    out, settings = (
+        tmp_path / "out.gguf",
+        {"like": like, "model": ready.parent / "dense"},
+    )
     sparsellm.export(ready, to="gguf", out=out, **settings)
     with pytest.raises(StorageError, match="--overwrite"):
         sparsellm.export(ready, to="gguf", out=out, **settings)
     sparsellm.export(ready, to="gguf", out=out, overwrite=True, **settings)
     (tmp_path / "notes.gguf").write_text("mine")
     os.mkfifo(tmp_path / "pipe.gguf")
-    refused = {"notes.gguf": "not a GGUF", "pipe.gguf": "not an ordinary file", "a.bin": "a .gguf file"}
+    refused = {
+        "notes.gguf": "not a GGUF",
+        "pipe.gguf": "not an ordinary file",
+        "a.bin": "a .gguf file",
+    }
     for name, said in {**refused, "no/a.gguf": "not a directory"}.items():
         with pytest.raises(StorageError, match=said):
-            sparsellm.export(ready, to="gguf", out=tmp_path / name, overwrite=True, **settings)
+            sparsellm.export(
+                ready, to="gguf", out=tmp_path / name, overwrite=True, **settings
+            )
     with pytest.raises(StorageError, match="is the template"):
         sparsellm.export(ready, to="gguf", out=like, overwrite=True, **settings)
     with pytest.raises(StorageError, match="in the checkpoint"):
@@ -219,21 +314,41 @@ def test_without_a_template_or_a_dense_model_the_option_is_named(ready: Path, tm
     ("settings", "to", "said"),
     [
         ({"values": "int3"}, "gguf", r"levels are uneven.*prune with --grid q4_0"),
-        ({"values": "int4"}, "compressed-tensors", r"columns have exponents.*prune with --grid w4a16"),
+        (
+            {"values": "int4"},
+            "compressed-tensors",
+            r"columns have exponents.*prune with --grid w4a16",
+        ),
         ({}, "gguf", r"values were not rounded.*prune with --grid q4_0"),
-        ({"grid": "w8a16"}, "gguf", r"the grid w8a16, which this format does not have; prune with --grid q4_0"),
+        (
+            {"grid": "w8a16"},
+            "gguf",
+            r"the grid w8a16, which this format does not have; prune with --grid q4_0",
+        ),
     ],
 )
-def test_values_on_another_grid_are_refused(tmp_path: Path, settings: Any, to: Any, said: str) -> None:
-    directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, settings.pop("grid", "own"), **settings)
+def test_values_on_another_grid_are_refused(
+    tmp_path: Path, settings: Any, to: Any, said: str
+) -> None:
+    directory = pruned(
+        wide_llama(num_hidden_layers=1),
+        tmp_path,
+        settings.pop("grid", "own"),
+        **settings,
+    )
     with pytest.raises(RecipeError, match=said):
         sparsellm.export(directory, to=to, out=tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_checkpoint_that_prune_did_not_write_is_refused(tmp_path: Path) -> None:
-    dense = save_tiny(wide_llama(num_hidden_layers=1), tiny_tokenizer(), tmp_path / "dense")
-    with pytest.raises(StorageError, match=r"no pruning\.json; give a checkpoint that `sparsellm prune --grid` wrote"):
+    dense = save_tiny(
+        wide_llama(num_hidden_layers=1), tiny_tokenizer(), tmp_path / "dense"
+    )
+    with pytest.raises(
+        StorageError,
+        match=r"no pruning\.json; give a checkpoint that `sparsellm prune --grid` wrote",
+    ):
         sparsellm.export(dense, to="gguf", out=tmp_path / "out.gguf")
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
     rewrite(directory / "config.json", quantization_config={"quant_method": "gptq"})
@@ -245,7 +360,9 @@ def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "q4_0")
     reader, key = CheckpointReader(directory), "model.layers.1.mlp.down_proj.weight"
     shard = reader.file_of(key)
-    changed = {name: reader.get(name) for name in reader if reader.file_of(name) == shard}
+    changed = {
+        name: reader.get(name) for name in reader if reader.file_of(name) == shard
+    }
     changed[key][0, :32] = torch.linspace(0.011, 0.123, 32)
     with shard.open("wb") as file:
         write_shard(file, changed)
@@ -253,17 +370,25 @@ def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
         exported(directory)
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):
         sparsellm.export(directory, to="compressed-tensors", out=tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "pruned-q4_0", "like.gguf"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "dense",
+        "pruned-q4_0",
+        "like.gguf",
+    }
 
 
 def test_what_a_killed_export_left_is_removed_and_no_more(tmp_path: Path) -> None:
     directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
-    dead, busy, other, named = (tmp_path / f".{name}.tmp" for name in ("0" * 24, "1" * 24, "2" * 24, "my"))
+    dead, busy, other, named = (
+        tmp_path / f".{name}.tmp" for name in ("0" * 24, "1" * 24, "2" * 24, "my")
+    )
     for path in (dead, busy, other, named):
         path.write_bytes(b"mine" if path is other else b"GGUF\3")
     with busy.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        exported(directory, progress=lambda _: _remove_torn(tmp_path))  # as another export does
+        exported(
+            directory, progress=lambda _: _remove_torn(tmp_path)
+        )  # as another export does
     assert {*tmp_path.glob(".*")} == {busy, other, named}
 
 
@@ -275,17 +400,28 @@ def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:
 
     def in_neox(model: PreTrainedModel) -> dict[str, np.ndarray]:
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPTNEOX, 2)
-        arrays = {names.get_name(key, (".weight", ".bias")): x.numpy() for key, x in model.float().state_dict().items()}
-        return {name: parted(weight) if "qkv" in name else weight for name, weight in arrays.items()}
+        arrays = {
+            names.get_name(key, (".weight", ".bias")): x.numpy()
+            for key, x in model.float().state_dict().items()
+        }
+        return {
+            name: parted(weight) if "qkv" in name else weight
+            for name, weight in arrays.items()
+        }
 
     directory = pruned(family("GPTNeoX"), tmp_path, "q8_0", effort=1)
     writer = gguf.GGUFWriter(str(tmp_path / "like.gguf"), "gptneox")
     writer.add_block_count(2)
-    for name, weight in in_neox(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")).items():
+    for name, weight in in_neox(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    ).items():
         writer.add_tensor(name, weight)
     finish(writer)
     settings = {"like": tmp_path / "like.gguf", "model": tmp_path / "dense"}
     sparsellm.export(directory, to="gguf", out=tmp_path / "out.gguf", **settings)
     here = in_neox(AutoModelForCausalLM.from_pretrained(directory))
     for name, tensor in tensors(gguf.GGUFReader(tmp_path / "out.gguf")).items():
-        assert torch.equal(torch.from_numpy(tensor.copy()).bfloat16().float(), torch.from_numpy(here[name])), name
+        assert torch.equal(
+            torch.from_numpy(tensor.copy()).bfloat16().float(),
+            torch.from_numpy(here[name]),
+        ), name

@@ -18,17 +18,33 @@ NAMES = {f"self_attn.{name}_proj": f"attn_{name}" for name in "qkv"}
 NAMES |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
 NAMES |= {"self_attn.o_proj": "attn_output", "mlp.gate": "ffn_gate_inp"}
 NAMES |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+OUTSIDE = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
 
 
 def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The weights of a model in fp32, by their names in GGUF."""
     config, weights = model.config, dict[str, np.ndarray]()
-    if config.model_type not in ("llama", "mixtral"):  # whose rows and experts lie in another order
-        arch = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if config.model_type in (name, f"{name}_text"))
+    if config.model_type not in (
+        "llama",
+        "mixtral",
+    ):  # whose rows and experts lie in another order
+        arch = next(
+            code
+            for code, name in gguf.MODEL_ARCH_NAMES.items()
+            if config.model_type in (name, f"{name}_text")
+        )
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        named = {names.get_name(key, (".weight", ".bias")): x.numpy() for key, x in model.float().state_dict().items()}
-        return {name: weight for name, weight in named.items() if name}  # a tied head has none
+        named = {
+            names.get_name(key, (".weight", ".bias")): x.numpy()
+            for key, x in model.float().state_dict().items()
+        }
+        return {
+            name: weight for name, weight in named.items() if name
+        }  # a tied head has none
     for key, parameter in model.float().state_dict().items():
         stem, _, kind = key.rpartition(".")
         weight = parameter.numpy()
@@ -37,18 +53,34 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
             weights[f"{OUTSIDE[stem]}.{kind}"] = weight
         elif kind == "gate_up_proj":
             gate, up = np.split(weight, 2, axis=1)
-            weights |= {f"blk.{block}.ffn_gate_exps.weight": gate, f"blk.{block}.ffn_up_exps.weight": up}
+            weights |= {
+                f"blk.{block}.ffn_gate_exps.weight": gate,
+                f"blk.{block}.ffn_up_exps.weight": up,
+            }
         elif kind == "down_proj":
             weights[f"blk.{block}.ffn_down_exps.weight"] = weight
         else:
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem[-6:])
+            heads = {
+                "q_proj": config.num_attention_heads,
+                "k_proj": config.num_key_value_heads,
+            }.get(stem[-6:])
             if heads:  # rows in llama.cpp's order: it rotates neighbouring pairs, Hugging Face the two halves of a head
-                weight = weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+                weight = (
+                    weight.reshape(heads, 2, len(weight) // heads // 2, -1)
+                    .swapaxes(1, 2)
+                    .reshape(weight.shape)
+                )
             weights[f"blk.{block}.{NAMES[part]}.{kind}"] = weight
     return weights
 
 
-def write_gguf(model: PreTrainedModel, path: Path, kind: Kind = Kind.BF16, arch: str = "llama", **other: Any) -> Path:
+def write_gguf(
+    model: PreTrainedModel,
+    path: Path,
+    kind: Kind = Kind.BF16,
+    arch: str = "llama",
+    **other: Any,
+) -> Path:
     """Writes a model and returns its path; matrices in ``kind``, norms and biases in F32. ``other`` has
     the way in which text is split, the last token, and what is called with the writer."""
     config, tokenizer = model.config, tiny_tokenizer()
@@ -69,11 +101,16 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: Kind = Kind.BF16, arch:
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(other.get("split", "default"))
-    tokens, merges = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get), vocabulary["merges"]
+    tokens, merges = (
+        sorted(vocabulary["vocab"], key=vocabulary["vocab"].get),
+        vocabulary["merges"],
+    )
     if "last" in other:  # the last merge made the last token
         tokens[-1], merges = other["last"], merges[:-1]
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokenizer) - 2))
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokenizer) - 2)
+    )
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
@@ -81,7 +118,11 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: Kind = Kind.BF16, arch:
     other.get("more", lambda writer: None)(writer)
     for name, weight in in_gguf(model).items():
         matrix = weight.ndim > 1
-        writer.add_tensor(name, gguf.quantize(weight, kind) if matrix else weight, raw_dtype=kind if matrix else None)
+        writer.add_tensor(
+            name,
+            gguf.quantize(weight, kind) if matrix else weight,
+            raw_dtype=kind if matrix else None,
+        )
     finish(writer)
     return path
 

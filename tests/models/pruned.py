@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from sparsellm.chain import open_chain
+from sparsellm.model import open_chain
 from sparsellm.patterns import Pattern
 from tests.shares import Share
 
 
-def prune_tiny(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
+def prune_tiny(
+    model: PreTrainedModel, pattern: Pattern | None = None
+) -> PreTrainedModel:
     """Zeros in every linear of the blocks, the smallest weights first; 70 % if no pattern is given. In place."""
     pattern = pattern or Share(0.7)
     chain = open_chain(model, device=torch.device("cpu"))

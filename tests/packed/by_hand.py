@@ -36,10 +36,17 @@ def nm(kept: list[list[bool]], n: int, m: int) -> list[list[int]]:
     for row in kept:
         bits: list[int] = []
         for start in range(0, len(row), m):
-            code = possible.index(tuple(place for place in range(m) if row[start + place]))
+            code = possible.index(
+                tuple(place for place in range(m) if row[start + place])
+            )
             bits += [code >> place & 1 for place in range(width)]
         bits += [0] * (-len(bits) % 8)
-        lines.append([sum(bits[start + place] << place for place in range(8)) for start in range(0, len(bits), 8)])
+        lines.append(
+            [
+                sum(bits[start + place] << place for place in range(8))
+                for start in range(0, len(bits), 8)
+            ]
+        )
     return lines
 
 
@@ -48,27 +55,46 @@ def int4(packed: PackedWeight) -> Tensor:
     rows, columns = packed.shape
     dense = torch.zeros(rows, columns)
     assert packed.scales is not None
-    group = next(size for size in (32, 64, 128, 256, 512, 1024) if math.ceil(columns / size) == packed.scales.shape[1])
+    group = next(
+        size
+        for size in (32, 64, 128, 256, 512, 1024)
+        if math.ceil(columns / size) == packed.scales.shape[1]
+    )
     for row in range(rows):
         first, last = int(packed.offsets[row]), int(packed.offsets[row + 1])
-        kept = [column for column in range(columns) if int(packed.mask[row, column // 8]) >> column % 8 & 1]
+        kept = [
+            column
+            for column in range(columns)
+            if int(packed.mask[row, column // 8]) >> column % 8 & 1
+        ]
         assert last - first == len(kept) + len(kept) % 2
         for rank, column in enumerate(kept):
             byte = int(packed.values[(first + rank) // 2])
             nibble = byte & 15 if rank % 2 == 0 else byte >> 4
             number = nibble - 8 if packed.levels is None else int(packed.levels[nibble])
-            power = 1.0 if packed.exponents is None else 2.0 ** int(packed.exponents[column])
-            dense[row, column] = number * packed.scales[row, column // group].float() * power
+            power = (
+                1.0
+                if packed.exponents is None
+                else 2.0 ** int(packed.exponents[column])
+            )
+            dense[row, column] = (
+                number * packed.scales[row, column // group].float() * power
+            )
     return dense
 
 
 def two_of_four(weight: Tensor) -> Tensor:
     """The weight with the two largest magnitudes of every four columns, and zeros."""
     groups = weight.reshape(-1, 4)
-    return (groups * torch.zeros_like(groups).scatter_(1, groups.abs().topk(2, dim=1).indices, 1)).view_as(weight)
+    return (
+        groups
+        * torch.zeros_like(groups).scatter_(1, groups.abs().topk(2, dim=1).indices, 1)
+    ).view_as(weight)
 
 
-def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
+def version_2(
+    dense: dict[str, Tensor], packed: list[str]
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors and ``quantization_config`` as format version 2 has them, from dense tensors in fp32.
     The named weights are packed: bitmasks with their values, and the first one dense int8 with offsets."""
     tensors, linears = dict(dense), {}
@@ -76,22 +102,44 @@ def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Te
         weight = tensors[f"{name}.weight"]
         tensors[f"{name}.weight"] = torch.zeros(1)
         mask, values, offsets = bitmask(weight)
-        linears[name] = {"shape": list(weight.shape), "layout": "bitmask", "value_type": "fp32", "dtype": "float32"}
-        parts = {"mask": torch.tensor(mask, dtype=torch.uint8), "values": torch.tensor(values)}
+        linears[name] = {
+            "shape": list(weight.shape),
+            "layout": "bitmask",
+            "value_type": "fp32",
+            "dtype": "float32",
+        }
+        parts = {
+            "mask": torch.tensor(mask, dtype=torch.uint8),
+            "values": torch.tensor(values),
+        }
         if name == packed[0]:
             linears[name] |= {"layout": "dense", "value_type": "int8"}
             rows, columns = weight.shape
             scales = weight.abs().amax(dim=1) / 127
             codes = (weight / scales[:, None]).round().to(torch.int8)
             full, _, _ = bitmask(torch.ones(1, columns))
-            parts = {"mask": torch.tensor(full, dtype=torch.uint8), "values": codes.view(-1), "scales": scales}
+            parts = {
+                "mask": torch.tensor(full, dtype=torch.uint8),
+                "values": codes.view(-1),
+                "scales": scales,
+            }
             offsets = [row * columns for row in range(rows + 1)]
         parts["offsets"] = torch.tensor(offsets)
         tensors |= {f"{name}.weight_{field}": tensor for field, tensor in parts.items()}
-    return tensors, {"quant_method": "sparsellm", "format_version": 2, "linears": linears}
+    return tensors, {
+        "quant_method": "sparsellm",
+        "format_version": 2,
+        "linears": linears,
+    }
 
 
-def sparse_weight(rows: int, columns: int, share: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def sparse_weight(
+    rows: int,
+    columns: int,
+    share: float,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Tensor:
     """A random weight with a share of random zeros; an empty row where there are at least three."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
@@ -102,7 +150,10 @@ def sparse_weight(rows: int, columns: int, share: float, dtype: torch.dtype = to
 
 
 def packed_of(
-    weight: Tensor, values: str = "keep", layout: str = "bitmask", exponents: Tensor | None = None
+    weight: Tensor,
+    values: str = "keep",
+    layout: str = "bitmask",
+    exponents: Tensor | None = None,
 ) -> PackedWeight:
     packed = pack(weight, values, layout, exponents)
     assert packed is not None

@@ -8,25 +8,52 @@ from pathlib import Path
 
 import pytest
 
-from sparsepack.checkpoint import PackedEntry, config_digest, manifest, packed_entries, quantization_config
+from sparsepack.checkpoint import (
+    PackedEntry,
+    config_digest,
+    manifest,
+    packed_entries,
+    quantization_config,
+)
 from sparsepack.codes import WRITTEN_TYPES
 from sparsepack.errors import FormatError
 
-CHOICES = product(("bitmask", "nm"), WRITTEN_TYPES, ("float64", "float32", "float16", "bfloat16"), (False, True))
+CHOICES = product(
+    ("bitmask", "nm"),
+    WRITTEN_TYPES,
+    ("float64", "float32", "float16", "bfloat16"),
+    (False, True),
+)
 
 
 def test_entries_are_read_as_they_were_written() -> None:
     entries = {}
     for index, (layout, values, dtype, transposed) in enumerate(CHOICES):
-        stored = {"layout": layout, "pattern": (2, 4) if layout == "nm" else None, "value_type": values}
-        entries[f"layer {index}"] = PackedEntry(shape=(3, 8), dtype=dtype, transposed=transposed, **stored)
+        stored = {
+            "layout": layout,
+            "pattern": (2, 4) if layout == "nm" else None,
+            "value_type": values,
+        }
+        entries[f"layer {index}"] = PackedEntry(
+            shape=(3, 8), dtype=dtype, transposed=transposed, **stored
+        )
     assert packed_entries(quantization_config(entries)) == entries
-    assert {entry.stored_shape for entry in entries.values() if entry.transposed} == {(8, 3)}
-    plain = {"shape": [3, 8], "layout": "bitmask", "value_type": "bf16", "dtype": "float64"}
+    assert {entry.stored_shape for entry in entries.values() if entry.transposed} == {
+        (8, 3)
+    }
+    plain = {
+        "shape": [3, 8],
+        "layout": "bitmask",
+        "value_type": "bf16",
+        "dtype": "float64",
+    }
     assert entries["layer 0"].to_dict() == plain
 
 
-@pytest.mark.parametrize("content", [None, [], "x", {}, {"shape": [3, 8]}, {"shape": [3, 8, 1], "layout": []}])
+@pytest.mark.parametrize(
+    "content",
+    [None, [], "x", {}, {"shape": [3, 8]}, {"shape": [3, 8, 1], "layout": []}],
+)
 def test_a_malformed_entry_is_refused_with_its_name(content: object) -> None:
     with pytest.raises(FormatError, match="describes 'some layer' wrongly"):
         packed_entries({"format_version": 4, "linears": {"some layer": content}})
@@ -34,9 +61,15 @@ def test_a_malformed_entry_is_refused_with_its_name(content: object) -> None:
 
 def test_the_checksum_of_the_config_is_the_documented_one(tmp_path: Path) -> None:
     text = '{"format_version":1,"linears":{"\\u00e9":[1,2.5,true,null]},"quant_method":"sparsellm"}'
-    content = {"quant_method": "sparsellm", "linears": {"é": [1, 2.5, True, None]}, "format_version": 1}
+    content = {
+        "quant_method": "sparsellm",
+        "linears": {"é": [1, 2.5, True, None]},
+        "format_version": 1,
+    }
     assert config_digest(content) == hashlib.sha256(text.encode()).hexdigest()
-    (tmp_path / "config.json").write_text('{"a": 1, "quantization_config": ' + text + "}", encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        '{"a": 1, "quantization_config": ' + text + "}", encoding="utf-8"
+    )
     (tmp_path / "a.safetensors").write_bytes(b"123")
     assert manifest(tmp_path) == {
         "format_version": 4,

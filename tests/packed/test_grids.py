@@ -17,7 +17,18 @@ from sparsepack.grid import codes_of, on_grid
 from sparsepack.grids import GRIDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [0.0, 3e-9, 1e-7, 2e-6, 3e-4, 0.05, 1.0, 300.0, 9000.0, 1e6]  # subnormal in fp16 to overflow
+SIZES = [
+    0.0,
+    3e-9,
+    1e-7,
+    2e-6,
+    3e-4,
+    0.05,
+    1.0,
+    300.0,
+    9000.0,
+    1e6,
+]  # subnormal in fp16 to overflow
 
 
 def weight_of(seed: int, dtype: torch.dtype) -> Tensor:
@@ -33,13 +44,17 @@ def weight_of(seed: int, dtype: torch.dtype) -> Tensor:
 
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(sorted(GRIDS)), st.sampled_from(DTYPES), st.integers(0, 2**32))
-def test_codes_and_scales_are_read_off_exactly(name: str, dtype: torch.dtype, seed: int) -> None:
+def test_codes_and_scales_are_read_off_exactly(
+    name: str, dtype: torch.dtype, seed: int
+) -> None:
     grid, weight = GRIDS[name], weight_of(seed, dtype)
     rounded = on_grid(weight, name, dtype)
     assert torch.equal(on_grid(rounded, name, dtype), rounded)
     twin = rounded.to(dtype)
     codes, scales = codes_of(twin, grid, "a")
-    factors = scales.double().repeat_interleave(codes.shape[1] // scales.shape[1], dim=1)
+    factors = scales.double().repeat_interleave(
+        codes.shape[1] // scales.shape[1], dim=1
+    )
     assert torch.equal((codes.double() * factors).to(dtype), twin)  # rounded once
     assert torch.equal(scales.half().float(), scales)
     assert torch.equal(scales.bfloat16().float(), scales)
@@ -49,32 +64,49 @@ def test_codes_and_scales_are_read_off_exactly(name: str, dtype: torch.dtype, se
     size = 256 // scales.shape[1]
     assert size == (grid.group or 256)
     lowest = codes.view(20, -1, size).amin(dim=2)
-    assert bool(((lowest == grid.lowest) | (scales == 0)).all())  # the extreme of every group
+    assert bool(
+        ((lowest == grid.lowest) | (scales == 0)).all()
+    )  # the extreme of every group
 
 
 @pytest.mark.parametrize("name", sorted(GRIDS))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_of_a_grid_is_told_from_the_next(name: str, dtype: torch.dtype) -> None:
+def test_every_number_of_a_grid_is_told_from_the_next(
+    name: str, dtype: torch.dtype
+) -> None:
     """All numbers with all scales of eight bits, of both signs and in subnormal numbers of fp16 too."""
     grid = GRIDS[name]
     size = grid.group or 256
     numbers = (torch.arange(256) % 2**grid.bits + grid.lowest).view(-1, size)
     numbers[:, 0] = grid.lowest
-    scales = torch.cat([torch.arange(128, 256) * 2.0**exponent for exponent in (-24, -22, -13, 0, 1)])
+    scales = torch.cat(
+        [torch.arange(128, 256) * 2.0**exponent for exponent in (-24, -22, -13, 0, 1)]
+    )
     scales = torch.cat((scales, -scales, torch.tensor([1, 3, -5, 21]) * 2.0**-24))
-    twin = (numbers[None].double() * scales[:, None, None].double()).to(dtype).view(-1, size)
+    twin = (
+        (numbers[None].double() * scales[:, None, None].double())
+        .to(dtype)
+        .view(-1, size)
+    )
     codes, read_scales = codes_of(twin, grid, "a")
     assert torch.equal(codes, numbers.to(torch.int8).repeat(len(scales), 1))
-    assert torch.equal(read_scales.view(-1), scales.float().repeat_interleave(len(numbers)))
+    assert torch.equal(
+        read_scales.view(-1), scales.float().repeat_interleave(len(numbers))
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), [("q4_0", "Q4_0"), ("q8_0", "Q8_0")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gguf_computes_the_values_of_the_checkpoint(name: str, kind: str, dtype: torch.dtype) -> None:
+def test_gguf_computes_the_values_of_the_checkpoint(
+    name: str, kind: str, dtype: torch.dtype
+) -> None:
     """The blocks are written by hand, the values are those of the gguf package."""
     twin = on_grid(weight_of(7, dtype), name, dtype).to(dtype)
     codes, scales = codes_of(twin, GRIDS[name], "a")
-    numbers, d = codes.view(-1, 32).numpy(), scales.view(-1, 1).numpy().astype(numpy.float16)
+    numbers, d = (
+        codes.view(-1, 32).numpy(),
+        scales.view(-1, 1).numpy().astype(numpy.float16),
+    )
     if name == "q4_0":
         low, high = numbers[:, :16] + 8, numbers[:, 16:] + 8
         numbers = (low | high << 4).astype(numpy.uint8)
@@ -86,9 +118,16 @@ def test_gguf_computes_the_values_of_the_checkpoint(name: str, kind: str, dtype:
 def test_the_scale_of_a_group_is_near_the_best() -> None:
     """Against every scale that fp16 and bf16 share, in fp64, with the extreme at the lowest number."""
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(3)) * 0.02
-    bits = torch.arange(1, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double()
+    bits = (
+        torch.arange(1, 2**15, dtype=torch.int32)
+        .to(torch.int16)
+        .view(torch.bfloat16)
+        .double()
+    )
     shared = bits[torch.isfinite(bits) & (bits.half().double() == bits)]
-    for row, values in zip(weight.double(), on_grid(weight, "q4_0", torch.float32).double(), strict=True):
+    for row, values in zip(
+        weight.double(), on_grid(weight, "q4_0", torch.float32).double(), strict=True
+    ):
         candidates = -shared * torch.sign(row[row.abs().argmax()])
         codes = (row / candidates[:, None]).round().clamp(-8, 7)
         codes[:, row.abs().argmax()] = -8
@@ -103,10 +142,16 @@ def test_the_scale_of_a_group_is_near_the_best() -> None:
         ("q4_0", lambda weight: weight.mul(1.001), "is not on the grid q4_0"),
         ("w8a8", lambda weight: weight[:, :-1] + 1e-4, "is not on the grid w8a8"),
         ("q8_0", lambda weight: weight * math.nan, "is not on the grid q8_0"),
-        ("w4a16", lambda weight: weight[:, :192], "cannot be stored as w4a16: its 192 inputs are not a multiple"),
+        (
+            "w4a16",
+            lambda weight: weight[:, :192],
+            "cannot be stored as w4a16: its 192 inputs are not a multiple",
+        ),
     ],
 )
-def test_another_weight_is_refused_by_name(name: str, change: object, said: str) -> None:
+def test_another_weight_is_refused_by_name(
+    name: str, change: object, said: str
+) -> None:
     weight = on_grid(weight_of(1, torch.float32), name, torch.float32)
     with pytest.raises(FormatError, match=f"layer.q {said}") as caught:
         codes_of(change(weight), GRIDS[name], "layer.q")  # type: ignore[operator]

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsepack.codes import FLOAT_TYPES, GAPPED, PLAIN, VALUE_TYPES, Levels, best_group, widened
+from sparsepack.codes import (
+    FLOAT_TYPES,
+    GAPPED,
+    PLAIN,
+    VALUE_TYPES,
+    Levels,
+    best_group,
+    widened,
+)
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.layout import as_bitmask, pack, unpack, unpack_rows
 from sparsepack.masks import PATTERNS, filled
@@ -22,7 +30,9 @@ from tests.packed.by_hand import exponents_of, packed_of, sparse_weight, two_of_
 SHAPES = [(1, 1), (3, 8), (5, 63), (4, 64), (7, 65), (9, 200)]
 
 
-def test_the_number_of_groups_rounded_at_once_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_groups_rounded_at_once_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = sparse_weight(7, 200, 0.5, torch.float32)
     together = packed_of(weight, "int4")
     for at_once in (1, 4, 7):
@@ -34,11 +44,17 @@ def test_the_number_of_groups_rounded_at_once_changes_no_bit(monkeypatch: pytest
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", FLOAT_TYPES.values())
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
-def test_bitmask_is_what_the_format_says(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> None:
+def test_bitmask_is_what_the_format_says(
+    shape: tuple[int, int], dtype: torch.dtype, sparsity: float
+) -> None:
     weight = sparse_weight(*shape, sparsity, dtype)
     packed = packed_of(weight)
     mask, values, offsets = by_hand.bitmask(weight)
-    assert (packed.mask.tolist(), packed.values.tolist(), packed.offsets.tolist()) == (mask, values, offsets)
+    assert (packed.mask.tolist(), packed.values.tolist(), packed.offsets.tolist()) == (
+        mask,
+        values,
+        offsets,
+    )
     assert packed.values.dtype == unpack(packed).dtype == dtype
     assert torch.equal(unpack(packed), weight)
 
@@ -49,7 +65,12 @@ def test_codes_are_what_the_format_says(pattern: tuple[int, int], columns: int) 
     # Unseeded, six groups of 4:8 would all satisfy 2:4 as well in one run of fifty.
     weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
     groups = weight.view(-1, pattern[1])
-    kept = torch.zeros_like(groups).scatter_(1, groups.topk(pattern[0], dim=1).indices, 1).view_as(weight).bool()
+    kept = (
+        torch.zeros_like(groups)
+        .scatter_(1, groups.topk(pattern[0], dim=1).indices, 1)
+        .view_as(weight)
+        .bool()
+    )
     packed = packed_of(weight * kept, layout="nm")
     assert packed.pattern == pattern
     assert packed.mask.tolist() == by_hand.nm(kept.tolist(), *pattern)
@@ -68,10 +89,16 @@ def test_groups_with_more_zeros_than_needed_store_the_first() -> None:
 
 
 @pytest.mark.parametrize("layout", ["bitmask", "nm"])
-@pytest.mark.parametrize(("columns", "exponents"), [(40, None), (264, None), (100, exponents_of(100))])
-def test_int4_is_what_the_format_says(layout: str, columns: int, exponents: Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("columns", "exponents"), [(40, None), (264, None), (100, exponents_of(100))]
+)
+def test_int4_is_what_the_format_says(
+    layout: str, columns: int, exponents: Tensor | None
+) -> None:
     weight = sparse_weight(6, columns, 0.3)
-    packed = packed_of(two_of_four(weight) if layout == "nm" else weight, "int4", layout, exponents)
+    packed = packed_of(
+        two_of_four(weight) if layout == "nm" else weight, "int4", layout, exponents
+    )
     assert torch.equal(unpack(packed), by_hand.int4(as_bitmask(packed)))
 
 
@@ -80,29 +107,48 @@ def test_int4_is_no_worse_than_a_scale_that_saturates_nothing() -> None:
     packed = packed_of(weight, "int4")
     assert packed.group == 64
     groups, wrong = weight.view(-1, 64), (unpack(packed) - weight).view(-1, 64)
-    scale = (groups.gather(1, groups.abs().argmax(dim=1, keepdim=True)) / -8).bfloat16().float()
-    plain = torch.where(scale == 0, 0.0, groups / scale).round().clamp(-8, 7) * scale - groups
+    scale = (
+        (groups.gather(1, groups.abs().argmax(dim=1, keepdim=True)) / -8)
+        .bfloat16()
+        .float()
+    )
+    plain = (
+        torch.where(scale == 0, 0.0, groups / scale).round().clamp(-8, 7) * scale
+        - groups
+    )
     assert (wrong.square().sum(dim=1) <= plain.square().sum(dim=1) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize(("shape", "zero"), [((4096, 1024), [0, 1]), ((896, 896), [0, 7])])
-def test_all_groups_of_a_row_tell_whether_it_is_on_a_grid(shape: tuple[int, int], zero: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "zero"), [((4096, 1024), [0, 1]), ((896, 896), [0, 7])]
+)
+def test_all_groups_of_a_row_tell_whether_it_is_on_a_grid(
+    shape: tuple[int, int], zero: list[int]
+) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight.view(shape[0], -1, 64)[:, zero] = 0.0
     assert pack(weight, "int3", "bitmask").levels is None
 
 
 @pytest.mark.parametrize(
-    ("values", "levels"), [("int3", GAPPED["int3"]), ("int3", PLAIN["int3"]), ("int4", PLAIN["int4"])]
+    ("values", "levels"),
+    [("int3", GAPPED["int3"]), ("int3", PLAIN["int3"]), ("int4", PLAIN["int4"])],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_on_its_grid_is_packed_exactly(values: str, levels: Levels, dtype: torch.dtype) -> None:
+def test_a_weight_on_its_grid_is_packed_exactly(
+    values: str, levels: Levels, dtype: torch.dtype
+) -> None:
     numbers = torch.tensor([number for number in levels.numbers if number])
     random = torch.Generator().manual_seed(0)
     integers = numbers[torch.randint(len(numbers), (8, 192), generator=random)]
     integers[torch.rand(integers.shape, generator=random) < 0.5] = 0
     integers[:, ::64] = levels.lowest  # in each group
-    scales = (torch.rand(8, 3, generator=random) + 0.1).bfloat16().float().repeat_interleave(64, dim=1)
+    scales = (
+        (torch.rand(8, 3, generator=random) + 0.1)
+        .bfloat16()
+        .float()
+        .repeat_interleave(64, dim=1)
+    )
     weight = (integers * scales).to(dtype)
     packed = packed_of(weight, values, "bitmask")
     assert (packed.group, packed.levels is None) == (64, levels.even)
@@ -114,7 +160,9 @@ def test_a_weight_on_its_grid_is_packed_exactly(values: str, levels: Levels, dty
 def test_other_weights_and_codes_of_nm_get_no_gap(values: str) -> None:
     """Small values may be those of large inputs, which the gap would enlarge; values of N:M may be zeros."""
     weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(0))
-    weight[weight.abs() < 0.6745] = 0  # half of them; the gap would lower the squared error
+    weight[weight.abs() < 0.6745] = (
+        0  # half of them; the gap would lower the squared error
+    )
     weight[:, 100] = 0.001
     packed = packed_of(weight, values)
     assert packed.levels is None
@@ -134,24 +182,41 @@ def test_int3_is_int4_in_memory_and_three_bits_in_a_file(sparsity: float) -> Non
     slots, written = int(packed.offsets[-1]), packed.stored["values"]
     assert len(written) == (3 * slots + 7) // 8
     assert torch.equal(widened(written, slots), packed.values)
-    at = 3 * int(packed.offsets[2])  # The first value of the third row, bit by bit, as docs/format.md tells it.
-    code = sum((int(written[(at + bit) // 8]) >> (at + bit) % 8 & 1) << bit for bit in range(3))
+    at = 3 * int(
+        packed.offsets[2]
+    )  # The first value of the third row, bit by bit, as docs/format.md tells it.
+    code = sum(
+        (int(written[(at + bit) // 8]) >> (at + bit) % 8 & 1) << bit for bit in range(3)
+    )
     assert packed.scales is not None
     column = int(weight[2].nonzero()[0]) if packed.layout == "bitmask" else 0
-    assert float(unpack(packed)[2, column]) == (code - 4) * float(packed.scales[2, column // int(packed.group or 1)])
+    assert float(unpack(packed)[2, column]) == (code - 4) * float(
+        packed.scales[2, column // int(packed.group or 1)]
+    )
 
 
 def test_only_whole_bytes_of_three_bits_are_widened() -> None:
     zeros = torch.zeros(4, dtype=torch.uint8)
-    assert torch.equal(widened(zeros[:3], 6), torch.full((3,), 4 | 4 << 4, dtype=torch.uint8))
-    for data, values in ((zeros[:3], -2), (zeros[:3], 7), (zeros, 6), (zeros[:3].char(), 6), (zeros[:3, None], 6)):
+    assert torch.equal(
+        widened(zeros[:3], 6), torch.full((3,), 4 | 4 << 4, dtype=torch.uint8)
+    )
+    for data, values in (
+        (zeros[:3], -2),
+        (zeros[:3], 7),
+        (zeros, 6),
+        (zeros[:3].char(), 6),
+        (zeros[:3, None], 6),
+    ):
         with pytest.raises(ValueError, match=f"are not {values} values of three bits"):
             widened(data, values)
     with pytest.raises(ValueError, match="a bit after the last value"):
         widened(torch.tensor([0, 0, 128], dtype=torch.uint8), 6)
 
 
-@pytest.mark.parametrize(("share", "group"), [(1.0, 32), (0.8, 32), (0.5, 64), (0.3, 128), (0.1, 256), (0.001, 1024)])
+@pytest.mark.parametrize(
+    ("share", "group"),
+    [(1.0, 32), (0.8, 32), (0.5, 64), (0.3, 128), (0.1, 256), (0.001, 1024)],
+)
 def test_about_32_kept_values_share_a_scale(share: float, group: int) -> None:
     assert best_group(share) == group
     assert group == 1024 or 22 < share * group < 46
@@ -161,10 +226,19 @@ def test_a_dense_weight_has_one_mask_for_all_rows() -> None:
     weight = torch.randn(7, 130)
     for values in VALUE_TYPES:
         packed = packed_of(weight, values, "dense")
-        assert (packed.mask.shape, packed.group) == ((1, 24), 32 if values == "int4" else None)
+        assert (packed.mask.shape, packed.group) == (
+            (1, 24),
+            32 if values == "int4" else None,
+        )
         assert torch.equal(unpack(packed), unpack(packed_of(weight, values, "bitmask")))
     with pytest.raises(FormatError, match="dense weight's mask is not set"):
-        validate(dataclasses.replace(packed, mask=packed.mask ^ torch.tensor([1] + [0] * 23, dtype=torch.uint8)), "w")
+        validate(
+            dataclasses.replace(
+                packed,
+                mask=packed.mask ^ torch.tensor([1] + [0] * 23, dtype=torch.uint8),
+            ),
+            "w",
+        )
 
 
 def test_int8_error_is_within_half_a_step() -> None:
@@ -181,9 +255,20 @@ def test_the_smallest_form_is_chosen() -> None:
     half = two_of_four(dense)
     emptied = half.clone()
     emptied[:, 64:] = 0  # still 2:4, but nm would store zeros as values
-    layouts = [pack(dense), pack(sparse_weight(64, 256, 0.5, torch.bfloat16)), pack(half), pack(emptied)]
+    layouts = [
+        pack(dense),
+        pack(sparse_weight(64, 256, 0.5, torch.bfloat16)),
+        pack(half),
+        pack(emptied),
+    ]
     layouts.append(pack(torch.randn(64, 256), "int4"))  # dense fp32 is larger
-    assert [packed and packed.layout for packed in layouts] == [None, "bitmask", "nm", "bitmask", "dense"]
+    assert [packed and packed.layout for packed in layouts] == [
+        None,
+        "bitmask",
+        "nm",
+        "bitmask",
+        "dense",
+    ]
 
 
 @pytest.mark.parametrize("values", VALUE_TYPES)
@@ -191,12 +276,19 @@ def test_rows_are_unpacked_alone(values: str) -> None:
     packed = packed_of(sparse_weight(11, 130, 0.5), values)
     dense = unpack(packed, torch.float32)
     for first, last in ((0, 11), (0, 1), (3, 7), (10, 11), (1, 2)):
-        assert torch.equal(unpack_rows(packed, first, last, torch.float32), dense[first:last])
+        assert torch.equal(
+            unpack_rows(packed, first, last, torch.float32), dense[first:last]
+        )
 
 
 def test_zeros_lose_their_sign_and_nan_stays() -> None:
-    back = unpack(packed_of(torch.tensor([[0.0, -0.0, math.nan, math.inf, 1.0, 0.0, 0.0, 0.0]])))
-    assert torch.equal(torch.nan_to_num(back, 7.0, 8.0), torch.tensor([[0.0, 0.0, 7.0, 8.0, 1.0, 0.0, 0.0, 0.0]]))
+    back = unpack(
+        packed_of(torch.tensor([[0.0, -0.0, math.nan, math.inf, 1.0, 0.0, 0.0, 0.0]]))
+    )
+    assert torch.equal(
+        torch.nan_to_num(back, 7.0, 8.0),
+        torch.tensor([[0.0, 0.0, 7.0, 8.0, 1.0, 0.0, 0.0, 0.0]]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,12 +302,24 @@ def test_zeros_lose_their_sign_and_nan_stays() -> None:
         (torch.ones(2, 2, dtype=torch.int8), "keep", "auto", "cannot be packed"),
         (torch.randn(0, 4), "keep", "auto", "cannot be packed"),
         (torch.randn(4, 4).to(torch.float8_e4m3fn), "keep", "auto", "cannot be packed"),
-        (torch.tensor([[math.nan, 0.0]]), "int8", "bitmask", "NaN, infinite or too large"),
-        (torch.tensor([[1e300, 1.0]], dtype=torch.float64), "int4", "bitmask", "NaN, infinite or too large"),
+        (
+            torch.tensor([[math.nan, 0.0]]),
+            "int8",
+            "bitmask",
+            "NaN, infinite or too large",
+        ),
+        (
+            torch.tensor([[1e300, 1.0]], dtype=torch.float64),
+            "int4",
+            "bitmask",
+            "NaN, infinite or too large",
+        ),
         (torch.tensor([[1e6, 0.0, 0.0, 0.0]]), "fp16", "bitmask", "too large for fp16"),
     ],
 )
-def test_weights_without_a_packed_form_are_refused(weight: Tensor, values: str, layout: str, said: str) -> None:
+def test_weights_without_a_packed_form_are_refused(
+    weight: Tensor, values: str, layout: str, said: str
+) -> None:
     with pytest.raises((FormatError, SettingError), match=said):
         pack(weight, values, layout)
 
@@ -223,12 +327,18 @@ def test_weights_without_a_packed_form_are_refused(weight: Tensor, values: str, 
 def test_a_group_of_no_file_is_refused_and_large_values_are_packed() -> None:
     for exponents in ([0], [9] * 64):
         with pytest.raises(SettingError, match="one whole number for each column"):
-            pack(torch.ones(4, 64), "int4", exponents=torch.tensor(exponents, dtype=torch.int8))
+            pack(
+                torch.ones(4, 64),
+                "int4",
+                exponents=torch.tensor(exponents, dtype=torch.int8),
+            )
     with pytest.raises(SettingError, match="group is 48; give one of 32, 64"):
         pack(torch.randn(4, 96), "int4", "bitmask", group=48)
     weight, ones = torch.randn(64, 4).t(), torch.ones(64)
     packed = packed_of(weight.contiguous(), "int4", exponents=ones.to(torch.int8))
-    assert torch.equal(unpack(packed_of(weight, "int4", exponents=ones)), unpack(packed))
+    assert torch.equal(
+        unpack(packed_of(weight, "int4", exponents=ones)), unpack(packed)
+    )
     large = 1e20 * torch.rand(1, 64)  # whose squares overflow
     assert (unpack(packed_of(large, "int4")) - large).abs().max() < 1e20 / 7
 
@@ -268,11 +378,26 @@ DAMAGE: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("int8", "levels", lambda _: INT8S, "levels with values of type int8"),
     ("int4", "levels", lambda _: INT8S[:15], r"levels is torch.int8 \(15,\)"),
     ("int4", "levels", lambda _: torch.zeros(16), "levels is torch.float32"),
-    ("keep", "exponents", lambda _: exponents_of(100), "exponents with values of type fp32"),
+    (
+        "keep",
+        "exponents",
+        lambda _: exponents_of(100),
+        "exponents with values of type fp32",
+    ),
     ("int4", "exponents", lambda _: exponents_of(99), "exponents is torch"),
     ("int4", "exponents", lambda _: exponents_of(100).int(), "exponents is torch"),
-    ("int4", "exponents", lambda _: exponents_of(100) - 1, "an exponent is -9, not one of -8 to 7"),
-    ("int4", "exponents", lambda _: exponents_of(100) + 1, "an exponent is 8, not one of -8 to 7"),
+    (
+        "int4",
+        "exponents",
+        lambda _: exponents_of(100) - 1,
+        "an exponent is -9, not one of -8 to 7",
+    ),
+    (
+        "int4",
+        "exponents",
+        lambda _: exponents_of(100) + 1,
+        "an exponent is 8, not one of -8 to 7",
+    ),
     ("keep", "value_type", lambda _: "fp8", "fp8"),
     ("keep", "layout", lambda _: "csr", "csr"),
     ("keep", "layout", lambda _: "nm", "without n and m"),
@@ -283,7 +408,12 @@ DAMAGE: list[tuple[str, str, Callable[[Any], Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "field", "change", "said"), DAMAGE)
-def test_damage_is_named_before_the_work(values: str, field: str, change: Callable[[Any], Any], said: str) -> None:
+def test_damage_is_named_before_the_work(
+    values: str, field: str, change: Callable[[Any], Any], said: str
+) -> None:
     packed = packed_of(sparse_weight(5, 100, 0.5), values)
     with pytest.raises(FormatError, match=f"(?s)up_proj.*{said}"):
-        validate(dataclasses.replace(packed, **{field: change(getattr(packed, field))}), "up_proj")
+        validate(
+            dataclasses.replace(packed, **{field: change(getattr(packed, field))}),
+            "up_proj",
+        )

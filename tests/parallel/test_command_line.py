@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 
 import sparsellm
 from sparsellm import Recipe
+from tests.files.small import tensors_of
+from tests.method.sweep.helpers import same_bits
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.storage.small import tensors_of
-from tests.sweep.helpers import same_bits
 
-pytestmark = pytest.mark.slow  # Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
+pytestmark = (
+    pytest.mark.slow
+)  # Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for
@@ -32,12 +34,29 @@ LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is en
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A run of many blocks, each of which takes a while."""
-    source = save_tiny(tiny_llama(num_hidden_layers=40), tiny_tokenizer(), tmp_path_factory.mktemp("deep"))
-    return ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=50")
+    source = save_tiny(
+        tiny_llama(num_hidden_layers=40),
+        tiny_tokenizer(),
+        tmp_path_factory.mktemp("deep"),
+    )
+    return (
+        "prune",
+        str(source),
+        "--samples=4",
+        "--seq-len=32",
+        "--method=admm",
+        "--set=options.iterations=50",
+    )
 
 
 def by_torchrun(size: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={size}",
+    ]
     command += [f"--max-restarts={restarts}"] if restarts else []
     return subprocess.Popen(
         [*command, "-m", "sparsellm", *arguments],
@@ -50,7 +69,11 @@ def side_by_side(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    common = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     return [
         subprocess.Popen(
             [sys.executable, "-m", "sparsellm", *arguments],
@@ -68,7 +91,9 @@ def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
         process.kill()
 
 
-def wait_for_blocks(directory: Path, process: subprocess.Popen[str], shards: int = 2) -> None:
+def wait_for_blocks(
+    directory: Path, process: subprocess.Popen[str], shards: int = 2
+) -> None:
     """Until that many shards are there."""
     deadline = time.monotonic() + LIMIT
     while len(list(directory.rglob("*.safetensors"))) < shards:
@@ -82,24 +107,54 @@ def check_what_is_left(out: Path) -> None:
     shards = list(out.with_name(f"{out.name}.partial").rglob("*.safetensors"))
     assert 2 <= len(shards) < 41
     for shard in shards:  # each is whole
-        assert all(bool(torch.isfinite(value).all()) for value in load_file(shard).values())
+        assert all(
+            bool(torch.isfinite(value).all()) for value in load_file(shard).values()
+        )
 
 
 def test_torchrun_writes_what_one_process_writes(llama: Path, tmp_path: Path) -> None:
     """With a sweep, which reads the shards of the walk in every process. The masks of seed 0 have a tie."""
     out, alone = tmp_path / "pruned", tmp_path / "alone"
-    given = ("--method=sparsellm", "--samples=5", "--seq-len=40", "--set=batch_tokens=80", "--set=allocation=uniform")
-    run = by_torchrun(2, "prune", str(llama), f"--out={out}", *given, "--set=passes=2", "--seed=1", "--json")
+    given = (
+        "--method=sparsellm",
+        "--samples=5",
+        "--seq-len=40",
+        "--set=batch_tokens=80",
+        "--set=allocation=uniform",
+    )
+    run = by_torchrun(
+        2,
+        "prune",
+        str(llama),
+        f"--out={out}",
+        *given,
+        "--set=passes=2",
+        "--seed=1",
+        "--json",
+    )
     stdout, stderr = ended(run)
     assert run.returncode == 0, stderr
     report = json.loads(stdout)  # one report, by one process
     assert report["processes"] == 2
     assert report["calibration_tokens"] == 400  # two sets of five windows
-    assert {**json.loads((out / "pruning.json").read_text()), "path": str(out)} == report
-    recipe = Recipe(method="sparsellm", samples=5, seq_len=40, batch_tokens=80, allocation="uniform", passes=2, seed=1)
+    assert {
+        **json.loads((out / "pruning.json").read_text()),
+        "path": str(out),
+    } == report
+    recipe = Recipe(
+        method="sparsellm",
+        samples=5,
+        seq_len=40,
+        batch_tokens=80,
+        allocation="uniform",
+        passes=2,
+        seed=1,
+    )
     expected_report = sparsellm.prune(llama, recipe, out=alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "pruned"]
-    assert [linear["zeros"] for linear in report["linears"]] == [linear.zeros for linear in expected_report.linears]
+    assert [linear["zeros"] for linear in report["linears"]] == [
+        linear.zeros for linear in expected_report.linears
+    ]
     assert len(report["sweeps"]) == len(expected_report.sweeps) == 3
     written, expected = tensors_of(out), tensors_of(alone)
     assert written.keys() == expected.keys()
@@ -109,9 +164,20 @@ def test_torchrun_writes_what_one_process_writes(llama: Path, tmp_path: Path) ->
 
 
 def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(num_hidden_layers=8), tiny_tokenizer(), tmp_path / "dense")
-    command = ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=20")
-    out, uncut, partial = (tmp_path / name for name in ("pruned", "whole", "pruned.partial"))
+    source = save_tiny(
+        tiny_llama(num_hidden_layers=8), tiny_tokenizer(), tmp_path / "dense"
+    )
+    command = (
+        "prune",
+        str(source),
+        "--samples=4",
+        "--seq-len=32",
+        "--method=admm",
+        "--set=options.iterations=20",
+    )
+    out, uncut, partial = (
+        tmp_path / name for name in ("pruned", "whole", "pruned.partial")
+    )
     killed = by_torchrun(2, *command, f"--out={out}")
     wait_for_blocks(partial, killed, shards=3)
     killed.terminate()  # torchrun ends both
@@ -125,7 +191,9 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert same_bits(tensors_of(out), tensors_of(uncut))
 
 
-def test_those_who_are_left_end_by_themselves_and_one_says_why(long_run: Any, tmp_path: Path) -> None:
+def test_those_who_are_left_end_by_themselves_and_one_says_why(
+    long_run: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "pruned"
     runs = side_by_side(3, *long_run, f"--out={out}")
     wait_for_blocks(tmp_path / "pruned.partial", runs[0])
@@ -140,11 +208,19 @@ def test_those_who_are_left_end_by_themselves_and_one_says_why(long_run: Any, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("prune", "--samples=1", "--out=pruned"), "1 calibration windows cannot be divided among 2 processes"),
-        (("inspect",), "'sparsellm inspect' runs in one process; start it without torchrun"),
+        (
+            ("prune", "--samples=1", "--out=pruned"),
+            "1 calibration windows cannot be divided among 2 processes",
+        ),
+        (
+            ("inspect",),
+            "'sparsellm inspect' runs in one process; start it without torchrun",
+        ),
     ],
 )
-def test_a_mistake_is_told_once(arguments: tuple[str, ...], message: str, llama: Path) -> None:
+def test_a_mistake_is_told_once(
+    arguments: tuple[str, ...], message: str, llama: Path
+) -> None:
     command, *options = arguments
     runs = side_by_side(2, command, str(llama), *options)
     printed = "".join(ended(run)[1] for run in runs)
@@ -154,7 +230,9 @@ def test_a_mistake_is_told_once(arguments: tuple[str, ...], message: str, llama:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_ends_each_and_one_says_what_is_kept(signum: int, long_run: Any, tmp_path: Path) -> None:
+def test_a_signal_to_all_ends_each_and_one_says_what_is_kept(
+    signum: int, long_run: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "pruned"
     runs = side_by_side(3, *long_run, f"--out={out}")
     wait_for_blocks(tmp_path / "pruned.partial", runs[0])
@@ -169,7 +247,9 @@ def test_a_signal_to_all_ends_each_and_one_says_what_is_kept(signum: int, long_r
     check_what_is_left(out)
 
 
-def test_a_signal_to_torchrun_is_told_once_with_its_command(long_run: Any, tmp_path: Path) -> None:
+def test_a_signal_to_torchrun_is_told_once_with_its_command(
+    long_run: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "pruned"
     run = by_torchrun(2, *long_run, f"--out={out}")
     wait_for_blocks(tmp_path / "pruned.partial", run)
@@ -178,11 +258,16 @@ def test_a_signal_to_torchrun_is_told_once_with_its_command(long_run: Any, tmp_p
     assert run.returncode != 0
     (line,) = [line for line in stderr.splitlines() if "interrupted (" in line]
     assert f"finished blocks are kept next to {out}; " in line
-    assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m sparsellm prune " in line
+    assert (
+        "-m torch.distributed.run --standalone --nproc-per-node=2 -m sparsellm prune "
+        in line
+    )
     check_what_is_left(out)
 
 
-def test_torchrun_starts_a_run_again_and_it_goes_on(long_run: Any, tmp_path: Path) -> None:
+def test_torchrun_starts_a_run_again_and_it_goes_on(
+    long_run: Any, tmp_path: Path
+) -> None:
     run = by_torchrun(2, *long_run, f"--out={tmp_path / 'pruned'}", restarts=1)
     wait_for_blocks(tmp_path / "pruned.partial", run)
     psutil.Process(run.pid).children()[-1].kill()

@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from sparsellm import parallel, process
-from sparsellm.cells import GRID, Grid
-from sparsellm.chain.capture import merged
+from sparsellm import parallel
+from sparsellm.app import process
+from sparsellm.app.cells import GRID, Grid
 from sparsellm.errors import RecipeError
+from sparsellm.model.capture import merged
 from sparsellm.records import read_record
+from tests.method.solvers.problems import gram_of, loss
+from tests.method.sweep.helpers import same_bits
 from tests.parallel import workers
 from tests.parallel.processes import run_in
-from tests.solvers.problems import gram_of, loss
-from tests.sweep.helpers import same_bits
 
 
 @pytest.fixture(scope="module", params=[3])
-def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def outputs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """name → what each process found."""
     size: int = request.param
     folder = tmp_path_factory.mktemp("processes")
@@ -37,7 +40,10 @@ class Outputs:
     size: int
 
     def __call__(self, name: str) -> list[Any]:
-        files = [self.folder / f"{name}-{rank}-of-{self.size}.pt" for rank in range(self.size)]
+        files = [
+            self.folder / f"{name}-{rank}-of-{self.size}.pt"
+            for rank in range(self.size)
+        ]
         return [torch.load(file, weights_only=False) for file in files]
 
 
@@ -47,26 +53,39 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", workers.CASES)
-def test_several_processes_prune_as_one_does(name: str, outputs: Any, alone: dict[str, Any]) -> None:
+def test_several_processes_prune_as_one_does(
+    name: str, outputs: Any, alone: dict[str, Any]
+) -> None:
     first, *rest = outputs(name)
     expected = alone[name]
     assert expected["processes"] == 1
     assert first["processes"] == 1 + len(rest)
-    assert first["tokens"] == expected["tokens"] == workers.windows(workers.WINDOWS).numel()
+    assert (
+        first["tokens"]
+        == expected["tokens"]
+        == workers.windows(workers.WINDOWS).numel()
+    )
     for weight_name, weight in first["weights"].items():
         reference = expected["weights"][weight_name]
         assert torch.equal(weight == 0, reference == 0), weight_name
         torch.testing.assert_close(weight, reference, rtol=1e-3, atol=2e-5)
-    for (linear, zeros, error), (_, true_zeros, true_error) in zip(first["linears"], expected["linears"], strict=True):
+    for (linear, zeros, error), (_, true_zeros, true_error) in zip(
+        first["linears"], expected["linears"], strict=True
+    ):
         assert zeros == true_zeros, linear
         assert error == pytest.approx(true_error, rel=1e-3), linear
     assert first["allocation"] == expected["allocation"]
     for some, reference in zip(first["sweeps"], expected["sweeps"], strict=True):
         assert some == pytest.approx(reference, rel=1e-3)
-    assert first["factorised"] + sum(other["factorised"] for other in rest) == expected["factorised"]
+    assert (
+        first["factorised"] + sum(other["factorised"] for other in rest)
+        == expected["factorised"]
+    )
     for other in rest:
         assert same_bits(first["weights"], other["weights"])
-        assert all(other[key] == first[key] for key in ("linears", "allocation", "sweeps"))
+        assert all(
+            other[key] == first[key] for key in ("linears", "allocation", "sweeps")
+        )
 
 
 @pytest.mark.parametrize("count", [workers.WINDOWS, 2])
@@ -75,13 +94,20 @@ def test_the_survey_divides_its_windows(count: int, outputs: Any) -> None:
     divided, single = first
     assert divided["output_squares"].keys() == single["output_squares"].keys()
     for name, value in divided["output_squares"].items():
-        torch.testing.assert_close(value, single["output_squares"][name], rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(
+            value, single["output_squares"][name], rtol=1e-3, atol=1e-9
+        )
     for name, counts in divided["saliency"].items():
         expected = single["saliency"][name]
         assert counts.sum() == expected.sum()
-        assert (counts.cumsum(0) - expected.cumsum(0)).abs().max() <= 0.02 * counts.sum()  # some are near an edge
+        assert (
+            counts.cumsum(0) - expected.cumsum(0)
+        ).abs().max() <= 0.02 * counts.sum()  # some are near an edge
     for other, _ in rest:
-        assert all(same_bits(divided[key], other[key]) for key in ("output_squares", "saliency"))
+        assert all(
+            same_bits(divided[key], other[key])
+            for key in ("output_squares", "saliency")
+        )
 
 
 def test_an_evaluation_divides_its_windows(outputs: Any) -> None:
@@ -103,15 +129,27 @@ def test_a_comparison_runs_one_cell_a_process(outputs: Any) -> None:
     assert sorted(itertools.chain(*taken)) == sorted(cell.name for cell in cells)
     assert all(others == cells for _, others in rest)
     for shard in (outputs.folder / "alone").glob("*/*.safetensors"):
-        assert shard.read_bytes() == (outputs.folder / "divided" / shard.parent.name / shard.name).read_bytes()
-    kept, alone = (read_record(Grid, outputs.folder / name / GRID, "") for name in ("divided", "alone"))
-    assert {cell.name: cell.kl for cell in kept.cells} == {cell.name: cell.kl for cell in alone.cells}
+        assert (
+            shard.read_bytes()
+            == (
+                outputs.folder / "divided" / shard.parent.name / shard.name
+            ).read_bytes()
+        )
+    kept, alone = (
+        read_record(Grid, outputs.folder / name / GRID, "")
+        for name in ("divided", "alone")
+    )
+    assert {cell.name: cell.kl for cell in kept.cells} == {
+        cell.name: cell.kl for cell in alone.cells
+    }
 
 
 def test_what_is_compared_is_there(alone: dict[str, Any]) -> None:
     assert len({zeros for _, zeros, _ in alone["allocated"]["linears"]}) > 1
     assert len(alone["swept"]["sweeps"]) == 4
-    assert alone["swept"]["sweeps"][-1][0] < alone["swept"]["sweeps"][0][0]  # so it is the swept weights that are kept
+    assert (
+        alone["swept"]["sweeps"][-1][0] < alone["swept"]["sweeps"][0][0]
+    )  # so it is the swept weights that are kept
 
 
 def test_every_process_holds_the_same_moments(outputs: Any) -> None:
@@ -120,7 +158,9 @@ def test_every_process_holds_the_same_moments(outputs: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_same_number_of_processes_gives_the_same_bits(size: int, tmp_path: Path) -> None:
+def test_the_same_number_of_processes_gives_the_same_bits(
+    size: int, tmp_path: Path
+) -> None:
     run_in(size, workers.prune_twice, tmp_path)
     saved = Outputs(tmp_path, size)
     for name in workers.repeated(size):
@@ -129,7 +169,9 @@ def test_the_same_number_of_processes_gives_the_same_bits(size: int, tmp_path: P
         assert all(same_bits(first, other) for other in others), name
 
 
-def test_a_solver_not_registered_as_distributed_solves_whole_weights(outputs: Any) -> None:
+def test_a_solver_not_registered_as_distributed_solves_whole_weights(
+    outputs: Any,
+) -> None:
     first, *rest = outputs("unknown")
     assert all(same_bits(first, other) for other in rest)
     weight = first["model.layers.0.mlp.up_proj.weight"]
@@ -140,12 +182,19 @@ def test_processes_round_some_rows_each_to_what_one_rounds_all(outputs: Any) -> 
     (first, seen), *rest = outputs("rounded")
     alone, gram = workers.rounded_weights(), gram_of(96)
     size = 1 + len(rest)
-    assert sum(seen) + sum(sum(rows) for _, rows in rest) < 3 * (1 + 2 + 3 + 25) * size  # not all rows in each
+    assert (
+        sum(seen) + sum(sum(rows) for _, rows in rest) < 3 * (1 + 2 + 3 + 25) * size
+    )  # not all rows in each
     for name, (weight, one, unrounded) in first.items():
-        assert all(torch.equal(other[name][1], one) and torch.equal(other[name][2], unrounded) for other, _ in rest)
+        assert all(
+            torch.equal(other[name][1], one) and torch.equal(other[name][2], unrounded)
+            for other, _ in rest
+        )
         # Products of fewer rows round otherwise, and a value in the middle between two numbers falls to either side.
         assert int((one != alone[name][1]).any(dim=1).sum()) <= len(weight) // 10, name
-        assert loss(one, weight, gram) == pytest.approx(loss(alone[name][1], weight, gram), rel=0.02)
+        assert loss(one, weight, gram) == pytest.approx(
+            loss(alone[name][1], weight, gram), rel=0.02
+        )
     models = outputs("rounded model")
     assert all(same_bits(models[0], other) for other in models[1:])
 
@@ -155,10 +204,14 @@ def test_groups_seen_by_any_process_hold_for_all() -> None:
     # one meets expert 1 only after its first batch, and so sees its linears apart; one never meets expert 2
     groups = [["q"], ["1.up", "1.gate"], ["2.up", "2.gate"]]
     assert merged([[["q"], ["1.up"], ["1.gate"]], groups]) == groups
-    assert merged([[["1.up", "1.gate"]], [["1.up"], ["1.gate"]]]) == [["1.up", "1.gate"]]
+    assert merged([[["1.up", "1.gate"]], [["1.up"], ["1.gate"]]]) == [
+        ["1.up", "1.gate"]
+    ]
 
 
-def test_shares_are_disjoint_even_and_of_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_are_disjoint_even_and_of_whole_units(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def shares(total: int, unit: int, size: int) -> list[tuple[int, int]]:
         monkeypatch.setattr(parallel, "size", lambda: size)
         parts = []
@@ -170,13 +223,24 @@ def test_shares_are_disjoint_even_and_of_whole_units(monkeypatch: pytest.MonkeyP
     for size, total in itertools.product((1, 3, 4), (4, 7, 12)):
         parts = shares(total, 1, size)
         assert [place for part in parts for place in range(*part)] == list(range(total))
-        assert max(stop - start for start, stop in parts) - min(stop - start for start, stop in parts) <= 1
+        assert (
+            max(stop - start for start, stop in parts)
+            - min(stop - start for start, stop in parts)
+            <= 1
+        )
     assert shares(7, 2, 2) == [(0, 4), (4, 7)]
     assert shares(7, 2, 4) == [(0, 2), (2, 4), (4, 6), (6, 7)]
-    assert shares(7, 4, 4) == [(0, 1), (1, 3), (3, 5), (5, 7)]  # two units, four processes
+    assert shares(7, 4, 4) == [
+        (0, 1),
+        (1, 3),
+        (3, 5),
+        (5, 7),
+    ]  # two units, four processes
 
 
-def test_each_process_takes_the_gpu_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_takes_the_gpu_with_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert parallel.own_device("cuda") == "cuda"  # one process: whatever the user says
     assert parallel.own_device("cuda:1") == "cuda:1"
     chosen: list[int] = []
@@ -192,12 +256,21 @@ def test_each_process_takes_the_gpu_with_its_number(monkeypatch: pytest.MonkeyPa
     with pytest.raises(RecipeError, match="'cuda:0' is one GPU, and 4 processes"):
         parallel.own_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(RecipeError, match="process 2 of this machine has no GPU: there are 2"):
+    with pytest.raises(
+        RecipeError, match="process 2 of this machine has no GPU: there are 2"
+    ):
         parallel.own_device("cuda")
 
 
-def test_a_shell_with_some_variables_of_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    common = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+def test_a_shell_with_some_variables_of_torchrun_is_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     monkeypatch.setattr("os.environ", common)
     assert process.count() == 1
     common |= {"RANK": "0", "WORLD_SIZE": "x"}
@@ -209,13 +282,19 @@ def test_a_shell_with_some_variables_of_torchrun_is_alone(monkeypatch: pytest.Mo
 @pytest.fixture
 def two_with_a_count(monkeypatch: pytest.MonkeyPatch) -> Any:
     store = torch.distributed.HashStore()
-    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "0"}.items():
+    for name, value in {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(parallel, "_failures", store)
     return store
 
 
-def test_who_keeps_the_count_of_failures_ends_after_the_others_asked(two_with_a_count: Any) -> None:
+def test_who_keeps_the_count_of_failures_ends_after_the_others_asked(
+    two_with_a_count: Any,
+) -> None:
     assert parallel.claims_failure(alone=True)
     second = threading.Timer(0.3, lambda: two_with_a_count.add("count", 1))
     second.start()
@@ -225,7 +304,9 @@ def test_who_keeps_the_count_of_failures_ends_after_the_others_asked(two_with_a_
     assert not parallel.claims_failure(alone=True)
 
 
-def test_it_does_not_wait_for_ever(two_with_a_count: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_wait_for_ever(
+    two_with_a_count: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parallel, "LAST_WORDS", 0.1)
     assert parallel.claims_failure(alone=True)
     parallel.await_other_failures()

@@ -13,32 +13,37 @@ import torch
 from torch import Tensor
 
 import sparsellm
-from sparsellm import Recipe, cells, parallel
-from sparsellm.chain import Chain, Feed, open_chain
+from sparsellm import Recipe, parallel
+from sparsellm.app import cells
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.evaluation import perplexity
-from sparsellm.methods import METHODS
+from sparsellm.files.reader import CheckpointReader
+from sparsellm.method.blocks import METHODS
+from sparsellm.method.gram import CrossAccumulator, Gram, GramAccumulator
+from sparsellm.method.solvers import SOLVERS, rounding
+from sparsellm.method.solvers.divided import divide, highest_of_all
+from sparsellm.method.solvers.solver import Solution, solution
+from sparsellm.method.sweep.gradients import loss_gradients
+from sparsellm.method.sweep.sweep_task import Residence
+from sparsellm.model import Chain, Feed, open_chain
 from sparsellm.patterns import highest
 from sparsellm.run.plan import Request
-from sparsellm.solvers import SOLVERS, rounding
-from sparsellm.solvers.divided import divide, highest_of_all
-from sparsellm.solvers.solver import Solution, solution
-from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator
-from sparsellm.storage.reader import CheckpointReader
-from sparsellm.sweep.gradients import loss_gradients
-from sparsellm.sweep.sweep_task import Residence
 from sparsepack.grid import INTEGERS
-from tests.allocation.helpers import sizes_of
+from tests.method.allocation.helpers import sizes_of
+from tests.method.solvers.problems import gram_of, weight_of
+from tests.method.sweep.helpers import halved, swept_by
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.families import mixtral
 from tests.shares import Share
-from tests.solvers.problems import gram_of, weight_of
-from tests.sweep.helpers import halved, swept_by
 from tests.test_resume import fail_after_passes
 
 WINDOWS = 7  # three processes do not divide it
 two_blocks = partial(tiny_llama, num_hidden_layers=2)
-SWEEP: dict[str, Any] = {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda", "output_metric": 0.0}}
+SWEEP: dict[str, Any] = {
+    "method": "sparsellm",
+    "passes": 3,
+    "options": {"solver": "wanda", "output_metric": 0.0},
+}
 # name → family and recipe: every solver, N:M, an allocation by gradients, the method's medians and refits, the sweep
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "magnitude": (two_blocks, {"method": "magnitude"}),
@@ -49,7 +54,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "admm 2:4": (two_blocks, {"method": "admm", "pattern": "2:4"}),
     "allocated": (two_blocks, {"method": "wanda", "allocation": "threshold"}),
     "sparsellm": (two_blocks, {"method": "sparsellm", "passes": 0}),
-    "sparsellm 2:4": (two_blocks, {"method": "sparsellm", "pattern": "2:4", "passes": 0}),
+    "sparsellm 2:4": (
+        two_blocks,
+        {"method": "sparsellm", "pattern": "2:4", "passes": 0},
+    ),
     "experts": (mixtral, {"method": "sparsellm", "passes": 0}),
     "experts int4": (mixtral, {"method": "sparsegpt", "values": "int4"}),
     # one step takes all windows, however many processes divide them
@@ -60,25 +68,49 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 def repeated(size: int) -> tuple[str, ...]:
     """The cases that run twice: a survey and a sweep, whose sums depend on the number of processes; and where no more
     than two wait for each other, rows and whole linears, which wait often."""
-    return ("allocated", "swept") if size > 2 else ("allocated", "swept", "admm", "experts")
+    return (
+        ("allocated", "swept")
+        if size > 2
+        else ("allocated", "swept", "admm", "experts")
+    )
 
 
 def counting(owner: type, name: str) -> Any:
     """A context that counts the calls of a method."""
-    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+    return mock.patch.object(
+        owner, name, autospec=True, side_effect=getattr(owner, name)
+    )
 
 
 def prune_case(name: str) -> dict[str, Any]:
     """The pruned model's weights, and the report."""
     family, fields = CASES[name]
     model = family()
-    with pytest.MonkeyPatch.context() as patch, counting(Gram, "cholesky") as factorised:
-        patch.setattr("sparsellm.solvers.sparsegpt.PANEL", 16)  # several panels in so small a model
-        result = sparsellm.prune(model, Recipe(**{"batch_tokens": 80, **fields}), calibration=windows(WINDOWS))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        counting(Gram, "cholesky") as factorised,
+    ):
+        patch.setattr(
+            "sparsellm.method.solvers.sparsegpt.PANEL", 16
+        )  # several panels in so small a model
+        result = sparsellm.prune(
+            model,
+            Recipe(**{"batch_tokens": 80, **fields}),
+            calibration=windows(WINDOWS),
+        )
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
     sweeps = [(record.held_out, record.train or 0.0) for record in result.sweeps]
-    facts = {"weights": dict(model.state_dict()), "linears": linears, "allocation": result.allocation, "sweeps": sweeps}
-    counts = {"processes": result.processes, "tokens": result.calibration_tokens, "factorised": factorised.call_count}
+    facts = {
+        "weights": dict(model.state_dict()),
+        "linears": linears,
+        "allocation": result.allocation,
+        "sweeps": sweeps,
+    }
+    counts = {
+        "processes": result.processes,
+        "tokens": result.calibration_tokens,
+        "factorised": factorised.call_count,
+    }
     return {**facts, **counts}
 
 
@@ -92,13 +124,20 @@ def sweep_in_directories(folder: Path) -> None:
     swept_to(folder, "begun-by-two", fails=True)
 
 
-def swept_to(folder: Path, name: str, *, fails: bool = False) -> sparsellm.PruneResult | None:
+def swept_to(
+    folder: Path, name: str, *, fails: bool = False
+) -> sparsellm.PruneResult | None:
     """A run from the model in ``folder``; with ``fails`` it ends when its second pass is judged."""
     with pytest.MonkeyPatch.context() as patch:
         if fails:
             fail_after_passes(1, patch)
         try:
-            return sparsellm.prune(folder / "model", Recipe(**SWEPT), calibration=windows(WINDOWS), out=folder / name)
+            return sparsellm.prune(
+                folder / "model",
+                Recipe(**SWEPT),
+                calibration=windows(WINDOWS),
+                out=folder / name,
+            )
         except NumericalError:
             return None
 
@@ -110,30 +149,47 @@ def leave(folder: Path, name: str, output: Any) -> None:
 def prune_everything(folder: Path) -> None:
     for name in CASES:
         leave(folder, name, prune_case(name))
-    with pytest.raises(RecipeError, match="only the second"):  # whoever it is that fails, all know
-        parallel.together(lambda: _refuse("only the second") if parallel.rank() == 1 else None)
+    with pytest.raises(
+        RecipeError, match="only the second"
+    ):  # whoever it is that fails, all know
+        parallel.together(
+            lambda: _refuse("only the second") if parallel.rank() == 1 else None
+        )
     ids, few = windows(WINDOWS), windows(WINDOWS)[: parallel.size() - 1]
-    with pytest.raises(RecipeError, match=f"{len(few)} calibration windows .* {parallel.size()} processes"):
+    with pytest.raises(
+        RecipeError,
+        match=f"{len(few)} calibration windows .* {parallel.size()} processes",
+    ):
         sparsellm.prune(tiny_llama(), Recipe(method="wanda"), calibration=few)
     with pytest.raises(RecipeError, match="sparsellm-paper runs in one process"):
         sparsellm.prune(tiny_llama(), Recipe(method="sparsellm-paper"), calibration=ids)
     with pytest.raises(RecipeError, match=r"iterations .* one process"):
-        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm", options={"iterations": 1}), calibration=ids)
+        sparsellm.prune(
+            tiny_llama(),
+            Recipe(method="sparsellm", options={"iterations": 1}),
+            calibration=ids,
+        )
     broken = tiny_llama()
     broken.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match=r"lm_head\.weight"):  # found by the main process alone, told by all
+    with pytest.raises(
+        NumericalError, match=r"lm_head\.weight"
+    ):  # found by the main process alone, told by all
         sparsellm.prune(broken, Recipe(method="wanda"), calibration=ids)
 
     @SOLVERS.register("keep-large-columns", paper="none")
     def keep_large_columns(weight: Tensor, gram: Any, pattern: Any) -> Solution:
-        scores = (weight / weight.square().sum(dim=0).sqrt()).abs()  # rows depend on each other
+        scores = (
+            weight / weight.square().sum(dim=0).sqrt()
+        ).abs()  # rows depend on each other
         if not parallel.is_main():
             scores = -scores  # another solution in every other process
         return solution(weight, weight, pattern.mask(scores), gram)
 
     assert METHODS["keep-large-columns"].distributed
     model = tiny_llama()
-    sparsellm.prune(model, Recipe(method="keep-large-columns"), calibration=windows(WINDOWS))
+    sparsellm.prune(
+        model, Recipe(method="keep-large-columns"), calibration=windows(WINDOWS)
+    )
     leave(folder, "unknown", dict(model.state_dict()))
 
 
@@ -147,19 +203,31 @@ def sums_and_selections(folder: Path) -> None:
     rank, size = parallel.rank(), parallel.size()
     generator = torch.Generator().manual_seed(1)
     parts = [torch.randn(5 + index, 700, generator=generator) for index in range(size)]
-    assert [torch.equal(a, b) for a, b in zip(parallel.gather_list(parts[rank]), parts, strict=True)] == [True] * size
+    assert [
+        torch.equal(a, b)
+        for a, b in zip(parallel.gather_list(parts[rank]), parts, strict=True)
+    ] == [True] * size
     accumulator, cross = GramAccumulator(700), CrossAccumulator(700, 700)
     accumulator.update(parts[rank])
     cross.update(parts[rank] + 1, parts[rank])
     accumulator.reduce()
     cross.reduce()
     x = torch.cat(parts).double()
-    torch.testing.assert_close(accumulator.finish().matrix.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(cross.finish().double(), (x + 1).T @ x / len(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        accumulator.finish().matrix.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        cross.finish().double(), (x + 1).T @ x / len(x), rtol=1e-5, atol=1e-6
+    )
     assert accumulator.tokens == cross.tokens == len(x)
     leave(folder, "gram", accumulator.finish().matrix)
-    big = torch.full((3,), 2**62 // size, dtype=torch.int64)  # would lose digits as floats
-    assert parallel.all_sum_(big + rank).tolist() == [2**62 // size * size + size * (size - 1) // 2] * 3
+    big = torch.full(
+        (3,), 2**62 // size, dtype=torch.int64
+    )  # would lose digits as floats
+    assert (
+        parallel.all_sum_(big + rank).tolist()
+        == [2**62 // size * size + size * (size - 1) // 2] * 3
+    )
     with pytest.raises(RecipeError, match="missing"):
         parallel.from_main(_refuse)
     assert parallel.from_main(lambda: 3) == 3
@@ -173,11 +241,19 @@ def sums_and_selections(folder: Path) -> None:
         scores = torch.randn(outer, inner * size, generator=generator)
         if case % 3 == 0:
             scores = (2 * scores).round()  # many ties, both signs, and both zeros
-        cut = [0, *sorted(torch.randint(inner * size, (size - 1,), generator=generator).tolist()), inner * size]
+        cut = [
+            0,
+            *sorted(
+                torch.randint(inner * size, (size - 1,), generator=generator).tolist()
+            ),
+            inner * size,
+        ]
         zeros = int(torch.randint(scores.numel() + 1, (), generator=generator))
         expected = highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
         columns = slice(cut[rank], cut[rank + 1])
-        assert torch.equal(highest_of_all(scores[:, columns], zeros), expected[:, columns]), (case, zeros)
+        assert torch.equal(
+            highest_of_all(scores[:, columns], zeros), expected[:, columns]
+        ), (case, zeros)
 
 
 def _refuse(why: str = "a field is missing") -> None:
@@ -197,7 +273,11 @@ def fewer_rows_than_processes(folder: Path) -> None:
     for rows in (1, 5):  # outputs with costs
         weight = torch.randn(rows, 9, generator=torch.Generator().manual_seed(rows))
         costs = torch.arange(1.0, rows + 1)
-        root, gram, pattern = costs.sqrt()[:, None], accumulator.finish(), Share(0.5).of(weight.shape)
+        root, gram, pattern = (
+            costs.sqrt()[:, None],
+            accumulator.finish(),
+            Share(0.5).of(weight.shape),
+        )
         scaled = entry.function(weight * root, gram, pattern)
         alone = solution(weight, scaled.weight / root, scaled.mask, gram)
         again = divide(entry, None, costs)(weight, gram, pattern)
@@ -223,10 +303,18 @@ def rounding_of_some_rows(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         seen, real = [], rounding._one_after_another
         name = "_one_after_another"
-        patch.setattr(rounding, name, lambda grid, target, gram: seen.append(len(target)) or real(grid, target, gram))
+        patch.setattr(
+            rounding,
+            name,
+            lambda grid, target, gram: (
+                seen.append(len(target)) or real(grid, target, gram)
+            ),
+        )
         leave(folder, "rounded", (rounded_weights(), seen))
     model = tiny_llama()
-    sparsellm.prune(model, Recipe(method="sparsegpt", values="int4"), calibration=windows(WINDOWS))
+    sparsellm.prune(
+        model, Recipe(method="sparsegpt", values="int4"), calibration=windows(WINDOWS)
+    )
     leave(folder, "rounded model", dict(model.state_dict()))
 
 
@@ -234,7 +322,10 @@ def survey_of_some_windows(folder: Path) -> None:
     """Statistics of the dense model, divided, and as one process takes them; with fewer windows than processes too."""
     chain = open_chain(mixtral(), device=torch.device("cpu"))
     for count in (WINDOWS, 2):
-        feed, names = Feed(chain, windows(count), 80), {size.name for size in sizes_of(chain)}
+        feed, names = (
+            Feed(chain, windows(count), 80),
+            {size.name for size in sizes_of(chain)},
+        )
         with counting(Chain, "run") as run:
             divided = loss_gradients(feed, names, saliency=True)
         ran = sum(len(call.args[2]) for call in run.call_args_list)
@@ -245,21 +336,38 @@ def survey_of_some_windows(folder: Path) -> None:
 
 
 def evaluation_of_some_windows(folder: Path) -> None:
-    source = parallel.from_main(lambda: save_tiny(tiny_llama(), tiny_tokenizer(), folder / "llama"))
+    source = parallel.from_main(
+        lambda: save_tiny(tiny_llama(), tiny_tokenizer(), folder / "llama")
+    )
     asked = {"seq_len": 32, "max_tokens": WINDOWS * 32, "against": source}
-    with mock.patch.object(perplexity, "_window", side_effect=perplexity._window) as window:
+    with mock.patch.object(
+        perplexity, "_window", side_effect=perplexity._window
+    ) as window:
         divided = sparsellm.evaluate(source, "pydoc", **asked)
     with parallel.alone():
         single = sparsellm.evaluate(source, "pydoc", **asked)
-    leave(folder, "evaluated", (window.call_count, *((score.perplexity, score.against) for score in (divided, single))))
+    leave(
+        folder,
+        "evaluated",
+        (
+            window.call_count,
+            *((score.perplexity, score.against) for score in (divided, single)),
+        ),
+    )
 
 
 def reads(folder: Path) -> None:
     """After the evaluation: how often each process reads a tensor, on one machine and on two."""
     for machines in (1, 2):
-        with pytest.MonkeyPatch.context() as patch, counting(CheckpointReader, "get") as read:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            counting(CheckpointReader, "get") as read,
+        ):
             if machines == 2:
-                patch.setattr("socket.gethostname", lambda: f"node {parallel.rank() == parallel.size() - 1}")
+                patch.setattr(
+                    "socket.gethostname",
+                    lambda: f"node {parallel.rank() == parallel.size() - 1}",
+                )
                 patch.setattr(parallel, "_machines", None)
             sparsellm.evaluate(folder / "llama", "pydoc", seq_len=32, max_tokens=256)
         leave(folder, f"reads {machines}", read.call_count)
@@ -278,8 +386,15 @@ def comparison_of_some_cells(folder: Path) -> None:
         return real(request, *arguments)
 
     real, settings = cells._measure, {"samples": 4, "seq_len": 32}
-    asked = cells.cells_of(settings, methods=["magnitude", "wanda"], sparsities=[0.5, 0.6])
-    run = partial(cells.compare, folder / "llama", cells=asked, protocol=cells.Protocol("pydoc", 32, 256))
+    asked = cells.cells_of(
+        settings, methods=["magnitude", "wanda"], sparsities=[0.5, 0.6]
+    )
+    run = partial(
+        cells.compare,
+        folder / "llama",
+        cells=asked,
+        protocol=cells.Protocol("pydoc", 32, 256),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "_measure", measure)
         divided = run(out=folder / "divided")
@@ -295,9 +410,13 @@ def everything(folder: Path) -> None:
     evaluation_of_some_windows(folder)
     reads(folder)
     comparison_of_some_cells(folder)
-    if parallel.rank() == parallel.size() - 1:  # a resident sweep in shards, as a cell of a comparison runs it
+    if (
+        parallel.rank() == parallel.size() - 1
+    ):  # a resident sweep in shards, as a cell of a comparison runs it
         with parallel.alone():
-            history, _ = swept_by(Residence(sharded=True), halved(tiny_llama()), tiny_llama(), passes=1)
+            history, _ = swept_by(
+                Residence(sharded=True), halved(tiny_llama()), tiny_llama(), passes=1
+            )
         assert history[-1].held_out < history[0].held_out
     fewer_rows_than_processes(folder)
     rounding_of_some_rows(folder)

@@ -27,19 +27,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.method.gram import Gram, gram
+from sparsellm.method.solvers import SOLVERS, rounding, solver
+from sparsellm.method.solvers.divided import divide
 from sparsellm.patterns import NM, Pattern
-from sparsellm.solvers import SOLVERS, rounding, solver
-from sparsellm.solvers.divided import divide
-from sparsellm.statistics import Gram, gram
+from tests.files.small import tensors_of
+from tests.method.solvers.problems import gram_of, weight_of
 from tests.models import save_tiny, tiny_tokenizer, windows
 from tests.models.families import family
 from tests.shares import Share
-from tests.solvers.problems import gram_of, weight_of
-from tests.storage.small import tensors_of
 
 FAMILIES = ("Llama", "OPT", "Mixtral", "Gemma3Text")
 TARGETS: tuple[dict[str, Any], ...] = ({"sparsity": 0.6}, {"pattern": "2:4"})
-VALUES: tuple[dict[str, Any], ...] = ({}, {"values": "int8"}, {"values": "int4"}, {"values": "int3"}, {"grid": "q4_0"})
+VALUES: tuple[dict[str, Any], ...] = (
+    {},
+    {"values": "int8"},
+    {"values": "int4"},
+    {"values": "int3"},
+    {"grid": "q4_0"},
+)
 METHODS: tuple[dict[str, Any], ...] = (
     *({"method": name} for name in ("magnitude", "wanda", "sparsegpt", "admm")),
     {"method": "sparsellm", "effort": 0},
@@ -47,7 +53,10 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "sparsellm-paper"},
 )
 PATTERNS: dict[str, Pattern] = {"0.6": Share(0.6), "2:4": NM(2, 4)}
-WIDE, OUTPUTS = 4096, 32  # inputs and outputs of the linear whose traffic is counted, and outputs that are computed
+WIDE, OUTPUTS = (
+    4096,
+    32,
+)  # inputs and outputs of the linear whose traffic is counted, and outputs that are computed
 
 
 def runs() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -58,8 +67,12 @@ def runs() -> dict[str, tuple[str, dict[str, Any]]]:
             name, target = FAMILIES[(at + turn) % 4], TARGETS[(turn + at // 4) % 2]
             fields = {**method, **target, **values}
             if values:  # few linears: rounding takes nearly all of the time
-                down = {"OPT": "*.0.fc2", "Mixtral": "*.0.*experts.1.down_proj"}.get(name, "*.0.*down_proj")
-                fields["only"] = ["*.0.*v_proj"] if "grid" in values else ["*.0.*v_proj", down]
+                down = {"OPT": "*.0.fc2", "Mixtral": "*.0.*experts.1.down_proj"}.get(
+                    name, "*.0.*down_proj"
+                )
+                fields["only"] = (
+                    ["*.0.*v_proj"] if "grid" in values else ["*.0.*v_proj", down]
+                )
             cases[" ".join((name, *map(str, fields.values())))] = (name, fields)
     return cases
 
@@ -71,14 +84,25 @@ def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
         recipe = Recipe(device=name, products="float32", batch_tokens=32, **fields)
         try:
             # The CPU's own kernel of attention rounds otherwise. The interpreter of the other kernel is slow.
-            with context, sdpa_kernel(SDPBackend.MATH), mock.patch.object(solver, "kernel_name", return_value="torch"):
-                result = sparsellm.prune(source, recipe, calibration=windows(4, 16), out=folder / name)
-            if result.sweeps and not result.sweeps[-1].held_out < result.sweeps[0].held_out:
+            with (
+                context,
+                sdpa_kernel(SDPBackend.MATH),
+                mock.patch.object(solver, "kernel_name", return_value="torch"),
+            ):
+                result = sparsellm.prune(
+                    source, recipe, calibration=windows(4, 16), out=folder / name
+                )
+            if (
+                result.sweeps
+                and not result.sweeps[-1].held_out < result.sweeps[0].held_out
+            ):
                 return f"on {name}: the sweep lowers no divergence, so nothing of it is compared"
         except Exception:
             return f"on {name}: {traceback.format_exc()}"
     on_card, on_cpu = tensors_of(folder / "cuda"), tensors_of(folder / "cpu")
-    return ", ".join(name for name in on_cpu if not torch.equal(on_card[name], on_cpu[name]))
+    return ", ".join(
+        name for name in on_cpu if not torch.equal(on_card[name], on_cpu[name])
+    )
 
 
 def of_the_device() -> tuple[list[str], dict[str, Counter[str]]]:
@@ -118,12 +142,20 @@ def traffic_of_solvers() -> tuple[dict[str, Counter[str]], dict[str, str]]:
     and whether the card has other numbers than the CPU. Launches are counted with few inputs and with twice as many,
     since they grow by the panel or group, and with what is done for some rows at a time as often as in the linear."""
     table, faults = {}, {}
-    for (target, pattern), name in itertools.product(PATTERNS.items(), (*SOLVERS, "rounding")):
+    for (target, pattern), name in itertools.product(
+        PATTERNS.items(), (*SOLVERS, "rounding")
+    ):
         few = 256 if name in SOLVERS else 128  # two panels, or four groups
-        (first, fault), (second, another) = (_traffic(name, pattern, inputs) for inputs in (few, 2 * few))
-        launches = second["launches"] + (WIDE // few - 2) * (second["launches"] - first["launches"])
+        (first, fault), (second, another) = (
+            _traffic(name, pattern, inputs) for inputs in (few, 2 * few)
+        )
+        launches = second["launches"] + (WIDE // few - 2) * (
+            second["launches"] - first["launches"]
+        )
         waits = max(first["syncs"], second["syncs"])
-        table[f"{name} {target}"] = Counter({**second, "launches": launches, "syncs": waits})
+        table[f"{name} {target}"] = Counter(
+            {**second, "launches": launches, "syncs": waits}
+        )
         faults[f"{name} {target}"] = fault + another
     return table, faults
 
@@ -136,27 +168,47 @@ def _traffic(name: str, pattern: Pattern, inputs: int) -> tuple[Counter[str], st
         if name in SOLVERS:
             return divide(SOLVERS[name])(weight, given, pattern).weight
         fixed = isinstance(pattern, NM)
-        return rounding.rounded(weight, given, "int3" if fixed else "int4", torch.bfloat16, fixed_mask=fixed).weight
+        return rounding.rounded(
+            weight, given, "int3" if fixed else "int4", torch.bfloat16, fixed_mask=fixed
+        ).weight
 
     weight = weight if name in SOLVERS else weight * pattern.mask(weight.abs())
     there, share = (weight.cuda(), matrix.cuda()), OUTPUTS * inputs / WIDE**2
     with contextlib.ExitStack() as stack:
         for module, limit in ((gram, "CHUNK_ELEMENTS"), (rounding, "SYSTEMS")):
-            stack.enter_context(mock.patch.object(module, limit, int(getattr(module, limit) * share)))
+            stack.enter_context(
+                mock.patch.object(module, limit, int(getattr(module, limit) * share))
+            )
         with device.counted() as traffic:
             result = solved(*there)
         on_card, on_cpu = result.cpu(), solved(weight, matrix)
-    same = torch.equal(on_card == 0, on_cpu == 0) and torch.allclose(on_card, on_cpu, rtol=1e-3, atol=1e-4)
-    return traffic, "" if same else f"the card has other numbers than the CPU for {inputs} inputs. "
+    same = torch.equal(on_card == 0, on_cpu == 0) and torch.allclose(
+        on_card, on_cpu, rtol=1e-3, atol=1e-4
+    )
+    return (
+        traffic,
+        ""
+        if same
+        else f"the card has other numbers than the CPU for {inputs} inputs. ",
+    )
 
 
 def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:
     """Of one run without and with a sweep, each for a block of the model."""
     table = {}
-    for number, effort in enumerate((0, 0, 1)):  # the first of a process measures the device
-        recipe = Recipe(device="cuda", batch_tokens=32, effort=effort, sparsity=0.6, sets=1)
+    for number, effort in enumerate(
+        (0, 0, 1)
+    ):  # the first of a process measures the device
+        recipe = Recipe(
+            device="cuda", batch_tokens=32, effort=effort, sparsity=0.6, sets=1
+        )
         with device.counted() as traffic:
-            sparsellm.prune(source, recipe, calibration=windows(4, 16), out=folder / f"effort-{number}")
+            sparsellm.prune(
+                source,
+                recipe,
+                calibration=windows(4, 16),
+                out=folder / f"effort-{number}",
+            )
         table[f"effort {effort}"] = traffic
     walk, both = table["effort 0"], table["effort 1"]
     of_sweep = Counter({what: both[what] - walk[what] for what in both})
@@ -173,7 +225,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder, faults = Path(name), {}
-        sources = {kind: save_tiny(family(kind), tiny_tokenizer(), folder / kind) for kind in FAMILIES}
+        sources = {
+            kind: save_tiny(family(kind), tiny_tokenizer(), folder / kind)
+            for kind in FAMILIES
+        }
         if not places:
             for number, (case, (model, fields)) in enumerate(runs().items()):
                 faults[case] = fault_of(sources[model], fields, folder / str(number))
@@ -184,8 +239,22 @@ def main() -> None:
             faults.update(of_kernel)
     if places:
         for what, lines in device.PLACES.items():
-            print(what, *(f"{number:9} {line}" for line, number in lines.most_common(25)), sep="\n")
-    print(json.dumps({"faults": faults, "traffic": traffic, "accepted": accepted, "operations": operations}, indent=1))
+            print(
+                what,
+                *(f"{number:9} {line}" for line, number in lines.most_common(25)),
+                sep="\n",
+            )
+    print(
+        json.dumps(
+            {
+                "faults": faults,
+                "traffic": traffic,
+                "accepted": accepted,
+                "operations": operations,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

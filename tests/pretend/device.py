@@ -65,15 +65,31 @@ def _tell_torch() -> None:
     assert spec is not None
     assert spec.origin is not None
     torch_root = Path(spec.origin).parent
-    name = hashlib.sha256((SOURCE + (torch_root / "version.py").read_text()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(
+        (SOURCE + (torch_root / "version.py").read_text()).encode()
+    ).hexdigest()[:16]
     library = Path(__file__).parent / "__pycache__" / f"card-{name}.so"
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
-        options = ["-x", "c++", "-", "-std=c++20", "-fPIC", "-shared", f"-I{torch_root}/include", "-o", str(made)]
+        options = [
+            "-x",
+            "c++",
+            "-",
+            "-std=c++20",
+            "-fPIC",
+            "-shared",
+            f"-I{torch_root}/include",
+            "-o",
+            str(made),
+        ]
         subprocess.run(["g++", *options], input=SOURCE, text=True, check=True)
         made.rename(library)
-    for path in (torch_root / "lib" / "libc10.so", torch_root / "lib" / "libtorch_cpu.so", library):
+    for path in (
+        torch_root / "lib" / "libc10.so",
+        torch_root / "lib" / "libtorch_cpu.so",
+        library,
+    ):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -86,23 +102,76 @@ from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
 CARD, MEMORY = torch.device("cuda", 0), 80 << 30
 COPIES = {"copy_", "_to_copy"}
-BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # indices may be on the CPU
-NO_SCALARS_OF_CPU = {"mm", "bmm", "addmm", "addmv", "cat", "stack", "gather", "scatter", "index_select", "embedding"}
+BY_INDEX = {
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "_unsafe_index",
+}  # indices may be on the CPU
+NO_SCALARS_OF_CPU = {
+    "mm",
+    "bmm",
+    "addmm",
+    "addmv",
+    "cat",
+    "stack",
+    "gather",
+    "scatter",
+    "index_select",
+    "embedding",
+}
 # Operators that wait for the device: their result is on the host, or its shape depends on values.
-WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"}
-WAITS |= {"_unique2", "unique_dim", "unique_consecutive", "_linalg_check_errors", "_linalg_eigh", "linalg_lstsq"}
+WAITS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "repeat_interleave",
+}
+WAITS |= {
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "_linalg_check_errors",
+    "_linalg_eigh",
+    "linalg_lstsq",
+}
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
-PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "addmv", "addmv_", "baddbmm", "mv", "dot"}  # they multiply floats alone
+PRODUCTS = {
+    "mm",
+    "bmm",
+    "addmm",
+    "addmm_",
+    "addmv",
+    "addmv_",
+    "baddbmm",
+    "mv",
+    "dot",
+}  # they multiply floats alone
 ONLY_CPU = ("mkldnn", "for_cpu", "fbgemm", "quantized::")
 # What only describes memory: no kernel runs.
-FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "view"}
+FREE = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "view",
+}
 
 # A kernel of CUDA's own, without which autograd would decompose the operator; :func:`_run` takes its place.
 _KERNELS = torch.library.Library("aten", "IMPL")
 _KERNELS.impl("silu_backward", lambda *_: None, "CUDA")
 
 TRAFFIC: Counter[str] = Counter()  # launches, syncs, bytes_in, bytes_out
-PLACES: dict[str, Counter[str]] = {}  # lines of src by the same names, for those that somebody asks for
+PLACES: dict[
+    str, Counter[str]
+] = {}  # lines of src by the same names, for those that somebody asks for
 
 
 class CardTensor(Tensor):
@@ -113,13 +182,19 @@ class CardTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> CardTensor:
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        layout = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
         made = Tensor._make_wrapper_subclass(cls, held.shape, device=CARD, **layout)  # type: ignore[attr-defined]
         made.held = held
         return made  # type: ignore[no-any-return]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:
@@ -128,7 +203,11 @@ class CardTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             copy = self.detach().clone()
-            memo[id(self)] = nn.Parameter(copy, self.requires_grad) if isinstance(self, nn.Parameter) else copy
+            memo[id(self)] = (
+                nn.Parameter(copy, self.requires_grad)
+                if isinstance(self, nn.Parameter)
+                else copy
+            )
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def numpy(self, **_: Any) -> Any:
@@ -160,7 +239,9 @@ class _Factories(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and torch's guard against it takes a sixth of the time
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
@@ -169,7 +250,11 @@ def _facts(func: Any) -> tuple[str, bool, bool]:
     """An operator's name without its namespace; whether a kernel runs; and whether only the CPU has one."""
     name = func._schema.name
     short = name.rpartition("::")[2]
-    return short, not (func.is_view or short in FREE), any(part in name for part in ONLY_CPU)
+    return (
+        short,
+        not (func.is_view or short in FREE),
+        any(part in name for part in ONLY_CPU),
+    )
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -214,7 +299,10 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         if short in WAITS or _selects(short, args):
             _count("syncs")
     of_held = {id(tensor.held): tensor for tensor in here}
-    args, kwargs = _each(_held, args), {name: _each(_held, value) for name, value in kwargs.items()}
+    args, kwargs = (
+        _each(_held, args),
+        {name: _each(_held, value) for name, value in kwargs.items()},
+    )
     if makes:
         kwargs.update(device=torch.device("cpu"))
     if kwargs.get("pin_memory"):
@@ -225,11 +313,18 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if short == "copy_" and id(args[0]) not in of_held:
         return result  # a tensor of the host that was written to
     for tensor in here:
-        assert tensor.shape == tensor.held.shape, f"{short} changes a shape in place, which this device cannot"
-    return _each(lambda made: of_held[id(made)] if id(made) in of_held else CardTensor(made), result)
+        assert tensor.shape == tensor.held.shape, (
+            f"{short} changes a shape in place, which this device cannot"
+        )
+    return _each(
+        lambda made: of_held[id(made)] if id(made) in of_held else CardTensor(made),
+        result,
+    )
 
 
-def _refuse(short: str, args: Any, tensors: list[Tensor], generator: torch.Generator | None) -> None:
+def _refuse(
+    short: str, args: Any, tensors: list[Tensor], generator: torch.Generator | None
+) -> None:
     """Raises what CUDA raises for these arguments."""
     indices = set(map(id, _tensors(args[1]))) if short in BY_INDEX else set()
     for tensor in tensors:
@@ -239,11 +334,15 @@ def _refuse(short: str, args: Any, tensors: list[Tensor], generator: torch.Gener
             _count("bytes_in", tensor.nbytes)
             _count("syncs")
         elif tensor.ndim or short in NO_SCALARS_OF_CPU:
-            raise RuntimeError(f"{short}: all tensors must be on one device, and are on cuda:0 and {tensor.device}")
+            raise RuntimeError(
+                f"{short}: all tensors must be on one device, and are on cuda:0 and {tensor.device}"
+            )
     if short in PRODUCTS and WHOLE & {tensor.dtype for tensor in tensors}:
         raise NotImplementedError(f'"{short}_cuda" not implemented for whole numbers')
     if generator is not None and generator.device.type != "cuda":
-        raise RuntimeError(f"{short}: expected a 'cuda' device type for generator but found 'cpu'")
+        raise RuntimeError(
+            f"{short}: expected a 'cuda' device type for generator but found 'cpu'"
+        )
 
 
 def _selects(short: str, args: Any) -> bool:
@@ -255,7 +354,11 @@ def _selects(short: str, args: Any) -> bool:
 
 def _copied(short: str, args: Any, kwargs: Any, there: bool) -> None:
     """Counts a copy between host and card, in either direction."""
-    source, there = (args[1], isinstance(args[0], CardTensor)) if short == "copy_" else (args[0], there)
+    source, there = (
+        (args[1], isinstance(args[0], CardTensor))
+        if short == "copy_"
+        else (args[0], there)
+    )
     if isinstance(source, CardTensor) != there:
         _count("bytes_in" if there else "bytes_out", source.nbytes)
         _count("syncs", not (kwargs.get("non_blocking") or args[2:] == (True,)))
@@ -265,9 +368,13 @@ def _count(what: str, number: int = 1) -> None:
     TRAFFIC[what] += number
     if what in PLACES:
         frame = sys._getframe(1)
-        while frame.f_back is not None and "/src/sparse" not in frame.f_code.co_filename:
+        while (
+            frame.f_back is not None and "/src/sparse" not in frame.f_code.co_filename
+        ):
             frame = frame.f_back
-        PLACES[what][f"{frame.f_code.co_filename.rpartition('/src/')[2]}:{frame.f_lineno}"] += number
+        PLACES[what][
+            f"{frame.f_code.co_filename.rpartition('/src/')[2]}:{frame.f_lineno}"
+        ] += number
 
 
 @contextlib.contextmanager
@@ -275,17 +382,42 @@ def counted() -> Iterator[Counter[str]]:
     """What the card does until the context ends; filled in then."""
     before, traffic = TRAFFIC.copy(), Counter[str]()
     yield traffic
-    traffic.update({what: TRAFFIC[what] - before[what] for what in TRAFFIC if TRAFFIC[what] > before[what]})
+    traffic.update(
+        {
+            what: TRAFFIC[what] - before[what]
+            for what in TRAFFIC
+            if TRAFFIC[what] > before[what]
+        }
+    )
 
 
 @contextlib.contextmanager
 def cuda() -> Iterator[None]:
     """torch has one CUDA device until the context ends."""
-    properties = SimpleNamespace(name="pretend", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(
+        name="pretend", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132
+    )
     answers: dict[str, Any] = {
-        **dict.fromkeys(("_lazy_init", "init", "set_device", "synchronize", "empty_cache", "reset_peak_memory_stats")),
+        **dict.fromkeys(
+            (
+                "_lazy_init",
+                "init",
+                "set_device",
+                "synchronize",
+                "empty_cache",
+                "reset_peak_memory_stats",
+            )
+        ),
         **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state")),
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "current_device"), 0),
+        **dict.fromkeys(
+            (
+                "memory_allocated",
+                "max_memory_allocated",
+                "memory_reserved",
+                "current_device",
+            ),
+            0,
+        ),
         **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
         "device_count": 1,
         "mem_get_info": (MEMORY, MEMORY),
@@ -296,20 +428,32 @@ def cuda() -> Iterator[None]:
     }
     launch = GridExecutor.__call__
 
-    def launched(*arguments: Any, **named: Any) -> Any:  # a kernel of Triton's, which its interpreter runs
+    def launched(
+        *arguments: Any, **named: Any
+    ) -> Any:  # a kernel of Triton's, which its interpreter runs
         _count("launches")
         return launch(*arguments, **named)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launched))
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+            stack.enter_context(
+                mock.patch.object(
+                    torch.cuda, name, lambda *_, answer=answer, **__: answer
+                )
+            )
         for name in ("Stream", "Event", "device", "device_of", "stream"):
             stack.enter_context(mock.patch.object(torch.cuda, name, mock.MagicMock()))
-        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self, *_: self))
-        torch.__future__.set_swap_module_params_on_conversion(True)  # `module.to` keeps its parameters
+        stack.enter_context(
+            mock.patch.object(Tensor, "pin_memory", lambda self, *_: self)
+        )
+        torch.__future__.set_swap_module_params_on_conversion(
+            True
+        )  # `module.to` keeps its parameters
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)
-        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` makes its values on the host, and moves them
+        torch._C._set_only_lift_cpu_tensors(
+            True
+        )  # `torch.tensor` makes its values on the host, and moves them
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(_Factories())
         yield

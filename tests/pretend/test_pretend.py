@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.timeout(0)  # the process takes a minute of computing, however busy the machine is
+pytestmark = pytest.mark.timeout(
+    0
+)  # the process takes a minute of computing, however busy the machine is
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,19 +24,37 @@ ROOT = Path(__file__).parents[2]
 def report() -> dict[str, Any]:
     """What one process with the pretend device finds."""
     if shutil.which("g++") is None or find_spec("triton") is None:
-        pytest.skip("there is no g++, which compiles the device, or no Triton, which runs its kernel")
+        pytest.skip(
+            "there is no g++, which compiles the device, or no Triton, which runs its kernel"
+        )
     if torch.version.cuda is not None:
-        pytest.skip("this torch is built for CUDA, and has hooks where the pretend device would put its own")
+        pytest.skip(
+            "this torch is built for CUDA, and has hooks where the pretend device would put its own"
+        )
     command = [sys.executable, "-m", "tests.pretend"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 # The most launches and waits of a linear with 4096 inputs and outputs, and of a block of a tiny Llama. 700 launches are
 # the two errors of a solution. Each pass of a rounding waits once: the linears of a 135M model take six or seven.
-MOST = {"magnitude": (750, 5), "wanda": (760, 10), "sparsegpt": (1200, 7), "admm": (1400, 20), "rounding": (10_000, 20)}
-CEILINGS = {f"{name} {target}": most for name, most in MOST.items() for target in ("0.6", "2:4")}
+MOST = {
+    "magnitude": (750, 5),
+    "wanda": (760, 10),
+    "sparsegpt": (1200, 7),
+    "admm": (1400, 20),
+    "rounding": (10_000, 20),
+}
+CEILINGS = {
+    f"{name} {target}": most for name, most in MOST.items() for target in ("0.6", "2:4")
+}
 CEILINGS |= {"walk, a block": (6300, 400), "sweep, a block": (1300, 170)}
 
 
@@ -42,8 +62,18 @@ def test_the_device_refuses_and_counts_like_cuda(report: dict[str, Any]) -> None
     assert report["accepted"] == []
     launch, wait = {"launches": 1}, {"launches": 1, "syncs": 1}
     compared = {"launches": 2, "syncs": 1}  # the comparison, and the copy of its result
-    expected = {"add": launch, "view": {}, "item": wait, "bool": compared, "nonzero": wait, "by a mask": compared}
-    expected |= {"to the card": {**wait, "bytes_in": 16}, "to the host": {**wait, "bytes_out": 16}}
+    expected = {
+        "add": launch,
+        "view": {},
+        "item": wait,
+        "bool": compared,
+        "nonzero": wait,
+        "by a mask": compared,
+    }
+    expected |= {
+        "to the card": {**wait, "bytes_in": 16},
+        "to the host": {**wait, "bytes_out": 16},
+    }
     assert report["operations"] == expected
 
 
@@ -53,7 +83,9 @@ def test_all_runs_end_with_the_bits_of_the_cpu(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", CEILINGS)
-def test_launches_and_waits_stay_below_ceilings(name: str, report: dict[str, Any]) -> None:
+def test_launches_and_waits_stay_below_ceilings(
+    name: str, report: dict[str, Any]
+) -> None:
     """``python -m tests.pretend --places`` names the lines of src that launch and wait most."""
     launches, waits = CEILINGS[name]
     traffic = report["traffic"][name]

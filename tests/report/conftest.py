@@ -21,11 +21,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(tiny_llama(), tiny_tokenizer(), folder / "dense-llama")
     small = {"samples": 8, "seq_len": 32}
     options = {"iterations": 2, "solver": "sparsegpt"}
-    prune(folder / "dense-opt", Recipe(sparsity=0.8, options=options, **small), out=folder / "opt")
-    prune(folder / "dense-llama", Recipe(sparsity=0.5, method="wanda", **small), out=folder / "half")
-    prune(folder / "dense-llama", Recipe(pattern="2:4", method="sparsegpt", **small), out=folder / "nm")
-    said = [{"prompt": "<b>one</b>", "dense": "two </script><script>alert(1)</script>", "pruned": "three"}]
-    (folder / "half" / "results.json").write_text(json.dumps(results(31.4, continuations=said)))
+    prune(
+        folder / "dense-opt",
+        Recipe(sparsity=0.8, options=options, **small),
+        out=folder / "opt",
+    )
+    prune(
+        folder / "dense-llama",
+        Recipe(sparsity=0.5, method="wanda", **small),
+        out=folder / "half",
+    )
+    prune(
+        folder / "dense-llama",
+        Recipe(pattern="2:4", method="sparsegpt", **small),
+        out=folder / "nm",
+    )
+    said = [
+        {
+            "prompt": "<b>one</b>",
+            "dense": "two </script><script>alert(1)</script>",
+            "pruned": "three",
+        }
+    ]
+    (folder / "half" / "results.json").write_text(
+        json.dumps(results(31.4, continuations=said))
+    )
     (folder / "nm" / "results.json").write_text(json.dumps(results(41.2)))
     return folder
 

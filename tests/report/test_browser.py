@@ -12,16 +12,26 @@ import pytest
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'sparsellm[test]' brings playwright")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'sparsellm[test]' brings axe")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="pip install 'sparsellm[test]' brings playwright"
+)
+axe = pytest.importorskip(
+    "axe_playwright_python.sync_playwright",
+    reason="pip install 'sparsellm[test]' brings axe",
+)
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+    None,
+)
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 PATIENCE = 120_000  # milliseconds, on a busy machine
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here; apt-get install chromium"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +46,28 @@ def browser() -> Iterator[Any]:
 def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     complete = Path(shutil.copytree(runs / "opt", folder / "opt"))
-    shutil.copy(runs / "half" / "results.json", complete)  # with measurements and continuations, everything is on it
+    shutil.copy(
+        runs / "half" / "results.json", complete
+    )  # with measurements and continuations, everything is on it
     return {
         "run": write_report(complete, folder / "run.html"),
-        "comparison": write_comparison([runs / "half", runs / "nm"], folder / "comparison.html"),
+        "comparison": write_comparison(
+            [runs / "half", runs / "nm"], folder / "comparison.html"
+        ),
     }
 
 
-@pytest.mark.parametrize(("name", "theme", "size"), [("run", "light", (390, 844)), ("comparison", "dark", (1280, 900))])
+@pytest.mark.parametrize(
+    ("name", "theme", "size"),
+    [("run", "light", (390, 844)), ("comparison", "dark", (1280, 900))],
+)
 def test_a_page_draws_and_is_accessible(
     name: str, theme: str, size: tuple[int, int], browser: Any, pages: dict[str, Path]
 ) -> None:
     width, height = size
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=theme
+    )
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
     said, asked = list[str](), list[str]()
@@ -65,8 +84,12 @@ def test_a_page_draws_and_is_accessible(
             "[['quality-sparsity', 'xaxis'], ['depth-sparsity', 'yaxis']].map(([figure, axis]) =>"
             "document.querySelector(`[data-figure=${figure}]`)._fullLayout[axis].range)"
         )
-        assert all(0 <= low < high <= 1 for low, high in ranges), ranges  # fractions of zeros
-    assert page.evaluate("document.documentElement.scrollWidth") == width  # only tables scroll sideways
+        assert all(0 <= low < high <= 1 for low, high in ranges), (
+            ranges
+        )  # fractions of zeros
+    assert (
+        page.evaluate("document.documentElement.scrollWidth") == width
+    )  # only tables scroll sideways
     serious = [
         (violation["id"], [node["html"][:120] for node in violation["nodes"]])
         for violation in axe.Axe().run(page).response["violations"]
@@ -93,7 +116,9 @@ def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> N
     page.close()
 
 
-def test_without_scripts_the_tables_are_there(browser: Any, pages: dict[str, Path]) -> None:
+def test_without_scripts_the_tables_are_there(
+    browser: Any, pages: dict[str, Path]
+) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(pages["run"].as_uri())

@@ -23,7 +23,12 @@ from sparsellm.run.result import PruneResult
 from tests.models import tiny_llama, windows
 from tests.report.pages import LOADS, Page, page_of, results, rewrite
 
-SMALL: dict[str, Any] = {"samples": 4, "seq_len": 32, "method": "wanda", "sparsity": 0.5}
+SMALL: dict[str, Any] = {
+    "samples": 4,
+    "seq_len": 32,
+    "method": "wanda",
+    "sparsity": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +46,18 @@ def test_nothing_is_loaded_from_anywhere(opt: Page, half: Page) -> None:
     for page in (opt, half):
         for element in page.elements:
             for name in LOADS:
-                assert element.attributes.get(name, "#").startswith(("#", "data:")), element
+                assert element.attributes.get(name, "#").startswith(("#", "data:")), (
+                    element
+                )
         assert not re.search(r"@import|url\(", page.one("style").text)
-        policy = page.one("meta", **{"http-equiv": "Content-Security-Policy"}).attributes["content"]
+        policy = page.one(
+            "meta", **{"http-equiv": "Content-Security-Policy"}
+        ).attributes["content"]
         assert policy.startswith("default-src 'none'; script-src 'sha256-")
         script = page.all("script")[-1]
-        allowed = base64.b64encode(hashlib.sha256("".join(script.parts).encode()).digest()).decode()
+        allowed = base64.b64encode(
+            hashlib.sha256("".join(script.parts).encode()).digest()
+        ).decode()
         assert (script.attributes, f"'sha256-{allowed}'" in policy) == ({}, True)
         assert "unsafe-inline" not in policy.split("style-src")[0]
 
@@ -59,7 +70,9 @@ def test_every_chart_has_a_text_and_a_table(opt: Page) -> None:
         assert ids[chart.attributes["aria-labelledby"]].text
         assert len(ids[chart.attributes["aria-describedby"]].text) > 20
     assert len(opt.all("details")) == len(charts)
-    assert {link.attributes["href"].removeprefix("#") for link in opt.all("a")} <= ids.keys()
+    assert {
+        link.attributes["href"].removeprefix("#") for link in opt.all("a")
+    } <= ids.keys()
 
 
 def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
@@ -69,25 +82,50 @@ def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
     linears = {linear["name"]: linear for linear in pruning["linears"]}
     header, *rows = opt.rows("Sparsity of each linear")
     assert header == ["block", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-    of_fc2 = [f"{linears[f'model.decoder.layers.{block}.fc2']['sparsity']:.1%}" for block in (0, 1)]
+    of_fc2 = [
+        f"{linears[f'model.decoder.layers.{block}.fc2']['sparsity']:.1%}"
+        for block in (0, 1)
+    ]
     assert [row[6] for row in rows] == of_fc2
     header, *rows = opt.rows("Error of each linear")
-    assert [row[6] for row in rows] == [f"{linears[f'model.decoder.layers.{b}.fc2']['error']:.3g}" for b in (0, 1)]
-    assert [row[1] for row in opt.rows("The sweep")[1:]] == [f"{sweep['held_out']:.4g}" for sweep in pruning["sweeps"]]
+    assert [row[6] for row in rows] == [
+        f"{linears[f'model.decoder.layers.{b}.fc2']['error']:.3g}" for b in (0, 1)
+    ]
+    assert [row[1] for row in opt.rows("The sweep")[1:]] == [
+        f"{sweep['held_out']:.4g}" for sweep in pruning["sweeps"]
+    ]
     history = linears["model.decoder.layers.0.fc2"]["history"]
-    assert opt.rows("The decomposition's objective")[2][1] == f"{history[1]['objective']:.4g}"
-    assert opt.figures()["objective"]["data"][0]["y"][0] is None  # local pruning has no objective
+    assert (
+        opt.rows("The decomposition's objective")[2][1]
+        == f"{history[1]['objective']:.4g}"
+    )
+    assert (
+        opt.figures()["objective"]["data"][0]["y"][0] is None
+    )  # local pruning has no objective
     phases = {row[0] for row in opt.rows("Time of each phase")}
-    assert {"prune blocks", "sweep the whole model", "read the calibration text", "– solve"} <= phases
+    assert {
+        "prune blocks",
+        "sweep the whole model",
+        "read the calibration text",
+        "– solve",
+    } <= phases
     text = " ".join(element.text for element in opt.all("pre"))
     assert "iterations: 2" in text
     assert pruning["command"] in text
     assert ["torch", torch.__version__] in opt.rows("Versions")
 
 
-def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, half: Page, runs: Path) -> None:
+def test_measurements_and_the_commands_for_those_that_are_missing(
+    opt: Page, half: Page, runs: Path
+) -> None:
     shown = half.one("table", **{"class": "headline"}).text
-    for part in ("20 (19–21) 31.4 (28.26–34.54) × 1.57", "0.31 (0.3–0.32)", "71.0%", "63.7%", "0.51 ± 0.012"):
+    for part in (
+        "20 (19–21) 31.4 (28.26–34.54) × 1.57",
+        "0.31 (0.3–0.32)",
+        "71.0%",
+        "63.7%",
+        "0.51 ± 0.012",
+    ):
         assert part in shown, part
     dense = "half-packed, batch 1, 2 threads"
     assert f"decoding, dense by the same decoder{dense} 20 33 × 1.65" in shown
@@ -98,27 +136,51 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     assert (shown.count("wikitext2, window 64"), shown.count(dense)) == (1, 1)
     assert "auxiliary variables" not in half.source  # the method has none
     assert opt.one("table", **{"class": "headline"}).text.count("not measured") == 5
-    commands = opt.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
+    commands = opt.one(
+        "pre", **{"aria-label": "Commands that measure what is missing"}
+    ).text
     assert "sparsellm eval opt --text pydoc --against dense-opt" in commands
     assert commands.endswith("sparsellm report opt")
-    assert "sparsellm bench opt-packed" in opt.one("pre", **{"aria-label": "Commands that pack and measure"}).text
+    assert (
+        "sparsellm bench opt-packed"
+        in opt.one("pre", **{"aria-label": "Commands that pack and measure"}).text
+    )
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 
 def test_a_comparison_outlives_an_evaluation_without_one(copied: Path) -> None:
-    compared = [entry for entry in json.loads((copied / "results.json").read_text())["evaluations"] if entry["against"]]
-    rewrite(copied / "results.json", evaluations=[*compared, *({**entry, "against": None} for entry in compared)])
-    assert all(entry.dense is not None for entry in read_checkpoint(copied).results.latest().values())
+    compared = [
+        entry
+        for entry in json.loads((copied / "results.json").read_text())["evaluations"]
+        if entry["against"]
+    ]
+    rewrite(
+        copied / "results.json",
+        evaluations=[*compared, *({**entry, "against": None} for entry in compared)],
+    )
+    assert all(
+        entry.dense is not None
+        for entry in read_checkpoint(copied).results.latest().values()
+    )
     assert read_checkpoint(copied).results.latest()
 
 
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
-    assert [quote.text for quote in half.all("blockquote")] == ["two </script><script>alert(1)</script>", "three"]
+    assert [quote.text for quote in half.all("blockquote")] == [
+        "two </script><script>alert(1)</script>",
+        "three",
+    ]
     assert len(half.all("script")) == 3
     evil = "</script><img src=x onerror=alert(1)>"
     linears = json.loads((copied / "pruning.json").read_text())["linears"]
     linears[0]["name"] = f"model.layers.0.{evil}"
-    rewrite(copied / "pruning.json", linears=linears, command=evil, warnings=[evil], environment={evil: evil})
+    rewrite(
+        copied / "pruning.json",
+        linears=linears,
+        command=evil,
+        warnings=[evil],
+        environment={evil: evil},
+    )
     page = page_of(write_report(copied))
     assert len(page.all("script")) == 3
     assert not page.all("img")
@@ -134,10 +196,20 @@ OPTIONAL = (
 
 def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
     rewrite(copied / "pruning.json", **dict.fromkeys(OPTIONAL))
-    (copied / "results.json").write_text(json.dumps(results(31.4, dense=None, benchmarks=[])))
+    (copied / "results.json").write_text(
+        json.dumps(results(31.4, dense=None, benchmarks=[]))
+    )
     page = page_of(write_report(copied))
-    assert "not measured 31.4 (28.26–34.54)" in page.one("table", **{"class": "headline"}).text
-    assert "--against" in page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
+    assert (
+        "not measured 31.4 (28.26–34.54)"
+        in page.one("table", **{"class": "headline"}).text
+    )
+    assert (
+        "--against"
+        in page.one(
+            "pre", **{"aria-label": "Commands that measure what is missing"}
+        ).text
+    )
     assert page.one("h1").text == "a model, pruned to 50%"
     assert page.figures().keys() == {"sparsity-map", "error-map", "allocation"}
 
@@ -145,11 +217,23 @@ def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
 def test_time_and_memory_are_said_next_to_their_predictions(copied: Path) -> None:
     took = {"check": 1.0, "read": 2.0, "prune": 5.0, "prune/solve": 3.0}
     room = {"predicted_peak_rss_bytes": 2 * 10**9, "budget_bytes": 4 * 10**9}
-    rewrite(copied / "pruning.json", seconds=took, predicted_seconds={"prune": 6.0}, peak_rss_bytes=10**9, memory=room)
+    rewrite(
+        copied / "pruning.json",
+        seconds=took,
+        predicted_seconds={"prune": 6.0},
+        peak_rss_bytes=10**9,
+        memory=room,
+    )
     page = page_of(write_report(copied))
-    assert page.rows("Time of each phase")[1:3] == [["prune blocks", "5.0", "62.5%"], ["– solve", "3.0", "37.5%"]]
+    assert page.rows("Time of each phase")[1:3] == [
+        ["prune blocks", "5.0", "62.5%"],
+        ["– solve", "3.0", "37.5%"],
+    ]
     said = page.one("p", id="text-time").text
-    assert "8 seconds in all, 6 were predicted when it began; “prune blocks” took 62.5% of them." in said
+    assert (
+        "8 seconds in all, 6 were predicted when it began; “prune blocks” took 62.5% of them."
+        in said
+    )
     assert "Peak memory 1.00 GB; 2.00 GB of 4.00 GB were predicted." in said
 
 
@@ -165,12 +249,18 @@ def test_what_a_checkpoint_lacks_is_left_out(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("pruning.json", None, "has no pruning.json; give a directory that `sparsellm prune` wrote"),
+        (
+            "pruning.json",
+            None,
+            "has no pruning.json; give a directory that `sparsellm prune` wrote",
+        ),
         ("pruning.json", '{"sparsity_asked": 0.5, "linears": []}', "linears is []"),
         ("results.json", '{"format": 2}', "format is 2"),
     ],
 )
-def test_files_that_are_wrong(name: str, content: str | None, said: str, copied: Path, refusal: Any) -> None:
+def test_files_that_are_wrong(
+    name: str, content: str | None, said: str, copied: Path, refusal: Any
+) -> None:
     (copied / "report.html").unlink()
     (copied / name).unlink()
     if content is not None:
@@ -180,16 +270,31 @@ def test_files_that_are_wrong(name: str, content: str | None, said: str, copied:
     assert sorted(copied.iterdir()) == before
 
 
-@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "link", "dangling", "a/" * 3000, None])
-def test_places_that_are_refused(place: str | None, copied: Path, tmp_path: Path, refusal: Any) -> None:
+@pytest.mark.parametrize(
+    "place",
+    ["a file", "a folder", "nowhere", "", "link", "dangling", "a/" * 3000, None],
+)
+def test_places_that_are_refused(
+    place: str | None, copied: Path, tmp_path: Path, refusal: Any
+) -> None:
     (tmp_path / "a file").write_text("mine")
     (tmp_path / "a folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a file")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (copied / "report.html").write_text("mine")
-    out = tmp_path / place / "x.html" if place == "nowhere" else tmp_path / place if place else ""
+    out = (
+        tmp_path / place / "x.html"
+        if place == "nowhere"
+        else tmp_path / place
+        if place
+        else ""
+    )
     refusal("report", copied, *([] if place is None else ["--out", out]))
-    assert (tmp_path / "a file").read_text() == (copied / "report.html").read_text() == "mine"
+    assert (
+        (tmp_path / "a file").read_text()
+        == (copied / "report.html").read_text()
+        == "mine"
+    )
     assert not (tmp_path / "nothing").exists()
 
 
@@ -197,31 +302,52 @@ def pruned(runs: Path, out: Path) -> tuple[PruneResult, str]:
     """A run and what it says."""
     notes: list[str] = []
     recipe = Recipe(**{**SMALL, "method": "magnitude"})
-    result = prune(runs / "dense-llama", recipe, out=out, progress=lambda event: notes.append(event.detail))
+    result = prune(
+        runs / "dense-llama",
+        recipe,
+        out=out,
+        progress=lambda event: notes.append(event.detail),
+    )
     return result, "\n".join(notes)
 
 
-def test_without_the_extra_a_checkpoint_is_whole(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_a_checkpoint_is_whole(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     document._library.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly", None)
     result, said = pruned(runs, tmp_path / "p")
     assert result.report is None
     assert not (tmp_path / "p" / "report.html").exists()
-    missing = "a report needs the package plotly: pip install 'sparsellm[report]'; afterwards"
-    assert f"report.html was not written: {missing} `sparsellm report {tmp_path / 'p'}`" in said
+    missing = (
+        "a report needs the package plotly: pip install 'sparsellm[report]'; afterwards"
+    )
+    assert (
+        f"report.html was not written: {missing} `sparsellm report {tmp_path / 'p'}`"
+        in said
+    )
     with pytest.raises(MissingExtraError, match=r"pip install 'sparsellm\[report\]'"):
         write_report(tmp_path / "p")
     assert "<table>" in result._repr_html_()
 
 
-def test_a_failed_report_costs_no_checkpoint(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_report_costs_no_checkpoint(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(document, "render_run", lambda *_: 1 / 0)
-    assert "report.html was not written: ZeroDivisionError: division by zero; afterwards" in pruned(runs, tmp_path)[1]
+    assert (
+        "report.html was not written: ZeroDivisionError: division by zero; afterwards"
+        in pruned(runs, tmp_path)[1]
+    )
     assert (tmp_path / "config.json").is_file()
 
 
 def test_the_result_in_a_notebook() -> None:
-    result = prune(tiny_llama(), Recipe(method="wanda", sparsity=0.5), calibration=windows(4, 32, seed=0))
+    result = prune(
+        tiny_llama(),
+        Recipe(method="wanda", sparsity=0.5),
+        calibration=windows(4, 32, seed=0),
+    )
     page = Page(result._repr_html_())
     assert page.all("script") == page.all("style") == []
     last = page.rows("wanda 50%: 50.0% zeros in the blocks")[-1]
@@ -230,23 +356,43 @@ def test_the_result_in_a_notebook() -> None:
 
 def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
     linears = [
-        {"name": f"model.layers.{b}.mlp.experts.{e}.w1", "shape": [2, 8], "zeros": 4 * e, "error": 0.1 * (e + 1)}
+        {
+            "name": f"model.layers.{b}.mlp.experts.{e}.w1",
+            "shape": [2, 8],
+            "zeros": 4 * e,
+            "error": 0.1 * (e + 1),
+        }
         for b in range(2)
         for e in range(4)
     ]
     rewrite(copied / "pruning.json", linears=linears)
     assert read_checkpoint(copied).pruning.blocks == [0, 1]
     page = page_of(write_report(copied))
-    assert page.rows("Sparsity of each linear") == [["block", "w1"], ["0", "37.5%"], ["1", "37.5%"]]
+    assert page.rows("Sparsity of each linear") == [
+        ["block", "w1"],
+        ["0", "37.5%"],
+        ["1", "37.5%"],
+    ]
     assert page.rows("Error of each linear")[1] == ["0", "0.25"]
 
 
 def test_a_page_is_not_as_large_as_kinds_times_blocks(copied: Path) -> None:
     history = [{"iteration": step, "objective": 1.0} for step in range(3000)]
-    more: dict[str, Any] = {"shape": [2, 2], "zeros": 2, "asked": 0.5, "error": 0.1, "history": history[:1]}
-    linears = [{"name": f"model.layers.{number}.kind{number}", **more} for number in range(3000)]
+    more: dict[str, Any] = {
+        "shape": [2, 2],
+        "zeros": 2,
+        "asked": 0.5,
+        "error": 0.1,
+        "history": history[:1],
+    }
+    linears = [
+        {"name": f"model.layers.{number}.kind{number}", **more}
+        for number in range(3000)
+    ]
     linears[0]["history"] = history
-    (copied / "pruning.json").write_text(json.dumps({"sparsity_asked": 0.5, "linears": linears}))
+    (copied / "pruning.json").write_text(
+        json.dumps({"sparsity_asked": 0.5, "linears": linears})
+    )
     page = write_report(copied, copied.parent / "page.html").read_text()
     assert len(page) < 20e6
     assert "2968 other kinds" in page

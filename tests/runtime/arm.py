@@ -28,8 +28,16 @@ from tests.runtime.extension import built
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 TORCH = "torch<2.9"  # Newer wheels for ARM bring CUDA.
-PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
-CPUS = {"max": ["neon_dotprod", "neon", "scalar"], "cortex-a53": ["neon", "scalar"]}  # what each can run
+PLATFORMS = (
+    "manylinux_2_28_aarch64",
+    "manylinux_2_27_aarch64",
+    "manylinux_2_17_aarch64",
+    "manylinux2014_aarch64",
+)
+CPUS = {
+    "max": ["neon_dotprod", "neon", "scalar"],
+    "cortex-a53": ["neon", "scalar"],
+}  # what each can run
 NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
 TESTS = ("test_native.py", "test_decode.py", "test_scaled_embeddings.py")
 NOT_HERE = "not forked"  # these start another interpreter
@@ -54,22 +62,57 @@ def system(directory: Path) -> None:
     """Python and the libraries it needs, unpacked."""
     packages = directory / "packages"
     packages.mkdir()
-    needed = output("apt-cache", "depends", "--recurse", "--important", "python3:arm64", "libstdc++6:arm64")
-    names = sorted({line for line in needed.split("\n") if re.fullmatch(r"[a-z0-9][^ ]*:arm64", line)})
+    needed = output(
+        "apt-cache",
+        "depends",
+        "--recurse",
+        "--important",
+        "python3:arm64",
+        "libstdc++6:arm64",
+    )
+    names = sorted(
+        {
+            line
+            for line in needed.split("\n")
+            if re.fullmatch(r"[a-z0-9][^ ]*:arm64", line)
+        }
+    )
     subprocess.run(["apt-get", "download", "-qq", *names], cwd=packages, check=True)
     (directory / "usr/lib").mkdir(parents=True)
     (directory / "lib").symlink_to("usr/lib")
     for package in packages.glob("*.deb"):
-        content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
-        subprocess.run(["tar", "-xf", "-", "-C", directory, "--keep-directory-symlink"], input=content, check=True)
+        content = subprocess.run(
+            ["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True
+        ).stdout
+        subprocess.run(
+            ["tar", "-xf", "-", "-C", directory, "--keep-directory-symlink"],
+            input=content,
+            check=True,
+        )
 
 
 def wheels(python: str, directory: Path) -> None:
     """What the tests import, in the versions of this environment, for a version of Python."""
-    named = [TORCH, *(f"{name}=={version(name)}" for name in sorted(needs(NEEDED)) if name != "torch")]
+    named = [
+        TORCH,
+        *(
+            f"{name}=={version(name)}"
+            for name in sorted(needs(NEEDED))
+            if name != "torch"
+        ),
+    ]
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     target = ["--target", directory, "--python-version", python, *platforms]
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", *target]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        *target,
+    ]
     subprocess.run([*install, *named], check=True)
 
 
@@ -79,22 +122,36 @@ def needs(packages: Iterable[str]) -> set[str]:
     waiting = [Requirement(package) for package in packages]
     while waiting:
         asked = waiting.pop()
-        for requirement in map(Requirement, [asked.name, *(requires(asked.name) or [])]):
+        for requirement in map(
+            Requirement, [asked.name, *(requires(asked.name) or [])]
+        ):
             marker, name = requirement.marker, canonicalize_name(requirement.name)
-            if marker and not any(marker.evaluate({"extra": extra}) for extra in asked.extras or {""}):
+            if marker and not any(
+                marker.evaluate({"extra": extra}) for extra in asked.extras or {""}
+            ):
                 continue
-            if name not in names and not name.startswith(("nvidia-", "cuda-", "triton")):
+            if name not in names and not name.startswith(
+                ("nvidia-", "cuda-", "triton")
+            ):
                 names.add(name)
                 waiting.append(requirement)
     return names - {"sparsellm"}
 
 
 def output(*command: str | Path, **environment: str) -> str:
-    return subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.run(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     arguments, tests = parser.parse_known_args()
     folder = arguments.folder.resolve()
@@ -103,9 +160,14 @@ def main() -> None:
     site = once(folder / "site", partial(wheels, python.name.removeprefix("python")))
     extension = built(folder, COMPILER, "-O3", "-fvisibility=hidden")
     emulated = ["qemu-aarch64", "-L", root, python]
-    home = {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT}"}
+    home = {
+        "PYTHONHOME": str(root / "usr"),
+        "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT}",
+    }
     for cpu, expected in CPUS.items():
-        names = output(*emulated, "-c", USE + ASK, extension, QEMU_CPU=cpu, **home).split()
+        names = output(
+            *emulated, "-c", USE + ASK, extension, QEMU_CPU=cpu, **home
+        ).split()
         if names != expected:
             sys.exit(f"on {cpu} the extension runs {names}, not {expected}")
         sys.stdout.write(f"{cpu}: {' '.join(names)}\n")

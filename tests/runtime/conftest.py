@@ -13,7 +13,11 @@ from tests.models.pruned import prune_tiny
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(prune_tiny(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("llama") / "dense")
+    return save_tiny(
+        prune_tiny(tiny_llama()),
+        tiny_tokenizer(),
+        tmp_path_factory.mktemp("llama") / "dense",
+    )
 
 
 @pytest.fixture(scope="session")

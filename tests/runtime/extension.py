@@ -12,14 +12,24 @@ from types import ModuleType
 
 NAME = "sparsepack._kernels"
 SOURCES = Path(__file__).parents[2] / "src/sparsepack/_native"
-FLAGS = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-DPy_LIMITED_API=0x030B0000"]
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-ffp-contract=off",
+    "-DPy_LIMITED_API=0x030B0000",
+]
 
 
 def built(folder: Path, compiler: str, *flags: str) -> Path:
     """The extension, compiled into a folder."""
     out = folder / "_kernels.abi3.so"
     include = f"-I{sysconfig.get_path('include')}"
-    subprocess.run([compiler, *FLAGS, *flags, include, *sorted(SOURCES.glob("*.cpp")), "-o", out], check=True)
+    subprocess.run(
+        [compiler, *FLAGS, *flags, include, *sorted(SOURCES.glob("*.cpp")), "-o", out],
+        check=True,
+    )
     return out
 
 
@@ -34,7 +44,15 @@ def use(path: Path) -> ModuleType:
     return module
 
 
-def child(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def child(
+    program: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A program that another interpreter has run."""
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

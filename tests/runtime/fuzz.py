@@ -22,7 +22,11 @@ from pathlib import Path
 
 from tests.runtime.extension import built, use
 
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SANITIZERS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
 SHAPES = ((3, 40), (5, 65), (8, 200))
 
 
@@ -48,14 +52,18 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
             if chosen.random() < 0.1:
                 text = damaged(bytearray(text), 0, len(text), chosen)
             else:
-                inside = (header, len(content)) if chosen.random() < 0.8 else (0, header)
+                inside = (
+                    (header, len(content)) if chosen.random() < 0.8 else (0, header)
+                )
                 changed = bytearray(damaged(changed, *inside, chosen))
             (directory / "model.safetensors").write_bytes(changed)
             (directory / "config.json").write_bytes(text)
             try:
                 packed = open_packed([directory / "model.safetensors"]).packed("w")
             except (PackError, KeyError) as error:
-                if isinstance(error, KeyError) and error.args != ("w",):  # the entry itself has another name now
+                if isinstance(error, KeyError) and error.args != (
+                    "w",
+                ):  # the entry itself has another name now
                     raise
                 outcomes["refused"] += 1
                 continue
@@ -77,7 +85,9 @@ def checkpoints() -> list[tuple[bytes, str]]:
     from sparsepack.layout import pack
 
     made = []
-    for (out, columns), layout, values in itertools.product(SHAPES, ("bitmask", "nm", "dense"), WRITTEN_TYPES):
+    for (out, columns), layout, values in itertools.product(
+        SHAPES, ("bitmask", "nm", "dense"), WRITTEN_TYPES
+    ):
         weight = torch.randn(out, columns // 8 * 8 if layout == "nm" else columns)
         if layout == "nm":
             weight = weight * torch.tensor([0, 1, 1, 0]).repeat(weight.shape[1] // 4)
@@ -91,9 +101,17 @@ def checkpoints() -> list[tuple[bytes, str]]:
         packed = pack(weight * 2.0**exponents, values, layout, exponents=exponents)
         assert packed is not None
         assert (packed.levels is not None) == (layout == "bitmask" and values in GAPPED)
-        tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.stored.items()}
+        tensors = {
+            f"w.weight_{name}": tensor.contiguous()
+            for name, tensor in packed.stored.items()
+        }
         config = quantization_config({"w": PackedEntry.of(packed, torch.float32)})
-        made.append((save({**tensors, "w.weight": torch.zeros(1)}), json.dumps({"quantization_config": config})))
+        made.append(
+            (
+                save({**tensors, "w.weight": torch.zeros(1)}),
+                json.dumps({"quantization_config": config}),
+            )
+        )
     return made
 
 
@@ -101,7 +119,16 @@ def damaged(content: bytearray, first: int, last: int, chosen: random.Random) ->
     """Some bytes changed between ``first`` and ``last``: a bit, any byte, or one that is often a limit."""
     for _ in range(chosen.randint(1, 3)):
         at = chosen.randrange(first, last)
-        content[at] = chosen.choice([content[at] ^ 1 << chosen.randrange(8), chosen.randrange(256), 0, 127, 128, 255])
+        content[at] = chosen.choice(
+            [
+                content[at] ^ 1 << chosen.randrange(8),
+                chosen.randrange(256),
+                0,
+                127,
+                128,
+                255,
+            ]
+        )
     return bytes(content)
 
 
@@ -119,19 +146,28 @@ def check(packed: object) -> None:
     x = activations(3, weight.shape[1], torch.float32, 0)
     exact, slack = x.double() @ dense.double().T, bound(dense.double(), x)
     rounded = native.multiply(weight, x, rounded=True, kernel="scalar")
-    usual = exact.isfinite() & (exact.abs() < 1e37) & (slack < 1e30)  # a changed exponent may overflow fp32
+    usual = (
+        exact.isfinite() & (exact.abs() < 1e37) & (slack < 1e30)
+    )  # a changed exponent may overflow fp32
     for kernel in native.instruction_sets():
         rows = torch.empty_like(dense)
         native.unpack_rows(weight, 0, len(dense), rows, kernel=kernel)
         assert torch.equal(rows.nan_to_num(7.0), dense.nan_to_num(7.0)), kernel
-        assert bool(((native.multiply(weight, x, kernel=kernel).double() - exact).abs() <= slack)[usual].all()), kernel
+        assert bool(
+            (
+                (native.multiply(weight, x, kernel=kernel).double() - exact).abs()
+                <= slack
+            )[usual].all()
+        ), kernel
         if weight.scales is not None:
             result = native.multiply(weight, x, rounded=True, kernel=kernel)
             assert torch.equal(result.nan_to_num(7.0), rounded.nan_to_num(7.0)), kernel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--extension", type=Path, help=argparse.SUPPRESS)
@@ -143,11 +179,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         extension = built(Path(folder), compiler, "-O1", "-g", *SANITIZERS)
         libraries = [
-            subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [compiler, f"-print-file-name={name}"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
             for name in ("libasan.so", "libubsan.so")
         ]
-        options = {"LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}
-        command = [sys.executable, "-m", "tests.runtime.fuzz", "--extension", str(extension)]
+        options = {
+            "LD_PRELOAD": " ".join(map(str.strip, libraries)),
+            "ASAN_OPTIONS": "detect_leaks=0",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "tests.runtime.fuzz",
+            "--extension",
+            str(extension),
+        ]
         command += ["--files", str(arguments.files), "--seed", str(arguments.seed)]
         sys.exit(subprocess.run(command, env={**os.environ, **options}).returncode)
 

@@ -46,7 +46,9 @@ def test_version_2_by_another_writer_is_read(llama: Path, tmp_path: Path) -> Non
     tensors, config = version_2(load_file(llama / "model.safetensors"), names)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     written = json.loads((llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": config}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**written, "quantization_config": config})
+    )
     packed = sparsepack.load(tmp_path, activations="fp32")
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 3
     plain = AutoModelForCausalLM.from_pretrained(llama)

@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 import sparsepack
 from sparsellm.errors import SparseLLMError, StorageError
-from sparsellm.storage.reader import CheckpointReader, PackedReader
+from sparsellm.files.reader import CheckpointReader, PackedReader
 from sparsepack import PackError
 from sparsepack.checkpoint import manifest
 from sparsepack.errors import FormatError
 from sparsepack.files import read_object
+from tests.files.small import tensors_of
 from tests.killing import ahead_of
+from tests.method.sweep.helpers import same_bits
 from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
-from tests.storage.small import tensors_of
-from tests.sweep.helpers import same_bits
 
 UP = "model.layers.0.mlp.up_proj"
 Change = Callable[[dict[str, Any]], Any]
@@ -59,7 +59,9 @@ def change_config(directory: Path, change: Change) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def change_tensor(directory: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+def change_tensor(
+    directory: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None
+) -> None:
     """Changes one tensor, or removes it where ``change`` is None, and removes ``packed.json``."""
     (directory / "packed.json").unlink(missing_ok=True)
     file = CheckpointReader(directory).file_of(name)
@@ -73,7 +75,10 @@ def change_tensor(directory: Path, name: str, change: Callable[[torch.Tensor], t
 def refused(directory: Path, *said: str) -> None:
     """By every door, with one line; ``unpack`` leaves nothing behind."""
     out, before = directory.parent / "unpacked", sorted(directory.parent.iterdir())
-    doors = (AutoModelForCausalLM.from_pretrained, lambda path: sparsellm.unpack(path, out=out))
+    doors = (
+        AutoModelForCausalLM.from_pretrained,
+        lambda path: sparsellm.unpack(path, out=out),
+    )
     for open_it, error in zip(doors, (PackError, SparseLLMError), strict=True):
         with pytest.raises(error) as raised:
             open_it(directory)
@@ -82,7 +87,9 @@ def refused(directory: Path, *said: str) -> None:
     assert sorted(directory.parent.iterdir()) == before
 
 
-def test_a_changed_or_missing_file_is_found_by_its_checksum(packed: Path, copy: Path) -> None:
+def test_a_changed_or_missing_file_is_found_by_its_checksum(
+    packed: Path, copy: Path
+) -> None:
     victim = sorted(copy.glob("*.safetensors"))[0]
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
@@ -95,7 +102,10 @@ def test_a_changed_or_missing_file_is_found_by_its_checksum(packed: Path, copy: 
     for wrong, said in (
         ({**listed, "sha256": {"../x": digest}}, "checksums"),
         ({**listed, "sha256": {name: "0"}}, "checksums"),
-        ({**listed, "sha256": {**listed["sha256"], "x.safetensors": digest}}, "x.safetensors"),
+        (
+            {**listed, "sha256": {**listed["sha256"], "x.safetensors": digest}},
+            "x.safetensors",
+        ),
         ({**listed, "sha256": {"x" * 300: digest}}, "xxx"),
         ({**listed, "sha256": {"x\n": digest}}, "x\\n"),
         ({**listed, "sha256": {name: digest}}, "does not list"),
@@ -134,7 +144,9 @@ CONFIGS: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "said"), CONFIGS)
-def test_a_config_that_does_not_fit_is_refused(change: Change, said: str, copy: Path) -> None:
+def test_a_config_that_does_not_fit_is_refused(
+    change: Change, said: str, copy: Path
+) -> None:
     """By structure alone where ``packed.json`` does not cover ``config.json``, and by its checksum where it does."""
     listed = (copy / "packed.json").read_text()
     change_config(forget_config_digest(copy), change)
@@ -144,10 +156,14 @@ def test_a_config_that_does_not_fit_is_refused(change: Change, said: str, copy: 
         PackedReader(copy)
 
 
-def test_shards_elsewhere_and_adapters_are_not_loaded(llama: Path, tmp_path: Path) -> None:
+def test_shards_elsewhere_and_adapters_are_not_loaded(
+    llama: Path, tmp_path: Path
+) -> None:
     """transformers follows an index out of the directory, and applies an adapter that `prune` and `eval` do not see."""
     copy = Path(shutil.copytree(llama, tmp_path / "copy"))
-    names = load_file((copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors"))
+    names = load_file(
+        (copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    )
     index = {"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match="which is not in"):
@@ -158,10 +174,16 @@ def test_shards_elsewhere_and_adapters_are_not_loaded(llama: Path, tmp_path: Pat
         sparsepack.load(copy)
 
 
-def test_other_keys_of_the_config_have_no_checksum(packed: Path, llama: Path, copy: Path, tmp_path: Path) -> None:
+def test_other_keys_of_the_config_have_no_checksum(
+    packed: Path, llama: Path, copy: Path, tmp_path: Path
+) -> None:
     """Other tools rewrite them, and the order of all."""
     config = read_object(copy / "config.json")
-    changed = {**dict(reversed(config.items())), "transformers_version": "9", "dtype": "bfloat16"}
+    changed = {
+        **dict(reversed(config.items())),
+        "transformers_version": "9",
+        "dtype": "bfloat16",
+    }
     (copy / "config.json").write_text(json.dumps(changed))
     assert PackedReader(copy).entries == PackedReader(packed).entries
     change_config(copy, lambda content: content.update(comment="new"))
@@ -172,8 +194,14 @@ def test_other_keys_of_the_config_have_no_checksum(packed: Path, llama: Path, co
 
 def test_a_square_weight_described_as_transposed_is_refused(tmp_path: Path) -> None:
     source = save_tiny(prune_tiny(tiny_gpt2()), None, tmp_path / "dense")
-    directory = forget_config_digest(sparsellm.pack(source, out=tmp_path / "packed").path)
-    name = next(name for name, entry in PackedReader(directory).entries.items() if entry.shape[0] == entry.shape[1])
+    directory = forget_config_digest(
+        sparsellm.pack(source, out=tmp_path / "packed").path
+    )
+    name = next(
+        name
+        for name, entry in PackedReader(directory).entries.items()
+        if entry.shape[0] == entry.shape[1]
+    )
     change_config(directory, lambda config: config["linears"][name].pop("transposed"))
     refused(directory, name)
 
@@ -181,19 +209,30 @@ def test_a_square_weight_described_as_transposed_is_refused(tmp_path: Path) -> N
 def test_values_that_the_dense_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     model = prune_tiny(tiny_llama())
     model.get_submodule(UP).weight.data[0, 0] = 1e6
-    directory = sparsellm.pack(save_tiny(model, None, tmp_path / "dense"), out=tmp_path / "p").path
+    directory = sparsellm.pack(
+        save_tiny(model, None, tmp_path / "dense"), out=tmp_path / "p"
+    ).path
     (directory / "packed.json").unlink()
     change_config(directory, entry(dtype="float16"))
-    with pytest.raises(StorageError, match=f"{UP} has 1 values that torch.float16 cannot hold"):
+    with pytest.raises(
+        StorageError, match=f"{UP} has 1 values that torch.float16 cannot hold"
+    ):
         sparsellm.unpack(directory, out=tmp_path / "u")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "p"]
 
 
 @pytest.mark.parametrize(
     ("field", "change"),
-    [("_mask", lambda tensor: tensor ^ 1), ("_values", None), ("", None), ("", lambda tensor: torch.zeros(80, 32))],
+    [
+        ("_mask", lambda tensor: tensor ^ 1),
+        ("_values", None),
+        ("", None),
+        ("", lambda tensor: torch.zeros(80, 32)),
+    ],
 )
-def test_tensors_that_do_not_fit_are_refused_without_checksums(field: str, change: Any, copy: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused_without_checksums(
+    field: str, change: Any, copy: Path
+) -> None:
     change_tensor(copy, f"{UP}.weight{field}", change)
     refused(copy, UP)
 
@@ -201,23 +240,37 @@ def test_tensors_that_do_not_fit_are_refused_without_checksums(field: str, chang
 def test_a_shape_beyond_the_file_takes_no_memory(tmp_path: Path) -> None:
     """The row offsets of a weight without zeros are computed, 16 GiB for this shape."""
     dense = save_tiny(tiny_llama(), None, tmp_path / "dense")
-    out = forget_config_digest(sparsellm.pack(dense, out=tmp_path / "packed", values="int8").path)
+    out = forget_config_digest(
+        sparsellm.pack(dense, out=tmp_path / "packed", values="int8").path
+    )
     change_config(out, entry(shape=[2**31 - 1, 32]))
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (held + (4 << 30), before[1]))
     try:
-        with pytest.raises(StorageError, match=rf"{UP}: values is .*, too few for \(2147483647, 32\)"):
+        with pytest.raises(
+            StorageError, match=rf"{UP}: values is .*, too few for \(2147483647, 32\)"
+        ):
             sparsellm.unpack(out, out=tmp_path / "u")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.mark.parametrize("offsets", [torch.zeros(2, 3, dtype=torch.int64), torch.tensor(5), torch.ones(3)], ids=str)
-def test_damaged_offsets_of_int3_are_refused(offsets: torch.Tensor, llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "offsets",
+    [torch.zeros(2, 3, dtype=torch.int64), torch.tensor(5), torch.ones(3)],
+    ids=str,
+)
+def test_damaged_offsets_of_int3_are_refused(
+    offsets: torch.Tensor, llama: Path, tmp_path: Path
+) -> None:
     """The number of values in them is needed before the values can be read."""
     out = sparsellm.pack(llama, out=tmp_path / "packed", values="int3").path
-    name = next(name for name, entry in PackedReader(out).entries.items() if entry.layout == "bitmask")
+    name = next(
+        name
+        for name, entry in PackedReader(out).entries.items()
+        if entry.layout == "bitmask"
+    )
     change_tensor(out, f"{name}.weight_offsets", lambda _: offsets)
     refused(out, "offsets is torch")
 
@@ -227,32 +280,50 @@ def test_truncated_files_are_refused(keep: float, copy: Path) -> None:
     (copy / "packed.json").unlink()
     victim = sorted(copy.glob("*.safetensors"))[1]
     content = victim.read_bytes()
-    victim.write_bytes(content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)])
+    victim.write_bytes(
+        content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)]
+    )
     refused(copy)
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusing(path: Path, *_: Any, **__: Any) -> None:  # as for a user without rights; root reads all
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(
+        path: Path, *_: Any, **__: Any
+    ) -> None:  # as for a user without rights; root reads all
         if path.suffix == ".safetensors":
             raise PermissionError(13, "Permission denied", str(path))
 
     ahead_of(monkeypatch, Path, "open", refusing)
     refused(copy, "cannot read", ".safetensors: Permission denied")
-    with pytest.raises(FormatError, match=r"cannot read .*\.safetensors: Permission denied"):
+    with pytest.raises(
+        FormatError, match=r"cannot read .*\.safetensors: Permission denied"
+    ):
         sparsepack.load(copy)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
-def test_random_bytes_in_a_file_never_end_in_another_error(data: st.DataObject, packed: Path, copy: Path) -> None:
+def test_random_bytes_in_a_file_never_end_in_another_error(
+    data: st.DataObject, packed: Path, copy: Path
+) -> None:
     restore(copy, packed)
     (copy / "packed.json").unlink()
     victim = sorted(copy.glob("*.safetensors"))[0]
     content = bytearray(victim.read_bytes())
     header = int.from_bytes(content[:8], "little")
-    inside = data.draw(st.sampled_from([(0, 8), (8, 8 + header), (8 + header, len(content))]))
+    inside = data.draw(
+        st.sampled_from([(0, 8), (8, 8 + header), (8 + header, len(content))])
+    )
     for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(inside[0], inside[1] - 1))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(inside[0], inside[1] - 1))] = data.draw(
+            st.integers(0, 255)
+        )
     victim.write_bytes(content)
     try:
         reader = PackedReader(copy)

@@ -22,25 +22,54 @@ from tests.packed.by_hand import exponents_of, packed_of
 
 kernels = pytest.mark.skipif(native.available() is None, reason="no compiled kernels")
 
-SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+}
+SIZES |= {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def packed_model(
-    out: Path, family: str = "Llama", *, values: str = "keep", head: str = "keep", exponents: bool = False, **given: Any
+    out: Path,
+    family: str = "Llama",
+    *,
+    values: str = "keep",
+    head: str = "keep",
+    exponents: bool = False,
+    **given: Any,
 ) -> Path:
     """A packed model; ``exponents`` are those that a run has recorded for its linears."""
     torch.manual_seed(0)
-    model, configuration = {"Llama": (LlamaForCausalLM, LlamaConfig), "Qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
+    model, configuration = {
+        "Llama": (LlamaForCausalLM, LlamaConfig),
+        "Qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    }[family]
     tiny = prune_tiny(model(configuration(**{**SIZES, **given})).eval())
     source = save_tiny(tiny, tiny_tokenizer(), out / "dense")
     if exponents:
-        shapes = {name: module.weight.shape for name, module in tiny.named_modules() if name.endswith("_proj")}
+        shapes = {
+            name: module.weight.shape
+            for name, module in tiny.named_modules()
+            if name.endswith("_proj")
+        }
         linears = [
-            {"name": name, "exponents": text_of_exponents(exponents_of(shape[1])), "shape": shape, "zeros": 0}
+            {
+                "name": name,
+                "exponents": text_of_exponents(exponents_of(shape[1])),
+                "shape": shape,
+                "zeros": 0,
+            }
             for name, shape in shapes.items()
         ]
-        (source / "pruning.json").write_text(json.dumps({"values": values, "sparsity_asked": 0.5, "linears": linears}))
+        (source / "pruning.json").write_text(
+            json.dumps({"values": values, "sparsity_asked": 0.5, "linears": linears})
+        )
     return sparsellm.pack(source, out=out / "packed", values=values, head=head).path
 
 
@@ -56,9 +85,22 @@ def packed_model(
     ],
 )
 def test_logits_are_those_of_the_model(
-    family: str, tied: bool, values: str, head: str, activations: str, exponents: bool, tmp_path: Path
+    family: str,
+    tied: bool,
+    values: str,
+    head: str,
+    activations: str,
+    exponents: bool,
+    tmp_path: Path,
 ) -> None:
-    directory = packed_model(tmp_path, family, tie_word_embeddings=tied, values=values, head=head, exponents=exponents)
+    directory = packed_model(
+        tmp_path,
+        family,
+        tie_word_embeddings=tied,
+        values=values,
+        head=head,
+        exponents=exponents,
+    )
     model = sparsellm.load(directory, activations=activations)
     packed = model.get_submodule("model.layers.0.mlp.down_proj").packed
     if exponents:
@@ -67,11 +109,17 @@ def test_logits_are_those_of_the_model(
     ids = torch.randint(300, (1, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits[0]
-    close = 1e-4 if activations == "fp32" else 1e-2  # where sums differ in their order, a rounded activation may
+    close = (
+        1e-4 if activations == "fp32" else 1e-2
+    )  # where sums differ in their order, a rounded activation may
     decoder = Decoder(model, 16)
     assert torch.allclose(decoder.read(ids[:, :9]), expected[8], atol=close)
     for position in range(9, 16):
-        assert torch.allclose(decoder.step(int(ids[0, position]), position), expected[position], atol=close)
+        assert torch.allclose(
+            decoder.step(int(ids[0, position]), position),
+            expected[position],
+            atol=close,
+        )
     for token, position in ((300, 9), (-1, 9), (0, 16), (0, -1)):
         with pytest.raises(IndexError):
             decoder.step(token, position)
@@ -80,7 +128,9 @@ def test_logits_are_those_of_the_model(
 @kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_a_dense_model_is_decoded_from_its_own_weights(family: str, dtype: str, tmp_path: Path) -> None:
+def test_a_dense_model_is_decoded_from_its_own_weights(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
     """Weights are read in their dtype, sums are fp32: as the same model does in fp32, without a copy of its weights."""
     packed_model(tmp_path, family, tie_word_embeddings=family == "Qwen2")
     model = sparsellm.load(tmp_path / "dense", dtype=dtype)
@@ -88,20 +138,36 @@ def test_a_dense_model_is_decoded_from_its_own_weights(family: str, dtype: str, 
     ids = torch.randint(300, (1, 16), generator=torch.Generator().manual_seed(1))
     decoder = Decoder(model, 16)
     held = {tensor.data_ptr() for tensor in decoder._kept}
-    assert {module.weight.data_ptr() for module in model.modules() if isinstance(module, torch.nn.Linear)} <= held
+    assert {
+        module.weight.data_ptr()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    } <= held
     with torch.no_grad():
-        expected = sparsellm.load(tmp_path / "dense", dtype=dtype).float()(ids).logits[0]
-    close = 1e-4 if dtype == "float32" else 2e-2  # the prompt is read by the model's own forward, in its dtype
+        expected = (
+            sparsellm.load(tmp_path / "dense", dtype=dtype).float()(ids).logits[0]
+        )
+    close = (
+        1e-4 if dtype == "float32" else 2e-2
+    )  # the prompt is read by the model's own forward, in its dtype
     assert torch.allclose(decoder.read(ids[:, :1]), expected[0], atol=close)
     for position in range(1, 16):
-        assert torch.allclose(decoder.step(int(ids[0, position]), position), expected[position], atol=close)
+        assert torch.allclose(
+            decoder.step(int(ids[0, position]), position),
+            expected[position],
+            atol=close,
+        )
 
 
 @kernels
 def test_a_block_may_be_wider_than_the_config_says() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     mlp, wide = model.model.layers[1].mlp, torch.nn.Linear(48, 4000, bias=False)
-    mlp.gate_proj, mlp.up_proj, mlp.down_proj = wide, wide, torch.nn.Linear(4000, 48, bias=False)
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
+        wide,
+        wide,
+        torch.nn.Linear(4000, 48, bias=False),
+    )
     ids, decoder = torch.tensor([[5, 6]]), Decoder(model, 2)
     decoder.read(ids[:, :1])
     assert torch.allclose(decoder.step(6, 1), model(ids).logits[0, 1], atol=1e-4)
@@ -110,7 +176,9 @@ def test_a_block_may_be_wider_than_the_config_says() -> None:
 @kernels
 def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
     model = sparsellm.load(packed_model(tmp_path))
-    model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight[:6].clone())
+    model.model.embed_tokens.weight = torch.nn.Parameter(
+        model.model.embed_tokens.weight[:6].clone()
+    )
     decoder = Decoder(model, 4)
     decoder.read(torch.tensor([[5]]))
     with pytest.raises(IndexError, match="token 6 of 6 at position 1 of 4"):
@@ -118,7 +186,9 @@ def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
 
 
 @kernels
-def test_sampled_text_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_text_is_that_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = sparsellm.load(packed_model(tmp_path)), tiny_tokenizer()
     model.generation_config.update(top_p=0.9, min_p=0.01, repetition_penalty=1.2)
     texts = []
@@ -133,8 +203,13 @@ def test_sampled_text_is_that_of_transformers(tmp_path: Path, monkeypatch: pytes
     ids = tokenizer("The while", return_tensors="pt")["input_ids"]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        sampled = model.generate(ids, do_sample=True, temperature=1.5, max_new_tokens=12)
-    assert tokenizer.decode(sampled[0, ids.shape[1] :], skip_special_tokens=True) == texts[2][0]
+        sampled = model.generate(
+            ids, do_sample=True, temperature=1.5, max_new_tokens=12
+        )
+    assert (
+        tokenizer.decode(sampled[0, ids.shape[1] :], skip_special_tokens=True)
+        == texts[2][0]
+    )
 
 
 @kernels
@@ -162,23 +237,36 @@ def test_an_embedding_is_dense_int8_without_exponents() -> None:
     embedding = PackedEmbedding(torch.nn.Embedding(9, 64))
     for values, exponents in (("int4", None), ("int8", exponents_of(64))):
         with pytest.raises(FormatError, match="an embedding is dense, int8"):
-            embedding.set_packed(packed_of(torch.randn(9, 64), values, "dense", exponents))
+            embedding.set_packed(
+                packed_of(torch.randn(9, 64), values, "dense", exponents)
+            )
 
 
 @kernels
-def test_activations_are_chosen_by_argument_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_chosen_by_argument_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, ids = packed_model(tmp_path, values="int8"), torch.randint(300, (1, 5))
     results = {}
-    for argument, variable in (("fp32", "int8"), (None, "fp32"), ("int8", "fp32"), (None, "")):
+    for argument, variable in (
+        ("fp32", "int8"),
+        (None, "fp32"),
+        ("int8", "fp32"),
+        (None, ""),
+    ):
         monkeypatch.setenv("SPARSELLM_ACTIVATIONS", variable)
         with torch.no_grad():
-            results[argument, variable] = sparsellm.load(directory, activations=argument)(ids).logits
+            results[argument, variable] = sparsellm.load(
+                directory, activations=argument
+            )(ids).logits
     exact, rounded = results["fp32", "int8"], results["int8", "fp32"]
     assert torch.equal(exact, results[None, "fp32"])
     assert torch.equal(rounded, results[None, ""])
     assert not torch.equal(exact, rounded)
     assert torch.allclose(exact, rounded, atol=0.2)
-    with pytest.raises(SettingError, match="activations: 'int9' is unknown; choose one of int8, fp32"):
+    with pytest.raises(
+        SettingError, match="activations: 'int9' is unknown; choose one of int8, fp32"
+    ):
         sparsellm.load(directory, activations="int9")
     monkeypatch.setenv("SPARSELLM_ACTIVATIONS", "fp16")
     with pytest.raises(SettingError, match="SPARSELLM_ACTIVATIONS: 'fp16' is unknown"):
@@ -186,7 +274,9 @@ def test_activations_are_chosen_by_argument_and_environment(tmp_path: Path, monk
 
 
 @kernels
-def test_stop_strings_and_a_caller_end_both_paths_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_strings_and_a_caller_end_both_paths_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = sparsellm.load(packed_model(tmp_path)), tiny_tokenizer()
     ids = tokenizer("The while", return_tensors="pt")["input_ids"]
 
@@ -207,15 +297,22 @@ def test_stop_strings_and_a_caller_end_both_paths_alike(tmp_path: Path, monkeypa
         for begin in range(0, len(text) - 4, 3):
             for size in (1, 4):
                 stop = text[begin : begin + size]
-                if "\ufffd" in stop:  # half a character, until the next token says otherwise
+                if (
+                    "\ufffd" in stop
+                ):  # half a character, until the next token says otherwise
                     continue
                 stopped, tokens, finish = outcome(stop=(stop, "no such text"))
                 assert (stopped, finish) == (text[: text.find(stop)], "stop")
                 assert tokens < 30 or text.find(stop) + size == len(text)
         cut, tokens, finish = outcome(calls=4)
         assert text.startswith(cut)
-        assert (tokens in (5, 6), finish) == (True, "cancelled")  # transformers may ask before it hands out a token
-        model.generation_config.eos_token_id = [int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])]
+        assert (tokens in (5, 6), finish) == (
+            True,
+            "cancelled",
+        )  # transformers may ask before it hands out a token
+        model.generation_config.eos_token_id = [
+            int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
+        ]
         assert outcome()[2] == "stop"
         model.generation_config.eos_token_id = 1
 
@@ -233,5 +330,7 @@ def test_sampling_is_what_the_model_recommends_unless_asked() -> None:
     assert used(temperature=0.2, top_p=0.5) == (True, 0.2, 0.5, 20)
     assert used() == (False, None, None, None)
     model.generation_config.temperature = -1.0
-    with pytest.raises(FormatError, match="generation config of the model: temperature is"):
+    with pytest.raises(
+        FormatError, match="generation config of the model: temperature is"
+    ):
         used(temperature=None)

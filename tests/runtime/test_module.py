@@ -21,20 +21,32 @@ from tests.runtime.reference import layer_of
 
 
 def layer(values: str = "keep", *, exponents: bool = False) -> PackedLinear:
-    packed = packed_of(sparse_weight(48, 130, 0.6), values, exponents=exponents_of(130) if exponents else None)
+    packed = packed_of(
+        sparse_weight(48, 130, 0.6),
+        values,
+        exponents=exponents_of(130) if exponents else None,
+    )
     return layer_of(packed, torch.randn(48), torch.float32)
 
 
-WITH_EXPONENTS = [*((values, False) for values in VALUE_TYPES), ("int8", True), ("int4", True)]
+WITH_EXPONENTS = [
+    *((values, False) for values in VALUE_TYPES),
+    ("int8", True),
+    ("int4", True),
+]
 
 
 @pytest.mark.parametrize(("values", "exponents"), WITH_EXPONENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_is_that_of_the_dense_weight(values: str, exponents: bool, dtype: torch.dtype) -> None:
+def test_product_is_that_of_the_dense_weight(
+    values: str, exponents: bool, dtype: torch.dtype
+) -> None:
     """In fp64; fp32 sums and one rounding to the output's type are what may differ."""
     packed = layer(values, exponents=exponents).packed
     dense = unpack(packed).double().t()
-    bound = 2e-6 if dtype == torch.float32 else 2.0**-7  # bf16 rounds weight and result to 8 bits
+    bound = (
+        2e-6 if dtype == torch.float32 else 2.0**-7
+    )  # bf16 rounds weight and result to 8 bits
     for tokens in (1, 16, 17, 40):
         x = torch.randn(tokens, 130).to(dtype)
         product = multiply(packed, x)
@@ -44,14 +56,18 @@ def test_product_is_that_of_the_dense_weight(values: str, exponents: bool, dtype
 
 
 @pytest.mark.parametrize("tile", [1, 130 * 7, 130 * 100, 1 << 20])
-def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_do_not_change_the_product(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runtime_module, "_kernels", lambda device: None)
     monkeypatch.setattr(runtime_module, "TILE", tile)
     weight, x = sparse_weight(148, 130, 0.6), torch.randn(20, 130)
     assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
 
 
-def test_small_batches_go_to_the_kernel_large_ones_use_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_batches_go_to_the_kernel_large_ones_use_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def product(packed: PackedWeight, x: Tensor, **_: bool) -> Tensor:
@@ -62,11 +78,17 @@ def test_small_batches_go_to_the_kernel_large_ones_use_tiles(monkeypatch: pytest
         asked.append(("rows", last - first))
         out.copy_(unpack(packed, out.dtype)[first:last])
 
-    kernels = SimpleNamespace(multiply=product, unpack_rows=rows, available=lambda: "abacus")
+    kernels = SimpleNamespace(
+        multiply=product, unpack_rows=rows, available=lambda: "abacus"
+    )
     monkeypatch.setattr(runtime_module, "_kernels", lambda device: kernels)
     module = layer()
     dense = copy.deepcopy(module).to_dense()
-    for tokens, called in ((1, ("multiply", 1)), (16, ("multiply", 16)), (17, ("rows", 48))):
+    for tokens, called in (
+        (1, ("multiply", 1)),
+        (16, ("multiply", 16)),
+        (17, ("rows", 48)),
+    ):
         asked.clear()
         x = torch.randn(tokens, 130)
         assert torch.allclose(module(x), dense(x), atol=1e-5)
@@ -79,13 +101,20 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
     module, x = layer(), torch.randn(shape)
     assert module(x).shape == (*shape[:-1], 48)
     assert torch.allclose(module(x), module.to_dense()(x), atol=1e-5)
-    assert torch.allclose(module.double()(x.double()), module.to_dense()(x.double()), atol=1e-12)  # no kernel: fp64
+    assert torch.allclose(
+        module.double()(x.double()), module.to_dense()(x.double()), atol=1e-12
+    )  # no kernel: fp64
 
 
 def test_dtype_changes_leave_the_values_alone() -> None:
     module = layer("fp32").type(torch.float32)
     before = unpack(module.packed)
-    for changed in (module.bfloat16(), module.half(), module.double(), module.to(torch.bfloat16)):
+    for changed in (
+        module.bfloat16(),
+        module.half(),
+        module.double(),
+        module.to(torch.bfloat16),
+    ):
         assert changed is module
         assert torch.equal(unpack(module.packed), before)
         assert module.weight_values.dtype == torch.float32  # type: ignore[union-attr]
@@ -96,7 +125,9 @@ def test_dtype_changes_leave_the_values_alone() -> None:
 
 
 @pytest.mark.parametrize(("values", "exponents"), WITH_EXPONENTS)
-def test_state_goes_into_a_layer_that_holds_another_weight(values: str, exponents: bool) -> None:
+def test_state_goes_into_a_layer_that_holds_another_weight(
+    values: str, exponents: bool
+) -> None:
     module, other = layer(values, exponents=exponents), PackedLinear(130, 48)
     other.set_packed(packed_of(sparse_weight(48, 130, 0.9, seed=5)))
     result = other.load_state_dict(module.state_dict())
@@ -118,8 +149,12 @@ def test_damaged_state_is_refused_and_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match="first offset is 1"):
         module.load_state_dict(state)
     assert torch.equal(unpack(module.packed), before)
-    with pytest.raises(RuntimeError, match="mask, values and offsets are loaded together"):
-        module.load_state_dict({"weight_mask": state["weight_mask"].roll(1, 0)}, strict=False)
+    with pytest.raises(
+        RuntimeError, match="mask, values and offsets are loaded together"
+    ):
+        module.load_state_dict(
+            {"weight_mask": state["weight_mask"].roll(1, 0)}, strict=False
+        )
     assert torch.equal(unpack(module.packed), before)
     with pytest.raises(RuntimeError, match="weight_mask"):
         module.load_state_dict({"weight": torch.zeros(1), "bias": torch.zeros(48)})
@@ -133,8 +168,12 @@ def test_a_layer_without_a_weight_says_so() -> None:
         PackedLinear(8, 8).set_packed(layer().packed)
 
 
-@pytest.mark.parametrize(("values", "exponents"), [("bf16", False), ("int8", True), ("int4", True)])
-def test_gradient_of_the_input_is_that_of_the_dense_layer(values: str, exponents: bool) -> None:
+@pytest.mark.parametrize(
+    ("values", "exponents"), [("bf16", False), ("int8", True), ("int4", True)]
+)
+def test_gradient_of_the_input_is_that_of_the_dense_layer(
+    values: str, exponents: bool
+) -> None:
     module = layer(values, exponents=exponents)
     module.requires_grad_(False)
     dense = copy.deepcopy(module).to_dense()
@@ -146,7 +185,9 @@ def test_gradient_of_the_input_is_that_of_the_dense_layer(values: str, exponents
 
 
 def test_a_compiled_model_computes_the_same() -> None:
-    model = nn.Sequential(layer(), nn.ReLU(), layer_of(packed_of(sparse_weight(16, 48, 0.5), "int4")))
+    model = nn.Sequential(
+        layer(), nn.ReLU(), layer_of(packed_of(sparse_weight(16, 48, 0.5), "int4"))
+    )
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         for tokens in (1, 20):
@@ -156,24 +197,43 @@ def test_a_compiled_model_computes_the_same() -> None:
 
 def in_one_block(parts: list[Tensor]) -> bool:
     ends = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
-    return all(0 <= start - end < 64 for (_, end), (start, _) in itertools.pairwise(ends))
+    return all(
+        0 <= start - end < 64 for (_, end), (start, _) in itertools.pairwise(ends)
+    )
 
 
 def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
-    model = nn.Sequential(layer_of(packed_of(sparse_weight(1024, 4096, 0.5))), nn.ReLU(), layer("int8"))
+    model = nn.Sequential(
+        layer_of(packed_of(sparse_weight(1024, 4096, 0.5))), nn.ReLU(), layer("int8")
+    )
     shared = PackedLinear(4096, 1024)
     shared.set_packed(model[0].packed)  # as a head that is the embedding
     model.append(shared)
-    before = [(module, module.packed.mask.clone(), module.packed.values.clone()) for module in (model[0], model[2])]
+    before = [
+        (module, module.packed.mask.clone(), module.packed.values.clone())
+        for module in (model[0], model[2])
+    ]
     runtime_module.gather(model)
     for module, mask, values in before:
         assert torch.equal(module.packed.mask, mask)
         assert torch.equal(module.packed.values, values)
-    parts = [part for module in (model[0], model[2]) for part in (module.weight_mask, module.weight_values)]
+    parts = [
+        part
+        for module in (model[0], model[2])
+        for part in (module.weight_mask, module.weight_values)
+    ]
     assert in_one_block(parts)
-    assert len(pickle.dumps(model[2])) < 2 * model[2].packed.nbytes  # not the whole block
+    assert (
+        len(pickle.dumps(model[2])) < 2 * model[2].packed.nbytes
+    )  # not the whole block
     assert shared.weight_values.data_ptr() == model[0].weight_values.data_ptr()
-    dense = nn.ModuleDict({"embedding": nn.Embedding(1024, 2048), "head": nn.Linear(2048, 1024), "norm": nn.RMSNorm(9)})
+    dense = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(1024, 2048),
+            "head": nn.Linear(2048, 1024),
+            "norm": nn.RMSNorm(9),
+        }
+    )
     dense["head"].weight = dense["embedding"].weight
     number = dense["head"].weight[5, 7].item()
     runtime_module.gather(dense, dense=True)

@@ -15,9 +15,18 @@ from sparsepack.layout import pack, unpack
 from sparsepack.module import threads_set
 from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
 from tests.runtime.extension import child
-from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, integer_product, random_weight
+from tests.runtime.reference import (
+    FLOATS,
+    VALUE_TYPES,
+    activations,
+    bound,
+    integer_product,
+    random_weight,
+)
 
-pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="no compiled kernels")
+pytestmark = pytest.mark.skipif(
+    not native.instruction_sets(), reason="no compiled kernels"
+)
 
 every_kernel = pytest.mark.parametrize("kernel", native.instruction_sets())
 
@@ -34,9 +43,18 @@ every_kernel = pytest.mark.parametrize("kernel", native.instruction_sets())
     data=st.data(),
 )
 def test_any_shape_is_multiplied_and_unpacked(
-    kernel: str, value_type: str, out: int, columns: int, sparsity: float, tokens: int, dtype: torch.dtype, data: Any
+    kernel: str,
+    value_type: str,
+    out: int,
+    columns: int,
+    sparsity: float,
+    tokens: int,
+    dtype: torch.dtype,
+    data: Any,
 ) -> None:
-    packed, dense = random_weight(out, columns, value_type, sparsity, out + columns, special_rows=False)
+    packed, dense = random_weight(
+        out, columns, value_type, sparsity, out + columns, special_rows=False
+    )
     x = activations(tokens, columns, dtype, columns)
     y = native.multiply(packed, x, kernel=kernel)
     assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
@@ -51,10 +69,14 @@ def test_any_shape_is_multiplied_and_unpacked(
 @every_kernel
 @pytest.mark.parametrize("value_type", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_rows_are_converted_as_torch_does(kernel: str, value_type: str, dtype: torch.dtype) -> None:
+def test_rows_are_converted_as_torch_does(
+    kernel: str, value_type: str, dtype: torch.dtype
+) -> None:
     """Ties, subnormal numbers, overflow, infinities and NaN, in rows long enough for every loop."""
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
-    numbers = (bits << 16 | torch.tensor([0, 0x7FFF, 0x8000, 0x8001]).repeat(1 << 14).int()).view(torch.float32)
+    numbers = (
+        bits << 16 | torch.tensor([0, 0x7FFF, 0x8000, 0x8001]).repeat(1 << 14).int()
+    ).view(torch.float32)
     dense = numbers.to(FLOATS[value_type]).view(64, 1024)
     kept = dense != 0
     packed = pack(kept.to(dense.dtype), layout="bitmask")
@@ -69,7 +91,9 @@ def test_rows_are_converted_as_torch_does(kernel: str, value_type: str, dtype: t
 
 @every_kernel
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
-def test_neither_threads_nor_other_tokens_change_a_bit(kernel: str, value_type: str) -> None:
+def test_neither_threads_nor_other_tokens_change_a_bit(
+    kernel: str, value_type: str
+) -> None:
     packed, _ = random_weight(203, 1111, value_type, 0.6, seed=1)
     x = activations(16, 1111, torch.float32, seed=2)
     for rounded in (False, True):
@@ -83,7 +107,13 @@ def test_neither_threads_nor_other_tokens_change_a_bit(kernel: str, value_type: 
 
 
 INTEGERS = pytest.mark.parametrize("value_type", ["int8", "int4"])
-INTEGER_SHAPES = ((1, 1, 0.5, 32), (2, 33, 0.3, 32), (5, 64, -1, 32), (11, 197, 0.7, 64), (37, 1030, 0.5, 128))
+INTEGER_SHAPES = (
+    (1, 1, 0.5, 32),
+    (2, 33, 0.3, 32),
+    (5, 64, -1, 32),
+    (11, 197, 0.7, 64),
+    (37, 1030, 0.5, 128),
+)
 
 
 @every_kernel
@@ -91,10 +121,17 @@ INTEGER_SHAPES = ((1, 1, 0.5, 32), (2, 33, 0.3, 32), (5, 64, -1, 32), (11, 197, 
 def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> None:
     """With scales that are powers of two nothing is rounded, and every bit is that of the formula."""
     for out, columns, sparsity, group in INTEGER_SHAPES:
-        packed, _ = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
+        packed, _ = random_weight(
+            out, columns, value_type, sparsity, seed=columns, group=group
+        )
         assert packed.scales is not None
-        packed = dataclasses.replace(packed, scales=torch.exp2(packed.scales.float().mul(2).round()).to(packed.scales))
-        x = torch.randint(-127, 128, (16, columns), generator=torch.Generator().manual_seed(out)).float()
+        packed = dataclasses.replace(
+            packed,
+            scales=torch.exp2(packed.scales.float().mul(2).round()).to(packed.scales),
+        )
+        x = torch.randint(
+            -127, 128, (16, columns), generator=torch.Generator().manual_seed(out)
+        ).float()
         x[:, ::4] = 127
         x *= torch.exp2(torch.arange(columns) // 4 % 4)
         for tokens in (1, 2, 7, 16):
@@ -105,41 +142,70 @@ def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> N
 @every_kernel
 @INTEGERS
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_rounded_products_have_the_same_bits_everywhere(kernel: str, value_type: str, dtype: torch.dtype) -> None:
+def test_rounded_products_have_the_same_bits_everywhere(
+    kernel: str, value_type: str, dtype: torch.dtype
+) -> None:
     for out, columns, sparsity, group in INTEGER_SHAPES:
-        packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
+        packed, dense = random_weight(
+            out, columns, value_type, sparsity, seed=columns, group=group
+        )
         x = activations(16, columns, dtype, seed=out)
         exact = native.multiply(packed, x.float(), rounded=True, kernel="scalar")
         slack = bound(dense, x.float()) + 2.0**-20 * (x.double().abs() @ dense.abs().T)
-        assert bool(((exact.double() - integer_product(packed, x)).abs() <= slack).all())
+        assert bool(
+            ((exact.double() - integer_product(packed, x)).abs() <= slack).all()
+        )
         expected = exact.to(dtype)
         for tokens in (1, 3, 16):
-            assert torch.equal(native.multiply(packed, x[:tokens], rounded=True, kernel=kernel), expected[:tokens])
+            assert torch.equal(
+                native.multiply(packed, x[:tokens], rounded=True, kernel=kernel),
+                expected[:tokens],
+            )
 
 
 @every_kernel
 @INTEGERS
-def test_activations_not_finite_or_very_small_are_rounded(kernel: str, value_type: str) -> None:
+def test_activations_not_finite_or_very_small_are_rounded(
+    kernel: str, value_type: str
+) -> None:
     packed, _ = random_weight(9, 100, value_type, 0.5, seed=3, special_rows=False)
     x = activations(3, 100, torch.float32, seed=4)
     x[0, 40], x[1, 99], x[2, :66] = float("inf"), float("nan"), 1e-40
     y = native.multiply(packed, x, rounded=True, kernel=kernel)
     assert bool(y[:2].isnan().all())
     x[2, :66] = 0
-    assert torch.equal(y[2:], native.multiply(packed, x[2:], rounded=True, kernel=kernel))
+    assert torch.equal(
+        y[2:], native.multiply(packed, x[2:], rounded=True, kernel=kernel)
+    )
 
 
 @every_kernel
 @INTEGERS
-@pytest.mark.parametrize(("rows", "columns", "sparsity"), [(5, 40, 0.5), (9, 130, 0.0), (16, 320, 0.8)])
-def test_exponents_scale_inputs_first(kernel: str, value_type: str, rows: int, columns: int, sparsity: float) -> None:
-    packed = packed_of(sparse_weight(rows, columns, sparsity), value_type, "auto", exponents_of(columns))
+@pytest.mark.parametrize(
+    ("rows", "columns", "sparsity"), [(5, 40, 0.5), (9, 130, 0.0), (16, 320, 0.8)]
+)
+def test_exponents_scale_inputs_first(
+    kernel: str, value_type: str, rows: int, columns: int, sparsity: float
+) -> None:
+    packed = packed_of(
+        sparse_weight(rows, columns, sparsity),
+        value_type,
+        "auto",
+        exponents_of(columns),
+    )
     plain, x = dataclasses.replace(packed, exponents=None), torch.randn(3, columns)
     for dtype, roundings in ((torch.float32, (False, True)), (torch.bfloat16, (True,))):
         scaled = x.to(dtype).float() * 2.0 ** exponents_of(columns)
         for rounded in roundings:
-            product = native.multiply(packed, x.to(dtype), rounded=rounded, kernel=kernel)
-            assert torch.equal(product, native.multiply(plain, scaled, rounded=rounded, kernel=kernel).to(dtype))
+            product = native.multiply(
+                packed, x.to(dtype), rounded=rounded, kernel=kernel
+            )
+            assert torch.equal(
+                product,
+                native.multiply(plain, scaled, rounded=rounded, kernel=kernel).to(
+                    dtype
+                ),
+            )
         dense = torch.empty(rows, columns, dtype=dtype)
         native.unpack_rows(packed, 0, rows, dense, kernel=kernel)
         assert torch.equal(dense, unpack(packed).to(dtype))
@@ -165,13 +231,17 @@ def test_infinite_activations_reach_rows_that_keep_their_column(kernel: str) -> 
 
 @every_kernel
 def test_subnormal_and_large_halves(kernel: str) -> None:
-    numbers = torch.tensor([2.0**-24, -(2.0**-15), 2.0**-14, 65504.0, -65504.0, 1.0]).half()
+    numbers = torch.tensor(
+        [2.0**-24, -(2.0**-15), 2.0**-14, 65504.0, -65504.0, 1.0]
+    ).half()
     packed, dense = random_weight(1, 6, "fp16", 0.0, seed=0, special_rows=False)
     packed, dense = dataclasses.replace(packed, values=numbers), numbers.double()[None]
     for column in range(6):
         x = torch.zeros(1, 6)
         x[0, column] = 1.5
-        assert torch.equal(native.multiply(packed, x, kernel=kernel).double(), x.double() @ dense.T)
+        assert torch.equal(
+            native.multiply(packed, x, kernel=kernel).double(), x.double() @ dense.T
+        )
 
 
 @every_kernel
@@ -180,7 +250,11 @@ def test_halves_that_are_not_finite(kernel: str) -> None:
     values = torch.ones(4, 6).half()
     values[0, 1], values[1, 2], values[2, 3] = float("inf"), float("nan"), float("-inf")
     with torch.device("meta"):  # a default device other than the CPU
-        y = native.multiply(dataclasses.replace(packed, values=values.view(-1)), values.new_ones(1, 6), kernel=kernel)
+        y = native.multiply(
+            dataclasses.replace(packed, values=values.view(-1)),
+            values.new_ones(1, 6),
+            kernel=kernel,
+        )
     assert torch.equal(y[0].nan_to_num(7.0), values.sum(dim=1).nan_to_num(7.0))
 
 
@@ -198,11 +272,22 @@ def test_flushing_subnormals_in_torch_changes_nothing() -> None:
 
 def test_results_are_rounded_to_nearest_even() -> None:
     packed, _ = random_weight(1, 2, "fp32", 0.0, seed=0, special_rows=False)
-    weights = [0.0, 1e-6, 2.0**-14 - 2.0**-26, 65519.0, 65520.0, 3.3e38, *torch.linspace(-3, 3, 110).tolist()]
+    weights = [
+        0.0,
+        1e-6,
+        2.0**-14 - 2.0**-26,
+        65519.0,
+        65520.0,
+        3.3e38,
+        *torch.linspace(-3, 3, 110).tolist(),
+    ]
     for dtype in (torch.bfloat16, torch.float16):
         for weight in weights:
             value = torch.tensor([weight, 0.0])
-            y = native.multiply(dataclasses.replace(packed, values=value), torch.tensor([[1.0, 0.0]], dtype=dtype))
+            y = native.multiply(
+                dataclasses.replace(packed, values=value),
+                torch.tensor([[1.0, 0.0]], dtype=dtype),
+            )
             assert torch.equal(y.view(1), value[:1].to(dtype))
 
 
@@ -239,7 +324,9 @@ def test_forked_children_and_python_threads_multiply() -> None:
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = random_weight(5, 70, "int8", 0.5, seed=1)
-    monkeypatch.setattr(native, "available", native.available.__wrapped__)  # it is remembered
+    monkeypatch.setattr(
+        native, "available", native.available.__wrapped__
+    )  # it is remembered
     monkeypatch.setenv("SPARSELLM_KERNEL", "")
     assert native.available() == native.instruction_sets()[0]
     monkeypatch.setenv("SPARSELLM_KERNEL", "scalar")
@@ -272,4 +359,9 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_activations_that_are_not_contiguous() -> None:
     packed, dense = random_weight(5, 70, "fp32", 0.5, seed=1)
     x = activations(70, 2, torch.float32, seed=2).T
-    assert bool(((native.multiply(packed, x).double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
+    assert bool(
+        (
+            (native.multiply(packed, x).double() - x.double() @ dense.T).abs()
+            <= bound(dense, x)
+        ).all()
+    )

@@ -23,7 +23,9 @@ from tests.runtime.reference import VALUE_TYPES, activations, bound, random_weig
 
 pytestmark = [
     pytest.mark.skipif(not native.instruction_sets(), reason="no compiled kernels"),
-    pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through mprotect of Linux"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="pages are protected through mprotect of Linux"
+    ),
 ]
 
 
@@ -42,16 +44,27 @@ class Guarded:
         self.maps.append(memory)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         for guard in (address, address + page + body):
-            assert self.libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+            assert (
+                self.libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0)
+                == 0
+            )
         if size == 0:
             return tensor
         start = page + (body - size if self.at_end else 0)
-        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+        copy = torch.frombuffer(
+            memory, dtype=tensor.dtype, count=tensor.numel(), offset=start
+        ).view(tensor.shape)
         return copy.copy_(tensor)
 
     def weight(self, packed: PackedWeight) -> PackedWeight:
-        tensors = {name: getattr(packed, name) for name in ("mask", "values", "offsets", "scales")}
-        return dataclasses.replace(packed, **{n: None if t is None else self.copy(t) for n, t in tensors.items()})
+        tensors = {
+            name: getattr(packed, name)
+            for name in ("mask", "values", "offsets", "scales")
+        }
+        return dataclasses.replace(
+            packed,
+            **{n: None if t is None else self.copy(t) for n, t in tensors.items()},
+        )
 
 
 SHAPES = ((1, 1, False), (3, 7, False), (5, 65, True), (9, 200, False), (6, 513, True))
@@ -61,29 +74,51 @@ def run(kernel: str, at_end: bool) -> None:
     """Called in the child."""
     guarded = Guarded(at_end)
     library, index = native._kernel(kernel)
-    for value_type, (out, columns, special_rows) in itertools.product(VALUE_TYPES, (*SHAPES, (4, 130, None))):
+    for value_type, (out, columns, special_rows) in itertools.product(
+        VALUE_TYPES, (*SHAPES, (4, 130, None))
+    ):
         sparsity = 0.4 if special_rows is not None else -1  # the layout dense
-        packed, dense = random_weight(out, columns, value_type, sparsity, out, special_rows=bool(special_rows))
+        packed, dense = random_weight(
+            out, columns, value_type, sparsity, out, special_rows=bool(special_rows)
+        )
         held = guarded.weight(packed)
         address = (index, *native.addresses(held))
-        for tokens, dtype in itertools.product((1, 3, 8, 16), (torch.float32, torch.bfloat16)):
+        for tokens, dtype in itertools.product(
+            (1, 3, 8, 16), (torch.float32, torch.bfloat16)
+        ):
             x = guarded.copy(activations(tokens, columns, dtype, seed=tokens))
             y = guarded.copy(torch.zeros(tokens, out, dtype=dtype))
-            arguments = (tokens, native._ACTIVATIONS[dtype], x.data_ptr(), y.data_ptr(), 2)
+            arguments = (
+                tokens,
+                native._ACTIVATIONS[dtype],
+                x.data_ptr(),
+                y.data_ptr(),
+                2,
+            )
             library.multiply(*address, *arguments, 0)
-            assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
+            assert bool(
+                ((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all()
+            )
             if value_type in ("int8", "int4"):
                 library.multiply(*address, *arguments, 1)
-                assert torch.equal(y, native.multiply(packed, x, rounded=True, kernel="scalar"))
+                assert torch.equal(
+                    y, native.multiply(packed, x, rounded=True, kernel="scalar")
+                )
         for dtype in (torch.float32, torch.bfloat16):
             rows = guarded.copy(torch.zeros(out, columns, dtype=dtype))
             native.unpack_rows(held, 0, out, rows, kernel=kernel)
             assert torch.equal(rows, dense.float().to(dtype))
-    for (out, inputs), levels in itertools.product(((1, 1), (70, 3), (64, 64)), (PLAIN["int4"], GAPPED["int3"])):
+    for (out, inputs), levels in itertools.product(
+        ((1, 1), (70, 3), (64, 64)), (PLAIN["int4"], GAPPED["int3"])
+    ):
         parts = [guarded.copy(torch.ones(inputs, out)) for _ in range(4)]
         parts.append(guarded.copy(torch.eye(inputs)))
-        with patch.object(torch, "empty_like", lambda tensor: guarded.copy(torch.zeros_like(tensor))):
-            moves, gains = native.round_panel(tuple(parts), levels, torch.float16, zero=False, first=at_end)
+        with patch.object(
+            torch, "empty_like", lambda tensor: guarded.copy(torch.zeros_like(tensor))
+        ):
+            moves, gains = native.round_panel(
+                tuple(parts), levels, torch.float16, zero=False, first=at_end
+            )
         assert bool(moves.isfinite().all() & gains.isfinite().all())
 
 

@@ -16,7 +16,9 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
 CONTEXT = 8192
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+)
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +41,14 @@ def greedy(model: PreTrainedModel) -> Callable[[str, int], str]:
 
     def text(prompt: str, tokens: int) -> str:
         ids = tiny_tokenizer()(prompt, return_tensors="pt")["input_ids"]
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
-        return str(tiny_tokenizer().decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+        )  # type: ignore[operator]
+        return str(
+            tiny_tokenizer().decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        )
 
     return text

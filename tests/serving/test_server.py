@@ -40,14 +40,34 @@ LONG = 8000  # tokens: seconds in which something can happen
 
 
 @contextmanager
-def serving(directory: Path, *options: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(
+    directory: Path, *options: object, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process and its URL."""
-    command = [sys.executable, "-m", "sparsellm", "serve", str(directory), "--port", "0", *map(str, options)]
+    command = [
+        sys.executable,
+        "-m",
+        "sparsellm",
+        "serve",
+        str(directory),
+        "--port",
+        "0",
+        *map(str, options),
+    ]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=variables
+    )
     assert process.stderr is not None
     try:
-        yield process, next(match[0] for line in process.stderr if (match := re.search(r"http://[^,]+/v1", line)))
+        yield (
+            process,
+            next(
+                match[0]
+                for line in process.stderr
+                if (match := re.search(r"http://[^,]+/v1", line))
+            ),
+        )
     finally:
         process.kill()
         process.wait()
@@ -56,7 +76,17 @@ def serving(directory: Path, *options: object, **environment: str) -> Iterator[t
 
 @pytest.fixture(scope="module")
 def url(packed: Path) -> Iterator[str]:
-    limits = ("--max-tokens", LONG, "--queue", 1, "--max-body", MOST, "--name", "tiny", "--quiet")
+    limits = (
+        "--max-tokens",
+        LONG,
+        "--queue",
+        1,
+        "--max-body",
+        MOST,
+        "--name",
+        "tiny",
+        "--quiet",
+    )
     with serving(packed, *limits, SPARSELLM_API_KEY=KEY) as (_, address):
         yield address
 
@@ -76,24 +106,45 @@ def health(url: str) -> Any:
 
 
 def test_chat_is_the_greedy_text_of_transformers(client: OpenAI, greedy: Any) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=ASKED, max_completion_tokens=24, tool_choice="auto")
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASKED, max_completion_tokens=24, tool_choice="auto"
+    )
     (choice,) = answer.choices
     assert choice.message.content == greedy(TEMPLATED, 24)
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(tiny_tokenizer()(TEMPLATED)["input_ids"])
-    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (24, 24 + answer.usage.prompt_tokens)
-    assert [model.id for model in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
-    with pytest.raises(openai.NotFoundError, match="model is 'other/one'; this server has 'tiny'"):
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        24,
+        24 + answer.usage.prompt_tokens,
+    )
+    assert (
+        [model.id for model in client.models.list()]
+        == [client.models.retrieve("tiny").id]
+        == ["tiny"]
+    )
+    with pytest.raises(
+        openai.NotFoundError, match="model is 'other/one'; this server has 'tiny'"
+    ):
         client.models.retrieve("other/one")
 
 
 def test_a_stream_has_the_text_in_pieces_and_usage(client: OpenAI, greedy: Any) -> None:
-    how: Any = {"max_tokens": 24, "stream": True, "stream_options": {"include_usage": True}}
-    chunks: Any = list(client.chat.completions.create(model="tiny", messages=ASKED, **how))
+    how: Any = {
+        "max_tokens": 24,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    chunks: Any = list(
+        client.chat.completions.create(model="tiny", messages=ASKED, **how)
+    )
     *pieces, end, usage = chunks
-    assert [piece.choices[0].delta.role for piece in pieces] == ["assistant"] + [None] * (len(pieces) - 1)
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == greedy(TEMPLATED, 24)
+    assert [piece.choices[0].delta.role for piece in pieces] == ["assistant"] + [
+        None
+    ] * (len(pieces) - 1)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == greedy(
+        TEMPLATED, 24
+    )
     assert len(pieces) > 5
     assert {piece.choices[0].finish_reason for piece in pieces} == {None}
     assert end.choices[0].finish_reason == "length"
@@ -107,7 +158,9 @@ def test_completions_take_text_and_a_list_of_one(client: OpenAI, greedy: Any) ->
     for prompt in (PROMPT, [PROMPT]):
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=16)
         assert answer.choices[0].text == greedy(PROMPT, 16)
-    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=16, stream=True)
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=16, stream=True
+    )
     assert "".join(chunk.choices[0].text for chunk in stream) == greedy(PROMPT, 16)
 
 
@@ -115,31 +168,51 @@ def test_stop_strings_end_the_text_before_them(client: OpenAI, greedy: Any) -> N
     text = greedy(PROMPT, 48)
     stops = [text[20:24], text[12:15], "not there", "nor there"]
     expected = text[: min(text.find(stop) for stop in stops[:2])]
-    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=48, stop=stops)
-    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "stop")
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=48, stop=stops
+    )
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (
+        expected,
+        "stop",
+    )
     assert answer.usage is not None
     assert answer.usage.completion_tokens < 48
-    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=48, stop=stops[1], stream=True)
-    assert "".join(chunk.choices[0].text for chunk in stream) == text[: text.find(stops[1])]
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=48, stop=stops[1], stream=True
+    )
+    assert (
+        "".join(chunk.choices[0].text for chunk in stream)
+        == text[: text.find(stops[1])]
+    )
 
 
 def test_a_seed_repeats_a_sample_and_none_does_not(client: OpenAI) -> None:
     def sample(**seed: int) -> str:
         how: Any = {"temperature": 1.5, "top_p": 0.95, **seed}
-        return client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, **how).choices[0].text
+        return (
+            client.completions.create(model="tiny", prompt=PROMPT, max_tokens=24, **how)
+            .choices[0]
+            .text
+        )
 
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     assert sample() != sample()
 
 
-def test_two_clients_at_once_get_what_each_asked_for(client: OpenAI, greedy: Any) -> None:
+def test_two_clients_at_once_get_what_each_asked_for(
+    client: OpenAI, greedy: Any
+) -> None:
     def ask(prompt: str) -> str:
-        stream = client.completions.create(model="tiny", prompt=prompt, max_tokens=200, stream=True)
+        stream = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=200, stream=True
+        )
         return "".join(chunk.choices[0].text for chunk in stream)
 
     prompts = (PROMPT, "Another text")
     with ThreadPoolExecutor(2) as clients:
-        assert list(clients.map(ask, prompts)) == [greedy(prompt, 200) for prompt in prompts]
+        assert list(clients.map(ask, prompts)) == [
+            greedy(prompt, 200) for prompt in prompts
+        ]
 
 
 def wait_until(done: Any) -> None:
@@ -150,23 +223,36 @@ def wait_until(done: Any) -> None:
     raise AssertionError("it did not happen within half a minute")
 
 
-def test_a_disconnect_ends_generation_and_frees_the_queue(url: str, client: OpenAI, greedy: Any) -> None:
+def test_a_disconnect_ends_generation_and_frees_the_queue(
+    url: str, client: OpenAI, greedy: Any
+) -> None:
     before = health(url)
-    stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=LONG, stream=True)
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=LONG, stream=True
+    )
     next(iter(stream))
     with ThreadPoolExecutor(1) as others:
-        waiting = others.submit(client.completions.create, model="tiny", prompt=PROMPT, max_tokens=8)
+        waiting = others.submit(
+            client.completions.create, model="tiny", prompt=PROMPT, max_tokens=8
+        )
         wait_until(lambda: health(url)["waiting"] == 1)
-        with pytest.raises(openai.InternalServerError, match="and 1 requests wait") as refused:
+        with pytest.raises(
+            openai.InternalServerError, match="and 1 requests wait"
+        ) as refused:
             client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8)
-        assert (refused.value.status_code, refused.value.response.headers["Retry-After"]) == (503, "1")
+        assert (
+            refused.value.status_code,
+            refused.value.response.headers["Retry-After"],
+        ) == (503, "1")
         stream.close()
         assert waiting.result().choices[0].text == greedy(PROMPT, 8)
     after = health(url)
     assert after["cancelled"] == before["cancelled"] + 1
     assert after["tokens"] - before["tokens"] < LONG
     with pytest.raises(openai.APITimeoutError):  # the client of a whole answer goes too
-        client.with_options(timeout=0.3).completions.create(model="tiny", prompt=PROMPT, max_tokens=LONG)
+        client.with_options(timeout=0.3).completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=LONG
+        )
     wait_until(lambda: health(url)["cancelled"] == before["cancelled"] + 2)
     assert health(url)["running"] == 0
 
@@ -182,35 +268,72 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": ASKED, "max_tokens": "8"}, 400, "max_tokens is '8'"),
     ({"messages": ASKED, "max_tokens": LONG + 1}, 400, f"at most {LONG} tokens"),
     ({"messages": ASKED, "stop": list("abcde")}, 400, "at most 4 items"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role is 'tool'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+    (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        400,
+        "messages.0.role is 'tool'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages.0.content",
+    ),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "x", "name": "\ud800"}]}, 400, "messages.0.name"),
-    ({"messages": ASKED, "model": "gpt-4"}, 404, "model is 'gpt-4'; this server has 'tiny'"),
+    (
+        {"messages": [{"role": "user", "content": "x", "name": "\ud800"}]},
+        400,
+        "messages.0.name",
+    ),
+    (
+        {"messages": ASKED, "model": "gpt-4"},
+        404,
+        "model is 'gpt-4'; this server has 'tiny'",
+    ),
     ({"messages": [{"role": "user", "content": "x" * MOST}]}, 413, f"at most {MOST}"),
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "said"), REFUSED, ids=[said for _, _, said in REFUSED])
-def test_a_bad_body_is_one_line_that_names_it(url: str, body: Any, status: int, said: str) -> None:
-    answer = httpx.post(f"{url}/chat/completions", content=json.dumps(body), headers=HEADERS)
+@pytest.mark.parametrize(
+    ("body", "status", "said"), REFUSED, ids=[said for _, _, said in REFUSED]
+)
+def test_a_bad_body_is_one_line_that_names_it(
+    url: str, body: Any, status: int, said: str
+) -> None:
+    answer = httpx.post(
+        f"{url}/chat/completions", content=json.dumps(body), headers=HEADERS
+    )
     assert answer.status_code == status
     message = answer.json()["error"]["message"]
     assert said in message
     assert "\n" not in message
 
 
-def test_an_end_of_text_can_be_ignored(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = type(model.generation_config)(eos_token_id=list(range(model.config.vocab_size)))
+def test_an_end_of_text_can_be_ignored(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = type(model.generation_config)(
+        eos_token_id=list(range(model.config.vocab_size))
+    )
     monkeypatch.setattr(model, "generation_config", every)
     for ignored, expected in ((False, (1, "stop")), (True, (8, "length"))):
         sampling = Sampling(max_new_tokens=8, ignore_eos=ignored)
-        result = continuation(model, tiny_tokenizer(), prompt_ids(tiny_tokenizer()), sampling)
+        result = continuation(
+            model, tiny_tokenizer(), prompt_ids(tiny_tokenizer()), sampling
+        )
         assert (result.new_tokens, result.finish) == expected
 
 
-def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: Any) -> None:
-    parts: Any = [{"role": "user", "content": [{"type": "text", "text": part} for part in (PROMPT[:5], PROMPT[5:])]}]
+def test_neutral_parameters_and_parts_of_text_are_taken(
+    client: OpenAI, greedy: Any
+) -> None:
+    parts: Any = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": part} for part in (PROMPT[:5], PROMPT[5:])
+            ],
+        }
+    ]
     answer = client.chat.completions.create(
         model="tiny", messages=parts, max_tokens=8, n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0,
         tool_choice="none", service_tier="auto", parallel_tool_calls=True, metadata={}, top_logprobs=0,
@@ -220,26 +343,55 @@ def test_neutral_parameters_and_parts_of_text_are_taken(client: OpenAI, greedy: 
 
 
 def test_what_is_not_json_or_has_no_end_is_refused(url: str) -> None:
-    for content, status in ((b"{bad", 400), (b"[1]", 400), (b"\xff", 400), (b"[" * 3000, 400)):
+    for content, status in (
+        (b"{bad", 400),
+        (b"[1]", 400),
+        (b"\xff", 400),
+        (b"[" * 3000, 400),
+    ):
         answer = httpx.post(f"{url}/completions", content=content, headers=HEADERS)
         assert answer.status_code == status, content
         assert answer.json()["error"]["type"] == "invalid_request_error"
     pieces = (b" " * 1000 for _ in range(10))  # no Content-Length
-    assert httpx.post(f"{url}/completions", content=pieces, headers=HEADERS).status_code == 413
-    plain = {**HEADERS, "Content-Type": "text/plain"}  # what a page of the web may send without asking
-    assert httpx.post(f"{url}/completions", content=b'{"prompt":"x"}', headers=plain).status_code == 400
-    assert httpx.get(f"{url}/nothing", headers=HEADERS).json()["error"]["message"] == "Not Found"
+    assert (
+        httpx.post(f"{url}/completions", content=pieces, headers=HEADERS).status_code
+        == 413
+    )
+    plain = {
+        **HEADERS,
+        "Content-Type": "text/plain",
+    }  # what a page of the web may send without asking
+    assert (
+        httpx.post(
+            f"{url}/completions", content=b'{"prompt":"x"}', headers=plain
+        ).status_code
+        == 400
+    )
+    assert (
+        httpx.get(f"{url}/nothing", headers=HEADERS).json()["error"]["message"]
+        == "Not Found"
+    )
 
 
 def test_a_wrong_key_is_refused(url: str) -> None:
     with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
         OpenAI(base_url=url, api_key=KEY + "x").models.list()
     for header in (b"Bearer \xe9", b"Basic " + KEY.encode(), KEY.encode()):
-        assert httpx.get(f"{url}/models", headers={b"Authorization": header}).status_code == 401
+        assert (
+            httpx.get(f"{url}/models", headers={b"Authorization": header}).status_code
+            == 401
+        )
     assert httpx.get(f"{url}/models").status_code == 401
-    assert httpx.head(f"{url}/models", headers={"Authorization": f"bearer {KEY}"}).status_code == 200
+    assert (
+        httpx.head(
+            f"{url}/models", headers={"Authorization": f"bearer {KEY}"}
+        ).status_code
+        == 200
+    )
     for model in OpenAI(base_url=url, api_key=KEY).models.list():
-        assert httpx.head(f"{url}/models/{model.id}", headers=HEADERS).status_code == 200
+        assert (
+            httpx.head(f"{url}/models/{model.id}", headers=HEADERS).status_code == 200
+        )
     assert health(url)["status"] == "ok"
 
 
@@ -249,10 +401,19 @@ def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> 
         client = OpenAI(base_url=url, api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             client.chat.completions.create(model="gpt2", messages=ASKED)
-        with pytest.raises(openai.BadRequestError, match="110 tokens and 19 are to follow"):
+        with pytest.raises(
+            openai.BadRequestError, match="110 tokens and 19 are to follow"
+        ):
             client.completions.create(model="gpt2", prompt="x" * 110, max_tokens=19)
-        assert httpx.get(f"{url}/models", headers={"Host": "a-page.example:80"}).status_code == 400
-        stream = client.completions.create(model="gpt2", prompt=PROMPT, max_tokens=100, stream=True)
+        assert (
+            httpx.get(
+                f"{url}/models", headers={"Host": "a-page.example:80"}
+            ).status_code
+            == 400
+        )
+        stream = client.completions.create(
+            model="gpt2", prompt=PROMPT, max_tokens=100, stream=True
+        )
         pieces = [next(iter(stream))]
         process.send_signal(signal.SIGTERM)
         pieces += list(stream)
@@ -265,7 +426,14 @@ def test_a_dense_model_without_template_serves_until_sigterm(tmp_path: Path) -> 
 
 def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
     async def run() -> None:
-        worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=2,
+            log=lambda _: None,
+        )
         first, second, late = (Job(prompt_ids, Sampling(), LONG) for _ in range(3))
         worker.submit(first)
         await first.event()
@@ -289,7 +457,14 @@ def test_a_client_that_waits_for_each_answer_is_never_refused(model: Any) -> Non
     """Not even where nobody may wait: when an answer has come, nothing runs."""
 
     async def run() -> None:
-        worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=0, log=lambda _: None)
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=0,
+            log=lambda _: None,
+        )
         running = []
         for _ in range(20):
             job = Job(prompt_ids, Sampling(), 1)
@@ -303,10 +478,22 @@ def test_a_client_that_waits_for_each_answer_is_never_refused(model: Any) -> Non
     asyncio.run(run())
 
 
-def test_a_broken_request_leaves_the_server_alive(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_request_leaves_the_server_alive(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> None:
-        worker = Worker(model, tiny_tokenizer(), context=CONTEXT, max_tokens=CONTEXT, queue=2, log=lambda _: None)
-        job, next_job = Job(Mock(side_effect=RuntimeError("no memory")), Sampling(), 4), Job(prompt_ids, Sampling(), 4)
+        worker = Worker(
+            model,
+            tiny_tokenizer(),
+            context=CONTEXT,
+            max_tokens=CONTEXT,
+            queue=2,
+            log=lambda _: None,
+        )
+        job, next_job = (
+            Job(Mock(side_effect=RuntimeError("no memory")), Sampling(), 4),
+            Job(prompt_ids, Sampling(), 4),
+        )
         worker.submit(job)
         worker.submit(next_job)
         with pytest.raises(Exception, match=r"the server failed \(RuntimeError\)"):
@@ -338,10 +525,14 @@ def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
         (("--port", "0", "{tmp}"), "config.json"),
     ],
 )
-def test_what_cannot_be_served_is_one_line(options: Any, said: str, tmp_path: Path, refusal: Any) -> None:
+def test_what_cannot_be_served_is_one_line(
+    options: Any, said: str, tmp_path: Path, refusal: Any
+) -> None:
     (tmp_path / "empty").write_text("\n")
     model = ["nowhere"] * ("{tmp}" not in options)
-    assert said in refusal("serve", *(option.format(tmp=tmp_path) for option in options), *model)
+    assert said in refusal(
+        "serve", *(option.format(tmp=tmp_path) for option in options), *model
+    )
 
 
 def test_a_key_of_a_file_is_that_of_the_server(tmp_path: Path) -> None:
@@ -351,7 +542,9 @@ def test_a_key_of_a_file_is_that_of_the_server(tmp_path: Path) -> None:
     assert key == KEY
 
 
-def test_a_context_beyond_that_of_the_model_is_refused(packed: Path, refusal: Any) -> None:
+def test_a_context_beyond_that_of_the_model_is_refused(
+    packed: Path, refusal: Any
+) -> None:
     said = refusal("serve", packed, "--port", 0, "--context", CONTEXT + 1)
     assert f"--context is {CONTEXT + 1}, and the model takes {CONTEXT}" in said
 
@@ -359,4 +552,7 @@ def test_a_context_beyond_that_of_the_model_is_refused(packed: Path, refusal: An
 def test_a_missing_extra_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sparsellm.serving.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert run("serve", "nowhere", exits=2)[2] == 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n'
+    assert (
+        run("serve", "nowhere", exits=2)[2]
+        == 'error: uvicorn is not installed: pip install "sparsellm[serve]"\n'
+    )

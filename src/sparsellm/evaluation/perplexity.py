@@ -17,16 +17,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsellm import parallel
-from sparsellm.chain import Chain, Feed
 from sparsellm.errors import NumericalError
+from sparsellm.model import Chain, Feed
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Against, Interval
 
 # Positions whose fp32 log-probabilities are in memory at once: 256 × 128k vocabulary entries take 128 MB.
 CHUNK = 256
-_HIDDEN_BYTES = 1 << 30  # hidden states held at once; a longer text runs through the blocks in several parts
+_HIDDEN_BYTES = (
+    1 << 30
+)  # hidden states held at once; a longer text runs through the blocks in several parts
 _BATCH_TOKENS = 4096
-_Z = NormalDist().inv_cdf(0.975)  # standard errors from the mean to the end of a 95 % interval
+_Z = NormalDist().inv_cdf(
+    0.975
+)  # standard errors from the mean to the end of a 95 % interval
 
 
 class Kept:
@@ -34,14 +38,20 @@ class Kept:
 
     def __init__(self, chain: Chain, name: str) -> None:
         self.chain, self.name = chain, name
-        self._kept: tuple[Tensor, list[Tensor]] | None = None  # windows, and the outputs of the last block
+        self._kept: tuple[Tensor, list[Tensor]] | None = (
+            None  # windows, and the outputs of the last block
+        )
 
     def outputs(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
         """Same as :func:`_outputs`; the outputs on the first windows that it is called with are kept."""
         if self._kept is None:
             self._kept = windows, list(_outputs(self.chain, windows, tell))
         known, rows = self._kept
-        return iter(rows) if torch.equal(known, windows) else _outputs(self.chain, windows, tell)
+        return (
+            iter(rows)
+            if torch.equal(known, windows)
+            else _outputs(self.chain, windows, tell)
+        )
 
 
 def measured(
@@ -51,12 +61,22 @@ def measured(
     tokenizer. One block of one model is in memory at a time; then embedding, norm and head of both, and the logits of
     256 positions. Each process takes some windows. A loss that is not finite is a NumericalError."""
     feed, places = Feed(chain, windows, _BATCH_TOKENS).own()
-    fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)  # so that all load the same blocks as often
-    windows = torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)]) if fewer else feed.windows
+    fewer = max(parallel.gather(len(feed.windows))) - len(
+        feed.windows
+    )  # so that all load the same blocks as often
+    windows = (
+        torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)])
+        if fewer
+        else feed.windows
+    )
     chains = [chain] if dense is None else [chain, dense.chain]
     width = sum(model.config.get_text_config().hidden_size for model in chains)
-    parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * chain.dtype.itemsize)))
-    steps = len(parts) * (sum(map(len, chains)) + 1)  # the heads count as one more block
+    parts = windows.split(
+        max(1, _HIDDEN_BYTES // (windows.shape[1] * width * chain.dtype.itemsize))
+    )
+    steps = len(parts) * (
+        sum(map(len, chains)) + 1
+    )  # the heads count as one more block
     done = itertools.count()
 
     def tell(detail: str) -> None:
@@ -64,19 +84,30 @@ def measured(
 
     rows: list[list[float]] = []  # for the windows that this process has
     for part in parts:
-        hidden = [_outputs(chain, part, tell), *([dense.outputs(part, tell)] if dense is not None else [])]
+        hidden = [
+            _outputs(chain, part, tell),
+            *([dense.outputs(part, tell)] if dense is not None else []),
+        ]
         begun = next(done)
         with ExitStack() as held:
             for model in chains:
                 held.enter_context(model.outer())
-            for at, (ids, *states) in enumerate(zip(part.split(1), *hidden, strict=True)):
+            for at, (ids, *states) in enumerate(
+                zip(part.split(1), *hidden, strict=True)
+            ):
                 progress(Progress("evaluate", begun + at / len(part), steps, "head"))
                 rows.append(_window(chains, states, ids))
                 if not math.isfinite(sum(rows[-1])):
                     said = f"the loss or divergence of window {places.start + len(rows) - 1} is not finite"
-                    raise NumericalError(f"{said}: {chain.dtype} overflows; try --dtype float32")
+                    raise NumericalError(
+                        f"{said}: {chain.dtype} overflows; try --dtype float32"
+                    )
     progress(Progress("evaluate", steps, steps))
-    rows = [row for some in parallel.gather(rows[: places.stop - places.start]) for row in some]
+    rows = [
+        row
+        for some in parallel.gather(rows[: places.stop - places.start])
+        for row in some
+    ]
     loss, *more = torch.tensor(rows, dtype=torch.float64).T
     if dense is None:
         return _perplexity(loss), None
@@ -105,24 +136,36 @@ def _mean_of(windows: Tensor) -> Interval:
 def _perplexity(losses: Tensor) -> Interval:
     """The perplexity for mean losses ``(windows,)`` in nats; its interval is that of the loss, exponentiated."""
     mean = _mean_of(losses)
-    return mean.model_copy(update={name: _exp(end) for name, end in mean if end is not None})
+    return mean.model_copy(
+        update={name: _exp(end) for name, end in mean if end is not None}
+    )
 
 
 def _exp(loss: float) -> float:
-    return math.exp(min(loss, 709.0))  # nearly the largest float in place of an overflow
+    return math.exp(
+        min(loss, 709.0)
+    )  # nearly the largest float in place of an overflow
 
 
-def _outputs(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
+def _outputs(
+    chain: Chain, windows: Tensor, tell: Callable[[str], None]
+) -> Iterator[Tensor]:
     """The output of the last block for each window, ``(1, seq, hidden)``; the blocks run when this is called."""
     # Some models carry several states for each token; a batch of one window is not divided.
-    by_window = Feed(chain, windows[:1], 1).stream().hidden[0].shape[1:2] == windows.shape[1:]
+    by_window = (
+        Feed(chain, windows[:1], 1).stream().hidden[0].shape[1:2] == windows.shape[1:]
+    )
     stream = Feed(chain, windows, _BATCH_TOKENS if by_window else 1).stream()
     chain.check_handed(windows[:1])
     for index in range(len(chain)):
         tell(f"block {index + 1}/{len(chain)}")
         with chain.block(index):
             stream.advance(index)
-    return (row for hidden in stream.hidden for row in (hidden.split(1) if by_window else [hidden]))
+    return (
+        row
+        for hidden in stream.hidden
+        for row in (hidden.split(1) if by_window else [hidden])
+    )
 
 
 def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[float]:
@@ -132,11 +175,18 @@ def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[floa
     scored = ids.shape[1] - 1
     for first in range(0, scored, CHUNK):
         span = slice(first, min(first + CHUNK, scored))
-        logs = [_logits(chain, state, ids, span) for chain, state in zip(chains, states, strict=True)]
+        logs = [
+            _logits(chain, state, ids, span)
+            for chain, state in zip(chains, states, strict=True)
+        ]
         targets = ids[0, span.start + 1 : span.stop + 1].to(logs[0].device)
         values = [functional.nll_loss(log, targets, reduction="none") for log in logs]
         if len(logs) > 1:
-            values.append(functional.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(-1))
+            values.append(
+                functional.kl_div(
+                    logs[0], logs[1], reduction="none", log_target=True
+                ).sum(-1)
+            )
             values.append((logs[0].argmax(-1) == logs[1].argmax(-1)).float())
         # on the CPU, because some devices have no fp64
         sums += torch.stack([value.cpu().double().sum() for value in values])
@@ -146,5 +196,9 @@ def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[floa
 def _logits(chain: Chain, hidden: Tensor, ids: Tensor, span: slice) -> Tensor:
     """The log-probabilities at some positions of one window, ``(span, vocabulary)`` fp32."""
     by_token = hidden.shape[:2] == ids.shape
-    logits = chain.finish(hidden[:, span], ids[:, span])[0] if by_token else chain.finish(hidden, ids)[0, span]
+    logits = (
+        chain.finish(hidden[:, span], ids[:, span])[0]
+        if by_token
+        else chain.finish(hidden, ids)[0, span]
+    )
     return logits.float().log_softmax(-1)

@@ -31,5 +31,11 @@ def compared_speed(
 ) -> Benchmark:
     """Same as :func:`sparsepack.bench.compare`, as a record."""
     measured_on = resolve_device(device)
-    compared = bench.compare(packed, dense, device=device, progress=lambda *s: progress(Progress(*s)), **settings)
+    compared = bench.compare(
+        packed,
+        dense,
+        device=device,
+        progress=lambda *s: progress(Progress(*s)),
+        **settings,
+    )
     return Benchmark(**vars(compared), **vars(stamp(measured_on)))

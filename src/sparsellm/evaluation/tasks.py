@@ -15,9 +15,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.errors import DataError, NumericalError, RecipeError, nearest, one_line, shown
+from sparsellm.errors import (
+    DataError,
+    NumericalError,
+    RecipeError,
+    nearest,
+    one_line,
+    shown,
+)
+from sparsellm.files.gguf import without_bars
 from sparsellm.records import Metric, Tasks
-from sparsellm.sources.gguf import without_bars
 from sparsepack.errors import Note
 
 
@@ -26,27 +33,44 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     lm-eval, the folder or a task, a RecipeError."""
     if folder is not None and not folder.is_dir():
         given = f"tasks_dir is {shown(str(folder))}"
-        raise RecipeError(f"{given}, which is not a directory; name one with YAML files of tasks")
+        raise RecipeError(
+            f"{given}, which is not a directory; name one with YAML files of tasks"
+        )
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise RecipeError("tasks need lm-eval, which is not installed; pip install 'sparsellm[eval]'") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its lines and bars would mix with those of the command line
+        raise RecipeError(
+            "tasks need lm-eval, which is not installed; pip install 'sparsellm[eval]'"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # its lines and bars would mix with those of the command line
     with without_bars():
         # lm-eval takes seconds to read the thousands of tasks of its own, which are often not needed.
-        manager = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
+        manager = (
+            TaskManager(include_path=str(folder), include_defaults=False)
+            if folder is not None
+            else None
+        )
         if manager is None or not set(names) <= set(manager.all_tasks):
             manager = TaskManager(include_path=None if folder is None else str(folder))
     for name in names:
         if name not in manager.all_tasks:
             close = nearest(name[:100], manager.all_tasks)
             hint = close if close.startswith("did") else "`lm-eval ls tasks` lists all"
-            raise RecipeError(f"unknown task {shown(name)}; {hint} (tasks_dir adds a directory of your own tasks)")
+            raise RecipeError(
+                f"unknown task {shown(name)}; {hint} (tasks_dir adds a directory of your own tasks)"
+            )
     return manager
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], manager: Any, *, bos: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    manager: Any,
+    *,
+    bos: bool,
 ) -> Tasks:
     """Value and standard error of every metric of some tasks, whose manager :func:`find_tasks` returned; groups and
     their members are listed alike. With ``bos``, lm-eval puts BOS before a text. A task that fails is a DataError, and
@@ -56,20 +80,39 @@ def run_tasks(
 
     # lm-eval seeds the random numbers of Python, numpy and torch, and gives the tokenizer a token for padding.
     states = random.getstate(), np.random.get_state()
-    vars(model)["tie_weights"] = lambda *_, **__: None  # lm-eval calls it; a head that the caller untied stays so
+    vars(model)["tie_weights"] = lambda *_, **__: (
+        None
+    )  # lm-eval calls it; a head that the caller untied stays so
     try:
         with without_bars(), torch.random.fork_rng([]):
-            harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", add_bos_token=bos)
-            results = lm_eval.simple_evaluate(
-                model=harness, tasks=list(names), task_manager=manager, log_samples=False, bootstrap_iters=1000
+            harness = HFLM(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),
+                backend="causal",
+                add_bos_token=bos,
             )
-    except Exception as error:  # from lm-eval, a task's own files, or the library that reads its data
-        raise DataError(f"lm-eval cannot run {', '.join(names)}: {one_line(error)}") from error
+            results = lm_eval.simple_evaluate(
+                model=harness,
+                tasks=list(names),
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+    except (
+        Exception
+    ) as error:  # from lm-eval, a task's own files, or the library that reads its data
+        raise DataError(
+            f"lm-eval cannot run {', '.join(names)}: {one_line(error)}"
+        ) from error
     finally:
         del vars(model)["tie_weights"]
         random.setstate(states[0])
         np.random.set_state(states[1])
-    return {name: metrics for name, values in results["results"].items() if (metrics := _metrics(name, values))}
+    return {
+        name: metrics
+        for name, values in results["results"].items()
+        if (metrics := _metrics(name, values))
+    }
 
 
 def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
@@ -77,16 +120,28 @@ def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
     metrics, lost = dict[str, Metric](), list[str]()
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if (
+            not comma
+            or metric.endswith("_stderr")
+            or not isinstance(value, int | float)
+        ):
             continue
         if not math.isfinite(value):
             lost.append(f"task {task}: {metric} is {value}")
             continue
         error = values.get(f"{metric}_stderr,{filtered}")
-        stderr = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-        metrics[metric if filtered == "none" else key] = Metric(value=float(value), stderr=stderr)
+        stderr = (
+            float(error)
+            if isinstance(error, int | float) and math.isfinite(error)
+            else None
+        )
+        metrics[metric if filtered == "none" else key] = Metric(
+            value=float(value), stderr=stderr
+        )
     if lost and not metrics:
-        raise NumericalError(f"{lost[0]}, and no metric is finite; activations may overflow, try --dtype float32")
+        raise NumericalError(
+            f"{lost[0]}, and no metric is finite; activations may overflow, try --dtype float32"
+        )
     for message in lost:
         warnings.warn(f"{message}, and is left out", Note, stacklevel=2)
     return metrics

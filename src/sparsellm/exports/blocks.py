@@ -27,15 +27,21 @@ def to_blocks(codes: Tensor, scales: Tensor, bits: int) -> np.ndarray:
     if bits == 4:
         shifted = (numbers + 8).astype(np.uint8)
         numbers = shifted[..., : SIZE // 2] | (shifted[..., SIZE // 2 :] << 4)
-    halves = scales.half().contiguous().numpy().view(np.uint8).reshape(*numbers.shape[:2], 2)
-    return np.concatenate((halves, numbers.view(np.uint8)), axis=-1).reshape(len(codes), -1)
+    halves = (
+        scales.half().contiguous().numpy().view(np.uint8).reshape(*numbers.shape[:2], 2)
+    )
+    return np.concatenate((halves, numbers.view(np.uint8)), axis=-1).reshape(
+        len(codes), -1
+    )
 
 
 def quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Rows ``(rows, columns)`` in fp32 in a type of GGUF, as uint8 or floating point; also Q6_K, unlike gguf-py."""
     if kind != gguf.GGMLQuantizationType.Q6_K:
         return gguf.quantize(values, kind)
-    return np.concatenate([_q6_k(values[start : start + 4096]) for start in range(0, len(values), 4096)])
+    return np.concatenate(
+        [_q6_k(values[start : start + 4096]) for start in range(0, len(values), 4096)]
+    )
 
 
 def _q6_k(values: np.ndarray) -> np.ndarray:
@@ -45,12 +51,18 @@ def _q6_k(values: np.ndarray) -> np.ndarray:
     unit = (_extreme(scales[..., 0]) / -128).astype(np.float16)  # (blocks, 1)
     levels = np.clip(_rounded(scales[..., 0], unit.astype(np.float32)), -128, 127)
     steps = (unit.astype(np.float32) * levels)[..., None]
-    numbers = (np.clip(_rounded(parts, steps), -32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    numbers = (
+        (np.clip(_rounded(parts, steps), -32, 31) + 32)
+        .astype(np.uint8)
+        .reshape(-1, 2, 4, 32)
+    )
     low, high = numbers & 15, numbers >> 4
     fours = low[:, :, :2] | low[:, :, 2:] << 4
     twos = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
     pieces = (fours, twos, levels.astype(np.int8).view(np.uint8), unit.view(np.uint8))
-    return np.concatenate([piece.reshape(len(parts), -1) for piece in pieces], axis=1).reshape(len(values), -1)
+    return np.concatenate(
+        [piece.reshape(len(parts), -1) for piece in pieces], axis=1
+    ).reshape(len(values), -1)
 
 
 def _extreme(values: np.ndarray) -> np.ndarray:
@@ -60,5 +72,7 @@ def _extreme(values: np.ndarray) -> np.ndarray:
 
 def _rounded(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """The nearest whole numbers of steps; 0 where a step is 0."""
-    numbers: np.ndarray = np.rint(np.divide(values, steps, out=np.zeros_like(values), where=steps != 0))
+    numbers: np.ndarray = np.rint(
+        np.divide(values, steps, out=np.zeros_like(values), where=steps != 0)
+    )
     return numbers

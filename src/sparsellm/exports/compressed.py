@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm.chain.experts import ExpertLinear
-from sparsellm.chain.structure import iterate_linears
 from sparsellm.errors import MissingExtraError, ModelError
 from sparsellm.exports.blocks import block_type
 from sparsellm.exports.linears import OnGrid
-from sparsellm.hub.card import CARD, card_text
+from sparsellm.files.directory import WorkingDirectory
+from sparsellm.files.results import read_results
+from sparsellm.files.writer import written
 from sparsellm.inputs import read_object
+from sparsellm.model.experts import ExpertLinear
+from sparsellm.model.structure import iterate_linears
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import PRUNING, Export
-from sparsellm.storage.directory import WorkingDirectory
-from sparsellm.storage.results import read_results
-from sparsellm.storage.writer import written
+from sparsellm.report.card import CARD, card_text
 from sparsepack.bench import weight_file_bytes
 
-_INT8_ACTIVATIONS = "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
+_INT8_ACTIVATIONS = (
+    "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
+)
 
 
 def check_compressed(model: OnGrid) -> None:
@@ -31,18 +33,34 @@ def check_compressed(model: OnGrid) -> None:
     try:
         from compressed_tensors.compressors.pack_quantized import helpers  # noqa: F401
     except ImportError:
-        raise MissingExtraError("this needs compressed-tensors: pip install 'sparsellm[export]'") from None
+        raise MissingExtraError(
+            "this needs compressed-tensors: pip install 'sparsellm[export]'"
+        ) from None
     if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
-        way = "export to gguf" if block_type(model.grid) else "prune with --grid q4_0 and export to gguf"
-        raise ModelError(f"{min(names)} is a Conv1D, which compressed-tensors does not have; {way}")
-    views = (view for index in range(len(model.chain)) for view in model.chain.linears(index))
+        way = (
+            "export to gguf"
+            if block_type(model.grid)
+            else "prune with --grid q4_0 and export to gguf"
+        )
+        raise ModelError(
+            f"{min(names)} is a Conv1D, which compressed-tensors does not have; {way}"
+        )
+    views = (
+        view for index in range(len(model.chain)) for view in model.chain.linears(index)
+    )
     experts = [view.name for view in views if isinstance(view.module, ExpertLinear)]
     if dense := sorted({*experts} - {*model.linears.values()}):
-        raise ModelError(f"{dense[0]} was not pruned, and transformers loads only mixtures whose experts all were")
+        raise ModelError(
+            f"{dense[0]} was not pruned, and transformers loads only mixtures whose experts all were"
+        )
 
 
 def write_compressed(
-    model: OnGrid, work: WorkingDirectory, record: Export, progress: ProgressCallback, keep: Callable[[Export], object]
+    model: OnGrid,
+    work: WorkingDirectory,
+    record: Export,
+    progress: ProgressCallback,
+    keep: Callable[[Export], object],
 ) -> Export:
     """Writes the directory, and returns the record with its size. ``keep`` is called with it before the directory gets
     its name. After a failure no file is left."""
@@ -53,14 +71,20 @@ def write_compressed(
             progress(Progress("export", index, len(chain), chain.block_names[index]))
             tensors: dict[str, Tensor] = {}
             for key, stored in chain.stored_block(index).items():
-                tensors |= _tensors(model, key) if key in model.linears else {key: stored}
+                tensors |= (
+                    _tensors(model, key) if key in model.linears else {key: stored}
+                )
             writer.write_shard(index, tensors)
         progress(Progress("export", len(chain), len(chain)))
         writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
         config = read_object(writer.folder / "config.json")
-        writer.write_json("config.json", {**config, "quantization_config": quantization_config(model)})
+        writer.write_json(
+            "config.json", {**config, "quantization_config": quantization_config(model)}
+        )
         record = record.model_copy(update={"bytes": weight_file_bytes(writer.folder)})
-        evaluations = read_results(model.reader.directory).shown()  # the weights are the same
+        evaluations = read_results(
+            model.reader.directory
+        ).shown()  # the weights are the same
         writer.write_text(CARD, card_text(model.run, evaluations, exported=record))
         keep(record)
     return record
@@ -80,21 +104,49 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
 def quantization_config(model: OnGrid) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``. It ignores every linear that is not on the grid, by its name in
     the model and by that in the checkpoint, where these differ. It has no ``sparsity_config``, which vLLM refuses."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+    )
 
     grid, chain = model.grid, model.chain
-    group = {"strategy": "group", "group_size": grid.group} if grid.group else {"strategy": "channel"}
-    weights = QuantizationArgs(num_bits=grid.bits, type="int", symmetric=True, dynamic=False, **group)
+    group = (
+        {"strategy": "group", "group_size": grid.group}
+        if grid.group
+        else {"strategy": "channel"}
+    )
+    weights = QuantizationArgs(
+        num_bits=grid.bits, type="int", symmetric=True, dynamic=False, **group
+    )
     inputs = None
     if grid.name == _INT8_ACTIVATIONS:
-        inputs = QuantizationArgs(num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token")
-    dense = {name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")} - {*model.linears.values()}
-    dense |= {gate.removesuffix(".weight") for gate in chain.gates}  # routers, which vLLM has as linears
+        inputs = QuantizationArgs(
+            num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token"
+        )
+    dense = {name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")} - {
+        *model.linears.values()
+    }
+    dense |= {
+        gate.removesuffix(".weight") for gate in chain.gates
+    }  # routers, which vLLM has as linears
     # What is stored but not in this model, such as a tower for pictures, is dense, too.
-    stored = [key for key in model.reader if key.endswith(".weight") and key not in model.linears]
-    keys = {key.removesuffix(".weight") for key in stored if len(model.reader.shape(key)) == 2}
+    stored = [
+        key
+        for key in model.reader
+        if key.endswith(".weight") and key not in model.linears
+    ]
+    keys = {
+        key.removesuffix(".weight")
+        for key in stored
+        if len(model.reader.shape(key)) == 2
+    }
     config = QuantizationConfig(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)},
+        config_groups={
+            "group_0": QuantizationScheme(
+                targets=["Linear"], weights=weights, input_activations=inputs
+            )
+        },
         format="pack-quantized" if inputs is None else "int-quantized",
         quantization_status="compressed",
         ignore=sorted(dense | keys),

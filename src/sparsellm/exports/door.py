@@ -18,17 +18,25 @@ from sparsellm.exports.compressed import check_compressed, write_compressed
 from sparsellm.exports.gguf_file import check_file, write_gguf
 from sparsellm.exports.linears import open_on_grid
 from sparsellm.exports.template import Template
+from sparsellm.files.demo_model import demo_gguf
+from sparsellm.files.directory import (
+    WorkingDirectory,
+    check_destination,
+    checkpoints_among,
+    resolved,
+)
+from sparsellm.files.reader import open_checkpoint
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.files.results import append_result
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
-from sparsellm.sources.demo_model import demo_gguf
-from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import WorkingDirectory, check_destination, checkpoints_among, resolved
-from sparsellm.storage.reader import open_checkpoint
-from sparsellm.storage.results import append_result
 from sparsepack.grids import GRIDS
 
 GGUF, COMPRESSED = "gguf", "compressed-tensors"
-RUNS_IN = {GGUF: "llama.cpp, Ollama, LM Studio", COMPRESSED: "vLLM; transformers, with the package compressed-tensors"}
+RUNS_IN = {
+    GGUF: "llama.cpp, Ollama, LM Studio",
+    COMPRESSED: "vLLM; transformers, with the package compressed-tensors",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,11 @@ class ExportResult:
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
-        return {**vars(self), "path": str(self.path), "record": self.record.model_dump()}
+        return {
+            **vars(self),
+            "path": str(self.path),
+            "record": self.record.model_dump(),
+        }
 
 
 @checked
@@ -82,18 +94,37 @@ def export(  # noqa: PLR0913 - the Python door
         MissingExtraError: compressed-tensors is not installed.
     """
     if to == COMPRESSED and (like is not None or model is not None or head != "keep"):
-        raise RecipeError("like, model and head are settings of GGUF; leave them out for compressed-tensors")
+        raise RecipeError(
+            "like, model and head are settings of GGUF; leave them out for compressed-tensors"
+        )
     check = partial(check_destination, out, overwrite=overwrite)
-    place = check_file(out, overwrite=overwrite) if to == GGUF else check(sources=checkpoints_among(directory))
+    place = (
+        check_file(out, overwrite=overwrite)
+        if to == GGUF
+        else check(sources=checkpoints_among(directory))
+    )
     source = checkpoint_directory(str(directory), "directory")
     if to == COMPRESSED:
         check(sources=[source])
-    grids = [name for name, grid in GRIDS.items() if to == COMPRESSED or block_type(grid) is not None]
-    opened = open_on_grid(source, sorted(grids, key=lambda name: GRIDS[name].form != to))
-    record = Export(
-        **vars(stamp(torch.device("cpu"))), to=to, grid=opened.grid.name, name=place.name, bytes=0, runs_in=RUNS_IN[to]
+    grids = [
+        name
+        for name, grid in GRIDS.items()
+        if to == COMPRESSED or block_type(grid) is not None
+    ]
+    opened = open_on_grid(
+        source, sorted(grids, key=lambda name: GRIDS[name].form != to)
     )
-    keep: Callable[[Export], object] = partial(append_result, source) if save else lambda _: None
+    record = Export(
+        **vars(stamp(torch.device("cpu"))),
+        to=to,
+        grid=opened.grid.name,
+        name=place.name,
+        bytes=0,
+        runs_in=RUNS_IN[to],
+    )
+    keep: Callable[[Export], object] = (
+        partial(append_result, source) if save else lambda _: None
+    )
     if to == GGUF:
         if like is None and opened.run.base.name != "demo":
             raise RecipeError(
@@ -101,19 +132,52 @@ def export(  # noqa: PLR0913 - the Python door
                 "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
             )
         template = Template(demo_gguf() if like is None else Path(like).expanduser())
-        if {resolved(path) for path in (template.path, model or template.path, source)} & {place, place.parent}:
-            raise StorageError(f"--out {place} is the template or the dense model, or in the checkpoint; name another")
+        if {
+            resolved(path) for path in (template.path, model or template.path, source)
+        } & {place, place.parent}:
+            raise StorageError(
+                f"--out {place} is the template or the dense model, or in the checkpoint; name another"
+            )
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
         except ModelError as error:
-            raise ModelError(str(error) if model is not None else f"{error}, and name it with --model") from None
-        record = write_gguf(opened, dense, template, place, record, head=head, progress=progress, keep=keep)
+            raise ModelError(
+                str(error)
+                if model is not None
+                else f"{error}, and name it with --model"
+            ) from None
+        record = write_gguf(
+            opened,
+            dense,
+            template,
+            place,
+            record,
+            head=head,
+            progress=progress,
+            keep=keep,
+        )
     else:
         check_compressed(opened)
         need = opened.reader.bytes
-        work = WorkingDirectory(place, {"kind": "export"}, overwrite=overwrite, restart=restart, need_bytes=need)
+        work = WorkingDirectory(
+            place,
+            {"kind": "export"},
+            overwrite=overwrite,
+            restart=restart,
+            need_bytes=need,
+        )
         record = write_compressed(opened, work, record, progress, keep)
     run, grid = opened.run, opened.grid
-    linear = sum(grid.bits_per_weight(matrix.shape[1]) * matrix.weights for matrix in run.linears) / 8
-    packed = sum(matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears) if run.packs else None
+    linear = (
+        sum(
+            grid.bits_per_weight(matrix.shape[1]) * matrix.weights
+            for matrix in run.linears
+        )
+        / 8
+    )
+    packed = (
+        sum(matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears)
+        if run.packs
+        else None
+    )
     return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)

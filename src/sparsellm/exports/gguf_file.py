@@ -19,11 +19,11 @@ from sparsellm.errors import ModelError, RecipeError, StorageError, shown
 from sparsellm.exports.blocks import block_type, quantised, to_blocks
 from sparsellm.exports.linears import OnGrid
 from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_of
+from sparsellm.files.directory import check_room, resolved
+from sparsellm.files.files import TEMPORARY, TORN, replace_atomically
+from sparsellm.files.reader import CheckpointReader
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
-from sparsellm.storage.directory import check_room, resolved
-from sparsellm.storage.files import TEMPORARY, TORN, replace_atomically
-from sparsellm.storage.reader import CheckpointReader
 from sparsellm.version import __version__
 from sparsepack.files import read_bytes
 
@@ -39,13 +39,21 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     place = resolved(out)
     said = f"--out {shown(os.fspath(out))}"
     if place.suffix != ".gguf" or place.is_dir():
-        raise StorageError(f"{said} is not the name of a .gguf file; name one, such as model.gguf")
+        raise StorageError(
+            f"{said} is not the name of a .gguf file; name one, such as model.gguf"
+        )
     if not place.parent.is_dir():
-        raise StorageError(f"{said}: {place.parent} is not a directory; create it, or name another file")
+        raise StorageError(
+            f"{said}: {place.parent} is not a directory; create it, or name another file"
+        )
     if place.exists():
         ours = read_bytes(place, 4, StorageError)[:4] == b"GGUF"
         if not (overwrite and ours):
-            advice = "give --overwrite to replace it" if ours else "it is not a GGUF file and is not replaced"
+            advice = (
+                "give --overwrite to replace it"
+                if ours
+                else "it is not a GGUF file and is not replaced"
+            )
             raise StorageError(f"{said} exists; {advice}, or name another file")
     return place
 
@@ -83,7 +91,9 @@ def write_gguf(
         for tensor in tensors:
             shape, kind = tuple(reversed(tensor.shape.tolist())), made.type_of(tensor)
             # Any dtype but uint8, with which the shape would be taken for one in bytes
-            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind)
+            writer.add_tensor_info(
+                tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind
+            )
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -116,41 +126,78 @@ def _remove_torn(folder: Path) -> None:
 class _File:
     """The keys and tensors of the file; arguments and errors as in :func:`write_gguf`."""
 
-    def __init__(self, model: OnGrid, dense: CheckpointReader, template: Template, head: str) -> None:
+    def __init__(
+        self, model: OnGrid, dense: CheckpointReader, template: Template, head: str
+    ) -> None:
         self.model, self.dense, self.template = model, dense, template
         self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
         self.head = None if head == "keep" else gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
-        self.keys = {name: keys for name, keys in named if name in self.tensors}  # in the checkpoint
+        self.keys = {
+            name: keys for name, keys in named if name in self.tensors
+        }  # in the checkpoint
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
-        self.heads = [count for name in _HEADS if isinstance(count := getattr(config, name, None), int)] or [1]
-        reader, known = model.reader, {key for keys in self.keys.values() for key in keys}
+        self.heads = [
+            count
+            for name in _HEADS
+            if isinstance(count := getattr(config, name, None), int)
+        ] or [1]
+        reader, known = (
+            model.reader,
+            {key for keys in self.keys.values() for key in keys},
+        )
         for key in sorted(reader):
             if key not in dense or dense.shape(key) != reader.shape(key):
                 raise self._not_pruned_from(f"has no {key} {list(reader.shape(key))}")
-            if key not in known and (key in model.linears or not self._same(reader.get(key), key)):
-                raise self._other(f"has no tensor for {key}")  # which the file would lose
-        ahead = template.value(f"{template.arch}.nextn_predict_layers") or 0  # blocks that predict further tokens
-        if (blocks := template.value(f"{template.arch}.block_count") - ahead) != len(model.chain):
+            if key not in known and (
+                key in model.linears or not self._same(reader.get(key), key)
+            ):
+                raise self._other(
+                    f"has no tensor for {key}"
+                )  # which the file would lose
+        ahead = (
+            template.value(f"{template.arch}.nextn_predict_layers") or 0
+        )  # blocks that predict further tokens
+        if (blocks := template.value(f"{template.arch}.block_count") - ahead) != len(
+            model.chain
+        ):
             raise self._other(f"has {blocks} blocks, not {len(model.chain)}")
         for name, keys in self.keys.items():
             if len({key in model.linears for key in keys}) > 1:
-                raise ModelError(f"{name} has experts that were pruned next to others that were not; prune all or none")
+                raise ModelError(
+                    f"{name} has experts that were pruned next to others that were not; prune all or none"
+                )
 
     def values(self) -> dict[str, GGUFValue]:
         """The keys of the file."""
-        fields = {name: x for name, x in self.template.reader.fields.items() if not name.startswith(_DROPPED)}
-        values = {name: _value(field) for name, field in fields.items() if field.data}  # an empty array has no type
-        general, text, number = gguf.Keys.General, gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32
+        fields = {
+            name: x
+            for name, x in self.template.reader.fields.items()
+            if not name.startswith(_DROPPED)
+        }
+        values = {
+            name: _value(field) for name, field in fields.items() if field.data
+        }  # an empty array has no type
+        general, text, number = (
+            gguf.Keys.General,
+            gguf.GGUFValueType.STRING,
+            gguf.GGUFValueType.UINT32,
+        )
         run = self.model.run
         if (name := self.template.value(general.NAME)) is not None:
             zeros = f", {run.sparsity_pruned:.0%} zeros" if run.zeros else ""
-            values[general.NAME] = GGUFValue(f"{name} {self.model.grid.name}{zeros}", text)
+            values[general.NAME] = GGUFValue(
+                f"{name} {self.model.grid.name}{zeros}", text
+            )
         values[general.QUANTIZED_BY] = GGUFValue(f"sparsellm {__version__}", text)
-        values[general.QUANTIZATION_VERSION] = GGUFValue(gguf.GGML_QUANT_VERSION, number)
-        values[general.FILE_TYPE] = GGUFValue(int(gguf.LlamaFileType[f"MOSTLY_{self.block.name}"]), number)
+        values[general.QUANTIZATION_VERSION] = GGUFValue(
+            gguf.GGML_QUANT_VERSION, number
+        )
+        values[general.FILE_TYPE] = GGUFValue(
+            int(gguf.LlamaFileType[f"MOSTLY_{self.block.name}"]), number
+        )
         return values
 
     def type_of(self, tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
@@ -164,7 +211,9 @@ class _File:
         """The size in which a tensor of the template is written."""
         size, stored = gguf.GGML_QUANT_SIZES[self.type_of(tensor)]
         if tensor.shape[0] % size:
-            raise RecipeError(f"rows of {tensor.shape[0]} in {tensor.name} are not blocks of {size}; leave --head out")
+            raise RecipeError(
+                f"rows of {tensor.shape[0]} in {tensor.name} are not blocks of {size}; leave --head out"
+            )
         return int(tensor.n_elements) // size * stored
 
     def data(self, tensor: gguf.ReaderTensor) -> np.ndarray:
@@ -174,20 +223,31 @@ class _File:
         keys, kind = self.keys[tensor.name], self.type_of(tensor)
         if self._is_linear(tensor):
             change = self._change(tensor)
-            codes, scales = (torch.cat(parts) for parts in zip(*map(self.model.codes, keys), strict=True))
-            return to_blocks(codes[change.order], scales[change.order], self.model.grid.bits)
+            codes, scales = (
+                torch.cat(parts)
+                for parts in zip(*map(self.model.codes, keys), strict=True)
+            )
+            return to_blocks(
+                codes[change.order], scales[change.order], self.model.grid.bits
+            )
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
-        if not same and not tensor.name.startswith("blk."):  # a run changes blocks alone
+        if not same and not tensor.name.startswith(
+            "blk."
+        ):  # a run changes blocks alone
             raise self._not_pruned_from(f"has another {keys[0]}")
         if same and kind == tensor.tensor_type and tensor.name.startswith("blk."):
-            return tensor.data  # the converter may have changed it in a way that is not known here
+            return (
+                tensor.data
+            )  # the converter may have changed it in a way that is not known here
         change = self._change(tensor)
         if same and kind == tensor.tensor_type:
             return tensor.data
         if kind.name not in EXACT and tensor.name not in _HEAD:
             stored = f"--like {self.template.path} has {tensor.name} in {kind.name}"
             raise ModelError(f"{stored}, and it was trained; give BF16")
-        values = self._rows(self.model.reader, tensor)[change.order].float() + change.shift
+        values = (
+            self._rows(self.model.reader, tensor)[change.order].float() + change.shift
+        )
         return quantised(values.numpy(), kind)
 
     def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
@@ -199,33 +259,57 @@ class _File:
     def _change(self, tensor: gguf.ReaderTensor) -> Change:
         """The change that makes a tensor of the template out of the dense model's."""
         if tensor.name not in self.changes:
-            rows, weight = rows_of(tensor), self.tensors.get(f"{tensor.name.removesuffix('.bias')}.weight")
+            rows, weight = (
+                rows_of(tensor),
+                self.tensors.get(f"{tensor.name.removesuffix('.bias')}.weight"),
+            )
             orders: Sequence[Tensor] = [torch.arange(rows)]
-            if tensor.name.endswith(".bias") and weight is not None and weight.name in self.keys:
-                orders = [self._change(weight).order]  # a bias that is 0 would fit in any order
+            if (
+                tensor.name.endswith(".bias")
+                and weight is not None
+                and weight.name in self.keys
+            ):
+                orders = [
+                    self._change(weight).order
+                ]  # a bias that is 0 would fit in any order
             elif tensor.name.startswith("blk.") and len(tensor.shape) == 2:
                 orders = orders_of(rows, self.heads[0], sorted({*self.heads}))
-            change = self.template.change(tensor, self._rows(self.dense, tensor), orders)
+            change = self.template.change(
+                tensor, self._rows(self.dense, tensor), orders
+            )
             if change is None:
                 key = self.keys[tensor.name][0]
-                raise self._other(f"has {tensor.name} other than {key}, in all known orders of rows")
+                raise self._other(
+                    f"has {tensor.name} other than {key}, in all known orders of rows"
+                )
             self.changes[tensor.name] = change
         return self.changes[tensor.name]
 
     def _rows(self, reader: CheckpointReader, tensor: gguf.ReaderTensor) -> Tensor:
         """The tensors of a checkpoint that one of the template has, as rows ``(rows, columns)``."""
         keys = self.keys[tensor.name]
-        parts = [reader.get(key).t() if key in self.model.transposed else reader.get(key) for key in keys]
+        parts = [
+            reader.get(key).t() if key in self.model.transposed else reader.get(key)
+            for key in keys
+        ]
         # The converter cuts rows for which the tokenizer has no token.
         flat = torch.cat([part.reshape(-1) for part in parts])[: tensor.n_elements]
-        return flat.view(rows_of(tensor), -1) if len(flat) == tensor.n_elements else flat.view(-1, 1)
+        return (
+            flat.view(rows_of(tensor), -1)
+            if len(flat) == tensor.n_elements
+            else flat.view(-1, 1)
+        )
 
     def _other(self, what: str) -> ModelError:
         advice = f"give the GGUF that was made of {self.dense.directory}, or name its model with --model"
-        return ModelError(f"--like {self.template.path} is of another model: it {what}; {advice}")
+        return ModelError(
+            f"--like {self.template.path} is of another model: it {what}; {advice}"
+        )
 
     def _not_pruned_from(self, what: str) -> ModelError:
-        there = f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
+        there = (
+            f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
+        )
         advice = "name the dense model with --model, or export the checkpoint as it was before `pack --head int8`"
         return ModelError(f"{there}, which {what}; {advice}")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import ModelError, RecipeError, StorageError, shown
+from sparsellm.files.reader import CheckpointReader, as_storage_error
+from sparsellm.model import Chain, open_chain
 from sparsellm.records import PRUNING, PUT_BACK, Pruning, read_pruning
-from sparsellm.storage.reader import CheckpointReader, as_storage_error
 from sparsepack.grid import codes_of
 from sparsepack.grids import GRIDS, Grid
 
@@ -32,7 +32,9 @@ class OnGrid:
     chain: Chain  # the checkpoint, read block by block
     run: Pruning  # its ``pruning.json``
     grid: Grid
-    linears: dict[str, str]  # names of pruned linears in the model, by the tensors that have their weights
+    linears: dict[
+        str, str
+    ]  # names of pruned linears in the model, by the tensors that have their weights
     transposed: frozenset[str]  # tensors of linears that are stored as ``(in, out)``
 
     @property
@@ -53,21 +55,44 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
     """A checkpoint that was pruned on one of these grids. A RecipeError says that it is on another grid, or on none; a
     ModelError or StorageError that it cannot be read, files contradict each other, or a linear is part of a tensor."""
     if not (directory / PRUNING).is_file():
-        raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote")
-    chain, run = open_chain(directory, device=torch.device("cpu")), read_pruning(directory)
+        raise StorageError(
+            f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote"
+        )
+    chain, run = (
+        open_chain(directory, device=torch.device("cpu")),
+        read_pruning(directory),
+    )
     if run.grid not in grids:
-        there = f"the grid {run.grid}" if run.grid in GRIDS else _OWN.get(run.values, "a grid of its own (unknown)")
+        there = (
+            f"the grid {run.grid}"
+            if run.grid in GRIDS
+            else _OWN.get(run.values, "a grid of its own (unknown)")
+        )
         advice = f"prune with --grid {grids[0]} (or {', '.join(grids[1:])})"
-        raise RecipeError(f"{directory} is on {there}, which this format does not have; {advice}")
-    views = {view.name: view for index in range(len(chain)) for view in chain.linears(index)}
+        raise RecipeError(
+            f"{directory} is on {there}, which this format does not have; {advice}"
+        )
+    views = {
+        view.name: view for index in range(len(chain)) for view in chain.linears(index)
+    }
     linears: dict[str, str] = {}
     for linear in run.linears:
         if linear.name not in views:
-            raise StorageError(f"{directory / PRUNING}: the model has no linear {shown(linear.name)}; {PUT_BACK}")
+            raise StorageError(
+                f"{directory / PRUNING}: the model has no linear {shown(linear.name)}; {PUT_BACK}"
+            )
         weight = views[linear.name].weight_name
         key = chain.key_of[weight]
-        if weight in chain.parts or chain.is_shared(weight) or not key.endswith(".weight"):
-            raise ModelError(f"{linear.name} has no tensor of its own in {directory} ({key}), so it is not exported")
+        if (
+            weight in chain.parts
+            or chain.is_shared(weight)
+            or not key.endswith(".weight")
+        ):
+            raise ModelError(
+                f"{linear.name} has no tensor of its own in {directory} ({key}), so it is not exported"
+            )
         linears[key] = linear.name
-    transposed = frozenset(chain.key_of[view.weight_name] for view in views.values() if view.transposed)
+    transposed = frozenset(
+        chain.key_of[view.weight_name] for view in views.values() if view.transposed
+    )
     return OnGrid(chain, run, GRIDS[run.grid], linears, transposed)

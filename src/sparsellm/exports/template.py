@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import ModelError, one_line, shown
-from sparsellm.sources.gguf_header import check_header
+from sparsellm.files.gguf_header import check_header
 
 EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NEAR = 0.1  # largest ‖W − T‖² / ‖T‖² of dense W and quantised T: two bits a weight have 0.05, a wrong order of rows 2
@@ -44,15 +44,23 @@ class Template:
             self.reader = gguf.GGUFReader(path)
         except ModelError:
             raise
-        except Exception as error:  # a damaged file raises any of numpy's or gguf's errors
-            raise ModelError(f"--like {shown(str(path))} is not a readable GGUF file: {one_line(error)}") from None
+        except (
+            Exception
+        ) as error:  # a damaged file raises any of numpy's or gguf's errors
+            raise ModelError(
+                f"--like {shown(str(path))} is not a readable GGUF file: {one_line(error)}"
+            ) from None
         name = self.value("general.architecture")
         known = {text: arch for arch, text in gguf.MODEL_ARCH_NAMES.items()}
         if name not in known:
-            raise ModelError(f"--like {path} has the architecture {shown(name)}, which gguf does not know; update gguf")
+            raise ModelError(
+                f"--like {path} has the architecture {shown(name)}, which gguf does not know; update gguf"
+            )
         self.arch, blocks = name, self.value(f"{name}.block_count")
         if not isinstance(blocks, int):
-            raise ModelError(f"--like {path} has no {name}.block_count; give the GGUF of a language model")
+            raise ModelError(
+                f"--like {path} has no {name}.block_count; give the GGUF of a language model"
+            )
         self._names = gguf.get_tensor_name_map(known[name], blocks)
 
     def value(self, key: str) -> Any:
@@ -66,18 +74,27 @@ class Template:
         for key in keys:
             plain = re.sub(r"(?<=\.experts)\.\d+(?=\.)", "", key)
             tried = (plain, plain.replace("language_model.", ""), f"model.{plain}")
-            names = (self._names.get_name(candidate, try_suffixes=(".weight", ".bias")) for candidate in tried)
+            names = (
+                self._names.get_name(candidate, try_suffixes=(".weight", ".bias"))
+                for candidate in tried
+            )
             name = next(filter(None, names), None)
             if name is not None:
                 expert = re.search(r"(?<=\.experts\.)\d+(?=\.)", key)
                 stacked.setdefault(name, {})[int(expert.group()) if expert else 0] = key
-        return {name: [key for _, key in sorted(of.items())] for name, of in stacked.items()}
+        return {
+            name: [key for _, key in sorted(of.items())] for name, of in stacked.items()
+        }
 
-    def change(self, tensor: gguf.ReaderTensor, dense: Tensor, orders: Sequence[Tensor]) -> Change | None:
+    def change(
+        self, tensor: gguf.ReaderTensor, dense: Tensor, orders: Sequence[Tensor]
+    ) -> Change | None:
         """The change that makes ``tensor`` of the dense model's rows ``(rows, columns)``, by one of these orders.
 
         A tensor in floating point must be equal, a quantised one near. None if no change does it, or several do."""
-        if dense.numel() != tensor.n_elements or any(len(order) != len(dense) for order in orders):
+        if dense.numel() != tensor.n_elements or any(
+            len(order) != len(dense) for order in orders
+        ):
             return None
         shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
         changes = [Change(order, shift) for order in orders for shift in shifts]
@@ -103,8 +120,19 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
             orders.append(order.view(count, 2, -1).transpose(1, 2).reshape(-1))
         if heads % count == 0 and rows % (heads + 2 * count) == 0:
             grouped = order.view(count, heads // count + 2, -1)
-            orders.append(torch.cat([part.reshape(-1) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])]))
-    return [tensor for i, tensor in enumerate(orders) if not any(torch.equal(tensor, other) for other in orders[:i])]
+            orders.append(
+                torch.cat(
+                    [
+                        part.reshape(-1)
+                        for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
+                    ]
+                )
+            )
+    return [
+        tensor
+        for i, tensor in enumerate(orders)
+        if not any(torch.equal(tensor, other) for other in orders[:i])
+    ]
 
 
 def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
@@ -115,10 +143,14 @@ def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
     for start in range(0, rows, few):
         part = slice(start, min(start + few, rows))
         values = gguf.dequantize(np.ascontiguousarray(stored[part]), tensor.tensor_type)
-        known = torch.from_numpy(np.array(values, dtype=np.float32)).view(part.stop - start, -1)
+        known = torch.from_numpy(np.array(values, dtype=np.float32)).view(
+            part.stop - start, -1
+        )
         ours = dense[change.order[part]].float() + change.shift
         if dtype is not None and not torch.equal(ours.to(dtype).float(), known):
             return False
-        if dtype is None and float((ours - known).square().sum()) > NEAR * float(known.square().sum()):
+        if dtype is None and float((ours - known).square().sum()) > NEAR * float(
+            known.square().sum()
+        ):
             return False
     return True

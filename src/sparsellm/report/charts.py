@@ -13,10 +13,27 @@ from statistics import fmean
 from typing import Any
 
 from sparsellm.progress import PHASES
-from sparsellm.records import LinearResult, Pruning, Step, SweepPass, Totals, by_kind, error_of
+from sparsellm.records import (
+    LinearResult,
+    Pruning,
+    Step,
+    SweepPass,
+    Totals,
+    by_kind,
+    error_of,
+)
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; each line also has a dash and a symbol of its own.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8c6bb1",
+    "#7f7f7f",
+)
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
@@ -53,12 +70,19 @@ class Chart:
     @property
     def legend(self) -> int:
         """The lines of the legend on a narrow screen."""
-        return sum(1 + trace["name"].count("<br>") for trace in self.traces) if self.layout.get("showlegend") else 0
+        return (
+            sum(1 + trace["name"].count("<br>") for trace in self.traces)
+            if self.layout.get("showlegend")
+            else 0
+        )
 
     @property
     def figure(self) -> Plotly:
         """JSON values for Plotly; numbers that JSON does not have are null."""
-        return json.loads(json.dumps({"data": self.traces, "layout": self.layout}), parse_constant=lambda name: None)  # type: ignore[no-any-return]
+        return json.loads(  # type: ignore[no-any-return]
+            json.dumps({"data": self.traces, "layout": self.layout}),
+            parse_constant=lambda name: None,
+        )
 
 
 def percent(share: float | None) -> str:
@@ -91,7 +115,10 @@ def line(name: str, x: Sequence[float], y: Values, position: int) -> Plotly:
         "name": "<br>".join(map(escape, textwrap.wrap(name, 40))),
         "x": list(x),
         "y": list(y),
-        "line": {"color": COLOURS[position % len(COLOURS)], "dash": _DASHES[position // 2 % len(_DASHES)]},
+        "line": {
+            "color": COLOURS[position % len(COLOURS)],
+            "dash": _DASHES[position // 2 % len(_DASHES)],
+        },
         "marker": {"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 6},
     }
 
@@ -101,34 +128,60 @@ def axis(title: str, **more: Any) -> Plotly:
 
 
 # An axis of fractions in percent, which ends at 0 and 100 % at the latest
-share_axis = partial(axis, tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1})
+share_axis = partial(
+    axis, tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1}
+)
 log_axis = partial(axis, type="log", tickformat=".5~g", nticks=4)
 
 
 def _heat(*, bar: Plotly, **values: Any) -> Plotly:
     """Cells coloured by their values ``z``; ``bar`` is the axis of the colours."""
-    looks = {"colorscale": "Cividis", "colorbar": {"thickness": 12, **bar}, "xgap": 1, "ygap": 1}
+    looks = {
+        "colorscale": "Cividis",
+        "colorbar": {"thickness": 12, **bar},
+        "xgap": 1,
+        "ygap": 1,
+    }
     return {"type": "heatmap", **values, **looks}
 
 
 def reference_line(y: float) -> Plotly:
     """A dashed line across the chart; the page gives it the colour of its text."""
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"dash": "dash", "width": 1}}
+    return {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": y,
+        "y1": y,
+        "line": {"dash": "dash", "width": 1},
+    }
 
 
 def _whole_axis(title: str, numbers: Sequence[int], **more: Any) -> Plotly:
     """Whole numbers with at most a dozen ticks."""
-    return axis(title, tick0=0, dtick=max(1, math.ceil((max(numbers) - min(numbers) + 1) / 12)), **more)
+    return axis(
+        title,
+        tick0=0,
+        dtick=max(1, math.ceil((max(numbers) - min(numbers) + 1) / 12)),
+        **more,
+    )
 
 
-def _table(first: str, numbers: Sequence[int], series: Mapping[str, Values], shown: Shown) -> Table:
+def _table(
+    first: str, numbers: Sequence[int], series: Mapping[str, Values], shown: Shown
+) -> Table:
     """A row for each number, a column for each series."""
     columns = ([shown(value) for value in values] for values in series.values())
     return Table((first, *series), list(zip(map(str, numbers), *columns, strict=True)))
 
 
 def lines(
-    heading: Heading, x: tuple[str, Sequence[int]], y: Plotly, series: Mapping[str, Values], shown: Shown = number
+    heading: Heading,
+    x: tuple[str, Sequence[int]],
+    y: Plotly,
+    series: Mapping[str, Values],
+    shown: Shown = number,
 ) -> Chart:
     """A line for each series over whole numbers, ``x``: a title and values. ``shown`` formats a value in the table.
     Series that are equal there are one line with all their names."""
@@ -136,12 +189,21 @@ def lines(
     for position, values in enumerate(series.values()):
         alike.setdefault(tuple(map(shown, values)), []).append(position)
     names, every = list(series), list(series.values())
-    traces = [line(", ".join(names[position] for position in at), x[1], every[at[0]], at[0]) for at in alike.values()]
-    layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(traces) <= MOST_NAMED}
+    traces = [
+        line(", ".join(names[position] for position in at), x[1], every[at[0]], at[0])
+        for at in alike.values()
+    ]
+    layout = {
+        "xaxis": _whole_axis(*x),
+        "yaxis": y,
+        "showlegend": len(traces) <= MOST_NAMED,
+    }
     return Chart(*heading, _table(*x, series, shown), traces, layout)
 
 
-def by_block(linears: Iterable[LinearResult], blocks: Sequence[int], of: Measure) -> list[float | None]:
+def by_block(
+    linears: Iterable[LinearResult], blocks: Sequence[int], of: Measure
+) -> list[float | None]:
     """A value for each block; None where it has none of the linears."""
     parts: dict[int, list[LinearResult]] = {}
     for linear in linears:
@@ -156,21 +218,42 @@ def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
     if len(kinds) <= most:
         return kinds
     first, rest = list(kinds.items())[: most - 1], list(kinds.values())[most - 1 :]
-    return dict(first) | {f"{len(rest)} other kinds": [linear for part in rest for linear in part]}
+    return dict(first) | {
+        f"{len(rest)} other kinds": [linear for part in rest for linear in part]
+    }
 
 
-def _heat_map(heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, log: bool = False) -> Chart:
+def _heat_map(
+    heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, log: bool = False
+) -> Chart:
     """Values by kind of linear and block: fractions, or coloured by ``log``. The text has a place for their range."""
 
     def z(value: float | None) -> float | None:
-        return value if not log else math.log10(value) if value is not None and value > 0 else None
+        return (
+            value
+            if not log
+            else math.log10(value)
+            if value is not None and value > 0
+            else None
+        )
 
     shown = short_number if log else percent
     name, title, text = heading
     blocks = pruning.blocks
-    values = {kind: by_block(part, blocks, of) for kind, part in _kinds(pruning).items()}
-    known = [value for row in values.values() for value in row if value is not None and math.isfinite(value)]
-    ends = {} if log or not known else {"zmin": max(0.0, min(known) - 0.05), "zmax": min(1.0, max(known) + 0.05)}
+    values = {
+        kind: by_block(part, blocks, of) for kind, part in _kinds(pruning).items()
+    }
+    known = [
+        value
+        for row in values.values()
+        for value in row
+        if value is not None and math.isfinite(value)
+    ]
+    ends = (
+        {}
+        if log or not known
+        else {"zmin": max(0.0, min(known) - 0.05), "zmax": min(1.0, max(known) + 0.05)}
+    )
     trace = _heat(
         **ends,  # else equal values would have the colours of both ends
         z=[[z(value) for value in row] for row in values.values()],
@@ -184,33 +267,66 @@ def _heat_map(heading: Heading, pruning: Pruning, of: Measure, bar: Plotly, *, l
         "xaxis": _whole_axis("block", blocks, showgrid=False, zeroline=False),
         "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
     }
-    text = text.format(f"from {shown(min(known, default=None))} to {shown(max(known, default=None))}")
+    text = text.format(
+        f"from {shown(min(known, default=None))} to {shown(max(known, default=None))}"
+    )
     height = 130 + 30 * max(3, len(values))
-    return Chart(f"{name}-map", title, text, _table("block", blocks, values, shown), [trace], layout, height)
+    return Chart(
+        f"{name}-map",
+        title,
+        text,
+        _table("block", blocks, values, shown),
+        [trace],
+        layout,
+        height,
+    )
 
 
 def maps(pruning: Pruning) -> list[Chart]:
     """Sparsity and relative error by kind of linear and block."""
-    sparsity = ("sparsity", "Sparsity of each linear", "The fraction of zeros of each linear, {}. Darker is denser.")
+    sparsity = (
+        "sparsity",
+        "Sparsity of each linear",
+        "The fraction of zeros of each linear, {}. Darker is denser.",
+    )
     error = (
         "‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs that the method fitted to, W₀ being the dense or the "
         "refitted weight, {}; the colours are logarithmic, and darker is a smaller error."
     )
     return [
         _heat_map(sparsity, pruning, sparsity_of, axis("zeros", tickformat=".0%")),
-        _heat_map(("error", "Error of each linear", error), pruning, error_of, axis("log₁₀ error"), log=True),
+        _heat_map(
+            ("error", "Error of each linear", error),
+            pruning,
+            error_of,
+            axis("log₁₀ error"),
+            log=True,
+        ),
     ]
 
 
 def experts_chart(pruning: Pruning) -> Chart:
     """The tokens and the score of every expert of the dense model, by block, and which experts stayed."""
-    first, every = pruning.experts[0], [str(number) for number in range(len(pruning.experts[0].tokens))]
+    first, every = (
+        pruning.experts[0],
+        [str(number) for number in range(len(pruning.experts[0].tokens))],
+    )
     shares, rows = list[Values](), list[list[str]]()
     for mixture in pruning.experts:
-        known = [(count / max(1, sum(mixture.tokens)), at in mixture.kept) for at, count in enumerate(mixture.tokens)]
+        known = [
+            (count / max(1, sum(mixture.tokens)), at in mixture.kept)
+            for at, count in enumerate(mixture.tokens)
+        ]
         shares.append([share if stays else None for share, stays in known])
-        said = [f"{'kept' if stays else 'removed'}, {share:.1%}" for share, stays in known]
-        rows.append([f"{what}, score {number(score)}" for what, score in zip(said, mixture.scores, strict=False)])
+        said = [
+            f"{'kept' if stays else 'removed'}, {share:.1%}" for share, stays in known
+        ]
+        rows.append(
+            [
+                f"{what}, score {number(score)}"
+                for what, score in zip(said, mixture.scores, strict=False)
+            ]
+        )
     blocks = [str(mixture.block) for mixture in pruning.experts]
     trace = _heat(
         z=shares,
@@ -220,15 +336,32 @@ def experts_chart(pruning: Pruning) -> Chart:
         hovertemplate="block %{y}, expert %{x}<br>%{text}<extra></extra>",
         bar=axis("tokens", tickformat=".0%"),
     )
-    errors = [number(fmean(x)) for x in zip(*((x.error, x.refitted) for x in pruning.experts), strict=True)]
+    errors = [
+        number(fmean(x))
+        for x in zip(*((x.error, x.refitted) for x in pruning.experts), strict=True)
+    ]
     text = (
         f"{len(first.kept)} of {len(every)} experts stayed in each mixture; removed ones are blank. Colours are shares "
         f"of the calibration tokens. The mean error of the mixtures' outputs is {errors[0]}"
         + (f", and {errors[1]} refitted." if errors[0] != errors[1] else ".")
     )
-    layout = {"xaxis": {"type": "category", **axis("expert")}, "yaxis": {"type": "category", "autorange": "reversed"}}
-    table = Table(("block", *every), [(block, *row) for block, row in zip(blocks, rows, strict=True)])
-    return Chart("experts", "Experts that stayed", text, table, [trace], layout, 130 + 24 * max(4, len(blocks)))
+    layout = {
+        "xaxis": {"type": "category", **axis("expert")},
+        "yaxis": {"type": "category", "autorange": "reversed"},
+    }
+    table = Table(
+        ("block", *every),
+        [(block, *row) for block, row in zip(blocks, rows, strict=True)],
+    )
+    return Chart(
+        "experts",
+        "Experts that stayed",
+        text,
+        table,
+        [trace],
+        layout,
+        130 + 24 * max(4, len(blocks)),
+    )
 
 
 def allocation_chart(pruning: Pruning) -> Chart:
@@ -241,8 +374,17 @@ def allocation_chart(pruning: Pruning) -> Chart:
         f"{percent(min(known))} to {percent(max(known))}, and {percent(pruning.sparsity_asked)} was asked for."
     )
     series: dict[str, Values] = {"all of the block": shares}
-    series |= {kind: by_block(part, blocks, sparsity_of) for kind, part in _kinds(pruning).items()}
-    chart = lines(("allocation", "Where the zeros went", text), ("block", blocks), share_axis("zeros"), series, percent)
+    series |= {
+        kind: by_block(part, blocks, sparsity_of)
+        for kind, part in _kinds(pruning).items()
+    }
+    chart = lines(
+        ("allocation", "Where the zeros went", text),
+        ("block", blocks),
+        share_axis("zeros"),
+        series,
+        percent,
+    )
     chart.traces[0]["line"]["width"] = 4
     chart.layout["shapes"] = [reference_line(pruning.sparsity_asked)]
     return chart
@@ -251,13 +393,19 @@ def allocation_chart(pruning: Pruning) -> Chart:
 def course(pruning: Pruning) -> list[Chart]:
     """The charts of the sweep, the decomposition and the time, each where its values are known."""
     sweep = [_sweep_chart(pruning.sweeps)] if pruning.sweeps else []
-    time = [_time_chart(pruning)] if any(value > 0 for value in pruning.whole_seconds.values()) else []
+    time = (
+        [_time_chart(pruning)]
+        if any(value > 0 for value in pruning.whole_seconds.values())
+        else []
+    )
     return [*sweep, *_decomposition_charts(pruning), *time]
 
 
 def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
     """The divergence from the dense model after each pass of the sweep."""
-    best = min(passes, key=lambda record: (not math.isfinite(record.held_out), record.held_out))
+    best = min(
+        passes, key=lambda record: (not math.isfinite(record.held_out), record.held_out)
+    )
     kept = f"{number(best.held_out)} after pass {best.passes}, whose weights were kept"
     if best is passes[0]:
         kept = "no pass was better, so the weights before it were kept"
@@ -266,29 +414,58 @@ def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
     series: dict[str, Values] = {
         "held-out windows": [record.held_out for record in passes],
         "windows of the pass": [record.train for record in passes],
-        **{f"held out of {name}": [record.sources.get(name) for record in passes] for name in passes[0].sources},
+        **{
+            f"held out of {name}": [record.sources.get(name) for record in passes]
+            for name in passes[0].sources
+        },
     }
     numbers = ("passes", [record.passes for record in passes])
-    return lines(("sweep", "The sweep", text), numbers, axis("KL, nats", rangemode="tozero"), series)
+    return lines(
+        ("sweep", "The sweep", text),
+        numbers,
+        axis("KL, nats", rangemode="tozero"),
+        series,
+    )
 
 
 def _decomposition_charts(pruning: Pruning) -> list[Chart]:
     """Objective and error of the decomposition by iteration, a line for each block; empty where it did not run."""
-    runs = {f"block {linear.block}": linear.history for linear in pruning.linears if linear.history}
+    runs = {
+        f"block {linear.block}": linear.history
+        for linear in pruning.linears
+        if linear.history
+    }
     most = min(max(map(len, runs.values()), default=0), _CELLS // max(1, len(runs)))
 
     def error(step: Step) -> float | None:
-        return step.held_out_error if step.held_out_error is not None else step.train_error
+        return (
+            step.held_out_error if step.held_out_error is not None else step.train_error
+        )
 
     charts = []
     for name, title, what, of in (
-        ("objective", "The decomposition's objective", "penalty objective", lambda step: step.objective),
+        (
+            "objective",
+            "The decomposition's objective",
+            "penalty objective",
+            lambda step: step.objective,
+        ),
         ("unit-error", "The error of the decomposition", "error of the unit", error),
     ):
-        series = {block: [*map(of, steps[:most]), *[None] * (most - len(steps))] for block, steps in runs.items()}
+        series = {
+            block: [*map(of, steps[:most]), *[None] * (most - len(steps))]
+            for block, steps in runs.items()
+        }
         if any(value is not None for values in series.values() for value in values):
             text = f"The {what} of each block's feed-forward unit by iteration; iteration 0 is local pruning."
-            charts.append(lines((name, title, text), ("iteration", range(most)), log_axis(what), series))
+            charts.append(
+                lines(
+                    (name, title, text),
+                    ("iteration", range(most)),
+                    log_axis(what),
+                    series,
+                )
+            )
     return charts
 
 
@@ -299,9 +476,19 @@ def _time_chart(pruning: Pruning) -> Chart:
     order = sorted(took, key=lambda name: -took[name])
     rows = []
     for name in order:
-        parts = {key: part for key, part in pruning.seconds.items() if key.startswith(f"{name}/")}
+        parts = {
+            key: part
+            for key, part in pruning.seconds.items()
+            if key.startswith(f"{name}/")
+        }
         for key, part in {name: took[name], **parts}.items():
-            rows.append(("– " * ("/" in key) + PHASES.get(key, key), f"{part:.1f}", percent(part / total)))
+            rows.append(
+                (
+                    "– " * ("/" in key) + PHASES.get(key, key),
+                    f"{part:.1f}",
+                    percent(part / total),
+                )
+            )
     text = f"{total:.0f} seconds in all"
     text += f", {predicted:.0f} were predicted when it began" if predicted else ""
     text += f"; “{PHASES.get(order[0], order[0])}” took {percent(took[order[0]] / total)} of them. "
@@ -314,7 +501,16 @@ def _time_chart(pruning: Pruning) -> Chart:
         "Time of each phase",
         f"{text}.",
         Table(("phase", "seconds", "share"), rows),
-        [{**bar, "x": [took[name] for name in order], "y": [escape(PHASES.get(name, name)) for name in order]}],
-        {"xaxis": axis("seconds"), "yaxis": {"type": "category", "autorange": "reversed"}},
+        [
+            {
+                **bar,
+                "x": [took[name] for name in order],
+                "y": [escape(PHASES.get(name, name)) for name in order],
+            }
+        ],
+        {
+            "xaxis": axis("seconds"),
+            "yaxis": {"type": "category", "autorange": "reversed"},
+        },
         120 + 26 * len(order),
     )

@@ -10,11 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsellm.errors import StorageError
+from sparsellm.files.reader import as_storage_error
+from sparsellm.files.results import read_results
 from sparsellm.inputs import without_folders
-from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Pruning, Results, read_pruning
+from sparsellm.records import (
+    PRUNING,
+    QUANTITIES,
+    Benchmark,
+    Pruning,
+    Results,
+    read_pruning,
+)
 from sparsellm.report.charts import megabytes, number, percent
-from sparsellm.storage.reader import as_storage_error
-from sparsellm.storage.results import read_results
 from sparsepack.bench import Pair, weight_file_bytes
 
 _TEXTS = ("c4-sample", "pydoc", "wikitext2", "ptb", "c4")
@@ -43,23 +50,44 @@ class Checkpoint:
     def packed_bytes(self) -> int | None:
         """The size of the packed weight files; None if there are none and no benchmark measured them."""
         measured = self.decoding()
-        return self.file_bytes if self.packed else measured[0].packed_disk_bytes if measured else None
+        return (
+            self.file_bytes
+            if self.packed
+            else measured[0].packed_disk_bytes
+            if measured
+            else None
+        )
 
     def decoding(self) -> tuple[Benchmark, Pair] | None:
         """The latest benchmark with decoding, and its speeds while decoding."""
-        return next(((result, pair) for result in reversed(self.results.benchmarks) if (pair := result.decoding)), None)
+        return next(
+            (
+                (result, pair)
+                for result in reversed(self.results.benchmarks)
+                if (pair := result.decoding)
+            ),
+            None,
+        )
 
 
-def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Checkpoint:
+def read_checkpoint(
+    directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None
+) -> Checkpoint:
     """What a pruned checkpoint says of itself; ``name`` replaces the directory in commands. What ``prune`` has not
     written, or cannot be read, is a StorageError."""
     place = Path(directory).expanduser()
     pruning = read_pruning(place)
     if not pruning.linears:
-        raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")
-    last = Path(os.path.abspath(place if name is None else name)).name  # pages leave this machine
+        raise StorageError(
+            f"{place / PRUNING}: linears is []; there is nothing to report"
+        )
+    last = Path(
+        os.path.abspath(place if name is None else name)
+    ).name  # pages leave this machine
     with as_storage_error():
-        return Checkpoint(place, last, pruning, read_results(place), weight_file_bytes(place))
+        return Checkpoint(
+            place, last, pruning, read_results(place), weight_file_bytes(place)
+        )
 
 
 @dataclass(frozen=True)
@@ -78,11 +106,30 @@ class Row:
 def headline(record: Checkpoint) -> list[Row]:
     """The rows of the table: sparsity, quality, tasks, size, speed."""
     pruning = record.pruning
-    rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
+    rows = [
+        Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))
+    ]
     if pruning.matrices.weights > pruning.weights:
-        rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
-    files = [Row(f"File {file.name}", str(file), None, megabytes(file.bytes / 1e6)) for file in record.results.exports]
-    return [*rows, *_quality(record), *_tasks(record), *_sizes(record), *files, *_speeds(record)]
+        rows.append(
+            Row(
+                "Zeros in all matrices of the blocks",
+                "",
+                None,
+                percent(pruning.sparsity_reached),
+            )
+        )
+    files = [
+        Row(f"File {file.name}", str(file), None, megabytes(file.bytes / 1e6))
+        for file in record.results.exports
+    ]
+    return [
+        *rows,
+        *_quality(record),
+        *_tasks(record),
+        *_sizes(record),
+        *files,
+        *_speeds(record),
+    ]
 
 
 def commands_of(rows: Iterable[Row]) -> list[str]:
@@ -99,7 +146,12 @@ def packed_commands(record: Checkpoint) -> list[str]:
     name = shlex.quote(packed.name)
     values = "" if run.values == "keep" else f" --values {run.values}"
     pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}{values}"
-    return [pack, _evaluate(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
+    return [
+        pack,
+        _evaluate(packed),
+        f"sparsellm bench {name}",
+        f"sparsellm report {name}",
+    ]
 
 
 def _evaluate(record: Checkpoint, tasks: str = "") -> str:
@@ -108,20 +160,36 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
     model = base.model or without_folders(base.name) or "MODEL"
     text = calibration if calibration in _TEXTS else "wikitext2"
     command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
-    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model)}"
+    return (
+        f"{command} --tasks {tasks}"
+        if tasks
+        else f"{command} --against {shlex.quote(model)}"
+    )
 
 
 def _quality(record: Checkpoint) -> list[Row]:
     command, base, rows = _evaluate(record), record.pruning.base, []
     for evaluation in record.results.latest().values():
         protocol, against = str(evaluation.protocol), evaluation.dense
-        if against is not None and base.name and against.model not in (without_folders(base.name), base.model):
+        if (
+            against is not None
+            and base.name
+            and against.model not in (without_folders(base.name), base.model)
+        ):
             protocol += f", against {against.model}"
-        shown = [Row(name, protocol, dense, value) for name, dense, value in evaluation.rows()]
+        shown = [
+            Row(name, protocol, dense, value)
+            for name, dense, value in evaluation.rows()
+        ]
         if against is not None:
-            shown[0] = replace(shown[0], change=_ratio(evaluation.value, against.perplexity.value))
+            shown[0] = replace(
+                shown[0], change=_ratio(evaluation.value, against.perplexity.value)
+            )
         else:
-            missing = [Row(name, protocol, dense) for name, dense in zip(QUANTITIES[1:3], ("0", "100%"), strict=True)]
+            missing = [
+                Row(name, protocol, dense)
+                for name, dense in zip(QUANTITIES[1:3], ("0", "100%"), strict=True)
+            ]
             shown = [replace(row, command=command) for row in (*shown, *missing)]
         rows += shown
     return rows or [Row(name, command=command) for name in QUANTITIES[:3]]
@@ -132,7 +200,9 @@ def _tasks(record: Checkpoint) -> list[Row]:
     latest: dict[str, str] = {}
     for evaluation in record.results.evaluations:
         for task, metrics in (evaluation.tasks or {}).items():
-            latest |= {f"{task}: {name}": metric.shown() for name, metric in metrics.items()}
+            latest |= {
+                f"{task}: {name}": metric.shown() for name, metric in metrics.items()
+            }
     rows = [Row(name, pruned=value) for name, value in latest.items()]
     return rows or [Row("Tasks", command=_evaluate(record, "hellaswag,arc_easy"))]
 
@@ -141,12 +211,22 @@ def _sizes(record: Checkpoint) -> list[Row]:
     """Weight files of the directory, and of its packed form if that was measured."""
     detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
     sizes = [(record.name, detail, record.file_bytes)]
-    if not record.packed and (measured := record.decoding()) is not None and (size := measured[0].packed_disk_bytes):
+    if (
+        not record.packed
+        and (measured := record.decoding()) is not None
+        and (size := measured[0].packed_disk_bytes)
+    ):
         sizes.append((measured[0].packed_name or "the packed form", "packed", size))
     dense = record.pruning.base.bytes
     before = megabytes(dense / 1e6) if dense else None
     return [
-        Row(f"Weight files of {name}", detail, before, megabytes(size / 1e6), _ratio(size, dense) if dense else "")
+        Row(
+            f"Weight files of {name}",
+            detail,
+            before,
+            megabytes(size / 1e6),
+            _ratio(size, dense) if dense else "",
+        )
         for name, detail, size in sizes
     ]
 
@@ -156,15 +236,25 @@ def _speeds(record: Checkpoint) -> list[Row]:
     name, measured = "Tokens a second, decoding", record.decoding()
     if measured is None:
         command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
-        return [Row(name, "" if record.packed else "of the packed form", command=command)]
+        return [
+            Row(name, "" if record.packed else "of the packed form", command=command)
+        ]
     benchmark, pair = measured
     packed, rows = pair.packed, []
     detail = f"{benchmark.packed_name or 'packed'}, batch {packed.batch}, {packed.threads} threads"
     for how, dense in pair.against:
-        values = (number(dense.median), number(packed.median), _ratio(packed.median, dense.median))
+        values = (
+            number(dense.median),
+            number(packed.median),
+            _ratio(packed.median, dense.median),
+        )
         rows.append(Row(f"{name}, dense by {how}", detail, *values))
     return rows
 
 
 def _ratio(value: float, reference: float) -> str:
-    return f"× {value / reference:.2f}" if reference and math.isfinite(value / reference) else ""
+    return (
+        f"× {value / reference:.2f}"
+        if reference and math.isfinite(value / reference)
+        else ""
+    )

@@ -17,12 +17,28 @@ from sparsellm.arguments import Out, PathGiven, checked
 from sparsellm.errors import StorageError, shown
 from sparsellm.records import Protocol, error_of
 from sparsellm.report import charts
-from sparsellm.report.charts import Chart, Plotly, Table, megabytes, number, percent, short_number
-from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
+from sparsellm.report.charts import (
+    Chart,
+    Plotly,
+    Table,
+    megabytes,
+    number,
+    percent,
+    short_number,
+)
+from sparsellm.report.checkpoint import (
+    Checkpoint,
+    commands_of,
+    headline,
+    packed_commands,
+    read_checkpoint,
+)
 from sparsellm.report.document import page, write_page
 
 DENSE = "dense"  # the name of the dense model, which no run has
-RECOVERY = 0.95  # the least one of a recommended run, unless something else is asked for
+RECOVERY = (
+    0.95  # the least one of a recommended run, unless something else is asked for
+)
 SAME = 0.01  # how far perplexities of one dense model differ at most, since products are rounded
 _LARGE_SPAN = 3.0  # a ratio of perplexities from which their axis is logarithmic
 _Values = dict[str, float]  # what was measured of a run, by column
@@ -33,7 +49,10 @@ _MEASURES: dict[str, Callable[[float], str]] = {
     "same token": percent,
     "recovery": percent,
     "weight files": megabytes,
-    **dict.fromkeys(_SPEEDS := ("tokens/s", "× dense, same decoder", "× dense by transformers"), number),
+    **dict.fromkeys(
+        _SPEEDS := ("tokens/s", "× dense, same decoder", "× dense by transformers"),
+        number,
+    ),
 }
 
 
@@ -55,7 +74,9 @@ def best_at_each_size(runs: Sequence[Candidate]) -> list[Candidate]:
     return best
 
 
-def recommend(runs: Sequence[Candidate], recover: float | None, max_bytes: float | None) -> Candidate | None:
+def recommend(
+    runs: Sequence[Candidate], recover: float | None, max_bytes: float | None
+) -> Candidate | None:
     """The smallest run within the limits; without ``recover``, the best recovery. None: no limit or no such run."""
     if recover is None and max_bytes is None:
         return None
@@ -98,39 +119,82 @@ def write_comparison(
     return write_page(render_comparison(records, recover, max_bytes), out)
 
 
-def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None) -> bytes:
+def render_comparison(
+    records: Sequence[Checkpoint], recover: float | None, max_bytes: int | None
+) -> bytes:
     """The comparison as HTML."""
-    protocols = [evaluation.protocol for record in records for evaluation in record.results.latest().values()]
+    protocols = [
+        evaluation.protocol
+        for record in records
+        for evaluation in record.results.latest().values()
+    ]
     counts = Counter(setting.key for setting in protocols)
-    protocol = max(protocols, key=lambda setting: counts[setting.key], default=None)  # by which most runs were measured
+    protocol = max(
+        protocols, key=lambda setting: counts[setting.key], default=None
+    )  # by which most runs were measured
     names = _names(records)
     values = _values(records, names, protocol)
-    methods = [" ".join(str(run.pruning.recipe.get(key) or "") for key in ("method", "pattern")) for run in records]
+    methods = [
+        " ".join(
+            str(run.pruning.recipe.get(key) or "") for key in ("method", "pattern")
+        )
+        for run in records
+    ]
     seconds = [f"{sum(run.pruning.whole_seconds.values()):,.0f} s" for run in records]
     measured = {"perplexity"}.union(*(numbers for _, numbers in values[1:]))
     columns = {key: text for key, text in _MEASURES.items() if key in measured}
-    decoded = [name for name, record in zip(names, records, strict=True) if record.decoding() is not None]
-    measured_elsewhere = {*decoded} - {name for name, numbers in values if "tokens/s" in numbers}
+    decoded = [
+        name
+        for name, record in zip(names, records, strict=True)
+        if record.decoding() is not None
+    ]
+    measured_elsewhere = {*decoded} - {
+        name for name, numbers in values if "tokens/s" in numbers
+    }
     summary = []
-    for (name, numbers), method, took in zip(values, ["", *methods], ["", *seconds], strict=True):
-        elsewhere = dict.fromkeys(_SPEEDS, "another machine or batch") if name in measured_elsewhere else {}
-        cells = (text(numbers[k]) if k in numbers else elsewhere.get(k, "not measured") for k, text in columns.items())
+    for (name, numbers), method, took in zip(
+        values, ["", *methods], ["", *seconds], strict=True
+    ):
+        elsewhere = (
+            dict.fromkeys(_SPEEDS, "another machine or batch")
+            if name in measured_elsewhere
+            else {}
+        )
+        cells = (
+            text(numbers[k]) if k in numbers else elsewhere.get(k, "not measured")
+            for k, text in columns.items()
+        )
         summary.append((name, method.strip(), *cells, took))
     quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
-    packed = max_bytes is not None or None not in [record.packed_bytes for record in records]
+    packed = max_bytes is not None or None not in [
+        record.packed_bytes for record in records
+    ]
     runs = [
-        Candidate(name, numbers["recovery"], (record.packed_bytes or 0) if packed else _left(record), numbers["KL"])
+        Candidate(
+            name,
+            numbers["recovery"],
+            (record.packed_bytes or 0) if packed else _left(record),
+            numbers["KL"],
+        )
         for (name, numbers), record in zip(values[1:], records, strict=True)
         if "recovery" in numbers and (record.packed_bytes or not packed)
     ]
-    best = [(_size(x, packed), x.name, short_number(x.kl), percent(x.recovery)) for x in best_at_each_size(runs)]
+    best = [
+        (_size(x, packed), x.name, short_number(x.kl), percent(x.recovery))
+        for x in best_at_each_size(runs)
+    ]
     return page(
         "comparison.html.jinja",
         f"{len(records)} pruned versions of {records[0].model}",
         [*quality, *depth],
-        sections=[("runs", "The runs"), ("quality", "Quality"), ("depth", "By depth"), ("made", "How they were made")],
+        sections=[
+            ("runs", "The runs"),
+            ("quality", "Quality"),
+            ("depth", "By depth"),
+            ("made", "How they were made"),
+        ],
         model=records[0].model,
         records=records,
         names=names,
@@ -139,7 +203,12 @@ def render_comparison(records: Sequence[Checkpoint], recover: float | None, max_
         advice=_advice(runs, packed, recover, max_bytes),
         best=Table(("size", "run", "KL", "recovery"), best),
         commands=[*commands, again] if commands else [],
-        packed_commands=[x for record in records if record.decoding() is None for x in packed_commands(record)[:-1]],
+        packed_commands=[
+            x
+            for record in records
+            if record.decoding() is None
+            for x in packed_commands(record)[:-1]
+        ],
         quality=quality,
         depth=depth,
     )
@@ -149,7 +218,9 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
     """The names of the directories, with a number where the dense model or an earlier one is called alike."""
     names = [DENSE]
     for record in records:
-        tried = chain([record.name], (f"{record.name} ({number})" for number in count(2)))
+        tried = chain(
+            [record.name], (f"{record.name} ({number})" for number in count(2))
+        )
         names.append(next(name for name in tried if name not in names))
     return names[1:]
 
@@ -157,14 +228,25 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
 def _left(record: Checkpoint) -> float:
     """The share of the weights that are left and not zero. Sizes of files tell what removed experts had."""
     dense = record.pruning.base.bytes if record.pruning.experts else 0
-    return (1 - record.pruning.sparsity_pruned) * (record.file_bytes / dense if dense else 1)
+    return (1 - record.pruning.sparsity_pruned) * (
+        record.file_bytes / dense if dense else 1
+    )
 
 
 def _size(run: Candidate, packed: bool) -> str:
-    return f"{megabytes(run.size / 1e6)} packed" if packed else f"{percent(run.size)} of the weights"
+    return (
+        f"{megabytes(run.size / 1e6)} packed"
+        if packed
+        else f"{percent(run.size)} of the weights"
+    )
 
 
-def _advice(runs: Sequence[Candidate], packed: bool, recover: float | None, max_bytes: int | None) -> str:
+def _advice(
+    runs: Sequence[Candidate],
+    packed: bool,
+    recover: float | None,
+    max_bytes: int | None,
+) -> str:
     """The run to take, and why; empty if no recovery was measured."""
     if not runs:
         return ""
@@ -176,40 +258,79 @@ def _advice(runs: Sequence[Candidate], packed: bool, recover: float | None, max_
 
     asked = [f"a recovery of {percent(recover)} or more"] if recover is not None else []
     asked += [f"at most {megabytes(max_bytes / 1e6)}"] if max_bytes is not None else []
-    best, most = recommend(runs, recover, max_bytes), max(runs, key=lambda run: run.recovery)
+    best, most = (
+        recommend(runs, recover, max_bytes),
+        max(runs, key=lambda run: run.recovery),
+    )
     if best is None:
         return f"No run has {' and '.join(asked)}. The best recovery is that of {said(most)}."
-    why = "the best recovery" if recover is None else "the smallest size" if packed else "the fewest weights"
+    why = (
+        "the best recovery"
+        if recover is None
+        else "the smallest size"
+        if packed
+        else "the fewest weights"
+    )
     text = f"Take {said(best)}: it has {why} among the runs with {' and '.join(asked)}."
-    return text if best is most else f"{text} The best recovery is that of {said(most)}."
+    return (
+        text if best is most else f"{text} The best recovery is that of {said(most)}."
+    )
 
 
-def _values(records: Sequence[Checkpoint], names: list[str], protocol: Protocol | None) -> list[tuple[str, _Values]]:
+def _values(
+    records: Sequence[Checkpoint], names: list[str], protocol: Protocol | None
+) -> list[tuple[str, _Values]]:
     """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
     values, setting = list[tuple[str, _Values]](), None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
-    evaluations = [record.results.latest().get(protocol.key) if protocol is not None else None for record in records]
-    perplexities = [run.dense.perplexity.value for run in evaluations if run is not None and run.dense is not None]
-    if perplexities:  # that of most runs: one may have been measured against another model
+    evaluations = [
+        record.results.latest().get(protocol.key) if protocol is not None else None
+        for record in records
+    ]
+    perplexities = [
+        run.dense.perplexity.value
+        for run in evaluations
+        if run is not None and run.dense is not None
+    ]
+    if (
+        perplexities
+    ):  # that of most runs: one may have been measured against another model
         dense["perplexity"] = max(
-            perplexities, key=lambda value: sum(math.isclose(value, other, rel_tol=SAME) for other in perplexities)
+            perplexities,
+            key=lambda value: sum(
+                math.isclose(value, other, rel_tol=SAME) for other in perplexities
+            ),
         )
     for name, record, evaluation in zip(names, records, evaluations, strict=True):
-        one: _Values = {"zeros": record.pruning.sparsity_pruned, "weight files": record.file_bytes / 1e6}
+        one: _Values = {
+            "zeros": record.pruning.sparsity_pruned,
+            "weight files": record.file_bytes / 1e6,
+        }
         if record.pruning.base.bytes:
             dense.setdefault("weight files", record.pruning.base.bytes / 1e6)
         if evaluation is not None:
             one["perplexity"] = evaluation.value
             against = evaluation.dense
-            if against is not None and math.isclose(dense["perplexity"], against.perplexity.value, rel_tol=SAME):
-                one |= {"KL": against.kl, "same token": against.agreement, "recovery": against.recovery or 0.0}
+            if against is not None and math.isclose(
+                dense["perplexity"], against.perplexity.value, rel_tol=SAME
+            ):
+                one |= {
+                    "KL": against.kl,
+                    "same token": against.agreement,
+                    "recovery": against.recovery or 0.0,
+                }
         if (measured := record.decoding()) is not None:
             pair = measured[1]
             taken = (measured[0].machine, pair.packed.batch)
             setting = setting or taken
-        if measured is not None and taken == setting:  # speeds of another machine or batch do not compare
+        if (
+            measured is not None and taken == setting
+        ):  # speeds of another machine or batch do not compare
             dense.setdefault("tokens/s", pair.dense.median)
-            one |= {"tokens/s": pair.packed.median, "× dense by transformers": pair.ratio.dense_by_transformers}
+            one |= {
+                "tokens/s": pair.packed.median,
+                "× dense by transformers": pair.ratio.dense_by_transformers,
+            }
             if pair.ratio.same_decoder is not None:
                 one["× dense, same decoder"] = pair.ratio.same_decoder
         values.append((name, one))
@@ -234,36 +355,82 @@ def _quality(values: Sequence[tuple[str, _Values]]) -> list[Chart]:
     return drawn
 
 
-def _scatter(name: str, x: Plotly, measure: str, points: list[tuple[int, str, float, float]]) -> Chart:
+def _scatter(
+    name: str, x: Plotly, measure: str, points: list[tuple[int, str, float, float]]
+) -> Chart:
     """A point for each run; the dense model, at place 0, is a star, and a line across."""
-    _, first, _, lowest = min((point for point in points if point[0]), key=lambda point: point[3])
+    _, first, _, lowest = min(
+        (point for point in points if point[0]), key=lambda point: point[3]
+    )
     text = f"{first} has the lowest perplexity, {number(lowest)}"
     title, every = "perplexity, lower is better", [y for *_, y in points]
-    y_axis = charts.log_axis(title) if max(every) > _LARGE_SPAN * min(every) else charts.axis(title)
-    layout: Plotly = {"xaxis": x, "yaxis": y_axis, "showlegend": len(points) <= charts.MOST_NAMED}
+    y_axis = (
+        charts.log_axis(title)
+        if max(every) > _LARGE_SPAN * min(every)
+        else charts.axis(title)
+    )
+    layout: Plotly = {
+        "xaxis": x,
+        "yaxis": y_axis,
+        "showlegend": len(points) <= charts.MOST_NAMED,
+    }
     traces = []
     for place, label, at, y in points:
         trace = charts.line(label, [at], [y], place - 1)
-        marker = {"color": charts.COLOURS[(place - 1) % len(charts.COLOURS)], **trace["marker"], "size": 12}
+        marker = {
+            "color": charts.COLOURS[(place - 1) % len(charts.COLOURS)],
+            **trace["marker"],
+            "size": 12,
+        }
         if not place:
             marker |= {"size": 14, "color": charts.COLOURS[-1], "symbol": "star"}
             text += f"; the dense model, the dashed line, has {number(y)}"
             layout["shapes"] = [charts.reference_line(y)]
-        traces.append(trace | {"mode": "markers", "cliponaxis": False, "marker": marker})
+        traces.append(
+            trace | {"mode": "markers", "cliponaxis": False, "marker": marker}
+        )
     rows = [(label, _MEASURES[measure](at), number(y)) for _, label, at, y in points]
     table = Table(("run", x["title"]["text"], "perplexity"), rows)
-    return Chart(f"quality-{name}", f"Quality against {name}", f"{text}.", table, traces, layout, 400)
+    return Chart(
+        f"quality-{name}",
+        f"Quality against {name}",
+        f"{text}.",
+        table,
+        traces,
+        layout,
+        400,
+    )
 
 
 def _depth(records: Sequence[Checkpoint], names: Sequence[str]) -> list[Chart]:
     """Sparsity and error over the blocks, a line for each run."""
-    linears = {name: record.pruning.linears for name, record in zip(names, records, strict=True)}
+    linears = {
+        name: record.pruning.linears
+        for name, record in zip(names, records, strict=True)
+    }
     blocks = sorted({block for record in records for block in record.pruning.blocks})
     text = "Over the pruned linears of each block, one line for each run."
-    sparsity = {name: charts.by_block(part, blocks, charts.sparsity_of) for name, part in linears.items()}
-    error = {name: charts.by_block(part, blocks, error_of) for name, part in linears.items()}
+    sparsity = {
+        name: charts.by_block(part, blocks, charts.sparsity_of)
+        for name, part in linears.items()
+    }
+    error = {
+        name: charts.by_block(part, blocks, error_of) for name, part in linears.items()
+    }
     x = ("block", blocks)
     return [
-        charts.lines(("depth-sparsity", "Sparsity by block", text), x, charts.share_axis("zeros"), sparsity, percent),
-        charts.lines(("depth-error", "Mean error by block", text), x, charts.log_axis("error"), error, short_number),
+        charts.lines(
+            ("depth-sparsity", "Sparsity by block", text),
+            x,
+            charts.share_axis("zeros"),
+            sparsity,
+            percent,
+        ),
+        charts.lines(
+            ("depth-error", "Mean error by block", text),
+            x,
+            charts.log_axis("error"),
+            error,
+            short_number,
+        ),
     ]

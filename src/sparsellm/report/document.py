@@ -20,13 +20,19 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from sparsellm.arguments import Out, PathGiven, checked
 from sparsellm.errors import MissingExtraError, StorageError, shown
+from sparsellm.files.contents import changing, listed_files
+from sparsellm.files.directory import Place
+from sparsellm.files.files import write_bytes
 from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table, percent, short_number
-from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
-from sparsellm.storage.contents import changing, listed_files
-from sparsellm.storage.directory import Place
-from sparsellm.storage.files import write_bytes
+from sparsellm.report.checkpoint import (
+    Checkpoint,
+    commands_of,
+    headline,
+    packed_commands,
+    read_checkpoint,
+)
 from sparsepack.files import read_bytes
 
 REPORT = "report.html"
@@ -35,7 +41,9 @@ _HEAD = 2048  # bytes at the beginning of a file in which that must stand
 
 
 @checked
-def write_report(directory: PathGiven, out: Out | None = None, *, name: PathGiven | None = None) -> Path:
+def write_report(
+    directory: PathGiven, out: Out | None = None, *, name: PathGiven | None = None
+) -> Path:
     """Writes the report of a pruned checkpoint, packed or not, and returns its path.
 
     Args:
@@ -48,7 +56,9 @@ def write_report(directory: PathGiven, out: Out | None = None, *, name: PathGive
         MissingExtraError: the chart library is not installed.
     """
     record = read_checkpoint(directory, name)
-    return write_page(render_run(record), record.directory / REPORT if out is None else out)
+    return write_page(
+        render_run(record), record.directory / REPORT if out is None else out
+    )
 
 
 def write_page(page: bytes, out: Place) -> Path:
@@ -68,13 +78,19 @@ def check_page(out: Place) -> Path:
     given = Path(os.path.expanduser(text))
     place = Path(os.path.realpath(given.parent)) / given.name
     if os.path.isdir(place):
-        raise StorageError(f"--out {shown(text)} is a directory; name a file, such as compare.html")
+        raise StorageError(
+            f"--out {shown(text)} is a directory; name a file, such as compare.html"
+        )
     mark = f'name="generator" content="{GENERATOR}"'.encode()
     if os.path.lexists(place) and mark not in read_bytes(place, _HEAD, StorageError):
-        raise StorageError(f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file")
+        raise StorageError(
+            f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file"
+        )
     if not os.path.isdir(place.parent):  # False for a path that is too long
         parent = shown(str(place.parent))
-        raise StorageError(f"--out {shown(text)}: {parent} is not a directory; create it, or name another file")
+        raise StorageError(
+            f"--out {shown(text)}: {parent} is not a directory; create it, or name another file"
+        )
     return place
 
 
@@ -84,8 +100,14 @@ def render_run(record: Checkpoint) -> bytes:
     rows, course = headline(record), charts.course(pruning)
     linears, allocation = charts.maps(pruning), charts.allocation_chart(pruning)
     linears += [charts.experts_chart(pruning)] if pruning.experts else []
-    sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
-    sections += [("course", "The course of the run")] * bool(course) + [("made", "How it was made")]
+    sections = [
+        ("headline", "Dense against pruned"),
+        ("linears", "Every linear"),
+        ("depth", "Allocation"),
+    ]
+    sections += [("course", "The course of the run")] * bool(course) + [
+        ("made", "How it was made")
+    ]
     if record.results.continuations:
         sections.insert(1, ("continuations", "Continuations"))
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
@@ -102,7 +124,9 @@ def render_run(record: Checkpoint) -> bytes:
         linears=linears,
         allocation=allocation,
         course=course,
-        recipe=yaml.safe_dump(pruning.recipe, sort_keys=False, allow_unicode=True, width=100),
+        recipe=yaml.safe_dump(
+            pruning.recipe, sort_keys=False, allow_unicode=True, width=100
+        ),
         versions=Table(("package", "version"), sorted(pruning.versions.items())),
         environment=Table(("of the machine", "value"), machine),
     )
@@ -112,12 +136,22 @@ def summary_html(pruning: Pruning, path: Path | None) -> str:
     """A run as a small table without scripts, for notebooks: zeros and error of each kind of linear, time, memory."""
     kinds = {**by_kind(pruning.linears), "all pruned linears": pruning.linears}
     rows = [
-        (kind, f"{Totals.of(part).weights:,}", percent(charts.sparsity_of(part)), short_number(error_of(part)))
+        (
+            kind,
+            f"{Totals.of(part).weights:,}",
+            percent(charts.sparsity_of(part)),
+            short_number(error_of(part)),
+        )
         for kind, part in kinds.items()
     ]
     title = f"{pruning.method} {pruning.target}: {percent(pruning.sparsity_reached)} zeros in the blocks"
     content = Table(("kind of linear", "weights", "zeros", "mean error"), rows)
-    shown_as = _templates().get_template("parts.html.jinja").make_module().table(content, title)  # type: ignore[attr-defined]
+    shown_as = (
+        _templates()
+        .get_template("parts.html.jinja")
+        .make_module()
+        .table(content, title)  # type: ignore[attr-defined]
+    )
     text = f"{sum(pruning.whole_seconds.values()):.1f} s · peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
     return f"<div>{shown_as}<p>{html.escape(f'{text} · {path}' if path else text)}</p></div>"
 
@@ -126,15 +160,30 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
     """One HTML file with all that it needs: ``figures`` are its charts, and every text in ``context`` is escaped."""
     library, digest = _library()
     folder = importlib.resources.files("sparsellm.report").joinpath("page")
-    script, style = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("charts.js", "style.css"))
+    script, style = (
+        folder.joinpath(name).read_text(encoding="utf-8")
+        for name in ("charts.js", "style.css")
+    )
     policy = (
         f"default-src 'none'; script-src '{_source_hash(script)}' '{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     values = {chart.name: chart.figure for chart in figures}
-    drawn = htmlsafe_json_dumps(values, allow_nan=False, separators=(",", ":"))  # no text in it can end the script
-    context |= {"title": title, "policy": policy, "generator": GENERATOR, "style": style, "script": script}
-    text = _templates().get_template(template).render(library=library, figures=drawn, **context)
+    drawn = htmlsafe_json_dumps(
+        values, allow_nan=False, separators=(",", ":")
+    )  # no text in it can end the script
+    context |= {
+        "title": title,
+        "policy": policy,
+        "generator": GENERATOR,
+        "style": style,
+        "script": script,
+    }
+    text = (
+        _templates()
+        .get_template(template)
+        .render(library=library, figures=drawn, **context)
+    )
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -142,18 +191,30 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
 def _templates() -> Environment:
     """The templates of this package; every value in them is escaped."""
     loader = PackageLoader("sparsellm.report", "page")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
 
 
 @cache
 def _library() -> tuple[str, str]:
     """plotly.js, compressed and in base64, and the hash by which the page's policy lets it run."""
     try:
-        source = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text("utf-8")
+        source = (
+            importlib.resources.files("plotly")
+            .joinpath("package_data", "plotly.min.js")
+            .read_text("utf-8")
+        )
     except (ModuleNotFoundError, FileNotFoundError):
-        raise MissingExtraError("a report needs the package plotly: pip install 'sparsellm[report]'") from None
-    return base64.b64encode(gzip.compress(source.encode("utf-8"), 6, mtime=0)).decode("ascii"), _source_hash(source)
+        raise MissingExtraError(
+            "a report needs the package plotly: pip install 'sparsellm[report]'"
+        ) from None
+    return base64.b64encode(gzip.compress(source.encode("utf-8"), 6, mtime=0)).decode(
+        "ascii"
+    ), _source_hash(source)
 
 
 def _source_hash(source: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode("utf-8")).digest()).decode("ascii")
+    return "sha256-" + base64.b64encode(
+        hashlib.sha256(source.encode("utf-8")).digest()
+    ).decode("ascii")

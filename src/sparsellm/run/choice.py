@@ -10,22 +10,25 @@ from typing import Self
 from pydantic import JsonValue
 
 from sparsellm import parallel
-from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
-from sparsellm.allocation.allocator import divide
-from sparsellm.chain import Chain
-from sparsellm.chain.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.errors import RecipeError
-from sparsellm.methods import METHODS
-from sparsellm.methods.task import Method
-from sparsellm.mixtures import SCORES
+from sparsellm.method.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
+from sparsellm.method.allocation.allocator import divide
+from sparsellm.method.blocks import METHODS
+from sparsellm.method.blocks.task import Method
+from sparsellm.method.experts import SCORES
+from sparsellm.method.solvers.rounding import ROUNDING
+from sparsellm.model import Chain
+from sparsellm.model.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.registry import Entry, Needs, Options, Workspace
-from sparsellm.solvers.rounding import ROUNDING
 from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
-PASS_TOKENS, MOST_PASSES = 16_000, 16  # by `sweep_tokens`; every pass is judged and saved
+PASS_TOKENS, MOST_PASSES = (
+    16_000,
+    16,
+)  # by `sweep_tokens`; every pass is judged and saved
 SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains depends more on its steps
 
 
@@ -37,14 +40,18 @@ class Choice:
     options: dict[str, JsonValue]
     needs: Needs
     passes: int  # passes of the sweep over the whole model; 0 for no sweep
-    sweep_tokens: int | None  # tokens of all passes; None for a share of the calibration's in each
+    sweep_tokens: (
+        int | None
+    )  # tokens of all passes; None for a share of the calibration's in each
     sets: int  # sets of calibration windows, which the blocks take in turn
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs
     allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
     zeros: float = 0.0  # the share of zeros in the linears of every block; 0 where the recipe chooses linears by name
-    removes: bool = False  # whether this is the pass that removes experts, before the run
+    removes: bool = (
+        False  # whether this is the pass that removes experts, before the run
+    )
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -53,28 +60,57 @@ class Choice:
         options = method.check(recipe.options)
         given = next((name for name in SWEEP if getattr(recipe, name)), None)
         if method.effort is None and given is not None:
-            raise RecipeError(f"method {recipe.method} has no sweep, so no {given}; leave it out")
-        scored = recipe.expert_score != Recipe.model_fields["expert_score"].default or recipe.expert_options
+            raise RecipeError(
+                f"method {recipe.method} has no sweep, so no {given}; leave it out"
+            )
+        scored = (
+            recipe.expert_score != Recipe.model_fields["expert_score"].default
+            or recipe.expert_options
+        )
         if recipe.experts is None and scored:
             raise RecipeError(
                 "expert_score and expert_options choose the experts to keep; give experts, or leave them out"
             )
         passes, tokens = recipe.passes, recipe.sweep_tokens
         if tokens is not None and recipe.effort is not None:
-            raise RecipeError("effort and sweep_tokens both say how long the sweep is; give one of them")
+            raise RecipeError(
+                "effort and sweep_tokens both say how long the sweep is; give one of them"
+            )
         if tokens is not None and passes == 0:
-            raise RecipeError("passes 0 leaves out the sweep, and sweep_tokens says how long it is; give one of them")
+            raise RecipeError(
+                "passes 0 leaves out the sweep, and sweep_tokens says how long it is; give one of them"
+            )
         if passes is None:
-            by_effort = PASSES[(method.effort or 0) if recipe.effort is None else recipe.effort]
-            passes = by_effort if tokens is None else min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
+            by_effort = PASSES[
+                (method.effort or 0) if recipe.effort is None else recipe.effort
+            ]
+            passes = (
+                by_effort
+                if tokens is None
+                else min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
+            )
         # More sets cost a forward pass each and gain most where a sweep follows.
         sets = recipe.sets or (4 if passes >= PASSES[2] else 2 if passes else 1)
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         chosen = allocator.check(recipe.allocation_options)
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
-        allocation = (allocator, chosen, allocator.needs(chosen) if allocates else Needs(), allocates)
+        allocation = (
+            allocator,
+            chosen,
+            allocator.needs(chosen) if allocates else Needs(),
+            allocates,
+        )
         zeros = 0.0 if recipe.only or recipe.exclude else recipe.sparsity
-        return cls(method, options, method.needs(options), passes, tokens, sets, *allocation, zeros)
+        return cls(
+            method,
+            options,
+            method.needs(options),
+            passes,
+            tokens,
+            sets,
+            *allocation,
+            zeros,
+        )
 
     @classmethod
     def removing(cls, recipe: Recipe) -> Self:
@@ -82,13 +118,19 @@ class Choice:
         score = SCORES[recipe.expert_score]
         cls.of(recipe)
         nothing = cls.of(Recipe(method="magnitude", sparsity=0.0))
-        needs = replace(score.needs(score.check(recipe.expert_options)), token_states=True)
+        needs = replace(
+            score.needs(score.check(recipe.expert_options)), token_states=True
+        )
         return replace(nothing, needs=needs, removes=True)
 
     @property
     def workspace(self) -> Workspace:
         """The memory and work of the method and the functions that its options choose."""
-        return self.needs.workspace if self.removes else self.method.workspace.then(self.needs.workspace)
+        return (
+            self.needs.workspace
+            if self.removes
+            else self.method.workspace.then(self.needs.workspace)
+        )
 
     @property
     def copies(self) -> int:
@@ -105,19 +147,34 @@ class Choice:
     def token_states(self) -> bool:
         """Whether hidden states must be ``(windows, seq, width)``, as for gradients and the sweep."""
         needs = (self.needs, self.allocation_needs)
-        return self.passes > 0 or any(need.token_states or need.output_costs or need.gradient_tokens for need in needs)
+        return self.passes > 0 or any(
+            need.token_states or need.output_costs or need.gradient_tokens
+            for need in needs
+        )
 
-    def on(self, patterns: Collection[Pattern], values: str, *, reduced: bool = False) -> Self:
+    def on(
+        self, patterns: Collection[Pattern], values: str, *, reduced: bool = False
+    ) -> Self:
         """The choice for these patterns and ``values``: output costs only where outputs compete, memory for rounding if
         values are rounded. If no weight changes: no needs, and no sweep unless the model is ``reduced`` already."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
         if values == "keep" and not pruned:
             # No weight changes: nothing has to be compensated.
-            return replace(self, needs=Needs(), passes=self.passes if reduced else 0, sets=1)
+            return replace(
+                self, needs=Needs(), passes=self.passes if reduced else 0, sets=1
+            )
         # In N:M, weights of different outputs do not compete.
-        costs = needs.output_costs and pruned and any(isinstance(pattern, Unstructured) for pattern in patterns)
-        workspace = needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
-        return replace(self, needs=replace(needs, workspace=workspace, output_costs=costs))
+        costs = (
+            needs.output_costs
+            and pruned
+            and any(isinstance(pattern, Unstructured) for pattern in patterns)
+        )
+        workspace = (
+            needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
+        )
+        return replace(
+            self, needs=replace(needs, workspace=workspace, output_costs=costs)
+        )
 
     def trains_integers(self, recipe: Recipe) -> bool:
         """Whether a sweep trains values that are rounded when a block runs."""
@@ -125,7 +182,13 @@ class Choice:
 
     def settings(self, recipe: Recipe) -> Options:
         """Every setting of a recipe that the bits of the result depend on, with all defaults."""
-        without = {"memory", "device_memory", "min_tokens_per_expert", "products", "effort"}
+        without = {
+            "memory",
+            "device_memory",
+            "min_tokens_per_expert",
+            "products",
+            "effort",
+        }
         return {
             **recipe.named.model_dump(exclude=without),
             "options": self.options,
@@ -133,7 +196,9 @@ class Choice:
             "sets": self.sets,
             "allocation": self.allocator.name,
             "allocation_options": self.allocation_options,
-            "sparsity_of": [list(item) for item in recipe.sparsity_of.items()],  # a list, because the order counts
+            "sparsity_of": [
+                list(item) for item in recipe.sparsity_of.items()
+            ],  # a list, because the order counts
         }
 
     def check_processes(self, samples: int) -> None:
@@ -146,13 +211,19 @@ class Choice:
         if not self.method.distributed:
             raise RecipeError(f"method {name} {alone} start it without torchrun")
         if option:
-            raise RecipeError(f"option {option} of {name} {alone} leave it out, or start without torchrun")
+            raise RecipeError(
+                f"option {option} of {name} {alone} leave it out, or start without torchrun"
+            )
         if samples < size:
             why = f"{samples} calibration windows cannot be divided among {size} processes"
-            raise RecipeError(f"{why}; ask for {size} samples or more, or start fewer processes")
+            raise RecipeError(
+                f"{why}; ask for {size} samples or more, or start fewer processes"
+            )
 
 
-def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> dict[str, Pattern]:
+def patterns_of(
+    chain: Chain, recipe: Recipe, allocation: Allocation | None = None
+) -> dict[str, Pattern]:
     """The pattern of every linear that will be pruned, by name: with the zeros of an allocation, or that of the recipe.
 
     Raises RecipeError if the pattern does not fit a weight, no linear is left to prune, or ``sparsity_of`` does not go
@@ -166,11 +237,19 @@ def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = No
         patterns[linear.name] = recipe.pattern_of(linear.weights, zeros)
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
-        named = [f"{field} {value}" for field in ("only", "exclude") if (value := getattr(recipe, field))]
+        named = [
+            f"{field} {value}"
+            for field in ("only", "exclude")
+            if (value := getattr(recipe, field))
+        ]
         who = " with ".join(named) or "the model"
-        raise RecipeError(f"{who} leaves nothing to prune; `sparsellm inspect` lists the names of linears")
+        raise RecipeError(
+            f"{who} leaves nothing to prune; `sparsellm inspect` lists the names of linears"
+        )
     if all(pattern.sparsity == 1 for pattern in patterns.values()):
-        raise RecipeError(f"sparsity {recipe.sparsity} would make every weight 0; choose a lower one")
+        raise RecipeError(
+            f"sparsity {recipe.sparsity} would make every weight 0; choose a lower one"
+        )
     _check_groups(sizes, recipe.grid)
     if recipe.sparsity:  # at 0, no pruning was requested
         refuse_silent_dense(chain, [*recipe.exclude, *recipe.allow_dense], recipe.only)
@@ -180,12 +259,29 @@ def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = No
 def _check_groups(sizes: list[LinearSize], name: str) -> None:
     """Raises RecipeError for another program's grid whose groups do not divide a linear's inputs, and names another."""
     grid = GRIDS.get(name)
-    odd = next((linear for linear in sizes if grid and grid.group and linear.shape[1] % grid.group), None)
+    odd = next(
+        (
+            linear
+            for linear in sizes
+            if grid and grid.group and linear.shape[1] % grid.group
+        ),
+        None,
+    )
     if grid is None or odd is None:
         return
-    alike = (other for other in GRIDS.values() if (other.form, other.bits) == (grid.form, grid.bits) and other.group)
-    fits = [other.name for other in alike if not any(linear.shape[1] % other.group for linear in sizes)]
-    advice = f"take grid {fits[0]}" if fits else "leave it out (exclude), or take grid own"
+    alike = (
+        other
+        for other in GRIDS.values()
+        if (other.form, other.bits) == (grid.form, grid.bits) and other.group
+    )
+    fits = [
+        other.name
+        for other in alike
+        if not any(linear.shape[1] % other.group for linear in sizes)
+    ]
+    advice = (
+        f"take grid {fits[0]}" if fits else "leave it out (exclude), or take grid own"
+    )
     raise RecipeError(
         f"grid {name} has groups of {grid.group}, which do not divide the {odd.shape[1]} inputs of {odd.name}; {advice}"
     )
@@ -199,7 +295,11 @@ def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
             if is_excluded(linear.weight_name, recipe.exclude, recipe.only):
                 continue
             shape = (linear.out_features, linear.in_features)
-            given = [value for glob, value in recipe.sparsity_of.items() if matches(linear.weight_name, [glob])]
+            given = [
+                value
+                for glob, value in recipe.sparsity_of.items()
+                if matches(linear.weight_name, [glob])
+            ]
             fixed = round(given[-1] * math.prod(shape)) if given else None
             sizes.append(LinearSize(linear.name, index, shape, fixed))
     return sizes

@@ -10,16 +10,30 @@ from typing import Literal
 
 from pydantic import Field, computed_field
 
-from sparsellm.chain import Chain
-from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
 from sparsellm.errors import some
-from sparsellm.methods.task import UNREACHED
+from sparsellm.files.reader import CheckpointReader
+from sparsellm.method.blocks.task import UNREACHED
+from sparsellm.model import Chain
+from sparsellm.model.matrices import (
+    DENSE_LIMIT,
+    BlockMatrix,
+    all_matrices,
+    block_matrices,
+    is_excluded,
+    kind_of,
+)
 from sparsellm.patterns import count_zeros, most_kept, strictest
 from sparsellm.recipe import Recipe
 from sparsellm.records import DenseMatrix, ExpertsOfBlock, LinearResult, Matrix, Totals
-from sparsellm.storage.reader import CheckpointReader
 
-Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "gate", "small", "not a linear"]
+Reason = Literal[
+    "excluded",
+    "allowed dense",
+    "shared with the embedding or the head",
+    "gate",
+    "small",
+    "not a linear",
+]
 """Why a matrix stays dense. A gate is one whose outputs choose or scale other modules; small ones are not linears."""
 _SHOWN = 6  # kinds of matrices that a warning names
 RARE = 0.1  # share of the mean tokens of an expert below which little is known of it
@@ -29,8 +43,12 @@ class MatrixZeros(Matrix):
     """Zeros of one matrix in block ``block`` of a checkpoint."""
 
     block: int
-    kept: tuple[int, int] = Field((4, 8), exclude=True)  # see patterns.most_kept; counted in linears only
-    linear: bool = Field(True, exclude=True)  # whether it is the weight of one; other matrices are not pruned
+    kept: tuple[int, int] = Field(
+        (4, 8), exclude=True
+    )  # see patterns.most_kept; counted in linears only
+    linear: bool = Field(
+        True, exclude=True
+    )  # whether it is the weight of one; other matrices are not pruned
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -59,23 +77,36 @@ def pruned_share(chain: Chain, start: CheckpointReader | None = None) -> float:
     for index in {0, len(chain) // 2, len(chain) - 1}:
         with chain.block(index, start):
             weights = [linear.parameter for linear in chain.linears(index)]
-            shares.append(sum(map(count_zeros, weights)) / max(1, sum(weight.numel() for weight in weights)))
+            shares.append(
+                sum(map(count_zeros, weights))
+                / max(1, sum(weight.numel() for weight in weights))
+            )
     return max(shares) if max(shares) >= 0.2 else 0.0
 
 
 def left_dense(
-    chain: Chain, recipe: Recipe, pruned: Iterable[LinearResult], shards: Sequence[Path] = ()
+    chain: Chain,
+    recipe: Recipe,
+    pruned: Iterable[LinearResult],
+    shards: Sequence[Path] = (),
 ) -> list[DenseMatrix]:
     """Every matrix of the blocks of a pruned model that is not among the pruned linears, with its zeros. ``shards`` are
     the files of the written blocks; empty for a model in memory."""
     done = {result.name for result in pruned}
     everything = all_matrices(chain)
-    kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
+    kept = [
+        matrix
+        for matrix in everything
+        if matrix.linear is None or matrix.linear.name not in done
+    ]
     weights = Counter[int]()  # by block
     for matrix in everything:
         weights[matrix.block] += matrix.weights
     written = {matrix.block: shards[matrix.block] for matrix in kept if shards}
-    readers = {block: CheckpointReader(shard.parent, [shard]) for block, shard in written.items()}
+    readers = {
+        block: CheckpointReader(shard.parent, [shard])
+        for block, shard in written.items()
+    }
     return [
         DenseMatrix(
             name=matrix.label,
@@ -89,7 +120,9 @@ def left_dense(
     ]
 
 
-def _reason(matrix: BlockMatrix, recipe: Recipe, gates: set[str], block_weights: int) -> Reason:
+def _reason(
+    matrix: BlockMatrix, recipe: Recipe, gates: set[str], block_weights: int
+) -> Reason:
     """The reason why a matrix stays dense, in a block with ``block_weights`` weights."""
     if is_excluded(matrix.name, recipe.exclude, recipe.only):
         return "excluded"
@@ -115,7 +148,11 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
 
 def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
     """A warning that names the experts that fewer than ``least`` tokens were routed to, with their counts; or none."""
-    tokens = {linear.name.rpartition(".")[0]: linear.tokens for linear in linears if linear.tokens is not None}
+    tokens = {
+        linear.name.rpartition(".")[0]: linear.tokens
+        for linear in linears
+        if linear.tokens is not None
+    }
     few = sorted((count, name) for name, count in tokens.items() if count < least)
     if not few:
         return []
@@ -134,7 +171,8 @@ def rarely_chosen(experts: Sequence[ExpertsOfBlock]) -> list[str]:
         f"block {mixture.block} expert {number} ({tokens})"
         for mixture in experts
         for number, tokens in enumerate(mixture.tokens)
-        if number not in mixture.kept and tokens < RARE * sum(mixture.tokens) / len(mixture.tokens)
+        if number not in mixture.kept
+        and tokens < RARE * sum(mixture.tokens) / len(mixture.tokens)
     ]
     said = (
         f"{len(few)} removed experts got less than {RARE:.0%} of their share of the calibration tokens: "
@@ -143,7 +181,9 @@ def rarely_chosen(experts: Sequence[ExpertsOfBlock]) -> list[str]:
     return [said] if few else []
 
 
-def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], asked: float) -> list[str]:
+def shortfall(
+    linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], asked: float
+) -> list[str]:
     """A warning if the sparsity over every matrix of the blocks is below the requested one; else empty.
 
     Rounding may leave each matrix one zero short. The warning names the matrices that stayed dense, largest first, each
@@ -154,17 +194,25 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
     kinds: dict[tuple[str, str], list[DenseMatrix]] = {}
     for matrix in dense:
         kinds.setdefault((matrix.kind, matrix.reason), []).append(matrix)
-    ordered = sorted(kinds.items(), key=lambda item: -sum(matrix.weights for matrix in item[1]))
+    ordered = sorted(
+        kinds.items(), key=lambda item: -sum(matrix.weights for matrix in item[1])
+    )
     causes = []
     for (kind, reason), part in ordered:
         where = part[0].name if len(part) == 1 else f"{len(part)} of {kind}"
-        causes.append(f"{where} ({sum(m.weights for m in part) / total.weights:.2%} of the weights, {reason})")
+        causes.append(
+            f"{where} ({sum(m.weights for m in part) / total.weights:.2%} of the weights, {reason})"
+        )
     causes += [
         f"{linear.name} (zeros {linear.sparsity:.2%} of {linear.asked:.2%})"
         for linear in linears
         if linear.asked * math.prod(linear.shape) - linear.zeros > 1
     ]
-    why = f"left dense: {some(causes, _SHOWN, '; ')}" if causes else "the steps of the pattern are that coarse"
+    why = (
+        f"left dense: {some(causes, _SHOWN, '; ')}"
+        if causes
+        else "the steps of the pattern are that coarse"
+    )
     return [
         f"sparsity {total.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; {why}"
     ]

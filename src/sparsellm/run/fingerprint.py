@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.chain import Chain
 from sparsellm.errors import NumericalError
+from sparsellm.files.reader import PIECE, CheckpointReader, memory_of, not_finite
+from sparsellm.model import Chain
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.storage.reader import PIECE, CheckpointReader, memory_of, not_finite
 
-_LENGTH = 16  # hexadecimal digits: enough to avoid collisions, short enough for a message
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys that transformers writes into a config
+_LENGTH = (
+    16  # hexadecimal digits: enough to avoid collisions, short enough for a message
+)
+_NOT_THE_MODEL = (
+    "_name_or_path",
+    "transformers_version",
+)  # keys that transformers writes into a config
 
 
 def model_fingerprint(chain: Chain, progress: ProgressCallback = ignore) -> str:
@@ -25,9 +30,19 @@ def model_fingerprint(chain: Chain, progress: ProgressCallback = ignore) -> str:
 
     The whole model is read once, and every value checked; later reads are compared with what was read. Raises
     NumericalError with the name of a weight that is NaN or infinite, StorageError for an unreadable checkpoint."""
-    config = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    weights = _in_memory(chain.model, progress) if chain.reader is None else _on_disk(chain.reader, progress)
-    return _short(json.dumps(config, sort_keys=True, default=str).encode() + weights.encode())
+    config = {
+        key: value
+        for key, value in chain.config.to_dict().items()
+        if key not in _NOT_THE_MODEL
+    }
+    weights = (
+        _in_memory(chain.model, progress)
+        if chain.reader is None
+        else _on_disk(chain.reader, progress)
+    )
+    return _short(
+        json.dumps(config, sort_keys=True, default=str).encode() + weights.encode()
+    )
 
 
 def start_fingerprint(start: CheckpointReader, progress: ProgressCallback) -> str:
@@ -47,19 +62,31 @@ def _short(content: bytes) -> str:
 def _on_disk(reader: CheckpointReader, progress: ProgressCallback) -> str:
     digests = parallel.from_main(partial(reader.digests, partial(reading, progress)))
     reader.expect(digests)
-    return "".join(f"{name} {reader.stored_as(name)} {digests[name]}" for name in sorted(digests))
+    return "".join(
+        f"{name} {reader.stored_as(name)} {digests[name]}" for name in sorted(digests)
+    )
 
 
 def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
-    values, done, weights = dict(sorted(model.state_dict(keep_vars=True).items())), 0, []
+    values, done, weights = (
+        dict(sorted(model.state_dict(keep_vars=True).items())),
+        0,
+        [],
+    )
     total = sum(value.nbytes for value in values.values())
     for name, value in values.items():
-        if isinstance(value, nn.Parameter) and not_finite(value.detach()):  # buffers such as masks may be infinite
-            raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
+        if isinstance(value, nn.Parameter) and not_finite(
+            value.detach()
+        ):  # buffers such as masks may be infinite
+            raise NumericalError(
+                f"weight {name} has NaN or infinite values; load the model again"
+            )
         digest = hashlib.sha256()
         for piece in value.detach().reshape(-1).split(PIECE):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
-        weights.append(f"{name} {value.dtype} {tuple(value.shape)} {digest.hexdigest()}")
+        weights.append(
+            f"{name} {value.dtype} {tuple(value.shape)} {digest.hexdigest()}"
+        )
         done += value.nbytes
         reading(progress, done, total)
     return "".join(weights)

@@ -17,17 +17,35 @@ from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from sparsellm import interrupts, parallel
-from sparsellm.allocation import Allocation
 from sparsellm.errors import StorageError
+from sparsellm.files import directory
+from sparsellm.files.directory import (
+    BLOCKS,
+    STATE,
+    SWEPT,
+    WorkingDirectory,
+    check_room,
+    partial_of,
+    written_bytes,
+)
+from sparsellm.files.files import (
+    has_digest,
+    keep_record,
+    kept_record,
+    replace_atomically,
+)
+from sparsellm.files.reader import CheckpointReader
+from sparsellm.files.writer import (
+    CheckpointWriter,
+    TensorSource,
+    shard_names,
+    write_shard,
+)
+from sparsellm.method.allocation import Allocation
+from sparsellm.method.sweep.saved import SWEEP, SavedSweep
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import ExpertsOfBlock, LinearResult, Settings
 from sparsellm.run.result import versions
-from sparsellm.storage import directory
-from sparsellm.storage.directory import BLOCKS, STATE, SWEPT, WorkingDirectory, check_room, partial_of, written_bytes
-from sparsellm.storage.files import has_digest, keep_record, kept_record, replace_atomically
-from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names, write_shard
-from sparsellm.sweep.saved import SWEEP, SavedSweep
 
 ALLOCATION, OUTPUT_COSTS = "allocation", "output-costs"  # names of records
 
@@ -43,7 +61,9 @@ class Identity:
     calibration_tokens: str  # digest of the token ids
     computing: str  # dtype and kind of device
     plugins: dict[str, str]  # digests of the plugins that the run uses
-    start: str = ""  # digest of the weights that are pruned, if they are not the dense model's
+    start: str = (
+        ""  # digest of the weights that are pruned, if they are not the dense model's
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,9 @@ class Journal(contextlib.ExitStack):
     Every process of a run has one. The first process writes; the others read the finished shards. Without ``out``
     nothing is written, and there is nothing to resume."""
 
-    def __init__(self, out: Path | None, blocks: int, *, restart: bool, overwrite: bool) -> None:
+    def __init__(
+        self, out: Path | None, blocks: int, *, restart: bool, overwrite: bool
+    ) -> None:
         super().__init__()
         self.out, self.blocks = out, blocks
         self._restart, self._overwrite = restart, overwrite
@@ -73,13 +95,23 @@ class Journal(contextlib.ExitStack):
         self._state = self._partial / STATE
         if out is not None and not restart and self._state.is_dir():
             interrupts.keeps(f"finished blocks are kept next to {self.out}", part=True)
-        self._shards = [self._partial / BLOCKS / name for name in shard_names(blocks + 1)]
-        self._walked: CheckpointWriter | None = None  # writes the walk's blocks; in the first process only
-        self.writer: CheckpointWriter | None = None  # writes the result, that of the walk or of the sweep; there only
+        self._shards = [
+            self._partial / BLOCKS / name for name in shard_names(blocks + 1)
+        ]
+        self._walked: CheckpointWriter | None = (
+            None  # writes the walk's blocks; in the first process only
+        )
+        self.writer: CheckpointWriter | None = (
+            None  # writes the result, that of the walk or of the sweep; there only
+        )
 
     def knows(self, name: str) -> bool:
         """Whether the unfinished run has a record of this name. May be called before :meth:`open`."""
-        return self.out is not None and not self._restart and (self._state / f"{name}.json").is_file()
+        return (
+            self.out is not None
+            and not self._restart
+            and (self._state / f"{name}.json").is_file()
+        )
 
     def begun(self) -> int:
         """The blocks that the unfinished run has records of, unverified. May be called before :meth:`open`."""
@@ -91,19 +123,34 @@ class Journal(contextlib.ExitStack):
 
         def begin(out: Path) -> bool:
             # torchrun and Slurm repeat a command with its --restart, and count starts: a later start resumes the run.
-            identical = directory.left_in(self._partial) == to_jsonable_python(asdict(identity))
-            counts = (os.environ.get(f"{launcher}_RESTART_COUNT", "0") for launcher in ("TORCHELASTIC", "SLURM"))
-            self._restart = self._restart and (not identical or all(count == "0" for count in counts))
-            opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)
-            work = self.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
-            self._walked = self.writer = CheckpointWriter(work, self.blocks + 1, resumes=True)
+            identical = directory.left_in(self._partial) == to_jsonable_python(
+                asdict(identity)
+            )
+            counts = (
+                os.environ.get(f"{launcher}_RESTART_COUNT", "0")
+                for launcher in ("TORCHELASTIC", "SLURM")
+            )
+            self._restart = self._restart and (
+                not identical or all(count == "0" for count in counts)
+            )
+            opened = partial(
+                WorkingDirectory, out, asdict(identity), need_bytes=need_bytes
+            )
+            work = self.enter_context(
+                opened(overwrite=self._overwrite, restart=self._restart)
+            )
+            self._walked = self.writer = CheckpointWriter(
+                work, self.blocks + 1, resumes=True
+            )
             return self._restart
 
         if self.out is not None:
             self._restart = parallel.from_main(partial(begin, self.out))
             interrupts.keeps(f"finished blocks are kept next to {self.out}", part=True)
 
-    def open_sweep(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:
+    def open_sweep(
+        self, state_bytes: int, run_bytes: int, progress: ProgressCallback
+    ) -> SavedSweep | None:
         """Begins to write every block again, while the walk's blocks are kept until the end.
 
         Returns the storage for the passes of the sweep, at most ``state_bytes``; None if nothing is written, or if the
@@ -115,18 +162,27 @@ class Journal(contextlib.ExitStack):
             self.writer = CheckpointWriter(self._walked.work, self.blocks + 1, SWEPT)
             try:
                 if not self.knows(SWEEP):
-                    check_room(self._partial, state_bytes + run_bytes - written_bytes(self._partial))
+                    check_room(
+                        self._partial,
+                        state_bytes + run_bytes - written_bytes(self._partial),
+                    )
             except StorageError as full:
                 said = f"passes of the sweep are not saved, so an interrupted sweep will start again: {full}"
                 progress(Progress(NOTE, 1, 1, said))
                 return False
             return True
 
-        return SavedSweep(self._state, self.blocks) if parallel.from_main(begin) else None
+        return (
+            SavedSweep(self._state, self.blocks) if parallel.from_main(begin) else None
+        )
 
     def block(self, index: int) -> CheckpointReader | None:
         """The finished block ``index`` as the walk wrote it, for every process; None for a model in memory."""
-        return CheckpointReader(self._partial / BLOCKS, [self._shards[index]]) if self.out is not None else None
+        return (
+            CheckpointReader(self._partial / BLOCKS, [self._shards[index]])
+            if self.out is not None
+            else None
+        )
 
     def finished(self, progress: ProgressCallback) -> list[BlockRecord]:
         """The records of the first blocks that an earlier process finished; the shard of each is verified."""
@@ -140,7 +196,14 @@ class Journal(contextlib.ExitStack):
                 records.append(record)
                 assert self._walked is not None
                 self._walked.digests[shard.name] = record.sha256
-                progress(Progress("verify", len(records), self.blocks, "checking the blocks of an earlier run"))
+                progress(
+                    Progress(
+                        "verify",
+                        len(records),
+                        self.blocks,
+                        "checking the blocks of an earlier run",
+                    )
+                )
             if records:
                 said = f"resuming an unfinished run: {len(records)} of {self.blocks} blocks are done"
                 progress(Progress(NOTE, 1, 1, said))
@@ -153,22 +216,33 @@ class Journal(contextlib.ExitStack):
         """Whether this process writes the blocks."""
         return self._walked is not None
 
-    def write_block(self, index: int, tensors: Mapping[str, TensorSource], record: BlockRecord) -> None:
+    def write_block(
+        self, index: int, tensors: Mapping[str, TensorSource], record: BlockRecord
+    ) -> None:
         """Writes a block that the walk has finished, then its record."""
         assert self._walked is not None
-        self.keep(self._shards[index].name, replace(record, sha256=self._walked.write_shard(index, tensors)))
+        self.keep(
+            self._shards[index].name,
+            replace(record, sha256=self._walked.write_shard(index, tensors)),
+        )
 
     def allocation(self) -> Allocation | None:
         """The allocation that an earlier start chose, or None."""
         file = self._state / f"{ALLOCATION}.json"
-        return parallel.from_main(lambda: kept_record(file, Allocation) if self.writes else None)
+        return parallel.from_main(
+            lambda: kept_record(file, Allocation) if self.writes else None
+        )
 
     def output_costs(self) -> dict[str, Tensor] | None:
         """``E[g_i²]`` of every linear's outputs from an earlier start, or None."""
         file = self._state / f"{OUTPUT_COSTS}.safetensors"
 
         def kept() -> dict[str, Tensor] | None:
-            record = kept_record(self._state / f"{OUTPUT_COSTS}.json", dict) if self.writes else None
+            record = (
+                kept_record(self._state / f"{OUTPUT_COSTS}.json", dict)
+                if self.writes
+                else None
+            )
             if record is None or not has_digest(file, record["sha256"]):
                 return None
             reader = CheckpointReader(self._state, [file])
@@ -179,7 +253,14 @@ class Journal(contextlib.ExitStack):
     def keep_output_costs(self, costs: dict[str, Tensor]) -> None:
         if self.writes:
             file = self._state / f"{OUTPUT_COSTS}.safetensors"
-            self.keep(OUTPUT_COSTS, {"sha256": replace_atomically(file, partial(write_shard, tensors=costs))})
+            self.keep(
+                OUTPUT_COSTS,
+                {
+                    "sha256": replace_atomically(
+                        file, partial(write_shard, tensors=costs)
+                    )
+                },
+            )
 
     def keep(self, name: str, record: object) -> None:
         """Writes a record, in the first process."""
@@ -189,15 +270,28 @@ class Journal(contextlib.ExitStack):
 
 def conditions() -> dict[str, str]:
     """The versions, processes and threads, which may differ when a run is resumed and affect the last bits."""
-    return {**versions(), "processes": str(parallel.size()), "threads": str(torch.get_num_threads())}
+    return {
+        **versions(),
+        "processes": str(parallel.size()),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def other_conditions(records: list[BlockRecord]) -> list[str]:
     """A warning if the first blocks were pruned under other :func:`conditions`: the last bits may then differ."""
     here = conditions()
     for index, record in reversed(list(enumerate(records))):
-        other = {name: version for name, version in record.versions.items() if here.get(name) != version}
+        other = {
+            name: version
+            for name, version in record.versions.items()
+            if here.get(name) != version
+        }
         if other:
-            then, now = (", ".join(f"{name} {known.get(name)}" for name in other) for known in (other, here))
-            return [f"blocks up to {index + 1} were pruned with {then}, those after them with {now}"]
+            then, now = (
+                ", ".join(f"{name} {known.get(name)}" for name in other)
+                for known in (other, here)
+            )
+            return [
+                f"blocks up to {index + 1} were pruned with {then}, those after them with {now}"
+            ]
     return []

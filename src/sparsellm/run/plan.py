@@ -15,34 +15,70 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import machine, parallel, plugins
-from sparsellm.calibration.sources import default_source
-from sparsellm.calibration.texts import Text
-from sparsellm.chain import Chain
-from sparsellm.chain.matrices import is_excluded, outside_blocks, unmatched_patterns
-from sparsellm.chain.streams import check_forward
 from sparsellm.errors import RecipeError
-from sparsellm.hub.card import base_of
+from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.inputs import without_folders
-from sparsellm.mixtures.fewer import FewerExperts
-from sparsellm.progress import DETAIL, NOTE, PLAN, PhaseClock, Progress, ProgressCallback, note
+from sparsellm.method.experts.fewer import FewerExperts
+from sparsellm.method.sweep.training import LEAST_STEPS
+from sparsellm.method.sweep.whole_model import STEP_TOKENS
+from sparsellm.model import Chain
+from sparsellm.model.matrices import is_excluded, outside_blocks, unmatched_patterns
+from sparsellm.model.streams import check_forward
+from sparsellm.progress import (
+    DETAIL,
+    NOTE,
+    PLAN,
+    PhaseClock,
+    Progress,
+    ProgressCallback,
+    note,
+)
 from sparsellm.recipe import Recipe
 from sparsellm.records import Base, ExpertsOfBlock, Prediction
+from sparsellm.report.card import base_of
 from sparsellm.run import predictions
 from sparsellm.run.choice import Choice
 from sparsellm.run.counts import pruned_share
-from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
+from sparsellm.run.fingerprint import (
+    model_fingerprint,
+    start_fingerprint,
+    tokens_fingerprint,
+)
 from sparsellm.run.journal import Identity, Journal
-from sparsellm.run.needs import Budgets, after_removal, chosen_for, extent_asked, needed, predict, speeds_of
-from sparsellm.run.opening import Model, Models, Windows, given_windows, open_models, read_windows, save_companions
-from sparsellm.run.predictions import RESIDENT, STREAMED, Extent, checkpoint_bytes, device_budget
-from sparsellm.storage.directory import check_destination, checkpoints_among
-from sparsellm.sweep.training import LEAST_STEPS
-from sparsellm.sweep.whole_model import STEP_TOKENS
+from sparsellm.run.needs import (
+    Budgets,
+    after_removal,
+    chosen_for,
+    extent_asked,
+    needed,
+    predict,
+    speeds_of,
+)
+from sparsellm.run.opening import (
+    Model,
+    Models,
+    Windows,
+    given_windows,
+    open_models,
+    read_windows,
+    save_companions,
+)
+from sparsellm.run.predictions import (
+    RESIDENT,
+    STREAMED,
+    Extent,
+    checkpoint_bytes,
+    device_budget,
+)
+from sparsellm.text.sources import default_source
+from sparsellm.text.texts import Text
 from sparsepack.grids import GRIDS
 
 T = TypeVar("T")
 
-FEW_TOKENS = 32_000  # with fewer calibration tokens the gain over local methods is small
+FEW_TOKENS = (
+    32_000  # with fewer calibration tokens the gain over local methods is small
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +105,13 @@ class Request:
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
     removed: Removed | None = None  # ``model`` is another one without some experts
-    then: Recipe | None = None  # this is the pass that removes experts; the run by this recipe follows
+    then: Recipe | None = (
+        None  # this is the pass that removes experts; the run by this recipe follows
+    )
     name: str = ""  # in reports, in place of the one that the model was given by
-    shared: dict[Hashable, object] = field(default_factory=dict)  # by several requests of one process, see once()
+    shared: dict[Hashable, object] = field(
+        default_factory=dict
+    )  # by several requests of one process, see once()
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``make``, computed once for the same key in all requests that share."""
@@ -79,12 +119,16 @@ class Request:
             self.shared[key] = make()
         return cast(T, self.shared[key])
 
-    def destination(self, sources: Iterable[str | os.PathLike[str]] = (), need_bytes: int = 0) -> Path | None:
+    def destination(
+        self, sources: Iterable[str | os.PathLike[str]] = (), need_bytes: int = 0
+    ) -> Path | None:
         """The result's directory, resolved and checked by the first process (StorageError); None for one in memory."""
         if self.out is None:
             return None
         check = partial(check_destination, self.out, overwrite=self.overwrite)
-        return Path(parallel.from_main(partial(check, sources=sources, need_bytes=need_bytes)))
+        return Path(
+            parallel.from_main(partial(check, sources=sources, need_bytes=need_bytes))
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +138,9 @@ class Plan:
     request: Request
     recipe: Recipe  # with the actual number and length of the calibration windows
     choice: Choice
-    out: Path | None  # absolute and without links; None for a model that is pruned in memory only
+    out: (
+        Path | None
+    )  # absolute and without links; None for a model that is pruned in memory only
     model: Models
     windows: Windows
     prediction: Prediction  # memory is that of this process
@@ -115,72 +161,128 @@ class Plan:
         if self.request.removed is not None:
             return self.request.removed.plan.base
         model = self.request.teacher or self.request.model
-        name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
+        name = (
+            getattr(model, "name_or_path", "")
+            if isinstance(model, PreTrainedModel)
+            else str(model)
+        )
         known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
-        return Base(name=self.request.name or without_folders(name), digest=self.identity.model, bytes=size, **known)
+        return Base(
+            name=self.request.name or without_folders(name),
+            digest=self.identity.model,
+            bytes=size,
+            **known,
+        )
 
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
     """Opens the model, reads the calibration text, predicts the memory and checks every weight. Raises SparseLLMError
     if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
-    choice = Choice.of(recipe) if request.then is None else Choice.removing(request.then)
+    choice = (
+        Choice.of(recipe) if request.then is None else Choice.removing(request.then)
+    )
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
-        given, trust = (request.model, request.teacher, recipe, request.tokenizer), request.trust_remote_code
-        model = open_models(*given, text=not isinstance(ids, Tensor), loaded=request.out is None, trust=trust)
+        given, trust = (
+            (request.model, request.teacher, recipe, request.tokenizer),
+            request.trust_remote_code,
+        )
+        model = open_models(
+            *given,
+            text=not isinstance(ids, Tensor),
+            loaded=request.out is None,
+            trust=trust,
+        )
         chain = model.chain
         computing = _computing(chain)
-        if request.out is not None and model.directory is None:  # transformers may refuse what it saves last
+        if (
+            request.out is not None and model.directory is None
+        ):  # transformers may refuse what it saves last
             with tempfile.TemporaryDirectory() as folder:
                 save_companions(Path(folder), chain.model, request.tokenizer)
-        fewer = FewerExperts(chain, request.then.experts or 0) if request.then is not None else None
+        fewer = (
+            FewerExperts(chain, request.then.experts or 0)
+            if request.then is not None
+            else None
+        )
         choice = choice if choice.removes else chosen_for(chain, recipe)(recipe)
         disk_bytes = choice.copies * checkpoint_bytes(chain)
-        if request.then is not None and fewer is not None:  # the smaller model and the run that follows
-            disk_bytes = (1 + Choice.of(request.then).copies) * checkpoint_bytes(fewer.chain)
+        if (
+            request.then is not None and fewer is not None
+        ):  # the smaller model and the run that follows
+            disk_bytes = (1 + Choice.of(request.then).copies) * checkpoint_bytes(
+                fewer.chain
+            )
         # A smaller model that is there may be the one that is wanted; else the journal asks again.
-        out = request.destination(model.sources, 0 if fewer is not None and request.overwrite else disk_bytes)
+        out = request.destination(
+            model.sources, 0 if fewer is not None and request.overwrite else disk_bytes
+        )
     with clock.phase("calibration"):
         request, warnings = _with_text(request, progress)
         windows, choice = _windows(request, choice, model, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
         machine.trim()
-    recipe = request.recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
+    recipe = request.recipe.updated(
+        samples=len(windows.first), seq_len=windows.first.shape[1]
+    )
     choice.check_processes(recipe.samples)
-    warnings += unmatched_patterns(chain, _patterns(recipe)) + outside_blocks(chain) + _short_text(windows, choice)
+    warnings += (
+        unmatched_patterns(chain, _patterns(recipe))
+        + outside_blocks(chain)
+        + _short_text(windows, choice)
+    )
     warnings += _warned(request, choice, chain)
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     extent = _extent(windows, choice.passes)
     budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
     foreseen = partial(predict, chain, choice, recipe, extent, budgets, journal=journal)
     prediction = parallel.together(foreseen)
-    kinds = parallel.gather(STREAMED if choice.passes and not min(map(len, windows.swept)) else prediction.memory.sweep)
+    kinds = parallel.gather(
+        STREAMED
+        if choice.passes and not min(map(len, windows.swept))
+        else prediction.memory.sweep
+    )
     if len(set(kinds)) > 1:  # processes with less room, or without windows
         slowest = max(kinds, key=[*RESIDENT, STREAMED].index)
         prediction = parallel.together(partial(foreseen, sweep=slowest))
-    windows = replace(windows, sharers=parallel.size() if prediction.memory.sweep in RESIDENT else 1)
+    windows = replace(
+        windows, sharers=parallel.size() if prediction.memory.sweep in RESIDENT else 1
+    )
     disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
-    total = prediction if fewer is None else _with_rest(request, recipe, fewer.chain, prediction, budgets)
+    total = (
+        prediction
+        if fewer is None
+        else _with_rest(request, recipe, fewer.chain, prediction, budgets)
+    )
     progress(Progress(NOTE, 1, 1, needed(total)))
     progress(Progress(DETAIL, 1, 1, predictions.described(prediction.memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
-        warnings += [*chain.unused(), *_already_pruned(model, recipe)]  # before digests, which the walk compares
+        warnings += [
+            *chain.unused(),
+            *_already_pruned(model, recipe),
+        ]  # before digests, which the walk compares
         dense = model_fingerprint(chain, progress)
-        started = start_fingerprint(model.start, progress) if model.start is not None else ""
+        started = (
+            start_fingerprint(model.start, progress) if model.start is not None else ""
+        )
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
-        calibration_tokens=tokens_fingerprint(torch.cat([*windows.sets, windows.fresh])),
+        calibration_tokens=tokens_fingerprint(
+            torch.cat([*windows.sets, windows.fresh])
+        ),
         computing=computing,
         plugins=plugins.loaded(),
         start=started,
     )
     note(progress, warnings)
     opened = (request, recipe, choice, out, model, windows)
-    return Plan(*opened, prediction, total, disk_bytes, identity, tuple(warnings), fewer)
+    return Plan(
+        *opened, prediction, total, disk_bytes, identity, tuple(warnings), fewer
+    )
 
 
 def _computing(chain: Chain) -> str:
@@ -188,37 +290,61 @@ def _computing(chain: Chain) -> str:
     products = ", products in bf16" if chain.products is not None else ""
     ways = {*parallel.gather(f"{chain.dtype} on {chain.device.type}{products}")}
     if len(ways) > 1:
-        differ = f"processes would compute in different ways ({'; '.join(sorted(ways))})"
-        raise RecipeError(f"{differ}; set device, dtype and products, or leave out the machines that differ")
+        differ = (
+            f"processes would compute in different ways ({'; '.join(sorted(ways))})"
+        )
+        raise RecipeError(
+            f"{differ}; set device, dtype and products, or leave out the machines that differ"
+        )
     if len({*map(str, parallel.gather(sorted(plugins.loaded().items())))}) > 1:
-        raise RecipeError("a plugin differs between processes; give all machines the same file")
+        raise RecipeError(
+            "a plugin differs between processes; give all machines the same file"
+        )
     return ways.pop()
 
 
 def _patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
     """The shell patterns of a recipe, by field."""
-    return {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
+    return {
+        name: getattr(recipe, name)
+        for name in ("exclude", "only", "sparsity_of", "allow_dense")
+    }
 
 
-def _with_rest(request: Request, settled: Recipe, smaller: Chain, first: Prediction, budgets: Budgets) -> Prediction:
+def _with_rest(
+    request: Request,
+    settled: Recipe,
+    smaller: Chain,
+    first: Prediction,
+    budgets: Budgets,
+) -> Prediction:
     """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
     assert request.then is not None
     recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
     choice = chosen_for(smaller, recipe)(recipe)
     choice.check_processes(recipe.samples)
     unmatched_patterns(smaller, _patterns(recipe))
-    extent = extent_asked(smaller, choice, recipe, parallel.size(), parallel.on_this_machine())
+    extent = extent_asked(
+        smaller, choice, recipe, parallel.size(), parallel.on_this_machine()
+    )
     rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
     return after_removal(first, smaller, rest)
 
 
-def _with_text(request: Request, progress: ProgressCallback) -> tuple[Request, list[str]]:
+def _with_text(
+    request: Request, progress: ProgressCallback
+) -> tuple[Request, list[str]]:
     """The request with the name of a calibration text, and a warning if that is a text which suits no model well."""
     if request.calibration is not None or request.recipe.calibration is not None:
         return request, []
     progress(Progress("calibration", 0, 1))
-    demo = any(isinstance(model, str) and model == "demo" for model in (request.model, request.teacher))
-    choose = partial(request.once, "the default text", partial(default_source, demo=demo))
+    demo = any(
+        isinstance(model, str) and model == "demo"
+        for model in (request.model, request.teacher)
+    )
+    choose = partial(
+        request.once, "the default text", partial(default_source, demo=demo)
+    )
     source, warnings = parallel.from_main(choose)
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
 
@@ -230,38 +356,77 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     linears = [linear for index in range(len(chain)) for linear in chain.linears(index)]
     stored = {linear.storage_dtype for linear in linears}
     kinds = {str(dtype).removeprefix("torch.") for dtype in stored}
-    wider = chain.device.type == "cuda" and chain.dtype == torch.float32 and kinds <= {"float16", "bfloat16"}
+    wider = (
+        chain.device.type == "cuda"
+        and chain.dtype == torch.float32
+        and kinds <= {"float16", "bfloat16"}
+    )
     if wider and recipe.dtype == "auto":
-        why = "whose largest number is 65504" if "float16" in kinds else "for which this GPU has no units"
+        why = (
+            "whose largest number is 65504"
+            if "float16" in kinds
+            else "for which this GPU has no units"
+        )
         kept = f"their weights are stored in {' and '.join(sorted(kinds))}, {why}"
         warnings.append(f"blocks compute in float32: {kept}")
     if request.trust_remote_code and getattr(chain.config, "auto_map", None):
-        warnings.append("code that came with the model is not copied; copy it into the result, which needs it to load")
+        warnings.append(
+            "code that came with the model is not copied; copy it into the result, which needs it to load"
+        )
     if recipe.grid != "own" and recipe.sparsity:
-        saves = f"grid {recipe.grid} stores zeros like other values, so they save nothing"
+        saves = (
+            f"grid {recipe.grid} stores zeros like other values, so they save nothing"
+        )
         warnings.append(f"{saves}; sparsity 0 loses less")
     if recipe.grid != "own":
-        pruned = [linear for linear in linears if not is_excluded(linear.weight_name, recipe.exclude, recipe.only)]
-        parts = [part.name for part in pruned if part.weight_name in chain.parts or chain.is_shared(part.weight_name)]
-        turned = [part.name for part in pruned if part.transposed and GRIDS[recipe.grid].group != 32]  # that of GGUF
+        pruned = [
+            linear
+            for linear in linears
+            if not is_excluded(linear.weight_name, recipe.exclude, recipe.only)
+        ]
+        parts = [
+            part.name
+            for part in pruned
+            if part.weight_name in chain.parts or chain.is_shared(part.weight_name)
+        ]
+        turned = [
+            part.name
+            for part in pruned
+            if part.transposed and GRIDS[recipe.grid].group != 32
+        ]  # that of GGUF
         whys = [f"{name} has no tensor of its own; exclude it" for name in parts]
-        whys += [f"{name} is a Conv1D, which only GGUF has; take q4_0 or q8_0" for name in turned]
+        whys += [
+            f"{name} is a Conv1D, which only GGUF has; take q4_0 or q8_0"
+            for name in turned
+        ]
         warnings += [f"no export takes grid {recipe.grid}: {why}" for why in whys[:1]]
     finest = min(stored, key=lambda dtype: torch.finfo(dtype).eps)
-    if recipe.dtype != "auto" and torch.finfo(chain.dtype).eps > torch.finfo(finest).eps:
+    if (
+        recipe.dtype != "auto"
+        and torch.finfo(chain.dtype).eps > torch.finfo(finest).eps
+    ):
         stays = f"kept weights are rounded to {chain.dtype}, and stored in {finest}"
-        warnings.append(f"{stays.replace('torch.', '')}; leave dtype out to keep their bits")
+        warnings.append(
+            f"{stays.replace('torch.', '')}; leave dtype out to keep their bits"
+        )
     if request.teacher is not None and not choice.passes:
-        warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
+        warnings.append(
+            "no sweep follows, so the teacher changes no weight; it is what the report compares with"
+        )
     if recipe.sweep_rate is not None and not choice.passes:
-        warnings.append("no sweep follows, so sweep_rate changes nothing; leave it out, or give an effort")
+        warnings.append(
+            "no sweep follows, so sweep_rate changes nothing; leave it out, or give an effort"
+        )
     return warnings
 
 
 def _short_text(windows: Windows, choice: Choice) -> list[str]:
     """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
     warnings, tokens = [], windows.first.numel()
-    known = not windows.suffices(windows.fresh) or windows.by_pass[0].numel() < LEAST_STEPS * STEP_TOKENS
+    known = (
+        not windows.suffices(windows.fresh)
+        or windows.by_pass[0].numel() < LEAST_STEPS * STEP_TOKENS
+    )
     if choice.passes and known:
         fitted = "the sweep has too few windows of its own, so its divergence is on some that weights were fitted to"
         warnings.append(f"{fitted}; `sparsellm eval` measures it on others")
@@ -284,7 +449,8 @@ def _extent(windows: Windows, passes: int) -> Extent:
         seq_len=windows.first.shape[1],
         batch_tokens=windows.batch_tokens,
         sets=len(windows.sets),
-        swept=ranks * sum(swept[number % len(swept)].numel() for number in range(passes)),
+        swept=ranks
+        * sum(swept[number % len(swept)].numel() for number in range(passes)),
         fresh=len(swept) > 1,
         ranks=ranks,
         sharers=parallel.on_this_machine(),
@@ -292,29 +458,66 @@ def _extent(windows: Windows, passes: int) -> Extent:
     )
 
 
-def _windows(request: Request, choice: Choice, model: Models, progress: ProgressCallback) -> tuple[Windows, Choice]:
+def _windows(
+    request: Request, choice: Choice, model: Models, progress: ProgressCallback
+) -> tuple[Windows, Choice]:
     """The calibration windows, and the choice with as many passes as have its tokens; first it predicts the phases."""
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
-    passes = choice.passes if chain.reader is not None and request.removed is None else 0
+    passes = (
+        choice.passes if chain.reader is not None and request.removed is None else 0
+    )
     tokens = choice.sweep_tokens if choice.passes and recipe.passes is None else None
     if tokens is not None and not passes:
-        choice = replace(choice, passes=1)  # all tokens at once: later passes have no others
+        choice = replace(
+            choice, passes=1
+        )  # all tokens at once: later passes have no others
     asked = extent_asked(chain, choice, recipe, parallel.size())
-    progress(Progress(PLAN, costs=predictions.predicted_seconds(chain, choice, asked, speeds_of(chain))))
+    progress(
+        Progress(
+            PLAN,
+            costs=predictions.predicted_seconds(chain, choice, asked, speeds_of(chain)),
+        )
+    )
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
-        read: Callable[[], Windows] = partial(given_windows, request.calibration, chain, recipe, choice, passes)
+        read: Callable[[], Windows] = partial(
+            given_windows, request.calibration, chain, recipe, choice, passes
+        )
     else:
         if asked.written and chain.reader is not None:
             gpu = device_budget(chain.device, recipe.device_memory)
-            parallel.from_main(partial(predictions.check_writing, chain, asked, recipe.memory, gpu))
-        text = recipe.calibration if request.calibration is None else request.calibration
+            parallel.from_main(
+                partial(predictions.check_writing, chain, asked, recipe.memory, gpu)
+            )
+        text = (
+            recipe.calibration if request.calibration is None else request.calibration
+        )
         assert text is not None  # see _with_text
-        settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens)
-        lengths = (choice.sets, passes, choice.sweep_tokens, choice.windows_of_pass(recipe.samples, 1))
-        source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
-        key = (str(model.directory), source, settings, lengths, chain.dtype, chain.device.type)
+        settings = (
+            recipe.samples,
+            recipe.seq_len,
+            recipe.seed,
+            recipe.bos,
+            recipe.batch_tokens,
+        )
+        lengths = (
+            choice.sets,
+            passes,
+            choice.sweep_tokens,
+            choice.windows_of_pass(recipe.samples, 1),
+        )
+        source = (
+            text if isinstance(text, str) else id(text)
+        )  # the request keeps the text alive
+        key = (
+            str(model.directory),
+            source,
+            settings,
+            lengths,
+            chain.dtype,
+            chain.device.type,
+        )
         drawn = partial(read_windows, text, recipe, model, choice, passes, progress)
         read = partial(request.once, key, drawn)
     windows = parallel.from_main(read)

@@ -13,14 +13,32 @@ import torch
 from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts, machine, parallel
-from sparsellm.chain import Feed, Stream
 from sparsellm.errors import NumericalError, SparseLLMError, one_line
-from sparsellm.hub.card import CARD, card_text
+from sparsellm.files.directory import check_room, check_unfinished, partial_of
+from sparsellm.files.scratch import Scratch
+from sparsellm.files.writer import CheckpointWriter
+from sparsellm.method.sweep.sweep_task import SweepTask
+from sparsellm.method.sweep.whole_model import sweep
+from sparsellm.model import Feed, Stream
 from sparsellm.patterns import count_zeros
-from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
+from sparsellm.progress import (
+    NOTE,
+    PLAN,
+    PhaseClock,
+    Progress,
+    ProgressCallback,
+    ignore,
+)
 from sparsellm.records import LinearResult, Prediction, SweepPass
+from sparsellm.report.card import CARD, card_text
 from sparsellm.report.document import REPORT, write_report
-from sparsellm.run.counts import few_tokens, left_dense, rarely_chosen, shortfall, unreached
+from sparsellm.run.counts import (
+    few_tokens,
+    left_dense,
+    rarely_chosen,
+    shortfall,
+    unreached,
+)
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import device_of, save_companions
 from sparsellm.run.plan import Plan, Request, make_plan
@@ -28,11 +46,6 @@ from sparsellm.run.predictions import residence, saved_sweep_bytes
 from sparsellm.run.reduction import clean_up, plan_removal, remove_experts_of
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
-from sparsellm.storage.directory import check_room, check_unfinished, partial_of
-from sparsellm.storage.scratch import Scratch
-from sparsellm.storage.writer import CheckpointWriter
-from sparsellm.sweep.sweep_task import SweepTask
-from sparsellm.sweep.whole_model import sweep
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,9 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
     with machine.computing(device_of(request.model, request.recipe)):
         if request.recipe.experts is not None and request.removed is None:
             removed = remove_experts_of(request, progress)
-            result = prune(replace(request, model=str(removed.plan.out), removed=removed), progress)
+            result = prune(
+                replace(request, model=str(removed.plan.out), removed=removed), progress
+            )
             clean_up(removed)
             return result
         plan = make_plan(request, clock, progress)
@@ -66,7 +81,9 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
 
 def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneResult:
     request, chain = plan.request, plan.chain
-    with Journal(plan.out, len(chain), restart=request.restart, overwrite=request.overwrite) as journal:
+    with Journal(
+        plan.out, len(chain), restart=request.restart, overwrite=request.overwrite
+    ) as journal:
         journal.open(plan.identity, plan.disk_bytes)
         finished = journal.finished(progress)
         for record in finished:
@@ -74,13 +91,23 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         progress(Progress(PLAN, costs=plan.prediction.seconds))
         if request.removed is not None:
             clock.add(request.removed.seconds)
-        memory, folder = plan.prediction.memory, partial_of(plan.out) if plan.out is not None else None
-        if folder is None:  # hidden states are in the system's directory for temporary files
+        memory, folder = (
+            plan.prediction.memory,
+            partial_of(plan.out) if plan.out is not None else None,
+        )
+        if (
+            folder is None
+        ):  # hidden states are in the system's directory for temporary files
             check_room(Path(tempfile.gettempdir()), plan.prediction.disk_bytes)
         scratch = Scratch(
-            memory.hidden_in_memory_bytes, folder, spare=memory.kept_bytes, on_device=memory.hidden_on_device_bytes
+            memory.hidden_in_memory_bytes,
+            folder,
+            spare=memory.kept_bytes,
+            on_device=memory.hidden_on_device_bytes,
         )
-        feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
+        feed = Feed(
+            chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress
+        )
         targets = survey(plan, feed, journal, len(finished) == len(chain), clock)
         if plan.model.start is not None:
             chain.forget_shared()  # the walk reads the teacher's first
@@ -97,14 +124,25 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
 def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
     """Does all that :func:`prune` does before it writes, with its refusals, and returns the prediction of the run."""
     progress = progress if parallel.is_main() else ignore
-    interrupts.keeps("")  # an unfinished run, which the same command without --dry-run resumes, is not what is stopped
+    interrupts.keeps(
+        ""
+    )  # an unfinished run, which the same command without --dry-run resumes, is not what is stopped
     make = make_plan if request.recipe.experts is None else plan_removal
     with machine.computing(device_of(request.model, request.recipe)):
         plan = make(request, PhaseClock(), progress)
-    plan.request.destination((), plan.disk_bytes if plan.fewer is None or not plan.request.overwrite else 0)
+    plan.request.destination(
+        (), plan.disk_bytes if plan.fewer is None or not plan.request.overwrite else 0
+    )
     if plan.out is not None:
         identity = to_jsonable_python(asdict(plan.identity))
-        parallel.from_main(partial(check_unfinished, partial_of(plan.out), identity, restart=request.restart))
+        parallel.from_main(
+            partial(
+                check_unfinished,
+                partial_of(plan.out),
+                identity,
+                restart=request.restart,
+            )
+        )
     return plan.total.model_copy(update={"model": plan.base.name})
 
 
@@ -124,23 +162,39 @@ def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
 
 
 def _walk(
-    plan: Plan, targets: Targets, feed: Feed, journal: Journal, finished: Sequence[BlockRecord], clock: PhaseClock
+    plan: Plan,
+    targets: Targets,
+    feed: Feed,
+    journal: Journal,
+    finished: Sequence[BlockRecord],
+    clock: PhaseClock,
 ) -> list[BlockRecord]:
     """Prunes and writes the blocks that an earlier process has not; returns the records of all blocks."""
     chain, records = plan.chain, list(finished)
-    begin, linears = len(finished), [linear for record in finished for linear in record.linears]
+    begin, linears = (
+        len(finished),
+        [linear for record in finished for linear in record.linears],
+    )
     with clock.phase("embed"):
-        streams = [replace(feed, windows=part).stream() for part in plan.windows.own] if begin < len(chain) else []
+        streams = (
+            [replace(feed, windows=part).stream() for part in plan.windows.own]
+            if begin < len(chain)
+            else []
+        )
     integers = integers_of(plan, linears)
     # A model in memory, which is dense as the user gave it, gets its finished blocks even if none is left to prune.
     for index in range(begin if streams or chain.reader is None else 0):
-        feed.progress(Progress("replay", index, begin, f"block {index + 1}/{len(chain)}"))
+        feed.progress(
+            Progress("replay", index, begin, f"block {index + 1}/{len(chain)}")
+        )
         with clock.phase("replay"):
             replay(chain, streams, index, journal.block(index), integers)
     for record in walk(plan, targets, streams, begin, linears, clock, feed.progress):
         if journal.writes:
             with clock.phase("write"):
-                journal.write_block(len(records), chain.block_tensors(len(records)), record)
+                journal.write_block(
+                    len(records), chain.block_tensors(len(records)), record
+                )
         records.append(record)
     for stream in streams:
         stream.close()
@@ -148,7 +202,12 @@ def _walk(
 
 
 def _sweep(
-    plan: Plan, feed: Feed, dense: Stream | None, journal: Journal, blocks: Sequence[BlockRecord], clock: PhaseClock
+    plan: Plan,
+    feed: Feed,
+    dense: Stream | None,
+    journal: Journal,
+    blocks: Sequence[BlockRecord],
+    clock: PhaseClock,
 ) -> Pruned:
     """Trains all kept weights of the pruned model towards the dense model's predictions, if the plan has passes."""
     chain = plan.chain
@@ -158,7 +217,9 @@ def _sweep(
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
     choice, unrounded = plan.choice, plan.choice.trains_integers(plan.recipe)
-    state_bytes = saved_sweep_bytes(chain, choice.passes, choice.zeros, unrounded=unrounded)
+    state_bytes = saved_sweep_bytes(
+        chain, choice.passes, choice.zeros, unrounded=unrounded
+    )
     saved = journal.open_sweep(state_bytes, plan.disk_bytes, feed.progress)
     if saved is not None and saved.last is not None:
         clock.add({"sweep": saved.last.seconds})
@@ -192,21 +253,47 @@ def _sweep(
         sweeps = sweep(task)
     if dense is not None:
         dense.close()
-    return Pruned([linear.model_copy(update={"zeros": zeros[linear.name]}) for linear in linears], sweeps, peak)
+    return Pruned(
+        [linear.model_copy(update={"zeros": zeros[linear.name]}) for linear in linears],
+        sweeps,
+        peak,
+    )
 
 
 def _result(
-    plan: Plan, targets: Targets, pruned: Pruned, journal: Journal, finished: list[BlockRecord], clock: PhaseClock
+    plan: Plan,
+    targets: Targets,
+    pruned: Pruned,
+    journal: Journal,
+    finished: list[BlockRecord],
+    clock: PhaseClock,
 ) -> PruneResult:
     """The result of a run, with the warnings that follow from it."""
-    chain, recipe, allocation, removed = plan.chain, plan.recipe, targets.allocation, plan.request.removed
+    chain, recipe, allocation, removed = (
+        plan.chain,
+        plan.recipe,
+        targets.allocation,
+        plan.request.removed,
+    )
     with clock.phase("count"):
-        shards = journal.writer.shards[: len(chain)] if journal.writer is not None else []  # in the first process
-        dense = parallel.from_main(partial(left_dense, chain, recipe, pruned.linears, shards))
+        shards = (
+            journal.writer.shards[: len(chain)] if journal.writer is not None else []
+        )  # in the first process
+        dense = parallel.from_main(
+            partial(left_dense, chain, recipe, pruned.linears, shards)
+        )
     experts = removed.experts if removed is not None else []
-    warnings = [*plan.warnings, *(removed.warnings if removed is not None else []), *other_conditions(finished)]
-    warnings += few_tokens(pruned.linears, recipe.min_tokens_per_expert) + rarely_chosen(experts)
-    warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
+    warnings = [
+        *plan.warnings,
+        *(removed.warnings if removed is not None else []),
+        *other_conditions(finished),
+    ]
+    warnings += few_tokens(
+        pruned.linears, recipe.min_tokens_per_expert
+    ) + rarely_chosen(experts)
+    warnings += unreached(pruned.linears) + shortfall(
+        pruned.linears, dense, recipe.sparsity
+    )
     return PruneResult(
         path=plan.out,
         model=plan.model.in_memory,
@@ -226,7 +313,9 @@ def _result(
         warnings=warnings,
         memory=plan.prediction.memory,
         sweeps=pruned.sweeps,
-        allocation={**allocation.report, "name": plan.choice.allocator.name} if allocation is not None else {},
+        allocation={**allocation.report, "name": plan.choice.allocator.name}
+        if allocation is not None
+        else {},
         processes=parallel.size(),
         dense=dense,
         base=plan.base,
@@ -236,7 +325,12 @@ def _result(
     )
 
 
-def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, progress: ProgressCallback) -> None:
+def _save(
+    plan: Plan,
+    result: PruneResult,
+    writer: CheckpointWriter | None,
+    progress: ProgressCallback,
+) -> None:
     """Writes the files next to the weights, and gives the checkpoint its final name."""
     if writer is None:
         return
@@ -253,7 +347,9 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
     writer.write_text(CARD, card_text(result.record))
     try:
         write_report(writer.folder, name=writer.work.out)
-    except Exception as error:  # it can be written at any time, and must not cost the result of hours
+    except (
+        Exception
+    ) as error:  # it can be written at any time, and must not cost the result of hours
         reason = str(error) if isinstance(error, SparseLLMError) else one_line(error)
         later = f"afterwards `sparsellm report {shlex.quote(str(writer.work.out))}` writes it"
         progress(Progress(NOTE, 1, 1, f"{REPORT} was not written: {reason}; {later}"))

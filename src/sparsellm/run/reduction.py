@@ -14,22 +14,27 @@ from pydantic_core import to_jsonable_python
 from transformers import PreTrainedModel
 
 from sparsellm import interrupts, machine, parallel
-from sparsellm.chain import Feed
 from sparsellm.errors import RecipeError
+from sparsellm.files.contents import foreign_entries
+from sparsellm.files.directory import (
+    check_identity,
+    checkpoints_among,
+    left_in,
+    partial_of,
+)
+from sparsellm.files.scratch import Scratch
 from sparsellm.inputs import read_object
-from sparsellm.mixtures import SCORES
-from sparsellm.mixtures.fewer import FewerExperts
-from sparsellm.mixtures.removal import Removal, remove_experts, running
-from sparsellm.mixtures.sample import last_linears
+from sparsellm.method.experts import SCORES
+from sparsellm.method.experts.fewer import FewerExperts
+from sparsellm.method.experts.removal import Removal, remove_experts, running
+from sparsellm.method.experts.sample import last_linears
+from sparsellm.method.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
+from sparsellm.model import Feed
 from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock
 from sparsellm.run.journal import BlockRecord, Journal, conditions, other_conditions
 from sparsellm.run.plan import Plan, Removed, Request, make_plan
-from sparsellm.storage.contents import foreign_entries
-from sparsellm.storage.directory import check_identity, checkpoints_among, left_in, partial_of
-from sparsellm.storage.scratch import Scratch
-from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
 
 EXPERTS = "experts.json"  # in the directory of the model with fewer experts: what was removed, and the run's identity
 _TEXT = ("calibration", "samples", "seq_len", "seed", "bos", "batch_tokens")
@@ -37,23 +42,45 @@ _COMPUTING = ("memory", "device", "device_memory", "dtype", "products")
 _SETTINGS = ("experts", "expert_score", "expert_options", "expert_refit")
 
 
-def plan_removal(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
+def plan_removal(
+    request: Request, clock: PhaseClock, progress: ProgressCallback
+) -> Plan:
     """The plan of the pass that writes the model of a request without some experts, next to the request's ``out``, and
     the prediction of all that follows. Raises a SparseLLMError for what the pass, or the run after it, refuses."""
-    recipe, unfit = request.recipe, request.teacher is not None or request.trust_remote_code
+    recipe, unfit = (
+        request.recipe,
+        request.teacher is not None or request.trust_remote_code,
+    )
     if unfit or request.out is None or isinstance(request.model, PreTrainedModel):
-        raise RecipeError("experts takes a model by name, and out=DIR, without teacher or trust_remote_code")
+        raise RecipeError(
+            "experts takes a model by name, and out=DIR, without teacher or trust_remote_code"
+        )
     request.destination(checkpoints_among(request.model))
-    place, rest = Path(f"{os.path.expanduser(request.out)}-experts"), partial_of(Path(request.out).expanduser())
-    overwrite = (place / EXPERTS).is_file()  # without that file it is a checkpoint of the user's
+    place, rest = (
+        Path(f"{os.path.expanduser(request.out)}-experts"),
+        partial_of(Path(request.out).expanduser()),
+    )
+    overwrite = (
+        place / EXPERTS
+    ).is_file()  # without that file it is a checkpoint of the user's
     kept = {name: getattr(recipe, name) for name in (*_TEXT, *_COMPUTING, *_SETTINGS)}
     alone = Recipe(method="magnitude", sparsity=0.0, **kept)
-    plan = make_plan(replace(request, recipe=alone, out=place, overwrite=overwrite, then=recipe), clock, progress)
+    plan = make_plan(
+        replace(request, recipe=alone, out=place, overwrite=overwrite, then=recipe),
+        clock,
+        progress,
+    )
 
     def check_rest() -> None:
         """Refuses to replace the smaller model from which an unfinished run goes on."""
-        if not request.restart and left_in(rest) is not None and (known := _read(place)):
-            check_identity(rest, known.get("identity"), to_jsonable_python(asdict(plan.identity)))
+        if (
+            not request.restart
+            and left_in(rest) is not None
+            and (known := _read(place))
+        ):
+            check_identity(
+                rest, known.get("identity"), to_jsonable_python(asdict(plan.identity))
+            )
 
     parallel.from_main(check_rest)
     return plan
@@ -70,26 +97,56 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     identity = to_jsonable_python(asdict(plan.identity))
     if (known := parallel.from_main(partial(_read, place))).get("identity") == identity:
         records = [ExpertsOfBlock.model_validate(entry) for entry in known["experts"]]
-        return Removed(plan, records, known.get("seconds", {}), known.get("warnings", []))
-    with Journal(place, len(plan.chain), restart=request.restart, overwrite=plan.request.overwrite) as journal:
+        return Removed(
+            plan, records, known.get("seconds", {}), known.get("warnings", [])
+        )
+    with Journal(
+        place,
+        len(plan.chain),
+        restart=request.restart,
+        overwrite=plan.request.overwrite,
+    ) as journal:
         journal.open(plan.identity, plan.disk_bytes)
         memory = plan.prediction.memory
-        scratch = Scratch(memory.hidden_in_memory_bytes, partial_of(place), on_device=memory.hidden_on_device_bytes)
-        feed = Feed(plan.chain, plan.windows.first, recipe.batch_tokens, scratch, progress)
+        scratch = Scratch(
+            memory.hidden_in_memory_bytes,
+            partial_of(place),
+            on_device=memory.hidden_on_device_bytes,
+        )
+        feed = Feed(
+            plan.chain, plan.windows.first, recipe.batch_tokens, scratch, progress
+        )
         costs = journal.output_costs() if plan.choice.needs.output_costs else {}
         if costs is None:
             with clock.phase("gradients"):
-                names = [name for index in range(len(feed.chain)) for name in last_linears(feed.chain, index)]
-                costs = loss_gradients(feed.first(TOKENS, LEAST_WINDOWS), frozenset(names)).output_squares
+                names = [
+                    name
+                    for index in range(len(feed.chain))
+                    for name in last_linears(feed.chain, index)
+                ]
+                costs = loss_gradients(
+                    feed.first(TOKENS, LEAST_WINDOWS), frozenset(names)
+                ).output_squares
             journal.keep_output_costs(costs)
         clock.lap()
         score = SCORES[recipe.expert_score]
         function = partial(score.function, **score.check(recipe.expert_options))
         removal = Removal(fewer, function, costs, recipe.expert_refit, recipe.seed)
         done = journal.finished(progress)
-        records = _walk(plan, removal, replace(feed, windows=plan.windows.own[0]), journal, done, clock)
+        records = _walk(
+            plan,
+            removal,
+            replace(feed, windows=plan.windows.own[0]),
+            journal,
+            done,
+            clock,
+        )
         parallel.barrier()
-        kept = {"identity": identity, "experts": [record.model_dump() for record in records], "seconds": clock.seconds}
+        kept = {
+            "identity": identity,
+            "experts": [record.model_dump() for record in records],
+            "seconds": clock.seconds,
+        }
         kept["warnings"] = warnings = other_conditions(done)
         parallel.from_main(partial(_save, plan, fewer, journal, kept))
     machine.trim()  # the pass that follows begins with what is left
@@ -106,12 +163,21 @@ def clean_up(removed: Removed) -> None:
     """Removes the model with fewer experts, which has been pruned; not if it has files of others now."""
     directory = removed.plan.out
     with interrupts.held():
-        if parallel.is_main() and directory is not None and not foreign_entries(directory):
+        if (
+            parallel.is_main()
+            and directory is not None
+            and not foreign_entries(directory)
+        ):
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def _walk(
-    plan: Plan, removal: Removal, feed: Feed, journal: Journal, done: list[BlockRecord], clock: PhaseClock
+    plan: Plan,
+    removal: Removal,
+    feed: Feed,
+    journal: Journal,
+    done: list[BlockRecord],
+    clock: PhaseClock,
 ) -> list[ExpertsOfBlock]:
     """Removes experts of the blocks that are not ``done``, each on the outputs of the smaller blocks before it."""
     chain, fewer = plan.chain, removal.fewer
@@ -120,7 +186,9 @@ def _walk(
         clock.add(record.seconds)
     stream = feed.stream()
     for index in range(len(chain)):
-        feed.progress(Progress("experts", index, len(chain), f"block {index + 1}/{len(chain)}"))
+        feed.progress(
+            Progress("experts", index, len(chain), f"block {index + 1}/{len(chain)}")
+        )
         with contextlib.ExitStack() as stack:
             if index < len(done):
                 stack.enter_context(fewer.chain.block(index, journal.block(index)))
@@ -132,13 +200,21 @@ def _walk(
             with running(stream, index, fewer):
                 stream.advance(index)
             if index >= len(done) and journal.writes:
-                record = BlockRecord([], conditions(), clock.lap(), machine.peak_rss(), experts=records[-1])
+                record = BlockRecord(
+                    [],
+                    conditions(),
+                    clock.lap(),
+                    machine.peak_rss(),
+                    experts=records[-1],
+                )
                 journal.write_block(index, fewer.chain.block_tensors(index), record)
     stream.close()
     return [record for record in records if record is not None]
 
 
-def _save(plan: Plan, fewer: FewerExperts, journal: Journal, kept: dict[str, object]) -> None:
+def _save(
+    plan: Plan, fewer: FewerExperts, journal: Journal, kept: dict[str, object]
+) -> None:
     """Writes the tensors outside the blocks and the files next to the weights, and names the checkpoint."""
     writer, directory = journal.writer, plan.model.directory
     if writer is None:

@@ -29,8 +29,13 @@ def versions() -> dict[str, str]:
     return {
         "sparsellm": __version__,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with the build, which the package's metadata may omit
-        **{name: importlib.metadata.version(name) for name in ("transformers", "safetensors", "numpy")},
+        "torch": str(
+            torch.__version__
+        ),  # with the build, which the package's metadata may omit
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("transformers", "safetensors", "numpy")
+        },
     }
 
 
@@ -43,18 +48,30 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "threads": str(torch.get_num_threads()),
-        "gpu": machine_name(device) if device is not None and device.type == "cuda" else "none",
+        "gpu": machine_name(device)
+        if device is not None and device.type == "cuda"
+        else "none",
     }
 
 
 def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | None:
     """Bits of a pruned weight on another program's grid, or as ``pack`` will store it, experts aside; None if kept."""
-    linears = linears if recipe.grid in GRIDS else [linear for linear in linears if linear.tokens is None]
+    linears = (
+        linears
+        if recipe.grid in GRIDS
+        else [linear for linear in linears if linear.tokens is None]
+    )
     weights = sum(linear.weights for linear in linears)
     if recipe.values == "keep" or not weights:
         return None
     if (grid := GRIDS.get(recipe.grid)) is not None:
-        return sum(grid.bits_per_weight(linear.shape[1]) * linear.weights for linear in linears) / weights
+        return (
+            sum(
+                grid.bits_per_weight(linear.shape[1]) * linear.weights
+                for linear in linears
+            )
+            / weights
+        )
     return 8 * sum(linear.packed_bytes(recipe.values) for linear in linears) / weights
 
 
@@ -65,12 +82,16 @@ class PruneResult(RunRecord):
 
     path: Path | None = None  # the checkpoint; None if pruned in memory only
     recipe: Recipe  # all settings, as used
-    model: PreTrainedModel | None = Field(None, exclude=True)  # pruned, if it is in memory
+    model: PreTrainedModel | None = Field(
+        None, exclude=True
+    )  # pruned, if it is in memory
     resumed: int = Field(0, exclude=True)  # blocks that an earlier process had finished
     versions: dict[str, str] = Field(default_factory=versions)
     environment: dict[str, str] = Field(default_factory=environment)
     # Names in a command may not be UTF-8, and a record must be.
-    command: str = Field(default_factory=lambda: command_line().encode(errors="replace").decode())
+    command: str = Field(
+        default_factory=lambda: command_line().encode(errors="replace").decode()
+    )
 
     @property
     def sparsity(self) -> float:
@@ -97,4 +118,7 @@ class PruneResult(RunRecord):
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Record and path as plain JSON values, as in ``--json``."""
-        return {"path": str(self.path) if self.path is not None else None, **self.record.model_dump(mode="json")}
+        return {
+            "path": str(self.path) if self.path is not None else None,
+            **self.record.model_dump(mode="json"),
+        }

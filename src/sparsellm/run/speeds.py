@@ -15,7 +15,11 @@ from sparsellm.errors import RecipeError, nearest
 from sparsellm.machine import machine_name
 
 EFFICIENCY = 0.4  # share of a data sheet's operations and bytes a second that is assumed to be reached
-ROWS, NARROWEST, WIDEST = 512, 256, 4096  # a measured product, whose matrix is as wide as the model
+ROWS, NARROWEST, WIDEST = (
+    512,
+    256,
+    4096,
+)  # a measured product, whose matrix is as wide as the model
 ELEMENTS = 1 << 24  # a measured sum: more than caches hold
 ROUNDS = 6  # the fastest counts: the first starts threads and libraries, others wait for what else the machine does
 
@@ -33,11 +37,26 @@ class Speeds:
     exchanged: float = 4e9  # bytes between processes, here those on CPUs
 
 
-def _gpu(name: str, blocks: float, exact: float, memory: float, links: tuple[float, float], size: float) -> Speeds:
+def _gpu(
+    name: str,
+    blocks: float,
+    exact: float,
+    memory: float,
+    links: tuple[float, float],
+    size: float,
+) -> Speeds:
     """A GPU by TFLOP/s in bf16 and fp32, GB/s of its memory and its links to the host and to other GPUs, and GB."""
     tera, giga = EFFICIENCY * 1e12, EFFICIENCY * 1e9
     to_host, to_gpus = (giga * link for link in links)
-    return Speeds(name, tera * blocks, tera * exact, giga * memory, to_host, int(1e9 * size), to_gpus)
+    return Speeds(
+        name,
+        tera * blocks,
+        tera * exact,
+        giga * memory,
+        to_host,
+        int(1e9 * size),
+        to_gpus,
+    )
 
 
 # Peaks of dense products with fp32 sums; fp32 is that without TF32. The link to the host is PCI Express of 16 lanes,
@@ -60,7 +79,9 @@ GPUS = {
 def named(gpu: str) -> Speeds:
     """The speeds of a GPU in the table. Raises RecipeError if it is not there."""
     if gpu.lower() not in GPUS:
-        raise RecipeError(f"GPU {gpu!r:.100} is not in the table; {nearest(gpu[:100], GPUS)}")
+        raise RecipeError(
+            f"GPU {gpu!r:.100} is not in the table; {nearest(gpu[:100], GPUS)}"
+        )
     return GPUS[gpu.lower()]
 
 
@@ -69,11 +90,30 @@ def measured(device: torch.device, dtype: torch.dtype, width: int) -> Speeds:
     """The speeds of a device for a model of this width whose blocks multiply in ``dtype``, in three seconds at most."""
     values = torch.ones(ELEMENTS, device=device)
     gpu = device.type != "cpu"
-    there = 4 * ELEMENTS / _least(lambda: torch.ones(ELEMENTS).to(device)) if gpu else math.inf
-    size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    blocks, exact = (_products(device, kind, min(max(width, NARROWEST), WIDEST)) for kind in (dtype, torch.float32))
+    there = (
+        4 * ELEMENTS / _least(lambda: torch.ones(ELEMENTS).to(device))
+        if gpu
+        else math.inf
+    )
+    size = (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else 0
+    )
+    blocks, exact = (
+        _products(device, kind, min(max(width, NARROWEST), WIDEST))
+        for kind in (dtype, torch.float32)
+    )
     memory = 8 * ELEMENTS / _least(lambda: values.add_(values, alpha=0.5))
-    return Speeds(machine_name(device), blocks, exact, memory, there, size, there if gpu else Speeds.exchanged)
+    return Speeds(
+        machine_name(device),
+        blocks,
+        exact,
+        memory,
+        there,
+        size,
+        there if gpu else Speeds.exchanged,
+    )
 
 
 def _products(device: torch.device, dtype: torch.dtype, width: int) -> float:
@@ -85,4 +125,7 @@ def _products(device: torch.device, dtype: torch.dtype, width: int) -> float:
 
 def _least(work: Callable[[], Tensor]) -> float:
     """The least seconds of some rounds."""
-    return max(1e-9, min(timeit.repeat(lambda: work().flatten()[0].item(), repeat=ROUNDS, number=1)))
+    return max(
+        1e-9,
+        min(timeit.repeat(lambda: work().flatten()[0].item(), repeat=ROUNDS, number=1)),
+    )

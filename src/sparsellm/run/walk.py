@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from sparsellm import machine, parallel
-from sparsellm.allocation import Allocation, LinearSize, Survey
-from sparsellm.allocation.allocator import divide
-from sparsellm.allocation.exact import round_to_groups
-from sparsellm.chain import Chain, Feed, Stream
 from sparsellm.errors import RecipeError
-from sparsellm.methods import BlockTask
+from sparsellm.files.reader import CheckpointReader
+from sparsellm.method.allocation import Allocation, LinearSize, Survey
+from sparsellm.method.allocation.allocator import divide
+from sparsellm.method.allocation.exact import round_to_groups
+from sparsellm.method.blocks import BlockTask
+from sparsellm.method.sweep.gradients import (
+    LEAST_WINDOWS,
+    TOKENS,
+    LossGradients,
+    loss_gradients,
+)
+from sparsellm.method.sweep.integers import Integers
+from sparsellm.model import Chain, Feed, Stream
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.records import LinearResult, Totals
@@ -25,9 +33,6 @@ from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan
-from sparsellm.storage.reader import CheckpointReader
-from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, LossGradients, loss_gradients
-from sparsellm.sweep.integers import Integers
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class Targets:
     allocation: Allocation | None
 
 
-def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseClock) -> Targets:
+def survey(
+    plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseClock
+) -> Targets:
     """The targets of a run, those of its first start if it is resumed; no output costs if all blocks are ``walked``."""
     choice, sizes = plan.choice, sizes_of(plan.chain, plan.recipe)
     feed = replace(feed, blocks=plan.model.start)
@@ -52,21 +59,43 @@ def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseC
     if saliency or costs is None:
         with clock.phase("gradients"):
             tokens = choice.allocation_needs.gradient_tokens or TOKENS
-            first, names = feed.first(tokens, LEAST_WINDOWS), frozenset(size.name for size in sizes)
-            model, start, computing = plan.identity.model, plan.identity.start, plan.identity.computing
-            key = (model, start, computing, tokens_fingerprint(first.windows), names, saliency)
-            gradients = plan.request.once(key, partial(loss_gradients, first, names, saliency=saliency))
+            first, names = (
+                feed.first(tokens, LEAST_WINDOWS),
+                frozenset(size.name for size in sizes),
+            )
+            model, start, computing = (
+                plan.identity.model,
+                plan.identity.start,
+                plan.identity.computing,
+            )
+            key = (
+                model,
+                start,
+                computing,
+                tokens_fingerprint(first.windows),
+                names,
+                saliency,
+            )
+            gradients = plan.request.once(
+                key, partial(loss_gradients, first, names, saliency=saliency)
+            )
         if choice.needs.output_costs:
             costs = gradients.output_squares
-            journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs
+            journal.keep_output_costs(
+                costs
+            )  # first: a saved allocation implies saved costs
     if allocates:
         with clock.phase("allocation"):
             allocation = parallel.broadcast(_allocate(plan, feed, sizes, gradients))
             journal.keep(ALLOCATION, allocation)
-    return Targets(patterns_of(plan.chain, plan.recipe, allocation), costs or {}, allocation)
+    return Targets(
+        patterns_of(plan.chain, plan.recipe, allocation), costs or {}, allocation
+    )
 
 
-def _allocate(plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGradients | None) -> Allocation:
+def _allocate(
+    plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGradients | None
+) -> Allocation:
     """The allocation of all zeros: fixed ones by the recipe, the others by the allocation that it names."""
     parts = divide(sizes, plan.recipe.sparsity)
     if not parts.free:
@@ -74,12 +103,19 @@ def _allocate(plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGr
     surveyed = Survey(feed, parts.free, parts.sparsity, parts.zeros, gradients)
     chosen = plan.choice.allocator.function(surveyed, **plan.choice.allocation_options)
     if wrong := parts.wrong(chosen):
-        raise RecipeError(f"allocation {plan.choice.allocator.name} {wrong}; use from_sparsities(survey, sparsities)")
+        raise RecipeError(
+            f"allocation {plan.choice.allocator.name} {wrong}; use from_sparsities(survey, sparsities)"
+        )
     result = parts.allocation(chosen)
     m = plan.recipe.chosen_of
     if m is None:
         return result
-    zeros = round_to_groups([result.zeros[x.name] for x in parts.free], [x.weights for x in parts.free], m, parts.zeros)
+    zeros = round_to_groups(
+        [result.zeros[x.name] for x in parts.free],
+        [x.weights for x in parts.free],
+        m,
+        parts.zeros,
+    )
     return Allocation.of(parts.free, zeros, result.report)
 
 
@@ -97,28 +133,64 @@ def walk(
     set of calibration windows, which blocks take in turn; ``finished`` are the results of the linears before it."""
     chain, done, blocks = plan.chain, list(finished), len(plan.chain)
 
-    def tell(index: int, here: Sequence[LinearResult], step: str, part: float | None = None) -> None:
+    def tell(
+        index: int, here: Sequence[LinearResult], step: str, part: float | None = None
+    ) -> None:
         """Reports a step in block ``index``, which has the results ``here`` so far."""
         known = [*done, *here]
         sparsity = Totals.of(known).sparsity if known else None
         if part is None:
-            part = len(here) / (len(chain.linears(index)) + 1)  # the outputs of the block take about one more
-        error, said = known[-1].error if known else None, f"block {index + 1}/{blocks} {step}"
+            part = len(here) / (
+                len(chain.linears(index)) + 1
+            )  # the outputs of the block take about one more
+        error, said = (
+            known[-1].error if known else None,
+            f"block {index + 1}/{blocks} {step}",
+        )
         last = known[-1].name if known else ""
-        progress(Progress("prune", index - begin + part, blocks - begin, said, error, sparsity, linear=last))
+        progress(
+            Progress(
+                "prune",
+                index - begin + part,
+                blocks - begin,
+                said,
+                error,
+                sparsity,
+                linear=last,
+            )
+        )
 
     for index in range(begin, blocks):
-        torch.manual_seed((plan.recipe.seed * 1_000_003 + index) % (1 << 63))  # whatever ran before
+        torch.manual_seed(
+            (plan.recipe.seed * 1_000_003 + index) % (1 << 63)
+        )  # whatever ran before
         results: list[LinearResult] = []
         report = partial(tell, index, results)
         with contextlib.ExitStack() as held:
             report("reading")
             with clock.phase("read"):
                 held.enter_context(chain.block(index, plan.model.start))
-            linears = [linear for linear in chain.linears(index) if linear.name in targets.patterns]
-            given = (index, linears, targets.patterns, streams[index % len(streams)], report, clock, results)
+            linears = [
+                linear
+                for linear in chain.linears(index)
+                if linear.name in targets.patterns
+            ]
+            given = (
+                index,
+                linears,
+                targets.patterns,
+                streams[index % len(streams)],
+                report,
+                clock,
+                results,
+            )
             trained = plan.choice.trains_integers(plan.recipe)
-            task = BlockTask(*given, output_costs=targets.costs, values=plan.recipe.rounding, trained=trained)
+            task = BlockTask(
+                *given,
+                output_costs=targets.costs,
+                values=plan.recipe.rounding,
+                trained=trained,
+            )
             with clock.phase("prune"):
                 if linears:
                     plan.choice.method.function(task, **plan.choice.options)
@@ -130,11 +202,16 @@ def walk(
                     for stream in streams:
                         stream.advance(index)
             for linear in linears:
-                if linear.name in task.unrounded:  # the sweep goes on from there; this block ran rounded
+                if (
+                    linear.name in task.unrounded
+                ):  # the sweep goes on from there; this block ran rounded
                     linear.assign(task.unrounded[linear.name])
             report("writing")
             yield BlockRecord(
-                linears=list(results), versions=conditions(), seconds=clock.lap(), peak_rss=machine.peak_rss()
+                linears=list(results),
+                versions=conditions(),
+                seconds=clock.lap(),
+                peak_rss=machine.peak_rss(),
             )
         done += results
         tell(index, (), "is done", part=1)
@@ -144,11 +221,19 @@ def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
     if not plan.choice.trains_integers(plan.recipe):
         return None
-    return Integers(plan.chain, plan.recipe.rounding, {linear.name: linear.exponents for linear in linears})
+    return Integers(
+        plan.chain,
+        plan.recipe.rounding,
+        {linear.name: linear.exponents for linear in linears},
+    )
 
 
 def replay(
-    chain: Chain, streams: list[Stream], index: int, weights: CheckpointReader | None, integers: Integers | None = None
+    chain: Chain,
+    streams: list[Stream],
+    index: int,
+    weights: CheckpointReader | None,
+    integers: Integers | None = None,
 ) -> None:
     """Advances streams through block ``index``, read from the shard of the pruned block, or the dense one if that is
     None. ``integers`` are rounded in memory, while the shard has the values that a sweep goes on from."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.chain.open import load_tokenizer
 from sparsellm.errors import DataError, ModelError, one_line
+from sparsellm.model.open import load_tokenizer
 from sparsepack.generation import Sampling, generation_settings
 from sparsepack.loading import checkpoint_path, load
 
@@ -34,14 +34,22 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     tokenizer has no chat template, a DataError that the template refuses it, such as its order of roles."""
     check_template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
     except Exception as error:  # a template raises what it likes
-        raise DataError(f"the chat template of the model refuses the conversation: {one_line(error)}") from None
-    ids: Tensor = tokenizer(str(text), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        raise DataError(
+            f"the chat template of the model refuses the conversation: {one_line(error)}"
+        ) from None
+    ids: Tensor = tokenizer(str(text), add_special_tokens=False, return_tensors="pt")[
+        "input_ids"
+    ]
     return ids
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """A ModelError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
-        raise ModelError("the model has no chat template, so it takes no conversation; continue a text instead")
+        raise ModelError(
+            "the model has no chat template, so it takes no conversation; continue a text instead"
+        )

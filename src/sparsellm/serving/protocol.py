@@ -32,27 +32,43 @@ def escaped(text: str) -> str:
 
 def _joined(content: Any) -> Any:
     """The text of a message whose parts are all text; anything else unchanged, and refused as no text."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
         texts = [part.get("text") for part in content]
-        return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+        return (
+            "".join(texts) if all(isinstance(text, str) for text in texts) else content
+        )
     return content
 
 
 def _is_neutral(name: str, value: object) -> bool:
     """In JSON, ``logprobs: 0`` asks for something, and ``false`` does not."""
-    neutral = value if (name, value) == ("tool_choice", "auto") else _NEUTRAL.get(name)  # the same without tools
-    return neutral is not None and neutral == value and isinstance(neutral, bool) == isinstance(value, bool)
+    neutral = (
+        value if (name, value) == ("tool_choice", "auto") else _NEUTRAL.get(name)
+    )  # the same without tools
+    return (
+        neutral is not None
+        and neutral == value
+        and isinstance(neutral, bool) == isinstance(value, bool)
+    )
 
 
 class _Given(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {escaped(name): v for name, v in values.items() if v is not None and not _is_neutral(name, v)}
+        return {
+            escaped(name): v
+            for name, v in values.items()
+            if v is not None and not _is_neutral(name, v)
+        }
 
 
 class Message(_Given):
@@ -60,7 +76,9 @@ class Message(_Given):
 
     role: Annotated[
         Literal["system", "user", "assistant"],
-        BeforeValidator(lambda role: "system" if role == "developer" else role),  # OpenAI's newer name
+        BeforeValidator(
+            lambda role: "system" if role == "developer" else role
+        ),  # OpenAI's newer name
     ]
     content: Annotated[Words, BeforeValidator(_joined)]
     name: Words | None = None
@@ -102,7 +120,10 @@ class Asked(_Given):
     def sampling(self) -> Sampling:
         """How the prompt is continued; what is not asked is as the model recommends, with another seed each time."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        return Sampling(seed=seed, **self.model_dump(include={"temperature", "top_p", "stop", "ignore_eos"}))
+        return Sampling(
+            seed=seed,
+            **self.model_dump(include={"temperature", "top_p", "stop", "ignore_eos"}),
+        )
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The prompt as token ids ``(1, tokens)``."""
@@ -112,7 +133,9 @@ class Asked(_Given):
         """The whole answer."""
         raise NotImplementedError
 
-    def piece(self, text: str | None, finish: str | None, *, first: bool) -> dict[str, Any]:
+    def piece(
+        self, text: str | None, finish: str | None, *, first: bool
+    ) -> dict[str, Any]:
         """A piece of the answer; no text at the end of a stream."""
         return self.choice(text or "", finish)
 
@@ -127,19 +150,40 @@ class ChatRequest(Asked):
 
     @property
     def limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return (
+            self.max_tokens
+            if self.max_completion_tokens is None
+            else self.max_completion_tokens
+        )
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        return chat_ids(tokenizer, [message.model_dump(exclude_none=True) for message in self.messages])
+        return chat_ids(
+            tokenizer,
+            [message.model_dump(exclude_none=True) for message in self.messages],
+        )
 
     def choice(self, text: str, finish: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+        return {
+            "index": 0,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": finish,
+        }
 
-    def piece(self, text: str | None, finish: str | None, *, first: bool) -> dict[str, Any]:
+    def piece(
+        self, text: str | None, finish: str | None, *, first: bool
+    ) -> dict[str, Any]:
         delta = {} if text is None else {"content": text}
-        role = {"role": "assistant"} if first else {}  # clients join the values of all pieces
-        return {"index": 0, "delta": role | delta, "logprobs": None, "finish_reason": finish}
+        role = (
+            {"role": "assistant"} if first else {}
+        )  # clients join the values of all pieces
+        return {
+            "index": 0,
+            "delta": role | delta,
+            "logprobs": None,
+            "finish_reason": finish,
+        }
 
 
 class CompletionRequest(Asked):
@@ -148,7 +192,12 @@ class CompletionRequest(Asked):
     KIND, CHUNK, PREFIX = "text_completion", "text_completion", "cmpl-"
 
     prompt: Annotated[
-        Words, BeforeValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value)
+        Words,
+        BeforeValidator(
+            lambda value: (
+                value[0] if isinstance(value, list) and len(value) == 1 else value
+            )
+        ),
     ]
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -165,12 +214,21 @@ class Answer:
     def __init__(self, asked: Asked, model: str) -> None:
         self._asked, self._first = asked, True
         self.with_usage = asked.stream_options.include_usage
-        self._head = {"id": asked.PREFIX + secrets.token_hex(12), "created": int(time.time()), "model": model}
+        self._head = {
+            "id": asked.PREFIX + secrets.token_hex(12),
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def whole(self, result: Generation) -> dict[str, Any]:
         """The answer in one object."""
         choice = self._asked.choice(result.text, result.finish)
-        return {**self._head, "object": self._asked.KIND, "choices": [choice], "usage": _usage(result)}
+        return {
+            **self._head,
+            "object": self._asked.KIND,
+            "choices": [choice],
+            "usage": _usage(result),
+        }
 
     def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
         """A piece of a stream."""
@@ -181,14 +239,32 @@ class Answer:
 
     def usage(self, result: Generation) -> dict[str, Any]:
         """The last object of a stream, if the client asks for it."""
-        return {**self._head, "object": self._asked.CHUNK, "choices": [], "usage": _usage(result)}
+        return {
+            **self._head,
+            "object": self._asked.CHUNK,
+            "choices": [],
+            "usage": _usage(result),
+        }
 
 
 def _usage(result: Generation) -> dict[str, int]:
     prompt, new = result.prompt_tokens, result.new_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+    }
 
 
-def error(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error(
+    message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    return {"error": {"message": escaped(message), "type": kind, "param": param, "code": code}}
+    return {
+        "error": {
+            "message": escaped(message),
+            "type": kind,
+            "param": param,
+            "code": code,
+        }
+    }

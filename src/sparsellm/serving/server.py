@@ -29,7 +29,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sparsellm import interrupts
 from sparsellm.errors import DataError, ModelError, RecipeError, shown
 from sparsellm.serving.prompts import open_model
-from sparsellm.serving.protocol import Answer, Asked, ChatRequest, CompletionRequest, error
+from sparsellm.serving.protocol import (
+    Answer,
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    error,
+)
 from sparsellm.serving.worker import GoneError, Job, UnavailableError, Worker
 from sparsepack.decode import decodes
 from sparsepack.errors import SettingError, UserError
@@ -63,7 +69,9 @@ def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
     or None. RecipeError: the port cannot be used, other machines can reach it without a key, or the key is bad."""
     key, host, port = _key(settings.key_file), settings.host, settings.port
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         if key is None and not ipaddress.ip_address(address[0]).is_loopback:
             raise RecipeError(
                 f"--host {host} accepts requests from other machines, which needs a key; set {KEY}, "
@@ -72,8 +80,14 @@ def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
         listening = socket.create_server(address, family=family)
     except (OSError, UnicodeError) as failed:
         busy = isinstance(failed, OSError) and failed.errno == errno.EADDRINUSE
-        why = "in use; stop what listens there, or give another --port" if busy else getattr(failed, "strerror", failed)
-        raise RecipeError(f"port {port} of {host!r:.100} is {'' if busy else 'not available: '}{why}") from None
+        why = (
+            "in use; stop what listens there, or give another --port"
+            if busy
+            else getattr(failed, "strerror", failed)
+        )
+        raise RecipeError(
+            f"port {port} of {host!r:.100} is {'' if busy else 'not available: '}{why}"
+        ) from None
     return listening, key
 
 
@@ -82,19 +96,36 @@ def _key(file: Path | None) -> str | None:
     given, where = os.environ.get(KEY), KEY
     if file is not None:
         if given is not None:
-            raise RecipeError(f"both {KEY} and --key-file {file} give a key; give one of them")
+            raise RecipeError(
+                f"both {KEY} and --key-file {file} give a key; give one of them"
+            )
         try:
             with file.expanduser().open("rb") as opened:
-                given, where = opened.read(4097).decode("ascii", "replace").strip(), f"--key-file {file}"
+                given, where = (
+                    opened.read(4097).decode("ascii", "replace").strip(),
+                    f"--key-file {file}",
+                )
         except (OSError, RuntimeError) as failed:
             raise RecipeError(f"--key-file {file} cannot be read: {failed}") from None
-    fits = given is None or (0 < len(given) <= 4096 and given.isascii() and given.isprintable() and " " not in given)
+    fits = given is None or (
+        0 < len(given) <= 4096
+        and given.isascii()
+        and given.isprintable()
+        and " " not in given
+    )
     if not fits:
-        raise RecipeError(f"the key in {where} is empty or more than one word of ASCII; write one, such as 32 letters")
+        raise RecipeError(
+            f"the key in {where} is empty or more than one word of ASCII; write one, such as 32 letters"
+        )
     return given
 
 
-def serve(directory: str, settings: Settings, options: dict[str, str], log: Callable[[str], None]) -> None:
+def serve(
+    directory: str,
+    settings: Settings,
+    options: dict[str, str],
+    log: Callable[[str], None],
+) -> None:
     """Serves a checkpoint until a signal stops it. ``options`` are those of :func:`sparsepack.loading.load`; ``log``
     gets a line at the start, and unless quiet one for each request."""
     listening, key = open_door(settings)
@@ -104,8 +135,14 @@ def serve(directory: str, settings: Settings, options: dict[str, str], log: Call
         limit = context_limit(model.config)
         context = settings.context or min(limit or MOST_CONTEXT, MOST_CONTEXT)
         if limit is not None and context > limit:
-            raise ModelError(f"--context is {context}, and the model takes {limit} tokens")
-        limits = {"context": context, "max_tokens": settings.max_tokens, "queue": settings.queue}
+            raise ModelError(
+                f"--context is {context}, and the model takes {limit} tokens"
+            )
+        limits = {
+            "context": context,
+            "max_tokens": settings.max_tokens,
+            "queue": settings.queue,
+        }
         told = (lambda line: None) if settings.quiet else log
         worker = Worker(model, tokenizer, **limits, threads=settings.threads, log=told)
         name = settings.name or Path(directory).expanduser().resolve().name
@@ -118,11 +155,17 @@ def serve(directory: str, settings: Settings, options: dict[str, str], log: Call
             timeout_graceful_shutdown=int(GRACE) + 2,  # the worker cancels before
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        log(f"{name} listens at {url}, {'with' if key else 'without'} a key; Ctrl-C stops it")
-        log(f"{context} tokens of context, decoded by {'the compiled decoder' if decodes(model) else 'transformers'}")
+        log(
+            f"{name} listens at {url}, {'with' if key else 'without'} a key; Ctrl-C stops it"
+        )
+        log(
+            f"{context} tokens of context, decoded by {'the compiled decoder' if decodes(model) else 'transformers'}"
+        )
         _Server(config, worker).run(sockets=[listening])
     worker.stop(0)
-    if not worker.ended(GRACE):  # it reads a long prompt; the interpreter must not end under a thread that computes
+    if not worker.ended(
+        GRACE
+    ):  # it reads a long prompt; the interpreter must not end under a thread that computes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -177,12 +220,27 @@ class _Gate:
     def _refused(self, headers: Headers, path: str) -> JSONResponse | None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = f"{scheme.lower()} {key.strip()}".encode("latin-1")
-        if self._key is not None and path != "/health" and not hmac.compare_digest(given, self._key):
-            return _problem(401, "the API key is missing or wrong", code="invalid_api_key")
+        if (
+            self._key is not None
+            and path != "/health"
+            and not hmac.compare_digest(given, self._key)
+        ):
+            return _problem(
+                401, "the API key is missing or wrong", code="invalid_api_key"
+            )
         if self._key is None and not _is_local(headers.get("host", "")):
-            return _problem(400, f"the host {shown(headers.get('host'))} is not localhost; set {KEY} to allow others")
-        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > self._most:
-            return _problem(413, f"the body has {headers['content-length']} bytes; at most {self._most} are read")
+            return _problem(
+                400,
+                f"the host {shown(headers.get('host'))} is not localhost; set {KEY} to allow others",
+            )
+        if (
+            headers.get("content-length", "0").isdigit()
+            and int(headers.get("content-length", "0")) > self._most
+        ):
+            return _problem(
+                413,
+                f"the body has {headers['content-length']} bytes; at most {self._most} are read",
+            )
         return None
 
 
@@ -195,14 +253,25 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _problem(status: int, message: str, headers: Mapping[str, str] | None = None, **parts: str | None) -> JSONResponse:
+def _problem(
+    status: int,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    **parts: str | None,
+) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse(error(message, kind, **parts), status, {"Retry-After": "1"} if status == 503 else headers)
+    return JSONResponse(
+        error(message, kind, **parts),
+        status,
+        {"Retry-After": "1"} if status == 503 else headers,
+    )
 
 
 async def _of_error(_: Request, failed: Exception) -> Response:
     status = 400 if isinstance(failed, SettingError | DataError | ModelError) else 500
-    return _problem(503 if isinstance(failed, UnavailableError) else status, str(failed))
+    return _problem(
+        503 if isinstance(failed, UnavailableError) else status, str(failed)
+    )
 
 
 async def _of_status(_: Request, failed: HTTPException) -> Response:
@@ -214,24 +283,47 @@ async def _of_validation(_: Request, failed: RequestValidationError) -> Response
     first = failed.errors()[0]
     place, kind = ".".join(str(part) for part in first["loc"][1:]), first["type"]
     if kind == "json_invalid":
-        return _problem(400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}, at character {place}")
+        return _problem(
+            400,
+            f"the body is not JSON: {first.get('ctx', {}).get('error', '')}, at character {place}",
+        )
     if not place:
-        return _problem(400, "the body is not a JSON object with Content-Type: application/json")
+        return _problem(
+            400, "the body is not a JSON object with Content-Type: application/json"
+        )
     if kind == "extra_forbidden":
         why = f"is {shown(first['input'])}, which this server does not support"
     elif kind == "missing":
         why = "is missing"
     else:
-        reason = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        reason = (
+            first["msg"]
+            .removeprefix("Value error, ")
+            .replace("Input should", "it should")
+        )
         why = f"is {shown(first['input'])}: {reason}"
     return _problem(400, f"{place} {why}", param=place)
 
 
 def application(worker: Worker, name: str) -> FastAPI:
     """The routes; ``name`` is that of the model."""
-    handlers = {UserError: _of_error, HTTPException: _of_status, RequestValidationError: _of_validation}
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)  # type: ignore[arg-type]
-    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sparsellm"}
+    handlers = {
+        UserError: _of_error,
+        HTTPException: _of_status,
+        RequestValidationError: _of_validation,
+    }
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        exception_handlers=handlers,  # type: ignore[arg-type]
+    )
+    card = {
+        "id": name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "sparsellm",
+    }
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def _health() -> Response:
@@ -246,7 +338,11 @@ def application(worker: Worker, name: str) -> FastAPI:
         return JSONResponse(card) if asked == name else unknown(asked)
 
     def unknown(asked: str) -> Response:
-        return _problem(404, f"model is {shown(asked)}; this server has {name!r}", code="model_not_found")
+        return _problem(
+            404,
+            f"model is {shown(asked)}; this server has {name!r}",
+            code="model_not_found",
+        )
 
     async def answer(asked: Asked, request: Request) -> Response:
         if asked.model not in (None, name):
@@ -255,9 +351,13 @@ def application(worker: Worker, name: str) -> FastAPI:
         worker.submit(job)
         events = _events(job, request)
         try:
-            event = await anext(events)  # what the prompt is refused for comes before a stream begins
+            event = await anext(
+                events
+            )  # what the prompt is refused for comes before a stream begins
             if asked.stream:
-                return StreamingResponse(_stream(event, events, made), media_type="text/event-stream")
+                return StreamingResponse(
+                    _stream(event, events, made), media_type="text/event-stream"
+                )
             while isinstance(event, str):
                 event = await anext(events)
         except GoneError:
@@ -295,7 +395,9 @@ async def _events(job: Job, request: Request) -> AsyncIterator[str | Generation]
         job.cancel()
 
 
-async def _stream(event: str | Generation, events: AsyncIterator[str | Generation], made: Answer) -> AsyncIterator[str]:
+async def _stream(
+    event: str | Generation, events: AsyncIterator[str | Generation], made: Answer
+) -> AsyncIterator[str]:
     """An answer as server-sent events."""
     try:
         while isinstance(event, str):

@@ -15,7 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparsellm import interrupts
 from sparsellm.serving.prompts import Message, chat_ids, open_model
 from sparsepack.files import context_limit
-from sparsepack.generation import Sampling, Seed, Temperature, Tokens, Words, continuation
+from sparsepack.generation import (
+    Sampling,
+    Seed,
+    Temperature,
+    Tokens,
+    Words,
+    continuation,
+)
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -24,7 +31,9 @@ class Manner(BaseModel):
     """How a conversation is held: the first message, and limit, sampling and CPU threads of the answers. None means no
     first message, the temperature that the model recommends, another seed each time, or torch's number of threads."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     system: Words | None = None
     max_new_tokens: Tokens = 512
@@ -34,14 +43,24 @@ class Manner(BaseModel):
 
 
 def chat(
-    directory: str, manner: Manner, options: dict[str, str], *, show: Callable[[str], None], say: Callable[[str], None]
+    directory: str,
+    manner: Manner,
+    options: dict[str, str],
+    *,
+    show: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> None:
     """Answers each line of stdin with the checkpoint of a directory, packed or dense, until its end or ``/quit``.
     ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about
     the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
     model, tokenizer = open_model(directory, options, template=True)
-    limit, seed = context_limit(model.config), secrets.randbits(62) if manner.seed is None else manner.seed
-    beginning: list[Message] = [] if manner.system is None else [{"role": "system", "content": manner.system}]
+    limit, seed = (
+        context_limit(model.config),
+        secrets.randbits(62) if manner.seed is None else manner.seed,
+    )
+    beginning: list[Message] = (
+        [] if manner.system is None else [{"role": "system", "content": manner.system}]
+    )
     messages, received = list(beginning), list[int]()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -56,18 +75,36 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         ids = chat_ids(tokenizer, messages)
-        room = manner.max_new_tokens if limit is None else min(manner.max_new_tokens, limit - ids.shape[1])
+        room = (
+            manner.max_new_tokens
+            if limit is None
+            else min(manner.max_new_tokens, limit - ids.shape[1])
+        )
         if room < 1:
             messages.pop()
-            say(f"the conversation has {ids.shape[1]} tokens and the model takes {limit}; /reset begins anew")
+            say(
+                f"the conversation has {ids.shape[1]} tokens and the model takes {limit}; /reset begins anew"
+            )
             continue
-        sampling = Sampling(max_new_tokens=room, temperature=manner.temperature, seed=(seed + len(messages)) % 2**63)
+        sampling = Sampling(
+            max_new_tokens=room,
+            temperature=manner.temperature,
+            seed=(seed + len(messages)) % 2**63,
+        )
         received.clear()
         with interrupts.handled_by(lambda signum, _: received.append(signum)):
             answer = continuation(
-                model, tokenizer, ids, sampling, threads=manner.threads, on_text=show, cancelled=lambda: bool(received)
+                model,
+                tokenizer,
+                ids,
+                sampling,
+                threads=manner.threads,
+                on_text=show,
+                cancelled=lambda: bool(received),
             )
-        for signum in {*received} - {signal.SIGINT}:  # Ctrl-C stops the answer; other signals end the conversation
+        for signum in {*received} - {
+            signal.SIGINT
+        }:  # Ctrl-C stops the answer; other signals end the conversation
             signal.raise_signal(signum)
         show("\n")
         messages.append({"role": "assistant", "content": answer.text})

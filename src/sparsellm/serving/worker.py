@@ -32,10 +32,18 @@ class Job:
 
     ``ids`` makes the prompt ``(1, tokens)``; ``limit`` is the most tokens of the answer, None for what has room."""
 
-    def __init__(self, ids: Callable[[PreTrainedTokenizerBase], Tensor], sampling: Sampling, limit: int | None) -> None:
+    def __init__(
+        self,
+        ids: Callable[[PreTrainedTokenizerBase], Tensor],
+        sampling: Sampling,
+        limit: int | None,
+    ) -> None:
         self.ids, self.sampling, self.limit = ids, sampling, limit
         self.cancelled = False
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[str | Generation | Exception]()
+        self._loop, self._events = (
+            asyncio.get_running_loop(),
+            asyncio.Queue[str | Generation | Exception](),
+        )
 
     async def event(self) -> str | Generation:
         """The next piece of text, or the result. What went wrong is raised."""
@@ -70,11 +78,18 @@ class Worker:
         threads: int | None = None,
         log: Callable[[str], None],
     ) -> None:
-        self._model, self._tokenizer, self._threads, self._log = model, tokenizer, threads, log
+        self._model, self._tokenizer, self._threads, self._log = (
+            model,
+            tokenizer,
+            threads,
+            log,
+        )
         self._context, self._max_tokens, self._queue = context, max_tokens, queue
         self._running: Job | None = None
         self._changed, self._waiting = threading.Condition(), deque[Job]()
-        self._end: float | None = None  # by time.monotonic(), when the running job is cancelled
+        self._end: float | None = (
+            None  # by time.monotonic(), when the running job is cancelled
+        )
         self._counts = {"requests": 0, "cancelled": 0, "tokens": 0}
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
@@ -82,13 +97,19 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Queues a job. UnavailableError: too many wait, or the server stops; SettingError: its limit is too high."""
         if job.limit is not None and job.limit > self._max_tokens:
-            raise SettingError(f"max_tokens is {job.limit}; an answer has at most {self._max_tokens} tokens here")
+            raise SettingError(
+                f"max_tokens is {job.limit}; an answer has at most {self._max_tokens} tokens here"
+            )
         with self._changed:
             if self._end is not None:
                 raise UnavailableError("the server is stopping")
-            self._waiting = deque(other for other in self._waiting if not other.cancelled)
+            self._waiting = deque(
+                other for other in self._waiting if not other.cancelled
+            )
             if len(self._waiting) + (self._running is not None) > self._queue:
-                raise UnavailableError(f"an answer is being made, and {self._queue} requests wait; try again later")
+                raise UnavailableError(
+                    f"an answer is being made, and {self._queue} requests wait; try again later"
+                )
             self._waiting.append(job)
             self._changed.notify()
 
@@ -96,7 +117,10 @@ class Worker:
         """Refuses what waits, and cancels what runs after this time; with 0 its client is answered at once."""
         with self._changed:
             self._end = min(self._end or math.inf, time.monotonic() + seconds)
-            for job in (*self._waiting, *([self._running] if self._running and not seconds else [])):
+            for job in (
+                *self._waiting,
+                *([self._running] if self._running and not seconds else []),
+            ):
                 job.send(UnavailableError("the server is stopping"))
             self._waiting.clear()
             self._changed.notify()
@@ -109,14 +133,25 @@ class Worker:
     def state(self) -> dict[str, object]:
         """What ``/health`` says: requests that run, wait, were begun and were cancelled, and tokens generated."""
         with self._changed:
-            waiting, running = sum(not job.cancelled for job in self._waiting), int(self._running is not None)
+            waiting, running = (
+                sum(not job.cancelled for job in self._waiting),
+                int(self._running is not None),
+            )
             status = "ok" if self._end is None else "stopping"
-            return {"status": status, "running": running, "waiting": waiting, **self._counts}
+            return {
+                "status": status,
+                "running": running,
+                "waiting": waiting,
+                **self._counts,
+            }
 
     def _next(self) -> Job | None:
         """The next job, once there is one; None when the server stops."""
         with self._changed:
-            while self._changed.wait_for(lambda: self._waiting or self._end is not None) and self._waiting:
+            while (
+                self._changed.wait_for(lambda: self._waiting or self._end is not None)
+                and self._waiting
+            ):
                 if not (job := self._waiting.popleft()).cancelled:
                     self._running = job
                     self._counts["requests"] += 1
@@ -132,18 +167,26 @@ class Worker:
                 answer = error
             except BaseException as error:  # no memory, or a PanicException of a tokenizer: the next request may work
                 logging.getLogger(__name__).exception("a request failed")
-                answer = SparseLLMError(f"the server failed ({type(error).__name__}); its log says why")
-            with self._changed:  # before the answer: whoever gets it may ask again at once
+                answer = SparseLLMError(
+                    f"the server failed ({type(error).__name__}); its log says why"
+                )
+            with (
+                self._changed
+            ):  # before the answer: whoever gets it may ask again at once
                 self._running = None
             job.send(answer)
 
     def _run(self, job: Job) -> Generation:
         ids = job.ids(self._tokenizer)
         tokens, context = ids.shape[1], self._context
-        limit = min(self._max_tokens, context - tokens) if job.limit is None else job.limit
+        limit = (
+            min(self._max_tokens, context - tokens) if job.limit is None else job.limit
+        )
         if tokens + limit > context or limit < 1:
             more = f" and {limit} are to follow" if limit > 0 else ""
-            raise SettingError(f"the prompt has {tokens} tokens{more}; prompt and answer have at most {context} here")
+            raise SettingError(
+                f"the prompt has {tokens} tokens{more}; prompt and answer have at most {context} here"
+            )
         result = continuation(
             self._model,
             self._tokenizer,
@@ -151,7 +194,10 @@ class Worker:
             job.sampling.model_copy(update={"max_new_tokens": limit}),
             threads=self._threads,
             on_text=job.send,
-            cancelled=lambda: job.cancelled or (self._end is not None and time.monotonic() > self._end),
+            cancelled=lambda: (
+                job.cancelled
+                or (self._end is not None and time.monotonic() > self._end)
+            ),
         )
         with self._changed:
             self._counts["tokens"] += result.new_tokens

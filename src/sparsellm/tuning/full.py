@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError
+from sparsellm.model.structure import find_blocks
 
 
 class ZeroKeeper:
@@ -39,19 +39,37 @@ class ZeroKeeper:
     def __init__(self, model: nn.Module) -> None:
         if any(hasattr(module, "base_layer") for module in model.modules()):
             advice = "leave KeepZeros out, and take sparsellm.tuning.lora.add_adapter, which keeps those of the weights"
-            raise ModelError(f"{type(model).__name__} has an adapter, whose zeros would be kept too; {advice}")
+            raise ModelError(
+                f"{type(model).__name__} has an adapter, whose zeros would be kept too; {advice}"
+            )
         name, blocks = find_blocks(model)
-        matrices = ((key, weight) for key, weight in blocks.named_parameters(name) if weight.dim() > 1)
-        self._weights = {key: w for key, w in matrices if not key.endswith("bias") and bool((w == 0).any())}
+        matrices = (
+            (key, weight)
+            for key, weight in blocks.named_parameters(name)
+            if weight.dim() > 1
+        )
+        self._weights = {
+            key: w
+            for key, w in matrices
+            if not key.endswith("bias") and bool((w == 0).any())
+        }
         if not self._weights:
-            raise ModelError(f"no matrix in the blocks of {type(model).__name__} has a zero; prune the model first")
-        self.masks: dict[str, Tensor] = {key: weight.detach() != 0 for key, weight in self._weights.items()}
+            raise ModelError(
+                f"no matrix in the blocks of {type(model).__name__} has a zero; prune the model first"
+            )
+        self.masks: dict[str, Tensor] = {
+            key: weight.detach() != 0 for key, weight in self._weights.items()
+        }
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for name, weight in self._weights.items():
             if weight.requires_grad:
-                self._hooks.append(weight.register_hook(lambda g, mask=self.masks[name]: _cleared(g.clone(), mask)))
+                self._hooks.append(
+                    weight.register_hook(
+                        lambda g, mask=self.masks[name]: _cleared(g.clone(), mask)
+                    )
+                )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,7 +87,9 @@ class ZeroKeeper:
 def _cleared(values: Tensor, mask: Tensor) -> Tensor:
     """``values`` with zeros off the mask, also where not finite; torch fills by a bool mask many times as slowly."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
-    values.view(integer).bitwise_and_(mask.to(values.device, integer).neg_())  # all ones where kept
+    values.view(integer).bitwise_and_(
+        mask.to(values.device, integer).neg_()
+    )  # all ones where kept
     return values
 
 
@@ -78,7 +98,9 @@ class KeepZeros(TrainerCallback):
 
     It keeps the zeros that the model has when training begins."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self._keeper = ZeroKeeper(model).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,1037 @@
+"""The commands: each calls :mod:`sparsellm.api` or :mod:`sparsepack`, and returns a JSON value and what prints it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsellm import __version__, interrupts
+from sparsellm.app import options as use
+from sparsellm.app import process
+from sparsellm.app.options import (
+    GGUF,
+    MEASURE,
+    SERVER,
+    TEXT,
+    TRAINING,
+    argument,
+    field,
+    flag,
+    keeping,
+    needed,
+    option,
+)
+from sparsellm.errors import MissingExtraError, RecipeError, StorageError
+from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
+
+Printed = tuple[Any, Callable[[], None]] | None
+MEASURED_WINDOW, MEASURED_TOKENS = (
+    2048,
+    16_384,
+)  # the longest window and the tokens that `prune --pack` measures on
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Prune Hugging Face language models after training, globally, and make the sparsity pay.",
+)
+
+
+def _command(
+    *parameters: Parameter, examples: Sequence[str], name: str | None = None
+) -> Callable[..., Any]:
+    """Registers a command with these options. One that is not given is not passed on, so the function's default holds;
+    ``progress``, ``json``, ``quiet`` and ``verbose`` go to functions that take them. Only the main process prints."""
+
+    def register(function: Callable[..., Printed]) -> Callable[..., None]:
+        taken = signature(function).parameters
+
+        @wraps(function)
+        def call(**values: Any) -> None:
+            if name == "exec":  # it does not return, and the imports below take seconds
+                function(**values)
+            if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
+                process.announce()
+            if function.__name__ == "prune" and not (
+                values.get("restart") or values.get("dry_run")
+            ):
+                from sparsellm.files.directory import PARTIAL, left_in
+
+                if (
+                    left_in(Path(f"{values['out']}{PARTIAL}")) is not None
+                ):  # by an earlier process
+                    interrupts.keeps(
+                        f"finished blocks are kept next to {values['out']}", part=True
+                    )
+            with (
+                interrupts.held()
+            ):  # a signal within torch's import may end the process without a word
+                from sparsellm import parallel, plugins
+                from sparsellm.app import console
+
+            given = {
+                name: value
+                for name, value in values.items()
+                if value is not None and value != []
+            }
+            for plugin in given.pop("plugin", ()):
+                plugins.load_plugin(plugin)
+            reporting = {
+                name: given.pop(name, False) for name in ("json", "quiet", "verbose")
+            }
+            given |= {name: value for name, value in reporting.items() if name in taken}
+            if "progress" in taken:
+                quiet, verbose = (
+                    reporting["quiet"] or not parallel.is_main(),
+                    reporting["verbose"],
+                )
+                with console.progress(quiet=quiet, verbose=verbose) as progress:
+                    printed = function(progress=progress, **given)
+            else:
+                printed = function(**given)
+            if printed is not None and parallel.is_main():
+                content, show = printed
+                show = (
+                    partial(console.write_json, content) if reporting["json"] else show
+                )
+                show()
+
+        call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {
+            parameter.name: parameter.annotation for parameter in parameters
+        }
+        epilog = "\n\n".join(("Examples:", *(f"  {example}" for example in examples)))
+        usage = " ".join([*filter(None, map(use.required, parameters)), "[OPTIONS]"])
+        return app.command(name, epilog=epilog, options_metavar=usage)(call)
+
+    return register
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from sparsepack.compiled import kernels
+
+        sys.stdout.write(f"sparsellm {__version__}\nkernels: {kernels()}\n")
+        raise typer.Exit()
+
+
+_VERSION = typer.Option(
+    metavar="",
+    help="Show the version and the compiled kernels, and exit.",
+    callback=_show_version,
+    is_eager=True,
+)
+
+
+@app.callback()
+def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
+    if process.count() > 1 and context.invoked_subcommand not in (
+        "prune",
+        "eval",
+        "compare",
+    ):
+        raise RecipeError(
+            f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun"
+        )
+
+
+def _check_pack(
+    pack: Path, out: Path, models: list[str], options: dict[str, Any]
+) -> None:
+    """Refuses a directory to pack into, before the run."""
+    from sparsellm import parallel
+    from sparsellm.files.directory import check_destination, checkpoints_among, resolved
+    from sparsellm.records import PRUNING, read_pruning
+
+    if resolved(pack) == resolved(out):
+        raise RecipeError(f"--out and --pack are both {out}; name two directories")
+    sources, overwrite = [out, *checkpoints_among(*models)], options["overwrite"]
+    parallel.from_main(
+        lambda: check_destination(
+            pack, sources=sources, overwrite=overwrite, option="--pack"
+        )
+    )
+    if parallel.from_main(partial(os.path.isfile, out / PRUNING)) and not overwrite:
+        values = ["--values", parallel.from_main(lambda: read_pruning(out).values)]
+        again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack), *values])}` packs it"
+        raise RecipeError(
+            f"{out} is a complete checkpoint: {again}; --overwrite prunes it again"
+        )
+    if options["trust_remote_code"]:
+        raise RecipeError(
+            "a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack"
+        )
+
+
+@_command(
+    use.ONE_MODEL,
+    *use.RUN,
+    option(
+        "--teacher MODEL",
+        "The dense model, if MODEL was pruned from it already: sweeps follow its predictions.",
+        WHAT,
+    ),
+    use.TRUST,
+    use.out("Directory of the pruned checkpoint."),
+    option(
+        "--pack DIR",
+        "Also pack the result into DIR, measure that against MODEL, and write its report.",
+    ),
+    flag(
+        "--dry-run",
+        "Refuse what the run would refuse, print what it needs, and write nothing.",
+    ),
+    *use.RESTARTING,
+    flag("--quiet -q", "Print warnings and errors only."),
+    use.VERBOSE,
+    use.JSON,
+    examples=(
+        "sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt",
+        "sparsellm prune path/to/model --out pruned --pack packed --values int4 --effort 2",
+        "sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512",
+    ),
+)
+def prune(
+    model: str,
+    out: Path,
+    quiet: bool,
+    verbose: bool,
+    progress: Any,
+    pack: Path | None = None,
+    **options: Any,
+) -> Printed:
+    """Prune MODEL and save a checkpoint that plain transformers loads.
+
+    If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
+    from sparsellm import api, parallel
+    from sparsellm.app import console, tables
+    from sparsellm.convert import check_packable
+    from sparsellm.run.plan import Request
+
+    recipe = use.take_recipe(options)
+    dense = options.get("teacher", model)
+    if pack is not None:
+        _check_pack(pack, out, [model, dense], options)
+        check_packable(recipe)
+    if options.pop("dry_run"):
+        prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
+        return prediction.model_dump(mode="json"), lambda: tables.print_prediction(
+            prediction
+        )
+    told: set[str] = set()
+
+    def tell(event: Any) -> None:
+        progress(event)
+        told.add(event.detail)
+
+    result = api.prune(model, recipe, out=out, progress=tell, **options)
+    if not parallel.is_main():
+        return None
+    for note in (f"note: {warning}" for warning in result.warnings):
+        if quiet or note not in told:
+            console.say(note, error=True)
+
+    content: dict[str, Any] = result.to_dict()
+    packed, evaluation = None, None
+    if pack is not None:
+        interrupts.keeps(
+            f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False
+        )
+        given = {name: options[name] for name in ("overwrite", "restart")}
+        run, length = (
+            Request(model, result.recipe, out, **given),
+            result.recipe.seq_len or MEASURED_WINDOW,
+        )
+        text = (
+            "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"
+        )  # no run calibrates on that part
+        window = {
+            "seq_len": min(length, MEASURED_WINDOW),
+            "max_tokens": MEASURED_TOKENS,
+        }
+        with parallel.alone():
+            packed, evaluation = api.pack_and_measure(
+                run, pack, text, dense, progress, **window
+            )
+            try:
+                api.keep_results(pack, [evaluation])
+            except (
+                OSError,
+                StorageError,
+            ) as error:  # both checkpoints are complete, and the numbers are printed
+                console.say(
+                    f"note: the measurement is not kept in {pack}: {error}", error=True
+                )
+        content |= {
+            "packed": packed.to_dict(),
+            "evaluation": evaluation.model_dump(mode="json"),
+        }
+
+    def show() -> None:
+        tables.print_pruned(result, verbose=verbose)
+        if packed is not None and evaluation is not None:
+            tables.print_packed(packed)
+            tables.print_evaluation(evaluation, None)
+        else:
+            tables.print_next(out, result.recipe, dense)
+
+    return content, lambda: None if quiet else show()
+
+
+@_command(
+    argument("MODEL", "As for prune, or a config.json; only the config is read."),
+    *use.RUN,
+    use.TRUST,
+    option(
+        "--gpu NAME",
+        "GPU such as h100, on a host limited by --memory alone.",
+        RESOURCES,
+        shown="this machine",
+    ),
+    option(
+        "--ranks N",
+        "Processes of torchrun, with a GPU each if there are any.",
+        RESOURCES,
+        default=1,
+    ),
+    use.JSON,
+    examples=(
+        "sparsellm plan path/to/model",
+        "sparsellm plan config.json --gpu h100 --ranks 8 --effort 2",
+        "sparsellm plan demo --samples 32 --memory 2GiB --json",
+    ),
+)
+def plan(model: str, **options: Any) -> Printed:
+    """Predict time, memory and disk of `sparsellm prune` for MODEL, on this machine or on GPUs."""
+    from sparsellm import api
+    from sparsellm.app import tables
+
+    prediction = api.plan(model, use.take_recipe(options), **options)
+    return prediction.model_dump(mode="json"), lambda: tables.print_prediction(
+        prediction
+    )
+
+
+@_command(
+    use.ONE_MODEL,
+    needed(
+        "--text SOURCE",
+        "As --calibration of prune; for pydoc, the part that is never used for calibration.",
+        TEXT,
+        values=SOURCES,
+    ),
+    *use.WINDOW,
+    field("bos", TEXT),
+    option(
+        "--against MODEL",
+        "Dense model to compare with: KL divergence, same likeliest tokens, recovery.",
+        MEASURE,
+    ),
+    option(
+        "--tasks A,B",
+        "Tasks of lm-eval to run on the whole model (needs sparsellm\\[eval]).",
+        MEASURE,
+    ),
+    option(
+        "--tasks-dir DIR",
+        "Directory with further tasks, in lm-eval's YAML files.",
+        MEASURE,
+    ),
+    field("device"),
+    field("dtype"),
+    use.TRUST,
+    use.SAVE,
+    *use.REPORTING,
+    name="eval",
+    examples=(
+        "sparsellm eval pruned --text my-text.txt",
+        "sparsellm eval demo --text pydoc --seq-len 512 --max-tokens 4096",
+        "sparsellm eval pruned --text pydoc --against path/to/model",
+    ),
+)
+def evaluate(
+    model: str, text: str, save: bool, progress: Any, tasks: str = "", **options: Any
+) -> Printed:
+    """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
+    from sparsellm import api, parallel
+    from sparsellm.app import console, tables
+    from sparsellm.files import results
+    from sparsellm.inputs import mixture_of
+    from sparsellm.records import read_pruning
+
+    place = (
+        results.place_of_results(model) if save and model != "demo" else None
+    )  # no directory of that name is meant
+    keep, flatters = results.keeper(place, partial(console.say, error=True)), False
+    file = Path(text.removeprefix("file:"))
+    if place is not None and os.path.isfile(
+        file
+    ):  # a text given as such may be too long for a name
+        with suppress(StorageError):  # a damaged record
+            given = str(read_pruning(place).recipe.get("calibration"))
+            parts = [name for name, _ in mixture_of(given)] or [given]
+            flatters = file.name in [name.removeprefix("file:") for name in parts]
+    result = api.evaluate(
+        model, text, tasks=use.listed(tasks) or None, progress=progress, **options
+    )
+    if not parallel.is_main():
+        return None
+    saved = keep(result)
+    if flatters:
+        console.say(
+            "note: the model was calibrated on a text of this name, which flatters its numbers",
+            error=True,
+        )
+    content = {
+        "model": model,
+        **result.model_dump(mode="json"),
+        "results": saved and str(saved),
+    }
+    return content, lambda: tables.print_evaluation(result, saved)
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint, pruned or not."),
+    use.TRUST,
+    use.JSON,
+    examples=["sparsellm inspect pruned"],
+)
+def inspect(directory: str, trust_remote_code: bool) -> Printed:
+    """Count the zeros of a checkpoint per matrix, per block, and in all, check N:M, and say which experts can go."""
+    from sparsellm import api
+    from sparsellm.app import tables
+    from sparsellm.patterns import strictest
+    from sparsellm.records import Totals
+
+    matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
+    mixtures = api.inspect_experts(directory, trust_remote_code=trust_remote_code)
+    blocks = {
+        index: list(part)
+        for index, part in groupby(matrices, lambda matrix: matrix.block)
+    }
+    pattern = strictest(matrix.kept for matrix in matrices)
+    totals = {index: Totals.of(part) for index, part in blocks.items()}
+    total = Totals.of(matrices)
+    content = {
+        **total.model_dump(),
+        "sparsity": total.sparsity,
+        "pattern": pattern,
+        "blocks": [
+            {"block": i, "sparsity": part.sparsity, "zeros": part.zeros}
+            for i, part in totals.items()
+        ],
+        "linears": [
+            matrix.model_dump(mode="json") for matrix in matrices if matrix.linear
+        ],
+        "others": [
+            matrix.model_dump(mode="json") for matrix in matrices if not matrix.linear
+        ],
+        "mixtures": mixtures.model_dump(mode="json") if mixtures.experts else None,
+    }
+    return content, lambda: tables.print_zeros(matrices, blocks, pattern, mixtures)
+
+
+@_command(
+    argument(
+        "DIRECTORIES...",
+        "Pruned checkpoints: one, or several of one model to compare.",
+        list[str],
+    ),
+    option(
+        "--out FILE",
+        "The HTML file.",
+        shown="report.html in DIRECTORY; needed for several",
+    ),
+    examples=("sparsellm report pruned", "sparsellm report a b c --out compare.html"),
+)
+def report(directories: list[str], out: Path | None = None) -> Printed:
+    """Write the report of a pruned checkpoint, or compare several, as one HTML file that loads nothing."""
+    from sparsellm.app import console
+    from sparsellm.report.comparison import write_comparison
+    from sparsellm.report.document import write_report
+
+    if len(directories) == 1:
+        path = write_report(directories[0], out)
+    elif out is not None:
+        path = write_comparison(directories, out)
+    else:
+        raise RecipeError(
+            f"{len(directories)} runs need a file for the comparison; give --out compare.html"
+        )
+    return None, lambda: console.say(f"written to {path}")
+
+
+@_command(
+    use.ONE_MODEL,
+    option("--method NAMES", "Methods, with commas.", WHAT, default="sparsellm"),
+    option("--sparsity SHARES", "Sparsities, with commas: 0.5,0.7.", WHAT, default=""),
+    option("--pattern N:M", "Patterns, with commas: 2:4,4:8.", WHAT, default=""),
+    *use.RECIPE,
+    use.PLUGIN,
+    option(
+        "--effort LIST", "Efforts of the sweep, with commas: 0,1,2.", WHAT, default=""
+    ),
+    option(
+        "--values TYPES",
+        "Types of the kept values, with commas: keep,int4. As in prune.",
+        WHAT,
+        default="",
+    ),
+    option(
+        "--experts LIST",
+        "Experts to remove or keep, as in prune, with commas: 0.25,0.5.",
+        WHAT,
+        default="",
+    ),
+    *map(field, ("calibration", "samples", "seq_len", "memory", "device")),
+    option(
+        "--text SOURCE",
+        "Text to measure on, as in eval.",
+        TEXT,
+        default="pydoc",
+        values=SOURCES,
+    ),
+    option("--text-seq-len N", "Tokens in a window of that text.", TEXT, shown=SEQ_LEN),
+    use.MAX_TOKENS,
+    flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),
+    option(
+        "--recover SHARE",
+        "Recommend the smallest model with this recovery, such as 0.95.",
+        MEASURE,
+    ),
+    option(
+        "--max-bytes SIZE",
+        "Recommend among packed models up to this size, such as 1GB.",
+        MEASURE,
+    ),
+    use.out("Directory of the comparison; an earlier one goes on."),
+    *use.REPORTING,
+    examples=(
+        "sparsellm compare demo --out compared --sparsity 0.5,0.7 --method wanda,sparsellm",
+        "sparsellm compare demo --out compared --sparsity 0.3,0.5 --values int8,int4 --recover 0.9",
+    ),
+)
+def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
+    """Prune MODEL with every combination of the options that are lists, and measure each result against MODEL.
+
+    With --recover or --max-bytes it recommends one. The same command resumes it. Each run is a checkpoint in DIR."""
+    from sparsellm.app import cells as grid
+    from sparsellm.app import tables
+    from sparsellm.inputs import parse_bytes, parse_yaml
+
+    numeric = ("sparsity", "effort", "experts")
+    asked = {
+        name: use.listed(options.pop(name))
+        for name in ("method", "pattern", "values", *numeric)
+    }
+    numbers = {
+        name: [parse_yaml(entry, f"--{name}") for entry in asked[name]]
+        for name in numeric
+    }
+    most = options.get("max_bytes")
+    measured = map(options.get, ("text", "text_seq_len", "max_tokens", "speed"))
+    interrupts.keeps(f"finished runs and blocks are kept in {out}")
+    result = grid.compare(
+        model,
+        out=out,
+        cells=grid.cells_of(
+            use.take_recipe(options),
+            methods=asked["method"],
+            patterns=asked["pattern"],
+            values=asked["values"],
+            sparsities=numbers["sparsity"],
+            efforts=numbers["effort"],
+            experts=numbers["experts"],
+        ),
+        protocol=grid.Protocol(*measured),  # type: ignore[arg-type]
+        recover=options.get("recover"),
+        max_bytes=parse_bytes(most) if most is not None else None,
+        progress=progress,
+    )
+    constrained = options.get("recover") is not None or most is not None
+    return result.model_dump(mode="json"), lambda: tables.print_grid(
+        result, constrained=constrained
+    )
+
+
+@_command(
+    use.PLUGIN,
+    use.JSON,
+    examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"),
+)
+def methods() -> Printed:
+    """List the values of --method, --allocation and --expert-score, with options and papers."""
+    from sparsellm.app import tables
+    from sparsellm.method.allocation import ALLOCATIONS
+    from sparsellm.method.blocks import METHODS
+    from sparsellm.method.experts import SCORES
+
+    def show() -> None:
+        tables.print_choices("--method", METHODS, "options", allocations=True)
+        tables.print_choices(
+            "--allocation", ALLOCATIONS, "allocation_options", allocations=False
+        )
+        tables.print_choices(
+            "--expert-score", SCORES, "expert_options", allocations=False
+        )
+
+    chosen = {
+        entry.name: {**entry.to_dict(), "allocation": entry.allocation}
+        for entry in METHODS.values()
+    }
+    allocations = {entry.name: entry.to_dict() for entry in ALLOCATIONS.values()}
+    scores = {entry.name: entry.to_dict() for entry in SCORES.values()}
+    return {**chosen, "allocations": allocations, "expert_scores": scores}, show
+
+
+@_command(
+    # With int4 values a model with 30 % of zeros takes fewer bytes than Q4_0.
+    option(
+        "--sparsity SHARE",
+        "Fraction of zeros, at least 0 and below 1.",
+        WHAT,
+        default=0.3,
+    ),
+    option(
+        "--out DIR",
+        "Directory of the checkpoints, DIR/pruned and DIR/packed.",
+        shown="in the cache",
+    ),
+    *use.WRITING,
+    examples=("sparsellm demo", "sparsellm demo --sparsity 0.7 --out demo"),
+)
+def demo(
+    progress: Any, verbose: bool, out: Path | None = None, **options: Any
+) -> Printed:
+    """Prune and pack a small real Llama, and show what it costs and what it saves. Takes minutes, needs no hub."""
+    from sparsellm.app import tables
+    from sparsellm.app.demo import places, run_demo
+
+    interrupts.keeps(f"finished blocks are kept next to {places(out)[0]}")
+    result = run_demo(out=out, progress=progress, **options)
+    return result.to_dict(), lambda: tables.print_demo(result, verbose=verbose)
+
+
+@_command(
+    use.ONE_MODEL,
+    use.out("Directory of the packed checkpoint."),
+    keeping(
+        "--values TYPE",
+        "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
+        use.VALUES,
+        values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
+    ),
+    keeping(
+        "--head TYPE",
+        "Embedding and output head: keep (as stored) or int8.",
+        use.VALUES,
+        values=("keep", "int8"),
+    ),
+    *use.WRITING,
+    examples=(
+        "sparsellm pack pruned --out packed",
+        "sparsellm pack pruned --out packed --values int8",
+    ),
+)
+def pack(model: str, progress: Any, **options: Any) -> Printed:
+    """Pack a pruned MODEL: store the kept values and where they are. It stays packed in memory too."""
+    from sparsellm import convert
+    from sparsellm.app import tables
+
+    result = convert.pack(model, progress=progress, **options)
+    return result.to_dict(), lambda: tables.print_packed(result)
+
+
+@_command(
+    argument("DIRECTORY", "A pruned checkpoint, not packed."),
+    field("calibration", help="Text to train on: a source as for `prune`."),
+    option(
+        "--way NAME",
+        "Train all weights that are kept, or by LoRA.",
+        TRAINING,
+        default="full",
+        values=("full", "lora"),
+    ),
+    option("--steps N", "Steps of AdamW.", TRAINING, default=128),
+    option("--rate RATE", "Learning rate.", TRAINING, shown="1e-4, or 1e-3 by LoRA"),
+    option("--batch N", "Windows in a step.", TRAINING, default=1),
+    option("--seq-len N", "Tokens in a window.", TRAINING, default=512),
+    option("--seed N", "Seed of the windows and their order.", TRAINING, default=0),
+    option(
+        "--device NAME",
+        "cpu or cuda.",
+        RESOURCES,
+        default="auto",
+        values=("auto", "cpu", "cuda"),
+    ),
+    use.out("Directory of the trained checkpoint."),
+    use.RESTARTING[0],
+    *use.REPORTING,
+    examples=(
+        "sparsellm tune pruned --out tuned --calibration my-text.txt --steps 256",
+    ),
+)
+def tune(
+    directory: str,
+    out: Path,
+    progress: Any,
+    overwrite: bool,
+    calibration: str | None = None,
+    **how: Any,
+) -> Printed:
+    """Train a pruned checkpoint on a text, so that it recovers. Every zero stays. A stopped training is lost."""
+    from sparsellm.app import tables
+    from sparsellm.tuning import recover
+
+    result = recover.tune(
+        directory,
+        out,
+        use.made(recover.Training, **how),
+        calibration,
+        progress,
+        overwrite=overwrite,
+    )
+    return {**vars(result), "path": str(result.path)}, lambda: tables.print_tuned(
+        result
+    )
+
+
+@_command(
+    argument("DIRECTORY", "A packed checkpoint."),
+    use.out("Directory of the dense checkpoint."),
+    *use.WRITING,
+    examples=["sparsellm unpack packed --out dense"],
+)
+def unpack(directory: str, progress: Any, **options: Any) -> Printed:
+    """Write a packed checkpoint as an ordinary dense one."""
+    from sparsellm import convert
+    from sparsellm.app import console
+
+    result = convert.unpack(directory, progress=progress, **options)
+    content = {"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes}
+    line = f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, written to {result.path}"
+    return content, lambda: console.say(line)
+
+
+@_command(
+    argument(
+        "DIRECTORY", "A checkpoint that was pruned with --grid, or its packed form."
+    ),
+    needed(
+        "--to FORMAT",
+        "gguf or compressed-tensors.",
+        values=("gguf", "compressed-tensors"),
+    ),
+    needed("--out PLACE", "The .gguf file, or the directory.", kind=Path),
+    option(
+        "--like FILE",
+        "Template to copy the rest from: the file that was pruned, or that llama.cpp made of the dense model.",
+        GGUF,
+    ),
+    option("--model MODEL", "The dense model.", GGUF, shown="--like, converted"),
+    keeping(
+        "--head TYPE",
+        "Type of embedding and output head: keep (that of --like), q8_0 or q6_k.",
+        GGUF,
+        values=("keep", "q8_0", "q6_k"),
+    ),
+    use.SAVE,
+    *use.WRITING,
+    examples=(
+        "sparsellm export pruned --to gguf --out model.gguf --like model-bf16.gguf",
+        "sparsellm export pruned --to compressed-tensors --out for-vllm",
+    ),
+)
+def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed:
+    """Write DIRECTORY for llama.cpp (GGUF) or vLLM (compressed-tensors), without loss."""
+    from sparsellm.app import tables
+    from sparsellm.exports import door
+    from sparsellm.files import results
+    from sparsellm.records import RESULTS
+
+    place = results.place_of_results(directory) if save else None
+    result = door.export(
+        directory, save=place is not None, progress=progress, **options
+    )
+    saved = place / RESULTS if place is not None else None
+    return {
+        **result.to_dict(),
+        "results": saved and str(saved),
+    }, lambda: tables.print_exported(result, saved)
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint that prune wrote and eval measured."),
+    flag("--force", "Replace a card that was edited."),
+    use.JSON,
+    examples=("sparsellm eval pruned --text wikitext2", "sparsellm card pruned"),
+)
+def card(directory: str, force: bool) -> Printed:
+    """Write the model card (README.md) of DIRECTORY again, with the results of its evaluations."""
+    from sparsellm import api
+    from sparsellm.app import console
+
+    path = api.card(directory, force=force)
+    return {"path": str(path)}, lambda: console.say(f"written to {path}")
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint."),
+    argument("REPO", "Repository of the hub: owner/name."),
+    flag("--private", "Create a private repository."),
+    option("--revision BRANCH", "Branch.", shown="main"),
+    use.JSON,
+    examples=(
+        "sparsellm push pruned me/my-model",
+        "sparsellm push packed me/my-model --revision packed --private",
+    ),
+)
+def push(directory: str, repo: str, **options: Any) -> Printed:
+    """Upload DIRECTORY to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    from sparsellm import api
+    from sparsellm.app import console
+
+    pushed = api.push(directory, repo, **options)
+
+    def show() -> None:
+        if pushed.left_out:
+            console.say(
+                f"note: no part of the checkpoint and not uploaded: {', '.join(pushed.left_out)}",
+                error=True,
+            )
+        console.say(
+            f"{len(pushed.files)} files, {pushed.bytes / 1e6:.1f} MB, uploaded to {pushed.url}"
+        )
+
+    return vars(pushed), show
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint, packed or dense."),
+    argument("PROMPT", "Text to continue."),
+    option("--max-new-tokens N", "Most tokens to generate.", TEXT, default=100),
+    option(
+        "--temperature T",
+        "0 takes the likeliest token; above 0, tokens are sampled.",
+        TEXT,
+        default=0.0,
+    ),
+    option("--seed N", "Seed of the sampling.", TEXT, default=0),
+    *use.SERVED,
+    flag("--quiet -q", "Print the text without the speed."),
+    use.JSON,
+    examples=(
+        "sparsellm generate packed 'The capital of France is'",
+        "sparsellm generate packed 'Once upon a time' --temperature 0.8 --max-new-tokens 200",
+    ),
+)
+def generate(
+    directory: str, prompt: str, quiet: bool, json: bool, **options: Any
+) -> Printed:
+    """Continue PROMPT, token by token, and print the speed."""
+    from sparsellm.app import console
+    from sparsellm.serving.prompts import open_model
+    from sparsepack.generation import check_sampling
+    from sparsepack.generation import generate as continue_prompt
+
+    check_sampling(
+        {name: options[name] for name in ("max_new_tokens", "temperature", "seed")}
+    )  # before the load
+    model, tokenizer = open_model(directory, use.take_running(options))
+    before = [prompt]  # printed with the first piece, since errors may come before that
+
+    def show(text: str) -> None:
+        console.piece(before.pop() + text if before else text)
+
+    result = continue_prompt(
+        model, tokenizer, prompt, on_text=None if json else show, **options
+    )
+    speed = (
+        f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
+        f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}"
+    )
+
+    def end() -> None:
+        show("\n")
+        if not quiet:
+            console.say(speed, error=True)
+
+    return result.to_dict(), end
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint, packed or dense."),
+    option("--host NAME", "Address to listen at.", SERVER, default="127.0.0.1"),
+    option("--port N", "Port; 0 for any that is free.", SERVER, default=8000),
+    option(
+        "--key-file FILE",
+        "File with the key that clients send.",
+        SERVER,
+        shown="SPARSELLM_API_KEY, else no key",
+    ),
+    option("--name NAME", "Name of the model.", SERVER, shown="that of DIRECTORY"),
+    option(
+        "--context N",
+        "Most tokens of a prompt and its answer.",
+        SERVER,
+        shown="the model's, at most 8192",
+    ),
+    option("--max-tokens N", "Most tokens of an answer.", SERVER, default=2048),
+    option(
+        "--queue N", "Requests that may wait; more are refused.", SERVER, default=16
+    ),
+    option("--max-body SIZE", "Most bytes of a request.", SERVER, default="1MB"),
+    *use.SERVED,
+    flag("--quiet -q", "Print no line for each request."),
+    examples=(
+        "sparsellm serve packed",
+        "sparsellm serve packed --host 0.0.0.0 --key-file key.txt",
+    ),
+)
+def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> None:
+    """Serve DIRECTORY to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
+
+    Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
+    from sparsellm.app import console
+    from sparsellm.inputs import parse_bytes
+
+    try:
+        from sparsellm.serving.server import Settings
+        from sparsellm.serving.server import serve as listen
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise MissingExtraError(
+            f'{missing.name} is not installed: pip install "sparsellm[serve]"'
+        ) from None
+    running = use.take_running(options)
+    settings = use.made(
+        Settings, max_body=parse_bytes(max_body), quiet=quiet, **options
+    )
+    listen(directory, settings, running, lambda line: console.say(line, error=True))
+
+
+@_command(
+    argument("DIRECTORY", "A checkpoint, packed or dense, with a chat template."),
+    option("--system TEXT", "What the model is told first.", TEXT),
+    option("--max-new-tokens N", "Most tokens of an answer.", TEXT, default=512),
+    option(
+        "--temperature T",
+        "0 takes the likeliest token.",
+        TEXT,
+        shown="as the model recommends",
+    ),
+    option("--seed N", "Seed of the sampling.", TEXT, shown="another each time"),
+    *use.SERVED,
+    examples=(
+        "sparsellm chat packed",
+        "sparsellm chat packed --system 'Answer in one sentence.'",
+    ),
+)
+def chat(directory: str, **options: Any) -> None:
+    """Talk with DIRECTORY in the terminal.
+
+    /reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
+    from sparsellm.app import console
+    from sparsellm.serving import terminal
+
+    running, manner = use.take_running(options), use.made(terminal.Manner, **options)
+    terminal.chat(
+        directory,
+        manner,
+        running,
+        show=console.piece,
+        say=lambda line: console.say(line, error=True),
+    )
+
+
+@_command(
+    argument("DIRECTORY", "A packed checkpoint."),
+    option(
+        "--dense DIR",
+        "A dense checkpoint to compare with.",
+        MEASURE,
+        shown="the packed one, unpacked",
+    ),
+    option(
+        "--batch N",
+        "Sequences decoded at once. Repeatable.",
+        MEASURE,
+        kind=list[int],
+        shown=1,
+    ),
+    option(
+        "--threads N",
+        "CPU threads. Repeatable.",
+        RESOURCES,
+        kind=list[int],
+        shown="as torch chooses",
+    ),
+    option("--prompt-tokens N", "Tokens read before decoding.", MEASURE, default=128),
+    option("--new-tokens N", "Tokens decoded.", MEASURE, default=32),
+    option("--repeats N", "Rounds; the median is shown.", MEASURE, default=5),
+    *use.RUNNING,
+    use.SAVE,
+    *use.REPORTING,
+    examples=(
+        "sparsellm bench packed",
+        "sparsellm bench packed --batch 1 --batch 8 --threads 2",
+    ),
+)
+def bench(
+    directory: str,
+    save: bool,
+    progress: Any,
+    batch: Sequence[int] = (1,),
+    **options: Any,
+) -> Printed:
+    """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
+    from sparsellm.app import console, tables
+    from sparsellm.evaluation.speed import compared_speed
+    from sparsellm.files import results
+
+    keep = results.keeper(
+        results.place_of_results(directory) if save else None,
+        partial(console.say, error=True),
+    )
+    measured = compared_speed(
+        directory,
+        options.pop("dense", None),
+        batches=batch,
+        progress=progress,
+        **options,
+    )
+    saved = keep(measured)
+    return {
+        **measured.model_dump(),
+        "results": saved and str(saved),
+    }, lambda: tables.print_speeds(measured, saved)
+
+
+@_command(
+    argument("COMMAND...", "A command with its arguments, after --.", list[str]),
+    name="exec",
+    examples=(
+        "sparsellm exec -- lm_eval --model hf --model_args pretrained=packed --tasks arc_easy",
+        "sparsellm exec -- python my_program.py packed",
+    ),
+)
+def execute(command: list[str]) -> None:
+    """Run any COMMAND, and what it starts, in a Python in which transformers loads packed checkpoints."""
+    process.execute(command)
+
+
+def main() -> None:
+    """Runs the command line. A user's mistake prints one line on stderr and exits with code 2, without a traceback."""
+    process.run(lambda: app(prog_name="sparsellm", standalone_mode=False))

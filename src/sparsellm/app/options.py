@@ -1,0 +1,249 @@
+"""Options of the command line, as parameters of a signature that typer reads.
+
+An option that sets a field of the recipe is made from that field, which holds all that the option shows and checks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+from typer.models import OptionInfo
+
+from sparsellm.errors import RecipeError, refusal, shown
+from sparsellm.recipe import (
+    DEVICES,
+    MAPPINGS,
+    RESOURCES,
+    SEQ_LEN,
+    WHAT,
+    Recipe,
+    help_of,
+    option_of,
+)
+
+TEXT, MEASURE, VALUES, SERVER = (
+    "Text",
+    "Measurement",
+    "Values",
+    "Server",
+)  # panels of --help
+TRAINING, GGUF = "Training", "For GGUF"
+Made = TypeVar("Made", bound=BaseModel)
+# Types by placeholder; values with other placeholders are text.
+KINDS = {
+    "": bool,
+    "N": int,
+    "0-3": int,
+    "SHARE": float,
+    "T": float,
+    "RATE": float,
+    "DIR": Path,
+    "FILE": Path,
+}
+
+
+def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
+    """A positional argument; its parameter is called like the placeholder."""
+    annotation: Any = Annotated[
+        kind, typer.Argument(metavar=metavar, help=help, rich_help_panel="Model")
+    ]
+    return Parameter(
+        metavar.strip(".").lower(), Parameter.KEYWORD_ONLY, annotation=annotation
+    )
+
+
+def option(
+    usage: str,
+    help: str,
+    panel: str = "Output",
+    *,
+    default: Any = None,
+    shown: object = "",
+    kind: Any = None,
+    values: Sequence[str] | Callable[[], list[str]] = (),
+) -> Parameter:
+    """An option; its parameter is called like the first name in ``usage``, the names and the placeholder of the
+    value, such as ``--quiet -q`` or ``--out DIR``; ``shown`` replaces the default in ``--help``; ``kind`` is that of
+    the placeholder if None; a shell completes ``values``."""
+    *names, last = usage.split()
+    names, metavar = ([*names, last], "") if last.startswith("-") else (names, last)
+    made: Any = typer.Option(
+        *names,
+        metavar=metavar,  # "" for a flag; without any, typer shows a type that is not given
+        # rich must not take the bracket for markup
+        help=f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help,
+        show_default=shown == "",
+        autocompletion=(lambda: list(values() if callable(values) else values))
+        if values
+        else None,
+        rich_help_panel=panel,
+    )
+    name = names[0].removeprefix("--").partition("/")[0].replace("-", "_")
+    annotation: Any = Annotated[kind or KINDS.get(metavar, str), made]
+    return Parameter(
+        name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+    )
+
+
+flag = partial(option, default=False)
+keeping = partial(
+    option, default="keep"
+)  # a type that stays as it is unless another is named
+repeatable = partial(option, panel=WHAT, kind=list[str])
+needed = partial(option, default=Parameter.empty)
+out = partial(needed, "--out DIR")  # the directory that a command must write to
+
+
+def required(parameter: Parameter) -> str:
+    """An option without a default, as a line of usage shows it; empty for other parameters."""
+    (info,) = parameter.annotation.__metadata__
+    is_option = isinstance(info, OptionInfo) and parameter.default is Parameter.empty
+    return f"--{parameter.name.replace('_', '-')} {info.metavar}" if is_option else ""
+
+
+def registered(*packages: str) -> list[str]:
+    """The names that the modules of packages register, read from their text: a shell cannot wait for torch."""
+    modules = (
+        path
+        for package in packages
+        for path in sorted((Path(__file__).parent / package).glob("*.py"))
+    )
+    return [
+        name
+        for path in modules
+        for name in re.findall(r'\.register\(\s*"([^"]+)"', path.read_text("utf-8"))
+    ]
+
+
+def field(name: str, panel: str = "", help: str = "") -> Parameter:
+    """The option for a field of the recipe, which checks its value; ``help`` replaces that of the recipe."""
+    info, line = Recipe.model_fields[name], option_of(name)
+    assert line is not None
+    default = info.get_default(call_default_factory=True)
+    repeated = isinstance(default, list | dict)
+    choices = line.values or (
+        get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
+    )
+    made = option(
+        f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
+        (help or help_of(name)) + " Repeatable." * repeated,
+        panel or line.panel,
+        kind=list[str] if repeated else None,
+        shown=line.null if default is None else "" if repeated else default,
+        values=partial(registered, *line.registered) if line.registered else choices,
+    )
+    return made.replace(name=name)
+
+
+FIELDS = [name for name in Recipe.model_fields if option_of(name) is not None]
+RECIPE = [
+    option("--recipe FILE", "A recipe in YAML; options given here override it.", WHAT),
+    repeatable(
+        "--set KEY=VALUE",
+        "A recipe's field, options.NAME, allocation_options.NAME, expert_options.NAME or sparsity_of.GLOB. Repeatable.",
+    ),
+]
+
+
+def take_recipe(options: dict[str, Any]) -> Recipe:
+    """Takes the recipe out of a command's options: the file, and over it the fields and ``--set`` together."""
+    chosen = (
+        Recipe.from_yaml(options.pop("recipe")) if "recipe" in options else Recipe()
+    )
+    given = {name: options.pop(name) for name in FIELDS if name in options}
+    for entry in given.get("sparsity_of", ()):
+        if "=" not in entry:
+            raise RecipeError(
+                f"--sparsity-of {shown(entry)} has no share; write GLOB=SHARE, such as '*.down_proj=0.3'"
+            )
+    entries = [f"{name}.{entry}" for name in MAPPINGS for entry in given.pop(name, ())]
+    return chosen.with_settings([*entries, *options.pop("set", ())], **given)
+
+
+def take_running(options: dict[str, Any]) -> dict[str, str]:
+    """Takes the values of ``RUNNING``, which say how a model is loaded, out of a command's options."""
+    return {
+        name: options.pop(name)
+        for name in ("device", "dtype", "activations")
+        if name in options
+    }
+
+
+def made(kind: type[Made], **values: Any) -> Made:
+    """A model of a command's settings; a RecipeError names the first value that it refuses."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        name, _, why = refusal(error).partition(" ")
+        raise RecipeError(f"--{name.replace('_', '-')} {why}") from None
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a text with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+# Options of several commands
+ONE_MODEL = argument("MODEL", "Checkpoint directory, hub id, .gguf file, or 'demo'.")
+MAX_TOKENS = option(
+    "--max-tokens N", "Most tokens of the text to use.", TEXT, shown="all"
+)
+WINDOW = [option("--seq-len N", "Tokens in a window.", TEXT, shown=SEQ_LEN), MAX_TOKENS]
+TRUST = flag(
+    "--trust-remote-code",
+    "Run modelling code that comes with the checkpoint.",
+    RESOURCES,
+)
+PLUGIN = repeatable(
+    "--plugin FILE|MODULE",
+    "Python code that registers solvers, allocations or methods. It is run. Repeatable.",
+)
+RUN = [*map(field, FIELDS), *RECIPE, PLUGIN]
+RUNNING = [
+    option(
+        "--device NAME",
+        "cpu, cuda or cuda:1.",
+        RESOURCES,
+        default="cpu",
+        values=DEVICES,
+    ),
+    field(
+        "dtype",
+        help="Type of the computation: float32, bfloat16, float16, or auto for the stored one.",
+    ),
+    option(
+        "--activations TYPE",
+        "Activations of packed int8 and int4 weights: int8 (faster) or fp32 (exact).",
+        RESOURCES,
+        shown="SPARSELLM_ACTIVATIONS, else int8",
+        values=("int8", "fp32"),
+    ),
+]
+SERVED = [
+    option("--threads N", "CPU threads.", RESOURCES, shown="as torch chooses"),
+    *RUNNING,
+]
+SAVE = flag(
+    "--save/--no-save",
+    "Append the result to results.json, in a directory with pruning.json or packed.json.",
+    default=True,
+)
+VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
+JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")
+REPORTING = [
+    flag("--quiet -q", "Print no progress, only the result, warnings and errors."),
+    VERBOSE,
+    JSON,
+]
+RESTARTING = [
+    flag("--overwrite", "Replace an earlier output that sparsellm wrote."),
+    flag("--restart", "Start from the beginning; remove what an unfinished run left."),
+]
+WRITING = [*RESTARTING, *REPORTING]

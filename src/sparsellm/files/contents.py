@@ -1,0 +1,189 @@
+"""Tells the files that sparsellm wrote into a checkpoint from all others; only the former are ever replaced.
+
+A checkpoint lists its files with their digests in :data:`LIST`. What is not listed, or has changed since, is foreign.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from sparsellm.files.files import (
+    TORN,
+    has_digest,
+    keep_record,
+    kept_record,
+    locked,
+    remove_torn,
+    sha256,
+    write_bytes,
+)
+
+LIST = "sparsellm-files.json"  # file → its SHA-256, and, after it was replaced, that of the file before it
+LATER = (
+    "results.json",
+    "README.md",
+    "report.html",
+)  # what commands write into a complete checkpoint
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+# What the tokenizers of transformers read, and what else belongs to a model next to its config and weights.
+COMPANIONS = re.compile(
+    r"(generation|tokenizer|(pre|video_pre)?processor)_config\.json|(tokenizer|tekken|vocab|added_tokens|emoji)\.json|"
+    r"special_tokens_map\.json|(vocab|merges|dict)\.txt|(tokenizer|tiktoken|spiece|spm|sentencepiece(\.bpe)?)\.model|"
+    r"bpe\.codes|[\w-]+\.tiktoken|chat_template[\w-]*\.(jinja|json)|"
+    r"additional_chat_templates/[^/]+\.jinja|"  # the only folder that save_pretrained makes
+    r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)([-_.][A-Z]\w*)?(\.(txt|md|rst))?"
+)
+_CHECKPOINT = re.compile(
+    rf"{WEIGHTS.pattern}|model\.safetensors\.index\.json|{COMPANIONS.pattern}|{re.escape(LIST)}|"
+    r"(config|pruning|packed|results|experts)\.json|recipe\.yaml|report\.html|README\.md"
+)
+
+
+def write_list(folder: Path, digests: Mapping[str, str]) -> None:
+    """Lists all files of a complete checkpoint; ``digests`` has the SHA-256 of those where it is known. Raises
+    StorageError if the list cannot be written, OSError if a file cannot be read."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    files.pop(LIST, None)
+    keep_record(
+        folder / LIST,
+        {name: [digests.get(name) or sha256(path)] for name, path in files.items()},
+    )
+
+
+def listed_files(directory: Path) -> dict[str, list[str]] | None:
+    """The files that sparsellm wrote into a checkpoint, with digests; None without a list, or if it is damaged."""
+    path = directory / LIST
+    return None if path.is_symlink() else kept_record(path, dict[str, list[str]])
+
+
+def foreign_entries(directory: Path) -> list[str]:
+    """Names that sparsellm did not write or that changed since, and links; OSError for what cannot be read."""
+    known = listed_files(directory) or {}
+
+    def ours(name: str, path: Path) -> bool:
+        if name == LIST:
+            return bool(known)
+        status = path.stat()
+        changes = (
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+        return name in known and _digest(path, changes) in known[name]
+
+    return [
+        f"{name} (changed)" if name in known else name
+        for name in _others(directory, ours)
+    ]
+
+
+def unknown_entries(directory: Path) -> list[str]:
+    """Names in a directory without a list that no file of a checkpoint has; OSError if it cannot be read."""
+    return _others(directory, lambda name, _: _CHECKPOINT.fullmatch(name) is not None)
+
+
+def companions_of(model: Path, *more: str) -> dict[Path, str]:
+    """A model's config, tokenizer, licence and the like, and files named in ``more``: their names there, in order."""
+    every = sorted([*model.iterdir(), *model.glob("additional_chat_templates/*")])
+    names = {
+        file: file.relative_to(model).as_posix() for file in every if file.is_file()
+    }
+    return {
+        file: name
+        for file, name in names.items()
+        if COMPANIONS.fullmatch(name) or name in more
+    }
+
+
+def belongs_to(model: Path, file: Path) -> bool:
+    """Whether a file resolves to a path inside the model's directory, or among the blobs of its hub snapshot."""
+    home, target = Path(os.path.realpath(model)), Path(os.path.realpath(file))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    return target.is_relative_to(home) or target.is_relative_to(blobs)
+
+
+def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
+    """The files that belong to a checkpoint, relative to its directory: those that are listed, also if they changed, or
+    without a list those named like a model's file; and the names of the rest. OSError for an unreadable directory."""
+    known = listed_files(directory)
+    belongs = _CHECKPOINT.fullmatch if known is None else {*known, LIST}.__contains__
+    paths = [
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    ]
+    files = sorted(
+        name
+        for path in paths
+        if belongs(name := path.relative_to(directory).as_posix())
+    )
+    return files, sorted(
+        {path.name for path in directory.iterdir()}
+        - {name.partition("/")[0] for name in files}
+    )
+
+
+@contextlib.contextmanager
+def changing(
+    directory: str | os.PathLike[str],
+) -> Iterator[Callable[[str, bytes], Path]]:
+    """Gives the function that writes a small file into a directory, such as a complete checkpoint, and returns its
+    path. The directory is locked meanwhile, and what killed processes were writing there is removed first.
+
+    The file is complete or unchanged, and in the list of the checkpoint, if that has one. A link in its place is
+    replaced and not followed. Raises StorageError if the directory cannot be written."""
+    folder = Path(os.path.realpath(directory))
+
+    def write(name: str, data: bytes) -> Path:
+        path = folder / name
+        if name in LATER and (known := listed_files(folder)) is not None:
+            digest = hashlib.sha256(data).hexdigest()
+            there = [
+                earlier
+                for earlier in known.get(name, [])
+                if earlier != digest and has_digest(path, earlier)
+            ]
+            keep_record(
+                folder / LIST, {**known, name: [digest, *there]}
+            )  # first, so that no kill makes it foreign
+        write_bytes(path, data)
+        return path
+
+    with locked(folder, wait=True):
+        remove_torn(folder)
+        yield write
+
+
+def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
+    """Names in a directory except ordinary files that are ours, by name and path, or torn, and folders of these."""
+
+    def known(path: Path, depth: int = 0) -> bool:
+        if path.is_symlink():
+            return False
+        if path.is_dir():
+            inside = list(path.iterdir()) if depth == 0 else []
+            return bool(inside) and all(known(child, 1) for child in inside)
+        torn = TORN.fullmatch(path.name) is not None
+        return path.is_file() and (
+            torn or ours(path.relative_to(directory).as_posix(), path)
+        )
+
+    return sorted(path.name for path in directory.iterdir() if not known(path))
+
+
+@lru_cache(maxsize=1 << 12)
+def _digest(path: Path, changes: tuple[int, ...]) -> str:
+    """The SHA-256 of a file, read once in a process as long as none of ``changes`` differs."""
+    return sha256(path)

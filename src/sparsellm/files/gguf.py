@@ -1,0 +1,247 @@
+"""Converts a ``.gguf`` file to an ordinary Hugging Face checkpoint, once, and keeps it in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsellm.errors import MemoryBudgetError, ModelError, one_line
+from sparsellm.files.cache import cache_dir, cached
+from sparsellm.files.directory import check_room
+from sparsellm.files.files import sha256
+from sparsellm.files.gguf_header import check_header
+from sparsellm.machine import free_memory
+from sparsepack.files import read_bytes
+
+FORMAT = 5  # part of the cache key: raise it when the output of this file changes
+_MAGIC = b"GGUF"
+# Pre-tokenizers by llama.cpp's names. _DIGITS split off each digit, and transformers takes them for GPT-2's; _PLAIN are
+# GPT-2's, or in files whose text is not split; releases of transformers without a table find _BY_MODEL by the model.
+_DIGITS = {
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+    "codeshell",
+    "exaone",
+    "minerva-7b",
+    "mellum2",
+}
+_PLAIN = {
+    "",
+    "default",
+    "gemma4",
+    "gpt-2",
+    "phi-2",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "gigachat",
+    "a.x-4.0",
+    "mellum",
+}
+_BY_MODEL = {"qwen2", "deepseek-r1-qwen"}
+_LARGEST_GEMMAS = {
+    "gemma2": 46,
+    "gemma3_text": 62,
+}  # by their blocks, as llama.cpp tells them
+_TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
+
+
+def gguf_checkpoint(path: Path) -> Path:
+    """The checkpoint directory for a GGUF file: converted on the first call, taken from the cache on later ones.
+
+    It holds safetensors shards, a config without quantisation, the tokenizer with its chat template, and the generation
+    config. transformers reads the file and maps its tensors; no code from a checkpoint runs. A block-quantised weight
+    is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, in which it is stored. The cache key is
+    the SHA-256 of the contents, so the file may be moved, and the version of transformers. A ModelError says that
+    transformers cannot convert the file, or would lose a part of it, or that the cache cannot be written."""
+    if (magic := read_bytes(path, len(_MAGIC), ModelError)[: len(_MAGIC)]) != _MAGIC:
+        raise ModelError(
+            f"{path} is not a GGUF file: it starts with {magic!r}, not {_MAGIC!r}"
+        )
+    made_by = f"v{FORMAT}-{metadata.version('transformers')}"
+    return cached(
+        cache_dir() / "gguf" / f"{sha256(path)}-float32-{made_by}",
+        partial(_convert, path),
+    )
+
+
+def _convert(path: Path, folder: Path) -> Path:
+    """The directory of the checkpoint, made in ``folder``."""
+    unread, split, weights = check_header(path)
+    if split not in _DIGITS | _PLAIN | _known_splits():
+        raise ModelError(
+            f"{path} splits text as {split}; give a Hugging Face checkpoint, or update transformers"
+        )
+    check_room(folder, 4 * weights)
+    if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
+        said = f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and"
+        raise MemoryBudgetError(
+            f"{said} {free / 1e9:.1f} GB are free; give the Hugging Face checkpoint"
+        )
+    # Imported here: transformers takes seconds, and a conversion happens once.
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    directory, alone = folder / "checkpoint", folder / "gguf" / path.name
+    alone.parent.mkdir()
+    alone.symlink_to(
+        path.resolve()
+    )  # transformers would take a tokenizer.json next to the file
+    config = getattr(
+        transformers, "GgufConfig", None
+    )  # in later releases, which else keep weights quantised
+    dense = {} if config is None else {"quantization_config": config(dequantize=True)}
+    with without_bars():
+        try:
+            # Not AutoTokenizer, which would parse the whole file again to choose this class.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                alone.parent, gguf_file=path.name
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                alone.parent, gguf_file=path.name, output_loading_info=True, **dense
+            )
+        except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
+            raise ModelError(
+                f"{path} cannot be converted: {one_line(error)}; the file is damaged or cut short (fetch it again), or "
+                f"transformers {transformers.__version__} does not read its architecture (give a Hugging Face "
+                "checkpoint instead)"
+            ) from error
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):  # transformers makes random ones
+            raise ModelError(
+                f"{path} cannot be converted: it has no weight {missing[0]}, nor {len(missing) - 1} more of its model; "
+                "the file is damaged, or of another model: fetch it again"
+            )
+        # transformers does not save a model that it dequantised: its weights go into one without quantisation.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        _complete(path, model.config.get_text_config())
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config)
+        plain.load_state_dict(model.to(torch.float32).state_dict(), assign=True)
+        plain.tie_weights()
+        _refuse_lost(path, unread, plain)
+        if split in _DIGITS:
+            tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+                [Digits(individual_digits=True), ByteLevel(False)]
+            )
+        plain.generation_config = model.generation_config
+        ends = [name for name in _TURN_ENDS if name in tokenizer.get_vocab()]
+        known = (
+            plain.config.eos_token_id
+        )  # transformers reads one, a model that chats ends turns with another
+        if isinstance(known, int) and ends:
+            plain.generation_config.eos_token_id = sorted(
+                {known, *tokenizer.convert_tokens_to_ids(ends)}
+            )
+        plain.config.dtype = model.dtype
+        plain.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    settings = directory / "tokenizer_config.json"
+    named = {
+        **json.loads(settings.read_text(encoding="utf-8")),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    # Tools with transformers 4 refuse the class name that version 5 writes.
+    settings.write_text(
+        json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    return directory
+
+
+def _known_splits() -> set[str]:
+    """The ways of splitting text for which transformers has rules; it takes any other for GPT-2's."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+            GGUF_PRE_TOKENIZER_SPLITS,
+        )
+    except ImportError:
+        return _BY_MODEL
+    return set(GGUF_PRE_TOKENIZER_SPLITS)
+
+
+def _complete(path: Path, config: Any) -> None:
+    """Sets what the file says of positions and attention, and transformers leaves at its default."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    said = {
+        name.partition(".")[2]: x.contents()
+        for name, x in fields.items()
+        if not name.startswith("tokenizer.")
+    }
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in ropes:
+        ropes["rope_theta"] = said.get("rope.freq_base", ropes["rope_theta"])
+    width = config.hidden_size // (getattr(config, "num_attention_heads", None) or 1)
+    if "partial_rotary_factor" in ropes and "rope.dimension_count" in said:
+        ropes["partial_rotary_factor"] = said["rope.dimension_count"] / (
+            getattr(config, "head_dim", None) or width
+        )
+    for name in (
+        "attention.sliding_window",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    ):
+        value, attribute = said.get(name), name.rpartition(".")[2]
+        if (
+            hasattr(config, attribute) and isinstance(value, int | float) and value
+        ):  # Phi-4 says 0, which is none
+            setattr(config, attribute, value)
+    if config.num_hidden_layers == _LARGEST_GEMMAS.get(
+        config.model_type
+    ):  # no key has it
+        config.query_pre_attn_scalar = width
+
+
+def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
+    """Raises ModelError if the model lacks one of these scalings or biases: it would be another one."""
+    ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [
+        ropes,
+        *(rope for rope in ropes.values() if isinstance(rope, dict)),
+    ]  # one, or one for each kind of layer
+    scaled = any(rope.get("rope_type", "default") != "default" for rope in kinds)
+    biased = any(
+        re.search(r"att\w*\.\w+\.bias$", name) for name, _ in model.named_parameters()
+    )
+    for name in unread:
+        if not (biased if name.endswith(".bias") else scaled):
+            raise ModelError(
+                f"{path} has {name}, which transformers does not read; give the Hugging Face checkpoint"
+            )
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Hides the progress bars of transformers: some obey a setting of its own, some are written to stderr directly."""
+    from transformers.utils import logging
+
+    was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    hidden = io.StringIO()
+    vars(hidden)["rich_proxied_file"] = (
+        sys.stderr
+    )  # through which a rich console still writes
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(hidden):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if was_enabled:
+            logging.enable_progress_bar()

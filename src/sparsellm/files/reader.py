@@ -1,0 +1,331 @@
+"""Reads a Hugging Face checkpoint, packed or not, tensor by tensor; only requested tensors are in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsellm.errors import NumericalError, StorageError
+from sparsellm.inputs import read_object
+from sparsepack.checkpoint import PackedEntry, PackedTensors, is_packed
+from sparsepack.errors import PackError
+from sparsepack.files import weight_files
+
+PIECE = (
+    1 << 22
+)  # elements checked, hashed or written at a time: a small part of a weight, which costs few calls
+_READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
+_GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes of weights that are read; others are those of quantised checkpoints, or of buffers."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The place of a tensor: ``bytes`` bytes from ``start`` on in ``file``, which had this stamp."""
+
+    file: Path
+    stamp: tuple[int, int, int]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+class CheckpointReader:
+    """The tensors of a directory of safetensors files, by name.
+
+    Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened. Files are read, never
+    mapped: a mapped file that is truncated ends the process with SIGBUS. ``files`` None: all of the checkpoint. Raises
+    StorageError if there are no safetensors weights, an index names a missing file, or a header is broken."""
+
+    def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
+        self.directory = directory
+        with as_storage_error():
+            self.files, file_of = (
+                (files, {}) if files is not None else weight_files(directory)
+            )
+        self._stored: dict[str, _Stored] = {}
+        for file in self.files:
+            for name, stored in _header(file).items():
+                if file_of.get(name, file.name) != file.name:
+                    continue  # the index names another shard for it
+                if name in self._stored:
+                    both = (
+                        f"{self._stored[name].file.name} and {file.name} of {directory}"
+                    )
+                    raise StorageError(
+                        f"tensor {name} is in both {both}; keep the files of one checkpoint only"
+                    )
+                self._stored[name] = stored
+        self._digests: dict[str, str] = {}
+        self._verified: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored[name].dtype
+
+    def bytes_of(self, name: str) -> int:
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def file_of(self, name: str) -> Path:
+        return self._stored[name].file
+
+    def stored_as(self, name: str) -> str:
+        """Dtype and shape of a tensor in its file, as text."""
+        return f"{self._stored[name].dtype} {self._stored[name].shape}"
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors, unpacked."""
+        return sum(self.bytes_of(name) for name in self)
+
+    def get(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """One tensor that owns its memory, in ``dtype`` if that is given and the tensor has floating point. Raises
+        StorageError if its file is gone or truncated, or is not the one that was opened; if :meth:`digests` are known,
+        the values are compared instead, at the first read and whenever the file seems changed."""
+        stored, digest = self._stored[name], self._digests.get(name)
+        data = torch.empty(stored.bytes, dtype=torch.uint8)
+        with _opened(stored, unchanged=digest is None) as file:
+            same = _stamp(file) == stored.stamp
+            _fill(file, data, stored.file)
+        if digest is not None and not (same and name in self._verified):
+            if hashlib.sha256(memory_of(data)).hexdigest() != digest:
+                raise StorageError(
+                    f"tensor {name} in {stored.file} is not what it was when the run began: the checkpoint changed "
+                    f"while the run was reading it; put the old file back {_GO_ON}"
+                )
+            self._verified.add(name)
+        value = data.view(stored.dtype).reshape(stored.shape)
+        return value.to(device, dtype if value.is_floating_point() else None)
+
+    def digests(
+        self, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, str]:
+        """SHA-256 of every tensor as stored, by name. All values are checked, and later reads are compared with these
+        digests. ``progress`` is called with (bytes read, bytes in all). Raises NumericalError with the name
+        of a weight that is NaN or infinite, and StorageError if a file cannot be read, or has changed."""
+        if not self._digests:
+            digests: dict[str, str] = {}
+            done, total = 0, sum(stored.bytes for stored in self._stored.values())
+            with ThreadPoolExecutor(
+                min(_READERS, os.cpu_count() or 1), "digest"
+            ) as pool:
+                for name, digest in zip(
+                    self._stored, pool.map(self._digest, self._stored), strict=True
+                ):
+                    digests[name] = digest
+                    done += self._stored[name].bytes
+                    progress(done, total)
+            self._digests = digests
+        return self._digests
+
+    def expect(self, digests: dict[str, str]) -> None:
+        """Sets the digests, from another or an earlier process that read the same checkpoint."""
+        self._digests = digests
+
+    def _digest(self, name: str) -> str:
+        stored = self._stored[name]
+        digest, bad, size = hashlib.sha256(), 0, PIECE * stored.dtype.itemsize
+        with _opened(stored, unchanged=True) as file:
+            for start in range(0, stored.bytes, size):
+                data = torch.empty(min(size, stored.bytes - start), dtype=torch.uint8)
+                _fill(file, data, stored.file)
+                digest.update(memory_of(data))
+                bad += not_finite(data.view(stored.dtype))
+        if bad:
+            has = f"weight {name} in {stored.file} has {bad} NaN or infinite values"
+            raise NumericalError(
+                f"{has}; this checkpoint is damaged: download or convert it again"
+            )
+        return digest.hexdigest()
+
+
+class Outline(CheckpointReader):
+    """The tensors that the checkpoint of a config would have: names, dtypes and shapes, but no values."""
+
+    def __init__(
+        self, place: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
+        self.directory, self.files = place, []
+        self._stored = {
+            name: _Stored(
+                place, (0, 0, 0), dtype, shape, 0, math.prod(shape) * dtype.itemsize
+            )
+            for name, (dtype, shape) in tensors.items()
+        }
+
+
+class PackedReader(CheckpointReader):
+    """The tensors of a packed checkpoint, dense: each weight is unpacked when it is read. Raises StorageError for what
+    :class:`~sparsepack.checkpoint.PackedTensors` refuses."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        described = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="meta")
+            for name, t in self._stored.items()
+        }
+        with as_storage_error():
+            self._packed = PackedTensors(directory, self.files, described, super().get)
+        self.entries = self._packed.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in super().__iter__() if name not in self._packed.hidden)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        entry = self._entry(name)
+        return entry.stored_shape if entry is not None else super().shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        entry = self._entry(name)
+        return entry.torch_dtype if entry is not None else super().dtype(name)
+
+    def get(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if self._entry(name) is None:
+            return super().get(name, device, dtype)
+        with as_storage_error():
+            return self._packed.dense(name.removesuffix(".weight")).to(device, dtype)
+
+    def _entry(self, name: str) -> PackedEntry | None:
+        return (
+            self.entries.get(name.removesuffix(".weight"))
+            if name.endswith(".weight")
+            else None
+        )
+
+
+def open_checkpoint(directory: Path) -> CheckpointReader:
+    """A reader of a checkpoint, packed or not. Raises StorageError if it cannot be read."""
+    return (
+        PackedReader(directory)
+        if is_packed(read_object(directory / "config.json"))
+        else CheckpointReader(directory)
+    )
+
+
+@contextlib.contextmanager
+def as_storage_error() -> Iterator[None]:
+    """Turns errors of sparsepack into a StorageError."""
+    try:
+        yield
+    except PackError as error:
+        raise StorageError(str(error)) from None
+
+
+def not_finite(values: Tensor) -> int:
+    """The number of values that are NaN or infinite; 0 for integers and for floating point of one byte."""
+    if values.dtype not in WEIGHT_DTYPES or values.numel() == 0:
+        return 0
+    # Fifty times as fast as torch.isfinite; aminmax propagates NaN.
+    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):
+        return 0
+    return int((~torch.isfinite(values)).sum())
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _opened(stored: _Stored, *, unchanged: bool) -> Iterator[BinaryIO]:
+    """The file of a tensor, positioned at its first byte; with ``unchanged``, only the file that was opened first."""
+    try:
+        with stored.file.open("rb") as file:
+            if unchanged and _stamp(file) != stored.stamp:
+                raise StorageError(
+                    f"{stored.file}: the checkpoint has changed since it was opened; put the old files back {_GO_ON}"
+                )
+            file.seek(stored.start)
+            yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"{stored.file} cannot be read any more ({reason}); put it back {_GO_ON}"
+        ) from None
+
+
+def _fill(file: BinaryIO, data: Tensor, path: Path) -> None:
+    """Reads from ``file`` until ``data`` is full."""
+    if file.readinto(memory_of(data)) < len(data):  # type: ignore[attr-defined]
+        raise StorageError(
+            f"{path} was cut short while it was read; put the whole file back {_GO_ON}"
+        )
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int, int]:
+    """Size, time and inode of an open file, which change when it is written or replaced."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _header(file: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file. The format's own library checks the header (sizes, overlaps, gaps, the file's
+    length), but does not return the offsets of tensors."""
+    try:
+        # By numpy, which maps no more than the file: torch reserves memory for all of it.
+        with file.open("rb") as opened, safe_open(file, framework="np"):
+            stamp = _stamp(opened)
+            length = int.from_bytes(opened.read(8), "little")
+            header: dict[str, Any] = json.loads(opened.read(length))
+    except OSError as error:  # Python's own: safetensors calls each a missing file
+        raise StorageError(f"cannot read {file}: {error.strerror or error}") from None
+    except (SafetensorError, ValueError) as error:
+        raise StorageError(
+            f"{file} is not a readable safetensors file ({error}); download it again"
+        ) from None
+    header.pop("__metadata__", None)
+    tensors: dict[str, _Stored] = {}
+    for name, fields in header.items():
+        if fields["dtype"] not in DTYPES:
+            has = f"tensor {name} in {file} has dtype {fields['dtype']}, which is not read"
+            raise StorageError(
+                f"{has}; convert the checkpoint to bfloat16, float16 or float32"
+            )
+        dtype, shape, (begin, end) = (
+            DTYPES[fields["dtype"]],
+            tuple(fields["shape"]),
+            fields["data_offsets"],
+        )
+        tensors[name] = _Stored(
+            file, stamp, dtype, shape, 8 + length + begin, end - begin
+        )
+    return tensors

@@ -1,0 +1,108 @@
+"""Reads ``results.json`` of a checkpoint and appends to it: one record for each measurement, pair of texts, and export.
+
+Only directories that sparsellm wrote have one. ``prune`` and ``pack`` write a new checkpoint without it, since results
+hold for the weights that were measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsellm.errors import StorageError
+from sparsellm.files.contents import changing
+from sparsellm.records import (
+    PRUNING,
+    RESULTS,
+    Benchmark,
+    Continuation,
+    Evaluation,
+    Export,
+    Results,
+    read_record,
+)
+
+_ADVICE = "move the file elsewhere, or give --no-save"
+
+
+def place_of_results(directory: str) -> Path | None:
+    """The directory if results are kept in it, because sparsellm wrote it. Raises StorageError if they would be, but it
+    cannot be written, or its results.json cannot be read."""
+    with contextlib.suppress(
+        OSError, RuntimeError, ValueError
+    ):  # what cannot be a path is refused as a model
+        place = Path(directory).expanduser()
+        if any((place / name).is_file() for name in (PRUNING, "packed.json")):
+            read_results(place)
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise StorageError(
+                    f"{place} cannot be written, and results are kept in it; give --no-save"
+                )
+            return place
+    return None
+
+
+def read_results(directory: Path) -> Results:
+    """The results of a checkpoint, empty if nothing was measured. Raises StorageError if results.json is unreadable."""
+    path = directory / RESULTS
+    if os.path.lexists(path) and not path.is_file():
+        raise StorageError(f"{path} is not an ordinary file; {_ADVICE}")
+    return read_record(Results, path, _ADVICE) if path.is_file() else Results()
+
+
+def keeper(
+    place: Path | None, say: Callable[[str], None]
+) -> Callable[[Evaluation | Benchmark], Path | None]:
+    """The function that appends a measurement to the results in ``place``, and returns their file. A full disk, or
+    another checkpoint of that name by then, is only said, so that the numbers can be printed all the same."""
+    begun = (
+        os.open(place, os.O_RDONLY) if place is not None else -1
+    )  # open, so that no other gets its number
+
+    def keep(record: Evaluation | Benchmark) -> Path | None:
+        try:
+            if place is not None and not os.path.samestat(
+                place.stat(), os.fstat(begun)
+            ):
+                raise StorageError(f"{place} was replaced while it was measured")
+            return append_result(place, record) if place is not None else None
+        except (OSError, StorageError) as error:
+            why = str(error).partition("; ")[
+                0
+            ]  # its advice is for what writes checkpoints
+            say(f"note: the measurement is not kept in the checkpoint: {why}")
+            return None
+
+    return keep
+
+
+def append_result(
+    directory: Path, record: Evaluation | Benchmark | Continuation | Export
+) -> Path:
+    """Appends one record to results.json, which is replaced atomically, and returns the path of that file.
+
+    The directory is locked from reading to writing, so that no record is lost if two processes append at once. Raises
+    StorageError if the file cannot be read or written."""
+    with changing(directory) as write:
+        results = read_results(directory)
+        match record:
+            case Evaluation():
+                results.evaluations.append(record)
+            case Benchmark():
+                results.benchmarks.append(record)
+            case Continuation():
+                results.continuations.append(record)
+            case Export():
+                others = [
+                    export
+                    for export in results.exports
+                    if (export.to, export.name) != (record.to, record.name)
+                ]
+                results.exports = [
+                    *others,
+                    record,
+                ]  # a second start, or the file was replaced
+        write(RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
+    return directory / RESULTS

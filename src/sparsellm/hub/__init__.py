@@ -1,1 +1,0 @@
-"""Publishing of a checkpoint: its model card, and the upload to the Hugging Face hub."""

@@ -1,0 +1,340 @@
+"""The block that a method prunes, with its inputs, and the results of its linears."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sparsellm import machine, parallel
+from sparsellm.errors import NumericalError
+from sparsellm.method.gram import Fit, Gram, GramAccumulator
+from sparsellm.method.solvers import Solution, Solver
+from sparsellm.method.solvers.divided import safe_factor
+from sparsellm.method.solvers.rounding import Rounded, rounded
+from sparsellm.model import LinearView, Stream
+from sparsellm.model.capture import InputGroups, RunOrder, skipping, watch
+from sparsellm.model.experts import ExpertLinear
+from sparsellm.model.weights import require_storable
+from sparsellm.patterns import NM, Pattern, count_zeros
+from sparsellm.progress import PhaseClock
+from sparsellm.records import LinearResult, Step
+from sparsellm.registry import Registry
+from sparsepack.codes import text_of_exponents
+
+# glibc maps separate pages for tensors above 32 MiB, which cannot use the holes of smaller ones in the heap (0.1 GB in
+# a block of a 7B), so the heap is trimmed after them; after every solve, that took a third of the solver's time.
+OWN_PAGES = 32 << 20
+LOST = 0.01  # the most kept weights, as a fraction of all, that may be too small for the dtype of the checkpoint
+COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
+UNREACHED = "pruned by magnitude: no calibration token reached it, or all its inputs were 0"  # note in such a result
+Group = list[LinearView]  # linears that share an input
+
+
+@dataclass
+class BlockTask:
+    """One block, loaded, with the hidden states that enter it. A method prunes its linears in place.
+
+    Keys of the mappings are names of linears. ``output_costs`` are ``E[g_i²]`` of every output of each linear,
+    ``(out,)``: the cost of an error there to the loss, to second order. ``unrounded`` are the weights, in the storage
+    dtype, from which training goes on if values are rounded and ``trained`` is set; they round to the assigned ones."""
+
+    index: int  # from 0
+    linears: list[LinearView]  # to be pruned
+    patterns: dict[str, Pattern]
+    stream: Stream  # the hidden states of the pruned model that enter the block
+    report: Callable[[str], None]  # called with a short text at each step of the method
+    clock: PhaseClock  # counts the seconds of the parts of the phase prune, such as statistics, solve and rounding
+    results: list[LinearResult] = field(
+        default_factory=list
+    )  # one for each linear done
+    notes: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # to the user, next to those of the solver
+    routed: dict[str, int] = field(
+        default_factory=dict
+    )  # tokens that were routed to the linears of experts
+    output_costs: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # empty for methods that do not need them
+    values: str = "keep"  # what they are rounded to: keep, int8, int4, int3, or the name of a grid
+    unrounded: dict[str, Tensor] = field(default_factory=dict)
+    trained: bool = False  # whether a sweep follows
+
+    def note(self, linear: LinearView, text: str) -> None:
+        """Tells the user something about the pruning of a linear, next to what was said before."""
+        self.notes[linear.name] = (*self.notes.get(linear.name, ()), text)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be done: no zeros and no rounding."""
+        return self.values == "keep" and not any(
+            self.patterns[linear.name].sparsity for linear in self.linears
+        )
+
+    def statistics(
+        self, linears: list[LinearView], token_weights: list[Tensor] | None = None
+    ) -> list[tuple[Group, Gram]]:
+        """Groups of linears that share an input, each with the Gram matrix of that input, from one run of the block.
+
+        The tokens are those of all processes. A linear that no calibration token reaches is left out, see
+        :meth:`finish`; experts are in :mod:`sparsellm.method.blocks.routed`. ``token_weights`` are
+        ``(batch, seq)`` for each batch; for a linear that does not get every token all weights are 1, since it is
+        not known which it gets."""
+        device, everything = (
+            self.stream.chain.device,
+            self.stream.chain.linears(self.index),
+        )
+        accumulators: dict[str, GramAccumulator] = {}
+        grouping, order, position = InputGroups(), RunOrder(), 0
+
+        def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
+            # An expert that is called without tokens has none: all empty tensors are at one address.
+            if inputs.numel() and grouping.add(linear, inputs):
+                if linear.name not in accumulators:
+                    accumulators[linear.name] = GramAccumulator(
+                        linear.in_features, device
+                    )
+                weights = token_weights[position] if token_weights is not None else None
+                every = (
+                    weights is not None and weights.numel() == inputs.shape[:-1].numel()
+                )
+                accumulators[linear.name].update(inputs, weights if every else None)
+
+        with self.clock.phase("prune/statistics"):
+            with (
+                watch(everything, lambda linear, *_: order.append(linear.name)),
+                watch(linears, see),
+            ):
+                self.stream.run_batch(self.index, 0)
+            grouping.freeze()
+            with (
+                watch(linears, see),
+                skipping(order.unread(everything, inputs=linears, outputs=[])),
+            ):
+                for position in range(1, len(self.stream)):
+                    self.stream.run_batch(self.index, position)
+            groups = grouping.agreed(linears)
+            for head, *_ in groups:
+                accumulators.setdefault(
+                    head.name, GramAccumulator(head.in_features, device)
+                ).reduce()
+        grams = []
+        for group in groups:
+            with naming(group[0].name):
+                grams.append((group, accumulators.pop(group[0].name).finish()))
+        return grams
+
+    def solve(
+        self, linear: LinearView, solver: Solver, gram: Gram, fit: Fit | None = None
+    ) -> None:
+        """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result. One whose
+        inputs were all 0 is left to :meth:`finish`."""
+        if bool(gram.dead.all()):
+            return
+        fit = Fit(linear.weight()) if fit is None else fit
+        with self.clock.phase("prune/solve"), naming(linear.name):
+            solution = solver(fit.weight, gram, self.patterns[linear.name])
+        self.accept(
+            linear,
+            fit.weight,
+            replace(solution, notes=(*fit.notes, *solution.notes)),
+            gram,
+        )
+
+    def share_out(
+        self,
+        groups: Sequence[Group],
+        owners: Sequence[int],
+        prune: Callable[[int], None],
+    ) -> None:
+        """Calls ``prune`` with the number of each group of linears in the process that owns the group, as if it were
+        the only one. Then all have its weights and results, in the order of the groups. An error is raised in all."""
+        first, me = len(self.results), parallel.rank()
+
+        def prune_owned() -> None:
+            with parallel.alone():
+                for number, (group, owner) in enumerate(
+                    zip(groups, owners, strict=True)
+                ):
+                    if group and owner == me:
+                        prune(number)
+
+        parallel.together(prune_owned)
+        if parallel.size() == 1:
+            return
+        everything = parallel.gather((self.results[first:], [*self.unrounded]))
+        results = {result.name: result for made, _ in everything for result in made}
+        del self.results[first:]
+        for group, owner in zip(groups, owners, strict=True):
+            for linear in [linear for linear in group if linear.name in results]:
+                self.results.append(results[linear.name])
+                values = parallel.broadcast_(
+                    linear.parameter.detach().contiguous(), owner
+                )
+                linear.parameter.detach().copy_(values)
+                if linear.name in everything[owner][1]:
+                    empty = torch.empty(
+                        results[linear.name].shape,
+                        dtype=linear.storage_dtype,
+                        device=values.device,
+                    )
+                    kept = self.unrounded.get(linear.name, empty)
+                    self.unrounded[linear.name] = parallel.broadcast_(
+                        kept.contiguous(), owner
+                    )
+
+    def accept(
+        self,
+        linear: LinearView,
+        dense: Tensor,
+        solution: Solution,
+        gram: Gram | None,
+        history: tuple[Step, ...] = (),
+    ) -> None:
+        """Assigns the solution for a weight ``dense (out, in)`` to a linear, with its values rounded if the recipe asks
+        for integers, and adds a result. ``gram`` is that of the linear's inputs. If it is None, the rounding runs the
+        block, and the result keeps the solution's error. NumericalError if values cannot be rounded or stored."""
+        pattern, weight, error = (
+            self.patterns[linear.name],
+            solution.weight,
+            solution.error,
+        )
+        notes, exponents = solution.notes, ""
+        if self.values != "keep":
+            if (factor := safe_factor(weight)) != 1:
+                raise NumericalError(
+                    f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
+                    "give values keep, or leave it out (exclude)"
+                )
+            grid, before, after = self._rounded(linear, dense, solution, gram)
+            error = error if gram is None else after
+            weight, notes, exponents = (
+                grid.weight,
+                (*notes, *grid.notes),
+                text_of_exponents(grid.exponents),
+            )
+            if after > before + COARSE:
+                more = (
+                    f"raised its error from {before:.3f} to"
+                    if gram is not None
+                    else "added an error of"
+                )
+                notes = (*notes, f"rounding to {self.values} {more} {after:.3f}")
+        linear.assign(weight)
+        if (
+            linear.storage_dtype is torch.float16
+        ):  # later passes would name the linears that read its outputs
+            require_storable(linear.parameter, linear.weight_name, linear.storage_dtype)
+        zeros = count_zeros(linear.parameter)
+        if gram is not None and self.values == "keep":
+            _check_kept(linear, zeros, dense, solution.mask, gram)
+        self.results.append(
+            LinearResult(
+                name=linear.name,
+                shape=(linear.out_features, linear.in_features),
+                zeros=zeros,
+                asked=pattern.sparsity,
+                error=error,
+                notes=(*notes, *self.notes.get(linear.name, ())),
+                history=history,
+                tokens=self.routed.get(linear.name),
+                pattern=str(pattern) if isinstance(pattern, NM) else None,
+                exponents=exponents,
+            )
+        )
+        if weight.nbytes >= OWN_PAGES:
+            machine.trim()
+
+    def _rounded(
+        self, linear: LinearView, dense: Tensor, solution: Solution, gram: Gram | None
+    ) -> tuple[Rounded, float, float]:
+        """A pruned weight on the grid of the packed type, and the errors that it has before and then."""
+        if (
+            gram is None
+        ):  # experts get inputs of their own, which a pass does not tell apart
+            taken = (
+                []
+                if isinstance(linear.module, ExpertLinear)
+                else self.statistics([linear])
+            )
+            gram = taken[0][1] if taken else _equal_inputs(linear)
+        with self.clock.phase("prune/rounding"):
+            fixed, weight = isinstance(self.patterns[linear.name], NM), solution.weight
+            target = weight if solution.fitted else dense
+            grid = rounded(
+                weight,
+                gram,
+                self.values,
+                linear.storage_dtype,
+                fixed_mask=fixed,
+                target=target,
+            )
+            lost = [
+                gram.energy(matrix, minus=dense) for matrix in (weight, grid.weight)
+            ]
+            energy, *errors = torch.stack((gram.energy(dense), *lost)).tolist()
+        if self.trained and not self.stream.chain.is_shared(
+            linear.weight_name
+        ):  # later blocks run on a shared one
+            self.unrounded[linear.name] = grid.unrounded.to(linear.storage_dtype)
+        before, after = (error / energy if energy > 0 else 0.0 for error in errors)
+        return grid, before, after
+
+    def finish(self) -> None:
+        """Prunes by magnitude, with a note, linears that no nonzero input reached; their error before rounding is 0."""
+        done = {result.name for result in self.results}
+        for linear in self.linears:
+            if linear.name not in done:
+                pattern, weight = self.patterns[linear.name], linear.weight()
+                if pattern.sparsity:
+                    weight = weight * pattern.mask(weight.abs())
+                solution = Solution(
+                    weight, weight != 0, 0.0, (UNREACHED,) if pattern.sparsity else ()
+                )
+                self.accept(
+                    linear,
+                    weight,
+                    solution,
+                    _equal_inputs(linear) if self.values != "keep" else None,
+                )
+
+
+def _check_kept(
+    linear: LinearView, zeros: int, dense: Tensor, mask: Tensor, gram: Gram
+) -> None:
+    """Refuses more zeros than the mask has, if they are kept weights that the checkpoint cannot hold. Those that were 0
+    before, and those of inputs that were 0 in every token, may be 0."""
+    if zeros <= count_zeros(mask) + LOST * mask.numel():
+        return
+    lost = int((mask & (dense != 0) & ~gram.dead & (linear.weight() == 0)).sum())
+    if lost > LOST * mask.numel():
+        dtype = str(linear.storage_dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"{linear.name}: {lost} of its {mask.numel()} weights would be kept and are too small for {dtype}; store "
+            "the model in float32, or leave it out (exclude)"
+        )
+
+
+@contextlib.contextmanager
+def naming(linear: str) -> Iterator[None]:
+    """Puts the name of a linear before the message of a NumericalError."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{linear}: {error}") from error
+
+
+def _equal_inputs(linear: LinearView) -> Gram:
+    """The Gram matrix of inputs that are not known: all count alike."""
+    return Gram(torch.eye(linear.in_features, device=linear.parameter.device), 1)
+
+
+Method = Callable[..., None]
+"""``method(task, **options)`` prunes the linears of one block in place and adds to ``task.results``."""
+
+METHODS: Registry[Method] = Registry("method")

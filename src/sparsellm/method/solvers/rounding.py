@@ -1,0 +1,492 @@
+"""Kept values rounded to the grid of a packed integer type, each compensating the errors of others.
+
+The error is ``‖(Ŵ − W) G^½‖²`` for the rounded weight Ŵ and its target W, the pruned or the dense weight. Columns of
+large inputs take finer steps (AWQ, arXiv 2306.00978): powers of two near a power of the inputs' root mean square, the
+one with the least error after rounding to nearest. Each group takes the scale with the least error in the diagonal of
+G. Then three things lower the error in the metric of G itself:
+
+1. Inputs are rounded one after another, and all after one make up for its error (GPTQ, arXiv 2210.17323). A descent
+   from here ends lower than one from the nearest numbers.
+2. The scales of a row's groups are solved for together, with the whole numbers held: least squares.
+3. Cyclic coordinate descent (QuantEase, arXiv 2309.01885) moves one input of all outputs at a time: with the others
+   held, the best value of ``ŵ_j`` is ``ŵ_j − ((Ŵ − W) G)_j / G_jj``, and the nearest number of the grid is optimal.
+
+2 and 3 take turns, and neither raises the error of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsellm import parallel
+from sparsellm.method.gram import Factor, Gram
+from sparsellm.method.solvers.solver import kernels_for
+from sparsellm.registry import Workspace
+from sparsepack import native
+from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
+from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_of
+
+# It takes the time of 80 products in linears with 576 inputs, and of 32 with 2048 to 5632.
+ROUNDING = Workspace(weights=16, grams=3, remembered=2, products=35)
+
+FRACTIONS = tuple(
+    step / 20 for step in range(20, 9, -1)
+)  # anchor / largest magnitude; values beyond are clipped
+DAMPING = 0.1  # in units of the inputs' mean square: without it, values fit the text of calibration more than others
+ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
+RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
+FACTORS = (
+    0.5,
+    2.0,
+)  # bounds of the change of a scale in a turn, for systems that are nearly singular
+SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
+PASSES = 8  # most passes of the descent in a turn; few weights need as many
+ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
+PANEL = 64  # inputs in a panel: its errors reach the inputs after it by one product, which then takes most of the time
+WIDE = 256  # inputs whose moves reach all others by one product, which is twice as fast as by four
+POWERS = (
+    0.25,
+    0.5,
+    0.75,
+)  # powers of the inputs' root mean square tried after 0; 1 was worse
+JUDGES = 256  # rows of the weight that choose the power
+CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
+
+
+class Rounded(NamedTuple):
+    """A weight on its grid."""
+
+    weight: Tensor  # (out, in) fp32
+    unrounded: Tensor  # (out, in) fp32: where training goes on; the best values within the cells that round to weight
+    exponents: Tensor | None  # int8 (in,), one for each column; None if all are 0
+    notes: tuple[str, ...]
+
+
+def rounded(
+    weight: Tensor,
+    gram: Gram,
+    value_type: str,
+    dtype: torch.dtype,
+    *,
+    fixed_mask: bool = False,
+    target: Tensor | None = None,
+) -> Rounded:
+    """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3``, or on one of
+    :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero. All processes call it
+    with the same arguments and get the same result. It comes near to ``target (out, in)``, or to the weight itself.
+
+    With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
+    and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case. A
+    NumericalError says that the Gram matrix cannot be factorised with any damping."""
+    groups, target = Groups.of(weight, value_type), weight if target is None else target
+    gram = gram.remember("rounding", lambda: _damped(gram))
+    # Other programs have no exponents of columns.
+    powers = (
+        torch.ones_like(gram.diagonal)
+        if groups.half
+        else _powers(weight, gram, groups, dtype)
+    )
+    if groups.dense:
+        result = _fitted(weight, target, gram, powers, groups, dtype)
+        if Groups.of(result.weight, value_type).dense:
+            return result
+    if (
+        not fixed_mask
+    ):  # values that are nearer to 0 than to the smallest number of their grid
+        nearest = _Grid(
+            weight, gram, powers, replace(groups, dense=False), dtype
+        ).nearest
+        weight = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
+        groups = Groups.of(weight, value_type)
+    return _fitted(weight, target, gram, powers, replace(groups, dense=False), dtype)
+
+
+def _damped(gram: Gram) -> Gram:
+    """``G + λI``, in whose metric values are rounded. Inputs that no token reaches count too."""
+    matrix = gram.matrix.clone()
+    matrix.diagonal().add_(DAMPING * gram.mean_diagonal)
+    return Gram(matrix, gram.tokens)
+
+
+def _fitted(
+    start: Tensor,
+    target: Tensor,
+    gram: Gram,
+    powers: Tensor,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> Rounded:
+    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes; each process rounds some rows."""
+    divided = len(target) >= parallel.size()
+    rows = parallel.share(len(target)) if divided else slice(None)
+    grid = _Grid(start[rows], gram, powers, groups, dtype)
+    first, notes = _one_after_another(grid, target[rows], gram)
+    weight, best, scales = _Descent(grid, first, target[rows], gram).run()
+    unrounded = grid.within_cells(weight, best, scales)
+    if divided:
+        weight, unrounded = (
+            torch.cat(parallel.gather_list(part)) for part in (weight, unrounded)
+        )
+    else:
+        weight, unrounded = (
+            parallel.broadcast_(part.contiguous()) for part in (weight, unrounded)
+        )
+    exponents = powers.log2().round_().to(torch.int8)
+    return Rounded(
+        weight, unrounded, exponents if bool(exponents.any()) else None, notes
+    )
+
+
+def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> Tensor:
+    """Two to the power of each column's exponent, fp32 ``(in,)``: the values of a column are multiplied by it."""
+    magnitudes = gram.scale.log2()  # 0 for dead inputs
+    magnitudes = torch.where(
+        gram.dead, 0.0, magnitudes - magnitudes.sum() / (~gram.dead).sum().clamp(min=1)
+    )
+    judges = weight[:: max(1, len(weight) // JUDGES)]
+    best, least = (
+        torch.ones_like(magnitudes),
+        magnitudes.new_full((), math.inf, dtype=torch.float64),
+    )
+    fits = torch.ones_like(least, dtype=torch.bool)
+    for power in (0.0, *POWERS):
+        exponents = (
+            (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
+        )
+        powers = powers_of(exponents.to(torch.int8))
+        if (
+            power and dtype == torch.float16
+        ):  # every number of the grid must be one of fp16, in any column
+            ends = groups.collect((weight / powers).abs()).amax(1) * groups.collect(
+                powers.expand_as(weight)
+            ).amax(1)
+            fits &= ends.max() <= LARGEST_FP16
+        error = gram.energy(
+            _Grid(judges, gram, powers, groups, dtype).nearest, minus=judges
+        )
+        better = fits & (
+            error < least
+        )  # chosen without a read, for which a GPU would wait
+        best, least = (
+            torch.where(better, powers, best),
+            torch.where(better, error, least),
+        )
+    return parallel.broadcast_(best)
+
+
+class _Grid:
+    """The grid of a weight ``(out, in)``: scales and anchors of its groups, and the weight rounded to nearest."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        gram: Gram,
+        powers: Tensor,
+        groups: Groups,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype, self.powers, self.groups = dtype, powers, groups
+        grouped = groups.collect(weight / powers)
+        curvature = groups.collect(
+            (gram.diagonal.clamp(min=1e-30) * powers.square()).expand_as(weight)
+        )
+        places = anchors(grouped)
+        extreme = grouped.gather(1, places)  # (groups, 1)
+        self.units = groups.collect(powers.expand_as(weight)).gather(
+            1, places
+        )  # (groups, 1): powers of the anchors
+        least = torch.full_like(extreme, math.inf)
+        # (groups, 1): scales to begin with, without the powers of columns
+        self.first = scales_of(extreme, groups, dtype, self.units)
+        for fraction in FRACTIONS:
+            tried = scales_of(extreme * fraction, groups, dtype, self.units)
+            error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
+            error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
+            self.first, least = (
+                torch.where(error < least, tried, self.first),
+                torch.minimum(error, least),
+            )
+        free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
+        self.free = (
+            groups.spread(free) != 0
+        )  # (out, in) bool: neither zero nor an anchor
+        self.nearest = as_stored(
+            groups.spread(self.numbers(grouped, self.first)),
+            self.scales(self.first),
+            dtype,
+        )
+
+    def numbers(self, values: Tensor, scales: Tensor) -> Tensor:
+        """The numbers of the grid that are nearest to these values."""
+        return whole_numbers(values, scales, self.groups.levels, zero=self.groups.dense)
+
+    def scales(self, scales: Tensor) -> Tensor:
+        """The scale of each value, ``(out, in)``, from those of groups ``(groups, 1)``."""
+        return self.groups.spread(scales.expand(-1, self.groups.size)).mul_(self.powers)
+
+    def within_cells(self, weight: Tensor, best: Tensor, scales: Tensor) -> Tensor:
+        """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
+        levels, scales = self.groups.levels, self.scales(scales).abs_()
+        reach, end = CELL * levels.closest * scales, -levels.lowest * scales
+        moved = weight + (best - weight).clamp(-reach, reach)
+        moved = (
+            torch.where(self.free, moved.clamp(-end, end), weight)
+            .to(self.dtype)
+            .float()
+        )
+        # A coarse dtype may itself round to another number of the grid.
+        return torch.where(
+            on_grid_of(self.groups, moved, self.dtype, self.powers) == weight,
+            moved,
+            weight,
+        )
+
+
+def _one_after_another(
+    grid: _Grid, target: Tensor, gram: Gram
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The target ``(out, in)`` rounded input by input, with later inputs compensating each error; and notes.
+
+    With ``UᵀU = (G + λI)⁻¹`` the best change of the later inputs for an error ``e_j`` of one is ``−(e_j / U_jj) U_jk``
+    (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up."""
+    order, factor = gram.remember("ordered", lambda: _ordered(gram))
+    columns = target.T[order]  # (in, out), a copy
+    result = torch.where(grid.free, 0.0, grid.nearest).T[
+        order
+    ]  # anchors and zeros are what they are
+    scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
+    for start in range(0, len(columns), PANEL):
+        rows = slice(start, start + PANEL)
+        upper = factor.matrix[rows, rows].contiguous()
+        if (kernel := _kernel(target.device)) is not None:
+            parts = (columns[rows], result[rows], scales[rows], free[rows], upper)
+            errors, _ = kernel(
+                parts,
+                grid.groups.levels,
+                grid.dtype,
+                zero=grid.groups.dense,
+                first=True,
+            )
+        else:
+            errors = torch.zeros_like(columns[rows])
+            for number, place in enumerate(range(start, start + len(errors))):
+                goal = torch.addmv(
+                    columns[place], errors[:number].T, upper[:number, number], alpha=-1
+                )
+                value = as_stored(
+                    grid.numbers(goal, scales[place]), scales[place], grid.dtype
+                )
+                result[place].add_(value.mul_(free[place]))
+                torch.sub(goal, result[place], out=errors[number]).div_(
+                    upper[number, number]
+                )
+        columns[start + PANEL :].addmm_(
+            factor.matrix[rows, start + PANEL :].T, errors, alpha=-1
+        )
+    del columns, scales, free
+    return torch.empty_like(result).index_copy_(
+        0, order, result
+    ).T.contiguous(), factor.notes
+
+
+def _ordered(gram: Gram) -> tuple[Tensor, Factor]:
+    """The inputs by their mean square, the largest first, and the inverse Cholesky factor in that order."""
+    order = gram.diagonal.argsort(descending=True, stable=True)
+    return order, Gram(gram.matrix[order][:, order], gram.tokens).inverse_cholesky(
+        DAMPING
+    )
+
+
+def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The loop over the inputs of a panel, compiled; None where there is only torch, whose calls take most of it."""
+    if device.type == "cpu":
+        return native.round_panel if native.available() is not None else None
+    kernels = kernels_for(device)
+    return kernels.round_panel if kernels is not None else None
+
+
+class _Descent:
+    """Scales and numbers of a weight in turn, each with the other held; on transposed matrices ``(in, out)``."""
+
+    def __init__(self, grid: _Grid, start: Tensor, target: Tensor, gram: Gram) -> None:
+        self.grid, self.matrix, self.target = grid, gram.matrix, target.T.contiguous()
+        self.scales = grid.first  # (groups, 1)
+        self.columns = start.T.contiguous()
+        self.free = grid.free.T.to(self.columns.dtype).contiguous()
+        self.slope = self.matrix @ (
+            self.columns - self.target
+        )  # half the gradient of the error
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight ``(out, in)``, the best value of each entry with all others held, and the scales of groups."""
+        for _ in range(ROUNDS):
+            self._fit_scales()
+            self._fit_numbers()
+        best = self.columns - self.slope / self.matrix.diagonal()[:, None]
+        return self.columns.T.contiguous(), best.T.contiguous(), self.scales
+
+    def _fit_scales(self) -> None:
+        """Takes the best scales for the numbers, in the rows where they have a lower error as they are stored."""
+        grid = self.grid
+        factors = best_factors(
+            self.columns.T, self.slope.T, self.matrix, grid.groups
+        ).view_as(self.scales)
+        scales = scales_of(
+            self.scales * factors * grid.groups.levels.lowest,
+            grid.groups,
+            grid.dtype,
+            grid.units,
+        )
+        numbers = grid.numbers(self.columns, grid.scales(self.scales).T.contiguous())
+        columns = as_stored(numbers, grid.scales(scales).T, grid.dtype)
+        slope = self.matrix @ (columns - self.target)
+        worse = ~(
+            self._errors(columns, slope) < self._errors(self.columns, self.slope)
+        )  # (out,)
+        self.columns = torch.where(worse, self.columns, columns)
+        self.slope = torch.where(worse, self.slope, slope)
+        self.scales = torch.where(
+            worse.repeat_interleave(len(scales) // len(worse))[:, None],
+            self.scales,
+            scales,
+        )
+
+    def _errors(self, columns: Tensor, slope: Tensor) -> Tensor:
+        """The error of each row of the weight, ``(out,)``."""
+        return (columns - self.target).mul_(slope).sum(dim=0)
+
+    def _fit_numbers(self) -> None:
+        """Passes of coordinate descent over the free values."""
+        scales = self.grid.scales(self.scales).T.contiguous()
+        inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
+        before = self._errors(self.columns, self.slope).double().sum()
+        for number in range(PASSES):
+            first, *known = torch.stack(
+                [before, *self._pass(scales, inverse)]
+            ).tolist()  # a GPU would wait for each
+            if number == 0:
+                error = parallel.total(first)
+            gained = parallel.total(sum(known))
+            error -= gained
+            if gained <= ENOUGH * max(error, 0.0):
+                break
+
+    def _pass(self, scales: Tensor, inverse: Tensor) -> list[Tensor]:
+        """Moves all inputs one after another and corrects the slopes; how far the error fell by panels, fp64 ``()``."""
+        gains, groups = [], self.grid.groups
+        for start in range(0, len(self.columns), WIDE):
+            several, moves = slice(start, start + WIDE), []
+            for first in range(start, min(start + WIDE, len(self.columns)), PANEL):
+                rows = slice(first, first + PANEL)
+                inner = self.matrix[rows, rows].contiguous()
+                if (kernel := _kernel(inner.device)) is None:
+                    moved, gained = self._move(rows, inner, scales, inverse)
+                else:
+                    parts = (
+                        self.slope[rows],
+                        self.columns[rows],
+                        scales[rows],
+                        self.free[rows],
+                        inner,
+                    )
+                    moved, gained = kernel(
+                        parts,
+                        groups.levels,
+                        self.grid.dtype,
+                        zero=groups.dense,
+                        first=False,
+                    )
+                self.slope[several].addmm_(self.matrix[several, rows], moved)
+                moves.append(moved)
+                gains.append(gained.double().sum())
+            moved = torch.cat(moves)
+            for others in (slice(0, start), slice(start + WIDE, None)):
+                self.slope[others].addmm_(self.matrix[others, several], moved)
+        return gains
+
+    def _move(
+        self, rows: slice, inner: Tensor, scales: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Moves the inputs ``rows`` one after another; their moves, and how far the error of each output fell."""
+        moves = torch.zeros_like(self.columns[rows])
+        gained = self.columns.new_zeros(self.columns.shape[1])
+        levels, zero, dtype = (
+            self.grid.groups.levels,
+            self.grid.groups.dense,
+            self.grid.dtype,
+        )
+        views = (
+            part[rows].unbind()
+            for part in (self.columns, self.slope, scales, self.free, inverse)
+        )
+        # Few operations a column, on views made in advance: on narrow weights the calls take the time.
+        columns = zip(inner.diagonal().tolist(), *views, strict=True)
+        for number, (curvature, column, slope, scale, free, inverted) in enumerate(
+            columns
+        ):
+            slope = torch.addmv(slope, moves[:number].T, inner[number, :number])
+            units = column.add(slope, alpha=-1 / curvature).mul_(
+                inverted
+            )  # 0 where not free
+            value = as_stored(levels.nearest(units, zero=zero), scale, dtype)
+            move = (value - column).mul_(free)
+            gain = (
+                slope.mul_(2).add_(move, alpha=curvature).mul_(move)
+            )  # negative where the error falls
+            torch.mul(move, gain < 0, out=moves[number])
+            column.copy_(
+                torch.where(gain < 0, value, column)
+            )  # adding the move may miss the grid by an ulp
+            gained -= gain.clamp_(max=0)
+        return moves, gained
+
+
+def best_factors(
+    weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups
+) -> Tensor:
+    """Least-squares scale factor of each group of a weight ``(out, in)``: ``(out, groups)``.
+
+    With the groups of a row as vectors ``v_a``, the factors ``1 + t`` solve ``A t = −s`` with ``A_ab = v_aᵀ G v_b`` and
+    ``s_a`` the ``slope`` along ``v_a``: half the gradient of the error, ``(Ŵ − W) G``, for G the ``matrix``. A small
+    ridge keeps them near 1 where the rows hardly tell groups apart."""
+    count = len(groups.collect(weight[:1]))  # groups of a row
+    factors = weight.new_ones(len(weight), count)
+    rows = max(1, SYSTEMS // max(count**2, weight.shape[1]))
+    for top in range(0, len(weight), rows):
+        part = weight[
+            top : top + rows
+        ].contiguous()  # columns of a transposed one would be far apart
+        system = part.new_zeros(len(part), count, count)
+        for number in range(count):
+            first = number * groups.size
+            inside = slice(first, first + groups.size)
+            # The system is symmetric: products with the columns of earlier groups are known.
+            products = (part[:, inside] @ matrix[inside, first:]).mul_(part[:, first:])
+            products = (
+                replace(groups, columns=products.shape[1])
+                .collect(products)
+                .sum(dim=1)
+                .view(len(part), -1)
+            )
+            system[:, number:, number] = products
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal.mul_(1 + RIDGE).masked_fill_(diagonal <= 0, 1.0)
+        along = (
+            groups.collect(slope[top : top + rows] * part)
+            .sum(dim=1)
+            .view(len(part), count, 1)
+        )
+        lower, failed = torch.linalg.cholesky_ex(
+            system
+        )  # reads the lower half; a row where it fails keeps its scales
+        change = torch.cholesky_solve(along, lower).squeeze(2)
+        factors[top : top + rows] -= torch.where(
+            (failed == 0).unsqueeze(1) & change.isfinite(), change, 0.0
+        )
+    return factors.clamp_(*FACTORS)

@@ -1,0 +1,327 @@
+"""The gradient of the dense model's loss at every linear, one block in memory at a time, and what follows from it: the
+cost of errors of outputs, and the saliency of weights.
+
+The forward pass stores the input of each block. The next-token loss is differentiated through the head. Then each
+block, from the last to the first, runs again on its stored input and propagates the gradient to it. Hidden states and
+gradients are in memory, or in files where the scratch has no room. Each process takes some of the windows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm import machine, parallel
+from sparsellm.errors import DataError, ModelError, NumericalError
+from sparsellm.files.scratch import TensorStore
+from sparsellm.method.sweep.head import next_token_loss, through_head
+from sparsellm.method.sweep.training import running_on
+from sparsellm.model import Chain, Feed, LinearView, Stream
+from sparsellm.model.capture import watch
+from sparsellm.model.streams import PIECE_TOKENS
+from sparsellm.progress import Progress as Event
+
+TOKENS = 4096  # calibration tokens for gradients; the time is proportional to them
+LEAST_WINDOWS = (
+    4  # with half as many the model is worse, with twice as many it is not better
+)
+SHARE = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
+LEAST_SCORED = 128  # fewest such positions: fewer save little, because the blocks run on all positions
+BINS = 1 << 14
+LOWEST, HIGHEST = (
+    -160.0,
+    60.0,
+)  # log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
+WITHOUT = (
+    "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
+)
+
+See = Callable[[LinearView, Tensor, Tensor], None]
+"""Called for a linear with its input ``(..., in)`` and the gradient at its output, which is that of the *sum* over all
+scored tokens of the negative log-likelihood, in nats: its squares make up the empirical Fisher of a token."""
+
+
+@dataclass(frozen=True)
+class LossGradients:
+    """The results of one backward sweep of the dense model. Linears that no token reached are in neither mapping."""
+
+    tokens: int
+    # E[g_i²] of each output i of a linear, (out,) fp32: what an error of that output costs the loss, to second order
+    output_squares: dict[str, Tensor]
+    saliency: dict[
+        str, Tensor
+    ]  # a histogram() of each linear; empty if it was not requested
+
+
+def loss_gradients(
+    feed: Feed, names: Collection[str], *, saliency: bool = False
+) -> LossGradients:
+    """The squared gradients at outputs of the linears ``names``, and optionally the saliency of every weight.
+
+    Saliency takes one product ``F = (g∘g)ᵀ(x∘x)`` a batch, with factors in bf16 where blocks multiply in it (their
+    rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time. A NumericalError says that a
+    gradient is NaN or infinite; others are as in :func:`backward_sweep`."""
+    tokens, dtype = (
+        feed.windows.numel(),
+        torch.float32 if feed.chain.products is None else torch.bfloat16,
+    )
+    squares: dict[str, Tensor] = {}  # (out,) fp32, sums over tokens
+    fisher: dict[str, Tensor] = {}  # (out, in) fp32, those of one block
+    histograms: dict[str, Tensor] = {}
+
+    def see(linear: LinearView, x: Tensor, gradient: Tensor) -> None:
+        if not gradient.numel():  # an expert that no token was routed to
+            return
+        costs = gradient.flatten(0, -2).float().square()  # (tokens, out)
+        _add(squares, linear.name, costs.sum(0))
+        if saliency:
+            rows = x.flatten(0, -2).float().square()  # (tokens, in)
+            _add(fisher, linear.name, (costs.to(dtype).T @ rows.to(dtype)).float())
+
+    def done(linears: list[LinearView]) -> None:
+        sizes = {
+            linear.name: (linear.out_features, linear.in_features) for linear in linears
+        }
+        parallel.all_sums_(
+            squares, {name: size[:1] for name, size in sizes.items()}, feed.chain.device
+        )
+        parallel.all_sums_(fisher, sizes, feed.chain.device)
+        for linear in linears:
+            if linear.name in fisher:
+                histograms[linear.name] = histogram(
+                    linear, fisher.pop(linear.name).div_(tokens)
+                )
+
+    pieces = replace(feed, batch_tokens=min(feed.batch_tokens, PIECE_TOKENS))
+    backward_sweep(pieces, see, done, names=names, share=SHARE, reads_inputs=saliency)
+    means = {name: (total / tokens).cpu() for name, total in squares.items()}
+    for name, mean in means.items():
+        _check_finite(name, mean)
+    return LossGradients(tokens, means, histograms)
+
+
+def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    sums[name] = sums[name].add_(part) if name in sums else part
+
+
+def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
+    """Counts of ``log₂ s_ij``, int64 ``(BINS,)`` on the CPU; bin 0 includes weights of zero saliency.
+
+    ``s_ij = ½ w_ij² F_ij`` is the loss, in nats a token, that removing the weight adds, to second order (the optimal
+    brain damage of LeCun et al. 1990). ``fisher``, which is overwritten, is ``F_ij = Σ_t g_ti² x_tj² / N``, ``(out,
+    in)``, the diagonal of the empirical Fisher; a NumericalError says that it is not finite."""
+    _check_finite(linear.name, fisher)
+    logarithm = fisher.log2_().add_(linear.weight().abs_().log2_(), alpha=2).sub_(1)
+    bins = logarithm.sub_(LOWEST).mul_(BINS / (HIGHEST - LOWEST)).clamp_(0, BINS - 1)
+    total = torch.zeros(BINS, dtype=torch.int64)
+    for rows in bins.split(max(1, (1 << 22) // bins.shape[1])):
+        total += torch.bincount(rows.flatten().to(torch.int64), minlength=BINS).cpu()
+    return total
+
+
+def _check_finite(name: str, squares: Tensor) -> None:
+    if not bool(torch.isfinite(squares).all()):
+        raise NumericalError(
+            f"gradients at {name} are not finite; try dtype float32, or do without: {WITHOUT}"
+        )
+
+
+@torch.no_grad()
+def backward_sweep(
+    feed: Feed,
+    see: See,
+    done: Callable[[list[LinearView]], None] = lambda linears: None,
+    *,
+    names: Collection[str] | None = None,
+    share: float = 1.0,
+    reads_inputs: bool = True,
+) -> float:
+    """Differentiates the next-token loss at outputs of linears, last block first; returns its mean, in nats a token.
+
+    The forward pass runs blocks in the chain's dtype, the backward pass copies in fp32. The model stays the same to the
+    bit. The scratch holds ``blocks + 2`` times the hidden states of this process's windows.
+
+    Args:
+        see: called for each linear and batch of this process's windows.
+        done: called with the linears of each block after all its tokens, while it is loaded, in every process.
+        names: the linears to call them for; None for all.
+        share: the share of a window's positions that is scored, see :func:`_positions`. The head, whose vocabulary may
+            cost more than all blocks, runs for these alone.
+        reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
+
+    A NumericalError says that the loss is not finite; a ModelError that a block has no gradient, or changes the input
+    of a linear in place, where inputs are read; a DataError that windows have one token, which is not scored."""
+    if feed.seq_len < 2:
+        raise DataError(
+            f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more"
+        )
+    windows, (feed, places) = len(feed.windows), feed.own()
+    chain, blocks = feed.chain, len(feed.chain)
+    stream = feed.stream()
+    with contextlib.ExitStack() as stack:
+        stack.callback(stream.close)
+        inputs: list[TensorStore] = []
+        for index in range(blocks):
+            feed.progress(
+                Event(
+                    "gradients",
+                    index,
+                    2 * blocks,
+                    f"block {index + 1}/{blocks} forward",
+                )
+            )
+            inputs.append(stack.enter_context(stream.store()))
+            with chain.block(index, feed.blocks):
+                for position, output in enumerate(stream.run(index)):
+                    inputs[index].append(stream.hidden[position])
+                    stream.hidden[position] = output
+        gradients = stack.enter_context(stream.store())
+        with chain.outer():
+            loss = _through_the_end(feed, stream, gradients, share, places)
+        loss = parallel.total(loss) / (windows * (feed.seq_len - 1))
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"the loss of the dense model is {loss} in {chain.dtype}; try dtype float32"
+            )
+        for index in reversed(range(blocks)):
+            event = Event(
+                "gradients",
+                2 * blocks - 1 - index,
+                2 * blocks,
+                f"block {index + 1}/{blocks} backward",
+            )
+            feed.progress(event)
+            with (
+                chain.block(index, feed.blocks),
+                running_on(chain, index, _fp32_copies(chain, index)),
+            ):
+                linears = [
+                    linear
+                    for linear in chain.linears(index)
+                    if names is None or linear.name in names
+                ]
+                seen = linears if places.start < places.stop else []
+                _back_through(
+                    stream,
+                    index,
+                    inputs[index],
+                    gradients,
+                    seen,
+                    _hook(see, reads_inputs),
+                )
+                done(linears)
+            inputs[index].close()
+            machine.trim()  # the copies in fp32 leave holes
+    feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
+    return loss
+
+
+def _through_the_end(
+    feed: Feed, stream: Stream, gradients: TensorStore, share: float, places: slice
+) -> float:
+    """The sum of the losses of the windows at ``places`` among those of all processes; appends its gradient at the
+    output of the last block to ``gradients``."""
+    chain, total, start, predicted = feed.chain, 0.0, 0, feed.seq_len - 1
+    for hidden in stream.hidden:
+        hidden, ids = (
+            hidden.float(),
+            feed.windows[start : start + len(hidden)].to(chain.device),
+        )
+        seeds = range(places.start + start, places.start + start + len(hidden))
+        scored = torch.stack([_positions(predicted, share, seed) for seed in seeds]).to(
+            chain.device
+        )
+        start, spots = (
+            start + len(hidden),
+            scored[..., None].expand(-1, -1, hidden.shape[-1]),
+        )
+        following = next_token_loss(ids.gather(1, scored + 1))
+        loss, slope = through_head(
+            chain,
+            hidden.gather(1, spots),
+            ids.gather(1, scored),
+            following,
+            gradient=True,
+        )
+        total += loss * predicted / scored.shape[1]
+        slope *= (predicted / scored.shape[1]) ** 0.5
+        gradients.append(torch.zeros_like(hidden).scatter_(1, spots, slope))
+    return total if places.start < places.stop else 0.0
+
+
+def _positions(predicted: int, share: float, seed: int) -> Tensor:
+    """The positions of a window that are scored, int64, in order: a random ``share`` of the ``predicted`` ones with a
+    next token, at least :data:`LEAST_SCORED`.
+
+    The gradient ``g`` at a token sums those of later positions, ``Σ_s a_s``. Of a share p of the positions it is
+    ``ĝ = Σ_s m_s a_s``, scaled by ``1/√p`` so that ``E ĝ² = p g² + (1 − p) Σ_s a_s²``. Errors of predictions at
+    different positions are uncorrelated in a calibrated model, so ``E g² = E Σ_s a_s²``: squares keep their expectation
+    for any share, while gradients themselves are ``√p`` of theirs."""
+    count = min(predicted, max(LEAST_SCORED, round(share * predicted)))
+    if count == predicted:
+        return torch.arange(predicted)
+    return (
+        torch.randperm(predicted, generator=torch.Generator().manual_seed(seed))[:count]
+        .sort()
+        .values
+    )
+
+
+def _back_through(
+    stream: Stream,
+    index: int,
+    inputs: TensorStore,
+    gradients: TensorStore,
+    linears: list[LinearView],
+    hook: See,
+) -> None:
+    """Runs the loaded block on its stored input, and replaces ``gradients`` at its output by those at its input."""
+    chain = stream.chain
+    for position, call in enumerate(
+        [call.to(torch.float32) for call in stream.calls(index)]
+    ):
+        hidden = inputs[position].float().detach().requires_grad_(True)
+        with torch.enable_grad(), watch(linears, hook):
+            output = chain.apply(index, hidden, call)
+        try:
+            (gradients[position],) = torch.autograd.grad(
+                output, hidden, gradients[position]
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the model's own code may not be differentiable
+            why, block = str(error).splitlines()[0], chain.block_names[index]
+            raise ModelError(
+                f"{block} has no gradient ({why}); do without: {WITHOUT}"
+            ) from error
+
+
+def _fp32_copies(chain: Chain, index: int) -> dict[str, nn.Parameter]:
+    parameters = chain.block_parameters(index).items()
+    return {
+        name: nn.Parameter(p.detach().float(), requires_grad=False)
+        for name, p in parameters
+    }
+
+
+def _hook(see: See, reads_inputs: bool) -> See:
+    """A hook on a linear's output in the graph; later changes of the output in place do not affect it."""
+
+    def watched(linear: LinearView, x: Tensor, y: Tensor) -> None:
+        given, version = x.detach(), x._version
+
+        def arrived(gradient: Tensor) -> None:
+            if reads_inputs and given._version != version:
+                why = f"the model changes the input of {linear.name} in place, so it has no gradient"
+                raise ModelError(f"{why}; do without: {WITHOUT}")
+            see(linear, given, gradient.detach())
+
+        if y.requires_grad:  # else the loss does not depend on this linear
+            y.register_hook(arrived)
+
+    return watched

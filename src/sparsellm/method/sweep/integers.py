@@ -1,0 +1,115 @@
+"""Pruned linears whose values are integers times a scale while the parameters behind them are trained in fp32.
+
+A step of a sweep is far smaller than a step of a grid, so few values change their integer. The scales are what a sweep
+can fit: each group has a factor that is trained, too (EfficientQAT, arXiv 2407.11062, trains scales alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm.model import Chain
+from sparsellm.model.structure import LinearView
+from sparsepack.codes import exponents_of_text
+from sparsepack.grid import Groups, on_grid
+
+FACTORS = ".factors"  # behind the name of a weight: the factors of its groups
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The linears of a model whose values are rounded to a grid."""
+
+    chain: Chain
+    values: str  # int8, int4 or int3, or the name of another program's grid
+    linears: Mapping[
+        str, str
+    ]  # the exponents of the columns of each linear by its name, as records have them
+    groups: dict[str, Groups] = field(
+        default_factory=dict
+    )  # by name of the weight; filled by factors()
+
+    def factors(self, index: int) -> dict[str, Tensor]:
+        """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, by their names."""
+        factors = {}
+        for linear in self._of(index):
+            weight = linear.weight()
+            groups = self.groups[linear.weight_name] = Groups.of(weight, self.values)
+            of_a_row = len(groups.collect(weight)) // len(weight)
+            factors[linear.weight_name + FACTORS] = weight.new_ones(
+                len(weight), of_a_row
+            )
+        return factors
+
+    def of(
+        self, parameters: Mapping[str, nn.Parameter], index: int
+    ) -> dict[str, nn.Parameter]:
+        """The same parameters of block ``index`` without factors, with rounded ones in place of the weights of these
+        linears; a gradient of one is taken as that of the weight behind it (straight-through)."""
+        rounded = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if not name.endswith(FACTORS)
+        }
+        for linear in self._of(index):
+            weight = _seen(linear, parameters[linear.weight_name].detach())
+            factors = parameters[linear.weight_name + FACTORS].detach()
+            groups = self.groups[linear.weight_name]
+            weight = groups.spread(groups.collect(weight) * factors.reshape(-1, 1))
+            rounded[linear.weight_name] = nn.Parameter(
+                _seen(linear, self._rounded(linear, weight, groups))
+            )
+        return rounded
+
+    def pull_back(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rounded: Mapping[str, nn.Parameter],
+        index: int,
+    ) -> None:
+        """Sets the gradients of the factors of block ``index`` from those of its weights: the whole numbers of a group
+        are held, so its values move together. ``rounded`` is what :meth:`of` made of ``parameters``."""
+        for linear in self._of(index):
+            name = linear.weight_name
+            if (gradient := parameters[name].grad) is None:
+                continue
+            products = _seen(linear, gradient * rounded[name].detach())
+            factors = parameters[name + FACTORS]
+            factors.grad = (
+                self.groups[name]
+                .collect(products)
+                .sum(dim=1)
+                .view_as(factors)
+                .div_(factors.detach())
+            )
+
+    @torch.no_grad()
+    def settle(self, index: int) -> None:
+        """Rounds the weights of the loaded block ``index``."""
+        for linear in self._of(index):
+            linear.assign(self._rounded(linear, linear.weight()))
+
+    def _of(self, index: int) -> list[LinearView]:
+        return [
+            linear
+            for linear in self.chain.linears(index)
+            if linear.name in self.linears
+        ]
+
+    def _rounded(
+        self, linear: LinearView, weight: Tensor, groups: Groups | None = None
+    ) -> Tensor:
+        exponents = exponents_of_text(self.linears[linear.name])
+        exponents = None if exponents is None else exponents.to(weight.device)
+        return on_grid(
+            weight, self.values, linear.storage_dtype, exponents, groups=groups
+        )
+
+
+def _seen(linear: LinearView, matrix: Tensor) -> Tensor:
+    """A matrix, transposed between the layout of its parameter and ``(out, in)`` where the linear stores ``Wᵀ``."""
+    return matrix.t().contiguous() if linear.transposed else matrix

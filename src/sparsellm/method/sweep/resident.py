@@ -1,0 +1,314 @@
+"""The resident sweep: all blocks in memory at once, those of one process or divided over several.
+
+A step runs copies of the blocks as one module, forward and backward, so each block runs once and not twice as in the
+streamed sweep. Several processes, and one that offloads them, hold them by torch's fully sharded data parallelism
+(:func:`torch.distributed.fsdp.fully_shard`, arXiv 2304.11277): each holds some rows of every parameter, of its gradient
+and its moments, gathers the rest while a block runs, and gets the sum of all gradients of its rows. Each process runs
+its own windows of a step. Embedding, norm and head are not trained, and every process has them whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Shard
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from sparsellm import machine, parallel
+from sparsellm.method.sweep.sweep_task import Residence, Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.training import adam_step, joined, split
+from sparsellm.model import Call, Chain
+from sparsellm.model.streams import Piece
+
+
+class _Blocks(nn.Module):
+    """Copies of the blocks of a chain, which run one after another."""
+
+    def __init__(self, chain: Chain, copies: list[nn.Module], way: Residence) -> None:
+        super().__init__()
+        self.chain, self.copies, self.way = chain, nn.ModuleList(copies), way
+
+    def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+        for index, call in enumerate(calls):
+            if self.way.recomputes and torch.is_grad_enabled():
+                hidden = checkpoint(self._run, index, hidden, call, use_reentrant=False)
+            else:
+                hidden = self._run(index, hidden, call)
+        return hidden
+
+    def _run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        block = self.copies[index]
+        if not self.way.narrow or self.way.sharded:
+            return self.chain.apply(index, hidden, call, block)
+        rounded = {name: p.to(torch.bfloat16) for name, p in block.named_parameters()}
+        return self.chain.apply(
+            index,
+            hidden,
+            call,
+            lambda *args, **kwargs: functional_call(block, rounded, args, kwargs),
+        )
+
+
+class Resident(Weights):
+    """The fp32 parameters of all blocks and Adam's moments, for each block the rows of this process as one tensor."""
+
+    def __init__(self, task: SweepTask) -> None:
+        assert task.resident is not None
+        super().__init__(task)
+        self.way = task.resident
+        self.dtype = torch.bfloat16 if self.way.narrow else torch.float32
+        self._parameters: dict[str, nn.Parameter] = {}
+        with contextlib.ExitStack() as opened:
+            self._mesh = self._divided(opened) if self.way.sharded else None
+            if self.chain.device.type == "cpu":
+                opened.enter_context(machine.keeping_freed())
+            self._blocks = self._load()
+            self._opened = opened.pop_all()
+        self._moments: list[Tensor] = []
+        for index in range(len(self.chain)):
+            flat = self.copied(index)
+            self._moments.append(flat.new_zeros(2, len(flat)))
+            if (state := self.saved_state(index)) is not None:
+                self.replace(index, *state)
+        self.keep_saved()
+
+    def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
+        """All processes, in one dimension; a group of one where this process is alone."""
+        if not dist.is_initialized():
+            dist.init_process_group(
+                parallel.backend(), store=HashStore(), rank=0, world_size=1
+            )
+            opened.callback(dist.destroy_process_group)
+        if parallel.size() < dist.get_world_size():  # parallel.alone()
+            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            assert isinstance(group, dist.ProcessGroup), "this process is in it"
+            opened.callback(dist.destroy_process_group, group)
+            return DeviceMesh.from_group(group, self.chain.device.type)
+        return init_device_mesh(self.chain.device.type, (parallel.size(),))
+
+    def _load(self) -> _Blocks:
+        """Copies of all blocks with the pruned weights in fp32; a parameter of several blocks is one in all of them."""
+        chain, copies = self.chain, []
+        shared: dict[str, nn.Parameter] = {}
+        for index in range(len(self.chain)):
+            with chain.block(index, self.task.pruned(index)):
+                self.describe(index)
+                memo: dict[int, object] = {}
+                for name, p in chain.block_parameters(index).items():
+                    first = chain.home(name)[1]
+                    if first not in shared:
+                        wide = p.detach().to(
+                            torch.float32,
+                            copy=True,
+                            memory_format=torch.contiguous_format,
+                        )
+                        shared[first] = nn.Parameter(wide)
+                    memo[id(p)] = shared[first]
+                copies.append(copy.deepcopy(chain.blocks[index], memo))
+                copies[
+                    -1
+                ]._forward_pre_hooks.clear()  # the caller's, which run in the model's own forward
+                copies[-1]._forward_hooks.clear()
+            shared = {first: p for first, p in shared.items() if chain.is_shared(first)}
+            if self._mesh is not None:
+                self._shard(copies[-1], set(shared.values()))
+        blocks = _Blocks(chain, copies, self.way)
+        if self._mesh is not None:
+            self._shard(blocks)  # what several blocks share is whole while they all run
+        for index, block in enumerate(copies):
+            inner = dict(
+                block.named_parameters(
+                    prefix=chain.block_names[index], remove_duplicate=False
+                )
+            )
+            self._parameters |= {name: inner[name] for name in self.shapes[index]}
+        return blocks
+
+    def _shard(
+        self, module: nn.Module, ignored: set[nn.Parameter] | None = None
+    ) -> None:
+        pins = (
+            self.way.offloads
+            and self.chain.device.type == "cuda"
+            and machine.pinned(1) is not None
+        )
+        sharded = fully_shard(
+            module,
+            mesh=self._mesh,
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(
+                self.dtype, torch.float32, cast_forward_inputs=False
+            ),
+            offload_policy=CPUOffloadPolicy(pins)
+            if self.way.offloads
+            else OffloadPolicy(),
+            ignored_params=ignored,
+        )
+        sharded.set_gradient_divide_factor(
+            1.0
+        )  # gradients of a mean over the tokens of all processes are added up
+        sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_reduce_scatter_unused_params(
+            True, recurse=False
+        )  # also where only others ran a module
+
+    def _rows(self, name: str) -> Tensor:
+        return _local(self._parameters[name].detach())
+
+    def _rows_of(self, index: int) -> dict[str, Tensor]:
+        return {name: self._rows(name) for name in self.shapes[index]}
+
+    def copied(self, index: int) -> Tensor:
+        return joined(self._rows_of(index))
+
+    def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
+        rows = self._rows_of(index)
+        for name, part in split(
+            parameters, {name: tensor.shape for name, tensor in rows.items()}
+        ).items():
+            rows[name].copy_(part)
+        self._moments[index].copy_(moments)
+
+    def part(self, index: int, complete: Tensor) -> Tensor:
+        if self._mesh is None:
+            return complete
+        rank, size, parts = parallel.rank(), parallel.size(), []
+        for name, tensor in split(complete, self.shapes[index]).items():
+            first = -len(self.shapes[index][name])  # the dimension of rows
+            chunks = tensor.chunk(size, first)
+            rows = chunks[rank] if rank < len(chunks) else chunks[0].narrow(first, 0, 0)
+            parts.append(rows.flatten(first))
+        return torch.cat(parts, -1)
+
+    def complete(self, index: int, part: Tensor) -> Tensor:
+        if self._mesh is None:
+            return part
+        tensors = split(
+            part, {name: rows.shape for name, rows in self._rows_of(index).items()}
+        )
+        for name, shape in self.shapes[index].items():
+            stride = torch.empty(shape, device="meta").stride()
+            divided = DTensor.from_local(
+                tensors[name], self._mesh, [Shard(0)], shape=shape, stride=stride
+            )
+            tensors[name] = divided.full_tensor()
+        return joined(tensors)
+
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
+        return [
+            Step(
+                tuple(None if count is None else number for count in some),
+                sum(count or 0 for count in some),
+            )
+            for number, some in enumerate(zip_longest(*tokens))
+        ]
+
+    def outputs(
+        self, run: Run, pieces: Sequence[Piece | None]
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        narrow = [
+            name
+            for name in self._parameters
+            if self.dtypes[name] != (torch.float32, torch.float32)
+        ]
+        before = {name: self._rows(name).clone() for name in narrow}
+        for name in narrow:
+            self._rows(name).copy_(self.as_written(name, before[name]))
+        try:
+            for piece in pieces:
+                output = self._run(run, piece)
+                if piece is not None:
+                    yield piece, output.float()
+        finally:
+            for name, rows in before.items():
+                self._rows(name).copy_(rows)
+
+    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+        piece = run.piece(step)
+        with torch.enable_grad():
+            output = self._run(run, piece)
+        loss, slope = 0.0, torch.zeros_like(output)
+        if piece is not None:
+            loss, slope = run.end(output.detach().float(), piece, step.tokens)
+        output.backward(slope.to(output.dtype))
+        del output
+        sizes = self._sizes()
+        for index in range(len(self.chain)):
+            trained = {}
+            for name in self.shapes[index]:
+                parameter = self._parameters[name]
+                trained[name] = nn.Parameter(self._rows(name))
+                trained[name].grad = (
+                    None if parameter.grad is None else _local(parameter.grad)
+                )
+                parameter.grad = None
+            adam_step(
+                trained,
+                self._moments[index],
+                rate,
+                number,
+                pruned=self.pruned,
+                sizes=sizes,
+            )
+        return parallel.total(loss)
+
+    def _run(self, run: Run, piece: Piece | None) -> Tensor:
+        """The output of the last block, for the first piece if there is none: every process must run the blocks."""
+        if self.chain.products is not None:
+            self.chain.products.forget()  # gathered weights change without a new version
+        piece = run.stream.pieces[0] if piece is None else piece
+        calls = [run.call(piece, index, self.dtype) for index in range(len(self.chain))]
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "FSDP2-wrapped module"
+            )  # outputs that are views; none is overwritten
+            output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
+        return output
+
+    def _sizes(self) -> dict[str, float]:
+        """The root mean square of each parameter, over the rows of all processes; empty where this one has them all."""
+        if self._mesh is None:
+            return {}
+        squares = torch.stack(
+            [self._rows(name).norm().double().square() for name in self._parameters]
+        )
+        totals = parallel.all_sum_(squares).tolist()
+        return {
+            name: (total / parameter.numel()) ** 0.5
+            for (name, parameter), total in zip(
+                self._parameters.items(), totals, strict=True
+            )
+        }
+
+    def parameters(self, block: int) -> Tensor:
+        return self.complete(block, self.copied(block))
+
+    def moments(self, block: int) -> Tensor:
+        return torch.stack(
+            [self.complete(block, moment) for moment in self._moments[block]]
+        )
+
+    def close(self) -> None:
+        super().close()
+        self._opened.close()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The rows of a parameter or gradient that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,259 @@
+"""The streamed sweep: one block in memory at a time.
+
+Each step runs the blocks forward and stores their inputs. On the way back each block runs again on its stored input,
+Adam updates it, and it is stored. Weights and moments of the other blocks are in memory or on disk, depending on the
+room; in a block with 30 % of zeros or more, those of pruned weights, which stay zero, are not stored. With several
+processes, the one that has the windows of a step computes the gradient, and all take the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm import parallel
+from sparsellm.method.sweep.sweep_task import Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.training import (
+    adam_step,
+    joined,
+    running_on,
+    share_gradients,
+)
+from sparsellm.model.streams import Piece
+
+COPIED = (
+    1 << 20
+)  # elements that are put in their places at once, since that takes places in int64
+MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is kept take as much as is saved
+
+
+def place_dtype(elements: int) -> torch.dtype:
+    """The dtype of places in a block with this number of elements."""
+    return torch.int32 if elements < 1 << 31 else torch.int64
+
+
+class Streamed(Weights):
+    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1. A process's
+    part of a block is what is not pruned, and another store has its places; none where the part is all."""
+
+    def __init__(self, task: SweepTask) -> None:
+        super().__init__(task)
+        self.factors: set[str] = (
+            set()
+        )  # names of the factors of groups, where values are rounded
+        self.store = task.feed.scratch.store(self.chain.device)
+        self._places = task.feed.scratch.store(self.chain.device)
+        self._read: tuple[int, Tensor] | None = (
+            None  # the block whose places were read last, and these
+        )
+        self._aliases: list[
+            dict[str, tuple[int, str]]
+        ] = []  # other names of parameters: the block and the name there
+        for index in range(len(self.chain)):
+            with self.chain.block(index, task.pruned(index)):
+                trained, parameters = (
+                    self.describe(index),
+                    self.chain.block_parameters(index),
+                )
+                self.factors |= trained.keys() - parameters.keys()
+                self._aliases.append(
+                    {
+                        name: self.chain.home(name)
+                        for name in parameters
+                        if name not in trained
+                    }
+                )
+                self._places.append(self._places_in(trained))
+                flat = self.part(index, joined(trained))
+            flat, moments = self.saved_state(index) or (
+                flat,
+                flat.new_zeros(2, len(flat)),
+            )
+            self.store.append(flat)
+            self.store.append(moments)
+        self.keep_saved()
+
+    def _places_in(self, trained: Mapping[str, Tensor]) -> Tensor:
+        """The places of a block's elements that are not pruned, ``(kept,)``; ``(0,)`` if these are most of it."""
+        flags = []
+        for name, value in trained.items():
+            bits = joined({name: value}).view(
+                torch.int32
+            )  # a zero with a sign keeps it
+            flags.append(
+                bits != 0
+                if name in self.pruned
+                else torch.ones_like(bits, dtype=torch.bool)
+            )
+        kept = torch.cat(flags)
+        few = int(kept.count_nonzero()) <= MOST_KEPT * len(kept)
+        return (
+            (kept if few else kept[:0]).nonzero().flatten().to(place_dtype(len(kept)))
+        )
+
+    def _places_of(self, index: int) -> Tensor:
+        """The places of a block, read once for all of its tensors in a step."""
+        if self._read is None or self._read[0] != index:
+            self._read = index, self._places[index]
+        return self._read[1]
+
+    def part(self, index: int, complete: Tensor) -> Tensor:
+        places = self._places_of(index)
+        return (
+            complete.to(places.device).index_select(-1, places)
+            if len(places)
+            else complete
+        )
+
+    def complete(self, index: int, part: Tensor) -> Tensor:
+        places = self._places_of(index)
+        if not len(places):
+            return part
+        elements = sum(shape.numel() for shape in self.shapes[index].values())
+        filled = part.new_zeros(*part.shape[:-1], elements)
+        for some, values in zip(
+            places.split(COPIED), part.split(COPIED, -1), strict=True
+        ):
+            filled.index_copy_(-1, some.long(), values)
+        return filled
+
+    def parameters(self, block: int) -> Tensor:
+        return self.complete(block, self.store[2 * block])
+
+    def moments(self, block: int) -> Tensor:
+        return self.complete(block, self.store[2 * block + 1])
+
+    def copied(self, index: int) -> Tensor:
+        return self.store[2 * index].clone()
+
+    def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
+        self.store.overwrite(2 * index, parameters)
+        self.store.overwrite(2 * index + 1, moments)
+
+    def expect(self, index: int, *, moments: bool) -> None:
+        """Says which block is read next, with its moments or without."""
+        self._places.expect(index)
+        for place in range(2 * index, 2 * index + 1 + moments):
+            self.store.expect(place)
+
+    def write(self) -> None:
+        self.store.close()
+        super().write()
+
+    def close(self) -> None:
+        self.store.close()
+        self._places.close()
+        super().close()
+
+    def all_views(
+        self, flat: Tensor, index: int, *, running: bool, written: bool = False
+    ) -> dict[str, nn.Parameter]:
+        """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
+        With ``running``, values are on the grids of :class:`Integers`; with ``written``, also rounded as on disk."""
+        views: dict[int, dict[str, nn.Parameter]] = {}
+        for at in dict.fromkeys(
+            [index, *(at for at, _ in self._aliases[index].values())]
+        ):
+            views[at] = self.views(flat if at == index else self.parameters(at), at)
+            if running and self.integers is not None:
+                views[at] = self.integers.of(views[at], at)
+            if written:
+                for name, parameter in views[at].items():
+                    views[at][name] = nn.Parameter(
+                        self.as_written(name, parameter.detach())
+                    )
+        return {
+            **views[index],
+            **{
+                name: views[at][first]
+                for name, (at, first) in self._aliases[index].items()
+            },
+        }
+
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
+        return [
+            Step(
+                tuple(number if at == process else None for at in range(len(tokens))),
+                count,
+            )
+            for process, some in enumerate(tokens)
+            for number, count in enumerate(some)
+        ]
+
+    def outputs(
+        self, run: Run, pieces: Sequence[Piece | None]
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        for piece in pieces:
+            if piece is not None:
+                yield piece, self._forward(run, piece, written=True)[-1]
+
+    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+        chain, piece = self.chain, run.piece(step)
+        process = next(at for at, place in enumerate(step.pieces) if place is not None)
+        loss, inputs, gradient = 0.0, [], None
+        waiting: dict[
+            str, Tensor
+        ] = {}  # gradients of parameters that later blocks borrow
+        if piece is not None:
+            inputs = self._forward(run, piece, written=False)
+            loss, gradient = run.end(inputs.pop(), piece, step.tokens)
+        for index in reversed(range(len(chain))):
+            flat, state = self.parameters(index), self.moments(index)
+            self.expect(index - 1, moments=True)
+            parameters = used = self.all_views(flat, index, running=False)
+            if piece is not None:
+                hidden = inputs.pop()
+                if self.integers is not None:
+                    used = self.all_views(flat, index, running=True)
+                with running_on(chain, index, used), torch.enable_grad():
+                    hidden.requires_grad_(True)
+                    chain.apply(index, hidden, run.call(piece, index)).backward(
+                        gradient
+                    )
+                gradient = hidden.grad
+                assert gradient is not None
+                for name in used:
+                    parameters[name].grad = used[
+                        name
+                    ].grad  # straight through the rounding
+            trained = {name: parameters[name] for name in self.shapes[index]}
+            borrowed = {
+                first: name
+                for name, (at, first) in self._aliases[index].items()
+                if at != index
+            }
+            for first, name in [
+                *borrowed.items(),
+                *((n, n) for n in trained.keys() & waiting.keys()),
+            ]:
+                if (part := parameters[name].grad) is not None:
+                    waiting[first] = waiting[first] + part if first in waiting else part
+            for name in trained.keys() & waiting.keys():
+                trained[name].grad = waiting.pop(name)
+            if piece is not None and self.integers is not None:
+                self.integers.pull_back(trained, used, index)
+            share_gradients(trained.values(), process)
+            adam_step(
+                trained, state, rate, number, pruned=self.pruned, factors=self.factors
+            )
+            kept = self.part(index, flat)
+            del flat, parameters, used, trained  # before as much is taken again
+            self.replace(index, kept, self.part(index, state))
+            del state
+        return parallel.broadcast(loss, process)
+
+    def _forward(self, run: Run, piece: Piece, *, written: bool) -> list[Tensor]:
+        """The input of every block, and the output of the last."""
+        hidden = [run.inputs(piece).float()]
+        for index in range(len(self.chain)):
+            flat = self.parameters(index)
+            self.expect(index + 1, moments=False)
+            with running_on(
+                self.chain,
+                index,
+                self.all_views(flat, index, running=True, written=written),
+            ):
+                hidden.append(self.chain.run(index, hidden[-1], run.call(piece, index)))
+        return hidden

@@ -1,5 +1,0 @@
-"""Mixtures with fewer experts: which experts stay, and how those that stay make up for the others."""
-
-from sparsellm.mixtures.scores import SCORES
-
-__all__ = ["SCORES"]

@@ -1,0 +1,199 @@
+"""The model card: ``README.md`` of a checkpoint, from its ``pruning.json`` and ``results.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from sparsellm.arguments import Checkpoint, checked
+from sparsellm.errors import StorageError
+from sparsellm.files.contents import changing
+from sparsellm.files.results import read_results
+from sparsellm.inputs import HUB_ID, dump_yaml, read_object, without_folders
+from sparsellm.patterns import parse_chosen
+from sparsellm.recipe import Recipe
+from sparsellm.records import Evaluation, Export, Pruning, read_pruning
+from sparsepack.checkpoint import PackedEntry, is_packed, packed_entries
+
+CARD = "README.md"
+_MARK = (
+    "<!-- Written by `sparsellm card`, which replaces it unless it was edited: {} -->\n"
+)
+_LICENSE = ("license", "license_name", "license_link")
+_MOST_BYTES, _MOST_CHARACTERS = (
+    1 << 20,
+    300,
+)  # in the dense model's card and in a value: a hundred times the usual
+_ALWAYS = (
+    "method",
+    "sparsity",
+    "calibration",
+    "samples",
+    "seq_len",
+)  # settings shown also at their defaults
+
+
+def base_of(model: object, directory: Path | None) -> dict[str, str]:
+    """The hub id of a dense model as ``model``, and the license that its card states; empty where nothing is known.
+    ``directory`` is its checkpoint; None for a model that was given as an object."""
+    from huggingface_hub import metadata_load
+
+    name = getattr(model, "name_or_path", "") if directory is None else str(model)
+    if (
+        directory is not None and directory.parent.name == "snapshots"
+    ):  # in the hub's cache
+        name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
+    known = (
+        {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
+    )
+    with suppress(
+        Exception
+    ):  # the card belongs to somebody else and does not stop the run
+        if (
+            directory is not None
+            and (card := directory / CARD).is_file()
+            and card.stat().st_size <= _MOST_BYTES
+        ):
+            stated = metadata_load(card) or {}
+            license = {
+                key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)
+            }
+            known |= {
+                key: value
+                for key, value in license.items()
+                if 0 < len(value.strip()) <= _MOST_CHARACTERS
+            }
+    return known
+
+
+@checked
+def card(directory: Checkpoint, *, force: bool = False) -> Path:
+    """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
+
+    The checkpoint must have ``pruning.json``, and an evaluation or an export in ``results.json``; a card that somebody
+    else wrote or edited needs ``force``. Otherwise, or if a file is damaged: a StorageError, and nothing is written."""
+    directory = Path(directory).expanduser()
+    path = directory / CARD
+    run = read_pruning(directory)
+    results = read_results(directory)
+    if not results.evaluations and not results.exports:
+        raise StorageError(
+            f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again"
+        )
+    if not force and os.path.lexists(path) and not is_unedited(path):
+        raise StorageError(
+            f"{path} was not written by sparsellm, or was edited since; --force replaces it"
+        )
+    config = (
+        read_object(directory / "config.json")
+        if (directory / "config.json").is_file()
+        else {}
+    )
+    packed = packed_entries(config["quantization_config"]) if is_packed(config) else {}
+    text = card_text(
+        run, results.shown(), packed=packed.values(), files=results.exports
+    )
+    with changing(directory) as write:
+        return write(CARD, text.encode())
+
+
+def is_unedited(path: Path) -> bool:
+    """Whether a card is as :func:`card_text` made it."""
+    if not path.is_file():  # a pipe or a device might not end
+        return False
+    try:
+        *lines, last = path.read_bytes().decode().splitlines(keepends=True) or [""]
+    except (OSError, UnicodeDecodeError):
+        return False
+    return last == _MARK.format(_digest("".join(lines)))
+
+
+def card_text(
+    run: Pruning,
+    evaluations: Sequence[Evaluation] = (),
+    *,
+    packed: Iterable[PackedEntry] = (),
+    exported: Export | None = None,
+    files: Sequence[Export] = (),
+) -> str:
+    """The text of a card, with a mark by which :func:`is_unedited` knows it. It does not name the directory, which may
+    be moved. Texts that come from files and users stand in code spans and blocks, so they are never markup.
+
+    Args:
+        run, evaluations: what is known of the checkpoint.
+        packed: its packed linears, embedding and head, if it is packed.
+        exported: the export that it is, if it is one.
+        files: what was exported from it.
+    """
+    from huggingface_hub import ModelCard, ModelCardData  # takes a tenth of a second
+
+    base = run.base.model if HUB_ID.fullmatch(run.base.model or "") else None
+    pattern = run.recipe.get("pattern")
+    fixed = isinstance(pattern, str) and parse_chosen(pattern) is None
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[
+            "sparsellm",
+            "pruning",
+            "sparsity",
+            *([f"sparsity-{pattern}"] if fixed else []),
+        ],
+        **run.base.model_dump(include=set(_LICENSE), exclude_none=True),
+    )
+    defaults = Recipe().model_dump()
+    settings = dump_yaml(
+        {
+            key: item
+            for key, item in run.recipe.items()
+            if key in _ALWAYS or item != defaults.get(key)
+        }
+    )
+    fence = "`" * max(3, _longest_run(settings) + 1)
+    card = ModelCard.from_template(
+        data,
+        template_str=importlib.resources.files("sparsellm.report")
+        .joinpath("card.md.jinja")
+        .read_text(encoding="utf-8"),
+        run=run,
+        base=base,
+        name=base or run.base.name or "a model from memory",
+        evaluations=evaluations,
+        packed=sorted({entry.value_type for entry in packed}),
+        exported=exported,
+        files=files,
+        settings=f"{fence}yaml\n{settings.rstrip()}\n{fence}",
+        versions=", ".join(
+            _code(f"{tool} {version}") for tool, version in run.versions.items()
+        ),
+        code=_code,
+        named=without_folders,
+    )
+    text = f"{card}\n"
+    return text + _MARK.format(_digest(text))
+
+
+def _code(value: object) -> str:
+    """A code span, also inside of a table."""
+    text = "".join(c if c.isprintable() else "�" for c in str(value)).replace("|", "¦")
+    fence = "`" * (_longest_run(text) + 1)
+    return (
+        f"{fence} {text} {fence}"
+        if len(fence) > 1 or not text.strip()
+        else f"{fence}{text}{fence}"
+    )
+
+
+def _longest_run(text: str) -> int:
+    """The length of the longest run of backticks."""
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

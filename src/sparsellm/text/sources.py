@@ -1,0 +1,280 @@
+"""The text that a user names or passes, checked before a model is opened: a source, a file, token ids, or a data set.
+
+A source string is ``name`` or ``name:argument`` (``wikitext2``, ``hub:owner/name``), or the path of a file. A text
+mixture is several of them, each with its share of the windows: ``wiki.txt:0.5,hub:owner/name:0.3,self:0.2``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy
+import torch
+from torch import Tensor
+
+from sparsellm.errors import DataError, nearest, one_line, shown
+from sparsellm.inputs import mixture_of, without_folders
+from sparsellm.recipe import Recipe
+from sparsellm.text import corpora
+from sparsellm.text.texts import (
+    READERS,
+    Split,
+    Text,
+    documents_of,
+    read_file,
+    text_file,
+)
+
+TextGiven: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | Tensor
+    | numpy.ndarray
+    | Sequence[Any]
+    | Mapping[str, Any]
+    | Text
+)
+"""The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
+
+SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
+IDS, DOCUMENTS = (
+    "token ids given in Python",
+    "documents given in Python",
+)  # recorded in the recipe as ``calibration``
+
+_PLAIN: dict[str, Callable[[Split], Text]] = {
+    "pydoc": corpora.read_pydoc, "ptb": corpora.read_ptb, "c4": corpora.read_c4, "c4-sample": corpora.read_c4_sample
+}  # fmt: skip
+_WITH_ARGUMENT: dict[str, Callable[[str, Split], Text]] = {
+    "file": read_file, "wikitext2": corpora.read_wikitext2, "hub": corpora.read_hub
+}  # fmt: skip
+_SUFFIXES = ", ".join(READERS)
+_HINT = (
+    "give a source such as 'pydoc', the path of a file, token ids of windows of one length [[id, id, ...], ...], or a "
+    "data set with a column 'text', 'messages' or 'input_ids', such as [{'text': ...}, ...]"
+)
+
+
+def shares_of(source: str) -> dict[str, float]:
+    """The share of the windows that each source of a mixture gets, after division by their sum; 1 for a source alone.
+    Raises DataError for a share of 0, and a source that occurs twice."""
+    parts = mixture_of(source)
+    total, shares = sum(float(share) for _, share in parts), dict[str, float]()
+    for name, share in parts:
+        if not float(share) or name in shares:
+            why = (
+                "occurs twice; add its shares"
+                if name in shares
+                else f"has share {share}; leave it out"
+            )
+            raise DataError(
+                f"source {shown(name)} in text mixture {shown(source)} {why}"
+            )
+        shares[name] = float(share) / total
+    return shares or {source: 1.0}
+
+
+def check_sources(source: str, split: Split) -> list[tuple[str, str]]:
+    """:func:`check_source` for each source of a mixture, or for a source alone. Raises DataError also if the shares are
+    wrong (:func:`shares_of`), or for a mixture to evaluate on."""
+    shares = shares_of(source)
+    if len(shares) > 1 and split == "evaluation":
+        raise DataError(
+            f"{shown(source)} mixes texts for calibration; to evaluate, name one of them after the other"
+        )
+    sources = [check_source(part, split) for part in shares]
+    if len(
+        {(name, os.path.realpath(os.path.expanduser(file))) for name, file in sources}
+    ) < len(sources):
+        raise DataError(
+            f"text mixture {shown(source)} names one text twice; add its shares"
+        )
+    if len(set(map(without_folders, shares))) < len(shares):
+        raise DataError(
+            f"text mixture {shown(source)} has files of one name, which reports cannot tell apart; rename one"
+        )
+    return sources
+
+
+def check_source(source: str, split: Split) -> tuple[str, str]:
+    """The name and the argument of a source. Nothing is read, so that a mistake is reported before any work. Raises
+    DataError if it is neither the name of a source nor a path of a known kind; the file does not exist; the source
+    takes no argument; or it is ``self``, for evaluation."""
+    name, colon, argument = source.partition(":")
+    if not source.strip():
+        raise DataError(
+            f"the text source is empty; name a file ({_SUFFIXES}), or 'pydoc'"
+        )
+    if name in (*_PLAIN, SELF):
+        if colon:
+            raise DataError(
+                f"source {shown(source)}: {name} takes nothing after its name; write {name!r}"
+            )
+        if name == SELF and split == "evaluation":
+            raise DataError(
+                "source 'self' is text for calibration only; to evaluate, name a file or 'wikitext2'"
+            )
+    elif name not in _WITH_ARGUMENT:
+        is_path = Path(source).suffix.lower() in READERS or any(
+            part in source for part in "/\\~"
+        )
+        if not is_path:
+            hint = nearest(
+                name[:100],
+                [
+                    *_PLAIN,
+                    *(known for known in _WITH_ARGUMENT if known != "file"),
+                    SELF,
+                ],
+            )
+            hint = (
+                "a text mixture is SOURCE:SHARE,SOURCE:SHARE" if "," in source else hint
+            )
+            raise DataError(
+                f"unknown text source {shown(source)}; {hint} (a path ends in {_SUFFIXES})"
+            )
+        name, argument = "file", source
+    if name == "file" or (name == "wikitext2" and argument):
+        file = text_file(argument)
+        if name == "file" and file.suffix.lower() not in READERS:
+            raise DataError(
+                f"{shown(argument)} is not a kind of file that can be read; give {_SUFFIXES}"
+            )
+    return name, argument
+
+
+def read_source(source: str, split: Split) -> Text:
+    """The text that a source string names. Raises DataError as :func:`check_source`, or if the text cannot be read."""
+    name, argument = check_source(source, split)
+    text = (
+        _PLAIN[name](split) if name in _PLAIN else _WITH_ARGUMENT[name](argument, split)
+    )
+    return replace(text, called=f"source {shown(source)}")
+
+
+def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
+    """The text argument ``name`` as a source's name, token ids ``(windows, tokens)`` in int64 on the CPU, or documents.
+
+    The value is a source, a path, a tensor or array of ids, a sequence of id sequences of one length, or a data set: a
+    sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``. Raises DataError if it is none of
+    these, the source or file does not exist, or the ids are not integers in rows of one length of 2 or more."""
+    if isinstance(value, Text):
+        return value
+    if isinstance(value, os.PathLike):
+        path = os.fsdecode(value)
+        value = (
+            path if Path(path).suffix.lower() in READERS else f"file:{path}"
+        )  # also if it looks like a name
+    if isinstance(value, str):
+        check_sources(value, split)
+        return value
+    if (
+        isinstance(value, Mapping) and "input_ids" in value
+    ):  # the return value of a tokenizer
+        value, given = _ids(value["input_ids"], name), value
+        _refuse_padding([given], name)
+    if isinstance(value, Tensor | numpy.ndarray):
+        return _ids(value, name)
+    if (
+        isinstance(value, Mapping | bytes | bytearray)
+        or not hasattr(value, "__len__")
+        or not len(value)
+    ):
+        raise DataError(f"{name} is {shown(value)}; {_HINT}")
+    rows = list(value)
+    if not isinstance(rows[0], Mapping):
+        return _ids(rows, name)
+    if "input_ids" not in rows[0]:
+        return Text(
+            documents_of(
+                (f"{name}, row {number}", row) for number, row in enumerate(rows)
+            )
+        )
+    if not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
+        raise DataError(
+            f"not every row of {name} has 'input_ids', as the first has; {_HINT}"
+        )
+    _refuse_padding(rows, name)
+    return _ids([row["input_ids"] for row in rows], name)
+
+
+def _refuse_padding(rows: Iterable[Mapping[str, Any]], name: str) -> None:
+    masks = (
+        row["attention_mask"] for row in rows if row.get("attention_mask") is not None
+    )
+    if not all(torch.as_tensor(mask).all() for mask in masks):
+        raise DataError(
+            f"{name} has padding (attention_mask is 0 there); give windows of one length without padding"
+        )
+
+
+def default_source(*, demo: bool) -> tuple[str, list[str]]:
+    """The source to calibrate on where the user named none, fetched if it comes from the hub; and a warning if it is
+    one that suits no model well, because the hub cannot be reached."""
+    if demo:
+        return "pydoc", []
+    try:
+        corpora.fetch_c4_sample()
+    except DataError as error:
+        used = f"calibrated on Python's documentation (pydoc), since no text was named and {error}"
+        return "pydoc", [
+            f"{used}; --calibration with a text of the kind that the model reads loses less"
+        ]
+    return "c4-sample", []
+
+
+def settle_calibration(
+    recipe: Recipe, calibration: str | Tensor | Text | None
+) -> Recipe:
+    """The recipe with the name of ``calibration``, which :func:`as_text` checked; if None, its own, checked here."""
+    if calibration is None:
+        if recipe.calibration is not None:
+            check_sources(recipe.calibration, "calibration")
+        return recipe
+    if isinstance(calibration, str):
+        return recipe.updated(calibration=calibration)
+    return recipe.updated(
+        calibration=IDS if isinstance(calibration, Tensor) else DOCUMENTS
+    )
+
+
+def _ids(value: Any, name: str) -> Tensor:
+    """Token ids ``(windows, tokens)`` from an array, or from rows of one length."""
+    try:
+        rows = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
+        ids = (
+            rows
+            if isinstance(rows, Tensor)
+            else torch.stack([torch.as_tensor(row, device="cpu") for row in rows])
+        )
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # other lengths, or no numbers
+        raise DataError(
+            f"{name} is {shown(value)}, not windows of ids ({one_line(error)}); {_HINT}"
+        ) from None
+    if ids.is_meta or ids.layout != torch.strided:
+        raise DataError(
+            f"{name}: token ids must be an ordinary tensor, not on {ids.device} as {ids.layout}"
+        )
+    if (
+        ids.is_floating_point()
+        or ids.is_complex()
+        or ids.dtype == torch.bool
+        or ids.dim() != 2
+        or ids.shape[1] < 2
+    ):
+        kind = f"{str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}"
+        raise DataError(
+            f"{name}: token ids must be integers of shape (windows, 2 or more); got {kind}"
+        )
+    if not len(ids):
+        raise DataError(f"{name} is empty; {_HINT}")
+    return ids.detach().to("cpu", torch.int64)

@@ -1,0 +1,248 @@
+"""The model card: what it says, what it never overwrites, and that no text in it is markup."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.errors import StorageError
+from sparsellm.report.card import base_of, card, is_unedited
+from tests.method.allocation.helpers import IDS
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+EVALUATION: dict[str, Any] = {
+    "protocol": {
+        "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
+        "dtype": "float32",
+    },
+    "perplexity": {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1},
+    "against": {
+        "model": "/home/me/dense", "perplexity": {"value": 12.5, "low": 12.1, "high": 12.9},
+        "kl": 0.123, "kl_low": 0.1, "kl_high": 0.15, "agreement": 0.81, "recovery": 0.9,
+    },
+    "tasks": {"arc_easy": {"acc,none": {"value": 0.61, "stderr": 0.01}}},
+    "sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01",
+}  # fmt: skip
+
+
+def results(directory: Path, *evaluations: Any) -> None:
+    (directory / "results.json").write_text(
+        json.dumps({"format": 1, "evaluations": evaluations, "benchmarks": []})
+    )
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    """Pruned from a snapshot of the hub, whose card states a license."""
+    source = save_tiny(
+        tiny_llama(),
+        tiny_tokenizer(),
+        tmp_path / "models--some--model" / "snapshots" / "0123",
+    )
+    (source / "README.md").write_text(
+        "---\nlicense: llama3.2\nlicense_link: [x]\nlanguage: en\n---\n# A dense model\n"
+    )
+    recipe = Recipe(method="magnitude", pattern="2:4", exclude=["*.k_proj"])
+    return sparsellm.prune(source, recipe, out=tmp_path / "half", calibration=IDS).path
+
+
+def test_prune_writes_a_card_that_the_reader_of_the_hub_reads(pruned: Path) -> None:
+    card = ModelCard.load(pruned / "README.md")
+    assert card.data.base_model == "some/model"
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "llama3.2"
+    assert {"sparsellm", "pruning", "sparsity", "sparsity-2:4"} <= set(card.data.tags)
+    assert "https://huggingface.co/some/model" in card.text
+    assert "Not evaluated yet" in card.text
+    assert "# `some/model`, 47.62% sparse" in card.text
+    report = json.loads((pruned / "pruning.json").read_text())
+    assert f"{report['sparsity_reached']:.2%} of the weights" in " ".join(
+        card.text.split()
+    )
+    assert {"model": "some/model", "license": "llama3.2"}.items() <= report[
+        "base"
+    ].items()
+    assert yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])[
+        "exclude"
+    ] == ["*.k_proj"]
+    assert is_unedited(pruned / "README.md")
+
+
+def test_the_python_of_a_card_loads_the_checkpoint(
+    pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pruned.parent)
+    sparsellm.pack("half", out="small", values="int8")
+    first = (pruned.parent / "small" / "README.md").read_text()
+    results(pruned.parent / "small", EVALUATION)
+    card(pruned.parent / "small")
+    for name in ("half", "small"):
+        text = (pruned.parent / name / "README.md").read_text()
+        code = text.partition("```python\n")[2].partition("```")[0]
+        assert ("import sparsepack" in code) == (name == "small")
+        assert "pip install sparsellm" not in text
+        made: dict[str, Any] = {}
+        exec(code.replace("path/to/this/checkpoint", name), made)
+        assert (
+            made["model"](made["tokenizer"]("Hello", return_tensors="pt")["input_ids"])
+            .logits.isfinite()
+            .all()
+        )
+    assert all(
+        part in text and part in first
+        for part in ("weights are packed", "| packed values | int8 |")
+    )
+
+
+def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "my-model")
+    sparsellm.prune(
+        source, Recipe(method="magnitude"), out=tmp_path / "half", calibration=IDS
+    )
+    text = (tmp_path / "half" / "README.md").read_text()
+    assert "# `my-model`, 50% sparse" in text
+    assert "\n`my-model`, pruned after training by sparsellm" in text
+    assert "huggingface.co" not in text
+
+
+def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
+    results(
+        pruned,
+        {**EVALUATION, "tasks": None},
+        {**EVALUATION, "tasks": {"arc_easy": {"acc,none": {"value": 0.5}}}},
+        EVALUATION,
+        {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}},
+    )
+    assert "README.md" in run("card", pruned, exits=0)[1]
+    text = (pruned / "README.md").read_text()
+    assert (
+        "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored."
+        in text
+    )
+    assert "| | dense (`dense`) | pruned |" in text
+    assert "| perplexity | 12.5 (12.1–12.9) | 14.37 (13.9–14.9) |" in text
+    assert "| KL(dense ‖ pruned), nats a token | 0 | 0.123 (0.1–0.15) |" in text
+    assert (
+        "| same likeliest token | 100% | 81.0% |\n| recovery | 100% | 90.0% |\n" in text
+    )
+    assert "| `arc_easy`, `acc,none` |  | 0.61 ± 0.01 |" in text
+    assert "windows of 64 tokens" in text
+    assert (
+        text.count("windows of 512 tokens") == 1
+    )  # a later measurement of the same replaces the first
+    assert not any(part in text for part in ("/home/me", "Not evaluated"))
+    assert run("card", pruned)[0] == 0  # its own card is replaced again and again
+    narrow = EVALUATION | {"protocol": EVALUATION["protocol"] | {"window": 96}}
+    sparsellm.keep_results(pruned, [sparsellm.Evaluation(**narrow)])
+    assert "windows of 96 tokens" in (pruned / "README.md").read_text()
+
+
+def test_what_was_never_pruned_or_evaluated_has_no_new_card(
+    pruned: Path, refusal: Any
+) -> None:
+    before = (pruned / "README.md").read_bytes()
+    said = {
+        pruned.parent: "has no pruning.json; give a directory that",
+        pruned: "was never evaluated; run `sparsellm",
+    }
+    for directory, part in said.items():
+        assert part in refusal("card", directory)
+    with pytest.raises(StorageError, match=r"has no pruning\.json"):
+        sparsellm.keep_results(pruned.parent, [sparsellm.Evaluation(**EVALUATION)])
+    assert not (pruned.parent / "results.json").exists()
+    assert (pruned / "README.md").read_bytes() == before
+
+
+def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
+    results(pruned, EVALUATION)
+    card = pruned / "README.md"
+    edited = card.read_text().replace("Not evaluated yet", "Excellent")
+    card.write_text(edited)
+    assert "--force replaces it" in run("card", pruned, exits=2)[2]
+    assert card.read_text() == edited
+    assert run("card", pruned, "--force")[0] == 0
+    assert "14.37" in card.read_text()
+
+
+def test_what_is_not_a_file_is_kept_unless_forced(pruned: Path) -> None:
+    results(pruned, EVALUATION)
+    readme = pruned / "README.md"
+    for make in (
+        lambda: os.mkfifo(readme),
+        lambda: readme.symlink_to(pruned / "none"),
+        readme.mkdir,
+    ):
+        readme.unlink()
+        make()
+        with pytest.raises(StorageError, match="README"):
+            card(pruned)
+        assert not readme.is_file()
+
+
+def test_texts_of_others_are_no_markup(pruned: Path) -> None:
+    evil = "<img src=x onerror=alert(1)> | `x` ``` [a](javascript:b)\n# heading"
+    task = {evil: {"acc": {"value": 1.0, "stderr": None}}}
+    results(
+        pruned,
+        {
+            **EVALUATION,
+            "protocol": {**EVALUATION["protocol"], "text": evil},
+            "tasks": task,
+        },
+    )
+    report = json.loads((pruned / "pruning.json").read_text())
+    report["recipe"]["method"] = report["recipe"]["calibration"] = evil
+    report["base"] = {"model": "a/b](javascript:c)", "license": evil}
+    (pruned / "pruning.json").write_text(json.dumps(report))
+    lines = card(pruned).read_text().splitlines()
+    assert not any(line.startswith("# heading") for line in lines)
+    assert not any("javascript:c" in line for line in lines)
+    tables = [line for line in lines if line.startswith("|") and "onerror" in line]
+    assert len(tables) == 3
+    for line in tables:
+        assert line.count("|") == (4 if "`acc`" in line else 3)
+        assert "```` <img" in line
+        assert " ````" in line.partition("<img")[2]
+    assert ModelCard.load(pruned / "README.md").data.license.startswith(
+        "<img"
+    )  # quoted, in the front matter
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("owner/name", "owner/name"),
+        ("name", None),
+        ("./owner/name", None),
+        ("/a/b", None),
+        ("x" * 5000, None),
+    ],
+)
+def test_the_base_model_is_a_name_of_the_hub_or_unknown(
+    name: str, known: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert base_of(name, tmp_path).get("model") == known
+    model = tiny_llama()
+    model.name_or_path = name
+    assert base_of(model, None).get("model") == known
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert base_of("owner/name", tmp_path) == {}  # a directory of that name
+
+
+@pytest.mark.parametrize(
+    "card", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"]
+)
+def test_an_unreadable_card_of_the_dense_model_states_no_license(
+    card: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_bytes(card)
+    assert base_of("x", tmp_path) == {}
