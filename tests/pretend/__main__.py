@@ -27,7 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.method.gram import Gram, gram
+from sparsellm.method import gram
+from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS, rounding, solver
 from sparsellm.method.solvers.divided import divide
 from sparsellm.patterns import NM, Pattern
