@@ -11,6 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from reference import (
+    FLOATS,
+    VALUE_TYPES,
+    activations,
+    bound,
+    layer_of,
+    random_weight,
+)
+from sparsepack.bench import one_run
+from sparsepack.generation import generate
+from sparsepack.layout import pack
+from sparsepack.loading import load
+from sparsepack.module import kernel_name
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,11 +31,6 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.files.scratch import Scratch
 from sparsellm.method.gram import GramAccumulator
-from sparsepack.bench import one_run
-from sparsepack.generation import generate
-from sparsepack.layout import pack
-from sparsepack.loading import load
-from sparsepack.module import kernel_name
 from tests.files.small import tensors_of
 from tests.models import (
     VOCABULARY,
@@ -34,14 +42,6 @@ from tests.models import (
 )
 from tests.models.pruned import prune_tiny
 from tests.parallel.test_command_line import by_torchrun, ended
-from tests.runtime.reference import (
-    FLOATS,
-    VALUE_TYPES,
-    activations,
-    bound,
-    layer_of,
-    random_weight,
-)
 
 DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
 CARD = torch.cuda.is_available()

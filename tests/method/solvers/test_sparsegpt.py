@@ -7,13 +7,13 @@ import itertools
 
 import pytest
 import torch
+from extension import child
 from torch import Tensor
 
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS
 from sparsellm.patterns import NM, Pattern
 from tests.method.solvers.problems import best_on, gram_of, loss, weight_of
-from tests.runtime.extension import child
 from tests.shares import Share, zeros_of
 
 sparsegpt = SOLVERS["sparsegpt"].function

@@ -7,16 +7,15 @@ import importlib.util
 from typing import Any
 
 import pytest
-
-from sparsepack.errors import KernelError
-from tests.runtime.extension import child
-from tests.runtime.reference import (
+from extension import child
+from reference import (
     FLOATS,
     VALUE_TYPES,
     activations,
     bound,
     random_weight,
 )
+from sparsepack.errors import KernelError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-
 from sparsepack.layout import PackedWeight, unpack
 from sparsepack.module import PackedLinear
+from torch import Tensor
+from torch.nn import functional
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOATS, "int8", "int4")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 NAME = "sparsepack._kernels"
-SOURCES = Path(__file__).parents[2] / "src/sparsepack/_native"
+SOURCES = Path(__file__).parents[1] / "src/sparsepack/_native"
 FLAGS = [
     "-std=c++17",
     "-fPIC",
@@ -51,7 +51,7 @@ def child(
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
         command,
-        env=os.environ | environment,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -6,16 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import exponents_of, packed_of, sparse_weight
+from extension import child
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from sparsepack import native
-from sparsepack.errors import KernelError
-from sparsepack.layout import pack, unpack
-from sparsepack.module import threads_set
-from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
-from tests.runtime.extension import child
-from tests.runtime.reference import (
+from reference import (
     FLOATS,
     VALUE_TYPES,
     activations,
@@ -23,6 +18,11 @@ from tests.runtime.reference import (
     integer_product,
     random_weight,
 )
+from sparsepack.errors import KernelError
+from sparsepack.layout import pack, unpack
+from sparsepack.module import threads_set
+
+from sparsepack import native
 
 pytestmark = pytest.mark.skipif(
     not native.instruction_sets(), reason="no compiled kernels"
@@ -294,7 +294,7 @@ def test_results_are_rounded_to_nearest_even() -> None:
 OTHER_PROCESS = """
 import os, sys, threading, torch
 from sparsepack import native
-from tests.runtime.reference import activations, random_weight
+from reference import activations, random_weight
 packed, _ = random_weight(400, 512, "bf16", 0.5, seed=1)
 x = activations(4, 512, torch.float32, seed=2)
 torch.set_num_threads(3)

@@ -8,9 +8,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
-from tests.runtime.arm import COMPILER, output
-from tests.runtime.extension import FLAGS, SOURCES
+from arm import COMPILER, output
+from extension import FLAGS, SOURCES
 
 
 @pytest.mark.parametrize(

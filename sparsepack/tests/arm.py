@@ -1,7 +1,7 @@
 """The kernels' tests on 64-bit ARM, emulated: the extension cross-compiled, Python and its packages for ARM, qemu.
 
     dpkg --add-architecture arm64 && apt-get update && apt-get install g++-aarch64-linux-gnu qemu-user
-    python -m tests.runtime.arm FOLDER [tests/runtime/test_native.py -k rounded ...]
+    python sparsepack/tests/arm.py FOLDER [sparsepack/tests/test_native.py -k rounded ...]
 
 Debian's or Ubuntu's packages and wheels of the running environment's versions are fetched into FOLDER once; the
 extension is built anew. The commands of the first line need root. By default those tests of the kernels, of decoding
@@ -20,10 +20,9 @@ from functools import partial
 from importlib.metadata import requires, version
 from pathlib import Path
 
+from extension import built
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from tests.runtime.extension import built
 
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
@@ -39,10 +38,14 @@ CPUS = {
     "cortex-a53": ["neon", "scalar"],
 }  # what each can run
 NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
-TESTS = ("test_native.py", "test_decode.py", "test_scaled_embeddings.py")
+TESTS = (
+    "sparsepack/tests/test_native.py",
+    "tests/runtime/test_decode.py",
+    "tests/runtime/test_scaled_embeddings.py",
+)
 NOT_HERE = "not forked"  # these start another interpreter
 
-USE = "import pathlib, sys; from tests.runtime.extension import use; library = use(pathlib.Path(sys.argv[1])); "
+USE = "import pathlib, sys; from extension import use; library = use(pathlib.Path(sys.argv[1])); "
 ASK = "print(*(name for name, supported in library.instruction_sets() if supported))"
 RUN = "import pytest; sys.exit(pytest.main(sys.argv[2:]))"
 
@@ -117,7 +120,7 @@ def wheels(python: str, directory: Path) -> None:
 
 
 def needs(packages: Iterable[str]) -> set[str]:
-    """Packages of this environment and all that they require, without CUDA and without ``sparsellm`` itself."""
+    """Packages of this environment and all that they require, without CUDA and without our own two."""
     names: set[str] = set()
     waiting = [Requirement(package) for package in packages]
     while waiting:
@@ -135,7 +138,7 @@ def needs(packages: Iterable[str]) -> set[str]:
             ):
                 names.add(name)
                 waiting.append(requirement)
-    return names - {"sparsellm"}
+    return names - {"sparsellm", "sparsepack"}
 
 
 def output(*command: str | Path, **environment: str) -> str:
@@ -162,7 +165,7 @@ def main() -> None:
     emulated = ["qemu-aarch64", "-L", root, python]
     home = {
         "PYTHONHOME": str(root / "usr"),
-        "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT}",
+        "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT / 'sparsepack/src'}:{ROOT / 'sparsepack/tests'}:{ROOT}",
     }
     for cpu, expected in CPUS.items():
         names = output(
@@ -172,7 +175,7 @@ def main() -> None:
             sys.exit(f"on {cpu} the extension runs {names}, not {expected}")
         sys.stdout.write(f"{cpu}: {' '.join(names)}\n")
         sys.stdout.flush()
-    chosen = tests or [*(f"tests/runtime/{name}" for name in TESTS), "-k", NOT_HERE]
+    chosen = tests or [*TESTS, "-k", NOT_HERE]
     run = [*emulated, "-c", USE + RUN, extension, "-p", "no:cacheprovider", *chosen]
     sys.exit(subprocess.run(run, env=os.environ | home, cwd=ROOT).returncode)
 

@@ -1,6 +1,6 @@
 """Damaged packed files against the kernels, built with the address and undefined-behaviour sanitizers.
 
-    nice python -m tests.runtime.fuzz [--files 20000] [--seed 0]
+    nice python sparsepack/tests/fuzz.py [--files 20000] [--seed 0]
 
 Every round writes a small packed checkpoint of one layout and value type with a few bytes changed, in the header, in a
 tensor or in config.json. It must be refused with an error of this library, or read; what is read is multiplied by every
@@ -20,7 +20,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from tests.runtime.extension import built, use
+from extension import built, use
 
 SANITIZERS = [
     "-fsanitize=address,undefined",
@@ -34,9 +34,9 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
     """Called in a child, where the sanitizers' library is loaded first."""
     use(extension)
     import torch
+    from sparsepack.checkpoint import open_packed
 
     from sparsepack import PackError
-    from sparsepack.checkpoint import open_packed
 
     torch.manual_seed(seed)
     torch.set_num_threads(2)
@@ -79,7 +79,6 @@ def checkpoints() -> list[tuple[bytes, str]]:
     """The content of a weight file, and of config.json, for every shape, layout and value type."""
     import torch
     from safetensors.torch import save
-
     from sparsepack.checkpoint import PackedEntry, quantization_config
     from sparsepack.codes import GAPPED, WRITTEN_TYPES
     from sparsepack.layout import pack
@@ -135,10 +134,10 @@ def damaged(content: bytearray, first: int, last: int, chosen: random.Random) ->
 def check(packed: object) -> None:
     """Every kernel against plain torch, on a weight that passed the checks."""
     import torch
+    from reference import activations, bound
+    from sparsepack.layout import PackedWeight, as_bitmask, unpack
 
     from sparsepack import native
-    from sparsepack.layout import PackedWeight, as_bitmask, unpack
-    from tests.runtime.reference import activations, bound
 
     assert isinstance(packed, PackedWeight)
     weight = as_bitmask(packed)
@@ -193,8 +192,7 @@ def main() -> None:
         }
         command = [
             sys.executable,
-            "-m",
-            "tests.runtime.fuzz",
+            __file__,
             "--extension",
             str(extension),
         ]
