@@ -19,10 +19,8 @@ from sparsepack.arguments import checking
 
 checked = checking(RecipeError)
 
-MOST_NAME, MOST_PATH = (
-    255,
-    4096,
-)  # bytes: limits of one name, and of a path, on Linux and macOS
+MOST_NAME = 255  # bytes of one name, on Linux and macOS
+MOST_PATH = 4096  # bytes of a path
 ROOM_IN_NAME = 24  # for suffixes of an output that is being written, such as '.partial'
 
 

@@ -46,7 +46,9 @@ from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
 Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"]
-PACK, UNPACK = "pack", "unpack"  # kinds of runs
+# The two kinds of runs.
+PACK = "pack"
+UNPACK = "unpack"
 
 
 @dataclass
@@ -126,7 +128,8 @@ def pack(
         NumericalError: a weight does not fit into the value type.
     """
     source, place = _places(model, out, PACK, overwrite=overwrite)
-    chain, result = open_chain(source, device=torch.device("cpu")), PackResult(place)
+    chain = open_chain(source, device=torch.device("cpu"))
+    result = PackResult(place)
     group, exponents = _rounding(chain, source, values)
     assert chain.reader is not None
     need = (
@@ -312,7 +315,8 @@ def _rounding(
     """How the run that wrote a checkpoint rounded values of this type, if it did: the columns that share a scale on the
     grid of another program, and the exponents of columns, by linear. A RecipeError if the packed format does not have
     that grid, a StorageError if the exponents do not fit the model."""
-    path, exponents = directory / PRUNING, dict[str, Tensor]()
+    path = directory / PRUNING
+    exponents: dict[str, Tensor] = {}
     if (
         values not in INTEGERS
         or not path.is_file()
@@ -358,7 +362,8 @@ def _packed_block(
         key = chain.key_of[linear.weight_name]
         stored = tensors.pop(key)
         weight = stored.t().contiguous() if linear.transposed else stored
-        name, packed = key.removesuffix(".weight"), None
+        name = key.removesuffix(".weight")
+        packed = None
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):

@@ -16,10 +16,8 @@ import yaml
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
 from sparsepack import files
 
-MOST_YAML, MOST_DEPTH = (
-    256 << 10,
-    32,
-)  # bytes: a hundred times a recipe; levels of lists and mappings
+MOST_YAML = 256 << 10  # bytes, a hundred times a recipe's
+MOST_DEPTH = 32  # levels of lists and mappings
 MOST_PARTS = 100_000  # values, at any depth, of a setting that was given in Python
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -36,10 +34,8 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 
 
 # sparsepack's readers of JSON; they raise StorageError unless ``error=`` names another.
-parse_json, read_object = (
-    partial(files.parse_json, error=StorageError),
-    partial(files.read_object, error=StorageError),
-)
+parse_json = partial(files.parse_json, error=StorageError)
+read_object = partial(files.read_object, error=StorageError)
 
 
 def parse_yaml(
@@ -48,7 +44,8 @@ def parse_yaml(
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
     Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
     with files.refused_as(error, where):
-        text, depth = files.text_of(data, MOST_YAML), 0
+        text = files.text_of(data, MOST_YAML)
+        depth = 0
         try:
             for event in yaml.parse(text, Loader=_Loader):  # before a value is made
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
@@ -86,7 +83,8 @@ def parse_yaml(
 def check_size(value: object) -> None:
     """Raises ValueError for a value that :func:`parse_yaml` could not read back, or that has too many parts, such as
     one that names itself or a list of lists that are the same one."""
-    level, parts = [value], 0
+    level = [value]
+    parts = 0
     for _ in range(MOST_DEPTH):
         parts += len(level)
         if parts > MOST_PARTS:
@@ -170,7 +168,8 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_INT = "tag:yaml.org,2002:int"
+_FLOAT = "tag:yaml.org,2002:float"
 _REPLACED = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
 _NUMBERS = {
     _INT: r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",

@@ -26,10 +26,8 @@ RESUMES = "; the same command resumes it:  "
 _received: int | None = None
 _since = 0.0  # when it was received, by time.monotonic()
 _owner = 0  # the process that installed the handlers; a fork of it is another
-_kept, _whole = (
-    "",
-    False,
-)  # what a stopped command leaves, as a sentence, or empty; if the whole command says it
+_kept = ""  # a sentence that says what a stopped command leaves; it may be empty
+_whole = False  # whether that sentence is about the whole command
 _resumes = True  # whether the same command goes on from it
 
 
@@ -53,7 +51,11 @@ def installed() -> Iterator[None]:
     """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside
     the main thread, where Python cannot install handlers."""
     global _received, _kept, _owner, _resumes, _whole
-    _received, _kept, _owner, _resumes, _whole = None, "", os.getpid(), True, False
+    _received = None
+    _kept = ""
+    _owner = os.getpid()
+    _resumes = True
+    _whole = False
     with handled_by(_stop):
         yield
         check()
@@ -98,7 +100,8 @@ def _stop(signum: int, _: FrameType | None) -> None:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     if _received is None:
-        _received, _since = signum, time.monotonic()
+        _since = time.monotonic()  # first, since a second signal reads it
+        _received = signum
         raise Interrupted
     if time.monotonic() - _since > SAME:
         show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
@@ -111,7 +114,9 @@ def keeps(what: str, *, resumes: bool = True, part: bool = False) -> None:
     """Sets what a stopped command says of its files, and whether it resumes; a ``part`` replaces no whole."""
     global _kept, _resumes, _whole
     if not (part and _whole):
-        _kept, _resumes, _whole = what, resumes, not part
+        _kept = what
+        _resumes = resumes
+        _whole = not part
 
 
 def last_words(signum: int) -> str:

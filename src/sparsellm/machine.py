@@ -20,8 +20,11 @@ from torch import Tensor
 from sparsellm.errors import MemoryBudgetError, RecipeError, one_line, shown
 from sparsepack.errors import Note
 
-PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+PROC = Path("/proc")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 
 
 def machine_name(device: torch.device) -> str:
@@ -205,10 +208,8 @@ def keeping_freed() -> Iterator[None]:
 def _control_group_rooms() -> list[int]:
     """The bytes that each memory limit of this process's control group, and of the groups around it (version 2 or 1),
     still leaves; empty without a limit. The page cache counts as free, as it does for the machine."""
-    rooms, groups = (
-        [],
-        {"": "/", "memory": "/"},
-    )  # by the controllers that /proc names: none in version 2
+    rooms = []
+    groups = {"": "/", "memory": "/"}  # by controller; version 2 names none
     with contextlib.suppress(OSError):
         for line in (PROC / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

@@ -41,7 +41,9 @@ PHASES = {  # names of phases, and of parts of them, for people
 
 PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
 MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
-LEAST, MOST = 0.4, 2.0  # seconds of runs, as shares of the predicted ones
+# A run takes between these multiples of the predicted seconds.
+LEAST = 0.4
+MOST = 2.0
 TRUSTED = 0.1  # the part of a phase after which its own speed alone says how long the rest takes
 _UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600))
 
@@ -84,7 +86,8 @@ def between(low: float, high: float) -> str:
     unit, size = next(
         ((unit, size) for unit, size in _UNITS if high < 90 * size), ("days", 86_400)
     )
-    first, last = max(1, round(low / size)), max(2, round(high / size))
+    first = max(1, round(low / size))
+    last = max(2, round(high / size))
     return f"{first} to {last} {unit}" if first < last else f"{last} {unit}"
 
 
@@ -152,31 +155,34 @@ class Forecast:
 
     def end(self) -> str:
         """Ends the run, which is done; returns the phase that this ends, or ""."""
-        self.share, self._left = 1.0, 0.0
+        self.share = 1.0
+        self._left = 0.0
         return self._begin("")
 
     def _begin(self, phase: str) -> str:
         if phase == self.phase:
             return ""
-        ended, now = self.phase, self._clock()
+        ended = self.phase
+        now = self._clock()
         if ended:
             self.seconds[ended] = self.seconds.get(ended, 0.0) + now - self._phase_begun
-        self.phase, self._phase_begun = phase, now
+        self.phase = phase
+        self._phase_begun = now
         return ended
 
     def _judge(self) -> None:
         self._judged = self._clock()
-        done, running = self._fraction, self._judged - self._phase_begun
+        done = self._fraction
+        running = self._judged - self._phase_begun
         rest = (
             running * (1 - done) / done if done else None
         )  # at the speed of this phase so far
         if not self._costs:
-            self.share, self._left = done, rest
+            self.share = done
+            self._left = rest
             return
-        factor, ahead = (
-            self._factor(running),
-            self._costs.keys() - self.seconds.keys() - {self.phase},
-        )
+        factor = self._factor(running)
+        ahead = self._costs.keys() - self.seconds.keys() - {self.phase}
         left = factor * sum(self._costs[phase] for phase in ahead)
         if self.phase in self._costs:
             trust = min(1.0, done / TRUSTED)

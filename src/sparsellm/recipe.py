@@ -62,15 +62,12 @@ SOURCES = (
     "hub:",
 )  # for a shell, as are the next
 DEVICES = ("cpu", "cuda", "auto")
-WHAT, CALIBRATION, RESOURCES = (
-    "What to prune",
-    "Calibration",
-    "Resources",
-)  # panels of --help
-ALLOCATION, EFFORT = (
-    "threshold with sparsellm, else uniform",
-    "1 for sparsellm; the other methods have no sweep",
-)
+# The panels of --help.
+WHAT = "What to prune"
+CALIBRATION = "Calibration"
+RESOURCES = "Resources"
+ALLOCATION = "threshold with sparsellm, else uniform"
+EFFORT = "1 for sparsellm; the other methods have no sweep"
 SEQ_LEN = "2048, or the limit of the model"
 TEXT = "c4-sample; pydoc for the demo, or where the hub cannot be reached"  # these four: what None means
 
@@ -311,7 +308,8 @@ class Recipe(BaseModel):
     def _fields_fit_together(self) -> Recipe:
         """Refuses contradictions; a fixed pattern sets ``sparsity``, and a grid ``values`` and, if nothing else does,
         ``sparsity``, so that the recipe shows no wrong default."""
-        m, pattern = self.chosen_of, f"pattern {self.pattern}"
+        m = self.chosen_of
+        pattern = f"pattern {self.pattern}"
         fixed = self.pattern is not None and m is None
         if fixed:
             implied = self.pattern_of(1).sparsity

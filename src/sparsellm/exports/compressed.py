@@ -97,7 +97,8 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
     codes, scales = model.codes(key)
     if model.grid.name == _INT8_ACTIVATIONS:
         return {key: codes, f"{key}_scale": scales}
-    words, shape = pack_to_int32(codes, model.grid.bits), torch.tensor(codes.shape)
+    words = pack_to_int32(codes, model.grid.bits)
+    shape = torch.tensor(codes.shape)
     return {f"{key}_packed": words, f"{key}_scale": scales, f"{key}_shape": shape}
 
 
@@ -110,7 +111,8 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
         QuantizationScheme,
     )
 
-    grid, chain = model.grid, model.chain
+    grid = model.grid
+    chain = model.chain
     group = (
         {"strategy": "group", "group_size": grid.group}
         if grid.group

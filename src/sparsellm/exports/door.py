@@ -32,7 +32,8 @@ from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
 from sparsepack.grids import GRIDS
 
-GGUF, COMPRESSED = "gguf", "compressed-tensors"
+GGUF = "gguf"
+COMPRESSED = "compressed-tensors"
 RUNS_IN = {
     GGUF: "llama.cpp, Ollama, LM Studio",
     COMPRESSED: "vLLM; transformers, with the package compressed-tensors",
@@ -167,7 +168,8 @@ def export(  # noqa: PLR0913 - the Python door
             need_bytes=need,
         )
         record = write_compressed(opened, work, record, progress, keep)
-    run, grid = opened.run, opened.grid
+    run = opened.run
+    grid = opened.grid
     linear = (
         sum(
             grid.bits_per_weight(matrix.shape[1]) * matrix.weights

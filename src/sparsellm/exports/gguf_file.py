@@ -76,7 +76,8 @@ def write_gguf(
     ``keep`` for the template's. ``keep`` is called with the record before the file gets its name. A ModelError says
     that checkpoint, dense model and template do not belong together; a StorageError that a weight is not on the grid,
     or the file cannot be written."""
-    made, tensors = _File(model, dense, template, head), template.reader.tensors
+    made = _File(model, dense, template, head)
+    tensors = template.reader.tensors
     _remove_torn(place.parent)
     check_room(place, sum(map(made.bytes_of, tensors)))
 
@@ -89,7 +90,8 @@ def write_gguf(
         for name, value in made.values().items():
             writer.add_key_value(name, value.value, value.type, value.sub_type)
         for tensor in tensors:
-            shape, kind = tuple(reversed(tensor.shape.tolist())), made.type_of(tensor)
+            shape = tuple(reversed(tensor.shape.tolist()))
+            kind = made.type_of(tensor)
             # Any dtype but uint8, with which the shape would be taken for one in bytes
             writer.add_tensor_info(
                 tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind
@@ -129,7 +131,9 @@ class _File:
     def __init__(
         self, model: OnGrid, dense: CheckpointReader, template: Template, head: str
     ) -> None:
-        self.model, self.dense, self.template = model, dense, template
+        self.model = model
+        self.dense = dense
+        self.template = template
         self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
         self.head = None if head == "keep" else gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
@@ -144,10 +148,8 @@ class _File:
             for name in _HEADS
             if isinstance(count := getattr(config, name, None), int)
         ] or [1]
-        reader, known = (
-            model.reader,
-            {key for keys in self.keys.values() for key in keys},
-        )
+        reader = model.reader
+        known = {key for keys in self.keys.values() for key in keys}
         for key in sorted(reader):
             if key not in dense or dense.shape(key) != reader.shape(key):
                 raise self._not_pruned_from(f"has no {key} {list(reader.shape(key))}")
@@ -180,11 +182,9 @@ class _File:
         values = {
             name: _value(field) for name, field in fields.items() if field.data
         }  # an empty array has no type
-        general, text, number = (
-            gguf.Keys.General,
-            gguf.GGUFValueType.STRING,
-            gguf.GGUFValueType.UINT32,
-        )
+        general = gguf.Keys.General
+        text = gguf.GGUFValueType.STRING
+        number = gguf.GGUFValueType.UINT32
         run = self.model.run
         if (name := self.template.value(general.NAME)) is not None:
             zeros = f", {run.sparsity_pruned:.0%} zeros" if run.zeros else ""
@@ -220,7 +220,8 @@ class _File:
         """The contents of a tensor of the template as they are written."""
         if tensor.name not in self.keys:
             return tensor.data
-        keys, kind = self.keys[tensor.name], self.type_of(tensor)
+        keys = self.keys[tensor.name]
+        kind = self.type_of(tensor)
         if self._is_linear(tensor):
             change = self._change(tensor)
             codes, scales = (
@@ -259,10 +260,8 @@ class _File:
     def _change(self, tensor: gguf.ReaderTensor) -> Change:
         """The change that makes a tensor of the template out of the dense model's."""
         if tensor.name not in self.changes:
-            rows, weight = (
-                rows_of(tensor),
-                self.tensors.get(f"{tensor.name.removesuffix('.bias')}.weight"),
-            )
+            rows = rows_of(tensor)
+            weight = self.tensors.get(f"{tensor.name.removesuffix('.bias')}.weight")
             orders: Sequence[Tensor] = [torch.arange(rows)]
             if (
                 tensor.name.endswith(".bias")
@@ -316,7 +315,8 @@ class _File:
 
 def _value(field: gguf.ReaderField) -> GGUFValue:
     """The value of a key as the writer takes it; text as bytes, since some tokens are not UTF-8."""
-    kind, inner = field.types[0], field.types[-1]
+    kind = field.types[0]
+    inner = field.types[-1]
     array = kind == gguf.GGUFValueType.ARRAY
     if inner != gguf.GGUFValueType.STRING:
         return GGUFValue(field.contents(), kind, inner if array else None)

@@ -58,10 +58,8 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
         raise StorageError(
             f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote"
         )
-    chain, run = (
-        open_chain(directory, device=torch.device("cpu")),
-        read_pruning(directory),
-    )
+    chain = open_chain(directory, device=torch.device("cpu"))
+    run = read_pruning(directory)
     if run.grid not in grids:
         there = (
             f"the grid {run.grid}"

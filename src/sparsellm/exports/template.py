@@ -56,7 +56,8 @@ class Template:
             raise ModelError(
                 f"--like {path} has the architecture {shown(name)}, which gguf does not know; update gguf"
             )
-        self.arch, blocks = name, self.value(f"{name}.block_count")
+        self.arch = name
+        blocks = self.value(f"{name}.block_count")
         if not isinstance(blocks, int):
             raise ModelError(
                 f"--like {path} has no {name}.block_count; give the GGUF of a language model"
@@ -137,7 +138,8 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
 
 def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
     """Whether a change makes the tensor of the dense model's; some rows at a time, in fp32."""
-    dtype, rows = EXACT.get(tensor.tensor_type.name), rows_of(tensor)
+    dtype = EXACT.get(tensor.tensor_type.name)
+    rows = rows_of(tensor)
     stored = tensor.data.reshape(rows, -1)
     few = max(1, _PIECE // max(1, tensor.n_elements // rows))
     for start in range(0, rows, few):

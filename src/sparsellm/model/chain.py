@@ -109,10 +109,8 @@ class Chain(ModelWeights):
         linears: list[Size] = []
         experts: dict[str, list[Size]] = {}
         for linear in self.linears(index):
-            module, stacked = (
-                linear.name.rpartition(".")[0],
-                isinstance(linear.module, ExpertLinear),
-            )
+            module = linear.name.rpartition(".")[0]
+            stacked = isinstance(linear.module, ExpertLinear)
             size = Size(
                 "" if stacked else module, linear.in_features, linear.out_features
             )
@@ -217,10 +215,8 @@ class Chain(ModelWeights):
                         f"{self.block_names[index]} reads what the block before it returns besides hidden states; only "
                         "models whose blocks hand on hidden states alone run block by block"
                     )
-            hidden, others = (
-                following,
-                [*(given := _others_of(output)), *others[len(given) :]],
-            )
+            hidden = following
+            others = [*(given := _others_of(output)), *others[len(given) :]]
 
     def _check_next(
         self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]

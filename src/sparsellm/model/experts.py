@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from sparsellm.errors import ModelError
 
 Index = tuple[int | slice, ...]
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+GATE = "gate_proj"
+UP = "up_proj"
+DOWN = "down_proj"
 _ROUTED = (
     3  # arguments of a forward that gets tokens, the experts of each, and their weights
 )
@@ -74,7 +76,8 @@ class Expert(nn.Module):
         self._mixture: tuple[Any] = (
             mixture,
         )  # in a tuple, so that it is not a submodule
-        self._layout, self.normed = layout, layout.normed
+        self._layout = layout
+        self.normed = layout.normed
         for role, linear in matrices.items():
             self.add_module(role, linear)
 
@@ -84,7 +87,8 @@ class Expert(nn.Module):
 
     def inner(self, x: Tensor) -> Tensor:
         """The input of the last linear, for ``x (tokens, width)``."""
-        layout, up = self._layout, self.get_submodule(UP)(x)
+        layout = self._layout
+        up = self.get_submodule(UP)(x)
         if GATE not in self._modules:
             return layout.activation(up)
         gate = self.get_submodule(GATE)(x)
@@ -328,10 +332,8 @@ def _decorated(module: Any) -> _Layout:
     parts = _three_dimensional(
         first, module.is_transposed, module.has_gate, interleaved, module.has_bias
     )
-    activation, normed = (
-        getattr(module, "act_fn", nn.Identity()),
-        bool(getattr(module, "has_post_expert_norm", False)),
-    )
+    activation = getattr(module, "act_fn", nn.Identity())
+    normed = bool(getattr(module, "has_post_expert_norm", False))
     gate = None if default or not module.has_gate else module._apply_gate
     return _Layout(parts, activation, gate, interleaved=interleaved, normed=normed)
 
@@ -346,10 +348,8 @@ def _three_dimensional(
     """The parts of ``gate_up_proj (experts, 2 · inner, width)``, or ``up_proj``, of this shape, and of ``down_proj
     (experts, width, inner)``, or of their transposes, and of their biases ``(experts, outputs)``. Interleaved, the
     outputs of gate and up come in turn, not one after the other."""
-    first, half = (
-        "gate_up_proj" if gated else "up_proj",
-        shape[2 if transposed else 1] // 2,
-    )
+    first = "gate_up_proj" if gated else "up_proj"
+    half = shape[2 if transposed else 1] // 2
     outputs: dict[str, Index] = {UP: ()}
     if gated:
         outputs = {GATE: (slice(0, half),), UP: (slice(half, 2 * half),)}

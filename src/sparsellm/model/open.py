@@ -143,7 +143,8 @@ def check_vocabulary(
     """The token ids ``(windows, seq)`` unchanged, if the embedding has a row for each; else a DataError. ``tokenizer``
     produced them (None: the user passed them); it may have more tokens than the text uses."""
     vocabulary = config.get_text_config().vocab_size
-    least, most = int(ids.min()), int(ids.max())
+    least = int(ids.min())
+    most = int(ids.max())
     if least >= 0 and most < vocabulary:
         return ids
     if tokenizer is None:

@@ -20,10 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 LEAST = (
     1 << 16
 )  # elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
-MOST_EXPERTS, INPUTS_OF_EACH = (
-    512,
-    8,
-)  # a weight with no more outputs, and as many inputs for each, is a router's
+# A weight may be a router's with at most MOST_EXPERTS outputs and at least INPUTS_OF_EACH inputs for each of them.
+MOST_EXPERTS = 512
+INPUTS_OF_EACH = 8
 
 
 class Bf16Products(TorchFunctionMode):

@@ -77,7 +77,8 @@ class Returns:
     """What the modules of a block return during one run of it, if it has ``size`` elements like the hidden states."""
 
     def __init__(self, block: nn.Module, size: int) -> None:
-        self._block, self._size = block, size
+        self._block = block
+        self._size = size
         # None after a second call, for other returns, and with an argument other than a tensor that it may write to.
         self._of: dict[nn.Module, Return | None] = {}
 
@@ -96,7 +97,8 @@ class Returns:
         output: Any,
     ) -> None:
         items = len(output) if type(output) is tuple else 0
-        first, seen = output[0] if items else output, None
+        first = output[0] if items else output
+        seen = None
         alone = module not in self._of and all(map(_closed, (*args, *kwargs.values())))
         if alone and isinstance(first, Tensor) and first.numel() == self._size:
             seen = Return(first, first._version, items)

@@ -104,8 +104,10 @@ class Stream:
     """
 
     def __init__(self, feed: Feed, pieces: int) -> None:
-        chain, windows = feed.chain, feed.windows
-        self.chain, self.scratch = chain, feed.scratch
+        chain = feed.chain
+        windows = feed.windows
+        self.chain = chain
+        self.scratch = feed.scratch
         size = windows_of(feed.batch_tokens, feed.seq_len)
         self.hidden = self.store()
         self.known: list[KnownOutput] = []
@@ -136,7 +138,8 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream that starts from the same hidden states, with the same calls."""
         twin = copy.copy(self)
-        twin.hidden, twin.known = self.store(), []
+        twin.hidden = self.store()
+        twin.known = []
         for hidden in self.hidden:
             twin.hidden.append(hidden)
         return twin

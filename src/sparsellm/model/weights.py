@@ -113,7 +113,8 @@ class ModelWeights:
         self._check_dtypes(values)
         if reader is None:
             first = next(self.blocks[0].parameters())
-            self.device, self.dtype = first.device, first.dtype
+            self.device = first.device
+            self.dtype = first.dtype
             return
         self._compute(device, dtype)
         for module in (
@@ -161,7 +162,9 @@ class ModelWeights:
 
     def write_as(self, other: ModelWeights) -> None:
         """Takes names and stacks of tensors from ``other``, a checkpoint of the same model."""
-        self.key_of, self.parts, self._shapes = other.key_of, other.parts, other._shapes
+        self.key_of = other.key_of
+        self.parts = other.parts
+        self._shapes = other._shapes
 
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Sets the device, and the dtype of blocks: if None, one that holds the values of every linear."""
@@ -170,10 +173,8 @@ class ModelWeights:
             for index in range(len(self))
             for linear in self.linears(index)
         )
-        self.device, self.dtype = (
-            device,
-            dtype or _fast_dtype(reduce(torch.promote_types, stored), device),
-        )
+        self.device = device
+        self.dtype = dtype or _fast_dtype(reduce(torch.promote_types, stored), device)
 
     def _in_tower(self, name: str) -> bool:
         return name.startswith(tuple(f"{tower}." for tower in self.towers))
@@ -247,7 +248,8 @@ class ModelWeights:
 
     def unused(self) -> list[str]:
         """Warnings that name tensors which the model does not use, or not for text."""
-        copied, said = "copied as they are, not pruned", []
+        copied = "copied as they are, not pruned"
+        said = []
         if tensors := len(self._outer) - len(self._run_outer):
             said.append(
                 f"{' and '.join(self.towers)} ({tensors} tensors) read no text; {copied}"
@@ -343,7 +345,8 @@ class ModelWeights:
     @contextlib.contextmanager
     def unpruned(self) -> Iterator[None]:
         """Until the context ends, blocks without a shard are the model's own, with the weights that they share."""
-        pruned, self._shared = self._shared, {}
+        pruned = self._shared
+        self._shared = {}
         try:
             yield
         finally:
@@ -437,7 +440,8 @@ class ModelWeights:
     ) -> Tensor:
         """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint. The
         tensor of which it is a part is added to ``tensors``, or taken from there."""
-        key, reader = self.key_of[name], pruned
+        key = self.key_of[name]
+        reader = pruned
         if reader is None or key not in reader:
             value = self.value(name).detach()
             if not value.is_meta or self.reader is None:
@@ -473,7 +477,8 @@ class ModelWeights:
         """Rounds every weight of the loaded block to its storage dtype, so that memory and disk have the same block. A
         NumericalError says that a weight is NaN or too large for it; nothing of the block has been written."""
         for name in self.names_of(index):
-            value, stored = self.value(name), self.stored_dtype(name)
+            value = self.value(name)
+            stored = self.stored_dtype(name)
             if value.is_floating_point():
                 if value.dtype != stored:
                     value.copy_(value.to(stored))
@@ -527,7 +532,8 @@ class ModelWeights:
     def _written(self, names: list[str]) -> Tensor:
         """A tensor of the checkpoint from all weights that are parts of it, or from a weight: then the checkpoint's own
         if it was only rounded to a narrower type to compute."""
-        value, dtype = self.value(names[0]).detach(), self.stored_dtype(names[0])
+        value = self.value(names[0]).detach()
+        dtype = self.stored_dtype(names[0])
         if names[0] in self.parts:
             tensor = torch.empty(
                 self._shapes[self.key_of[names[0]]], dtype=dtype, device=self.device
@@ -559,7 +565,8 @@ class ModelWeights:
 def require_storable(value: Tensor, name: str, stored: torch.dtype) -> None:
     """Raises NumericalError if a pruned weight, rounded to the dtype in which it is stored, is not finite."""
     if bad := not_finite(value.detach()):
-        dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
+        dtype = str(stored).removeprefix("torch.")
+        largest = torch.finfo(stored).max
         wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(
             stored
         )

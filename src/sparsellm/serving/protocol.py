@@ -143,7 +143,9 @@ class Asked(_Given):
 class ChatRequest(Asked):
     """``POST /v1/chat/completions``."""
 
-    KIND, CHUNK, PREFIX = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+    KIND = "chat.completion"
+    CHUNK = "chat.completion.chunk"
+    PREFIX = "chatcmpl-"
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Tokens | None = None
@@ -189,7 +191,9 @@ class ChatRequest(Asked):
 class CompletionRequest(Asked):
     """``POST /v1/completions``."""
 
-    KIND, CHUNK, PREFIX = "text_completion", "text_completion", "cmpl-"
+    KIND = "text_completion"
+    CHUNK = "text_completion"
+    PREFIX = "cmpl-"
 
     prompt: Annotated[
         Words,
@@ -212,7 +216,8 @@ class Answer:
     """The JSON objects that answer a request."""
 
     def __init__(self, asked: Asked, model: str) -> None:
-        self._asked, self._first = asked, True
+        self._asked = asked
+        self._first = True
         self.with_usage = asked.stream_options.include_usage
         self._head = {
             "id": asked.PREFIX + secrets.token_hex(12),
@@ -248,7 +253,8 @@ class Answer:
 
 
 def _usage(result: Generation) -> dict[str, int]:
-    prompt, new = result.prompt_tokens, result.new_tokens
+    prompt = result.prompt_tokens
+    new = result.new_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,

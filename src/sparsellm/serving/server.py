@@ -67,7 +67,9 @@ class Settings(BaseModel):
 def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
     """A listening socket, so that a busy port is known before the model is loaded, and the key that clients must send,
     or None. RecipeError: the port cannot be used, other machines can reach it without a key, or the key is bad."""
-    key, host, port = _key(settings.key_file), settings.host, settings.port
+    key = _key(settings.key_file)
+    host = settings.host
+    port = settings.port
     try:
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -93,7 +95,8 @@ def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
 
 def _key(file: Path | None) -> str | None:
     """The key that clients send; None if none is set. It is never in the command line, which all users can read."""
-    given, where = os.environ.get(KEY), KEY
+    given = os.environ.get(KEY)
+    where = KEY
     if file is not None:
         if given is not None:
             raise RecipeError(
@@ -101,10 +104,8 @@ def _key(file: Path | None) -> str | None:
             )
         try:
             with file.expanduser().open("rb") as opened:
-                given, where = (
-                    opened.read(4097).decode("ascii", "replace").strip(),
-                    f"--key-file {file}",
-                )
+                given = opened.read(4097).decode("ascii", "replace").strip()
+                where = f"--key-file {file}"
         except (OSError, RuntimeError) as failed:
             raise RecipeError(f"--key-file {file} cannot be read: {failed}") from None
     fits = given is None or (
@@ -192,13 +193,15 @@ class _Gate:
     """Refuses requests without the key, of web pages that a browser has open, and with a body that is too large."""
 
     def __init__(self, app: ASGIApp, key: str | None, most: int) -> None:
-        self._app, self._most = app, most
+        self._app = app
+        self._most = most
         self._key = None if key is None else f"bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers, read = Headers(scope=scope), 0
+        headers = Headers(scope=scope)
+        read = 0
 
         async def limited() -> Message:
             nonlocal read
@@ -281,7 +284,8 @@ async def _of_status(_: Request, failed: HTTPException) -> Response:
 async def _of_validation(_: Request, failed: RequestValidationError) -> Response:
     """Names the first value of a body that is refused."""
     first = failed.errors()[0]
-    place, kind = ".".join(str(part) for part in first["loc"][1:]), first["type"]
+    place = ".".join(str(part) for part in first["loc"][1:])
+    kind = first["type"]
     if kind == "json_invalid":
         return _problem(
             400,
@@ -347,7 +351,8 @@ def application(worker: Worker, name: str) -> FastAPI:
     async def answer(asked: Asked, request: Request) -> Response:
         if asked.model not in (None, name):
             return unknown(asked.model)
-        job, made = Job(asked.ids, asked.sampling(), asked.limit), Answer(asked, name)
+        job = Job(asked.ids, asked.sampling(), asked.limit)
+        made = Answer(asked, name)
         worker.submit(job)
         events = _events(job, request)
         try:

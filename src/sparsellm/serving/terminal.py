@@ -54,14 +54,13 @@ def chat(
     ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about
     the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
     model, tokenizer = open_model(directory, options, template=True)
-    limit, seed = (
-        context_limit(model.config),
-        secrets.randbits(62) if manner.seed is None else manner.seed,
-    )
+    limit = context_limit(model.config)
+    seed = secrets.randbits(62) if manner.seed is None else manner.seed
     beginning: list[Message] = (
         [] if manner.system is None else [{"role": "system", "content": manner.system}]
     )
-    messages, received = list(beginning), list[int]()
+    messages = list(beginning)
+    received: list[int] = []
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():

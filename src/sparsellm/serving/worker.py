@@ -38,12 +38,12 @@ class Job:
         sampling: Sampling,
         limit: int | None,
     ) -> None:
-        self.ids, self.sampling, self.limit = ids, sampling, limit
+        self.ids = ids
+        self.sampling = sampling
+        self.limit = limit
         self.cancelled = False
-        self._loop, self._events = (
-            asyncio.get_running_loop(),
-            asyncio.Queue[str | Generation | Exception](),
-        )
+        self._loop = asyncio.get_running_loop()
+        self._events = asyncio.Queue[str | Generation | Exception]()
 
     async def event(self) -> str | Generation:
         """The next piece of text, or the result. What went wrong is raised."""
@@ -78,15 +78,16 @@ class Worker:
         threads: int | None = None,
         log: Callable[[str], None],
     ) -> None:
-        self._model, self._tokenizer, self._threads, self._log = (
-            model,
-            tokenizer,
-            threads,
-            log,
-        )
-        self._context, self._max_tokens, self._queue = context, max_tokens, queue
+        self._model = model
+        self._tokenizer = tokenizer
+        self._threads = threads
+        self._log = log
+        self._context = context
+        self._max_tokens = max_tokens
+        self._queue = queue
         self._running: Job | None = None
-        self._changed, self._waiting = threading.Condition(), deque[Job]()
+        self._changed = threading.Condition()
+        self._waiting = deque[Job]()
         self._end: float | None = (
             None  # by time.monotonic(), when the running job is cancelled
         )
@@ -133,10 +134,8 @@ class Worker:
     def state(self) -> dict[str, object]:
         """What ``/health`` says: requests that run, wait, were begun and were cancelled, and tokens generated."""
         with self._changed:
-            waiting, running = (
-                sum(not job.cancelled for job in self._waiting),
-                int(self._running is not None),
-            )
+            waiting = sum(not job.cancelled for job in self._waiting)
+            running = int(self._running is not None)
             status = "ok" if self._end is None else "stopping"
             return {
                 "status": status,
@@ -178,7 +177,8 @@ class Worker:
 
     def _run(self, job: Job) -> Generation:
         ids = job.ids(self._tokenizer)
-        tokens, context = ids.shape[1], self._context
+        tokens = ids.shape[1]
+        context = self._context
         limit = (
             min(self._max_tokens, context - tokens) if job.limit is None else job.limit
         )

@@ -23,11 +23,11 @@ _C4_SAMPLE = (
     "en/c4-validation.00001-of-00008.json.gz",
     "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
 )
-_SAMPLED, _LONGEST = 5000, 16 << 20  # documents to calibrate on; bytes of a line
-_C4_DOCUMENTS, _C4_WINDOWS = (
-    1100,
-    256,
-)  # the most that SparseGPT's evaluation on C4 reads
+_SAMPLED = 5000  # documents to calibrate on
+_LONGEST = 16 << 20  # bytes of a line
+# SparseGPT's evaluation on C4 reads no more.
+_C4_DOCUMENTS = 1100
+_C4_WINDOWS = 256
 _PARTS: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
 
 
@@ -129,7 +129,8 @@ def fetch_c4_sample() -> Path:
 def read_c4_sample(split: Split) -> Text:
     """The first documents of one validation shard of C4 (English), of a fixed revision: broad text from the web, about
     2,400,000 tokens. The next documents are held out for evaluation; source ``c4`` reads none of them."""
-    path, documents = fetch_c4_sample(), []
+    path = fetch_c4_sample()
+    documents = []
     first, count = (
         (0, _SAMPLED) if split == "calibration" else (_SAMPLED, _C4_DOCUMENTS)
     )

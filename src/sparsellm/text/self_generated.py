@@ -47,7 +47,8 @@ def self_generated_windows(
         len(tokenizer), model.config.get_text_config().vocab_size
     )  # some tokenizers have more than the model
     starts = torch.tensor([token for token in range(known) if token not in special])
-    device, keyword = next(model.parameters()).device, cache_keyword(model)
+    device = next(model.parameters()).device
+    keyword = cache_keyword(model)
     windows: list[Tensor] = []
 
     def pick(rows: int) -> Tensor:
@@ -56,14 +57,13 @@ def self_generated_windows(
     def batch(rows: int) -> Tensor:
         columns = [*([] if bos is None else [torch.full((rows,), bos)]), pick(rows)]
         age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
-        new, cache = torch.stack(columns, dim=1), None  # (rows, 1 or 2)
+        new = torch.stack(columns, dim=1)  # (rows, 1 or 2)
+        cache = None
         while len(columns) < seq_len:
             output = model(input_ids=new.to(device), use_cache=True, **{keyword: cache})
             # Many models pad the vocabulary with rows that no token uses.
-            logits, cache = (
-                output.logits[:, -1, :known].float().cpu(),
-                getattr(output, keyword),
-            )
+            logits = output.logits[:, -1, :known].float().cpu()
+            cache = getattr(output, keyword)
             if not torch.isfinite(logits).all():
                 raise NumericalError(
                     f"the model's logits are not finite after {len(columns)} tokens; try float32"
@@ -76,10 +76,8 @@ def self_generated_windows(
             ended = columns[-1] == (
                 -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
             )
-            token, age = (
-                torch.where(ended, start, token),
-                torch.where(ended, 0, age + 1),
-            )
+            token = torch.where(ended, start, token)
+            age = torch.where(ended, 0, age + 1)
             columns.append(token)
             new = token.unsqueeze(1)
             progress(

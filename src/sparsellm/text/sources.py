@@ -41,10 +41,9 @@ TextGiven: TypeAlias = (
 """The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
 
 SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
-IDS, DOCUMENTS = (
-    "token ids given in Python",
-    "documents given in Python",
-)  # recorded in the recipe as ``calibration``
+# The recipe records these as ``calibration``.
+IDS = "token ids given in Python"
+DOCUMENTS = "documents given in Python"
 
 _PLAIN: dict[str, Callable[[Split], Text]] = {
     "pydoc": corpora.read_pydoc, "ptb": corpora.read_ptb, "c4": corpora.read_c4, "c4-sample": corpora.read_c4_sample
@@ -63,7 +62,8 @@ def shares_of(source: str) -> dict[str, float]:
     """The share of the windows that each source of a mixture gets, after division by their sum; 1 for a source alone.
     Raises DataError for a share of 0, and a source that occurs twice."""
     parts = mixture_of(source)
-    total, shares = sum(float(share) for _, share in parts), dict[str, float]()
+    total = sum(float(share) for _, share in parts)
+    shares: dict[str, float] = {}
     for name, share in parts:
         if not float(share) or name in shares:
             why = (
@@ -137,7 +137,8 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
             raise DataError(
                 f"unknown text source {shown(source)}; {hint} (a path ends in {_SUFFIXES})"
             )
-        name, argument = "file", source
+        name = "file"
+        argument = source
     if name == "file" or (name == "wikitext2" and argument):
         file = text_file(argument)
         if name == "file" and file.suffix.lower() not in READERS:
@@ -175,7 +176,8 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     if (
         isinstance(value, Mapping) and "input_ids" in value
     ):  # the return value of a tokenizer
-        value, given = _ids(value["input_ids"], name), value
+        given = value
+        value = _ids(given["input_ids"], name)
         _refuse_padding([given], name)
     if isinstance(value, Tensor | numpy.ndarray):
         return _ids(value, name)

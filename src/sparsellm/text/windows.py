@@ -133,7 +133,8 @@ def mixed_windows(
         iter(draw(name, size, sum(more)))
         for name, size, *more in zip(shares, *counts, strict=True)
     ]
-    windows, sources = list[Tensor](), list[str]()
+    windows: list[Tensor] = []
+    sources: list[str] = []
     for group in counts:
         places = sorted(
             ((k + 0.5) / size, number)
@@ -228,7 +229,8 @@ def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
 
 def check_memory(windows: int, seq_len: int) -> None:
     """Refuses windows whose token ids do not fit into the memory, before anything is allocated."""
-    needed, free = 8 * windows * seq_len, machine.free_memory()
+    needed = 8 * windows * seq_len
+    free = machine.free_memory()
     if needed > free:
         take = f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids"
         raise DataError(
@@ -238,7 +240,9 @@ def check_memory(windows: int, seq_len: int) -> None:
 
 def _joined(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
     """The text as one string, chats by the template; a DataError if that refuses one, or memory is short."""
-    parts, size, free = [], 0, machine.free_memory()
+    parts = []
+    size = 0
+    free = machine.free_memory()
     for document in text.documents:
         if document is not None:  # data sets have nulls
             parts.append(
@@ -364,9 +368,7 @@ def _windows_of_documents(
         )
         misses += 1
         if len(ids) > length:
-            misses, offset = (
-                0,
-                int(torch.randint(len(ids) - length, (), generator=generator)),
-            )
+            misses = 0
+            offset = int(torch.randint(len(ids) - length, (), generator=generator))
             windows.append(ids[offset : offset + length])
     return torch.stack(windows)
