@@ -361,7 +361,10 @@ def _packed_block(
             continue
         key = chain.key_of[linear.weight_name]
         stored = tensors.pop(key)
-        weight = stored.t().contiguous() if linear.transposed else stored
+        if linear.transposed:
+            weight = stored.t().contiguous()
+        else:
+            weight = stored
         name = key.removesuffix(".weight")
         packed = None
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
@@ -373,11 +376,9 @@ def _packed_block(
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
-        entry = (
-            None
-            if packed is None
-            else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
-        )
+        entry = None
+        if packed is not None:
+            entry = PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
         result.linears[name] = entry
         if (
             packed is not None

@@ -66,11 +66,9 @@ def parse_yaml(
             return yaml.load(text, Loader=_Loader)
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark
-            place = (
-                f", line {mark.line + 1}, column {mark.column + 1}"
-                if mark is not None
-                else ""
-            )
+            place = ""
+            if mark is not None:
+                place = f", line {mark.line + 1}, column {mark.column + 1}"
             raise error(
                 f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[
                     :300
@@ -121,18 +119,21 @@ def dump_yaml(values: Mapping[str, object]) -> str:
 
 def about(size: int) -> str:
     """A size such as 270 MB, 3.2 GB or 141 GB."""
-    return (
-        f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB"
-        if size >= 5e7
-        else f"{size / 1e6:.0f} MB"
-    )
+    if size >= 5e7:
+        return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB"
+    return f"{size / 1e6:.0f} MB"
 
 
 def mixture_of(source: str) -> list[tuple[str, str]]:
     """The sources of ``SOURCE:SHARE,SOURCE:SHARE`` with their shares as they are written; empty for any other text."""
-    shared = list(_SHARED.finditer(source)) if "," in source else []
+    if "," in source:
+        shared = list(_SHARED.finditer(source))
+    else:
+        shared = []
     joined = sum(len(part.group()) for part in shared) == len(source)
-    return [(part[1], part[2]) for part in shared] if joined and len(shared) > 1 else []
+    if joined and len(shared) > 1:
+        return [(part[1], part[2]) for part in shared]
+    return []
 
 
 def without_folders(text: str) -> str:
@@ -146,20 +147,18 @@ def without_folders(text: str) -> str:
     named = path.startswith("hub:") or (
         HUB_ID.fullmatch(path) and not os.path.exists(path.partition("/")[0])
     )
-    return (
-        text if named else before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-    )
+    if named:
+        return text
+    return before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def parse_bytes(text: str | int) -> int:
     """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter. Else a RecipeError."""
     match = _SIZE.fullmatch(text if isinstance(text, str) else shown(text))
     units = {name.lower(): size for name, size in SIZES.items()}
-    size = (
-        int(float(match[1]) * units.get((match[2] or "b").lower(), 0))
-        if match is not None
-        else 0
-    )
+    size = 0
+    if match is not None:
+        size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0))
     if not 1 <= size <= 1 << 62:
         known = ", ".join(SIZES)
         raise RecipeError(
@@ -201,7 +200,9 @@ class _Loader(yaml.SafeLoader):
 def _number(loader: yaml.SafeLoader, node: Any) -> int | float:
     text: str = node.value.lower()
     if node.tag == _INT:
-        return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
+        if text.startswith(("0x", "0o")):
+            return int(text, 0)
+        return int(text)
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 

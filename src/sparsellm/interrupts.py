@@ -146,9 +146,8 @@ def command_line(*, without: str = "") -> str:
             if (
                 "sparsellm" in parents
             ):  # python .../torchrun, or python -m torch.distributed.run
-                words = (
-                    ["torchrun", *parents[2:]]
-                    if Path(parents[1]).name == "torchrun"
-                    else parents
-                )
+                if Path(parents[1]).name == "torchrun":
+                    words = ["torchrun", *parents[2:]]
+                else:
+                    words = parents
     return shlex.join(word for word in words if word != without)

@@ -94,11 +94,16 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str]) -> None:
         lines = [
             at.lineno for at in frames if Path(at.filename).name == Path(shown).name
         ]
-        at = f", line {lines[-1]}" if lines else ""
+        at = ""
+        if lines:
+            at = f", line {lines[-1]}"
         raise RecipeError(
             f"plugin {shown[:200]} cannot be imported: {one_line(error)}{at}; {CORRECT}"
         ) from error
-    free = f"{name} {digest[:8]}" if name in loaded() else name
+    if name in loaded():
+        free = f"{name} {digest[:8]}"
+    else:
+        free = name
     _loaded[key] = (
         free.encode("utf-8", "backslashreplace").decode(),
         digest,

@@ -88,7 +88,9 @@ def between(low: float, high: float) -> str:
     )
     first = max(1, round(low / size))
     last = max(2, round(high / size))
-    return f"{first} to {last} {unit}" if first < last else f"{last} {unit}"
+    if first < last:
+        return f"{first} to {last} {unit}"
+    return f"{last} {unit}"
 
 
 class Forecast:
@@ -118,33 +120,32 @@ class Forecast:
     @property
     def left(self) -> float | None:
         """Seconds to the end, never negative; None while nothing is known. Between events they count down."""
-        return (
-            None
-            if self._left is None
-            else max(0.0, self._left - (self._clock() - self._judged))
-        )
+        if self._left is None:
+            return None
+        return max(0.0, self._left - (self._clock() - self._judged))
 
     @property
     def range(self) -> tuple[float, float] | None:
         """The least and the most seconds to the end: one number if they are measured; None while nothing is known."""
-        if self.left is None:
+        left = self.left
+        if left is None:
             return None
-        least, most = (LEAST, MOST) if self._costs and self._guessed else (1.0, 1.0)
-        return least * self.left, most * self.left
+        if self._costs and self._guessed:
+            return LEAST * left, MOST * left
+        return left, left
 
     def see(self, event: Progress) -> str:
         """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
         ended = ""
         if event.phase == PLAN:
-            self.share = (
-                self.share if self._costs else 0.0
-            )  # before the first plan, it was that of a phase
+            if not self._costs:
+                self.share = 0.0  # it was that of a phase
             self._costs.update(event.costs)
         else:
             ended = self._begin(event.phase)
-            self._fraction = (
-                min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
-            )
+            self._fraction = 0.0
+            if event.total > 0:
+                self._fraction = min(max(event.done / event.total, 0.0), 1.0)
             if (event.phase == "prune" and event.done >= 1) or event.phase in (
                 "sweep",
                 "save",
@@ -174,9 +175,9 @@ class Forecast:
         self._judged = self._clock()
         done = self._fraction
         running = self._judged - self._phase_begun
-        rest = (
-            running * (1 - done) / done if done else None
-        )  # at the speed of this phase so far
+        rest = None
+        if done:  # at the speed of this phase so far
+            rest = running * (1 - done) / done
         if not self._costs:
             self.share = done
             self._left = rest
@@ -203,7 +204,9 @@ class Forecast:
         if self._fraction and self.phase in self._costs:
             measured += running
             predicted += self._fraction * self._costs[self.phase]
-        return measured / predicted if predicted else 1.0
+        if predicted:
+            return measured / predicted
+        return 1.0
 
 
 class PhaseClock:

@@ -90,7 +90,9 @@ def _integer(value: Any) -> Any:
     """``int`` for whole numbers, such as ``1e3`` in YAML or numpy's types; a bool stays and is refused."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _size(value: str | int | None) -> str | int | None:
@@ -372,11 +374,9 @@ class Recipe(BaseModel):
     @property
     def named(self) -> Recipe:
         """The recipe for files that leave this machine: its text by name, without folders."""
-        return (
-            self
-            if self.calibration is None
-            else self.updated(calibration=without_folders(self.calibration))
-        )
+        if self.calibration is None:
+            return self
+        return self.updated(calibration=without_folders(self.calibration))
 
     @property
     def chosen_of(self) -> int | None:
@@ -394,12 +394,11 @@ class Recipe(BaseModel):
         m = self.chosen_of
         if self.pattern is not None and m is None:
             return parse_pattern(self.pattern)
-        zeros = round(self.sparsity * weights) if zeros is None else zeros
-        return (
-            Unstructured(zeros, weights)
-            if m is None
-            else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
-        )
+        if zeros is None:
+            zeros = round(self.sparsity * weights)
+        if m is None:
+            return Unstructured(zeros, weights)
+        return NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
 
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again. If a changed field excludes one that is not changed (a fixed
@@ -408,11 +407,10 @@ class Recipe(BaseModel):
             **self.model_dump(exclude_unset=True),
             **changes,
         }  # what a field implies is implied again
-        pairs = (
-            [("grid", "values")]
-            if self.grid != "own" or values.get("grid", "own") != "own"
-            else []
-        )
+        if self.grid != "own" or values.get("grid", "own") != "own":
+            pairs = [("grid", "values")]
+        else:
+            pairs = []
         pairs += (
             [("pattern", "sparsity")]
             if "auto" not in str(values.get("pattern"))
@@ -452,7 +450,9 @@ class Recipe(BaseModel):
                     entries[name] = value
             else:
                 changes[f"{field}{dot}{name}"] = value
-        return self.updated(**changes) if changes else self
+        if changes:
+            return self.updated(**changes)
+        return self
 
     def to_yaml(self) -> str:
         """Every field, each under its description."""
@@ -468,11 +468,10 @@ class Recipe(BaseModel):
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
         """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path."""
-        values = (
-            parse_yaml(source, "the recipe")
-            if isinstance(source, str)
-            else read_yaml(source)
-        )
+        if isinstance(source, str):
+            values = parse_yaml(source, "the recipe")
+        else:
+            values = read_yaml(source)
         if not isinstance(values, Mapping):
             raise RecipeError(
                 "the recipe is not a mapping of fields; write lines like 'sparsity: 0.5'"
@@ -520,7 +519,9 @@ def help_of(name: str) -> str:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
-    key = str(first["loc"][0]) if first["loc"] else "recipe"
+    key = "recipe"
+    if first["loc"]:
+        key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return f"unknown recipe field {shown(key)}; {nearest(key[:100], Recipe.model_fields)}"
     if key in MAPPINGS and len(first["loc"]) > 1:

@@ -14,7 +14,9 @@ TYPES = {4: "Q4_0", 8: "Q8_0"}  # by bits
 
 def block_type(grid: Grid) -> str | None:
     """The type of GGUF that has this grid; None if there is none."""
-    return TYPES.get(grid.bits) if grid.group == SIZE else None
+    if grid.group == SIZE:
+        return TYPES.get(grid.bits)
+    return None
 
 
 def to_blocks(codes: Tensor, scales: Tensor, bits: int) -> np.ndarray:

@@ -37,11 +37,9 @@ def check_compressed(model: OnGrid) -> None:
             "this needs compressed-tensors: pip install 'sparsellm[export]'"
         ) from None
     if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
-        way = (
-            "export to gguf"
-            if block_type(model.grid)
-            else "prune with --grid q4_0 and export to gguf"
-        )
+        way = "prune with --grid q4_0 and export to gguf"
+        if block_type(model.grid):
+            way = "export to gguf"
         raise ModelError(
             f"{min(names)} is a Conv1D, which compressed-tensors does not have; {way}"
         )
@@ -113,11 +111,10 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
 
     grid = model.grid
     chain = model.chain
-    group = (
-        {"strategy": "group", "group_size": grid.group}
-        if grid.group
-        else {"strategy": "channel"}
-    )
+    if grid.group:
+        group = {"strategy": "group", "group_size": grid.group}
+    else:
+        group = {"strategy": "channel"}
     weights = QuantizationArgs(
         num_bits=grid.bits, type="int", symmetric=True, dynamic=False, **group
     )

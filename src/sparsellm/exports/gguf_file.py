@@ -49,11 +49,9 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if place.exists():
         ours = read_bytes(place, 4, StorageError)[:4] == b"GGUF"
         if not (overwrite and ours):
-            advice = (
-                "give --overwrite to replace it"
-                if ours
-                else "it is not a GGUF file and is not replaced"
-            )
+            advice = "it is not a GGUF file and is not replaced"
+            if ours:
+                advice = "give --overwrite to replace it"
             raise StorageError(f"{said} exists; {advice}, or name another file")
     return place
 
@@ -135,7 +133,9 @@ class _File:
         self.dense = dense
         self.template = template
         self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
-        self.head = None if head == "keep" else gguf.GGMLQuantizationType[head.upper()]
+        self.head = None
+        if head != "keep":
+            self.head = gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
         self.keys = {
@@ -187,7 +187,9 @@ class _File:
         number = gguf.GGUFValueType.UINT32
         run = self.model.run
         if (name := self.template.value(general.NAME)) is not None:
-            zeros = f", {run.sparsity_pruned:.0%} zeros" if run.zeros else ""
+            zeros = ""
+            if run.zeros:
+                zeros = f", {run.sparsity_pruned:.0%} zeros"
             values[general.NAME] = GGUFValue(
                 f"{name} {self.model.grid.name}{zeros}", text
             )
@@ -293,11 +295,9 @@ class _File:
         ]
         # The converter cuts rows for which the tokenizer has no token.
         flat = torch.cat([part.reshape(-1) for part in parts])[: tensor.n_elements]
-        return (
-            flat.view(rows_of(tensor), -1)
-            if len(flat) == tensor.n_elements
-            else flat.view(-1, 1)
-        )
+        if len(flat) == tensor.n_elements:
+            return flat.view(rows_of(tensor), -1)
+        return flat.view(-1, 1)
 
     def _other(self, what: str) -> ModelError:
         advice = f"give the GGUF that was made of {self.dense.directory}, or name its model with --model"

@@ -45,7 +45,10 @@ class OnGrid:
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
         """Int8 numbers ``(out, in)``, scales ``(out, groups)`` in the weight's dtype; StorageError if off the grid."""
         stored = self.reader.get(key)
-        weight = stored.t().contiguous() if key in self.transposed else stored
+        if key in self.transposed:
+            weight = stored.t().contiguous()
+        else:
+            weight = stored
         with as_storage_error():
             codes, scales = codes_of(weight, self.grid, self.linears[key])
         return codes, scales.to(weight.dtype)
@@ -61,11 +64,10 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
     chain = open_chain(directory, device=torch.device("cpu"))
     run = read_pruning(directory)
     if run.grid not in grids:
-        there = (
-            f"the grid {run.grid}"
-            if run.grid in GRIDS
-            else _OWN.get(run.values, "a grid of its own (unknown)")
-        )
+        if run.grid in GRIDS:
+            there = f"the grid {run.grid}"
+        else:
+            there = _OWN.get(run.values, "a grid of its own (unknown)")
         advice = f"prune with --grid {grids[0]} (or {', '.join(grids[1:])})"
         raise RecipeError(
             f"{directory} is on {there}, which this format does not have; {advice}"

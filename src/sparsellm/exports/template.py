@@ -67,7 +67,9 @@ class Template:
     def value(self, key: str) -> Any:
         """The value of a key; None if it is absent."""
         field = self.reader.fields.get(key)
-        return None if field is None else field.contents()
+        if field is None:
+            return None
+        return field.contents()
 
     def keys_of(self, keys: Sequence[str]) -> dict[str, list[str]]:
         """The tensors of a checkpoint by their name in GGUF; those of experts, which it stacks, in their order."""
@@ -97,16 +99,22 @@ class Template:
             len(order) != len(dense) for order in orders
         ):
             return None
-        shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
+        shifts = [0.0]
+        if dense.shape[1] == 1:
+            shifts.append(1.0)
         changes = [Change(order, shift) for order in orders for shift in shifts]
         fitting = [change for change in changes if _fits(tensor, dense, change)]
-        return fitting[0] if len(fitting) == 1 else None
+        if len(fitting) == 1:
+            return fitting[0]
+        return None
 
 
 def rows_of(tensor: gguf.ReaderTensor) -> int:
     """The rows of a tensor, of all its matrices; a vector has one column."""
     shape = tensor.shape.tolist()
-    return int(np.prod(shape[1:])) if len(shape) > 1 else int(shape[0])
+    if len(shape) > 1:
+        return int(np.prod(shape[1:]))
+    return int(shape[0])
 
 
 def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:

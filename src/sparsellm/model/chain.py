@@ -156,9 +156,10 @@ class Chain(ModelWeights):
                 output = forward(*args, **kwargs)
                 self._as_returned = _learn_return(output, hidden, self.blocks[index])
                 others = _others_of(output)
-                self._others = (
-                    others if any(value is not None for value in others) else ()
-                )
+                if any(value is not None for value in others):
+                    self._others = others
+                else:
+                    self._others = ()
             if not inputs:
                 inputs.append(hidden)
             return self._as_returned(hidden)
@@ -225,11 +226,10 @@ class Chain(ModelWeights):
         arguments are captured, every block returns its input."""
         family = type(self.model).__name__
         if index != called:
-            when = (
-                "more than once"
-                if index < called
-                else f"before {self.block_names[called]}"
-            )
+            if index < called:
+                when = "more than once"
+            else:
+                when = f"before {self.block_names[called]}"
             calls = f"the forward of {family} calls {self.block_names[index]} {when}"
             raise ModelError(
                 f"{calls}; only models that call each block once, in order, are pruned"
@@ -244,9 +244,8 @@ class Chain(ModelWeights):
         self, index: int, hidden: Tensor, call: Call, block: Forward | None = None
     ) -> Tensor:
         """The output of a loaded block, or of a copy ``block`` of it, for hidden states ``(batch, seq, hidden)``."""
-        block = (
-            self.blocks[index].forward if block is None else block
-        )  # its hooks run in the model's own forward
+        if block is None:
+            block = self.blocks[index].forward  # its hooks run in the model's forward
         with self.products or contextlib.nullcontext(), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
             return _hidden_of(call.on(block, kept), self.blocks[index])
@@ -271,7 +270,10 @@ class Chain(ModelWeights):
         without_loss = (
             "output_router_logits" in signature(self.model.forward).parameters
         )
-        options = {"output_router_logits": False} if without_loss else {}
+        if without_loss:
+            options = {"output_router_logits": False}
+        else:
+            options = {}
         with self._intercepted(replay), self.products or contextlib.nullcontext():
             logits = self.model(ids.to(self.device), use_cache=False, **options).logits
         assert isinstance(logits, Tensor)
@@ -343,7 +345,10 @@ def empty_model(
             )
         empty.tie_weights()
     except Exception as error:  # a wrong config raises KeyError, ValueError, RuntimeError, ZeroDivisionError, ...
-        where = place if place.is_file() else place / "config.json"
+        if place.is_file():
+            where = place
+        else:
+            where = place / "config.json"
         raise ModelError(
             f"transformers cannot build the {config.model_type} of {where}: {one_line(error)}"
         ) from None
@@ -367,7 +372,10 @@ def _split_call(
 
 def _hidden_of(output: object, block: nn.Module) -> Tensor:
     """The hidden states in the return value of a block."""
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if isinstance(output, (tuple, list)):
+        hidden = output[0]
+    else:
+        hidden = output
     if not isinstance(hidden, Tensor):
         raise ModelError(
             f"{type(block).__name__} returns {type(output).__name__}, not hidden states"
@@ -377,7 +385,9 @@ def _hidden_of(output: object, block: nn.Module) -> Tensor:
 
 def _others_of(output: object) -> tuple[object, ...]:
     """What a block returns besides hidden states."""
-    return tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
+    if isinstance(output, (tuple, list)):
+        return tuple(output[1:])
+    return ()
 
 
 def _learn_return(

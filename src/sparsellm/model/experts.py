@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -40,7 +40,10 @@ class Part:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The view of the part."""
-        selected = tensor[self.index] if self.index else tensor
+        if self.index:
+            selected = tensor[self.index]
+        else:
+            selected = tensor
         return selected.mT if self.transposed else selected
 
 
@@ -83,7 +86,9 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.get_submodule(DOWN)(self.inner(x))
-        return self._mixture[0].post_expert_norm(y) if self.normed else y
+        if self.normed:
+            y = self._mixture[0].post_expert_norm(y)
+        return y
 
     def inner(self, x: Tensor) -> Tensor:
         """The input of the last linear, for ``x (tokens, width)``."""
@@ -95,11 +100,10 @@ class Expert(nn.Module):
         if layout.apply_gate is None:
             product: Tensor = layout.activation(gate) * up
             return product
-        both = (
-            torch.stack((gate, up), -1).flatten(-2)
-            if layout.interleaved
-            else torch.cat((gate, up), -1)
-        )
+        if layout.interleaved:
+            both = torch.stack((gate, up), -1).flatten(-2)
+        else:
+            both = torch.cat((gate, up), -1)
         return layout.apply_gate(both)
 
     def frozen(self) -> Expert:
@@ -188,7 +192,9 @@ def _routers(module: nn.Module, mixture: str, experts: int) -> Iterator[str]:
     scope = mixture.rpartition(".")[0]
     for name, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
         around = name.rpartition(".")[0].rpartition(".")[0]
-        readers = module.get_submodule(around).parameters() if around != scope else ()
+        readers: Iterable[nn.Parameter] = ()
+        if around != scope:
+            readers = module.get_submodule(around).parameters()
         fits = (
             parameter.dim() == 2
             and len(parameter) == experts
@@ -359,7 +365,9 @@ def _three_dimensional(
     for number in range(shape[0]):
         expert = {f"{DOWN}.weight": Part(DOWN, (number,), transposed)}
         for role, rows in outputs.items():
-            across: Index = (slice(None),) if transposed and rows else ()
+            across: Index = ()
+            if transposed and rows:
+                across = (slice(None),)
             expert[f"{role}.weight"] = Part(first, (number, *across, *rows), transposed)
             if biased:
                 expert[f"{role}.bias"] = Part(f"{first}_bias", (number, *rows))

@@ -196,9 +196,9 @@ def _part_before(
     }:
         if last.check_dims and shapes[keys[0]] == stack:
             return Part(keys[0], part.index, part.transposed)
-        exchanged = (
-            inner[1:] if len(inner) == 2 else [slice(None), *inner] if inner else []
-        )
+        exchanged = inner[1:]
+        if len(inner) == 1:
+            exchanged = [slice(None), *inner]
         return Part(keys[0], (*before, *exchanged), not part.transposed)
     return None
 
@@ -211,11 +211,10 @@ def refuse_converted(
         return
     name, keys = max(converted.items(), key=lambda item: len(item[1]))
     count = sum(len(tensors) for tensors in converted.values())
-    made = (
-        f"{len(keys)} tensors such as {keys[0]} become"
-        if len(keys) > 1
-        else f"{keys[0]} becomes"
-    )
+    if len(keys) > 1:
+        made = f"{len(keys)} tensors such as {keys[0]} become"
+    else:
+        made = f"{keys[0]} becomes"
     raise ModelError(
         f"transformers merges, splits or transposes {count} tensors of {reader.directory} while it loads a "
         f"{model.config.model_type} ({made} {name}), which is not supported from a directory: load it with "

@@ -31,7 +31,10 @@ def load_config(
 ) -> PretrainedConfig:
     """The config of a decoder-only language model: that of a checkpoint, or a JSON file. A ModelError says that it or
     the generation config cannot be read, or that it describes another kind of model, or quantised weights."""
-    path = directory if directory.is_file() else directory / "config.json"
+    if directory.is_file():
+        path = directory
+    else:
+        path = directory / "config.json"
     read_object(path, error=ModelError)
     if (
         generation := directory / "generation_config.json"
@@ -89,9 +92,9 @@ def check_sizes(
     sizes = {
         name: getattr(text, name, None) for name in SIZES
     }  # transformers maps the family's own names to these
-    shapes = (
-        {name: reader.shape(name) for name in reader} if reader is not None else None
-    )
+    shapes = None
+    if reader is not None:
+        shapes = {name: reader.shape(name) for name in reader}
     if (unfit := unfit_size({**text.to_dict(), **sizes}, shapes)) is not None:
         raise ModelError(
             f"{place} {unfit}; {DIFFER if shapes is not None else 'correct the config'}"

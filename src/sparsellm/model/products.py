@@ -111,7 +111,9 @@ class _Linear(torch.autograd.Function):
         narrow = x.to(torch.bfloat16)
         ctx.save_for_backward(narrow, rounded)
         y = functional.linear(narrow, rounded).float()
-        return y if bias is None else y.add_(bias)
+        if bias is None:
+            return y
+        return y.add_(bias)
 
     @staticmethod
     def backward(
@@ -134,9 +136,9 @@ class _Linear(torch.autograd.Function):
 def attention_for(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context for the forward of a pass with gradients. On a GPU attention is then computed as plain products: the
     fused kernels add up its gradients in another order at every run."""
-    return (
-        sdpa_kernel(SDPBackend.MATH) if _is_plain(device) else contextlib.nullcontext()
-    )
+    if _is_plain(device):
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 def _is_plain(device: torch.device) -> bool:

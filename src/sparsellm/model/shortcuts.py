@@ -44,7 +44,9 @@ class KnownOutput:
 
         def known(*_: object, **__: object) -> Any:
             output = self.values[position].clone()  # the block may change it in place
-            return (output, *[None] * (self.items - 1)) if self.items else output
+            if self.items:
+                return (output, *[None] * (self.items - 1))
+            return output
 
         return {
             **{linear.module: zeros_of(linear) for linear in self.unread},
@@ -96,8 +98,13 @@ class Returns:
         kwargs: dict[str, object],
         output: Any,
     ) -> None:
-        items = len(output) if type(output) is tuple else 0
-        first = output[0] if items else output
+        items = 0
+        if type(output) is tuple:
+            items = len(output)
+        if items:
+            first = output[0]
+        else:
+            first = output
         seen = None
         alone = module not in self._of and all(map(_closed, (*args, *kwargs.values())))
         if alone and isinstance(first, Tensor) and first.numel() == self._size:

@@ -124,11 +124,10 @@ class Stream:
             for first in range(0, len(batch) if pieces else 0, rows):
                 part = slice(first, first + rows)
                 # Captured again rather than cut: only the model defines which dimension of an argument is windows.
-                calls = (
-                    self._calls[-1]
-                    if rows >= len(batch)
-                    else unique.calls(chain.start(batch[part])[1])
-                )
+                if rows >= len(batch):
+                    calls = self._calls[-1]
+                else:
+                    calls = unique.calls(chain.start(batch[part])[1])
                 self.pieces.append(Piece(len(self._calls) - 1, part, calls))
         self.first_window = unique.calls(chain.start(windows[:1])[1])
 
@@ -155,12 +154,11 @@ class Stream:
 
     def keep(self, known: KnownOutput) -> KnownOutput | None:
         """``known`` if memory has room, else None; also None on an accelerator: moving costs as much as computing."""
-        return (
-            known
-            if self.chain.device.type == "cpu"
-            and self.scratch.spare.take(self._bytes_of(known))
-            else None
-        )
+        if self.chain.device.type == "cpu" and self.scratch.spare.take(
+            self._bytes_of(known)
+        ):
+            return known
+        return None
 
     def use(self, known: KnownOutput) -> None:
         """Leaves out the module in later runs: the linears before its writer, and the writer, are pruned now."""

@@ -219,7 +219,9 @@ class ModelWeights:
                 or values[name].is_floating_point()
             )
             if floating and (stored := self.stored_dtype(name)) not in WEIGHT_DTYPES:
-                place = "the model" if self.reader is None else self.reader.file_of(key)
+                place = "the model"
+                if self.reader is not None:
+                    place = str(self.reader.file_of(key))
                 raise ModelError(
                     f"weight {key} in {place} is stored as {str(stored).removeprefix('torch.')}; weights are read in "
                     "bfloat16, float16, float32 and float64: convert the model to one of these first"
@@ -236,11 +238,9 @@ class ModelWeights:
         ):
             weight = f"{name}.weight"
             if weight not in self.gates and self.owns(weight):
-                of_bias = (
-                    self.stored_dtype(f"{name}.bias")
-                    if isinstance(module.bias, Tensor)
-                    else None
-                )
+                of_bias = None
+                if isinstance(module.bias, Tensor):
+                    of_bias = self.stored_dtype(f"{name}.bias")
                 linears.append(
                     LinearView(name, module, self.stored_dtype(weight), of_bias)
                 )
@@ -263,11 +263,9 @@ class ModelWeights:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which a weight is read and written."""
-        return (
-            self.value(name).dtype
-            if self.reader is None
-            else self.reader.dtype(self.key_of[name])
-        )
+        if self.reader is None:
+            return self.value(name).dtype
+        return self.reader.dtype(self.key_of[name])
 
     def is_shared(self, name: str) -> bool:
         """Whether a parameter is used in several places: in two blocks, or in a block and the embedding."""
@@ -377,11 +375,9 @@ class ModelWeights:
         self, name: str, pruned: CheckpointReader | None, tensors: dict[str, Tensor]
     ) -> Tensor:
         """A weight on the device, in the computing dtype. The tensor of which it is a part is added to ``tensors``."""
-        reader = (
-            pruned
-            if pruned is not None and self.key_of[name] in pruned
-            else self.reader
-        )
+        reader = self.reader
+        if pruned is not None and self.key_of[name] in pruned:
+            reader = pruned
         if name in self._shared and reader is self.reader:
             shared = self._shared[name]
             return shared.to(
@@ -409,11 +405,9 @@ class ModelWeights:
             getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         )  # patterns, in which "*" is anything
         kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in wide)
-        return (
-            value.to(torch.float32 if kept else self.dtype)
-            if value.is_floating_point()
-            else value
-        )
+        if value.is_floating_point():
+            return value.to(torch.float32 if kept else self.dtype)
+        return value
 
     def _release(self, names: list[str]) -> None:
         for name in names if self.reader is not None else ():
@@ -570,11 +564,9 @@ def require_storable(value: Tensor, name: str, stored: torch.dtype) -> None:
         wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(
             stored
         )
-        cure = (
-            f"store the model in {wider} and prune that"
-            if wider
-            else "raise the method's damping"
-        )
+        cure = "raise the method's damping"
+        if wider:
+            cure = f"store the model in {wider} and prune that"
         raise NumericalError(
             f"weight {name} would get {bad} infinite or NaN values once pruned and rounded to {dtype}, whose "
             f"largest number is {largest:.5g}; {cure}, or exclude it. Blocks before this one are kept"
@@ -599,9 +591,9 @@ def _fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         "cuda",
     ):
         return stored
-    return (
-        stored if stored is torch.bfloat16 and bf16_is_native(device) else torch.float32
-    )
+    if stored is torch.bfloat16 and bf16_is_native(device):
+        return stored
+    return torch.float32
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

@@ -82,14 +82,10 @@ def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
         listening = socket.create_server(address, family=family)
     except (OSError, UnicodeError) as failed:
         busy = isinstance(failed, OSError) and failed.errno == errno.EADDRINUSE
-        why = (
-            "in use; stop what listens there, or give another --port"
-            if busy
-            else getattr(failed, "strerror", failed)
-        )
-        raise RecipeError(
-            f"port {port} of {host!r:.100} is {'' if busy else 'not available: '}{why}"
-        ) from None
+        why = f"not available: {getattr(failed, 'strerror', failed)}"
+        if busy:
+            why = "in use; stop what listens there, or give another --port"
+        raise RecipeError(f"port {port} of {host!r:.100} is {why}") from None
     return listening, key
 
 
@@ -121,6 +117,10 @@ def _key(file: Path | None) -> str | None:
     return given
 
 
+def _ignore(_: str) -> None:
+    """Does nothing with a line."""
+
+
 def serve(
     directory: str,
     settings: Settings,
@@ -144,7 +144,7 @@ def serve(
             "max_tokens": settings.max_tokens,
             "queue": settings.queue,
         }
-        told = (lambda line: None) if settings.quiet else log
+        told = _ignore if settings.quiet else log
         worker = Worker(model, tokenizer, **limits, threads=settings.threads, log=told)
         name = settings.name or Path(directory).expanduser().resolve().name
         config = uvicorn.Config(
@@ -195,7 +195,9 @@ class _Gate:
     def __init__(self, app: ASGIApp, key: str | None, most: int) -> None:
         self._app = app
         self._most = most
-        self._key = None if key is None else f"bearer {key}".encode()
+        self._key = None
+        if key is not None:
+            self._key = f"bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -55,10 +55,12 @@ def chat(
     the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
     model, tokenizer = open_model(directory, options, template=True)
     limit = context_limit(model.config)
-    seed = secrets.randbits(62) if manner.seed is None else manner.seed
-    beginning: list[Message] = (
-        [] if manner.system is None else [{"role": "system", "content": manner.system}]
-    )
+    seed = manner.seed
+    if seed is None:
+        seed = secrets.randbits(62)
+    beginning: list[Message] = []
+    if manner.system is not None:
+        beginning.append({"role": "system", "content": manner.system})
     messages = list(beginning)
     received: list[int] = []
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -74,11 +76,10 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         ids = chat_ids(tokenizer, messages)
-        room = (
-            manner.max_new_tokens
-            if limit is None
-            else min(manner.max_new_tokens, limit - ids.shape[1])
-        )
+        if limit is None:
+            room = manner.max_new_tokens
+        else:
+            room = min(manner.max_new_tokens, limit - ids.shape[1])
         if room < 1:
             messages.pop()
             say(

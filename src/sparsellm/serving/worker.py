@@ -179,11 +179,14 @@ class Worker:
         ids = job.ids(self._tokenizer)
         tokens = ids.shape[1]
         context = self._context
-        limit = (
-            min(self._max_tokens, context - tokens) if job.limit is None else job.limit
-        )
+        if job.limit is None:
+            limit = min(self._max_tokens, context - tokens)
+        else:
+            limit = job.limit
         if tokens + limit > context or limit < 1:
-            more = f" and {limit} are to follow" if limit > 0 else ""
+            more = ""
+            if limit > 0:
+                more = f" and {limit} are to follow"
             raise SettingError(
                 f"the prompt has {tokens} tokens{more}; prompt and answer have at most {context} here"
             )

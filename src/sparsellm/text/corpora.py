@@ -89,17 +89,12 @@ def read_ptb(split: Split) -> Text:
 def read_c4(split: Split) -> Text:
     """C4 (English, 1910.10683) as SparseGPT draws it: windows inside random documents of the first train shard;
     evaluation on the validation shard."""
-    part, shard = (
-        ("train", "00000-of-01024")
-        if split == "calibration"
-        else ("validation", "00000-of-00008")
-    )
-    documents = hub_column(
-        "c4",
-        "allenai/c4",
-        data_files={part: f"en/c4-{part}.{shard}.json.gz"},
-        split=part,
-    )
+    part = "train"
+    file = "en/c4-train.00000-of-01024.json.gz"
+    if split == "evaluation":
+        part = "validation"
+        file = "en/c4-validation.00000-of-00008.json.gz"
+    documents = hub_column("c4", "allenai/c4", data_files={part: file}, split=part)
     if split == "calibration":
         return Text(documents, joiner=" ", per_document=True)
     return Text(documents[:_C4_DOCUMENTS], joiner=" ", most_windows=_C4_WINDOWS)
@@ -131,9 +126,11 @@ def read_c4_sample(split: Split) -> Text:
     2,400,000 tokens. The next documents are held out for evaluation; source ``c4`` reads none of them."""
     path = fetch_c4_sample()
     documents = []
-    first, count = (
-        (0, _SAMPLED) if split == "calibration" else (_SAMPLED, _C4_DOCUMENTS)
-    )
+    first = 0
+    count = _SAMPLED
+    if split == "evaluation":
+        first = _SAMPLED
+        count = _C4_DOCUMENTS
     try:
         with gzip.open(path) as file:
             for number in range(first + count):

@@ -66,11 +66,10 @@ def shares_of(source: str) -> dict[str, float]:
     shares: dict[str, float] = {}
     for name, share in parts:
         if not float(share) or name in shares:
-            why = (
-                "occurs twice; add its shares"
-                if name in shares
-                else f"has share {share}; leave it out"
-            )
+            if name in shares:
+                why = "occurs twice; add its shares"
+            else:
+                why = f"has share {share}; leave it out"
             raise DataError(
                 f"source {shown(name)} in text mixture {shown(source)} {why}"
             )
@@ -131,9 +130,8 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
                     SELF,
                 ],
             )
-            hint = (
-                "a text mixture is SOURCE:SHARE,SOURCE:SHARE" if "," in source else hint
-            )
+            if "," in source:
+                hint = "a text mixture is SOURCE:SHARE,SOURCE:SHARE"
             raise DataError(
                 f"unknown text source {shown(source)}; {hint} (a path ends in {_SUFFIXES})"
             )
@@ -151,9 +149,10 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
 def read_source(source: str, split: Split) -> Text:
     """The text that a source string names. Raises DataError as :func:`check_source`, or if the text cannot be read."""
     name, argument = check_source(source, split)
-    text = (
-        _PLAIN[name](split) if name in _PLAIN else _WITH_ARGUMENT[name](argument, split)
-    )
+    if name in _PLAIN:
+        text = _PLAIN[name](split)
+    else:
+        text = _WITH_ARGUMENT[name](argument, split)
     return replace(text, called=f"source {shown(source)}")
 
 
@@ -167,9 +166,9 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
         return value
     if isinstance(value, os.PathLike):
         path = os.fsdecode(value)
-        value = (
-            path if Path(path).suffix.lower() in READERS else f"file:{path}"
-        )  # also if it looks like a name
+        value = path
+        if Path(path).suffix.lower() not in READERS:
+            value = f"file:{path}"  # a path, although it may look like a name
     if isinstance(value, str):
         check_sources(value, split)
         return value
@@ -247,12 +246,14 @@ def settle_calibration(
 def _ids(value: Any, name: str) -> Tensor:
     """Token ids ``(windows, tokens)`` from an array, or from rows of one length."""
     try:
-        rows = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
-        ids = (
-            rows
-            if isinstance(rows, Tensor)
-            else torch.stack([torch.as_tensor(row, device="cpu") for row in rows])
-        )
+        if isinstance(value, numpy.ndarray):
+            rows = torch.from_numpy(value)
+        else:
+            rows = value
+        if isinstance(rows, Tensor):
+            ids = rows
+        else:
+            ids = torch.stack([torch.as_tensor(row, device="cpu") for row in rows])
     except (
         ValueError,
         TypeError,

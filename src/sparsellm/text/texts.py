@@ -39,13 +39,10 @@ def text_file(path: str) -> Path:
         file = Path(path).expanduser()
         if file.is_file():
             return file
-        reason = (
-            "is a directory"
-            if file.is_dir()
-            else "is not a file"
-            if file.exists()
-            else "does not exist"
-        )
+        if file.is_dir():
+            reason = "is a directory"
+        else:
+            reason = "is not a file" if file.exists() else "does not exist"
     except (
         OSError,
         RuntimeError,

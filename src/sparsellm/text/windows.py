@@ -46,7 +46,9 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int 
         and token is not None
         and tokenizer("a", verbose=False)["input_ids"][:1] == [token]
     )
-    return int(token) if adds else None
+    if adds:
+        return int(token)
+    return None
 
 
 def calibration_windows(
@@ -78,9 +80,15 @@ def calibration_windows(
         )[0]
     check_memory(samples, seq_len)
     lead = leading_token(tokenizer, bos)
-    length = seq_len if lead is None else seq_len - 1
+    if lead is None:
+        length = seq_len
+    else:
+        length = seq_len - 1
     generator = torch.Generator().manual_seed(seed)
-    text = source if isinstance(source, Text) else read_source(source, "calibration")
+    if isinstance(source, Text):
+        text = source
+    else:
+        text = read_source(source, "calibration")
     read = partial(_tokens, text, tokenizer, lead)
     if text.per_document:
         return _led(
@@ -199,8 +207,14 @@ def evaluation_windows(
             f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len"
         )
     lead = leading_token(tokenizer, bos)
-    length = seq_len if lead is None else seq_len - 1
-    text = source if isinstance(source, Text) else read_source(source, "evaluation")
+    if lead is None:
+        length = seq_len
+    else:
+        length = seq_len - 1
+    if isinstance(source, Text):
+        text = source
+    else:
+        text = read_source(source, "evaluation")
     ids = _tokens(text, tokenizer, lead, _joined(text, tokenizer, lead), length)
     limits = [
         len(ids) // length,
@@ -273,13 +287,13 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -
         ):
             raise ValueError("a role or content is not a string")
         text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-        return text if lead is None else text.removeprefix(str(tokenizer.bos_token))
+        if lead is None:
+            return text
+        return text.removeprefix(str(tokenizer.bos_token))
     except Exception as error:  # a template raises what it likes
-        why = (
-            one_line(error)
-            if tokenizer.chat_template
-            else "the tokenizer has no chat template"
-        )
+        why = "the tokenizer has no chat template"
+        if tokenizer.chat_template:
+            why = one_line(error)
         raise DataError(f"a conversation of the text cannot be read: {why}") from None
 
 
@@ -300,7 +314,8 @@ def _tokens(
     ids = tokenizer(
         joined, verbose=False, return_attention_mask=False, return_token_type_ids=False
     )["input_ids"]
-    ids = ids[1:] if lead is not None and ids[:1] == [lead] else ids
+    if lead is not None and ids[:1] == [lead]:
+        ids = ids[1:]
     if len(ids) < least:
         few = (
             f"{text.called} has {len(ids)} tokens and {least} are needed for one window"
@@ -311,11 +326,9 @@ def _tokens(
 
 def _led(windows: Tensor, lead: int | None) -> Tensor:
     """The windows, each after BOS if there is one."""
-    return (
-        windows
-        if lead is None
-        else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
-    )
+    if lead is None:
+        return windows
+    return torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
 
 
 def _offsets(
