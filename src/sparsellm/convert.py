@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -268,9 +268,11 @@ def _stored(
     }
 
 
-def _packed(key: str, weight: Tensor, *how: Any) -> layout.PackedWeight | None:
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors of packing inside the context name the tensor ``key``."""
     try:
-        return layout.pack(weight, *how)
+        yield
     except PackError as error:
         raise NumericalError(f"{key}: {error}") from None
 
@@ -302,7 +304,8 @@ def _outside_blocks(
                 f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep"
             )
         weight = chain.reader.get(key)
-        packed = _packed(key, weight, "int8", "dense")
+        with _named(key):
+            packed = layout.pack(weight, "int8", "dense")
         assert packed is not None
         result.head[key.removesuffix(".weight")] = PackedEntry.of(packed, weight.dtype)
         tensors |= _stored(key, packed, weight.dtype)
@@ -370,9 +373,10 @@ def _packed_block(
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
-            packed = _packed(
-                key, weight, values, "auto", exponents.get(linear.name), group
-            )
+            with _named(key):
+                packed = layout.pack(
+                    weight, values, exponents=exponents.get(linear.name), group=group
+                )
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
