@@ -82,9 +82,8 @@ Checkpoint = Annotated[str | os.PathLike[str], PlainValidator(_checkpoint)]
 Model: TypeAlias = Annotated[
     str | os.PathLike[str] | PreTrainedModel, PlainValidator(_model)
 ]
-AnyText: TypeAlias = Annotated[
-    TextGiven, SkipValidation
-]  # ``as_text`` and ``Recipe.of`` check and convert these
+# ``as_text`` and ``Recipe.of`` check and convert these
+AnyText: TypeAlias = Annotated[TextGiven, SkipValidation]
 RecipeGiven: TypeAlias = Annotated[
     Recipe | Mapping[str, Any] | str | os.PathLike[str] | None, SkipValidation
 ]

@@ -56,22 +56,19 @@ class PackResult:
     """The result of packing or unpacking into ``path``."""
 
     path: Path
-    linears: dict[str, PackedEntry | None] = field(
-        default_factory=dict, repr=False
-    )  # None: it is smaller dense
+    # None: it is smaller dense
+    linears: dict[str, PackedEntry | None] = field(default_factory=dict, repr=False)
     dense_bytes: int = 0  # the size of the weights of these linears
     packed_bytes: int = 0
     weights: int = 0
     checkpoint_bytes: int = 0  # all weight files of the new checkpoint
-    head: dict[str, PackedEntry] = field(
-        default_factory=dict
-    )  # embedding and output head; empty if they were copied
+    # embedding and output head; empty if they were copied
+    head: dict[str, PackedEntry] = field(default_factory=dict)
     expert_weights: int = (
         0  # weights of experts, which stay dense and are not counted above
     )
-    rounded: list[str] = field(
-        default_factory=list, repr=False
-    )  # linears whose values were not on their integer grid
+    # linears whose values were not on their integer grid
+    rounded: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -132,9 +129,8 @@ def pack(
     result = PackResult(place)
     group, exponents = _rounding(chain, source, values)
     assert chain.reader is not None
-    need = (
-        chain.reader.bytes
-    )  # with any value type, no linear takes more space than its dense weight
+    # with any value type, no linear takes more space than its dense weight
+    need = chain.reader.bytes
     work = WorkingDirectory(
         place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need
     )
@@ -194,9 +190,8 @@ def _places(
     model: Checkpoint, out: Out, kind: str, *, overwrite: bool
 ) -> tuple[Path, Path]:
     """The directories of the model and of the new checkpoint, checked."""
-    check_destination(
-        out, overwrite=overwrite, sources=checkpoints_among(model)
-    )  # before the model is downloaded
+    # before the model is downloaded
+    check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
     source = checkpoint_directory(str(model))
     packed = is_packed(read_object(source / "config.json"))
     if packed and kind == PACK:
@@ -215,9 +210,8 @@ def _written(
     """As :func:`~sparsellm.files.writer.written`; companions, a card and the packed format's own files follow."""
     with written(work, shards) as writer:
         yield writer
-        writer.copy_companions(
-            source, PRUNING, "recipe.yaml"
-        )  # these two hold for the packed model too
+        # these two hold for the packed model too
+        writer.copy_companions(source, PRUNING, "recipe.yaml")
         entries = {
             name: entry for name, entry in result.linears.items() if entry is not None
         } | result.head
@@ -289,13 +283,11 @@ def _outside_blocks(
         chain.model.get_output_embeddings(),
     ):
         key = chain.key_of.get(f"{names.get(id(module))}.weight")
-        if (
-            key is None or key.removesuffix(".weight") in result.head
-        ):  # tied: stored once
+        # tied: stored once
+        if key is None or key.removesuffix(".weight") in result.head:
             continue
-        if (
-            result.head and module.weight is chain.model.get_input_embeddings().weight
-        ):  # tied, and stored twice
+        # tied, and stored twice
+        if result.head and module.weight is chain.model.get_input_embeddings().weight:
             del tensors[key]
             continue
         known = type(module) is nn.Linear or row_scale(module) is not None
@@ -357,9 +349,8 @@ def _packed_block(
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     tensors = chain.stored_block(index)
     for linear in chain.linears(index):
-        if isinstance(
-            linear.module, ExpertLinear
-        ):  # stays dense: transformers stacks experts while it loads
+        # stays dense: transformers stacks experts while it loads
+        if isinstance(linear.module, ExpertLinear):
             result.expert_weights += linear.parameter.numel()
             continue
         key = chain.key_of[linear.weight_name]

@@ -94,9 +94,8 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 def _stop(signum: int, _: FrameType | None) -> None:
     global _received, _since
-    if (
-        os.getpid() != _owner
-    ):  # a forked child, which ends as it would without these handlers
+    # a forked child, which ends as it would without these handlers
+    if os.getpid() != _owner:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     if _received is None:
@@ -132,10 +131,9 @@ def last_words(signum: int) -> str:
 def command_line(*, without: str = "") -> str:
     """The current command line (under torchrun, that of torchrun), quoted for a shell, without an option."""
     program = Path(sys.argv[0])
-    words = [
-        program.name,
-        *(sys.argv[1:] if program.stem == "sparsellm" else ()),
-    ]  # others may be given secrets
+    words = [program.name]
+    if program.stem == "sparsellm":  # other programs may be given secrets
+        words += sys.argv[1:]
     if program.parts[-2:] == ("sparsellm", "__main__.py"):
         words = [sys.orig_argv[0], "-m", "sparsellm", *sys.argv[1:]]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -143,9 +141,8 @@ def command_line(*, without: str = "") -> str:
 
         with contextlib.suppress(psutil.Error):
             parents: list[str] = psutil.Process(os.getppid()).cmdline()
-            if (
-                "sparsellm" in parents
-            ):  # python .../torchrun, or python -m torch.distributed.run
+            # python .../torchrun, or python -m torch.distributed.run
+            if "sparsellm" in parents:
                 if Path(parents[1]).name == "torchrun":
                     words = ["torchrun", *parents[2:]]
                 else:

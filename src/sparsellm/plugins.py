@@ -15,9 +15,8 @@ from sparsellm.errors import RecipeError, one_line
 
 CORRECT = "correct it, or name another .py file or module"
 
-_loaded: dict[
-    str, tuple[str, str]
-] = {}  # name and digest, by the path of the file or the name of the module
+# name and digest, by the path of the file or the name of the module
+_loaded: dict[str, tuple[str, str]] = {}
 
 
 def load_plugin(name_or_path: str | os.PathLike[str]) -> None:
@@ -104,7 +103,5 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str]) -> None:
         free = f"{name} {digest[:8]}"
     else:
         free = name
-    _loaded[key] = (
-        free.encode("utf-8", "backslashreplace").decode(),
-        digest,
-    )  # records are UTF-8
+    printable = free.encode("utf-8", "backslashreplace").decode()  # records are UTF-8
+    _loaded[key] = (printable, digest)

@@ -60,9 +60,8 @@ class Progress:
         None  # relative squared error of the output of the linear that was pruned last
     )
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
-    costs: Mapping[str, float] = field(
-        default_factory=dict
-    )  # in a PLAN, predicted seconds of phases
+    # in a PLAN, predicted seconds of phases
+    costs: Mapping[str, float] = field(default_factory=dict)
     linear: str = ""  # the linear that was pruned last
 
 
@@ -101,9 +100,8 @@ class Forecast:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one
-        self.seconds: dict[
-            str, float
-        ] = {}  # seconds of each finished phase; the times of one that begins again add up
+        # seconds of each finished phase; the times of one that begins again add up
+        self.seconds: dict[str, float] = {}
         self.share = 0.0  # done of the whole, from 0 to 1; with a plan, it never falls
         self._clock = clock
         self._costs: dict[str, float] = {}

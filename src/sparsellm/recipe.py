@@ -40,18 +40,19 @@ from sparsepack.grids import GRIDS
 if TYPE_CHECKING:
     from sparsellm.patterns import Pattern
 
-MOST_TOKENS = (
-    1 << 31
-)  # in all calibration windows together, whose ids alone take 16 GiB
+# in all calibration windows together, whose ids alone take 16 GiB
+MOST_TOKENS = 1 << 31
 MOST_SEED = (1 << 63) - 1
+# fields for methods that a sweep may follow
 SWEEP = (
     "effort",
     "sweep_tokens",
     "passes",
     "sets",
     "sweep_rate",
-)  # fields for methods that a sweep may follow
+)
 
+# A shell completes these, and the devices.
 SOURCES = (
     "c4-sample",
     "pydoc",
@@ -60,7 +61,7 @@ SOURCES = (
     "ptb",
     "c4",
     "hub:",
-)  # for a shell, as are the next
+)
 DEVICES = ("cpu", "cuda", "auto")
 # The panels of --help.
 WHAT = "What to prune"
@@ -81,9 +82,8 @@ class Option:
     flag: str = ""  # its name; "" for the field's name with dashes
     null: str = ""  # meaning of None, shown as the default
     values: tuple[str, ...] = ()  # completed by a shell; a ``Literal`` needs none
-    registered: tuple[
-        str, ...
-    ] = ()  # subpackages whose registered names a shell completes
+    # subpackages whose registered names a shell completes
+    registered: tuple[str, ...] = ()
 
 
 def _integer(value: Any) -> Any:
@@ -403,14 +403,11 @@ class Recipe(BaseModel):
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again. If a changed field excludes one that is not changed (a fixed
         pattern and sparsity, a grid and values, ways to give the sweep's length), the latter is as if not given."""
-        values = {
-            **self.model_dump(exclude_unset=True),
-            **changes,
-        }  # what a field implies is implied again
+        # What a field implies is implied again.
+        values = {**self.model_dump(exclude_unset=True), **changes}
+        pairs = []
         if self.grid != "own" or values.get("grid", "own") != "own":
-            pairs = [("grid", "values")]
-        else:
-            pairs = []
+            pairs.append(("grid", "values"))
         pairs += (
             [("pattern", "sparsity")]
             if "auto" not in str(values.get("pattern"))
@@ -420,10 +417,7 @@ class Recipe(BaseModel):
         for one, other in (*pairs, *((second, first) for first, second in pairs)):
             if one in changes and other not in changes:
                 values.pop(other, None)
-        for ways in (
-            {"effort"},
-            {"sweep_tokens", "passes"},
-        ):  # to say how long the sweep is
+        for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # of giving its length
             if any(changes.get(name) is not None for name in ways):
                 others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()
                 values = {
@@ -444,9 +438,8 @@ class Recipe(BaseModel):
             if dot and field in MAPPINGS:
                 entries = changes.setdefault(field, dict(getattr(self, field)))
                 if isinstance(entries, dict):
-                    entries.pop(
-                        name, None
-                    )  # the entry goes last: in ``sparsity_of``, the later one counts
+                    # the entry goes last: in ``sparsity_of``, the later one counts
+                    entries.pop(name, None)
                     entries[name] = value
             else:
                 changes[f"{field}{dot}{name}"] = value
@@ -492,12 +485,13 @@ class Recipe(BaseModel):
         )
 
 
+# their entries are set after a dot
 MAPPINGS = (
     "options",
     "allocation_options",
     "expert_options",
     "sparsity_of",
-)  # their entries are set after a dot
+)
 
 
 def option_of(name: str) -> Option | None:

@@ -80,9 +80,8 @@ def write_compressed(
             "config.json", {**config, "quantization_config": quantization_config(model)}
         )
         record = record.model_copy(update={"bytes": weight_file_bytes(writer.folder)})
-        evaluations = read_results(
-            model.reader.directory
-        ).shown()  # the weights are the same
+        # the weights are the same
+        evaluations = read_results(model.reader.directory).shown()
         writer.write_text(CARD, card_text(model.run, evaluations, exported=record))
         keep(record)
     return record
@@ -126,9 +125,8 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
     dense = {name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")} - {
         *model.linears.values()
     }
-    dense |= {
-        gate.removesuffix(".weight") for gate in chain.gates
-    }  # routers, which vLLM has as linears
+    # routers, which vLLM has as linears
+    dense |= {gate.removesuffix(".weight") for gate in chain.gates}
     # What is stored but not in this model, such as a tower for pictures, is dense, too.
     stored = [
         key

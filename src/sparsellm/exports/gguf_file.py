@@ -138,9 +138,8 @@ class _File:
             self.head = gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
-        self.keys = {
-            name: keys for name, keys in named if name in self.tensors
-        }  # in the checkpoint
+        # in the checkpoint
+        self.keys = {name: keys for name, keys in named if name in self.tensors}
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
         self.heads = [
@@ -156,12 +155,10 @@ class _File:
             if key not in known and (
                 key in model.linears or not self._same(reader.get(key), key)
             ):
-                raise self._other(
-                    f"has no tensor for {key}"
-                )  # which the file would lose
-        ahead = (
-            template.value(f"{template.arch}.nextn_predict_layers") or 0
-        )  # blocks that predict further tokens
+                # which the file would lose
+                raise self._other(f"has no tensor for {key}")
+        # blocks that predict further tokens
+        ahead = template.value(f"{template.arch}.nextn_predict_layers") or 0
         if (blocks := template.value(f"{template.arch}.block_count") - ahead) != len(
             model.chain
         ):
@@ -179,9 +176,8 @@ class _File:
             for name, x in self.template.reader.fields.items()
             if not name.startswith(_DROPPED)
         }
-        values = {
-            name: _value(field) for name, field in fields.items() if field.data
-        }  # an empty array has no type
+        # an empty array has no type
+        values = {name: _value(field) for name, field in fields.items() if field.data}
         general = gguf.Keys.General
         text = gguf.GGUFValueType.STRING
         number = gguf.GGUFValueType.UINT32
@@ -234,14 +230,12 @@ class _File:
                 codes[change.order], scales[change.order], self.model.grid.bits
             )
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
-        if not same and not tensor.name.startswith(
-            "blk."
-        ):  # a run changes blocks alone
+        # a run changes blocks alone
+        if not same and not tensor.name.startswith("blk."):
             raise self._not_pruned_from(f"has another {keys[0]}")
         if same and kind == tensor.tensor_type and tensor.name.startswith("blk."):
-            return (
-                tensor.data
-            )  # the converter may have changed it in a way that is not known here
+            # the converter may have changed it in a way that is not known here
+            return tensor.data
         change = self._change(tensor)
         if same and kind == tensor.tensor_type:
             return tensor.data
@@ -270,9 +264,8 @@ class _File:
                 and weight is not None
                 and weight.name in self.keys
             ):
-                orders = [
-                    self._change(weight).order
-                ]  # a bias that is 0 would fit in any order
+                # a bias that is 0 would fit in any order
+                orders = [self._change(weight).order]
             elif tensor.name.startswith("blk.") and len(tensor.shape) == 2:
                 orders = orders_of(rows, self.heads[0], sorted({*self.heads}))
             change = self.template.change(

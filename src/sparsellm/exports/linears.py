@@ -32,9 +32,8 @@ class OnGrid:
     chain: Chain  # the checkpoint, read block by block
     run: Pruning  # its ``pruning.json``
     grid: Grid
-    linears: dict[
-        str, str
-    ]  # names of pruned linears in the model, by the tensors that have their weights
+    # names of pruned linears in the model, by the tensors that have their weights
+    linears: dict[str, str]
     transposed: frozenset[str]  # tensors of linears that are stored as ``(in, out)``
 
     @property

@@ -38,9 +38,8 @@ class Call:
 
     args: tuple[object, ...]
     kwargs: dict[str, object]
-    hidden_keyword: (
-        str | None
-    )  # the keyword of the hidden states; None if they are the first positional argument
+    # the keyword of the hidden states; None if they are the first positional argument
+    hidden_keyword: str | None
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with floating-point tensors in another dtype."""
@@ -89,9 +88,8 @@ class Chain(ModelWeights):
     _as_returned: Callable[[Tensor], Any] | None = (
         None  # hidden states → the return value of a block
     )
-    _others: tuple[
-        object, ...
-    ] = ()  # what block 0 returned after hidden states; all blocks get it
+    # what block 0 returned after hidden states; all blocks get it
+    _others: tuple[object, ...] = ()
 
     @cached_property
     def kinds(self) -> list[Kind]:

@@ -76,9 +76,8 @@ class Expert(nn.Module):
         self, mixture: nn.Module, layout: _Layout, matrices: dict[str, ExpertLinear]
     ) -> None:
         super().__init__()
-        self._mixture: tuple[Any] = (
-            mixture,
-        )  # in a tuple, so that it is not a submodule
+        # in a tuple, so that it is not a submodule
+        self._mixture: tuple[Any] = (mixture,)
         self._layout = layout
         self.normed = layout.normed
         for role, linear in matrices.items():
@@ -297,9 +296,8 @@ def _outputs(self: Any, routed: Routed) -> Tensor:
 def _layout_of(module: Any) -> _Layout | None:
     """How a module stores its experts; None if it does not stack any, or in a way that is not known."""
     flags = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
-    if all(
-        isinstance(vars(module).get(flag), bool) for flag in flags
-    ):  # set by use_experts_implementation
+    # set by use_experts_implementation
+    if all(isinstance(vars(module).get(flag), bool) for flag in flags):
         return _decorated(module)
     takes = len(inspect.signature(module.forward).parameters)
     stacks = {name: p for name, p in module.named_parameters() if p.dim() > 1}
@@ -309,9 +307,8 @@ def _layout_of(module: Any) -> _Layout | None:
         )
         return _Layout(parts, module.act_fn, routed=False)
     if set(stacks) == {"mlp.w1", "mlp.v1", "mlp.w2"} and takes == _ROUTED:  # DBRX
-        inner = (
-            module.mlp.w1.shape[0] // module.num_experts
-        )  # each is (experts · inner, width)
+        # each is (experts · inner, width)
+        inner = module.mlp.w1.shape[0] // module.num_experts
         rows = [
             (slice(first, first + inner),)
             for first in range(0, inner * module.num_experts, inner)

@@ -36,9 +36,8 @@ def load_config(
     else:
         path = directory / "config.json"
     read_object(path, error=ModelError)
-    if (
-        generation := directory / "generation_config.json"
-    ).exists():  # else transformers takes its own defaults
+    # else transformers takes its own defaults
+    if (generation := directory / "generation_config.json").exists():
         read_object(generation, error=ModelError)
     try:
         config = AutoConfig.from_pretrained(
@@ -89,9 +88,8 @@ def check_sizes(
     """Refuses sizes in the config with which transformers would take hours to build a model, or fail: width,
     vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights, if there are any."""
     text = config.get_text_config()
-    sizes = {
-        name: getattr(text, name, None) for name in SIZES
-    }  # transformers maps the family's own names to these
+    # transformers maps the family's own names to these
+    sizes = {name: getattr(text, name, None) for name in SIZES}
     shapes = None
     if reader is not None:
         shapes = {name: reader.shape(name) for name in reader}
@@ -111,9 +109,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code
         )
-        tokenizer.decode(
-            tokenizer("a text")["input_ids"]
-        )  # some settings are only looked at when they are used
+        # some settings are only looked at when they are used
+        tokenizer.decode(tokenizer("a text")["input_ids"])
     except BaseException as error:
         # The Rust tokenizers raise PanicException, which is not an Exception, for some damaged files.
         if (
@@ -129,9 +126,8 @@ def load_tokenizer(
             why = "it has no tokenizer's files; copy tokenizer.json and tokenizer_config.json from the original model"
         raise ModelError(f"no readable tokenizer in {directory}: {why}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if (
-        not tokenizer.vocab_size
-    ):  # without files, the tokenizers of some families load with an empty vocabulary
+    # without files, the tokenizers of some families load with an empty vocabulary
+    if not tokenizer.vocab_size:
         raise ModelError(
             f"no readable tokenizer in {directory}: it has no vocabulary; add the tokenizer's files"
         )

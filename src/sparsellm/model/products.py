@@ -17,9 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-LEAST = (
-    1 << 16
-)  # elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
+# elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
+LEAST = 1 << 16
 # A weight may be a router's with at most MOST_EXPERTS outputs and at least INPUTS_OF_EACH inputs for each of them.
 MOST_EXPERTS = 512
 INPUTS_OF_EACH = 8
@@ -47,12 +46,13 @@ class Bf16Products(TorchFunctionMode):
                 args[2] if len(args) > 2 else None,
                 self._copy(args[1]),
             )
+        # Conv1D of GPT-2
         if (
             func is torch.addmm
             and not kwargs
             and len(args) == 3
             and _fits(args[1], args[2])
-        ):  # Conv1D of GPT-2
+        ):
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
         if func is functional.scaled_dot_product_attention and _attention_fits(
             *args, **(kwargs or {})

@@ -29,9 +29,8 @@ class KnownOutput:
     # weights, nobody reads; 0 for the output alone.
     items: int
     unread: list[LinearView]  # whose outputs only the writer depends on
-    values: list[Tensor] = field(
-        default_factory=list
-    )  # inputs of the writer, replaced by its outputs in finish()
+    # inputs of the writer, replaced by its outputs in finish()
+    values: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -32,9 +32,8 @@ class Piece:
 
     batch: int  # its number
     rows: slice  # the windows of that batch
-    calls: list[
-        Call
-    ]  # one a block, for these windows alone, since a mask may have a row for each window
+    # one a block, for these windows alone, since a mask may have a row for each window
+    calls: list[Call]
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class Feed:
     chain: Chain
     windows: Tensor  # token ids, (samples, seq)
     batch_tokens: int  # in one forward call, at least one window
-    scratch: Scratch = field(
-        default_factory=Scratch
-    )  # keeps hidden states, in memory or in files beyond its limit
+    # keeps hidden states, in memory or in files beyond its limit
+    scratch: Scratch = field(default_factory=Scratch)
     progress: ProgressCallback = ignore
     blocks: CheckpointReader | None = (
         None  # the weights of the blocks for gradients, if not the chain's own
@@ -255,11 +253,8 @@ class _Unique:
 
     def _call(self, call: Call) -> Call:
         leaves, form = tree_flatten((call.args, call.kwargs))
-        key = (
-            str(form),
-            call.hidden_keyword,
-            *map(id, leaves),
-        )  # the kept call keeps the leaves alive
+        # No id is used twice: the kept call keeps the leaves alive.
+        key = (str(form), call.hidden_keyword, *map(id, leaves))
         return self._calls.setdefault(key, call)
 
     def _known(self, value: Tensor) -> Tensor:

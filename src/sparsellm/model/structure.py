@@ -13,9 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsellm.errors import ModelError
 
-_SENSES = re.compile(
-    "vision|audio"
-)  # in the name of a config inside one that is the text's own
+# in the name of a config inside one that is the text's own
+_SENSES = re.compile("vision|audio")
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,8 @@ class ModelWeights:
         values = self.model.state_dict(keep_vars=True)
         self._outer = [name for name in values if not name.startswith(self._prefix)]
         self._run_outer = [name for name in self._outer if not self._in_tower(name)]
-        self._shared: dict[
-            str, Tensor
-        ] = {}  # weights of several blocks, as the first of these blocks left them
+        # weights of several blocks, as the first of these blocks left them
+        self._shared: dict[str, Tensor] = {}
         if reader is None:
             names, self._shapes = published_names(self.model, stacked)
         else:
@@ -117,9 +116,8 @@ class ModelWeights:
             self.dtype = first.dtype
             return
         self._compute(device, dtype)
-        for module in (
-            self.model.modules()
-        ):  # buffers that no checkpoint has, such as rotary frequencies
+        # buffers that no checkpoint has, such as rotary frequencies
+        for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
@@ -351,21 +349,18 @@ class ModelWeights:
             self._shared = pruned
 
     def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
-        tensors: dict[
-            str, Tensor
-        ] = {}  # tensors of the checkpoint of which several weights are parts
+        # tensors of the checkpoint of which several weights are parts
+        tensors: dict[str, Tensor] = {}
         if self.reader is None:
             for name in filter(self.owns, names if pruned is not None else ()):
                 self.value(name).detach().copy_(self.parameter(name, pruned, tensors))
             return
         loaded: dict[str, Tensor] = {}
-        for (
-            name
-        ) in names:  # one at a time, so that at most one weight is in memory twice
+        # one at a time, so that at most one weight is in memory twice
+        for name in names:
             first = self._names(name)[0]
-            if (
-                first not in loaded
-            ):  # a weight of an earlier block was pruned with that block
+            # a weight of an earlier block was pruned with that block
+            if first not in loaded:
                 loaded[first] = self._fetch(
                     first, pruned if first == name else None, tensors
                 )
@@ -401,9 +396,8 @@ class ModelWeights:
         value, _ = parallel.once_a_machine(
             lambda: (reader.get(self.key_of[name], self.device), None), self.device
         )
-        wide = (
-            getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        )  # patterns, in which "*" is anything
+        # patterns, in which "*" is anything
+        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in wide)
         if value.is_floating_point():
             return value.to(torch.float32 if kept else self.dtype)

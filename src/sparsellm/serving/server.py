@@ -164,9 +164,8 @@ def serve(
         )
         _Server(config, worker).run(sockets=[listening])
     worker.stop(0)
-    if not worker.ended(
-        GRACE
-    ):  # it reads a long prompt; the interpreter must not end under a thread that computes
+    # it reads a long prompt; the interpreter must not end under a thread that computes
+    if not worker.ended(GRACE):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -358,9 +357,8 @@ def application(worker: Worker, name: str) -> FastAPI:
         worker.submit(job)
         events = _events(job, request)
         try:
-            event = await anext(
-                events
-            )  # what the prompt is refused for comes before a stream begins
+            # what the prompt is refused for comes before a stream begins
+            event = await anext(events)
             if asked.stream:
                 return StreamingResponse(
                     _stream(event, events, made), media_type="text/event-stream"

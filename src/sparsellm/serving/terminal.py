@@ -102,9 +102,8 @@ def chat(
                 on_text=show,
                 cancelled=lambda: bool(received),
             )
-        for signum in {*received} - {
-            signal.SIGINT
-        }:  # Ctrl-C stops the answer; other signals end the conversation
+        # Ctrl-C stops the answer; other signals end the conversation
+        for signum in {*received} - {signal.SIGINT}:
             signal.raise_signal(signum)
         show("\n")
         messages.append({"role": "assistant", "content": answer.text})

@@ -169,9 +169,8 @@ class Worker:
                 answer = SparseLLMError(
                     f"the server failed ({type(error).__name__}); its log says why"
                 )
-            with (
-                self._changed
-            ):  # before the answer: whoever gets it may ask again at once
+            # before the answer: whoever gets it may ask again at once
+            with self._changed:
                 self._running = None
             job.send(answer)
 

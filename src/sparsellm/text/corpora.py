@@ -111,9 +111,8 @@ def fetch_c4_sample() -> Path:
     if isinstance(known, str):
         return Path(known)
     try:
-        get_session().head(
-            constants.ENDPOINT, timeout=5
-        )  # the client itself tries for half a minute
+        # the client itself tries for half a minute
+        get_session().head(constants.ENDPOINT, timeout=5)
         return Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
     except Exception as error:  # the client raises httpx, requests and its own errors
         raise DataError(

@@ -43,9 +43,8 @@ def self_generated_windows(
     check_memory(samples + fresh, seq_len)
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
-    known = min(
-        len(tokenizer), model.config.get_text_config().vocab_size
-    )  # some tokenizers have more than the model
+    # some tokenizers have more than the model
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
     starts = torch.tensor([token for token in range(known) if token not in special])
     device = next(model.parameters()).device
     keyword = cache_keyword(model)

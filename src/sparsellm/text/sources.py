@@ -172,9 +172,8 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     if isinstance(value, str):
         check_sources(value, split)
         return value
-    if (
-        isinstance(value, Mapping) and "input_ids" in value
-    ):  # the return value of a tokenizer
+    # the return value of a tokenizer
+    if isinstance(value, Mapping) and "input_ids" in value:
         given = value
         value = _ids(given["input_ids"], name)
         _refuse_padding([given], name)

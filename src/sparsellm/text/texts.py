@@ -19,9 +19,8 @@ _FIELDS = {"text": str, "messages": list}  # the second where a record has no te
 class Text:
     """Documents, and the protocol that turns them into token windows."""
 
-    documents: Sequence[
-        Any
-    ]  # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
+    # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
+    documents: Sequence[Any]
     joiner: str = (
         "\n\n"  # the string between two documents when all are tokenised as one string
     )

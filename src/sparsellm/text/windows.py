@@ -306,9 +306,8 @@ def _tokens(
 ) -> Tensor:
     """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
     needed = TOKENISING * len(joined)
-    if needed > 1 << 28 and needed > (
-        free := machine.free_memory()
-    ):  # asking takes a millisecond
+    # asking takes a millisecond
+    if needed > 1 << 28 and needed > (free := machine.free_memory()):
         raise _too_long(text, len(joined), free)
     # verbose=False: the warning that a text is longer than the model's positions does not apply here.
     ids = tokenizer(
@@ -346,9 +345,8 @@ def _offsets(
     order = torch.randperm(samples, generator=generator)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), offsets + seq_len])
     room = torch.cat([offsets, torch.tensor([tokens])]) - starts
-    before = (
-        torch.rand(len(room), generator=generator) * (room % seq_len + 1)
-    ).long()  # in each gap, unused
+    # in each gap, unused
+    before = (torch.rand(len(room), generator=generator) * (room % seq_len + 1)).long()
     between = [
         int(first) + seq_len * number
         for first, size in zip(starts + before, room, strict=True)
