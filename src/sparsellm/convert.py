@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,10 +135,10 @@ def pack(
         place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need
     )
     with _written(work, len(chain) + 1, source, result) as writer:
-        writer.write_shard(
-            len(chain),
-            _outside_blocks(chain, result) if head == "int8" else chain.outer_tensors(),
-        )
+        outer: Mapping[str, TensorSource | Tensor] = chain.outer_tensors()
+        if head == "int8":
+            outer = _outside_blocks(chain, result)
+        writer.write_shard(len(chain), outer)
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
             writer.write_shard(
@@ -381,7 +381,8 @@ def _packed_block(
             and not torch.equal(layout.unpack(packed, weight.dtype), weight)
         ):
             result.rounded.append(name)
-        tensors |= (
-            {key: stored} if packed is None else _stored(key, packed, stored.dtype)
-        )
+        if packed is None:
+            tensors[key] = stored
+        else:
+            tensors |= _stored(key, packed, stored.dtype)
     return tensors

@@ -186,7 +186,8 @@ class Forecast:
         if self.phase in self._costs:
             trust = min(1.0, done / TRUSTED)
             left += (1 - trust) * (1 - done) * factor * self._costs[self.phase]
-            left += trust * rest if rest is not None else 0.0
+            if rest is not None:
+                left += trust * rest
         self._left = left
         if self.elapsed + left > 0:
             self.share = max(

@@ -368,8 +368,9 @@ class Recipe(BaseModel):
         if self.allocation is not None:
             return self.allocation
         if self.chosen_of is not None:
-            return preferred if preferred != "uniform" else "threshold"
-        return preferred if self.pattern is None and self.sparsity else "uniform"
+            return "threshold" if preferred == "uniform" else preferred
+        varies = self.pattern is None and self.sparsity
+        return preferred if varies else "uniform"
 
     @property
     def named(self) -> Recipe:
@@ -408,16 +409,13 @@ class Recipe(BaseModel):
         pairs = []
         if self.grid != "own" or values.get("grid", "own") != "own":
             pairs.append(("grid", "values"))
-        pairs += (
-            [("pattern", "sparsity")]
-            if "auto" not in str(values.get("pattern"))
-            else []
-        )
+        if "auto" not in str(values.get("pattern")):
+            pairs.append(("pattern", "sparsity"))
         # Where two exclude each other, a change of one removes the other.
         for one, other in (*pairs, *((second, first) for first, second in pairs)):
             if one in changes and other not in changes:
                 values.pop(other, None)
-        for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # of giving its length
+        for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # to give its length
             if any(changes.get(name) is not None for name in ways):
                 others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()
                 values = {
@@ -452,10 +450,10 @@ class Recipe(BaseModel):
         text = ""
         for name, value in self:
             option = option_of(name)
-            text += f"# {help_of(name)}" + (
-                f" null: {option.null}.\n" if option and option.null else "\n"
-            )
-            text += dump_yaml({name: value})
+            text += f"# {help_of(name)}"
+            if option and option.null:
+                text += f" null: {option.null}."
+            text += "\n" + dump_yaml({name: value})
         return text
 
     @classmethod
@@ -526,6 +524,7 @@ def _explain(error: ValidationError) -> str:
         and isinstance(value, int | float)
         and 5 <= value < 100
     )
-    return refusal(error, f"recipe field {key}") + (
-        f"; did you mean {value / 100:g}?" if percent else ""
-    )
+    said = refusal(error, f"recipe field {key}")
+    if percent:
+        said += f"; did you mean {value / 100:g}?"
+    return said

@@ -69,9 +69,10 @@ def write_compressed(
             progress(Progress("export", index, len(chain), chain.block_names[index]))
             tensors: dict[str, Tensor] = {}
             for key, stored in chain.stored_block(index).items():
-                tensors |= (
-                    _tensors(model, key) if key in model.linears else {key: stored}
-                )
+                if key in model.linears:
+                    tensors |= _tensors(model, key)
+                else:
+                    tensors[key] = stored
             writer.write_shard(index, tensors)
         progress(Progress("export", len(chain), len(chain)))
         writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")

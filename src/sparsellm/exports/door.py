@@ -142,11 +142,8 @@ def export(  # noqa: PLR0913 - the Python door
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
         except ModelError as error:
-            raise ModelError(
-                str(error)
-                if model is not None
-                else f"{error}, and name it with --model"
-            ) from None
+            advice = "" if model is not None else ", and name it with --model"
+            raise ModelError(f"{error}{advice}") from None
         record = write_gguf(
             opened,
             dense,

@@ -202,8 +202,10 @@ class _File:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
             return self.block
-        head = self.head if tensor.name in _HEAD and tensor.name in self.keys else None
-        return tensor.tensor_type if head is None else head
+        is_head = tensor.name in _HEAD and tensor.name in self.keys
+        if is_head and self.head is not None:
+            return self.head
+        return tensor.tensor_type
 
     def bytes_of(self, tensor: gguf.ReaderTensor) -> int:
         """The size in which a tensor of the template is written."""
@@ -282,12 +284,14 @@ class _File:
     def _rows(self, reader: CheckpointReader, tensor: gguf.ReaderTensor) -> Tensor:
         """The tensors of a checkpoint that one of the template has, as rows ``(rows, columns)``."""
         keys = self.keys[tensor.name]
-        parts = [
-            reader.get(key).t() if key in self.model.transposed else reader.get(key)
-            for key in keys
-        ]
+        parts = []
+        for key in keys:
+            part = reader.get(key)
+            if key in self.model.transposed:
+                part = part.t()
+            parts.append(part.reshape(-1))
         # The converter cuts rows for which the tokenizer has no token.
-        flat = torch.cat([part.reshape(-1) for part in parts])[: tensor.n_elements]
+        flat = torch.cat(parts)[: tensor.n_elements]
         if len(flat) == tensor.n_elements:
             return flat.view(rows_of(tensor), -1)
         return flat.view(-1, 1)
@@ -310,8 +314,8 @@ def _value(field: gguf.ReaderField) -> GGUFValue:
     """The value of a key as the writer takes it; text as bytes, since some tokens are not UTF-8."""
     kind = field.types[0]
     inner = field.types[-1]
-    array = kind == gguf.GGUFValueType.ARRAY
+    of_array = inner if kind == gguf.GGUFValueType.ARRAY else None
     if inner != gguf.GGUFValueType.STRING:
-        return GGUFValue(field.contents(), kind, inner if array else None)
+        return GGUFValue(field.contents(), kind, of_array)
     texts = [field.parts[place].tobytes() for place in field.data]
-    return GGUFValue(texts if array else texts[0], kind, inner if array else None)
+    return GGUFValue(texts if of_array else texts[0], kind, of_array)

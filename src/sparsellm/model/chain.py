@@ -194,9 +194,9 @@ class Chain(ModelWeights):
             if isinstance(value, Tensor)
         }
         leaves = tree_leaves([(call.args, call.kwargs) for call in calls[1:]])
-        for index, call in enumerate(
-            calls if any(id(leaf) in places for leaf in leaves) else []
-        ):
+        if not any(id(leaf) in places for leaf in leaves):
+            return
+        for index, call in enumerate(calls):
             now = {key: others[place] for key, place in places.items()}
             real = call.map(lambda value, now=now: now.get(id(value), value))  # type: ignore[misc]
             with self.block(index) as block:
@@ -259,20 +259,16 @@ class Chain(ModelWeights):
             index: int, forward: Forward, /, *args: object, **kwargs: object
         ) -> object:
             assert self._as_returned is not None, "start() comes before logits()"
-            return self._as_returned(
-                hidden
-                if index == len(self.blocks) - 1
-                else _split_call(args, kwargs)[0]
-            )
+            if index == len(self.blocks) - 1:
+                return self._as_returned(hidden)
+            unchanged, _ = _split_call(args, kwargs)
+            return self._as_returned(unchanged)
 
         # The loss of the routers would need outputs of the blocks, which do not run here.
         without_loss = (
             "output_router_logits" in signature(self.model.forward).parameters
         )
-        if without_loss:
-            options = {"output_router_logits": False}
-        else:
-            options = {}
+        options = {"output_router_logits": False} if without_loss else {}
         with self._intercepted(replay), self.products or contextlib.nullcontext():
             logits = self.model(ids.to(self.device), use_cache=False, **options).logits
         assert isinstance(logits, Tensor)

@@ -259,8 +259,10 @@ def unused_tensors(
         + 1
     )
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
-    # layers that predict further tokens come last
-    if layers > depth + (ahead if type(ahead) is int else 0):
+    most = depth
+    if type(ahead) is int:  # layers that predict further tokens come last
+        most += ahead
+    if layers > most:
         raise ModelError(
             f"{reader.directory / 'config.json'} says {depth} layers, the weights have {layers}; {DIFFER}"
         )

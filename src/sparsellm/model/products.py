@@ -123,14 +123,16 @@ class _Linear(torch.autograd.Function):
         narrow, rounded = ctx.saved_tensors
         of_y = gradient.to(torch.bfloat16)
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        return (
-            (of_y @ rounded).float() if of_x else None,
-            (of_y.flatten(0, -2).t() @ narrow.flatten(0, -2)).float()
-            if of_weight
-            else None,
-            gradient.flatten(0, -2).sum(0) if of_bias else None,
-            None,
-        )
+        x = None
+        weight = None
+        bias = None
+        if of_x:
+            x = (of_y @ rounded).float()
+        if of_weight:
+            weight = (of_y.flatten(0, -2).t() @ narrow.flatten(0, -2)).float()
+        if of_bias:
+            bias = gradient.flatten(0, -2).sum(0)
+        return x, weight, bias, None
 
 
 def attention_for(device: torch.device) -> contextlib.AbstractContextManager[Any]:

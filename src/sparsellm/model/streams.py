@@ -67,12 +67,10 @@ class Feed:
         places = parallel.share(
             len(self.windows), windows_of(self.batch_tokens, self.seq_len)
         )
-        return replace(
-            self,
-            windows=self.windows[places]
-            if places.start < places.stop
-            else self.windows[:1],
-        ), places
+        windows = self.windows[places]
+        if not len(windows):
+            windows = self.windows[:1]
+        return replace(self, windows=windows), places
 
     def stream(
         self, weights: CheckpointReader | None = None, *, pieces: int = 0
@@ -119,7 +117,9 @@ class Stream:
             hidden, calls = chain.start(batch)
             self.hidden.append(hidden)
             self._calls.append(unique.calls(calls))
-            for first in range(0, len(batch) if pieces else 0, rows):
+            if not pieces:
+                continue
+            for first in range(0, len(batch), rows):
                 part = slice(first, first + rows)
                 # Captured again rather than cut: only the model defines which dimension of an argument is windows.
                 if rows >= len(batch):

@@ -303,7 +303,9 @@ class ModelWeights:
             for name in self._run_outer
             if name.startswith(f"{self.model.base_model_prefix}.")
         ]
-        return inside if inside and not head else self._run_outer
+        if inside and not head:
+            return inside
+        return self._run_outer
 
     @contextlib.contextmanager
     def block(
@@ -352,18 +354,18 @@ class ModelWeights:
         # tensors of the checkpoint of which several weights are parts
         tensors: dict[str, Tensor] = {}
         if self.reader is None:
-            for name in filter(self.owns, names if pruned is not None else ()):
+            if pruned is None:
+                return
+            for name in filter(self.owns, names):
                 self.value(name).detach().copy_(self.parameter(name, pruned, tensors))
             return
         loaded: dict[str, Tensor] = {}
-        # one at a time, so that at most one weight is in memory twice
-        for name in names:
+        for name in names:  # one weight at a time, so that only one is in memory twice
             first = self._names(name)[0]
-            # a weight of an earlier block was pruned with that block
             if first not in loaded:
-                loaded[first] = self._fetch(
-                    first, pruned if first == name else None, tensors
-                )
+                # A weight of an earlier block was pruned with that block.
+                own = pruned if first == name else None
+                loaded[first] = self._fetch(first, own, tensors)
             self.assign(name, loaded[first])
 
     def _fetch(
@@ -404,7 +406,9 @@ class ModelWeights:
         return value
 
     def _release(self, names: list[str]) -> None:
-        for name in names if self.reader is not None else ():
+        if self.reader is None:
+            return
+        for name in names:
             module, leaf = self._place(name)
             if (value := module._parameters.get(leaf)) is not None:
                 first = self._names(name)[0]

@@ -264,18 +264,18 @@ def _problem(
     **parts: str | None,
 ) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse(
-        error(message, kind, **parts),
-        status,
-        {"Retry-After": "1"} if status == 503 else headers,
-    )
+    if status == 503:
+        headers = {"Retry-After": "1"}
+    return JSONResponse(error(message, kind, **parts), status, headers)
 
 
 async def _of_error(_: Request, failed: Exception) -> Response:
-    status = 400 if isinstance(failed, SettingError | DataError | ModelError) else 500
-    return _problem(
-        503 if isinstance(failed, UnavailableError) else status, str(failed)
-    )
+    status = 500
+    if isinstance(failed, SettingError | DataError | ModelError):
+        status = 400
+    if isinstance(failed, UnavailableError):
+        status = 503
+    return _problem(status, str(failed))
 
 
 async def _of_status(_: Request, failed: HTTPException) -> Response:

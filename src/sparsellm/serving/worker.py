@@ -118,10 +118,10 @@ class Worker:
         """Refuses what waits, and cancels what runs after this time; with 0 its client is answered at once."""
         with self._changed:
             self._end = min(self._end or math.inf, time.monotonic() + seconds)
-            for job in (
-                *self._waiting,
-                *([self._running] if self._running and not seconds else []),
-            ):
+            stopped = list(self._waiting)
+            if self._running and not seconds:
+                stopped.append(self._running)
+            for job in stopped:
                 job.send(UnavailableError("the server is stopping"))
             self._waiting.clear()
             self._changed.notify()

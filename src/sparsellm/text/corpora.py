@@ -51,10 +51,13 @@ def read_pydoc(split: Split) -> Text:
                 new.append(text)
         document = "\n\n".join(new)
         total += len(document)
-        fits = held_out + len(document) <= _HELD_OUT * total
-        held_out += len(document) if fits else 0
-        if document:
-            parts["evaluation" if fits else "calibration"].append(document)
+        if not document:
+            continue
+        if held_out + len(document) <= _HELD_OUT * total:
+            held_out += len(document)
+            parts["evaluation"].append(document)
+        else:
+            parts["calibration"].append(document)
     return Text(parts[split])
 
 

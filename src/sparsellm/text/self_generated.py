@@ -54,7 +54,10 @@ def self_generated_windows(
         return starts[torch.randint(len(starts), (rows,), generator=generator)]
 
     def batch(rows: int) -> Tensor:
-        columns = [*([] if bos is None else [torch.full((rows,), bos)]), pick(rows)]
+        end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        columns = [pick(rows)]
+        if bos is not None:
+            columns.insert(0, torch.full((rows,), bos))
         age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
         new = torch.stack(columns, dim=1)  # (rows, 1 or 2)
         cache = None
@@ -72,9 +75,7 @@ def self_generated_windows(
             ).squeeze(1)
             token = torch.where(age < GREEDY_TOKENS, logits.argmax(-1), sampled)
             start = pick(rows)  # at every step, so that rows do not affect each other
-            ended = columns[-1] == (
-                -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-            )
+            ended = columns[-1] == end
             token = torch.where(ended, start, token)
             age = torch.where(ended, 0, age + 1)
             columns.append(token)

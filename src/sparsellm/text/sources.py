@@ -237,22 +237,20 @@ def settle_calibration(
         return recipe
     if isinstance(calibration, str):
         return recipe.updated(calibration=calibration)
-    return recipe.updated(
-        calibration=IDS if isinstance(calibration, Tensor) else DOCUMENTS
-    )
+    if isinstance(calibration, Tensor):
+        return recipe.updated(calibration=IDS)
+    return recipe.updated(calibration=DOCUMENTS)
 
 
 def _ids(value: Any, name: str) -> Tensor:
     """Token ids ``(windows, tokens)`` from an array, or from rows of one length."""
     try:
         if isinstance(value, numpy.ndarray):
-            rows = torch.from_numpy(value)
+            value = torch.from_numpy(value)
+        if isinstance(value, Tensor):
+            ids = value
         else:
-            rows = value
-        if isinstance(rows, Tensor):
-            ids = rows
-        else:
-            ids = torch.stack([torch.as_tensor(row, device="cpu") for row in rows])
+            ids = torch.stack([torch.as_tensor(row, device="cpu") for row in value])
     except (
         ValueError,
         TypeError,
