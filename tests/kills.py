@@ -26,7 +26,7 @@ from tests.files.small import tree
 from tests.killing import KILLED, some
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import family
-from tests.test_gguf import quantized_llama, write_gguf
+from tests.models.in_gguf import quantized_llama, write_gguf
 
 SMALL = [
     "--samples=4",

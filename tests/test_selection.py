@@ -19,7 +19,7 @@ from sparsellm.model.matrices import refuse_silent_dense
 from tests.killing import stop_after_one
 from tests.method.allocation.helpers import IDS
 from tests.models import tiny_llama, tiny_opt, tiny_tokenizer
-from tests.test_matrices import Stacks, with_mixture
+from tests.models.unusual import Stacks, with_mixture
 
 OF = {"*.down_proj": 0.75, "model.layers.0.*": 0.25, "*.v_proj": 0}
 

@@ -24,8 +24,8 @@ from sparsellm.run import prune as story
 from sparsellm.run.choice import Choice
 from tests.killing import ahead_of
 from tests.method.sweep.helpers import ids_of, same_bits, tiny_mistral
+from tests.model.outputs import hooked
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
-from tests.test_chain import hooked
 
 IDS = ids_of(6)
 BATCH = 48  # tokens: two windows

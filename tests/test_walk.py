@@ -23,10 +23,10 @@ from sparsellm.method.solvers import SOLVERS, Solution
 from sparsellm.patterns import NM
 from tests.files.small import tensors_of
 from tests.method.sweep.helpers import Family, ids_of
+from tests.model.outputs import hooked
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.report.pages import rewrite
 from tests.shares import Share, violations, zeros_of
-from tests.test_chain import hooked
 
 IDS = ids_of(6, seed=3)
 

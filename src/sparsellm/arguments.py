@@ -19,16 +19,16 @@ from sparsepack.arguments import checking
 
 checked = checking(RecipeError)
 
-MOST_NAME, MOST_PATH = (
-    255,
-    4096,
-)  # bytes: limits of one name, and of a path, on Linux and macOS
+MOST_NAME = 255  # bytes of one name, on Linux and macOS
+MOST_PATH = 4096  # bytes of a path
 ROOM_IN_NAME = 24  # for suffixes of an output that is being written, such as '.partial'
 
 
 def _path(value: Any, *, most_name: int = MOST_NAME, hint: str = "give a path") -> Path:
     """A path that the system accepts: not empty, without null bytes, and not too long."""
-    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    text = None
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
     if not isinstance(text, str):
         raise ValueError(hint)
     if not text.strip():
@@ -61,20 +61,16 @@ def _checkpoint(value: Any, hint: str = "") -> str | Path:
 
 
 def _model(value: Any) -> Any:
-    return (
-        value
-        if isinstance(value, PreTrainedModel)
-        else _checkpoint(value, "; or a transformers model")
-    )
+    if isinstance(value, PreTrainedModel):
+        return value
+    return _checkpoint(value, "; or a transformers model")
 
 
 def _name_of(value: Any) -> Any:
     """The name of a torch dtype or device, such as ``torch.float32`` or ``torch.device('cuda')``."""
-    return (
-        str(value).removeprefix("torch.")
-        if isinstance(value, torch.dtype | torch.device)
-        else value
-    )
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
+    return value
 
 
 PathGiven = Annotated[str | os.PathLike[str], PlainValidator(_path)]
@@ -86,9 +82,8 @@ Checkpoint = Annotated[str | os.PathLike[str], PlainValidator(_checkpoint)]
 Model: TypeAlias = Annotated[
     str | os.PathLike[str] | PreTrainedModel, PlainValidator(_model)
 ]
-AnyText: TypeAlias = Annotated[
-    TextGiven, SkipValidation
-]  # ``as_text`` and ``Recipe.of`` check and convert these
+# ``as_text`` and ``Recipe.of`` check and convert these
+AnyText: TypeAlias = Annotated[TextGiven, SkipValidation]
 RecipeGiven: TypeAlias = Annotated[
     Recipe | Mapping[str, Any] | str | os.PathLike[str] | None, SkipValidation
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,9 @@ from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
 Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"]
-PACK, UNPACK = "pack", "unpack"  # kinds of runs
+# The two kinds of runs.
+PACK = "pack"
+UNPACK = "unpack"
 
 
 @dataclass
@@ -54,22 +56,19 @@ class PackResult:
     """The result of packing or unpacking into ``path``."""
 
     path: Path
-    linears: dict[str, PackedEntry | None] = field(
-        default_factory=dict, repr=False
-    )  # None: it is smaller dense
+    # None: it is smaller dense
+    linears: dict[str, PackedEntry | None] = field(default_factory=dict, repr=False)
     dense_bytes: int = 0  # the size of the weights of these linears
     packed_bytes: int = 0
     weights: int = 0
     checkpoint_bytes: int = 0  # all weight files of the new checkpoint
-    head: dict[str, PackedEntry] = field(
-        default_factory=dict
-    )  # embedding and output head; empty if they were copied
+    # embedding and output head; empty if they were copied
+    head: dict[str, PackedEntry] = field(default_factory=dict)
     expert_weights: int = (
         0  # weights of experts, which stay dense and are not counted above
     )
-    rounded: list[str] = field(
-        default_factory=list, repr=False
-    )  # linears whose values were not on their integer grid
+    # linears whose values were not on their integer grid
+    rounded: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -126,20 +125,20 @@ def pack(
         NumericalError: a weight does not fit into the value type.
     """
     source, place = _places(model, out, PACK, overwrite=overwrite)
-    chain, result = open_chain(source, device=torch.device("cpu")), PackResult(place)
+    chain = open_chain(source, device=torch.device("cpu"))
+    result = PackResult(place)
     group, exponents = _rounding(chain, source, values)
     assert chain.reader is not None
-    need = (
-        chain.reader.bytes
-    )  # with any value type, no linear takes more space than its dense weight
+    # with any value type, no linear takes more space than its dense weight
+    need = chain.reader.bytes
     work = WorkingDirectory(
         place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need
     )
     with _written(work, len(chain) + 1, source, result) as writer:
-        writer.write_shard(
-            len(chain),
-            _outside_blocks(chain, result) if head == "int8" else chain.outer_tensors(),
-        )
+        outer: Mapping[str, TensorSource | Tensor] = chain.outer_tensors()
+        if head == "int8":
+            outer = _outside_blocks(chain, result)
+        writer.write_shard(len(chain), outer)
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
             writer.write_shard(
@@ -191,9 +190,8 @@ def _places(
     model: Checkpoint, out: Out, kind: str, *, overwrite: bool
 ) -> tuple[Path, Path]:
     """The directories of the model and of the new checkpoint, checked."""
-    check_destination(
-        out, overwrite=overwrite, sources=checkpoints_among(model)
-    )  # before the model is downloaded
+    # before the model is downloaded
+    check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
     source = checkpoint_directory(str(model))
     packed = is_packed(read_object(source / "config.json"))
     if packed and kind == PACK:
@@ -212,9 +210,8 @@ def _written(
     """As :func:`~sparsellm.files.writer.written`; companions, a card and the packed format's own files follow."""
     with written(work, shards) as writer:
         yield writer
-        writer.copy_companions(
-            source, PRUNING, "recipe.yaml"
-        )  # these two hold for the packed model too
+        # these two hold for the packed model too
+        writer.copy_companions(source, PRUNING, "recipe.yaml")
         entries = {
             name: entry for name, entry in result.linears.items() if entry is not None
         } | result.head
@@ -265,9 +262,11 @@ def _stored(
     }
 
 
-def _packed(key: str, weight: Tensor, *how: Any) -> layout.PackedWeight | None:
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors of packing inside the context name the tensor ``key``."""
     try:
-        return layout.pack(weight, *how)
+        yield
     except PackError as error:
         raise NumericalError(f"{key}: {error}") from None
 
@@ -284,13 +283,11 @@ def _outside_blocks(
         chain.model.get_output_embeddings(),
     ):
         key = chain.key_of.get(f"{names.get(id(module))}.weight")
-        if (
-            key is None or key.removesuffix(".weight") in result.head
-        ):  # tied: stored once
+        # tied: stored once
+        if key is None or key.removesuffix(".weight") in result.head:
             continue
-        if (
-            result.head and module.weight is chain.model.get_input_embeddings().weight
-        ):  # tied, and stored twice
+        # tied, and stored twice
+        if result.head and module.weight is chain.model.get_input_embeddings().weight:
             del tensors[key]
             continue
         known = type(module) is nn.Linear or row_scale(module) is not None
@@ -299,7 +296,8 @@ def _outside_blocks(
                 f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep"
             )
         weight = chain.reader.get(key)
-        packed = _packed(key, weight, "int8", "dense")
+        with _named(key):
+            packed = layout.pack(weight, "int8", "dense")
         assert packed is not None
         result.head[key.removesuffix(".weight")] = PackedEntry.of(packed, weight.dtype)
         tensors |= _stored(key, packed, weight.dtype)
@@ -312,7 +310,8 @@ def _rounding(
     """How the run that wrote a checkpoint rounded values of this type, if it did: the columns that share a scale on the
     grid of another program, and the exponents of columns, by linear. A RecipeError if the packed format does not have
     that grid, a StorageError if the exponents do not fit the model."""
-    path, exponents = directory / PRUNING, dict[str, Tensor]()
+    path = directory / PRUNING
+    exponents: dict[str, Tensor] = {}
     if (
         values not in INTEGERS
         or not path.is_file()
@@ -350,29 +349,31 @@ def _packed_block(
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     tensors = chain.stored_block(index)
     for linear in chain.linears(index):
-        if isinstance(
-            linear.module, ExpertLinear
-        ):  # stays dense: transformers stacks experts while it loads
+        # stays dense: transformers stacks experts while it loads
+        if isinstance(linear.module, ExpertLinear):
             result.expert_weights += linear.parameter.numel()
             continue
         key = chain.key_of[linear.weight_name]
         stored = tensors.pop(key)
-        weight = stored.t().contiguous() if linear.transposed else stored
-        name, packed = key.removesuffix(".weight"), None
+        if linear.transposed:
+            weight = stored.t().contiguous()
+        else:
+            weight = stored
+        name = key.removesuffix(".weight")
+        packed = None
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
-            packed = _packed(
-                key, weight, values, "auto", exponents.get(linear.name), group
-            )
+            with _named(key):
+                packed = layout.pack(
+                    weight, values, exponents=exponents.get(linear.name), group=group
+                )
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
-        entry = (
-            None
-            if packed is None
-            else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
-        )
+        entry = None
+        if packed is not None:
+            entry = PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
         result.linears[name] = entry
         if (
             packed is not None
@@ -380,7 +381,8 @@ def _packed_block(
             and not torch.equal(layout.unpack(packed, weight.dtype), weight)
         ):
             result.rounded.append(name)
-        tensors |= (
-            {key: stored} if packed is None else _stored(key, packed, stored.dtype)
-        )
+        if packed is None:
+            tensors[key] = stored
+        else:
+            tensors |= _stored(key, packed, stored.dtype)
     return tensors

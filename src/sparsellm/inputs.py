@@ -16,10 +16,8 @@ import yaml
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
 from sparsepack import files
 
-MOST_YAML, MOST_DEPTH = (
-    256 << 10,
-    32,
-)  # bytes: a hundred times a recipe; levels of lists and mappings
+MOST_YAML = 256 << 10  # bytes, a hundred times a recipe's
+MOST_DEPTH = 32  # levels of lists and mappings
 MOST_PARTS = 100_000  # values, at any depth, of a setting that was given in Python
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -36,10 +34,8 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 
 
 # sparsepack's readers of JSON; they raise StorageError unless ``error=`` names another.
-parse_json, read_object = (
-    partial(files.parse_json, error=StorageError),
-    partial(files.read_object, error=StorageError),
-)
+parse_json = partial(files.parse_json, error=StorageError)
+read_object = partial(files.read_object, error=StorageError)
 
 
 def parse_yaml(
@@ -48,7 +44,8 @@ def parse_yaml(
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
     Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
     with files.refused_as(error, where):
-        text, depth = files.text_of(data, MOST_YAML), 0
+        text = files.text_of(data, MOST_YAML)
+        depth = 0
         try:
             for event in yaml.parse(text, Loader=_Loader):  # before a value is made
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
@@ -69,11 +66,9 @@ def parse_yaml(
             return yaml.load(text, Loader=_Loader)
         except yaml.MarkedYAMLError as bad:
             mark = bad.problem_mark
-            place = (
-                f", line {mark.line + 1}, column {mark.column + 1}"
-                if mark is not None
-                else ""
-            )
+            place = ""
+            if mark is not None:
+                place = f", line {mark.line + 1}, column {mark.column + 1}"
             raise error(
                 f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[
                     :300
@@ -86,7 +81,8 @@ def parse_yaml(
 def check_size(value: object) -> None:
     """Raises ValueError for a value that :func:`parse_yaml` could not read back, or that has too many parts, such as
     one that names itself or a list of lists that are the same one."""
-    level, parts = [value], 0
+    level = [value]
+    parts = 0
     for _ in range(MOST_DEPTH):
         parts += len(level)
         if parts > MOST_PARTS:
@@ -123,18 +119,21 @@ def dump_yaml(values: Mapping[str, object]) -> str:
 
 def about(size: int) -> str:
     """A size such as 270 MB, 3.2 GB or 141 GB."""
-    return (
-        f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB"
-        if size >= 5e7
-        else f"{size / 1e6:.0f} MB"
-    )
+    if size >= 5e7:
+        return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB"
+    return f"{size / 1e6:.0f} MB"
 
 
 def mixture_of(source: str) -> list[tuple[str, str]]:
     """The sources of ``SOURCE:SHARE,SOURCE:SHARE`` with their shares as they are written; empty for any other text."""
-    shared = list(_SHARED.finditer(source)) if "," in source else []
+    if "," in source:
+        shared = list(_SHARED.finditer(source))
+    else:
+        shared = []
     joined = sum(len(part.group()) for part in shared) == len(source)
-    return [(part[1], part[2]) for part in shared] if joined and len(shared) > 1 else []
+    if joined and len(shared) > 1:
+        return [(part[1], part[2]) for part in shared]
+    return []
 
 
 def without_folders(text: str) -> str:
@@ -148,20 +147,18 @@ def without_folders(text: str) -> str:
     named = path.startswith("hub:") or (
         HUB_ID.fullmatch(path) and not os.path.exists(path.partition("/")[0])
     )
-    return (
-        text if named else before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-    )
+    if named:
+        return text
+    return before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def parse_bytes(text: str | int) -> int:
     """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter. Else a RecipeError."""
     match = _SIZE.fullmatch(text if isinstance(text, str) else shown(text))
     units = {name.lower(): size for name, size in SIZES.items()}
-    size = (
-        int(float(match[1]) * units.get((match[2] or "b").lower(), 0))
-        if match is not None
-        else 0
-    )
+    size = 0
+    if match is not None:
+        size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0))
     if not 1 <= size <= 1 << 62:
         known = ", ".join(SIZES)
         raise RecipeError(
@@ -170,7 +167,8 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_INT = "tag:yaml.org,2002:int"
+_FLOAT = "tag:yaml.org,2002:float"
 _REPLACED = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
 _NUMBERS = {
     _INT: r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
@@ -202,7 +200,9 @@ class _Loader(yaml.SafeLoader):
 def _number(loader: yaml.SafeLoader, node: Any) -> int | float:
     text: str = node.value.lower()
     if node.tag == _INT:
-        return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
+        if text.startswith(("0x", "0o")):
+            return int(text, 0)
+        return int(text)
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 

@@ -26,10 +26,8 @@ RESUMES = "; the same command resumes it:  "
 _received: int | None = None
 _since = 0.0  # when it was received, by time.monotonic()
 _owner = 0  # the process that installed the handlers; a fork of it is another
-_kept, _whole = (
-    "",
-    False,
-)  # what a stopped command leaves, as a sentence, or empty; if the whole command says it
+_kept = ""  # a sentence that says what a stopped command leaves; it may be empty
+_whole = False  # whether that sentence is about the whole command
 _resumes = True  # whether the same command goes on from it
 
 
@@ -53,7 +51,11 @@ def installed() -> Iterator[None]:
     """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside
     the main thread, where Python cannot install handlers."""
     global _received, _kept, _owner, _resumes, _whole
-    _received, _kept, _owner, _resumes, _whole = None, "", os.getpid(), True, False
+    _received = None
+    _kept = ""
+    _owner = os.getpid()
+    _resumes = True
+    _whole = False
     with handled_by(_stop):
         yield
         check()
@@ -92,13 +94,13 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 def _stop(signum: int, _: FrameType | None) -> None:
     global _received, _since
-    if (
-        os.getpid() != _owner
-    ):  # a forked child, which ends as it would without these handlers
+    # a forked child, which ends as it would without these handlers
+    if os.getpid() != _owner:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
     if _received is None:
-        _received, _since = signum, time.monotonic()
+        _since = time.monotonic()  # first, since a second signal reads it
+        _received = signum
         raise Interrupted
     if time.monotonic() - _since > SAME:
         show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
@@ -111,7 +113,9 @@ def keeps(what: str, *, resumes: bool = True, part: bool = False) -> None:
     """Sets what a stopped command says of its files, and whether it resumes; a ``part`` replaces no whole."""
     global _kept, _resumes, _whole
     if not (part and _whole):
-        _kept, _resumes, _whole = what, resumes, not part
+        _kept = what
+        _resumes = resumes
+        _whole = not part
 
 
 def last_words(signum: int) -> str:
@@ -127,10 +131,9 @@ def last_words(signum: int) -> str:
 def command_line(*, without: str = "") -> str:
     """The current command line (under torchrun, that of torchrun), quoted for a shell, without an option."""
     program = Path(sys.argv[0])
-    words = [
-        program.name,
-        *(sys.argv[1:] if program.stem == "sparsellm" else ()),
-    ]  # others may be given secrets
+    words = [program.name]
+    if program.stem == "sparsellm":  # other programs may be given secrets
+        words += sys.argv[1:]
     if program.parts[-2:] == ("sparsellm", "__main__.py"):
         words = [sys.orig_argv[0], "-m", "sparsellm", *sys.argv[1:]]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -138,12 +141,10 @@ def command_line(*, without: str = "") -> str:
 
         with contextlib.suppress(psutil.Error):
             parents: list[str] = psutil.Process(os.getppid()).cmdline()
-            if (
-                "sparsellm" in parents
-            ):  # python .../torchrun, or python -m torch.distributed.run
-                words = (
-                    ["torchrun", *parents[2:]]
-                    if Path(parents[1]).name == "torchrun"
-                    else parents
-                )
+            # python .../torchrun, or python -m torch.distributed.run
+            if "sparsellm" in parents:
+                if Path(parents[1]).name == "torchrun":
+                    words = ["torchrun", *parents[2:]]
+                else:
+                    words = parents
     return shlex.join(word for word in words if word != without)

@@ -20,16 +20,18 @@ from torch import Tensor
 from sparsellm.errors import MemoryBudgetError, RecipeError, one_line, shown
 from sparsepack.errors import Note
 
-PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+PROC = Path("/proc")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 
 
 def machine_name(device: torch.device) -> str:
     """The model of a GPU that is here; or that of the processor, and the threads in use."""
     if device.type == "cuda":
-        with contextlib.suppress(
-            AssertionError, RuntimeError
-        ):  # without CUDA, a run can only be planned
+        # without CUDA, a run can only be planned
+        with contextlib.suppress(AssertionError, RuntimeError):
             return torch.cuda.get_device_name(device)
         return "the GPU"
     return f"{processor_name()}, {torch.get_num_threads()} threads"
@@ -65,9 +67,8 @@ def resolve_device(name: str) -> torch.device:
         raise RecipeError(
             f"device {shown(name)} does not exist here; here: {', '.join(here)}, or 'auto'"
         )
-    matrix = (
-        torch.arange(64.0).remainder_(7).view(8, 8)
-    )  # a product of small whole numbers is exact in every precision
+    # a product of small whole numbers is exact in every precision
+    matrix = torch.arange(64.0).remainder_(7).view(8, 8)
     try:
         if not torch.equal((matrix.to(name) @ matrix.to(name)).cpu(), matrix @ matrix):
             raise RuntimeError("a product of two small matrices is wrong")
@@ -81,9 +82,8 @@ def resolve_device(name: str) -> torch.device:
 
 def bf16_is_native(device: torch.device) -> bool:
     """Whether a CPU or a CUDA device has units for products in bf16, which it otherwise emulates."""
-    if (
-        device.type == "cuda"
-    ):  # a GPU that is not here, for which a run is planned, has them
+    # a GPU that is not here, for which a run is planned, has them
+    if device.type == "cuda":
         return not torch.cuda.is_available() or torch.cuda.get_device_capability(
             device
         ) >= (8, 0)
@@ -91,9 +91,10 @@ def bf16_is_native(device: torch.device) -> bool:
         getattr(torch.cpu, name, None)
         for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
+    # torch may lack the probes
     return device.type == "cpu" and any(
         probe is not None and probe() for probe in probes
-    )  # torch may lack the probes
+    )
 
 
 @contextlib.contextmanager
@@ -114,16 +115,14 @@ def computing(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        if (
-            torch.get_default_device().type != "cpu"
-        ):  # else nothing, since the context slows every call
+        # else nothing, since the context slows every call
+        if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for part in ("cuda.matmul", "cudnn.conv", "mkldnn.matmul"):
             put(attrgetter(part)(torch.backends), "fp32_precision", "ieee")
         if device.type == "cuda":
-            stack.enter_context(
-                torch.cuda.device(device)
-            )  # the current one, on which libraries put what they make
+            # the current one, on which libraries put what they make
+            stack.enter_context(torch.cuda.device(device))
             lenient = torch.is_deterministic_algorithms_warn_only_enabled()
             before = torch.are_deterministic_algorithms_enabled()
             stack.callback(
@@ -131,9 +130,8 @@ def computing(device: torch.device) -> Iterator[None]:
             )
             torch.use_deterministic_algorithms(True, warn_only=True)
             put(torch.utils.deterministic, "fill_uninitialized_memory", False)
-            os.environ.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # read by cuBLAS when it starts
+            # read by cuBLAS when it starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings(
                 "ignore", ".*does not have a deterministic implementation"
@@ -141,9 +139,8 @@ def computing(device: torch.device) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(
-                error, torch.OutOfMemoryError
-            ) and "ALLOC_FAILED" not in str(error):  # cuBLAS says that
+            said_by_cublas = "ALLOC_FAILED" in str(error)
+            if not isinstance(error, torch.OutOfMemoryError) and not said_by_cublas:
                 raise
             raise MemoryBudgetError(
                 f"the device has no memory left ({one_line(error)[:160]}); "
@@ -171,7 +168,9 @@ def peak_rss() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024
 
 
 def free_memory() -> int:
@@ -205,10 +204,8 @@ def keeping_freed() -> Iterator[None]:
 def _control_group_rooms() -> list[int]:
     """The bytes that each memory limit of this process's control group, and of the groups around it (version 2 or 1),
     still leaves; empty without a limit. The page cache counts as free, as it does for the machine."""
-    rooms, groups = (
-        [],
-        {"": "/", "memory": "/"},
-    )  # by the controllers that /proc names: none in version 2
+    rooms = []
+    groups = {"": "/", "memory": "/"}  # by controller; version 2 names none
     with contextlib.suppress(OSError):
         for line in (PROC / "self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -218,10 +215,8 @@ def _control_group_rooms() -> list[int]:
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         innermost = PurePosixPath(groups[name])
-        for group in (
-            innermost,
-            *innermost.parents,
-        ):  # in a container, paths of the machine do not exist
+        # In a container, paths of the machine do not exist.
+        for group in (innermost, *innermost.parents):
             folder = CONTROL_GROUPS / name / group.relative_to("/")
             with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 most, used = (

@@ -15,9 +15,8 @@ from sparsellm.errors import RecipeError, one_line
 
 CORRECT = "correct it, or name another .py file or module"
 
-_loaded: dict[
-    str, tuple[str, str]
-] = {}  # name and digest, by the path of the file or the name of the module
+# name and digest, by the path of the file or the name of the module
+_loaded: dict[str, tuple[str, str]] = {}
 
 
 def load_plugin(name_or_path: str | os.PathLike[str]) -> None:
@@ -94,12 +93,15 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str]) -> None:
         lines = [
             at.lineno for at in frames if Path(at.filename).name == Path(shown).name
         ]
-        at = f", line {lines[-1]}" if lines else ""
+        at = ""
+        if lines:
+            at = f", line {lines[-1]}"
         raise RecipeError(
             f"plugin {shown[:200]} cannot be imported: {one_line(error)}{at}; {CORRECT}"
         ) from error
-    free = f"{name} {digest[:8]}" if name in loaded() else name
-    _loaded[key] = (
-        free.encode("utf-8", "backslashreplace").decode(),
-        digest,
-    )  # records are UTF-8
+    if name in loaded():
+        free = f"{name} {digest[:8]}"
+    else:
+        free = name
+    printable = free.encode("utf-8", "backslashreplace").decode()  # records are UTF-8
+    _loaded[key] = (printable, digest)

@@ -41,7 +41,9 @@ PHASES = {  # names of phases, and of parts of them, for people
 
 PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
 MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
-LEAST, MOST = 0.4, 2.0  # seconds of runs, as shares of the predicted ones
+# A run takes between these multiples of the predicted seconds.
+LEAST = 0.4
+MOST = 2.0
 TRUSTED = 0.1  # the part of a phase after which its own speed alone says how long the rest takes
 _UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600))
 
@@ -58,9 +60,8 @@ class Progress:
         None  # relative squared error of the output of the linear that was pruned last
     )
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
-    costs: Mapping[str, float] = field(
-        default_factory=dict
-    )  # in a PLAN, predicted seconds of phases
+    # in a PLAN, predicted seconds of phases
+    costs: Mapping[str, float] = field(default_factory=dict)
     linear: str = ""  # the linear that was pruned last
 
 
@@ -84,8 +85,11 @@ def between(low: float, high: float) -> str:
     unit, size = next(
         ((unit, size) for unit, size in _UNITS if high < 90 * size), ("days", 86_400)
     )
-    first, last = max(1, round(low / size)), max(2, round(high / size))
-    return f"{first} to {last} {unit}" if first < last else f"{last} {unit}"
+    first = max(1, round(low / size))
+    last = max(2, round(high / size))
+    if first < last:
+        return f"{first} to {last} {unit}"
+    return f"{last} {unit}"
 
 
 class Forecast:
@@ -96,9 +100,8 @@ class Forecast:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one
-        self.seconds: dict[
-            str, float
-        ] = {}  # seconds of each finished phase; the times of one that begins again add up
+        # seconds of each finished phase; the times of one that begins again add up
+        self.seconds: dict[str, float] = {}
         self.share = 0.0  # done of the whole, from 0 to 1; with a plan, it never falls
         self._clock = clock
         self._costs: dict[str, float] = {}
@@ -115,33 +118,32 @@ class Forecast:
     @property
     def left(self) -> float | None:
         """Seconds to the end, never negative; None while nothing is known. Between events they count down."""
-        return (
-            None
-            if self._left is None
-            else max(0.0, self._left - (self._clock() - self._judged))
-        )
+        if self._left is None:
+            return None
+        return max(0.0, self._left - (self._clock() - self._judged))
 
     @property
     def range(self) -> tuple[float, float] | None:
         """The least and the most seconds to the end: one number if they are measured; None while nothing is known."""
-        if self.left is None:
+        left = self.left
+        if left is None:
             return None
-        least, most = (LEAST, MOST) if self._costs and self._guessed else (1.0, 1.0)
-        return least * self.left, most * self.left
+        if self._costs and self._guessed:
+            return LEAST * left, MOST * left
+        return left, left
 
     def see(self, event: Progress) -> str:
         """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
         ended = ""
         if event.phase == PLAN:
-            self.share = (
-                self.share if self._costs else 0.0
-            )  # before the first plan, it was that of a phase
+            if not self._costs:
+                self.share = 0.0  # it was that of a phase
             self._costs.update(event.costs)
         else:
             ended = self._begin(event.phase)
-            self._fraction = (
-                min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
-            )
+            self._fraction = 0.0
+            if event.total > 0:
+                self._fraction = min(max(event.done / event.total, 0.0), 1.0)
             if (event.phase == "prune" and event.done >= 1) or event.phase in (
                 "sweep",
                 "save",
@@ -152,36 +154,40 @@ class Forecast:
 
     def end(self) -> str:
         """Ends the run, which is done; returns the phase that this ends, or ""."""
-        self.share, self._left = 1.0, 0.0
+        self.share = 1.0
+        self._left = 0.0
         return self._begin("")
 
     def _begin(self, phase: str) -> str:
         if phase == self.phase:
             return ""
-        ended, now = self.phase, self._clock()
+        ended = self.phase
+        now = self._clock()
         if ended:
             self.seconds[ended] = self.seconds.get(ended, 0.0) + now - self._phase_begun
-        self.phase, self._phase_begun = phase, now
+        self.phase = phase
+        self._phase_begun = now
         return ended
 
     def _judge(self) -> None:
         self._judged = self._clock()
-        done, running = self._fraction, self._judged - self._phase_begun
-        rest = (
-            running * (1 - done) / done if done else None
-        )  # at the speed of this phase so far
+        done = self._fraction
+        running = self._judged - self._phase_begun
+        rest = None
+        if done:  # at the speed of this phase so far
+            rest = running * (1 - done) / done
         if not self._costs:
-            self.share, self._left = done, rest
+            self.share = done
+            self._left = rest
             return
-        factor, ahead = (
-            self._factor(running),
-            self._costs.keys() - self.seconds.keys() - {self.phase},
-        )
+        factor = self._factor(running)
+        ahead = self._costs.keys() - self.seconds.keys() - {self.phase}
         left = factor * sum(self._costs[phase] for phase in ahead)
         if self.phase in self._costs:
             trust = min(1.0, done / TRUSTED)
             left += (1 - trust) * (1 - done) * factor * self._costs[self.phase]
-            left += trust * rest if rest is not None else 0.0
+            if rest is not None:
+                left += trust * rest
         self._left = left
         if self.elapsed + left > 0:
             self.share = max(
@@ -197,7 +203,9 @@ class Forecast:
         if self._fraction and self.phase in self._costs:
             measured += running
             predicted += self._fraction * self._costs[self.phase]
-        return measured / predicted if predicted else 1.0
+        if predicted:
+            return measured / predicted
+        return 1.0
 
 
 class PhaseClock:

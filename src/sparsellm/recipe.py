@@ -40,18 +40,19 @@ from sparsepack.grids import GRIDS
 if TYPE_CHECKING:
     from sparsellm.patterns import Pattern
 
-MOST_TOKENS = (
-    1 << 31
-)  # in all calibration windows together, whose ids alone take 16 GiB
+# in all calibration windows together, whose ids alone take 16 GiB
+MOST_TOKENS = 1 << 31
 MOST_SEED = (1 << 63) - 1
+# fields for methods that a sweep may follow
 SWEEP = (
     "effort",
     "sweep_tokens",
     "passes",
     "sets",
     "sweep_rate",
-)  # fields for methods that a sweep may follow
+)
 
+# A shell completes these, and the devices.
 SOURCES = (
     "c4-sample",
     "pydoc",
@@ -60,17 +61,14 @@ SOURCES = (
     "ptb",
     "c4",
     "hub:",
-)  # for a shell, as are the next
-DEVICES = ("cpu", "cuda", "auto")
-WHAT, CALIBRATION, RESOURCES = (
-    "What to prune",
-    "Calibration",
-    "Resources",
-)  # panels of --help
-ALLOCATION, EFFORT = (
-    "threshold with sparsellm, else uniform",
-    "1 for sparsellm; the other methods have no sweep",
 )
+DEVICES = ("cpu", "cuda", "auto")
+# The panels of --help.
+WHAT = "What to prune"
+CALIBRATION = "Calibration"
+RESOURCES = "Resources"
+ALLOCATION = "threshold with sparsellm, else uniform"
+EFFORT = "1 for sparsellm; the other methods have no sweep"
 SEQ_LEN = "2048, or the limit of the model"
 TEXT = "c4-sample; pydoc for the demo, or where the hub cannot be reached"  # these four: what None means
 
@@ -84,16 +82,17 @@ class Option:
     flag: str = ""  # its name; "" for the field's name with dashes
     null: str = ""  # meaning of None, shown as the default
     values: tuple[str, ...] = ()  # completed by a shell; a ``Literal`` needs none
-    registered: tuple[
-        str, ...
-    ] = ()  # subpackages whose registered names a shell completes
+    # subpackages whose registered names a shell completes
+    registered: tuple[str, ...] = ()
 
 
 def _integer(value: Any) -> Any:
     """``int`` for whole numbers, such as ``1e3`` in YAML or numpy's types; a bool stays and is refused."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _size(value: str | int | None) -> str | int | None:
@@ -311,7 +310,8 @@ class Recipe(BaseModel):
     def _fields_fit_together(self) -> Recipe:
         """Refuses contradictions; a fixed pattern sets ``sparsity``, and a grid ``values`` and, if nothing else does,
         ``sparsity``, so that the recipe shows no wrong default."""
-        m, pattern = self.chosen_of, f"pattern {self.pattern}"
+        m = self.chosen_of
+        pattern = f"pattern {self.pattern}"
         fixed = self.pattern is not None and m is None
         if fixed:
             implied = self.pattern_of(1).sparsity
@@ -368,17 +368,16 @@ class Recipe(BaseModel):
         if self.allocation is not None:
             return self.allocation
         if self.chosen_of is not None:
-            return preferred if preferred != "uniform" else "threshold"
-        return preferred if self.pattern is None and self.sparsity else "uniform"
+            return "threshold" if preferred == "uniform" else preferred
+        varies = self.pattern is None and self.sparsity
+        return preferred if varies else "uniform"
 
     @property
     def named(self) -> Recipe:
         """The recipe for files that leave this machine: its text by name, without folders."""
-        return (
-            self
-            if self.calibration is None
-            else self.updated(calibration=without_folders(self.calibration))
-        )
+        if self.calibration is None:
+            return self
+        return self.updated(calibration=without_folders(self.calibration))
 
     @property
     def chosen_of(self) -> int | None:
@@ -396,38 +395,27 @@ class Recipe(BaseModel):
         m = self.chosen_of
         if self.pattern is not None and m is None:
             return parse_pattern(self.pattern)
-        zeros = round(self.sparsity * weights) if zeros is None else zeros
-        return (
-            Unstructured(zeros, weights)
-            if m is None
-            else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
-        )
+        if zeros is None:
+            zeros = round(self.sparsity * weights)
+        if m is None:
+            return Unstructured(zeros, weights)
+        return NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
 
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again. If a changed field excludes one that is not changed (a fixed
         pattern and sparsity, a grid and values, ways to give the sweep's length), the latter is as if not given."""
-        values = {
-            **self.model_dump(exclude_unset=True),
-            **changes,
-        }  # what a field implies is implied again
-        pairs = (
-            [("grid", "values")]
-            if self.grid != "own" or values.get("grid", "own") != "own"
-            else []
-        )
-        pairs += (
-            [("pattern", "sparsity")]
-            if "auto" not in str(values.get("pattern"))
-            else []
-        )
+        # What a field implies is implied again.
+        values = {**self.model_dump(exclude_unset=True), **changes}
+        pairs = []
+        if self.grid != "own" or values.get("grid", "own") != "own":
+            pairs.append(("grid", "values"))
+        if "auto" not in str(values.get("pattern")):
+            pairs.append(("pattern", "sparsity"))
         # Where two exclude each other, a change of one removes the other.
         for one, other in (*pairs, *((second, first) for first, second in pairs)):
             if one in changes and other not in changes:
                 values.pop(other, None)
-        for ways in (
-            {"effort"},
-            {"sweep_tokens", "passes"},
-        ):  # to say how long the sweep is
+        for ways in ({"effort"}, {"sweep_tokens", "passes"}):  # to give its length
             if any(changes.get(name) is not None for name in ways):
                 others = {"effort", "sweep_tokens", "passes"} - ways - changes.keys()
                 values = {
@@ -448,33 +436,33 @@ class Recipe(BaseModel):
             if dot and field in MAPPINGS:
                 entries = changes.setdefault(field, dict(getattr(self, field)))
                 if isinstance(entries, dict):
-                    entries.pop(
-                        name, None
-                    )  # the entry goes last: in ``sparsity_of``, the later one counts
+                    # the entry goes last: in ``sparsity_of``, the later one counts
+                    entries.pop(name, None)
                     entries[name] = value
             else:
                 changes[f"{field}{dot}{name}"] = value
-        return self.updated(**changes) if changes else self
+        if changes:
+            return self.updated(**changes)
+        return self
 
     def to_yaml(self) -> str:
         """Every field, each under its description."""
         text = ""
         for name, value in self:
             option = option_of(name)
-            text += f"# {help_of(name)}" + (
-                f" null: {option.null}.\n" if option and option.null else "\n"
-            )
-            text += dump_yaml({name: value})
+            text += f"# {help_of(name)}"
+            if option and option.null:
+                text += f" null: {option.null}."
+            text += "\n" + dump_yaml({name: value})
         return text
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
         """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path."""
-        values = (
-            parse_yaml(source, "the recipe")
-            if isinstance(source, str)
-            else read_yaml(source)
-        )
+        if isinstance(source, str):
+            values = parse_yaml(source, "the recipe")
+        else:
+            values = read_yaml(source)
         if not isinstance(values, Mapping):
             raise RecipeError(
                 "the recipe is not a mapping of fields; write lines like 'sparsity: 0.5'"
@@ -495,12 +483,13 @@ class Recipe(BaseModel):
         )
 
 
+# their entries are set after a dot
 MAPPINGS = (
     "options",
     "allocation_options",
     "expert_options",
     "sparsity_of",
-)  # their entries are set after a dot
+)
 
 
 def option_of(name: str) -> Option | None:
@@ -522,7 +511,9 @@ def help_of(name: str) -> str:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
-    key = str(first["loc"][0]) if first["loc"] else "recipe"
+    key = "recipe"
+    if first["loc"]:
+        key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return f"unknown recipe field {shown(key)}; {nearest(key[:100], Recipe.model_fields)}"
     if key in MAPPINGS and len(first["loc"]) > 1:
@@ -533,6 +524,7 @@ def _explain(error: ValidationError) -> str:
         and isinstance(value, int | float)
         and 5 <= value < 100
     )
-    return refusal(error, f"recipe field {key}") + (
-        f"; did you mean {value / 100:g}?" if percent else ""
-    )
+    said = refusal(error, f"recipe field {key}")
+    if percent:
+        said += f"; did you mean {value / 100:g}?"
+    return said

@@ -30,7 +30,7 @@ from sparsepack.errors import Note
 from tests.killing import full_disk
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer, windows
 from tests.models.pruned import prune_tiny
-from tests.test_matrices import GEMMA3N, built
+from tests.models.unusual import GEMMA3N, built
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-from transformers import PreTrainedModel
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from tests.models import tiny_tokenizer
+from tests.models import tiny_llama, tiny_tokenizer
 
 Kind = gguf.GGMLQuantizationType
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -132,3 +133,17 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantized_llama(kind: gguf.GGMLQuantizationType) -> LlamaForCausalLM:
+    """A Llama whose weights are values that ``kind`` can hold; widths are multiples of its block of 32."""
+    model = tiny_llama(intermediate_size=96)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(
+                    torch.from_numpy(
+                        gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)
+                    )
+                )
+    return model

@@ -14,7 +14,9 @@ TYPES = {4: "Q4_0", 8: "Q8_0"}  # by bits
 
 def block_type(grid: Grid) -> str | None:
     """The type of GGUF that has this grid; None if there is none."""
-    return TYPES.get(grid.bits) if grid.group == SIZE else None
+    if grid.group == SIZE:
+        return TYPES.get(grid.bits)
+    return None
 
 
 def to_blocks(codes: Tensor, scales: Tensor, bits: int) -> np.ndarray:
@@ -56,7 +58,8 @@ def _q6_k(values: np.ndarray) -> np.ndarray:
         .astype(np.uint8)
         .reshape(-1, 2, 4, 32)
     )
-    low, high = numbers & 15, numbers >> 4
+    low = numbers & 15
+    high = numbers >> 4
     fours = low[:, :, :2] | low[:, :, 2:] << 4
     twos = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
     pieces = (fours, twos, levels.astype(np.int8).view(np.uint8), unit.view(np.uint8))

@@ -37,11 +37,9 @@ def check_compressed(model: OnGrid) -> None:
             "this needs compressed-tensors: pip install 'sparsellm[export]'"
         ) from None
     if names := [model.linears[key] for key in model.transposed & model.linears.keys()]:
-        way = (
-            "export to gguf"
-            if block_type(model.grid)
-            else "prune with --grid q4_0 and export to gguf"
-        )
+        way = "prune with --grid q4_0 and export to gguf"
+        if block_type(model.grid):
+            way = "export to gguf"
         raise ModelError(
             f"{min(names)} is a Conv1D, which compressed-tensors does not have; {way}"
         )
@@ -71,9 +69,10 @@ def write_compressed(
             progress(Progress("export", index, len(chain), chain.block_names[index]))
             tensors: dict[str, Tensor] = {}
             for key, stored in chain.stored_block(index).items():
-                tensors |= (
-                    _tensors(model, key) if key in model.linears else {key: stored}
-                )
+                if key in model.linears:
+                    tensors |= _tensors(model, key)
+                else:
+                    tensors[key] = stored
             writer.write_shard(index, tensors)
         progress(Progress("export", len(chain), len(chain)))
         writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
@@ -82,9 +81,8 @@ def write_compressed(
             "config.json", {**config, "quantization_config": quantization_config(model)}
         )
         record = record.model_copy(update={"bytes": weight_file_bytes(writer.folder)})
-        evaluations = read_results(
-            model.reader.directory
-        ).shown()  # the weights are the same
+        # the weights are the same
+        evaluations = read_results(model.reader.directory).shown()
         writer.write_text(CARD, card_text(model.run, evaluations, exported=record))
         keep(record)
     return record
@@ -97,7 +95,8 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
     codes, scales = model.codes(key)
     if model.grid.name == _INT8_ACTIVATIONS:
         return {key: codes, f"{key}_scale": scales}
-    words, shape = pack_to_int32(codes, model.grid.bits), torch.tensor(codes.shape)
+    words = pack_to_int32(codes, model.grid.bits)
+    shape = torch.tensor(codes.shape)
     return {f"{key}_packed": words, f"{key}_scale": scales, f"{key}_shape": shape}
 
 
@@ -110,12 +109,12 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
         QuantizationScheme,
     )
 
-    grid, chain = model.grid, model.chain
-    group = (
-        {"strategy": "group", "group_size": grid.group}
-        if grid.group
-        else {"strategy": "channel"}
-    )
+    grid = model.grid
+    chain = model.chain
+    if grid.group:
+        group = {"strategy": "group", "group_size": grid.group}
+    else:
+        group = {"strategy": "channel"}
     weights = QuantizationArgs(
         num_bits=grid.bits, type="int", symmetric=True, dynamic=False, **group
     )
@@ -127,9 +126,8 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
     dense = {name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")} - {
         *model.linears.values()
     }
-    dense |= {
-        gate.removesuffix(".weight") for gate in chain.gates
-    }  # routers, which vLLM has as linears
+    # routers, which vLLM has as linears
+    dense |= {gate.removesuffix(".weight") for gate in chain.gates}
     # What is stored but not in this model, such as a tower for pictures, is dense, too.
     stored = [
         key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,8 @@ from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.records import Export
 from sparsepack.grids import GRIDS
 
-GGUF, COMPRESSED = "gguf", "compressed-tensors"
+GGUF = "gguf"
+COMPRESSED = "compressed-tensors"
 RUNS_IN = {
     GGUF: "llama.cpp, Ollama, LM Studio",
     COMPRESSED: "vLLM; transformers, with the package compressed-tensors",
@@ -98,11 +98,10 @@ def export(  # noqa: PLR0913 - the Python door
             "like, model and head are settings of GGUF; leave them out for compressed-tensors"
         )
     check = partial(check_destination, out, overwrite=overwrite)
-    place = (
-        check_file(out, overwrite=overwrite)
-        if to == GGUF
-        else check(sources=checkpoints_among(directory))
-    )
+    if to == GGUF:
+        place = check_file(out, overwrite=overwrite)
+    else:
+        place = check(sources=checkpoints_among(directory))
     source = checkpoint_directory(str(directory), "directory")
     if to == COMPRESSED:
         check(sources=[source])
@@ -122,9 +121,11 @@ def export(  # noqa: PLR0913 - the Python door
         bytes=0,
         runs_in=RUNS_IN[to],
     )
-    keep: Callable[[Export], object] = (
-        partial(append_result, source) if save else lambda _: None
-    )
+
+    def keep(record: Export) -> None:
+        if save:
+            append_result(source, record)
+
     if to == GGUF:
         if like is None and opened.run.base.name != "demo":
             raise RecipeError(
@@ -141,11 +142,8 @@ def export(  # noqa: PLR0913 - the Python door
         try:
             dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
         except ModelError as error:
-            raise ModelError(
-                str(error)
-                if model is not None
-                else f"{error}, and name it with --model"
-            ) from None
+            advice = "" if model is not None else ", and name it with --model"
+            raise ModelError(f"{error}{advice}") from None
         record = write_gguf(
             opened,
             dense,
@@ -167,7 +165,8 @@ def export(  # noqa: PLR0913 - the Python door
             need_bytes=need,
         )
         record = write_compressed(opened, work, record, progress, keep)
-    run, grid = opened.run, opened.grid
+    run = opened.run
+    grid = opened.grid
     linear = (
         sum(
             grid.bits_per_weight(matrix.shape[1]) * matrix.weights
@@ -175,9 +174,9 @@ def export(  # noqa: PLR0913 - the Python door
         )
         / 8
     )
-    packed = (
-        sum(matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears)
-        if run.packs
-        else None
-    )
+    packed = None
+    if run.packs:
+        packed = sum(
+            matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears
+        )
     return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)

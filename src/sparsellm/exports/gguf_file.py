@@ -49,11 +49,9 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if place.exists():
         ours = read_bytes(place, 4, StorageError)[:4] == b"GGUF"
         if not (overwrite and ours):
-            advice = (
-                "give --overwrite to replace it"
-                if ours
-                else "it is not a GGUF file and is not replaced"
-            )
+            advice = "it is not a GGUF file and is not replaced"
+            if ours:
+                advice = "give --overwrite to replace it"
             raise StorageError(f"{said} exists; {advice}, or name another file")
     return place
 
@@ -76,7 +74,8 @@ def write_gguf(
     ``keep`` for the template's. ``keep`` is called with the record before the file gets its name. A ModelError says
     that checkpoint, dense model and template do not belong together; a StorageError that a weight is not on the grid,
     or the file cannot be written."""
-    made, tensors = _File(model, dense, template, head), template.reader.tensors
+    made = _File(model, dense, template, head)
+    tensors = template.reader.tensors
     _remove_torn(place.parent)
     check_room(place, sum(map(made.bytes_of, tensors)))
 
@@ -89,7 +88,8 @@ def write_gguf(
         for name, value in made.values().items():
             writer.add_key_value(name, value.value, value.type, value.sub_type)
         for tensor in tensors:
-            shape, kind = tuple(reversed(tensor.shape.tolist())), made.type_of(tensor)
+            shape = tuple(reversed(tensor.shape.tolist()))
+            kind = made.type_of(tensor)
             # Any dtype but uint8, with which the shape would be taken for one in bytes
             writer.add_tensor_info(
                 tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind
@@ -129,14 +129,17 @@ class _File:
     def __init__(
         self, model: OnGrid, dense: CheckpointReader, template: Template, head: str
     ) -> None:
-        self.model, self.dense, self.template = model, dense, template
+        self.model = model
+        self.dense = dense
+        self.template = template
         self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
-        self.head = None if head == "keep" else gguf.GGMLQuantizationType[head.upper()]
+        self.head = None
+        if head != "keep":
+            self.head = gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
-        self.keys = {
-            name: keys for name, keys in named if name in self.tensors
-        }  # in the checkpoint
+        # in the checkpoint
+        self.keys = {name: keys for name, keys in named if name in self.tensors}
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
         self.heads = [
@@ -144,22 +147,18 @@ class _File:
             for name in _HEADS
             if isinstance(count := getattr(config, name, None), int)
         ] or [1]
-        reader, known = (
-            model.reader,
-            {key for keys in self.keys.values() for key in keys},
-        )
+        reader = model.reader
+        known = {key for keys in self.keys.values() for key in keys}
         for key in sorted(reader):
             if key not in dense or dense.shape(key) != reader.shape(key):
                 raise self._not_pruned_from(f"has no {key} {list(reader.shape(key))}")
             if key not in known and (
                 key in model.linears or not self._same(reader.get(key), key)
             ):
-                raise self._other(
-                    f"has no tensor for {key}"
-                )  # which the file would lose
-        ahead = (
-            template.value(f"{template.arch}.nextn_predict_layers") or 0
-        )  # blocks that predict further tokens
+                # which the file would lose
+                raise self._other(f"has no tensor for {key}")
+        # blocks that predict further tokens
+        ahead = template.value(f"{template.arch}.nextn_predict_layers") or 0
         if (blocks := template.value(f"{template.arch}.block_count") - ahead) != len(
             model.chain
         ):
@@ -177,17 +176,16 @@ class _File:
             for name, x in self.template.reader.fields.items()
             if not name.startswith(_DROPPED)
         }
-        values = {
-            name: _value(field) for name, field in fields.items() if field.data
-        }  # an empty array has no type
-        general, text, number = (
-            gguf.Keys.General,
-            gguf.GGUFValueType.STRING,
-            gguf.GGUFValueType.UINT32,
-        )
+        # an empty array has no type
+        values = {name: _value(field) for name, field in fields.items() if field.data}
+        general = gguf.Keys.General
+        text = gguf.GGUFValueType.STRING
+        number = gguf.GGUFValueType.UINT32
         run = self.model.run
         if (name := self.template.value(general.NAME)) is not None:
-            zeros = f", {run.sparsity_pruned:.0%} zeros" if run.zeros else ""
+            zeros = ""
+            if run.zeros:
+                zeros = f", {run.sparsity_pruned:.0%} zeros"
             values[general.NAME] = GGUFValue(
                 f"{name} {self.model.grid.name}{zeros}", text
             )
@@ -204,8 +202,10 @@ class _File:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
             return self.block
-        head = self.head if tensor.name in _HEAD and tensor.name in self.keys else None
-        return tensor.tensor_type if head is None else head
+        is_head = tensor.name in _HEAD and tensor.name in self.keys
+        if is_head and self.head is not None:
+            return self.head
+        return tensor.tensor_type
 
     def bytes_of(self, tensor: gguf.ReaderTensor) -> int:
         """The size in which a tensor of the template is written."""
@@ -220,7 +220,8 @@ class _File:
         """The contents of a tensor of the template as they are written."""
         if tensor.name not in self.keys:
             return tensor.data
-        keys, kind = self.keys[tensor.name], self.type_of(tensor)
+        keys = self.keys[tensor.name]
+        kind = self.type_of(tensor)
         if self._is_linear(tensor):
             change = self._change(tensor)
             codes, scales = (
@@ -231,14 +232,12 @@ class _File:
                 codes[change.order], scales[change.order], self.model.grid.bits
             )
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
-        if not same and not tensor.name.startswith(
-            "blk."
-        ):  # a run changes blocks alone
+        # a run changes blocks alone
+        if not same and not tensor.name.startswith("blk."):
             raise self._not_pruned_from(f"has another {keys[0]}")
         if same and kind == tensor.tensor_type and tensor.name.startswith("blk."):
-            return (
-                tensor.data
-            )  # the converter may have changed it in a way that is not known here
+            # the converter may have changed it in a way that is not known here
+            return tensor.data
         change = self._change(tensor)
         if same and kind == tensor.tensor_type:
             return tensor.data
@@ -259,19 +258,16 @@ class _File:
     def _change(self, tensor: gguf.ReaderTensor) -> Change:
         """The change that makes a tensor of the template out of the dense model's."""
         if tensor.name not in self.changes:
-            rows, weight = (
-                rows_of(tensor),
-                self.tensors.get(f"{tensor.name.removesuffix('.bias')}.weight"),
-            )
+            rows = rows_of(tensor)
+            weight = self.tensors.get(f"{tensor.name.removesuffix('.bias')}.weight")
             orders: Sequence[Tensor] = [torch.arange(rows)]
             if (
                 tensor.name.endswith(".bias")
                 and weight is not None
                 and weight.name in self.keys
             ):
-                orders = [
-                    self._change(weight).order
-                ]  # a bias that is 0 would fit in any order
+                # a bias that is 0 would fit in any order
+                orders = [self._change(weight).order]
             elif tensor.name.startswith("blk.") and len(tensor.shape) == 2:
                 orders = orders_of(rows, self.heads[0], sorted({*self.heads}))
             change = self.template.change(
@@ -288,17 +284,17 @@ class _File:
     def _rows(self, reader: CheckpointReader, tensor: gguf.ReaderTensor) -> Tensor:
         """The tensors of a checkpoint that one of the template has, as rows ``(rows, columns)``."""
         keys = self.keys[tensor.name]
-        parts = [
-            reader.get(key).t() if key in self.model.transposed else reader.get(key)
-            for key in keys
-        ]
+        parts = []
+        for key in keys:
+            part = reader.get(key)
+            if key in self.model.transposed:
+                part = part.t()
+            parts.append(part.reshape(-1))
         # The converter cuts rows for which the tokenizer has no token.
-        flat = torch.cat([part.reshape(-1) for part in parts])[: tensor.n_elements]
-        return (
-            flat.view(rows_of(tensor), -1)
-            if len(flat) == tensor.n_elements
-            else flat.view(-1, 1)
-        )
+        flat = torch.cat(parts)[: tensor.n_elements]
+        if len(flat) == tensor.n_elements:
+            return flat.view(rows_of(tensor), -1)
+        return flat.view(-1, 1)
 
     def _other(self, what: str) -> ModelError:
         advice = f"give the GGUF that was made of {self.dense.directory}, or name its model with --model"
@@ -316,9 +312,10 @@ class _File:
 
 def _value(field: gguf.ReaderField) -> GGUFValue:
     """The value of a key as the writer takes it; text as bytes, since some tokens are not UTF-8."""
-    kind, inner = field.types[0], field.types[-1]
-    array = kind == gguf.GGUFValueType.ARRAY
+    kind = field.types[0]
+    inner = field.types[-1]
+    of_array = inner if kind == gguf.GGUFValueType.ARRAY else None
     if inner != gguf.GGUFValueType.STRING:
-        return GGUFValue(field.contents(), kind, inner if array else None)
+        return GGUFValue(field.contents(), kind, of_array)
     texts = [field.parts[place].tobytes() for place in field.data]
-    return GGUFValue(texts if array else texts[0], kind, inner if array else None)
+    return GGUFValue(texts if of_array else texts[0], kind, of_array)

@@ -32,9 +32,8 @@ class OnGrid:
     chain: Chain  # the checkpoint, read block by block
     run: Pruning  # its ``pruning.json``
     grid: Grid
-    linears: dict[
-        str, str
-    ]  # names of pruned linears in the model, by the tensors that have their weights
+    # names of pruned linears in the model, by the tensors that have their weights
+    linears: dict[str, str]
     transposed: frozenset[str]  # tensors of linears that are stored as ``(in, out)``
 
     @property
@@ -45,7 +44,10 @@ class OnGrid:
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
         """Int8 numbers ``(out, in)``, scales ``(out, groups)`` in the weight's dtype; StorageError if off the grid."""
         stored = self.reader.get(key)
-        weight = stored.t().contiguous() if key in self.transposed else stored
+        if key in self.transposed:
+            weight = stored.t().contiguous()
+        else:
+            weight = stored
         with as_storage_error():
             codes, scales = codes_of(weight, self.grid, self.linears[key])
         return codes, scales.to(weight.dtype)
@@ -58,16 +60,13 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
         raise StorageError(
             f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote"
         )
-    chain, run = (
-        open_chain(directory, device=torch.device("cpu")),
-        read_pruning(directory),
-    )
+    chain = open_chain(directory, device=torch.device("cpu"))
+    run = read_pruning(directory)
     if run.grid not in grids:
-        there = (
-            f"the grid {run.grid}"
-            if run.grid in GRIDS
-            else _OWN.get(run.values, "a grid of its own (unknown)")
-        )
+        if run.grid in GRIDS:
+            there = f"the grid {run.grid}"
+        else:
+            there = _OWN.get(run.values, "a grid of its own (unknown)")
         advice = f"prune with --grid {grids[0]} (or {', '.join(grids[1:])})"
         raise RecipeError(
             f"{directory} is on {there}, which this format does not have; {advice}"

@@ -56,7 +56,8 @@ class Template:
             raise ModelError(
                 f"--like {path} has the architecture {shown(name)}, which gguf does not know; update gguf"
             )
-        self.arch, blocks = name, self.value(f"{name}.block_count")
+        self.arch = name
+        blocks = self.value(f"{name}.block_count")
         if not isinstance(blocks, int):
             raise ModelError(
                 f"--like {path} has no {name}.block_count; give the GGUF of a language model"
@@ -66,7 +67,9 @@ class Template:
     def value(self, key: str) -> Any:
         """The value of a key; None if it is absent."""
         field = self.reader.fields.get(key)
-        return None if field is None else field.contents()
+        if field is None:
+            return None
+        return field.contents()
 
     def keys_of(self, keys: Sequence[str]) -> dict[str, list[str]]:
         """The tensors of a checkpoint by their name in GGUF; those of experts, which it stacks, in their order."""
@@ -96,16 +99,22 @@ class Template:
             len(order) != len(dense) for order in orders
         ):
             return None
-        shifts = (0.0, 1.0) if dense.shape[1] == 1 else (0.0,)
+        shifts = [0.0]
+        if dense.shape[1] == 1:
+            shifts.append(1.0)
         changes = [Change(order, shift) for order in orders for shift in shifts]
         fitting = [change for change in changes if _fits(tensor, dense, change)]
-        return fitting[0] if len(fitting) == 1 else None
+        if len(fitting) == 1:
+            return fitting[0]
+        return None
 
 
 def rows_of(tensor: gguf.ReaderTensor) -> int:
     """The rows of a tensor, of all its matrices; a vector has one column."""
     shape = tensor.shape.tolist()
-    return int(np.prod(shape[1:])) if len(shape) > 1 else int(shape[0])
+    if len(shape) > 1:
+        return int(np.prod(shape[1:]))
+    return int(shape[0])
 
 
 def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
@@ -137,7 +146,8 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
 
 def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
     """Whether a change makes the tensor of the dense model's; some rows at a time, in fp32."""
-    dtype, rows = EXACT.get(tensor.tensor_type.name), rows_of(tensor)
+    dtype = EXACT.get(tensor.tensor_type.name)
+    rows = rows_of(tensor)
     stored = tensor.data.reshape(rows, -1)
     few = max(1, _PIECE // max(1, tensor.n_elements // rows))
     for start in range(0, rows, few):

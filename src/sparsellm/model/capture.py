@@ -136,9 +136,8 @@ class InputGroups:
 
     def __init__(self) -> None:
         self.groups: list[list[LinearView]] = []
-        self._inputs: list[
-            Tensor
-        ] = []  # kept until freeze(), so that no address is used twice
+        # kept until freeze(), so that no address is used twice
+        self._inputs: list[Tensor] = []
         self._head_of: dict[str, str] = {}
         self._frozen = False
 

@@ -38,9 +38,8 @@ class Call:
 
     args: tuple[object, ...]
     kwargs: dict[str, object]
-    hidden_keyword: (
-        str | None
-    )  # the keyword of the hidden states; None if they are the first positional argument
+    # the keyword of the hidden states; None if they are the first positional argument
+    hidden_keyword: str | None
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with floating-point tensors in another dtype."""
@@ -53,10 +52,11 @@ class Call:
         args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Call(args, kwargs, self.hidden_keyword)
 
-    def on(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+    def on(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
+        """What ``forward``, a block or its forward, returns for these hidden states."""
         if self.hidden_keyword is None:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
+            return forward(hidden, *self.args, **self.kwargs)
+        return forward(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
 
 
 class Size(NamedTuple):
@@ -88,9 +88,8 @@ class Chain(ModelWeights):
     _as_returned: Callable[[Tensor], Any] | None = (
         None  # hidden states → the return value of a block
     )
-    _others: tuple[
-        object, ...
-    ] = ()  # what block 0 returned after hidden states; all blocks get it
+    # what block 0 returned after hidden states; all blocks get it
+    _others: tuple[object, ...] = ()
 
     @cached_property
     def kinds(self) -> list[Kind]:
@@ -109,10 +108,8 @@ class Chain(ModelWeights):
         linears: list[Size] = []
         experts: dict[str, list[Size]] = {}
         for linear in self.linears(index):
-            module, stacked = (
-                linear.name.rpartition(".")[0],
-                isinstance(linear.module, ExpertLinear),
-            )
+            module = linear.name.rpartition(".")[0]
+            stacked = isinstance(linear.module, ExpertLinear)
             size = Size(
                 "" if stacked else module, linear.in_features, linear.out_features
             )
@@ -158,9 +155,10 @@ class Chain(ModelWeights):
                 output = forward(*args, **kwargs)
                 self._as_returned = _learn_return(output, hidden, self.blocks[index])
                 others = _others_of(output)
-                self._others = (
-                    others if any(value is not None for value in others) else ()
-                )
+                if any(value is not None for value in others):
+                    self._others = others
+                else:
+                    self._others = ()
             if not inputs:
                 inputs.append(hidden)
             return self._as_returned(hidden)
@@ -196,9 +194,9 @@ class Chain(ModelWeights):
             if isinstance(value, Tensor)
         }
         leaves = tree_leaves([(call.args, call.kwargs) for call in calls[1:]])
-        for index, call in enumerate(
-            calls if any(id(leaf) in places for leaf in leaves) else []
-        ):
+        if not any(id(leaf) in places for leaf in leaves):
+            return
+        for index, call in enumerate(calls):
             now = {key: others[place] for key, place in places.items()}
             real = call.map(lambda value, now=now: now.get(id(value), value))  # type: ignore[misc]
             with self.block(index) as block:
@@ -217,10 +215,8 @@ class Chain(ModelWeights):
                         f"{self.block_names[index]} reads what the block before it returns besides hidden states; only "
                         "models whose blocks hand on hidden states alone run block by block"
                     )
-            hidden, others = (
-                following,
-                [*(given := _others_of(output)), *others[len(given) :]],
-            )
+            hidden = following
+            others = [*(given := _others_of(output)), *others[len(given) :]]
 
     def _check_next(
         self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]
@@ -229,11 +225,10 @@ class Chain(ModelWeights):
         arguments are captured, every block returns its input."""
         family = type(self.model).__name__
         if index != called:
-            when = (
-                "more than once"
-                if index < called
-                else f"before {self.block_names[called]}"
-            )
+            if index < called:
+                when = "more than once"
+            else:
+                when = f"before {self.block_names[called]}"
             calls = f"the forward of {family} calls {self.block_names[index]} {when}"
             raise ModelError(
                 f"{calls}; only models that call each block once, in order, are pruned"
@@ -248,9 +243,8 @@ class Chain(ModelWeights):
         self, index: int, hidden: Tensor, call: Call, block: Forward | None = None
     ) -> Tensor:
         """The output of a loaded block, or of a copy ``block`` of it, for hidden states ``(batch, seq, hidden)``."""
-        block = (
-            self.blocks[index].forward if block is None else block
-        )  # its hooks run in the model's own forward
+        if block is None:
+            block = self.blocks[index].forward  # its hooks run in the model's forward
         with self.products or contextlib.nullcontext(), attention_for(self.device):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
             return _hidden_of(call.on(block, kept), self.blocks[index])
@@ -265,11 +259,10 @@ class Chain(ModelWeights):
             index: int, forward: Forward, /, *args: object, **kwargs: object
         ) -> object:
             assert self._as_returned is not None, "start() comes before logits()"
-            return self._as_returned(
-                hidden
-                if index == len(self.blocks) - 1
-                else _split_call(args, kwargs)[0]
-            )
+            if index == len(self.blocks) - 1:
+                return self._as_returned(hidden)
+            unchanged, _ = _split_call(args, kwargs)
+            return self._as_returned(unchanged)
 
         # The loss of the routers would need outputs of the blocks, which do not run here.
         without_loss = (
@@ -347,7 +340,10 @@ def empty_model(
             )
         empty.tie_weights()
     except Exception as error:  # a wrong config raises KeyError, ValueError, RuntimeError, ZeroDivisionError, ...
-        where = place if place.is_file() else place / "config.json"
+        if place.is_file():
+            where = place
+        else:
+            where = place / "config.json"
         raise ModelError(
             f"transformers cannot build the {config.model_type} of {where}: {one_line(error)}"
         ) from None
@@ -371,7 +367,10 @@ def _split_call(
 
 def _hidden_of(output: object, block: nn.Module) -> Tensor:
     """The hidden states in the return value of a block."""
-    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if isinstance(output, (tuple, list)):
+        hidden = output[0]
+    else:
+        hidden = output
     if not isinstance(hidden, Tensor):
         raise ModelError(
             f"{type(block).__name__} returns {type(output).__name__}, not hidden states"
@@ -381,7 +380,9 @@ def _hidden_of(output: object, block: nn.Module) -> Tensor:
 
 def _others_of(output: object) -> tuple[object, ...]:
     """What a block returns besides hidden states."""
-    return tuple(output[1:]) if isinstance(output, (tuple, list)) else ()
+    if isinstance(output, (tuple, list)):
+        return tuple(output[1:])
+    return ()
 
 
 def _learn_return(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from sparsellm.errors import ModelError
 
 Index = tuple[int | slice, ...]
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+GATE = "gate_proj"
+UP = "up_proj"
+DOWN = "down_proj"
 _ROUTED = (
     3  # arguments of a forward that gets tokens, the experts of each, and their weights
 )
@@ -38,7 +40,10 @@ class Part:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The view of the part."""
-        selected = tensor[self.index] if self.index else tensor
+        if self.index:
+            selected = tensor[self.index]
+        else:
+            selected = tensor
         return selected.mT if self.transposed else selected
 
 
@@ -71,31 +76,33 @@ class Expert(nn.Module):
         self, mixture: nn.Module, layout: _Layout, matrices: dict[str, ExpertLinear]
     ) -> None:
         super().__init__()
-        self._mixture: tuple[Any] = (
-            mixture,
-        )  # in a tuple, so that it is not a submodule
-        self._layout, self.normed = layout, layout.normed
+        # in a tuple, so that it is not a submodule
+        self._mixture: tuple[Any] = (mixture,)
+        self._layout = layout
+        self.normed = layout.normed
         for role, linear in matrices.items():
             self.add_module(role, linear)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.get_submodule(DOWN)(self.inner(x))
-        return self._mixture[0].post_expert_norm(y) if self.normed else y
+        if self.normed:
+            y = self._mixture[0].post_expert_norm(y)
+        return y
 
     def inner(self, x: Tensor) -> Tensor:
         """The input of the last linear, for ``x (tokens, width)``."""
-        layout, up = self._layout, self.get_submodule(UP)(x)
+        layout = self._layout
+        up = self.get_submodule(UP)(x)
         if GATE not in self._modules:
             return layout.activation(up)
         gate = self.get_submodule(GATE)(x)
         if layout.apply_gate is None:
             product: Tensor = layout.activation(gate) * up
             return product
-        both = (
-            torch.stack((gate, up), -1).flatten(-2)
-            if layout.interleaved
-            else torch.cat((gate, up), -1)
-        )
+        if layout.interleaved:
+            both = torch.stack((gate, up), -1).flatten(-2)
+        else:
+            both = torch.cat((gate, up), -1)
         return layout.apply_gate(both)
 
     def frozen(self) -> Expert:
@@ -184,7 +191,9 @@ def _routers(module: nn.Module, mixture: str, experts: int) -> Iterator[str]:
     scope = mixture.rpartition(".")[0]
     for name, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
         around = name.rpartition(".")[0].rpartition(".")[0]
-        readers = module.get_submodule(around).parameters() if around != scope else ()
+        readers: Iterable[nn.Parameter] = ()
+        if around != scope:
+            readers = module.get_submodule(around).parameters()
         fits = (
             parameter.dim() == 2
             and len(parameter) == experts
@@ -287,9 +296,8 @@ def _outputs(self: Any, routed: Routed) -> Tensor:
 def _layout_of(module: Any) -> _Layout | None:
     """How a module stores its experts; None if it does not stack any, or in a way that is not known."""
     flags = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
-    if all(
-        isinstance(vars(module).get(flag), bool) for flag in flags
-    ):  # set by use_experts_implementation
+    # set by use_experts_implementation
+    if all(isinstance(vars(module).get(flag), bool) for flag in flags):
         return _decorated(module)
     takes = len(inspect.signature(module.forward).parameters)
     stacks = {name: p for name, p in module.named_parameters() if p.dim() > 1}
@@ -299,9 +307,8 @@ def _layout_of(module: Any) -> _Layout | None:
         )
         return _Layout(parts, module.act_fn, routed=False)
     if set(stacks) == {"mlp.w1", "mlp.v1", "mlp.w2"} and takes == _ROUTED:  # DBRX
-        inner = (
-            module.mlp.w1.shape[0] // module.num_experts
-        )  # each is (experts · inner, width)
+        # each is (experts · inner, width)
+        inner = module.mlp.w1.shape[0] // module.num_experts
         rows = [
             (slice(first, first + inner),)
             for first in range(0, inner * module.num_experts, inner)
@@ -328,10 +335,8 @@ def _decorated(module: Any) -> _Layout:
     parts = _three_dimensional(
         first, module.is_transposed, module.has_gate, interleaved, module.has_bias
     )
-    activation, normed = (
-        getattr(module, "act_fn", nn.Identity()),
-        bool(getattr(module, "has_post_expert_norm", False)),
-    )
+    activation = getattr(module, "act_fn", nn.Identity())
+    normed = bool(getattr(module, "has_post_expert_norm", False))
     gate = None if default or not module.has_gate else module._apply_gate
     return _Layout(parts, activation, gate, interleaved=interleaved, normed=normed)
 
@@ -346,10 +351,8 @@ def _three_dimensional(
     """The parts of ``gate_up_proj (experts, 2 · inner, width)``, or ``up_proj``, of this shape, and of ``down_proj
     (experts, width, inner)``, or of their transposes, and of their biases ``(experts, outputs)``. Interleaved, the
     outputs of gate and up come in turn, not one after the other."""
-    first, half = (
-        "gate_up_proj" if gated else "up_proj",
-        shape[2 if transposed else 1] // 2,
-    )
+    first = "gate_up_proj" if gated else "up_proj"
+    half = shape[2 if transposed else 1] // 2
     outputs: dict[str, Index] = {UP: ()}
     if gated:
         outputs = {GATE: (slice(0, half),), UP: (slice(half, 2 * half),)}
@@ -359,7 +362,9 @@ def _three_dimensional(
     for number in range(shape[0]):
         expert = {f"{DOWN}.weight": Part(DOWN, (number,), transposed)}
         for role, rows in outputs.items():
-            across: Index = (slice(None),) if transposed and rows else ()
+            across: Index = ()
+            if transposed and rows:
+                across = (slice(None),)
             expert[f"{role}.weight"] = Part(first, (number, *across, *rows), transposed)
             if biased:
                 expert[f"{role}.bias"] = Part(f"{first}_bias", (number, *rows))

@@ -93,7 +93,10 @@ def unmatched_patterns(
 ) -> list[str]:
     """Refuses a pattern that matches no matrix of the blocks (RecipeError). Patterns of ``allow_dense`` accept what no
     linear owns, and may match nothing: a warning names each. ``patterns`` are those of the recipe, by field."""
-    matrices = all_matrices(chain) if any(patterns.values()) else []
+    if any(patterns.values()):
+        matrices = all_matrices(chain)
+    else:
+        matrices = []
     warnings = []
     for field, entries in patterns.items():
         owned = field != "allow_dense"
@@ -105,7 +108,9 @@ def unmatched_patterns(
                 if not is_excluded(name, patterns["exclude"], [*patterns["only"]])
             ]
         kind = "matrix of the blocks" if owned else "parameter that is not a linear's"
-        like = f"; names are like {names[0]!r}" if names else ""
+        like = ""
+        if names:
+            like = f"; names are like {names[0]!r}"
         missed = [
             pattern
             for pattern in entries
@@ -176,7 +181,9 @@ def refuse_silent_dense(
         f"{matrix.name} ({'×'.join(map(str, matrix.shape))}) with {matrix.weights / in_block[matrix.block]:.1%}"
         for matrix in first.values()
     ]
-    more = f", and {len(listed) - _SHOWN} more kinds" if len(listed) > _SHOWN else ""
+    more = ""
+    if len(listed) > _SHOWN:
+        more = f", and {len(listed) - _SHOWN} more kinds"
     share = sum(matrix.weights for matrix in refused) / sum(in_block)
     raise ModelError(
         f"these would stay dense, as only linears are pruned: {', '.join(listed[:_SHOWN])} of the weights of the "

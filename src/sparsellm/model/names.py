@@ -34,9 +34,8 @@ _OLD_BUFFERS = re.compile(
 class Conversion:
     """How transformers makes a weight of tensors of a checkpoint."""
 
-    sources: list[
-        list[str]
-    ]  # the names of the tensors of each kind, such as the w1 of all experts, then their w3
+    # the names of the tensors of each kind, such as the w1 of all experts, then their w3
+    sources: list[list[str]]
     operations: list[Any]  # transformers' own, in order
 
     @property
@@ -48,15 +47,12 @@ class Conversion:
 class Names:
     """The weights that the tensors of a checkpoint become."""
 
-    key_of: dict[
-        str, str
-    ]  # for each weight that is one tensor of the checkpoint, the name of that tensor
-    conversions: dict[
-        str, Conversion
-    ]  # for each that transformers makes of other tensors, or by an operation
-    name_of: dict[
-        str, str
-    ]  # for every tensor, the name that transformers looks for in the model
+    # for each weight that is one tensor of the checkpoint, the name of that tensor
+    key_of: dict[str, str]
+    # for each that transformers makes of other tensors, or by an operation
+    conversions: dict[str, Conversion]
+    # for every tensor, the name that transformers looks for in the model
+    name_of: dict[str, str]
 
 
 def checkpoint_names(
@@ -70,13 +66,11 @@ def checkpoint_names(
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     base = str(getattr(model, "base_model_prefix", "") or "")
     same: dict[str, str] = {}
-    made: dict[
-        str, dict[str, list[str]]
-    ] = {}  # name → pattern of a converter → tensors
+    # name → pattern of a converter → tensors
+    made: dict[str, dict[str, list[str]]] = {}
     name_of: dict[str, str] = {}
-    for key in sorted(
-        keys, key=loading.dot_natural_key
-    ):  # some rules wait for the first tensor of a kind
+    # some rules wait for the first tensor of a kind
+    for key in sorted(keys, key=loading.dot_natural_key):
         name, pattern = loading.rename_source_key(
             key, renamings, converters, base, values
         )
@@ -118,9 +112,8 @@ def published_names(
     written = {
         name: torch.empty_like(value, device="meta") for name, value in values.items()
     }
-    with contextlib.suppress(
-        Exception
-    ):  # a rule that cannot be reversed: the model's names are read as well
+    # a rule that cannot be reversed: the model's names are read as well
+    with contextlib.suppress(Exception):
         written = loading.revert_weight_conversion(model, written)
     names = checkpoint_names(model, written, values)
     kept = {
@@ -196,9 +189,9 @@ def _part_before(
     }:
         if last.check_dims and shapes[keys[0]] == stack:
             return Part(keys[0], part.index, part.transposed)
-        exchanged = (
-            inner[1:] if len(inner) == 2 else [slice(None), *inner] if inner else []
-        )
+        exchanged = inner[1:]
+        if len(inner) == 1:
+            exchanged = [slice(None), *inner]
         return Part(keys[0], (*before, *exchanged), not part.transposed)
     return None
 
@@ -211,11 +204,10 @@ def refuse_converted(
         return
     name, keys = max(converted.items(), key=lambda item: len(item[1]))
     count = sum(len(tensors) for tensors in converted.values())
-    made = (
-        f"{len(keys)} tensors such as {keys[0]} become"
-        if len(keys) > 1
-        else f"{keys[0]} becomes"
-    )
+    if len(keys) > 1:
+        made = f"{len(keys)} tensors such as {keys[0]} become"
+    else:
+        made = f"{keys[0]} becomes"
     raise ModelError(
         f"transformers merges, splits or transposes {count} tensors of {reader.directory} while it loads a "
         f"{model.config.model_type} ({made} {name}), which is not supported from a directory: load it with "
@@ -267,9 +259,10 @@ def unused_tensors(
         + 1
     )
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
-    if layers > depth + (
-        ahead if type(ahead) is int else 0
-    ):  # layers that predict further tokens come last
+    most = depth
+    if type(ahead) is int:  # layers that predict further tokens come last
+        most += ahead
+    if layers > most:
         raise ModelError(
             f"{reader.directory / 'config.json'} says {depth} layers, the weights have {layers}; {DIFFER}"
         )

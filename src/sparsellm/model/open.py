@@ -31,11 +31,13 @@ def load_config(
 ) -> PretrainedConfig:
     """The config of a decoder-only language model: that of a checkpoint, or a JSON file. A ModelError says that it or
     the generation config cannot be read, or that it describes another kind of model, or quantised weights."""
-    path = directory if directory.is_file() else directory / "config.json"
+    if directory.is_file():
+        path = directory
+    else:
+        path = directory / "config.json"
     read_object(path, error=ModelError)
-    if (
-        generation := directory / "generation_config.json"
-    ).exists():  # else transformers takes its own defaults
+    # else transformers takes its own defaults
+    if (generation := directory / "generation_config.json").exists():
         read_object(generation, error=ModelError)
     try:
         config = AutoConfig.from_pretrained(
@@ -86,12 +88,11 @@ def check_sizes(
     """Refuses sizes in the config with which transformers would take hours to build a model, or fail: width,
     vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights, if there are any."""
     text = config.get_text_config()
-    sizes = {
-        name: getattr(text, name, None) for name in SIZES
-    }  # transformers maps the family's own names to these
-    shapes = (
-        {name: reader.shape(name) for name in reader} if reader is not None else None
-    )
+    # transformers maps the family's own names to these
+    sizes = {name: getattr(text, name, None) for name in SIZES}
+    shapes = None
+    if reader is not None:
+        shapes = {name: reader.shape(name) for name in reader}
     if (unfit := unfit_size({**text.to_dict(), **sizes}, shapes)) is not None:
         raise ModelError(
             f"{place} {unfit}; {DIFFER if shapes is not None else 'correct the config'}"
@@ -108,9 +109,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code
         )
-        tokenizer.decode(
-            tokenizer("a text")["input_ids"]
-        )  # some settings are only looked at when they are used
+        # some settings are only looked at when they are used
+        tokenizer.decode(tokenizer("a text")["input_ids"])
     except BaseException as error:
         # The Rust tokenizers raise PanicException, which is not an Exception, for some damaged files.
         if (
@@ -126,9 +126,8 @@ def load_tokenizer(
             why = "it has no tokenizer's files; copy tokenizer.json and tokenizer_config.json from the original model"
         raise ModelError(f"no readable tokenizer in {directory}: {why}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if (
-        not tokenizer.vocab_size
-    ):  # without files, the tokenizers of some families load with an empty vocabulary
+    # without files, the tokenizers of some families load with an empty vocabulary
+    if not tokenizer.vocab_size:
         raise ModelError(
             f"no readable tokenizer in {directory}: it has no vocabulary; add the tokenizer's files"
         )
@@ -143,7 +142,8 @@ def check_vocabulary(
     """The token ids ``(windows, seq)`` unchanged, if the embedding has a row for each; else a DataError. ``tokenizer``
     produced them (None: the user passed them); it may have more tokens than the text uses."""
     vocabulary = config.get_text_config().vocab_size
-    least, most = int(ids.min()), int(ids.max())
+    least = int(ids.min())
+    most = int(ids.max())
     if least >= 0 and most < vocabulary:
         return ids
     if tokenizer is None:

@@ -17,13 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-LEAST = (
-    1 << 16
-)  # elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
-MOST_EXPERTS, INPUTS_OF_EACH = (
-    512,
-    8,
-)  # a weight with no more outputs, and as many inputs for each, is a router's
+# elements of a weight, or of a head's scores: to round the factors of smaller ones saves no time
+LEAST = 1 << 16
+# A weight may be a router's with at most MOST_EXPERTS outputs and at least INPUTS_OF_EACH inputs for each of them.
+MOST_EXPERTS = 512
+INPUTS_OF_EACH = 8
 
 
 class Bf16Products(TorchFunctionMode):
@@ -48,12 +46,13 @@ class Bf16Products(TorchFunctionMode):
                 args[2] if len(args) > 2 else None,
                 self._copy(args[1]),
             )
+        # Conv1D of GPT-2
         if (
             func is torch.addmm
             and not kwargs
             and len(args) == 3
             and _fits(args[1], args[2])
-        ):  # Conv1D of GPT-2
+        ):
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
         if func is functional.scaled_dot_product_attention and _attention_fits(
             *args, **(kwargs or {})
@@ -112,7 +111,9 @@ class _Linear(torch.autograd.Function):
         narrow = x.to(torch.bfloat16)
         ctx.save_for_backward(narrow, rounded)
         y = functional.linear(narrow, rounded).float()
-        return y if bias is None else y.add_(bias)
+        if bias is None:
+            return y
+        return y.add_(bias)
 
     @staticmethod
     def backward(
@@ -122,22 +123,24 @@ class _Linear(torch.autograd.Function):
         narrow, rounded = ctx.saved_tensors
         of_y = gradient.to(torch.bfloat16)
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        return (
-            (of_y @ rounded).float() if of_x else None,
-            (of_y.flatten(0, -2).t() @ narrow.flatten(0, -2)).float()
-            if of_weight
-            else None,
-            gradient.flatten(0, -2).sum(0) if of_bias else None,
-            None,
-        )
+        x = None
+        weight = None
+        bias = None
+        if of_x:
+            x = (of_y @ rounded).float()
+        if of_weight:
+            weight = (of_y.flatten(0, -2).t() @ narrow.flatten(0, -2)).float()
+        if of_bias:
+            bias = gradient.flatten(0, -2).sum(0)
+        return x, weight, bias, None
 
 
 def attention_for(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context for the forward of a pass with gradients. On a GPU attention is then computed as plain products: the
     fused kernels add up its gradients in another order at every run."""
-    return (
-        sdpa_kernel(SDPBackend.MATH) if _is_plain(device) else contextlib.nullcontext()
-    )
+    if _is_plain(device):
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 def _is_plain(device: torch.device) -> bool:

@@ -29,9 +29,8 @@ class KnownOutput:
     # weights, nobody reads; 0 for the output alone.
     items: int
     unread: list[LinearView]  # whose outputs only the writer depends on
-    values: list[Tensor] = field(
-        default_factory=list
-    )  # inputs of the writer, replaced by its outputs in finish()
+    # inputs of the writer, replaced by its outputs in finish()
+    values: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -44,7 +43,9 @@ class KnownOutput:
 
         def known(*_: object, **__: object) -> Any:
             output = self.values[position].clone()  # the block may change it in place
-            return (output, *[None] * (self.items - 1)) if self.items else output
+            if self.items:
+                return (output, *[None] * (self.items - 1))
+            return output
 
         return {
             **{linear.module: zeros_of(linear) for linear in self.unread},
@@ -77,7 +78,8 @@ class Returns:
     """What the modules of a block return during one run of it, if it has ``size`` elements like the hidden states."""
 
     def __init__(self, block: nn.Module, size: int) -> None:
-        self._block, self._size = block, size
+        self._block = block
+        self._size = size
         # None after a second call, for other returns, and with an argument other than a tensor that it may write to.
         self._of: dict[nn.Module, Return | None] = {}
 
@@ -95,8 +97,14 @@ class Returns:
         kwargs: dict[str, object],
         output: Any,
     ) -> None:
-        items = len(output) if type(output) is tuple else 0
-        first, seen = output[0] if items else output, None
+        items = 0
+        if type(output) is tuple:
+            items = len(output)
+        if items:
+            first = output[0]
+        else:
+            first = output
+        seen = None
         alone = module not in self._of and all(map(_closed, (*args, *kwargs.values())))
         if alone and isinstance(first, Tensor) and first.numel() == self._size:
             seen = Return(first, first._version, items)

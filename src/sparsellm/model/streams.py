@@ -32,9 +32,8 @@ class Piece:
 
     batch: int  # its number
     rows: slice  # the windows of that batch
-    calls: list[
-        Call
-    ]  # one a block, for these windows alone, since a mask may have a row for each window
+    # one a block, for these windows alone, since a mask may have a row for each window
+    calls: list[Call]
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ class Feed:
     chain: Chain
     windows: Tensor  # token ids, (samples, seq)
     batch_tokens: int  # in one forward call, at least one window
-    scratch: Scratch = field(
-        default_factory=Scratch
-    )  # keeps hidden states, in memory or in files beyond its limit
+    # keeps hidden states, in memory or in files beyond its limit
+    scratch: Scratch = field(default_factory=Scratch)
     progress: ProgressCallback = ignore
     blocks: CheckpointReader | None = (
         None  # the weights of the blocks for gradients, if not the chain's own
@@ -69,12 +67,10 @@ class Feed:
         places = parallel.share(
             len(self.windows), windows_of(self.batch_tokens, self.seq_len)
         )
-        return replace(
-            self,
-            windows=self.windows[places]
-            if places.start < places.stop
-            else self.windows[:1],
-        ), places
+        windows = self.windows[places]
+        if not len(windows):
+            windows = self.windows[:1]
+        return replace(self, windows=windows), places
 
     def stream(
         self, weights: CheckpointReader | None = None, *, pieces: int = 0
@@ -104,8 +100,10 @@ class Stream:
     """
 
     def __init__(self, feed: Feed, pieces: int) -> None:
-        chain, windows = feed.chain, feed.windows
-        self.chain, self.scratch = chain, feed.scratch
+        chain = feed.chain
+        windows = feed.windows
+        self.chain = chain
+        self.scratch = feed.scratch
         size = windows_of(feed.batch_tokens, feed.seq_len)
         self.hidden = self.store()
         self.known: list[KnownOutput] = []
@@ -119,14 +117,15 @@ class Stream:
             hidden, calls = chain.start(batch)
             self.hidden.append(hidden)
             self._calls.append(unique.calls(calls))
-            for first in range(0, len(batch) if pieces else 0, rows):
+            if not pieces:
+                continue
+            for first in range(0, len(batch), rows):
                 part = slice(first, first + rows)
                 # Captured again rather than cut: only the model defines which dimension of an argument is windows.
-                calls = (
-                    self._calls[-1]
-                    if rows >= len(batch)
-                    else unique.calls(chain.start(batch[part])[1])
-                )
+                if rows >= len(batch):
+                    calls = self._calls[-1]
+                else:
+                    calls = unique.calls(chain.start(batch[part])[1])
                 self.pieces.append(Piece(len(self._calls) - 1, part, calls))
         self.first_window = unique.calls(chain.start(windows[:1])[1])
 
@@ -136,7 +135,8 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream that starts from the same hidden states, with the same calls."""
         twin = copy.copy(self)
-        twin.hidden, twin.known = self.store(), []
+        twin.hidden = self.store()
+        twin.known = []
         for hidden in self.hidden:
             twin.hidden.append(hidden)
         return twin
@@ -152,12 +152,11 @@ class Stream:
 
     def keep(self, known: KnownOutput) -> KnownOutput | None:
         """``known`` if memory has room, else None; also None on an accelerator: moving costs as much as computing."""
-        return (
-            known
-            if self.chain.device.type == "cpu"
-            and self.scratch.spare.take(self._bytes_of(known))
-            else None
-        )
+        if self.chain.device.type == "cpu" and self.scratch.spare.take(
+            self._bytes_of(known)
+        ):
+            return known
+        return None
 
     def use(self, known: KnownOutput) -> None:
         """Leaves out the module in later runs: the linears before its writer, and the writer, are pruned now."""
@@ -254,11 +253,8 @@ class _Unique:
 
     def _call(self, call: Call) -> Call:
         leaves, form = tree_flatten((call.args, call.kwargs))
-        key = (
-            str(form),
-            call.hidden_keyword,
-            *map(id, leaves),
-        )  # the kept call keeps the leaves alive
+        # No id is used twice: the kept call keeps the leaves alive.
+        key = (str(form), call.hidden_keyword, *map(id, leaves))
         return self._calls.setdefault(key, call)
 
     def _known(self, value: Tensor) -> Tensor:

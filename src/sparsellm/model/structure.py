@@ -13,9 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsellm.errors import ModelError
 
-_SENSES = re.compile(
-    "vision|audio"
-)  # in the name of a config inside one that is the text's own
+# in the name of a config inside one that is the text's own
+_SENSES = re.compile("vision|audio")
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,16 @@ class LinearView:
     @property
     def bias(self) -> Tensor | None:
         bias = self.module.bias
-        return (
-            bias.detach().to(torch.float32, copy=True)
-            if isinstance(bias, Tensor)
-            else None
-        )
+        if isinstance(bias, Tensor):
+            return bias.detach().to(torch.float32, copy=True)
+        return None
 
     def weight(self) -> Tensor:
         """A copy of the weight, ``(out, in)``, fp32."""
         weight = self.parameter.detach().to(torch.float32, copy=True)
-        return weight.t().contiguous() if self.transposed else weight
+        if self.transposed:
+            return weight.t().contiguous()
+        return weight
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
@@ -98,7 +97,10 @@ def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
     """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order."""
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, Conv1D)):
-            place = f"{prefix}.{name}" if name else prefix
+            if name:
+                place = f"{prefix}.{name}"
+            else:
+                place = prefix
             if "weight" not in child._parameters:
                 raise ModelError(
                     f"{place} has a quantised, masked or parametrised weight; load a plain one"
@@ -113,11 +115,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ModelError(
             "the model is packed or quantised; load a plain one, such as `sparsellm unpack` writes"
         )
-    towers = (
-        tuple(f"{tower}." for tower in tower_names(model))
-        if isinstance(model, PreTrainedModel)
-        else ()
-    )
+    towers: tuple[str, ...] = ()
+    if isinstance(model, PreTrainedModel):
+        towers = tuple(f"{tower}." for tower in tower_names(model))
     sizes = {
         name: sum(
             linear.get_parameter("weight").numel()
@@ -145,11 +145,9 @@ def tower_names(model: PreTrainedModel) -> list[str]:
         for key in getattr(config, "sub_configs", {})
         if _SENSES.search(key)
     ]
-    kinds = (
-        (PretrainedConfig,)
-        if text is not config
-        else tuple({type(part) for part in inner if part is not None})
-    )
+    kinds: tuple[type, ...] = (PretrainedConfig,)
+    if text is config:
+        kinds = tuple({type(part) for part in inner if part is not None})
     towers: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, PreTrainedModel) or isinstance(

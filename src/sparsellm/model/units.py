@@ -58,7 +58,10 @@ class FeedForwardUnit(Generic[T]):
 
     def first_half(self) -> dict[str, T]:
         """The linears by role: up, and gate if there is one."""
-        return {"up": self.up, **({"gate": self.gate} if self.gate is not None else {})}
+        linears = {"up": self.up}
+        if self.gate is not None:
+            linears["gate"] = self.gate
+        return linears
 
     def linears(self) -> dict[str, T]:
         """The linears by role, in the order in which they run: up, gate (if there is one), down."""

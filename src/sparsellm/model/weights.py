@@ -71,9 +71,8 @@ class ModelWeights:
         values = self.model.state_dict(keep_vars=True)
         self._outer = [name for name in values if not name.startswith(self._prefix)]
         self._run_outer = [name for name in self._outer if not self._in_tower(name)]
-        self._shared: dict[
-            str, Tensor
-        ] = {}  # weights of several blocks, as the first of these blocks left them
+        # weights of several blocks, as the first of these blocks left them
+        self._shared: dict[str, Tensor] = {}
         if reader is None:
             names, self._shapes = published_names(self.model, stacked)
         else:
@@ -113,12 +112,12 @@ class ModelWeights:
         self._check_dtypes(values)
         if reader is None:
             first = next(self.blocks[0].parameters())
-            self.device, self.dtype = first.device, first.dtype
+            self.device = first.device
+            self.dtype = first.dtype
             return
         self._compute(device, dtype)
-        for module in (
-            self.model.modules()
-        ):  # buffers that no checkpoint has, such as rotary frequencies
+        # buffers that no checkpoint has, such as rotary frequencies
+        for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
@@ -161,7 +160,9 @@ class ModelWeights:
 
     def write_as(self, other: ModelWeights) -> None:
         """Takes names and stacks of tensors from ``other``, a checkpoint of the same model."""
-        self.key_of, self.parts, self._shapes = other.key_of, other.parts, other._shapes
+        self.key_of = other.key_of
+        self.parts = other.parts
+        self._shapes = other._shapes
 
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Sets the device, and the dtype of blocks: if None, one that holds the values of every linear."""
@@ -170,10 +171,8 @@ class ModelWeights:
             for index in range(len(self))
             for linear in self.linears(index)
         )
-        self.device, self.dtype = (
-            device,
-            dtype or _fast_dtype(reduce(torch.promote_types, stored), device),
-        )
+        self.device = device
+        self.dtype = dtype or _fast_dtype(reduce(torch.promote_types, stored), device)
 
     def _in_tower(self, name: str) -> bool:
         return name.startswith(tuple(f"{tower}." for tower in self.towers))
@@ -218,7 +217,9 @@ class ModelWeights:
                 or values[name].is_floating_point()
             )
             if floating and (stored := self.stored_dtype(name)) not in WEIGHT_DTYPES:
-                place = "the model" if self.reader is None else self.reader.file_of(key)
+                place = "the model"
+                if self.reader is not None:
+                    place = str(self.reader.file_of(key))
                 raise ModelError(
                     f"weight {key} in {place} is stored as {str(stored).removeprefix('torch.')}; weights are read in "
                     "bfloat16, float16, float32 and float64: convert the model to one of these first"
@@ -235,11 +236,9 @@ class ModelWeights:
         ):
             weight = f"{name}.weight"
             if weight not in self.gates and self.owns(weight):
-                of_bias = (
-                    self.stored_dtype(f"{name}.bias")
-                    if isinstance(module.bias, Tensor)
-                    else None
-                )
+                of_bias = None
+                if isinstance(module.bias, Tensor):
+                    of_bias = self.stored_dtype(f"{name}.bias")
                 linears.append(
                     LinearView(name, module, self.stored_dtype(weight), of_bias)
                 )
@@ -247,7 +246,8 @@ class ModelWeights:
 
     def unused(self) -> list[str]:
         """Warnings that name tensors which the model does not use, or not for text."""
-        copied, said = "copied as they are, not pruned", []
+        copied = "copied as they are, not pruned"
+        said = []
         if tensors := len(self._outer) - len(self._run_outer):
             said.append(
                 f"{' and '.join(self.towers)} ({tensors} tensors) read no text; {copied}"
@@ -261,11 +261,9 @@ class ModelWeights:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which a weight is read and written."""
-        return (
-            self.value(name).dtype
-            if self.reader is None
-            else self.reader.dtype(self.key_of[name])
-        )
+        if self.reader is None:
+            return self.value(name).dtype
+        return self.reader.dtype(self.key_of[name])
 
     def is_shared(self, name: str) -> bool:
         """Whether a parameter is used in several places: in two blocks, or in a block and the embedding."""
@@ -305,7 +303,9 @@ class ModelWeights:
             for name in self._run_outer
             if name.startswith(f"{self.model.base_model_prefix}.")
         ]
-        return inside if inside and not head else self._run_outer
+        if inside and not head:
+            return inside
+        return self._run_outer
 
     @contextlib.contextmanager
     def block(
@@ -343,42 +343,38 @@ class ModelWeights:
     @contextlib.contextmanager
     def unpruned(self) -> Iterator[None]:
         """Until the context ends, blocks without a shard are the model's own, with the weights that they share."""
-        pruned, self._shared = self._shared, {}
+        pruned = self._shared
+        self._shared = {}
         try:
             yield
         finally:
             self._shared = pruned
 
     def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
-        tensors: dict[
-            str, Tensor
-        ] = {}  # tensors of the checkpoint of which several weights are parts
+        # tensors of the checkpoint of which several weights are parts
+        tensors: dict[str, Tensor] = {}
         if self.reader is None:
-            for name in filter(self.owns, names if pruned is not None else ()):
+            if pruned is None:
+                return
+            for name in filter(self.owns, names):
                 self.value(name).detach().copy_(self.parameter(name, pruned, tensors))
             return
         loaded: dict[str, Tensor] = {}
-        for (
-            name
-        ) in names:  # one at a time, so that at most one weight is in memory twice
+        for name in names:  # one weight at a time, so that only one is in memory twice
             first = self._names(name)[0]
-            if (
-                first not in loaded
-            ):  # a weight of an earlier block was pruned with that block
-                loaded[first] = self._fetch(
-                    first, pruned if first == name else None, tensors
-                )
+            if first not in loaded:
+                # A weight of an earlier block was pruned with that block.
+                own = pruned if first == name else None
+                loaded[first] = self._fetch(first, own, tensors)
             self.assign(name, loaded[first])
 
     def _fetch(
         self, name: str, pruned: CheckpointReader | None, tensors: dict[str, Tensor]
     ) -> Tensor:
         """A weight on the device, in the computing dtype. The tensor of which it is a part is added to ``tensors``."""
-        reader = (
-            pruned
-            if pruned is not None and self.key_of[name] in pruned
-            else self.reader
-        )
+        reader = self.reader
+        if pruned is not None and self.key_of[name] in pruned:
+            reader = pruned
         if name in self._shared and reader is self.reader:
             shared = self._shared[name]
             return shared.to(
@@ -402,18 +398,17 @@ class ModelWeights:
         value, _ = parallel.once_a_machine(
             lambda: (reader.get(self.key_of[name], self.device), None), self.device
         )
-        wide = (
-            getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        )  # patterns, in which "*" is anything
+        # patterns, in which "*" is anything
+        wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in wide)
-        return (
-            value.to(torch.float32 if kept else self.dtype)
-            if value.is_floating_point()
-            else value
-        )
+        if value.is_floating_point():
+            return value.to(torch.float32 if kept else self.dtype)
+        return value
 
     def _release(self, names: list[str]) -> None:
-        for name in names if self.reader is not None else ():
+        if self.reader is None:
+            return
+        for name in names:
             module, leaf = self._place(name)
             if (value := module._parameters.get(leaf)) is not None:
                 first = self._names(name)[0]
@@ -437,7 +432,8 @@ class ModelWeights:
     ) -> Tensor:
         """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint. The
         tensor of which it is a part is added to ``tensors``, or taken from there."""
-        key, reader = self.key_of[name], pruned
+        key = self.key_of[name]
+        reader = pruned
         if reader is None or key not in reader:
             value = self.value(name).detach()
             if not value.is_meta or self.reader is None:
@@ -473,7 +469,8 @@ class ModelWeights:
         """Rounds every weight of the loaded block to its storage dtype, so that memory and disk have the same block. A
         NumericalError says that a weight is NaN or too large for it; nothing of the block has been written."""
         for name in self.names_of(index):
-            value, stored = self.value(name), self.stored_dtype(name)
+            value = self.value(name)
+            stored = self.stored_dtype(name)
             if value.is_floating_point():
                 if value.dtype != stored:
                     value.copy_(value.to(stored))
@@ -527,7 +524,8 @@ class ModelWeights:
     def _written(self, names: list[str]) -> Tensor:
         """A tensor of the checkpoint from all weights that are parts of it, or from a weight: then the checkpoint's own
         if it was only rounded to a narrower type to compute."""
-        value, dtype = self.value(names[0]).detach(), self.stored_dtype(names[0])
+        value = self.value(names[0]).detach()
+        dtype = self.stored_dtype(names[0])
         if names[0] in self.parts:
             tensor = torch.empty(
                 self._shapes[self.key_of[names[0]]], dtype=dtype, device=self.device
@@ -559,15 +557,14 @@ class ModelWeights:
 def require_storable(value: Tensor, name: str, stored: torch.dtype) -> None:
     """Raises NumericalError if a pruned weight, rounded to the dtype in which it is stored, is not finite."""
     if bad := not_finite(value.detach()):
-        dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
+        dtype = str(stored).removeprefix("torch.")
+        largest = torch.finfo(stored).max
         wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(
             stored
         )
-        cure = (
-            f"store the model in {wider} and prune that"
-            if wider
-            else "raise the method's damping"
-        )
+        cure = "raise the method's damping"
+        if wider:
+            cure = f"store the model in {wider} and prune that"
         raise NumericalError(
             f"weight {name} would get {bad} infinite or NaN values once pruned and rounded to {dtype}, whose "
             f"largest number is {largest:.5g}; {cure}, or exclude it. Blocks before this one are kept"
@@ -592,9 +589,9 @@ def _fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         "cuda",
     ):
         return stored
-    return (
-        stored if stored is torch.bfloat16 and bf16_is_native(device) else torch.float32
-    )
+    if stored is torch.bfloat16 and bf16_is_native(device):
+        return stored
+    return torch.float32
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

@@ -36,17 +36,17 @@ def _joined(content: Any) -> Any:
         isinstance(part, dict) and part.get("type") == "text" for part in content
     ):
         texts = [part.get("text") for part in content]
-        return (
-            "".join(texts) if all(isinstance(text, str) for text in texts) else content
-        )
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+        return content
     return content
 
 
 def _is_neutral(name: str, value: object) -> bool:
     """In JSON, ``logprobs: 0`` asks for something, and ``false`` does not."""
-    neutral = (
-        value if (name, value) == ("tool_choice", "auto") else _NEUTRAL.get(name)
-    )  # the same without tools
+    if (name, value) == ("tool_choice", "auto"):
+        return True  # without tools it changes nothing
+    neutral = _NEUTRAL.get(name)
     return (
         neutral is not None
         and neutral == value
@@ -119,7 +119,10 @@ class Asked(_Given):
 
     def sampling(self) -> Sampling:
         """How the prompt is continued; what is not asked is as the model recommends, with another seed each time."""
-        seed = secrets.randbits(63) if self.seed is None else self.seed
+        if self.seed is None:
+            seed = secrets.randbits(63)
+        else:
+            seed = self.seed
         return Sampling(
             seed=seed,
             **self.model_dump(include={"temperature", "top_p", "stop", "ignore_eos"}),
@@ -143,18 +146,18 @@ class Asked(_Given):
 class ChatRequest(Asked):
     """``POST /v1/chat/completions``."""
 
-    KIND, CHUNK, PREFIX = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+    KIND = "chat.completion"
+    CHUNK = "chat.completion.chunk"
+    PREFIX = "chatcmpl-"
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Tokens | None = None
 
     @property
     def limit(self) -> int | None:
-        return (
-            self.max_tokens
-            if self.max_completion_tokens is None
-            else self.max_completion_tokens
-        )
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        return self.max_completion_tokens
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return chat_ids(
@@ -174,13 +177,14 @@ class ChatRequest(Asked):
     def piece(
         self, text: str | None, finish: str | None, *, first: bool
     ) -> dict[str, Any]:
-        delta = {} if text is None else {"content": text}
-        role = (
-            {"role": "assistant"} if first else {}
-        )  # clients join the values of all pieces
+        delta = {}
+        if first:  # only once, since clients join the values of all pieces
+            delta["role"] = "assistant"
+        if text is not None:
+            delta["content"] = text
         return {
             "index": 0,
-            "delta": role | delta,
+            "delta": delta,
             "logprobs": None,
             "finish_reason": finish,
         }
@@ -189,7 +193,9 @@ class ChatRequest(Asked):
 class CompletionRequest(Asked):
     """``POST /v1/completions``."""
 
-    KIND, CHUNK, PREFIX = "text_completion", "text_completion", "cmpl-"
+    KIND = "text_completion"
+    CHUNK = "text_completion"
+    PREFIX = "cmpl-"
 
     prompt: Annotated[
         Words,
@@ -212,7 +218,8 @@ class Answer:
     """The JSON objects that answer a request."""
 
     def __init__(self, asked: Asked, model: str) -> None:
-        self._asked, self._first = asked, True
+        self._asked = asked
+        self._first = True
         self.with_usage = asked.stream_options.include_usage
         self._head = {
             "id": asked.PREFIX + secrets.token_hex(12),
@@ -232,7 +239,10 @@ class Answer:
 
     def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
         """A piece of a stream."""
-        usage = {"usage": None} if self.with_usage else {}
+        if self.with_usage:
+            usage = {"usage": None}
+        else:
+            usage = {}
         choice = self._asked.piece(text, finish, first=self._first)
         self._first = False
         return {**self._head, "object": self._asked.CHUNK, "choices": [choice], **usage}
@@ -248,7 +258,8 @@ class Answer:
 
 
 def _usage(result: Generation) -> dict[str, int]:
-    prompt, new = result.prompt_tokens, result.new_tokens
+    prompt = result.prompt_tokens
+    new = result.new_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": new,

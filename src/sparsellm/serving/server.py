@@ -67,7 +67,9 @@ class Settings(BaseModel):
 def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
     """A listening socket, so that a busy port is known before the model is loaded, and the key that clients must send,
     or None. RecipeError: the port cannot be used, other machines can reach it without a key, or the key is bad."""
-    key, host, port = _key(settings.key_file), settings.host, settings.port
+    key = _key(settings.key_file)
+    host = settings.host
+    port = settings.port
     try:
         family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -80,20 +82,17 @@ def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
         listening = socket.create_server(address, family=family)
     except (OSError, UnicodeError) as failed:
         busy = isinstance(failed, OSError) and failed.errno == errno.EADDRINUSE
-        why = (
-            "in use; stop what listens there, or give another --port"
-            if busy
-            else getattr(failed, "strerror", failed)
-        )
-        raise RecipeError(
-            f"port {port} of {host!r:.100} is {'' if busy else 'not available: '}{why}"
-        ) from None
+        why = f"not available: {getattr(failed, 'strerror', failed)}"
+        if busy:
+            why = "in use; stop what listens there, or give another --port"
+        raise RecipeError(f"port {port} of {host!r:.100} is {why}") from None
     return listening, key
 
 
 def _key(file: Path | None) -> str | None:
     """The key that clients send; None if none is set. It is never in the command line, which all users can read."""
-    given, where = os.environ.get(KEY), KEY
+    given = os.environ.get(KEY)
+    where = KEY
     if file is not None:
         if given is not None:
             raise RecipeError(
@@ -101,10 +100,8 @@ def _key(file: Path | None) -> str | None:
             )
         try:
             with file.expanduser().open("rb") as opened:
-                given, where = (
-                    opened.read(4097).decode("ascii", "replace").strip(),
-                    f"--key-file {file}",
-                )
+                given = opened.read(4097).decode("ascii", "replace").strip()
+                where = f"--key-file {file}"
         except (OSError, RuntimeError) as failed:
             raise RecipeError(f"--key-file {file} cannot be read: {failed}") from None
     fits = given is None or (
@@ -118,6 +115,10 @@ def _key(file: Path | None) -> str | None:
             f"the key in {where} is empty or more than one word of ASCII; write one, such as 32 letters"
         )
     return given
+
+
+def _ignore(_: str) -> None:
+    """Does nothing with a line."""
 
 
 def serve(
@@ -143,7 +144,7 @@ def serve(
             "max_tokens": settings.max_tokens,
             "queue": settings.queue,
         }
-        told = (lambda line: None) if settings.quiet else log
+        told = _ignore if settings.quiet else log
         worker = Worker(model, tokenizer, **limits, threads=settings.threads, log=told)
         name = settings.name or Path(directory).expanduser().resolve().name
         config = uvicorn.Config(
@@ -163,9 +164,8 @@ def serve(
         )
         _Server(config, worker).run(sockets=[listening])
     worker.stop(0)
-    if not worker.ended(
-        GRACE
-    ):  # it reads a long prompt; the interpreter must not end under a thread that computes
+    # it reads a long prompt; the interpreter must not end under a thread that computes
+    if not worker.ended(GRACE):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -192,13 +192,17 @@ class _Gate:
     """Refuses requests without the key, of web pages that a browser has open, and with a body that is too large."""
 
     def __init__(self, app: ASGIApp, key: str | None, most: int) -> None:
-        self._app, self._most = app, most
-        self._key = None if key is None else f"bearer {key}".encode()
+        self._app = app
+        self._most = most
+        self._key = None
+        if key is not None:
+            self._key = f"bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        headers, read = Headers(scope=scope), 0
+        headers = Headers(scope=scope)
+        read = 0
 
         async def limited() -> Message:
             nonlocal read
@@ -260,18 +264,18 @@ def _problem(
     **parts: str | None,
 ) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse(
-        error(message, kind, **parts),
-        status,
-        {"Retry-After": "1"} if status == 503 else headers,
-    )
+    if status == 503:
+        headers = {"Retry-After": "1"}
+    return JSONResponse(error(message, kind, **parts), status, headers)
 
 
 async def _of_error(_: Request, failed: Exception) -> Response:
-    status = 400 if isinstance(failed, SettingError | DataError | ModelError) else 500
-    return _problem(
-        503 if isinstance(failed, UnavailableError) else status, str(failed)
-    )
+    status = 500
+    if isinstance(failed, SettingError | DataError | ModelError):
+        status = 400
+    if isinstance(failed, UnavailableError):
+        status = 503
+    return _problem(status, str(failed))
 
 
 async def _of_status(_: Request, failed: HTTPException) -> Response:
@@ -281,7 +285,8 @@ async def _of_status(_: Request, failed: HTTPException) -> Response:
 async def _of_validation(_: Request, failed: RequestValidationError) -> Response:
     """Names the first value of a body that is refused."""
     first = failed.errors()[0]
-    place, kind = ".".join(str(part) for part in first["loc"][1:]), first["type"]
+    place = ".".join(str(part) for part in first["loc"][1:])
+    kind = first["type"]
     if kind == "json_invalid":
         return _problem(
             400,
@@ -347,13 +352,13 @@ def application(worker: Worker, name: str) -> FastAPI:
     async def answer(asked: Asked, request: Request) -> Response:
         if asked.model not in (None, name):
             return unknown(asked.model)
-        job, made = Job(asked.ids, asked.sampling(), asked.limit), Answer(asked, name)
+        job = Job(asked.ids, asked.sampling(), asked.limit)
+        made = Answer(asked, name)
         worker.submit(job)
         events = _events(job, request)
         try:
-            event = await anext(
-                events
-            )  # what the prompt is refused for comes before a stream begins
+            # what the prompt is refused for comes before a stream begins
+            event = await anext(events)
             if asked.stream:
                 return StreamingResponse(
                     _stream(event, events, made), media_type="text/event-stream"

@@ -54,14 +54,15 @@ def chat(
     ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about
     the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
     model, tokenizer = open_model(directory, options, template=True)
-    limit, seed = (
-        context_limit(model.config),
-        secrets.randbits(62) if manner.seed is None else manner.seed,
-    )
-    beginning: list[Message] = (
-        [] if manner.system is None else [{"role": "system", "content": manner.system}]
-    )
-    messages, received = list(beginning), list[int]()
+    limit = context_limit(model.config)
+    seed = manner.seed
+    if seed is None:
+        seed = secrets.randbits(62)
+    beginning: list[Message] = []
+    if manner.system is not None:
+        beginning.append({"role": "system", "content": manner.system})
+    messages = list(beginning)
+    received: list[int] = []
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
@@ -75,11 +76,10 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         ids = chat_ids(tokenizer, messages)
-        room = (
-            manner.max_new_tokens
-            if limit is None
-            else min(manner.max_new_tokens, limit - ids.shape[1])
-        )
+        if limit is None:
+            room = manner.max_new_tokens
+        else:
+            room = min(manner.max_new_tokens, limit - ids.shape[1])
         if room < 1:
             messages.pop()
             say(
@@ -102,9 +102,8 @@ def chat(
                 on_text=show,
                 cancelled=lambda: bool(received),
             )
-        for signum in {*received} - {
-            signal.SIGINT
-        }:  # Ctrl-C stops the answer; other signals end the conversation
+        # Ctrl-C stops the answer; other signals end the conversation
+        for signum in {*received} - {signal.SIGINT}:
             signal.raise_signal(signum)
         show("\n")
         messages.append({"role": "assistant", "content": answer.text})

@@ -38,12 +38,12 @@ class Job:
         sampling: Sampling,
         limit: int | None,
     ) -> None:
-        self.ids, self.sampling, self.limit = ids, sampling, limit
+        self.ids = ids
+        self.sampling = sampling
+        self.limit = limit
         self.cancelled = False
-        self._loop, self._events = (
-            asyncio.get_running_loop(),
-            asyncio.Queue[str | Generation | Exception](),
-        )
+        self._loop = asyncio.get_running_loop()
+        self._events = asyncio.Queue[str | Generation | Exception]()
 
     async def event(self) -> str | Generation:
         """The next piece of text, or the result. What went wrong is raised."""
@@ -78,15 +78,16 @@ class Worker:
         threads: int | None = None,
         log: Callable[[str], None],
     ) -> None:
-        self._model, self._tokenizer, self._threads, self._log = (
-            model,
-            tokenizer,
-            threads,
-            log,
-        )
-        self._context, self._max_tokens, self._queue = context, max_tokens, queue
+        self._model = model
+        self._tokenizer = tokenizer
+        self._threads = threads
+        self._log = log
+        self._context = context
+        self._max_tokens = max_tokens
+        self._queue = queue
         self._running: Job | None = None
-        self._changed, self._waiting = threading.Condition(), deque[Job]()
+        self._changed = threading.Condition()
+        self._waiting = deque[Job]()
         self._end: float | None = (
             None  # by time.monotonic(), when the running job is cancelled
         )
@@ -117,10 +118,10 @@ class Worker:
         """Refuses what waits, and cancels what runs after this time; with 0 its client is answered at once."""
         with self._changed:
             self._end = min(self._end or math.inf, time.monotonic() + seconds)
-            for job in (
-                *self._waiting,
-                *([self._running] if self._running and not seconds else []),
-            ):
+            stopped = list(self._waiting)
+            if self._running and not seconds:
+                stopped.append(self._running)
+            for job in stopped:
                 job.send(UnavailableError("the server is stopping"))
             self._waiting.clear()
             self._changed.notify()
@@ -133,10 +134,8 @@ class Worker:
     def state(self) -> dict[str, object]:
         """What ``/health`` says: requests that run, wait, were begun and were cancelled, and tokens generated."""
         with self._changed:
-            waiting, running = (
-                sum(not job.cancelled for job in self._waiting),
-                int(self._running is not None),
-            )
+            waiting = sum(not job.cancelled for job in self._waiting)
+            running = int(self._running is not None)
             status = "ok" if self._end is None else "stopping"
             return {
                 "status": status,
@@ -170,20 +169,23 @@ class Worker:
                 answer = SparseLLMError(
                     f"the server failed ({type(error).__name__}); its log says why"
                 )
-            with (
-                self._changed
-            ):  # before the answer: whoever gets it may ask again at once
+            # before the answer: whoever gets it may ask again at once
+            with self._changed:
                 self._running = None
             job.send(answer)
 
     def _run(self, job: Job) -> Generation:
         ids = job.ids(self._tokenizer)
-        tokens, context = ids.shape[1], self._context
-        limit = (
-            min(self._max_tokens, context - tokens) if job.limit is None else job.limit
-        )
+        tokens = ids.shape[1]
+        context = self._context
+        if job.limit is None:
+            limit = min(self._max_tokens, context - tokens)
+        else:
+            limit = job.limit
         if tokens + limit > context or limit < 1:
-            more = f" and {limit} are to follow" if limit > 0 else ""
+            more = ""
+            if limit > 0:
+                more = f" and {limit} are to follow"
             raise SettingError(
                 f"the prompt has {tokens} tokens{more}; prompt and answer have at most {context} here"
             )

@@ -23,11 +23,11 @@ _C4_SAMPLE = (
     "en/c4-validation.00001-of-00008.json.gz",
     "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
 )
-_SAMPLED, _LONGEST = 5000, 16 << 20  # documents to calibrate on; bytes of a line
-_C4_DOCUMENTS, _C4_WINDOWS = (
-    1100,
-    256,
-)  # the most that SparseGPT's evaluation on C4 reads
+_SAMPLED = 5000  # documents to calibrate on
+_LONGEST = 16 << 20  # bytes of a line
+# SparseGPT's evaluation on C4 reads no more.
+_C4_DOCUMENTS = 1100
+_C4_WINDOWS = 256
 _PARTS: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
 
 
@@ -51,10 +51,13 @@ def read_pydoc(split: Split) -> Text:
                 new.append(text)
         document = "\n\n".join(new)
         total += len(document)
-        fits = held_out + len(document) <= _HELD_OUT * total
-        held_out += len(document) if fits else 0
-        if document:
-            parts["evaluation" if fits else "calibration"].append(document)
+        if not document:
+            continue
+        if held_out + len(document) <= _HELD_OUT * total:
+            held_out += len(document)
+            parts["evaluation"].append(document)
+        else:
+            parts["calibration"].append(document)
     return Text(parts[split])
 
 
@@ -89,17 +92,12 @@ def read_ptb(split: Split) -> Text:
 def read_c4(split: Split) -> Text:
     """C4 (English, 1910.10683) as SparseGPT draws it: windows inside random documents of the first train shard;
     evaluation on the validation shard."""
-    part, shard = (
-        ("train", "00000-of-01024")
-        if split == "calibration"
-        else ("validation", "00000-of-00008")
-    )
-    documents = hub_column(
-        "c4",
-        "allenai/c4",
-        data_files={part: f"en/c4-{part}.{shard}.json.gz"},
-        split=part,
-    )
+    part = "train"
+    file = "en/c4-train.00000-of-01024.json.gz"
+    if split == "evaluation":
+        part = "validation"
+        file = "en/c4-validation.00000-of-00008.json.gz"
+    documents = hub_column("c4", "allenai/c4", data_files={part: file}, split=part)
     if split == "calibration":
         return Text(documents, joiner=" ", per_document=True)
     return Text(documents[:_C4_DOCUMENTS], joiner=" ", most_windows=_C4_WINDOWS)
@@ -116,9 +114,8 @@ def fetch_c4_sample() -> Path:
     if isinstance(known, str):
         return Path(known)
     try:
-        get_session().head(
-            constants.ENDPOINT, timeout=5
-        )  # the client itself tries for half a minute
+        # the client itself tries for half a minute
+        get_session().head(constants.ENDPOINT, timeout=5)
         return Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
     except Exception as error:  # the client raises httpx, requests and its own errors
         raise DataError(
@@ -129,10 +126,13 @@ def fetch_c4_sample() -> Path:
 def read_c4_sample(split: Split) -> Text:
     """The first documents of one validation shard of C4 (English), of a fixed revision: broad text from the web, about
     2,400,000 tokens. The next documents are held out for evaluation; source ``c4`` reads none of them."""
-    path, documents = fetch_c4_sample(), []
-    first, count = (
-        (0, _SAMPLED) if split == "calibration" else (_SAMPLED, _C4_DOCUMENTS)
-    )
+    path = fetch_c4_sample()
+    documents = []
+    first = 0
+    count = _SAMPLED
+    if split == "evaluation":
+        first = _SAMPLED
+        count = _C4_DOCUMENTS
     try:
         with gzip.open(path) as file:
             for number in range(first + count):

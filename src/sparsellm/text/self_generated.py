@@ -43,27 +43,29 @@ def self_generated_windows(
     check_memory(samples + fresh, seq_len)
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
-    known = min(
-        len(tokenizer), model.config.get_text_config().vocab_size
-    )  # some tokenizers have more than the model
+    # some tokenizers have more than the model
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
     starts = torch.tensor([token for token in range(known) if token not in special])
-    device, keyword = next(model.parameters()).device, cache_keyword(model)
+    device = next(model.parameters()).device
+    keyword = cache_keyword(model)
     windows: list[Tensor] = []
 
     def pick(rows: int) -> Tensor:
         return starts[torch.randint(len(starts), (rows,), generator=generator)]
 
     def batch(rows: int) -> Tensor:
-        columns = [*([] if bos is None else [torch.full((rows,), bos)]), pick(rows)]
+        end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        columns = [pick(rows)]
+        if bos is not None:
+            columns.insert(0, torch.full((rows,), bos))
         age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
-        new, cache = torch.stack(columns, dim=1), None  # (rows, 1 or 2)
+        new = torch.stack(columns, dim=1)  # (rows, 1 or 2)
+        cache = None
         while len(columns) < seq_len:
             output = model(input_ids=new.to(device), use_cache=True, **{keyword: cache})
             # Many models pad the vocabulary with rows that no token uses.
-            logits, cache = (
-                output.logits[:, -1, :known].float().cpu(),
-                getattr(output, keyword),
-            )
+            logits = output.logits[:, -1, :known].float().cpu()
+            cache = getattr(output, keyword)
             if not torch.isfinite(logits).all():
                 raise NumericalError(
                     f"the model's logits are not finite after {len(columns)} tokens; try float32"
@@ -73,13 +75,9 @@ def self_generated_windows(
             ).squeeze(1)
             token = torch.where(age < GREEDY_TOKENS, logits.argmax(-1), sampled)
             start = pick(rows)  # at every step, so that rows do not affect each other
-            ended = columns[-1] == (
-                -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-            )
-            token, age = (
-                torch.where(ended, start, token),
-                torch.where(ended, 0, age + 1),
-            )
+            ended = columns[-1] == end
+            token = torch.where(ended, start, token)
+            age = torch.where(ended, 0, age + 1)
             columns.append(token)
             new = token.unsqueeze(1)
             progress(

@@ -41,10 +41,9 @@ TextGiven: TypeAlias = (
 """The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
 
 SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
-IDS, DOCUMENTS = (
-    "token ids given in Python",
-    "documents given in Python",
-)  # recorded in the recipe as ``calibration``
+# The recipe records these as ``calibration``.
+IDS = "token ids given in Python"
+DOCUMENTS = "documents given in Python"
 
 _PLAIN: dict[str, Callable[[Split], Text]] = {
     "pydoc": corpora.read_pydoc, "ptb": corpora.read_ptb, "c4": corpora.read_c4, "c4-sample": corpora.read_c4_sample
@@ -63,14 +62,14 @@ def shares_of(source: str) -> dict[str, float]:
     """The share of the windows that each source of a mixture gets, after division by their sum; 1 for a source alone.
     Raises DataError for a share of 0, and a source that occurs twice."""
     parts = mixture_of(source)
-    total, shares = sum(float(share) for _, share in parts), dict[str, float]()
+    total = sum(float(share) for _, share in parts)
+    shares: dict[str, float] = {}
     for name, share in parts:
         if not float(share) or name in shares:
-            why = (
-                "occurs twice; add its shares"
-                if name in shares
-                else f"has share {share}; leave it out"
-            )
+            if name in shares:
+                why = "occurs twice; add its shares"
+            else:
+                why = f"has share {share}; leave it out"
             raise DataError(
                 f"source {shown(name)} in text mixture {shown(source)} {why}"
             )
@@ -131,13 +130,13 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
                     SELF,
                 ],
             )
-            hint = (
-                "a text mixture is SOURCE:SHARE,SOURCE:SHARE" if "," in source else hint
-            )
+            if "," in source:
+                hint = "a text mixture is SOURCE:SHARE,SOURCE:SHARE"
             raise DataError(
                 f"unknown text source {shown(source)}; {hint} (a path ends in {_SUFFIXES})"
             )
-        name, argument = "file", source
+        name = "file"
+        argument = source
     if name == "file" or (name == "wikitext2" and argument):
         file = text_file(argument)
         if name == "file" and file.suffix.lower() not in READERS:
@@ -150,9 +149,10 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
 def read_source(source: str, split: Split) -> Text:
     """The text that a source string names. Raises DataError as :func:`check_source`, or if the text cannot be read."""
     name, argument = check_source(source, split)
-    text = (
-        _PLAIN[name](split) if name in _PLAIN else _WITH_ARGUMENT[name](argument, split)
-    )
+    if name in _PLAIN:
+        text = _PLAIN[name](split)
+    else:
+        text = _WITH_ARGUMENT[name](argument, split)
     return replace(text, called=f"source {shown(source)}")
 
 
@@ -166,16 +166,16 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
         return value
     if isinstance(value, os.PathLike):
         path = os.fsdecode(value)
-        value = (
-            path if Path(path).suffix.lower() in READERS else f"file:{path}"
-        )  # also if it looks like a name
+        value = path
+        if Path(path).suffix.lower() not in READERS:
+            value = f"file:{path}"  # a path, although it may look like a name
     if isinstance(value, str):
         check_sources(value, split)
         return value
-    if (
-        isinstance(value, Mapping) and "input_ids" in value
-    ):  # the return value of a tokenizer
-        value, given = _ids(value["input_ids"], name), value
+    # the return value of a tokenizer
+    if isinstance(value, Mapping) and "input_ids" in value:
+        given = value
+        value = _ids(given["input_ids"], name)
         _refuse_padding([given], name)
     if isinstance(value, Tensor | numpy.ndarray):
         return _ids(value, name)
@@ -237,20 +237,20 @@ def settle_calibration(
         return recipe
     if isinstance(calibration, str):
         return recipe.updated(calibration=calibration)
-    return recipe.updated(
-        calibration=IDS if isinstance(calibration, Tensor) else DOCUMENTS
-    )
+    if isinstance(calibration, Tensor):
+        return recipe.updated(calibration=IDS)
+    return recipe.updated(calibration=DOCUMENTS)
 
 
 def _ids(value: Any, name: str) -> Tensor:
     """Token ids ``(windows, tokens)`` from an array, or from rows of one length."""
     try:
-        rows = torch.from_numpy(value) if isinstance(value, numpy.ndarray) else value
-        ids = (
-            rows
-            if isinstance(rows, Tensor)
-            else torch.stack([torch.as_tensor(row, device="cpu") for row in rows])
-        )
+        if isinstance(value, numpy.ndarray):
+            value = torch.from_numpy(value)
+        if isinstance(value, Tensor):
+            ids = value
+        else:
+            ids = torch.stack([torch.as_tensor(row, device="cpu") for row in value])
     except (
         ValueError,
         TypeError,

@@ -19,9 +19,8 @@ _FIELDS = {"text": str, "messages": list}  # the second where a record has no te
 class Text:
     """Documents, and the protocol that turns them into token windows."""
 
-    documents: Sequence[
-        Any
-    ]  # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
+    # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
+    documents: Sequence[Any]
     joiner: str = (
         "\n\n"  # the string between two documents when all are tokenised as one string
     )
@@ -39,13 +38,10 @@ def text_file(path: str) -> Path:
         file = Path(path).expanduser()
         if file.is_file():
             return file
-        reason = (
-            "is a directory"
-            if file.is_dir()
-            else "is not a file"
-            if file.exists()
-            else "does not exist"
-        )
+        if file.is_dir():
+            reason = "is a directory"
+        else:
+            reason = "is not a file" if file.exists() else "does not exist"
     except (
         OSError,
         RuntimeError,

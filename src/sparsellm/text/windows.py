@@ -46,7 +46,9 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int 
         and token is not None
         and tokenizer("a", verbose=False)["input_ids"][:1] == [token]
     )
-    return int(token) if adds else None
+    if adds:
+        return int(token)
+    return None
 
 
 def calibration_windows(
@@ -78,9 +80,15 @@ def calibration_windows(
         )[0]
     check_memory(samples, seq_len)
     lead = leading_token(tokenizer, bos)
-    length = seq_len if lead is None else seq_len - 1
+    if lead is None:
+        length = seq_len
+    else:
+        length = seq_len - 1
     generator = torch.Generator().manual_seed(seed)
-    text = source if isinstance(source, Text) else read_source(source, "calibration")
+    if isinstance(source, Text):
+        text = source
+    else:
+        text = read_source(source, "calibration")
     read = partial(_tokens, text, tokenizer, lead)
     if text.per_document:
         return _led(
@@ -133,7 +141,8 @@ def mixed_windows(
         iter(draw(name, size, sum(more)))
         for name, size, *more in zip(shares, *counts, strict=True)
     ]
-    windows, sources = list[Tensor](), list[str]()
+    windows: list[Tensor] = []
+    sources: list[str] = []
     for group in counts:
         places = sorted(
             ((k + 0.5) / size, number)
@@ -198,8 +207,14 @@ def evaluation_windows(
             f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len"
         )
     lead = leading_token(tokenizer, bos)
-    length = seq_len if lead is None else seq_len - 1
-    text = source if isinstance(source, Text) else read_source(source, "evaluation")
+    if lead is None:
+        length = seq_len
+    else:
+        length = seq_len - 1
+    if isinstance(source, Text):
+        text = source
+    else:
+        text = read_source(source, "evaluation")
     ids = _tokens(text, tokenizer, lead, _joined(text, tokenizer, lead), length)
     limits = [
         len(ids) // length,
@@ -228,7 +243,8 @@ def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
 
 def check_memory(windows: int, seq_len: int) -> None:
     """Refuses windows whose token ids do not fit into the memory, before anything is allocated."""
-    needed, free = 8 * windows * seq_len, machine.free_memory()
+    needed = 8 * windows * seq_len
+    free = machine.free_memory()
     if needed > free:
         take = f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids"
         raise DataError(
@@ -238,7 +254,9 @@ def check_memory(windows: int, seq_len: int) -> None:
 
 def _joined(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
     """The text as one string, chats by the template; a DataError if that refuses one, or memory is short."""
-    parts, size, free = [], 0, machine.free_memory()
+    parts = []
+    size = 0
+    free = machine.free_memory()
     for document in text.documents:
         if document is not None:  # data sets have nulls
             parts.append(
@@ -269,13 +287,13 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -
         ):
             raise ValueError("a role or content is not a string")
         text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-        return text if lead is None else text.removeprefix(str(tokenizer.bos_token))
+        if lead is None:
+            return text
+        return text.removeprefix(str(tokenizer.bos_token))
     except Exception as error:  # a template raises what it likes
-        why = (
-            one_line(error)
-            if tokenizer.chat_template
-            else "the tokenizer has no chat template"
-        )
+        why = "the tokenizer has no chat template"
+        if tokenizer.chat_template:
+            why = one_line(error)
         raise DataError(f"a conversation of the text cannot be read: {why}") from None
 
 
@@ -288,15 +306,15 @@ def _tokens(
 ) -> Tensor:
     """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
     needed = TOKENISING * len(joined)
-    if needed > 1 << 28 and needed > (
-        free := machine.free_memory()
-    ):  # asking takes a millisecond
+    # asking takes a millisecond
+    if needed > 1 << 28 and needed > (free := machine.free_memory()):
         raise _too_long(text, len(joined), free)
     # verbose=False: the warning that a text is longer than the model's positions does not apply here.
     ids = tokenizer(
         joined, verbose=False, return_attention_mask=False, return_token_type_ids=False
     )["input_ids"]
-    ids = ids[1:] if lead is not None and ids[:1] == [lead] else ids
+    if lead is not None and ids[:1] == [lead]:
+        ids = ids[1:]
     if len(ids) < least:
         few = (
             f"{text.called} has {len(ids)} tokens and {least} are needed for one window"
@@ -307,11 +325,9 @@ def _tokens(
 
 def _led(windows: Tensor, lead: int | None) -> Tensor:
     """The windows, each after BOS if there is one."""
-    return (
-        windows
-        if lead is None
-        else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
-    )
+    if lead is None:
+        return windows
+    return torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
 
 
 def _offsets(
@@ -329,9 +345,8 @@ def _offsets(
     order = torch.randperm(samples, generator=generator)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), offsets + seq_len])
     room = torch.cat([offsets, torch.tensor([tokens])]) - starts
-    before = (
-        torch.rand(len(room), generator=generator) * (room % seq_len + 1)
-    ).long()  # in each gap, unused
+    # in each gap, unused
+    before = (torch.rand(len(room), generator=generator) * (room % seq_len + 1)).long()
     between = [
         int(first) + seq_len * number
         for first, size in zip(starts + before, room, strict=True)
@@ -364,9 +379,7 @@ def _windows_of_documents(
         )
         misses += 1
         if len(ids) > length:
-            misses, offset = (
-                0,
-                int(torch.randint(len(ids) - length, (), generator=generator)),
-            )
+            misses = 0
+            offset = int(torch.randint(len(ids) - length, (), generator=generator))
             windows.append(ids[offset : offset + length])
     return torch.stack(windows)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
@@ -20,38 +20,11 @@ from sparsellm.model.structure import find_blocks
 from sparsellm.run.counts import shortfall
 from tests.method.sweep.helpers import CPU, ids_of, same_bits
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_opt
-from tests.models.families import LLAMA, family, gemma4_text
+from tests.models.families import family, gemma4_text
+from tests.models.unusual import GEMMA3N, Stacks, built, with_mixture
 
 IDS = ids_of(4, 16, seed=5)
 MAGNITUDE = Recipe(method="magnitude", sparsity=0.5)
-
-
-class Stacks(nn.Module):
-    """A mixture of all experts with equal weights, stacked in a way that nothing is known of."""
-
-    def __init__(self, experts: int) -> None:
-        super().__init__()
-        self.up = nn.Parameter(0.1 * torch.randn(experts, 32, 80))
-        self.down = nn.Parameter(0.1 * torch.randn(experts, 80, 32))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return torch.einsum("bsh,ehi,eio->bso", hidden, self.up, self.down)
-
-
-def with_mixture(kind: type[nn.Module], experts: int) -> PreTrainedModel:
-    model = tiny_llama()
-    torch.manual_seed(0)
-    for layer in model.model.layers:
-        layer.mlp = kind(experts)
-    return model
-
-
-def built(model_type: str, **settings: Any) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **settings)
-        ).eval()
 
 
 def by_hand(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[int, int]:
@@ -335,20 +308,6 @@ def test_many_linears_outside_the_blocks_are_named() -> None:
         ).warnings
         == []
     )
-
-
-GEMMA3N = {
-    **LLAMA,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "laurel_rank": 4,
-}
-GEMMA3N |= {
-    "altup_num_inputs": 2,
-    "num_kv_shared_layers": 0,
-    "layer_types": ["full_attention"] * 2,
-}
-GEMMA3N |= {"activation_sparsity_pattern": [0.0, 0.0]}
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_the_script_tries_types_of_every_kind_and_writes_a_page(tmp_path: Path) 
     expected |= {"cpmant": "in part", "xlm": "refused"}
     page, script = (
         tmp_path / "families.md",
-        Path(__file__).parents[1] / "benchmarks" / "families.py",
+        Path(__file__).parents[2] / "benchmarks" / "families.py",
     )
     command = [sys.executable, str(script), "--out", str(page), "--types", *expected]
     paths = os.pathsep.join(

@@ -19,6 +19,7 @@ from sparsellm import Recipe
 from sparsellm.errors import ModelError, StorageError
 from sparsellm.model import Chain, Feed, open_chain
 from sparsellm.model.capture import InputGroups, watch
+from tests.model.outputs import hooked
 from tests.models import families, save_tiny, tiny_gpt2, tiny_llama, tiny_opt, windows
 
 CPU = torch.device("cpu")
@@ -29,22 +30,6 @@ FAMILIES = {
     "gpt2": tiny_gpt2,
     "gemma2": partial(families.family, "Gemma2"),
 }
-
-
-def hooked(
-    model: PreTrainedModel, modules: list[nn.Module], ids: torch.Tensor = IDS
-) -> list[Any]:
-    """What each module returns in one forward of the whole model: an independent view of the same values."""
-    seen: list[Any] = []
-    handles = [
-        module.register_forward_hook(lambda m, args, output: seen.append(output))
-        for module in modules
-    ]
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return [output[0] if isinstance(output, tuple) else output for output in seen]
 
 
 def run_by_blocks(chain: Chain) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -67,7 +52,9 @@ def test_the_chain_run_block_by_block_equals_the_whole_model(
     chain = open_chain(
         save_tiny(model, None, tmp_path) if lazily else model, device=CPU
     )
-    expected = hooked(model, list(Chain(model, None, device=CPU, dtype=None).blocks))
+    expected = hooked(
+        model, list(Chain(model, None, device=CPU, dtype=None).blocks), IDS
+    )
     with torch.no_grad():
         logits = model(IDS, use_cache=False).logits
     hidden, by_blocks = run_by_blocks(chain)

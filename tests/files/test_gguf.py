@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsellm.errors import MemoryBudgetError, ModelError, StorageError
 from sparsellm.files import cache
@@ -27,7 +27,7 @@ from sparsellm.files.gguf import gguf_checkpoint
 from tests.killing import ahead_of
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.models.families import family
-from tests.models.in_gguf import CHAT, write_gguf
+from tests.models.in_gguf import CHAT, quantized_llama, write_gguf
 
 F32 = gguf.GGMLQuantizationType.F32
 
@@ -40,20 +40,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def u32(*numbers: int) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers)
-
-
-def quantized_llama(kind: gguf.GGMLQuantizationType) -> LlamaForCausalLM:
-    """A Llama whose weights are values that ``kind`` can hold; widths are multiples of its block of 32."""
-    model = tiny_llama(intermediate_size=96)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(
-                    torch.from_numpy(
-                        gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)
-                    )
-                )
-    return model
 
 
 @pytest.mark.parametrize("kind", [F32, gguf.GGMLQuantizationType.Q8_0])
