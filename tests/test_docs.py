@@ -197,36 +197,21 @@ def test_python_of_a_page_compiles(page: Path) -> None:
         compile(block, page.name, "exec")
 
 
-def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    script = runpy.run_path(str(ROOT / "tools" / "figures.py"))
-    source = (
-        "class A:\n    def f(self, x: dict[str, Any], *, y=1):\n        def inner(*z): pass\n        return x\n\n"
-        "async def g() -> list[dict[str, Any]]:  # of A\n    'dict[str, Any]'\n"
+def test_counts_of_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(ROOT / "tools" / "counts.py"))
+    first = (
+        'def f(x, y):\n    """Returns x."""\n    a, b = x, y  # two\n    return a if b else 1\n'
+        "def g(*several):\n    a, b = b, a\n    return several\n"
     )
-    places = [
-        (item.place, item.lines, item.parameters)
-        for item in script["functions"]({"src/sparsellm/a.py": source})
-    ]
-    names = {"A.f": (3, 2), "A.f.inner": (1, 1), "g": (2, 0)}
-    assert places == [
-        (f"src/sparsellm/a.py:{name}", *sizes) for name, sizes in names.items()
-    ]
-    files = {
-        "src/sparsellm/a.py": source,
-        "src/sparsellm/run/b.py": "A()\n",
-        "tests/c.py": "1\n",
-        "README.md": "a b",
-    }
-    figures = script["figures"](files)
-    assert figures["lines of `sparsellm`"] == "8"
-    assert figures["occurrences of `dict[str, Any]`"] == "2"
-    assert figures["classes named between `prune()` and a solver"] == "1"
-    assert figures["longest function"] == "3 lines, `a.A.f`"
-    assert figures["banned phrases in `src`"] == "1"
-    assert figures["words of README and docs"] == "2"
-    over = script["over_budget"](files, {"sparsellm": 7, "sparsellm/run": 1})
-    assert over == ["tests has 1 lines, and its budget is 0"]
+    second = "f(*pair)\ng(*pair)\nzip(*pair)\n"
+    counts = script["counts"]({"a.py": first, "b.py": second})
+    # def f(x, y):  8, a, b = x, y  7, return a if b else 1  6; def g(*several):  7, 7, return several  2; 3 calls of 5
+    assert counts.tokens == 8 + 7 + 6 + 7 + 7 + 2 + 3 * 5
+    assert counts.lines == 9
+    assert counts.conditional_expressions == 1
+    assert counts.tuple_assignments == 1  # a swap is none
+    assert counts.unpacked_calls == ["b.py:1 f"]
+    assert counts.density == counts.tokens / 9
 
 
 def test_banned_phrases_are_found_with_their_places(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.method.blocks import sparsellm as sparsellm_method
+from sparsellm.method.blocks import in_order
 from sparsellm.method.blocks.weighting import token_weights
 from sparsellm.method.gram import least_squares
 from sparsellm.method.sweep.gradients import loss_gradients
@@ -70,7 +70,7 @@ def test_both_writers_are_refitted_where_sublayers_read_one_input(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit = Mock(wraps=least_squares)
-    monkeypatch.setattr(sparsellm_method, "least_squares", fit)
+    monkeypatch.setattr(in_order, "least_squares", fit)
     model = family_of(name)
     dense = {key: value.clone() for key, value in model.state_dict().items()}
     sparsellm.prune(
@@ -94,7 +94,7 @@ def test_a_writer_that_runs_twice_in_a_block_is_not_refitted(
             block.mlp, "forward", lambda x, once=block.mlp.forward: once(once(x))
         )
     fit = Mock(wraps=least_squares)
-    monkeypatch.setattr(sparsellm_method, "least_squares", fit)
+    monkeypatch.setattr(in_order, "least_squares", fit)
     result = sparsellm.prune(model, Recipe(sparsity=0.6, effort=0), calibration=IDS)
     assert fit.call_count == len(model.model.layers)  # attention's
     assert result.sparsity == pytest.approx(0.6, abs=1e-3)

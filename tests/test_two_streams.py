@@ -15,7 +15,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.method.blocks import METHODS
-from sparsellm.method.blocks import sparsellm as module
+from sparsellm.method.blocks import in_order as module
 from sparsellm.method.blocks.in_order import _Fitting
 from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.gram import CrossAccumulator

@@ -173,12 +173,17 @@ def promises() -> dict[str, str]:
     }
 
 
+def words_of(page: str) -> int:
+    """The words of a page: what stands between blanks and has a letter or a digit."""
+    return sum(any(map(str.isalnum, word)) for word in page.split())
+
+
 def rows(
     source: dict[str, str], tests: dict[str, str], pages: dict[str, str]
 ) -> dict[str, str]:
     """The table's values by name."""
     code = counts(source)
-    words = sum(len(text.split()) for text in pages.values())
+    words = sum(words_of(text) for text in pages.values())
     conditional = code.per_thousand(code.conditional_expressions)
     assignments = code.per_thousand(code.tuple_assignments)
     return {
@@ -191,7 +196,7 @@ def rows(
         ),
         "tokens of tests": f"{counts(tests).tokens:,}",
         "words of README and docs": f"{words:,}",
-        "words of README": f"{len(pages.get('README.md', '').split()):,}",
+        "words of README": f"{words_of(pages.get('README.md', '')):,}",
     }
 
 

@@ -154,7 +154,7 @@ class Recipe(BaseModel):
     )
 
     method: Annotated[
-        str, Option(WHAT, "NAME", registered=("methods", "solvers")), NAME
+        str, Option(WHAT, "NAME", registered=("blocks", "solvers")), NAME
     ] = "sparsellm"
     """How weights are chosen and refitted; `sparsellm methods` lists all."""
     sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.5
@@ -200,7 +200,7 @@ class Recipe(BaseModel):
     """Experts of each mixture to remove before anything else: below 1 the share to remove, such as 0.5; from 1 on the
     number to keep. With sparsity 0, nothing else is pruned."""
     expert_score: Annotated[
-        str, Option(WHAT, "NAME", registered=("mixtures",)), NAME
+        str, Option(WHAT, "NAME", registered=("experts",)), NAME
     ] = "coordinated"
     """How experts to keep are chosen; `sparsellm methods` lists all."""
     expert_options: dict[str, JsonValue] = {}

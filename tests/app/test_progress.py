@@ -205,7 +205,7 @@ def test_verbose_names_the_linear_of_each_error(
 
 
 def test_the_shell_completes_registered_names() -> None:
-    assert set(options.registered("methods", "solvers")) == set(METHODS)
+    assert set(options.registered("blocks", "solvers")) == set(METHODS)
     assert set(options.registered("allocation")) == set(ALLOCATIONS)
 
 

@@ -217,7 +217,7 @@ def test_the_examples_of_the_help_are_command_lines(
 
 def test_version_and_completion_need_no_torch() -> None:
     program = (
-        "import sys\nfrom sparsellm import cli\nsys.argv = ['sparsellm', *{arguments}]\n"
+        "import sys\nfrom sparsellm.app import cli\nsys.argv = ['sparsellm', *{arguments}]\n"
         "try:\n    cli.main()\nexcept SystemExit as done:\n    assert not done.code, done.code\n"
         "assert 'torch' not in sys.modules\nassert 'transformers' not in sys.modules\n"
     )

@@ -1,7 +1,6 @@
 """What the tests of this folder run in a process of its own, since torch must be told of the device before its import.
 
-python -m tests.pretend            # JSON: a fault or "" for every run, and the traffic of solvers, rounding and sweep
-python -m tests.pretend --places   # the lines of src with most launches and synchronisations, for each row of traffic
+python -m tests.pretend   # JSON: a fault or "" for every run, and the traffic of solvers, rounding and sweep
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.method.gram import Gram, gram
+from sparsellm.method import gram
+from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS, rounding, solver
 from sparsellm.method.solvers.prepared import prepared
 from sparsellm.patterns import NM, Pattern
@@ -42,8 +42,6 @@ TARGETS: tuple[dict[str, Any], ...] = ({"sparsity": 0.6}, {"pattern": "2:4"})
 VALUES: tuple[dict[str, Any], ...] = (
     {},
     {"values": "int8"},
-    {"values": "int4"},
-    {"values": "int3"},
     {"grid": "q4_0"},
 )
 METHODS: tuple[dict[str, Any], ...] = (
@@ -219,9 +217,6 @@ def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:
 
 
 def main() -> None:
-    places = "--places" in sys.argv
-    if places:
-        device.PLACES.update(launches=Counter(), syncs=Counter())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder, faults = Path(name), {}
@@ -229,21 +224,13 @@ def main() -> None:
             kind: save_tiny(family(kind), tiny_tokenizer(), folder / kind)
             for kind in FAMILIES
         }
-        if not places:
-            for number, (case, (model, fields)) in enumerate(runs().items()):
-                faults[case] = fault_of(sources[model], fields, folder / str(number))
+        for number, (case, (model, fields)) in enumerate(runs().items()):
+            faults[case] = fault_of(sources[model], fields, folder / str(number))
         with device.cuda():
             accepted, operations = of_the_device()
             traffic, of_kernel = traffic_of_solvers()
             traffic.update(traffic_of_runs(sources["Llama"], folder))
             faults.update(of_kernel)
-    if places:
-        for what, lines in device.PLACES.items():
-            print(
-                what,
-                *(f"{number:9} {line}" for line, number in lines.most_common(25)),
-                sep="\n",
-            )
     print(
         json.dumps(
             {

@@ -26,35 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-# torch's C++ asks for hooks and a guard of CUDA: the first once, while it is imported; the second in autograd.
-SOURCE = """
-#include <ATen/detail/CUDAHooksInterface.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace at {
-struct OneCard final : CUDAHooksInterface {
-  explicit OneCard(CUDAHooksArgs) {}
-  void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(DeviceIndex) const override { return false; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-};
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, OneCard)
-}
-struct Idle final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  static c10::Device card() { return c10::Device(c10::DeviceType::CUDA, 0); }
-  c10::Device getDevice() const override { return card(); }
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, card()); }
-  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
-  void block(void*, const c10::Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
-};
-namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, Idle) }
-"""
+SOURCE = Path(__file__).with_name("card.cpp")
 
 
 def _tell_torch() -> None:
@@ -65,31 +37,19 @@ def _tell_torch() -> None:
     assert spec is not None
     assert spec.origin is not None
     torch_root = Path(spec.origin).parent
-    name = hashlib.sha256(
-        (SOURCE + (torch_root / "version.py").read_text()).encode()
-    ).hexdigest()[:16]
+    version = (torch_root / "version.py").read_text()
+    name = hashlib.sha256((SOURCE.read_text() + version).encode()).hexdigest()[:16]
     library = Path(__file__).parent / "__pycache__" / f"card-{name}.so"
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
-        options = [
-            "-x",
-            "c++",
-            "-",
-            "-std=c++20",
-            "-fPIC",
-            "-shared",
-            f"-I{torch_root}/include",
-            "-o",
-            str(made),
-        ]
-        subprocess.run(["g++", *options], input=SOURCE, text=True, check=True)
+        options = ["-std=c++20", "-fPIC", "-shared", f"-I{torch_root}/include"]
+        subprocess.run(["g++", *options, str(SOURCE), "-o", str(made)], check=True)
         made.rename(library)
-    for path in (
-        torch_root / "lib" / "libc10.so",
-        torch_root / "lib" / "libtorch_cpu.so",
-        library,
-    ):
+    torch_libraries = [
+        torch_root / "lib" / f"lib{name}.so" for name in ("c10", "torch_cpu")
+    ]
+    for path in (*torch_libraries, library):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -100,78 +60,41 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton.runtime.interpreter import GridExecutor  # noqa: E402
 
-CARD, MEMORY = torch.device("cuda", 0), 80 << 30
-COPIES = {"copy_", "_to_copy"}
-BY_INDEX = {
-    "index",
-    "index_put",
-    "index_put_",
-    "_index_put_impl_",
-    "_unsafe_index",
-}  # indices may be on the CPU
-NO_SCALARS_OF_CPU = {
-    "mm",
-    "bmm",
-    "addmm",
-    "addmv",
-    "cat",
-    "stack",
-    "gather",
-    "scatter",
-    "index_select",
-    "embedding",
-}
+CARD = torch.device("cuda", 0)
+MEMORY = 80 << 30
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+COPIES = _names("copy_ _to_copy")
+# Their indices may be on the CPU.
+BY_INDEX = _names("index index_put index_put_ _index_put_impl_ _unsafe_index")
+NO_SCALARS_OF_CPU = _names(
+    "mm bmm addmm addmv cat stack gather scatter index_select embedding"
+)
 # Operators that wait for the device: their result is on the host, or its shape depends on values.
-WAITS = {
-    "_local_scalar_dense",
-    "is_nonzero",
-    "equal",
-    "nonzero",
-    "masked_select",
-    "bincount",
-    "repeat_interleave",
-}
-WAITS |= {
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "_linalg_check_errors",
-    "_linalg_eigh",
-    "linalg_lstsq",
-}
+WAITS = _names(
+    "_local_scalar_dense is_nonzero equal nonzero masked_select bincount"
+    " repeat_interleave _unique2 unique_dim unique_consecutive"
+    " _linalg_check_errors _linalg_eigh linalg_lstsq"
+)
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
-PRODUCTS = {
-    "mm",
-    "bmm",
-    "addmm",
-    "addmm_",
-    "addmv",
-    "addmv_",
-    "baddbmm",
-    "mv",
-    "dot",
-}  # they multiply floats alone
+# They multiply floats alone.
+PRODUCTS = _names("mm bmm addmm addmm_ addmv addmv_ baddbmm mv dot")
 ONLY_CPU = ("mkldnn", "for_cpu", "fbgemm", "quantized::")
 # What only describes memory: no kernel runs.
-FREE = {
-    "_unsafe_view",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "lift_fresh",
-    "view",
-}
+FREE = _names(
+    "_unsafe_view empty empty_like empty_strided new_empty new_empty_strided"
+    " lift_fresh view"
+)
 
 # A kernel of CUDA's own, without which autograd would decompose the operator; :func:`_run` takes its place.
 _KERNELS = torch.library.Library("aten", "IMPL")
 _KERNELS.impl("silu_backward", lambda *_: None, "CUDA")
 
 TRAFFIC: Counter[str] = Counter()  # launches, syncs, bytes_in, bytes_out
-PLACES: dict[
-    str, Counter[str]
-] = {}  # lines of src by the same names, for those that somebody asks for
 
 
 class CardTensor(Tensor):
@@ -366,29 +289,15 @@ def _copied(short: str, args: Any, kwargs: Any, there: bool) -> None:
 
 def _count(what: str, number: int = 1) -> None:
     TRAFFIC[what] += number
-    if what in PLACES:
-        frame = sys._getframe(1)
-        while (
-            frame.f_back is not None and "/src/sparse" not in frame.f_code.co_filename
-        ):
-            frame = frame.f_back
-        PLACES[what][
-            f"{frame.f_code.co_filename.rpartition('/src/')[2]}:{frame.f_lineno}"
-        ] += number
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
     """What the card does until the context ends; filled in then."""
-    before, traffic = TRAFFIC.copy(), Counter[str]()
+    before = TRAFFIC.copy()
+    traffic = Counter[str]()
     yield traffic
-    traffic.update(
-        {
-            what: TRAFFIC[what] - before[what]
-            for what in TRAFFIC
-            if TRAFFIC[what] > before[what]
-        }
-    )
+    traffic.update(TRAFFIC - before)
 
 
 @contextlib.contextmanager
@@ -397,28 +306,18 @@ def cuda() -> Iterator[None]:
     properties = SimpleNamespace(
         name="pretend", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132
     )
+    nothing = _names(
+        "_lazy_init init set_device synchronize empty_cache reset_peak_memory_stats"
+        " manual_seed manual_seed_all set_rng_state"
+    )
+    zero = _names(
+        "memory_allocated max_memory_allocated memory_reserved current_device"
+    )
+    true = _names("is_available is_initialized is_bf16_supported")
     answers: dict[str, Any] = {
-        **dict.fromkeys(
-            (
-                "_lazy_init",
-                "init",
-                "set_device",
-                "synchronize",
-                "empty_cache",
-                "reset_peak_memory_stats",
-            )
-        ),
-        **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state")),
-        **dict.fromkeys(
-            (
-                "memory_allocated",
-                "max_memory_allocated",
-                "memory_reserved",
-                "current_device",
-            ),
-            0,
-        ),
-        **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), True),
+        **dict.fromkeys(nothing),
+        **dict.fromkeys(zero, 0),
+        **dict.fromkeys(true, True),
         "device_count": 1,
         "mem_get_info": (MEMORY, MEMORY),
         "get_device_name": properties.name,

@@ -109,11 +109,15 @@ def required(parameter: Parameter) -> str:
 
 
 def registered(*packages: str) -> list[str]:
-    """The names that the modules of packages register, read from their text: a shell cannot wait for torch."""
+    """The names that the modules of packages of ``method`` register, read from their text.
+
+    A shell cannot wait for torch."""
     modules = (
         path
         for package in packages
-        for path in sorted((Path(__file__).parent / package).glob("*.py"))
+        for path in sorted(
+            (Path(__file__).parents[1] / "method" / package).glob("*.py")
+        )
     )
     return [
         name

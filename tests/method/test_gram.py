@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import NumericalError
+from sparsellm.method import gram
 from sparsellm.method.gram import (
     CrossAccumulator,
     Gram,
     GramAccumulator,
-    gram,
     least_squares,
 )
 
