@@ -89,7 +89,7 @@ def prune_case(name: str) -> dict[str, Any]:
         counting(BlockTask, "accept") as accepted,
     ):
         patch.setattr(
-            "sparsellm.method.solvers.sparsegpt.PANEL", 16
+            "sparsellm.method.solvers.sparsegpt.PRUNED_TOGETHER", 16
         )  # several panels in so small a model
         result = sparsellm.prune(
             model,

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.method.gram import Factor, Gram
-from sparsellm.method.solvers.solver import kernels_for
+from sparsellm.method.solvers.kernels import kernels_for
+from sparsellm.method.solvers.widths import ROUNDED_TOGETHER
 from sparsellm.registry import Workspace
 from sparsepack import native
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
@@ -47,7 +48,6 @@ FACTORS = (
 SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
 PASSES = 8  # most passes of the descent in a turn; few weights need as many
 ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
-PANEL = 64  # inputs in a panel: its errors reach the inputs after it by one product, which then takes most of the time
 WIDE = 256  # inputs whose moves reach all others by one product, which is twice as fast as by four
 POWERS = (
     0.25,
@@ -250,8 +250,8 @@ def _one_after_another(
         order
     ]  # anchors and zeros are what they are
     scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
-    for start in range(0, len(columns), PANEL):
-        rows = slice(start, start + PANEL)
+    for start in range(0, len(columns), ROUNDED_TOGETHER):
+        rows = slice(start, start + ROUNDED_TOGETHER)
         upper = factor.matrix[rows, rows].contiguous()
         if (kernel := _kernel(target.device)) is not None:
             parts = (columns[rows], result[rows], scales[rows], free[rows], upper)
@@ -275,8 +275,8 @@ def _one_after_another(
                 torch.sub(goal, result[place], out=errors[number]).div_(
                     upper[number, number]
                 )
-        columns[start + PANEL :].addmm_(
-            factor.matrix[rows, start + PANEL :].T, errors, alpha=-1
+        columns[start + ROUNDED_TOGETHER :].addmm_(
+            factor.matrix[rows, start + ROUNDED_TOGETHER :].T, errors, alpha=-1
         )
     del columns, scales, free
     return torch.empty_like(result).index_copy_(
@@ -371,8 +371,10 @@ class _Descent:
         gains, groups = [], self.grid.groups
         for start in range(0, len(self.columns), WIDE):
             several, moves = slice(start, start + WIDE), []
-            for first in range(start, min(start + WIDE, len(self.columns)), PANEL):
-                rows = slice(first, first + PANEL)
+            for first in range(
+                start, min(start + WIDE, len(self.columns)), ROUNDED_TOGETHER
+            ):
+                rows = slice(first, first + ROUNDED_TOGETHER)
                 inner = self.matrix[rows, rows].contiguous()
                 if (kernel := _kernel(inner.device)) is None:
                     moved, gained = self._move(rows, inner, scales, inverse)
