@@ -94,18 +94,18 @@ def compiled(
 
 @pytest.mark.parametrize("capability", [75, 120])
 def test_a_solver_has_a_kernel_for_old_and_new_cards(capability: int) -> None:
-    from sparsellm.method.solvers.panels import BLOCK, PRUNED, _eliminate
+    from sparsellm.method.solvers.panels import BLOCK, PRUNED_TOGETHER, _eliminate
 
     types = {
         name: "*u8" if name == "kept_pointer" else "*fp32"
         for name in _eliminate.arg_names[:4]
     }
-    for n, m in ((0, PRUNED), (2, 4)):
+    for n, m in ((0, PRUNED_TOGETHER), (2, 4)):
         assert compiled(
             _eliminate,
             capability,
             types,
-            {"N": n, "M": m, "PANEL": PRUNED, "BLOCK": BLOCK},
+            {"N": n, "M": m, "ROWS": PRUNED_TOGETHER, "BLOCK": BLOCK},
         )
 
 

@@ -1,7 +1,7 @@
 """One run in several processes: division of the work, and exchange of the results.
 
 ``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that walk the same chain, each with some
-windows. Moments are summed; each solves some linears, or some rows of a weight, and all get all rows.
+windows. Moments are summed, each process solves some linears, and all get the result.
 
 In a single process every helper here does nothing. Helpers that communicate must be called by all processes, in the
 same order. Tensors are sent by gloo or NCCL, depending on their device, and small Python values are pickled.
@@ -218,13 +218,14 @@ def _machine() -> tuple[ProcessGroup, int]:
     return _machines[1:]
 
 
-def greedy(costs: Sequence[float]) -> tuple[list[int], float]:
-    """A process for each job, the longest first, each to the first with the least to do; and the most that one has."""
-    loads, owners = [0.0] * size(), [0] * len(costs)
+def greedy(costs: Sequence[float]) -> list[int]:
+    """A process for each job, the longest first, each to the first with the least to do."""
+    loads = [0.0] * size()
+    owners = [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
         owners[job] = loads.index(min(loads))
         loads[owners[job]] += costs[job]
-    return owners, max(loads)
+    return owners
 
 
 def main_first(make: Callable[[], T]) -> T:

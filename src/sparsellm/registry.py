@@ -68,8 +68,7 @@ class Needs:
 class Entry(Generic[F]):
     """A registered function; ``needs`` takes all options, and raises RecipeError if they contradict each other.
 
-    ``distributed`` says, for a solver, that several processes may solve rows apart, since it compares them only through
-    its pattern; for a method, that every process may run it on its share of the windows."""
+    ``distributed`` says, for a method, that every process may run it on its share of the windows."""
 
     name: str
     function: F

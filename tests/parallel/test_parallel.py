@@ -17,10 +17,12 @@ from sparsellm.app.cells import GRID, Grid
 from sparsellm.errors import RecipeError
 from sparsellm.model.capture import merged
 from sparsellm.records import read_record
-from tests.method.solvers.problems import gram_of, loss
 from tests.method.sweep.helpers import same_bits
 from tests.parallel import workers
 from tests.parallel.processes import run_in
+
+# The linears of GPT-2 have inputs of their own, so that a method that prunes them in order never has two at a time.
+ONE_BY_ONE = ("sparsellm biases",)
 
 
 @pytest.fixture(scope="module", params=[3])
@@ -77,10 +79,10 @@ def test_several_processes_prune_as_one_does(
     assert first["allocation"] == expected["allocation"]
     for some, reference in zip(first["sweeps"], expected["sweeps"], strict=True):
         assert some == pytest.approx(reference, rel=1e-3)
-    assert (
-        first["factorised"] + sum(other["factorised"] for other in rest)
-        == expected["factorised"]
-    )
+    pruned = [process["pruned"] for process in (first, *rest)]
+    assert sum(pruned) == expected["pruned"]  # each linear in one process
+    if name not in ONE_BY_ONE:
+        assert min(pruned) > 0
     for other in rest:
         assert same_bits(first["weights"], other["weights"])
         assert all(
@@ -169,34 +171,11 @@ def test_the_same_number_of_processes_gives_the_same_bits(
         assert all(same_bits(first, other) for other in others), name
 
 
-def test_a_solver_not_registered_as_distributed_solves_whole_weights(
-    outputs: Any,
-) -> None:
+def test_all_processes_get_the_solution_of_the_owner(outputs: Any) -> None:
     first, *rest = outputs("unknown")
     assert all(same_bits(first, other) for other in rest)
     weight = first["model.layers.0.mlp.up_proj.weight"]
     assert int((weight == 0).sum()) == round(0.5 * weight.numel())
-
-
-def test_processes_round_some_rows_each_to_what_one_rounds_all(outputs: Any) -> None:
-    (first, seen), *rest = outputs("rounded")
-    alone, gram = workers.rounded_weights(), gram_of(96)
-    size = 1 + len(rest)
-    assert (
-        sum(seen) + sum(sum(rows) for _, rows in rest) < 3 * (1 + 2 + 3 + 25) * size
-    )  # not all rows in each
-    for name, (weight, one, unrounded) in first.items():
-        assert all(
-            torch.equal(other[name][1], one) and torch.equal(other[name][2], unrounded)
-            for other, _ in rest
-        )
-        # Products of fewer rows round otherwise, and a value in the middle between two numbers falls to either side.
-        assert int((one != alone[name][1]).any(dim=1).sum()) <= len(weight) // 10, name
-        assert loss(one, weight, gram) == pytest.approx(
-            loss(alone[name][1], weight, gram), rel=0.02
-        )
-    models = outputs("rounded model")
-    assert all(same_bits(models[0], other) for other in models[1:])
 
 
 def test_groups_seen_by_any_process_hold_for_all() -> None:

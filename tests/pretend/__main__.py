@@ -29,7 +29,7 @@ from sparsellm import Recipe
 from sparsellm.method import gram
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS, rounding, solver
-from sparsellm.method.solvers.divided import divide
+from sparsellm.method.solvers.prepared import prepared
 from sparsellm.patterns import NM, Pattern
 from tests.files.small import tensors_of
 from tests.method.solvers.problems import gram_of, weight_of
@@ -164,7 +164,7 @@ def _traffic(name: str, pattern: Pattern, inputs: int) -> tuple[Counter[str], st
     def solved(weight: Tensor, matrix: Tensor) -> Tensor:
         given = Gram(matrix, 4 * inputs)
         if name in SOLVERS:
-            return divide(SOLVERS[name])(weight, given, pattern).weight
+            return prepared(SOLVERS[name])(weight, given, pattern).weight
         fixed = isinstance(pattern, NM)
         return rounding.rounded(
             weight, given, "int3" if fixed else "int4", torch.bfloat16, fixed_mask=fixed

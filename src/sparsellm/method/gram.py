@@ -32,9 +32,6 @@ DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger tha
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
-Parts = tuple[
-    Tensor, tuple[float, tuple[str, ...]]
-]  # the matrix of a factor, and its damping and notes
 
 
 class Factor(NamedTuple):
@@ -115,43 +112,29 @@ class Gram:
         return total.clamp_(min=0.0)
 
     def inverse(self, damping: float) -> Factor:
-        """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`. One process of each machine computes it."""
+        """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`."""
 
-        def invert() -> Parts:
+        def invert() -> Factor:
             factor = self.cholesky(damping)
             torch.cholesky_inverse(factor.matrix, out=factor.matrix)
-            # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that
-            # one process and several get the same bits.
-            return factor.matrix.mT, factor[1:]
+            # The inverse is symmetric except for the last bits; the transpose turns LAPACK's columns into rows.
+            return factor._replace(matrix=factor.matrix.mT)
 
-        return self._remember_one(("inverse", damping), invert)
+        return self.remember(("inverse", damping), invert)
 
     def inverse_cholesky(self, damping: float) -> Factor:
         """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``; damping as in :meth:`cholesky`.
 
         With inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one factorisation and a
-        triangular inverse, more accurate than factorising an inverse. One process of each machine computes it."""
+        triangular inverse, more accurate than factorising an inverse."""
 
-        def factorise() -> Parts:
+        def factorise() -> Factor:
             factor = self.cholesky(damping, reverse=True)
             lower = factor.matrix.mT.flip(0, 1)  # Rᵀ
             invert_lower_(lower)
-            return lower, factor[1:]
+            return factor._replace(matrix=lower.mT)
 
-        return self._remember_one(
-            ("inverse_cholesky", damping), factorise, transposed=True
-        )
-
-    def _remember_one(
-        self, key: Hashable, make: Callable[[], Parts], *, transposed: bool = False
-    ) -> Factor:
-        """The cached factor that ``make`` returns, which one process of each machine calls, or its transpose."""
-
-        def shared() -> Factor:
-            matrix, about = parallel.once_a_machine(make, self.matrix.device)
-            return Factor(matrix.mT if transposed else matrix, *about)
-
-        return self.remember(key, shared)
+        return self.remember(("inverse_cholesky", damping), factorise)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """The cached return value of ``make``, about as large as this matrix; the oldest is dropped at the limit."""
@@ -300,17 +283,11 @@ def least_squares(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> F
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``, for ``C = TᵀX / N``.
 
     In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``. Weights on dead
-    inputs equal the prior. Damping and errors are as in :meth:`Gram.cholesky`. One process of a machine computes it."""
-
-    def fit() -> tuple[Tensor, tuple[str, ...]]:
-        factor = gram.cholesky(damping)
-        residual = cross - prior @ gram.matrix  # (out, features)
-        change = torch.cholesky_solve(residual.T, factor.matrix).T.masked_fill(
-            gram.dead, 0.0
-        )
-        return prior + change, factor.notes
-
-    return Fit(*parallel.once_a_machine(fit, prior.device))
+    inputs equal the prior. Damping and errors are as in :meth:`Gram.cholesky`."""
+    factor = gram.cholesky(damping)
+    residual = cross - prior @ gram.matrix  # (out, features)
+    change = torch.cholesky_solve(residual.T, factor.matrix).T
+    return Fit(prior + change.masked_fill(gram.dead, 0.0), factor.notes)
 
 
 def invert_lower_(matrix: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS
 from sparsellm.method.solvers.admm import RHO_STEPS
-from sparsellm.method.solvers.divided import divide
+from sparsellm.method.solvers.prepared import prepared
 from sparsellm.method.solvers.support import refine_on_support
 from sparsellm.model.products import Bf16Products
 from sparsellm.patterns import NM, Pattern
@@ -114,7 +114,7 @@ def test_rounded_products_change_mask_and_error_little():
     weight, gram = weight_of(64, 256), gram_of(256, 4000)
     products = Bf16Products()
     exact, rounded, plain = (
-        divide(SOLVERS["admm"], mode)(weight, gram, Share(0.7))
+        prepared(SOLVERS["admm"], mode)(weight, gram, Share(0.7))
         for mode in (None, products, None)
     )
     assert torch.equal(exact.weight, plain.weight)
@@ -122,7 +122,7 @@ def test_rounded_products_change_mask_and_error_little():
     assert float((exact.mask != rounded.mask).float().mean()) < 0.02
     assert abs(rounded.error / exact.error - 1) < 0.01
     unasked = [
-        divide(SOLVERS["sparsegpt"], given)(weight, gram, Share(0.7)).weight
+        prepared(SOLVERS["sparsegpt"], given)(weight, gram, Share(0.7)).weight
         for given in (None, products)
     ]
     assert torch.equal(*unasked)  # a solver that does not ask for it is never rounded
@@ -135,7 +135,7 @@ def test_costs_of_outputs_decide_which_weights_stay():
         torch.tensor([4.0] * 4 + [0.25] * 4),
     )
     plain, result = (
-        divide(SOLVERS["sparsegpt"], None, given)(weight, gram, Share(0.5))
+        prepared(SOLVERS["sparsegpt"], None, given)(weight, gram, Share(0.5))
         for given in (None, costs)
     )
     assert int(result.mask.sum()) == int(plain.mask.sum())
@@ -143,7 +143,7 @@ def test_costs_of_outputs_decide_which_weights_stay():
     assert result.error == pytest.approx(
         relative(result.weight, weight, gram), rel=1e-3
     )
-    equal = divide(SOLVERS["sparsegpt"], None, torch.full((8,), 4.0))(
+    equal = prepared(SOLVERS["sparsegpt"], None, torch.full((8,), 4.0))(
         weight, gram, Share(0.5)
     )
     assert torch.equal(equal.weight, plain.weight)

@@ -12,7 +12,7 @@ import torch
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS, Solution
-from sparsellm.method.solvers.divided import divide
+from sparsellm.method.solvers.prepared import prepared
 from sparsellm.patterns import NM, Pattern
 from tests.method.solvers.problems import gram_of, relative, true_best, weight_of
 from tests.shares import Share, violations, zeros_of
@@ -120,8 +120,8 @@ def test_the_size_of_a_weight_changes_no_bit(
     name: str, pattern: Pattern, exponent: int
 ):
     weight, gram = weight_of(16, 24), gram_of(24)
-    plain = divide(SOLVERS[name])(weight, gram, pattern)
-    other = divide(SOLVERS[name])(weight * 2.0**exponent, gram, pattern)
+    plain = prepared(SOLVERS[name])(weight, gram, pattern)
+    other = prepared(SOLVERS[name])(weight * 2.0**exponent, gram, pattern)
     assert torch.equal(other.weight, plain.weight * 2.0**exponent)
     assert torch.equal(other.mask, plain.mask)
     assert other.error == plain.error > 0
@@ -181,7 +181,7 @@ def test_what_is_no_solution_is_refused(way: int, pattern: Pattern):
         RecipeError,
         match=r"magnitude: no Solution of shape \(4, 8\).*; return solution\(",
     ):
-        divide(replace(SOLVERS["magnitude"], function=broken))(
+        prepared(replace(SOLVERS["magnitude"], function=broken))(
             weight_of(4, 8), gram_of(8), pattern
         )
 

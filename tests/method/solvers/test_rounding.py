@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS, rounding
-from sparsellm.method.solvers.divided import divide
+from sparsellm.method.solvers.prepared import prepared
 from sparsellm.method.solvers.rounding import rounded
 from sparsellm.patterns import NM, Pattern
 from sparsepack import native
@@ -540,7 +540,7 @@ def test_rounding_aims_at_the_dense_weight_if_values_are_not_fitted(
     """Then it makes up for what the solver left."""
     weight, gram, pattern = weight_of(64, 192), gram_of(192), Share(0.5)
     entry = SOLVERS[solver]
-    solution = divide(entry)(weight, gram, pattern, **entry.check({}))
+    solution = prepared(entry)(weight, gram, pattern, **entry.check({}))
     near = [
         loss(
             rounded(

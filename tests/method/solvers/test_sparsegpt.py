@@ -73,7 +73,7 @@ def column_by_column(
 def test_equals_column_by_column(
     pattern: Pattern, panel: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sparsellm.method.solvers.sparsegpt.PANEL", panel)
+    monkeypatch.setattr("sparsellm.method.solvers.sparsegpt.PRUNED_TOGETHER", panel)
     weight, gram = weight_of(6, 140), gram_of(140)
     result = sparsegpt(weight, gram, pattern)
     expected = column_by_column(weight, gram, pattern, panel)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -168,11 +169,8 @@ def sparsellm(
     rest = [
         linear for linear in without_experts(task.linears) if linear.name not in known
     ]
-    for group, gram in (
-        task.statistics(rest, weights) if rest else []
-    ):  # those that do not get every token
-        for linear in group:
-            fitting.solve(linear, gram)
+    if rest:  # those that do not get every token
+        task.prune_each(task.statistics(rest, weights), fitting.solve)
 
 
 def _rounds(task: BlockTask, unit: Unit, solver: str, asked: int | None) -> int:
@@ -280,26 +278,33 @@ class _Fitting:
                 known = sublayer.shortcut if group[0] is sublayer.writer else None
                 known = stream.keep(known) if known is not None else None
                 recorded = writer if group is sublayer.groups[0] else None
-                gram, cross, means = self._moments(
+                gram, crosses, means = self._moments(
                     group, target, known, recorded, fitted=group[0] is writer
                 )
-                fit = None
-                if cross is not None and self.damping is not None:
-                    with task.clock.phase("prune/solve"), naming(group[0].name):
-                        fit = least_squares(
-                            gram, cross, self.damping, prior=group[0].weight()
-                        )
-                    del cross
-                for linear in group:
-                    moved = (
-                        fit is not None
-                        or task.values != "keep"
-                        or task.patterns[linear.name].sparsity
-                    )
-                    with means.kept(linear) if moved else nullcontext():
-                        self.solve(linear, gram, fit)
+                task.prune_each(
+                    [(group, gram)], partial(self._prune, crosses=crosses, means=means)
+                )
                 if known is not None:
                     stream.use(known)
+
+    def _prune(
+        self, linear: LinearView, gram: Gram, crosses: dict[str, Tensor], means: _Means
+    ) -> None:
+        """Fits a linear to its target if it has a cross-moment, which is freed, prunes it and sets its bias."""
+        task = self.task
+        fit = None
+        if linear.name in crosses and self.damping is not None:
+            cross = crosses.pop(linear.name)
+            with task.clock.phase("prune/solve"), naming(linear.name):
+                fit = least_squares(gram, cross, self.damping, prior=linear.weight())
+            del cross
+        moved = (
+            fit is not None
+            or task.values != "keep"
+            or task.patterns[linear.name].sparsity
+        )
+        with means.kept(linear) if moved else nullcontext():
+            self.solve(linear, gram, fit)
 
     def _moments(
         self,
@@ -309,9 +314,9 @@ class _Fitting:
         recorded: LinearView | None,
         *,
         fitted: bool,
-    ) -> tuple[Gram, Tensor | None, _Means]:
-        """The Gram matrix of the input of a group, its cross-moment with the target ``(out, in)`` if it is fitted, and
-        its means.
+    ) -> tuple[Gram, dict[str, Tensor], _Means]:
+        """The Gram matrix of the input of a group, its cross-moment with the target ``(out, in)``, by the name of the
+        linear, if that is fitted, and its means.
 
         They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
         Linears that only run after both are skipped."""
@@ -359,4 +364,6 @@ class _Fitting:
         if cross is not None:
             cross.reduce()
         with naming(head.name):
-            return gram.finish(), cross.finish() if cross is not None else None, means
+            finished = gram.finish()
+            crosses = {head.name: cross.finish()} if cross is not None else {}
+            return finished, crosses, means

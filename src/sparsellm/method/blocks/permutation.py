@@ -16,7 +16,7 @@ from sparsellm import parallel
 from sparsellm.errors import NumericalError
 from sparsellm.method.blocks.channels import Channels
 from sparsellm.method.blocks.task import BlockTask
-from sparsellm.method.solvers.divided import safe_factor
+from sparsellm.method.solvers.scaling import safe_factor
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
 from sparsellm.patterns import NM

@@ -14,8 +14,8 @@ from sparsellm import machine, parallel
 from sparsellm.errors import NumericalError
 from sparsellm.method.gram import Fit, Gram, GramAccumulator
 from sparsellm.method.solvers import Solution, Solver
-from sparsellm.method.solvers.divided import safe_factor
 from sparsellm.method.solvers.rounding import Rounded, rounded
+from sparsellm.method.solvers.scaling import safe_factor
 from sparsellm.model import LinearView, Stream
 from sparsellm.model.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.model.experts import ExpertLinear
@@ -146,6 +146,34 @@ class BlockTask:
             gram,
         )
 
+    def prune_each(
+        self,
+        statistics: list[tuple[Group, Gram]],
+        prune: Callable[[LinearView, Gram], None],
+    ) -> None:
+        """Calls ``prune`` with every linear and the Gram matrix of its input, in the process that owns the linear; see
+        :meth:`share_out`. A caller that keeps no matrix frees each with its last use."""
+        linears = [linear for group, _ in statistics for linear in group]
+        owners = owners_of(linears)
+        owned = {
+            linear.name
+            for linear, owner in zip(linears, owners, strict=True)
+            if owner == parallel.rank()
+        }
+        grams = {
+            linear.name: gram
+            for group, gram in statistics
+            for linear in group
+            if linear.name in owned
+        }
+        del statistics
+
+        def prune_one(number: int) -> None:
+            linear = linears[number]
+            prune(linear, grams.pop(linear.name))
+
+        self.share_out([[linear] for linear in linears], owners, prune_one)
+
     def share_out(
         self,
         groups: Sequence[Group],
@@ -153,8 +181,10 @@ class BlockTask:
         prune: Callable[[int], None],
     ) -> None:
         """Calls ``prune`` with the number of each group of linears in the process that owns the group, as if it were
-        the only one. Then all have its weights and results, in the order of the groups. An error is raised in all."""
-        first, me = len(self.results), parallel.rank()
+        the only one. Then all have its weights, biases and results, in the order of the groups. An error is raised in
+        all."""
+        first = len(self.results)
+        me = parallel.rank()
 
         def prune_owned() -> None:
             with parallel.alone():
@@ -171,17 +201,18 @@ class BlockTask:
         results = {result.name: result for made, _ in everything for result in made}
         del self.results[first:]
         for group, owner in zip(groups, owners, strict=True):
-            for linear in [linear for linear in group if linear.name in results]:
+            for linear in group:
+                if isinstance(linear.module.bias, Tensor):
+                    _receive(linear.module.bias, owner)
+                if linear.name not in results:
+                    continue
                 self.results.append(results[linear.name])
-                values = parallel.broadcast_(
-                    linear.parameter.detach().contiguous(), owner
-                )
-                linear.parameter.detach().copy_(values)
+                _receive(linear.parameter, owner)
                 if linear.name in everything[owner][1]:
                     empty = torch.empty(
                         results[linear.name].shape,
                         dtype=linear.storage_dtype,
-                        device=values.device,
+                        device=linear.parameter.device,
                     )
                     kept = self.unrounded.get(linear.name, empty)
                     self.unrounded[linear.name] = parallel.broadcast_(
@@ -288,20 +319,20 @@ class BlockTask:
     def finish(self) -> None:
         """Prunes by magnitude, with a note, linears that no nonzero input reached; their error before rounding is 0."""
         done = {result.name for result in self.results}
-        for linear in self.linears:
-            if linear.name not in done:
-                pattern, weight = self.patterns[linear.name], linear.weight()
-                if pattern.sparsity:
-                    weight = weight * pattern.mask(weight.abs())
-                solution = Solution(
-                    weight, weight != 0, 0.0, (UNREACHED,) if pattern.sparsity else ()
-                )
-                self.accept(
-                    linear,
-                    weight,
-                    solution,
-                    _equal_inputs(linear) if self.values != "keep" else None,
-                )
+        left = [linear for linear in self.linears if linear.name not in done]
+
+        def prune(number: int) -> None:
+            linear = left[number]
+            pattern = self.patterns[linear.name]
+            weight = linear.weight()
+            notes: tuple[str, ...] = ()
+            if pattern.sparsity:
+                weight = weight * pattern.mask(weight.abs())
+                notes = (UNREACHED,)
+            gram = _equal_inputs(linear) if self.values != "keep" else None
+            self.accept(linear, weight, Solution(weight, weight != 0, 0.0, notes), gram)
+
+        self.share_out([[linear] for linear in left], owners_of(left), prune)
 
 
 def _check_kept(
@@ -318,6 +349,19 @@ def _check_kept(
             f"{linear.name}: {lost} of its {mask.numel()} weights would be kept and are too small for {dtype}; store "
             "the model in float32, or leave it out (exclude)"
         )
+
+
+def owners_of(linears: Sequence[LinearView]) -> list[int]:
+    """The process that prunes each linear: the longest work goes first, each to the process with the least to do."""
+    return parallel.greedy(
+        [linear.out_features * linear.in_features**2 for linear in linears]
+    )
+
+
+def _receive(parameter: Tensor, owner: int) -> None:
+    """Overwrites a parameter with that of the process ``owner``."""
+    values = parallel.broadcast_(parameter.detach().contiguous(), owner)
+    parameter.detach().copy_(values)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from sparsellm import parallel
 from sparsellm.errors import NumericalError
 from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.solvers import SOLVERS, Solver
-from sparsellm.method.solvers.divided import divide
+from sparsellm.method.solvers.prepared import prepared
 
 
 def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
@@ -46,5 +46,5 @@ def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, So
         if costs is not None:
             costs = costs.to(device).pow(power)
             costs = (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)
-        solvers[linear.name] = divide(SOLVERS[solver], products, costs)
+        solvers[linear.name] = prepared(SOLVERS[solver], products, costs)
     return solvers

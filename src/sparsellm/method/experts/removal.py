@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -197,9 +198,8 @@ class _Rest:
             return
         # With few tokens the fit would follow their noise.
         damping = DAMPING * (1 + down.in_features / gram.tokens)
-        fitted = least_squares(
-            gram.finish(), cross.finish(), damping, prior=dense
-        ).weight
+        fit = partial(least_squares, gram.finish(), cross.finish(), damping, dense)
+        fitted, _ = parallel.once_a_machine(fit, dense.device)
         for position, places, inner in self.rows(number):
             self.rest[position] = self.rest[position].index_add_(
                 0, places, inner @ (dense - fitted).T

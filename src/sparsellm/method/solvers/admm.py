@@ -29,7 +29,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm import parallel
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.method.solvers.support import refine_on_support
@@ -128,11 +127,11 @@ def admm(
 
     last = refine_on_support(dense, metric, kept, state, refine_iterations)
     # With few or collinear inputs the last mask may be worse than the first: the better of the two is kept.
-    least = parallel.total(last.objective)
-    if least > CLEARLY_BETTER * parallel.total(first.objective):
+    if last.objective > CLEARLY_BETTER * first.objective:
         first = refine_on_support(dense, metric, start, first.weight, refine_iterations)
-        if parallel.total(first.objective) < least:
-            last, kept = first, start
+        if first.objective < last.objective:
+            last = first
+            kept = start
     return solution(weight, last.weight / scale, kept, gram, notes)
 
 

@@ -13,13 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsellm.method.solvers.rounding import (
-    PANEL,  # rows of the state that a program holds
-)
+from sparsellm.method.solvers.widths import PRUNED_TOGETHER, ROUNDED_TOGETHER
 from sparsellm.patterns import NM
 from sparsepack.codes import Levels, nearest_levels
 
-PRUNED = 128  # the same where weights are pruned
 BLOCK = 32  # outputs of a program
 HALVES = {
     torch.bfloat16: 1,
@@ -70,11 +67,11 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     ZERO: tl.constexpr,
     HALF: tl.constexpr,
     FIRST: tl.constexpr,
-    PANEL: tl.constexpr,
+    ROWS: tl.constexpr,  # of the state that a program holds
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, real = tl.arange(0, PANEL), place < out
+    row, real = tl.arange(0, ROWS), place < out
     inside = (row < n)[:, None] & real[None, :]
     state = tl.load(
         state_pointer + row[:, None].to(tl.int64) * out + place[None, :],
@@ -130,7 +127,13 @@ def round_panel(
     with torch.cuda.device_of(columns):
         programs = (triton.cdiv(sizes[1], BLOCK),)
         _panel[programs](
-            *tensors, *sizes, *ends, EVEN=levels.even, **mode, PANEL=PANEL, BLOCK=BLOCK
+            *tensors,
+            *sizes,
+            *ends,
+            EVEN=levels.even,
+            **mode,
+            ROWS=ROUNDED_TOGETHER,
+            BLOCK=BLOCK,
         )
     return moves, gains
 
@@ -145,11 +148,11 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     out,
     N: tl.constexpr,  # weights that stay of every M; 0 where the mask is given
     M: tl.constexpr,
-    PANEL: tl.constexpr,
+    ROWS: tl.constexpr,  # of the state that a program holds
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, real = tl.arange(0, PANEL), place < out
+    row, real = tl.arange(0, ROWS), place < out
     inside = (row < n)[:, None] & real[None, :]
     state = tl.load(
         columns_pointer + row[:, None].to(tl.int64) * out + place[None, :],
@@ -187,12 +190,17 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
 def prune_panel(
     columns: Tensor, kept: Tensor, errors: Tensor, upper: Tensor, pattern: NM | None
 ) -> None:
-    """Prunes at most :data:`PRUNED` columns ``(n, out)`` one after another in place, and writes their errors. The mask
-    ``kept`` is given, or chosen for a pattern whose groups fit. All tensors are contiguous."""
-    n, m = (pattern.n, pattern.m) if pattern is not None else (0, PRUNED)
+    """Prunes at most ``PRUNED_TOGETHER`` columns ``(n, out)`` one after another in place, and writes their errors.
+
+    The mask ``kept`` is given, or chosen for a pattern whose groups fit. All tensors are contiguous."""
+    n = 0
+    m = PRUNED_TOGETHER
+    if pattern is not None:
+        n = pattern.n
+        m = pattern.m
     with torch.cuda.device_of(columns):
         programs = (triton.cdiv(columns.shape[1], BLOCK),)
         tensors = (columns, kept.view(torch.uint8), errors, upper)
         _eliminate[programs](
-            *tensors, *columns.shape, N=n, M=m, PANEL=PRUNED, BLOCK=BLOCK
+            *tensors, *columns.shape, N=n, M=m, ROWS=PRUNED_TOGETHER, BLOCK=BLOCK
         )

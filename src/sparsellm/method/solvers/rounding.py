@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsellm import parallel
 from sparsellm.method.gram import Factor, Gram
-from sparsellm.method.solvers.solver import kernels_for
+from sparsellm.method.solvers.kernels import kernels_for
+from sparsellm.method.solvers.widths import ROUNDED_TOGETHER
 from sparsellm.registry import Workspace
 from sparsepack import native
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
@@ -48,7 +48,6 @@ FACTORS = (
 SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
 PASSES = 8  # most passes of the descent in a turn; few weights need as many
 ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
-PANEL = 64  # inputs in a panel: its errors reach the inputs after it by one product, which then takes most of the time
 WIDE = 256  # inputs whose moves reach all others by one product, which is twice as fast as by four
 POWERS = (
     0.25,
@@ -78,8 +77,8 @@ def rounded(
     target: Tensor | None = None,
 ) -> Rounded:
     """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3``, or on one of
-    :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero. All processes call it
-    with the same arguments and get the same result. It comes near to ``target (out, in)``, or to the weight itself.
+    :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero.
+    It comes near to ``target (out, in)``, or to the weight itself.
 
     With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
     and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case. A
@@ -122,21 +121,11 @@ def _fitted(
     groups: Groups,
     dtype: torch.dtype,
 ) -> Rounded:
-    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes; each process rounds some rows."""
-    divided = len(target) >= parallel.size()
-    rows = parallel.share(len(target)) if divided else slice(None)
-    grid = _Grid(start[rows], gram, powers, groups, dtype)
-    first, notes = _one_after_another(grid, target[rows], gram)
-    weight, best, scales = _Descent(grid, first, target[rows], gram).run()
+    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes."""
+    grid = _Grid(start, gram, powers, groups, dtype)
+    first, notes = _one_after_another(grid, target, gram)
+    weight, best, scales = _Descent(grid, first, target, gram).run()
     unrounded = grid.within_cells(weight, best, scales)
-    if divided:
-        weight, unrounded = (
-            torch.cat(parallel.gather_list(part)) for part in (weight, unrounded)
-        )
-    else:
-        weight, unrounded = (
-            parallel.broadcast_(part.contiguous()) for part in (weight, unrounded)
-        )
     exponents = powers.log2().round_().to(torch.int8)
     return Rounded(
         weight, unrounded, exponents if bool(exponents.any()) else None, notes
@@ -177,7 +166,7 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
             torch.where(better, powers, best),
             torch.where(better, error, least),
         )
-    return parallel.broadcast_(best)
+    return best
 
 
 class _Grid:
@@ -261,8 +250,8 @@ def _one_after_another(
         order
     ]  # anchors and zeros are what they are
     scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
-    for start in range(0, len(columns), PANEL):
-        rows = slice(start, start + PANEL)
+    for start in range(0, len(columns), ROUNDED_TOGETHER):
+        rows = slice(start, start + ROUNDED_TOGETHER)
         upper = factor.matrix[rows, rows].contiguous()
         if (kernel := _kernel(target.device)) is not None:
             parts = (columns[rows], result[rows], scales[rows], free[rows], upper)
@@ -286,8 +275,8 @@ def _one_after_another(
                 torch.sub(goal, result[place], out=errors[number]).div_(
                     upper[number, number]
                 )
-        columns[start + PANEL :].addmm_(
-            factor.matrix[rows, start + PANEL :].T, errors, alpha=-1
+        columns[start + ROUNDED_TOGETHER :].addmm_(
+            factor.matrix[rows, start + ROUNDED_TOGETHER :].T, errors, alpha=-1
         )
     del columns, scales, free
     return torch.empty_like(result).index_copy_(
@@ -367,12 +356,12 @@ class _Descent:
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
         before = self._errors(self.columns, self.slope).double().sum()
         for number in range(PASSES):
-            first, *known = torch.stack(
-                [before, *self._pass(scales, inverse)]
-            ).tolist()  # a GPU would wait for each
+            gains = self._pass(scales, inverse)
+            # One read for all: a GPU would wait for each.
+            first, *known = torch.stack([before, *gains]).tolist()
             if number == 0:
-                error = parallel.total(first)
-            gained = parallel.total(sum(known))
+                error = first
+            gained = sum(known)
             error -= gained
             if gained <= ENOUGH * max(error, 0.0):
                 break
@@ -382,8 +371,10 @@ class _Descent:
         gains, groups = [], self.grid.groups
         for start in range(0, len(self.columns), WIDE):
             several, moves = slice(start, start + WIDE), []
-            for first in range(start, min(start + WIDE, len(self.columns)), PANEL):
-                rows = slice(first, first + PANEL)
+            for first in range(
+                start, min(start + WIDE, len(self.columns)), ROUNDED_TOGETHER
+            ):
+                rows = slice(first, first + ROUNDED_TOGETHER)
                 inner = self.matrix[rows, rows].contiguous()
                 if (kernel := _kernel(inner.device)) is None:
                     moved, gained = self._move(rows, inner, scales, inverse)

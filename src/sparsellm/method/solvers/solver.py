@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from sparsellm.errors import NumericalError
 from sparsellm.method.gram import Gram
 from sparsellm.registry import Registry
-from sparsepack.module import kernel_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +31,6 @@ Solver = Callable[..., Solution]
 """``solver(weight (out, in) fp32, gram, pattern, **options) -> Solution``. Pure: no argument is changed."""
 
 SOLVERS: Registry[Solver] = Registry("solver")
-
-
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """The module :mod:`~sparsellm.method.solvers.panels` on a GPU; None on a CPU, or where Triton does not run."""
-    if device.type == "cuda" and kernel_name("cuda") == "triton":
-        from sparsellm.method.solvers import panels
-
-        return panels
-    return None
 
 
 def solution(

@@ -17,11 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsellm.method.gram import Gram
-from sparsellm.method.solvers.solver import SOLVERS, Solution, kernels_for, solution
+from sparsellm.method.solvers.kernels import kernels_for
+from sparsellm.method.solvers.solver import SOLVERS, Solution, solution
+from sparsellm.method.solvers.widths import PRUNED_TOGETHER
 from sparsellm.patterns import NM, Pattern
 from sparsellm.registry import Workspace
 
-PANEL = 128  # columns whose mask is chosen together, as in the paper; N:M chooses by its groups of M
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough that the products outside are efficient
 
 
@@ -67,11 +68,15 @@ class _Elimination:
         self.upper = upper  # (in, in)
         self.pattern = pattern
         self.kernels, self.groups = kernels_for(weight.device), None
-        self.step = pattern.m if isinstance(pattern, NM) else PANEL
-        if self.kernels is not None and isinstance(pattern, NM) and pattern.m <= PANEL:
+        self.step = pattern.m if isinstance(pattern, NM) else PRUNED_TOGETHER
+        if (
+            self.kernels is not None
+            and isinstance(pattern, NM)
+            and pattern.m <= PRUNED_TOGETHER
+        ):
             self.groups, self.step = (
                 pattern,
-                PANEL // pattern.m * pattern.m,
+                PRUNED_TOGETHER // pattern.m * pattern.m,
             )  # the kernel chooses the mask of a group
 
     def prune(self, start: int, stop: int, step: int) -> None:
@@ -88,8 +93,8 @@ class _Elimination:
             scores = (self.columns[start:stop] / pivots).square_()
             kept.copy_(self.pattern.mask_columns(scores, start, len(self.columns)))
         if self.kernels is not None:
-            for first in range(start, stop, PANEL):
-                rows = slice(first, min(first + PANEL, stop))
+            for first in range(start, stop, PRUNED_TOGETHER):
+                rows = slice(first, min(first + PRUNED_TOGETHER, stop))
                 parts = (part[rows] for part in (self.columns, self.kept, self.errors))
                 self.kernels.prune_panel(
                     *parts, self.upper[rows, rows].contiguous(), self.groups
