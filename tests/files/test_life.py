@@ -320,6 +320,7 @@ def test_dead_at_every_step_of_a_repair(model: Path, tmp_path: Path) -> None:
         check_destination(out, overwrite=True)
         assert value_of(out) in (there, 2)
         assert not old_of(out).exists()
+        assert not (partial_of(out) / STATE / RENAMING).exists()
 
 
 @pytest.mark.usefixtures("instant")
