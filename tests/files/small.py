@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsellm.files.contents import LATER, LIST
-from sparsellm.files.directory import REPLACED, WorkingDirectory, partial_of
+from sparsellm.files.directory import WorkingDirectory, old_of
 from sparsellm.files.files import TORN
 from sparsellm.files.writer import CheckpointWriter, shard_names
 
@@ -31,11 +31,16 @@ def source(directory: Path, **files: str) -> Path:
     return directory
 
 
+def identity(kind: str, value: float) -> dict[str, object]:
+    """The identity of a run of :func:`write`."""
+    return {"kind": kind, "value": value}
+
+
 def write(
     out: Path, value: float, model: Path, kind: str = "prune", **options: Any
 ) -> Path:
     """Writes a checkpoint whose weights all are ``value``."""
-    with WorkingDirectory(out, {"kind": kind, "value": value}, **options) as work:
+    with WorkingDirectory(out, identity(kind, value), **options) as work:
         writer = CheckpointWriter(work, SHARDS, resumes=True)
         for index in range(SHARDS):
             writer.write_shard(index, {f"w{index}": torch.full((3, 2), value)})
@@ -72,8 +77,10 @@ def value_of(directory: Path) -> float:
 
 def value_there(place: Path) -> float | None:
     """The value of the checkpoint under a name, or of the older one between two renames; None where there is none."""
-    places = [path for path in (place, partial_of(place) / REPLACED) if path.is_dir()]
-    return value_of(places[0]) if places else None
+    for path in (place, old_of(place)):
+        if path.is_dir() and any(path.iterdir()):
+            return value_of(path)
+    return None
 
 
 def tree(directory: Path) -> dict[str, bytes | str | None]:

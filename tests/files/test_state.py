@@ -103,15 +103,6 @@ def test_unfinished_files_of_a_killed_process_are_removed(out: Path) -> None:
     assert tree(partial_of(out)) == before
 
 
-def test_two_processes_at_once_are_refused(out: Path) -> None:
-    with (
-        WorkingDirectory(out, IDENTITY),
-        pytest.raises(StorageError, match="another process is writing"),
-    ):
-        WorkingDirectory(out, IDENTITY, restart=True)
-    WorkingDirectory(out, IDENTITY).close()
-
-
 @pytest.mark.parametrize(
     "content",
     [b'{"kind": "pru', b"[1]", b"[" * 100_000, b"\xff\xfe{}"],

@@ -25,11 +25,8 @@ from sparsellm.files.files import (
 )
 
 LIST = "sparsellm-files.json"  # file → its SHA-256, and, after it was replaced, that of the file before it
-LATER = (
-    "results.json",
-    "README.md",
-    "report.html",
-)  # what commands write into a complete checkpoint
+# What commands write into a complete checkpoint.
+LATER = ("results.json", "README.md", "report.html")
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # What the tokenizers of transformers read, and what else belongs to a model next to its config and weights.
@@ -75,18 +72,11 @@ def foreign_entries(directory: Path) -> list[str]:
         if name == LIST:
             return bool(known)
         status = path.stat()
-        changes = (
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
-        return name in known and _digest(path, changes) in known[name]
+        stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return name in known and _digest(path, stamp) in known[name]
 
-    return [
-        f"{name} (changed)" if name in known else name
-        for name in _others(directory, ours)
-    ]
+    others = _others(directory, ours)
+    return [f"{name} (changed)" if name in known else name for name in others]
 
 
 def unknown_entries(directory: Path) -> list[str]:
@@ -109,7 +99,8 @@ def companions_of(model: Path, *more: str) -> dict[Path, str]:
 
 def belongs_to(model: Path, file: Path) -> bool:
     """Whether a file resolves to a path inside the model's directory, or among the blobs of its hub snapshot."""
-    home, target = Path(os.path.realpath(model)), Path(os.path.realpath(file))
+    home = Path(os.path.realpath(model))
+    target = Path(os.path.realpath(file))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     return target.is_relative_to(home) or target.is_relative_to(blobs)
 
@@ -118,21 +109,17 @@ def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
     """The files that belong to a checkpoint, relative to its directory: those that are listed, also if they changed, or
     without a list those named like a model's file; and the names of the rest. OSError for an unreadable directory."""
     known = listed_files(directory)
-    belongs = _CHECKPOINT.fullmatch if known is None else {*known, LIST}.__contains__
-    paths = [
-        path
-        for path in directory.rglob("*")
-        if path.is_file() and not path.is_symlink()
-    ]
-    files = sorted(
-        name
-        for path in paths
-        if belongs(name := path.relative_to(directory).as_posix())
-    )
-    return files, sorted(
-        {path.name for path in directory.iterdir()}
-        - {name.partition("/")[0] for name in files}
-    )
+    files: list[str] = []
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        listed = (
+            _CHECKPOINT.fullmatch(name) if known is None else name in {*known, LIST}
+        )
+        if listed and path.is_file() and not path.is_symlink():
+            files.append(name)
+    belonging = {name.partition("/")[0] for name in files}
+    rest = {path.name for path in directory.iterdir()} - belonging
+    return sorted(files), sorted(rest)
 
 
 @contextlib.contextmanager
@@ -148,16 +135,16 @@ def changing(
 
     def write(name: str, data: bytes) -> Path:
         path = folder / name
-        if name in LATER and (known := listed_files(folder)) is not None:
+        known = listed_files(folder)
+        if name in LATER and known is not None:
             digest = hashlib.sha256(data).hexdigest()
             there = [
                 earlier
                 for earlier in known.get(name, [])
                 if earlier != digest and has_digest(path, earlier)
             ]
-            keep_record(
-                folder / LIST, {**known, name: [digest, *there]}
-            )  # first, so that no kill makes it foreign
+            # The list is first, so that no kill makes the file foreign.
+            keep_record(folder / LIST, {**known, name: [digest, *there]})
         write_bytes(path, data)
         return path
 
@@ -184,6 +171,6 @@ def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
 
 
 @lru_cache(maxsize=1 << 12)
-def _digest(path: Path, changes: tuple[int, ...]) -> str:
-    """The SHA-256 of a file, read once in a process as long as none of ``changes`` differs."""
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """The SHA-256 of a file, read once in a process as long as its size and times are the same."""
     return sha256(path)

@@ -1,16 +1,14 @@
 """Output directories: what is refused before the work, the working directory, and the final renaming.
 
-``docs/architecture.md``, *Directories*, draws the states, and says who may remove what. Imports no torch.
+``docs/architecture.md``, *Directories*, lists the states, and says who may remove what. Imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -41,22 +39,23 @@ from sparsellm.files.files import (
 Place = str | os.PathLike[str]
 
 PARTIAL = ".partial"  # how the name of a working directory ends
+OLD = ".old"  # how the name of a checkpoint ends while another takes its place
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
-RUN, PUBLISHING = (
-    "run.json",
-    "publishing.json",
-)  # the run's identity; exists while its result is renamed
-BLOCKS, SWEPT, REPLACED = (
-    "blocks",
-    "swept",
-    "replaced",
-)  # folders: the walk's checkpoint, the sweep's, the older one
+RUN = "run.json"  # the record of the run's identity
+RENAMING = "renaming.json"  # the record that is there while the result gets its name
+BLOCKS = "blocks"  # folder of the walk's checkpoint
+SWEPT = "swept"  # folder of the sweep's checkpoint
 
 
 def partial_of(out: Place) -> Path:
     """The working directory of a checkpoint: next to the directory that ``out`` leads to."""
     place = resolved(out)
     return place.with_name(f"{place.name}{PARTIAL}")
+
+
+def old_of(out: Path) -> Path:
+    """The name that the older checkpoint has while the new one takes its place."""
+    return out.with_name(f"{out.name}{OLD}")
 
 
 def resolved(path: Place) -> Path:
@@ -67,7 +66,9 @@ def resolved(path: Place) -> Path:
 def left_in(partial: Path) -> dict[str, object] | None:
     """The identity of the unfinished run in a working directory, empty if its record is damaged; None without a run."""
     path = partial / STATE / RUN
-    return (kept_record(path, dict) or {}) if os.path.lexists(path) else None
+    if not os.path.lexists(path):
+        return None
+    return kept_record(path, dict) or {}
 
 
 def differences(
@@ -75,7 +76,9 @@ def differences(
 ) -> Iterator[str]:
     """Sentences such as ``recipe.seed is 0 there and 1 here``."""
     for key in {**there, **here}:
-        name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
+        name = f"{prefix}{key}"
+        old = there.get(key)
+        new = here.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from differences(old, new, f"{name}.")
         elif old != new:
@@ -88,15 +91,21 @@ class WorkingDirectory(contextlib.ExitStack):
 
     def __init__(
         self,
-        out: Place,  # the directory of the result
-        identity: Mapping[
-            str, object
-        ],  # everything that the result depends on, as JSON values
+        out: Place,
+        identity: Mapping[str, object],
         *,
-        overwrite: bool = False,  # replace the checkpoint in ``out``; it is kept until the new one is complete
-        restart: bool = False,  # remove the files of an unfinished run of any identity
-        need_bytes: int = 0,  # disk space for the whole result, including the part that is written already
+        overwrite: bool = False,
+        restart: bool = False,
+        need_bytes: int = 0,
     ) -> None:
+        """
+        Args:
+            out: the directory of the result.
+            identity: everything that the result depends on, as JSON values.
+            overwrite: replace the checkpoint in ``out``, which stays until the new one is complete.
+            restart: remove the files of an unfinished run of any identity.
+            need_bytes: disk space for the whole result, including the part that is written already.
+        """
         super().__init__()
         self.out = check_destination(out, overwrite=overwrite, need_bytes=need_bytes)
         self.path = partial_of(self.out)
@@ -113,33 +122,32 @@ class WorkingDirectory(contextlib.ExitStack):
     def publish(self, folder: Path) -> None:
         """Gives the complete checkpoint in ``folder`` its final name, and removes the working directory.
 
-        An older checkpoint is exchanged with it in one step (Linux), else first renamed into the working directory.
-        Raises StorageError if files were added to ``out`` in the meantime, or a renaming fails: both checkpoints are
-        then as before, or the next start completes the renaming."""
+        An older checkpoint is renamed to ``<out>.old`` before, and deleted afterwards. Raises StorageError if files
+        were added to ``out`` in the meantime, or a renaming fails: both checkpoints are then as before, or the next
+        start completes the renaming."""
         check_replaceable(self.out, overwrite=self._overwrite)
-        record, replaced = self.state / PUBLISHING, self.path / REPLACED
+        replaces = _is_filled(self.out)
+        record = {"folder": folder.name, "replaces": replaces}
         with interrupts.held(), explained(self.out):
             files.sync_tree(folder)
-            keep_record(record, {"folder": folder.name, "inode": folder.stat().st_ino})
-            older = self.out.is_dir()
+            if self.out.is_dir():  # keeps access that was granted to others
+                with contextlib.suppress(OSError):
+                    shutil.copymode(self.out, folder)
+            keep_record(self.state / RENAMING, record)
             try:
-                if older:
-                    with contextlib.suppress(OSError):
-                        shutil.copymode(
-                            self.out, folder
-                        )  # keeps access that was granted to others
-                if not older or not exchange(folder, self.out):
-                    if older:
-                        os.replace(self.out, replaced)
-                    os.replace(folder, self.out)
+                if replaces:
+                    os.replace(self.out, old_of(self.out))
+                os.replace(folder, self.out)
             except OSError:
                 with contextlib.suppress(OSError):
-                    if replaced.exists():
-                        os.replace(replaced, self.out)
-                    record.unlink()
+                    if replaces and not self.out.exists():
+                        os.replace(old_of(self.out), self.out)
+                    (self.state / RENAMING).unlink()
                 raise
             files.sync(self.out.parent)
             interrupts.keeps(f"{self.out} is complete", resumes=False, part=True)
+            if replaces:
+                _delete_old(self.out, self.path)
             self.discard()
 
     def discard(self) -> None:
@@ -152,16 +160,10 @@ class WorkingDirectory(contextlib.ExitStack):
         if not restart:
             check_identity(self.path, left, identity)
         with explained(self.path):
-            if (
-                restart
-            ):  # all but the record, by which the run is recognised after a kill
+            if restart:  # all but the record by which a killed start is recognised
                 empty(self.path, (STATE,))
                 empty(self.state, (RUN,))
-        for folder in (
-            self.path,
-            self.state,
-            *(self.path / name for name in (BLOCKS, SWEPT)),
-        ):
+        for folder in (self.path, self.state, self.path / BLOCKS, self.path / SWEPT):
             remove_torn(folder)
         if left is None or restart:
             keep_record(self.state / RUN, identity)
@@ -180,20 +182,18 @@ def check_identity(
     partial: Path, left: Mapping[str, object] | None, identity: Mapping[str, object]
 ) -> None:
     """A StorageError if the unfinished run in a working directory, with the identity ``left``, is another one."""
-    if left is not None and left != identity:
-        changed = (
-            [*differences(left, identity)][:4]
-            if left
-            else [f"its record {partial / STATE / RUN} is damaged"]
-        )
-        other = left and left.get("model") != identity.get("model")
-        again = "a model object that it changed must be loaded anew; " if other else ""
-        again += "repeat its settings to resume it; " if left else ""
-        holds = f"{partial} holds another unfinished run: {'; '.join(changed)}"
-        anew = (
-            f"to start again, remove {partial}, or give --restart if the command has it"
-        )
-        raise StorageError(f"{holds}; {again}{anew}")
+    if left is None or left == identity:
+        return
+    changed = [f"its record {partial / STATE / RUN} is damaged"]
+    again = ""
+    if left:
+        changed = list(differences(left, identity))[:4]
+        again = "repeat its settings to resume it; "
+        if left.get("model") != identity.get("model"):
+            again = f"a model object that it changed must be loaded anew; {again}"
+    holds = f"{partial} holds another unfinished run: {'; '.join(changed)}"
+    anew = f"to start again, remove {partial}, or give --restart if the command has it"
+    raise StorageError(f"{holds}; {again}{anew}")
 
 
 def _check_entries(partial: Path) -> None:
@@ -201,40 +201,18 @@ def _check_entries(partial: Path) -> None:
     with explained(partial):
         if not partial.exists():
             return
-        begun = left_in(partial) is not None
-        known = (
-            [partial / name for name in (BLOCKS, SWEPT, REPLACED, STATE)]
-            if begun
-            else []
-        )
-        ours = {
-            folder for folder in known if folder.is_dir() and not folder.is_symlink()
-        }
-        folders = {partial, *ours} - {partial / STATE}
-        paths = {
-            folder / name for folder in folders for name in unknown_entries(folder)
-        } - ours
-    if foreign := sorted(str(path.relative_to(partial)) for path in paths):
+        ours = set()
+        if left_in(partial) is not None:
+            known = [partial / name for name in (BLOCKS, SWEPT, STATE)]
+            ours = {path for path in known if path.is_dir() and not path.is_symlink()}
+        foreign: list[str] = []
+        for folder in {partial, *ours} - {partial / STATE}:
+            paths = {folder / name for name in unknown_entries(folder)}
+            foreign += [str(path.relative_to(partial)) for path in paths - ours]
+    if foreign:
         raise StorageError(
-            f"{partial} holds {some(foreign)}, which no run wrote; move it elsewhere"
+            f"{partial} holds {some(sorted(foreign))}, which no run wrote; move it elsewhere"
         )
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Exchanges the names of two directories in one step; False if the system cannot."""
-    rename = (
-        getattr(ctypes.CDLL(None), "renameat2", None)
-        if sys.platform == "linux"
-        else None
-    )
-    here, flag = (
-        -100,
-        ctypes.c_uint(2),
-    )  # AT_FDCWD and RENAME_EXCHANGE of Linux, on every processor
-    return (
-        rename is not None
-        and rename(here, os.fsencode(first), here, os.fsencode(second), flag) == 0
-    )
 
 
 def check_destination(
@@ -256,18 +234,12 @@ def check_destination(
     _settle(partial, place)
     check_replaceable(place, overwrite=overwrite)
     check_room(place, need_bytes - written_bytes(partial))
-    for source in filter(
-        os.path.isdir, map(resolved, [*sources][-1:])
-    ):  # the last one is copied
-        copied = (file for file in companions_of(source) if belongs_to(source, file))
-        if (
-            file := next(
-                (path for path in copied if not os.access(path, os.R_OK)), None
-            )
-        ) is not None:
-            raise StorageError(
-                f"{file} cannot be read, and is copied into the result; correct its permissions"
-            )
+    for source in map(resolved, [*sources][-1:]):  # the last one is copied
+        for file in companions_of(source) if source.is_dir() else ():
+            if belongs_to(source, file) and not os.access(file, os.R_OK):
+                raise StorageError(
+                    f"{file} cannot be read, and is copied into the result; correct its permissions"
+                )
     return place
 
 
@@ -278,9 +250,7 @@ def check_place(
     ``option``, cannot be written, overlaps with a source or with another run, or is a mount point."""
     try:
         place = resolved(out) if os.fspath(out) else Path("/")
-        str(
-            place
-        ).encode()  # fails for names that are not UTF-8, as records and reports are
+        str(place).encode()  # fails unless it is UTF-8, as records and reports are
     except ValueError:
         place = Path("/")
     if not place.name:
@@ -309,14 +279,14 @@ def checkpoints_among(*models: object) -> list[Path]:
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
     """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint of ours."""
+    only = "--overwrite replaces only what sparsellm wrote"
     with explained(out):
-        if not out.is_dir() or not any(out.iterdir()):
+        if not _is_filled(out):
             return
         if not overwrite:
             raise StorageError(
                 f"{out} exists and is not empty; name another directory or give --overwrite"
             )
-        only = "--overwrite replaces only what sparsellm wrote"
         if listed_files(out) is None:
             why = f"has no {LIST}, the list of what sparsellm wrote there"
             raise StorageError(
@@ -326,6 +296,10 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
             raise StorageError(
                 f"{out} holds {some(foreign)}; {only}: move it elsewhere, or name another directory"
             )
+        if os.path.lexists(old_of(out)):
+            raise StorageError(
+                f"{old_of(out)} exists, and --overwrite needs this name for the older checkpoint; move it elsewhere"
+            )
 
 
 def check_room(place: Path, need_bytes: int) -> None:
@@ -333,8 +307,13 @@ def check_room(place: Path, need_bytes: int) -> None:
     with explained(place):
         free = shutil.disk_usage(_existing(place)).free
     if free < need_bytes:
-        unit, name = (1e9, "GB") if need_bytes >= 1e9 else (1e6, "MB")
-        needs, left = f"{need_bytes / unit:.2f} {name}", f"{free / unit:.2f} {name}"
+        unit = 1e6
+        name = "MB"
+        if need_bytes >= 1e9:
+            unit = 1e9
+            name = "GB"
+        needs = f"{need_bytes / unit:.2f} {name}"
+        left = f"{free / unit:.2f} {name}"
         raise StorageError(
             f"{place} needs {needs} and its disk has {left} free; make room or name another directory"
         )
@@ -357,38 +336,46 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         yield "is the current directory"
     if any(part.endswith(PARTIAL) for part in place.parts):
         yield f"is a working directory, whose names end in {PARTIAL}, or in one"
-    for path in (place, partial, partial / STATE):
-        with contextlib.suppress(FileNotFoundError):
-            status = (
-                path.lstat()
-            )  # other errors, such as that of a long name, are the caller's
-            if not stat.S_ISDIR(status.st_mode):
-                yield f"cannot be written: {path} is a link or a file"
-            elif path != place and status.st_uid != user_of_new_files(path.parent):
-                yield f"cannot be written: {path} belongs to another user (id {status.st_uid})"
+    yield from _refused_kinds(place, partial)
     for source in sources:
+        is_model = (source / "config.json").is_file()
+        what = "the model" if is_model else "--out"  # the --out of the same run
         for path in (place, partial):
-            pairs = [(outer, source) for outer in (path, *path.parents)] + [
-                (path, outer) for outer in source.parents
-            ]
-            if any(
-                _same(*pair) for pair in pairs
-            ):  # one is the other or inside it, by what they are, not by name
-                what = (
-                    "the model" if (source / "config.json").is_file() else "--out"
-                )  # the same run's
+            if _is_inside(path, source) or _is_inside(source, path):
                 yield f"overlaps with {what} {source}, since {path} is written"
-    mounted = {
-        disk.mountpoint for disk in psutil.disk_partitions(all=True)
-    }  # os.path.ismount misses some
+    # os.path.ismount does not know every mount point.
+    mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}
     if mounted & {str(place), str(partial)}:
         yield "cannot be replaced: it is a mount point"
-    for path in (
-        _existing(place),
-        place,
-    ):  # to rename a directory, its entry for its parent is written
+    # To rename a directory, the system writes the entry for its parent in it.
+    for path in (_existing(place), place):
         if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             yield f"cannot be written: {path} is not writable"
+
+
+def _refused_kinds(place: Path, partial: Path) -> Iterator[str]:
+    """Reasons that lie in what already has one of the names: a link, a file, or a directory of another user."""
+    for path in (place, partial, partial / STATE):
+        try:
+            status = path.lstat()
+        except (
+            FileNotFoundError
+        ):  # others, such as that of a long name, are the caller's
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            yield f"cannot be written: {path} is a link or a file"
+        elif path != place and status.st_uid != user_of_new_files(path.parent):
+            yield f"cannot be written: {path} belongs to another user (id {status.st_uid})"
+
+
+def _is_filled(out: Path) -> bool:
+    """Whether a path is a directory with anything in it."""
+    return out.is_dir() and any(out.iterdir())
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or inside it, by what they are and not by their names."""
+    return any(_same(outer, folder) for outer in (path, *path.parents))
 
 
 def _existing(place: Path) -> Path:
@@ -403,24 +390,14 @@ def _same(first: Path, second: Path) -> bool:
 
 
 def _settle(partial: Path, out: Path) -> None:
-    """Completes or undoes a renaming, and completes a removal, after a process was killed there. Raises StorageError if
-    a process is active in the directory, or the newer checkpoint cannot be determined."""
-    state, record = partial / STATE, partial / STATE / PUBLISHING
+    """Completes a renaming or a removal after a process was killed there. Raises StorageError if a process is active in
+    the directory, or somebody moved one of the checkpoints."""
+    state = partial / STATE
     if state.is_dir():
         with locked(state), explained(partial):
-            if (published := kept_record(record, dict)) is not None:
-                new = partial / Path(str(published.get("folder"))).name
-                if not (out.exists() and out.stat().st_ino == published.get("inode")):
-                    if new.exists() and not (partial / REPLACED).exists():
-                        record.unlink()
-                        return
-                    if out.exists() or not new.exists():
-                        raise StorageError(
-                            f"cannot tell which of {out} and {new} is newer; move one elsewhere and remove {partial}"
-                        )
-                    os.replace(new, out)
-                    files.sync(out.parent)
-                _discard(partial)
+            record = kept_record(state / RENAMING, dict)
+            if record is not None:
+                _settle_renaming(partial, out, record)
             elif left_in(partial) is None:
                 remove_torn(state)
                 with contextlib.suppress(OSError):
@@ -429,14 +406,44 @@ def _settle(partial: Path, out: Path) -> None:
         partial.rmdir()  # empty only if a process was killed as it created or removed the directory
 
 
+def _settle_renaming(partial: Path, out: Path, record: Mapping[str, object]) -> None:
+    """Completes the renaming of a record, or removes the record if no renaming was done."""
+    new = partial / Path(str(record.get("folder"))).name
+    old = old_of(out)
+    renamed_away = bool(record.get("replaces")) and old.is_dir()
+    if new.is_dir() and not renamed_away:
+        (partial / STATE / RENAMING).unlink()
+        return
+    if renamed_away:
+        if new.is_dir() == _is_filled(out):
+            raise StorageError(
+                f"cannot tell what became of {out}, of which {old} is the older checkpoint; move that elsewhere"
+            )
+        if foreign := foreign_entries(old):
+            raise StorageError(
+                f"{old} holds {some(foreign)}, and would be deleted; move it elsewhere"
+            )
+        if new.is_dir():
+            os.replace(new, out)
+            files.sync(out.parent)
+        _delete_old(out, partial)
+    _discard(partial)
+
+
+def _delete_old(out: Path, partial: Path) -> None:
+    """Deletes the older checkpoint. It loses its name first, so no part of one is ever seen there."""
+    with contextlib.suppress(OSError):  # the result is complete all the same
+        os.replace(old_of(out), partial / OLD)
+        shutil.rmtree(partial / OLD)
+
+
 def _discard(partial: Path) -> None:
     """Removes a working directory, the records of run and renaming last, so that the removal can be repeated."""
-    with contextlib.suppress(
-        OSError
-    ):  # the result is complete, or nothing of it is wanted
+    # An error is no matter: the result is complete, or nothing of the directory is wanted.
+    with contextlib.suppress(OSError):
         empty(partial, (STATE,))
-        empty(partial / STATE, (RUN, PUBLISHING))
-        for name in (RUN, PUBLISHING):
+        empty(partial / STATE, (RUN, RENAMING))
+        for name in (RUN, RENAMING):
             (partial / STATE / name).unlink(missing_ok=True)
         (partial / STATE).rmdir()
         partial.rmdir()

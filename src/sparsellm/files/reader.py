@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from threading import Lock
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +25,9 @@ from sparsepack.files import weight_files
 
 PIECE = (
     1 << 22
-)  # elements checked, hashed or written at a time: a small part of a weight, which costs few calls
+)  # elements checked or written at a time: a small part of a weight, which costs few calls
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
+_LARGE = 1 << 28  # bytes of a tensor from which on only one of them is hashed at a time
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
 
 DTYPES = {
@@ -41,14 +42,16 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class _Stored:
-    """The place of a tensor: ``bytes`` bytes from ``start`` on in ``file``, which had this stamp."""
+    """What the header of a file, which had this stamp, says of a tensor."""
 
     file: Path
     stamp: tuple[int, int, int]
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
-    bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointReader:
@@ -61,24 +64,23 @@ class CheckpointReader:
     def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory
         with as_storage_error():
-            self.files, file_of = (
-                (files, {}) if files is not None else weight_files(directory)
-            )
+            known = (files, {}) if files is not None else weight_files(directory)
+        self.files, file_of = known
         self._stored: dict[str, _Stored] = {}
         for file in self.files:
             for name, stored in _header(file).items():
                 if file_of.get(name, file.name) != file.name:
                     continue  # the index names another shard for it
                 if name in self._stored:
-                    both = (
-                        f"{self._stored[name].file.name} and {file.name} of {directory}"
-                    )
+                    other = self._stored[name].file.name
                     raise StorageError(
-                        f"tensor {name} is in both {both}; keep the files of one checkpoint only"
+                        f"tensor {name} is in both {other} and {file.name} of {directory}; keep the files of one "
+                        "checkpoint only"
                     )
                 self._stored[name] = stored
         self._digests: dict[str, str] = {}
         self._verified: set[str] = set()
+        self._one_large = Lock()
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
@@ -116,19 +118,17 @@ class CheckpointReader:
         """One tensor that owns its memory, in ``dtype`` if that is given and the tensor has floating point. Raises
         StorageError if its file is gone or truncated, or is not the one that was opened; if :meth:`digests` are known,
         the values are compared instead, at the first read and whenever the file seems changed."""
-        stored, digest = self._stored[name], self._digests.get(name)
-        data = torch.empty(stored.bytes, dtype=torch.uint8)
-        with _opened(stored, unchanged=digest is None) as file:
-            same = _stamp(file) == stored.stamp
-            _fill(file, data, stored.file)
+        stored = self._stored[name]
+        digest = self._digests.get(name)
+        same = _stamp(stored.file) == stored.stamp
+        value = _read(stored, name, unchanged=digest is None)
         if digest is not None and not (same and name in self._verified):
-            if hashlib.sha256(memory_of(data)).hexdigest() != digest:
+            if hashlib.sha256(memory_of(value)).hexdigest() != digest:
                 raise StorageError(
                     f"tensor {name} in {stored.file} is not what it was when the run began: the checkpoint changed "
                     f"while the run was reading it; put the old file back {_GO_ON}"
                 )
             self._verified.add(name)
-        value = data.view(stored.dtype).reshape(stored.shape)
         return value.to(device, dtype if value.is_floating_point() else None)
 
     def digests(
@@ -139,13 +139,12 @@ class CheckpointReader:
         of a weight that is NaN or infinite, and StorageError if a file cannot be read, or has changed."""
         if not self._digests:
             digests: dict[str, str] = {}
-            done, total = 0, sum(stored.bytes for stored in self._stored.values())
-            with ThreadPoolExecutor(
-                min(_READERS, os.cpu_count() or 1), "digest"
-            ) as pool:
-                for name, digest in zip(
-                    self._stored, pool.map(self._digest, self._stored), strict=True
-                ):
+            done = 0
+            total = sum(stored.bytes for stored in self._stored.values())
+            readers = min(_READERS, os.cpu_count() or 1)
+            with ThreadPoolExecutor(readers, "digest") as pool:
+                hashed = pool.map(self._digest, self._stored)
+                for name, digest in zip(self._stored, hashed, strict=True):
                     digests[name] = digest
                     done += self._stored[name].bytes
                     progress(done, total)
@@ -158,19 +157,17 @@ class CheckpointReader:
 
     def _digest(self, name: str) -> str:
         stored = self._stored[name]
-        digest, bad, size = hashlib.sha256(), 0, PIECE * stored.dtype.itemsize
-        with _opened(stored, unchanged=True) as file:
-            for start in range(0, stored.bytes, size):
-                data = torch.empty(min(size, stored.bytes - start), dtype=torch.uint8)
-                _fill(file, data, stored.file)
-                digest.update(memory_of(data))
-                bad += not_finite(data.view(stored.dtype))
+        turn = self._one_large if stored.bytes >= _LARGE else contextlib.nullcontext()
+        with turn:
+            value = _read(stored, name, unchanged=True)
+            digest = hashlib.sha256(memory_of(value)).hexdigest()
+            bad = not_finite(value)
         if bad:
             has = f"weight {name} in {stored.file} has {bad} NaN or infinite values"
             raise NumericalError(
                 f"{has}; this checkpoint is damaged: download or convert it again"
             )
-        return digest.hexdigest()
+        return digest
 
 
 class Outline(CheckpointReader):
@@ -179,11 +176,10 @@ class Outline(CheckpointReader):
     def __init__(
         self, place: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> None:
-        self.directory, self.files = place, []
+        self.directory = place
+        self.files = []
         self._stored = {
-            name: _Stored(
-                place, (0, 0, 0), dtype, shape, 0, math.prod(shape) * dtype.itemsize
-            )
+            name: _Stored(place, (0, 0, 0), dtype, shape)
             for name, (dtype, shape) in tensors.items()
         }
 
@@ -225,20 +221,16 @@ class PackedReader(CheckpointReader):
             return self._packed.dense(name.removesuffix(".weight")).to(device, dtype)
 
     def _entry(self, name: str) -> PackedEntry | None:
-        return (
-            self.entries.get(name.removesuffix(".weight"))
-            if name.endswith(".weight")
-            else None
-        )
+        if not name.endswith(".weight"):
+            return None
+        return self.entries.get(name.removesuffix(".weight"))
 
 
 def open_checkpoint(directory: Path) -> CheckpointReader:
     """A reader of a checkpoint, packed or not. Raises StorageError if it cannot be read."""
-    return (
-        PackedReader(directory)
-        if is_packed(read_object(directory / "config.json"))
-        else CheckpointReader(directory)
-    )
+    if is_packed(read_object(directory / "config.json")):
+        return PackedReader(directory)
+    return CheckpointReader(directory)
 
 
 @contextlib.contextmanager
@@ -265,67 +257,67 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def _opened(stored: _Stored, *, unchanged: bool) -> Iterator[BinaryIO]:
-    """The file of a tensor, positioned at its first byte; with ``unchanged``, only the file that was opened first."""
-    try:
-        with stored.file.open("rb") as file:
-            if unchanged and _stamp(file) != stored.stamp:
-                raise StorageError(
-                    f"{stored.file}: the checkpoint has changed since it was opened; put the old files back {_GO_ON}"
-                )
-            file.seek(stored.start)
-            yield file
-    except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(
-            f"{stored.file} cannot be read any more ({reason}); put it back {_GO_ON}"
-        ) from None
+def _open(file: Path) -> Any:
+    """A safetensors file, which is read and never mapped."""
+    return safe_open(file, framework="pt", backend="pread")
 
 
-def _fill(file: BinaryIO, data: Tensor, path: Path) -> None:
-    """Reads from ``file`` until ``data`` is full."""
-    if file.readinto(memory_of(data)) < len(data):  # type: ignore[attr-defined]
+def _read(stored: _Stored, name: str, *, unchanged: bool) -> Tensor:
+    """A tensor that owns its memory; with ``unchanged``, only of the file whose header was read."""
+    file = stored.file
+    if unchanged and _stamp(file) != stored.stamp:
         raise StorageError(
-            f"{path} was cut short while it was read; put the whole file back {_GO_ON}"
+            f"{file}: the checkpoint has changed since it was opened; put the old files back {_GO_ON}"
         )
+    try:
+        with _open(file) as opened:
+            value: Tensor = opened.get_tensor(name)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    except SafetensorError as error:
+        raise StorageError(
+            f"{file} was cut short while it was read, or replaced ({error}); put the whole file back {_GO_ON}"
+        ) from None
+    return value
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int, int]:
-    """Size, time and inode of an open file, which change when it is written or replaced."""
-    status = os.fstat(file.fileno())
+def _unreadable(file: Path, error: OSError) -> StorageError:
+    reason = error.strerror or error
+    return StorageError(
+        f"{file} cannot be read any more ({reason}); put it back {_GO_ON}"
+    )
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    """Size, time and inode of a file, which change when it is written or replaced."""
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise _unreadable(file, error) from None
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _header(file: Path) -> dict[str, _Stored]:
-    """The tensors of a safetensors file. The format's own library checks the header (sizes, overlaps, gaps, the file's
-    length), but does not return the offsets of tensors."""
+    """The tensors of a safetensors file, in the order of their data. The format's own library checks the header."""
+    tensors: dict[str, _Stored] = {}
     try:
-        # By numpy, which maps no more than the file: torch reserves memory for all of it.
-        with file.open("rb") as opened, safe_open(file, framework="np"):
-            stamp = _stamp(opened)
-            length = int.from_bytes(opened.read(8), "little")
-            header: dict[str, Any] = json.loads(opened.read(length))
-    except OSError as error:  # Python's own: safetensors calls each a missing file
+        with file.open("rb"):  # raises what safetensors calls a missing file
+            stamp = _stamp(file)
+        with _open(file) as opened:
+            for name in opened.offset_keys():
+                described = opened.get_slice(name)
+                dtype = DTYPES.get(described.get_dtype())
+                if dtype is None:
+                    has = f"tensor {name} in {file} has dtype {described.get_dtype()}, which is not read"
+                    raise StorageError(
+                        f"{has}; convert the checkpoint to bfloat16, float16 or float32"
+                    )
+                shape = tuple(described.get_shape())
+                tensors[name] = _Stored(file, stamp, dtype, shape)
+    except OSError as error:
         raise StorageError(f"cannot read {file}: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
         raise StorageError(
             f"{file} is not a readable safetensors file ({error}); download it again"
         ) from None
-    header.pop("__metadata__", None)
-    tensors: dict[str, _Stored] = {}
-    for name, fields in header.items():
-        if fields["dtype"] not in DTYPES:
-            has = f"tensor {name} in {file} has dtype {fields['dtype']}, which is not read"
-            raise StorageError(
-                f"{has}; convert the checkpoint to bfloat16, float16 or float32"
-            )
-        dtype, shape, (begin, end) = (
-            DTYPES[fields["dtype"]],
-            tuple(fields["shape"]),
-            fields["data_offsets"],
-        )
-        tensors[name] = _Stored(
-            file, stamp, dtype, shape, 8 + length + begin, end - begin
-        )
     return tensors

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparsellm.errors import StorageError
-from sparsellm.files.contents import changing
+from sparsellm.files.contents import LATER, changing, listed_files
 from sparsellm.records import (
     PRUNING,
     RESULTS,
@@ -30,9 +30,8 @@ _ADVICE = "move the file elsewhere, or give --no-save"
 def place_of_results(directory: str) -> Path | None:
     """The directory if results are kept in it, because sparsellm wrote it. Raises StorageError if they would be, but it
     cannot be written, or its results.json cannot be read."""
-    with contextlib.suppress(
-        OSError, RuntimeError, ValueError
-    ):  # what cannot be a path is refused as a model
+    # What cannot be a path is refused as a model.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
         place = Path(directory).expanduser()
         if any((place / name).is_file() for name in (PRUNING, "packed.json")):
             read_results(place)
@@ -57,25 +56,27 @@ def keeper(
 ) -> Callable[[Evaluation | Benchmark], Path | None]:
     """The function that appends a measurement to the results in ``place``, and returns their file. A full disk, or
     another checkpoint of that name by then, is only said, so that the numbers can be printed all the same."""
-    begun = (
-        os.open(place, os.O_RDONLY) if place is not None else -1
-    )  # open, so that no other gets its number
+    if place is None:
+        return lambda record: None
+    measured = _written(place)
 
     def keep(record: Evaluation | Benchmark) -> Path | None:
         try:
-            if place is not None and not os.path.samestat(
-                place.stat(), os.fstat(begun)
-            ):
+            if _written(place) != measured:
                 raise StorageError(f"{place} was replaced while it was measured")
-            return append_result(place, record) if place is not None else None
+            return append_result(place, record)
         except (OSError, StorageError) as error:
-            why = str(error).partition("; ")[
-                0
-            ]  # its advice is for what writes checkpoints
+            why = str(error).partition("; ")[0]  # its advice is for writing checkpoints
             say(f"note: the measurement is not kept in the checkpoint: {why}")
             return None
 
     return keep
+
+
+def _written(place: Path) -> dict[str, list[str]]:
+    """The digests of a checkpoint's files, without those that commands write later; empty without a list."""
+    listed = listed_files(place) or {}
+    return {name: digests for name, digests in listed.items() if name not in LATER}
 
 
 def append_result(
@@ -95,14 +96,9 @@ def append_result(
             case Continuation():
                 results.continuations.append(record)
             case Export():
-                others = [
-                    export
-                    for export in results.exports
-                    if (export.to, export.name) != (record.to, record.name)
-                ]
-                results.exports = [
-                    *others,
-                    record,
-                ]  # a second start, or the file was replaced
+                # A second start, or another file in the place of the first.
+                key = (record.to, record.name)
+                others = [it for it in results.exports if (it.to, it.name) != key]
+                results.exports = [*others, record]
         write(RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
     return directory / RESULTS

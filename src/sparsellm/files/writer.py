@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import warnings
@@ -67,11 +66,11 @@ class CheckpointWriter:
         *,
         resumes: bool = False,
     ) -> None:
-        self.work, self.folder = work, work.path / folder
+        self.work = work
+        self.folder = work.path / folder
         self.shards = [self.folder / name for name in shard_names(shards)]
-        self.digests: dict[
-            str, str
-        ] = {}  # SHA-256 of the shards that are known to be complete, by name
+        # SHA-256 of the shards that are known to be complete, by name.
+        self.digests: dict[str, str] = {}
         with explained(self.folder):
             self.folder.mkdir(exist_ok=True)
             if not resumes:
@@ -124,14 +123,10 @@ class CheckpointWriter:
 
     def write_config(self, path: Path) -> None:
         """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`, its path and what may stop it running."""
-        config, without = (
-            read_object(path),
-            (*FOREIGN_CONFIG_KEYS, "_name_or_path", "return_dict"),
-        )
-        self.write_json(
-            "config.json",
-            {key: value for key, value in config.items() if key not in without},
-        )
+        config = read_object(path)
+        for key in (*FOREIGN_CONFIG_KEYS, "_name_or_path", "return_dict"):
+            config.pop(key, None)
+        self.write_json("config.json", config)
 
 
 @contextlib.contextmanager
@@ -160,12 +155,11 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource | Tensor]) ->
     Zeros are written as +0.0: packed formats would store −0.0 as a kept value, and bitwise comparison would differ.
 
     Returns the SHA-256 of the file, in hexadecimal."""
-    sources = {
-        name: tensor
-        if isinstance(tensor, TensorSource)
-        else TensorSource(tensor.dtype, tensor.shape, tensor.detach)
-        for name, tensor in tensors.items()
-    }
+    sources: dict[str, TensorSource] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            tensor = TensorSource(tensor.dtype, tensor.shape, tensor.detach)
+        sources[name] = tensor
     order = sorted(sources, key=lambda name: (-sources[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -181,15 +175,17 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource | Tensor]) ->
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
     digest = hashlib.sha256()
-    head: list[memoryview | bytes] = [len(text).to_bytes(8, "little"), text]
-    pieces = (
-        piece
-        for name in order
-        for piece in _pieces(sources[name].read(), sources[name].dtype)
-    )
-    for data in itertools.chain(head, pieces):
+
+    def write(data: memoryview | bytes) -> None:
         digest.update(data)
         write_all(file, data)
+
+    write(len(text).to_bytes(8, "little"))
+    write(text)
+    for name in order:
+        source = sources[name]
+        for piece in _pieces(source.read(), source.dtype):
+            write(piece)
     return digest.hexdigest()
 
 
