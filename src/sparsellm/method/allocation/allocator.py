@@ -118,7 +118,7 @@ class Division:
         return Allocation({**self.fixed, **free.zeros}, report)
 
 
-def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:
+def divide_zeros(linears: Sequence[LinearSize], sparsity: float) -> Division:
     """Divides ``round(sparsity · weights)`` zeros into fixed and free ones. If every linear is fixed, their sum may
     differ from the total by the rounding of each. A RecipeError says that the free linears cannot make up for the fixed
     ones, and names the possible sparsities."""

@@ -203,13 +203,14 @@ class MomentsAccumulator:
         mean_x, mean_t = (
             total / self._total for total in self._sums
         )  # weighted means, from the shift
-        share = self._total / self._crosses.tokens
+        mean_weight = self._total / self._crosses.tokens
         if gram is not self._gram:
             gram = Gram(
-                gram.matrix - (share * torch.outer(mean_x, mean_x)).to(gram.matrix),
+                gram.matrix
+                - (mean_weight * torch.outer(mean_x, mean_x)).to(gram.matrix),
                 gram.tokens,
             )
-        cross = cross - (share * torch.outer(mean_t, mean_x)).to(cross)
+        cross = cross - (mean_weight * torch.outer(mean_t, mean_x)).to(cross)
         shift_x, shift_t = (shift.double() for shift in self._shift)
         return Moments(
             gram,

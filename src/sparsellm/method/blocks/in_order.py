@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.errors import RecipeError
 from sparsellm.files.scratch import TensorStore
-from sparsellm.method.auxiliary.loop import Settings
+from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.blocks.channels import find_channels
 from sparsellm.method.blocks.feed_forward import UNIT_STREAMS, Unit, prune_unit
 from sparsellm.method.blocks.permutation import permute_block
@@ -87,7 +87,7 @@ def _needs(options: Options) -> Needs:
     allocation="threshold",
     effort=1,
 )
-def sparsellm(
+def prune_in_order(
     task: BlockTask,
     *,
     solver: Annotated[str, "the local solver inside"] = "admm",
@@ -159,10 +159,14 @@ def sparsellm(
         unit = by_names.get(frozenset(sublayer.names))
         if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):
             prune_unit(
-                task, unit, weights, solvers, Settings(rounds, damping=refit_damping)
+                task,
+                unit,
+                weights,
+                solvers,
+                LoopSettings(rounds, damping=refit_damping),
             )
         else:
-            fitting.prune_in_order(sublayer)
+            fitting.prune_sublayer(sublayer)
     prune_experts(task, fitting.solve, weights, fitting.damping)
     known = {name for sublayer in sublayers for name in sublayer.names}
     rest = [
@@ -259,7 +263,7 @@ class _Fitting:
         """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""
         self.task.solve(linear, self.solvers[linear.name], gram, fit)
 
-    def prune_in_order(self, sublayer: Sublayer) -> None:
+    def prune_sublayer(self, sublayer: Sublayer) -> None:
         """Prunes one group after another; the refit's target is the writer's output before the first was pruned."""
         task, stream = self.task, self.task.stream
         before = [

@@ -178,12 +178,12 @@ class _Moments:
     def shrunk_to(self, prior: _Moments) -> _Moments:
         """``(1 − α)`` of these and ``α`` of the prior, with ``α = n₀ / (n₀ + n)``."""
         weight = PRIOR * len(self.matrix)  # n₀
-        share = weight / (weight + self.tokens)
+        alpha = weight / (weight + self.tokens)
         cross = None
         if self.cross is not None and prior.cross is not None:
-            cross = torch.lerp(self.cross, prior.cross, share)
+            cross = torch.lerp(self.cross, prior.cross, alpha)
         return _Moments(
-            torch.lerp(self.matrix, prior.matrix, share), self.tokens, cross
+            torch.lerp(self.matrix, prior.matrix, alpha), self.tokens, cross
         )
 
 

@@ -31,7 +31,13 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sparsellm import machine, parallel
-from sparsellm.method.sweep.sweep_task import Residence, Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import (
+    Residence,
+    Run,
+    SweepStep,
+    SweepTask,
+    Weights,
+)
 from sparsellm.method.sweep.training import adam_step, joined, split
 from sparsellm.model import Call, Chain
 from sparsellm.model.streams import Piece
@@ -210,9 +216,9 @@ class Resident(Weights):
             tensors[name] = divided.full_tensor()
         return joined(tensors)
 
-    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
         return [
-            Step(
+            SweepStep(
                 tuple(None if count is None else number for count in some),
                 sum(count or 0 for count in some),
             )
@@ -239,7 +245,7 @@ class Resident(Weights):
             for name, rows in before.items():
                 self._rows(name).copy_(rows)
 
-    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
         piece = run.piece(step)
         with torch.enable_grad():
             output = self._run(run, piece)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.method.sweep.sweep_task import Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import Run, SweepStep, SweepTask, Weights
 from sparsellm.method.sweep.training import (
     adam_step,
     joined,
@@ -172,9 +172,9 @@ class Streamed(Weights):
             },
         }
 
-    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
         return [
-            Step(
+            SweepStep(
                 tuple(number if at == process else None for at in range(len(tokens))),
                 count,
             )
@@ -189,7 +189,7 @@ class Streamed(Weights):
             if piece is not None:
                 yield piece, self._forward(run, piece, written=True)[-1]
 
-    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
         chain, piece = self.chain, run.piece(step)
         process = next(at for at, place in enumerate(step.pieces) if place is not None)
         loss, inputs, gradient = 0.0, [], None

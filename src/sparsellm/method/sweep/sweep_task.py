@@ -22,7 +22,7 @@ from sparsellm.model import Call, Feed, Stream
 from sparsellm.model.streams import Piece
 
 
-class Step(NamedTuple):
+class SweepStep(NamedTuple):
     """A step of a pass: the number of its piece in each process, None in one that has none, and its tokens."""
 
     pieces: tuple[int | None, ...]
@@ -102,7 +102,7 @@ class Weights(ABC):
         ] = {}  # by parameter: in the chain, on disk
 
     @abstractmethod
-    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
         """The steps of a pass over pieces with these tokens, those of each process."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ class Weights(ABC):
         """This process's pieces, and the output of the last block, with the weights as they would be written now."""
 
     @abstractmethod
-    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
         """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before, summed over tokens."""
 
     @abstractmethod
@@ -262,13 +262,13 @@ class Run:
         # A call that several batches or blocks share is converted once.
         self._to: Callable[[Call, torch.dtype], Call] = functools.cache(Call.to)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[SweepStep]:
         """The steps of a pass over the windows of all processes, in order."""
         return self.weights.steps(
             parallel.gather([self.ids(piece).numel() for piece in self.stream.pieces])
         )
 
-    def texts(self, steps: Sequence[Step]) -> list[str]:
+    def texts(self, steps: Sequence[SweepStep]) -> list[str]:
         """The text of a mixture that the first window of each step is from."""
         texts = parallel.gather([self.text(piece) for piece in self.stream.pieces])
         return [
@@ -287,7 +287,7 @@ class Run:
             else ""
         )
 
-    def piece(self, step: Step) -> Piece | None:
+    def piece(self, step: SweepStep) -> Piece | None:
         """The windows of a step that this process has."""
         number = step.pieces[parallel.rank()]
         return None if number is None else self.stream.pieces[number]
@@ -308,7 +308,7 @@ class Run:
         """The other arguments of block ``index``."""
         return self._to(piece.calls[index], dtype)
 
-    def judge(self, judges: Sequence[Step]) -> tuple[float, dict[str, float]]:
+    def judge(self, judges: Sequence[SweepStep]) -> tuple[float, dict[str, float]]:
         """The mean divergence per token over the held-out steps of all processes, with the weights as they would be
         written now; and that over the windows of each text of a mixture."""
         sums: list[tuple[str, float, int]] = []  # the text, the divergence, the tokens
@@ -336,7 +336,7 @@ class Run:
         names = sorted({name for name, _, _ in gathered})
         return mean(*names), {name: mean(name) for name in names if name}
 
-    def step(self, step: Step, rate: float, number: int) -> float:
+    def step(self, step: SweepStep, rate: float, number: int) -> float:
         return self.weights.step(self, step, rate, number)
 
     def end(

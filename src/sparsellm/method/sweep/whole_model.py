@@ -19,7 +19,7 @@ from sparsellm import parallel
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.method.sweep.resident import Resident
 from sparsellm.method.sweep.streamed import Streamed
-from sparsellm.method.sweep.sweep_task import Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import Run, SweepStep, SweepTask, Weights
 from sparsellm.method.sweep.training import held_out_of, schedule
 from sparsellm.model import Chain
 from sparsellm.progress import Progress
@@ -44,10 +44,10 @@ STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens co
 SHORTEST = 128  # tokens of the shortest windows into which others are cut where processes share a step
 
 
-def cut_to(width: int, sharers: int) -> int:
-    """The tokens of the windows into which those of ``width`` tokens are cut, where ``sharers`` processes share a step:
-    one window each is about :data:`STEP_TOKENS` together."""
-    return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // sharers)))
+def cut_to(width: int, processes: int) -> int:
+    """The tokens of the windows into which those of ``width`` tokens are cut, where a step takes one window of each of
+    these processes: together they have about :data:`STEP_TOKENS`."""
+    return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // processes)))
 
 
 def check_sweepable(chain: Chain) -> None:
@@ -129,7 +129,7 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
 
 
 def _rescaled(
-    history: list[SweepPass], task: SweepTask, run: Run, judges: list[Step]
+    history: list[SweepPass], task: SweepTask, run: Run, judges: list[SweepStep]
 ) -> list[SweepPass]:
     """The history of a resumed sweep whose windows are divided among processes in another way, and others held out: all
     divergences times one factor, that of the present state on the windows held out now, over its recorded one."""
@@ -154,7 +154,7 @@ def _rescaled(
 
 
 def _start(
-    task: SweepTask, run: Run, train: list[Step], judges: list[Step]
+    task: SweepTask, run: Run, train: list[SweepStep], judges: list[SweepStep]
 ) -> SweepPass:
     """The state before the first pass, with the sweep's learning rate, proportional to the squared divergence. At a
     small divergence that rate may be far too low for a model whose gradients have little noise. So a few steps are
@@ -190,7 +190,7 @@ def _start(
 def _pass(
     task: SweepTask,
     run: Run,
-    steps: list[Step],
+    steps: list[SweepStep],
     history: list[SweepPass],
     first: int,
     length: int,
@@ -236,10 +236,10 @@ def _on(
     """A run over a set of windows, with the dense model's hidden states for them, after ``done`` of ``passes``."""
     feed, chain = replace(task.feed, windows=windows), task.feed.chain
     with contextlib.ExitStack() as stack:
-        sharers = (
+        processes = (
             parallel.size() if task.resident is not None else 1
         )  # processes that divide a step
-        stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // sharers)
+        stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // processes)
         stack.callback(stream.close)
         goal = task.dense
         if goal is None:
