@@ -136,7 +136,8 @@ def prune_feed_forward(
                     raise NumericalError(
                         f"the alternation diverged {when}: {failure}"
                     ) from failure
-                error, value = math.inf, None
+                error = math.inf
+                value = None
             on_held_out, on_train = (error, None) if held_out else (None, error)
             history.append(
                 Step(
@@ -147,7 +148,8 @@ def prune_feed_forward(
                 )
             )
             if best is None or not settings.safeguard or error < best.error:
-                best, chosen = PrunedUnit(unit, masks, error, notes), iteration
+                best = PrunedUnit(unit, masks, error, notes)
+                chosen = iteration
             if error == math.inf or iteration - chosen >= settings.patience:
                 break
     assert best is not None
@@ -242,7 +244,8 @@ class _Loop:
         self, unit: FeedForward, iteration: int
     ) -> tuple[dict[str, Moments], float | None]:
         """Updates A, then Z or U and S, for every token; returns the moments for the weights, and the objective."""
-        published, coefficients = self.settings.published, self.coefficients
+        published = self.settings.published
+        coefficients = self.coefficients
         empty = partial(MomentsAccumulator, fit_bias=not published)
         accumulators = {
             role: empty(linear, self.grams.get(role), exact=published is not None)

@@ -177,7 +177,8 @@ class MomentsAccumulator:
             # Centred around the first chunk's mean at once, so that only a small rank-one term is subtracted at the
             # end: features whose mean is large against their spread lose no digits.
             self._shift = self._shift or (x.mean(dim=0), target.mean(dim=0))
-            x, target = x - self._shift[0], target - self._shift[1]
+            x = x - self._shift[0]
+            target = target - self._shift[1]
             weights = (
                 torch.ones(len(x), device=x.device)
                 if token_weights is None

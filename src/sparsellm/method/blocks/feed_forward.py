@@ -68,7 +68,8 @@ def alternate(
     settings: LoopSettings,
 ) -> None:
     """Runs the loop with a solver for each linear, by name, and accepts its results; ``down`` gets the history."""
-    linears, scratch = unit.linears(), task.stream.scratch
+    linears = unit.linears()
+    scratch = task.stream.scratch
     inside = {
         role: partial(solvers[x.name], pattern=task.patterns[x.name])
         for role, x in linears.items()

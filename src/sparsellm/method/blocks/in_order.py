@@ -57,7 +57,8 @@ def _needs(options: Options) -> Needs:
         raise RecipeError(
             "options.iterations of sparsellm includes the refit; leave options.refit at true"
         )
-    solver, weighted = SOLVERS[options["solver"]], options["output_metric"] > 0
+    solver = SOLVERS[options["solver"]]
+    weighted = options["output_metric"] > 0
     if needed := [
         name
         for name, option in solver.options.model_fields.items()
@@ -214,7 +215,8 @@ class _Means:
     def __init__(
         self, group: Sequence[LinearView], fitted: bool, device: torch.device
     ) -> None:
-        head, biased = group[0], any(linear.bias is not None for linear in group)
+        head = group[0]
+        biased = any(linear.bias is not None for linear in group)
         sizes = (
             [1, head.in_features, *([head.out_features] if fitted else [])]
             if biased
@@ -265,7 +267,8 @@ class _Fitting:
 
     def prune_sublayer(self, sublayer: Sublayer) -> None:
         """Prunes one group after another; the refit's target is the writer's output before the first was pruned."""
-        task, stream = self.task, self.task.stream
+        task = self.task
+        stream = self.task.stream
         before = [
             linear
             for group in sublayer.groups
@@ -319,7 +322,9 @@ class _Fitting:
 
         They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
         Linears that only run after both are skipped."""
-        stream, index, head = self.task.stream, self.task.index, group[0]
+        stream = self.task.stream
+        index = self.task.index
+        head = group[0]
         means = _Means(group, fitted, stream.chain.device)
         gram = GramAccumulator(head.in_features, stream.chain.device)
         cross = (

@@ -97,7 +97,8 @@ def prune_as_published(
                 epochs, penalty or (5.0 if gated else 0.1), fit, safeguard=safeguard
             )
             task.report("alternating")
-            dense, entered = current(unit), inputs[unit.up.name]
+            dense = current(unit)
+            entered = inputs[unit.up.name]
             with task.clock.phase("prune/variables"), task.stream.store() as targets:
                 for x in entered:
                     targets.append(dense(x.float()))

@@ -85,12 +85,12 @@ class BlockTask:
         :meth:`finish`; experts are in :mod:`sparsellm.method.blocks.routed`. ``token_weights`` are
         ``(batch, seq)`` for each batch; for a linear that does not get every token all weights are 1, since it is
         not known which it gets."""
-        device, everything = (
-            self.stream.chain.device,
-            self.stream.chain.linears(self.index),
-        )
+        device = self.stream.chain.device
+        everything = self.stream.chain.linears(self.index)
         accumulators: dict[str, GramAccumulator] = {}
-        grouping, order, position = InputGroups(), RunOrder(), 0
+        grouping = InputGroups()
+        order = RunOrder()
+        position = 0
 
         def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
             # An expert that is called without tokens has none: all empty tensors are at one address.
@@ -154,7 +154,8 @@ class BlockTask:
     ) -> None:
         """Calls ``prune`` with the number of each group of linears in the process that owns the group, as if it were
         the only one. Then all have its weights and results, in the order of the groups. An error is raised in all."""
-        first, me = len(self.results), parallel.rank()
+        first = len(self.results)
+        me = parallel.rank()
 
         def prune_owned() -> None:
             with parallel.alone():
@@ -199,12 +200,11 @@ class BlockTask:
         """Assigns the solution for a weight ``dense (out, in)`` to a linear, with its values rounded if the recipe asks
         for integers, and adds a result. ``gram`` is that of the linear's inputs. If it is None, the rounding runs the
         block, and the result keeps the solution's error. NumericalError if values cannot be rounded or stored."""
-        pattern, weight, error = (
-            self.patterns[linear.name],
-            solution.weight,
-            solution.error,
-        )
-        notes, exponents = solution.notes, ""
+        pattern = self.patterns[linear.name]
+        weight = solution.weight
+        error = solution.error
+        notes = solution.notes
+        exponents = ""
         if self.values != "keep":
             if (factor := safe_factor(weight)) != 1:
                 raise NumericalError(
@@ -213,11 +213,9 @@ class BlockTask:
                 )
             grid, before, after = self._rounded(linear, dense, solution, gram)
             error = error if gram is None else after
-            weight, notes, exponents = (
-                grid.weight,
-                (*notes, *grid.notes),
-                text_of_exponents(grid.exponents),
-            )
+            weight = grid.weight
+            notes = (*notes, *grid.notes)
+            exponents = text_of_exponents(grid.exponents)
             if after > before + COARSE:
                 more = (
                     f"raised its error from {before:.3f} to"
@@ -264,7 +262,8 @@ class BlockTask:
             )
             gram = taken[0][1] if taken else _equal_inputs(linear)
         with self.clock.phase("prune/rounding"):
-            fixed, weight = isinstance(self.patterns[linear.name], NM), solution.weight
+            fixed = isinstance(self.patterns[linear.name], NM)
+            weight = solution.weight
             target = weight if solution.fitted else dense
             grid = rounded(
                 weight,
@@ -290,7 +289,8 @@ class BlockTask:
         done = {result.name for result in self.results}
         for linear in self.linears:
             if linear.name not in done:
-                pattern, weight = self.patterns[linear.name], linear.weight()
+                pattern = self.patterns[linear.name]
+                weight = linear.weight()
                 if pattern.sparsity:
                     weight = weight * pattern.mask(weight.abs())
                 solution = Solution(
