@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sparsellm
 from reference import (
     FLOATS,
     VALUE_TYPES,
@@ -19,18 +23,14 @@ from reference import (
     layer_of,
     random_weight,
 )
+from sparsellm import Recipe
+from sparsellm.files.scratch import Scratch
+from sparsellm.method.gram import GramAccumulator
 from sparsepack.bench import one_run
 from sparsepack.generation import generate
 from sparsepack.layout import pack
 from sparsepack.loading import load
 from sparsepack.module import kernel_name
-from torch import Tensor
-from transformers import PreTrainedModel
-
-import sparsellm
-from sparsellm import Recipe
-from sparsellm.files.scratch import Scratch
-from sparsellm.method.gram import GramAccumulator
 from tests.files.small import tensors_of
 from tests.models import (
     VOCABULARY,

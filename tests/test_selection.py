@@ -13,7 +13,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.method.allocation import ALLOCATIONS, Allocation, LinearSize, Survey
-from sparsellm.method.allocation.allocator import divide
+from sparsellm.method.allocation.allocator import divide_zeros
 from sparsellm.model import open_chain
 from sparsellm.model.matrices import refuse_silent_dense
 from tests.killing import stop_after_one
@@ -211,7 +211,7 @@ def test_impossible_totals_are_refused_with_possible_ones(
     with pytest.raises(
         RecipeError, match=f"sparsity {sparsity:g} cannot be reached.*{possible}"
     ):
-        divide(sizes, sparsity)
+        divide_zeros(sizes, sparsity)
 
 
 def test_it_is_refused_before_the_calibration_text_is_read(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_every_division_is_exact_or_refused(
         for i, (width, fixed) in enumerate(linears)
     ]
     try:
-        zeros = divide(sizes, sparsity).allocation().zeros
+        zeros = divide_zeros(sizes, sparsity).allocation().zeros
     except RecipeError:
         return
     total = round(sparsity * sum(size.weights for size in sizes))

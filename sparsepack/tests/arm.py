@@ -20,9 +20,10 @@ from functools import partial
 from importlib.metadata import requires, version
 from pathlib import Path
 
-from extension import built
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from extension import built
 
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"

@@ -6,10 +6,10 @@ import itertools
 import math
 
 import torch
-from sparsepack.validation import validate
 from torch import Tensor
 
 from sparsepack import PackedWeight, pack
+from sparsepack.validation import validate
 
 
 def bitmask(weight: Tensor) -> tuple[list[list[int]], list[float], list[int]]:

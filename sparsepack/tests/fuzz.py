@@ -34,9 +34,9 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
     """Called in a child, where the sanitizers' library is loaded first."""
     use(extension)
     import torch
-    from sparsepack.checkpoint import open_packed
 
     from sparsepack import PackError
+    from sparsepack.checkpoint import open_packed
 
     torch.manual_seed(seed)
     torch.set_num_threads(2)
@@ -79,6 +79,7 @@ def checkpoints() -> list[tuple[bytes, str]]:
     """The content of a weight file, and of config.json, for every shape, layout and value type."""
     import torch
     from safetensors.torch import save
+
     from sparsepack.checkpoint import PackedEntry, quantization_config
     from sparsepack.codes import GAPPED, WRITTEN_TYPES
     from sparsepack.layout import pack
@@ -134,10 +135,10 @@ def damaged(content: bytearray, first: int, last: int, chosen: random.Random) ->
 def check(packed: object) -> None:
     """Every kernel against plain torch, on a weight that passed the checks."""
     import torch
-    from reference import activations, bound
-    from sparsepack.layout import PackedWeight, as_bitmask, unpack
 
+    from reference import activations, bound
     from sparsepack import native
+    from sparsepack.layout import PackedWeight, as_bitmask, unpack
 
     assert isinstance(packed, PackedWeight)
     weight = as_bitmask(packed)

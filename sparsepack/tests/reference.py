@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from sparsepack.layout import PackedWeight, unpack
-from sparsepack.module import PackedLinear
 from torch import Tensor
 from torch.nn import functional
+
+from sparsepack.layout import PackedWeight, unpack
+from sparsepack.module import PackedLinear
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOATS, "int8", "int4")

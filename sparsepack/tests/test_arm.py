@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
 from arm import COMPILER, output
 from extension import FLAGS, SOURCES
 

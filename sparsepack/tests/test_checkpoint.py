@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+
 from sparsepack.checkpoint import (
     PackedEntry,
     config_digest,

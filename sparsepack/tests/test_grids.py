@@ -10,10 +10,11 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from sparsepack.errors import FormatError
 from sparsepack.grid import codes_of, on_grid
 from sparsepack.grids import GRIDS
-from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [

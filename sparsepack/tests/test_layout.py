@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import by_hand
 import pytest
 import torch
+from torch import Tensor
+
+import by_hand
 from by_hand import exponents_of, packed_of, sparse_weight, two_of_four
 from sparsepack.codes import (
     FLOAT_TYPES,
@@ -24,7 +26,6 @@ from sparsepack.errors import FormatError, SettingError
 from sparsepack.layout import as_bitmask, pack, unpack, unpack_rows
 from sparsepack.masks import PATTERNS, filled
 from sparsepack.validation import validate
-from torch import Tensor
 
 SHAPES = [(1, 1), (3, 8), (5, 63), (4, 64), (7, 65), (9, 200)]
 

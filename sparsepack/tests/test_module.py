@@ -9,15 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from by_hand import exponents_of, packed_of, sparse_weight
 from reference import layer_of
+from sparsepack import module as runtime_module
 from sparsepack.codes import VALUE_TYPES
 from sparsepack.errors import FormatError, PackError
 from sparsepack.layout import PackedWeight, unpack
 from sparsepack.module import PackedLinear, multiply
-from torch import Tensor, nn
-
-from sparsepack import module as runtime_module
 
 
 def layer(values: str = "keep", *, exponents: bool = False) -> PackedLinear:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import exponents_of, packed_of, sparse_weight
-from extension import child
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from by_hand import exponents_of, packed_of, sparse_weight
+from extension import child
 from reference import (
     FLOATS,
     VALUE_TYPES,
@@ -18,11 +19,10 @@ from reference import (
     integer_product,
     random_weight,
 )
+from sparsepack import native
 from sparsepack.errors import KernelError
 from sparsepack.layout import pack, unpack
 from sparsepack.module import threads_set
-
-from sparsepack import native
 
 pytestmark = pytest.mark.skipif(
     not native.instruction_sets(), reason="no compiled kernels"

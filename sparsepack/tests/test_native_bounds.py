@@ -13,13 +13,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from extension import child
-from reference import VALUE_TYPES, activations, bound, random_weight
-from sparsepack.codes import GAPPED, PLAIN
-from sparsepack.layout import PackedWeight
 from torch import Tensor
 
+from extension import child
+from reference import VALUE_TYPES, activations, bound, random_weight
 from sparsepack import native
+from sparsepack.codes import GAPPED, PLAIN
+from sparsepack.layout import PackedWeight
 
 pytestmark = [
     pytest.mark.skipif(not native.instruction_sets(), reason="no compiled kernels"),

@@ -7,6 +7,7 @@ import importlib.util
 from typing import Any
 
 import pytest
+
 from extension import child
 from reference import (
     FLOATS,

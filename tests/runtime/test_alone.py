@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from by_hand import version_2
-from extension import child
 from safetensors.torch import load_file, save_file
-from sparsepack.module import PackedLinear
 from transformers import AutoModelForCausalLM
 
 import sparsepack
+from by_hand import version_2
+from extension import child
+from sparsepack.module import PackedLinear
 
 ALONE = """
 import sys

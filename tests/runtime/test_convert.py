@@ -9,18 +9,18 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from by_hand import two_of_four
-from sparsepack.bench import resident_bytes
-from sparsepack.errors import FormatError
-from sparsepack.files import read_object
-from sparsepack.module import PackedLinear
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
+from by_hand import two_of_four
 from sparsellm import convert
 from sparsellm.app import tables
 from sparsellm.errors import RecipeError
+from sparsepack.bench import resident_bytes
+from sparsepack.errors import FormatError
+from sparsepack.files import read_object
+from sparsepack.module import PackedLinear
 from tests.files.small import tensors_of
 from tests.method.sweep.helpers import same_bits
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt

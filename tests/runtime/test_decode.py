@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import sparsellm
 from by_hand import exponents_of, packed_of
+from sparsepack import generation, native
 from sparsepack.codes import text_of_exponents
 from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.module import PackedEmbedding, to_dense
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-import sparsellm
-from sparsepack import generation, native
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from sparsellm import parallel
 from sparsellm.errors import RecipeError
 from sparsellm.method.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
-from sparsellm.method.allocation.allocator import divide
+from sparsellm.method.allocation.allocator import divide_zeros
 from sparsellm.method.blocks import METHODS
 from sparsellm.method.blocks.task import Method
 from sparsellm.method.experts import SCORES
@@ -231,7 +231,7 @@ def patterns_of(
     patterns: dict[str, Pattern] = {}
     sizes = sizes_of(chain, recipe)
     if allocation is None and any(linear.fixed is not None for linear in sizes):
-        allocation = divide(sizes, recipe.sparsity).allocation()
+        allocation = divide_zeros(sizes, recipe.sparsity).allocation()
     for linear in sizes:
         zeros = allocation.zeros[linear.name] if allocation is not None else None
         patterns[linear.name] = recipe.pattern_of(linear.weights, zeros)

@@ -15,7 +15,7 @@ from sparsellm import machine, parallel
 from sparsellm.errors import RecipeError
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.method.allocation import Allocation, LinearSize, Survey
-from sparsellm.method.allocation.allocator import divide
+from sparsellm.method.allocation.allocator import divide_zeros
 from sparsellm.method.allocation.exact import round_to_groups
 from sparsellm.method.blocks import BlockTask
 from sparsellm.method.sweep.gradients import (
@@ -97,7 +97,7 @@ def _allocate(
     plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGradients | None
 ) -> Allocation:
     """The allocation of all zeros: fixed ones by the recipe, the others by the allocation that it names."""
-    parts = divide(sizes, plan.recipe.sparsity)
+    parts = divide_zeros(sizes, plan.recipe.sparsity)
     if not parts.free:
         return parts.allocation()
     surveyed = Survey(feed, parts.free, parts.sparsity, parts.zeros, gradients)

@@ -103,7 +103,7 @@ def test_gradients_of_a_share_of_the_positions_are_scaled(
         Everything(),
         Everything(),
     )
-    loss = backward_sweep(Feed(chain, IDS, 45), seen.see, share=0.4)
+    loss = backward_sweep(Feed(chain, IDS, 45), seen.see, fraction=0.4)
     assert (
         abs(loss - backward_sweep(Feed(chain, IDS, 45), complete.see)) < 1
     )  # an estimate of the same

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsellm.files.scratch import Scratch
 from sparsellm.method.auxiliary import loop
-from sparsellm.method.auxiliary.loop import Pruned, Settings
+from sparsellm.method.auxiliary.loop import LoopSettings, PrunedUnit
 from sparsellm.method.auxiliary.objective import Chunk, Chunks, FeedForward, Linear
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import Solution, Solver
@@ -48,9 +48,9 @@ def prune(
     held_out: Chunks,
     solver: Solver,
     patterns: Pattern | Mapping[str, Pattern],
-    settings: Settings | None = None,
+    settings: LoopSettings | None = None,
     scratch: Scratch | None = None,
-) -> tuple[Pruned, list[Step]]:
+) -> tuple[PrunedUnit, list[Step]]:
     """The loop with one solver for all linears, and one pattern or several."""
     by_role = (
         dict.fromkeys(dense.linears(), patterns)
@@ -61,7 +61,12 @@ def prune(
         role: partial(solver, pattern=pattern) for role, pattern in by_role.items()
     }
     return loop.prune_feed_forward(
-        dense, train, held_out, solvers, settings or Settings(), scratch or Scratch()
+        dense,
+        train,
+        held_out,
+        solvers,
+        settings or LoopSettings(),
+        scratch or Scratch(),
     )
 
 

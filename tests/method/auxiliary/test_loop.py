@@ -8,7 +8,7 @@ import torch
 
 from sparsellm.errors import NumericalError
 from sparsellm.files.scratch import Scratch
-from sparsellm.method.auxiliary.loop import Settings
+from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.auxiliary.objective import (
     Chunk,
     Linear,
@@ -36,7 +36,7 @@ HALF = Share(0.5)
 def test_zero_iterations_are_local_pruning_bit_for_bit() -> None:
     unit = random_unit(8, 20)
     chunks = random_chunks(unit, [40, 33, 50], weights=True)
-    local = Settings(iterations=0)
+    local = LoopSettings(iterations=0)
     pruned, _ = prune(unit, chunks[:2], [], by_input_norm, HALF, local)
     inputs = GramAccumulator(8)
     for chunk in (load() for load in chunks[:2]):
@@ -66,7 +66,7 @@ def test_alternating_lowers_the_error_and_keeps_the_pattern(bias: bool) -> None:
     unit = random_unit(24, 96, bias=bias)
     chunks = random_chunks(unit, [500, 500, 500])
     pruned, history = prune(
-        unit, chunks[:2], chunks[2:], refitted, HALF, Settings(damping=0.01)
+        unit, chunks[:2], chunks[2:], refitted, HALF, LoopSettings(damping=0.01)
     )
     errors = [step.held_out_error for step in history]
     assert pruned.error == min(errors) < errors[0]
@@ -89,7 +89,7 @@ def test_the_objective_falls_where_nothing_is_pruned() -> None:
     unit, other = random_unit(6, 10), random_unit(6, 10, seed=5)
     x, held = (load().inputs for load in random_chunks(unit, [300, 100]))
     train, held_out = stored([x], [other(x)]), stored([held], [other(held)])
-    settings = Settings(iterations=6, patience=9, damping=1e-6)
+    settings = LoopSettings(iterations=6, patience=9, damping=1e-6)
     _, history = prune(unit, train, held_out, by_input_norm, Share(0.0), settings)
     totals = [step.objective for step in history if step.objective]
     assert all(later < earlier for earlier, later in itertools.pairwise(totals))
@@ -108,7 +108,7 @@ def test_a_solver_that_fails_later_leaves_the_iterates_before_it() -> None:
     unit = random_unit(6, 9)
     chunks = random_chunks(unit, [40])
     pruned, history = prune(unit, chunks, [], failing, HALF)
-    local, _ = prune(unit, chunks, [], by_input_norm, HALF, Settings(iterations=0))
+    local, _ = prune(unit, chunks, [], by_input_norm, HALF, LoopSettings(iterations=0))
     assert_same(pruned.unit, local.unit)
     assert [step.train_error for step in history] == [local.error, math.inf]
 
@@ -119,7 +119,12 @@ def test_runs_repeat_bit_for_bit_and_leave_inputs_alone(pattern: Pattern) -> Non
     chunks = random_chunks(unit, [50, 50], weights=True)
     runs = [
         prune(
-            unit, chunks[:1], chunks[1:], by_input_norm, pattern, Settings(iterations=3)
+            unit,
+            chunks[:1],
+            chunks[1:],
+            by_input_norm,
+            pattern,
+            LoopSettings(iterations=3),
         )
         for _ in range(2)
     ]
@@ -169,7 +174,7 @@ def test_patterns_by_role_and_token_weights_of_zero() -> None:
         chunks[1:],
         by_input_norm,
         patterns,
-        Settings(iterations=1),
+        LoopSettings(iterations=1),
     )
     zeros = {
         role: int((linear.weight == 0).sum())

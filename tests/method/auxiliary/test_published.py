@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import NumericalError
-from sparsellm.method.auxiliary.loop import Pruned, Settings
+from sparsellm.method.auxiliary.loop import LoopSettings, PrunedUnit
 from sparsellm.method.auxiliary.objective import FeedForward, true_error
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS
@@ -165,7 +165,7 @@ def test_every_epoch_is_that_of_the_published_formulas(
         [],
         sparsegpt,
         pattern,
-        Settings.of_the_paper(epochs, penalty, output_update),
+        LoopSettings.of_the_paper(epochs, penalty, output_update),
     )
     expected, result = (
         published(unit, tokens, pattern, epochs, penalty, output_update),
@@ -191,8 +191,8 @@ def test_the_safeguard_never_ends_worse_than_sparsegpt(
     unit = random_unit(16, 48, gated=gated, bias=not gated)
     chunks = random_chunks(unit, [200, 200], outlier=outlier)
 
-    def run(epochs: int, safeguard: bool = False) -> tuple[Pruned, list[float]]:
-        settings = Settings.of_the_paper(
+    def run(epochs: int, safeguard: bool = False) -> tuple[PrunedUnit, list[float]]:
+        settings = LoopSettings.of_the_paper(
             epochs, 5.0 if gated else 0.1, update, safeguard=safeguard
         )
         pruned, history = prune(unit, chunks, [], sparsegpt, Share(0.7), settings)

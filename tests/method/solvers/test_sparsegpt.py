@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
-from extension import child
 from torch import Tensor
 
+from extension import child
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS
 from sparsellm.patterns import NM, Pattern

@@ -41,7 +41,7 @@ def runs_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
         monkeypatch,
         whole_model,
         "_pass",
-        lambda _, run, *__: seen.append((run.windows, torch.cat(list(run.dense)))),
+        lambda _, run, **__: seen.append((run.windows, torch.cat(list(run.dense)))),
     )
     return seen
 

@@ -198,13 +198,13 @@ def test_each_pass_and_each_seed_has_its_order_of_steps(
     orders: list[tuple[int, ...]] = []
     real = module._pass
 
-    def recorded(task: Any, run: Any, steps: Any, *more: Any) -> float:
+    def recorded(task: Any, run: Any, steps: Any, **more: Any) -> float:
         taken: list[int] = []
         with monkeypatch.context() as patched:
             patched.setattr(
                 run, "step", lambda step, *_: taken.append(steps.index(step)) or 0.0
             )
-            real(task, run, steps, *more)
+            real(task, run, steps, **more)
         orders.append(tuple(taken))
         return 0.0
 

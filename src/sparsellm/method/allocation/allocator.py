@@ -118,16 +118,14 @@ class Division:
         return Allocation({**self.fixed, **free.zeros}, report)
 
 
-def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:
+def divide_zeros(linears: Sequence[LinearSize], sparsity: float) -> Division:
     """Divides ``round(sparsity · weights)`` zeros into fixed and free ones. If every linear is fixed, their sum may
     differ from the total by the rounding of each. A RecipeError says that the free linears cannot make up for the fixed
     ones, and names the possible sparsities."""
     fixed = {x.name: x.fixed for x in linears if x.fixed is not None}
     free = [x for x in linears if x.fixed is None]
-    weights, weights_free = (
-        sum(x.weights for x in linears),
-        sum(x.weights for x in free),
-    )
+    weights = sum(x.weights for x in linears)
+    weights_free = sum(x.weights for x in free)
     given = sum(fixed.values())
     zeros = round(sparsity * weights) - given
     if not fixed:
@@ -136,7 +134,8 @@ def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:
         return Division(fixed, free, zeros, zeros / weights_free)
     if not free and abs(zeros) <= len(linears):
         return Division(fixed, [], 0, 0.0)
-    least, most = given / weights, (given + LARGEST * weights_free) / weights
+    least = given / weights
+    most = (given + LARGEST * weights_free) / weights
     possible = f"{math.ceil(least * _DIGITS) / _DIGITS:g} to {math.floor(most * _DIGITS) / _DIGITS:g} are"
     raise RecipeError(
         f"sparsity {sparsity:g} cannot be reached: sparsity_of fixes {len(fixed)} of {len(linears)} linears, with "

@@ -67,10 +67,8 @@ def from_histograms(
         if linear.name in counts:
             below[i, 1:] = counts[linear.name].cumsum(0)
         else:
-            fewest[i], most[i] = (
-                math.floor(survey.sparsity * weights[i]),
-                math.ceil(survey.sparsity * weights[i]),
-            )
+            fewest[i] = math.floor(survey.sparsity * weights[i])
+            most[i] = math.ceil(survey.sparsity * weights[i])
     low, high = (
         torch.tensor(limits, dtype=torch.float64)[:, None] for limits in (fewest, most)
     )
@@ -79,7 +77,8 @@ def from_histograms(
     if edge == 0 or edge > BINS:  # all at their fewest, or all at their most
         chosen = zeros[:, min(edge, BINS)]
     else:
-        before, after = zeros[:, edge - 1], zeros[:, edge]
+        before = zeros[:, edge - 1]
+        after = zeros[:, edge]
         chosen = before + (after - before) * (
             (survey.zeros - before.sum()) / (after - before).sum()
         )

@@ -2,7 +2,8 @@
 
 Read :func:`prune_feed_forward` first, then ``_Loop.iterate``. Iteration 0 is local pruning. Each further iteration
 updates each auxiliary variable once, prunes the first half fitted to them, fits its kept weights to the dense products,
-and fits and prunes ``down``. The published algorithm, a setting of this loop, omits that fit: see :class:`Settings`.
+and fits and prunes ``down``. The published algorithm is a setting of this loop and omits that fit, see
+:class:`LoopSettings`.
 
 An iteration includes pruning, so the true error, measured after each, may rise. With the safeguard, the iterate with
 the least error on held-out tokens is chosen, never one worse than local pruning, and made again from all tokens.
@@ -42,7 +43,7 @@ ACCUMULATED_DAMPING = 0.01  # what SparseGPT adds to the stored Gram matrix in e
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoopSettings:
     """The settings of the loop; :meth:`of_the_paper` are those of the authors' code."""
 
     iterations: int = 4  # after the local solution, which is iteration 0
@@ -79,7 +80,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedUnit:
     """The chosen iterate, fitted to all tokens."""
 
     unit: FeedForward
@@ -94,9 +95,9 @@ def prune_feed_forward(
     train: Chunks,
     held_out: Chunks,
     solvers: Mapping[str, Solver],
-    settings: Settings,
+    settings: LoopSettings,
     scratch: Scratch,
-) -> tuple[Pruned, list[Step]]:
+) -> tuple[PrunedUnit, list[Step]]:
     """Prunes up, gate (if any) and down of one unit so that its output stays near the targets; returns the chosen
     iterate, and the records of all iterations.
 
@@ -105,7 +106,7 @@ def prune_feed_forward(
     are by role (``up``, ``gate``, ``down``), each with its pattern; ``scratch`` stores the variables of all tokens. A
     NumericalError says that an iterate is not finite; with the safeguard, that the local solution is not."""
     history: list[Step] = []
-    best: Pruned | None = None
+    best: PrunedUnit | None = None
     with ExitStack() as stack:
         stores = {
             role: stack.enter_context(scratch.store(dense.up.weight.device))
@@ -135,7 +136,8 @@ def prune_feed_forward(
                     raise NumericalError(
                         f"the alternation diverged {when}: {failure}"
                     ) from failure
-                error, value = math.inf, None
+                error = math.inf
+                value = None
             on_held_out, on_train = (error, None) if held_out else (None, error)
             history.append(
                 Step(
@@ -146,7 +148,8 @@ def prune_feed_forward(
                 )
             )
             if best is None or not settings.safeguard or error < best.error:
-                best, chosen = Pruned(unit, masks, error, notes), iteration
+                best = PrunedUnit(unit, masks, error, notes)
+                chosen = iteration
             if error == math.inf or iteration - chosen >= settings.patience:
                 break
     assert best is not None
@@ -173,7 +176,7 @@ class _Loop:
     dense: FeedForward
     train: Chunks
     solvers: Mapping[str, Solver]
-    settings: Settings
+    settings: LoopSettings
     coefficients: Coefficients
     variables: dict[str, TensorStore]  # by role, a tensor for each chunk
     grams: dict[str, Gram] = field(
@@ -241,7 +244,8 @@ class _Loop:
         self, unit: FeedForward, iteration: int
     ) -> tuple[dict[str, Moments], float | None]:
         """Updates A, then Z or U and S, for every token; returns the moments for the weights, and the objective."""
-        published, coefficients = self.settings.published, self.coefficients
+        published = self.settings.published
+        coefficients = self.coefficients
         empty = partial(MomentsAccumulator, fit_bias=not published)
         accumulators = {
             role: empty(linear, self.grams.get(role), exact=published is not None)

@@ -177,7 +177,8 @@ class MomentsAccumulator:
             # Centred around the first chunk's mean at once, so that only a small rank-one term is subtracted at the
             # end: features whose mean is large against their spread lose no digits.
             self._shift = self._shift or (x.mean(dim=0), target.mean(dim=0))
-            x, target = x - self._shift[0], target - self._shift[1]
+            x = x - self._shift[0]
+            target = target - self._shift[1]
             weights = (
                 torch.ones(len(x), device=x.device)
                 if token_weights is None
@@ -203,13 +204,14 @@ class MomentsAccumulator:
         mean_x, mean_t = (
             total / self._total for total in self._sums
         )  # weighted means, from the shift
-        share = self._total / self._crosses.tokens
+        mean_weight = self._total / self._crosses.tokens
         if gram is not self._gram:
             gram = Gram(
-                gram.matrix - (share * torch.outer(mean_x, mean_x)).to(gram.matrix),
+                gram.matrix
+                - (mean_weight * torch.outer(mean_x, mean_x)).to(gram.matrix),
                 gram.tokens,
             )
-        cross = cross - (share * torch.outer(mean_t, mean_x)).to(cross)
+        cross = cross - (mean_weight * torch.outer(mean_t, mean_x)).to(cross)
         shift_x, shift_t = (shift.double() for shift in self._shift)
         return Moments(
             gram,

@@ -56,7 +56,8 @@ class Channels:
         )
         self.reader.assign(weight)
         for linear, (places,) in self.sources:
-            weight, bias = linear.weight(), linear.bias
+            weight = linear.weight()
+            bias = linear.bias
             weight[places] = rotation @ weight[places]
             linear.assign(weight)
             if bias is not None:
@@ -156,7 +157,8 @@ def _guesses(
     queries = getattr(text, "num_attention_heads", None)
     if not isinstance(queries, int) or queries < 1 or width % queries:
         return
-    size, keys = width // queries, getattr(text, "num_key_value_heads", None)
+    size = width // queries
+    keys = getattr(text, "num_key_value_heads", None)
     for heads in dict.fromkeys(
         [keys if isinstance(keys, int) and keys > 0 else queries, queries, 1]
     ):

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from sparsellm.method.auxiliary.loop import Settings, prune_feed_forward
+from sparsellm.method.auxiliary.loop import LoopSettings, prune_feed_forward
 from sparsellm.method.auxiliary.objective import (
     Chunks,
     FeedForward,
@@ -35,7 +35,7 @@ def prune_unit(
     unit: Unit,
     weights: list[Tensor] | None,
     solvers: Mapping[str, Solver],
-    settings: Settings,
+    settings: LoopSettings,
 ) -> None:
     """Prunes one unit of a block; the targets are its current outputs, with weights of tokens ``(batch, seq)`` or None.
     The result is the iterate with the least error on held-out tokens, with its weights then fitted to all tokens."""
@@ -65,10 +65,11 @@ def alternate(
     train: Chunks,
     held_out: Chunks,
     solvers: Mapping[str, Solver],
-    settings: Settings,
+    settings: LoopSettings,
 ) -> None:
     """Runs the loop with a solver for each linear, by name, and accepts its results; ``down`` gets the history."""
-    linears, scratch = unit.linears(), task.stream.scratch
+    linears = unit.linears()
+    scratch = task.stream.scratch
     inside = {
         role: partial(solvers[x.name], pattern=task.patterns[x.name])
         for role, x in linears.items()

@@ -25,7 +25,7 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.errors import RecipeError
 from sparsellm.files.scratch import TensorStore
-from sparsellm.method.auxiliary.loop import Settings
+from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.blocks.channels import find_channels
 from sparsellm.method.blocks.feed_forward import UNIT_STREAMS, Unit, prune_unit
 from sparsellm.method.blocks.permutation import permute_block
@@ -58,7 +58,8 @@ def _needs(options: Options) -> Needs:
         raise RecipeError(
             "options.iterations of sparsellm includes the refit; leave options.refit at true"
         )
-    solver, weighted = SOLVERS[options["solver"]], options["output_metric"] > 0
+    solver = SOLVERS[options["solver"]]
+    weighted = options["output_metric"] > 0
     if needed := [
         name
         for name, option in solver.options.model_fields.items()
@@ -88,7 +89,7 @@ def _needs(options: Options) -> Needs:
     allocation="threshold",
     effort=1,
 )
-def sparsellm(
+def prune_in_order(
     task: BlockTask,
     *,
     solver: Annotated[str, "the local solver inside"] = "admm",
@@ -160,10 +161,14 @@ def sparsellm(
         unit = by_names.get(frozenset(sublayer.names))
         if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):
             prune_unit(
-                task, unit, weights, solvers, Settings(rounds, damping=refit_damping)
+                task,
+                unit,
+                weights,
+                solvers,
+                LoopSettings(rounds, damping=refit_damping),
             )
         else:
-            fitting.prune_in_order(sublayer)
+            fitting.prune_sublayer(sublayer)
     prune_experts(task, fitting.solve, weights, fitting.damping)
     known = {name for sublayer in sublayers for name in sublayer.names}
     rest = [
@@ -208,7 +213,8 @@ class _Means:
     def __init__(
         self, group: Sequence[LinearView], fitted: bool, device: torch.device
     ) -> None:
-        head, biased = group[0], any(linear.bias is not None for linear in group)
+        head = group[0]
+        biased = any(linear.bias is not None for linear in group)
         sizes = (
             [1, head.in_features, *([head.out_features] if fitted else [])]
             if biased
@@ -257,9 +263,10 @@ class _Fitting:
         """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""
         self.task.solve(linear, self.solvers[linear.name], gram, fit)
 
-    def prune_in_order(self, sublayer: Sublayer) -> None:
+    def prune_sublayer(self, sublayer: Sublayer) -> None:
         """Prunes one group after another; the refit's target is the writer's output before the first was pruned."""
-        task, stream = self.task, self.task.stream
+        task = self.task
+        stream = self.task.stream
         before = [
             linear
             for group in sublayer.groups
@@ -320,7 +327,9 @@ class _Fitting:
 
         They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
         Linears that only run after both are skipped."""
-        stream, index, head = self.task.stream, self.task.index, group[0]
+        stream = self.task.stream
+        index = self.task.index
+        head = group[0]
         means = _Means(group, fitted, stream.chain.device)
         gram = GramAccumulator(head.in_features, stream.chain.device)
         cross = (

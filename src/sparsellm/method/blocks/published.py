@@ -1,7 +1,7 @@
 """The published SparseLLM, for comparison: with SparseGPT as solver, and the last iterate as the result.
 
 As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. SparseGPT
-prunes attention and the experts of a mixture. The loop with ``Settings.of_the_paper`` prunes
+prunes attention and the experts of a mixture. The loop with ``LoopSettings.of_the_paper`` prunes
 the feed-forward unit: its inputs are those from before attention was pruned, and its targets are the dense unit's
 outputs on them. Differences from the authors' code: the loop computes in fp32, sums of moments and the pseudo-inverse
 in fp64; every block of the model is pruned; variables are kept in chunks that may be on disk.
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.method.auxiliary.loop import Settings
+from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.auxiliary.objective import stored
 from sparsellm.method.blocks.feed_forward import UNIT_STREAMS, alternate, current
 from sparsellm.method.blocks.routed import prune_experts, without_experts
@@ -35,7 +35,7 @@ from sparsellm.registry import Needs, Workspace
     workspace=Workspace(grams=8, streams=UNIT_STREAMS),
     needs=lambda options: Needs(token_states=True),
 )
-def sparsellm_paper(
+def prune_as_published(
     task: BlockTask,
     *,
     epochs: Annotated[
@@ -93,11 +93,12 @@ def sparsellm_paper(
         for unit in units:
             gated = unit.gate is not None
             fit = output_update or ("pseudo-inverse" if gated else "gradient")
-            settings = Settings.of_the_paper(
+            settings = LoopSettings.of_the_paper(
                 epochs, penalty or (5.0 if gated else 0.1), fit, safeguard=safeguard
             )
             task.report("alternating")
-            dense, entered = current(unit), inputs[unit.up.name]
+            dense = current(unit)
+            entered = inputs[unit.up.name]
             with task.clock.phase("prune/variables"), task.stream.store() as targets:
                 for x in entered:
                     targets.append(dense(x.float()))

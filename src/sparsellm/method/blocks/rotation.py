@@ -86,7 +86,8 @@ def best_rotation(
 def cayley(free: Tensor) -> Tensor:
     """Orthogonal matrices ``(..., width, width)`` from the entries below the diagonals of ``free``."""
     below = free.tril(-1)
-    skew, identity = below - below.mT, torch.eye(free.shape[-1], device=free.device)
+    skew = below - below.mT
+    identity = torch.eye(free.shape[-1], device=free.device)
     matrices: Tensor = torch.linalg.solve(identity + skew, identity - skew)
     return matrices
 
@@ -105,7 +106,8 @@ def _cost(
             math.sqrt(grams[linear.name].energy(weight.flatten(0, -2)) or 1.0)
         )
 
-    reader, places = channels.reader, channels.inputs  # (copies, heads, width)
+    reader = channels.reader
+    places = channels.inputs  # (copies, heads, width)
     blocks = inverses[reader.name][
         places[..., :, None], places[..., None, :]
     ]  # (copies, heads, width, width)

@@ -117,7 +117,8 @@ def _prune(
         else None
         for entry in experts
     ]
-    shared, last = dict[int, _Moments](), dict[int, _Moments]()
+    shared = dict[int, _Moments]()
+    last = dict[int, _Moments]()
 
     def prune_first(place: int) -> None:
         moments = shared.pop(place)
@@ -126,7 +127,9 @@ def _prune(
             solve(linear, gram, None)
 
     def prune_down(place: int) -> None:
-        (down,), moments, fit = experts[place].down, last.pop(place), None
+        (down,) = experts[place].down
+        moments = last.pop(place)
+        fit = None
         gram = Gram(moments.matrix, moments.tokens)
         if moments.cross is not None and refit is not None:
             with task.clock.phase("prune/solve"), naming(down.name):
@@ -178,12 +181,12 @@ class _Moments:
     def shrunk_to(self, prior: _Moments) -> _Moments:
         """``(1 − α)`` of these and ``α`` of the prior, with ``α = n₀ / (n₀ + n)``."""
         weight = PRIOR * len(self.matrix)  # n₀
-        share = weight / (weight + self.tokens)
+        alpha = weight / (weight + self.tokens)
         cross = None
         if self.cross is not None and prior.cross is not None:
-            cross = torch.lerp(self.cross, prior.cross, share)
+            cross = torch.lerp(self.cross, prior.cross, alpha)
         return _Moments(
-            torch.lerp(self.matrix, prior.matrix, share), self.tokens, cross
+            torch.lerp(self.matrix, prior.matrix, alpha), self.tokens, cross
         )
 
 

@@ -57,7 +57,8 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
         output = task.stream.run_window(task.index)
     sublayers: list[Sublayer] = []
     groups: list[Group] = []
-    later, proven = list(task.linears), list[KnownOutput]()
+    later = list(task.linears)
+    proven = list[KnownOutput]()
     for group in grouping.agreed(task.linears):
         groups.append(group)
         later = [linear for linear in later if linear not in group]

@@ -85,12 +85,12 @@ class BlockTask:
         :meth:`finish`; experts are in :mod:`sparsellm.method.blocks.routed`. ``token_weights`` are
         ``(batch, seq)`` for each batch; for a linear that does not get every token all weights are 1, since it is
         not known which it gets."""
-        device, everything = (
-            self.stream.chain.device,
-            self.stream.chain.linears(self.index),
-        )
+        device = self.stream.chain.device
+        everything = self.stream.chain.linears(self.index)
         accumulators: dict[str, GramAccumulator] = {}
-        grouping, order, position = InputGroups(), RunOrder(), 0
+        grouping = InputGroups()
+        order = RunOrder()
+        position = 0
 
         def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
             # An expert that is called without tokens has none: all empty tensors are at one address.
@@ -230,12 +230,11 @@ class BlockTask:
         """Assigns the solution for a weight ``dense (out, in)`` to a linear, with its values rounded if the recipe asks
         for integers, and adds a result. ``gram`` is that of the linear's inputs. If it is None, the rounding runs the
         block, and the result keeps the solution's error. NumericalError if values cannot be rounded or stored."""
-        pattern, weight, error = (
-            self.patterns[linear.name],
-            solution.weight,
-            solution.error,
-        )
-        notes, exponents = solution.notes, ""
+        pattern = self.patterns[linear.name]
+        weight = solution.weight
+        error = solution.error
+        notes = solution.notes
+        exponents = ""
         if self.values != "keep":
             if (factor := safe_factor(weight)) != 1:
                 raise NumericalError(
@@ -244,11 +243,9 @@ class BlockTask:
                 )
             grid, before, after = self._rounded(linear, dense, solution, gram)
             error = error if gram is None else after
-            weight, notes, exponents = (
-                grid.weight,
-                (*notes, *grid.notes),
-                text_of_exponents(grid.exponents),
-            )
+            weight = grid.weight
+            notes = (*notes, *grid.notes)
+            exponents = text_of_exponents(grid.exponents)
             if after > before + COARSE:
                 more = (
                     f"raised its error from {before:.3f} to"
@@ -295,7 +292,8 @@ class BlockTask:
             )
             gram = taken[0][1] if taken else _equal_inputs(linear)
         with self.clock.phase("prune/rounding"):
-            fixed, weight = isinstance(self.patterns[linear.name], NM), solution.weight
+            fixed = isinstance(self.patterns[linear.name], NM)
+            weight = solution.weight
             target = weight if solution.fitted else dense
             grid = rounded(
                 weight,

@@ -39,7 +39,8 @@ def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, So
     """The local solver of each linear, by name; its outputs compete for weights by ``E[g²]^power``.
 
     Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and if no token came."""
-    products, device = task.stream.chain.products, task.stream.chain.device
+    products = task.stream.chain.products
+    device = task.stream.chain.device
     solvers = {}
     for linear in task.linears:
         costs = task.output_costs.get(linear.name) if power else None

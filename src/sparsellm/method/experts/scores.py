@@ -30,7 +30,8 @@ class MixtureView:
 
     def best(self, scores: Tensor) -> list[int]:
         """The numbers of the experts that stay by these scores ``(E,)``, in order; of equal ones, the first."""
-        size, keep = len(scores) // self.groups, self.keep // self.groups
+        size = len(scores) // self.groups
+        keep = self.keep // self.groups
         order = scores.view(self.groups, size).argsort(
             dim=1, descending=True, stable=True
         )[:, :keep]
@@ -72,7 +73,9 @@ def coordinated(
     """The set of least output error among those that exchanges try, from reap's set on: 1 inside, 0 outside."""
     scores = reap(view)
     kept = view.best(scores)
-    least, left, size = view.error_of(kept), trials, len(scores) // view.groups
+    least = view.error_of(kept)
+    left = trials
+    size = len(scores) // view.groups
     times = Counter[
         tuple[int, int]
     ]()  # how often each pair was tried: those that were refused come last
@@ -96,7 +99,8 @@ def coordinated(
             times[goes, comes] += 1
             tried = sorted({*kept, comes} - {goes})
             if (error := view.error_of(tried)) < least:
-                kept, least = tried, error
+                kept = tried
+                least = error
                 break
         else:
             break

@@ -27,16 +27,13 @@ from sparsellm.model.streams import PIECE_TOKENS
 from sparsellm.progress import Progress as Event
 
 TOKENS = 4096  # calibration tokens for gradients; the time is proportional to them
-LEAST_WINDOWS = (
-    4  # with half as many the model is worse, with twice as many it is not better
-)
+LEAST_WINDOWS = 4  # half as many make the model worse, twice as many no better
 SHARE = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
 LEAST_SCORED = 128  # fewest such positions: fewer save little, because the blocks run on all positions
 BINS = 1 << 14
-LOWEST, HIGHEST = (
-    -160.0,
-    60.0,
-)  # log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
+# log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
+LOWEST = -160.0
+HIGHEST = 60.0
 WITHOUT = (
     "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
 )
@@ -66,10 +63,8 @@ def loss_gradients(
     Saliency takes one product ``F = (g∘g)ᵀ(x∘x)`` a batch, with factors in bf16 where blocks multiply in it (their
     rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time. A NumericalError says that a
     gradient is NaN or infinite; others are as in :func:`backward_sweep`."""
-    tokens, dtype = (
-        feed.windows.numel(),
-        torch.float32 if feed.chain.products is None else torch.bfloat16,
-    )
+    tokens = feed.windows.numel()
+    dtype = torch.float32 if feed.chain.products is None else torch.bfloat16
     squares: dict[str, Tensor] = {}  # (out,) fp32, sums over tokens
     fisher: dict[str, Tensor] = {}  # (out, in) fp32, those of one block
     histograms: dict[str, Tensor] = {}
@@ -98,7 +93,9 @@ def loss_gradients(
                 )
 
     pieces = replace(feed, batch_tokens=min(feed.batch_tokens, PIECE_TOKENS))
-    backward_sweep(pieces, see, done, names=names, share=SHARE, reads_inputs=saliency)
+    backward_sweep(
+        pieces, see, done, names=names, fraction=SHARE, reads_inputs=saliency
+    )
     means = {name: (total / tokens).cpu() for name, total in squares.items()}
     for name, mean in means.items():
         _check_finite(name, mean)
@@ -138,7 +135,7 @@ def backward_sweep(
     done: Callable[[list[LinearView]], None] = lambda linears: None,
     *,
     names: Collection[str] | None = None,
-    share: float = 1.0,
+    fraction: float = 1.0,
     reads_inputs: bool = True,
 ) -> float:
     """Differentiates the next-token loss at outputs of linears, last block first; returns its mean, in nats a token.
@@ -150,8 +147,8 @@ def backward_sweep(
         see: called for each linear and batch of this process's windows.
         done: called with the linears of each block after all its tokens, while it is loaded, in every process.
         names: the linears to call them for; None for all.
-        share: the share of a window's positions that is scored, see :func:`_positions`. The head, whose vocabulary may
-            cost more than all blocks, runs for these alone.
+        fraction: the fraction of a window's positions that is scored, see :func:`_positions`. The head, whose
+            vocabulary may cost more than all blocks, runs for these alone.
         reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
 
     A NumericalError says that the loss is not finite; a ModelError that a block has no gradient, or changes the input
@@ -160,8 +157,10 @@ def backward_sweep(
         raise DataError(
             f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more"
         )
-    windows, (feed, places) = len(feed.windows), feed.own()
-    chain, blocks = feed.chain, len(feed.chain)
+    windows = len(feed.windows)  # of all processes
+    feed, places = feed.own()
+    chain = feed.chain
+    blocks = len(chain)
     stream = feed.stream()
     with contextlib.ExitStack() as stack:
         stack.callback(stream.close)
@@ -182,7 +181,7 @@ def backward_sweep(
                     stream.hidden[position] = output
         gradients = stack.enter_context(stream.store())
         with chain.outer():
-            loss = _through_the_end(feed, stream, gradients, share, places)
+            loss = _through_the_end(feed, stream, gradients, fraction, places)
         loss = parallel.total(loss) / (windows * (feed.seq_len - 1))
         if not math.isfinite(loss):
             raise NumericalError(
@@ -209,10 +208,10 @@ def backward_sweep(
                 _back_through(
                     stream,
                     index,
-                    inputs[index],
-                    gradients,
-                    seen,
-                    _hook(see, reads_inputs),
+                    inputs=inputs[index],
+                    gradients=gradients,
+                    linears=seen,
+                    hook=_hook(see, reads_inputs),
                 )
                 done(linears)
             inputs[index].close()
@@ -222,54 +221,51 @@ def backward_sweep(
 
 
 def _through_the_end(
-    feed: Feed, stream: Stream, gradients: TensorStore, share: float, places: slice
+    feed: Feed, stream: Stream, gradients: TensorStore, fraction: float, places: slice
 ) -> float:
     """The sum of the losses of the windows at ``places`` among those of all processes; appends its gradient at the
     output of the last block to ``gradients``."""
-    chain, total, start, predicted = feed.chain, 0.0, 0, feed.seq_len - 1
-    for hidden in stream.hidden:
-        hidden, ids = (
-            hidden.float(),
-            feed.windows[start : start + len(hidden)].to(chain.device),
-        )
-        seeds = range(places.start + start, places.start + start + len(hidden))
-        scored = torch.stack([_positions(predicted, share, seed) for seed in seeds]).to(
-            chain.device
-        )
-        start, spots = (
-            start + len(hidden),
-            scored[..., None].expand(-1, -1, hidden.shape[-1]),
-        )
+    chain = feed.chain
+    predicted = feed.seq_len - 1
+    total = 0.0
+    start = 0
+    for states in stream.hidden:
+        hidden = states.float()
+        stop = start + len(hidden)
+        ids = feed.windows[start:stop].to(chain.device)
+        seeds = range(places.start + start, places.start + stop)
+        chosen = [_positions(predicted, fraction, seed) for seed in seeds]
+        scored = torch.stack(chosen).to(chain.device)
+        spots = scored[..., None].expand(-1, -1, hidden.shape[-1])
         following = next_token_loss(ids.gather(1, scored + 1))
         loss, slope = through_head(
             chain,
             hidden.gather(1, spots),
-            ids.gather(1, scored),
-            following,
+            ids=ids.gather(1, scored),
+            loss=following,
             gradient=True,
         )
         total += loss * predicted / scored.shape[1]
         slope *= (predicted / scored.shape[1]) ** 0.5
         gradients.append(torch.zeros_like(hidden).scatter_(1, spots, slope))
+        start = stop
     return total if places.start < places.stop else 0.0
 
 
-def _positions(predicted: int, share: float, seed: int) -> Tensor:
-    """The positions of a window that are scored, int64, in order: a random ``share`` of the ``predicted`` ones with a
-    next token, at least :data:`LEAST_SCORED`.
+def _positions(predicted: int, fraction: float, seed: int) -> Tensor:
+    """The positions of a window that are scored, int64, in order: a random ``fraction`` of the ``predicted`` ones with
+    a next token, at least :data:`LEAST_SCORED`.
 
-    The gradient ``g`` at a token sums those of later positions, ``Σ_s a_s``. Of a share p of the positions it is
+    The gradient ``g`` at a token sums those of later positions, ``Σ_s a_s``. Of a fraction p of the positions it is
     ``ĝ = Σ_s m_s a_s``, scaled by ``1/√p`` so that ``E ĝ² = p g² + (1 − p) Σ_s a_s²``. Errors of predictions at
     different positions are uncorrelated in a calibrated model, so ``E g² = E Σ_s a_s²``: squares keep their expectation
-    for any share, while gradients themselves are ``√p`` of theirs."""
-    count = min(predicted, max(LEAST_SCORED, round(share * predicted)))
+    for any fraction, while gradients themselves are ``√p`` of theirs."""
+    count = min(predicted, max(LEAST_SCORED, round(fraction * predicted)))
     if count == predicted:
         return torch.arange(predicted)
-    return (
-        torch.randperm(predicted, generator=torch.Generator().manual_seed(seed))[:count]
-        .sort()
-        .values
-    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(predicted, generator=generator)
+    return order[:count].sort().values
 
 
 def _back_through(
@@ -282,9 +278,8 @@ def _back_through(
 ) -> None:
     """Runs the loaded block on its stored input, and replaces ``gradients`` at its output by those at its input."""
     chain = stream.chain
-    for position, call in enumerate(
-        [call.to(torch.float32) for call in stream.calls(index)]
-    ):
+    calls = [call.to(torch.float32) for call in stream.calls(index)]
+    for position, call in enumerate(calls):
         hidden = inputs[position].float().detach().requires_grad_(True)
         with torch.enable_grad(), watch(linears, hook):
             output = chain.apply(index, hidden, call)
@@ -295,7 +290,8 @@ def _back_through(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # the model's own code may not be differentiable
-            why, block = str(error).splitlines()[0], chain.block_names[index]
+            why = str(error).splitlines()[0]
+            block = chain.block_names[index]
             raise ModelError(
                 f"{block} has no gradient ({why}); do without: {WITHOUT}"
             ) from error
@@ -313,7 +309,8 @@ def _hook(see: See, reads_inputs: bool) -> See:
     """A hook on a linear's output in the graph; later changes of the output in place do not affect it."""
 
     def watched(linear: LinearView, x: Tensor, y: Tensor) -> None:
-        given, version = x.detach(), x._version
+        given = x.detach()
+        version = x._version
 
         def arrived(gradient: Tensor) -> None:
             if reads_inputs and given._version != version:

@@ -29,7 +29,8 @@ def through_head(
     block for token ids ``(batch, seq)``, in its dtype; without ``gradient``, ``hidden`` itself takes its place.
 
     The chain has its outer weights loaded; the logits of a few positions are in memory at a time."""
-    total, slopes = 0.0, torch.empty(0)
+    total = 0.0
+    slopes = torch.empty(0)
     parts: list[Tensor] = []
     step = max(1, HEAD_TOKENS // len(ids))
     for first in range(0, ids.shape[1], step):
@@ -41,10 +42,8 @@ def through_head(
         if not gradient:
             total += loss(logits, span, None)
             continue
-        if not parts:
-            slopes = torch.empty_like(
-                logits
-            ).flatten()  # used again for every chunk: the first is the largest
+        if not parts:  # used again for every chunk: the first is the largest
+            slopes = torch.empty_like(logits).flatten()
         slope = slopes[: logits.numel()].view_as(logits)
         total += loss(logits.detach(), span, slope)
         parts.append(torch.autograd.grad(logits, part, slope)[0])
@@ -61,9 +60,9 @@ def next_token_loss(targets: Tensor) -> HeadLoss:
             logarithm = functional.log_softmax(rows, -1)
             total -= float(logarithm.gather(-1, target).double().sum())
             if part is not None:  # softmax − 1 at the target
-                torch.exp(logarithm, out=part).scatter_add_(
-                    -1, target, -torch.ones_like(target, dtype=part.dtype)
-                )
+                torch.exp(logarithm, out=part)
+                minus_one = -torch.ones_like(target, dtype=part.dtype)
+                part.scatter_add_(-1, target, minus_one)
         return total
 
     return cross_entropy
@@ -75,16 +74,13 @@ def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
 
     def divergence(logits: Tensor, span: slice, slope: Tensor | None) -> float:
         total = 0.0
-        for rows, goal, part in _rows(
-            logits, chain.finish(dense[:, span], ids[:, span]), slope
-        ):
-            target, logarithm = (
-                functional.log_softmax(goal.float(), -1),
-                functional.log_softmax(rows, -1),
-            )
-            total += float(
-                (target - logarithm).mul_(target.exp_()).sum(-1).double().sum()
-            )
+        goals = chain.finish(dense[:, span], ids[:, span])
+        for rows, goal, part in _rows(logits, goals, slope):
+            target = functional.log_softmax(goal.float(), -1)
+            logarithm = functional.log_softmax(rows, -1)
+            difference = target - logarithm
+            each = difference.mul_(target.exp_()).sum(-1)  # by position
+            total += float(each.double().sum())
             if part is not None:
                 torch.sub(logarithm.exp_(), target, out=part)
         return total

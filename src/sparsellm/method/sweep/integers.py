@@ -79,13 +79,8 @@ class Integers:
                 continue
             products = _seen(linear, gradient * rounded[name].detach())
             factors = parameters[name + FACTORS]
-            factors.grad = (
-                self.groups[name]
-                .collect(products)
-                .sum(dim=1)
-                .view_as(factors)
-                .div_(factors.detach())
-            )
+            sums = self.groups[name].collect(products).sum(dim=1)
+            factors.grad = sums.view_as(factors).div_(factors.detach())
 
     @torch.no_grad()
     def settle(self, index: int) -> None:

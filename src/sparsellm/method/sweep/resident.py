@@ -31,7 +31,13 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sparsellm import machine, parallel
-from sparsellm.method.sweep.sweep_task import Residence, Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import (
+    Residence,
+    Run,
+    SweepStep,
+    SweepTask,
+    Weights,
+)
 from sparsellm.method.sweep.training import adam_step, joined, split
 from sparsellm.model import Call, Chain
 from sparsellm.model.streams import Piece
@@ -42,7 +48,9 @@ class _Blocks(nn.Module):
 
     def __init__(self, chain: Chain, copies: list[nn.Module], way: Residence) -> None:
         super().__init__()
-        self.chain, self.copies, self.way = chain, nn.ModuleList(copies), way
+        self.chain = chain
+        self.copies = nn.ModuleList(copies)
+        self.way = way
 
     def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
         for index, call in enumerate(calls):
@@ -84,8 +92,10 @@ class Resident(Weights):
         for index in range(len(self.chain)):
             flat = self.copied(index)
             self._moments.append(flat.new_zeros(2, len(flat)))
-            if (state := self.saved_state(index)) is not None:
-                self.replace(index, *state)
+            saved = self.saved_state(index)
+            if saved is not None:
+                parameters, moments = saved
+                self.replace(index, parameters, moments)
         self.keep_saved()
 
     def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
@@ -104,7 +114,8 @@ class Resident(Weights):
 
     def _load(self) -> _Blocks:
         """Copies of all blocks with the pruned weights in fp32; a parameter of several blocks is one in all of them."""
-        chain, copies = self.chain, []
+        chain = self.chain
+        copies = []
         shared: dict[str, nn.Parameter] = {}
         for index in range(len(self.chain)):
             with chain.block(index, self.task.pruned(index)):
@@ -120,14 +131,14 @@ class Resident(Weights):
                         )
                         shared[first] = nn.Parameter(wide)
                     memo[id(p)] = shared[first]
-                copies.append(copy.deepcopy(chain.blocks[index], memo))
-                copies[
-                    -1
-                ]._forward_pre_hooks.clear()  # the caller's, which run in the model's own forward
-                copies[-1]._forward_hooks.clear()
+                block = copy.deepcopy(chain.blocks[index], memo)
+                # The caller's hooks run in the model's own forward.
+                block._forward_pre_hooks.clear()
+                block._forward_hooks.clear()
+                copies.append(block)
             shared = {first: p for first, p in shared.items() if chain.is_shared(first)}
             if self._mesh is not None:
-                self._shard(copies[-1], set(shared.values()))
+                self._shard(block, set(shared.values()))
         blocks = _Blocks(chain, copies, self.way)
         if self._mesh is not None:
             self._shard(blocks)  # what several blocks share is whole while they all run
@@ -148,6 +159,7 @@ class Resident(Weights):
             and self.chain.device.type == "cuda"
             and machine.pinned(1) is not None
         )
+        policy = CPUOffloadPolicy(pins) if self.way.offloads else OffloadPolicy()
         sharded = fully_shard(
             module,
             mesh=self._mesh,
@@ -155,18 +167,14 @@ class Resident(Weights):
             mp_policy=MixedPrecisionPolicy(
                 self.dtype, torch.float32, cast_forward_inputs=False
             ),
-            offload_policy=CPUOffloadPolicy(pins)
-            if self.way.offloads
-            else OffloadPolicy(),
+            offload_policy=policy,
             ignored_params=ignored,
         )
-        sharded.set_gradient_divide_factor(
-            1.0
-        )  # gradients of a mean over the tokens of all processes are added up
+        # Gradients of a mean over the tokens of all processes are added up.
+        sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-        sharded.set_reduce_scatter_unused_params(
-            True, recurse=False
-        )  # also where only others ran a module
+        # Also where only others ran a module.
+        sharded.set_reduce_scatter_unused_params(True, recurse=False)
 
     def _rows(self, name: str) -> Tensor:
         return _local(self._parameters[name].detach())
@@ -179,16 +187,17 @@ class Resident(Weights):
 
     def replace(self, index: int, parameters: Tensor, moments: Tensor) -> None:
         rows = self._rows_of(index)
-        for name, part in split(
-            parameters, {name: tensor.shape for name, tensor in rows.items()}
-        ).items():
+        shapes = {name: tensor.shape for name, tensor in rows.items()}
+        for name, part in split(parameters, shapes).items():
             rows[name].copy_(part)
         self._moments[index].copy_(moments)
 
     def part(self, index: int, complete: Tensor) -> Tensor:
         if self._mesh is None:
             return complete
-        rank, size, parts = parallel.rank(), parallel.size(), []
+        rank = parallel.rank()
+        size = parallel.size()
+        parts = []
         for name, tensor in split(complete, self.shapes[index]).items():
             first = -len(self.shapes[index][name])  # the dimension of rows
             chunks = tensor.chunk(size, first)
@@ -199,9 +208,8 @@ class Resident(Weights):
     def complete(self, index: int, part: Tensor) -> Tensor:
         if self._mesh is None:
             return part
-        tensors = split(
-            part, {name: rows.shape for name, rows in self._rows_of(index).items()}
-        )
+        rows = self._rows_of(index)
+        tensors = split(part, {name: tensor.shape for name, tensor in rows.items()})
         for name, shape in self.shapes[index].items():
             stride = torch.empty(shape, device="meta").stride()
             divided = DTensor.from_local(
@@ -210,14 +218,12 @@ class Resident(Weights):
             tensors[name] = divided.full_tensor()
         return joined(tensors)
 
-    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
-        return [
-            Step(
-                tuple(None if count is None else number for count in some),
-                sum(count or 0 for count in some),
-            )
-            for number, some in enumerate(zip_longest(*tokens))
-        ]
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
+        steps = []
+        for number, some in enumerate(zip_longest(*tokens)):
+            pieces = tuple(None if count is None else number for count in some)
+            steps.append(SweepStep(pieces, sum(count or 0 for count in some)))
+        return steps
 
     def outputs(
         self, run: Run, pieces: Sequence[Piece | None]
@@ -239,12 +245,14 @@ class Resident(Weights):
             for name, rows in before.items():
                 self._rows(name).copy_(rows)
 
-    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
         piece = run.piece(step)
         with torch.enable_grad():
             output = self._run(run, piece)
-        loss, slope = 0.0, torch.zeros_like(output)
-        if piece is not None:
+        if piece is None:
+            loss = 0.0
+            slope = torch.zeros_like(output)
+        else:
             loss, slope = run.end(output.detach().float(), piece, step.tokens)
         output.backward(slope.to(output.dtype))
         del output
@@ -254,9 +262,8 @@ class Resident(Weights):
             for name in self.shapes[index]:
                 parameter = self._parameters[name]
                 trained[name] = nn.Parameter(self._rows(name))
-                trained[name].grad = (
-                    None if parameter.grad is None else _local(parameter.grad)
-                )
+                if parameter.grad is not None:
+                    trained[name].grad = _local(parameter.grad)
                 parameter.grad = None
             adam_step(
                 trained,
@@ -289,12 +296,10 @@ class Resident(Weights):
             [self._rows(name).norm().double().square() for name in self._parameters]
         )
         totals = parallel.all_sum_(squares).tolist()
-        return {
-            name: (total / parameter.numel()) ** 0.5
-            for (name, parameter), total in zip(
-                self._parameters.items(), totals, strict=True
-            )
-        }
+        sizes = {}
+        for name, total in zip(self._parameters, totals, strict=True):
+            sizes[name] = (total / self._parameters[name].numel()) ** 0.5
+        return sizes
 
     def parameters(self, block: int) -> Tensor:
         return self.complete(block, self.copied(block))

@@ -27,11 +27,10 @@ from sparsellm.records import SweepPass
 from sparsepack.masks import from_bits, to_bits
 
 SWEEP = "sweep"  # name of the record, and of the folder of its files
-_BITS, _MASK, _SHAPE = (
-    "bits",
-    "mask",
-    "shape",
-)  # tensors of a file: what is not zero, and a bitmask of where that is
+# The tensors of a file: the elements that are not zero, a bitmask of their places, and the shape.
+_BITS = "bits"
+_MASK = "mask"
+_SHAPE = "shape"
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,12 @@ class SavedSweep:
     way = ""
 
     def __init__(self, state: Path, blocks: int) -> None:
-        self._folder, self._record, self._blocks = (
-            state / SWEEP,
-            state / f"{SWEEP}.json",
-            blocks,
-        )
+        self._folder = state / SWEEP
+        self._record = state / f"{SWEEP}.json"
+        self._blocks = blocks
         self.last = parallel.from_main(self._intact)
-        self._began = time.perf_counter() - (
-            self.last.seconds if self.last is not None else 0
-        )
+        before = self.last.seconds if self.last is not None else 0
+        self._began = time.perf_counter() - before
 
     def read(self, kind: str, number: int, block: int) -> Tensor:
         """The ``parameters`` or ``moments`` of a block after pass ``number``, on the CPU."""
@@ -87,10 +83,13 @@ class SavedSweep:
         """Writes the ``parameters`` and ``moments`` of each block after the newest pass of ``history``, then removes
         those of earlier passes except the ``best``. After the ``last`` pass, only the best parameters are kept. A
         StorageError says that the disk is full. Every process takes part in ``state``."""
-        number, seconds = history[-1].passes, time.perf_counter() - self._began
-        kinds = ({("parameters", best)} if best else set()) | (
-            set() if last else {(kind, number) for kind in state}
-        )
+        number = history[-1].passes
+        seconds = time.perf_counter() - self._began
+        kinds: set[tuple[str, int]] = set()  # what is kept, and the pass it is from
+        if best:
+            kinds.add(("parameters", best))
+        if not last:
+            kinds.update((kind, number) for kind in state)
         names = {
             self._file(kind, at, block).name
             for kind, at in kinds
@@ -114,16 +113,16 @@ class SavedSweep:
             )
 
         def record() -> None:
-            peak = max(
-                machine.peak_rss(), self.last.peak_rss if self.last is not None else 0
-            )
+            peak = machine.peak_rss()
+            if self.last is not None:
+                peak = max(peak, self.last.peak_rss)
             self.last = SweepRecord(
                 history,
                 best,
-                {name: files[name] for name in names},
-                seconds,
-                peak,
-                self.way,
+                files={name: files[name] for name in names},
+                seconds=seconds,
+                peak_rss=peak,
+                way=self.way,
             )
             keep_record(self._record, self.last)
             with explained(self._folder):
@@ -141,9 +140,9 @@ class SavedSweep:
 
     def _intact(self) -> SweepRecord | None:
         record = kept_record(self._record, SweepRecord)
-        files = record.files.items() if record is not None else ()
-        return (
-            record
-            if all(has_digest(self._folder / name, digest) for name, digest in files)
-            else None
-        )
+        if record is None:
+            return None
+        for name, digest in record.files.items():
+            if not has_digest(self._folder / name, digest):
+                return None
+        return record

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.method.sweep.sweep_task import Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import Run, SweepStep, SweepTask, Weights
 from sparsellm.method.sweep.training import (
     adam_step,
     joined,
@@ -53,24 +53,19 @@ class Streamed(Weights):
         ] = []  # other names of parameters: the block and the name there
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
-                trained, parameters = (
-                    self.describe(index),
-                    self.chain.block_parameters(index),
-                )
+                trained = self.describe(index)
+                parameters = self.chain.block_parameters(index)
                 self.factors |= trained.keys() - parameters.keys()
-                self._aliases.append(
-                    {
-                        name: self.chain.home(name)
-                        for name in parameters
-                        if name not in trained
-                    }
-                )
+                others = [name for name in parameters if name not in trained]
+                self._aliases.append({name: self.chain.home(name) for name in others})
                 self._places.append(self._places_in(trained))
                 flat = self.part(index, joined(trained))
-            flat, moments = self.saved_state(index) or (
-                flat,
-                flat.new_zeros(2, len(flat)),
-            )
+            saved = self.saved_state(index)
+            if saved is None:
+                moments = flat.new_zeros(2, len(flat))
+            else:
+                flat, moments = saved
+            del saved  # before the next block's are read
             self.store.append(flat)
             self.store.append(moments)
         self.keep_saved()
@@ -79,19 +74,17 @@ class Streamed(Weights):
         """The places of a block's elements that are not pruned, ``(kept,)``; ``(0,)`` if these are most of it."""
         flags = []
         for name, value in trained.items():
-            bits = joined({name: value}).view(
-                torch.int32
-            )  # a zero with a sign keeps it
-            flags.append(
-                bits != 0
-                if name in self.pruned
-                else torch.ones_like(bits, dtype=torch.bool)
-            )
+            # As integers: a zero with a sign is kept with it.
+            bits = joined({name: value}).view(torch.int32)
+            if name in self.pruned:
+                flags.append(bits != 0)
+            else:
+                flags.append(torch.ones_like(bits, dtype=torch.bool))
         kept = torch.cat(flags)
-        few = int(kept.count_nonzero()) <= MOST_KEPT * len(kept)
-        return (
-            (kept if few else kept[:0]).nonzero().flatten().to(place_dtype(len(kept)))
-        )
+        dtype = place_dtype(len(kept))
+        if int(kept.count_nonzero()) > MOST_KEPT * len(kept):
+            return torch.empty(0, dtype=dtype, device=kept.device)
+        return kept.nonzero().flatten().to(dtype)
 
     def _places_of(self, index: int) -> Tensor:
         """The places of a block, read once for all of its tensors in a step."""
@@ -101,11 +94,9 @@ class Streamed(Weights):
 
     def part(self, index: int, complete: Tensor) -> Tensor:
         places = self._places_of(index)
-        return (
-            complete.to(places.device).index_select(-1, places)
-            if len(places)
-            else complete
-        )
+        if not len(places):
+            return complete
+        return complete.to(places.device).index_select(-1, places)
 
     def complete(self, index: int, part: Tensor) -> Tensor:
         places = self._places_of(index)
@@ -113,9 +104,8 @@ class Streamed(Weights):
             return part
         elements = sum(shape.numel() for shape in self.shapes[index].values())
         filled = part.new_zeros(*part.shape[:-1], elements)
-        for some, values in zip(
-            places.split(COPIED), part.split(COPIED, -1), strict=True
-        ):
+        pieces = zip(places.split(COPIED), part.split(COPIED, -1), strict=True)
+        for some, values in pieces:
             filled.index_copy_(-1, some.long(), values)
         return filled
 
@@ -153,34 +143,28 @@ class Streamed(Weights):
         """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
         With ``running``, values are on the grids of :class:`Integers`; with ``written``, also rounded as on disk."""
         views: dict[int, dict[str, nn.Parameter]] = {}
-        for at in dict.fromkeys(
-            [index, *(at for at, _ in self._aliases[index].values())]
-        ):
+        owners = [index, *(at for at, _ in self._aliases[index].values())]
+        for at in dict.fromkeys(owners):
             views[at] = self.views(flat if at == index else self.parameters(at), at)
             if running and self.integers is not None:
                 views[at] = self.integers.of(views[at], at)
             if written:
                 for name, parameter in views[at].items():
-                    views[at][name] = nn.Parameter(
-                        self.as_written(name, parameter.detach())
-                    )
-        return {
-            **views[index],
-            **{
-                name: views[at][first]
-                for name, (at, first) in self._aliases[index].items()
-            },
-        }
+                    value = self.as_written(name, parameter.detach())
+                    views[at][name] = nn.Parameter(value)
+        result = dict(views[index])
+        for name, (at, first) in self._aliases[index].items():
+            result[name] = views[at][first]
+        return result
 
-    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
-        return [
-            Step(
-                tuple(number if at == process else None for at in range(len(tokens))),
-                count,
-            )
-            for process, some in enumerate(tokens)
-            for number, count in enumerate(some)
-        ]
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
+        steps = []
+        for process, some in enumerate(tokens):
+            for number, count in enumerate(some):
+                pieces: list[int | None] = [None] * len(tokens)
+                pieces[process] = number
+                steps.append(SweepStep(tuple(pieces), count))
+        return steps
 
     def outputs(
         self, run: Run, pieces: Sequence[Piece | None]
@@ -189,10 +173,13 @@ class Streamed(Weights):
             if piece is not None:
                 yield piece, self._forward(run, piece, written=True)[-1]
 
-    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
-        chain, piece = self.chain, run.piece(step)
+    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
+        chain = self.chain
+        piece = run.piece(step)
         process = next(at for at, place in enumerate(step.pieces) if place is not None)
-        loss, inputs, gradient = 0.0, [], None
+        loss = 0.0
+        inputs = []
+        gradient = None
         waiting: dict[
             str, Tensor
         ] = {}  # gradients of parameters that later blocks borrow
@@ -200,7 +187,8 @@ class Streamed(Weights):
             inputs = self._forward(run, piece, written=False)
             loss, gradient = run.end(inputs.pop(), piece, step.tokens)
         for index in reversed(range(len(chain))):
-            flat, state = self.parameters(index), self.moments(index)
+            flat = self.parameters(index)
+            state = self.moments(index)
             self.expect(index - 1, moments=True)
             parameters = used = self.all_views(flat, index, running=False)
             if piece is not None:
@@ -209,27 +197,28 @@ class Streamed(Weights):
                     used = self.all_views(flat, index, running=True)
                 with running_on(chain, index, used), torch.enable_grad():
                     hidden.requires_grad_(True)
-                    chain.apply(index, hidden, run.call(piece, index)).backward(
-                        gradient
-                    )
+                    output = chain.apply(index, hidden, run.call(piece, index))
+                    output.backward(gradient)
+                    del output
                 gradient = hidden.grad
                 assert gradient is not None
-                for name in used:
-                    parameters[name].grad = used[
-                        name
-                    ].grad  # straight through the rounding
+                for name in used:  # straight through the rounding
+                    parameters[name].grad = used[name].grad
             trained = {name: parameters[name] for name in self.shapes[index]}
             borrowed = {
                 first: name
                 for name, (at, first) in self._aliases[index].items()
                 if at != index
             }
-            for first, name in [
-                *borrowed.items(),
-                *((n, n) for n in trained.keys() & waiting.keys()),
-            ]:
-                if (part := parameters[name].grad) is not None:
-                    waiting[first] = waiting[first] + part if first in waiting else part
+            added = dict(borrowed)  # the name here of each parameter by its first name
+            for name in trained.keys() & waiting.keys():
+                added[name] = name
+            for first, name in added.items():
+                part = parameters[name].grad
+                if part is not None and first in waiting:
+                    waiting[first] = waiting[first] + part
+                elif part is not None:
+                    waiting[first] = part
             for name in trained.keys() & waiting.keys():
                 trained[name].grad = waiting.pop(name)
             if piece is not None and self.integers is not None:
@@ -250,10 +239,8 @@ class Streamed(Weights):
         for index in range(len(self.chain)):
             flat = self.parameters(index)
             self.expect(index + 1, moments=False)
-            with running_on(
-                self.chain,
-                index,
-                self.all_views(flat, index, running=True, written=written),
-            ):
+            used = self.all_views(flat, index, running=True, written=written)
+            with running_on(self.chain, index, used):
                 hidden.append(self.chain.run(index, hidden[-1], run.call(piece, index)))
+            del used  # before the next block's are made
         return hidden

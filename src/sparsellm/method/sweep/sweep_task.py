@@ -22,7 +22,7 @@ from sparsellm.model import Call, Feed, Stream
 from sparsellm.model.streams import Piece
 
 
-class Step(NamedTuple):
+class SweepStep(NamedTuple):
     """A step of a pass: the number of its piece in each process, None in one that has none, and its tokens."""
 
     pieces: tuple[int | None, ...]
@@ -86,23 +86,21 @@ class Weights(ABC):
     several blocks use belongs to the first of them."""
 
     def __init__(self, task: SweepTask) -> None:
-        self.task, self.chain, self.integers = task, task.feed.chain, task.integers
-        self.best = 0  # the pass after which the kept parameters are; 0 for the blocks as they were pruned
-        self._best_store = task.feed.scratch.store(
-            self.chain.device
-        )  # empty where that is 0
-        self.pruned: set[str] = (
-            set()
-        )  # names of the weights of linears, whose zeros must stay
-        self.shapes: list[
-            dict[str, torch.Size]
-        ] = []  # what each block trains, in the order of its tensor
-        self.dtypes: dict[
-            str, tuple[torch.dtype, torch.dtype]
-        ] = {}  # by parameter: in the chain, on disk
+        self.task = task
+        self.chain = task.feed.chain
+        self.integers = task.integers
+        # The pass after which the kept parameters are; 0 for the blocks as they were pruned, where the store is empty.
+        self.best = 0
+        self._best_store = task.feed.scratch.store(self.chain.device)
+        # Names of the weights of linears, whose zeros must stay.
+        self.pruned: set[str] = set()
+        # What each block trains, in the order of its tensor.
+        self.shapes: list[dict[str, torch.Size]] = []
+        # The dtypes of each parameter in the chain and on disk.
+        self.dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}
 
     @abstractmethod
-    def steps(self, tokens: Sequence[Sequence[int]]) -> list[Step]:
+    def steps(self, tokens: Sequence[Sequence[int]]) -> list[SweepStep]:
         """The steps of a pass over pieces with these tokens, those of each process."""
 
     @abstractmethod
@@ -112,7 +110,7 @@ class Weights(ABC):
         """This process's pieces, and the output of the last block, with the weights as they would be written now."""
 
     @abstractmethod
-    def step(self, run: Run, step: Step, rate: float, number: int) -> float:
+    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
         """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before, summed over tokens."""
 
     @abstractmethod
@@ -146,14 +144,11 @@ class Weights(ABC):
         for index in range(len(chain)):
             with chain.block(index, self.task.pruned(index)):
                 if self.best:
-                    trained = self.views(
-                        self.complete(index, self._best_store[index]), index
-                    )
-                    trained = (
-                        trained
-                        if self.integers is None
-                        else self.integers.of(trained, index)
-                    )
+                    flat = self.complete(index, self._best_store[index])
+                    trained = self.views(flat, index)
+                    if self.integers is not None:
+                        trained = self.integers.of(trained, index)
+                    del flat
                     for name, value in trained.items():
                         chain.block_parameters(index)[name].copy_(value)
                 elif self.integers is not None:
@@ -183,38 +178,34 @@ class Weights(ABC):
 
     def trained(self, index: int) -> dict[str, Tensor]:
         """What is trained in the loaded block: the parameters it owns, and factors of groups if values are rounded."""
-        factors = {} if self.integers is None else self.integers.factors(index)
-        parameters = self.chain.block_parameters(index)
-        return {
-            **{name: p for name, p in parameters.items() if self.chain.owns(name)},
-            **factors,
-        }
+        trained: dict[str, Tensor] = {}
+        for name, parameter in self.chain.block_parameters(index).items():
+            if self.chain.owns(name):
+                trained[name] = parameter
+        if self.integers is not None:
+            trained.update(self.integers.factors(index))
+        return trained
 
     def describe(self, index: int) -> dict[str, Tensor]:
         """Notes names, shapes and dtypes of the loaded block, the next one; returns what is trained in it."""
-        trained, parameters = self.trained(index), self.chain.block_parameters(index)
+        trained = self.trained(index)
+        parameters = self.chain.block_parameters(index)
         self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
         self.shapes.append({name: tensor.shape for name, tensor in trained.items()})
-        self.dtypes |= {
-            name: (p.dtype, self.chain.stored_dtype(name))
-            for name, p in parameters.items()
-        }
+        for name, parameter in parameters.items():
+            self.dtypes[name] = (parameter.dtype, self.chain.stored_dtype(name))
         return trained
 
     def saved_state(self, index: int) -> tuple[Tensor, Tensor] | None:
         """This process's part of the parameters and moments after the last saved pass, if more passes follow it."""
         saved = self.task.saved
-        number = (
-            saved.last.history[-1].passes
-            if saved is not None and saved.last is not None
-            else 0
-        )
-        if saved is None or not 0 < number < self.task.passes:
+        if saved is None or saved.last is None:
             return None
-        parameters, moments = (
-            self.part(index, saved.read(kind, number, index))
-            for kind in ("parameters", "moments")
-        )
+        number = saved.last.history[-1].passes
+        if not 0 < number < self.task.passes:
+            return None
+        parameters = self.part(index, saved.read("parameters", number, index))
+        moments = self.part(index, saved.read("moments", number, index))
         return parameters, moments
 
     def keep_saved(self) -> None:
@@ -223,9 +214,9 @@ class Weights(ABC):
         if saved is not None and saved.last is not None and saved.last.best:
             self.best = saved.last.best
             for index in range(len(self.chain)):
-                self._best_store.append(
-                    self.part(index, saved.read("parameters", self.best, index))
-                )
+                best = saved.read("parameters", self.best, index)
+                self._best_store.append(self.part(index, best))
+                del best
 
     def views(self, parameters: Tensor, index: int) -> dict[str, nn.Parameter]:
         """Views of a block's tensor, by parameter. All require gradients, so that moments have the same layout."""
@@ -251,52 +242,46 @@ class Run:
         weights: Weights,
         sources: Sequence[str],
     ) -> None:
-        self.windows, self.stream, self.dense, self.weights = (
-            windows,
-            stream,
-            dense,
-            weights,
-        )
+        self.windows = windows
+        self.stream = stream
+        self.dense = dense
+        self.weights = weights
         self.sources = sources  # the text of each window, in a mixture
         self.starts = [0, *itertools.accumulate(map(len, dense))]
         # A call that several batches or blocks share is converted once.
         self._to: Callable[[Call, torch.dtype], Call] = functools.cache(Call.to)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[SweepStep]:
         """The steps of a pass over the windows of all processes, in order."""
-        return self.weights.steps(
-            parallel.gather([self.ids(piece).numel() for piece in self.stream.pieces])
-        )
+        tokens = [self.ids(piece).numel() for piece in self.stream.pieces]
+        return self.weights.steps(parallel.gather(tokens))
 
-    def texts(self, steps: Sequence[Step]) -> list[str]:
+    def texts(self, steps: Sequence[SweepStep]) -> list[str]:
         """The text of a mixture that the first window of each step is from."""
         texts = parallel.gather([self.text(piece) for piece in self.stream.pieces])
-        return [
-            next(
-                part[at]
-                for part, at in zip(texts, step.pieces, strict=True)
-                if at is not None
-            )
-            for step in steps
-        ]
+        first = []
+        for step in steps:
+            places = zip(texts, step.pieces, strict=True)
+            first.append(next(part[at] for part, at in places if at is not None))
+        return first
 
     def text(self, piece: Piece) -> str:
-        return (
-            self.sources[self.starts[piece.batch] + piece.rows.start]
-            if self.sources
-            else ""
-        )
+        """The text of a mixture that the first of these windows is from; empty without a mixture."""
+        if not self.sources:
+            return ""
+        first: int = self.starts[piece.batch] + piece.rows.start
+        return self.sources[first]
 
-    def piece(self, step: Step) -> Piece | None:
+    def piece(self, step: SweepStep) -> Piece | None:
         """The windows of a step that this process has."""
         number = step.pieces[parallel.rank()]
         return None if number is None else self.stream.pieces[number]
 
     def ids(self, piece: Piece) -> Tensor:
         """Token ids ``(windows, seq)``."""
-        return self.windows[self.starts[piece.batch] : self.starts[piece.batch + 1]][
-            piece.rows
-        ]
+        start = self.starts[piece.batch]
+        stop = self.starts[piece.batch + 1]
+        return self.windows[start:stop][piece.rows]
 
     def inputs(self, piece: Piece) -> Tensor:
         """The inputs of block 0."""
@@ -308,35 +293,30 @@ class Run:
         """The other arguments of block ``index``."""
         return self._to(piece.calls[index], dtype)
 
-    def judge(self, judges: Sequence[Step]) -> tuple[float, dict[str, float]]:
+    def judge(self, judges: Sequence[SweepStep]) -> tuple[float, dict[str, float]]:
         """The mean divergence per token over the held-out steps of all processes, with the weights as they would be
         written now; and that over the windows of each text of a mixture."""
         sums: list[tuple[str, float, int]] = []  # the text, the divergence, the tokens
-        for piece, hidden in self.weights.outputs(
-            self, [self.piece(step) for step in judges]
-        ):
-            rows = range(piece.rows.start, piece.rows.start + len(hidden))
-            parts = (
-                [replace(piece, rows=slice(row, row + 1)) for row in rows]
-                if self.sources
-                else [piece]
-            )
+        pieces = [self.piece(step) for step in judges]
+        for piece, hidden in self.weights.outputs(self, pieces):
+            parts = [piece]
+            if self.sources:  # window by window
+                rows = range(piece.rows.start, piece.rows.start + len(hidden))
+                parts = [replace(piece, rows=slice(row, row + 1)) for row in rows]
             for part, some in zip(parts, hidden.chunk(len(parts)), strict=True):
-                sums.append(
-                    (self.text(part), self.end(some, part)[0], self.ids(part).numel())
-                )
+                divergence, _ = self.end(some, part)
+                sums.append((self.text(part), divergence, self.ids(part).numel()))
         gathered = [record for some in parallel.gather(sums) for record in some]
 
         def mean(*names: str) -> float:
             chosen = [record for record in gathered if record[0] in names]
-            return sum(divergence for _, divergence, _ in chosen) / sum(
-                tokens for _, _, tokens in chosen
-            )
+            total = sum(divergence for _, divergence, _ in chosen)
+            return total / sum(tokens for _, _, tokens in chosen)
 
         names = sorted({name for name, _, _ in gathered})
         return mean(*names), {name: mean(name) for name in names if name}
 
-    def step(self, step: Step, rate: float, number: int) -> float:
+    def step(self, step: SweepStep, rate: float, number: int) -> float:
         return self.weights.step(self, step, rate, number)
 
     def end(
@@ -345,10 +325,7 @@ class Run:
         """The divergence summed over the tokens of a piece; and, if its step has ``tokens``, the gradient of the step's
         mean at the output of the last block."""
         ids = self.ids(piece)
-        loss = divergence_from(
-            self.stream.chain, self.dense[piece.batch][piece.rows], ids
-        )
-        total, slope = through_head(
-            self.stream.chain, hidden, ids, loss, gradient=tokens > 0
-        )
+        chain = self.stream.chain
+        loss = divergence_from(chain, self.dense[piece.batch][piece.rows], ids)
+        total, slope = through_head(chain, hidden, ids, loss, gradient=tokens > 0)
         return total, slope / tokens if tokens else slope

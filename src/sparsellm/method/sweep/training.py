@@ -16,10 +16,8 @@ from sparsellm.text.windows import spread_evenly
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-FACTOR_RATE, FACTOR_LIMIT = (
-    5.0,
-    1e-3,
-)  # steps of factors of groups: this multiple of the rate, and at most the limit
+FACTOR_RATE = 5.0  # steps of factors of groups, as a multiple of the rate
+FACTOR_LIMIT = 1e-3  # the most that they are
 RISING = 10  # steps: with 1, a sweep of 14 steps ends where it began, as Adam's first steps follow noise
 LEAST_STEPS = 4  # with fewer, nothing is held out
 MOST_HELD_OUT = (
@@ -123,21 +121,19 @@ def held_out_of(
     steps: Sequence[T], kinds: Sequence[str] = ()
 ) -> tuple[list[T], list[T]]:
     """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`,
-    plus one of any kind that has none. Both are all steps if fewer than :data:`LEAST_STEPS`, or if all are held."""
-    count = (
-        min(MOST_HELD_OUT, max(1, round(len(steps) / 8)))
-        if len(steps) >= LEAST_STEPS
-        else 0
-    )
+    plus one of any kind that has none. All steps do both where there are fewer than :data:`LEAST_STEPS`; where every
+    step is held out, all are trained on too."""
+    if len(steps) < LEAST_STEPS:
+        return list(steps), list(steps)
+    count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8)))
     kinds = kinds or [""] * len(steps)
     order = sorted(range(len(steps)), key=lambda i: kinds[i])
     held = {order[at] for at in spread_evenly(count, len(steps))}
-    for kind in set(kinds) - {kinds[i] for i in held} if count else ():
+    for kind in set(kinds) - {kinds[i] for i in held}:
         held.add(next(i for i in order if kinds[i] == kind))
+    train = [step for i, step in enumerate(steps) if i not in held]
     judges = [step for i, step in enumerate(steps) if i in held]
-    return [step for i, step in enumerate(steps) if i not in held] or list(
-        steps
-    ), judges or list(steps)
+    return train or list(steps), judges
 
 
 def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
@@ -150,9 +146,7 @@ def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
     )
     for parameter, has_gradient in zip(trained, reached, strict=True):
         if has_gradient:
-            gradient = (
-                parameter.grad
-                if parameter.grad is not None
-                else torch.empty_like(parameter)
-            )
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = torch.empty_like(parameter)
             parameter.grad = parallel.broadcast_(gradient.detach().contiguous(), source)

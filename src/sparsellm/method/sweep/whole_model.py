@@ -19,7 +19,7 @@ from sparsellm import parallel
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.method.sweep.resident import Resident
 from sparsellm.method.sweep.streamed import Streamed
-from sparsellm.method.sweep.sweep_task import Run, Step, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import Run, SweepStep, SweepTask, Weights
 from sparsellm.method.sweep.training import held_out_of, schedule
 from sparsellm.model import Chain
 from sparsellm.progress import Progress
@@ -30,10 +30,8 @@ from sparsellm.records import SweepPass
 RATE = 0.0007
 FAR = 1.2  # nats on windows that nothing was fitted to; from here on the rate is the highest
 CAREFUL = 0.75  # nats; below this divergence the rate is tried out
-LOWEST_PROBED, PROBED = (
-    RATE / 16,
-    0.004,
-)  # the lowest and the highest rate that are tried
+LOWEST_PROBED = RATE / 16  # the lowest rate that is tried
+PROBED = 0.004  # the highest
 FASTER = 4.0  # factor between the rates that are tried
 PROBE_STEPS = (
     2  # steps at each; a pass of fewer than three times as many is not worth the trials
@@ -44,10 +42,10 @@ STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens co
 SHORTEST = 128  # tokens of the shortest windows into which others are cut where processes share a step
 
 
-def cut_to(width: int, sharers: int) -> int:
-    """The tokens of the windows into which those of ``width`` tokens are cut, where ``sharers`` processes share a step:
-    one window each is about :data:`STEP_TOKENS` together."""
-    return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // sharers)))
+def cut_to(width: int, processes: int) -> int:
+    """The tokens of the windows into which those of ``width`` tokens are cut, where a step takes one window of each of
+    these processes: together they have about :data:`STEP_TOKENS`."""
+    return width // max(1, round(width / max(SHORTEST, STEP_TOKENS // processes)))
 
 
 def check_sweepable(chain: Chain) -> None:
@@ -72,14 +70,12 @@ def sweep(task: SweepTask) -> list[SweepPass]:
     judged with weights rounded as they will be written. A harmful pass is undone, and later passes take smaller steps.
     The loss is ``KL(dense ‖ pruned)``, averaged over tokens. :func:`check_sweepable` comes before. A NumericalError
     says that the divergence is not finite at the start."""
-    history = (
-        task.saved.last.history
-        if task.saved is not None and task.saved.last is not None
-        else []
-    )
-    make: Callable[[SweepTask], Weights] = (
-        Streamed if task.resident is None else Resident
-    )
+    history: list[SweepPass] = []
+    if task.saved is not None and task.saved.last is not None:
+        history = task.saved.last.history
+    make: Callable[[SweepTask], Weights] = Resident
+    if task.resident is None:
+        make = Streamed
     with contextlib.closing(make(task)) as weights:
         if len(history) <= task.passes:  # else all that is left is to write the best
             with _on(task, weights, task.feed.windows, 0, task.passes) as run:
@@ -91,7 +87,8 @@ def sweep(task: SweepTask) -> list[SweepPass]:
 
 def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPass]:
     """Runs the passes after those of ``history``: each is judged, kept or undone, and saved. Returns all passes."""
-    chain, weights = task.feed.chain, run.weights
+    chain = task.feed.chain
+    weights = run.weights
     steps = run.steps()
     train, judges = held_out_of(steps, run.texts(steps))
     if task.saved is not None:
@@ -101,19 +98,27 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
     history = list(history) or [_start(task, run, train, judges)]
     first = len(history)
     for number in range(first, task.passes + 1):
-        done, passes = number - first, task.passes - first + 1  # passes of this process
+        done = number - first  # passes of this process
+        passes = task.passes - first + 1
         with contextlib.ExitStack() as stack:
-            trained, steps = run, train
-            turn = (number - 1) % (
-                1 + len(task.fresh)
-            )  # 0: the first set, without what is held out
+            trained = run
+            steps = train
+            # Turn 0 is the first set, without the windows that are held out.
+            turn = (number - 1) % (1 + len(task.fresh))
             if turn:
                 trained = stack.enter_context(
                     _on(task, weights, task.fresh[turn - 1], done, passes)
                 )
                 steps = trained.steps()
             stack.enter_context(chain.outer())
-            mean = _pass(task, trained, steps, history, first, len(train))
+            mean = _pass(
+                task,
+                trained,
+                steps=steps,
+                history=history,
+                first=first,
+                length=len(train),
+            )
             held_out, sources = run.judge(judges)
             history.append(
                 SweepPass(passes=number, held_out=held_out, sources=sources, train=mean)
@@ -129,32 +134,26 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
 
 
 def _rescaled(
-    history: list[SweepPass], task: SweepTask, run: Run, judges: list[Step]
+    history: list[SweepPass], task: SweepTask, run: Run, judges: list[SweepStep]
 ) -> list[SweepPass]:
     """The history of a resumed sweep whose windows are divided among processes in another way, and others held out: all
     divergences times one factor, that of the present state on the windows held out now, over its recorded one."""
-    undone = history[-1].passes in harmful_passes(
-        history
-    )  # then the best state is there again
-    before = (
-        min(record.held_out for record in history) if undone else history[-1].held_out
-    )
+    before = history[-1].held_out
+    if history[-1].passes in harmful_passes(history):  # the best state is there again
+        before = min(record.held_out for record in history)
     with task.feed.chain.outer():
         factor = run.judge(judges)[0] / before
 
     def scaled(record: SweepPass) -> SweepPass:
-        sources = {
-            name: divergence * factor for name, divergence in record.sources.items()
-        }
-        return record.model_copy(
-            update={"held_out": record.held_out * factor, "sources": sources}
-        )
+        sources = {name: value * factor for name, value in record.sources.items()}
+        held_out = record.held_out * factor
+        return record.model_copy(update={"held_out": held_out, "sources": sources})
 
     return [scaled(record) for record in history]
 
 
 def _start(
-    task: SweepTask, run: Run, train: list[Step], judges: list[Step]
+    task: SweepTask, run: Run, train: list[SweepStep], judges: list[SweepStep]
 ) -> SweepPass:
     """The state before the first pass, with the sweep's learning rate, proportional to the squared divergence. At a
     small divergence that rate may be far too low for a model whose gradients have little noise. So a few steps are
@@ -169,62 +168,52 @@ def _start(
             return SweepPass(
                 passes=0, held_out=start, sources=sources, rate=task.learning_rate
             )
-        chosen, least = RATE * min(1.0, (start / FAR) ** 2), start
+        chosen = RATE * min(1.0, (start / FAR) ** 2)
+        least = start
         rate = max(chosen, LOWEST_PROBED)
         while start < CAREFUL and rate <= PROBED and len(train) >= 3 * PROBE_STEPS:
-            task.feed.progress(
-                Progress(
-                    "sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"
-                )
-            )
+            text = f"trying rate {rate:.1e} · KL {least:.3f}"
+            task.feed.progress(Progress("sweep", total=task.passes, detail=text))
             for number, step in enumerate(train[:PROBE_STEPS], 1):
                 run.step(step, rate, number)
             divergence, _ = run.judge(judges)
             run.weights.restart()
             if not divergence < least:
                 break
-            least, chosen, rate = divergence, rate, rate * FASTER
+            least = divergence
+            chosen = rate
+            rate = rate * FASTER
         return SweepPass(passes=0, held_out=start, sources=sources, rate=chosen)
 
 
 def _pass(
     task: SweepTask,
     run: Run,
-    steps: list[Step],
+    steps: list[SweepStep],
     history: list[SweepPass],
     first: int,
     length: int,
 ) -> float:
     """Runs the next pass over the steps of all processes; returns the mean divergence per token, each before its step.
     ``first`` is the first pass of this start. In the schedule all passes have ``length`` steps, so it is one curve."""
-    number, count, total, harmful = (
-        history[-1].passes + 1,
-        len(steps),
-        0.0,
-        harmful_passes(history),
-    )
-    rate, undone = (
-        history[0].rate,
-        harmful[-1] if harmful else 0,
-    )  # the pass after which Adam's moments began anew
+    number = history[-1].passes + 1
+    count = len(steps)
+    total = 0.0
+    harmful = harmful_passes(history)
+    rate = history[0].rate
+    undone = harmful[-1] if harmful else 0  # after this pass Adam's moments began anew
     assert rate is not None, "the state before the first pass has the rate"
     text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
-    order = torch.randperm(
-        count,
-        generator=torch.Generator().manual_seed(task.seed + (number - 1) * 1_000_003),
-    )
+    seed = task.seed + (number - 1) * 1_000_003
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     for place, chosen in enumerate(order.flip(0).tolist()):
-        task.feed.progress(
-            Progress(
-                "sweep", number - first + place / count, task.passes - first + 1, text
-            )
-        )
-        since = (
-            (number - 1 - undone) * length + place + 1
-        )  # about the steps since Adam's moments began
-        factor = schedule(
-            ((number - 1) * count + place) * length / count, task.passes * length, since
-        )
+        done = number - first + place / count
+        passes = task.passes - first + 1
+        task.feed.progress(Progress("sweep", done, total=passes, detail=text))
+        # About the steps since Adam's moments began.
+        since = (number - 1 - undone) * length + place + 1
+        at = ((number - 1) * count + place) * length / count
+        factor = schedule(at, steps=task.passes * length, number=since)
         total += run.step(steps[chosen], rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)
 
@@ -234,12 +223,12 @@ def _on(
     task: SweepTask, weights: Weights, windows: Tensor, done: int, passes: int
 ) -> Iterator[Run]:
     """A run over a set of windows, with the dense model's hidden states for them, after ``done`` of ``passes``."""
-    feed, chain = replace(task.feed, windows=windows), task.feed.chain
+    feed = replace(task.feed, windows=windows)
+    chain = task.feed.chain
     with contextlib.ExitStack() as stack:
-        sharers = (
-            parallel.size() if task.resident is not None else 1
-        )  # processes that divide a step
-        stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // sharers)
+        # The processes of a resident sweep divide a step.
+        processes = parallel.size() if task.resident is not None else 1
+        stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // processes)
         stack.callback(stream.close)
         goal = task.dense
         if goal is None:
@@ -247,29 +236,21 @@ def _on(
             stack.callback(dense.close)
             with chain.unpruned():
                 for index in range(len(chain)):
+                    text = f"dense block {index + 1}/{len(chain)}"
                     task.feed.progress(
-                        Progress(
-                            "sweep",
-                            done,
-                            passes,
-                            f"dense block {index + 1}/{len(chain)}",
-                        )
+                        Progress("sweep", done, total=passes, detail=text)
                     )
                     with chain.block(index):
                         dense.advance(index)
             goal = dense.hidden
-        yield Run(
-            windows,
-            stream,
-            goal,
-            weights,
-            task.sources if windows is task.feed.windows else (),
-        )
+        sources = task.sources if windows is task.feed.windows else ()
+        yield Run(windows, stream, dense=goal, weights=weights, sources=sources)
 
 
 def harmful_passes(history: Sequence[SweepPass]) -> list[int]:
     """The numbers of the passes that raised the held-out divergence above :data:`HARM` times the least before."""
-    harmful, least = [], history[0].held_out
+    harmful = []
+    least = history[0].held_out
     for record in history[1:]:
         if not record.held_out <= HARM * least:  # NaN too
             harmful.append(record.passes)
