@@ -120,7 +120,6 @@ COMMANDS: dict[str, Command] = {
     "compare again": Command(
         ("compare", "model", "--out=grid", *GRID, *MEASURED),
         (
-            "grid/compare.json",
             "grid/compare.html",
             *(
                 f"grid/magnitude-0.5{end}/{name}"

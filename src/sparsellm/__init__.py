@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         prune,
         push,
     )
-    from sparsellm.app.cells import Protocol, cells_of, compare
+    from sparsellm.app.compare import cells_of, compare
     from sparsellm.app.console import progress as show_progress
     from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
@@ -50,7 +50,7 @@ _MODULES = {
         "prune",
         "push",
     ),
-    "sparsellm.app.cells": ("Protocol", "cells_of", "compare"),
+    "sparsellm.app.compare": ("cells_of", "compare"),
     "sparsellm.app.console": ("show_progress",),
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
     "sparsellm.errors": ("SparseLLMError",),
@@ -74,7 +74,6 @@ __all__ = [
     "__version__",
 ]
 __all__ += [
-    "Protocol",
     "bench",
     "card",
     "cells_of",

@@ -506,62 +506,57 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     use.MAX_TOKENS,
     flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),
     option(
-        "--recover SHARE",
-        "Recommend the smallest model with this recovery, such as 0.95.",
-        MEASURE,
-    ),
-    option(
         "--max-bytes SIZE",
-        "Recommend among packed models up to this size, such as 1GB.",
+        "Recommend the best packed model up to this size, such as 1GB.",
         MEASURE,
     ),
     use.out("Directory of the comparison; an earlier one goes on."),
     *use.REPORTING,
     examples=(
         "sparsellm compare demo --out compared --sparsity 0.5,0.7 --method wanda,sparsellm",
-        "sparsellm compare demo --out compared --sparsity 0.3,0.5 --values int8,int4 --recover 0.9",
+        "sparsellm compare demo --out compared --sparsity 0.3,0.5 --values int8,int4 --max-bytes 1GB",
     ),
 )
 def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     """Prune MODEL with every combination of the options that are lists, and measure each result against MODEL.
 
-    With --recover or --max-bytes it recommends one. The same command resumes it. Each run is a checkpoint in DIR."""
-    from sparsellm.app import cells as grid
+    The same command goes on with a comparison that was stopped. Each run is a checkpoint in DIR."""
+    from sparsellm.app import compare as comparison
     from sparsellm.app import tables
     from sparsellm.inputs import parse_bytes, parse_yaml
 
-    numeric = ("sparsity", "effort", "experts")
-    asked = {
-        name: use.listed(options.pop(name))
-        for name in ("method", "pattern", "values", *numeric)
-    }
     numbers = {
-        name: [parse_yaml(entry, f"--{name}") for entry in asked[name]]
-        for name in numeric
+        name: [
+            parse_yaml(entry, f"--{name}") for entry in use.listed(options.pop(name))
+        ]
+        for name in ("sparsity", "effort", "experts")
     }
-    most = options.get("max_bytes")
-    measured = map(options.get, ("text", "text_seq_len", "max_tokens", "speed"))
+    names = {
+        name: use.listed(options.pop(name)) for name in ("method", "pattern", "values")
+    }
+    max_bytes = options.pop("max_bytes", None)
     interrupts.keeps(f"finished runs and blocks are kept in {out}")
-    result = grid.compare(
+    result = comparison.compare(
         model,
         out=out,
-        cells=grid.cells_of(
+        cells=comparison.cells_of(
             use.take_recipe(options),
-            methods=asked["method"],
-            patterns=asked["pattern"],
-            values=asked["values"],
+            methods=names["method"],
+            patterns=names["pattern"],
+            values=names["values"],
             sparsities=numbers["sparsity"],
             efforts=numbers["effort"],
             experts=numbers["experts"],
         ),
-        protocol=grid.Protocol(*measured),  # type: ignore[arg-type]
-        recover=options.get("recover"),
-        max_bytes=parse_bytes(most) if most is not None else None,
+        text=options["text"],
+        seq_len=options.get("text_seq_len"),
+        max_tokens=options.get("max_tokens"),
+        speed=options["speed"],
+        max_bytes=parse_bytes(max_bytes) if max_bytes is not None else None,
         progress=progress,
     )
-    constrained = options.get("recover") is not None or most is not None
-    return result.model_dump(mode="json"), lambda: tables.print_grid(
-        result, constrained=constrained
+    return result.model_dump(mode="json"), lambda: tables.print_comparison(
+        result, limited=max_bytes is not None
     )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparsellm.api import MatrixZeros, PruneResult
-    from sparsellm.app.cells import GridResult
+    from sparsellm.app.compare import Comparison
     from sparsellm.app.demo import DemoResult
     from sparsellm.convert import PackResult
     from sparsellm.exports.door import ExportResult
@@ -429,7 +429,7 @@ def print_evaluation(result: Evaluation, saved: Path | None) -> None:
         say(f"results in {saved}")
 
 
-def print_grid(result: GridResult, *, constrained: bool) -> None:
+def print_comparison(result: Comparison, *, limited: bool) -> None:
     """Prints one row for each cell of a comparison, after one of the dense model, and the recommendation."""
     timed = any(cell.tokens_per_second is not None for cell in result.cells)
     shown = table(
@@ -482,8 +482,8 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
         say(
             f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed"
         )
-    elif constrained:
-        say("no run satisfies the constraints; lower them, or add a sparsity")
+    elif limited:
+        say("no run is as small as --max-bytes; allow more, or add a sparsity")
     if result.page is not None:
         say(f"compared in {result.page}")
 
