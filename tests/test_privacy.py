@@ -75,8 +75,6 @@ def test_no_file_for_others_names_the_machine(home: Path, run: Any) -> None:
         ("report", half),
         ("report", packed),
         ("report", half, again, packed, "--out", out / "all.html"),
-        ("card", half),
-        ("card", packed),
         ("compare", model, "--out", out / "grid", "--method=magnitude,wanda", "--calibration", text, *grid, *SMALL),
     ]  # fmt: skip
     for command in commands:

@@ -16,14 +16,12 @@ from sparsellm.version import __version__
 if TYPE_CHECKING:
     from sparsellm.api import (
         PruneResult,
-        card,
         dry_run,
         evaluate,
         inspect,
         keep_results,
         plan,
         prune,
-        push,
     )
     from sparsellm.app.compare import cells_of, compare
     from sparsellm.app.console import progress as show_progress
@@ -41,14 +39,12 @@ if TYPE_CHECKING:
 _MODULES = {
     "sparsellm.api": (
         "PruneResult",
-        "card",
         "dry_run",
         "evaluate",
         "inspect",
         "keep_results",
         "plan",
         "prune",
-        "push",
     ),
     "sparsellm.app.compare": ("cells_of", "compare"),
     "sparsellm.app.console": ("show_progress",),
@@ -75,7 +71,6 @@ __all__ = [
 ]
 __all__ += [
     "bench",
-    "card",
     "cells_of",
     "compare",
     "dry_run",
@@ -90,7 +85,6 @@ __all__ += [
     "pack",
     "plan",
     "prune",
-    "push",
     "show_progress",
     "unpack",
 ]

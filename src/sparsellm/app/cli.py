@@ -23,7 +23,6 @@ from sparsellm.app.options import (
     MEASURE,
     SERVER,
     TEXT,
-    TRAINING,
     argument,
     field,
     flag,
@@ -116,6 +115,20 @@ def _command(
         return app.command(name, epilog=epilog, options_metavar=usage)(call)
 
     return register
+
+
+def _renew_card(results: Path | None) -> None:
+    """Writes the card of a checkpoint again, with new results; says why if it cannot."""
+    from sparsellm.app import console
+    from sparsellm.records import PRUNING
+    from sparsellm.report.card import card
+
+    if results is None or not (results.parent / PRUNING).is_file():
+        return
+    try:
+        card(results.parent)
+    except (OSError, StorageError) as error:
+        console.say(f"note: the card is not written again: {error}", error=True)
 
 
 def _show_version(asked: bool) -> None:
@@ -388,6 +401,7 @@ def evaluate(
     if not parallel.is_main():
         return None
     saved = keep(result)
+    _renew_card(saved)
     if flatters:
         console.say(
             "note: the model was calibrated on a text of this name, which flatters its numbers",
@@ -561,36 +575,6 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
 
 
 @_command(
-    use.PLUGIN,
-    use.JSON,
-    examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"),
-)
-def methods() -> Printed:
-    """List the values of --method, --allocation and --expert-score, with options and papers."""
-    from sparsellm.app import tables
-    from sparsellm.method.allocation import ALLOCATIONS
-    from sparsellm.method.blocks import METHODS
-    from sparsellm.method.experts import SCORES
-
-    def show() -> None:
-        tables.print_choices("--method", METHODS, "options", allocations=True)
-        tables.print_choices(
-            "--allocation", ALLOCATIONS, "allocation_options", allocations=False
-        )
-        tables.print_choices(
-            "--expert-score", SCORES, "expert_options", allocations=False
-        )
-
-    chosen = {
-        entry.name: {**entry.to_dict(), "allocation": entry.allocation}
-        for entry in METHODS.values()
-    }
-    allocations = {entry.name: entry.to_dict() for entry in ALLOCATIONS.values()}
-    scores = {entry.name: entry.to_dict() for entry in SCORES.values()}
-    return {**chosen, "allocations": allocations, "expert_scores": scores}, show
-
-
-@_command(
     # With int4 values a model with 30 % of zeros takes fewer bytes than Q4_0.
     option(
         "--sparsity SHARE",
@@ -646,60 +630,6 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 
     result = convert.pack(model, progress=progress, **options)
     return result.to_dict(), lambda: tables.print_packed(result)
-
-
-@_command(
-    argument("DIRECTORY", "A pruned checkpoint, not packed."),
-    field("calibration", help="Text to train on: a source as for `prune`."),
-    option(
-        "--way NAME",
-        "Train all weights that are kept, or by LoRA.",
-        TRAINING,
-        default="full",
-        values=("full", "lora"),
-    ),
-    option("--steps N", "Steps of AdamW.", TRAINING, default=128),
-    option("--rate RATE", "Learning rate.", TRAINING, shown="1e-4, or 1e-3 by LoRA"),
-    option("--batch N", "Windows in a step.", TRAINING, default=1),
-    option("--seq-len N", "Tokens in a window.", TRAINING, default=512),
-    option("--seed N", "Seed of the windows and their order.", TRAINING, default=0),
-    option(
-        "--device NAME",
-        "cpu or cuda.",
-        RESOURCES,
-        default="auto",
-        values=("auto", "cpu", "cuda"),
-    ),
-    use.out("Directory of the trained checkpoint."),
-    use.RESTARTING[0],
-    *use.REPORTING,
-    examples=(
-        "sparsellm tune pruned --out tuned --calibration my-text.txt --steps 256",
-    ),
-)
-def tune(
-    directory: str,
-    out: Path,
-    progress: Any,
-    overwrite: bool,
-    calibration: str | None = None,
-    **how: Any,
-) -> Printed:
-    """Train a pruned checkpoint on a text, so that it recovers. Every zero stays. A stopped training is lost."""
-    from sparsellm.app import tables
-    from sparsellm.tuning import recover
-
-    result = recover.tune(
-        directory,
-        out,
-        use.made(recover.Training, **how),
-        calibration,
-        progress,
-        overwrite=overwrite,
-    )
-    return {**vars(result), "path": str(result.path)}, lambda: tables.print_tuned(
-        result
-    )
 
 
 @_command(
@@ -760,56 +690,11 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
         directory, save=place is not None, progress=progress, **options
     )
     saved = place / RESULTS if place is not None else None
+    _renew_card(saved)
     return {
         **result.to_dict(),
         "results": saved and str(saved),
     }, lambda: tables.print_exported(result, saved)
-
-
-@_command(
-    argument("DIRECTORY", "A checkpoint that prune wrote and eval measured."),
-    flag("--force", "Replace a card that was edited."),
-    use.JSON,
-    examples=("sparsellm eval pruned --text wikitext2", "sparsellm card pruned"),
-)
-def card(directory: str, force: bool) -> Printed:
-    """Write the model card (README.md) of DIRECTORY again, with the results of its evaluations."""
-    from sparsellm import api
-    from sparsellm.app import console
-
-    path = api.card(directory, force=force)
-    return {"path": str(path)}, lambda: console.say(f"written to {path}")
-
-
-@_command(
-    argument("DIRECTORY", "A checkpoint."),
-    argument("REPO", "Repository of the hub: owner/name."),
-    flag("--private", "Create a private repository."),
-    option("--revision BRANCH", "Branch.", shown="main"),
-    use.JSON,
-    examples=(
-        "sparsellm push pruned me/my-model",
-        "sparsellm push packed me/my-model --revision packed --private",
-    ),
-)
-def push(directory: str, repo: str, **options: Any) -> Printed:
-    """Upload DIRECTORY to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
-    from sparsellm import api
-    from sparsellm.app import console
-
-    pushed = api.push(directory, repo, **options)
-
-    def show() -> None:
-        if pushed.left_out:
-            console.say(
-                f"note: no part of the checkpoint and not uploaded: {', '.join(pushed.left_out)}",
-                error=True,
-            )
-        console.say(
-            f"{len(pushed.files)} files, {pushed.bytes / 1e6:.1f} MB, uploaded to {pushed.url}"
-        )
-
-    return vars(pushed), show
 
 
 @_command(

@@ -34,7 +34,7 @@ TEXT, MEASURE, VALUES, SERVER = (
     "Values",
     "Server",
 )  # panels of --help
-TRAINING, GGUF = "Training", "For GGUF"
+GGUF = "For GGUF"
 Made = TypeVar("Made", bound=BaseModel)
 # Types by placeholder; values with other placeholders are text.
 KINDS = {
@@ -113,7 +113,7 @@ def registered(*packages: str) -> list[str]:
     modules = (
         path
         for package in packages
-        for path in sorted((Path(__file__).parent / package).glob("*.py"))
+        for path in sorted((Path(__file__).parents[1] / package).glob("*.py"))
     )
     return [
         name
@@ -131,9 +131,14 @@ def field(name: str, panel: str = "", help: str = "") -> Parameter:
     choices = line.values or (
         get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
     )
+    text = help or help_of(name)
+    if line.registered:
+        text += f" Known: {', '.join(sorted(registered(*line.registered)))}."
+    if repeated:
+        text += " Repeatable."
     made = option(
         f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
-        (help or help_of(name)) + " Repeatable." * repeated,
+        text,
         panel or line.panel,
         kind=list[str] if repeated else None,
         shown=line.null if default is None else "" if repeated else default,

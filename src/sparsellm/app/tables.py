@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from sparsellm.method.experts.fewer import Routing
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
-    from sparsellm.registry import Registry
-    from sparsellm.tuning.recover import Tuned
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
@@ -243,36 +240,6 @@ def print_zeros(
         )
 
 
-def print_choices(
-    option: str, registry: Registry[Any], prefix: str, *, allocations: bool
-) -> None:
-    """Prints the values of one option of ``prune``: each name with its paper, summary and options."""
-    out().print(f"{option}:")
-    for entry in registry.values():
-        out().print(
-            Text(visible(entry.name), style="bold").append(
-                f"  ({visible(entry.paper)})", style="not bold"
-            )
-        )
-        _print_indented(entry.summary, "  ")
-        if allocations:
-            _print_indented(
-                f"Without --allocation or --pattern: {entry.allocation}.", "  "
-            )
-        for name, schema in entry.to_dict()["options"].items():
-            _print_indented(
-                f"{prefix}.{name}: {schema['type']} = {schema['default']}  {schema['description']}",
-                "    ",
-            )
-
-
-def _print_indented(line: str, indent: str) -> None:
-    for part in textwrap.wrap(
-        line, out().width, initial_indent=indent, subsequent_indent=indent
-    ):
-        out().print(part, soft_wrap=True)
-
-
 def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     """Prints the forms of the demo's model side by side, both answers, and the paths of what was written."""
     if verbose:
@@ -392,16 +359,7 @@ def print_exported(result: ExportResult, saved: Path | None) -> None:
     )
     say(f"written to {result.path}")
     if saved is not None:
-        say(f"recorded in {saved}; `sparsellm card` and `sparsellm report` name it")
-
-
-def print_tuned(result: Tuned) -> None:
-    """Prints the loss at the start and at the end of a training, and the path of the result."""
-    losses = f"loss {result.first_loss:.3f} at first, {result.last_loss:.3f} at last"
-    say(
-        f"{losses}, in nats a token of {result.calibration} · {duration(result.seconds)}"
-    )
-    say(f"written to {result.path}")
+        say(f"recorded in {saved}; its card names it, and so does `sparsellm report`")
 
 
 def print_evaluation(result: Evaluation, saved: Path | None) -> None:
