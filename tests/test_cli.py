@@ -203,7 +203,7 @@ def test_one_command_prunes_packs_measures_and_reports(
 
 def test_something_is_printed_before_torch_is_imported() -> None:
     program = (
-        "import sys\nfrom sparsellm import cli\nsys.stderr = sys.stdout\n"
+        "import sys\nfrom sparsellm.app import cli\nsys.stderr = sys.stdout\n"
         "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch':\n            print('torch')\n            raise SystemExit(3)\n"
         "sys.meta_path.insert(0, Finder())\nsys.argv = ['sparsellm', 'prune', 'model', '--out', 'x', *sys.argv[1:]]\n"
@@ -277,8 +277,8 @@ MISTAKES: dict[
         ["'xx", "300 bytes"],
     ),
     "no share": (
-        ["prune", "{llama}", "--sparsity-of", "*.q_proj"],
-        ["--sparsity-of", "write GLOB=SHARE"],
+        ["prune", "{llama}", "--set", "sparsity_of.*.q_proj"],
+        ["sparsity_of.*.q_proj", "write key=value"],
     ),
     "no tokenizer": (
         ["prune", "{tmp}/bare"],

@@ -53,7 +53,7 @@ def test_a_file_registers_what_prune_then_knows(
     allocation = write(tmp_path / "a.py", ALLOCATION)
     line = (
         "prune", llama, "--out", tmp_path / "p", "--plugin", solver, "--plugin", allocation, "--method", "mine",
-        "--allocation", "first-less", "--set", "options.strength=2", "--samples", 2, "--seq-len", 16, "--json",
+        "--set", "allocation=first-less", "--set", "options.strength=2", "--samples", 2, "--seq-len", 16, "--json",
     )  # fmt: skip
     report = json.loads(run(*line, exits=0)[1])
     assert (report["recipe"]["method"], report["allocation"]["name"]) == (

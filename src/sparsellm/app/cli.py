@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sparsellm import __version__, interrupts
 from sparsellm.app import options as use
@@ -45,6 +46,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Prune Hugging Face language models after training, globally, and make the sparsity pay.",
 )
+
+
+class _Command(TyperCommand):
+    """A command with ``--help`` in the last panel; typer would give it the first."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        shown = super().get_help_option(ctx)
+        if shown is not None:
+            vars(shown)["rich_help_panel"] = use.OUTPUT
+        return shown
 
 
 def _command(
@@ -112,7 +123,9 @@ def _command(
         }
         epilog = "\n\n".join(("Examples:", *(f"  {example}" for example in examples)))
         usage = " ".join([*filter(None, map(use.required, parameters)), "[OPTIONS]"])
-        return app.command(name, epilog=epilog, options_metavar=usage)(call)
+        return app.command(name, cls=_Command, epilog=epilog, options_metavar=usage)(
+            call
+        )
 
     return register
 
@@ -189,6 +202,7 @@ def _check_pack(
 
 @_command(
     use.ONE_MODEL,
+    needed("--out DIR", "Directory of the pruned checkpoint.", use.COMMON),
     *use.RUN,
     option(
         "--teacher MODEL",
@@ -196,7 +210,6 @@ def _check_pack(
         WHAT,
     ),
     use.TRUST,
-    use.out("Directory of the pruned checkpoint."),
     option(
         "--pack DIR",
         "Also pack the result into DIR, measure that against MODEL, and write its report.",
