@@ -235,7 +235,7 @@ and pruned from its directory by `sparsegpt` (50 %), `sparsellm` (60 %, efforts 
 sparsity 0. *Right*: the sparsity is reached, plain transformers reads the checkpoint again under the names it had,
 and at sparsity 0 the logits are those of the dense model, bit for bit. Matrices that stay dense are named with the
 reason: *gate*, a router or gate; *small*, at most 2 % of its block; *allowed dense*, more than that, accepted by
-`--allow-dense`. A percentage is the sparsity over all matrices of the blocks at 50 %, if below 49.5 %. *In part*:
+`--set allow_dense`. A percentage is the sparsity over all matrices of the blocks at 50 %, if below 49.5 %. *In part*:
 `sparsellm` refuses the type, the local methods prune it. *Refused*: an error of one line before the work.
 Printed by `benchmarks/families.py`.
 """

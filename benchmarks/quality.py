@@ -177,7 +177,7 @@ def run_cell(
     prune = (
         "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
         arguments.calibration, "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
-        "--seed", str(seed), *[line if line[:2] == "--" else f"--set={line}" for line in (*arguments.set, *settings)],
+        f"--set=seed={seed}", *[line if line[:2] == "--" else f"--set={line}" for line in (*arguments.set, *settings)],
     )  # fmt: skip
     try:
         pruned = command(*prune)

@@ -1,6 +1,5 @@
 """A solver of your own: scores as Wanda has them, and the weights that are kept fitted anew by least squares.
 
-    sparsellm methods --plugin examples/my_solver.py
     sparsellm prune demo --out pruned --plugin examples/my_solver.py --method wanda-refit --sparsity 0.5
 
 Every solver is a method, and can be the solver inside of others: `--set options.solver=wanda-refit`.

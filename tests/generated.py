@@ -42,7 +42,6 @@ from sparsellm.app import cli
 from tests.files.small import tree
 from tests.line import run
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.report.test_push import Hub
 
 SECRET = "a file outside of the directory of the command"
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
@@ -94,19 +93,6 @@ COMMANDS: dict[str, Command] = {
         ("{out}",),
         positional=2,
     ),
-    "card": Command(
-        ("card", "pruned"),
-        tuple(f"pruned/{name}" for name in RECORDS),
-        ("{first}/README.md", "{first}/sparsellm-files.json"),
-    ),
-    "push": Command(
-        ("push", "packed", "me/model"),
-        tuple(
-            f"packed/{name}"
-            for name in (*RECORDS, "model.safetensors.index.json", "added.txt")
-        ),
-        positional=2,
-    ),
     "compare": Command(
         ("compare", "model", "--out=new", *GRID, *MEASURED),
         (
@@ -120,7 +106,6 @@ COMMANDS: dict[str, Command] = {
     "compare again": Command(
         ("compare", "model", "--out=grid", *GRID, *MEASURED),
         (
-            "grid/compare.json",
             "grid/compare.html",
             *(
                 f"grid/magnitude-0.5{end}/{name}"
@@ -130,21 +115,6 @@ COMMANDS: dict[str, Command] = {
         ),
         ("{out}", "{out}/*"),
         kept=("{out}/magnitude-0.5*.partial",),
-    ),
-    "tune": Command(
-        (
-            "tune",
-            "pruned",
-            "--out=new",
-            "--calibration=note.txt",
-            "--steps=2",
-            "--seq-len=16",
-        ),
-        tuple(
-            f"pruned/{name}"
-            for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")
-        ),
-        ("{out}", "{out}/*"),
     ),
     "export": Command(
         ("export", "gridded", "--to=compressed-tensors", "--out=new"),
@@ -518,11 +488,9 @@ def limited(seconds: float) -> Iterator[None]:
 
 def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
     """``refused`` or ``succeeded``, or what is wrong with the end of an input, and a text that shows it."""
-    command, made, hub = COMMANDS[name], generated(name, number), Hub()
-    with (
-        directory() as root,
-        mock.patch.object(huggingface_hub, "HfApi", return_value=hub),
-    ):
+    command = COMMANDS[name]
+    made = generated(name, number)
+    with directory() as root:
         for _, change in made.damage:
             change(root / "work")
         before = tree(root)
@@ -577,12 +545,6 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
     ]
     if beyond:
         return "changed other files", f"{shown}\n{sorted(beyond)[:10]}"
-    if any(
-        SECRET.encode() in data
-        for files in hub.files.values()
-        for data in files.values()
-    ):
-        return "uploaded a file from outside", shown
     return ("refused" if code else "succeeded"), shown
 
 

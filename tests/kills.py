@@ -80,25 +80,12 @@ JOBS = [
     Job("pack, int4", PACK, (INT4,)),
     Job("unpack", ["unpack", "packed", "--out=again"], (INT4, PACK)),
     Job(
-        "tune",
-        [
-            "tune",
-            "out",
-            "--steps=2",
-            "--seq-len=24",
-            "--calibration=text.txt",
-            "--out=tuned",
-        ],
-        (PRUNE,),
-    ),
-    Job(
         "export",
         ["export", "out", "--to=compressed-tensors", "--out=exported"],
         ([*PRUNE, "--grid=w8a16"],),
     ),
     Job("eval", EVAL, (PRUNE,)),
     Job("report", ["report", "out"], (PRUNE, EVAL)),
-    Job("card", ["card", "out"], (PRUNE, EVAL)),
     Job(
         "compare",
         [

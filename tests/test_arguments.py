@@ -212,7 +212,6 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (sparsellm.inspect, {"model": tiny_llama()}, "give a checkpoint directory"),
     (sparsellm.pack, {"out": ""}, "out is ''"),
     (sparsellm.unpack, {"directory": 5}, "directory is 5"),
-    (sparsellm.push, {"directory": "x", "repo": 3}, "repo is 3"),
 ]
 
 

@@ -126,18 +126,8 @@ COMMANDS = {
     "eval": ["eval", "model", "--text=note.txt", "--seq-len=16", "--max-tokens=64"],
     "inspect": ["inspect", "model"],
     "report": ["report", "model"],
-    "methods": ["methods"],
     "pack": ["pack", "model", "--out=out"],
     "unpack": ["unpack", "packed", "--out=out"],
-    "tune": [
-        "tune",
-        "model",
-        "--out=out",
-        "--calibration=note.txt",
-        "--steps=1",
-        "--seq-len=16",
-    ],
-    "card": ["card", "packed"],
     "generate": ["generate", "packed", "The", "--max-new-tokens=2"],
     "bench": ["bench", "packed", "--prompt-tokens=4", "--new-tokens=2", "--repeats=1"],
 }

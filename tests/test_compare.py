@@ -16,14 +16,11 @@ import pytest
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm.app import cells as compare
-from sparsellm.app.cells import GridResult, Protocol, cells_of
+from sparsellm.app import compare
+from sparsellm.app.compare import Comparison, cells_of
 from sparsellm.errors import RecipeError, StorageError
-from sparsellm.evaluation import perplexity
 from sparsellm.interrupts import Interrupted
-from sparsellm.progress import Progress
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
-from sparsellm.run import walk as running
 from tests.files.small import shards_of, tree
 from tests.killing import Died, dying
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -31,22 +28,28 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
 
 
-def grid(llama: Path, out: Path, **changes: object) -> GridResult:
+def grid(llama: Path, out: Path, **changes: object) -> Comparison:
     cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     cells |= cells_of(
         {"samples": 4, "seq_len": 32}, methods=["magnitude"], patterns=["2:4"]
     )
-    settings = {"cells": cells, "protocol": Protocol("pydoc", 32, 256), **changes}
+    settings = {
+        "cells": cells,
+        "text": "pydoc",
+        "seq_len": 32,
+        "max_tokens": 256,
+        **changes,
+    }
     return compare.compare(llama, out=out, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> GridResult:
+def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return grid(llama, tmp_path_factory.mktemp("grid") / "out")
 
 
 def test_every_cell_is_what_a_run_by_itself_gives(
-    llama: Path, finished: GridResult, tmp_path: Path
+    llama: Path, finished: Comparison, tmp_path: Path
 ) -> None:
     assert [cell.name for cell in finished.cells] == [
         "magnitude-0.5",
@@ -89,9 +92,7 @@ def test_quality_and_size_are_those_of_the_packed_checkpoint(
         sparsities=[0.5, 0.6],
         values=["int4"],
     )
-    result = grid(
-        llama, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256)
-    )
+    result = grid(llama, tmp_path / "out", cells=cells)
     cell = result.cells[0]
     assert cell.name == "magnitude-0.5-int4"
     packed = sparsellm.evaluate(
@@ -102,77 +103,80 @@ def test_quality_and_size_are_those_of_the_packed_checkpoint(
     assert "magnitude-0.5-int4-packed" in result.page.read_text(encoding="utf-8")
 
 
-def test_what_cells_share_is_computed_once(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gradients, outputs = (
-        Mock(wraps=running.loss_gradients),
-        Mock(wraps=perplexity._outputs),
-    )
-    monkeypatch.setattr(running, "loss_gradients", gradients)
-    monkeypatch.setattr(perplexity, "_outputs", outputs)
-    grid(
-        llama,
-        tmp_path / "out",
-        cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]),
-    )
-    assert (gradients.call_count, outputs.call_count) == (1, 2 + 1)
-
-
-def test_a_stopped_grid_goes_on_and_takes_further_cells(
-    llama: Path, finished: GridResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_comparison_goes_on_and_takes_further_cells(
+    llama: Path, finished: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = Mock(
-        wraps=api.pack, side_effect=[DEFAULT, KeyboardInterrupt, *[DEFAULT] * 9]
+        wraps=compare.pack, side_effect=[DEFAULT, KeyboardInterrupt, *[DEFAULT] * 9]
     )
-    monkeypatch.setattr(api, "pack", pack)
+    monkeypatch.setattr(compare, "pack", pack)
+    cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     with pytest.raises(KeyboardInterrupt):
-        grid(
-            llama,
-            tmp_path / "out",
-            cells=cells_of(
-                SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5]
-            ),
-        )
-    began = (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns
+        grid(llama, tmp_path / "out", cells=cells)
+    record = tmp_path / "out" / "sparsellm-0.5" / "pruning.json"
+    began = record.stat().st_mtime_ns
     again = grid(llama, tmp_path / "out")
-    assert (
-        tmp_path / "out" / "sparsellm-0.5" / "pruning.json"
-    ).stat().st_mtime_ns == began, "it was pruned twice"
+    assert record.stat().st_mtime_ns == began, "it was pruned twice"
     assert [(c.name, c.perplexity, c.kl) for c in again.cells] == [
         (c.name, c.perplexity, c.kl) for c in finished.cells
     ]
     assert pack.call_count == 2 + 2
 
 
+def test_what_is_finished_is_not_done_again(
+    llama: Path, finished: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((api, "prune"), (compare, "pack"), (api, "evaluate")):
+        monkeypatch.setattr(module, name, Mock(side_effect=AssertionError(name)))
+    assert grid(llama, finished.out).cells == finished.cells
+
+
+def test_another_text_is_measured_on_the_same_checkpoints(
+    llama: Path, finished: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
+    monkeypatch.setattr(api, "prune", Mock(side_effect=AssertionError))
+    other = grid(llama, out, max_tokens=512)
+    assert [cell.kl for cell in other.cells] != [cell.kl for cell in finished.cells]
+    for cell in other.cells:
+        kept = json.loads((out / f"{cell.name}-packed" / "results.json").read_text())
+        assert [one["protocol"]["windows"] for one in kept["evaluations"]] == [8, 16]
+    assert grid(llama, out).cells == finished.cells
+
+
 def test_other_settings_of_a_finished_cell_are_refused(
-    llama: Path, finished: GridResult, monkeypatch: pytest.MonkeyPatch
+    llama: Path, finished: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
-    with pytest.raises(
-        sparsellm.SparseLLMError, match=r"other settings: protocol\.max_tokens is"
-    ):
-        grid(llama, finished.out, protocol=Protocol("pydoc", 32, 512))
+    cells = cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5])
     with pytest.raises(
         sparsellm.SparseLLMError, match=r"other settings: seed is 0 there and 1 here"
     ):
-        grid(
-            llama,
-            finished.out,
-            cells=cells_of(
-                {**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5]
-            ),
-        )
+        grid(llama, finished.out, cells=cells)
     monkeypatch.setattr(compare, "loaded", lambda: {"mine.py": "ab"})
     with pytest.raises(
         sparsellm.SparseLLMError,
-        match=r"other settings: plugins is None there and .'mine",
+        match=r"other settings: plugins\.mine\.py is None there",
     ):
         grid(llama, finished.out)
     assert (
         sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
         == before
     )
+
+
+def test_two_models_do_not_share_a_cell(
+    llama: Path, finished: Comparison, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(llama, tmp_path / "another-place"))
+    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
+    again = grid(moved, out)
+    assert [cell.kl for cell in again.cells] == [cell.kl for cell in finished.cells]
+    other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(), tmp_path / "other")
+    with pytest.raises(
+        RecipeError, match=r"magnitude-0\.5 was made with other settings: model is"
+    ):
+        grid(other, out)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,6 @@ def test_a_recommendation_meets_the_constraints(
         ("--sparsity 0.5,0.5", "asked for twice"),
         ("--sparsity 0.5 --method wandaa", "wanda"),
         ("--sparsity 0.5 --method wanda --set effort=1", "known to none"),
-        ("--sparsity 0.5 --recover 1.5", "recover is 1.5"),
         ("--sparsity 0.5 --text gone.txt", "text file 'gone.txt' does not exist"),
         ("--sparsity 0.5 --values int9", "recipe field values is 'int9'"),
         ("--sparsity 0.5 --text-seq-len 4000", "4000"),
@@ -259,7 +262,6 @@ SMALL += ["--samples=4", "--seq-len=32", "--method"]
         ("x/" * 3000, "File name too long"),
         ("p.partial", "is a working directory"),
         ("model/grid", "overlaps with the model"),
-        ("mine", "mine is not empty, and holds no comparison"),
         ("mine/note", "note is a link or a file"),
     ],
 )
@@ -287,18 +289,10 @@ def made_by_somebody(llama: Path, out: Path) -> None:
 
 
 FOREIGN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "wanda-0.5": (made_by_somebody, "wanda-0.5 was not written by this comparison"),
+    "wanda-0.5": (made_by_somebody, "wanda-0.5 was made with other settings: method"),
     "wanda-0.5-packed": (
         made_by_somebody,
-        "wanda-0.5-packed was not written by this comparison",
-    ),
-    "wanda-0.5 as a link": (
-        lambda _, path: path.with_name("wanda-0.5").symlink_to("nowhere"),
-        "wanda-0.5 was not written by this comparison",
-    ),
-    "wanda-0.5-packed.partial": (
-        lambda _, path: path.mkdir(),
-        "wanda-0.5-packed.partial was not written by this",
+        "wanda-0.5-packed exists and is not empty",
     ),
     "compare.html": (
         lambda _, path: path.write_text("mine"),
@@ -353,27 +347,6 @@ def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(
     )
 
 
-def test_a_second_comparison_at_the_same_time_is_refused(
-    llama: Path, tmp_path: Path, refusal: Any
-) -> None:
-    seconds: list[str] = []
-
-    def meanwhile(event: Progress) -> None:
-        if event.phase == "pack" and not seconds:
-            seconds.append(
-                refusal("compare", llama, "--out", tmp_path / "out", *SMALL, "wanda")
-            )
-
-    cells = cells_of(
-        {"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5]
-    )
-    first = grid(llama, tmp_path / "out", cells=cells, progress=meanwhile)
-    assert [cell.name for cell in first.cells] == ["magnitude-0.5"]
-    (said,) = seconds
-    assert f"another process is writing {tmp_path / 'out'} now" in said
-    assert not (tmp_path / "out" / "wanda-0.5").exists()
-
-
 @pytest.mark.parametrize("seeds", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_lives_of_a_grid(
     seeds: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -423,31 +396,6 @@ def test_lives_of_a_grid(
     assert min(ended["Died"], ended["StorageError"]) > 1, ended
 
 
-def test_two_models_or_texts_do_not_share_a_grid(
-    llama: Path, tmp_path: Path, run: Any
-) -> None:
-    out, text = tmp_path / "out", tmp_path / "text.txt"
-    text.write_text(" ".join(map(str, range(400))))
-    words = ("--out", out, *SMALL, "magnitude", "--calibration", text)
-    assert run("compare", llama, *words)[0] == 0
-    (out / f".{'a' * 24}.tmp").write_text("what a killed process wrote")
-    run("compare", shutil.copytree(llama, tmp_path / "another-place"), *words, exits=0)
-    assert not list(out.glob(".*.tmp"))
-    other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(), tmp_path / "other")
-    for arguments, message in (
-        ((other, *words), "was made with other settings: model is"),
-        ((llama, *words, "--set", "bos=yes"), "was made with other settings: text is"),
-        (
-            (llama, *words, "--max-tokens", 128),
-            "was made with other settings: protocol.max_tokens is",
-        ),
-    ):
-        assert message in run("compare", *arguments, exits=2)[2]
-    text.write_text(" ".join(map(str, range(400, 800))))
-    said = run("compare", llama, *words, exits=2)[2]
-    assert "magnitude-0.5 was made with other settings: calibration_file is" in said
-
-
 def test_no_run_is_best_in_a_size_if_a_smaller_one_diverges_less() -> None:
     sizes = {
         "a": (80, 0.1),
@@ -470,8 +418,8 @@ def test_the_command_prints_one_table_and_a_recommendation(
         "--out",
         tmp_path,
         *words.split(),
-        "--recover",
-        "0.01",
+        "--max-bytes",
+        "1GB",
         columns=80,
         exits=0,
     )[1]
@@ -514,11 +462,7 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
     ):
         cells_of(base, methods=["wanda"], sparsities=[0.3], efforts=[1])
     with pytest.raises(RecipeError, match="cells is empty"):
-        sparsellm.compare("demo", out="grid", cells={}, protocol=Protocol("pydoc"))
-    given: Any = {"out": "grid", "cells": chosen, "protocol": Protocol("pydoc")}
-    for name, value in {"protocol": "pydoc", "recover": 2}.items():
-        with pytest.raises(RecipeError, match=rf"{name} is '?{value}"):
-            sparsellm.compare("demo", **{**given, name: value})
+        sparsellm.compare("demo", out="grid", cells={}, text="pydoc")
     for name, value in {"methods": "wanda", "experts": 0.5}.items():
         with pytest.raises(RecipeError, match=rf"{name} is {value!r}"):
             cells_of(base, **{"methods": ["wanda"], "sparsities": [0.3], name: value})
@@ -546,7 +490,7 @@ def test_options_mean_what_they_mean_in_prune(
         "4GiB",
         "cpu",
     )
-    assert given["protocol"].seq_len == 8
+    assert given["seq_len"] == 8
 
 
 def test_the_functions_of_the_commands_are_in_the_package() -> None:

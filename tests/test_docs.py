@@ -28,7 +28,6 @@ PAGES = [
 SMALL = {  # What makes a command of a page quick; the last value of an option counts.
     "prune": "--samples 4 --seq-len 32",
     "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
-    "tune": "--steps 2 --seq-len 32",
     "generate": "--max-new-tokens 2",
     "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
     "compare": "--text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32",
@@ -195,6 +194,12 @@ def test_recipes_of_the_guide_are_recipes() -> None:
 def test_python_of_a_page_compiles(page: Path) -> None:
     for block in blocks(page, "python"):
         compile(block, page.name, "exec")
+
+
+def test_the_page_of_options_is_that_of_the_registry() -> None:
+    script = runpy.run_path(str(ROOT / "tools" / "options.py"))
+    written = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert written == script["page"]() + "\n", "run tools/options.py > docs/options.md"
 
 
 def test_counts_of_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import sparsellm
 from sparsellm import Recipe
+from tests.files.small import tensors_of
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.families import mixtral
 
@@ -137,3 +140,24 @@ def test_the_notebook_runs_and_shows_its_results(
                 )
     assert [text[:6] for text in shown] == ["<div><", "<table", "PackRe"]
     assert len(capsys.readouterr().out) > 10
+
+
+def test_lora_keeps_every_zero(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    recipe = Recipe(method="magnitude", samples=2, seq_len=16, calibration="pydoc")
+    pruned = sparsellm.prune(llama, recipe, out=tmp_path / "pruned").path
+    (tmp_path / "text.txt").write_text("the same few words again and again\n" * 200)
+    words = (EXAMPLES / "lora.py", pruned, tmp_path / "tuned", tmp_path / "text.txt", 4)
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    script = runpy.run_path(str(EXAMPLES / "lora.py"))
+    script["main"].__globals__["SEQ_LEN"] = 32
+    script["main"](*sys.argv[1:])
+    before, after = tensors_of(pruned), tensors_of(tmp_path / "tuned")
+    trained = 0
+    for name, weight in before.items():
+        if "layers" in name and weight.ndim == 2:
+            assert torch.equal(weight == 0, after[name] == 0), name
+            trained += int(not torch.equal(weight, after[name]))
+    assert trained >= 7

@@ -16,16 +16,14 @@ from sparsellm.version import __version__
 if TYPE_CHECKING:
     from sparsellm.api import (
         PruneResult,
-        card,
         dry_run,
         evaluate,
         inspect,
         keep_results,
         plan,
         prune,
-        push,
     )
-    from sparsellm.app.cells import Protocol, cells_of, compare
+    from sparsellm.app.compare import cells_of, compare
     from sparsellm.app.console import progress as show_progress
     from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
@@ -41,16 +39,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "sparsellm.api": (
         "PruneResult",
-        "card",
         "dry_run",
         "evaluate",
         "inspect",
         "keep_results",
         "plan",
         "prune",
-        "push",
     ),
-    "sparsellm.app.cells": ("Protocol", "cells_of", "compare"),
+    "sparsellm.app.compare": ("cells_of", "compare"),
     "sparsellm.app.console": ("show_progress",),
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
     "sparsellm.errors": ("SparseLLMError",),
@@ -74,9 +70,7 @@ __all__ = [
     "__version__",
 ]
 __all__ += [
-    "Protocol",
     "bench",
-    "card",
     "cells_of",
     "compare",
     "dry_run",
@@ -91,7 +85,6 @@ __all__ += [
     "pack",
     "plan",
     "prune",
-    "push",
     "show_progress",
     "unpack",
 ]

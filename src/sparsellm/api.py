@@ -41,7 +41,6 @@ from sparsellm.records import (
 )
 from sparsellm.report.card import card
 from sparsellm.report.document import write_report
-from sparsellm.report.push import push
 from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.fingerprint import tokens_fingerprint
@@ -470,9 +469,8 @@ __all__ = [
     "MatrixZeros",
     "Opened",
     "PruneResult",
-    "card",
     "dry_run",
     "evaluate",
     "inspect",
 ]
-__all__ += ["inspect_experts", "plan", "prune", "push"]
+__all__ += ["inspect_experts", "plan", "prune"]

@@ -12,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import random
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate, count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -244,46 +242,6 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = before
-
-
-def dealt(items: Sequence[T]) -> Iterator[T]:
-    """The items that this process works on, each :func:`alone`: a process that is free takes the next. Ends when all
-    have ended, without the time limit of other waits."""
-    if size() == 1:
-        yield from items
-        return
-    name, processes = broadcast(uuid4().hex), size()
-    on_this_machine()  # remembers who shares this machine, which a process alone cannot find out
-    with alone():
-        while (number := _count(name, 1)) <= len(items):
-            yield items[number - 1]
-    _count(f"{name} ended", 1)
-    while _count(f"{name} ended", 0) < processes:
-        time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Waits until no other process is in this context, also :func:`alone`."""
-    if not (dist.is_available() and dist.is_initialized()):
-        yield
-        return
-    while _count("within", 1) > 1:
-        _count("within", -1)
-        time.sleep(random.uniform(0, 0.1))
-    try:
-        yield
-    finally:
-        _count("within", -1)
-
-
-def _count(name: str, change: int) -> int:
-    """A number that all processes of the group share, from 0, after this change of it."""
-    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
-
-    return _reached(
-        PrefixStore("sparsellm-counts", _get_default_store()).add, name, change
-    )
 
 
 def together(make: Callable[[], T]) -> T:

@@ -29,7 +29,6 @@ PHASES = {  # names of phases, and of parts of them, for people
     "bench": "measure speed",
     "sweep": "sweep the whole model",
     "save": "save the checkpoint",
-    "tune": "train",
     "dense": "run the dense model",
     "prune/permutation": "order channels",
     "prune/rotation": "rotate values",

@@ -153,9 +153,9 @@ class Recipe(BaseModel):
     )
 
     method: Annotated[
-        str, Option(WHAT, "NAME", registered=("blocks", "solvers")), NAME
+        str, Option(WHAT, "NAME", registered=("method/blocks", "method/solvers")), NAME
     ] = "sparsellm"
-    """How weights are chosen and refitted; `sparsellm methods` lists all."""
+    """How weights are chosen and refitted."""
     sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.5
     """Fraction of zeros over all pruned linears, at least 0 and below 1, which the allocation divides among them."""
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
@@ -187,10 +187,10 @@ class Recipe(BaseModel):
     """Options of the method, by name."""
     allocation: Annotated[
         str | None,
-        Option(WHAT, "NAME", null=ALLOCATION, registered=("allocation",)),
+        Option(WHAT, "NAME", null=ALLOCATION, registered=("method/allocation",)),
         NAME,
     ] = None
-    """How the zeros are divided among blocks and linears; `sparsellm methods` lists all. A fixed pattern needs none."""
+    """How the zeros are divided among blocks and linears. A fixed pattern needs none."""
     allocation_options: dict[str, JsonValue] = {}
     """Options of the allocation, by name."""
     experts: Annotated[
@@ -199,9 +199,9 @@ class Recipe(BaseModel):
     """Experts of each mixture to remove before anything else: below 1 the share to remove, such as 0.5; from 1 on the
     number to keep. With sparsity 0, nothing else is pruned."""
     expert_score: Annotated[
-        str, Option(WHAT, "NAME", registered=("experts",)), NAME
+        str, Option(WHAT, "NAME", registered=("method/experts",)), NAME
     ] = "coordinated"
-    """How experts to keep are chosen; `sparsellm methods` lists all."""
+    """How experts to keep are chosen."""
     expert_options: dict[str, JsonValue] = {}
     """Options of the expert score, by name."""
     expert_refit: bool = True

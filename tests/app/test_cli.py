@@ -225,14 +225,6 @@ def test_something_is_printed_before_torch_is_imported() -> None:
     assert done[1].stdout == "torch\n"
 
 
-def test_methods_lists_options_and_papers(run: Any) -> None:
-    methods = json.loads(run("methods", "--json", exits=0)[1])
-    assert {"magnitude", "wanda", "sparsegpt", "admm"} <= methods.keys()
-    assert methods["sparsegpt"]["paper"] == "arXiv 2301.00774"
-    assert methods["sparsegpt"]["options"]["damping"]["description"]
-    assert "options.damping" in run("methods", columns=0, exits=0)[1]
-
-
 MISTAKES: dict[
     str, tuple[list[str], list[str]]
 ] = {  # one from each part that refuses; its tests have the others
@@ -285,8 +277,8 @@ MISTAKES: dict[
         ["'xx", "300 bytes"],
     ),
     "no share": (
-        ["prune", "{llama}", "--sparsity-of", "*.q_proj"],
-        ["--sparsity-of", "write GLOB=SHARE"],
+        ["prune", "{llama}", "--set", "sparsity_of.*.q_proj"],
+        ["sparsity_of.*.q_proj", "write key=value"],
     ),
     "no tokenizer": (
         ["prune", "{tmp}/bare"],
@@ -365,7 +357,6 @@ def test_a_full_disk_is_said_at_once(
     )
     others = [
         ("pack", kept),
-        ("tune", kept, "--steps", 1, "--seq-len", 32),
         ("export", rounded, "--to", "compressed-tensors"),
     ]
     for line in (prune, *others):

@@ -284,7 +284,7 @@ def test_a_recorded_command_is_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
     not Path("/dev/full").exists(), reason="no device that is always full"
 )
 def test_standard_output_on_a_full_disk_is_one_line() -> None:
-    command = [sys.executable, "-m", "sparsellm", "methods", "--json"]
+    command = [sys.executable, "-m", "sparsellm", "--help"]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     said = "error: standard output is on a full disk; make room, or write elsewhere\n"

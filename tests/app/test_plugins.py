@@ -46,20 +46,14 @@ def write(path: Path, source: str) -> Path:
     return path
 
 
-def test_a_file_registers_what_prune_and_methods_then_know(
+def test_a_file_registers_what_prune_then_knows(
     llama: Path, tmp_path: Path, run: Any
 ) -> None:
     solver = write(tmp_path / "s.py", SOLVER.format(name="mine"))
     allocation = write(tmp_path / "a.py", ALLOCATION)
-    listed = json.loads(
-        run("methods", "--plugin", solver, "--plugin", allocation, "--json", exits=0)[1]
-    )
-    assert listed["mine"]["options"]["strength"]["default"] == 1.0
-    assert "first-less" in listed["allocations"]
-    assert "[b]magnitude[/b]" in run("methods", "--plugin", solver)[1]
     line = (
         "prune", llama, "--out", tmp_path / "p", "--plugin", solver, "--plugin", allocation, "--method", "mine",
-        "--allocation", "first-less", "--set", "options.strength=2", "--samples", 2, "--seq-len", 16, "--json",
+        "--set", "allocation=first-less", "--set", "options.strength=2", "--samples", 2, "--seq-len", 16, "--json",
     )  # fmt: skip
     report = json.loads(run(*line, exits=0)[1])
     assert (report["recipe"]["method"], report["allocation"]["name"]) == (

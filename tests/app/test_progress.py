@@ -205,8 +205,8 @@ def test_verbose_names_the_linear_of_each_error(
 
 
 def test_the_shell_completes_registered_names() -> None:
-    assert set(options.registered("blocks", "solvers")) == set(METHODS)
-    assert set(options.registered("allocation")) == set(ALLOCATIONS)
+    assert set(options.registered("method/blocks", "method/solvers")) == set(METHODS)
+    assert set(options.registered("method/allocation")) == set(ALLOCATIONS)
 
 
 def test_a_program_shows_the_progress_of_a_run_with_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typer.main import get_command
 
 from sparsellm import Recipe, __version__, api
 from sparsellm.api import PruneResult
-from sparsellm.app import cli, console, tables
+from sparsellm.app import cli, console, options, tables
 from sparsellm.recipe import help_of, option_of
 from sparsellm.records import Benchmark, LinearResult
 from sparsepack.bench import Speed
@@ -146,33 +147,48 @@ def test_every_help_fits_80_columns(command: str, run: Any) -> None:
 def test_every_field_with_an_option_is_shown_with_its_default(run: Any) -> None:
     stdout = run("prune", "--help", columns=80)[1]
     words = " ".join(stdout.replace("│", " ").split())
-    for name in Recipe.model_fields:
+    for name in options.FIELDS:
         line, default = option_of(name), getattr(Recipe(), name)
-        if line is None:
-            continue
-        assert f"─ {line.panel} ─" in stdout
+        assert line is not None
+        panel = "Common" if name in options.COMMON_FIELDS else line.panel
+        assert f"─ {panel} ─" in stdout
         assert help_of(name) in words
-        if line.null or default not in (None, [], {}):
+        if line.registered:
+            assert f"{help_of(name)} Known: admm, magnitude, " in words
+            assert f"[default: {default}]" in words
+        elif line.null or default not in (None, [], {}):
             assert f"{help_of(name)} [default: {line.null or default}]" in words
+
+
+def test_the_help_is_short_and_begins_with_what_is_common(run: Any) -> None:
+    stdout = run("prune", "--help", columns=80)[1]
+    panels = re.findall("─ ([A-Z][\\w ]+) ─", stdout)
+    assert panels[:2] == ["Model", "Common"]
+    assert len(re.findall(r"^│ [* ] *--|^│ --", stdout, re.MULTILINE)) <= 26
+    assert len(COMMANDS) <= 15
 
 
 @pytest.mark.parametrize(
     ("arguments", "field", "value"),
     [
-        (["--only", "a", "--only", "b"], "only", ["a", "b"]),
-        (["--skip", "a"], "exclude", ["a"]),
+        (["--set", "only=[a, b]"], "only", ["a", "b"]),
+        (["--set", "exclude=['*.a']"], "exclude", ["*.a"]),
         (
-            ["--sparsity-of", "*.up=0.25", "--sparsity-of", "b=0.5"],
+            ["--set", "sparsity_of.*.up=0.25", "--set", "sparsity_of.b=0.5"],
             "sparsity_of",
             {"*.up": 0.25, "b": 0.5},
         ),
         (["--sparsity", "0"], "sparsity", 0.0),
         (["--memory", "4GiB"], "memory", "4GiB"),
-        (["--bos", "no"], "bos", "no"),
+        (["--set", "bos=no"], "bos", "no"),
         (["--effort", "2", "--set", "seed=3"], "effort", 2),
         (["--recipe", "{tmp}/r.yaml"], "seed", 7),
-        (["--recipe", "{tmp}/r.yaml", "--seed", "8"], "seed", 8),
-        (["--recipe", "{tmp}/r.yaml", "--seed", "8", "--set", "seed=9"], "seed", 9),
+        (["--recipe", "{tmp}/r.yaml", "--set", "seed=8"], "seed", 8),
+        (
+            ["--recipe", "{tmp}/r.yaml", "--effort", "1", "--set", "effort=2"],
+            "effort",
+            2,
+        ),
     ],
 )
 def test_an_option_sets_its_field(
@@ -240,8 +256,8 @@ def test_version_and_completion_need_no_torch() -> None:
         "COMP_CWORD": "3",
     }
     assert shown(**asked) == "--calibration\n"
-    asked |= {"COMP_WORDS": "sparsellm prune m --dtype ", "COMP_CWORD": "4"}
-    assert shown(**asked).split() == ["auto", "float32", "bfloat16", "float16"]
+    asked |= {"COMP_WORDS": "sparsellm prune m --values ", "COMP_CWORD": "4"}
+    assert shown(**asked).split() == ["keep", "int8", "int4", "int3"]
 
 
 def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:

@@ -35,8 +35,7 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(
     _, stdout, stderr = run(*line, exits=0)
     assert "gguf stores the 50% of zeros like other values" in stderr
     assert "it runs in llama.cpp, Ollama, LM Studio" in stdout
-    for command in ("card", "report"):
-        assert run(command, directory)[0] == 0
+    run("report", directory, exits=0)
     written = out.stat().st_size
     for name, size in (
         ("README.md", f"{written:,} bytes"),

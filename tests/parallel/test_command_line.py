@@ -129,7 +129,7 @@ def test_torchrun_writes_what_one_process_writes(llama: Path, tmp_path: Path) ->
         f"--out={out}",
         *given,
         "--set=passes=2",
-        "--seed=1",
+        "--set=seed=1",
         "--json",
     )
     stdout, stderr = ended(run)

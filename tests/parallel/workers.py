@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import sparsellm
 from sparsellm import Recipe, parallel
-from sparsellm.app import cells
+from sparsellm.app.compare import cells_of, compare
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.evaluation import perplexity
 from sparsellm.files.reader import CheckpointReader
@@ -26,7 +25,6 @@ from sparsellm.method.solvers.solver import Solution, solution
 from sparsellm.method.sweep.gradients import loss_gradients
 from sparsellm.method.sweep.sweep_task import Residence
 from sparsellm.model import Chain, Feed, open_chain
-from sparsellm.run.plan import Request
 from tests.method.allocation.helpers import sizes_of
 from tests.method.sweep.helpers import halved, swept_by
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
@@ -307,34 +305,14 @@ def reads(folder: Path) -> None:
 
 
 def comparison_of_some_cells(folder: Path) -> None:
-    """After the evaluation. A process waits in its first cell until each has one; the first then runs all by itself."""
-    names: list[str] = []
-    rank, size = parallel.rank(), parallel.size()  # in a cell a process is alone
-
-    def measure(request: Request, *arguments: Any) -> Any:
-        names.append(Path(str(request.out)).name)
-        (folder / f"took-{rank}").touch()
-        while len(list(folder.glob("took-*"))) < size:
-            time.sleep(0.01)
-        return real(request, *arguments)
-
-    real, settings = cells._measure, {"samples": 4, "seq_len": 32}
-    asked = cells.cells_of(
-        settings, methods=["magnitude", "wanda"], sparsities=[0.5, 0.6]
-    )
+    settings = {"samples": 4, "seq_len": 32}
+    cells = cells_of(settings, methods=["magnitude", "wanda"], sparsities=[0.5])
     run = partial(
-        cells.compare,
-        folder / "llama",
-        cells=asked,
-        protocol=cells.Protocol("pydoc", 32, 256),
+        compare, folder / "llama", cells=cells, text="pydoc", seq_len=32, max_tokens=256
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "_measure", measure)
-        divided = run(out=folder / "divided")
-    if parallel.is_main():
-        with parallel.alone():
-            run(out=folder / "alone")
-    leave(folder, "compared", (names, divided.cells))
+    divided = run(out=folder / "divided")
+    alone = parallel.from_main(partial(run, out=folder / "alone"))
+    leave(folder, "compared", (divided.cells, alone.cells))
 
 
 def everything(folder: Path) -> None:

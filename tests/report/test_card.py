@@ -113,7 +113,7 @@ def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
     assert "huggingface.co" not in text
 
 
-def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
+def test_a_card_has_the_results_with_their_protocol(pruned: Path) -> None:
     results(
         pruned,
         {**EVALUATION, "tasks": None},
@@ -121,7 +121,7 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> N
         EVALUATION,
         {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}},
     )
-    assert "README.md" in run("card", pruned, exits=0)[1]
+    assert card(pruned) == pruned / "README.md"
     text = (pruned / "README.md").read_text()
     assert (
         "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored."
@@ -139,14 +139,14 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> N
         text.count("windows of 512 tokens") == 1
     )  # a later measurement of the same replaces the first
     assert not any(part in text for part in ("/home/me", "Not evaluated"))
-    assert run("card", pruned)[0] == 0  # its own card is replaced again and again
+    card(pruned)  # its own card is replaced again and again
     narrow = EVALUATION | {"protocol": EVALUATION["protocol"] | {"window": 96}}
     sparsellm.keep_results(pruned, [sparsellm.Evaluation(**narrow)])
     assert "windows of 96 tokens" in (pruned / "README.md").read_text()
 
 
 def test_what_was_never_pruned_or_evaluated_has_no_new_card(
-    pruned: Path, refusal: Any
+    pruned: Path,
 ) -> None:
     before = (pruned / "README.md").read_bytes()
     said = {
@@ -154,25 +154,32 @@ def test_what_was_never_pruned_or_evaluated_has_no_new_card(
         pruned: "was never evaluated; run `sparsellm",
     }
     for directory, part in said.items():
-        assert part in refusal("card", directory)
+        with pytest.raises(StorageError) as refused:
+            card(directory)
+        assert part in str(refused.value)
     with pytest.raises(StorageError, match=r"has no pruning\.json"):
         sparsellm.keep_results(pruned.parent, [sparsellm.Evaluation(**EVALUATION)])
     assert not (pruned.parent / "results.json").exists()
     assert (pruned / "README.md").read_bytes() == before
 
 
-def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
+def test_an_edited_card_is_kept(pruned: Path, llama: Path, run: Any) -> None:
     results(pruned, EVALUATION)
-    card = pruned / "README.md"
-    edited = card.read_text().replace("Not evaluated yet", "Excellent")
-    card.write_text(edited)
-    assert "--force replaces it" in run("card", pruned, exits=2)[2]
-    assert card.read_text() == edited
-    assert run("card", pruned, "--force")[0] == 0
-    assert "14.37" in card.read_text()
+    readme = pruned / "README.md"
+    edited = readme.read_text().replace("Not evaluated yet", "Excellent")
+    readme.write_text(edited)
+    with pytest.raises(StorageError, match="or was edited since; move it away"):
+        card(pruned)
+    line = ("eval", pruned, "--text", "pydoc", "--seq-len", 32, "--max-tokens", 64)
+    stderr = run(*line, exits=0)[2]
+    assert "note: the card is not written again: " in stderr
+    assert readme.read_text() == edited
+    readme.unlink()
+    run(*line, exits=0)
+    assert "14.37" in readme.read_text()
 
 
-def test_what_is_not_a_file_is_kept_unless_forced(pruned: Path) -> None:
+def test_what_is_not_a_file_is_kept(pruned: Path) -> None:
     results(pruned, EVALUATION)
     readme = pruned / "README.md"
     for make in (

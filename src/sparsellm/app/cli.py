@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from sparsellm import __version__, interrupts
 from sparsellm.app import options as use
@@ -23,7 +24,6 @@ from sparsellm.app.options import (
     MEASURE,
     SERVER,
     TEXT,
-    TRAINING,
     argument,
     field,
     flag,
@@ -46,6 +46,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Prune Hugging Face language models after training, globally, and make the sparsity pay.",
 )
+
+
+class _Command(TyperCommand):
+    """A command with ``--help`` in the last panel; typer would give it the first."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        shown = super().get_help_option(ctx)
+        if shown is not None:
+            vars(shown)["rich_help_panel"] = use.OUTPUT
+        return shown
 
 
 def _command(
@@ -113,9 +123,25 @@ def _command(
         }
         epilog = "\n\n".join(("Examples:", *(f"  {example}" for example in examples)))
         usage = " ".join([*filter(None, map(use.required, parameters)), "[OPTIONS]"])
-        return app.command(name, epilog=epilog, options_metavar=usage)(call)
+        return app.command(name, cls=_Command, epilog=epilog, options_metavar=usage)(
+            call
+        )
 
     return register
+
+
+def _renew_card(results: Path | None) -> None:
+    """Writes the card of a checkpoint again, with new results; says why if it cannot."""
+    from sparsellm.app import console
+    from sparsellm.records import PRUNING
+    from sparsellm.report.card import card
+
+    if results is None or not (results.parent / PRUNING).is_file():
+        return
+    try:
+        card(results.parent)
+    except (OSError, StorageError) as error:
+        console.say(f"note: the card is not written again: {error}", error=True)
 
 
 def _show_version(asked: bool) -> None:
@@ -176,6 +202,7 @@ def _check_pack(
 
 @_command(
     use.ONE_MODEL,
+    needed("--out DIR", "Directory of the pruned checkpoint.", use.COMMON),
     *use.RUN,
     option(
         "--teacher MODEL",
@@ -183,7 +210,6 @@ def _check_pack(
         WHAT,
     ),
     use.TRUST,
-    use.out("Directory of the pruned checkpoint."),
     option(
         "--pack DIR",
         "Also pack the result into DIR, measure that against MODEL, and write its report.",
@@ -388,6 +414,7 @@ def evaluate(
     if not parallel.is_main():
         return None
     saved = keep(result)
+    _renew_card(saved)
     if flatters:
         console.say(
             "note: the model was calibrated on a text of this name, which flatters its numbers",
@@ -506,93 +533,58 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     use.MAX_TOKENS,
     flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),
     option(
-        "--recover SHARE",
-        "Recommend the smallest model with this recovery, such as 0.95.",
-        MEASURE,
-    ),
-    option(
         "--max-bytes SIZE",
-        "Recommend among packed models up to this size, such as 1GB.",
+        "Recommend the best packed model up to this size, such as 1GB.",
         MEASURE,
     ),
     use.out("Directory of the comparison; an earlier one goes on."),
     *use.REPORTING,
     examples=(
         "sparsellm compare demo --out compared --sparsity 0.5,0.7 --method wanda,sparsellm",
-        "sparsellm compare demo --out compared --sparsity 0.3,0.5 --values int8,int4 --recover 0.9",
+        "sparsellm compare demo --out compared --sparsity 0.3,0.5 --values int8,int4 --max-bytes 1GB",
     ),
 )
 def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     """Prune MODEL with every combination of the options that are lists, and measure each result against MODEL.
 
-    With --recover or --max-bytes it recommends one. The same command resumes it. Each run is a checkpoint in DIR."""
-    from sparsellm.app import cells as grid
+    The same command goes on with a comparison that was stopped. Each run is a checkpoint in DIR."""
+    from sparsellm.app import compare as comparison
     from sparsellm.app import tables
     from sparsellm.inputs import parse_bytes, parse_yaml
 
-    numeric = ("sparsity", "effort", "experts")
-    asked = {
-        name: use.listed(options.pop(name))
-        for name in ("method", "pattern", "values", *numeric)
-    }
     numbers = {
-        name: [parse_yaml(entry, f"--{name}") for entry in asked[name]]
-        for name in numeric
+        name: [
+            parse_yaml(entry, f"--{name}") for entry in use.listed(options.pop(name))
+        ]
+        for name in ("sparsity", "effort", "experts")
     }
-    most = options.get("max_bytes")
-    measured = map(options.get, ("text", "text_seq_len", "max_tokens", "speed"))
+    names = {
+        name: use.listed(options.pop(name)) for name in ("method", "pattern", "values")
+    }
+    max_bytes = options.pop("max_bytes", None)
     interrupts.keeps(f"finished runs and blocks are kept in {out}")
-    result = grid.compare(
+    result = comparison.compare(
         model,
         out=out,
-        cells=grid.cells_of(
+        cells=comparison.cells_of(
             use.take_recipe(options),
-            methods=asked["method"],
-            patterns=asked["pattern"],
-            values=asked["values"],
+            methods=names["method"],
+            patterns=names["pattern"],
+            values=names["values"],
             sparsities=numbers["sparsity"],
             efforts=numbers["effort"],
             experts=numbers["experts"],
         ),
-        protocol=grid.Protocol(*measured),  # type: ignore[arg-type]
-        recover=options.get("recover"),
-        max_bytes=parse_bytes(most) if most is not None else None,
+        text=options["text"],
+        seq_len=options.get("text_seq_len"),
+        max_tokens=options.get("max_tokens"),
+        speed=options["speed"],
+        max_bytes=parse_bytes(max_bytes) if max_bytes is not None else None,
         progress=progress,
     )
-    constrained = options.get("recover") is not None or most is not None
-    return result.model_dump(mode="json"), lambda: tables.print_grid(
-        result, constrained=constrained
+    return result.model_dump(mode="json"), lambda: tables.print_comparison(
+        result, limited=max_bytes is not None
     )
-
-
-@_command(
-    use.PLUGIN,
-    use.JSON,
-    examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"),
-)
-def methods() -> Printed:
-    """List the values of --method, --allocation and --expert-score, with options and papers."""
-    from sparsellm.app import tables
-    from sparsellm.method.allocation import ALLOCATIONS
-    from sparsellm.method.blocks import METHODS
-    from sparsellm.method.experts import SCORES
-
-    def show() -> None:
-        tables.print_choices("--method", METHODS, "options", allocations=True)
-        tables.print_choices(
-            "--allocation", ALLOCATIONS, "allocation_options", allocations=False
-        )
-        tables.print_choices(
-            "--expert-score", SCORES, "expert_options", allocations=False
-        )
-
-    chosen = {
-        entry.name: {**entry.to_dict(), "allocation": entry.allocation}
-        for entry in METHODS.values()
-    }
-    allocations = {entry.name: entry.to_dict() for entry in ALLOCATIONS.values()}
-    scores = {entry.name: entry.to_dict() for entry in SCORES.values()}
-    return {**chosen, "allocations": allocations, "expert_scores": scores}, show
 
 
 @_command(
@@ -654,60 +646,6 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 
 
 @_command(
-    argument("DIRECTORY", "A pruned checkpoint, not packed."),
-    field("calibration", help="Text to train on: a source as for `prune`."),
-    option(
-        "--way NAME",
-        "Train all weights that are kept, or by LoRA.",
-        TRAINING,
-        default="full",
-        values=("full", "lora"),
-    ),
-    option("--steps N", "Steps of AdamW.", TRAINING, default=128),
-    option("--rate RATE", "Learning rate.", TRAINING, shown="1e-4, or 1e-3 by LoRA"),
-    option("--batch N", "Windows in a step.", TRAINING, default=1),
-    option("--seq-len N", "Tokens in a window.", TRAINING, default=512),
-    option("--seed N", "Seed of the windows and their order.", TRAINING, default=0),
-    option(
-        "--device NAME",
-        "cpu or cuda.",
-        RESOURCES,
-        default="auto",
-        values=("auto", "cpu", "cuda"),
-    ),
-    use.out("Directory of the trained checkpoint."),
-    use.RESTARTING[0],
-    *use.REPORTING,
-    examples=(
-        "sparsellm tune pruned --out tuned --calibration my-text.txt --steps 256",
-    ),
-)
-def tune(
-    directory: str,
-    out: Path,
-    progress: Any,
-    overwrite: bool,
-    calibration: str | None = None,
-    **how: Any,
-) -> Printed:
-    """Train a pruned checkpoint on a text, so that it recovers. Every zero stays. A stopped training is lost."""
-    from sparsellm.app import tables
-    from sparsellm.tuning import recover
-
-    result = recover.tune(
-        directory,
-        out,
-        use.made(recover.Training, **how),
-        calibration,
-        progress,
-        overwrite=overwrite,
-    )
-    return {**vars(result), "path": str(result.path)}, lambda: tables.print_tuned(
-        result
-    )
-
-
-@_command(
     argument("DIRECTORY", "A packed checkpoint."),
     use.out("Directory of the dense checkpoint."),
     *use.WRITING,
@@ -765,56 +703,11 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
         directory, save=place is not None, progress=progress, **options
     )
     saved = place / RESULTS if place is not None else None
+    _renew_card(saved)
     return {
         **result.to_dict(),
         "results": saved and str(saved),
     }, lambda: tables.print_exported(result, saved)
-
-
-@_command(
-    argument("DIRECTORY", "A checkpoint that prune wrote and eval measured."),
-    flag("--force", "Replace a card that was edited."),
-    use.JSON,
-    examples=("sparsellm eval pruned --text wikitext2", "sparsellm card pruned"),
-)
-def card(directory: str, force: bool) -> Printed:
-    """Write the model card (README.md) of DIRECTORY again, with the results of its evaluations."""
-    from sparsellm import api
-    from sparsellm.app import console
-
-    path = api.card(directory, force=force)
-    return {"path": str(path)}, lambda: console.say(f"written to {path}")
-
-
-@_command(
-    argument("DIRECTORY", "A checkpoint."),
-    argument("REPO", "Repository of the hub: owner/name."),
-    flag("--private", "Create a private repository."),
-    option("--revision BRANCH", "Branch.", shown="main"),
-    use.JSON,
-    examples=(
-        "sparsellm push pruned me/my-model",
-        "sparsellm push packed me/my-model --revision packed --private",
-    ),
-)
-def push(directory: str, repo: str, **options: Any) -> Printed:
-    """Upload DIRECTORY to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
-    from sparsellm import api
-    from sparsellm.app import console
-
-    pushed = api.push(directory, repo, **options)
-
-    def show() -> None:
-        if pushed.left_out:
-            console.say(
-                f"note: no part of the checkpoint and not uploaded: {', '.join(pushed.left_out)}",
-                error=True,
-            )
-        console.say(
-            f"{len(pushed.files)} files, {pushed.bytes / 1e6:.1f} MB, uploaded to {pushed.url}"
-        )
-
-    return vars(pushed), show
 
 
 @_command(

@@ -16,10 +16,9 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.models import OptionInfo
 
-from sparsellm.errors import RecipeError, refusal, shown
+from sparsellm.errors import RecipeError, refusal
 from sparsellm.recipe import (
     DEVICES,
-    MAPPINGS,
     RESOURCES,
     SEQ_LEN,
     WHAT,
@@ -34,7 +33,9 @@ TEXT, MEASURE, VALUES, SERVER = (
     "Values",
     "Server",
 )  # panels of --help
-TRAINING, GGUF = "Training", "For GGUF"
+COMMON = "Common"
+OUTPUT = "Output"
+GGUF = "For GGUF"
 Made = TypeVar("Made", bound=BaseModel)
 # Types by placeholder; values with other placeholders are text.
 KINDS = {
@@ -62,7 +63,7 @@ def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
 def option(
     usage: str,
     help: str,
-    panel: str = "Output",
+    panel: str = OUTPUT,
     *,
     default: Any = None,
     shown: object = "",
@@ -115,9 +116,7 @@ def registered(*packages: str) -> list[str]:
     modules = (
         path
         for package in packages
-        for path in sorted(
-            (Path(__file__).parents[1] / "method" / package).glob("*.py")
-        )
+        for path in sorted((Path(__file__).parents[1] / package).glob("*.py"))
     )
     return [
         name
@@ -135,9 +134,14 @@ def field(name: str, panel: str = "", help: str = "") -> Parameter:
     choices = line.values or (
         get_args(info.annotation) if get_origin(info.annotation) is Literal else ()
     )
+    text = help or help_of(name)
+    if line.registered:
+        text += f" Known: {', '.join(sorted(registered(*line.registered)))}."
+    if repeated:
+        text += " Repeatable."
     made = option(
         f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
-        (help or help_of(name)) + " Repeatable." * repeated,
+        text,
         panel or line.panel,
         kind=list[str] if repeated else None,
         shown=line.null if default is None else "" if repeated else default,
@@ -146,12 +150,18 @@ def field(name: str, panel: str = "", help: str = "") -> Parameter:
     return made.replace(name=name)
 
 
-FIELDS = [name for name in Recipe.model_fields if option_of(name) is not None]
+COMMON_FIELDS = ["method", "sparsity", "pattern", "values", "effort", "calibration"]
+# The fields that have an option; --set reaches the others.
+FIELDS = [
+    *COMMON_FIELDS,
+    *["grid", "experts", "samples", "seq_len", "memory", "device"],
+]
 RECIPE = [
     option("--recipe FILE", "A recipe in YAML; options given here override it.", WHAT),
     repeatable(
         "--set KEY=VALUE",
-        "A recipe's field, options.NAME, allocation_options.NAME, expert_options.NAME or sparsity_of.GLOB. Repeatable.",
+        "Any field of the recipe, or options.NAME, allocation_options.NAME, expert_options.NAME or sparsity_of.GLOB; "
+        "docs/options.md lists all. Repeatable.",
     ),
 ]
 
@@ -162,13 +172,7 @@ def take_recipe(options: dict[str, Any]) -> Recipe:
         Recipe.from_yaml(options.pop("recipe")) if "recipe" in options else Recipe()
     )
     given = {name: options.pop(name) for name in FIELDS if name in options}
-    for entry in given.get("sparsity_of", ()):
-        if "=" not in entry:
-            raise RecipeError(
-                f"--sparsity-of {shown(entry)} has no share; write GLOB=SHARE, such as '*.down_proj=0.3'"
-            )
-    entries = [f"{name}.{entry}" for name in MAPPINGS for entry in given.pop(name, ())]
-    return chosen.with_settings([*entries, *options.pop("set", ())], **given)
+    return chosen.with_settings(options.pop("set", ()), **given)
 
 
 def take_running(options: dict[str, Any]) -> dict[str, str]:
@@ -209,7 +213,12 @@ PLUGIN = repeatable(
     "--plugin FILE|MODULE",
     "Python code that registers solvers, allocations or methods. It is run. Repeatable.",
 )
-RUN = [*map(field, FIELDS), *RECIPE, PLUGIN]
+RUN = [
+    *[field(name, COMMON) for name in COMMON_FIELDS],
+    *[field(name) for name in FIELDS if name not in COMMON_FIELDS],
+    *RECIPE,
+    PLUGIN,
+]
 RUNNING = [
     option(
         "--device NAME",

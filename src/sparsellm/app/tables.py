@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-import textwrap
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -30,15 +29,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparsellm.api import MatrixZeros, PruneResult
-    from sparsellm.app.cells import GridResult
+    from sparsellm.app.compare import Comparison
     from sparsellm.app.demo import DemoResult
     from sparsellm.convert import PackResult
     from sparsellm.exports.door import ExportResult
     from sparsellm.method.experts.fewer import Routing
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
-    from sparsellm.registry import Registry
-    from sparsellm.tuning.recover import Tuned
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
@@ -243,36 +240,6 @@ def print_zeros(
         )
 
 
-def print_choices(
-    option: str, registry: Registry[Any], prefix: str, *, allocations: bool
-) -> None:
-    """Prints the values of one option of ``prune``: each name with its paper, summary and options."""
-    out().print(f"{option}:")
-    for entry in registry.values():
-        out().print(
-            Text(visible(entry.name), style="bold").append(
-                f"  ({visible(entry.paper)})", style="not bold"
-            )
-        )
-        _print_indented(entry.summary, "  ")
-        if allocations:
-            _print_indented(
-                f"Without --allocation or --pattern: {entry.allocation}.", "  "
-            )
-        for name, schema in entry.to_dict()["options"].items():
-            _print_indented(
-                f"{prefix}.{name}: {schema['type']} = {schema['default']}  {schema['description']}",
-                "    ",
-            )
-
-
-def _print_indented(line: str, indent: str) -> None:
-    for part in textwrap.wrap(
-        line, out().width, initial_indent=indent, subsequent_indent=indent
-    ):
-        out().print(part, soft_wrap=True)
-
-
 def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     """Prints the forms of the demo's model side by side, both answers, and the paths of what was written."""
     if verbose:
@@ -392,16 +359,7 @@ def print_exported(result: ExportResult, saved: Path | None) -> None:
     )
     say(f"written to {result.path}")
     if saved is not None:
-        say(f"recorded in {saved}; `sparsellm card` and `sparsellm report` name it")
-
-
-def print_tuned(result: Tuned) -> None:
-    """Prints the loss at the start and at the end of a training, and the path of the result."""
-    losses = f"loss {result.first_loss:.3f} at first, {result.last_loss:.3f} at last"
-    say(
-        f"{losses}, in nats a token of {result.calibration} · {duration(result.seconds)}"
-    )
-    say(f"written to {result.path}")
+        say(f"recorded in {saved}; its card names it, and so does `sparsellm report`")
 
 
 def print_evaluation(result: Evaluation, saved: Path | None) -> None:
@@ -429,7 +387,7 @@ def print_evaluation(result: Evaluation, saved: Path | None) -> None:
         say(f"results in {saved}")
 
 
-def print_grid(result: GridResult, *, constrained: bool) -> None:
+def print_comparison(result: Comparison, *, limited: bool) -> None:
     """Prints one row for each cell of a comparison, after one of the dense model, and the recommendation."""
     timed = any(cell.tokens_per_second is not None for cell in result.cells)
     shown = table(
@@ -482,8 +440,8 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
         say(
             f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed"
         )
-    elif constrained:
-        say("no run satisfies the constraints; lower them, or add a sparsity")
+    elif limited:
+        say("no run is as small as --max-bytes; allow more, or add a sparsity")
     if result.page is not None:
         say(f"compared in {result.page}")
 

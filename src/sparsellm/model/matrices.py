@@ -188,7 +188,7 @@ def refuse_silent_dense(
     raise ModelError(
         f"these would stay dense, as only linears are pruned: {', '.join(listed[:_SHOWN])} of the weights of the "
         f"block{more}; all {len(refused)} of them are {share:.1%} of the weights of all blocks; to leave them dense "
-        f"and prune the rest, set allow_dense={[f'*.{kind}' for kind in first]} (--allow-dense PATTERN for each)"
+        f"and prune the rest, set allow_dense={[f'*.{kind}' for kind in first]}"
     )
 
 

@@ -21,9 +21,7 @@ from sparsellm.records import Evaluation, Export, Pruning, read_pruning
 from sparsepack.checkpoint import PackedEntry, is_packed, packed_entries
 
 CARD = "README.md"
-_MARK = (
-    "<!-- Written by `sparsellm card`, which replaces it unless it was edited: {} -->\n"
-)
+_MARK = "<!-- Written by sparsellm, which replaces it unless it was edited: {} -->\n"
 _LICENSE = ("license", "license_name", "license_link")
 _MOST_BYTES, _MOST_CHARACTERS = (
     1 << 20,
@@ -72,22 +70,23 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 
 
 @checked
-def card(directory: Checkpoint, *, force: bool = False) -> Path:
+def card(directory: Checkpoint) -> Path:
     """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
 
-    The checkpoint must have ``pruning.json``, and an evaluation or an export in ``results.json``; a card that somebody
-    else wrote or edited needs ``force``. Otherwise, or if a file is damaged: a StorageError, and nothing is written."""
+    Raises:
+        StorageError: the checkpoint has no ``pruning.json``, no evaluation or export in ``results.json``, a damaged
+            file, or a card that somebody else wrote or edited. Nothing is written."""
     directory = Path(directory).expanduser()
     path = directory / CARD
     run = read_pruning(directory)
     results = read_results(directory)
     if not results.evaluations and not results.exports:
         raise StorageError(
-            f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again"
+            f"{directory} was never evaluated; run `sparsellm eval` on it first"
         )
-    if not force and os.path.lexists(path) and not is_unedited(path):
+    if os.path.lexists(path) and not is_unedited(path):
         raise StorageError(
-            f"{path} was not written by sparsellm, or was edited since; --force replaces it"
+            f"{path} was not written by sparsellm, or was edited since; move it away"
         )
     config = (
         read_object(directory / "config.json")

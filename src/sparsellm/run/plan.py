@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -74,8 +73,6 @@ from sparsellm.text.sources import default_source
 from sparsellm.text.texts import Text
 from sparsepack.grids import GRIDS
 
-T = TypeVar("T")
-
 FEW_TOKENS = (
     32_000  # with fewer calibration tokens the gain over local methods is small
 )
@@ -109,15 +106,6 @@ class Request:
         None  # this is the pass that removes experts; the run by this recipe follows
     )
     name: str = ""  # in reports, in place of the one that the model was given by
-    shared: dict[Hashable, object] = field(
-        default_factory=dict
-    )  # by several requests of one process, see once()
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The value of ``make``, computed once for the same key in all requests that share."""
-        if key not in self.shared:
-            self.shared[key] = make()
-        return cast(T, self.shared[key])
 
     def destination(
         self, sources: Iterable[str | os.PathLike[str]] = (), need_bytes: int = 0
@@ -342,10 +330,7 @@ def _with_text(
         isinstance(model, str) and model == "demo"
         for model in (request.model, request.teacher)
     )
-    choose = partial(
-        request.once, "the default text", partial(default_source, demo=demo)
-    )
-    source, warnings = parallel.from_main(choose)
+    source, warnings = parallel.from_main(partial(default_source, demo=demo))
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
 
 
@@ -494,32 +479,7 @@ def _windows(
             recipe.calibration if request.calibration is None else request.calibration
         )
         assert text is not None  # see _with_text
-        settings = (
-            recipe.samples,
-            recipe.seq_len,
-            recipe.seed,
-            recipe.bos,
-            recipe.batch_tokens,
-        )
-        lengths = (
-            choice.sets,
-            passes,
-            choice.sweep_tokens,
-            choice.windows_of_pass(recipe.samples, 1),
-        )
-        source = (
-            text if isinstance(text, str) else id(text)
-        )  # the request keeps the text alive
-        key = (
-            str(model.directory),
-            source,
-            settings,
-            lengths,
-            chain.dtype,
-            chain.device.type,
-        )
-        drawn = partial(read_windows, text, recipe, model, choice, passes, progress)
-        read = partial(request.once, key, drawn)
+        read = partial(read_windows, text, recipe, model, choice, passes, progress)
     windows = parallel.from_main(read)
     if tokens is not None:
         choice = replace(choice, passes=windows.passes_over(tokens))

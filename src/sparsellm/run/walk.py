@@ -30,7 +30,6 @@ from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.records import LinearResult, Totals
 from sparsellm.run.choice import patterns_of, sizes_of
-from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan
 
@@ -63,22 +62,7 @@ def survey(
                 feed.first(tokens, LEAST_WINDOWS),
                 frozenset(size.name for size in sizes),
             )
-            model, start, computing = (
-                plan.identity.model,
-                plan.identity.start,
-                plan.identity.computing,
-            )
-            key = (
-                model,
-                start,
-                computing,
-                tokens_fingerprint(first.windows),
-                names,
-                saliency,
-            )
-            gradients = plan.request.once(
-                key, partial(loss_gradients, first, names, saliency=saliency)
-            )
+            gradients = loss_gradients(first, names, saliency=saliency)
         if choice.needs.output_costs:
             costs = gradients.output_squares
             journal.keep_output_costs(

@@ -1,4 +1,4 @@
-"""Full fine-tuning that keeps every pruned weight at zero."""
+"""Fine-tuning that keeps every pruned weight at zero."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ZeroKeeper:
 
     def __init__(self, model: nn.Module) -> None:
         if any(hasattr(module, "base_layer") for module in model.modules()):
-            advice = "leave KeepZeros out, and take sparsellm.tuning.lora.add_adapter, which keeps those of the weights"
+            advice = "leave KeepZeros out, and mask the update as examples/lora.py does"
             raise ModelError(
                 f"{type(model).__name__} has an adapter, whose zeros would be kept too; {advice}"
             )
