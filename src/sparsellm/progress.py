@@ -1,15 +1,14 @@
-"""The progress of a run as plain events, independent of their display, and a forecast of the time left."""
+"""The progress of a run as plain events, independent of their display, and the time left in a phase."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 NOTE = "note"  # the phase of an event whose ``detail`` is a line to show once, such as what the run needs
 DETAIL = "detail"  # the same for a line that only a verbose display shows
-PLAN = "plan"  # the phase of an event whose ``costs`` predict the seconds of each phase of the whole run
 
 PHASES = {  # names of phases, and of parts of them, for people
     "open": "open the model",
@@ -39,10 +38,6 @@ PHASES = {  # names of phases, and of parts of them, for people
     "prune/variables": "auxiliary variables",
 }
 
-PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
-MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
-LEAST, MOST = 0.4, 2.0  # seconds of runs, as shares of the predicted ones
-TRUSTED = 0.1  # the part of a phase after which its own speed alone says how long the rest takes
 _UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600))
 
 
@@ -50,7 +45,7 @@ _UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600))
 class Progress:
     """One event: ``done`` of ``total`` steps of ``phase``."""
 
-    phase: str  # such as ``prune``; or NOTE, DETAIL, or PLAN
+    phase: str  # such as ``prune``; or NOTE or DETAIL
     done: float = 0
     total: float = 1
     detail: str = ""  # the step in work
@@ -58,9 +53,6 @@ class Progress:
         None  # relative squared error of the output of the linear that was pruned last
     )
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
-    costs: Mapping[str, float] = field(
-        default_factory=dict
-    )  # in a PLAN, predicted seconds of phases
     linear: str = ""  # the linear that was pruned last
 
 
@@ -88,24 +80,20 @@ def between(low: float, high: float) -> str:
     return f"{first} to {last} {unit}" if first < last else f"{last} {unit}"
 
 
-class Forecast:
-    """The seconds of each phase of a run, the share done of the whole, and the time left.
-
-    A :data:`PLAN` predicts the seconds of phases. They are corrected by one factor, measured over the finished phases
-    and the done part of the current one. Without a plan, share and time left are those of the current phase."""
+class Pace:
+    """The seconds of each phase of a run, the share done of the current one, and the time that its rest takes at the
+    speed so far: of the walk, that of the blocks done."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one
-        self.seconds: dict[
-            str, float
-        ] = {}  # seconds of each finished phase; the times of one that begins again add up
-        self.share = 0.0  # done of the whole, from 0 to 1; with a plan, it never falls
+        # Seconds of each finished phase; the times of one that begins again add up.
+        self.seconds: dict[str, float] = {}
+        self.share = 0.0  # done of the phase, from 0 to 1
         self._clock = clock
-        self._costs: dict[str, float] = {}
-        self._begun = self._phase_begun = self._judged = clock()
-        self._fraction = 0.0
+        self._begun = clock()
+        self._phase_begun = self._begun
+        self._judged = self._begun
         self._left: float | None = None  # at the time _judged
-        self._guessed = True  # until a block is pruned, only a prediction says how long the blocks take
 
     @property
     def elapsed(self) -> float:
@@ -114,90 +102,38 @@ class Forecast:
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end, never negative; None while nothing is known. Between events they count down."""
-        return (
-            None
-            if self._left is None
-            else max(0.0, self._left - (self._clock() - self._judged))
-        )
-
-    @property
-    def range(self) -> tuple[float, float] | None:
-        """The least and the most seconds to the end: one number if they are measured; None while nothing is known."""
-        if self.left is None:
+        """Seconds to the end of the phase, never negative; None while nothing of it is done. Between events they count
+        down."""
+        if self._left is None:
             return None
-        least, most = (LEAST, MOST) if self._costs and self._guessed else (1.0, 1.0)
-        return least * self.left, most * self.left
+        return max(0.0, self._left - (self._clock() - self._judged))
 
     def see(self, event: Progress) -> str:
         """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
-        ended = ""
-        if event.phase == PLAN:
-            self.share = (
-                self.share if self._costs else 0.0
-            )  # before the first plan, it was that of a phase
-            self._costs.update(event.costs)
-        else:
-            ended = self._begin(event.phase)
-            self._fraction = (
-                min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
-            )
-            if (event.phase == "prune" and event.done >= 1) or event.phase in (
-                "sweep",
-                "save",
-            ):
-                self._guessed = False
-        self._judge()
+        ended = self._begin(event.phase)
+        self._judged = self._clock()
+        done = event.done / event.total if event.total > 0 else 0.0
+        self.share = min(max(done, 0.0), 1.0)
+        running = self._judged - self._phase_begun
+        self._left = running * (1 - self.share) / self.share if self.share else None
         return ended
 
     def end(self) -> str:
         """Ends the run, which is done; returns the phase that this ends, or ""."""
-        self.share, self._left = 1.0, 0.0
+        self.share = 1.0
+        self._left = 0.0
         return self._begin("")
 
     def _begin(self, phase: str) -> str:
         if phase == self.phase:
             return ""
-        ended, now = self.phase, self._clock()
+        ended = self.phase
+        now = self._clock()
         if ended:
             self.seconds[ended] = self.seconds.get(ended, 0.0) + now - self._phase_begun
-        self.phase, self._phase_begun = phase, now
+        self.phase = phase
+        self._phase_begun = now
         return ended
-
-    def _judge(self) -> None:
-        self._judged = self._clock()
-        done, running = self._fraction, self._judged - self._phase_begun
-        rest = (
-            running * (1 - done) / done if done else None
-        )  # at the speed of this phase so far
-        if not self._costs:
-            self.share, self._left = done, rest
-            return
-        factor, ahead = (
-            self._factor(running),
-            self._costs.keys() - self.seconds.keys() - {self.phase},
-        )
-        left = factor * sum(self._costs[phase] for phase in ahead)
-        if self.phase in self._costs:
-            trust = min(1.0, done / TRUSTED)
-            left += (1 - trust) * (1 - done) * factor * self._costs[self.phase]
-            left += trust * rest if rest is not None else 0.0
-        self._left = left
-        if self.elapsed + left > 0:
-            self.share = max(
-                self.share, min(MOST_BEFORE_END, self.elapsed / (self.elapsed + left))
-            )
-
-    def _factor(self, running: float) -> float:
-        """Measured seconds divided by predicted ones, where both are known."""
-        over = self._costs.keys() & self.seconds.keys() - {self.phase}
-        measured = predicted = PRIOR * sum(self._costs.values())
-        measured += sum(self.seconds[phase] for phase in over)
-        predicted += sum(self._costs[phase] for phase in over)
-        if self._fraction and self.phase in self._costs:
-            measured += running
-            predicted += self._fraction * self._costs[self.phase]
-        return measured / predicted if predicted else 1.0
 
 
 class PhaseClock:

@@ -58,9 +58,8 @@ from sparsellm.report.comparison import (
     write_comparison,
 )
 from sparsellm.report.document import check_page
-from sparsellm.run.choice import Choice
+from sparsellm.run.choice import Choice, choice_for
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.run.needs import chosen_for
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
 from sparsellm.text.sources import check_sources, default_source
@@ -176,7 +175,7 @@ def compare(
                 if recipe.experts is None
                 else FewerExperts(dense.chain, recipe.experts).chain
             )
-            chosen_for(chain, recipe)  # raises where the two do not fit
+            choice_for(chain, recipe)  # raises where the two do not fit
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {

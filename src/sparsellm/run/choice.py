@@ -16,12 +16,12 @@ from sparsellm.method.allocation.allocator import divide
 from sparsellm.method.blocks import METHODS
 from sparsellm.method.blocks.task import Method
 from sparsellm.method.experts import SCORES
-from sparsellm.method.solvers.rounding import ROUNDING
+from sparsellm.method.sweep.whole_model import check_sweepable
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.registry import Entry, Needs, Options, Workspace
+from sparsellm.registry import Entry, Needs, Options
 from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
@@ -124,15 +124,6 @@ class Choice:
         return replace(nothing, needs=needs, removes=True)
 
     @property
-    def workspace(self) -> Workspace:
-        """The memory and work of the method and the functions that its options choose."""
-        return (
-            self.needs.workspace
-            if self.removes
-            else self.method.workspace.then(self.needs.workspace)
-        )
-
-    @property
     def copies(self) -> int:
         """How often blocks are written: a sweep writes them again, and the walk's are kept until the end."""
         return 2 if self.passes else 1
@@ -155,8 +146,8 @@ class Choice:
     def on(
         self, patterns: Collection[Pattern], values: str, *, reduced: bool = False
     ) -> Self:
-        """The choice for these patterns and ``values``: output costs only where outputs compete, memory for rounding if
-        values are rounded. If no weight changes: no needs, and no sweep unless the model is ``reduced`` already."""
+        """The choice for these patterns and ``values``: output costs only where outputs compete. If no weight changes:
+        no needs, and no sweep unless the model is ``reduced`` already."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
         if values == "keep" and not pruned:
             # No weight changes: nothing has to be compensated.
@@ -169,12 +160,7 @@ class Choice:
             and pruned
             and any(isinstance(pattern, Unstructured) for pattern in patterns)
         )
-        workspace = (
-            needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
-        )
-        return replace(
-            self, needs=replace(needs, workspace=workspace, output_costs=costs)
-        )
+        return replace(self, needs=replace(needs, output_costs=costs))
 
     def trains_integers(self, recipe: Recipe) -> bool:
         """Whether a sweep trains values that are rounded when a block runs."""
@@ -219,6 +205,17 @@ class Choice:
             raise RecipeError(
                 f"{why}; ask for {size} samples or more, or start fewer processes"
             )
+
+
+def choice_for(chain: Chain, recipe: Recipe) -> Choice:
+    """The choice of a recipe without needs that are useless for its patterns on this chain. Raises RecipeError or
+    ModelError if recipe and chain do not fit."""
+    patterns = patterns_of(chain, recipe).values()
+    reduced = recipe.experts is not None
+    choice = Choice.of(recipe).on(patterns, recipe.values, reduced=reduced)
+    if choice.passes:
+        check_sweepable(chain)
+    return choice
 
 
 def patterns_of(

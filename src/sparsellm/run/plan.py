@@ -20,14 +20,12 @@ from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.inputs import without_folders
 from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.method.sweep.training import LEAST_STEPS
-from sparsellm.method.sweep.whole_model import STEP_TOKENS
+from sparsellm.method.sweep.whole_model import STEP_TOKENS, cut_to
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded, outside_blocks, unmatched_patterns
 from sparsellm.model.streams import check_forward
 from sparsellm.progress import (
-    DETAIL,
     NOTE,
-    PLAN,
     PhaseClock,
     Progress,
     ProgressCallback,
@@ -36,24 +34,24 @@ from sparsellm.progress import (
 from sparsellm.recipe import Recipe
 from sparsellm.records import Base, ExpertsOfBlock, Prediction
 from sparsellm.report.card import base_of
-from sparsellm.run import predictions
-from sparsellm.run.choice import Choice
+from sparsellm.run.budget import RESIDENT, STREAMED, Budget, choose_sweep, slowest
+from sparsellm.run.choice import Choice, choice_for
 from sparsellm.run.counts import pruned_share
+from sparsellm.run.estimate import (
+    Extent,
+    after_removal,
+    checkpoint_bytes,
+    estimate,
+    extent_asked,
+    machine_of,
+    needed,
+)
 from sparsellm.run.fingerprint import (
     model_fingerprint,
     start_fingerprint,
     tokens_fingerprint,
 )
-from sparsellm.run.journal import Identity, Journal
-from sparsellm.run.needs import (
-    Budgets,
-    after_removal,
-    chosen_for,
-    extent_asked,
-    needed,
-    predict,
-    speeds_of,
-)
+from sparsellm.run.journal import Identity
 from sparsellm.run.opening import (
     Model,
     Models,
@@ -63,14 +61,7 @@ from sparsellm.run.opening import (
     read_windows,
     save_companions,
 )
-from sparsellm.run.predictions import (
-    RESIDENT,
-    STREAMED,
-    Extent,
-    checkpoint_bytes,
-    device_budget,
-)
-from sparsellm.text.sources import default_source
+from sparsellm.text.sources import SELF, default_source, shares_of
 from sparsellm.text.texts import Text
 from sparsepack.grids import GRIDS
 
@@ -143,8 +134,9 @@ class Plan:
     )  # absolute and without links; None for a model that is pruned in memory only
     model: Models
     windows: Windows
-    prediction: Prediction  # memory is that of this process
-    total: Prediction  # the same with the run that follows, if one does
+    prediction: Prediction  # what the run takes, with the one that follows, if one does
+    budget: Budget  # what this process may hold
+    sweep: str  # how the sweep holds the blocks; "" for none
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]
@@ -176,8 +168,8 @@ class Plan:
 
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
-    """Opens the model, reads the calibration text, predicts the memory and checks every weight. Raises SparseLLMError
-    if model, text, recipe or destination are wrong in a way that shows before the work."""
+    """Opens the model, reads the calibration text, estimates what the run takes and checks every weight. Raises
+    SparseLLMError if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
     choice = (
         Choice.of(recipe) if request.then is None else Choice.removing(request.then)
@@ -207,7 +199,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             if request.then is not None
             else None
         )
-        choice = choice if choice.removes else chosen_for(chain, recipe)(recipe)
+        choice = choice if choice.removes else choice_for(chain, recipe)
         disk_bytes = choice.copies * checkpoint_bytes(chain)
         if (
             request.then is not None and fewer is not None
@@ -234,30 +226,16 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         + _short_text(windows, choice)
     )
     warnings += _warned(request, choice, chain)
-    journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
-    extent = _extent(windows, choice.passes)
-    budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
-    foreseen = partial(predict, chain, choice, recipe, extent, budgets, journal=journal)
-    prediction = parallel.together(foreseen)
-    kinds = parallel.gather(
-        STREAMED
-        if choice.passes and not min(map(len, windows.swept))
-        else prediction.memory.sweep
+    budget = Budget(recipe, chain.device)
+    sweep = _sweep(chain, choice, recipe, windows, budget)
+    windows = replace(windows, sharers=parallel.size() if sweep in RESIDENT else 1)
+    prediction = _estimated(
+        chain, choice, recipe, _extent(windows, choice.passes), budget
     )
-    if len(set(kinds)) > 1:  # processes with less room, or without windows
-        slowest = max(kinds, key=[*RESIDENT, STREAMED].index)
-        prediction = parallel.together(partial(foreseen, sweep=slowest))
-    windows = replace(
-        windows, sharers=parallel.size() if prediction.memory.sweep in RESIDENT else 1
-    )
-    disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
-    total = (
-        prediction
-        if fewer is None
-        else _with_rest(request, recipe, fewer.chain, prediction, budgets)
-    )
-    progress(Progress(NOTE, 1, 1, needed(total)))
-    progress(Progress(DETAIL, 1, 1, predictions.described(prediction.memory)))
+    disk_bytes += int(parallel.total(prediction.hidden_on_disk_bytes))
+    if fewer is not None:
+        prediction = _with_rest(request, recipe, fewer.chain, prediction, budget)
+    progress(Progress(NOTE, 1, 1, needed(prediction)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
         warnings += [
@@ -279,9 +257,56 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         start=started,
     )
     note(progress, warnings)
-    opened = (request, recipe, choice, out, model, windows)
     return Plan(
-        *opened, prediction, total, disk_bytes, identity, tuple(warnings), fewer
+        request,
+        recipe,
+        choice=choice,
+        out=out,
+        model=model,
+        windows=windows,
+        prediction=prediction,
+        budget=budget,
+        sweep=sweep,
+        disk_bytes=disk_bytes,
+        identity=identity,
+        warnings=tuple(warnings),
+        fewer=fewer,
+    )
+
+
+def _sweep(
+    chain: Chain, choice: Choice, recipe: Recipe, windows: Windows, budget: Budget
+) -> str:
+    """How the sweep holds the blocks in all processes: as the one with the least room; "" for none."""
+    if not choice.passes:
+        return ""
+    step = cut_to(windows.first.shape[1], parallel.size())
+    if windows.bos == "given":
+        step = windows.first.shape[1]
+    way = STREAMED
+    if min(map(len, windows.swept)):
+        way = choose_sweep(
+            chain,
+            budget,
+            unrounded=choice.trains_integers(recipe),
+            ranks=parallel.size(),
+            step_tokens=max(step, STEP_TOKENS // parallel.size()),
+        )
+    return slowest(parallel.gather(way))
+
+
+def _estimated(
+    chain: Chain, choice: Choice, recipe: Recipe, extent: Extent, budget: Budget
+) -> Prediction:
+    """The estimate of a run on this machine."""
+    return estimate(
+        chain,
+        choice,
+        recipe,
+        extent,
+        speeds=machine_of(chain),
+        limit=budget.host.limit,
+        card=0 if budget.card is None else budget.card.limit,
     )
 
 
@@ -316,19 +341,17 @@ def _with_rest(
     settled: Recipe,
     smaller: Chain,
     first: Prediction,
-    budgets: Budgets,
+    budget: Budget,
 ) -> Prediction:
-    """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
+    """The estimate of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
     assert request.then is not None
     recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
-    choice = chosen_for(smaller, recipe)(recipe)
+    choice = choice_for(smaller, recipe)
     choice.check_processes(recipe.samples)
     unmatched_patterns(smaller, _patterns(recipe))
-    extent = extent_asked(
-        smaller, choice, recipe, parallel.size(), parallel.on_this_machine()
-    )
-    rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
-    return after_removal(first, smaller, rest)
+    extent = extent_asked(smaller, choice, recipe, parallel.size())
+    rest = _estimated(smaller, choice, recipe, extent, budget)
+    return after_removal(first, rest)
 
 
 def _with_text(
@@ -451,17 +474,14 @@ def _extent(windows: Windows, passes: int) -> Extent:
         sets=len(windows.sets),
         swept=ranks
         * sum(swept[number % len(swept)].numel() for number in range(passes)),
-        fresh=len(swept) > 1,
         ranks=ranks,
-        sharers=parallel.on_this_machine(),
-        cut=windows.bos != "given",
     )
 
 
 def _windows(
     request: Request, choice: Choice, model: Models, progress: ProgressCallback
 ) -> tuple[Windows, Choice]:
-    """The calibration windows, and the choice with as many passes as have its tokens; first it predicts the phases."""
+    """The calibration windows, and the choice with as many passes as have its tokens."""
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
     passes = (
@@ -472,24 +492,15 @@ def _windows(
         choice = replace(
             choice, passes=1
         )  # all tokens at once: later passes have no others
-    asked = extent_asked(chain, choice, recipe, parallel.size())
-    progress(
-        Progress(
-            PLAN,
-            costs=predictions.predicted_seconds(chain, choice, asked, speeds_of(chain)),
-        )
-    )
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
         read: Callable[[], Windows] = partial(
             given_windows, request.calibration, chain, recipe, choice, passes
         )
     else:
-        if asked.written and chain.reader is not None:
-            gpu = device_budget(chain.device, recipe.device_memory)
-            parallel.from_main(
-                partial(predictions.check_writing, chain, asked, recipe.memory, gpu)
-            )
+        if SELF in shares_of(recipe.calibration or "") and chain.reader is not None:
+            check = partial(Budget(recipe, chain.device).check_writing, chain)
+            parallel.from_main(check)
         text = (
             recipe.calibration if request.calibration is None else request.calibration
         )

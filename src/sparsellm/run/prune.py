@@ -15,7 +15,6 @@ from pydantic_core import to_jsonable_python
 from sparsellm import interrupts, machine, parallel
 from sparsellm.errors import NumericalError, SparseLLMError, one_line
 from sparsellm.files.directory import check_room, check_unfinished, partial_of
-from sparsellm.files.scratch import Scratch
 from sparsellm.files.writer import CheckpointWriter
 from sparsellm.method.sweep.sweep_task import SweepTask
 from sparsellm.method.sweep.whole_model import sweep
@@ -23,15 +22,15 @@ from sparsellm.model import Feed, Stream
 from sparsellm.patterns import count_zeros
 from sparsellm.progress import (
     NOTE,
-    PLAN,
     PhaseClock,
     Progress,
     ProgressCallback,
     ignore,
 )
-from sparsellm.records import LinearResult, Prediction, SweepPass
+from sparsellm.records import LinearResult, Memory, Prediction, SweepPass
 from sparsellm.report.card import CARD, card_text
 from sparsellm.report.document import REPORT, write_report
+from sparsellm.run.budget import residence
 from sparsellm.run.counts import (
     few_tokens,
     left_dense,
@@ -39,10 +38,10 @@ from sparsellm.run.counts import (
     shortfall,
     unreached,
 )
+from sparsellm.run.estimate import saved_sweep_bytes
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import device_of, save_companions
 from sparsellm.run.plan import Plan, Request, make_plan
-from sparsellm.run.predictions import residence, saved_sweep_bytes
 from sparsellm.run.reduction import clean_up, plan_removal, remove_experts_of
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
@@ -88,26 +87,19 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         finished = journal.finished(progress)
         for record in finished:
             clock.add(record.seconds)
-        progress(Progress(PLAN, costs=plan.prediction.seconds))
         if request.removed is not None:
             clock.add(request.removed.seconds)
-        memory, folder = (
-            plan.prediction.memory,
-            partial_of(plan.out) if plan.out is not None else None,
-        )
+        folder = partial_of(plan.out) if plan.out is not None else None
         if (
             folder is None
         ):  # hidden states are in the system's directory for temporary files
             check_room(Path(tempfile.gettempdir()), plan.prediction.disk_bytes)
-        scratch = Scratch(
-            memory.hidden_in_memory_bytes,
-            folder,
-            spare=memory.kept_bytes,
-            on_device=memory.hidden_on_device_bytes,
-        )
+        budget = plan.budget
+        scratch = budget.scratch(folder)
         feed = Feed(
             chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress
         )
+        budget.expect_block(chain)
         targets = survey(plan, feed, journal, len(finished) == len(chain), clock)
         if plan.model.start is not None:
             chain.forget_shared()  # the walk reads the teacher's first
@@ -115,14 +107,15 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         dense = _dense_end(plan, feed, clock)
         blocks = _walk(plan, targets, feed, journal, finished, clock)
         pruned = _sweep(plan, feed, dense, journal, blocks, clock)
-        result = _result(plan, targets, pruned, journal, finished, clock)
+        memory = budget.measured(scratch, plan.sweep)
+        result = _result(plan, targets, pruned, memory, journal, finished, clock)
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(partial(_save, plan, result, journal.writer, progress))
     return result
 
 
 def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
-    """Does all that :func:`prune` does before it writes, with its refusals, and returns the prediction of the run."""
+    """Does all that :func:`prune` does before it writes, with its refusals, and returns the estimate of the run."""
     progress = progress if parallel.is_main() else ignore
     interrupts.keeps(
         ""
@@ -143,7 +136,7 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
                 restart=request.restart,
             )
         )
-    return plan.total.model_copy(update={"model": plan.base.name})
+    return plan.prediction.model_copy(update={"model": plan.base.name})
 
 
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
@@ -175,6 +168,7 @@ def _walk(
         len(finished),
         [linear for record in finished for linear in record.linears],
     )
+    plan.budget.expect_block(chain)
     with clock.phase("embed"):
         streams = (
             [replace(feed, windows=part).stream() for part in plan.windows.own]
@@ -216,10 +210,8 @@ def _sweep(
     if not plan.choice.passes:
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
-    choice, unrounded = plan.choice, plan.choice.trains_integers(plan.recipe)
-    state_bytes = saved_sweep_bytes(
-        chain, choice.passes, choice.zeros, unrounded=unrounded
-    )
+    choice = plan.choice
+    state_bytes = saved_sweep_bytes(chain, choice)
     saved = journal.open_sweep(state_bytes, plan.disk_bytes, feed.progress)
     if saved is not None and saved.last is not None:
         clock.add({"sweep": saved.last.seconds})
@@ -235,6 +227,7 @@ def _sweep(
     shards = [journal.block(index) for index in range(len(chain))]
     first, *others = plan.windows.swept
     machine.trim()  # what the walk has freed
+    plan.budget.expect_sweep(chain, plan.sweep)
     with clock.phase("sweep"):
         task = SweepTask(
             replace(feed, windows=first),
@@ -248,7 +241,7 @@ def _sweep(
             fresh=others,
             integers=integers_of(plan, linears),
             sources=plan.windows.swept_sources,
-            resident=residence(chain, plan.prediction.memory.sweep, parallel.size()),
+            resident=residence(chain, plan.sweep, parallel.size()),
         )
         sweeps = sweep(task)
     if dense is not None:
@@ -264,6 +257,7 @@ def _result(
     plan: Plan,
     targets: Targets,
     pruned: Pruned,
+    memory: Memory,
     journal: Journal,
     finished: list[BlockRecord],
     clock: PhaseClock,
@@ -308,10 +302,9 @@ def _result(
         peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), pruned.peak))),
         calibration_tokens=plan.windows.sets.numel(),
         calibration_bos=plan.windows.bos,
-        predicted_seconds=(plan if removed is None else removed.plan).total.seconds,
         resumed=len(finished),
         warnings=warnings,
-        memory=plan.prediction.memory,
+        memory=memory,
         sweeps=pruned.sweeps,
         allocation={**allocation.report, "name": plan.choice.allocator.name}
         if allocation is not None

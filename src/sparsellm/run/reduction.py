@@ -22,7 +22,6 @@ from sparsellm.files.directory import (
     left_in,
     partial_of,
 )
-from sparsellm.files.scratch import Scratch
 from sparsellm.inputs import read_object
 from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import FewerExperts
@@ -30,7 +29,7 @@ from sparsellm.method.experts.removal import Removal, remove_experts, running
 from sparsellm.method.experts.sample import last_linears
 from sparsellm.method.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
 from sparsellm.model import Feed
-from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
+from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock
 from sparsellm.run.journal import BlockRecord, Journal, conditions, other_conditions
@@ -46,7 +45,7 @@ def plan_removal(
     request: Request, clock: PhaseClock, progress: ProgressCallback
 ) -> Plan:
     """The plan of the pass that writes the model of a request without some experts, next to the request's ``out``, and
-    the prediction of all that follows. Raises a SparseLLMError for what the pass, or the run after it, refuses."""
+    the estimate of all that follows. Raises a SparseLLMError for what the pass, or the run after it, refuses."""
     recipe, unfit = (
         request.recipe,
         request.teacher is not None or request.trust_remote_code,
@@ -90,7 +89,6 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
     """The model of a request without some experts, resumed if there is a part of it; errors as :func:`plan_removal`."""
     clock = PhaseClock()
     plan = plan_removal(request, clock, progress)
-    progress(Progress(PLAN, costs=plan.total.seconds))
     fewer, place, recipe = plan.fewer, plan.out, plan.recipe
     assert fewer is not None
     assert place is not None
@@ -107,12 +105,8 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Removed:
         overwrite=plan.request.overwrite,
     ) as journal:
         journal.open(plan.identity, plan.disk_bytes)
-        memory = plan.prediction.memory
-        scratch = Scratch(
-            memory.hidden_in_memory_bytes,
-            partial_of(place),
-            on_device=memory.hidden_on_device_bytes,
-        )
+        scratch = plan.budget.scratch(partial_of(place))
+        plan.budget.expect_block(plan.chain)
         feed = Feed(
             plan.chain, plan.windows.first, recipe.batch_tokens, scratch, progress
         )
@@ -197,6 +191,7 @@ def _walk(
                 stack.enter_context(chain.block(index))
                 stack.callback(fewer.release, index)
                 records.append(remove_experts(removal, stream, index))
+                plan.budget.check_block()
             with running(stream, index, fewer):
                 stream.advance(index)
             if index >= len(done) and journal.writes:

@@ -10,9 +10,8 @@ from sparsellm import parallel
 from sparsellm.method.blocks.routed import prune_experts, without_experts
 from sparsellm.method.blocks.task import BlockTask, Method
 from sparsellm.method.gram import Fit, Gram
-from sparsellm.method.solvers import Solver
+from sparsellm.method.solvers import Solver, rounding
 from sparsellm.method.solvers.divided import divide
-from sparsellm.method.solvers.rounding import ROUNDING
 from sparsellm.model import LinearView
 from sparsellm.registry import Entry
 
@@ -43,14 +42,14 @@ def from_solver(entry: Entry[Solver]) -> Entry[Method]:
 
         # A process for each group, if that takes less time than that one process of each machine factorises and each
         # solves some rows of every weight.
-        work = (
-            entry.workspace if task.values == "keep" else entry.workspace.then(ROUNDING)
-        )
-        factors = [
-            2.0 * work.remembered * group[0].in_features ** 3 for group in groups
-        ]
+        remembered = entry.factorisations
+        count = entry.products
+        if task.values != "keep":
+            remembered = max(remembered, rounding.FACTORISATIONS)
+            count += rounding.PRODUCTS
+        factors = [2.0 * remembered * group[0].in_features ** 3 for group in groups]
         products = [
-            work.products * sum(x.out_features * x.in_features**2 for x in group)
+            count * sum(x.out_features * x.in_features**2 for x in group)
             for group in groups
         ]
         owners, longest = parallel.greedy(

@@ -61,11 +61,7 @@ def divide(
     ) -> Solution:
         weight = weight[rows]
         scaled = weight if root is None else weight * root[rows]
-        with (
-            products
-            if products is not None and entry.workspace.narrow
-            else nullcontext()
-        ):
+        with products if products is not None and entry.narrow else nullcontext():
             result = entry.function(scaled, gram, pattern, **options)
         if not (
             entry.function.__module__.startswith("sparsellm.")

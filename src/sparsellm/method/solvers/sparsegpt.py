@@ -19,7 +19,6 @@ from torch import Tensor
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers.solver import SOLVERS, Solution, kernels_for, solution
 from sparsellm.patterns import NM, Pattern
-from sparsellm.registry import Workspace
 
 PANEL = 128  # columns whose mask is chosen together, as in the paper; N:M chooses by its groups of M
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough that the products outside are efficient
@@ -28,7 +27,7 @@ LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough 
 @SOLVERS.register(
     "sparsegpt",
     paper="arXiv 2301.00774",
-    workspace=Workspace(weights=5.5, grams=1.5, remembered=1),
+    factorisations=1,
     distributed=True,
 )
 def sparsegpt(
