@@ -39,6 +39,7 @@ from sparsellm.files.files import (
 )
 from sparsellm.inputs import without_folders
 from sparsellm.method.blocks import METHODS
+from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.plugins import loaded
 from sparsellm.progress import Progress, ProgressCallback, ignore, note
@@ -58,7 +59,6 @@ from sparsellm.report.comparison import (
     write_comparison,
 )
 from sparsellm.report.document import check_page
-from sparsellm.run.choice import Choice
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.needs import chosen_for
 from sparsellm.run.plan import Request
@@ -170,7 +170,7 @@ def compare(
         with _naming(name):
             check_packable(recipe)
             if recipe.experts is not None:
-                Choice.removing(recipe)
+                SCORES[recipe.expert_score].check(recipe.expert_options)
             chain = (
                 dense.chain
                 if recipe.experts is None

@@ -15,7 +15,6 @@ from sparsellm.method.allocation import ALLOCATIONS, Allocation, Allocator, Line
 from sparsellm.method.allocation.allocator import divide
 from sparsellm.method.blocks import METHODS
 from sparsellm.method.blocks.task import Method
-from sparsellm.method.experts import SCORES
 from sparsellm.method.solvers.rounding import ROUNDING
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded, matches, refuse_silent_dense
@@ -49,9 +48,6 @@ class Choice:
     allocation_needs: Needs
     allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
     zeros: float = 0.0  # the share of zeros in the linears of every block; 0 where the recipe chooses linears by name
-    removes: bool = (
-        False  # whether this is the pass that removes experts, before the run
-    )
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -112,25 +108,10 @@ class Choice:
             zeros,
         )
 
-    @classmethod
-    def removing(cls, recipe: Recipe) -> Self:
-        """The choice of the pass that removes the experts of a recipe; errors as in :meth:`of` for that recipe."""
-        score = SCORES[recipe.expert_score]
-        cls.of(recipe)
-        nothing = cls.of(Recipe(method="magnitude", sparsity=0.0))
-        needs = replace(
-            score.needs(score.check(recipe.expert_options)), token_states=True
-        )
-        return replace(nothing, needs=needs, removes=True)
-
     @property
     def workspace(self) -> Workspace:
         """The memory and work of the method and the functions that its options choose."""
-        return (
-            self.needs.workspace
-            if self.removes
-            else self.method.workspace.then(self.needs.workspace)
-        )
+        return self.method.workspace.then(self.needs.workspace)
 
     @property
     def copies(self) -> int:
@@ -153,15 +134,16 @@ class Choice:
         )
 
     def on(
-        self, patterns: Collection[Pattern], values: str, *, reduced: bool = False
+        self, patterns: Collection[Pattern], values: str, *, taught: bool = False
     ) -> Self:
         """The choice for these patterns and ``values``: output costs only where outputs compete, memory for rounding if
-        values are rounded. If no weight changes: no needs, and no sweep unless the model is ``reduced`` already."""
+        values are rounded. If no weight changes: no needs, and no sweep unless another model's predictions are
+        ``taught`` in it."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
         if values == "keep" and not pruned:
             # No weight changes: nothing has to be compensated.
             return replace(
-                self, needs=Needs(), passes=self.passes if reduced else 0, sets=1
+                self, needs=Needs(), passes=self.passes if taught else 0, sets=1
             )
         # In N:M, weights of different outputs do not compete.
         costs = (

@@ -28,6 +28,7 @@ from sparsellm.run.predictions import (
     STREAMED,
     Demand,
     Extent,
+    Removing,
     checkpoint_bytes,
 )
 from sparsellm.run.speeds import Speeds, measured
@@ -100,10 +101,9 @@ def predict(
     demand = Demand(
         extent, workspace, differentiated, choice.passes, choice.trains_integers(recipe)
     )
-    reduced = recipe.experts is not None and not choice.removes
-    demand = replace(
-        demand, removes=choice.removes, reduced=reduced, zeros=choice.zeros
-    )
+    removes = isinstance(choice, Removing)
+    reduced = recipe.experts is not None and not removes
+    demand = replace(demand, removes=removes, reduced=reduced, zeros=choice.zeros)
     fitting: list[Memory] = []
     for way in predictions.sweeps(chain, demand) if sweep is None else [sweep]:
         try:
@@ -129,7 +129,7 @@ def predict(
         )
     tokens = {
         "gradients": gradients,
-        "experts" if choice.removes else "prune": extent.sets * extent.samples,
+        "experts" if removes else "prune": extent.sets * extent.samples,
     }
     return Prediction(
         machine=speeds.name,
@@ -179,15 +179,13 @@ def after_removal(first: Prediction, smaller: Chain, rest: Prediction) -> Predic
     return rest.model_copy(update=changes)
 
 
-def chosen_for(chain: Chain, recipe: Recipe) -> Choose:
+def chosen_for(chain: Chain, recipe: Recipe, *, taught: bool = False) -> Choose:
     """A function from a recipe to its choice, without needs that are useless for the patterns of this recipe on this
-    chain. Raises RecipeError or ModelError if recipe and chain do not fit."""
+    chain, which is ``taught`` by another model or not. A RecipeError or ModelError says that the two do not fit."""
     patterns = patterns_of(chain, recipe).values()
 
     def choose(recipe: Recipe) -> Choice:
-        return Choice.of(recipe).on(
-            patterns, recipe.values, reduced=recipe.experts is not None
-        )
+        return Choice.of(recipe).on(patterns, recipe.values, taught=taught)
 
     if choose(recipe).passes:
         check_sweepable(chain)
@@ -217,11 +215,9 @@ def foresee(
             recipe,
             ranks=ranks,
             speeds=speeds,
-            choose=chosen_for(smaller, recipe),
+            choose=chosen_for(smaller, recipe, taught=True),
         )
-        first = foresee(
-            chain, recipe, ranks=ranks, speeds=speeds, choose=Choice.removing
-        )
+        first = foresee(chain, recipe, ranks=ranks, speeds=speeds, choose=Removing.by)
         return after_removal(first, smaller, rest)
     here, choose = speeds is None, choose or chosen_for(chain, recipe)
     speeds = speeds or speeds_of(chain)

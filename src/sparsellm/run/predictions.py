@@ -17,6 +17,7 @@ import torch
 from sparsellm import machine
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs import parse_bytes
+from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import experts_of_token
 from sparsellm.method.experts.sample import PROJECTED, SAMPLE
 from sparsellm.method.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
@@ -35,6 +36,7 @@ from sparsellm.method.sweep.whole_model import PROBE_STEPS, STEP_TOKENS, cut_to
 from sparsellm.model import Chain
 from sparsellm.model.chain import Kind, Size
 from sparsellm.model.streams import PIECE_TOKENS, windows_of
+from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run.choice import Choice
@@ -838,6 +840,24 @@ class Work:
         )
 
 
+class Removing(Choice):
+    """The choice of the step that removes experts, whose memory and time are not those of a method."""
+
+    @classmethod
+    def by(cls, recipe: Recipe) -> Self:
+        """The choice of the step that removes the experts of a recipe; a RecipeError if the recipe is wrong."""
+        Choice.of(recipe)
+        score = SCORES[recipe.expert_score]
+        needs = score.needs(score.check(recipe.expert_options))
+        nothing = cls.of(Recipe(method="magnitude", sparsity=0.0))
+        return replace(nothing, needs=replace(needs, token_states=True))
+
+    @property
+    def workspace(self) -> Workspace:
+        """The memory and work of the score."""
+        return self.needs.workspace
+
+
 def predicted_seconds(
     chain: Chain,
     choice: Choice,
@@ -879,7 +899,7 @@ def predicted_seconds(
     )
     joining = 2 * work.sums / speeds.exchanged if extent.ranks > 1 else 0.0
     walking = tokens * (passes * token + counting) + solving / extent.ranks + joining
-    if choice.removes:
+    if isinstance(choice, Removing):
         walking = tokens * (
             REMOVING * token
             + (work.statistics + work.targets) / (COUNTING * speeds.exact)
@@ -889,7 +909,7 @@ def predicted_seconds(
         "check": work.stored / DISK,
         "gradients": differentiated * differentiating,
         "replay": finished / len(chain) * choice.sets * tokens * token,
-        "experts" if choice.removes else "prune": left * walking
+        "experts" if isinstance(choice, Removing) else "prune": left * walking
         + 2 * work.stored / DISK,
         "sweep": sweep_seconds(
             work,
