@@ -87,7 +87,8 @@ def prune(  # noqa: PLR0913 - the Python door
         calibration: replaces the recipe's: a text source, the path of a file, token ids ``(samples, seq)`` as a
             tensor, an array or lists of one length, or a data set with a column ``text`` or ``input_ids``.
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
-        teacher: the dense model by name, if ``model`` was pruned from it already: sweeps follow its predictions.
+        teacher: the dense model by name, if ``model`` was made from it already: sweeps follow its predictions. Its
+            tokenizer and its weights outside the blocks are those of ``model``.
         overwrite: replace the checkpoint that sparsellm wrote in ``out``.
         restart: remove an unfinished run into ``out`` and start again; where torchrun or Slurm starts the same command
             once more, its run is resumed nevertheless.

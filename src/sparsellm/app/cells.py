@@ -39,6 +39,7 @@ from sparsellm.files.files import (
 )
 from sparsellm.inputs import without_folders
 from sparsellm.method.blocks import METHODS
+from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.plugins import loaded
 from sparsellm.progress import Progress, ProgressCallback, ignore, note
@@ -58,7 +59,7 @@ from sparsellm.report.comparison import (
     write_comparison,
 )
 from sparsellm.report.document import check_page
-from sparsellm.run.choice import Choice, choice_for
+from sparsellm.run.choice import choice_for
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
@@ -169,13 +170,15 @@ def compare(
         with _naming(name):
             check_packable(recipe)
             if recipe.experts is not None:
-                Choice.removing(recipe)
+                SCORES[recipe.expert_score].check(recipe.expert_options)
             chain = (
                 dense.chain
                 if recipe.experts is None
                 else FewerExperts(dense.chain, recipe.experts).chain
             )
-            choice_for(chain, recipe)  # raises where the two do not fit
+            choice_for(
+                chain, recipe, taught=recipe.experts is not None
+            )  # raises where the two do not fit
     cells = parallel.from_main(partial(_with_text, cells, model, progress))
     recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     settings: Settings = {

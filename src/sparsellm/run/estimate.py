@@ -10,8 +10,9 @@ import math
 import timeit
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from sparsellm import machine
 from sparsellm.errors import RecipeError, nearest
 from sparsellm.inputs import about, parse_bytes
+from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import FewerExperts, experts_of_token
 from sparsellm.method.solvers import rounding
 from sparsellm.method.sweep.gradients import LEAST_WINDOWS, TOKENS
@@ -34,6 +36,7 @@ from sparsellm.run.budget import (
     DEVICE_SHARE,
     RESIDENT,
     STREAMED,
+    Budget,
     can_be_resident,
     device_limit,
     divisible,
@@ -128,6 +131,19 @@ def _least(work: Callable[[], Tensor]) -> float:
     """The least seconds of some rounds."""
     seconds = timeit.repeat(lambda: work().flatten()[0].item(), repeat=6, number=1)
     return max(1e-9, min(seconds))
+
+
+class Removing(Choice):
+    """The choice of the step that removes experts, whose time is not that of a method."""
+
+    @classmethod
+    def by(cls, recipe: Recipe) -> Self:
+        """The choice of the step that removes the experts of a recipe; a RecipeError if the recipe is wrong."""
+        Choice.of(recipe)
+        score = SCORES[recipe.expert_score]
+        needs = score.needs(score.check(recipe.expert_options))
+        nothing = cls.of(Recipe(method="magnitude", sparsity=0.0))
+        return replace(nothing, needs=replace(needs, token_states=True))
 
 
 @dataclass(frozen=True)
@@ -281,7 +297,7 @@ def estimate(
         )
     tokens = {
         "gradients": extent.seq_len * gradient_windows(choice, extent),
-        "experts" if choice.removes else "prune": extent.sets
+        "experts" if isinstance(choice, Removing) else "prune": extent.sets
         * extent.samples
         * extent.seq_len,
         "sweep": extent.swept,
@@ -317,9 +333,9 @@ def _seconds(
     differentiated = _differentiated(choice, extent)
     # 7. The walk: statistics and outputs of every set, products of the solver.
     forward = 2 * work.active / speeds.blocks
-    passes = 1 + extent.sets if not choice.removes else 7
+    passes = 1 + extent.sets if not isinstance(choice, Removing) else 7
     walk = extent.tokens * (passes * forward + work.statistics / (0.4 * speeds.exact))
-    if not choice.removes:
+    if not isinstance(choice, Removing):
         walk += products * work.solving / (speeds.exact * extent.ranks)
     # 8. The gradients: forward, and three times that back.
     differentiating = differentiated * 4 * forward / BUSY
@@ -332,7 +348,7 @@ def _seconds(
     return {
         "check": reading,
         "gradients": differentiating,
-        "experts" if choice.removes else "prune": walk + 2 * reading,
+        "experts" if isinstance(choice, Removing) else "prune": walk + 2 * reading,
         "sweep": sweeping,
         "save": reading,
     }
@@ -357,6 +373,21 @@ def _sweep(
                 return name, state + activations, 0
     logits = 4 * 4 * HEAD_TOKENS * chain.config.get_text_config().vocab_size
     return STREAMED, 4 * 5 * work.largest + logits, int(4 * 4 * kept * work.weights)
+
+
+def estimate_here(
+    chain: Chain, choice: Choice, recipe: Recipe, extent: Extent, budget: Budget
+) -> Prediction:
+    """The estimate of a run on this machine, with its budget."""
+    return estimate(
+        chain,
+        choice,
+        recipe,
+        extent,
+        speeds=machine_of(chain),
+        limit=budget.host.limit,
+        card=0 if budget.card is None else budget.card.limit,
+    )
 
 
 def extent_asked(chain: Chain, choice: Choice, recipe: Recipe, ranks: int) -> Extent:
@@ -404,8 +435,8 @@ def foresee(
     if recipe.experts is None:
         return of(chain, choice_for(chain, recipe))
     smaller = FewerExperts(chain, recipe.experts).chain
-    first = of(chain, Choice.removing(recipe))
-    return after_removal(first, of(smaller, choice_for(smaller, recipe)))
+    first = of(chain, Removing.by(recipe))
+    return after_removal(first, of(smaller, choice_for(smaller, recipe, taught=True)))
 
 
 def after_removal(first: Prediction, rest: Prediction) -> Prediction:

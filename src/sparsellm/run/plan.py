@@ -18,7 +18,6 @@ from sparsellm import machine, parallel, plugins
 from sparsellm.errors import RecipeError
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.inputs import without_folders
-from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.method.sweep.training import LEAST_STEPS
 from sparsellm.method.sweep.whole_model import STEP_TOKENS, cut_to
 from sparsellm.model import Chain
@@ -32,18 +31,15 @@ from sparsellm.progress import (
     note,
 )
 from sparsellm.recipe import Recipe
-from sparsellm.records import Base, ExpertsOfBlock, Prediction
+from sparsellm.records import Base, Prediction
 from sparsellm.report.card import base_of
 from sparsellm.run.budget import RESIDENT, STREAMED, Budget, choose_sweep, slowest
 from sparsellm.run.choice import Choice, choice_for
 from sparsellm.run.counts import pruned_share
 from sparsellm.run.estimate import (
     Extent,
-    after_removal,
     checkpoint_bytes,
-    estimate,
-    extent_asked,
-    machine_of,
+    estimate_here,
     needed,
 )
 from sparsellm.run.fingerprint import (
@@ -73,16 +69,6 @@ FEW_TOKENS = (
 
 
 @dataclass(frozen=True)
-class Removed:
-    """What the pass that removes experts did, and the seconds of its phases."""
-
-    plan: Plan  # that of the dense model, into the directory of the smaller one
-    experts: list[ExpertsOfBlock]
-    seconds: dict[str, float]
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
 class Request:
     """The arguments of :func:`sparsellm.prune`, documented there."""
 
@@ -95,10 +81,6 @@ class Request:
     restart: bool = False
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
-    removed: Removed | None = None  # ``model`` is another one without some experts
-    then: Recipe | None = (
-        None  # this is the pass that removes experts; the run by this recipe follows
-    )
     name: str = ""  # in reports, in place of the one that the model was given by
     shared: dict[Hashable, object] = field(
         default_factory=dict
@@ -134,31 +116,29 @@ class Plan:
     )  # absolute and without links; None for a model that is pruned in memory only
     model: Models
     windows: Windows
-    prediction: Prediction  # what the run takes, with the one that follows, if one does
+    prediction: Prediction  # what the run takes, estimated
     budget: Budget  # what this process may hold
     sweep: str  # how the sweep holds the blocks; "" for none
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]
-    fewer: FewerExperts | None = None  # the smaller model, in the pass that makes it
 
     @property
     def chain(self) -> Chain:
-        """The dense model."""
+        """The chain of the run: that of the dense model, unless the teacher has other shapes."""
         return self.model.chain
 
     @property
     def base(self) -> Base:
         """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
-        if self.request.removed is not None:
-            return self.request.removed.plan.base
         model = self.request.teacher or self.request.model
         name = (
             getattr(model, "name_or_path", "")
             if isinstance(model, PreTrainedModel)
             else str(model)
         )
-        known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
+        known = base_of(model, self.model.dense)
+        size = checkpoint_bytes(self.model.teacher or self.chain)
         return Base(
             name=self.request.name or without_folders(name),
             digest=self.identity.model,
@@ -171,9 +151,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     """Opens the model, reads the calibration text, estimates what the run takes and checks every weight. Raises
     SparseLLMError if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
-    choice = (
-        Choice.of(recipe) if request.then is None else Choice.removing(request.then)
-    )
+    choice = Choice.of(recipe)
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
@@ -188,32 +166,19 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=trust,
         )
         chain = model.chain
-        computing = _computing(chain)
+        computing = computing_of(chain)
         if (
             request.out is not None and model.directory is None
         ):  # transformers may refuse what it saves last
             with tempfile.TemporaryDirectory() as folder:
                 save_companions(Path(folder), chain.model, request.tokenizer)
-        fewer = (
-            FewerExperts(chain, request.then.experts or 0)
-            if request.then is not None
-            else None
-        )
-        choice = choice if choice.removes else choice_for(chain, recipe)
+        taught = model.teacher is not None
+        choice = choice_for(chain, recipe, taught=taught)
         disk_bytes = choice.copies * checkpoint_bytes(chain)
-        if (
-            request.then is not None and fewer is not None
-        ):  # the smaller model and the run that follows
-            disk_bytes = (1 + Choice.of(request.then).copies) * checkpoint_bytes(
-                fewer.chain
-            )
-        # A smaller model that is there may be the one that is wanted; else the journal asks again.
-        out = request.destination(
-            model.sources, 0 if fewer is not None and request.overwrite else disk_bytes
-        )
+        out = request.destination(model.sources, disk_bytes)
     with clock.phase("calibration"):
-        request, warnings = _with_text(request, progress)
-        windows, choice = _windows(request, choice, model, progress)
+        request, warnings = with_text(request, progress)
+        windows, choice = draw_windows(request, choice, model, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
         machine.trim()
     recipe = request.recipe.updated(
@@ -221,20 +186,17 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     )
     choice.check_processes(recipe.samples)
     warnings += (
-        unmatched_patterns(chain, _patterns(recipe))
+        unmatched_patterns(chain, name_patterns(recipe))
         + outside_blocks(chain)
-        + _short_text(windows, choice)
+        + short_text(windows, choice)
     )
     warnings += _warned(request, choice, chain)
     budget = Budget(recipe, chain.device)
     sweep = _sweep(chain, choice, recipe, windows, budget)
     windows = replace(windows, sharers=parallel.size() if sweep in RESIDENT else 1)
-    prediction = _estimated(
-        chain, choice, recipe, _extent(windows, choice.passes), budget
-    )
+    extent = extent_of(windows, choice.passes)
+    prediction = estimate_here(chain, choice, recipe, extent, budget)
     disk_bytes += int(parallel.total(prediction.hidden_on_disk_bytes))
-    if fewer is not None:
-        prediction = _with_rest(request, recipe, fewer.chain, prediction, budget)
     progress(Progress(NOTE, 1, 1, needed(prediction)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
@@ -242,10 +204,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             *chain.unused(),
             *_already_pruned(model, recipe),
         ]  # before digests, which the walk compares
-        dense = model_fingerprint(chain, progress)
-        started = (
-            start_fingerprint(model.start, progress) if model.start is not None else ""
-        )
+        dense, start = _digests(model, progress)
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
@@ -254,7 +213,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         ),
         computing=computing,
         plugins=plugins.loaded(),
-        start=started,
+        start=start,
     )
     note(progress, warnings)
     return Plan(
@@ -270,7 +229,6 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         disk_bytes=disk_bytes,
         identity=identity,
         warnings=tuple(warnings),
-        fewer=fewer,
     )
 
 
@@ -295,22 +253,17 @@ def _sweep(
     return slowest(parallel.gather(way))
 
 
-def _estimated(
-    chain: Chain, choice: Choice, recipe: Recipe, extent: Extent, budget: Budget
-) -> Prediction:
-    """The estimate of a run on this machine."""
-    return estimate(
-        chain,
-        choice,
-        recipe,
-        extent,
-        speeds=machine_of(chain),
-        limit=budget.host.limit,
-        card=0 if budget.card is None else budget.card.limit,
-    )
+def _digests(models: Models, progress: ProgressCallback) -> tuple[str, str]:
+    """The digests of the dense model, and of the weights to prune; "" if they are the dense model's."""
+    dense = model_fingerprint(models.teacher or models.chain, progress)
+    if models.teacher is not None:
+        return dense, model_fingerprint(models.chain, progress)
+    if models.start is not None:
+        return dense, start_fingerprint(models.start, progress)
+    return dense, ""
 
 
-def _computing(chain: Chain) -> str:
+def computing_of(chain: Chain) -> str:
     """Dtype and device of the blocks, by which a run is known. Refuses processes that differ in it, or in a plugin."""
     products = ", products in bf16" if chain.products is not None else ""
     ways = {*parallel.gather(f"{chain.dtype} on {chain.device.type}{products}")}
@@ -328,7 +281,7 @@ def _computing(chain: Chain) -> str:
     return ways.pop()
 
 
-def _patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
+def name_patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
     """The shell patterns of a recipe, by field."""
     return {
         name: getattr(recipe, name)
@@ -336,25 +289,7 @@ def _patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
     }
 
 
-def _with_rest(
-    request: Request,
-    settled: Recipe,
-    smaller: Chain,
-    first: Prediction,
-    budget: Budget,
-) -> Prediction:
-    """The estimate of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
-    assert request.then is not None
-    recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
-    choice = choice_for(smaller, recipe)
-    choice.check_processes(recipe.samples)
-    unmatched_patterns(smaller, _patterns(recipe))
-    extent = extent_asked(smaller, choice, recipe, parallel.size())
-    rest = _estimated(smaller, choice, recipe, extent, budget)
-    return after_removal(first, rest)
-
-
-def _with_text(
+def with_text(
     request: Request, progress: ProgressCallback
 ) -> tuple[Request, list[str]]:
     """The request with the name of a calibration text, and a warning if that is a text which suits no model well."""
@@ -432,7 +367,9 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
         warnings.append(
             f"{stays.replace('torch.', '')}; leave dtype out to keep their bits"
         )
-    if request.teacher is not None and not choice.passes:
+    if (
+        request.teacher is not None and not choice.passes and recipe.experts is None
+    ):  # the teacher of a model with fewer experts is not the user's choice
         warnings.append(
             "no sweep follows, so the teacher changes no weight; it is what the report compares with"
         )
@@ -443,7 +380,7 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     return warnings
 
 
-def _short_text(windows: Windows, choice: Choice) -> list[str]:
+def short_text(windows: Windows, choice: Choice) -> list[str]:
     """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
     warnings, tokens = [], windows.first.numel()
     known = (
@@ -464,7 +401,7 @@ def _short_text(windows: Windows, choice: Choice) -> list[str]:
     return warnings
 
 
-def _extent(windows: Windows, passes: int) -> Extent:
+def extent_of(windows: Windows, passes: int) -> Extent:
     """The extent of a run with these windows."""
     swept, ranks = windows.swept, parallel.size()
     return Extent(
@@ -478,15 +415,14 @@ def _extent(windows: Windows, passes: int) -> Extent:
     )
 
 
-def _windows(
+def draw_windows(
     request: Request, choice: Choice, model: Models, progress: ProgressCallback
 ) -> tuple[Windows, Choice]:
     """The calibration windows, and the choice with as many passes as have its tokens."""
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
-    passes = (
-        choice.passes if chain.reader is not None and request.removed is None else 0
-    )
+    runs = chain.reader is not None and model.teacher is None
+    passes = choice.passes if runs else 0
     tokens = choice.sweep_tokens if choice.passes and recipe.passes is None else None
     if tokens is not None and not passes:
         choice = replace(
@@ -504,7 +440,7 @@ def _windows(
         text = (
             recipe.calibration if request.calibration is None else request.calibration
         )
-        assert text is not None  # see _with_text
+        assert text is not None  # see with_text
         settings = (
             recipe.samples,
             recipe.seq_len,
