@@ -22,10 +22,9 @@ from sparsellm.method.allocation.allocator import (
 from sparsellm.method.allocation.survey import Survey
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
-from sparsellm.registry import Workspace
 
 
-@ALLOCATIONS.register("random", paper="none", workspace=Workspace(weights=0, grams=0))
+@ALLOCATIONS.register("random", paper="none")
 def chance(
     survey: Survey,
     *,
@@ -43,9 +42,7 @@ def chance(
     )
 
 
-@ALLOCATIONS.register(
-    "owl", paper="arXiv 2310.05175", workspace=Workspace(weights=1, grams=0, blocks=1)
-)
+@ALLOCATIONS.register("owl", paper="arXiv 2310.05175")
 def owl(
     survey: Survey,
     *,
@@ -60,9 +57,7 @@ def owl(
     return _from_importance(survey, shares, lam)
 
 
-@ALLOCATIONS.register(
-    "dlp", paper="arXiv 2505.23807", workspace=Workspace(weights=1, grams=0, blocks=3)
-)
+@ALLOCATIONS.register("dlp", paper="arXiv 2505.23807")
 def dlp(
     survey: Survey,
     *,

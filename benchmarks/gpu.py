@@ -330,7 +330,7 @@ def prune(arguments: argparse.Namespace) -> None:
     sys.stdout.write(
         f"\nOne block, {arguments.samples} windows of 1024 tokens, 50 %, bf16\n\n"
     )
-    table("model", "method", "seconds", "GB on the device", "predicted GB")
+    table("model", "method", "seconds", "GB on the device")
     for name, method in itertools.product(arguments.blocks, arguments.methods):
         width, inner, heads = BLOCKS[name]
         model = llama(
@@ -348,7 +348,7 @@ def prune(arguments: argparse.Namespace) -> None:
             if arguments.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-            result = sparsellm.prune(
+            sparsellm.prune(
                 Path(folder) / "dense",
                 recipe,
                 calibration=ids,
@@ -356,13 +356,11 @@ def prune(arguments: argparse.Namespace) -> None:
             )
             seconds = time.perf_counter() - start
         used = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0
-        assert result.memory is not None
         row(
             name,
             method,
             f"{seconds:.1f}",
             f"{used / 1e9:.2f}",
-            f"{result.memory.predicted_peak_device_bytes / 1e9:.2f}",
         )
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -185,7 +184,6 @@ class Run:
     """What was seen of one process."""
 
     peak: int  # bytes
-    predicted: float  # GB
     seconds: float
     blocks: list[
         dict[str, float]
@@ -248,10 +246,8 @@ def prune(
     text = "".join(said)
     if process.returncode not in (0, -signal.SIGKILL):
         raise SystemExit(f"{' '.join(command)} failed:\n{text}")
-    predicted = re.search(r"predicted peak memory ([\d.]+) GB", text)
     return Run(
         memory.peak,
-        float(predicted[1]) if predicted else 0.0,
         time.perf_counter() - start,
         seen,
         first,
@@ -274,7 +270,7 @@ def row(name: str, what: str, run: Run, imports: int, blocks: int) -> str:
     )
     return (
         f"| {name} | {what} | {run.first}…{len(run.blocks)} of {blocks} | {peak:.2f} GB{bar} "
-        f"| {run.predicted - imports / 1e9:.2f} GB | {entry:.1f} s | {run.seconds:.0f} s "
+        f"| {entry:.1f} s | {run.seconds:.0f} s "
         f"| {outside + entry * blocks:.0f} s |"
     )
 
@@ -343,7 +339,7 @@ def main() -> None:
         f"imports alone {imports / 1e9:.2f} GB; sparsity {arguments.sparsity:g}, seed {arguments.seed}.\n"
     )
     print(
-        "| model | run | blocks | peak beyond imports | predicted | a block | this run | whole model, projected |"
+        "| model | run | blocks | peak beyond imports | a block | this run | whole model, projected |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for method in arguments.methods:

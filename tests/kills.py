@@ -41,10 +41,8 @@ TEXT = (
 )
 MEASURED = {
     "seconds",
-    "predicted_seconds",
     "peak_rss_bytes",
     "memory",
-    "predicted_memory",
     "date",
     "speeds",
 }

@@ -15,9 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import sparsellm
-from sparsellm import Recipe
-from sparsellm.inputs import about
 from sparsepack.bench import resident_bytes
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
@@ -266,26 +263,3 @@ def test_servers_take_turns_and_their_rates_are_printed(
     assert (server, ratio) == ("sparsellm serve", "1.00 (1.00 – 1.00)")
     assert float(one) > 0
     assert float(two) > 0
-
-
-def test_the_forecast_is_what_plan_predicts(
-    printed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = rows_of(
-        printed("forecast.py", "--models", "8b", "--machines", "h100=2000,8")
-    )["8b"]
-    forecast = importlib.import_module("forecast")
-    forecast.MODELS["8b"].to_json_file(tmp_path / "config.json")
-    plan = sparsellm.plan(
-        tmp_path / "config.json", Recipe(memory="200GB"), gpu="h100", ranks=8
-    )
-    sizes = (
-        plan.memory.predicted_peak_rss_bytes,
-        plan.memory.predicted_peak_device_bytes,
-        plan.disk_bytes,
-    )
-    assert table[2:] == [
-        forecast.hours(sum(plan.seconds.values())),
-        *(forecast.hours(plan.seconds[phase]) for phase in ("prune", "sweep")),
-        *map(about, sizes),
-    ]

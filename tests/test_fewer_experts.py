@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe, parallel
-from sparsellm.errors import MemoryBudgetError, ModelError, RecipeError, StorageError
+from sparsellm.errors import ModelError, RecipeError, StorageError
 from sparsellm.files import directory
 from sparsellm.method.experts.sample import HELD, Sample
 from sparsellm.method.experts.scores import SCORES, MixtureView
-from sparsellm.model import Chain, open_chain
-from sparsellm.registry import Workspace
-from sparsellm.run.predictions import Demand, Extent, steps_of
+from sparsellm.model import Chain
 from tests import killing
 from tests.files.small import tensors_of, tree
 from tests.killing import KILLED, stop_after_one
@@ -93,7 +90,7 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     assert not [*info["missing_keys"], *info["unexpected_keys"]]
     assert small.num_parameters() < dense.num_parameters()
     assert not (tmp_path / "small-experts").exists()
-    assert min(result.predicted_seconds["experts"], result.seconds["experts"]) > 0
+    assert result.seconds["experts"] > 0
 
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
@@ -357,8 +354,6 @@ def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
     )
     assert not list(tmp_path.glob("out*"))
     assert (plan.tokens, plan.disk_bytes) == (door.tokens, door.disk_bytes)
-    assert plan.seconds == pytest.approx(door.seconds)
-    assert plan.memory.working_bytes == door.memory.working_bytes
     assert plan.tokens["experts"] == 64 * 32
     assert all(
         plan.seconds[name] == pytest.approx(alone.seconds[name])
@@ -367,49 +362,8 @@ def test_a_plan_has_the_removal_and_the_smaller_model(tmp_path: Path) -> None:
     assert plan.seconds["experts"] > 0
     assert plan.seconds["gradients"] > alone.seconds["gradients"]
     assert plan.disk_bytes > alone.disk_bytes
-    assert plan.memory.steps_bytes["experts"] > 0
     unscored = sparsellm.plan(many, {**recipe, "experts": 0.75, "expert_score": "reap"})
     assert unscored.seconds["gradients"] < plan.seconds["gradients"]
-
-
-def test_the_memory_of_a_removal_by_hand() -> None:
-    chain = open_chain(mixtral(num_hidden_layers=1), device=torch.device("cpu"))
-    demand = Demand(Extent(samples=100, seq_len=16, batch_tokens=64), Workspace(0, 0))
-    removing, other = (
-        steps_of(chain, replace(demand, removes=True)),
-        steps_of(chain, demand),
-    )
-    width, inner, experts, tokens, every = 32, 80, 4, 64, 1600
-    activations = tokens * (4 * inner + 8 * width) * 4
-    sample = every * (experts * width + 4 * width)
-    refit = 4 * inner**2 + 7 * width * inner + tokens * (2 * inner + 3 * width)
-    block = 4 * sum(value.numel() for value in chain.blocks[0].state_dict().values())
-    assert removing["experts"].working == activations + block + every * (
-        12 * 2 + 8
-    ) + 4 * max(sample, refit)
-    assert (
-        removing["experts"].movable == other["solving"].movable + every * width * 4
-    )  # what the mixture returned
-
-
-def test_a_run_that_cannot_fit_later_is_refused_at_first(tmp_path: Path) -> None:
-    source = save_tiny(
-        mixtral(intermediate_size=2048), tiny_tokenizer(), tmp_path / "dense"
-    )
-    recipe = Recipe(
-        samples=4,
-        seq_len=32,
-        experts=2,
-        calibration="pydoc",
-        effort=0,
-        options={"solver": "admm"},
-    )
-    needed = sparsellm.dry_run(source, recipe, out=tmp_path / "small").memory
-    assert needed.predicted_peak_rss_bytes - needed.steps_bytes["experts"] > 60 << 20
-    tight = recipe.updated(memory=needed.predicted_peak_rss_bytes - (30 << 20))
-    with pytest.raises(MemoryBudgetError, match="for solving"):
-        sparsellm.prune(source, tight, out=tmp_path / "small")
-    assert not list(tmp_path.glob("small*"))
 
 
 def test_inspect_says_which_experts_can_go(

@@ -130,7 +130,7 @@ def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
 
 
 @on_a_card
-def test_the_memory_of_the_device_is_predicted(tmp_path: Path) -> None:
+def test_the_memory_of_the_device_is_measured(tmp_path: Path) -> None:
     large = tiny_llama(
         hidden_size=512,
         intermediate_size=1408,
@@ -146,13 +146,9 @@ def test_the_memory_of_the_device_is_predicted(tmp_path: Path) -> None:
         source, recipe, calibration=windows(), out=tmp_path / "out"
     )
     assert result.memory is not None
-    used, predicted = (
-        torch.cuda.max_memory_allocated() - before,
-        result.memory.predicted_peak_device_bytes,
-    )
-    assert (
-        0.3 * predicted <= used <= 1.1 * predicted + (64 << 20)
-    )  # cuBLAS has a workspace
+    used = result.memory.device_peak_bytes - before
+    assert used > 0
+    assert result.memory.device_peak_bytes <= result.memory.device_budget_bytes
 
 
 def test_the_same_command_gives_the_same_bits(llama: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def contents(out: Path) -> dict[str, Any]:
     """Every file, bit by bit; of the report all but times, memory and the command."""
     there: dict[str, Any] = tree(out)
     report = json.loads(there["pruning.json"])
-    for key in ("seconds", "predicted_seconds", "peak_rss_bytes", "memory", "command"):
+    for key in ("seconds", "peak_rss_bytes", "memory", "command"):
         del report[key]
     del there["report.html"]  # it shows these times
     listed = json.loads(there[LIST]).items()

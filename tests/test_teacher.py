@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import Recipe
@@ -146,7 +147,7 @@ def test_a_run_is_resumed_with_its_teacher_alone(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"intermediate_size": 64}, "intermediate_size in config.json is"),
+        ({"intermediate_size": 64}, "outside the blocks, has other values"),
         ({"rope_theta": 500.0}, "in config.json is"),
         ({}, "outside the blocks, has other values"),
     ],
@@ -162,6 +163,21 @@ def test_another_model_is_no_teacher(
     assert str(caught.value).startswith(f"{other} cannot be the teacher of {half}: ")
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} <= {"other"}
+
+
+def test_a_teacher_may_have_blocks_of_other_shapes(half: Path, tmp_path: Path) -> None:
+    large = tiny_llama(seed=7, intermediate_size=64, num_hidden_layers=4)
+    outer = AutoModelForCausalLM.from_pretrained(half).state_dict()
+    same = {name: value for name, value in outer.items() if ".layers." not in name}
+    large.load_state_dict(same, strict=False)
+    other = save_tiny(large, tiny_tokenizer(), tmp_path / "other")
+    result = sparsellm.prune(half, SWEPT, out=tmp_path / "taught", teacher=other)
+    assert result.base.name == "other"
+    assert result.seconds["dense"] > 0
+    divergences = [swept.held_out for swept in result.sweeps]
+    assert min(divergences[1:]) < divergences[0]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "taught")
+    assert written.config.intermediate_size != 64
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,11 @@ from sparsellm.report.card import card
 from sparsellm.report.document import write_report
 from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
+from sparsellm.run.estimate import foresee, named
 from sparsellm.run.fingerprint import tokens_fingerprint
-from sparsellm.run.needs import foresee
 from sparsellm.run.opening import load_whole, open_model, set_products
 from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult
-from sparsellm.run.speeds import named
 from sparsellm.text.sources import DOCUMENTS, IDS, as_text, settle_calibration
 from sparsellm.text.texts import Text
 from sparsellm.text.windows import (
@@ -87,7 +86,8 @@ def prune(  # noqa: PLR0913 - the Python door
         calibration: replaces the recipe's: a text source, the path of a file, token ids ``(samples, seq)`` as a
             tensor, an array or lists of one length, or a data set with a column ``text`` or ``input_ids``.
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
-        teacher: the dense model by name, if ``model`` was pruned from it already: sweeps follow its predictions.
+        teacher: the dense model by name, if ``model`` was made from it already: sweeps follow its predictions. Its
+            tokenizer and its weights outside the blocks are those of ``model``.
         overwrite: replace the checkpoint that sparsellm wrote in ``out``.
         restart: remove an unfinished run into ``out`` and start again; where torchrun or Slurm starts the same command
             once more, its run is resumed nevertheless.
@@ -131,7 +131,7 @@ def dry_run(
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> Prediction:
-    """Predicts a run of :func:`prune`, or refuses what it refuses; downloads what is on the hub, and writes nothing."""
+    """Estimates a run of :func:`prune`, or refuses what it does; downloads what is on the hub, and writes nothing."""
     settled, door = (
         settle_calibration(Recipe.of(recipe), None),
         (overwrite, restart, trust_remote_code, teacher),
@@ -148,7 +148,7 @@ def plan(
     gpu: arguments.Name | None = None,
     trust_remote_code: bool = False,
 ) -> Prediction:
-    """Predicts what :func:`prune` needs, by the config of a model alone: no weights are read.
+    """Estimates what :func:`prune` needs, by the config of a model alone: no weights are read.
 
     Args:
         model: as in :func:`prune` by name, or a ``config.json``.
@@ -159,8 +159,9 @@ def plan(
     Raises:
         SparseLLMError: the config cannot be read, the recipe does not fit it, or the GPU is not in the table.
     """
-    settings, speeds = Recipe.of(recipe), named(gpu) if gpu is not None else None
-    device = resolve_device(settings.device) if speeds is None else torch.device("cuda")
+    settings = Recipe.of(recipe)
+    card = None if gpu is None else named(gpu)
+    device = resolve_device(settings.device) if card is None else torch.device("cuda")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     chain = outline(
         config_place(str(model)),
@@ -169,7 +170,7 @@ def plan(
         trust_remote_code=trust_remote_code,
     )
     set_products(chain, settings)
-    prediction = foresee(chain, settings, ranks=ranks, speeds=speeds)
+    prediction = foresee(chain, settings, ranks=ranks, gpu=card)
     return prediction.model_copy(update={"model": without_folders(str(model))})
 
 

@@ -25,6 +25,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 # Parameters of glibc's mallopt.
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
+_forgotten_peak = 0  # the highest peak that recent_peak_rss() made the system forget
 
 
 def machine_name(device: torch.device) -> str:
@@ -158,8 +159,32 @@ def pinned(size: int) -> Tensor | None:
         return None
 
 
+def held_rss() -> int:
+    """The memory that this process holds now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_rss() -> int:
-    """The peak memory of this process so far, in bytes; getrusage would also count what its parent held at the fork."""
+    """The peak memory of this process so far, in bytes."""
+    return max(_forgotten_peak, _known_peak())
+
+
+def recent_peak_rss() -> int:
+    """The peak memory of this process since the last call, in bytes; where the system cannot forget a peak, the peak so
+    far."""
+    global _forgotten_peak
+    peak = _known_peak()
+    _forgotten_peak = max(_forgotten_peak, peak)
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/clear_refs", "w", encoding="ascii") as references,
+    ):
+        references.write("5")  # sets the peak to what the process holds
+    return peak
+
+
+def _known_peak() -> int:
+    """The peak that the system knows; getrusage would also count what the parent of the process held at the fork."""
     with (
         contextlib.suppress(OSError),
         open("/proc/self/status", encoding="ascii", errors="replace") as status,

@@ -200,44 +200,21 @@ class SweepPass(Record):
 
 
 class Memory(Record):
-    """The resident memory that is predicted for one process, in bytes."""
+    """The memory that one process held in a run, measured, in bytes."""
 
     budget_bytes: Count = 0
-    predicted_peak_rss_bytes: Count = 0
-    start_bytes: Count = 0  # held before the run, including Python and libraries
-    working_bytes: Count = (
-        0  # added at the peak: a block, statistics, the solver's workspace, activations
-    )
-    worst: str = ""  # the step of the run at the peak
-    hidden_in_memory_bytes: Count = (
-        0  # hidden states, and the sweep's copies of the weights
-    )
-    hidden_on_device_bytes: Count = 0  # as far as an accelerator has room
-    hidden_on_disk_bytes: Count = 0  # the most of these in files at any time
-    kept_bytes: Count = (
-        0  # outputs of pruned sublayers that save passes; none of them goes to disk
-    )
-    predicted_peak_device_bytes: Count = (
-        0  # in the memory of an accelerator; 0 on the CPU
-    )
+    peak_bytes: Count = 0
+    # Hidden states, the sweep's copies of the weights, and outputs kept within a block: the most at any time.
+    hidden_in_memory_bytes: Count = 0
+    hidden_on_disk_bytes: Count = 0
+    device_budget_bytes: Count = 0  # of a GPU; 0 on the CPU
+    device_peak_bytes: Count = 0
+    hidden_on_device_bytes: Count = 0
     sweep: str = ""  # streamed: one block is in memory at a time; resident: all, perhaps recomputing and offloading
-    steps_bytes: dict[
-        str, Count
-    ] = {}  # at the peak of each step of the run, on the CPU
-
-    @property
-    def shares(self) -> tuple[float, float]:
-        """The shares of hidden states and swept weights that are not where blocks run, and of these, in files."""
-        files = self.hidden_on_disk_bytes
-        away = files + (
-            self.hidden_in_memory_bytes if self.predicted_peak_device_bytes else 0
-        )
-        total = files + self.hidden_in_memory_bytes + self.hidden_on_device_bytes
-        return (away / total, files / total) if total else (0.0, 0.0)
 
 
 class Prediction(Record):
-    """What a run is predicted to take. A process is one of ``ranks``; files and tokens are those of all together."""
+    """What a run is estimated to take. A process is one of ``ranks``; files and tokens are those of all together."""
 
     model: str = ""
     machine: str  # the processor or GPU
@@ -246,14 +223,15 @@ class Prediction(Record):
     passes: Count  # passes of the sweep
     tokens: dict[str, Count]  # by phase
     seconds: dict[str, Seconds]  # by phase
-    memory: Memory  # one process with the largest share of the windows
+    memory_bytes: Count  # of a process, at the peak
+    device_bytes: Count = 0  # of its GPU, at the peak
+    hidden_bytes: Count = 0  # hidden states, and the weights of a streamed sweep
+    hidden_on_disk_bytes: Count = 0  # of these, for which memory has no room
     disk_bytes: (
         Count  # at most: the result, the walk's blocks, hidden states, and saved passes
     )
-    wanted_ranks: Count | None = (
-        None  # fewest processes, a power of two, that need no files; 0: no number does
-    )
-    notes: list[str] = []  # what does not fit, and what does
+    sweep: str = ""  # how it holds the blocks, as in :class:`Memory`
+    notes: list[str] = []  # what does not fit
 
 
 class ExpertsOfBlock(Record):
@@ -299,7 +277,6 @@ class RunRecord(Record):
     seconds: dict[
         str, Seconds
     ] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
-    predicted_seconds: dict[str, Seconds] = {}  # when the run began
     peak_rss_bytes: Count = (
         0  # the peak of one process, in this run or an earlier start of it
     )

@@ -6,7 +6,7 @@ import inspect
 import json
 import typing
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -23,35 +23,6 @@ _OPTIONS = ConfigDict(
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """The most memory that a registered function holds at a time, next to the block it works on, and its main work."""
-
-    weights: float = 8.0  # fp32 copies of the weight that is pruned
-    grams: float = (
-        4.0  # matrices as large as the Gram matrix of its inputs, including that matrix
-    )
-    remembered: int = 0  # factorisations kept for linears with the same inputs, see statistics.Gram.remember
-    blocks: float = (
-        0.0  # fp32 copies of the block, such as gradients and moments of an optimiser
-    )
-    streams: int = (
-        0  # copies of the hidden states of all calibration tokens, such as targets
-    )
-    products: float = 1.0  # products of the weight with a matrix as large as the Gram matrix, to predict the time
-    narrow: bool = False  # whether factors of its products may be rounded to bf16 where the blocks multiply in it
-    writers: int = (
-        0  # writers whose inputs, for all tokens, are kept as far as memory goes
-    )
-
-    def then(self, other: Workspace) -> Workspace:
-        """The larger memory, and the work of both, for two functions that run one after the other."""
-        larger = Workspace(
-            *(max(pair) for pair in zip(astuple(self), astuple(other), strict=True))
-        )
-        return replace(larger, products=self.products + other.products)
-
-
-@dataclass(frozen=True)
 class Needs:
     """The needs of a method or an allocation with given options."""
 
@@ -59,9 +30,6 @@ class Needs:
     gradient_tokens: int = 0  # the first calibration tokens, for which it needs gradients; four windows or more
     token_states: bool = False  # hidden states (windows, seq, width), to select windows or tokens by position
     one_process: str = ""  # an option in use that works in one process only
-    workspace: Workspace = Workspace(
-        weights=0, grams=0
-    )  # for functions that the options choose, such as a solver
 
 
 @dataclass(frozen=True)
@@ -75,7 +43,11 @@ class Entry(Generic[F]):
     paper: str
     options: type[BaseModel]  # a model of its keyword-only parameters
     summary: str
-    workspace: Workspace = Workspace()
+    narrow: bool = False  # whether factors of a solver's products may be rounded to bf16 where blocks multiply in it
+    # What a solver computes, by which processes divide its work: products of the weight with a matrix as large as its
+    # Gram matrix, and factorisations of such a matrix that linears with the same inputs share.
+    products: float = 1.0
+    factorisations: int = 0
     needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
     allocation: str = (

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.blocks import sublayers
 from sparsellm.model import Stream
-from sparsellm.run import predictions as planning
+from sparsellm.run.budget import Budget
 from tests.killing import ahead_of
 from tests.method.sweep.helpers import ids_of, same_bits
 from tests.models import tiny_llama
@@ -150,11 +151,6 @@ def test_what_finds_no_room_is_run_again(
     with_room = pruned(tiny_llama(num_hidden_layers=2))
     assert left_out == {"LlamaAttention", "LlamaMLP"}
     left_out.clear()
-    plan = planning.plan_memory
-    monkeypatch.setattr(
-        planning,
-        "plan_memory",
-        lambda *a, **k: plan(*a, **k).model_copy(update={"kept_bytes": kept}),
-    )
+    monkeypatch.setattr(Budget, "scratch", lambda *_: Scratch(None, spare=Room(kept)))
     assert same_bits(with_room, pruned(tiny_llama(num_hidden_layers=2)))
     assert left_out == modules

@@ -26,6 +26,7 @@ from sparsellm.files.directory import check_destination, check_place, difference
 from sparsellm.files.files import explained, has_digest, sha256
 from sparsellm.files.results import read_results
 from sparsellm.method.blocks import METHODS
+from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.plugins import loaded
 from sparsellm.progress import Progress, ProgressCallback, ignore, note
@@ -46,9 +47,8 @@ from sparsellm.report.comparison import (
     write_comparison,
 )
 from sparsellm.report.document import check_page
-from sparsellm.run.choice import Choice
+from sparsellm.run.choice import choice_for
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.run.needs import chosen_for
 from sparsellm.text.sources import default_source
 from sparsepack.bench import Rounds, check_positions
 from sparsepack.errors import UserError
@@ -222,9 +222,9 @@ def _check_recipe(dense: api.Opened, recipe: Recipe) -> None:
     check_packable(recipe)
     chain = dense.chain
     if recipe.experts is not None:
-        Choice.removing(recipe)
+        SCORES[recipe.expert_score].check(recipe.expert_options)
         chain = FewerExperts(chain, recipe.experts).chain
-    chosen_for(chain, recipe)
+    choice_for(chain, recipe, taught=recipe.experts is not None)
 
 
 def _with_text(

@@ -31,10 +31,8 @@ from sparsellm.progress import (
     DETAIL,
     NOTE,
     PHASES,
-    PLAN,
-    Forecast,
+    Pace,
     ProgressCallback,
-    between,
 )
 from sparsellm.progress import Progress as Event
 
@@ -239,7 +237,8 @@ class _Display:
     else a line at a calm rate, or with ``verbose`` for every step and phase."""
 
     def __init__(self, *, live: bool, verbose: bool) -> None:
-        self._verbose, self._forecast = verbose, Forecast()
+        self._verbose = verbose
+        self._pace = Pace()
         self._event: Event | None = None
         self._over = False
         self._said = 0.0  # elapsed seconds at the last line
@@ -252,10 +251,10 @@ class _Display:
     def __exit__(self, kind: object, *_: object) -> None:
         self._over = True
         if kind is None:
-            self._finish(self._forecast.end())
+            self._finish(self._pace.end())
         if self._live is not None:
             self._live.transient = (
-                kind is not None and not self._forecast.share
+                kind is not None and not self._pace.share
             )  # nothing was done: nothing to show
             self._live.stop()
 
@@ -264,9 +263,7 @@ class _Display:
             if event.phase == NOTE or self._verbose:
                 say(event.detail, error=True)
             return
-        self._finish(self._forecast.see(event))
-        if event.phase == PLAN:
-            return
+        self._finish(self._pace.see(event))
         before, self._event = self._event, event
         if (
             self._verbose
@@ -280,28 +277,26 @@ class _Display:
         elif (
             self._live is None
             and not self._verbose
-            and self._forecast.elapsed - self._said >= CALM
+            and self._pace.elapsed - self._said >= CALM
         ):
             say(f"{self._done()} · {_step(event)} · {_state(event)}", error=True)
-            self._said = self._forecast.elapsed
+            self._said = self._pace.elapsed
 
     def _finish(self, phase: str) -> None:
-        took = self._forecast.seconds.get(phase, 0.0)
+        took = self._pace.seconds.get(phase, 0.0)
         if phase and (self._verbose or took >= LONG_PHASE):
             say(f"{PHASES.get(phase, phase)}: {duration(took)}", error=True)
-            self._said = self._forecast.elapsed
+            self._said = self._pace.elapsed
 
     def _done(self) -> str:
-        """The share done of the whole run, and the time left if it is known."""
-        done, left = f"{int(100 * self._forecast.share)} %", self._forecast.range
+        """The share done of the phase, and the time left of it if it is known."""
+        done = f"{int(100 * self._pace.share)} %"
+        left = self._pace.left
         if self._over:
-            return f"{done} in {duration(self._forecast.elapsed)}"
+            return f"{done} in {duration(self._pace.elapsed)}"
         if left is None:
             return done
-        least, most = left
-        if least < most or most < 10:
-            return f"{done}, {between(least, most)} left"
-        return f"{done}, about {duration(most)} left"
+        return f"{done}, about {duration(left)} left"
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -314,10 +309,8 @@ class _Display:
             padding=(0, 1, 0, 0),
             expand=True,
         )
-        grid.add_row(
-            ProgressBar(total=1.0, completed=self._forecast.share), self._done()
-        )
+        grid.add_row(ProgressBar(total=1.0, completed=self._pace.share), self._done())
         yield grid
-        if self._forecast.phase:
+        if self._pace.phase:
             for line in (_step(self._event), _state(self._event)):
                 yield Text(f"  {line}", "dim", no_wrap=True, overflow="ellipsis")

@@ -33,7 +33,7 @@ from sparsellm.files.directory import check_destination, check_place
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
 from sparsellm.model.structure import find_blocks, iterate_linears
-from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
+from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Record, Settings
 from sparsellm.report.document import REPORT
@@ -58,9 +58,6 @@ TEXT_TOKENS, TEMPERATURE, TOP_P = (
     0.9,
 )  # sampled as the authors of the model recommend
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
-
-# Seconds of the phases after pruning, on two quiet cores: weights of the bar.
-COSTS = {"pack": 5.0, "evaluate": 45.0, "load": 3.0, "bench": 20.0, "generate": 20.0}
 
 
 class Form(Record):
@@ -152,7 +149,6 @@ def run_demo(
 
     with phase("fetch"):
         dense = checkpoint_directory("demo")
-    progress(Progress(PLAN, costs=COSTS))
     with clock.phase("prune"):
         result = prune(
             Request(

@@ -85,20 +85,19 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
 
 
 def print_prediction(prediction: Prediction) -> None:
-    """Prints the seconds of each phase, and memory, disk and tokens of a run."""
-    memory = prediction.memory
+    """Prints the estimated seconds of each phase, and memory, disk and tokens of a run."""
     shown = phases({name: took for name, took in prediction.seconds.items() if took})
-    shown.title = f"Predicted for {visible(prediction.machine)}" + (
-        f" × {prediction.ranks}" * (prediction.ranks > 1)
-    )
+    shown.title = f"Estimated for {visible(prediction.machine)}"
+    if prediction.ranks > 1:
+        shown.title += f" × {prediction.ranks}"
     out().print(shown)
     needs = table(("need",), ("size",))
     rows = {
-        "memory of a process": memory.predicted_peak_rss_bytes,
-        "of it, hidden states and swept weights": memory.hidden_in_memory_bytes,
-        "memory of its GPU": memory.predicted_peak_device_bytes,
+        "memory of a process": prediction.memory_bytes,
+        "memory of its GPU": prediction.device_bytes,
+        "of it, hidden states and swept weights": prediction.hidden_bytes,
         "disk, at most": prediction.disk_bytes,
-        "of it, for want of memory": memory.hidden_on_disk_bytes * prediction.ranks,
+        "of it, for want of memory": prediction.hidden_on_disk_bytes * prediction.ranks,
     }
     for name, size in rows.items():
         if size:
@@ -109,11 +108,8 @@ def print_prediction(prediction: Prediction) -> None:
         for name, number in prediction.tokens.items()
         if number
     )
-    say(f"tokens: {tokens}" + f"; sweep {memory.sweep}" * bool(memory.sweep))
-    if prediction.wanted_ranks == 0:
-        say("no number of processes has the memory for all of it")
-    elif prediction.wanted_ranks is not None:
-        say(f"processes with the memory for all of it: {prediction.wanted_ranks}")
+    sweep = f"; sweep {prediction.sweep}" if prediction.sweep else ""
+    say(f"tokens: {tokens}{sweep}")
     for note in prediction.notes:
         say(f"note: {note}")
 

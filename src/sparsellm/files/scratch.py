@@ -36,30 +36,46 @@ class Room:
         self._left += size
 
 
-class Scratch(Room):
-    """Storage for batches of tensors: up to ``on_device`` bytes on the device where they are read, if that is not the
-    CPU, then ``memory`` bytes in memory, both shared by all stores; the rest is on disk.
+class Scratch:
+    """Storage for batches of tensors: on the device where they are read, if that is not the CPU, as far as
+    ``on_device`` has room, then in memory as far as ``memory`` has, both shared by all stores; the rest is on disk.
 
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
-    ``spare`` is a second budget, in bytes, for tensors that only save time. A budget of None has no limit; a
-    ``directory`` of None is the system's temporary one."""
+    A number of bytes is a fixed room, None one without a limit; a ``directory`` of None is the system's temporary one.
+    ``spare`` is the room for tensors that only save time.
+
+    Attributes:
+        on_disk: the most bytes that were in files at any time.
+    """
 
     def __init__(
         self,
-        memory: int | None = None,
+        memory: Room | int | None = None,
         directory: Path | None = None,
-        spare: int | None = None,
-        on_device: int = 0,
+        spare: Room | int | None = None,
+        on_device: Room | int = 0,
     ) -> None:
-        super().__init__(memory)
         self.directory = directory or Path(tempfile.gettempdir())
-        self.spare, self.on_device = Room(spare), Room(on_device)
+        self.memory = _room(memory)
+        self.spare = _room(spare)
+        self.on_device = _room(on_device)
         self.pins = True  # until the system refuses to pin memory
+        self.on_disk = 0
+        self._in_files = 0
 
     def store(self, device: torch.device | str = "cpu") -> TensorStore:
         """An empty list of tensors, which are moved to ``device`` when they are read."""
         return TensorStore(self, torch.device(device))
+
+    def count_file(self, size: int) -> None:
+        """Notes that files grew by ``size`` bytes, or shrank by as many if it is negative."""
+        self._in_files += size
+        self.on_disk = max(self.on_disk, self._in_files)
+
+
+def _room(room: Room | int | None) -> Room:
+    return room if isinstance(room, Room) else Room(room)
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,7 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
         self._items.clear()
         if self._file is not None:
             self._file.close()
+            self._scratch.count_file(-self._end)
             self._file, self._end = None, 0
 
     def __exit__(self, *_: object) -> None:
@@ -211,7 +228,8 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
     def _free(self, item: Tensor | _Pinned | _Slot) -> None:
         if not isinstance(item, _Slot):
             there = isinstance(item, Tensor) and item.device.type != "cpu"
-            (self._scratch.on_device if there else self._scratch).give_back(item.nbytes)
+            room = self._scratch.on_device if there else self._scratch.memory
+            room.give_back(item.nbytes)
 
     def _pinned(self, value: Tensor) -> _Pinned | None:
         """A tensor of a GPU in pinned memory; None for another, or if the system has refused to pin memory."""
@@ -238,7 +256,7 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
                 value.nbytes
             ):
                 return _without_base(value.to(self._device))
-            if self._scratch.take(value.nbytes):
+            if self._scratch.memory.take(value.nbytes):
                 return self._pinned(value) or _without_base(value.to("cpu"))
             slot = None
         offset = self._end if slot is None else slot.offset
@@ -249,7 +267,9 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
                 )
             self._file.seek(offset)
             write_all(self._file, memory_of(value.to("cpu").contiguous()))
-        self._end = max(self._end, offset + value.nbytes)
+        end = max(self._end, offset + value.nbytes)
+        self._scratch.count_file(end - self._end)
+        self._end = end
         return _Slot(offset, value.shape, value.dtype)
 
 

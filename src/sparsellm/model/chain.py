@@ -6,14 +6,12 @@ Blocks run one at a time, with the arguments that the model's own forward passes
 from __future__ import annotations
 
 import contextlib
-import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -24,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from sparsellm.errors import ModelError, SparseLLMError, one_line
 from sparsellm.files.reader import open_checkpoint
 from sparsellm.model.capture import replacing
-from sparsellm.model.experts import STACKED, ExpertLinear, Mixture
+from sparsellm.model.experts import STACKED, Mixture
 from sparsellm.model.open import check_sizes, load_config
 from sparsellm.model.products import Bf16Products, attention_for
 from sparsellm.model.weights import ModelWeights
@@ -59,26 +57,6 @@ class Call:
         return forward(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
 
 
-class Size(NamedTuple):
-    """What a prediction needs to know of a linear."""
-
-    module: str  # around it
-    features: int
-    outputs: int
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Blocks whose weights have the same names and shapes, by the first of them."""
-
-    first: int
-    number: int  # how many such blocks there are
-    elements: int  # in each
-    linears: list[Size]  # those of no stacked expert
-    experts: dict[tuple[Size, ...], int]  # how many stacked experts have these linears
-    scalars: bool  # whether a parameter is a single number
-
-
 class Chain(ModelWeights):
     """A decoder-only model, block by block. Build one with :func:`open_chain`."""
 
@@ -90,40 +68,6 @@ class Chain(ModelWeights):
     )
     # what block 0 returned after hidden states; all blocks get it
     _others: tuple[object, ...] = ()
-
-    @cached_property
-    def kinds(self) -> list[Kind]:
-        """The blocks by the names and shapes of their weights."""
-        same: dict[object, list[int]] = {}
-        for index, (name, block) in enumerate(
-            zip(self.block_names, self.blocks, strict=True)
-        ):
-            values = block.state_dict(keep_vars=True).items()
-            same.setdefault(
-                tuple((n, v.shape, self.owns(f"{name}.{n}")) for n, v in values), []
-            ).append(index)
-        return [self._kind(indices[0], len(indices)) for indices in same.values()]
-
-    def _kind(self, index: int, number: int) -> Kind:
-        linears: list[Size] = []
-        experts: dict[str, list[Size]] = {}
-        for linear in self.linears(index):
-            module = linear.name.rpartition(".")[0]
-            stacked = isinstance(linear.module, ExpertLinear)
-            size = Size(
-                "" if stacked else module, linear.in_features, linear.out_features
-            )
-            (experts.setdefault(module, []) if stacked else linears).append(size)
-        shapes = [tuple(source.shape) for source in self.block_tensors(index).values()]
-        elements = sum(map(math.prod, shapes))
-        return Kind(
-            index,
-            number,
-            elements,
-            linears,
-            Counter(map(tuple, experts.values())),
-            () in shapes,
-        )
 
     def mixtures(self, index: int) -> list[Mixture]:
         """The mixtures of block ``index`` whose experts the model stacks."""

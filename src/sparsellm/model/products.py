@@ -1,7 +1,7 @@
 """Matrix products of fp32 tensors in bf16, for passes that only run blocks.
 
 Processors with bf16 units multiply bf16 factors about twice as fast as fp32 ones, and add up in fp32. A product rounds
-its two factors, and its result once. Gram matrices never use this; a solver only if it declares ``Workspace.narrow``.
+its two factors, and its result once. Gram matrices never use this; a solver only if it declares ``narrow``.
 """
 
 from __future__ import annotations

@@ -472,7 +472,7 @@ def _decomposition_charts(pruning: Pruning) -> list[Chart]:
 def _time_chart(pruning: Pruning) -> Chart:
     """Seconds of each phase, with the peak memory in its text."""
     took = {name: value for name, value in pruning.whole_seconds.items() if value >= 0}
-    total, predicted = sum(took.values()), sum(pruning.predicted_seconds.values())
+    total = sum(took.values())
     order = sorted(took, key=lambda name: -took[name])
     rows = []
     for name in order:
@@ -490,11 +490,12 @@ def _time_chart(pruning: Pruning) -> Chart:
                 )
             )
     text = f"{total:.0f} seconds in all"
-    text += f", {predicted:.0f} were predicted when it began" if predicted else ""
     text += f"; “{PHASES.get(order[0], order[0])}” took {percent(took[order[0]] / total)} of them. "
     text += f"Peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
-    if (plan := pruning.memory) is not None:
-        text += f"; {plan.predicted_peak_rss_bytes / 1e9:.2f} GB of {plan.budget_bytes / 1e9:.2f} GB were predicted"
+    if pruning.memory is not None and pruning.memory.budget_bytes:
+        text += (
+            f" of {pruning.memory.budget_bytes / 1e9:.2f} GB that the run might take"
+        )
     bar = {"type": "bar", "orientation": "h", "marker": {"color": COLOURS[0]}}
     return Chart(
         "time",

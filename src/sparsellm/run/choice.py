@@ -15,13 +15,12 @@ from sparsellm.method.allocation import ALLOCATIONS, Allocation, Allocator, Line
 from sparsellm.method.allocation.allocator import divide_zeros
 from sparsellm.method.blocks import METHODS
 from sparsellm.method.blocks.task import Method
-from sparsellm.method.experts import SCORES
-from sparsellm.method.solvers.rounding import ROUNDING
+from sparsellm.method.sweep.whole_model import check_sweepable
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.registry import Entry, Needs, Options, Workspace
+from sparsellm.registry import Entry, Needs, Options
 from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
@@ -49,9 +48,6 @@ class Choice:
     allocation_needs: Needs
     allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
     zeros: float = 0.0  # the share of zeros in the linears of every block; 0 where the recipe chooses linears by name
-    removes: bool = (
-        False  # whether this is the pass that removes experts, before the run
-    )
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -112,26 +108,6 @@ class Choice:
             zeros,
         )
 
-    @classmethod
-    def removing(cls, recipe: Recipe) -> Self:
-        """The choice of the pass that removes the experts of a recipe; errors as in :meth:`of` for that recipe."""
-        score = SCORES[recipe.expert_score]
-        cls.of(recipe)
-        nothing = cls.of(Recipe(method="magnitude", sparsity=0.0))
-        needs = replace(
-            score.needs(score.check(recipe.expert_options)), token_states=True
-        )
-        return replace(nothing, needs=needs, removes=True)
-
-    @property
-    def workspace(self) -> Workspace:
-        """The memory and work of the method and the functions that its options choose."""
-        return (
-            self.needs.workspace
-            if self.removes
-            else self.method.workspace.then(self.needs.workspace)
-        )
-
     @property
     def copies(self) -> int:
         """How often blocks are written: a sweep writes them again, and the walk's are kept until the end."""
@@ -153,15 +129,15 @@ class Choice:
         )
 
     def on(
-        self, patterns: Collection[Pattern], values: str, *, reduced: bool = False
+        self, patterns: Collection[Pattern], values: str, *, taught: bool = False
     ) -> Self:
-        """The choice for these patterns and ``values``: output costs only where outputs compete, memory for rounding if
-        values are rounded. If no weight changes: no needs, and no sweep unless the model is ``reduced`` already."""
+        """The choice for these patterns and ``values``: output costs only where outputs compete. If no weight changes:
+        no needs, and no sweep unless another model's predictions are ``taught`` in it."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
         if values == "keep" and not pruned:
             # No weight changes: nothing has to be compensated.
             return replace(
-                self, needs=Needs(), passes=self.passes if reduced else 0, sets=1
+                self, needs=Needs(), passes=self.passes if taught else 0, sets=1
             )
         # In N:M, weights of different outputs do not compete.
         costs = (
@@ -169,12 +145,7 @@ class Choice:
             and pruned
             and any(isinstance(pattern, Unstructured) for pattern in patterns)
         )
-        workspace = (
-            needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
-        )
-        return replace(
-            self, needs=replace(needs, workspace=workspace, output_costs=costs)
-        )
+        return replace(self, needs=replace(needs, output_costs=costs))
 
     def trains_integers(self, recipe: Recipe) -> bool:
         """Whether a sweep trains values that are rounded when a block runs."""
@@ -219,6 +190,16 @@ class Choice:
             raise RecipeError(
                 f"{why}; ask for {size} samples or more, or start fewer processes"
             )
+
+
+def choice_for(chain: Chain, recipe: Recipe, *, taught: bool = False) -> Choice:
+    """The choice of a recipe without needs that are useless for its patterns on this chain, which is ``taught`` by
+    another model or not. A RecipeError or ModelError says that the two do not fit."""
+    patterns = patterns_of(chain, recipe).values()
+    choice = Choice.of(recipe).on(patterns, recipe.values, taught=taught)
+    if choice.passes:
+        check_sweepable(chain)
+    return choice
 
 
 def patterns_of(

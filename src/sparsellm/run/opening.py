@@ -59,11 +59,11 @@ Model = str | os.PathLike[str] | PreTrainedModel
 class Models:
     """The models of a run."""
 
-    chain: Chain  # the dense model
-    start: (
-        CheckpointReader | None
-    )  # the weights to prune, if they are not those of the dense model
-    directory: Path | None  # the dense model; None for a model given as an object
+    chain: Chain  # the model to prune, or a teacher of the same shapes
+    start: CheckpointReader | None  # the weights to prune, if they are not the chain's
+    teacher: Chain | None  # the dense model, if its weights have other shapes
+    directory: Path | None  # that of the chain; None for a model given as an object
+    dense: Path | None  # that of the dense model
     in_memory: (
         PreTrainedModel | None
     )  # the model that is pruned in memory; None if it is read block by block
@@ -112,22 +112,36 @@ def open_models(
         raise ModelError(
             "the model has adapters; merge them first (merge_and_unload), or give the model without them"
         )
+    dense = directory
     chain, in_memory = open_model(
         model if teacher is None else teacher, directory, recipe, trust, load=loaded
     )
     if tokenizer is None and directory is not None and text:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust)
-    start = (
-        None
-        if teacher is None
-        else _open_start(chain, sources[0], tokenizer if text else None, trust)
-    )
+    start, taught_by = None, None
+    if teacher is not None:
+        start = open_checkpoint(sources[0])
+        _check_teacher(chain, start, tokenizer if text else None, trust)
+        assert chain.reader is not None
+        if shape_difference(start, chain.reader) is not None:
+            start, taught_by, directory = None, chain, sources[0]
+            chain, _ = open_model(model, directory, recipe, trust, load=False)
     name = getattr(
         model, "name_or_path", ""
     )  # the directory that a model in memory was loaded from
     if not sources and name and Path(name).is_dir():
         sources = [Path(name)]
-    return Models(chain, start, directory, in_memory, tokenizer, tuple(sources), trust)
+    return Models(
+        chain,
+        start,
+        teacher=taught_by,
+        directory=directory,
+        dense=dense,
+        in_memory=in_memory,
+        tokenizer=tokenizer,
+        sources=tuple(sources),
+        trust=trust,
+    )
 
 
 def device_of(model: Model, recipe: Recipe) -> torch.device:
@@ -239,28 +253,31 @@ def save_companions(
             ) from None
 
 
-def _open_start(
+def _check_teacher(
     teacher: Chain,
-    directory: Path,
+    start: CheckpointReader,
     tokenizer: PreTrainedTokenizerBase | None,
     trust: bool,
-) -> CheckpointReader:
-    """The weights of the model to prune. Raises ModelError if config, tokenizer, the name or shape of a weight, or a
-    weight outside the blocks, which a run does not change, is not the teacher's; StorageError if it is unreadable."""
-    dense, start = teacher.reader, open_checkpoint(directory)
+) -> None:
+    """Refuses a teacher whose tokenizer differs from that of the model to prune, or a weight outside the blocks, or, if
+    all weights have the same shapes, the config. Raises ModelError; StorageError if a weight is unreadable."""
+    dense, directory, why = teacher.reader, start.directory, None
     assert dense is not None
-    why = config_difference(
-        load_config(directory, trust_remote_code=trust).to_dict(),
-        teacher.config.to_dict(),
-    )
+    if shape_difference(start, dense) is None:
+        why = config_difference(
+            load_config(directory, trust_remote_code=trust).to_dict(),
+            teacher.config.to_dict(),
+        )
     if why is None and tokenizer is not None:
         alike = (
             load_tokenizer(directory, trust_remote_code=trust).get_vocab()
             == tokenizer.get_vocab()
         )
         why = None if alike else "the tokenizers differ"
-    why = why or shape_difference(start, dense)
     for name in teacher.outer_tensors() if why is None else ():
+        if name not in start:
+            why = f"weight {name} is missing"
+            break
         if not torch.equal(dense.get(name), start.get(name, dtype=dense.dtype(name))):
             why = f"weight {name}, outside the blocks, has other values"
     if why is not None:
@@ -268,7 +285,6 @@ def _open_start(
         raise ModelError(
             f"{dense.directory} cannot be the teacher of {directory}: {why}; {advice}"
         )
-    return start
 
 
 @dataclass(frozen=True)

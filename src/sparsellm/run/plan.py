@@ -17,42 +17,36 @@ from sparsellm import machine, parallel, plugins
 from sparsellm.errors import RecipeError
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.inputs import without_folders
-from sparsellm.method.experts.fewer import FewerExperts
 from sparsellm.method.sweep.training import LEAST_STEPS
-from sparsellm.method.sweep.whole_model import STEP_TOKENS
+from sparsellm.method.sweep.whole_model import STEP_TOKENS, cut_to
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded, outside_blocks, unmatched_patterns
 from sparsellm.model.streams import check_forward
 from sparsellm.progress import (
-    DETAIL,
     NOTE,
-    PLAN,
     PhaseClock,
     Progress,
     ProgressCallback,
     note,
 )
 from sparsellm.recipe import Recipe
-from sparsellm.records import Base, ExpertsOfBlock, Prediction
+from sparsellm.records import Base, Prediction
 from sparsellm.report.card import base_of
-from sparsellm.run import predictions
-from sparsellm.run.choice import Choice
+from sparsellm.run.budget import RESIDENT, STREAMED, Budget, choose_sweep, slowest
+from sparsellm.run.choice import Choice, choice_for
 from sparsellm.run.counts import pruned_share
+from sparsellm.run.estimate import (
+    Extent,
+    checkpoint_bytes,
+    estimate_here,
+    needed,
+)
 from sparsellm.run.fingerprint import (
     model_fingerprint,
     start_fingerprint,
     tokens_fingerprint,
 )
-from sparsellm.run.journal import Identity, Journal
-from sparsellm.run.needs import (
-    Budgets,
-    after_removal,
-    chosen_for,
-    extent_asked,
-    needed,
-    predict,
-    speeds_of,
-)
+from sparsellm.run.journal import Identity
 from sparsellm.run.opening import (
     Model,
     Models,
@@ -62,30 +56,13 @@ from sparsellm.run.opening import (
     read_windows,
     save_companions,
 )
-from sparsellm.run.predictions import (
-    RESIDENT,
-    STREAMED,
-    Extent,
-    checkpoint_bytes,
-    device_budget,
-)
-from sparsellm.text.sources import default_source
+from sparsellm.text.sources import SELF, default_source, shares_of
 from sparsellm.text.texts import Text
 from sparsepack.grids import GRIDS
 
 FEW_TOKENS = (
     32_000  # with fewer calibration tokens the gain over local methods is small
 )
-
-
-@dataclass(frozen=True)
-class Removed:
-    """What the pass that removes experts did, and the seconds of its phases."""
-
-    plan: Plan  # that of the dense model, into the directory of the smaller one
-    experts: list[ExpertsOfBlock]
-    seconds: dict[str, float]
-    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -101,10 +78,6 @@ class Request:
     restart: bool = False
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
-    removed: Removed | None = None  # ``model`` is another one without some experts
-    then: Recipe | None = (
-        None  # this is the pass that removes experts; the run by this recipe follows
-    )
     name: str = ""  # in reports, in place of the one that the model was given by
 
     def destination(
@@ -131,30 +104,29 @@ class Plan:
     )  # absolute and without links; None for a model that is pruned in memory only
     model: Models
     windows: Windows
-    prediction: Prediction  # memory is that of this process
-    total: Prediction  # the same with the run that follows, if one does
+    prediction: Prediction  # what the run takes, estimated
+    budget: Budget  # what this process may hold
+    sweep: str  # how the sweep holds the blocks; "" for none
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]
-    fewer: FewerExperts | None = None  # the smaller model, in the pass that makes it
 
     @property
     def chain(self) -> Chain:
-        """The dense model."""
+        """The chain of the run: that of the dense model, unless the teacher has other shapes."""
         return self.model.chain
 
     @property
     def base(self) -> Base:
         """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
-        if self.request.removed is not None:
-            return self.request.removed.plan.base
         model = self.request.teacher or self.request.model
         name = (
             getattr(model, "name_or_path", "")
             if isinstance(model, PreTrainedModel)
             else str(model)
         )
-        known, size = base_of(model, self.model.directory), checkpoint_bytes(self.chain)
+        known = base_of(model, self.model.dense)
+        size = checkpoint_bytes(self.model.teacher or self.chain)
         return Base(
             name=self.request.name or without_folders(name),
             digest=self.identity.model,
@@ -164,12 +136,10 @@ class Plan:
 
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
-    """Opens the model, reads the calibration text, predicts the memory and checks every weight. Raises SparseLLMError
-    if model, text, recipe or destination are wrong in a way that shows before the work."""
+    """Opens the model, reads the calibration text, estimates what the run takes and checks every weight. Raises
+    SparseLLMError if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
-    choice = (
-        Choice.of(recipe) if request.then is None else Choice.removing(request.then)
-    )
+    choice = Choice.of(recipe)
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
@@ -184,32 +154,19 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=trust,
         )
         chain = model.chain
-        computing = _computing(chain)
+        computing = computing_of(chain)
         if (
             request.out is not None and model.directory is None
         ):  # transformers may refuse what it saves last
             with tempfile.TemporaryDirectory() as folder:
                 save_companions(Path(folder), chain.model, request.tokenizer)
-        fewer = (
-            FewerExperts(chain, request.then.experts or 0)
-            if request.then is not None
-            else None
-        )
-        choice = choice if choice.removes else chosen_for(chain, recipe)(recipe)
+        taught = model.teacher is not None
+        choice = choice_for(chain, recipe, taught=taught)
         disk_bytes = choice.copies * checkpoint_bytes(chain)
-        if (
-            request.then is not None and fewer is not None
-        ):  # the smaller model and the run that follows
-            disk_bytes = (1 + Choice.of(request.then).copies) * checkpoint_bytes(
-                fewer.chain
-            )
-        # A smaller model that is there may be the one that is wanted; else the journal asks again.
-        out = request.destination(
-            model.sources, 0 if fewer is not None and request.overwrite else disk_bytes
-        )
+        out = request.destination(model.sources, disk_bytes)
     with clock.phase("calibration"):
-        request, warnings = _with_text(request, progress)
-        windows, choice = _windows(request, choice, model, progress)
+        request, warnings = with_text(request, progress)
+        windows, choice = draw_windows(request, choice, model, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
         machine.trim()
     recipe = request.recipe.updated(
@@ -217,45 +174,25 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     )
     choice.check_processes(recipe.samples)
     warnings += (
-        unmatched_patterns(chain, _patterns(recipe))
+        unmatched_patterns(chain, name_patterns(recipe))
         + outside_blocks(chain)
-        + _short_text(windows, choice)
+        + short_text(windows, choice)
     )
     warnings += _warned(request, choice, chain)
-    journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
-    extent = _extent(windows, choice.passes)
-    budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
-    foreseen = partial(predict, chain, choice, recipe, extent, budgets, journal=journal)
-    prediction = parallel.together(foreseen)
-    kinds = parallel.gather(
-        STREAMED
-        if choice.passes and not min(map(len, windows.swept))
-        else prediction.memory.sweep
-    )
-    if len(set(kinds)) > 1:  # processes with less room, or without windows
-        slowest = max(kinds, key=[*RESIDENT, STREAMED].index)
-        prediction = parallel.together(partial(foreseen, sweep=slowest))
-    windows = replace(
-        windows, sharers=parallel.size() if prediction.memory.sweep in RESIDENT else 1
-    )
-    disk_bytes += int(parallel.total(prediction.memory.hidden_on_disk_bytes))
-    total = (
-        prediction
-        if fewer is None
-        else _with_rest(request, recipe, fewer.chain, prediction, budgets)
-    )
-    progress(Progress(NOTE, 1, 1, needed(total)))
-    progress(Progress(DETAIL, 1, 1, predictions.described(prediction.memory)))
+    budget = Budget(recipe, chain.device)
+    sweep = _sweep(chain, choice, recipe, windows, budget)
+    windows = replace(windows, sharers=parallel.size() if sweep in RESIDENT else 1)
+    extent = extent_of(windows, choice.passes)
+    prediction = estimate_here(chain, choice, recipe, extent, budget)
+    disk_bytes += int(parallel.total(prediction.hidden_on_disk_bytes))
+    progress(Progress(NOTE, 1, 1, needed(prediction)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
         warnings += [
             *chain.unused(),
             *_already_pruned(model, recipe),
         ]  # before digests, which the walk compares
-        dense = model_fingerprint(chain, progress)
-        started = (
-            start_fingerprint(model.start, progress) if model.start is not None else ""
-        )
+        dense, start = _digests(model, progress)
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
@@ -264,16 +201,57 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         ),
         computing=computing,
         plugins=plugins.loaded(),
-        start=started,
+        start=start,
     )
     note(progress, warnings)
-    opened = (request, recipe, choice, out, model, windows)
     return Plan(
-        *opened, prediction, total, disk_bytes, identity, tuple(warnings), fewer
+        request,
+        recipe,
+        choice=choice,
+        out=out,
+        model=model,
+        windows=windows,
+        prediction=prediction,
+        budget=budget,
+        sweep=sweep,
+        disk_bytes=disk_bytes,
+        identity=identity,
+        warnings=tuple(warnings),
     )
 
 
-def _computing(chain: Chain) -> str:
+def _sweep(
+    chain: Chain, choice: Choice, recipe: Recipe, windows: Windows, budget: Budget
+) -> str:
+    """How the sweep holds the blocks in all processes: as the one with the least room; "" for none."""
+    if not choice.passes:
+        return ""
+    step = cut_to(windows.first.shape[1], parallel.size())
+    if windows.bos == "given":
+        step = windows.first.shape[1]
+    way = STREAMED
+    if min(map(len, windows.swept)):
+        way = choose_sweep(
+            chain,
+            budget,
+            unrounded=choice.trains_integers(recipe),
+            ranks=parallel.size(),
+            step_tokens=max(step, STEP_TOKENS // parallel.size()),
+        )
+    return slowest(parallel.gather(way))
+
+
+def _digests(models: Models, progress: ProgressCallback) -> tuple[str, str]:
+    """The digests of the dense model, and of the weights to prune; "" if they are the dense model's."""
+    dense = model_fingerprint(models.teacher or models.chain, progress)
+    if models.teacher is not None:
+        return dense, model_fingerprint(models.chain, progress)
+    if models.start is not None:
+        return dense, start_fingerprint(models.start, progress)
+    return dense, ""
+
+
+def computing_of(chain: Chain) -> str:
     """Dtype and device of the blocks, by which a run is known. Refuses processes that differ in it, or in a plugin."""
     products = ", products in bf16" if chain.products is not None else ""
     ways = {*parallel.gather(f"{chain.dtype} on {chain.device.type}{products}")}
@@ -291,7 +269,7 @@ def _computing(chain: Chain) -> str:
     return ways.pop()
 
 
-def _patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
+def name_patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
     """The shell patterns of a recipe, by field."""
     return {
         name: getattr(recipe, name)
@@ -299,27 +277,7 @@ def _patterns(recipe: Recipe) -> dict[str, Iterable[str]]:
     }
 
 
-def _with_rest(
-    request: Request,
-    settled: Recipe,
-    smaller: Chain,
-    first: Prediction,
-    budgets: Budgets,
-) -> Prediction:
-    """The prediction of a pass that removes experts with that of the run that follows; errors as :func:`make_plan`."""
-    assert request.then is not None
-    recipe = request.then.updated(samples=settled.samples, seq_len=settled.seq_len)
-    choice = chosen_for(smaller, recipe)(recipe)
-    choice.check_processes(recipe.samples)
-    unmatched_patterns(smaller, _patterns(recipe))
-    extent = extent_asked(
-        smaller, choice, recipe, parallel.size(), parallel.on_this_machine()
-    )
-    rest = parallel.together(partial(predict, smaller, choice, recipe, extent, budgets))
-    return after_removal(first, smaller, rest)
-
-
-def _with_text(
+def with_text(
     request: Request, progress: ProgressCallback
 ) -> tuple[Request, list[str]]:
     """The request with the name of a calibration text, and a warning if that is a text which suits no model well."""
@@ -394,7 +352,9 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
         warnings.append(
             f"{stays.replace('torch.', '')}; leave dtype out to keep their bits"
         )
-    if request.teacher is not None and not choice.passes:
+    if (
+        request.teacher is not None and not choice.passes and recipe.experts is None
+    ):  # the teacher of a model with fewer experts is not the user's choice
         warnings.append(
             "no sweep follows, so the teacher changes no weight; it is what the report compares with"
         )
@@ -405,7 +365,7 @@ def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
     return warnings
 
 
-def _short_text(windows: Windows, choice: Choice) -> list[str]:
+def short_text(windows: Windows, choice: Choice) -> list[str]:
     """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
     warnings, tokens = [], windows.first.numel()
     known = (
@@ -426,7 +386,7 @@ def _short_text(windows: Windows, choice: Choice) -> list[str]:
     return warnings
 
 
-def _extent(windows: Windows, passes: int) -> Extent:
+def extent_of(windows: Windows, passes: int) -> Extent:
     """The extent of a run with these windows."""
     swept, ranks = windows.swept, parallel.size()
     return Extent(
@@ -436,45 +396,32 @@ def _extent(windows: Windows, passes: int) -> Extent:
         sets=len(windows.sets),
         swept=ranks
         * sum(swept[number % len(swept)].numel() for number in range(passes)),
-        fresh=len(swept) > 1,
         ranks=ranks,
-        sharers=parallel.on_this_machine(),
-        cut=windows.bos != "given",
     )
 
 
-def _windows(
+def draw_windows(
     request: Request, choice: Choice, model: Models, progress: ProgressCallback
 ) -> tuple[Windows, Choice]:
-    """The calibration windows, and the choice with as many passes as have its tokens; first it predicts the phases."""
+    """The calibration windows, and the choice with as many passes as have its tokens."""
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
-    passes = (
-        choice.passes if chain.reader is not None and request.removed is None else 0
-    )
+    runs = chain.reader is not None and model.teacher is None
+    passes = choice.passes if runs else 0
     tokens = choice.sweep_tokens if choice.passes and recipe.passes is None else None
     if tokens is not None and not passes:
         choice = replace(
             choice, passes=1
         )  # all tokens at once: later passes have no others
-    asked = extent_asked(chain, choice, recipe, parallel.size())
-    progress(
-        Progress(
-            PLAN,
-            costs=predictions.predicted_seconds(chain, choice, asked, speeds_of(chain)),
-        )
-    )
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
         read: Callable[[], Windows] = partial(
             given_windows, request.calibration, chain, recipe, choice, passes
         )
     else:
-        if asked.written and chain.reader is not None:
-            gpu = device_budget(chain.device, recipe.device_memory)
-            parallel.from_main(
-                partial(predictions.check_writing, chain, asked, recipe.memory, gpu)
-            )
+        if SELF in shares_of(recipe.calibration or "") and chain.reader is not None:
+            check = partial(Budget(recipe, chain.device).check_writing, chain)
+            parallel.from_main(check)
         text = (
             recipe.calibration if request.calibration is None else request.calibration
         )

@@ -15,23 +15,29 @@ from pydantic_core import to_jsonable_python
 from sparsellm import interrupts, machine, parallel
 from sparsellm.errors import NumericalError, SparseLLMError, one_line
 from sparsellm.files.directory import check_room, check_unfinished, partial_of
-from sparsellm.files.scratch import Scratch
 from sparsellm.files.writer import CheckpointWriter
+from sparsellm.inputs import without_folders
 from sparsellm.method.sweep.sweep_task import SweepTask
 from sparsellm.method.sweep.whole_model import sweep
 from sparsellm.model import Feed, Stream
 from sparsellm.patterns import count_zeros
 from sparsellm.progress import (
     NOTE,
-    PLAN,
     PhaseClock,
     Progress,
     ProgressCallback,
     ignore,
 )
-from sparsellm.records import LinearResult, Prediction, SweepPass
+from sparsellm.records import (
+    ExpertsOfBlock,
+    LinearResult,
+    Memory,
+    Prediction,
+    SweepPass,
+)
 from sparsellm.report.card import CARD, card_text
 from sparsellm.report.document import REPORT, write_report
+from sparsellm.run.budget import residence
 from sparsellm.run.counts import (
     few_tokens,
     left_dense,
@@ -39,11 +45,17 @@ from sparsellm.run.counts import (
     shortfall,
     unreached,
 )
-from sparsellm.run.journal import BlockRecord, Journal, other_conditions
+from sparsellm.run.estimate import saved_sweep_bytes
+from sparsellm.run.experts import (
+    Removed,
+    clean_up,
+    open_removal,
+    remove_experts_of,
+    removed_from,
+)
+from sparsellm.run.journal import BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.opening import device_of, save_companions
 from sparsellm.run.plan import Plan, Request, make_plan
-from sparsellm.run.predictions import residence, saved_sweep_bytes
-from sparsellm.run.reduction import clean_up, plan_removal, remove_experts_of
 from sparsellm.run.result import PruneResult, bits_per_weight, environment
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 
@@ -60,27 +72,38 @@ class Pruned:
 
 def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
     """Prunes the model of a request, from where an earlier process stopped. Errors are SparseLLMErrors."""
-    progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
+    progress = progress if parallel.is_main() else ignore
     with machine.computing(device_of(request.model, request.recipe)):
-        if request.recipe.experts is not None and request.removed is None:
-            removed = remove_experts_of(request, progress)
-            result = prune(
-                replace(request, model=str(removed.plan.out), removed=removed), progress
-            )
-            clean_up(removed)
-            return result
-        plan = make_plan(request, clock, progress)
-        try:
-            return _pruned(plan, clock, progress)
-        except NumericalError as error:
-            if plan.chain.dtype != torch.float16:
-                raise
-            advice = "blocks ran in float16, whose largest number is 65504; take dtype float32"
-            raise NumericalError(f"{error}; {advice}") from error
+        if request.recipe.experts is None:
+            return run(request, progress)
+        smaller = remove_experts_of(request, progress)
+        result = run(
+            replace(request, model=str(smaller), teacher=str(request.model)), progress
+        )
+        clean_up(smaller)
+        return result
+
+
+def run(request: Request, progress: ProgressCallback) -> PruneResult:
+    """The run of a request. If its recipe removes experts, its model is the one that :func:`remove_experts_of` made."""
+    clock = PhaseClock()
+    plan = make_plan(request, clock, progress)
+    try:
+        return _pruned(plan, clock, progress)
+    except NumericalError as error:
+        if plan.chain.dtype != torch.float16:
+            raise
+        advice = (
+            "blocks ran in float16, whose largest number is 65504; take dtype float32"
+        )
+        raise NumericalError(f"{error}; {advice}") from error
 
 
 def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneResult:
     request, chain = plan.request, plan.chain
+    directory, earlier = plan.model.directory, None
+    if plan.recipe.experts is not None and directory is not None:
+        earlier = removed_from(directory)
     with Journal(
         plan.out, len(chain), restart=request.restart, overwrite=request.overwrite
     ) as journal:
@@ -88,26 +111,19 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         finished = journal.finished(progress)
         for record in finished:
             clock.add(record.seconds)
-        progress(Progress(PLAN, costs=plan.prediction.seconds))
-        if request.removed is not None:
-            clock.add(request.removed.seconds)
-        memory, folder = (
-            plan.prediction.memory,
-            partial_of(plan.out) if plan.out is not None else None,
-        )
+        if earlier is not None:
+            clock.add(earlier.seconds)
+        folder = partial_of(plan.out) if plan.out is not None else None
         if (
             folder is None
         ):  # hidden states are in the system's directory for temporary files
             check_room(Path(tempfile.gettempdir()), plan.prediction.disk_bytes)
-        scratch = Scratch(
-            memory.hidden_in_memory_bytes,
-            folder,
-            spare=memory.kept_bytes,
-            on_device=memory.hidden_on_device_bytes,
-        )
+        budget = plan.budget
+        scratch = budget.scratch(folder)
         feed = Feed(
             chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress
         )
+        budget.expect_block(chain)
         targets = survey(plan, feed, journal, len(finished) == len(chain), clock)
         if plan.model.start is not None:
             chain.forget_shared()  # the walk reads the teacher's first
@@ -115,46 +131,59 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         dense = _dense_end(plan, feed, clock)
         blocks = _walk(plan, targets, feed, journal, finished, clock)
         pruned = _sweep(plan, feed, dense, journal, blocks, clock)
-        result = _result(plan, targets, pruned, journal, finished, clock)
+        result = _result(
+            plan,
+            targets,
+            pruned=pruned,
+            memory=budget.measured(scratch, plan.sweep),
+            journal=journal,
+            finished=finished,
+            earlier=earlier,
+            clock=clock,
+        )
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(partial(_save, plan, result, journal.writer, progress))
     return result
 
 
 def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
-    """Does all that :func:`prune` does before it writes, with its refusals, and returns the prediction of the run."""
+    """Does all that :func:`prune` does before it writes, with its refusals, and returns the estimate of the run."""
     progress = progress if parallel.is_main() else ignore
     interrupts.keeps(
         ""
     )  # an unfinished run, which the same command without --dry-run resumes, is not what is stopped
-    make = make_plan if request.recipe.experts is None else plan_removal
     with machine.computing(device_of(request.model, request.recipe)):
-        plan = make(request, PhaseClock(), progress)
-    plan.request.destination(
-        (), plan.disk_bytes if plan.fewer is None or not plan.request.overwrite else 0
-    )
-    if plan.out is not None:
-        identity = to_jsonable_python(asdict(plan.identity))
-        parallel.from_main(
-            partial(
-                check_unfinished,
-                partial_of(plan.out),
-                identity,
-                restart=request.restart,
+        if request.recipe.experts is not None:
+            step = open_removal(request, PhaseClock(), progress)
+            need = 0 if step.overwrite else step.disk_bytes
+            replace(request, out=step.place, overwrite=step.overwrite).destination(
+                (), need
             )
-        )
-    return plan.total.model_copy(update={"model": plan.base.name})
+            _check_resumes(step.place, step.identity, restart=request.restart)
+            name = without_folders(str(request.model))
+            return step.total.model_copy(update={"model": name})
+        plan = make_plan(request, PhaseClock(), progress)
+    request.destination((), plan.disk_bytes)
+    if plan.out is not None:
+        _check_resumes(plan.out, plan.identity, restart=request.restart)
+    return plan.prediction.model_copy(update={"model": plan.base.name})
+
+
+def _check_resumes(out: Path, identity: Identity, *, restart: bool) -> None:
+    """Refuses an unfinished run into ``out`` that has another identity. Raises StorageError."""
+    known = to_jsonable_python(asdict(identity))
+    check = partial(check_unfinished, partial_of(out), known, restart=restart)
+    parallel.from_main(check)
 
 
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
     """The stream behind the last block of the dense model, for a sweep that cannot run this model any more: pruning
-    overwrites the weights of a model in memory, and one without some experts is another. None if no sweep needs it."""
-    removed, chain = plan.request.removed, plan.chain
-    if not plan.choice.passes or (chain.reader is not None and removed is None):
+    overwrites the weights of a model in memory, and a teacher may have other shapes. None if no sweep needs it."""
+    chain, teacher = plan.chain, plan.model.teacher
+    if not plan.choice.passes or (chain.reader is not None and teacher is None):
         return None
     with clock.phase("dense"):
-        if removed is not None:
-            chain = removed.plan.chain
+        chain = teacher or chain
         stream = replace(feed, chain=chain, windows=plan.windows.swept[0]).stream()
         for index in range(len(chain)):
             replay(chain, [stream], index, None)
@@ -175,6 +204,7 @@ def _walk(
         len(finished),
         [linear for record in finished for linear in record.linears],
     )
+    plan.budget.expect_block(chain)
     with clock.phase("embed"):
         streams = (
             [replace(feed, windows=part).stream() for part in plan.windows.own]
@@ -216,10 +246,8 @@ def _sweep(
     if not plan.choice.passes:
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
-    choice, unrounded = plan.choice, plan.choice.trains_integers(plan.recipe)
-    state_bytes = saved_sweep_bytes(
-        chain, choice.passes, choice.zeros, unrounded=unrounded
-    )
+    choice = plan.choice
+    state_bytes = saved_sweep_bytes(chain, choice)
     saved = journal.open_sweep(state_bytes, plan.disk_bytes, feed.progress)
     if saved is not None and saved.last is not None:
         clock.add({"sweep": saved.last.seconds})
@@ -235,6 +263,7 @@ def _sweep(
     shards = [journal.block(index) for index in range(len(chain))]
     first, *others = plan.windows.swept
     machine.trim()  # what the walk has freed
+    plan.budget.expect_sweep(chain, plan.sweep)
     with clock.phase("sweep"):
         task = SweepTask(
             replace(feed, windows=first),
@@ -248,7 +277,7 @@ def _sweep(
             fresh=others,
             integers=integers_of(plan, linears),
             sources=plan.windows.swept_sources,
-            resident=residence(chain, plan.prediction.memory.sweep, parallel.size()),
+            resident=residence(chain, plan.sweep, parallel.size()),
         )
         sweeps = sweep(task)
     if dense is not None:
@@ -264,17 +293,14 @@ def _result(
     plan: Plan,
     targets: Targets,
     pruned: Pruned,
+    memory: Memory,
     journal: Journal,
     finished: list[BlockRecord],
+    earlier: Removed | None,
     clock: PhaseClock,
 ) -> PruneResult:
-    """The result of a run, with the warnings that follow from it."""
-    chain, recipe, allocation, removed = (
-        plan.chain,
-        plan.recipe,
-        targets.allocation,
-        plan.request.removed,
-    )
+    """The result of a run, with the warnings that follow from it, and what was removed ``earlier``."""
+    chain, recipe, allocation = plan.chain, plan.recipe, targets.allocation
     with clock.phase("count"):
         shards = (
             journal.writer.shards[: len(chain)] if journal.writer is not None else []
@@ -282,12 +308,12 @@ def _result(
         dense = parallel.from_main(
             partial(left_dense, chain, recipe, pruned.linears, shards)
         )
-    experts = removed.experts if removed is not None else []
-    warnings = [
-        *plan.warnings,
-        *(removed.warnings if removed is not None else []),
-        *other_conditions(finished),
-    ]
+    experts: list[ExpertsOfBlock] = []
+    warnings = [*plan.warnings]
+    if earlier is not None:
+        experts = earlier.experts
+        warnings += earlier.warnings
+    warnings += other_conditions(finished)
     warnings += few_tokens(
         pruned.linears, recipe.min_tokens_per_expert
     ) + rarely_chosen(experts)
@@ -308,10 +334,9 @@ def _result(
         peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), pruned.peak))),
         calibration_tokens=plan.windows.sets.numel(),
         calibration_bos=plan.windows.bos,
-        predicted_seconds=(plan if removed is None else removed.plan).total.seconds,
         resumed=len(finished),
         warnings=warnings,
-        memory=plan.prediction.memory,
+        memory=memory,
         sweeps=pruned.sweeps,
         allocation={**allocation.report, "name": plan.choice.allocator.name}
         if allocation is not None

@@ -180,6 +180,7 @@ def walk(
                     plan.choice.method.function(task, **plan.choice.options)
                 chain.settle_block(index)
                 task.finish()
+            plan.budget.check_block()
             if index + 1 < blocks:  # the output of the last block is not needed
                 report("forward")
                 with clock.phase("forward"):

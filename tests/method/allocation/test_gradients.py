@@ -13,11 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm import Recipe, prune
 from sparsellm.errors import DataError, ModelError, NumericalError
-from sparsellm.files.scratch import Scratch
+from sparsellm.files.scratch import Room, Scratch
 from sparsellm.method.sweep import gradients, head
 from sparsellm.method.sweep.gradients import backward_sweep, loss_gradients
 from sparsellm.model import Chain, Feed, LinearView, open_chain
-from sparsellm.run.predictions import gradient_bytes
 from tests.method.allocation.helpers import IDS, Record, sizes_of
 from tests.method.sweep.helpers import CPU, Family
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer, windows
@@ -136,7 +135,7 @@ def test_short_windows_are_scored_whole() -> None:
 
 
 def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
-    class Counting(Scratch):
+    class Counting(Room):
         held = most = 0
 
         def take(self, size: int) -> bool:
@@ -148,8 +147,9 @@ def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
             self.held -= size
 
     chain, scratch = open_chain(family(), device=CPU), Counting()
-    backward_sweep(Feed(chain, IDS, 45, scratch), Everything().see)
-    assert scratch.most == gradient_bytes(chain, IDS.numel())
+    backward_sweep(Feed(chain, IDS, 45, Scratch(scratch)), Everything().see)
+    state = IDS.numel() * chain.config.get_text_config().hidden_size
+    assert scratch.most == state * ((len(chain) + 1) * chain.dtype.itemsize + 4)
     assert scratch.held == 0
 
 

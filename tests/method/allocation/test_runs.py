@@ -12,11 +12,9 @@ import torch
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import RecipeError
-from sparsellm.model import open_chain
 from sparsellm.run.choice import Choice
-from sparsellm.run.predictions import gradient_bytes
 from tests.method.allocation.helpers import IDS
-from tests.models import tiny_llama, tiny_opt, windows
+from tests.models import tiny_llama, tiny_opt
 
 SMALL = ("--samples", "4", "--seq-len", "24")
 
@@ -107,26 +105,6 @@ def test_the_summary_says_how_far_shares_are_apart(
     )
     assert "sparsellm 2:4 · calibrated" in stdout
     assert "least" not in stdout
-
-
-def test_room_for_gradients_is_planned(llama: Path, tmp_path: Path) -> None:
-    many = windows(100, 40)  # the gradients keep more of these than the walk
-    recipe = Recipe(sparsity=0.6, effort=0)
-
-    def planned(**changes: Any) -> int:
-        plan = sparsellm.prune(
-            llama,
-            recipe.updated(**changes),
-            calibration=many,
-            out=tmp_path / "p",
-            overwrite=True,
-        )
-        assert plan.memory is not None
-        return plan.memory.hidden_in_memory_bytes + plan.memory.hidden_on_disk_bytes
-
-    walk = planned(allocation="uniform", effort=0, options={"output_metric": 0})
-    swept = gradient_bytes(open_chain(llama, device=torch.device("cpu")), many.numel())
-    assert planned(allocation="uniform") == planned() == swept > walk
 
 
 def test_nothing_to_prune_asks_nothing_of_the_model() -> None:

@@ -13,7 +13,7 @@ from sparsellm.method.allocation.exact import LARGEST, bounds, shift_to_total
 from sparsellm.method.allocation.survey import LinearSize, Survey
 from sparsellm.patterns import round_exactly
 from sparsellm.records import Settings
-from sparsellm.registry import Registry, Workspace
+from sparsellm.registry import Registry
 
 _DIGITS = (
     10**6
@@ -68,7 +68,7 @@ def from_sparsities(survey: Survey, sparsities: Mapping[str, float]) -> Allocati
     return Allocation.of(survey.linears, round_exactly(shifted, survey.zeros, limits))
 
 
-@ALLOCATIONS.register("uniform", paper="none", workspace=Workspace(weights=0, grams=0))
+@ALLOCATIONS.register("uniform", paper="none")
 def uniform(survey: Survey) -> Allocation:
     """The same sparsity in every linear, each rounded by itself, as in the pruning papers."""
     return Allocation.of(

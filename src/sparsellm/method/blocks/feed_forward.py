@@ -26,9 +26,6 @@ Unit = FeedForwardUnit[
     LinearView
 ]  # the unit of a block, before it is read into tensors
 
-# Memory of a unit for all tokens, in hidden states: inputs, targets, and Z (or U and S), which are four times as wide.
-UNIT_STREAMS = 10
-
 
 def prune_unit(
     task: BlockTask,

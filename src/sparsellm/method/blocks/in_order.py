@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -27,7 +27,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.files.scratch import TensorStore
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.blocks.channels import find_channels
-from sparsellm.method.blocks.feed_forward import UNIT_STREAMS, Unit, prune_unit
+from sparsellm.method.blocks.feed_forward import Unit, prune_unit
 from sparsellm.method.blocks.permutation import permute_block
 from sparsellm.method.blocks.rotation import rotate_block
 from sparsellm.method.blocks.routed import prune_experts, without_experts
@@ -47,7 +47,7 @@ from sparsellm.model.capture import RunOrder, skipping, watch
 from sparsellm.model.shortcuts import KnownOutput
 from sparsellm.model.units import find_feed_forward, relu
 from sparsellm.patterns import NM
-from sparsellm.registry import Needs, Options, Workspace
+from sparsellm.registry import Needs, Options
 
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
 PAYS = 0.75  # sparsity from which they do
@@ -68,23 +68,14 @@ def _needs(options: Options) -> Needs:
         raise RecipeError(
             f"sparsellm runs solver {solver.name} with its defaults; give its option {needed[0]} one"
         )
-    alone, streams = ("iterations", UNIT_STREAMS) if options["iterations"] else ("", 0)
-    # Plus a copy of the weight with scaled rows.
-    workspace = replace(
-        solver.workspace, weights=solver.workspace.weights + weighted, streams=streams
-    )
-    return Needs(
-        output_costs=weighted, token_states=True, one_process=alone, workspace=workspace
-    )
+    alone = "iterations" if options["iterations"] else ""
+    return Needs(output_costs=weighted, token_states=True, one_process=alone)
 
 
 @METHODS.register(
     "sparsellm",
     paper="arXiv 2402.17946, with the solver of 2406.07831",
     needs=_needs,
-    workspace=Workspace(
-        weights=7, grams=2, streams=1, writers=2
-    ),  # for the refit of attention and feed-forward
     distributed=True,
     allocation="threshold",
     effort=1,

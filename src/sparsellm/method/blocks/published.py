@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.auxiliary.objective import stored
-from sparsellm.method.blocks.feed_forward import UNIT_STREAMS, alternate, current
+from sparsellm.method.blocks.feed_forward import alternate, current
 from sparsellm.method.blocks.routed import prune_experts, without_experts
 from sparsellm.method.blocks.task import METHODS, BlockTask
 from sparsellm.method.gram import Fit, Gram
@@ -26,13 +26,12 @@ from sparsellm.method.solvers import SOLVERS
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
 from sparsellm.model.units import find_feed_forward
-from sparsellm.registry import Needs, Workspace
+from sparsellm.registry import Needs
 
 
 @METHODS.register(
     "sparsellm-paper",
     paper="arXiv 2402.17946",
-    workspace=Workspace(grams=8, streams=UNIT_STREAMS),
     needs=lambda options: Needs(token_states=True),
 )
 def prune_as_published(

@@ -33,7 +33,6 @@ from sparsellm.method.gram import Gram
 from sparsellm.method.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.method.solvers.support import refine_on_support
 from sparsellm.patterns import Pattern
-from sparsellm.registry import Workspace
 
 PREDICTION_RIDGE = (
     0.1  # for predicting an input from the others; anything from 0.02 to 1 works
@@ -56,7 +55,9 @@ CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one'
 @SOLVERS.register(
     "admm",
     paper="arXiv 2406.07831",
-    workspace=Workspace(weights=12, grams=3, remembered=4, products=27, narrow=True),
+    narrow=True,
+    products=27,
+    factorisations=4,
     distributed=True,
 )
 def admm(

@@ -7,13 +7,11 @@ from torch import Tensor
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.patterns import Pattern
-from sparsellm.registry import Workspace
 
 
 @SOLVERS.register(
     "magnitude",
     paper="arXiv 1506.02626",
-    workspace=Workspace(weights=6, grams=1),
     distributed=True,
 )
 def magnitude(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
@@ -24,7 +22,6 @@ def magnitude(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
 @SOLVERS.register(
     "wanda",
     paper="arXiv 2306.11695",
-    workspace=Workspace(weights=6, grams=1),
     distributed=True,
 )
 def wanda(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:

@@ -33,7 +33,7 @@ def prepared(
         costs: positive weights ``c (out,)`` of the outputs' squared errors, ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²``; None for
             equal ones. That is the plain objective of ``√c_i w_i``. The error in the solution is without them.
     """
-    narrow = products is not None and entry.workspace.narrow
+    narrow = products is not None and entry.narrow
     ours = entry.function.__module__.startswith("sparsellm.")
 
     def checked(

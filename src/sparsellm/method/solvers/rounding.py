@@ -27,13 +27,13 @@ from torch import Tensor
 from sparsellm.method.gram import Factor, Gram
 from sparsellm.method.solvers.kernels import kernels_for
 from sparsellm.method.solvers.widths import ROUNDED_TOGETHER
-from sparsellm.registry import Workspace
 from sparsepack import native
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
 from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_of
 
-# It takes the time of 80 products in linears with 576 inputs, and of 32 with 2048 to 5632.
-ROUNDING = Workspace(weights=16, grams=3, remembered=2, products=35)
+# Products of a weight with its Gram matrix that take as long: 80 in linears with 576 inputs, 32 with 2048 to 5632.
+PRODUCTS = 35
+FACTORISATIONS = 2
 
 FRACTIONS = tuple(
     step / 20 for step in range(20, 9, -1)

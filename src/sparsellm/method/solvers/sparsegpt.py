@@ -21,7 +21,6 @@ from sparsellm.method.solvers.kernels import kernels_for
 from sparsellm.method.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.method.solvers.widths import PRUNED_TOGETHER
 from sparsellm.patterns import NM, Pattern
-from sparsellm.registry import Workspace
 
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough that the products outside are efficient
 
@@ -29,7 +28,7 @@ LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough 
 @SOLVERS.register(
     "sparsegpt",
     paper="arXiv 2301.00774",
-    workspace=Workspace(weights=5.5, grams=1.5, remembered=1),
+    factorisations=1,
     distributed=True,
 )
 def sparsegpt(
