@@ -23,7 +23,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from sparsellm.serving.server import Settings, open_door
+from sparsellm.serving.server import ServerSettings, open_door
 from sparsellm.serving.worker import Job, UnavailableError, Worker
 from sparsepack.errors import SettingError
 from sparsepack.generation import Sampling, continuation
@@ -537,7 +537,7 @@ def test_what_cannot_be_served_is_one_line(
 
 def test_a_key_of_a_file_is_that_of_the_server(tmp_path: Path) -> None:
     (tmp_path / "key").write_text(f" {KEY}\n")
-    listening, key = open_door(Settings(port=0, key_file=tmp_path / "key"))
+    listening, key = open_door(ServerSettings(port=0, key_file=tmp_path / "key"))
     listening.close()
     assert key == KEY
 

@@ -193,12 +193,10 @@ def test_conversations_are_joined_by_the_chat_template(files: list[str]) -> None
 
 def test_a_run_on_a_mixture_reports_each_text(files: list[str], run: Any) -> None:
     """Also the text that the model writes; nothing that is written names a folder; a comparison takes it, too."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # other tests use it as it is
     tokenizer.chat_template = TEMPLATE
-    model, mixture = (
-        save_tiny(tiny_llama(), tokenizer, Path("model")),
-        "./a,b.txt:2,chat.jsonl:1,self:1",
-    )
+    model = save_tiny(tiny_llama(), tokenizer, Path("model"))
+    mixture = "./a,b.txt:2,chat.jsonl:1,self:1"
     given = ("--calibration", mixture, "--samples", 16, "--seq-len", 32)
     _, stdout, _ = run("prune", model, "--out", "pruned", *given, exits=0)
     record = json.loads(Path("pruned/pruning.json").read_text())

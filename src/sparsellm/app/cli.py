@@ -800,7 +800,7 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> None:
     from sparsellm.inputs import parse_bytes
 
     try:
-        from sparsellm.serving.server import Settings
+        from sparsellm.serving.server import ServerSettings
         from sparsellm.serving.server import serve as listen
     except ModuleNotFoundError as missing:
         if missing.name not in ("fastapi", "starlette", "uvicorn"):
@@ -810,7 +810,7 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> None:
         ) from None
     running = use.take_running(options)
     settings = use.made(
-        Settings, max_body=parse_bytes(max_body), quiet=quiet, **options
+        ServerSettings, max_body=parse_bytes(max_body), quiet=quiet, **options
     )
     listen(directory, settings, running, lambda line: console.say(line, error=True))
 

@@ -53,8 +53,8 @@ def watch(
 def choosing(
     block: nn.Module, chosen: set[str]
 ) -> contextlib.AbstractContextManager[None]:
-    """Until the context ends, adds to ``chosen`` the weights of linears inside modules that return one tensor of whole
-    numbers, by their names in the block, whenever the block runs."""
+    """Adds the names of weights to ``chosen`` whenever the block runs, until the context ends: those of linears inside
+    modules that return one tensor of whole numbers."""
 
     def hook(
         name: str, module: nn.Module, args: object, kwargs: object, output: object
@@ -172,8 +172,8 @@ class InputGroups:
 
 
 def merged(views: list[list[list[str]]]) -> list[list[str]]:
-    """One grouping of names from those of several processes: two names that share a group in any view share one here,
-    as a view that separates them met them after its first batch."""
+    """The groups of names of several processes as one. Two names that share a group in any process share one here: a
+    process that separates them met them after its first batch."""
     head_of: dict[str, str] = {}
     for head, *others in (group for groups in views for group in groups):
         head_of.setdefault(head, head)

@@ -126,7 +126,8 @@ class Chain(ModelWeights):
     @torch.no_grad()
     def check_handed(self, ids: Tensor) -> None:
         """Runs all blocks on token ids ``(batch, seq)``, if they return more than hidden states. Raises ModelError if a
-        block needs other values, such as a router's state, of the one before it: :meth:`start` has only block 0's."""
+        block reads other values, such as a router's state, that the block before it returned: :meth:`start` records
+        those of block 0 alone, and every later block would get them."""
         if not self._others:
             return
         with self.outer(head=False), self.block(0):
@@ -165,8 +166,8 @@ class Chain(ModelWeights):
     def _check_next(
         self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]
     ) -> None:
-        """Refuses a call of block ``index`` after ``called`` others, if that is not a step of a plain chain: while
-        arguments are captured, every block returns its input."""
+        """Refuses a call of block ``index`` after ``called`` others, unless the blocks run once each, in order, and
+        each gets what the one before it returned. While arguments are captured, every block returns its input."""
         family = type(self.model).__name__
         if index != called:
             if index < called:

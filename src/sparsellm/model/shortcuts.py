@@ -25,8 +25,8 @@ class KnownOutput:
 
     writer: LinearView
     module: nn.Module  # the largest that returns the writer's output; the linear itself if no other does
-    # Length of the tuple that the module returns, whose first item is the output and whose others, such as attention
-    # weights, nobody reads; 0 for the output alone.
+    # The length of the tuple that the module returns; 0 if it returns the output alone. The output is the first item.
+    # Nobody reads the others, such as attention weights.
     items: int
     unread: list[LinearView]  # whose outputs only the writer depends on
     # inputs of the writer, replaced by its outputs in finish()
@@ -80,7 +80,8 @@ class Returns:
     def __init__(self, block: nn.Module, size: int) -> None:
         self._block = block
         self._size = size
-        # None after a second call, for other returns, and with an argument other than a tensor that it may write to.
+        # A module has None here if it ran twice, returned something else, or got an argument, other than a tensor, to
+        # which it may write.
         self._of: dict[nn.Module, Return | None] = {}
 
     def recorded(self) -> contextlib.AbstractContextManager[None]:
@@ -133,6 +134,6 @@ class Returns:
 
 
 def _closed(value: object) -> bool:
-    """Whether nobody else reads what a module writes to this argument, unless it is a tensor."""
+    """Whether this argument holds nothing but tensors to which a module could write."""
     plain = isinstance(value, (Tensor, bool, int, float, str, type(None)))
     return plain or (type(value) is tuple and all(map(_closed, value)))

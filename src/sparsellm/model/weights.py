@@ -129,8 +129,8 @@ class ModelWeights:
         dtype: torch.dtype | None,
         like: ModelWeights,
     ) -> None:
-        """Lets a model without weights be planned with, as if of a checkpoint in ``place``, which need not exist. Names
-        and dtypes are those of ``like``: this model itself, or the same one with more experts in each stack."""
+        """Gives a model without weights the names and dtypes of ``like``, so that a run can be planned as if a
+        checkpoint lay in ``place``. ``like`` is this model, or the same one with more experts in each stack."""
         if like is not self:
             self.key_of = {name: like.key_of[name] for name in self.key_of}
             self.parts = {
@@ -183,7 +183,8 @@ class ModelWeights:
         stacks: dict[str, Tensor],
         reader: CheckpointReader,
     ) -> None:
-        """Refuses weights that are missing, or of another shape; ``stacks`` has the parameters that parts are of."""
+        """Refuses weights that are missing, or have another shape. ``stacks`` has the parameters that were divided into
+        parts."""
         for name in values:
             if name not in self.key_of and not self._in_tower(name):
                 lacks = f"weight {name} of the model of config.json is not in {reader.directory}"
@@ -210,7 +211,7 @@ class ModelWeights:
                 )
 
     def _check_dtypes(self, values: Mapping[str, Tensor]) -> None:
-        """Refuses weights of anything but floating point of 16 bits or more."""
+        """Refuses weights that are not floating-point numbers of at least 16 bits."""
         for name, key in self.key_of.items():
             floating = (
                 isinstance(values[name], nn.Parameter)
@@ -229,7 +230,7 @@ class ModelWeights:
         return len(self.blocks)
 
     def linears(self, index: int) -> list[LinearView]:
-        """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
+        """The linears of block ``index``, without :attr:`gates` and those tied to embedding, head or earlier blocks."""
         linears = []
         for name, module in iterate_linears(
             self.blocks[index], self.block_names[index]
@@ -522,8 +523,8 @@ class ModelWeights:
         }
 
     def _written(self, names: list[str]) -> Tensor:
-        """A tensor of the checkpoint from all weights that are parts of it, or from a weight: then the checkpoint's own
-        if it was only rounded to a narrower type to compute."""
+        """The tensor of the checkpoint that these weights are, or are parts of. A whole weight that was only rounded to
+        a narrower type to compute is written with the checkpoint's own values."""
         value = self.value(names[0]).detach()
         dtype = self.stored_dtype(names[0])
         if names[0] in self.parts:
@@ -572,7 +573,8 @@ def require_storable(value: Tensor, name: str, stored: torch.dtype) -> None:
 
 
 def _check_tied(pairs: Iterable[tuple[str, str]], reader: CheckpointReader) -> None:
-    """Refuses tensors that the model ties and that differ: transformers leaves these apart, as another model."""
+    """Refuses tensors that the model ties although they differ: transformers does not tie these, and loads another
+    model."""
     for first, other in pairs:
         if first != other and not torch.equal(reader.get(first), reader.get(other)):
             why = f"{first} and {other} of {reader.directory} differ, and the model ties them"

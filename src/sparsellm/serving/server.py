@@ -47,7 +47,7 @@ MOST_CONTEXT = 8192  # tokens, unless more is asked for: a longer prompt keeps a
 GRACE = 5.0  # seconds that a running request has to end when the server stops
 
 
-class Settings(BaseModel):
+class ServerSettings(BaseModel):
     """What the server listens to and where its limits are."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -64,7 +64,7 @@ class Settings(BaseModel):
     quiet: bool = False
 
 
-def open_door(settings: Settings) -> tuple[socket.socket, str | None]:
+def open_door(settings: ServerSettings) -> tuple[socket.socket, str | None]:
     """A listening socket, so that a busy port is known before the model is loaded, and the key that clients must send,
     or None. RecipeError: the port cannot be used, other machines can reach it without a key, or the key is bad."""
     key = _key(settings.key_file)
@@ -123,7 +123,7 @@ def _ignore(_: str) -> None:
 
 def serve(
     directory: str,
-    settings: Settings,
+    settings: ServerSettings,
     options: dict[str, str],
     log: Callable[[str], None],
 ) -> None:

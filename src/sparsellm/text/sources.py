@@ -172,7 +172,7 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     if isinstance(value, str):
         check_sources(value, split)
         return value
-    # the return value of a tokenizer
+    # A tokenizer returns such a mapping.
     if isinstance(value, Mapping) and "input_ids" in value:
         given = value
         value = _ids(given["input_ids"], name)
@@ -251,12 +251,8 @@ def _ids(value: Any, name: str) -> Tensor:
             ids = value
         else:
             ids = torch.stack([torch.as_tensor(row, device="cpu") for row in value])
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        OverflowError,
-    ) as error:  # other lengths, or no numbers
+    # Rows have other lengths, or are not numbers.
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise DataError(
             f"{name} is {shown(value)}, not windows of ids ({one_line(error)}); {_HINT}"
         ) from None
