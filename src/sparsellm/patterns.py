@@ -82,7 +82,7 @@ class Unstructured(Pattern):
         self.validate(scores.shape, "scores")
         if scope == "matrix":
             return highest(scores.reshape(1, -1), self.zeros).reshape(scores.shape)
-        return highest_of_rows(scores, self.zeros, 0, len(scores))
+        return highest_of_rows(scores, self.zeros)
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
         zeros = share(self.zeros, start, start + len(scores), inputs)
@@ -237,14 +237,11 @@ def places_in_rows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def highest_of_rows(scores: Tensor, zeros: int, first: int, rows: int) -> Tensor:
-    """Same as :func:`highest` for the rows ``scores``, the first of which is row ``first`` of a matrix with ``rows``
-    rows, over which its ``zeros`` are spread evenly."""
-    shares = (
-        torch.arange(first, first + len(scores) + 1, device=scores.device)
-        * zeros
-        // rows
-    ).diff()
+def highest_of_rows(scores: Tensor, zeros: int) -> Tensor:
+    """The mask ``(rows, columns)`` of :func:`highest`, with ``zeros`` spread evenly over the rows of a matrix."""
+    rows = len(scores)
+    edges = torch.arange(rows + 1, device=scores.device) * zeros // rows
+    shares = edges.diff()
     kept = torch.empty_like(scores, dtype=torch.bool)
     for count in (zeros // rows, zeros // rows + 1):  # rows differ by one zero at most
         chosen = shares == count
@@ -267,21 +264,11 @@ def lowest(scores: Tensor, rank: int) -> Tensor:
     return scores.kthvalue(rank, dim=1, keepdim=True).values
 
 
-def ordered(scores: Tensor) -> Tensor:
-    """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
-    bits = (scores.float() + 0.0).view(
-        torch.int32
-    )  # + 0.0: −0.0 equals 0.0, and its bits must too
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
     """The ``rank``-th lowest value of a long row, selected from the few values that are near it in a sample."""
     sample = numpy.sort(row[::STRIDE])
-    place, margin = (
-        rank / len(row) * len(sample),
-        1.5 * len(sample) ** 0.5 + 2,
-    )  # three standard deviations
+    place = rank / len(row) * len(sample)
+    margin = 1.5 * len(sample) ** 0.5 + 2  # three standard deviations
     low = sample[max(0, int(place - margin))]
     high = sample[min(len(sample) - 1, int(place + margin) + 1)]
     near = row >= low
@@ -289,7 +276,8 @@ def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
     near &= row <= high
     candidates = row[near]
     if not below < rank <= below + len(candidates):  # the sample misled
-        candidates, below = row, 0
+        candidates = row
+        below = 0
     return numpy.partition(candidates, rank - below - 1)[rank - below - 1]
 
 

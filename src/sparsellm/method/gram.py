@@ -155,10 +155,8 @@ class Gram:
 
         If the factorisation fails, damping is raised tenfold (from 0 to 1e-6), at most seven times, and a note says so.
         A NumericalError says that it failed at every damping."""
-        asked, name = (
-            damping,
-            f"the Gram matrix of {self.features} inputs over {self.tokens} tokens",
-        )
+        asked = damping
+        name = f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
         for _ in range(DAMPING_TRIES):
             diagonal = (self.diagonal + damping * self.mean_diagonal).masked_fill_(
                 self.dead, 1.0
@@ -191,7 +189,9 @@ class GramAccumulator:
     Only panels of rows, from the diagonal on, are computed and kept, in the memory of one Gram matrix in fp32."""
 
     def __init__(self, features: int, device: torch.device = CPU) -> None:
-        self.features, self.device, self.tokens = features, device, 0
+        self.features = features
+        self.device = device
+        self.tokens = 0
         self.silent = True  # every input was 0 in every token
         empty = torch.zeros(0, dtype=torch.float64, device=device)
         self.panels = [
@@ -228,11 +228,12 @@ class GramAccumulator:
                 square.triu() + square.triu(1).T
             )  # the halves of a product may differ in the last bit
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-        gram, (least, most) = Gram(matrix, self.tokens), SQUARES
-        if (
-            not self.silent
-            and not least <= (largest := float(gram.diagonal.max())) <= most
-        ):
+        gram = Gram(matrix, self.tokens)
+        if self.silent:
+            return gram
+        least, most = SQUARES
+        largest = float(gram.diagonal.max())
+        if not least <= largest <= most:
             size = "small" if largest < least else "large"
             raise NumericalError(
                 f"its inputs are too {size} for fp32: the largest mean square is {largest:.3g}, not {least:g} to "
@@ -245,10 +246,8 @@ class CrossAccumulator:
     """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64."""
 
     def __init__(self, out: int, features: int, device: torch.device = CPU) -> None:
-        self.tokens, self.total = (
-            0,
-            torch.zeros(out, features, dtype=torch.float64, device=device),
-        )
+        self.tokens = 0
+        self.total = torch.zeros(out, features, dtype=torch.float64, device=device)
 
     def update(
         self, target: Tensor, x: Tensor, token_weights: Tensor | None = None
@@ -299,11 +298,9 @@ def invert_lower_(matrix: Tensor) -> None:
         matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
         return
     half = size // 2
-    first, last, below = (
-        matrix[:half, :half],
-        matrix[half:, half:],
-        matrix[half:, :half],
-    )
+    first = matrix[:half, :half]
+    last = matrix[half:, half:]
+    below = matrix[half:, :half]
     invert_lower_(first)
     invert_lower_(last)
     below.copy_((last @ below) @ first).neg_()
@@ -322,7 +319,8 @@ def _widening(left: Tensor, right: Tensor) -> Tensor:
 def _by_amx(left: Tensor, right: Tensor) -> Tensor:
     """``LᵀR`` of fp32 factors ``(tokens, ...)`` that bf16 holds exactly, by the bf16 units of a CPU."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
         return left.T @ right
     finally:

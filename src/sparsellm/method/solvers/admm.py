@@ -93,7 +93,8 @@ def admm(
     if not iterations:
         return solution(weight, first.weight / scale, kept, gram)
 
-    start, state = kept, dense  # state: W + V
+    start = kept
+    state = dense  # W + V
     notes: tuple[str, ...] = ()
     last_rho = RHO[0]
     for iteration in range(iterations):

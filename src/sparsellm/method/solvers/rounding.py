@@ -83,7 +83,8 @@ def rounded(
     With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
     and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case. A
     NumericalError says that the Gram matrix cannot be factorised with any damping."""
-    groups, target = Groups.of(weight, value_type), weight if target is None else target
+    groups = Groups.of(weight, value_type)
+    target = weight if target is None else target
     gram = gram.remember("rounding", lambda: _damped(gram))
     # Other programs have no exponents of columns.
     powers = (
@@ -139,10 +140,8 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
         gram.dead, 0.0, magnitudes - magnitudes.sum() / (~gram.dead).sum().clamp(min=1)
     )
     judges = weight[:: max(1, len(weight) // JUDGES)]
-    best, least = (
-        torch.ones_like(magnitudes),
-        magnitudes.new_full((), math.inf, dtype=torch.float64),
-    )
+    best = torch.ones_like(magnitudes)
+    least = magnitudes.new_full((), math.inf, dtype=torch.float64)
     fits = torch.ones_like(least, dtype=torch.bool)
     for power in (0.0, *POWERS):
         exponents = (
@@ -162,10 +161,8 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
         better = fits & (
             error < least
         )  # chosen without a read, for which a GPU would wait
-        best, least = (
-            torch.where(better, powers, best),
-            torch.where(better, error, least),
-        )
+        best = torch.where(better, powers, best)
+        least = torch.where(better, error, least)
     return best
 
 
@@ -180,7 +177,9 @@ class _Grid:
         groups: Groups,
         dtype: torch.dtype,
     ) -> None:
-        self.dtype, self.powers, self.groups = dtype, powers, groups
+        self.dtype = dtype
+        self.powers = powers
+        self.groups = groups
         grouped = groups.collect(weight / powers)
         curvature = groups.collect(
             (gram.diagonal.clamp(min=1e-30) * powers.square()).expand_as(weight)
@@ -197,10 +196,8 @@ class _Grid:
             tried = scales_of(extreme * fraction, groups, dtype, self.units)
             error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
-            self.first, least = (
-                torch.where(error < least, tried, self.first),
-                torch.minimum(error, least),
-            )
+            self.first = torch.where(error < least, tried, self.first)
+            least = torch.minimum(error, least)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
         self.free = (
             groups.spread(free) != 0
@@ -221,8 +218,10 @@ class _Grid:
 
     def within_cells(self, weight: Tensor, best: Tensor, scales: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
-        levels, scales = self.groups.levels, self.scales(scales).abs_()
-        reach, end = CELL * levels.closest * scales, -levels.lowest * scales
+        levels = self.groups.levels
+        scales = self.scales(scales).abs_()
+        reach = CELL * levels.closest * scales
+        end = -levels.lowest * scales
         moved = weight + (best - weight).clamp(-reach, reach)
         moved = (
             torch.where(self.free, moved.clamp(-end, end), weight)
@@ -304,7 +303,9 @@ class _Descent:
     """Scales and numbers of a weight in turn, each with the other held; on transposed matrices ``(in, out)``."""
 
     def __init__(self, grid: _Grid, start: Tensor, target: Tensor, gram: Gram) -> None:
-        self.grid, self.matrix, self.target = grid, gram.matrix, target.T.contiguous()
+        self.grid = grid
+        self.matrix = gram.matrix
+        self.target = target.T.contiguous()
         self.scales = grid.first  # (groups, 1)
         self.columns = start.T.contiguous()
         self.free = grid.free.T.to(self.columns.dtype).contiguous()

@@ -48,7 +48,8 @@ def sparsegpt(
         weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern
     )
     elimination.prune(0, weight.shape[1], elimination.step)
-    pruned, kept = elimination.columns.T.contiguous(), elimination.kept.T.contiguous()
+    pruned = elimination.columns.T.contiguous()
+    kept = elimination.kept.T.contiguous()
     del elimination
     return solution(weight, pruned, kept, gram, factor.notes, fitted=False)
 
@@ -66,17 +67,16 @@ class _Elimination:
         self.kept = torch.empty_like(self.columns, dtype=torch.bool)  # (in, out)
         self.upper = upper  # (in, in)
         self.pattern = pattern
-        self.kernels, self.groups = kernels_for(weight.device), None
+        self.kernels = kernels_for(weight.device)
+        self.groups: NM | None = None  # whose mask the kernel chooses
         self.step = pattern.m if isinstance(pattern, NM) else PRUNED_TOGETHER
         if (
             self.kernels is not None
             and isinstance(pattern, NM)
             and pattern.m <= PRUNED_TOGETHER
         ):
-            self.groups, self.step = (
-                pattern,
-                PRUNED_TOGETHER // pattern.m * pattern.m,
-            )  # the kernel chooses the mask of a group
+            self.groups = pattern
+            self.step = PRUNED_TOGETHER // pattern.m * pattern.m
 
     def prune(self, start: int, stop: int, step: int) -> None:
         """Chooses the mask of columns ``start:stop``, ``step`` columns at a time, and eliminates the pruned weights."""
@@ -94,9 +94,12 @@ class _Elimination:
         if self.kernels is not None:
             for first in range(start, stop, PRUNED_TOGETHER):
                 rows = slice(first, min(first + PRUNED_TOGETHER, stop))
-                parts = (part[rows] for part in (self.columns, self.kept, self.errors))
                 self.kernels.prune_panel(
-                    *parts, self.upper[rows, rows].contiguous(), self.groups
+                    self.columns[rows],
+                    self.kept[rows],
+                    errors=self.errors[rows],
+                    upper=self.upper[rows, rows].contiguous(),
+                    pattern=self.groups,
                 )
                 self.carry(first, rows.stop, stop)
             return

@@ -29,10 +29,8 @@ def refine_on_support(
     Conjugate gradients on all rows at once, preconditioned by the diagonal (ALPS, arXiv 2406.07831, algorithm 2): ten
     iterations reach the minimum within 1 %. No row ends worse than it started, even if the Gram matrix is singular.
     Directions that no token excites keep their start."""
-    matrix, scale = (
-        gram.divided_by(gram.scale),
-        gram.scale,
-    )  # in inputs of unit size the preconditioner is the identity
+    scale = gram.scale
+    matrix = gram.divided_by(scale)  # where the preconditioner is the identity
     target = original * scale  # (out, in)
     kept = mask.view(torch.uint8).to(
         original.dtype
@@ -47,8 +45,10 @@ def refine_on_support(
         dim=1, keepdim=True
     )  # (out, 1)
     del missing
-    weight, residual = begin.clone(), image.mul_(kept)
-    direction, nothing = residual.clone(), residual.new_zeros(1)
+    weight = begin.clone()
+    residual = image.mul_(kept)
+    direction = residual.clone()
+    nothing = residual.new_zeros(1)
     square = residual.square().sum(dim=1, keepdim=True)  # (out, 1)
     for _ in range(iterations):
         # Bf16Products replaces this call. Rounded factors only make the step a little worse than the best.
@@ -63,7 +63,8 @@ def refine_on_support(
         )  # (out, 1)
         weight.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-        before, square = square, residual.square().sum(dim=1, keepdim=True)
+        before = square
+        square = residual.square().sum(dim=1, keepdim=True)
         direction.mul_(torch.where(before > noise, square / before, 0.0)).add_(residual)
 
     del image, residual, direction
