@@ -205,21 +205,21 @@ class _Loop:
         for role, dense in self.dense.first_half().items():
             sparse = prune(role)
             if iteration and not published:
-                args = (
+                refined = refine_on_support(
                     dense.weight,
                     moments[role].gram,
-                    masks[role],
-                    dense.weight,
-                    REFINE_STEPS,
+                    mask=masks[role],
+                    start=dense.weight,
+                    iterations=REFINE_STEPS,
+                    damping=REFINE_DAMPING,
                 )
-                sparse = refine_on_support(*args, damping=REFINE_DAMPING).weight
+                sparse = refined.weight
             linears[role] = moments[role].linear(sparse)
-            if (
-                means := moments[role].means
-            ) is not None and dense.bias is not None:  # fitted as the weights are
-                linears[role] = Linear(
-                    sparse, dense.bias + (dense.weight - sparse) @ means[0]
-                )
+            means = moments[role].means
+            if means is not None and dense.bias is not None:
+                # The bias is fitted to the dense products, as the weights are.
+                bias = dense.bias + (dense.weight - sparse) @ means[0]
+                linears[role] = Linear(sparse, bias)
             if published:
                 matrix = self.grams[role].matrix.clone()
                 matrix.diagonal().add_(
@@ -253,11 +253,9 @@ class _Loop:
         }
         if published:
             accumulators["down"] = empty(unit.down, exact=published == "pseudo-inverse")
-        gain = (
-            updates.activation_gain(unit.down.weight, coefficients)
-            if iteration
-            else None
-        )
+        gain = None
+        if iteration:
+            gain = updates.activation_gain(unit.down.weight, coefficients)
         value = 0.0
         for index, read in enumerate(self.train):
             chunk = read()
@@ -279,11 +277,12 @@ class _Loop:
                 if iteration < self.settings.iterations:  # else they are not read again
                     self._keep(index, variables)
             for role, accumulator in accumulators.items():
-                x, target = (
-                    (a, chunk.targets)
-                    if role == "down"
-                    else (chunk.inputs, getattr(variables, role))
-                )
+                if role == "down":
+                    x = a
+                    target = chunk.targets
+                else:
+                    x = chunk.inputs
+                    target = getattr(variables, role)
                 accumulator.update(x, target, chunk.token_weights)
         moments = {
             role: accumulator.finish() for role, accumulator in accumulators.items()
@@ -303,13 +302,10 @@ class _Loop:
         published = self.settings.published
         if not iteration and (published or role != "down"):
             return Fit(now)
+        if published == "gradient" and role == "down":
+            return updates.descend_weight(moments, now)
         if published:
-            gradient = role == "down" and published == "gradient"
-            return (
-                updates.descend_weight(moments, now)
-                if gradient
-                else updates.pseudo_inverse_weight(moments)
-            )
+            return updates.pseudo_inverse_weight(moments)
         prior = self.dense.down.weight if role == "down" else now
         return least_squares(
             moments.gram, moments.cross, self.settings.damping, prior=prior

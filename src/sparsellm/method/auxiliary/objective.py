@@ -63,11 +63,9 @@ class Variables(NamedTuple):
 
     def activated(self, activation: Activation) -> Tensor:
         """Φ: φ(Z), or φ(S)∘U; (tokens, f)."""
-        return (
-            activation(self.up)
-            if self.gate is None
-            else activation(self.gate) * self.up
-        )
+        if self.gate is None:
+            return activation(self.up)
+        return activation(self.gate) * self.up
 
 
 class Chunk(NamedTuple):

@@ -179,11 +179,9 @@ class MomentsAccumulator:
             self._shift = self._shift or (x.mean(dim=0), target.mean(dim=0))
             x = x - self._shift[0]
             target = target - self._shift[1]
-            weights = (
-                torch.ones(len(x), device=x.device)
-                if token_weights is None
-                else token_weights
-            )
+            weights = token_weights
+            if weights is None:
+                weights = torch.ones(len(x), device=x.device)
             self._total += float(weights.double().sum())
             for total, value in zip(self._sums, (x, target), strict=True):
                 total += (weights @ value).double()

@@ -53,7 +53,15 @@ def prune_unit(
             for _ in task.stream.run(task.index):
                 pass
         flat = [weight.flatten() for weight in weights] if weights is not None else None
-        alternate(task, unit, *split(stored(inputs, outputs, flat)), solvers, settings)
+        train, held_out = split(stored(inputs, outputs, flat))
+        alternate(
+            task,
+            unit,
+            train=train,
+            held_out=held_out,
+            solvers=solvers,
+            settings=settings,
+        )
 
 
 def alternate(

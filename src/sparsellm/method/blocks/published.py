@@ -103,7 +103,12 @@ def prune_as_published(
                     targets.append(dense(x.float()))
                 try:
                     alternate(
-                        task, unit, stored(entered, targets), [], inside, settings
+                        task,
+                        unit,
+                        train=stored(entered, targets),
+                        held_out=[],
+                        solvers=inside,
+                        settings=settings,
                     )
                 except NumericalError as failure:
                     advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
