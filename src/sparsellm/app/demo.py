@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from gguf import GGMLQuantizationType, dequantize, quantize
@@ -178,14 +178,10 @@ def run_demo(
             packed, dense, progress=progress, device="cpu", dtype="bfloat16", **sizes
         )
         llama_cpp = (
-            _alone(speed_of_q4_0, demo_gguf(), torch.get_num_threads())
-            if find_spec("llama_cpp")
-            else None
+            _alone(speed_of_q4_0, demo_gguf()) if find_spec("llama_cpp") else None
         )
     with phase("generate"):
-        answers = [
-            _alone(_answer, path, torch.get_num_threads()) for path in (dense, packed)
-        ]
+        answers = [_alone(_answer, path) for path in (dense, packed)]
         texts = Continuation(prompt=QUESTION, dense=answers[0][0], pruned=answers[1][0])
     api.keep_results(pruned, [of_pruned, speeds])
     api.keep_results(packed, [evaluation, speeds, texts])
@@ -259,12 +255,13 @@ def in_q4_0(model: PreTrainedModel) -> tuple[PreTrainedModel, int]:
     return model, size
 
 
-def _alone(function: Callable[..., Result], *arguments: Any) -> Result:
-    """The result of a function that runs in a process of its own."""
+def _alone(function: Callable[[Path, int], Result], path: Path) -> Result:
+    """The result of a function of a path and the threads, which runs in a process of its own."""
+    threads = torch.get_num_threads()
     with ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn")
     ) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(function, path, threads).result()
 
 
 def speed_of_q4_0(source: Path, threads: int) -> float:

@@ -31,11 +31,15 @@ def compared_speed(
 ) -> Benchmark:
     """Same as :func:`sparsepack.bench.compare`, as a record."""
     measured_on = resolve_device(device)
+
+    def tell(phase: str, done: float, total: float, detail: str) -> None:
+        progress(Progress(phase, done, total=total, detail=detail))
+
     compared = bench.compare(
         packed,
         dense,
         device=device,
-        progress=lambda *s: progress(Progress(*s)),
+        progress=tell,
         **settings,
     )
     return Benchmark(**vars(compared), **vars(stamp(measured_on)))

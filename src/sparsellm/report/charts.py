@@ -185,20 +185,28 @@ def lines(
 ) -> Chart:
     """A line for each series over whole numbers, ``x``: a title and values. ``shown`` formats a value in the table.
     Series that are equal there are one line with all their names."""
+    title, numbers = x
     alike: dict[tuple[str, ...], list[int]] = {}
     for position, values in enumerate(series.values()):
         alike.setdefault(tuple(map(shown, values)), []).append(position)
-    names, every = list(series), list(series.values())
+    names = list(series)
+    every = list(series.values())
     traces = [
-        line(", ".join(names[position] for position in at), x[1], every[at[0]], at[0])
+        line(
+            ", ".join(names[position] for position in at), numbers, every[at[0]], at[0]
+        )
         for at in alike.values()
     ]
     layout = {
-        "xaxis": _whole_axis(*x),
+        "xaxis": _whole_axis(title, numbers),
         "yaxis": y,
         "showlegend": len(traces) <= MOST_NAMED,
     }
-    return Chart(*heading, _table(*x, series, shown), traces, layout)
+    table = _table(title, numbers, series=series, shown=shown)
+    name, chart_title, text = heading
+    return Chart(
+        name, chart_title, text=text, table=table, traces=traces, layout=layout
+    )
 
 
 def by_block(

@@ -240,15 +240,19 @@ def _speeds(record: Checkpoint) -> list[Row]:
             Row(name, "" if record.packed else "of the packed form", command=command)
         ]
     benchmark, pair = measured
-    packed, rows = pair.packed, []
+    packed = pair.packed
+    rows = []
     detail = f"{benchmark.packed_name or 'packed'}, batch {packed.batch}, {packed.threads} threads"
     for how, dense in pair.against:
-        values = (
-            number(dense.median),
-            number(packed.median),
-            _ratio(packed.median, dense.median),
+        rows.append(
+            Row(
+                f"{name}, dense by {how}",
+                detail,
+                dense=number(dense.median),
+                pruned=number(packed.median),
+                change=_ratio(packed.median, dense.median),
+            )
         )
-        rows.append(Row(f"{name}, dense by {how}", detail, *values))
     return rows
 
 
