@@ -50,11 +50,11 @@ class Call:
         args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Call(args, kwargs, self.hidden_keyword)
 
-    def on(self, forward: Callable[..., Any], hidden: Tensor) -> Any:
-        """What ``forward``, a block or its forward, returns for these hidden states."""
+    def on(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """What ``block``, a module or its forward, returns for these hidden states."""
         if self.hidden_keyword is None:
-            return forward(hidden, *self.args, **self.kwargs)
-        return forward(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
+            return block(hidden, *self.args, **self.kwargs)
+        return block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
 
 
 class Chain(ModelWeights):
