@@ -5,7 +5,8 @@ tables in docs/results.md.
 
 Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit, output costs and symmetries,
 and as many passes of the sweep as take at least the time of sparsellm at ``--effort``, admm in N:M also with our order
-of channels and rotated values. Table ``allocations``: sparsellm at effort 0. Table ``sweeps``: sparsellm with longer and longer sweeps.
+of channels and rotated values.
+Table ``allocations``: sparsellm at effort 0. Table ``sweeps``: sparsellm with longer and longer sweeps.
 Table ``symmetries``, for N:M: sparsellm at ``--effort`` with the order of channels alone, and with values rotated too.
 Finished cells are kept in the file of ``quality.py``, so that a stopped script continues when it is run again.
 """
@@ -89,21 +90,20 @@ def budgets(
         after = (f"options.solver={solver}", f"passes={count}")
         passed = run("sparsellm", target, seed, *ALONE, *after)
         rows.append((f"{solver}, then {count} passes of the sweep", passed))
-        if solver == "admm":  # the best of the others first
-            if ":" in target:
-                ordered = run(
-                    "sparsellm",
-                    target,
-                    seed,
-                    *(x for x in ALONE if x != NATURAL_ORDER),
-                    *after,
+        if solver == "admm" and ":" in target:
+            ordered = run(
+                "sparsellm",
+                target,
+                seed,
+                *(x for x in ALONE if x != NATURAL_ORDER),
+                *after,
+            )
+            rows.append(
+                (
+                    f"{solver}, channels ordered and rotated, then {count} passes",
+                    ordered,
                 )
-                rows.append(
-                    (
-                        f"{solver}, channels ordered and rotated, then {count} passes",
-                        ordered,
-                    )
-                )
+            )
     return rows
 
 
