@@ -5,8 +5,8 @@ tables in docs/results.md.
 
 Table ``budgets``: local solvers alone; then each in sparsellm without allocation, refit, output costs and symmetries,
 and as many passes of the sweep as take at least the time of sparsellm at ``--effort``, admm in N:M also with our order
-of channels and rotated values; sparsegpt, then `sparsellm tune` of all kept weights or by LoRA, in as many steps as fit
-in that time. Table ``allocations``: sparsellm at effort 0. Table ``sweeps``: sparsellm with longer and longer sweeps.
+of channels and rotated values.
+Table ``allocations``: sparsellm at effort 0. Table ``sweeps``: sparsellm with longer and longer sweeps.
 Table ``symmetries``, for N:M: sparsellm at ``--effort`` with the order of channels alone, and with values rotated too.
 Finished cells are kept in the file of ``quality.py``, so that a stopped script continues when it is run again.
 """
@@ -16,19 +16,16 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measure import children_computed
 from quality import (
     ALIKE,
     OUT,
     Cells,
     add_conditions,
     cell_key,
-    command,
     conditions_of,
     excess_ratio,
     heading,
@@ -55,10 +52,6 @@ ALLOCATIONS = {
     "owl": (f"allocation_options.lam={SPAN}", PLUGIN),
     "dlp": (f"allocation_options.alpha={SPAN}", PLUGIN),
 }
-TRIAL = (
-    2,
-    10,
-)  # steps of two short trainings; the second gets more until their times differ clearly
 
 Row = tuple[str, dict[str, Any]]
 
@@ -97,95 +90,21 @@ def budgets(
         after = (f"options.solver={solver}", f"passes={count}")
         passed = run("sparsellm", target, seed, *ALONE, *after)
         rows.append((f"{solver}, then {count} passes of the sweep", passed))
-        if (
-            solver == "admm"
-        ):  # the best of the others first, then what others do after pruning
-            if ":" in target:
-                ordered = run(
-                    "sparsellm",
-                    target,
-                    seed,
-                    *(x for x in ALONE if x != NATURAL_ORDER),
-                    *after,
-                )
-                rows.append(
-                    (
-                        f"{solver}, channels ordered and rotated, then {count} passes",
-                        ordered,
-                    )
-                )
-            for way in arguments.ways:
-                budget = ours["cpu_seconds"]
-                key = cell_key(
-                    arguments, f"sparsegpt, {way} {budget:.0f} s", target, seed
-                )
-                made = cells.get(
-                    key, partial(trained, arguments, target, seed, way, budget)
-                )
-                rows.append(
-                    (f"sparsegpt, then {made['steps']} steps of training ({way})", made)
-                )
-    return rows
-
-
-def trained(
-    arguments: argparse.Namespace, target: str, seed: int, way: str, budget: float
-) -> dict[str, Any]:
-    """sparsegpt, and training of the kept weights on the calibration text until ``budget`` CPU seconds are used."""
-    with tempfile.TemporaryDirectory(dir=OUT) as folder:
-
-        def timed(*line: str) -> float:
-            before = children_computed()
-            command(*line)
-            return children_computed() - before
-
-        goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
-        text = ("--calibration", arguments.calibration, "--seed", str(seed))
-        windows = (
-            "--samples",
-            str(arguments.samples),
-            "--seq-len",
-            str(arguments.window),
-        )
-        pruned = f"{folder}/pruned"
-        used = timed(
-            "prune",
-            arguments.model,
-            "--out",
-            pruned,
-            "--method",
-            "sparsegpt",
-            *goal,
-            *text,
-            *windows,
-        )
-
-        def tune(steps: int) -> float:
-            how = (
-                "--way",
-                way,
-                "--steps",
-                str(steps),
-                "--seq-len",
-                str(min(512, arguments.window)),
+        if solver == "admm" and ":" in target:
+            ordered = run(
+                "sparsellm",
+                target,
+                seed,
+                *(x for x in ALONE if x != NATURAL_ORDER),
+                *after,
             )
-            return timed("tune", pruned, "--out", f"{folder}/{steps}", *how, *text)
-
-        first, second = TRIAL
-        few, more = tune(first), tune(second)
-        while (
-            more < 1.5 * few and used + 2 * more < budget
-        ):  # a small model: the start takes most of both
-            second *= 2
-            more = tune(second)
-        a_step = max(more - few, 0.1) / (second - first)
-        steps = second + max(1, int((budget - used - more) / a_step))
-        used += tune(steps)
-        return {
-            **measure(arguments, f"{folder}/{steps}"),
-            "cpu_seconds": used,
-            "steps": steps,
-        }
+            rows.append(
+                (
+                    f"{solver}, channels ordered and rotated, then {count} passes",
+                    ordered,
+                )
+            )
+    return rows
 
 
 def allocations(
@@ -259,12 +178,6 @@ def main() -> None:
         nargs="*",
         default=["admm", "sparsegpt", "wanda"],
         help="local methods whose passes are measured",
-    )
-    parser.add_argument(
-        "--ways",
-        nargs="*",
-        default=["full", "lora"],
-        help="how sparsegpt is trained, where admm is a solver",
     )
     parser.add_argument(
         "--sweep-tokens",

@@ -73,11 +73,13 @@ def option(
     """An option; its parameter is called like the first name in ``usage``, the names and the placeholder of the
     value, such as ``--quiet -q`` or ``--out DIR``; ``shown`` replaces the default in ``--help``; ``kind`` is that of
     the placeholder if None; a shell completes ``values``."""
-    *names, last = usage.split()
-    names, metavar = ([*names, last], "") if last.startswith("-") else (names, last)
+    names = usage.split()
+    metavar = ""  # that of a flag; without any, typer shows a type that is not given
+    if not names[-1].startswith("-"):
+        metavar = names.pop()
     made: Any = typer.Option(
         *names,
-        metavar=metavar,  # "" for a flag; without any, typer shows a type that is not given
+        metavar=metavar,
         # rich must not take the bracket for markup
         help=f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help,
         show_default=shown == "",
