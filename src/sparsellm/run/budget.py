@@ -44,7 +44,10 @@ STATE_BYTES = (
 )  # bytes a weight: fp32 parameter, its gradient, two moments, the best state so far
 STREAMED_COPIES = 6  # fp32 copies of the largest block in a step of a streamed sweep
 NARROW_BYTES = 2  # bytes a weight of the copy that blocks multiply with in bf16
-TOKEN_WIDTHS = 16  # activations of a block that its gradients read, as multiples of its widest output
+# Activations of a block that its gradients read, for a token: as wide as the hidden state, and as the widest output.
+KEPT_WIDTHS = 10
+KEPT_OUTPUTS = 4
+KEPT_SCORES = 4  # matrices of attention's scores, which a GPU computes as plain products where gradients follow
 LOGIT_COPIES = 4  # fp32 copies of the logits of a chunk of tokens in a loss
 
 
@@ -319,7 +322,10 @@ def sweep_bytes(chain: Chain, way: Residence, step_tokens: int) -> tuple[int, in
     copies = NARROW_BYTES * weights if chain.products is not None else 0
     widest = max(linear.out_features for linear in chain.linears(0))
     blocks = 1 if way.recomputes else len(chain)
-    kept = 4 * step_tokens * TOKEN_WIDTHS * widest * blocks
+    of_token = KEPT_WIDTHS * text.hidden_size + KEPT_OUTPUTS * widest
+    if chain.device.type == "cuda":
+        of_token += KEPT_SCORES * text.num_attention_heads * step_tokens
+    kept = 4 * step_tokens * of_token * blocks
     inputs = 4 * step_tokens * text.hidden_size * len(chain)
     logits = 4 * LOGIT_COPIES * HEAD_TOKENS * text.vocab_size
     outer = chain.dtype.itemsize * chain.outer_elements()

@@ -25,6 +25,7 @@ from sparsellm.method.experts.fewer import FewerExperts, experts_of_token
 from sparsellm.method.solvers import rounding
 from sparsellm.method.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.method.sweep.head import HEAD_TOKENS
+from sparsellm.method.sweep.streamed import MOST_KEPT
 from sparsellm.method.sweep.whole_model import STEP_TOKENS
 from sparsellm.model import Chain
 from sparsellm.model.experts import ExpertLinear
@@ -54,7 +55,7 @@ DISK = 1e9  # bytes read, checked or written in a second
 BUSY = 0.5  # share of a large product's speed that passes with gradients reach
 EFFICIENCY = 0.4  # share of a data sheet's speed that is assumed to be reached
 # By solver: fp32 copies of the largest weight, matrices as large as its Gram matrix, products of each weight with one.
-SOLVING = {"magnitude": (6, 1, 1), "wanda": (6, 1, 1), "sparsegpt": (6, 3, 1)}
+SOLVING = {"magnitude": (6, 1, 1), "wanda": (6, 1, 1), "sparsegpt": (5.5, 2.5, 1)}
 ADMM = (13, 7, 28)
 
 
@@ -176,6 +177,7 @@ class Work:
     inputs: int  # its inputs
     widest: int  # the most outputs of a linear
     head: float  # operations of a token in the head
+    states: int  # elements of a token's hidden states before all blocks
 
     @classmethod
     def of(cls, chain: Chain) -> Work:
@@ -209,6 +211,7 @@ class Work:
             inputs=max(x.in_features for x in linears),
             widest=max(x.out_features for x in linears),
             head=2.0 * text.hidden_size * text.vocab_size,
+            states=text.hidden_size * len(chain),
         )
 
 
@@ -234,6 +237,7 @@ def estimate(
     start = machine.held_rss() + LIBRARIES
     solver = str(choice.options.get("solver", recipe.method))
     weights, matrices, products = SOLVING.get(solver, ADMM)
+    narrow = chain.products is not None and solver not in SOLVING
     if recipe.values != "keep":
         products += rounding.PRODUCTS
     kept = 1 - choice.zeros
@@ -242,11 +246,11 @@ def estimate(
     state = item * text.hidden_size
     hidden = (extent.sets + 1) * extent.tokens * state
     # 2. One block: its weights, activations of a batch, the solver's copies of a weight and of a Gram matrix.
-    batch = max(extent.seq_len, extent.batch_tokens)
+    batch = max(extent.seq_len, min(extent.tokens, extent.batch_tokens))
     block = item * work.largest + item * batch * (
         4 * work.widest + 8 * text.hidden_size
     )
-    block += 4 * (weights * work.linear + matrices * work.inputs**2)
+    block += int(4 * (weights * work.linear + matrices * work.inputs**2))
     # 3. The gradients of the dense model: a block in fp32 with its gradients, logits; hidden states of every block.
     logits = 4 * 4 * HEAD_TOKENS * text.vocab_size
     differentiated = _differentiated(choice, extent)
@@ -287,7 +291,14 @@ def estimate(
     saved = min(choice.passes, 2) * 4 * 3 * kept * work.weights
     files = choice.copies * stored + int(saved) + on_disk * extent.ranks
     seconds = _seconds(
-        choice, extent, work, speeds, products=products, sweep=sweep, stored=stored
+        choice,
+        extent,
+        work,
+        speeds,
+        products=products,
+        narrow=narrow,
+        sweep=sweep,
+        stored=stored,
     )
     notes = []
     needs = working if card else start + working
@@ -326,22 +337,27 @@ def _seconds(
     speeds: Machine,
     *,
     products: int,
+    narrow: bool,
     sweep: str,
     stored: int,
 ) -> dict[str, float]:
     """The seconds of each phase of a run, where the solver takes ``products`` and the checkpoint ``stored`` bytes."""
     differentiated = _differentiated(choice, extent)
     # 7. The walk: statistics and outputs of every set, products of the solver.
-    forward = 2 * work.active / speeds.blocks
+    attention = 2 * extent.seq_len * work.states
+    forward = 2 * (work.active + attention) / speeds.blocks
+    head = work.head / speeds.blocks
     passes = 1 + extent.sets if not isinstance(choice, Removing) else 7
     walk = extent.tokens * (passes * forward + work.statistics / (0.4 * speeds.exact))
     if not isinstance(choice, Removing):
-        walk += products * work.solving / (speeds.exact * extent.ranks)
+        # Solvers that may round factors reach a third of the speed of blocks.
+        speed = speeds.blocks / 3 if narrow else speeds.exact
+        walk += products * work.solving / (speed * extent.ranks)
     # 8. The gradients: forward, and three times that back.
-    differentiating = differentiated * 4 * forward / BUSY
+    differentiating = differentiated * 4 * (forward + head) / BUSY
     # 9. The sweep: the dense model once, forward and back with the block run again; Adam moves 32 bytes a weight.
     swept = extent.swept / (extent.ranks if sweep in RESIDENT else 1)
-    sweeping = swept * 5 * (forward + work.head / speeds.blocks) / BUSY
+    sweeping = swept * 5 * (forward + head) / BUSY
     sweeping += swept / STEP_TOKENS * work.weights * 32 / speeds.memory
     # 10. The checkpoint is read and checked, and every copy of it is written.
     reading = stored / DISK
@@ -372,7 +388,11 @@ def _sweep(
             if state + activations <= room:
                 return name, state + activations, 0
     logits = 4 * 4 * HEAD_TOKENS * chain.config.get_text_config().vocab_size
-    return STREAMED, 4 * 5 * work.largest + logits, int(4 * 4 * kept * work.weights)
+    return (
+        STREAMED,
+        4 * 5 * work.largest + logits,
+        int(4 * (5 if kept < MOST_KEPT else 4) * kept * work.weights),
+    )
 
 
 def estimate_here(
