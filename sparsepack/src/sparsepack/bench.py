@@ -85,20 +85,26 @@ class Pair:
     @property
     def against(self) -> list[tuple[str, Speed]]:
         """The dense model's speeds, each once, by what runs it."""
-        same = [] if self.same is None else [("the same decoder", self.same)]
-        return (
-            same
-            if self.same is self.transformers
-            else [*same, ("transformers", self.transformers)]
-        )
+        speeds: list[tuple[str, Speed]] = []
+        if self.same is not None:
+            speeds.append(("the same decoder", self.same))
+        if self.same is not self.transformers:
+            speeds.append(("transformers", self.transformers))
+        return speeds
 
     @property
     def ratio(self) -> Ratio:
         """The packed model's speed in relation to each of the dense one's."""
-        same = None if self.same is None else self.packed.median / self.same.median
-        eager = self.packed.median / self.transformers.median
-        setting = self.packed.model_dump(include={"phase", "batch", "threads"})
-        return Ratio(**setting, same_decoder=same, dense_by_transformers=eager)
+        same = None
+        if self.same is not None:
+            same = self.packed.median / self.same.median
+        return Ratio(
+            phase=self.packed.phase,
+            batch=self.packed.batch,
+            threads=self.packed.threads,
+            same_decoder=same,
+            dense_by_transformers=self.packed.median / self.transformers.median,
+        )
 
 
 class Comparison(Measurement):
@@ -298,8 +304,14 @@ def measure(
                     decoders: list[_Decoder] = ["compiled"] * compiled
                     decoders += ["transformers"] * (not compiled or name in twice)
                     for decoder in decoders:
-                        asked = (batch, rounds.prompt_tokens, rounds.new_tokens, clock)
-                        run = one_run(model, *asked, compiled=decoder == "compiled")
+                        run = one_run(
+                            model,
+                            batch,
+                            prompt_tokens=rounds.prompt_tokens,
+                            new_tokens=rounds.new_tokens,
+                            clock=clock,
+                            compiled=decoder == "compiled",
+                        )
                         if turn:  # the first includes page faults, the start of threads and the choice of kernels
                             for phase, taken in zip(tokens, run, strict=True):
                                 seconds.setdefault((phase, name, decoder), []).append(
@@ -309,17 +321,16 @@ def measure(
             seconds.items(), key=lambda item: item[0][0], reverse=True
         ):
             rates = [batch * tokens[phase] / taken for taken in runs]
-            low, median, high = min(rates), statistics.median(rates), max(rates)
-            rate = {
-                "batch": batch,
-                "threads": count,
-                "median": median,
-                "slowest": low,
-                "fastest": high,
-            }
             speeds.append(
-                Speed.model_validate(
-                    {"model": name, "phase": phase, "decoder": decoder, **rate}
+                Speed(
+                    model=name,
+                    phase=phase,
+                    batch=batch,
+                    threads=count,
+                    median=statistics.median(rates),
+                    slowest=min(rates),
+                    fastest=max(rates),
+                    decoder=decoder,
                 )
             )
     progress("bench", len(settings), len(settings), "")
@@ -345,7 +356,8 @@ def verdict(speeds: Sequence[Speed]) -> list[str]:
     its ratio to the dense model as transformers runs it."""
     lines = []
     for pair in pairs_of(speeds):
-        packed, ratio = pair.packed, pair.ratio
+        packed = pair.packed
+        ratio = pair.ratio
         where = f"{packed.phase}, batch {packed.batch}, {packed.threads} thread{'s' * (packed.threads != 1)}"
         line = f"{where}: packed is {_outcome(packed.median / pair.dense.median)} ({packed.median:.1f} tokens/s)"
         if (
@@ -437,11 +449,11 @@ def one_run(
         for position in range(prompt_tokens, prompt_tokens + new_tokens):
             logits = decoder.step(int(logits.argmax()), position)
         return read - start, clock() - read
-    calls, times = itertools.count(), list[float]()
+    calls = itertools.count()
+    times: list[float] = []
 
-    def put(
-        _: Tensor,
-    ) -> None:  # transformers copies each token to the CPU, which waits for a GPU
+    # transformers copies each token to the CPU before the call, which waits for a GPU.
+    def put(_: Tensor) -> None:
         if next(calls) in (1, new_tokens + 1):  # the first call has the prompt
             times.append(clock())
 
@@ -452,7 +464,8 @@ def one_run(
         max_new_tokens=new_tokens + 1,
     )
     ends = SimpleNamespace(put=put, end=lambda: None)
-    configured, start = with_config(model, greedy), clock()
+    configured = with_config(model, greedy)
+    start = clock()
     configured.generate(ids, attention_mask=torch.ones_like(ids), streamer=ends)  # type: ignore[operator]
     first, last = times
     return first - start, last - first

@@ -91,7 +91,8 @@ class PackedEntry(BaseModel):
     @property
     def stored_shape(self) -> tuple[int, int]:
         """Shape of the dense weight in a checkpoint."""
-        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+        out, columns = self.shape
+        return (columns, out) if self.transposed else (out, columns)
 
     def to_dict(self) -> dict[str, object]:
         """The entry as plain JSON values, as ``config.json`` has it."""
@@ -167,7 +168,8 @@ class PackedTensors:
         described: Mapping[str, Tensor],
         get: Callable[[str], Tensor],
     ) -> None:
-        self.directory, self._get = directory, get
+        self.directory = directory
+        self._get = get
         config = read_object(directory / "config.json")
         if not is_packed(config):
             raise FormatError(
@@ -231,7 +233,8 @@ class PackedTensors:
         if "offsets" not in parts:
             parts["offsets"] = dense_offsets(entry.shape, value_type)
         if narrow:  # the offsets say how many values of three bits there are
-            offsets, rows = parts["offsets"], (entry.shape[0] + 1,)
+            offsets = parts["offsets"]
+            rows = (entry.shape[0] + 1,)
             try:
                 if offsets.dtype != torch.int64 or tuple(offsets.shape) != rows:
                     raise ValueError(
@@ -256,16 +259,15 @@ class PackedTensors:
     def dense(self, name: str) -> Tensor:
         """The dense weight of a linear as a checkpoint has it, of ``stored_shape`` and ``dtype`` of its entry; a
         FormatError if it is inconsistent, or its dtype cannot hold a finite value."""
-        entry, packed = self.entries[name], self.packed(name)
-        dtype, values = entry.torch_dtype, FLOAT_TYPES.get(packed.value_type)
+        entry = self.entries[name]
+        packed = self.packed(name)
+        dtype = entry.torch_dtype
+        values = FLOAT_TYPES.get(packed.value_type)  # None for integers
         dense = unpack(packed, dtype)
         if values is None or torch.finfo(values).max > torch.finfo(dtype).max:
-            finite = int(torch.isfinite(dense).sum())
-            infinite = (
-                dense.numel()
-                - finite
-                - (0 if values is None else int((~torch.isfinite(packed.values)).sum()))
-            )
+            infinite = int((~torch.isfinite(dense)).sum())
+            if values is not None:  # those that were not finite before
+                infinite -= int((~torch.isfinite(packed.values)).sum())
             if infinite:
                 raise FormatError(
                     f"packed weight {name} has {infinite} values that {dtype} cannot hold; {PACK_AGAIN}"
@@ -276,7 +278,8 @@ class PackedTensors:
 def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:
     """Refuses a packed linear whose tensors are too small for its shape, before memory for that shape is taken;
     :func:`~sparsepack.validation.validate` checks what they contain."""
-    (out, columns), values = entry.shape, parts["values"]
+    out, columns = entry.shape
+    values = parts["values"]
     width = mask_stride(columns)
     if entry.layout == "nm" and entry.pattern in PATTERNS:
         width = row_bytes(entry.pattern, columns)

@@ -75,14 +75,11 @@ class Levels:
         """The nearest numbers; 0 for a value of 0, and for others only with ``zero``."""
         rounded = units.round().clamp_(self.lowest, self.numbers[-1])
         # Signs are added and multiplied: bools take a CPU up to fifty times as long as numbers.
+        if self.even and zero:
+            return rounded
         if self.even:
-            return (
-                rounded
-                if zero
-                else rounded.add_(
-                    rounded.abs().clamp_(max=1).sub_(1).neg_().mul_(units.sign())
-                )
-            )
+            is_zero = rounded.abs().clamp_(max=1).sub_(1).neg_()
+            return rounded.add_(is_zero.mul_(units.sign()))
         places = (
             rounded.sub_(self.lowest).nan_to_num_().to(torch.int32)
         )  # a scale is NaN where a value is
@@ -150,11 +147,8 @@ def whole_numbers(
 
 def levels_of(value_type: str, layout: str) -> Levels:
     """The numbers to which `prune --values` rounds a weight: with a gap for bitmasks alone; others store zeros."""
-    return (
-        GAPPED.get(value_type, PLAIN[value_type])
-        if layout == "bitmask"
-        else PLAIN[value_type]
-    )
+    plain = PLAIN[value_type]
+    return GAPPED.get(value_type, plain) if layout == "bitmask" else plain
 
 
 def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
@@ -197,24 +191,17 @@ def powers_of(exponents: Tensor) -> Tensor:
 
 def text_of_exponents(exponents: Tensor | None) -> str:
     """One hexadecimal digit for each column, the exponent plus 8; empty for None."""
-    return (
-        ""
-        if exponents is None
-        else "".join(
-            f"{exponent - EXPONENTS.start:x}" for exponent in exponents.tolist()
-        )
-    )
+    if exponents is None:
+        return ""
+    return "".join(f"{exponent - EXPONENTS.start:x}" for exponent in exponents.tolist())
 
 
 def exponents_of_text(text: str) -> Tensor | None:
     """The inverse of :func:`text_of_exponents`: int8 ``(in,)``, or None."""
-    return (
-        torch.tensor(
-            [int(digit, 16) + EXPONENTS.start for digit in text], dtype=torch.int8
-        )
-        if text
-        else None
-    )
+    if not text:
+        return None
+    exponents = [int(digit, 16) + EXPONENTS.start for digit in text]
+    return torch.tensor(exponents, dtype=torch.int8)
 
 
 class Encoded(NamedTuple):
@@ -262,9 +249,9 @@ def encode_values(
                 f"{overflowed} weights are too large for {value_type}; choose bf16 or fp32"
             )
         return Encoded(stored, offsets)
-    exact = (
-        weight.float() if exponents is None else weight.float() * powers_of(-exponents)
-    )
+    exact = weight.float()
+    if exponents is not None:
+        exact = exact * powers_of(-exponents)
     if not bool(torch.isfinite(exact).all()):
         raise FormatError(
             f"a weight is NaN, infinite or too large, and cannot be stored as {value_type}"
@@ -303,7 +290,8 @@ def decode_values(
 
     ``kept``: bool ``(rows, in)``. Other arguments are those of :func:`encode_values`."""
     values, offsets, scales, levels = stored
-    start, stop = int(offsets[rows.start]), int(offsets[rows.stop])
+    start = int(offsets[rows.start])
+    stop = int(offsets[rows.stop])
     if value_type in FLOAT_TYPES:
         return values[start:stop]
     assert scales is not None
@@ -316,17 +304,20 @@ def decode_values(
         codes = _nibbles(values[start // 2 : stop // 2])[
             (offsets[rows] - start)[row] + rank
         ]
-        numbers = (
-            codes.float() - CODES // 2
-            if levels is None
-            else levels.float()[codes.int()]
+        exact = (
+            _numbers_of(codes, levels)
+            * scales[rows][row, kept.nonzero()[:, 1] // group].float()
         )
-        exact = numbers * scales[rows][row, kept.nonzero()[:, 1] // group].float()
-    return (
-        exact
-        if exponents is None
-        else exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
-    )
+    if exponents is not None:
+        exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
+    return exact
+
+
+def _numbers_of(codes: Tensor, levels: Tensor | None) -> Tensor:
+    """The whole numbers of codes of int4, fp32."""
+    if levels is None:
+        return codes.float() - CODES // 2
+    return levels.float()[codes.int()]
 
 
 def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -> int:
@@ -336,12 +327,10 @@ def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -
         return kept + 4 * len(counts)
     if value_type in GROUPED:
         pairs = int(((counts + 1) // 2).sum())
-        index = 2 * groups * len(counts) + CODES * (
-            not levels_of(value_type, layout).even
-        )
-        return (
-            pairs if value_type == "int4" else bytes_of_three_bits(2 * pairs)
-        ) + index
+        scales = 2 * groups * len(counts)
+        levels = 0 if levels_of(value_type, layout).even else CODES
+        values = bytes_of_three_bits(2 * pairs) if value_type == "int3" else pairs
+        return values + scales + levels
     return kept * FLOAT_TYPES[value_type].itemsize
 
 
@@ -407,10 +396,8 @@ def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, f
     """Whole numbers ``(groups, columns)``, the best bf16 scales ``(groups,)`` of those tried, and the squared error.
 
     The anchor becomes the lowest number, which has no positive counterpart, so a scale may be negative."""
-    numbers, scales = (
-        torch.empty_like(grouped),
-        grouped.new_empty(len(grouped), dtype=torch.bfloat16),
-    )
+    numbers = torch.empty_like(grouped)
+    scales = grouped.new_empty(len(grouped), dtype=torch.bfloat16)
     total = 0.0
     for first in range(0, len(grouped), _GROUPS_AT_ONCE):
         part = slice(first, first + _GROUPS_AT_ONCE)
@@ -424,7 +411,8 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
     best = torch.full_like(
         extreme, math.nan
     )  # an error that overflows is better than none
-    numbers, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
+    numbers = torch.zeros_like(grouped)
+    scales = torch.zeros_like(extreme)
     for fraction in _SCALE_FRACTIONS:
         scale = (
             (extreme / levels.lowest * fraction).bfloat16().float()
@@ -441,6 +429,6 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The row of each kept value, and its rank in that row, from 0."""
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    return rows, torch.arange(len(rows), device=counts.device) - (
-        counts.cumsum(0) - counts
-    )[rows]
+    first_of_row = counts.cumsum(0) - counts
+    numbers = torch.arange(len(rows), device=counts.device)
+    return rows, numbers - first_of_row[rows]

@@ -21,16 +21,12 @@ def extension() -> ModuleType | None:
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets of the extension that this machine can run, best first; empty if it was not built."""
     library = extension()
-    return (
-        ()
-        if library is None
-        else tuple(name for name, supported in library.instruction_sets() if supported)
-    )
+    if library is None:
+        return ()
+    return tuple(name for name, supported in library.instruction_sets() if supported)
 
 
 def kernels() -> str:
     """One line that says which instruction sets this machine can run, best first."""
-    return (
-        ", ".join(instruction_sets())
-        or f"not compiled, torch does their work; {NOT_BUILT}"
-    )
+    missing = f"not compiled, torch does their work; {NOT_BUILT}"
+    return ", ".join(instruction_sets()) or missing

@@ -1,5 +1,6 @@
-"""One token at a time through a model, packed or dense, in one call of the extension: a static cache, and no Python in
-between.
+"""Decodes one token at a time with a model, packed or dense, in one call of the extension for each.
+
+The cache of keys and values has a fixed size, and no Python runs between layers.
 
 Only decoders of the Llama kind (Llama, Mistral without a window, Qwen2) are known to the extension, and only with
 transformers' own modules, unchanged. Everything else is decoded by transformers. Sums, norms and attention are fp32,
@@ -39,11 +40,8 @@ _FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 def cache_keyword(model: nn.Module) -> str:
     """The name of the key-value cache in a model's forward and its output, which differs between releases."""
-    return (
-        "cache"
-        if "cache" in inspect.signature(model.forward).parameters
-        else "past_key_values"
-    )
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def decodes(model: Any) -> bool:
@@ -53,7 +51,8 @@ def decodes(model: Any) -> bool:
         "transformers.models."
     ):
         return False
-    modules, config = list(model.modules()), model.config
+    modules = list(model.modules())
+    config = model.config
     if (
         kernel_name() == "torch"
         or torch.get_default_device().type != "cpu"
@@ -139,15 +138,15 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        config, inside = model.config, model.model
-        self._model, self._capacity = model, capacity
+        config = model.config
+        inside = model.model
+        self._model = model
+        self._capacity = capacity
         self._kept: list[Tensor] = []  # tensors whose addresses are in the plan
         size = _head_size(config)
-        heads, kv_heads, hidden = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.hidden_size,
-        )
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
+        hidden = config.hidden_size
         inner = max(
             config.intermediate_size,
             *(layer.mlp.gate_proj.out_features for layer in inside.layers),
@@ -191,9 +190,9 @@ class Decoder:
     @torch.no_grad()
     def read(self, ids: Tensor) -> Tensor:
         """Reads a prompt ``(1, tokens)`` by the model's own forward; the logits ``(vocabulary,)`` after it, fp32."""
-        model, tokens = self._model, ids.shape[1]
-        output: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        cache = getattr(output, cache_keyword(model))
+        tokens = ids.shape[1]
+        output: Any = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        cache = getattr(output, cache_keyword(self._model))
         for index, (keys, values) in enumerate(self._cache):
             keys[:, :tokens] = cache.layers[index].keys[0]
             values[:, :tokens] = cache.layers[index].values[0]
@@ -218,17 +217,14 @@ class Decoder:
         return self._kept[-1].data_ptr()
 
     def _linear(self, module: Any) -> list[int]:
-        packed = (
-            module.packed
-            if isinstance(module, PackedLinear)
-            else dense_weight(module.weight)
-        )
+        """The numbers of a linear in the plan; its tensors are kept alive."""
+        if isinstance(module, PackedLinear):
+            packed = module.packed
+            rounded = module.rounded and packed.scales is not None
+        else:
+            packed = dense_weight(module.weight)
+            rounded = False
         self._kept += packed.tensors.values()
-        rounded = (
-            isinstance(module, PackedLinear)
-            and module.rounded
-            and packed.scales is not None
-        )
         bias = getattr(module, "bias", None)
         return [
             *native.addresses(packed),
@@ -246,9 +242,9 @@ def dense_weight(weight: Tensor) -> PackedWeight:
     return PackedWeight(
         (rows, columns),
         "dense",
-        mask,
-        weight.view(-1),
-        torch.arange(rows + 1) * columns,
-        None,
-        kind,
+        mask=mask,
+        values=weight.view(-1),
+        offsets=torch.arange(rows + 1) * columns,
+        scales=None,
+        value_type=kind,
     )

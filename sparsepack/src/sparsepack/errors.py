@@ -38,11 +38,9 @@ def refusal(error: ValidationError, name: str = "") -> str:
     reason = (
         first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     )
-    return f"{place} is " + (
-        "missing"
-        if first["type"] == "missing"
-        else f"{shown(first['input'])}: {reason}"
-    )
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    return f"{place} is {shown(first['input'])}: {reason}"
 
 
 def shown(value: object, most: int = 160) -> str:
@@ -56,7 +54,8 @@ def shown(value: object, most: int = 160) -> str:
         isinstance(value, str | bytes) and len(value) > 2 * most
     ):  # so that a megabyte of text is not formatted
         value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
-    name, parts = f"a {type(value).__name__}", [value]
+    name = f"a {type(value).__name__}"
+    parts = [value]
     for part in parts:  # a list that holds another twice, and so on, has more parts than its text could show
         if isinstance(part, dict | list | tuple | set):
             parts += part.values() if isinstance(part, dict) else part
@@ -70,11 +69,9 @@ def shown(value: object, most: int = 160) -> str:
         Exception
     ):  # from the repr of a user's class, or of a list with a number that is too long
         return name
-    return (
-        text
-        if len(text) <= most
-        else f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
-    )
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}…{text[most // 2 + 1 - most :]}"
 
 
 class SettingError(PackError):

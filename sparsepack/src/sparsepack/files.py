@@ -35,7 +35,8 @@ _STORAGE = {
     "torch_dtype",
 }
 _STORAGE |= {"transformers_version", "transformers_weights", "use_cache"}
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 def parse_json(
@@ -163,7 +164,8 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a checkpoint, and the file name of each tensor in the index, if there is one. A FormatError
     says that there are none, or that the index names a file that is not in the directory. Next to ``model.safetensors``
     an index counts for nothing, as in transformers, whose ``save_pretrained`` may leave one there."""
-    index, single = directory / INDEX, directory / SINGLE
+    index = directory / INDEX
+    single = directory / SINGLE
     if os.path.lexists(index) and not single.is_file():
         shard_of = read_object(index).get("weight_map")
         if (
@@ -183,11 +185,10 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
                     f"{index} names the shard {name!r:.100}, which is not in {directory}; download it again"
                 )
         return [directory / name for name in names], shard_of
-    if (
-        files := [single]
-        if single.is_file()
-        else sorted(filter(os.path.isfile, directory.glob("*.safetensors")))
-    ):
+    if single.is_file():
+        return [single], {}
+    files = sorted(filter(os.path.isfile, directory.glob("*.safetensors")))
+    if files:
         return files, {}
     if any(directory.glob("*.bin")):
         raise FormatError(

@@ -57,11 +57,9 @@ class Generation:
     @property
     def tokens_per_second(self) -> float:
         """Speed of decoding: tokens after the first, divided by their seconds; 0 if there are none."""
-        return (
-            (self.new_tokens - 1) / self.decode_seconds
-            if self.new_tokens > 1 and self.decode_seconds
-            else 0.0
-        )
+        if self.new_tokens < 2 or not self.decode_seconds:
+            return 0.0
+        return (self.new_tokens - 1) / self.decode_seconds
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -116,7 +114,7 @@ def check_sampling(given: dict[str, Any]) -> Sampling:
         raise SettingError(refusal(error)) from None
 
 
-class _Settings(BaseModel):
+class _UsedConfig(BaseModel):
     """The part of a checkpoint's generation config that is used: where a text ends, and how tokens are sampled."""
 
     model_config = ConfigDict(strict=True, from_attributes=True, allow_inf_nan=False)
@@ -128,7 +126,7 @@ class _Settings(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
 
 
-class _Recommended(_Settings):
+class _RecommendedConfig(_UsedConfig):
     """What a generation config says of sampling itself."""
 
     do_sample: bool | None = None
@@ -185,7 +183,8 @@ def continuation(
 ) -> Generation:
     """As :func:`generate`, for a prompt of token ids ``(1, tokens)``. It ends early, after a token, once ``cancelled``
     returns true."""
-    settings, length = generation_settings(model, sampling), ids.shape[1]
+    settings = generation_settings(model, sampling)
+    length = ids.shape[1]
     limit = context_limit(model.config)
     if length == 0:
         raise SettingError("the prompt is empty; give some text to continue")
@@ -204,17 +203,17 @@ def continuation(
         return torch.full((len(ids),), text.over is not None, device=ids.device)
 
     ids = ids.to(model.device)
-    ends = {*last} if isinstance(last := settings.eos_token_id, list) else {last}
+    last = settings.eos_token_id
+    ends = {*last} if isinstance(last, list) else {last}
     choices = _processors(
         settings, torch.Generator(ids.device).manual_seed(sampling.seed)
     )
-    padding = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id
-    )
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = tokenizer.eos_token_id
     with threads_set(threads):
-        start, count = time.perf_counter(), torch.get_num_threads()
+        start = time.perf_counter()
+        count = torch.get_num_threads()
         if (decoder := _decoder(model, length + sampling.max_new_tokens)) is not None:
             _decode(decoder, ids, choices, ends, sampling.max_new_tokens, text)
         else:  # greedily among what is chosen: its own sampling takes torch's random state, which all threads share
@@ -230,10 +229,15 @@ def continuation(
                 stopping_criteria=StoppingCriteriaList([ended]),
                 logits_processor=choices,
             )
-    first, latest = text.times[0], text.times[-1]
     finish = text.over or ("stop" if text.ids[-1] in ends else "length")
     return Generation(
-        text.text, length, len(text.ids), first - start, latest - first, count, finish
+        text.text,
+        prompt_tokens=length,
+        new_tokens=len(text.ids),
+        prefill_seconds=text.times[0] - start,
+        decode_seconds=text.times[-1] - text.times[0],
+        threads=count,
+        finish=finish,
     )
 
 
@@ -324,9 +328,9 @@ def generation_settings(model: PreTrainedModel, sampling: Sampling) -> Generatio
     """
     temperature = sampling.temperature
     try:
-        used = _Settings.model_validate(model.generation_config)
+        used = _UsedConfig.model_validate(model.generation_config)
         if temperature is None:
-            recommended = _Recommended.model_validate(model.generation_config)
+            recommended = _RecommendedConfig.model_validate(model.generation_config)
             chosen = 1.0 if recommended.temperature is None else recommended.temperature
             temperature = chosen if recommended.do_sample else 0.0
     except ValidationError as error:
@@ -374,8 +378,10 @@ class _Text(BaseStreamer):
         cancelled: Callable[[], bool],
     ) -> None:
         self._decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-        self._stop, self._longest = tuple(stop), max(map(len, stop), default=0)
-        self._on_text, self._cancelled = on_text, cancelled
+        self._stop = tuple(stop)
+        self._longest = max(map(len, stop), default=0)
+        self._on_text = on_text
+        self._cancelled = cancelled
         self._tokens: list[
             int
         ] = []  # the last of the prompt, which comes first, and those that follow
@@ -419,15 +425,16 @@ class _Text(BaseStreamer):
         if piece and (
             last or not piece.endswith("\ufffd")
         ):  # the beginning of a character
-            self._before, self._read = self._read, len(self._tokens)
+            self._before = self._read
+            self._read = len(self._tokens)
             begin = max(0, len(self.text) - self._longest + 1)
             self.text += piece
-            if places := [
-                place
-                for stop in self._stop
-                if (place := self.text.find(stop, begin)) >= 0
-            ]:
-                self.text, self.over, last = self.text[: min(places)], "stop", True
+            found = [self.text.find(stop, begin) for stop in self._stop]
+            places = [place for place in found if place >= 0]
+            if places:
+                self.text = self.text[: min(places)]
+                self.over = "stop"
+                last = True
         safe = len(self.text) - (0 if last else self._held())
         if self._on_text is not None and safe > self._given:
             self._on_text(self.text[self._given : safe])

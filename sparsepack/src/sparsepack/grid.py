@@ -28,10 +28,8 @@ from sparsepack.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
-LEAST_NORMAL, LEAST = (
-    2.0**-14,
-    2.0**-24,
-)  # fp16: below the first, numbers are multiples of the second
+LEAST_NORMAL = 2.0**-14  # fp16: numbers below it are multiples of LEAST
+LEAST = 2.0**-24
 AT_ONCE = (
     1 << 17
 )  # weights that are rounded together: what that needs stays in the cache
@@ -125,11 +123,9 @@ def on_grid(
     The scales follow from the largest magnitudes of ``weight``, as in :func:`scales_of`; a value beyond the last number
     becomes it. ``dtype`` is the checkpoint's; ``exponents``, int8 ``(in,)``; ``groups``, if they are known already."""
     groups = Groups.of(weight, value_type) if groups is None else groups
-    powers = (
-        torch.ones(weight.shape[1], device=weight.device)
-        if exponents is None
-        else powers_of(exponents)
-    )
+    powers = torch.ones(weight.shape[1], device=weight.device)
+    if exponents is not None:
+        powers = powers_of(exponents)
     rounded = on_grid_of(groups, weight, dtype, powers)
     if groups.dense and not Groups.of(rounded, value_type).dense:
         rounded = on_grid_of(replace(groups, dense=False), weight, dtype, powers)
@@ -179,20 +175,17 @@ def codes_of(weight: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
             raise FormatError(
                 f"{name} is not on the grid {grid.name}; export what `prune --grid {grid.name}` wrote"
             )
-        codes[rows], scales[rows] = (
-            groups.spread(numbers).to(torch.int8),
-            of_groups.view(-1, scales.shape[1]),
-        )
+        codes[rows] = groups.spread(numbers).to(torch.int8)
+        scales[rows] = of_groups.view(-1, scales.shape[1])
     return codes, scales
 
 
 def _rows_at_once(weight: Tensor) -> int:
-    return max(
-        1,
-        min(len(weight), AT_ONCE // weight.shape[1])
-        if weight.device.type == "cpu"
-        else len(weight),
-    )
+    """The rows of a weight that are rounded together: all of them on a GPU."""
+    rows = len(weight)
+    if weight.device.type == "cpu":
+        rows = min(rows, AT_ONCE // weight.shape[1])
+    return max(1, rows)
 
 
 def _nearest(

@@ -87,7 +87,9 @@ class PackedWeight:
         written = {
             field: tensor for field, tensor in self.tensors.items() if field != left_out
         }
-        return {**written, "values": narrowed(self.values)} if self.narrow else written
+        if self.narrow:
+            written["values"] = narrowed(self.values)
+        return written
 
     @property
     def group(self) -> int | None:
@@ -151,8 +153,11 @@ def pack(
         raise SettingError("exponents are one whole number for each column, -8 to 7")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
-    kept, shape = weight != 0, (weight.shape[0], weight.shape[1])
-    pattern = masks.detect(kept) if layout not in ("bitmask", "dense") else None
+    kept = weight != 0
+    shape = (weight.shape[0], weight.shape[1])
+    pattern = None
+    if layout in ("auto", "nm"):
+        pattern = masks.detect(kept)
     if layout == "nm" and pattern is None:
         raise SettingError(
             "the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'"
@@ -162,46 +167,58 @@ def pack(
         layout = min(forms, key=lambda name: forms[name][0])
         if forms[layout][0] >= weight.nbytes:
             return None
-    pattern = pattern if layout == "nm" else None
-    if pattern is not None:
-        kept = masks.filled(kept, pattern)
-        mask = masks.encode_groups(kept, pattern)
-    else:
-        kept = torch.ones_like(kept) if layout == "dense" else kept
-        mask = masks.to_bits(kept[:1] if layout == "dense" else kept)
-    exponents = (
-        None
-        if exponents is None or value_type in FLOAT_TYPES
-        else exponents.to("cpu", torch.int8)
-    )
-    values, offsets, scales, levels = encode_values(
-        weight, kept, value_type, forms[layout][1], exponents, layout
+    if layout != "nm":
+        pattern = None
+    kept, mask = _positions(kept, layout, pattern)
+    if value_type in FLOAT_TYPES:
+        exponents = None
+    if exponents is not None:
+        exponents = exponents.to("cpu", torch.int8)
+    encoded = encode_values(
+        weight,
+        kept,
+        value_type=value_type,
+        group=forms[layout][1],
+        exponents=exponents,
+        layout=layout,
     )
     narrow = value_type == "int3"
-    held = "int4" if narrow else value_type
     return PackedWeight(
         shape,
         layout,
-        mask,
-        values,
-        offsets,
-        scales,
-        held,
-        pattern,
-        exponents,
-        levels,
-        narrow,
+        mask=mask,
+        values=encoded.values,
+        offsets=encoded.offsets,
+        scales=encoded.scales,
+        value_type="int4" if narrow else value_type,
+        pattern=pattern,
+        exponents=exponents,
+        levels=encoded.levels,
+        narrow=narrow,
     )
+
+
+def _positions(
+    kept: Tensor, layout: str, pattern: masks.NM | None
+) -> tuple[Tensor, Tensor]:
+    """The positions whose values a layout stores, bool ``(out, in)``, and its mask; ``kept`` are those not zero."""
+    if pattern is not None:
+        stored = masks.filled(kept, pattern)
+        return stored, masks.encode_groups(stored, pattern)
+    if layout == "dense":
+        stored = torch.ones_like(kept)
+        return stored, masks.to_bits(stored[:1])
+    return kept, masks.to_bits(kept)
 
 
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
     """The layout in which :func:`pack` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
 
     Both depend on its zeros alone."""
-    kept, shape = weight.detach() != 0, (weight.shape[0], weight.shape[1])
-    forms = _forms(
-        shape, kept.count_nonzero(dim=1).cpu(), masks.detect(kept), value_type
-    )
+    kept = weight.detach() != 0
+    shape = (weight.shape[0], weight.shape[1])
+    counts = kept.count_nonzero(dim=1).cpu()
+    forms = _forms(shape, counts, pattern=masks.detect(kept), value_type=value_type)
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
 
@@ -229,20 +246,17 @@ def predicted_bytes(
         ),
         None,
     )
-    return (
-        min(
-            size for size, _ in _forms(shape, counts, coded, value_type, group).values()
-        )
-        + columns * exponents
-    )
+    forms = _forms(shape, counts, pattern=coded, value_type=value_type, group=group)
+    smallest = min(size for size, _ in forms.values())
+    return smallest + columns if exponents else smallest
 
 
 def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
     """The offsets of a weight in the layout ``dense``, int64 ``(out + 1,)``."""
     out, columns = shape
-    return torch.arange(out + 1) * (
-        columns + columns % 2 if value_type == "int4" else columns
-    )
+    if value_type == "int4":  # every row begins on a byte
+        columns += columns % 2
+    return torch.arange(out + 1) * columns
 
 
 def _forms(
@@ -264,18 +278,13 @@ def _forms(
         parts["nm"] = (kept, out * masks.row_bytes(pattern, columns) + index_of_rows)
     forms: dict[str, tuple[int, int | None]] = {}
     for layout, (values, index) in parts.items():
-        size = (
-            (group or best_group(int(values.sum()) / (out * columns)))
-            if value_type in GROUPED
-            else None
+        size = None
+        if value_type in GROUPED:
+            size = group or best_group(int(values.sum()) / (out * columns))
+        stored = bytes_of_values(
+            values, value_type, groups=groups_of(columns, size or 1), layout=layout
         )
-        forms[layout] = (
-            index
-            + bytes_of_values(
-                values, value_type, groups_of(columns, size or 1), layout
-            ),
-            size,
-        )
+        forms[layout] = (index + stored, size)
     return forms
 
 
@@ -290,7 +299,9 @@ def unpack_rows(
     packed: PackedWeight, first: int, last: int, dtype: torch.dtype
 ) -> Tensor:
     """Rows ``first:last`` of a weight in the layout ``bitmask`` or ``dense``, dense: ``(last - first, in)``."""
-    mask = packed.mask.expand(last, -1) if packed.layout == "dense" else packed.mask
+    mask = packed.mask
+    if packed.layout == "dense":
+        mask = mask.expand(last, -1)
     kept = masks.from_bits(mask[first:last], packed.shape[1])
     stored = Encoded(packed.values, packed.offsets, packed.scales, packed.levels)
     values = decode_values(

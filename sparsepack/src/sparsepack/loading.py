@@ -47,9 +47,10 @@ def load(
     """
     place = _device(device)
     rounded = activations_of(activations) == "int8"
-    dtype = SHORT_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if isinstance(dtype, str) and dtype not in _DTYPES:
-        raise SettingError(f"dtype is {shown(dtype)}; give {', '.join(_DTYPES)}")
+    if isinstance(dtype, str):
+        dtype = SHORT_DTYPES.get(dtype, dtype)
+        if dtype not in _DTYPES:
+            raise SettingError(f"dtype is {shown(dtype)}; give {', '.join(_DTYPES)}")
     path = checkpoint_path(directory)
     _check_sizes(path)
     chosen = {"trust_remote_code": False, **kwargs}
@@ -117,7 +118,8 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
 
 def _check_sizes(path: Path) -> None:
     """Refuses a config for which transformers would build modules for hours, before it does."""
-    config, shapes = read_object(path / "config.json"), dict[str, tuple[int, ...]]()
+    config = read_object(path / "config.json")
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path)[0]:
         with opened_weights(file, "np") as opened:
             shapes |= {
@@ -125,9 +127,10 @@ def _check_sizes(path: Path) -> None:
                 for name in opened.keys()  # noqa: SIM118 - not a mapping
             }
     text = config.get("text_config")
-    if (
-        unfit := unfit_size(config | (text if isinstance(text, dict) else {}), shapes)
-    ) is not None:
+    if isinstance(text, dict):
+        config |= text
+    unfit = unfit_size(config, shapes)
+    if unfit is not None:
         raise FormatError(f"{path / 'config.json'} {unfit}; copy the checkpoint again")
 
 

@@ -82,10 +82,13 @@ def detect(kept: Tensor) -> NM | None:
 
 def implies(pattern: NM, other: NM) -> bool:
     """Whether each weight that satisfies a pattern must satisfy the other."""
-    (n, m), (most, size) = pattern, other
-    return (
-        min(n, size) if m % size == 0 else n * size // m if size % m == 0 else size
-    ) <= most
+    n, m = pattern
+    most, size = other
+    if m % size == 0:  # all kept ones may be in one of the other's groups
+        return min(n, size) <= most
+    if size % m == 0:
+        return n * size // m <= most
+    return size <= most
 
 
 def filled(kept: Tensor, pattern: NM) -> Tensor:
@@ -130,7 +133,9 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
     Raises:
         ValueError: a code is not below C(m, n), or a bit after a row's last code is set.
     """
-    out, width, groups = len(codes), code_bits(pattern), columns // pattern[1]
+    out = len(codes)
+    width = code_bits(pattern)
+    groups = columns // pattern[1]
     bits = numpy.unpackbits(codes.cpu().numpy(), axis=1, bitorder="little")
     if bits[:, groups * width :].any():
         raise ValueError("a padding bit is set")

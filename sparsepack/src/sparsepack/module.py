@@ -48,9 +48,10 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
 
     The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
     may round a small batch to int8, where the weight is int8 or int4."""
-    kernels = _kernels(x.device.type) if x.dtype in FLOAT_TYPES.values() else None
+    device = x.device.type
+    kernels = _kernels(device) if x.dtype in FLOAT_TYPES.values() else None
     if kernels is not None and 0 < len(x) <= SMALL_BATCH:
-        options = {"rounded": True} if rounded and x.device.type == "cpu" else {}
+        options = {"rounded": True} if rounded and device == "cpu" else {}
         product: Tensor = kernels.multiply(packed, x.contiguous(), **options)
         return product
     return _multiply_tiled(packed, x, getattr(kernels, "unpack_rows", None))
@@ -58,11 +59,12 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
 
 def activations_of(name: str | None = None) -> str:
     """``int8`` or ``fp32``: a name that was given, else ``SPARSELLM_ACTIVATIONS`` in the environment, else int8."""
-    asked = (
-        os.environ.get("SPARSELLM_ACTIVATIONS", "").strip() if name is None else name
-    )
+    source = "activations"
+    asked = name
+    if asked is None:
+        source = "SPARSELLM_ACTIVATIONS"
+        asked = os.environ.get(source, "").strip()
     if asked and asked not in ACTIVATIONS:
-        source = "SPARSELLM_ACTIVATIONS" if name is None else "activations"
         raise SettingError(
             f"{source}: {asked!r:.100} is unknown; choose one of {', '.join(ACTIVATIONS)}"
         )
@@ -76,12 +78,12 @@ def gather(model: nn.Module, *, dense: bool = False) -> None:
     Products stream through them: with pages of 4 KB, a seventh of the time of a token goes to the pages' addresses."""
     places: dict[int, list[Tensor]] = {}
     for module in model.modules():
-        names = (
-            ("weight_mask", "weight_values")
-            if isinstance(module, PackedLinear)
-            else ("weight",)
-        )
-        for name in names if dense or isinstance(module, PackedLinear) else ():
+        names: tuple[str, ...] = ()
+        if isinstance(module, PackedLinear):
+            names = ("weight_mask", "weight_values")
+        elif dense:
+            names = ("weight",)
+        for name in names:
             tensor = getattr(module, name, None)
             if (
                 tensor is not None
@@ -152,14 +154,13 @@ def _kernels(device: str) -> ModuleType | None:
 def _multiply_tiled(
     packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., Any] | None
 ) -> Tensor:
+    """The product of :func:`multiply`, from one dense tile of rows after another, by torch."""
     out, columns = packed.shape
     rows = max(1, min(out, TILE // columns))
     if rows > ROWS:
         rows -= rows % ROWS
-    y, buffer = (
-        x.new_empty(len(x), out),
-        x.new_empty(rows if unpack_tile is not None else 0, columns),
-    )
+    y = x.new_empty(len(x), out)
+    buffer = x.new_empty(0 if unpack_tile is None else rows, columns)
     for first in range(0, out, rows):
         last = min(first + rows, out)
         if unpack_tile is None:
@@ -193,11 +194,11 @@ def _assemble(
     return PackedWeight(
         shape,
         layout,
-        mask,
-        values,
-        offsets,
-        scales,
-        kind,
+        mask=mask,
+        values=values,
+        offsets=offsets,
+        scales=scales,
+        value_type=kind,
         exponents=exponents,
         levels=levels,
     )
@@ -225,7 +226,8 @@ class PackedLinear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
         self.rounded = activations_of() == "int8"
         self.transposed = (
             False  # whether the model had a Conv1D here, whose weight is (in, out)
@@ -233,11 +235,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
         for name in PACKED_BUFFERS:
             self.register_buffer(name, None)
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
-            if bias
-            else None
-        )
+        self.bias: nn.Parameter | None = None
+        if bias:
+            zeros = torch.zeros(out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(zeros)
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
         """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.
@@ -296,10 +297,8 @@ class PackedLinear(nn.Module):
             from transformers.pytorch_utils import Conv1D
 
             with torch.device("meta"):
-                linear, weight = (
-                    Conv1D(self.out_features, self.in_features),
-                    weight.t().contiguous(),
-                )
+                linear = Conv1D(self.out_features, self.in_features)
+            weight = weight.t().contiguous()
         linear.weight = nn.Parameter(weight)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training).requires_grad_()
@@ -336,10 +335,8 @@ class PackedLinear(nn.Module):
     ) -> None:
         """Checks the loaded tensors, and puts them into buffers of other sizes than these: kept values differ in
         number."""
-        parts, name = (
-            [state_dict.get(prefix + name) for name in PACKED_BUFFERS],
-            prefix.rstrip("."),
-        )
+        parts = [state_dict.get(prefix + buffer) for buffer in PACKED_BUFFERS]
+        name = prefix.rstrip(".")
         if any(part is not None for part in parts):
             try:
                 if any(part is None for part in parts[:3]):
@@ -387,11 +384,9 @@ class PackedEmbedding(PackedLinear):
         self.weight = nn.Parameter(
             self.weight, requires_grad=False
         )  # transformers ties parameters alone
-        self.num_embeddings, self.embedding_dim, self.padding_idx = (
-            rows,
-            columns,
-            embedding.padding_idx,
-        )
+        self.num_embeddings = rows
+        self.embedding_dim = columns
+        self.padding_idx = embedding.padding_idx
         self.kind: Any = type(embedding)
         scale = row_scale(embedding)
         assert scale is not None
@@ -419,12 +414,10 @@ class PackedEmbedding(PackedLinear):
         )  # refuses negative ids
         rows = values.float() * packed.scales[ids].unsqueeze(-1)
         rows = rows.to(self.weight.dtype)
+        if self.kind is nn.Embedding:
+            return rows
         # The factor is rounded to the dtype first, as the dense embedding does.
-        return (
-            rows
-            if self.kind is nn.Embedding
-            else rows * torch.tensor(self.scale).to(rows)
-        )
+        return rows * torch.tensor(self.scale).to(rows)
 
     def to_dense(self) -> nn.Module:
         """The same embedding with a dense weight, in the dtype of the placeholder."""
@@ -439,10 +432,8 @@ class PackedEmbedding(PackedLinear):
                     1, self.embedding_dim, None, embed_scale=self.scale
                 )
             embedding.weight = nn.Parameter(weight)
-            embedding.num_embeddings, embedding.padding_idx = (
-                self.num_embeddings,
-                self.padding_idx,
-            )
+            embedding.num_embeddings = self.num_embeddings
+            embedding.padding_idx = self.padding_idx
         return embedding.train(self.training).requires_grad_()
 
 

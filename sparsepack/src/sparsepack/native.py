@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -75,15 +76,13 @@ def multiply(
         raise KernelError(
             f"activations of shape {tuple(x.shape)}; the kernels take (1 to {MAX_TOKENS}, {packed.shape[1]})"
         )
-    kind, x = _kind(x, "activations"), x.contiguous()
+    kind = _kind(x, "activations")
+    x = x.contiguous()
     y = x.new_empty(len(x), packed.shape[0])
-    arguments = (x.shape[0], kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-    library.multiply(
-        index,
-        *addresses(packed),
-        *arguments,
-        int(rounded and packed.value_type in SCALES_OF),
-    )
+    numbers = [index, *addresses(packed)]
+    numbers += [len(x), kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads()]
+    numbers.append(int(rounded and packed.value_type in SCALES_OF))
+    _call(library.multiply, numbers)
     return y
 
 
@@ -105,18 +104,14 @@ def unpack_rows(
         raise KernelError(
             f"rows go into a contiguous {(last - first, columns)}, not into {tuple(out.shape)}"
         )
-    arguments = (
-        first,
-        last,
-        _kind(out, "rows"),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    library.unpack_rows(index, *addresses(packed), *arguments)
+    kind = _kind(out, "rows")
+    numbers = [index, *addresses(packed)]
+    numbers += [first, last, kind, out.data_ptr(), torch.get_num_threads()]
+    _call(library.unpack_rows, numbers)
 
 
 def decode(plan: Tensor, token: int, position: int) -> None:
-    """One token through the decoder that a plan of :mod:`sparsepack.decode` describes."""
+    """Passes one token through the decoder that a plan of :mod:`sparsepack.decode` describes."""
     library, index = _kernel(None)
     library.decode(index, plan.data_ptr(), token, position, torch.get_num_threads())
 
@@ -129,17 +124,18 @@ def round_panel(
     zero: bool,
     first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rounds a panel of at most 64 inputs to a grid, one after another in place; what ``round.h`` says of it.
+    """Rounds a panel of at most 64 inputs to a grid, one after another in place, as ``round.h`` describes.
 
     ``parts`` are contiguous fp32 matrices on the CPU: half the slopes of the error, or the values to be rounded where
     ``first``; the rounded values, which change; the scales; 1 where a value may move, else 0, all ``(n, out)``; and the
     matrix of the error, or its factor, ``(n, n)``. ``zero`` says that 0 is a number like the others, ``dtype`` what
     values are stored in. Returns the moves ``(n, out)``, or the errors, and the gains ``(out,)``. A KernelError says
     that a matrix has another shape or type."""
-    (library, _), columns = _kernel(None), parts[1]
-    for part, shape in zip(
-        parts, (*[columns.shape] * 4, (len(columns),) * 2), strict=True
-    ):
+    library, _ = _kernel(None)
+    columns = parts[1]
+    inputs, out = columns.shape
+    shapes = [(inputs, out)] * 4 + [(inputs, inputs)]
+    for part, shape in zip(parts, shapes, strict=True):
         if (
             part.shape != shape
             or part.dtype != torch.float32
@@ -147,19 +143,32 @@ def round_panel(
             or not part.is_contiguous()
         ):
             raise KernelError(
-                f"{part.dtype} {tuple(part.shape)}: a panel takes contiguous fp32 on the CPU, {tuple(shape)}"
+                f"{part.dtype} {tuple(part.shape)}: a panel takes contiguous fp32 on the CPU, {shape}"
             )
-    moves, gains = torch.empty_like(columns), torch.empty_like(columns[0])
-    table = None if levels.even else nearest_levels(levels.numbers, columns.device)
-    addresses = [
-        0 if part is None else part.data_ptr() for part in (*parts, moves, gains, table)
-    ]
-    stored = _ACTIVATIONS.get(
-        dtype, _ACTIVATIONS[torch.float32]
-    )  # fp64 stores an fp32 value as it is
-    modes = (levels.lowest, levels.numbers[-1], int(zero), int(first), stored)
-    library.round_panel(*columns.shape, *addresses, *modes, torch.get_num_threads())
+    moves = torch.empty_like(columns)
+    gains = torch.empty_like(columns[0])
+    table = None
+    if not levels.even:
+        table = nearest_levels(levels.numbers, columns.device)
+    # A checkpoint in fp64 stores an fp32 value as it is.
+    stored = _ACTIVATIONS.get(dtype, _ACTIVATIONS[torch.float32])
+    numbers = [inputs, out]
+    numbers += [tensor.data_ptr() for tensor in (*parts, moves, gains)]
+    numbers.append(_address(table))
+    numbers += [levels.lowest, levels.numbers[-1], int(zero), int(first), stored]
+    numbers.append(torch.get_num_threads())
+    _call(library.round_panel, numbers)
     return moves, gains
+
+
+def _call(function: Callable[..., None], numbers: Sequence[int]) -> None:
+    """Calls a function of the extension, which takes whole numbers alone, in the order that ``module.cpp`` reads."""
+    function(*numbers)
+
+
+def _address(tensor: Tensor | None) -> int:
+    """The address of a tensor, or 0 for None, as the extension expects it."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _kind(tensor: Tensor, what: str) -> int:
@@ -177,12 +186,7 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
     Raises:
         KernelError: it is not on the CPU, or has codes of N:M.
     """
-    (out, columns), scales, exponents, levels = (
-        packed.shape,
-        packed.scales,
-        packed.exponents,
-        packed.levels,
-    )
+    out, columns = packed.shape
     if packed.layout == "nm" or not all(
         tensor.is_cpu for tensor in packed.tensors.values()
     ):
@@ -198,17 +202,18 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         packed.mask.data_ptr(),
         packed.values.data_ptr(),
         packed.offsets.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
+        _address(packed.scales),
         packed.group or 0,
         0 if packed.layout == "dense" else stride,
-        0 if exponents is None else exponents.data_ptr(),
-        0 if levels is None else levels.data_ptr(),
+        _address(packed.exponents),
+        _address(packed.levels),
     )
 
 
 def _kernel(name: str | None) -> tuple[ModuleType, int]:
     """The extension, and the number of an instruction set in it."""
-    library, name = _library(), name or available()
+    library = _library()
+    name = name or available()
     if library is None or name is None:
         raise KernelError(
             f"SPARSELLM_KERNEL=torch is set, or the kernels were not built; {NOT_BUILT}"
@@ -237,7 +242,8 @@ def _index(name: str) -> int:
 
 @cache
 def _library() -> ModuleType | None:
-    library, start = extension(), _openmp_of_torch()
+    library = extension()
+    start = _openmp_of_torch()
     if library is not None and start is not None:
         library.use_openmp(start)
     return library

@@ -128,11 +128,10 @@ class PackedQuantizer(HfQuantizer):
                 )
             kind = {"dtype": linear.weight.dtype, "device": linear.weight.device}
             embeds = row_scale(linear) is not None
-            packed = (
-                PackedEmbedding(linear)
-                if embeds
-                else PackedLinear(columns, out, linear.bias is not None, **kind)
-            )
+            if embeds:
+                packed: PackedLinear = PackedEmbedding(linear)
+            else:
+                packed = PackedLinear(columns, out, linear.bias is not None, **kind)
             packed.transposed = transposed
             model.set_submodule(self._modules[name], packed.requires_grad_(False))
         _share_embedding(model)
@@ -157,11 +156,9 @@ class PackedQuantizer(HfQuantizer):
             module.set_packed(self._tensors.packed(name), name)
             # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3. It gives modules the
             # names of the checkpoint again, but leaves the prefix of the base model as it is.
-            written = (
-                module_name
-                if module_name.removeprefix(prefix) == name.removeprefix(prefix)
-                else name
-            )
+            written = name
+            if module_name.removeprefix(prefix) == name.removeprefix(prefix):
+                written = module_name
             linears[written] = entry.of(
                 module.packed, entry.torch_dtype, transposed=entry.transposed
             ).to_dict()
@@ -202,7 +199,8 @@ def _module_names(model: Any, names: list[str]) -> dict[str, str]:
     )
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    weights, prefix = model.state_dict(keep_vars=True), model.base_model_prefix
+    weights = model.state_dict(keep_vars=True)
+    prefix = model.base_model_prefix
     modules = {}
     for name in names:
         key = f"{name}.weight"
@@ -248,13 +246,15 @@ def _refuse_resize(*_: Any, **__: Any) -> Any:
 
 def _share_embedding(model: Any) -> None:
     """Gives a head that is tied to a packed embedding its own module for the same tensors."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
         packed = PackedLinear(
             embedding.embedding_dim, embedding.num_embeddings, head.bias is not None
         )
-        packed.weight, packed.bias = embedding.weight, head.bias
+        packed.weight = embedding.weight
+        packed.bias = head.bias
         packed._buffers = (
             embedding._buffers
         )  # one dict for both, so that a move or a load changes both

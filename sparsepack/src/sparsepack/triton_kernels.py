@@ -39,9 +39,15 @@ def available() -> str | None:
     if not torch.cuda.is_available():
         return None
     try:
-        one, ends = torch.ones(1, 1, device="cuda"), torch.tensor([0, 1], device="cuda")
+        one = torch.ones(1, 1, device="cuda")
         packed = PackedWeight(
-            (1, 1), "bitmask", one.to(torch.uint8), one.view(-1), ends, None, "fp32"
+            (1, 1),
+            "bitmask",
+            mask=one.to(torch.uint8),
+            values=one.view(-1),
+            offsets=torch.tensor([0, 1], device="cuda"),
+            scales=None,
+            value_type="fp32",
         )
         if _product(packed, one).item() != 1:
             raise RuntimeError("a product is wrong")
@@ -208,9 +214,13 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
 
 def _product(packed: PackedWeight, x: Tensor) -> Tensor:
     out, columns = packed.shape
-    scaled = x if packed.exponents is None else x.float() * powers_of(packed.exponents)
-    unused = packed.offsets
-    levels = _plain_levels(x.device) if packed.levels is None else packed.levels
+    scaled = x
+    if packed.exponents is not None:
+        scaled = x.float() * powers_of(packed.exponents)
+    unused = packed.offsets  # any tensor: the kernel does not read it
+    levels = packed.levels
+    if levels is None:
+        levels = _plain_levels(x.device)
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _multiply[(out,)](

@@ -77,7 +77,8 @@ def _check_tensor(
 
 
 def _check_description(packed: PackedWeight) -> None:
-    (out, columns), pattern = packed.shape, packed.pattern
+    out, columns = packed.shape
+    pattern = packed.pattern
     _require(out > 0 and columns > 0, f"shape {packed.shape} is empty or negative")
     _require(
         packed.value_type in VALUE_TYPES, f"unknown value type {packed.value_type!r}"
@@ -105,7 +106,8 @@ def _check_description(packed: PackedWeight) -> None:
 def _check_offsets(packed: PackedWeight) -> Tensor:
     """The offsets, checked, on the CPU."""
     _check_tensor("offsets", packed.offsets, torch.int64, (packed.shape[0] + 1,))
-    offsets, total = packed.offsets.cpu(), int(packed.offsets[-1])
+    offsets = packed.offsets.cpu()
+    total = int(offsets[-1])
     _require(int(offsets[0]) == 0, f"the first offset is {int(offsets[0])}, not 0")
     falls = (offsets[1:] < offsets[:-1]).nonzero()
     _require(
@@ -149,14 +151,14 @@ def _check_counts(packed: PackedWeight, offsets: Tensor) -> None:
 
 
 def _check_scales(packed: PackedWeight) -> None:
-    scales, (out, columns), kind = packed.scales, packed.shape, packed.value_type
-    if kind in FLOAT_TYPES or scales is None:
-        fits = (scales is None) == (kind in FLOAT_TYPES)
-        _require(
-            fits,
-            f"{'no scales' if scales is None else 'scales'} with values of type {kind}",
-        )
+    scales = packed.scales
+    out, columns = packed.shape
+    kind = packed.value_type
+    if kind in FLOAT_TYPES:
+        _require(scales is None, f"scales with values of type {kind}")
         return
+    if scales is None:
+        raise ValueError(f"no scales with values of type {kind}")
     shape: tuple[int, ...] = (out,)
     if kind == "int4":
         _require(
