@@ -18,10 +18,8 @@ from sparsellm import machine, parallel, plugins
 from sparsellm.errors import RecipeError
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.inputs import without_folders
-from sparsellm.method.sweep.training import LEAST_STEPS
-from sparsellm.method.sweep.whole_model import STEP_TOKENS
 from sparsellm.model import Chain
-from sparsellm.model.matrices import is_excluded, outside_blocks, unmatched_patterns
+from sparsellm.model.matrices import outside_blocks, unmatched_patterns
 from sparsellm.model.streams import check_forward
 from sparsellm.progress import (
     DETAIL,
@@ -37,7 +35,6 @@ from sparsellm.records import Base, Prediction
 from sparsellm.report.card import base_of
 from sparsellm.run import predictions
 from sparsellm.run.choice import Choice
-from sparsellm.run.counts import pruned_share
 from sparsellm.run.fingerprint import (
     model_fingerprint,
     start_fingerprint,
@@ -68,15 +65,16 @@ from sparsellm.run.predictions import (
     checkpoint_bytes,
     device_budget,
 )
+from sparsellm.run.warnings import (
+    already_pruned,
+    short_text,
+    stored_otherwise,
+    without_effect,
+)
 from sparsellm.text.sources import default_source
 from sparsellm.text.texts import Text
-from sparsepack.grids import GRIDS
 
 T = TypeVar("T")
-
-FEW_TOKENS = (
-    32_000  # with fewer calibration tokens the gain over local methods is small
-)
 
 
 @dataclass(frozen=True)
@@ -164,15 +162,14 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
-        given, trust = (
-            (request.model, request.teacher, recipe, request.tokenizer),
-            request.trust_remote_code,
-        )
         model = open_models(
-            *given,
+            request.model,
+            request.teacher,
+            recipe=recipe,
+            tokenizer=request.tokenizer,
             text=not isinstance(ids, Tensor),
             loaded=request.out is None,
-            trust=trust,
+            trust=request.trust_remote_code,
         )
         chain = model.chain
         computing = computing_of(chain)
@@ -199,7 +196,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         + outside_blocks(chain)
         + short_text(windows, choice)
     )
-    warnings += _warned(request, choice, chain)
+    warnings += stored_otherwise(chain, recipe, trust=request.trust_remote_code)
+    warnings += without_effect(recipe, choice, teacher=request.teacher is not None)
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
     extent = extent_of(windows, choice.passes)
     budgets = Budgets(recipe.memory, device_budget(chain.device, recipe.device_memory))
@@ -223,7 +221,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         progress(Progress("check", 0, 1))
         warnings += [
             *chain.unused(),
-            *_already_pruned(model, recipe),
+            *already_pruned(model, recipe),
         ]  # before digests, which the walk compares
         dense, start = _digests(model, progress)
     identity = Identity(
@@ -237,8 +235,18 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         start=start,
     )
     note(progress, warnings)
-    opened = (request, recipe, choice, out, model, windows)
-    return Plan(*opened, prediction, disk_bytes, identity, tuple(warnings))
+    return Plan(
+        request,
+        recipe,
+        choice=choice,
+        out=out,
+        model=model,
+        windows=windows,
+        prediction=prediction,
+        disk_bytes=disk_bytes,
+        identity=identity,
+        warnings=tuple(warnings),
+    )
 
 
 def _digests(models: Models, progress: ProgressCallback) -> tuple[str, str]:
@@ -293,100 +301,6 @@ def with_text(
     )
     source, warnings = parallel.from_main(choose)
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
-
-
-def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
-    """Warnings of what the settings of a run do not do, of a grid that no export takes, and of blocks that compute in
-    fp32 on a GPU, where their weights are stored in half precision."""
-    warnings, recipe = [], request.recipe
-    linears = [linear for index in range(len(chain)) for linear in chain.linears(index)]
-    stored = {linear.storage_dtype for linear in linears}
-    kinds = {str(dtype).removeprefix("torch.") for dtype in stored}
-    wider = (
-        chain.device.type == "cuda"
-        and chain.dtype == torch.float32
-        and kinds <= {"float16", "bfloat16"}
-    )
-    if wider and recipe.dtype == "auto":
-        why = (
-            "whose largest number is 65504"
-            if "float16" in kinds
-            else "for which this GPU has no units"
-        )
-        kept = f"their weights are stored in {' and '.join(sorted(kinds))}, {why}"
-        warnings.append(f"blocks compute in float32: {kept}")
-    if request.trust_remote_code and getattr(chain.config, "auto_map", None):
-        warnings.append(
-            "code that came with the model is not copied; copy it into the result, which needs it to load"
-        )
-    if recipe.grid != "own" and recipe.sparsity:
-        saves = (
-            f"grid {recipe.grid} stores zeros like other values, so they save nothing"
-        )
-        warnings.append(f"{saves}; sparsity 0 loses less")
-    if recipe.grid != "own":
-        pruned = [
-            linear
-            for linear in linears
-            if not is_excluded(linear.weight_name, recipe.exclude, recipe.only)
-        ]
-        parts = [
-            part.name
-            for part in pruned
-            if part.weight_name in chain.parts or chain.is_shared(part.weight_name)
-        ]
-        turned = [
-            part.name
-            for part in pruned
-            if part.transposed and GRIDS[recipe.grid].group != 32
-        ]  # that of GGUF
-        whys = [f"{name} has no tensor of its own; exclude it" for name in parts]
-        whys += [
-            f"{name} is a Conv1D, which only GGUF has; take q4_0 or q8_0"
-            for name in turned
-        ]
-        warnings += [f"no export takes grid {recipe.grid}: {why}" for why in whys[:1]]
-    finest = min(stored, key=lambda dtype: torch.finfo(dtype).eps)
-    if (
-        recipe.dtype != "auto"
-        and torch.finfo(chain.dtype).eps > torch.finfo(finest).eps
-    ):
-        stays = f"kept weights are rounded to {chain.dtype}, and stored in {finest}"
-        warnings.append(
-            f"{stays.replace('torch.', '')}; leave dtype out to keep their bits"
-        )
-    if (
-        request.teacher is not None and not choice.passes and recipe.experts is None
-    ):  # the teacher of a model with fewer experts is not the user's choice
-        warnings.append(
-            "no sweep follows, so the teacher changes no weight; it is what the report compares with"
-        )
-    if recipe.sweep_rate is not None and not choice.passes:
-        warnings.append(
-            "no sweep follows, so sweep_rate changes nothing; leave it out, or give an effort"
-        )
-    return warnings
-
-
-def short_text(windows: Windows, choice: Choice) -> list[str]:
-    """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
-    warnings, tokens = [], windows.first.numel()
-    known = (
-        not windows.suffices(windows.fresh)
-        or windows.by_pass[0].numel() < LEAST_STEPS * STEP_TOKENS
-    )
-    if choice.passes and known:
-        fitted = "the sweep has too few windows of its own, so its divergence is on some that weights were fitted to"
-        warnings.append(f"{fitted}; `sparsellm eval` measures it on others")
-    if windows.bos == "given":
-        return warnings
-    if tokens < FEW_TOKENS:
-        few = f"{tokens} calibration tokens are few; from {FEW_TOKENS} on the model loses less"
-        warnings.append(f"{few} (--samples, --seq-len)")
-    if len(windows.sets) < choice.sets:
-        room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
-        warnings.append(f"{room}; a longer text gives a better model")
-    return warnings
 
 
 def extent_of(windows: Windows, passes: int) -> Extent:
@@ -471,12 +385,3 @@ def draw_windows(
     if tokens is not None:
         choice = replace(choice, passes=windows.passes_over(tokens))
     return windows, choice
-
-
-def _already_pruned(model: Models, recipe: Recipe) -> list[str]:
-    """A warning if the model was pruned before; next to a teacher, only if zeros may get values again."""
-    zeros = pruned_share(model.chain, model.start)
-    fewer = recipe.pattern is not None or recipe.sparsity < zeros
-    where = f"{zeros:.1%} of the weights of a block are zero"
-    said = f"the model is already pruned: {where}; where a linear or a group is to have fewer, some get values again"
-    return [said] if zeros and (model.start is None or fewer) else []
