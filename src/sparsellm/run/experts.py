@@ -70,9 +70,9 @@ from sparsellm.run.plan import (
     draw_windows,
     extent_of,
     name_patterns,
-    short_text,
     with_text,
 )
+from sparsellm.run.warnings import short_text
 
 EXPERTS = "experts.json"  # in the directory of the model with fewer experts: what was removed, and the step's identity
 _TEXT = ("calibration", "samples", "seq_len", "seed", "bos", "batch_tokens")
@@ -81,7 +81,7 @@ _SETTINGS = ("experts", "expert_score", "expert_options", "expert_refit")
 
 
 @dataclass(frozen=True)
-class Fewer:
+class OpenedRemoval:
     """A checked removal of experts, which can start."""
 
     place: Path  # the smaller model's directory, next to the result of the run
@@ -97,7 +97,7 @@ class Fewer:
 
 
 @dataclass(frozen=True)
-class Removed:
+class RemovalRecord:
     """What was removed, as the smaller model's directory says."""
 
     experts: list[ExpertsOfBlock]
@@ -105,7 +105,7 @@ class Removed:
     warnings: list[str]
 
     @classmethod
-    def of(cls, known: dict[str, Any]) -> Removed:
+    def of(cls, known: dict[str, Any]) -> RemovalRecord:
         """The record of the contents of the file."""
         experts = [ExpertsOfBlock.model_validate(entry) for entry in known["experts"]]
         return cls(experts, known["seconds"], known["warnings"])
@@ -113,7 +113,7 @@ class Removed:
 
 def open_removal(
     request: Request, clock: PhaseClock, progress: ProgressCallback
-) -> Fewer:
+) -> OpenedRemoval:
     """Opens the model of a request and reads the text, for the removal of its experts into a directory next to the
     request's ``out``. Raises a SparseLLMError for what the removal, or the run after it, refuses."""
     recipe, ids = request.recipe, request.calibration
@@ -184,7 +184,7 @@ def open_removal(
     note(progress, warnings)
     check = partial(_check_run, rest, out, identity, restart=request.restart)
     parallel.from_main(check)
-    return Fewer(
+    return OpenedRemoval(
         out,
         overwrite,
         recipe=settled,
@@ -271,9 +271,9 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
     return place
 
 
-def removed_from(directory: Path) -> Removed:
+def removal_record(directory: Path) -> RemovalRecord:
     """What was removed from the model that :func:`remove_experts_of` wrote into this directory."""
-    return Removed.of(parallel.from_main(partial(_read, directory)))
+    return RemovalRecord.of(parallel.from_main(partial(_read, directory)))
 
 
 def _read(place: Path) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def _walk(
     return [record for record in records if record is not None]
 
 
-def _save(step: Fewer, journal: Journal, kept: dict[str, JsonValue]) -> None:
+def _save(step: OpenedRemoval, journal: Journal, kept: dict[str, JsonValue]) -> None:
     """Writes the tensors outside the blocks and the files next to the weights, and names the checkpoint."""
     writer, directory = journal.writer, step.models.directory
     chain = step.models.chain

@@ -17,10 +17,9 @@ from sparsellm import machine, parallel, plugins
 from sparsellm.errors import RecipeError
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.inputs import without_folders
-from sparsellm.method.sweep.training import LEAST_STEPS
 from sparsellm.method.sweep.whole_model import STEP_TOKENS, cut_to
 from sparsellm.model import Chain
-from sparsellm.model.matrices import is_excluded, outside_blocks, unmatched_patterns
+from sparsellm.model.matrices import outside_blocks, unmatched_patterns
 from sparsellm.model.streams import check_forward
 from sparsellm.progress import (
     NOTE,
@@ -34,7 +33,6 @@ from sparsellm.records import Base, Prediction
 from sparsellm.report.card import base_of
 from sparsellm.run.budget import RESIDENT, STREAMED, Budget, choose_sweep, slowest
 from sparsellm.run.choice import Choice, choice_for
-from sparsellm.run.counts import pruned_share
 from sparsellm.run.estimate import (
     Extent,
     checkpoint_bytes,
@@ -56,13 +54,14 @@ from sparsellm.run.opening import (
     read_windows,
     save_companions,
 )
+from sparsellm.run.warnings import (
+    already_pruned,
+    short_text,
+    stored_otherwise,
+    without_effect,
+)
 from sparsellm.text.sources import SELF, default_source, shares_of
 from sparsellm.text.texts import Text
-from sparsepack.grids import GRIDS
-
-FEW_TOKENS = (
-    32_000  # with fewer calibration tokens the gain over local methods is small
-)
 
 
 @dataclass(frozen=True)
@@ -143,15 +142,14 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
-        given, trust = (
-            (request.model, request.teacher, recipe, request.tokenizer),
-            request.trust_remote_code,
-        )
         model = open_models(
-            *given,
+            request.model,
+            request.teacher,
+            recipe=recipe,
+            tokenizer=request.tokenizer,
             text=not isinstance(ids, Tensor),
             loaded=request.out is None,
-            trust=trust,
+            trust=request.trust_remote_code,
         )
         chain = model.chain
         computing = computing_of(chain)
@@ -178,7 +176,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         + outside_blocks(chain)
         + short_text(windows, choice)
     )
-    warnings += _warned(request, choice, chain)
+    warnings += stored_otherwise(chain, recipe, trust=request.trust_remote_code)
+    warnings += without_effect(recipe, choice, teacher=request.teacher is not None)
     budget = Budget(recipe, chain.device)
     sweep = _sweep(chain, choice, recipe, windows, budget)
     windows = replace(windows, sharers=parallel.size() if sweep in RESIDENT else 1)
@@ -190,7 +189,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         progress(Progress("check", 0, 1))
         warnings += [
             *chain.unused(),
-            *_already_pruned(model, recipe),
+            *already_pruned(model, recipe),
         ]  # before digests, which the walk compares
         dense, start = _digests(model, progress)
     identity = Identity(
@@ -292,100 +291,6 @@ def with_text(
     return replace(request, recipe=request.recipe.updated(calibration=source)), warnings
 
 
-def _warned(request: Request, choice: Choice, chain: Chain) -> list[str]:
-    """Warnings of what the settings of a run do not do, of a grid that no export takes, and of blocks that compute in
-    fp32 on a GPU, where their weights are stored in half precision."""
-    warnings, recipe = [], request.recipe
-    linears = [linear for index in range(len(chain)) for linear in chain.linears(index)]
-    stored = {linear.storage_dtype for linear in linears}
-    kinds = {str(dtype).removeprefix("torch.") for dtype in stored}
-    wider = (
-        chain.device.type == "cuda"
-        and chain.dtype == torch.float32
-        and kinds <= {"float16", "bfloat16"}
-    )
-    if wider and recipe.dtype == "auto":
-        why = (
-            "whose largest number is 65504"
-            if "float16" in kinds
-            else "for which this GPU has no units"
-        )
-        kept = f"their weights are stored in {' and '.join(sorted(kinds))}, {why}"
-        warnings.append(f"blocks compute in float32: {kept}")
-    if request.trust_remote_code and getattr(chain.config, "auto_map", None):
-        warnings.append(
-            "code that came with the model is not copied; copy it into the result, which needs it to load"
-        )
-    if recipe.grid != "own" and recipe.sparsity:
-        saves = (
-            f"grid {recipe.grid} stores zeros like other values, so they save nothing"
-        )
-        warnings.append(f"{saves}; sparsity 0 loses less")
-    if recipe.grid != "own":
-        pruned = [
-            linear
-            for linear in linears
-            if not is_excluded(linear.weight_name, recipe.exclude, recipe.only)
-        ]
-        parts = [
-            part.name
-            for part in pruned
-            if part.weight_name in chain.parts or chain.is_shared(part.weight_name)
-        ]
-        turned = [
-            part.name
-            for part in pruned
-            if part.transposed and GRIDS[recipe.grid].group != 32
-        ]  # that of GGUF
-        whys = [f"{name} has no tensor of its own; exclude it" for name in parts]
-        whys += [
-            f"{name} is a Conv1D, which only GGUF has; take q4_0 or q8_0"
-            for name in turned
-        ]
-        warnings += [f"no export takes grid {recipe.grid}: {why}" for why in whys[:1]]
-    finest = min(stored, key=lambda dtype: torch.finfo(dtype).eps)
-    if (
-        recipe.dtype != "auto"
-        and torch.finfo(chain.dtype).eps > torch.finfo(finest).eps
-    ):
-        stays = f"kept weights are rounded to {chain.dtype}, and stored in {finest}"
-        warnings.append(
-            f"{stays.replace('torch.', '')}; leave dtype out to keep their bits"
-        )
-    if (
-        request.teacher is not None and not choice.passes and recipe.experts is None
-    ):  # the teacher of a model with fewer experts is not the user's choice
-        warnings.append(
-            "no sweep follows, so the teacher changes no weight; it is what the report compares with"
-        )
-    if recipe.sweep_rate is not None and not choice.passes:
-        warnings.append(
-            "no sweep follows, so sweep_rate changes nothing; leave it out, or give an effort"
-        )
-    return warnings
-
-
-def short_text(windows: Windows, choice: Choice) -> list[str]:
-    """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
-    warnings, tokens = [], windows.first.numel()
-    known = (
-        not windows.suffices(windows.fresh)
-        or windows.by_pass[0].numel() < LEAST_STEPS * STEP_TOKENS
-    )
-    if choice.passes and known:
-        fitted = "the sweep has too few windows of its own, so its divergence is on some that weights were fitted to"
-        warnings.append(f"{fitted}; `sparsellm eval` measures it on others")
-    if windows.bos == "given":
-        return warnings
-    if tokens < FEW_TOKENS:
-        few = f"{tokens} calibration tokens are few; from {FEW_TOKENS} on the model loses less"
-        warnings.append(f"{few} (--samples, --seq-len)")
-    if len(windows.sets) < choice.sets:
-        room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
-        warnings.append(f"{room}; a longer text gives a better model")
-    return warnings
-
-
 def extent_of(windows: Windows, passes: int) -> Extent:
     """The extent of a run with these windows."""
     swept, ranks = windows.swept, parallel.size()
@@ -431,12 +336,3 @@ def draw_windows(
     if tokens is not None:
         choice = replace(choice, passes=windows.passes_over(tokens))
     return windows, choice
-
-
-def _already_pruned(model: Models, recipe: Recipe) -> list[str]:
-    """A warning if the model was pruned before; next to a teacher, only if zeros may get values again."""
-    zeros = pruned_share(model.chain, model.start)
-    fewer = recipe.pattern is not None or recipe.sparsity < zeros
-    where = f"{zeros:.1%} of the weights of a block are zero"
-    said = f"the model is already pruned: {where}; where a linear or a group is to have fewer, some get values again"
-    return [said] if zeros and (model.start is None or fewer) else []

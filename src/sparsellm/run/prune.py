@@ -47,11 +47,11 @@ from sparsellm.run.counts import (
 )
 from sparsellm.run.estimate import saved_sweep_bytes
 from sparsellm.run.experts import (
-    Removed,
+    RemovalRecord,
     clean_up,
     open_removal,
+    removal_record,
     remove_experts_of,
-    removed_from,
 )
 from sparsellm.run.journal import BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.opening import device_of, save_companions
@@ -103,7 +103,7 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
     request, chain = plan.request, plan.chain
     directory, earlier = plan.model.directory, None
     if plan.recipe.experts is not None and directory is not None:
-        earlier = removed_from(directory)
+        earlier = removal_record(directory)
     with Journal(
         plan.out, len(chain), restart=request.restart, overwrite=request.overwrite
     ) as journal:
@@ -296,7 +296,7 @@ def _result(
     memory: Memory,
     journal: Journal,
     finished: list[BlockRecord],
-    earlier: Removed | None,
+    earlier: RemovalRecord | None,
     clock: PhaseClock,
 ) -> PruneResult:
     """The result of a run, with the warnings that follow from it, and what was removed ``earlier``."""

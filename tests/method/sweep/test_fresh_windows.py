@@ -17,7 +17,7 @@ from sparsellm.method.sweep import whole_model
 from sparsellm.run import opening as reading
 from sparsellm.run import prune as story
 from sparsellm.run.choice import Choice
-from sparsellm.run.plan import _short_text
+from sparsellm.run.warnings import short_text
 from sparsellm.text.windows import calibration_windows
 from tests.killing import ahead_of
 from tests.method.sweep.helpers import Family, dense_end, ids_of, tiny_zamba
@@ -184,7 +184,7 @@ def test_too_few_windows_of_the_sweep_are_said(
     assert (
         any(
             "too few windows of its own" in warning
-            for warning in _short_text(windows, choice)
+            for warning in short_text(windows, choice)
         )
         == said
     )
