@@ -61,10 +61,11 @@ MIXED: dict[str, tuple[dict[str, Any], float | None]] = {
     "experts 50 %, int4": ({"experts": 0.5, "grid": "w4a16-32"}, None),
 }
 READ = 1_000_000  # characters of the calibration text
+# characters before the word of a cloze, and words to choose from
 CONTEXT, CHOICES = (
     400,
     4,
-)  # characters before the word of a cloze, and words to choose from
+)
 
 
 @SCORES.register("random", paper="–")
@@ -365,9 +366,8 @@ def main() -> None:
         f"{arguments.samples} × {arguments.window} tokens of {arguments.calibration or 'all kinds'}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        arguments.text = (
-            Path(folder) / "calibration.txt"
-        )  # documents in random order; to read all takes longer than a run
+        # documents in random order; to read all takes longer than a run
+        arguments.text = Path(folder) / "calibration.txt"
         name = (
             f"train-{arguments.calibration}.txt"
             if arguments.calibration

@@ -312,9 +312,8 @@ def all_tried(kinds: Sequence[str], arguments: argparse.Namespace) -> Iterator[T
 
 
 def child(sender: Connection, kind: str, seconds: int) -> None:
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (seconds, seconds + 5)
-    )  # a signal first, which names the cause
+    # a signal first, which names the cause
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)  # progress and warnings
     transformers.utils.logging.set_verbosity_error()

@@ -78,9 +78,8 @@ def torchao_numbers(directory: Path, bits: int) -> Numbers:
     quantised, numbers = block_linears(torchao_model(directory, bits)), Numbers()
     for name, linear in block_linears(open_dense(directory)).items():
         weight: Any = quantised[name].get_parameter("weight")
-        if hasattr(
-            weight, "scale_and_zero"
-        ):  # int4 for the CPU keeps its codes in the order of its kernel
+        # int4 for the CPU keeps its codes in the order of its kernel
+        if hasattr(weight, "scale_and_zero"):
             numbers.weights[name] = rounded(
                 linear.get_parameter("weight").detach(), weight.scale_and_zero
             )
@@ -95,9 +94,8 @@ def torchao_numbers(directory: Path, bits: int) -> Numbers:
 def rounded(weight: Tensor, scale_and_zero: Tensor) -> Tensor:
     """A weight ``(out, in)`` in torchao's int4, (code - 8) · scale + zero; scales, zeros ``(groups, out, 2)``."""
     groups = len(scale_and_zero)
-    scale, zero = (
-        scale_and_zero.transpose(0, 1).unsqueeze(2).unbind(-1)
-    )  # (out, groups, 1)
+    # (out, groups, 1)
+    scale, zero = scale_and_zero.transpose(0, 1).unsqueeze(2).unbind(-1)
     codes = (
         ((weight.view(len(weight), groups, -1) - zero) / scale + 8).round().clamp(0, 15)
     )
@@ -238,9 +236,8 @@ def quantised_gguf(
         for name, values in (importance or {}).items()
     }
     if arrays:
-        entries = (
-            llama_cpp.llama_model_imatrix_data * (len(arrays) + 1)
-        )()  # a name of null ends the array
+        # a name of null ends the array
+        entries = (llama_cpp.llama_model_imatrix_data * (len(arrays) + 1))()
         for entry, (name, values) in zip(entries, arrays.items(), strict=False):
             entry.name, entry.size = name, values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))

@@ -41,6 +41,7 @@ from sparsellm.patterns import NM
 from sparsepack.bench import Rounds, measure, resident_bytes
 from sparsepack.layout import pack
 
+# 1.1B and Llama 7B
 SHAPES = (
     "2048x2048",
     "5632x2048",
@@ -48,11 +49,12 @@ SHAPES = (
     "4096x4096",
     "11008x4096",
     "4096x11008",
-)  # 1.1B and Llama 7B
+)
+# width, inner width, heads of keys and values
 BLOCKS = {
     "1.1B": (2048, 5632, 4),
     "7B": (4096, 11008, 32),
-}  # width, inner width, heads of keys and values
+}
 HELD = 256 << 20  # bytes of weights that take turns: more than any cache
 BURST = 20  # products in one measurement
 Product = Callable[[int], object]  # the weight whose turn it is
@@ -88,9 +90,8 @@ def main() -> None:
                 "benchmarks/gpu.py: torch finds no CUDA GPU here; run it on a machine with one\n"
             )
             sys.exit(2)
-        torch.cuda.set_device(
-            torch.device(arguments.device).index or 0
-        )  # streams, events and launches are there
+        # streams, events and launches are there
+        torch.cuda.set_device(torch.device(arguments.device).index or 0)
         arguments.device = "cuda"
     torch.manual_seed(0)
     name = (

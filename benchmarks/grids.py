@@ -159,9 +159,8 @@ def main() -> None:
         "--peers", nargs="*", default=[], help="METHOD=PYTHON of the tool's environment"
     )
     parser.add_argument("--cells", type=Path, default=OUT / "grids.json")
-    parser.set_defaults(
-        seed=sparsellm.Recipe().seed
-    )  # chooses the windows: other tools get those of our runs
+    # chooses the windows: other tools get those of our runs
+    parser.set_defaults(seed=sparsellm.Recipe().seed)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -59,9 +59,8 @@ class Form:
 
     linear_bytes: int
     all_bytes: int
-    decode: Callable[
-        [int, int, bool], float
-    ]  # (prompt tokens, new tokens, processor's or not) → seconds
+    # (prompt tokens, new tokens, processor's or not) → seconds
+    decode: Callable[[int, int, bool], float]
     score: Callable[[Tensor], float]  # windows → perplexity
 
 

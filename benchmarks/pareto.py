@@ -48,12 +48,13 @@ OTHERS = {
 }
 STYLES: dict[str, Marker] = {**OURS, **OTHERS}
 BY_EFFORT, LOCAL, PEER, PUBLISHED = STYLES
+# pixels: the width of a panel with its axis, and the rest
 PANEL, HEIGHT, TOP, BOTTOM = (
     480,
     560,
     134,
     500,
-)  # pixels: the width of a panel with its axis, and the rest
+)
 HIGHEST = 30  # times the lowest perplexity; what is above stands at the upper edge, with its value
 
 Cell = dict[str, Any]
@@ -295,9 +296,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only-known", action="store_true", help="run nothing")
     parser.add_argument("--picture", type=Path, help="write an SVG")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
-    parser.set_defaults(
-        set=[], batch_size=1
-    )  # no more settings; llmcompressor's default
+    # no more settings; llmcompressor's default
+    parser.set_defaults(set=[], batch_size=1)
     arguments = parser.parse_args()
     if arguments.python and shutil.which(arguments.python) is None:
         parser.error(
@@ -321,9 +321,8 @@ def main() -> None:
     dense = cells.get(key, lambda: measure(arguments, arguments.model))
     rows: Rows = {target: {} for target in arguments.targets}
     missing = []
-    for target in (
-        arguments.targets
-    ):  # all cells of a target before the next, so that times are comparable
+    # all cells of a target before the next, so that times are comparable
+    for target in arguments.targets:
         for tool in tried(arguments):
             result = tool.cell(arguments, target)
             if result is None:

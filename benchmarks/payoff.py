@@ -55,9 +55,8 @@ def llama(layers: int, **changes: int) -> Any:
                 parameter.fill_(1)
             else:
                 parameter.normal_(0, 0.02, generator=generator)
-    model.model.rotary_emb = type(model.model.rotary_emb)(
-        config
-    )  # its tables were lost with the meta device
+    # its tables were lost with the meta device
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
 

@@ -64,9 +64,8 @@ def by_llmcompressor(
 
 def by_gptqmodel(directory: str, windows: Tensor, group: int) -> dict[str, Tensor]:
     """Weights by name."""
-    os.environ.setdefault(
-        "GPTQMODEL_CPU_WORKERS", "2"
-    )  # it needs two, and takes one on a machine of two cores
+    # it needs two, and takes one on a machine of two cores
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     model = GPTQModel.load(
@@ -84,9 +83,8 @@ def by_gptqmodel(directory: str, windows: Tensor, group: int) -> dict[str, Tenso
     for name, module in model.model.named_modules():
         if hasattr(module, "dequantize_weight"):
             weight = module.dequantize_weight().detach()  # (in, out)
-            if (
-                module.qzero_format() == 1
-            ):  # stored zeros are one less, which is mended only when a file is loaded
+            # stored zeros are one less, which is mended only when a file is loaded
+            if module.qzero_format() == 1:
                 weight = weight - module.scales[module.g_idx.long()]
             weights[f"{name}.weight"] = weight.t()
     return weights
@@ -117,9 +115,8 @@ def main() -> None:
         weights = by_gptqmodel(asked.model, windows, asked.group)
     else:
         weights = by_llmcompressor(model, windows, asked.method, asked.group)
-    there = {
-        name: weight for name, weight in weights.items() if not weight.is_meta
-    }  # gptqmodel drops some others
+    # gptqmodel drops some others
+    there = {name: weight for name, weight in weights.items() if not weight.is_meta}
     result = {
         name: there.get(name, old).to(old.dtype).contiguous()
         for name, old in dense.items()

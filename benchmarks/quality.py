@@ -286,9 +286,8 @@ def main() -> None:
         print_ablation(arguments, cells, dense["perplexity"], title)
         return
     table = {}
-    for target in (
-        arguments.targets
-    ):  # every method's cell of a target before the next, so that times are comparable
+    # every method's cell of a target before the next, so that times are comparable
+    for target in arguments.targets:
         for seed in arguments.seeds:
             for method in arguments.methods:
                 if target in ONLY.get(method, arguments.targets):

@@ -42,16 +42,16 @@ from sparsellm.text.windows import calibration_windows
 
 RIDGES = (0.0, 0.01, 0.02, 0.1, 0.2)  # and the default, 0.05
 DAMPINGS = (0.03, 0.1, 0.2, 0.4)  # for rounding, in units of the mean square of inputs
+# first and last ρ; the default is (0.2, 0.8)
 SCHEDULES = (
     (0.1, 0.8),
     (0.4, 0.8),
     (0.2, 0.4),
     (0.2, 1.6),
-)  # first and last ρ; the default is (0.2, 0.8)
+)
 
-Texts = tuple[
-    dict[str, Gram], ...
-]  # the Gram matrices of the linears' inputs on each text
+# the Gram matrices of the linears' inputs on each text
+Texts = tuple[dict[str, Gram], ...]
 
 
 @torch.no_grad()
@@ -106,9 +106,8 @@ def rounded_errors(
     for name, linear in linears.items():
         weight = linear.get_parameter("weight").detach().float()
         with mock.patch.object(rounding, "DAMPING", by):
-            gram = Gram(
-                fitted[name].matrix, fitted[name].tokens
-            )  # remembers no other damping
+            # remembers no other damping
+            gram = Gram(fitted[name].matrix, fitted[name].tokens)
             result = rounding.rounded(weight, gram, type_, torch.bfloat16).weight
         for known, text in zip(logarithms, texts, strict=True):
             known.append(math.log(text[name].energy(result, minus=weight)))
@@ -155,9 +154,8 @@ def print_floors(
             logarithms: list[tuple[float, float]] = []
             for name, linear in linears.items():
                 weight = linear.get_parameter("weight").detach().float()
-                gram = Gram(
-                    fitted[name].matrix, fitted[name].tokens
-                )  # remembers no other floor
+                # remembers no other floor
+                gram = Gram(fitted[name].matrix, fitted[name].tokens)
                 with mock.patch.object(solver, "FLOOR", floor):
                     pruned = solver.admm(
                         weight, gram, pattern_of(target, weight.numel())

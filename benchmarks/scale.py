@@ -120,9 +120,8 @@ def make_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> None:
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for key, shape in shapes.items():
-            part = (
-                key.partition(".layers.")[2].partition(".")[2] or key
-            )  # all blocks have the numbers of the first
+            # all blocks have the numbers of the first
+            part = key.partition(".layers.")[2].partition(".")[2] or key
             if part not in drawn:
                 values = torch.randn(shape, generator=generator).mul_(
                     config["initializer_range"]
@@ -185,9 +184,8 @@ class Run:
 
     peak: int  # bytes
     seconds: float
-    blocks: list[
-        dict[str, float]
-    ]  # seconds of each phase, of every block that is on the disk
+    # seconds of each phase, of every block that is on the disk
+    blocks: list[dict[str, float]]
     first: int  # blocks that were there before
 
 
@@ -275,13 +273,14 @@ def row(name: str, what: str, run: Run, imports: int, blocks: int) -> str:
     )
 
 
+# phases that are not part of a block
 BEFORE = (
     "open",
     "calibration",
     "check",
     "embed",
     "replay",
-)  # phases that are not part of a block
+)
 
 
 def main() -> None:

@@ -163,9 +163,8 @@ def main() -> None:
                 torch.nn.functional.linear(x, next(turns))
 
             def product(weight: PackedWeight, x: torch.Tensor = x) -> None:
-                if (
-                    len(x) > native.MAX_TOKENS
-                ):  # no kernel's work: unpacked tile by tile
+                # no kernel's work: unpacked tile by tile
+                if len(x) > native.MAX_TOKENS:
                     multiply(weight, x)
                 else:
                     native.multiply(

@@ -38,9 +38,8 @@ from sparsellm.run import plan
 LIMIT = 120.0  # seconds, far beyond what any command here takes
 KILLED = -signal.SIGKILL
 
-At = (
-    int | tuple[str, int] | None
-)  # the number of a step, or its kind and its number among those
+# the number of a step, or its kind and its number among those
+At = int | tuple[str, int] | None
 _CALLS = {
     "replace": "rename",
     "unlink": "remove",
@@ -193,9 +192,8 @@ def line(home: Path, words: list[str], disk: int | None = None) -> None:
 def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
     torch.set_num_threads(1)
     command, args, kwargs = call
-    os.fsync = lambda descriptor: (
-        None
-    )  # what a kill leaves does not depend on it, and it takes the time
+    # what a kill leaves does not depend on it, and it takes the time
+    os.fsync = lambda descriptor: None
     error, make = "", Scratch.__init__
     if memory is not None:  # for hidden states; the others are on disk
         Scratch.__init__ = lambda self, _=None, *args, **kwargs: make(
@@ -294,9 +292,8 @@ def _waiting(block: Callable[..., Any], folder: Path, how: str) -> Callable[...,
         waits = index == 1 and not (folder / "reached").exists()
         while waits:
             try:
-                (
-                    folder / "reached"
-                ).touch()  # in here, so that a signal right after it is caught
+                # in here, so that a signal right after it is caught
+                (folder / "reached").touch()
                 time.sleep(0.01)
                 waits = not (folder / "go").exists()
             except BaseException:

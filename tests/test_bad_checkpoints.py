@@ -335,11 +335,12 @@ def test_tensors_that_the_model_does_not_use_are_told(
 def test_buffers_of_older_releases_do_not_matter(tmp_path: Path) -> None:
     directory = save_tiny(tiny_gpt2(), None, tmp_path / "model")
     tensors = load_file(directory / WEIGHTS)
+    # in the hub's gpt2 they are a tenth of all numbers
     for name in (
         "bias",
         "masked_bias",
         "rotary_emb.inv_freq",
-    ):  # in the hub's gpt2 they are a tenth of all numbers
+    ):
         tensors[f"transformer.h.1.attn.{name}"] = torch.ones(1, 1, 128, 128)
     save_file(tensors, directory / WEIGHTS)
     assert open_chain(directory, device=CPU).unused() == []

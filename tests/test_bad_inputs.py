@@ -417,14 +417,14 @@ def check(example: Example) -> None:
         for path in before.keys() | after.keys()
         if before.get(path) != after.get(path)
     }
-    given = dict(
-        word.partition("=")[::2] for word in example.arguments
-    )  # the last one of a name counts
+    # the last one of a name counts
+    given = dict(word.partition("=")[::2] for word in example.arguments)
     inside = {Path("outer/work") / given.get(name, "/") for name in ("--out", "--pack")}
+    # they keep what they measured next to the checkpoint
     if example.arguments[0] in (
         "bench",
         "eval",
-    ):  # they keep what they measured next to the checkpoint
+    ):
         changed -= {
             f"outer/work/{example.arguments[1]}/{file}"
             for file in ("results.json", "sparsellm-files.json")

@@ -122,9 +122,8 @@ def test_the_frontier_counts_scores_and_draws_every_form(
     )
     assert bits["sparsellm 50% int4"] < bits["sparsellm 50% int8"]
     assert 0 < divergences["sparsellm 0% int8"] < divergences["sparsellm 50% int8"]
-    assert (
-        rows["sparsellm 0% int8"][4] == rows["sparsellm 50% int4"][4] == "yes"
-    )  # the best, and the smallest
+    # the best, and the smallest
+    assert rows["sparsellm 0% int8"][4] == rows["sparsellm 50% int4"][4] == "yes"
     drawn = ElementTree.parse(tmp_path / "frontier.svg").getroot()
     assert {"50% int4", "50% int8", "0% int8"} <= {
         node.text for node in drawn.iter(f"{SVG}text")
@@ -176,10 +175,11 @@ def test_perplexity_by_time_is_listed_and_drawn(
         "2.00",
         "2.00",
     ]
+    # measured on one text only
     assert rows["llmcompressor: sparsegpt"][:2] == [
         "50.0",
         "1.161",
-    ]  # measured on one text only
+    ]
     assert rows["sparsellm-paper"] == [
         "error: diverged in block 11",
         "–",
@@ -200,13 +200,14 @@ def test_perplexity_by_time_is_listed_and_drawn(
         "effort 0 20.0",
     } <= drawn
     assert not any("as published" in str(node) for node in drawn)
+    # there is no such model to make a cell from
     same = (
         "--methods",
         "sparsegpt",
         "sparsellm",
         "--effort",
         "0",
-    )  # there is no such model to make a cell from
+    )
     assert [
         row[1] for row in rows_of(printed("quality.py", *common, *same), key=1).values()
     ] == ["1.000", "0.500"]

@@ -352,9 +352,8 @@ def test_lives_of_a_grid(
     seeds: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A grid dies at random operations on files and is started again, while a user puts files in its places."""
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: None
-    )  # what a kill leaves does not depend on it
+    # what a kill leaves does not depend on it
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     cells = cells_of(
         SETTINGS | {"effort": None}, methods=["magnitude"], sparsities=[0.5, 0.6]
     )

@@ -117,18 +117,16 @@ def test_settings_of_the_program_change_no_product_and_return(
 
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     right = x @ x
-    torch.set_float32_matmul_precision(
-        "medium"
-    )  # oneDNN multiplies in bf16 where the processor can
+    # oneDNN multiplies in bf16 where the processor can
+    torch.set_float32_matmul_precision("medium")
     try:
         with computing(torch.device("cpu")):
             assert torch.equal(x @ x, right)
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
             with torch.device("meta"), computing(torch.device("cpu")):
                 assert torch.zeros(1).device.type == "cpu"
-            assert (
-                not torch.are_deterministic_algorithms_enabled()
-            )  # bits on a CPU do not depend on it
+            # bits on a CPU do not depend on it
+            assert not torch.are_deterministic_algorithms_enabled()
         assert torch.get_float32_matmul_precision() == "medium"
         monkeypatch.setattr(torch.cuda, "device", use)
         with computing(CARD):

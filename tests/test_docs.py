@@ -118,9 +118,8 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
 def test_every_command_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
-    monkeypatch.setattr(
-        api, "find_tasks", lambda *_: "tasks"
-    )  # most tasks of a page need a network
+    # most tasks of a page need a network
+    monkeypatch.setattr(api, "find_tasks", lambda *_: "tasks")
     monkeypatch.setattr(api, "run_tasks", lambda *_, **__: {})
     monkeypatch.chdir(tmp_path)
     save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "path" / "to" / "model")
@@ -139,9 +138,8 @@ def test_every_command_of_a_page_runs(
     result, names = steps(page), dict[str, object]()
     for language, line in result:
         if language == "python":
-            if (
-                page.name == "guide.md" and ".register(" not in line
-            ):  # blocks go on from each other, and from commands
+            # blocks go on from each other, and from commands
+            if page.name == "guide.md" and ".register(" not in line:
                 quick = line.replace(
                     'calibration="my-text.txt"',
                     'calibration="my-text.txt", samples=4, seq_len=32',

@@ -77,9 +77,8 @@ def test_the_solver_loses_less_than_wanda_whose_mask_it_has(
             *method,
         )
         stdout = run(*line, *SMALL, "--json", exits=0)[1]
-        errors[name] = json.loads(stdout)["linears"][0][
-            "error"
-        ]  # the first linear has the same inputs in all runs
+        # the first linear has the same inputs in all runs
+        errors[name] = json.loads(stdout)["linears"][0]["error"]
     assert errors["wanda-refit"] < 0.9 * errors["wanda"]
     assert errors["plain"] == pytest.approx(errors["wanda"])
 

@@ -97,9 +97,8 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
 def test_every_family_is_cut_short_resumed_and_rounded(
     name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(
-        "sparsellm.method.experts.sample.STEPS", 20
-    )  # with which routers change too
+    # with which routers change too
+    monkeypatch.setattr("sparsellm.method.experts.sample.STEPS", 20)
     source = save_tiny(
         family(name, **EIGHT).to(torch.bfloat16), None, tmp_path / "dense"
     )
@@ -206,9 +205,8 @@ def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
 ) -> None:
     dense = family(name, **EIGHT)
     for key, value in dense.named_parameters():
-        if (
-            ".experts." in key
-        ):  # every expert is there twice, so that the one can have the tokens of the other
+        # every expert is there twice, so that the one can have the tokens of the other
+        if ".experts." in key:
             value.data[4:] = value.data[:4].clone()
     source, make, fit = (
         save_tiny(dense, None, tmp_path / "dense"),
@@ -273,9 +271,8 @@ def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
     )
     sparsellm.prune(source, recipe, out=tmp_path / "small", calibration=ids)
     assert min(gains) > -1e-6
-    assert (
-        max(gains) > 1e-3 or name == "Llama4Text"
-    )  # one expert a token: its weight is all that can change
+    # one expert a token: its weight is all that can change
+    assert max(gains) > 1e-3 or name == "Llama4Text"
     assert bool(changed) == (max(gains) > 0)
     assert all("router" in key or "gate." in key for key in changed)
 
@@ -380,9 +377,8 @@ def test_inspect_says_which_experts_can_go(
     mixtures = json.loads(run("inspect", source, "--json")[1])["mixtures"]
     assert mixtures["experts"] == {"0": 4, "1": 4}
     assert (mixtures["least"], mixtures["why"]) == (4, "routing needs all 4 experts")
-    monkeypatch.setattr(
-        "sparsellm.method.experts.fewer.NUMBERS", ()
-    )  # a config without such a number
+    # a config without such a number
+    monkeypatch.setattr("sparsellm.method.experts.fewer.NUMBERS", ())
     assert (
         "has no number in its config"
         in json.loads(run("inspect", source, "--json")[1])["mixtures"]["why"]

@@ -197,9 +197,10 @@ def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -
     layer = layer_of(packed, dtype=torch.float32).to(DEVICE)
     layer.rounded = False
     x = activations(tokens, 1100, torch.float32, seed=2)
+    # TF32
     slack = bound(dense, x) + (
         2.0**-10 * (x.double().abs() @ dense.abs().T) if tokens > 16 else 0
-    )  # TF32
+    )
     assert bool(
         (
             (layer(x.to(DEVICE)).cpu().double() - x.double() @ dense.T).abs() <= slack

@@ -144,9 +144,8 @@ def test_shrinkage_is_the_closed_form(tokens: int) -> None:
 def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> None:
     model = mixtral(num_local_experts=5, num_experts=5)
     with torch.no_grad():
-        for layer in (
-            model.model.layers
-        ):  # five logits a, −a, b, −b and 0: the last is never among the largest two
+        # five logits a, −a, b, −b and 0: the last is never among the largest two
+        for layer in model.model.layers:
             gate = layer.mlp.gate.weight
             gate[1], gate[3], gate[4] = -gate[0], -gate[2], 0
     x, chosen, _ = by_hand(model, 4)
@@ -155,9 +154,8 @@ def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> Non
     mean_square = x.square().mean(0)
     result = sparsellm.prune(model, RECIPE, calibration=IDS, out=tmp_path / "p")
     pruned = model.model.layers[0].mlp.experts.gate_up_proj[4, :80]
-    scores = (
-        dense.abs() * mean_square.sqrt()
-    )  # attention changes the inputs of a mixture only in later blocks
+    # attention changes the inputs of a mixture only in later blocks
+    scores = dense.abs() * mean_square.sqrt()
     kept = scores.argsort(dim=1, descending=True)[:, :16]
     assert torch.equal(
         pruned != 0, torch.zeros_like(dense, dtype=torch.bool).scatter_(1, kept, True)

@@ -93,9 +93,8 @@ def test_wheel_and_source_install_without_a_compiler(tmp_path: Path) -> None:
             source, tree / name, ignore=built
         ) if source.is_dir() else shutil.copy(source, tree / name)
     build = (sys.executable, "-m", "build", "--no-isolation")
-    run(
-        *build, tree, "--outdir", tmp_path / "dist"
-    )  # the wheel is built from the source archive
+    # the wheel is built from the source archive
+    run(*build, tree, "--outdir", tmp_path / "dist")
     (archive,), (wheel,) = (
         list((tmp_path / "dist").glob(ending)) for ending in ("*.tar.gz", "*.whl")
     )

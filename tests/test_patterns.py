@@ -39,9 +39,8 @@ shapes, seeds = st.tuples(st.integers(1, 9), st.integers(1, 40)), st.integers(0,
 def test_matrix_mask_is_the_stable_sort_of_all_scores(shape, sparsity, levels, seed):
     scores = scores_of(*shape, levels, seed)
     values = scores.flatten().tolist()
-    ranked = sorted(
-        range(len(values)), key=lambda i: (-values[i], i)
-    )  # the first of equals is kept
+    # the first of equals is kept
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
     kept = set(ranked[: scores.numel() - round(sparsity * scores.numel())])
     assert {
         *Share(sparsity).mask(scores).flatten().nonzero().flatten().tolist()
@@ -93,9 +92,10 @@ def test_other_dtypes_of_scores(dtype: torch.dtype):
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.9, 0.9999])
 def test_a_threshold_that_is_located_in_a_sample_is_exact(fraction: float):
     spread = torch.randn(320, 311, generator=torch.Generator().manual_seed(0))
+    # the sample is near 0
     misleading = (
         torch.arange(320 * 311.0).remainder(STRIDE).reshape(320, 311) + spread * 0.1
-    )  # the sample is near 0
+    )
     for scores in (
         spread,
         spread.mul(3).round(),

@@ -277,11 +277,12 @@ def test_tokens_of_the_sweep_are_divided_into_at_most_sixteen_passes() -> None:
         (4, 16),
         (16, 16),
     ]
+    # 62 is rounded up
     assert [passes("1M"), passes(1e6), passes("64k", passes=2)] == [
         (16, 62),
         (16, 62),
         (2, 32),
-    ]  # 62 is rounded up
+    ]
     refused: dict[str, Any] = {
         f"number of tokens '{w}' is unknown": {"tokens": w} for w in ("1.5k", "5G", "")
     }

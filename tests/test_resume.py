@@ -241,9 +241,8 @@ def test_gradients_of_the_first_start_are_kept(
     recipe = Recipe(**{**FLOAT, "method": "sparsellm", "allocation": "uniform"})
     sparsellm.prune(source, recipe, out=tmp_path / "uncut")
     with monkeypatch.context() as patched:
-        fail_in_block(
-            1, patched, after=2
-        )  # the gradients read it twice before the walk
+        # the gradients read it twice before the walk
+        fail_in_block(1, patched, after=2)
         with pytest.raises(NumericalError):
             sparsellm.prune(source, recipe, out=tmp_path / "p")
     torch.manual_seed(12345)  # nothing may depend on what was drawn before
@@ -489,8 +488,7 @@ def test_a_full_disk_loses_nothing(
         ):
             sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
         assert before.items() <= tree(partial_of(unfinished) / BLOCKS).items()
-        assert not list(
-            partial_of(unfinished).rglob("*.tmp")
-        )  # the space of unfinished files is free again
+        # the space of unfinished files is free again
+        assert not list(partial_of(unfinished).rglob("*.tmp"))
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished).resumed >= 2
     assert contents(unfinished) == uncut[0]

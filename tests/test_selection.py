@@ -137,9 +137,8 @@ def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> Non
     assert {zeros[f"{block}.mlp.down_proj"] for block in (1, 2)} == {
         round(0.75 * 80 * 32)
     }
-    assert (
-        zeros["0.mlp.down_proj"] == zeros["0.mlp.up_proj"] == 640
-    )  # the later pattern counts
+    # the later pattern counts
+    assert zeros["0.mlp.down_proj"] == zeros["0.mlp.up_proj"] == 640
     assert [zeros[f"{block}.self_attn.v_proj"] for block in range(3)] == [0, 0, 0]
     assert result.zeros == round(0.6 * result.weights)
     free = [
@@ -156,10 +155,11 @@ def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> Non
 def test_an_allocation_that_misses_the_total_is_corrected(of: dict[str, float]) -> None:
     @ALLOCATIONS.register("rough", paper="none")
     def rough(survey: Survey) -> Allocation:
+        # a tenth less
         zeros = {
             linear.name: int(0.9 * survey.sparsity * linear.weights)
             for linear in survey.linears
-        }  # a tenth less
+        }
         return Allocation(zeros, {"name": "another", (0, 1): 2})  # type: ignore[dict-item]
 
     recipe = Recipe(

@@ -105,9 +105,8 @@ def test_token_weights_tame_massive_activations_only() -> None:
     hidden[1, 7] *= 1000
     (weights,) = token_weights([hidden], 1.5)
     norms = hidden.norm(dim=-1)
-    limit = (
-        1.5 * norms.flatten().sort().values[49]
-    )  # torch's median is the lower of the two middle values
+    # torch's median is the lower of the two middle values
+    limit = 1.5 * norms.flatten().sort().values[49]
     assert torch.equal(weights == 1, norms <= limit)
     torch.testing.assert_close(weights[1, 7], (limit / norms[1, 7]) ** 2)
 
@@ -136,9 +135,8 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(
         )
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
-        assert math.isnan(linear.error) == linear.name.endswith(
-            "fc1"
-        )  # the error of a unit is given once, unrounded
+        # the error of a unit is given once, unrounded
+        assert math.isnan(linear.error) == linear.name.endswith("fc1")
     assert error(model, tiny_opt()) < error(pruned(tiny_opt, "admm"), tiny_opt())
 
 
@@ -164,9 +162,8 @@ def test_iterations_in_other_units_are_told_and_change_nothing() -> None:
         for linear in results[1].linears
         if linear.name.endswith("down_proj")
     ]
-    recipe = Recipe(
-        effort=0, exclude=["*.out_proj"], options={"iterations": 2}
-    )  # then attention is with the unit
+    # then attention is with the unit
+    recipe = Recipe(effort=0, exclude=["*.out_proj"], options={"iterations": 2})
     result = sparsellm.prune(tiny_opt(), recipe, calibration=IDS)
     noted = [x for x in result.linears if "other linears" in "".join(x.notes)]
     assert [x.name[-3:] for x in noted] == ["fc2"] * tiny_opt().config.num_hidden_layers
@@ -297,9 +294,10 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
         shares = {}
         for linear in result.linears:
             weight = model.get_submodule(linear.name).weight
+            # (out,)
             shares[linear.name] = (
                 (weight.t() if family is tiny_gpt2 else weight).ne(0).float().mean(1)
-            )  # (out,)
+            )
         return shares
 
     model = family()
@@ -308,13 +306,11 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
         Feed(open_chain(model, device=torch.device("cpu")), IDS, 2048), plain.keys()
     ).output_squares
     assert costs.keys() == plain.keys()
-    moved: dict[
-        str, list[Tensor]
-    ] = {}  # by role, since a linear of one block has few rows
+    # by role, since a linear of one block has few rows
+    moved: dict[str, list[Tensor]] = {}
     for name, cost in costs.items():
-        bounded = (
-            (cost / cost.mean()).clamp(min=1e-4).log()
-        )  # a hidden unit that never fires costs nothing
+        # a hidden unit that never fires costs nothing
+        bounded = (cost / cost.mean()).clamp(min=1e-4).log()
         moved.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(
             torch.stack([weighed[name] - plain[name], bounded])
         )

@@ -122,10 +122,11 @@ EXPECTED = {
 def test_the_model_is_the_same_and_its_channels_are_known(name: str) -> None:
     task, channels, changed = permuted(family(name))
     assert roles(channels) == EXPECTED[name]
+    # values; a feed-forward unit is not linear
     assert [entry.rotates for entry in channels] == [
         True,
         False,
-    ]  # values; a feed-forward unit is not linear
+    ]
     assert not task.notes
     for group in channels:
         assert {
@@ -144,11 +145,12 @@ def test_weights_stored_transposed() -> None:
 
 def test_heads_that_share_their_values_are_permuted_alike() -> None:
     _, channels, _ = permuted(tiny_llama())
+    # two queries for each of two heads of 8
     assert tuple(channels[0].inputs.shape) == (
         2,
         2,
         8,
-    )  # two queries for each of two heads of 8
+    )
     assert channels[0].inputs[:, 0].tolist() == [[*range(8)], [*range(8, 16)]]
 
 
@@ -203,9 +205,8 @@ def test_what_stays_dense_keeps_every_bit() -> None:
 
 
 def test_a_head_that_m_does_not_divide_is_left_alone() -> None:
-    task, channels, _ = permuted(
-        tiny_gpt2(), pattern=NM(8, 16)
-    )  # heads of 12, a unit of 112
+    # heads of 12, a unit of 112
+    task, channels, _ = permuted(tiny_gpt2(), pattern=NM(8, 16))
     assert roles(channels) == {"c_proj": ["c_fc"]}
     assert (
         "8:16: M divides no group of channels"
@@ -333,9 +334,8 @@ def test_exchanges_see_rows_and_never_keep_less(
 
     natural = kept(torch.arange(64))
     assert kept(spread(scores, pattern)) > 1.02 * natural
-    monkeypatch.setattr(
-        "sparsellm.method.blocks.permutation.GROUPS", 5
-    )  # parts of unequal size
+    # parts of unequal size
+    monkeypatch.setattr("sparsellm.method.blocks.permutation.GROUPS", 5)
     parts = spread(scores, pattern)
     assert sorted(parts.tolist()) == list(range(64))
     assert kept(parts) > natural

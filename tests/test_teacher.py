@@ -53,9 +53,8 @@ def test_the_sweep_follows_the_teacher(llama: Path, half: Path, tmp_path: Path) 
     assert divergence(tmp_path / "taught", llama) < 0.9 * divergence(
         tmp_path / "alone", llama
     )
-    assert (
-        result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out
-    )  # from the dense model, not the half-pruned one
+    # from the dense model, not the half-pruned one
+    assert result.sweeps[0].held_out > 2 * alone.sweeps[0].held_out
     assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
     assert result.base.name == llama.name
     results = {"taught": result}
@@ -104,9 +103,8 @@ def test_a_teacher_of_blocks_that_share_weights(
             teacher=teacher,
             calibration=ids,
         )
-    assert shards_of(tmp_path / "half") == shards_of(
-        tmp_path / "taught"
-    )  # the model is its own teacher
+    # the model is its own teacher
+    assert shards_of(tmp_path / "half") == shards_of(tmp_path / "taught")
 
     def prune(out: str) -> None:
         recipe = Recipe(sparsity=0.7, effort=0, passes=1, **fields)

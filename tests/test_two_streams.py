@@ -70,9 +70,8 @@ def test_the_dense_stream_is_of_the_dense_model(
     (task,) = tasks
     chain, dense = task.feed.chain, task.dense
     assert dense is not None
-    assert not same_bits(
-        chain.model.state_dict(), family().state_dict()
-    )  # it is pruned by now
+    # it is pruned by now
+    assert not same_bits(chain.model.state_dict(), family().state_dict())
     logits = torch.cat(
         [chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(dense)]
     )
@@ -115,9 +114,8 @@ def test_targets_of_writers_against_hooks_on_plain_models(
             super().update(target, x, token_weights)
 
     def see(*args: Any, **_: Any) -> None:
-        if (
-            args[-1] is not None
-        ):  # the first group of a sublayer, at which the targets are recorded
+        # the first group of a sublayer, at which the targets are recorded
+        if args[-1] is not None:
             states.append(copy.deepcopy(model))
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)

@@ -112,9 +112,8 @@ def test_packing_the_result_loses_nothing(
     report = json.loads((out / "pruning.json").read_text())
     assert report["values"] == report["recipe"]["values"] == values
     assert report["bits_per_weight"] == pytest.approx(result.bits_per_weight)
-    if (
-        fields is SWEPT and values == "int4"
-    ):  # int8 costs too little for tiny models to gain
+    # int8 costs too little for tiny models to gain
+    if fields is SWEPT and values == "int4":
         assert (
             min(sweep.held_out for sweep in result.sweeps[1:])
             < result.sweeps[0].held_out
@@ -151,9 +150,10 @@ def test_a_run_ends_on_the_grid_with_the_zeros(
     grid = GRIDS[name]
     for linear in result.linears:
         weight = weights[f"{linear.name}.weight"]
+        # GPT-2 stores (in, out)
         weight = (
             weight.t().contiguous() if linear.name.startswith("transformer") else weight
-        )  # GPT-2 stores (in, out)
+        )
         codes, _ = codes_of(weight, grid, linear.name)
         assert (
             int((codes == 0).sum())
@@ -303,9 +303,8 @@ def test_sparsity_0_is_quantisation(fields: dict[str, Any]) -> None:
     for name, weight in linear_weights(model).items():
         assert not torch.equal(weight, linear_weights(dense)[name]), name
         assert is_on_grid(result, name, weight), name
-    assert result.bits_per_weight == pytest.approx(
-        4.5, abs=0.3
-    )  # a mask of one row and exponents of columns
+    # a mask of one row and exponents of columns
+    assert result.bits_per_weight == pytest.approx(4.5, abs=0.3)
     with torch.no_grad():
         for weight in linear_weights(nearest).values():
             weight.copy_(on_grid(weight, "int4", torch.float32))
@@ -375,9 +374,8 @@ def test_the_judge_and_the_steps_see_rounded_values(steps: Any, tmp_path: Path) 
     assert swept.sweeps[0].held_out == pytest.approx(expected, rel=1e-3)
     assert steps[0][0] / steps[0][3] == pytest.approx(expected, rel=1e-3)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "swept")
-    assert same_bits(
-        linear_weights(walked), linear_weights(written)
-    )  # steps too small to change a whole number
+    # steps too small to change a whole number
+    assert same_bits(linear_weights(walked), linear_weights(written))
 
 
 def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,9 +430,8 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
                 gradients[f"{name}.factors"][:, group], expected, rtol=1e-2, atol=1e-6
             ), name
     assert several, "every row is one group"
-    assert same_bits(
-        linear_weights(model), linear_weights(plain)
-    )  # as it is written: no step was taken
+    # as it is written: no step was taken
+    assert same_bits(linear_weights(model), linear_weights(plain))
 
 
 @pytest.mark.parametrize(

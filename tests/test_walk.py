@@ -80,16 +80,16 @@ def reference(
 def test_the_walk_equals_a_plain_reference(family: Family, solver: str) -> None:
     model = family()
     expected = reference(model, IDS, solver, 0.5)
+    # 2 windows
     sparsellm.prune(
         model, Recipe(method=solver, sparsity=0.5, batch_tokens=48), calibration=IDS
-    )  # 2 windows
+    )
     for (name, pruned), plain in zip(
         model.named_parameters(), expected.parameters(), strict=True
     ):
         disagree = ((pruned == 0) != (plain == 0)).float().mean()
-        assert disagree < 0.002, (
-            name
-        )  # a score at the threshold may fall to either side of rounding
+        # a score at the threshold may fall to either side of rounding
+        assert disagree < 0.002, name
         if disagree == 0:
             torch.testing.assert_close(pruned, plain, rtol=2e-3, atol=2e-4)
 

@@ -44,9 +44,8 @@ def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(
         in said
     )
     written = tensors_of(partial_of(tmp_path / "p") / "blocks")
-    assert any(
-        key.startswith("model.layers.0.") for key in written
-    )  # the block before is kept
+    # the block before is kept
+    assert any(key.startswith("model.layers.0.") for key in written)
     assert all(bool(value.isfinite().all()) for value in written.values())
     assert not any(key.startswith("model.layers.1.") for key in written)
     assert (

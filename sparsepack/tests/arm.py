@@ -34,10 +34,11 @@ PLATFORMS = (
     "manylinux_2_17_aarch64",
     "manylinux2014_aarch64",
 )
+# what each can run
 CPUS = {
     "max": ["neon_dotprod", "neon", "scalar"],
     "cortex-a53": ["neon", "scalar"],
-}  # what each can run
+}
 NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
 TESTS = (
     "sparsepack/tests/test_native.py",

@@ -61,9 +61,8 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
             try:
                 packed = open_packed([directory / "model.safetensors"]).packed("w")
             except (PackError, KeyError) as error:
-                if isinstance(error, KeyError) and error.args != (
-                    "w",
-                ):  # the entry itself has another name now
+                # the entry itself has another name now
+                if isinstance(error, KeyError) and error.args != ("w",):
                     raise
                 outcomes["refused"] += 1
                 continue
@@ -146,9 +145,8 @@ def check(packed: object) -> None:
     x = activations(3, weight.shape[1], torch.float32, 0)
     exact, slack = x.double() @ dense.double().T, bound(dense.double(), x)
     rounded = native.multiply(weight, x, rounded=True, kernel="scalar")
-    usual = (
-        exact.isfinite() & (exact.abs() < 1e37) & (slack < 1e30)
-    )  # a changed exponent may overflow fp32
+    # a changed exponent may overflow fp32
+    usual = exact.isfinite() & (exact.abs() < 1e37) & (slack < 1e30)
     for kernel in native.instruction_sets():
         rows = torch.empty_like(dense)
         native.unpack_rows(weight, 0, len(dense), rows, kernel=kernel)

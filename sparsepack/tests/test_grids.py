@@ -17,6 +17,7 @@ from sparsepack.grid import codes_of, on_grid
 from sparsepack.grids import GRIDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# subnormal in fp16 to overflow
 SIZES = [
     0.0,
     3e-9,
@@ -28,7 +29,7 @@ SIZES = [
     300.0,
     9000.0,
     1e6,
-]  # subnormal in fp16 to overflow
+]
 
 
 def weight_of(seed: int, dtype: torch.dtype) -> Tensor:
@@ -64,9 +65,8 @@ def test_codes_and_scales_are_read_off_exactly(
     size = 256 // scales.shape[1]
     assert size == (grid.group or 256)
     lowest = codes.view(20, -1, size).amin(dim=2)
-    assert bool(
-        ((lowest == grid.lowest) | (scales == 0)).all()
-    )  # the extreme of every group
+    # the extreme of every group
+    assert bool(((lowest == grid.lowest) | (scales == 0)).all())
 
 
 @pytest.mark.parametrize("name", sorted(GRIDS))

@@ -182,9 +182,8 @@ def test_int3_is_int4_in_memory_and_three_bits_in_a_file(sparsity: float) -> Non
     slots, written = int(packed.offsets[-1]), packed.stored["values"]
     assert len(written) == (3 * slots + 7) // 8
     assert torch.equal(widened(written, slots), packed.values)
-    at = 3 * int(
-        packed.offsets[2]
-    )  # The first value of the third row, bit by bit, as docs/format.md tells it.
+    # The first value of the third row, bit by bit, as docs/format.md tells it.
+    at = 3 * int(packed.offsets[2])
     code = sum(
         (int(written[(at + bit) // 8]) >> (at + bit) % 8 & 1) << bit for bit in range(3)
     )

@@ -44,9 +44,8 @@ def test_product_is_that_of_the_dense_weight(
     """In fp64; fp32 sums and one rounding to the output's type are what may differ."""
     packed = layer(values, exponents=exponents).packed
     dense = unpack(packed).double().t()
-    bound = (
-        2e-6 if dtype == torch.float32 else 2.0**-7
-    )  # bf16 rounds weight and result to 8 bits
+    # bf16 rounds weight and result to 8 bits
+    bound = 2e-6 if dtype == torch.float32 else 2.0**-7
     for tokens in (1, 16, 17, 40):
         x = torch.randn(tokens, 130).to(dtype)
         product = multiply(packed, x)
@@ -101,9 +100,10 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
     module, x = layer(), torch.randn(shape)
     assert module(x).shape == (*shape[:-1], 48)
     assert torch.allclose(module(x), module.to_dense()(x), atol=1e-5)
+    # no kernel: fp64
     assert torch.allclose(
         module.double()(x.double()), module.to_dense()(x.double()), atol=1e-12
-    )  # no kernel: fp64
+    )
 
 
 def test_dtype_changes_leave_the_values_alone() -> None:
@@ -223,9 +223,8 @@ def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
         for part in (module.weight_mask, module.weight_values)
     ]
     assert in_one_block(parts)
-    assert (
-        len(pickle.dumps(model[2])) < 2 * model[2].packed.nbytes
-    )  # not the whole block
+    # not the whole block
+    assert len(pickle.dumps(model[2])) < 2 * model[2].packed.nbytes
     assert shared.weight_values.data_ptr() == model[0].weight_values.data_ptr()
     dense = nn.ModuleDict(
         {

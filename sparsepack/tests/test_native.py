@@ -324,9 +324,8 @@ def test_forked_children_and_python_threads_multiply() -> None:
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = random_weight(5, 70, "int8", 0.5, seed=1)
-    monkeypatch.setattr(
-        native, "available", native.available.__wrapped__
-    )  # it is remembered
+    # it is remembered
+    monkeypatch.setattr(native, "available", native.available.__wrapped__)
     monkeypatch.setenv("SPARSELLM_KERNEL", "")
     assert native.available() == native.instruction_sets()[0]
     monkeypatch.setenv("SPARSELLM_KERNEL", "scalar")

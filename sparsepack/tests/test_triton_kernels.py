@@ -29,11 +29,12 @@ def run() -> None:
 
     assert triton_kernels.available() == "triton"
     for value_type in VALUE_TYPES:
+        # also one column
         shapes = [
             (1, 1, 0.0, "fp32", 64),
             (3, 7, 0.5, "bf16", 32),
             (4, 65, 0.7, "fp16", 32),
-        ]  # also one column
+        ]
         for out, columns, sparsity, dtype, group in (
             *shapes,
             (2, 300, -1.0, "fp32", 64),

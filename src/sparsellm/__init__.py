@@ -89,10 +89,11 @@ __all__ += [
     "unpack",
 ]
 __all__ += ["write_comparison", "write_report"]
+# in their modules
 _OTHER_NAMES = {
     "show_progress": "progress",
     "bench": "compared_speed",
-}  # in their modules
+}
 
 
 def __getattr__(name: str) -> Any:

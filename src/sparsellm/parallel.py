@@ -28,9 +28,8 @@ from sparsellm.errors import ProcessError, RecipeError, SparseLLMError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import ProcessGroup, Store
 
-TIMEOUT = timedelta(
-    hours=12
-)  # for a process that hangs: longer than the main one ever works alone
+# for a process that hangs: longer than the main one ever works alone
+TIMEOUT = timedelta(hours=12)
 LAST_WORDS = 10.0  # seconds to wait for other processes to fail; on a busy machine they take a while to end
 CHUNK_ELEMENTS = 1 << 24  # elements converted to fp64 at a time: 128 MiB
 
@@ -76,9 +75,8 @@ def session() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     store, this, of = _reached(next, rendezvous("env://", timeout=TIMEOUT))
-    start = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # the store keeps the addresses of processes that ended
+    # the store keeps the addresses of processes that ended
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefixed = PrefixStore(f"sparsellm-{start}", store)
     _reached(
         dist.init_process_group,
@@ -123,9 +121,8 @@ def await_other_failures() -> None:
         return
     deadline, _machines = time.monotonic() + LAST_WORDS, None
     with contextlib.suppress(RuntimeError):
-        if (
-            dist.is_initialized() and backend() == "gloo"
-        ):  # NCCL would wait for those that have ended
+        # NCCL would wait for those that have ended
+        if dist.is_initialized() and backend() == "gloo":
             dist.destroy_process_group()
         while (
             int(_failures.add("count", 0)) < int(os.environ["WORLD_SIZE"])

@@ -20,9 +20,8 @@ from sparsellm.errors import NumericalError, RecipeError, shown
 Scope = Literal["matrix", "row"]
 Limits = tuple[list[int], list[int]]  # the fewest and the most zeros of each linear
 
-SAMPLED = (
-    1 << 15
-)  # from this length on a threshold is first located in a sample: two passes instead of a partition
+# from this length on a threshold is first located in a sample: two passes instead of a partition
+SAMPLED = 1 << 15
 STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
 RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
 
@@ -123,9 +122,8 @@ class NM(Pattern):
 
     def unchecked(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
-        if (
-            scores.device.type != "cpu" and self.m <= RANKED // 2
-        ):  # few operations, and much memory
+        # few operations, and much memory
+        if scores.device.type != "cpu" and self.m <= RANKED // 2:
             groups = scores.reshape(-1, self.m, 1)
             others = groups.mT
             before = torch.ones(
@@ -137,17 +135,18 @@ class NM(Pattern):
             return highest(scores.reshape(-1, self.m), self.m - self.n).reshape(
                 scores.shape
             )
+        # m times (groups,)
         members = [
             member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)
-        ]  # m times (groups,)
+        ]
+        # number of higher members
         rank = torch.zeros(
             self.m, len(members[0]), dtype=torch.uint8, device=scores.device
-        )  # number of higher members
+        )
         for later in range(1, self.m):
             for earlier in range(later):
-                beaten = (members[earlier] >= members[later]).view(
-                    torch.uint8
-                )  # the earlier of two equals wins
+                # the earlier of two equals wins
+                beaten = (members[earlier] >= members[later]).view(torch.uint8)
                 rank[later] += beaten
                 rank[earlier] += beaten ^ 1
         return torch.stack((rank < self.n).unbind(), dim=1).reshape(scores.shape)
@@ -206,18 +205,16 @@ def highest(scores: Tensor, zeros: int) -> Tensor:
     """The mask ``(rows, columns)``: False for the ``zeros`` lowest scores of a row; of equal ones the first stays."""
     if zeros <= 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    if (
-        scores.device.type != "cpu"
-    ):  # A GPU sorts faster than it counts, and never waits for the number of ties.
+    # A GPU sorts faster than it counts, and never waits for the number of ties.
+    if scores.device.type != "cpu":
         order = scores.argsort(dim=1, descending=True, stable=True)[
             :, : scores.shape[1] - zeros
         ]
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
     threshold = lowest(scores, zeros)  # (rows, 1)
     kept = scores > threshold
-    surplus = (
-        scores.shape[1] - zeros - kept.sum(dim=1, dtype=torch.int32)
-    )  # (rows,) equals that stay
+    # (rows,) equals that stay
+    surplus = scores.shape[1] - zeros - kept.sum(dim=1, dtype=torch.int32)
     tied = surplus.nonzero()[:, 0]
     if len(tied):
         row, column, place = places_in_rows(scores[tied] == threshold[tied])
@@ -310,9 +307,8 @@ def round_exactly(aims: Sequence[float], total: int, limits: Limits) -> list[int
     while (missing := total - sum(zeros)) != 0:
         step = 1 if missing > 0 else -1
         room = [i for i in range(len(zeros)) if fewest[i] <= zeros[i] + step <= most[i]]
-        room.sort(
-            key=lambda i: (step * (zeros[i] - aims[i]), i)
-        )  # the furthest from its aim comes first
+        # the furthest from its aim comes first
+        room.sort(key=lambda i: (step * (zeros[i] - aims[i]), i))
         for i in room[: abs(missing)]:
             zeros[i] += step
     return zeros

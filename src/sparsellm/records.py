@@ -97,9 +97,8 @@ class LinearResult(Matrix):
     shape: Annotated[tuple[Size, Size], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
     error: float = math.nan
-    notes: Annotated[
-        tuple[str, ...], Field(strict=False)
-    ] = ()  # for the user, such as a damping that was raised
+    # for the user, such as a damping that was raised
+    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
     history: Annotated[tuple[Step, ...], Field(strict=False)] = ()
     tokens: Count | None = (
         None  # calibration tokens that were routed to it, if it belongs to an expert
@@ -239,9 +238,8 @@ class ExpertsOfBlock(Record):
 
     block: Count
     kept: list[Count]  # their numbers in the dense model
-    tokens: list[
-        Count
-    ]  # calibration tokens that were routed to each expert of the dense model
+    # calibration tokens that were routed to each expert of the dense model
+    tokens: list[Count]
     scores: list[float]
     error: float
     refitted: float
@@ -274,9 +272,8 @@ class RunRecord(Record):
     )
     linears: list[LinearResult]
     dense: list[DenseMatrix] = []  # matrices of the blocks
-    seconds: dict[
-        str, Seconds
-    ] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
+    # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
+    seconds: dict[str, Seconds] = {}
     peak_rss_bytes: Count = (
         0  # the peak of one process, in this run or an earlier start of it
     )
@@ -292,9 +289,8 @@ class RunRecord(Record):
     warnings: list[str] = []
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
-    experts: list[
-        ExpertsOfBlock
-    ] = []  # a record for each mixture, if experts were removed
+    # a record for each mixture, if experts were removed
+    experts: list[ExpertsOfBlock] = []
     identity: Settings = {}  # everything that the bits of the result depend on
 
     @computed_field  # type: ignore[prop-decorator]
@@ -566,9 +562,8 @@ class Results(Measurement):
     evaluations: list[Evaluation] = Field(default_factory=list)
     benchmarks: list[Benchmark] = Field(default_factory=list)
     continuations: list[Continuation] = Field(default_factory=list)
-    exports: list[Export] = Field(
-        default_factory=list
-    )  # the latest into each file or directory
+    # the latest into each file or directory
+    exports: list[Export] = Field(default_factory=list)
 
     def latest(self) -> dict[tuple[object, ...], Evaluation]:
         """The latest evaluation of each protocol, by key; one with a dense model is preferred to later ones without."""

@@ -14,12 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
-Options: TypeAlias = dict[
-    str, Any
-]  # the options of a function by name: JSON values, since a recipe sets them
-_OPTIONS = ConfigDict(
-    extra="forbid", allow_inf_nan=False, protected_namespaces=()
-)  # JSON has no NaN or infinity
+# the options of a function by name: JSON values, since a recipe sets them
+Options: TypeAlias = dict[str, Any]
+# JSON has no NaN or infinity
+_OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,8 @@ class Registry(dict[str, Entry[F]]):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.listeners: list[
-            Callable[[Entry[F]], None]
-        ] = []  # called with every entry that is added
+        # called with every entry that is added
+        self.listeners: list[Callable[[Entry[F]], None]] = []
 
     def register(self, name: str, *, paper: str, **declared: Any) -> Callable[[F], F]:
         """A decorator that registers a function; ``declared`` are further attributes of its :class:`Entry`.
@@ -115,9 +112,8 @@ class Registry(dict[str, Entry[F]]):
             hints = typing.get_type_hints(function, include_extras=True)
             spec = inspect.getfullargspec(inspect.unwrap(function))
             defaults = spec.kwonlydefaults or {}
-            json.dumps(
-                defaults
-            )  # raises TypeError: options go into reports and identities
+            # raises TypeError: options go into reports and identities
+            json.dumps(defaults)
             fields: dict[str, Any] = {
                 name: (hints[name], defaults.get(name, ...)) for name in spec.kwonlyargs
             }

@@ -171,10 +171,11 @@ def test_one_command_prunes_packs_measures_and_reports(
         _, stdout, stderr = run(*line, exits=0)
     assert "the measurement is not kept in" in stderr
     assert json.loads(stdout)["evaluation"]["against"]["kl"] > 0
+    # which would be measured against itself
     for model, place in (
         (llama, llama / "inside"),
         (pruned, pruned),
-    ):  # which would be measured against itself
+    ):
         line = (
             "prune",
             model,

@@ -96,15 +96,13 @@ def test_an_unfinished_demo_begins_anew_in_its_place(
     }
     for name, size in {**sizes, "TEXT_TOKENS": 4}.items():
         monkeypatch.setattr(demo, name, size)
-    dense = tiny_llama(
-        intermediate_size=96, max_position_embeddings=1024
-    )  # for groups, and the question
+    # for groups, and the question
+    dense = tiny_llama(intermediate_size=96, max_position_embeddings=1024)
     model = save_tiny(dense, tiny_tokenizer(), tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
-    monkeypatch.setattr(
-        demo, "find_spec", lambda _: None
-    )  # llama.cpp decodes no model as small as this
+    # llama.cpp decodes no model as small as this
+    monkeypatch.setattr(demo, "find_spec", lambda _: None)
     out = tmp_path / "p"
     WorkingDirectory(out / "pruned", {"a": 1}).close()
     assert "give --restart" in run("demo", "--out", out, columns=1000, exits=2)[2]
@@ -124,9 +122,10 @@ def test_an_unfinished_demo_begins_anew_in_its_place(
         assert "Not evaluated yet" not in card
         assert "| perplexity |" in card
     assert "give --overwrite" in run("demo", "--out", out, exits=2)[2]
+    # above in new processes
     monkeypatch.setattr(
         demo, "_alone", lambda function, *arguments: function(*arguments)
-    )  # above in new processes
+    )
     report = json.loads(
         run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json", exits=0)[
             1
@@ -174,9 +173,8 @@ def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert model.dtype == torch.float32
-    assert (
-        tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id
-    )  # this tokenizer adds none
+    # this tokenizer adds none
+    assert tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id
     assert (
         sparsellm.evaluate(
             model, evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)
@@ -199,9 +197,8 @@ def test_the_demo_prunes_measures_and_saves_a_plain_model(tmp_path: Path) -> Non
     report = json.loads(
         subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     )
-    assert (
-        0.3 - 1e-4 < report["sparsity_reached"] < 0.3 + 0.005
-    )  # rounding may set some more zeros
+    # rounding may set some more zeros
+    assert 0.3 - 1e-4 < report["sparsity_reached"] < 0.3 + 0.005
     forms, speeds = report["forms"], report["speeds"]
     packed, other = forms["packed"], forms["q4_0"]
     assert (

@@ -134,9 +134,8 @@ def test_a_signal_within_the_import_of_torch_is_told_without_torch(
     said = f"interrupted (SIGINT); this command keeps nothing: start it again with  {shlex.join(line)}"
     assert done.stderr.splitlines()[1:] == [said]
     (tmp_path / "p.partial" / ".sparsellm-run").mkdir(parents=True)
-    (tmp_path / "p.partial" / ".sparsellm-run" / "run.json").write_text(
-        "{}"
-    )  # an earlier process left it
+    # an earlier process left it
+    (tmp_path / "p.partial" / ".sparsellm-run" / "run.json").write_text("{}")
     done = subprocess.run(
         line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -241,9 +240,8 @@ def test_a_forked_child_ends_by_its_own_signal() -> None:
         ready, started = os.pipe()
         process = os.fork()
         if not process:
-            os.write(
-                started, b"."
-            )  # a signal before Python's own work after the fork is lost
+            # a signal before Python's own work after the fork is lost
+            os.write(started, b".")
             while True:
                 time.sleep(0.1)
         os.read(ready, 1)
@@ -271,9 +269,8 @@ def test_the_command_line_is_quoted(
 
 
 def test_a_recorded_command_is_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["/opt/bin/sparsellm", "prune", "\udce9"]
-    )  # a byte that is not UTF-8
+    # a byte that is not UTF-8
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/sparsellm", "prune", "\udce9"])
     assert (
         PruneResult.model_fields["command"].get_default(call_default_factory=True)
         == "sparsellm prune '?'"

@@ -62,9 +62,8 @@ def test_a_file_registers_what_prune_then_knows(
     )
     first, last = report["linears"][0], report["linears"][-1]
     assert first["sparsity"] < 0.5 < last["sparsity"]
-    assert report["allocation"]["aim"].startswith(
-        "LinearSize("
-    )  # no JSON value: its text
+    # no JSON value: its text
+    assert report["allocation"]["aim"].startswith("LinearSize(")
 
 
 @pytest.mark.parametrize("zeros", ["", "x.weights / 2", "-1"])

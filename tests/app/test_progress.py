@@ -122,9 +122,8 @@ def test_what_is_said_at_a_signal_stands_below_the_bar(terminal: Terminal) -> No
     console.say("interrupted (SIGINT); 1 of 2 blocks are kept", error=True)
     shown = terminal.screen()
     assert shown[-1] == "interrupted (SIGINT); 1 of 2 blocks are kept"
-    assert re.search(
-        r"━ +\d+ % in \d\.\d s$", shown[-4]
-    )  # how far it came, without a time left
+    # how far it came, without a time left
+    assert re.search(r"━ +\d+ % in \d\.\d s$", shown[-4])
     assert terminal.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
 
 

@@ -185,9 +185,8 @@ def test_parts_of_text_change_nothing(
         tiny_llama(seed=1), tiny_tokenizer(add_bos=True), tmp_path / "other"
     )
     at_once = sparsellm.evaluate(other, text, seq_len=16, against=llama)
-    monkeypatch.setattr(
-        perplexity, "_HIDDEN_BYTES", 2 * 3 * 16 * 32 * 4
-    )  # three windows of both models
+    # three windows of both models
+    monkeypatch.setattr(perplexity, "_HIDDEN_BYTES", 2 * 3 * 16 * 32 * 4)
     monkeypatch.setattr(perplexity, "CHUNK", 4)
     monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 32)
     parts = sparsellm.evaluate(other, text, seq_len=16, against=llama)
@@ -422,10 +421,11 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
     sparsellm.pack(
         save_tiny(pruned, tiny_tokenizer(), tmp_path / "p"), out=tmp_path / "packed"
     )
+    # as tokenizers do
     for model, dense, bos in (
         (llama, tiny_llama(), True),
         (tmp_path / "packed", pruned, False),
-    ):  # as tokenizers do
+    ):
         expected, otherwise = (
             accuracy_by_hand(folder, dense, bos=with_bos) for with_bos in (bos, not bos)
         )
@@ -452,9 +452,8 @@ def test_tasks_change_no_model_and_compute_as_the_blocks(
     text: Path, folder: Path, tmp_path: Path
 ) -> None:
     model, asked = tiny_opt(), {"seq_len": 16, "tokenizer": tiny_tokenizer()}
-    model.lm_head = torch.nn.Linear(
-        48, model.config.vocab_size, bias=False
-    )  # the config still says that it is tied
+    # the config still says that it is tied
+    model.lm_head = torch.nn.Linear(48, model.config.vocab_size, bias=False)
     head, plain = model.lm_head.weight, sparsellm.evaluate(model, text, **asked)
     measured = sparsellm.evaluate(
         model, text, tasks=["tiny_numbers"], tasks_dir=folder, **asked
@@ -558,9 +557,8 @@ def test_a_text_that_was_calibrated_on_flatters_as_a_part_too(
             "flatters its numbers"
             in run("eval", out, "--text", f"file:{text}", "--seq-len", 16, exits=0)[2]
         )
-    assert (
-        "unknown text source" in run("eval", out, "--text", "a" * 300, exits=2)[2]
-    )  # longer than any name
+    # longer than any name
+    assert "unknown text source" in run("eval", out, "--text", "a" * 300, exits=2)[2]
 
 
 def test_a_name_that_is_not_utf8_is_refused_before_the_work(

@@ -15,11 +15,12 @@ from sparsellm import Recipe
 from tests.models import families, save_tiny, tiny_llama, tiny_tokenizer, windows
 
 IDS = windows(4, 32)
+# whole groups of 32 columns
 WIDE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "head_dim": 16,
-}  # whole groups of 32 columns
+}
 
 
 def wide_llama(**changes: Any) -> PreTrainedModel:

@@ -28,9 +28,8 @@ def test_blocks_are_numbers_times_scales(grid: str) -> None:
 
 def test_q6_k_keeps_numbers_that_it_has_and_is_near_others() -> None:
     generator = torch.Generator().manual_seed(1)
-    units = (
-        torch.randn(4097, 1, 1, 1, generator=generator).half().float()
-    )  # more rows than are done at a time
+    # more rows than are done at a time
+    units = torch.randn(4097, 1, 1, 1, generator=generator).half().float()
     levels = torch.randint(-127, 128, (4097, 2, 16, 1), generator=generator)
     numbers = torch.randint(-32, 32, (4097, 2, 16, 16), generator=generator)
     numbers[..., 3], levels[:, :, 5] = -32, -128
@@ -44,14 +43,14 @@ def test_q6_k_keeps_numbers_that_it_has_and_is_near_others() -> None:
         for x in (exact, normal)
     )
     assert torch.equal(there, exact)
+    # in steps
     error = (
         32
         * (near - normal).view(-1, 16)
         / normal.view(-1, 16).abs().amax(1, keepdim=True)
-    )  # in steps
-    assert (
-        error.abs().max() < 1.3
-    )  # 1 at the end without a number, and half a level of 128 for the scale
+    )
+    # 1 at the end without a number, and half a level of 128 for the scale
+    assert error.abs().max() < 1.3
     assert error.square().mean() == pytest.approx(1 / 12, rel=0.2)  # that of rounding
 
 

@@ -79,9 +79,8 @@ def test_int8_activations_are_left_to_the_loader(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "w8a8")
     results(directory, EVALUATION)
     out = exported(directory)
-    assert (
-        "No result holds for these files." in (out / "README.md").read_text()
-    )  # it was measured without
+    # it was measured without
+    assert "No result holds for these files." in (out / "README.md").read_text()
     scheme = config_of(out)["config_groups"]["group_0"]
     assert (
         scheme["input_activations"]["strategy"],
@@ -105,9 +104,8 @@ def test_what_is_dense_stays_so_and_is_named(tmp_path: Path) -> None:
     )
     dense = {f"model.layers.{i}.{part}" for i in (0, 1) for part in parts}
     assert set(config["ignore"]) == {"lm_head", "model.embed_tokens", *dense}
-    assert not {"sparsity_config", "compression_config"} & set(
-        config
-    )  # with which vLLM refuses a model
+    # with which vLLM refuses a model
+    assert not {"sparsity_config", "compression_config"} & set(config)
     assert config["format"] == "pack-quantized"
     reader = CheckpointReader(out)
     assert reader.shape("model.layers.0.self_attn.q_proj.weight_packed") == (64, 8)
@@ -130,9 +128,8 @@ def test_a_directory_has_what_belongs_to_the_model_and_no_place(tmp_path: Path) 
     directory = pruned(wide_llama(), tmp_path, "w8a16")
     results(directory, {**EVALUATION, "perplexity": {"value": 9.0}}, EVALUATION)
     out = exported(directory)
-    assert (out / "README.md").read_text().count(
-        "windows of 512 tokens"
-    ) == 1  # the first is superseded
+    # the first is superseded
+    assert (out / "README.md").read_text().count("windows of 512 tokens") == 1
     names = {file.name for file in out.iterdir()}
     assert {
         "tokenizer.json",

@@ -67,9 +67,8 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(
     packed = sparsellm.pack(
         directory, out=tmp_path / "packed", values="int4"
     ).packed_bytes
-    assert content["packed_bytes"] == pytest.approx(
-        packed, rel=0.01
-    )  # rows have different numbers of zeros
+    # rows have different numbers of zeros
+    assert content["packed_bytes"] == pytest.approx(packed, rel=0.01)
     assert "path" not in content["record"]
 
 

@@ -123,9 +123,8 @@ def test_head_is_quantised_when_asked(tmp_path: Path) -> None:
         Kind.Q8_0,
         Kind.Q8_0,
     )
-    assert (
-        types["blk.0.attn_v.weight"] == Kind.BF16
-    )  # what is not pruned stays as it is in the template
+    # what is not pruned stays as it is in the template
+    assert types["blk.0.attn_v.weight"] == Kind.BF16
     assert_is(file, directory, but=OUTSIDE)
     ours, theirs = (
         tensors(file)["output.weight"],
@@ -201,9 +200,10 @@ def test_rows_of_heads_are_found_in_each_known_order() -> None:
         order.tolist()
         for order in orders_of((heads + 2 * groups) * size, heads, [groups, heads])
     ]
+    # Falcon: q, q, k, v
     blocks = np.arange((heads + 2 * groups) * size).reshape(
         groups, heads // groups + 2, size
-    )  # Falcon: q, q, k, v
+    )
     assert (
         np.concatenate(
             [blocks[:, :2].ravel(), blocks[:, 2].ravel(), blocks[:, 3].ravel()]
@@ -386,9 +386,8 @@ def test_what_a_killed_export_left_is_removed_and_no_more(tmp_path: Path) -> Non
         path.write_bytes(b"mine" if path is other else b"GGUF\3")
     with busy.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        exported(
-            directory, progress=lambda _: _remove_torn(tmp_path)
-        )  # as another export does
+        # as another export does
+        exported(directory, progress=lambda _: _remove_torn(tmp_path))
     assert {*tmp_path.glob(".*")} == {busy, other, named}
 
 

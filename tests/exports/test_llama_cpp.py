@@ -90,9 +90,8 @@ def test_tiny_models_run_in_llama_cpp(tmp_path: Path, make: Any, grid: str) -> N
         in_fp32(tmp_path / "out.gguf"), directory, list(range(5, 25)), 24
     )
     assert (same, divergence < CLOSE) == (24, True)
-    assert (
-        compared(tmp_path / "out.gguf", directory, list(range(5, 25)), 24)[1] < 1e-2
-    )  # with rounded activations
+    # with rounded activations
+    assert compared(tmp_path / "out.gguf", directory, list(range(5, 25)), 24)[1] < 1e-2
 
 
 def test_the_demo_runs_in_llama_cpp(tmp_path: Path) -> None:

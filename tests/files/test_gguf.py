@@ -53,9 +53,8 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
     captured = capfd.readouterr()
     assert (captured.out, "it/s" in captured.err) == ("", False)
     assert directory.parent == own_cache
-    assert [entry.name for entry in own_cache.iterdir()] == [
-        directory.name
-    ]  # nothing half-built is left
+    # nothing half-built is left
+    assert [entry.name for entry in own_cache.iterdir()] == [directory.name]
     config = json.loads((directory / "config.json").read_text())
     assert not {"quantization_config", "sparsity_config"} & set(config)
     assert config["dtype"] == "float32"
@@ -124,9 +123,10 @@ def test_what_a_file_says_of_positions_and_attention_counts(
 def test_the_largest_gemmas_are_known_by_their_blocks(
     name: str, blocks: int, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    # made 1,062 times
     monkeypatch.setattr(
         gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)
-    )  # made 1,062 times
+    )
     model = family(
         name, num_hidden_layers=blocks, hidden_size=48, num_attention_heads=4
     )

@@ -63,9 +63,8 @@ def test_a_shard_is_what_the_library_reads(
     assert (8 + len(header)) % 8 == 0
     for name, entry in json.loads(header).items():
         if name != "__metadata__":
-            assert (
-                entry["data_offsets"][0] % tensors()[name].element_size() == 0
-            )  # readers map it as it lies
+            # readers map it as it lies
+            assert entry["data_offsets"][0] % tensors()[name].element_size() == 0
     assert torch.equal(
         ours.get("c.half", dtype=torch.float32), tensors()["c.half"].float()
     )

@@ -109,9 +109,8 @@ def test_an_item_is_no_alias_and_keeps_nothing_else(tmp_path: Path) -> None:
     store[0].add_(1)
     assert torch.equal(store[0], torch.full((2,), 2.0))  # on disk
     assert bytes_on_disk(store) == 8
-    assert (
-        list(tmp_path.iterdir()) == []
-    )  # files have no name: nothing to remove, however the process ends
+    # files have no name: nothing to remove, however the process ends
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:

@@ -69,9 +69,8 @@ def test_a_foreign_file_is_named(
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("years of work")
     if begun and place:
-        path.with_name("experts.json").write_text(
-            "{}"
-        )  # as a run leaves it that is killed before the renaming
+        # as a run leaves it that is killed before the renaming
+        path.with_name("experts.json").write_text("{}")
     before = tree(out.parent)
     said = f"{place}thesis.txt" if begun or not place else place.strip("/")
     with pytest.raises(StorageError, match=f"holds {said}, which no run wrote"):
@@ -94,10 +93,11 @@ def test_what_a_kill_at_the_start_leaves_stops_no_run(
 def test_unfinished_files_of_a_killed_process_are_removed(out: Path) -> None:
     before = tree(partial_of(out))
     for folder in (STATE, "blocks"):
+        # NFS keeps a removed file that is open by such a name
         for name in (
             f".{'0a' * 12}.tmp",
             ".nfs00000000012ab4",
-        ):  # NFS keeps a removed file that is open by such a name
+        ):
             (partial_of(out) / folder / name).write_text("half")
     WorkingDirectory(out, IDENTITY)
     assert tree(partial_of(out)) == before

@@ -106,9 +106,8 @@ def test_energy_is_the_mean_square_of_the_output(monkeypatch: pytest.MonkeyPatch
         normal(64, 600, seed=1),
         normal(64, 600, seed=2),
     )
-    monkeypatch.setattr(
-        gram, "CHUNK_ELEMENTS", 600 * 7
-    )  # nine times seven rows, and one
+    # nine times seven rows, and one
+    monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 600 * 7)
     for minus in (None, other):
         wide = weight.double() - (0 if minus is None else minus.double())
         expected = float((x.double() @ wide.T).square().sum() / 200)

@@ -71,9 +71,8 @@ def test_only_what_runs_after_everything_wanted_is_unread() -> None:
     everything = [a, b, c, never]
     assert order.unread(everything, inputs=[a], outputs=[]) == [a, b, c]
     assert order.unread(everything, inputs=[], outputs=[a]) == [b, c]
-    assert (
-        order.unread(everything, inputs=[a], outputs=[b]) == []
-    )  # b runs again at the very end
+    # b runs again at the very end
+    assert order.unread(everything, inputs=[a], outputs=[b]) == []
     assert order.unread(everything, inputs=[c], outputs=[]) == [c]
     assert order.unread(everything, inputs=[never], outputs=[]) == []
 

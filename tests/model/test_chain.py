@@ -118,9 +118,8 @@ def test_only_one_block_is_in_memory(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_the_bare_base_model_is_read(tmp_path: Path) -> None:
     model = tiny_gpt2()
-    model.transformer.save_pretrained(
-        tmp_path
-    )  # the hub's gpt2 looks like this: no 'transformer.' in the names
+    # the hub's gpt2 looks like this: no 'transformer.' in the names
+    model.transformer.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
     assert torch.equal(
         run_by_blocks(open_chain(tmp_path, device=CPU))[1],
@@ -169,9 +168,8 @@ def test_what_is_only_rounded_to_compute_is_written_as_it_was(
         load_file(dense / "model.safetensors"),
     )
     with chain.block(1) as block, torch.no_grad():
-        assert (
-            attrgetter(wide)(block.mlp).dtype is torch.float32
-        )  # as transformers keeps it
+        # as transformers keeps it
+        assert attrgetter(wide)(block.mlp).dtype is torch.float32
         block.self_attn.o_proj.weight.zero_()
         written = {
             name: source.read() for name, source in chain.block_tensors(1).items()

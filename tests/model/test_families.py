@@ -170,9 +170,8 @@ def test_a_model_in_memory_is_saved_under_published_names(
     result = sparsellm.prune(model, recipe, out=tmp_path / "p", calibration=IDS)
     sparsellm.prune(source, recipe, out=tmp_path / "q", calibration=IDS)
     assert same_bits(tensors_of(tmp_path / "p"), tensors_of(tmp_path / "q"))
-    assert (
-        list(model.state_dict()) == names
-    )  # the caller's object is as it was, but for the values
+    # the caller's object is as it was, but for the values
+    assert list(model.state_dict()) == names
     assert result.model is model
     assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), logits(read_back(tmp_path / "p")[0]))

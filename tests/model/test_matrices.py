@@ -143,10 +143,11 @@ def test_rounding_is_no_shortfall(name: str, sparsity: float) -> None:
     )
     assert result.sparsity == pytest.approx(sparsity, abs=1e-3)
     assert result.warnings == []
+    # as by auto:M
     exact = [
         linear.model_copy(update={"asked": linear.sparsity})
         for linear in result.linears
-    ]  # as by auto:M
+    ]
     assert shortfall(exact, [], sparsity + 0.1)[0].endswith(
         "requested; the steps of the pattern are that coarse"
     )
@@ -171,9 +172,8 @@ class Router(nn.Module):
 
 def test_biases_do_not_count_and_small_matrices_are_named() -> None:
     result = sparsellm.prune(with_mixture(Router, 2), MAGNITUDE, calibration=IDS)
-    assert result.matrices.weights == 3 * (
-        3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32
-    )  # q, o, map; k, v; single; gate
+    # q, o, map; k, v; single; gate
+    assert result.matrices.weights == 3 * (3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32)
     assert [(matrix.name, matrix.reason) for matrix in result.dense] == [
         (f"model.layers.{index}.mlp.{name}", reason)
         for index in range(3)
@@ -191,9 +191,8 @@ def test_the_limit_is_two_percent_of_a_block() -> None:
 def test_many_small_parameters_are_refused_for_their_sum() -> None:
     model = tiny_llama()
     layer = model.model.layers[1]
-    layer.scales = nn.ParameterList(
-        nn.Parameter(torch.ones(3, 32)) for _ in range(8)
-    )  # 0.9 % of the block each
+    # 0.9 % of the block each
+    layer.scales = nn.ParameterList(nn.Parameter(torch.ones(3, 32)) for _ in range(8))
     with pytest.raises(ModelError, match=r"layers\.1\.scales\.\d .*'\*\.scales\.\*'"):
         refuse_silent_dense(open_chain(model, device=CPU), [])
     refuse_silent_dense(open_chain(model, device=CPU), ["*.scales.*"])
@@ -386,9 +385,8 @@ def test_allow_dense_accepts_what_no_linear_owns() -> None:
         calibration=IDS,
     )
     assert result.sparsity_pruned == 0.5
-    assert (
-        len(result.linears) == 3 * 5
-    )  # q, k, v, o, and one of the mixture's three; the others are gates
+    # q, k, v, o, and one of the mixture's three; the others are gates
+    assert len(result.linears) == 3 * 5
     assert {matrix.reason for matrix in result.dense} == {"allowed dense"}
     (warning,) = result.warnings
     assert "allowed dense" in warning

@@ -51,11 +51,12 @@ def test_outputs_and_gradients_err_by_three_roundings_at_most(kind: str) -> None
     expected, size = exact(module, x.detach())
     assert ((y.detach() - expected).abs() <= 3.1 * UNIT * size + 1e-6).all()
     assert not torch.equal(y.detach(), expected.float()), "nothing was rounded"
+    # (out, in)
     weight = (
         module.weight.detach().double()
         if kind == "linear"
         else module.weight.detach().double().T
-    )  # (out, in)
+    )
     rows, given = x.detach().double().flatten(0, 1), g.double().flatten(0, 1)
     assert x.grad is not None
     assert module.weight.grad is not None
@@ -120,9 +121,8 @@ def test_attention_errs_by_few_roundings_and_not_by_a_mask_of_numbers() -> None:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(
-        products, "LEAST", 1
-    )  # tiny weights are multiplied in bf16, too
+    # tiny weights are multiplied in bf16, too
+    monkeypatch.setattr(products, "LEAST", 1)
     return save_tiny(
         tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "dense"
     )

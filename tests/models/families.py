@@ -122,10 +122,11 @@ _TEXT: dict[
     "NemotronH": _NEMOTRON_H,
     "Zamba2": _ZAMBA2,
 }
+# convolutions over the tokens, which no linear owns
 STAY_DENSE = (
     "*.conv",
     "*.conv1d",
-)  # convolutions over the tokens, which no linear owns
+)
 
 
 def llama3() -> PreTrainedModel:

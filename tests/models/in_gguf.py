@@ -29,10 +29,11 @@ OUTSIDE = {
 def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """The weights of a model in fp32, by their names in GGUF."""
     config, weights = model.config, dict[str, np.ndarray]()
+    # whose rows and experts lie in another order
     if config.model_type not in (
         "llama",
         "mixtral",
-    ):  # whose rows and experts lie in another order
+    ):
         arch = next(
             code
             for code, name in gguf.MODEL_ARCH_NAMES.items()
@@ -43,9 +44,8 @@ def in_gguf(model: PreTrainedModel) -> dict[str, np.ndarray]:
             names.get_name(key, (".weight", ".bias")): x.numpy()
             for key, x in model.float().state_dict().items()
         }
-        return {
-            name: weight for name, weight in named.items() if name
-        }  # a tied head has none
+        # a tied head has none
+        return {name: weight for name, weight in named.items() if name}
     for key, parameter in model.float().state_dict().items():
         stem, _, kind = key.rpartition(".")
         weight = parameter.numpy()

@@ -23,9 +23,8 @@ from tests.files.small import tensors_of
 from tests.method.sweep.helpers import same_bits
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
-pytestmark = (
-    pytest.mark.slow
-)  # Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
+# Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
+pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for

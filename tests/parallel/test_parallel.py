@@ -100,9 +100,10 @@ def test_the_survey_divides_its_windows(count: int, outputs: Any) -> None:
     for name, counts in divided["saliency"].items():
         expected = single["saliency"][name]
         assert counts.sum() == expected.sum()
+        # some are near an edge
         assert (
             counts.cumsum(0) - expected.cumsum(0)
-        ).abs().max() <= 0.02 * counts.sum()  # some are near an edge
+        ).abs().max() <= 0.02 * counts.sum()
     for other, _ in rest:
         assert all(
             same_bits(divided[key], other[key])
@@ -133,9 +134,8 @@ def test_the_runs_of_a_comparison_are_divided(outputs: Any) -> None:
 def test_what_is_compared_is_there(alone: dict[str, Any]) -> None:
     assert len({zeros for _, zeros, _ in alone["allocated"]["linears"]}) > 1
     assert len(alone["swept"]["sweeps"]) == 4
-    assert (
-        alone["swept"]["sweeps"][-1][0] < alone["swept"]["sweeps"][0][0]
-    )  # so it is the swept weights that are kept
+    # so it is the swept weights that are kept
+    assert alone["swept"]["sweeps"][-1][0] < alone["swept"]["sweeps"][0][0]
 
 
 def test_every_process_holds_the_same_moments(outputs: Any) -> None:
@@ -193,12 +193,13 @@ def test_shares_are_disjoint_even_and_of_whole_units(
         )
     assert shares(7, 2, 2) == [(0, 4), (4, 7)]
     assert shares(7, 2, 4) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    # two units, four processes
     assert shares(7, 4, 4) == [
         (0, 1),
         (1, 3),
         (3, 5),
         (5, 7),
-    ]  # two units, four processes
+    ]
 
 
 def test_each_process_takes_the_gpu_with_its_number(

@@ -86,9 +86,8 @@ def prune_case(name: str) -> dict[str, Any]:
         pytest.MonkeyPatch.context() as patch,
         counting(BlockTask, "accept") as accepted,
     ):
-        patch.setattr(
-            "sparsellm.method.solvers.sparsegpt.PRUNED_TOGETHER", 16
-        )  # several panels in so small a model
+        # several panels in so small a model
+        patch.setattr("sparsellm.method.solvers.sparsegpt.PRUNED_TOGETHER", 16)
         result = sparsellm.prune(
             model,
             Recipe(**{"batch_tokens": 80, **fields}),
@@ -145,9 +144,8 @@ def leave(folder: Path, name: str, output: Any) -> None:
 def prune_everything(folder: Path) -> None:
     for name in CASES:
         leave(folder, name, prune_case(name))
-    with pytest.raises(
-        RecipeError, match="only the second"
-    ):  # whoever it is that fails, all know
+    # whoever it is that fails, all know
+    with pytest.raises(RecipeError, match="only the second"):
         parallel.together(
             lambda: _refuse("only the second") if parallel.rank() == 1 else None
         )
@@ -167,16 +165,14 @@ def prune_everything(folder: Path) -> None:
         )
     broken = tiny_llama()
     broken.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(
-        NumericalError, match=r"lm_head\.weight"
-    ):  # found by the main process alone, told by all
+    # found by the main process alone, told by all
+    with pytest.raises(NumericalError, match=r"lm_head\.weight"):
         sparsellm.prune(broken, Recipe(method="wanda"), calibration=ids)
 
     @SOLVERS.register("keep-large-columns", paper="none")
     def keep_large_columns(weight: Tensor, gram: Any, pattern: Any) -> Solution:
-        scores = (
-            weight / weight.square().sum(dim=0).sqrt()
-        ).abs()  # rows depend on each other
+        # rows depend on each other
+        scores = (weight / weight.square().sum(dim=0).sqrt()).abs()
         if torch.distributed.get_rank():
             scores = -scores  # another solution in every other process
         return solution(weight, weight, pattern.mask(scores), gram)
@@ -228,9 +224,8 @@ def sums(folder: Path) -> None:
     )
     assert accumulator.tokens == cross.tokens == len(x)
     leave(folder, "gram", accumulator.finish().matrix)
-    big = torch.full(
-        (3,), 2**62 // size, dtype=torch.int64
-    )  # would lose digits as floats
+    # would lose digits as floats
+    big = torch.full((3,), 2**62 // size, dtype=torch.int64)
     assert (
         parallel.all_sum_(big + rank).tolist()
         == [2**62 // size * size + size * (size - 1) // 2] * 3
@@ -321,9 +316,8 @@ def everything(folder: Path) -> None:
     evaluation_of_some_windows(folder)
     reads(folder)
     comparison_of_some_cells(folder)
-    if (
-        parallel.rank() == parallel.size() - 1
-    ):  # a resident sweep in shards, as a cell of a comparison runs it
+    # a resident sweep in shards, as a cell of a comparison runs it
+    if parallel.rank() == parallel.size() - 1:
         with parallel.alone():
             history, _ = swept_by(
                 Residence(sharded=True), halved(tiny_llama()), tiny_llama(), passes=1

@@ -51,10 +51,11 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "sparsellm-paper"},
 )
 PATTERNS: dict[str, Pattern] = {"0.6": Share(0.6), "2:4": NM(2, 4)}
+# inputs and outputs of the linear whose traffic is counted, and outputs that are computed
 WIDE, OUTPUTS = (
     4096,
     32,
-)  # inputs and outputs of the linear whose traffic is counted, and outputs that are computed
+)
 
 
 def runs() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -194,9 +195,8 @@ def _traffic(name: str, pattern: Pattern, inputs: int) -> tuple[Counter[str], st
 def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:
     """Of one run without and with a sweep, each for a block of the model."""
     table = {}
-    for number, effort in enumerate(
-        (0, 0, 1)
-    ):  # the first of a process measures the device
+    # the first of a process measures the device
+    for number, effort in enumerate((0, 0, 1)):
         recipe = Recipe(
             device="cuda", batch_tokens=32, effort=effort, sparsity=0.6, sets=1
         )

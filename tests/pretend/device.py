@@ -346,13 +346,11 @@ def cuda() -> Iterator[None]:
         stack.enter_context(
             mock.patch.object(Tensor, "pin_memory", lambda self, *_: self)
         )
-        torch.__future__.set_swap_module_params_on_conversion(
-            True
-        )  # `module.to` keeps its parameters
+        # `module.to` keeps its parameters
+        torch.__future__.set_swap_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, False)
-        torch._C._set_only_lift_cpu_tensors(
-            True
-        )  # `torch.tensor` makes its values on the host, and moves them
+        # `torch.tensor` makes its values on the host, and moves them
+        torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         stack.enter_context(_Factories())
         yield

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.timeout(
-    0
-)  # the process takes a minute of computing, however busy the machine is
+# the process takes a minute of computing, however busy the machine is
+pytestmark = pytest.mark.timeout(0)
 ROOT = Path(__file__).parents[2]
 
 

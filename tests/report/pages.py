@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 VOID = {"meta", "link", "img", "br"}
+# attributes that name something to load
 LOADS = (
     "src",
     "href",
@@ -16,7 +17,7 @@ LOADS = (
     "data",
     "poster",
     "srcset",
-)  # attributes that name something to load
+)
 
 
 @dataclass

@@ -46,9 +46,8 @@ def browser() -> Iterator[Any]:
 def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     complete = Path(shutil.copytree(runs / "opt", folder / "opt"))
-    shutil.copy(
-        runs / "half" / "results.json", complete
-    )  # with measurements and continuations, everything is on it
+    # with measurements and continuations, everything is on it
+    shutil.copy(runs / "half" / "results.json", complete)
     return {
         "run": write_report(complete, folder / "run.html"),
         "comparison": write_comparison(
@@ -84,12 +83,10 @@ def test_a_page_draws_and_is_accessible(
             "[['quality-sparsity', 'xaxis'], ['depth-sparsity', 'yaxis']].map(([figure, axis]) =>"
             "document.querySelector(`[data-figure=${figure}]`)._fullLayout[axis].range)"
         )
-        assert all(0 <= low < high <= 1 for low, high in ranges), (
-            ranges
-        )  # fractions of zeros
-    assert (
-        page.evaluate("document.documentElement.scrollWidth") == width
-    )  # only tables scroll sideways
+        # fractions of zeros
+        assert all(0 <= low < high <= 1 for low, high in ranges), ranges
+    # only tables scroll sideways
+    assert page.evaluate("document.documentElement.scrollWidth") == width
     serious = [
         (violation["id"], [node["html"][:120] for node in violation["nodes"]])
         for violation in axe.Axe().run(page).response["violations"]

@@ -135,9 +135,8 @@ def test_a_card_has_the_results_with_their_protocol(pruned: Path) -> None:
     )
     assert "| `arc_easy`, `acc,none` |  | 0.61 ± 0.01 |" in text
     assert "windows of 64 tokens" in text
-    assert (
-        text.count("windows of 512 tokens") == 1
-    )  # a later measurement of the same replaces the first
+    # a later measurement of the same replaces the first
+    assert text.count("windows of 512 tokens") == 1
     assert not any(part in text for part in ("/home/me", "Not evaluated"))
     card(pruned)  # its own card is replaced again and again
     narrow = EVALUATION | {"protocol": EVALUATION["protocol"] | {"window": 96}}
@@ -218,9 +217,8 @@ def test_texts_of_others_are_no_markup(pruned: Path) -> None:
         assert line.count("|") == (4 if "`acc`" in line else 3)
         assert "```` <img" in line
         assert " ````" in line.partition("<img")[2]
-    assert ModelCard.load(pruned / "README.md").data.license.startswith(
-        "<img"
-    )  # quoted, in the front matter
+    # quoted, in the front matter
+    assert ModelCard.load(pruned / "README.md").data.license.startswith("<img")
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,8 @@ def test_runs_side_by_side_with_the_dense_model(
         == sum(f.stat().st_size for f in (runs / "half").glob("*.safetensors")) / 1e6
     )
     assert page.rows("Sparsity by block")[1] == ["0", "50.0%", "50.0%"]
-    run(
-        "report", runs / "half", runs / "nm", "--out", out, exits=0
-    )  # a report of ours is replaced
+    # a report of ours is replaced
+    run("report", runs / "half", runs / "nm", "--out", out, exits=0)
 
 
 def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> None:
@@ -108,9 +107,10 @@ def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> Non
         "error": 0.1,
         "refitted": 0.1,
     }
+    # nearly all was removed
     rewrite(
         tmp_path / "nm" / "pruning.json", experts=[gone], base=base | {"bytes": 10**9}
-    )  # nearly all was removed
+    )
     assert (
         "Take nm (96.0% recovery, 0.0% of the weights): it has the fewest weights"
         in advice()
@@ -134,11 +134,12 @@ def test_a_directory_called_dense_is_not_the_dense_model(
         trace["name"]: trace["marker"]["symbol"] == "star"
         for trace in page.figures()["quality-size"]["data"]
     }
+    # Plotly's markup is text
     assert stars == {
         "dense": True,
         "dense (2)": False,
         "a&lt;br&gt;b": False,
-    }  # Plotly's markup is text
+    }
 
 
 def test_scales_and_numbers_are_readable(
@@ -149,9 +150,10 @@ def test_scales_and_numbers_are_readable(
     assert page.rows("Quality against sparsity")[2] == ["half", "50.0%", "80,764"]
     figures = page.figures()
     assert figures["quality-size"]["layout"]["yaxis"]["type"] == "log"
+    # both have 50 % everywhere
     assert [trace["name"] for trace in figures["depth-sparsity"]["data"]] == [
         "half, nm"
-    ]  # both have 50 % everywhere
+    ]
     assert len(figures["depth-error"]["data"]) == 2
 
 
@@ -247,9 +249,8 @@ def test_runs_of_another_base_model_are_refused(
     runs: Path, copied: Path, tmp_path: Path, refusal: Any
 ) -> None:
     base = json.loads((copied / "pruning.json").read_text())["base"]
-    rewrite(
-        copied / "pruning.json", base={**base, "digest": "0" * 16}
-    )  # the same shapes, but other weights
+    # the same shapes, but other weights
+    rewrite(copied / "pruning.json", base={**base, "digest": "0" * 16})
     for other in (runs / "opt", copied):
         said = refusal("report", runs / "nm", other, "--out", tmp_path / "c.html")
         assert "another base model; compare runs of one model" in said

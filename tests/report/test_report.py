@@ -99,9 +99,8 @@ def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
         opt.rows("The decomposition's objective")[2][1]
         == f"{history[1]['objective']:.4g}"
     )
-    assert (
-        opt.figures()["objective"]["data"][0]["y"][0] is None
-    )  # local pruning has no objective
+    # local pruning has no objective
+    assert opt.figures()["objective"]["data"][0]["y"][0] is None
     phases = {row[0] for row in opt.rows("Time of each phase")}
     assert {
         "prune blocks",

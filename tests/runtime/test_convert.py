@@ -157,9 +157,8 @@ def test_n_m_is_stored_in_its_shorter_code(tmp_path: Path) -> None:
     ].shape == (32, 8)
     loaded = sparsellm.load(tmp_path / "packed")
     assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
-    loaded.save_pretrained(
-        tmp_path / "saved"
-    )  # in memory the codes are bits, and so they are saved
+    # in memory the codes are bits, and so they are saved
+    loaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(sparsellm.load(tmp_path / "saved")), logits(loaded))
     assert same_bits(
         tensors_of(sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again").path),

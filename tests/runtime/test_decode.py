@@ -109,9 +109,8 @@ def test_logits_are_those_of_the_model(
     ids = torch.randint(300, (1, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits[0]
-    close = (
-        1e-4 if activations == "fp32" else 1e-2
-    )  # where sums differ in their order, a rounded activation may
+    # where sums differ in their order, a rounded activation may
+    close = 1e-4 if activations == "fp32" else 1e-2
     decoder = Decoder(model, 16)
     assert torch.allclose(decoder.read(ids[:, :9]), expected[8], atol=close)
     for position in range(9, 16):
@@ -147,9 +146,8 @@ def test_a_dense_model_is_decoded_from_its_own_weights(
         expected = (
             sparsellm.load(tmp_path / "dense", dtype=dtype).float()(ids).logits[0]
         )
-    close = (
-        1e-4 if dtype == "float32" else 2e-2
-    )  # the prompt is read by the model's own forward, in its dtype
+    # the prompt is read by the model's own forward, in its dtype
+    close = 1e-4 if dtype == "float32" else 2e-2
     assert torch.allclose(decoder.read(ids[:, :1]), expected[0], atol=close)
     for position in range(1, 16):
         assert torch.allclose(
@@ -297,19 +295,19 @@ def test_stop_strings_and_a_caller_end_both_paths_alike(
         for begin in range(0, len(text) - 4, 3):
             for size in (1, 4):
                 stop = text[begin : begin + size]
-                if (
-                    "\ufffd" in stop
-                ):  # half a character, until the next token says otherwise
+                # half a character, until the next token says otherwise
+                if "\ufffd" in stop:
                     continue
                 stopped, tokens, finish = outcome(stop=(stop, "no such text"))
                 assert (stopped, finish) == (text[: text.find(stop)], "stop")
                 assert tokens < 30 or text.find(stop) + size == len(text)
         cut, tokens, finish = outcome(calls=4)
         assert text.startswith(cut)
+        # transformers may ask before it hands out a token
         assert (tokens in (5, 6), finish) == (
             True,
             "cancelled",
-        )  # transformers may ask before it hands out a token
+        )
         model.generation_config.eos_token_id = [
             int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
         ]

@@ -110,9 +110,8 @@ def test_exec_passes_the_exit_code_on(tmp_path: Path) -> None:
     done = execute("python", "-c", "raise SystemExit(7)", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 7
     assert "torch" not in done.stderr  # it would take seconds
-    ended = execute(
-        "sh", "-c", "kill -PIPE $$; echo alive"
-    )  # Python ignores SIGPIPE, and other programs do not
+    # Python ignores SIGPIPE, and other programs do not
+    ended = execute("sh", "-c", "kill -PIPE $$; echo alive")
     assert (ended.returncode, ended.stdout) == (-signal.SIGPIPE, "")
     (tmp_path / "empty").write_text("\0")
     (tmp_path / "empty").chmod(0o755)

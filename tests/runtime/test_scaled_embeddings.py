@@ -47,9 +47,10 @@ def test_an_int8_embedding_and_head_compute_as_the_dense_ones(
     dense = sparsellm.load(sparsellm.unpack(packed, out=tmp_path / "unpacked").path)
     plain, stored = dense.get_input_embeddings(), model.get_input_embeddings().weight
     step = stored.float().abs().amax(dim=1, keepdim=True) / 127
+    # rounded to bf16 once more
     bound = 0.5001 * step + (
         stored.abs() / 128 if stored.dtype == torch.bfloat16 else 0
-    )  # rounded to bf16 once more
+    )
     assert bool(((plain.weight - stored).abs() <= bound).all())
     ids = torch.randint(
         model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0)

@@ -357,10 +357,11 @@ def test_what_is_not_json_or_has_no_end_is_refused(url: str) -> None:
         httpx.post(f"{url}/completions", content=pieces, headers=HEADERS).status_code
         == 413
     )
+    # what a page of the web may send without asking
     plain = {
         **HEADERS,
         "Content-Type": "text/plain",
-    }  # what a page of the web may send without asking
+    }
     assert (
         httpx.post(
             f"{url}/completions", content=b'{"prompt":"x"}', headers=plain

@@ -105,9 +105,8 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
         assert torch.equal(
             windows[[name == source for name in sources]], drawn(source, first, further)
         )
-    most = (
-        len(drawn("words.jsonl", 2, 10_000)) - 2
-    )  # where one text ends, whole groups end
+    # where one text ends, whole groups end
+    most = len(drawn("words.jsonl", 2, 10_000)) - 2
     assert len(
         mixed_windows("pydoc:1,words.jsonl:1", [4] * (most + 9), drawn)[0]
     ) == 4 * (1 + most // 2)
@@ -181,9 +180,8 @@ def test_conversations_are_joined_by_the_chat_template(files: list[str]) -> None
     tokenizer = copy.deepcopy(tiny_tokenizer(add_bos=True))
     tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     windows = calibration_windows(Text([CHAT] * 200), tokenizer, 4, 32, 0)
-    assert (windows == 0).nonzero()[:, 1].tolist() == [
-        0
-    ] * 4  # that of the window, none of the template
+    # that of the window, none of the template
+    assert (windows == 0).nonzero()[:, 1].tolist() == [0] * 4
     for bad in ([{"role": "user"}], [{"role": "user", "content": 3}], ["a"]):
         with pytest.raises(
             DataError, match="a conversation of the text cannot be read"

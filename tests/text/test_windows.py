@@ -112,9 +112,8 @@ def test_evaluation_cuts_the_text_in_order_and_drops_the_rest(tmp_path: Path) ->
         windows = evaluation_windows(str(path), tokenizer, 50, bos="no")
         assert windows.shape == (len(ids) // 50, 50)
         assert windows.flatten().tolist() == ids[: len(ids) // 50 * 50]
-        assert (
-            windows == 0
-        ).sum() == add_bos  # one beginning-of-text token in all, not one per window
+        # one beginning-of-text token in all, not one per window
+        assert (windows == 0).sum() == add_bos
     assert evaluation_windows(str(path), tokenizer, 50, max_tokens=149).shape == (2, 50)
 
 
@@ -314,12 +313,10 @@ def test_self_generated_text_is_greedy_first_then_follows_the_model(
     monkeypatch.setattr(self_generated, "GREEDY_TOKENS", 20)
     greedy = written(4, 20, 2, bos=0)
     assert (greedy[:, 0] == 0).all()
-    likeliest = (
-        model(input_ids=greedy).logits[:, :, : len(tokenizer)].argmax(-1)
-    )  # (4, 20)
-    continues = (
-        greedy[:, 1:-1] != tokenizer.eos_token_id
-    )  # after the end of a text, a new one starts at random
+    # (4, 20)
+    likeliest = model(input_ids=greedy).logits[:, :, : len(tokenizer)].argmax(-1)
+    # after the end of a text, a new one starts at random
+    continues = greedy[:, 1:-1] != tokenizer.eos_token_id
     assert torch.equal(greedy[:, 2:][continues], likeliest[:, 1:-1][continues])
     assert torch.equal(sampled[:, 2:6], greedy[:, 2:6])
     assert not torch.equal(sampled[:, 6:], greedy[:, 6:])

@@ -11,11 +11,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sparsepack.errors import SettingError, UserError, refusal
 
+# names of torch's dtypes, by short ones
 SHORT_DTYPES = {
     "bf16": "bfloat16",
     "fp16": "float16",
     "fp32": "float32",
-}  # names of torch's dtypes, by short ones
+}
 
 P = ParamSpec("P")
 R = TypeVar("R")

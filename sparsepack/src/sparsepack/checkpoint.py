@@ -30,11 +30,12 @@ from sparsepack.validation import PACK_AGAIN, validate
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 4
+# version 3 had no levels; version 2 had offsets of dense weights and no exponents
 READABLE = (
     2,
     3,
     4,
-)  # version 3 had no levels; version 2 had offsets of dense weights and no exponents
+)
 MANIFEST = "packed.json"
 # In config.json. transformers refuses this name of a weight file, with its text; the quantizer takes it out before.
 WAY_IN = {
@@ -177,9 +178,8 @@ class PackedTensors:
             )
         self.entries = packed_entries(config["quantization_config"])
         listed = check_files(directory, files, config["quantization_config"])
-        self._parts: dict[
-            str, dict[str, str]
-        ] = {}  # for each packed linear, the names of its tensors by field
+        # for each packed linear, the names of its tensors by field
+        self._parts: dict[str, dict[str, str]] = {}
         for name, entry in self.entries.items():
             parts = {
                 field: f"{name}.weight_{field}"
@@ -374,9 +374,8 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
             raise FormatError(
                 f"{path} is not a list of checksums: {name!r:.100} is not a file name; {PACK_AGAIN}"
             )
-        if not os.path.isfile(
-            directory / name
-        ):  # unlike Path.is_file, False for a name that is too long
+        # unlike Path.is_file, False for a name that is too long
+        if not os.path.isfile(directory / name):
             raise FormatError(
                 f"{path} lists {name!r:.100}, which is not there; copy the directory again"
             )

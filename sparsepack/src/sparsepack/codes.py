@@ -32,9 +32,8 @@ _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 GROUPS = (32, 64, 128, 256, 512, 1024)  # columns that may share a scale of int4
 CODES = 16  # those of int4; int3 has the eight in the middle
-EXPONENTS = range(
-    -8, 8
-)  # a column has one; it is a hexadecimal digit in the records of a run
+# a column has one; it is a hexadecimal digit in the records of a run
+EXPONENTS = range(-8, 8)
 
 # Fractions of the scale with which the value of largest magnitude becomes the lowest number. If an outlier saturates,
 # the step is finer for all other values; below 0.7 that never lowered the error on normal or Laplace weights.
@@ -80,9 +79,8 @@ class Levels:
         if self.even:
             is_zero = rounded.abs().clamp_(max=1).sub_(1).neg_()
             return rounded.add_(is_zero.mul_(units.sign()))
-        places = (
-            rounded.sub_(self.lowest).nan_to_num_().to(torch.int32)
-        )  # a scale is NaN where a value is
+        # a scale is NaN where a value is
+        places = rounded.sub_(self.lowest).nan_to_num_().to(torch.int32)
         nearest = (
             nearest_levels(self.numbers, units.device)
             .index_select(0, places.view(-1))
@@ -408,15 +406,13 @@ def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, f
 
 def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
     extreme = grouped.gather(1, anchors(grouped))  # (groups, 1)
-    best = torch.full_like(
-        extreme, math.nan
-    )  # an error that overflows is better than none
+    # an error that overflows is better than none
+    best = torch.full_like(extreme, math.nan)
     numbers = torch.zeros_like(grouped)
     scales = torch.zeros_like(extreme)
     for fraction in _SCALE_FRACTIONS:
-        scale = (
-            (extreme / levels.lowest * fraction).bfloat16().float()
-        )  # rounded as it will be read
+        # rounded as it will be read
+        scale = (extreme / levels.lowest * fraction).bfloat16().float()
         tried = whole_numbers(grouped, scale, levels, zero=True)
         error = (tried * scale - grouped).square().sum(dim=1, keepdim=True)
         better = ~(error >= best)

@@ -23,12 +23,13 @@ from sparsepack.masks import to_bits
 from sparsepack.module import PackedLinear, kernel_name
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
+# angles that do not change with the length of the text
 _ROPES = (
     "default",
     "linear",
     "llama3",
     "yarn",
-)  # angles that do not change with the length of the text
+)
 _LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -173,9 +174,8 @@ class Decoder:
         plan += [self._address(settings), self._address(work), self.logits.data_ptr()]
         plan.append(self._address(inside.norm.weight))
         embedding = self._linear(inside.embed_tokens)
-        self._tokens = min(
-            embedding[1], config.vocab_size
-        )  # a caller may have taken rows off the embedding
+        # a caller may have taken rows off the embedding
+        self._tokens = min(embedding[1], config.vocab_size)
         plan += embedding + self._linear(model.lm_head)
         for index, layer in enumerate(inside.layers):
             plan += [

@@ -46,13 +46,11 @@ def refusal(error: ValidationError, name: str = "") -> str:
 def shown(value: object, most: int = 160) -> str:
     """A value as text for an error message: one line of at most ``most`` characters, cut in the middle, since the end
     of a path says most. It never raises."""
-    if (
-        isinstance(value, int) and value.bit_length() > 256
-    ):  # Python refuses to write more than 4,300 digits
+    # Python refuses to write more than 4,300 digits
+    if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
-    if (
-        isinstance(value, str | bytes) and len(value) > 2 * most
-    ):  # so that a megabyte of text is not formatted
+    # so that a megabyte of text is not formatted
+    if isinstance(value, str | bytes) and len(value) > 2 * most:
         value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
     name = f"a {type(value).__name__}"
     parts = [value]

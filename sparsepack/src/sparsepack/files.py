@@ -19,9 +19,8 @@ MOST_JSON = 256 << 20  # bytes: ten times the index of a model with a million te
 SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
 _COUNTS = re.compile(r"(num|n)_(\w*_)?(layers?|blocks?|experts)")
 _DEPTH = re.compile(r"(num_hidden|num|n)_layers?")
-_IN_THEIR_LISTS = re.compile(
-    r"(?:^|\.)(\d{1,9})(?=\.)"
-)  # the numbers in a name such as model.layers.3.mlp.up_proj
+# the numbers in a name such as model.layers.3.mlp.up_proj
+_IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")
 _QUICK = 256  # layers that are built in a moment; up to here, the names of the weights decide if they are too many
 DEEPEST = 2048  # layers, which are built in half a minute
 MANY = 4096  # experts and other sizes that are built in a moment
@@ -46,9 +45,8 @@ def parse_json(
     first, if it is not JSON, too long, too deep, or has half of a surrogate pair or an integer that Python refuses."""
     with refused_as(error, where):
         value = json.loads(text_of(data, MOST_JSON))
-        json.dumps(
-            value, ensure_ascii=False
-        ).encode()  # half of a surrogate pair cannot be written again
+        # half of a surrogate pair cannot be written again
+        json.dumps(value, ensure_ascii=False).encode()
         return value
 
 
@@ -178,9 +176,8 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             )
         names = sorted(set(shard_of.values()))
         for name in names:
-            if Path(name).name != name or not os.path.isfile(
-                directory / name
-            ):  # also False if it is too long
+            # also False if it is too long
+            if Path(name).name != name or not os.path.isfile(directory / name):
                 raise FormatError(
                     f"{index} names the shard {name!r:.100}, which is not in {directory}; download it again"
                 )

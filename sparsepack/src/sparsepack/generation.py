@@ -27,9 +27,8 @@ from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.files import context_limit
 from sparsepack.module import threads_set
 
-TokenId = Annotated[
-    int, Field(ge=-1, lt=1 << 31)
-]  # -1 is how some checkpoints write that there is none
+# -1 is how some checkpoints write that there is none
+TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
@@ -382,9 +381,8 @@ class _Text(BaseStreamer):
         self._longest = max(map(len, stop), default=0)
         self._on_text = on_text
         self._cancelled = cancelled
-        self._tokens: list[
-            int
-        ] = []  # the last of the prompt, which comes first, and those that follow
+        # the last of the prompt, which comes first, and those that follow
+        self._tokens: list[int] = []
         self._before = self._read = (
             0  # tokens up to the last but one piece, and up to the last
         )
@@ -422,9 +420,8 @@ class _Text(BaseStreamer):
             return
         known = len(self._decode(self._tokens[self._before : self._read]))
         piece = self._decode(self._tokens[self._before :])[known:]
-        if piece and (
-            last or not piece.endswith("\ufffd")
-        ):  # the beginning of a character
+        # the beginning of a character
+        if piece and (last or not piece.endswith("\ufffd")):
             self._before = self._read
             self._read = len(self._tokens)
             begin = max(0, len(self.text) - self._longest + 1)

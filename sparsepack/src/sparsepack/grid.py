@@ -30,9 +30,8 @@ INTEGERS = ("int8", "int4", "int3")
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
 LEAST_NORMAL = 2.0**-14  # fp16: numbers below it are multiples of LEAST
 LEAST = 2.0**-24
-AT_ONCE = (
-    1 << 17
-)  # weights that are rounded together: what that needs stays in the cache
+# weights that are rounded together: what that needs stays in the cache
+AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,8 @@ def scales_of(
 
 def as_stored(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of whole numbers, fp32, rounded as a checkpoint in ``dtype`` has them."""
-    return (
-        (numbers * scales).to(dtype).float().add_(0.0)
-    )  # 0 times a negative scale is -0.0
+    # 0 times a negative scale is -0.0
+    return (numbers * scales).to(dtype).float().add_(0.0)
 
 
 def on_grid(

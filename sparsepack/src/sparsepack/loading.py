@@ -67,9 +67,8 @@ def load(
         raise FormatError(f"transformers cannot load {path}: {reason[:300]}") from error
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
-    if missing := sorted(
-        report["missing_keys"]
-    ):  # transformers makes random ones, and warns
+    # transformers makes random ones, and warns
+    if missing := sorted(report["missing_keys"]):
         raise FormatError(
             f"weight {missing[0]} of the model of config.json is not in {path}, nor are {len(missing) - 1} more; the "
             "checkpoint is incomplete, or of another model: copy it again"
@@ -104,9 +103,8 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
         raise FormatError(adapter)
     read_object(path / "config.json")
     if (path / "generation_config.json").exists():
-        read_object(
-            path / "generation_config.json"
-        )  # transformers takes defaults for a damaged one
+        # transformers takes defaults for a damaged one
+        read_object(path / "generation_config.json")
     if weight_files(path)[1] and not isinstance(
         read_object(path / INDEX).get("metadata"), dict
     ):

@@ -20,11 +20,12 @@ from torch import Tensor
 NM = tuple[int, int]
 """``(n, m)`` means that ``n`` of every ``m`` consecutive columns are kept."""
 
+# those that have codes, the strictest first
 PATTERNS: tuple[NM, ...] = (
     (1, 4),
     (2, 4),
     (4, 8),
-)  # those that have codes, the strictest first
+)
 _SAMPLE = 16  # rows that nearly always rule out N:M for an unstructured weight
 
 _SET_BITS = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(
@@ -71,9 +72,10 @@ def detect(kept: Tensor) -> NM | None:
     def satisfied(rows: Tensor, *patterns: NM) -> list[NM]:
         fitting = [(n, m) for n, m in patterns if rows.shape[1] % m == 0]
         flags = [(rows.reshape(-1, m).sum(dim=1) <= n).all() for n, m in fitting]
+        # one read
         return list(
             itertools.compress(fitting, torch.stack(flags).tolist() if flags else ())
-        )  # one read
+        )
 
     return next(
         (nm for nm in satisfied(kept[:_SAMPLE], *PATTERNS) if satisfied(kept, nm)), None
@@ -114,9 +116,8 @@ def row_bytes(pattern: NM, columns: int) -> int:
 def encode_groups(kept: Tensor, pattern: NM) -> Tensor:
     """Bool ``(out, in)`` with exactly ``n`` of every ``m`` set, as codes: uint8 ``(out, row_bytes)``."""
     groups = kept.cpu().numpy().reshape(len(kept), -1, pattern[1])
-    as_number = numpy.packbits(groups, axis=2, bitorder="little")[
-        :, :, 0
-    ]  # (out, groups), m ≤ 8 bits
+    # (out, groups), m ≤ 8 bits
+    as_number = numpy.packbits(groups, axis=2, bitorder="little")[:, :, 0]
     code = numpy.zeros(256, dtype=numpy.uint8)
     code[_members(pattern)] = numpy.arange(len(_members(pattern)))
     bits = numpy.unpackbits(

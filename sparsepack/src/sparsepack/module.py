@@ -29,16 +29,16 @@ from sparsepack.layout import FIELDS, PackedWeight, as_bitmask, unpack, unpack_r
 from sparsepack.validation import PACK_AGAIN, validate
 
 SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
-TILE = (
-    1 << 20
-)  # weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
+# weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
+TILE = 1 << 20
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pages
 
+# what kernels multiply weights of int8 and int4 by; the first is the default
 ACTIVATIONS = (
     "int8",
     "fp32",
-)  # what kernels multiply weights of int8 and int4 by; the first is the default
+)
 PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
 
 
@@ -168,9 +168,8 @@ def _multiply_tiled(
         else:
             tile = buffer[: last - first]
             unpack_tile(packed, first, last, tile)
-        torch.mm(
-            x, tile.t(), out=y[:, first:last]
-        )  # a copy from a separate result costs a tenth of a short prompt
+        # a copy from a separate result costs a tenth of a short prompt
+        torch.mm(x, tile.t(), out=y[:, first:last])
     return y
 
 
@@ -273,9 +272,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
-        if (
-            torch.is_grad_enabled() and x.requires_grad
-        ):  # the weight is unpacked again for the gradient, and not kept
+        # the weight is unpacked again for the gradient, and not kept
+        if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = checkpoint(
                 lambda x: x @ unpack(self.packed, x.dtype).t(),
                 flat,
@@ -381,9 +379,8 @@ class PackedEmbedding(PackedLinear):
             dtype=embedding.weight.dtype,
             device=embedding.weight.device,
         )
-        self.weight = nn.Parameter(
-            self.weight, requires_grad=False
-        )  # transformers ties parameters alone
+        # transformers ties parameters alone
+        self.weight = nn.Parameter(self.weight, requires_grad=False)
         self.num_embeddings = rows
         self.embedding_dim = columns
         self.padding_idx = embedding.padding_idx
@@ -409,9 +406,8 @@ class PackedEmbedding(PackedLinear):
         """The rows of token ids, ``(..., columns)`` in the dtype of the placeholder."""
         packed = self.packed
         assert packed.scales is not None
-        values = nn.functional.embedding(
-            ids, packed.values.view(packed.shape)
-        )  # refuses negative ids
+        # refuses negative ids
+        values = nn.functional.embedding(ids, packed.values.view(packed.shape))
         rows = values.float() * packed.scales[ids].unsqueeze(-1)
         rows = rows.to(self.weight.dtype)
         if self.kind is nn.Embedding:
@@ -443,7 +439,6 @@ def to_dense(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, PackedLinear):
                 setattr(module, name, child.to_dense())
-    getattr(
-        model, "tie_weights", lambda: None
-    )()  # that of transformers: a head may be the embedding's weight
+    # that of transformers: a head may be the embedding's weight
+    getattr(model, "tie_weights", lambda: None)()
     return model

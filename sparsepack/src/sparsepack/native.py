@@ -27,9 +27,8 @@ from sparsepack.masks import mask_stride
 
 MAX_TOKENS = 16  # in one call; the kernels' own limit
 
-_VALUE_TYPES = {
-    name: number for number, name in enumerate(VALUE_TYPES)
-}  # bf16, fp16, fp32, int8, int4 in kernels.h
+# bf16, fp16, fp32, int8, int4 in kernels.h
+_VALUE_TYPES = {name: number for number, name in enumerate(VALUE_TYPES)}
 _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 

@@ -71,12 +71,10 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._entries = packed_entries(quantization_config.to_dict())
         self._tensors: PackedTensors | None = None
-        self._modules: dict[
-            str, str
-        ] = {}  # the linear in the model, by its name in the checkpoint
-        self._sizes: dict[
-            str, int
-        ] = {}  # bytes of packed weights, by the names of their placeholders
+        # the linear in the model, by its name in the checkpoint
+        self._modules: dict[str, str] = {}
+        # bytes of packed weights, by the names of their placeholders
+        self._sizes: dict[str, int] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before transformers looks for weight files: takes out of the config what it tells other programs."""
@@ -162,9 +160,8 @@ class PackedQuantizer(HfQuantizer):
             linears[written] = entry.of(
                 module.packed, entry.torch_dtype, transposed=entry.transposed
             ).to_dict()
-        model.num_parameters = partial(
-            _num_parameters, model
-        )  # pickle would look a method up by its name
+        # pickle would look a method up by its name
+        model.num_parameters = partial(_num_parameters, model)
         if isinstance(model.get_input_embeddings(), PackedEmbedding):
             model.resize_token_embeddings = _refuse_resize
         self._tensors = None
@@ -205,11 +202,12 @@ def _module_names(model: Any, names: list[str]) -> dict[str, str]:
     for name in names:
         key = f"{name}.weight"
         target, _ = rename_source_key(key, renamings, converters, prefix, weights)
+        # a rule for other releases may have misled
         others = (
             key,
             key.removeprefix(f"{prefix}."),
             f"{prefix}.{key}",
-        )  # a rule for other releases may have misled
+        )
         modules[name] = next(
             (other for other in (target, *others) if other in weights), target
         ).removesuffix(".weight")
@@ -255,12 +253,10 @@ def _share_embedding(model: Any) -> None:
         )
         packed.weight = embedding.weight
         packed.bias = head.bias
-        packed._buffers = (
-            embedding._buffers
-        )  # one dict for both, so that a move or a load changes both
-        packed._non_persistent_buffers_set.update(
-            PACKED_BUFFERS
-        )  # saved once, as the embedding's
+        # one dict for both, so that a move or a load changes both
+        packed._buffers = embedding._buffers
+        # saved once, as the embedding's
+        packed._non_persistent_buffers_set.update(PACKED_BUFFERS)
         model.set_output_embeddings(packed)
 
 

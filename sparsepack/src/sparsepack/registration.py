@@ -37,9 +37,8 @@ class _AfterImport:
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                del (
-                    loader.exec_module
-                )  # from the instance, so that the class's own method is back
+                # from the instance, so that the class's own method is back
+                del loader.exec_module
                 execute(module)
                 import sparsepack.quantizer  # noqa: F401  (it registers itself)
 

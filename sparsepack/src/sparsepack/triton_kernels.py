@@ -109,9 +109,8 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
 ):
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(offsets_pointer + row)
-    values = values_pointer + (
-        begin // 2 if KIND == 2 else begin
-    )  # rows of int4 begin on a byte
+    # rows of int4 begin on a byte
+    values = values_pointer + (begin // 2 if KIND == 2 else begin)
     mask = mask_pointer + row * mask_step
     token = tl.arange(0, TOKENS)
     place = tl.arange(0, BYTES)
@@ -121,9 +120,10 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     for first in range(0, row_bytes, BYTES):
         index = first + place
         byte = following.to(tl.uint32)
+        # while this step waits
         following = tl.load(
             mask + index + BYTES, mask=index + BYTES < row_bytes, other=0
-        )  # while this step waits
+        )
         counts = _counts(byte)
         count = (counts >> 28).to(tl.int32)
         before = done + tl.cumsum(count, 0) - count

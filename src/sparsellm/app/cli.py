@@ -35,10 +35,11 @@ from sparsellm.errors import MissingExtraError, RecipeError, StorageError
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
 
 Printed = tuple[Any, Callable[[], None]] | None
+# the longest window and the tokens that `prune --pack` measures on
 MEASURED_WINDOW, MEASURED_TOKENS = (
     2048,
     16_384,
-)  # the longest window and the tokens that `prune --pack` measures on
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,15 +79,13 @@ def _command(
             ):
                 from sparsellm.files.directory import PARTIAL, left_in
 
-                if (
-                    left_in(Path(f"{values['out']}{PARTIAL}")) is not None
-                ):  # by an earlier process
+                # by an earlier process
+                if left_in(Path(f"{values['out']}{PARTIAL}")) is not None:
                     interrupts.keeps(
                         f"finished blocks are kept next to {values['out']}", part=True
                     )
-            with (
-                interrupts.held()
-            ):  # a signal within torch's import may end the process without a word
+            # a signal within torch's import may end the process without a word
+            with interrupts.held():
                 from sparsellm import parallel, plugins
                 from sparsellm.app import console
 
@@ -279,9 +278,8 @@ def prune(
             Request(model, result.recipe, out, **given),
             result.recipe.seq_len or MEASURED_WINDOW,
         )
-        text = (
-            "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"
-        )  # no run calibrates on that part
+        # no run calibrates on that part
+        text = "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"
         window = {
             "seq_len": min(length, MEASURED_WINDOW),
             "max_tokens": MEASURED_TOKENS,
@@ -396,14 +394,12 @@ def evaluate(
     from sparsellm.inputs import mixture_of
     from sparsellm.records import read_pruning
 
-    place = (
-        results.place_of_results(model) if save and model != "demo" else None
-    )  # no directory of that name is meant
+    # no directory of that name is meant
+    place = results.place_of_results(model) if save and model != "demo" else None
     keep, flatters = results.keeper(place, partial(console.say, error=True)), False
     file = Path(text.removeprefix("file:"))
-    if place is not None and os.path.isfile(
-        file
-    ):  # a text given as such may be too long for a name
+    # a text given as such may be too long for a name
+    if place is not None and os.path.isfile(file):
         with suppress(StorageError):  # a damaged record
             given = str(read_pruning(place).recipe.get("calibration"))
             parts = [name for name, _ in mixture_of(given)] or [given]
@@ -738,9 +734,10 @@ def generate(
     from sparsepack.generation import check_sampling
     from sparsepack.generation import generate as continue_prompt
 
+    # before the load
     check_sampling(
         {name: options[name] for name in ("max_new_tokens", "temperature", "seed")}
-    )  # before the load
+    )
     model, tokenizer = open_model(directory, use.take_running(options))
     before = [prompt]  # printed with the first piece, since errors may come before that
 

@@ -253,9 +253,8 @@ class _Display:
         if kind is None:
             self._finish(self._pace.end())
         if self._live is not None:
-            self._live.transient = (
-                kind is not None and not self._pace.share
-            )  # nothing was done: nothing to show
+            # nothing was done: nothing to show
+            self._live.transient = kind is not None and not self._pace.share
             self._live.stop()
 
     def show(self, event: Event) -> None:

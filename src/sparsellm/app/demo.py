@@ -46,17 +46,17 @@ Result = TypeVar("Result")
 
 # Sized for five minutes on two cores
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
-OPTIONS: Settings = {
-    "solver": "sparsegpt"
-}  # the default solver takes two and a half times its time
+# the default solver takes two and a half times its time
+OPTIONS: Settings = {"solver": "sparsegpt"}
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # for the measurement of speed
 NAME = "SmolLM2-135M-Instruct"
 QUESTION = "What is the Python programming language used for?"
+# sampled as the authors of the model recommend
 TEXT_TOKENS, TEMPERATURE, TOP_P = (
     60,
     0.2,
     0.9,
-)  # sampled as the authors of the model recommend
+)
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 
 
@@ -120,13 +120,11 @@ def run_demo(
     ``out`` is a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
     The other arguments are those of :func:`sparsellm.prune`. Without the model and a package index, a ModelError; where
     ``out`` cannot take the checkpoints, a StorageError."""
-    overwrite = (
-        overwrite or out is None
-    )  # the directories in the cache belong to the demo
+    # the directories in the cache belong to the demo
+    overwrite = overwrite or out is None
     if out is not None:
-        out = check_place(
-            out
-        )  # so that --out "$UNSET" writes nothing into the current directory, or into the root
+        # so that --out "$UNSET" writes nothing into the current directory, or into the root
+        out = check_place(out)
     pruned, packed = places(out)
     for place in (pruned, packed):
         check_destination(place, overwrite=overwrite)
@@ -136,9 +134,10 @@ def run_demo(
         "seq_len": SEQ_LEN,
         "sets": 2,
     }
+    # too few steps for a sweep
     recipe = Recipe(
         sparsity=sparsity, values="int4", effort=0, options=OPTIONS, **windows
-    )  # too few steps for a sweep
+    )
     clock = PhaseClock()
 
     @contextmanager

@@ -27,12 +27,13 @@ from sparsellm.recipe import (
     option_of,
 )
 
+# panels of --help
 TEXT, MEASURE, VALUES, SERVER = (
     "Text",
     "Measurement",
     "Values",
     "Server",
-)  # panels of --help
+)
 COMMON = "Common"
 OUTPUT = "Output"
 GGUF = "For GGUF"
@@ -96,9 +97,8 @@ def option(
 
 
 flag = partial(option, default=False)
-keeping = partial(
-    option, default="keep"
-)  # a type that stays as it is unless another is named
+# a type that stays as it is unless another is named
+keeping = partial(option, default="keep")
 repeatable = partial(option, panel=WHAT, kind=list[str])
 needed = partial(option, default=Parameter.empty)
 out = partial(needed, "--out DIR")  # the directory that a command must write to

@@ -59,9 +59,8 @@ def run(command: Callable[[], Any]) -> None:
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # characters that the encoding lacks become escapes
+            # characters that the encoding lacks become escapes
+            stream.reconfigure(errors="backslashreplace")
     code = _exit_code(command)
     if count() > 1:
         _leave_the_others(code)
@@ -93,10 +92,11 @@ def execute(command: Sequence[str]) -> None:
             f"{name} is not a command on PATH; give one, such as lm_eval, or python FILE"
         )
     try:
+        # by Python; the next program would inherit that
         for ignored in (
             signal.SIGPIPE,
             signal.SIGXFSZ,
-        ):  # by Python; the next program would inherit that
+        ):
             signal.signal(ignored, signal.SIG_DFL)
         os.execve(program, list(command), environment)
     except (OSError, ValueError) as error:
@@ -117,9 +117,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except (interrupts.Interrupted, KeyboardInterrupt, typer.Abort):
         return _interrupted(interrupts.received() or signal.SIGINT)
     except Exception as error:
-        if (
-            signum := interrupts.received()
-        ) is not None:  # it has ended another process, for example
+        # it has ended another process, for example
+        if (signum := interrupts.received()) is not None:
             return _interrupted(signum)
         if (message := _message(error)) is not None:
             if message:  # empty if the help was shown instead
@@ -134,21 +133,18 @@ def _exit_code(command: Callable[[], Any]) -> int:
 
 def _message(error: Exception) -> str | None:
     """What the user reads of an error: empty where the help was shown instead, None for an error that is unexpected."""
-    if hasattr(
-        error, "format_message"
-    ):  # click's own errors: a missing argument, an unknown option
+    # click's own errors: a missing argument, an unknown option
+    if hasattr(error, "format_message"):
         return str(error.format_message())
     if isinstance(error, PermissionError | FileNotFoundError) and (
         error.filename or error.errno == errno.ENOENT
     ):
         return f"{error.filename or 'the current directory'}: {error.strerror}; correct the path or its permissions"
-    if (
-        isinstance(error, OSError) and error.errno == errno.ENOSPC
-    ):  # files of a run raise StorageError
+    # files of a run raise StorageError
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "standard output is on a full disk; make room, or write elsewhere"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(
-        error
-    ):  # torch's, from the system
+    # torch's, from the system
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         advice = "raise its limit (ulimit -v), or lower batch, tokens, context or --memory where there is one"
         return f"the system gives this process no more memory; {advice}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
@@ -191,9 +187,8 @@ def _leave_the_others(code: int) -> None:
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    if (
-        code and interrupts.received() is None
-    ):  # the others may wait for this process until it is gone
+    # the others may wait for this process until it is gone
+    if code and interrupts.received() is None:
         from sparsellm import parallel
 
         parallel.await_other_failures()
@@ -210,6 +205,5 @@ def _quiet_libraries() -> None:
     warnings.formatwarning = lambda said, kind, *place: (
         f"note: {said}\n" if issubclass(kind, Note) else plain(said, kind, *place)
     )
-    warnings.filterwarnings(
-        "ignore", "Initializing zero-element tensors"
-    )  # sizes of 0 in a config are refused later
+    # sizes of 0 in a config are refused later
+    warnings.filterwarnings("ignore", "Initializing zero-element tensors")

@@ -24,13 +24,11 @@ from sparsellm.records import Against, Interval
 
 # Positions whose fp32 log-probabilities are in memory at once: 256 × 128k vocabulary entries take 128 MB.
 CHUNK = 256
-_HIDDEN_BYTES = (
-    1 << 30
-)  # hidden states held at once; a longer text runs through the blocks in several parts
+# hidden states held at once; a longer text runs through the blocks in several parts
+_HIDDEN_BYTES = 1 << 30
 _BATCH_TOKENS = 4096
-_Z = NormalDist().inv_cdf(
-    0.975
-)  # standard errors from the mean to the end of a 95 % interval
+# standard errors from the mean to the end of a 95 % interval
+_Z = NormalDist().inv_cdf(0.975)
 
 
 class Kept:
@@ -61,9 +59,8 @@ def measured(
     tokenizer. One block of one model is in memory at a time; then embedding, norm and head of both, and the logits of
     256 positions. Each process takes some windows. A loss that is not finite is a NumericalError."""
     feed, places = Feed(chain, windows, _BATCH_TOKENS).own()
-    fewer = max(parallel.gather(len(feed.windows))) - len(
-        feed.windows
-    )  # so that all load the same blocks as often
+    # so that all load the same blocks as often
+    fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)
     windows = (
         torch.cat([feed.windows, feed.windows[:1].expand(fewer, -1)])
         if fewer
@@ -74,9 +71,8 @@ def measured(
     parts = windows.split(
         max(1, _HIDDEN_BYTES // (windows.shape[1] * width * chain.dtype.itemsize))
     )
-    steps = len(parts) * (
-        sum(map(len, chains)) + 1
-    )  # the heads count as one more block
+    # the heads count as one more block
+    steps = len(parts) * (sum(map(len, chains)) + 1)
     done = itertools.count()
 
     def tell(detail: str) -> None:
@@ -142,9 +138,8 @@ def _perplexity(losses: Tensor) -> Interval:
 
 
 def _exp(loss: float) -> float:
-    return math.exp(
-        min(loss, 709.0)
-    )  # nearly the largest float in place of an overflow
+    # nearly the largest float in place of an overflow
+    return math.exp(min(loss, 709.0))
 
 
 def _outputs(

@@ -42,9 +42,8 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
         raise RecipeError(
             "tasks need lm-eval, which is not installed; pip install 'sparsellm[eval]'"
         ) from None
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # its lines and bars would mix with those of the command line
+    # its lines and bars would mix with those of the command line
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with without_bars():
         # lm-eval takes seconds to read the thousands of tasks of its own, which are often not needed.
         manager = (
@@ -80,9 +79,8 @@ def run_tasks(
 
     # lm-eval seeds the random numbers of Python, numpy and torch, and gives the tokenizer a token for padding.
     states = random.getstate(), np.random.get_state()
-    vars(model)["tie_weights"] = lambda *_, **__: (
-        None
-    )  # lm-eval calls it; a head that the caller untied stays so
+    # lm-eval calls it; a head that the caller untied stays so
+    vars(model)["tie_weights"] = lambda *_, **__: None
     try:
         with without_bars(), torch.random.fork_rng([]):
             harness = HFLM(

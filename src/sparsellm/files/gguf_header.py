@@ -16,13 +16,11 @@ from sparsepack.files import DEEPEST, MANY
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
 _STRING, _ARRAY = 8, 9
-_MOST_ITEMS = (
-    1 << 22
-)  # strings of an array: a dozen times the tokens or merges of the largest vocabulary
+# strings of an array: a dozen times the tokens or merges of the largest vocabulary
+_MOST_ITEMS = 1 << 22
 _MOST_PAIRS = 1 << 16  # keys with values
-_LEAST_TENSOR = (
-    8 + 4 + 8 + 4 + 8
-)  # bytes that describe a tensor: name, dimensions, type, place
+# bytes that describe a tensor: name, dimensions, type, place
+_LEAST_TENSOR = 8 + 4 + 8 + 4 + 8
 # What transformers does not read for all models.
 _UNREAD = re.compile(
     r"rope_f.*|blk\.\d+\.attn_(q|k|v|qkv|output)\.bias|.*\.rope\.scaling\.factor"
@@ -92,9 +90,8 @@ def _read_all(
         raw = _value(file, kind, size)
         names.append(key)
         if kind in _INTEGERS:
-            sizes[key] = max(
-                int.from_bytes(raw, "little"), sizes.get(key, 0)
-            )  # the larger where a key is repeated
+            # the larger where a key is repeated
+            sizes[key] = max(int.from_bytes(raw, "little"), sizes.get(key, 0))
     largest = weights = 0
     for _ in range(tensors):
         names.append(_text(file, size))

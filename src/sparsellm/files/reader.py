@@ -23,9 +23,8 @@ from sparsepack.checkpoint import PackedEntry, PackedTensors, is_packed
 from sparsepack.errors import PackError
 from sparsepack.files import weight_files
 
-PIECE = (
-    1 << 22
-)  # elements checked or written at a time: a small part of a weight, which costs few calls
+# elements checked or written at a time: a small part of a weight, which costs few calls
+PIECE = 1 << 22
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
 _LARGE = 1 << 28  # bytes of a tensor from which on only one of them is hashed at a time
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"

@@ -121,9 +121,8 @@ class _Pinned:
         return value
 
     def _copy(self, value: Tensor, *, to_host: bool) -> None:
-        self._stream.wait_stream(
-            torch.cuda.current_stream(value.device)
-        )  # which writes the value, or had its memory
+        # which writes the value, or had its memory
+        self._stream.wait_stream(torch.cuda.current_stream(value.device))
         with torch.cuda.stream(self._stream):
             pieces = (
                 value.reshape(-1)

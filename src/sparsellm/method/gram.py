@@ -21,13 +21,13 @@ from sparsellm.patterns import require_finite
 PANEL = 256  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
 TRIANGLE = 512  # rows of a triangular matrix that is inverted at once: products are faster beyond
 CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
-REMEMBERED_BYTES = (
-    1 << 29
-)  # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
+# limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
+REMEMBERED_BYTES = 1 << 29
+# mean squares of inputs whose products with weights, and inverses, fp32 can hold
 SQUARES = (
     1e-26,
     1e30,
-)  # mean squares of inputs whose products with weights, and inverses, fp32 can hold
+)
 DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger than any ratio of fp32 rounding
 
 CPU = torch.device("cpu")
@@ -74,9 +74,8 @@ class Gram:
     @cached_property
     def mean_diagonal(self) -> float:
         """Mean square over the live inputs: the unit of damping; 1 where every input is dead."""
-        squares = (
-            self.diagonal.cpu()
-        )  # read once: a GPU would wait for a selection, too
+        # read once: a GPU would wait for a selection, too
+        squares = self.diagonal.cpu()
         live = squares[squares > 0]
         return float(live.mean()) if len(live) else 1.0
 
@@ -143,9 +142,8 @@ class Gram:
                 self._memory
                 and (len(self._memory) + 1) * self.matrix.nbytes > REMEMBERED_BYTES
             ):
-                del self._memory[
-                    next(iter(self._memory))
-                ]  # before the next is made, to make room for it
+                # before the next is made, to make room for it
+                del self._memory[next(iter(self._memory))]
             self._memory[key] = make()
         value: T = self._memory[key]
         return value
@@ -224,9 +222,8 @@ class GramAccumulator:
             stop = start + len(panel)
             matrix[start:stop, start:] = panel / self.tokens
             square = matrix[start:stop, start:stop]
-            square.copy_(
-                square.triu() + square.triu(1).T
-            )  # the halves of a product may differ in the last bit
+            # the halves of a product may differ in the last bit
+            square.copy_(square.triu() + square.triu(1).T)
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         gram = Gram(matrix, self.tokens)
         if self.silent:

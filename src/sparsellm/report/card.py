@@ -23,17 +23,19 @@ from sparsepack.checkpoint import PackedEntry, is_packed, packed_entries
 CARD = "README.md"
 _MARK = "<!-- Written by sparsellm, which replaces it unless it was edited: {} -->\n"
 _LICENSE = ("license", "license_name", "license_link")
+# in the dense model's card and in a value: a hundred times the usual
 _MOST_BYTES, _MOST_CHARACTERS = (
     1 << 20,
     300,
-)  # in the dense model's card and in a value: a hundred times the usual
+)
+# settings shown also at their defaults
 _ALWAYS = (
     "method",
     "sparsity",
     "calibration",
     "samples",
     "seq_len",
-)  # settings shown also at their defaults
+)
 
 
 def base_of(model: object, directory: Path | None) -> dict[str, str]:
@@ -42,16 +44,14 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
     from huggingface_hub import metadata_load
 
     name = getattr(model, "name_or_path", "") if directory is None else str(model)
-    if (
-        directory is not None and directory.parent.name == "snapshots"
-    ):  # in the hub's cache
+    # in the hub's cache
+    if directory is not None and directory.parent.name == "snapshots":
         name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
     known = (
         {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
     )
-    with suppress(
-        Exception
-    ):  # the card belongs to somebody else and does not stop the run
+    # the card belongs to somebody else and does not stop the run
+    with suppress(Exception):
         if (
             directory is not None
             and (card := directory / CARD).is_file()

@@ -81,9 +81,8 @@ def read_checkpoint(
         raise StorageError(
             f"{place / PRUNING}: linears is []; there is nothing to report"
         )
-    last = Path(
-        os.path.abspath(place if name is None else name)
-    ).name  # pages leave this machine
+    # pages leave this machine
+    last = Path(os.path.abspath(place if name is None else name)).name
     with as_storage_error():
         return Checkpoint(
             place, last, pruning, read_results(place), weight_file_bytes(place)

@@ -129,9 +129,8 @@ def render_comparison(
         for evaluation in record.results.latest().values()
     ]
     counts = Counter(setting.key for setting in protocols)
-    protocol = max(
-        protocols, key=lambda setting: counts[setting.key], default=None
-    )  # by which most runs were measured
+    # by which most runs were measured
+    protocol = max(protocols, key=lambda setting: counts[setting.key], default=None)
     names = _names(records)
     values = _values(records, names, protocol)
     methods = [
@@ -292,9 +291,8 @@ def _values(
         for run in evaluations
         if run is not None and run.dense is not None
     ]
-    if (
-        perplexities
-    ):  # that of most runs: one may have been measured against another model
+    # that of most runs: one may have been measured against another model
+    if perplexities:
         dense["perplexity"] = max(
             perplexities,
             key=lambda value: sum(
@@ -323,9 +321,8 @@ def _values(
             pair = measured[1]
             taken = (measured[0].machine, pair.packed.batch)
             setting = setting or taken
-        if (
-            measured is not None and taken == setting
-        ):  # speeds of another machine or batch do not compare
+        # speeds of another machine or batch do not compare
+        if measured is not None and taken == setting:
             dense.setdefault("tokens/s", pair.dense.median)
             one |= {
                 "tokens/s": pair.packed.median,

@@ -169,9 +169,8 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     values = {chart.name: chart.figure for chart in figures}
-    drawn = htmlsafe_json_dumps(
-        values, allow_nan=False, separators=(",", ":")
-    )  # no text in it can end the script
+    # no text in it can end the script
+    drawn = htmlsafe_json_dumps(values, allow_nan=False, separators=(",", ":"))
     context |= {
         "title": title,
         "policy": policy,

@@ -39,9 +39,8 @@ RESIDENT = {  # the ways to hold all blocks in a sweep, the fastest first
     "resident, offloading": Residence(offloads=True),
     "resident, recomputing and offloading": Residence(recomputes=True, offloads=True),
 }
-STATE_BYTES = (
-    5 * 4
-)  # bytes a weight: fp32 parameter, its gradient, two moments, the best state so far
+# bytes a weight: fp32 parameter, its gradient, two moments, the best state so far
+STATE_BYTES = 5 * 4
 STREAMED_COPIES = 6  # fp32 copies of the largest block in a step of a streamed sweep
 NARROW_BYTES = 2  # bytes a weight of the copy that blocks multiply with in bf16
 # Activations of a block that its gradients read, for a token: as wide as the hidden state, and as the widest output.

@@ -24,10 +24,11 @@ from sparsellm.registry import Entry, Needs, Options
 from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
+# by `sweep_tokens`; every pass is judged and saved
 PASS_TOKENS, MOST_PASSES = (
     16_000,
     16,
-)  # by `sweep_tokens`; every pass is judged and saved
+)
 SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains depends more on its steps
 
 
@@ -39,9 +40,8 @@ class Choice:
     options: dict[str, JsonValue]
     needs: Needs
     passes: int  # passes of the sweep over the whole model; 0 for no sweep
-    sweep_tokens: (
-        int | None
-    )  # tokens of all passes; None for a share of the calibration's in each
+    # tokens of all passes; None for a share of the calibration's in each
+    sweep_tokens: int | None
     sets: int  # sets of calibration windows, which the blocks take in turn
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]

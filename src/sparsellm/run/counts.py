@@ -43,12 +43,10 @@ class MatrixZeros(Matrix):
     """Zeros of one matrix in block ``block`` of a checkpoint."""
 
     block: int
-    kept: tuple[int, int] = Field(
-        (4, 8), exclude=True
-    )  # see patterns.most_kept; counted in linears only
-    linear: bool = Field(
-        True, exclude=True
-    )  # whether it is the weight of one; other matrices are not pruned
+    # see patterns.most_kept; counted in linears only
+    kept: tuple[int, int] = Field((4, 8), exclude=True)
+    # whether it is the weight of one; other matrices are not pruned
+    linear: bool = Field(True, exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
     @property

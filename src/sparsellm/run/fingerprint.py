@@ -18,10 +18,11 @@ from sparsellm.progress import Progress, ProgressCallback, ignore
 _LENGTH = (
     16  # hexadecimal digits: enough to avoid collisions, short enough for a message
 )
+# keys that transformers writes into a config
 _NOT_THE_MODEL = (
     "_name_or_path",
     "transformers_version",
-)  # keys that transformers writes into a config
+)
 
 
 def model_fingerprint(chain: Chain, progress: ProgressCallback = ignore) -> str:
@@ -75,9 +76,8 @@ def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
     )
     total = sum(value.nbytes for value in values.values())
     for name, value in values.items():
-        if isinstance(value, nn.Parameter) and not_finite(
-            value.detach()
-        ):  # buffers such as masks may be infinite
+        # buffers such as masks may be infinite
+        if isinstance(value, nn.Parameter) and not_finite(value.detach()):
             raise NumericalError(
                 f"weight {name} has NaN or infinite values; load the model again"
             )

@@ -64,9 +64,8 @@ class Models:
     teacher: Chain | None  # the dense model, if its weights have other shapes
     directory: Path | None  # that of the chain; None for a model given as an object
     dense: Path | None  # that of the dense model
-    in_memory: (
-        PreTrainedModel | None
-    )  # the model that is pruned in memory; None if it is read block by block
+    # the model that is pruned in memory; None if it is read block by block
+    in_memory: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None  # None for token ids
     sources: tuple[Path, ...]  # directories that the result must not replace
     trust: bool  # whether modelling code of the checkpoint runs
@@ -126,9 +125,8 @@ def open_models(
         if shape_difference(start, chain.reader) is not None:
             start, taught_by, directory = None, chain, sources[0]
             chain, _ = open_model(model, directory, recipe, trust, load=False)
-    name = getattr(
-        model, "name_or_path", ""
-    )  # the directory that a model in memory was loaded from
+    # the directory that a model in memory was loaded from
+    name = getattr(model, "name_or_path", "")
     if not sources and name and Path(name).is_dir():
         sources = [Path(name)]
     return Models(
@@ -236,9 +234,8 @@ def save_companions(
         [type(model).__name__],
         str(model.dtype).removeprefix("torch."),
     )
-    if (
-        head is not None
-    ):  # which the caller may have tied, or untied, since the config was written
+    # which the caller may have tied, or untied, since the config was written
+    if head is not None:
         config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings
     for part in (config, getattr(model, "generation_config", None), tokenizer):
@@ -300,9 +297,8 @@ class Windows:
     passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room; 0: all have one set
     of_pass: int = 1  # windows of a pass
     divided: bool = False  # whether those of the statistics are divided into such passes, and not one pass
-    sources: Sequence[
-        str
-    ] = ()  # for each window of sets, then fresh, the name of its text in a mixture
+    # for each window of sets, then fresh, the name of its text in a mixture
+    sources: Sequence[str] = ()
     sharers: int = 1  # processes that share a step of the sweep
 
     @property
@@ -489,9 +485,8 @@ def _kept(
         return folder / "windows.safetensors"
 
     file = cached(cache_dir() / "written" / f"{key}.safetensors", make)
-    return CheckpointReader(file.parent, [file]).get(
-        "windows"
-    )  # a damaged file is named
+    # a damaged file is named
+    return CheckpointReader(file.parent, [file]).get("windows")
 
 
 def _cut(windows: Tensor, lead: int | None, sharers: int) -> Tensor:

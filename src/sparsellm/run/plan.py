@@ -98,9 +98,8 @@ class Plan:
     request: Request
     recipe: Recipe  # with the actual number and length of the calibration windows
     choice: Choice
-    out: (
-        Path | None
-    )  # absolute and without links; None for a model that is pruned in memory only
+    # absolute and without links; None for a model that is pruned in memory only
+    out: Path | None
     model: Models
     windows: Windows
     prediction: Prediction  # what the run takes, estimated
@@ -153,9 +152,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         )
         chain = model.chain
         computing = computing_of(chain)
-        if (
-            request.out is not None and model.directory is None
-        ):  # transformers may refuse what it saves last
+        # transformers may refuse what it saves last
+        if request.out is not None and model.directory is None:
             with tempfile.TemporaryDirectory() as folder:
                 save_companions(Path(folder), chain.model, request.tokenizer)
         taught = model.teacher is not None
@@ -187,10 +185,11 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     progress(Progress(NOTE, 1, 1, needed(prediction)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
+        # before digests, which the walk compares
         warnings += [
             *chain.unused(),
             *already_pruned(model, recipe),
-        ]  # before digests, which the walk compares
+        ]
         dense, start = _digests(model, progress)
     identity = Identity(
         recipe=choice.settings(recipe),
@@ -315,9 +314,8 @@ def draw_windows(
     passes = choice.passes if runs else 0
     tokens = choice.sweep_tokens if choice.passes and recipe.passes is None else None
     if tokens is not None and not passes:
-        choice = replace(
-            choice, passes=1
-        )  # all tokens at once: later passes have no others
+        # all tokens at once: later passes have no others
+        choice = replace(choice, passes=1)
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
         read: Callable[[], Windows] = partial(

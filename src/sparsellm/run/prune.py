@@ -114,9 +114,8 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         if earlier is not None:
             clock.add(earlier.seconds)
         folder = partial_of(plan.out) if plan.out is not None else None
-        if (
-            folder is None
-        ):  # hidden states are in the system's directory for temporary files
+        # hidden states are in the system's directory for temporary files
+        if folder is None:
             check_room(Path(tempfile.gettempdir()), plan.prediction.disk_bytes)
         budget = plan.budget
         scratch = budget.scratch(folder)
@@ -149,9 +148,8 @@ def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
 def rehearse(request: Request, progress: ProgressCallback = ignore) -> Prediction:
     """Does all that :func:`prune` does before it writes, with its refusals, and returns the estimate of the run."""
     progress = progress if parallel.is_main() else ignore
-    interrupts.keeps(
-        ""
-    )  # an unfinished run, which the same command without --dry-run resumes, is not what is stopped
+    # an unfinished run, which the same command without --dry-run resumes, is not what is stopped
+    interrupts.keeps("")
     with machine.computing(device_of(request.model, request.recipe)):
         if request.recipe.experts is not None:
             step = open_removal(request, PhaseClock(), progress)
@@ -302,9 +300,10 @@ def _result(
     """The result of a run, with the warnings that follow from it, and what was removed ``earlier``."""
     chain, recipe, allocation = plan.chain, plan.recipe, targets.allocation
     with clock.phase("count"):
+        # in the first process
         shards = (
             journal.writer.shards[: len(chain)] if journal.writer is not None else []
-        )  # in the first process
+        )
         dense = parallel.from_main(
             partial(left_dense, chain, recipe, pruned.linears, shards)
         )

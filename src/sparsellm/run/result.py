@@ -82,9 +82,8 @@ class PruneResult(RunRecord):
 
     path: Path | None = None  # the checkpoint; None if pruned in memory only
     recipe: Recipe  # all settings, as used
-    model: PreTrainedModel | None = Field(
-        None, exclude=True
-    )  # pruned, if it is in memory
+    # pruned, if it is in memory
+    model: PreTrainedModel | None = Field(None, exclude=True)
     resumed: int = Field(0, exclude=True)  # blocks that an earlier process had finished
     versions: dict[str, str] = Field(default_factory=versions)
     environment: dict[str, str] = Field(default_factory=environment)

@@ -65,9 +65,8 @@ def survey(
             gradients = loss_gradients(first, names, saliency=saliency)
         if choice.needs.output_costs:
             costs = gradients.output_squares
-            journal.keep_output_costs(
-                costs
-            )  # first: a saved allocation implies saved costs
+            # first: a saved allocation implies saved costs
+            journal.keep_output_costs(costs)
     if allocates:
         with clock.phase("allocation"):
             allocation = parallel.broadcast(_allocate(plan, feed, sizes, gradients))
@@ -124,9 +123,8 @@ def walk(
         known = [*done, *here]
         sparsity = Totals.of(known).sparsity if known else None
         if part is None:
-            part = len(here) / (
-                len(chain.linears(index)) + 1
-            )  # the outputs of the block take about one more
+            # the outputs of the block take about one more
+            part = len(here) / (len(chain.linears(index)) + 1)
         error, said = (
             known[-1].error if known else None,
             f"block {index + 1}/{blocks} {step}",
@@ -145,9 +143,8 @@ def walk(
         )
 
     for index in range(begin, blocks):
-        torch.manual_seed(
-            (plan.recipe.seed * 1_000_003 + index) % (1 << 63)
-        )  # whatever ran before
+        # whatever ran before
+        torch.manual_seed((plan.recipe.seed * 1_000_003 + index) % (1 << 63))
         results: list[LinearResult] = []
         report = partial(tell, index, results)
         with contextlib.ExitStack() as held:
@@ -187,9 +184,8 @@ def walk(
                     for stream in streams:
                         stream.advance(index)
             for linear in linears:
-                if (
-                    linear.name in task.unrounded
-                ):  # the sweep goes on from there; this block ran rounded
+                # the sweep goes on from there; this block ran rounded
+                if linear.name in task.unrounded:
                     linear.assign(task.unrounded[linear.name])
             report("writing")
             yield BlockRecord(

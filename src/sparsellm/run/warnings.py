@@ -22,9 +22,8 @@ FEW_TOKENS = (
 def without_effect(recipe: Recipe, choice: Choice, *, teacher: bool) -> list[str]:
     """Warnings of settings that change nothing because no sweep follows."""
     warnings = []
-    if (
-        teacher and not choice.passes and recipe.experts is None
-    ):  # the teacher of a model with fewer experts is not the user's choice
+    # the teacher of a model with fewer experts is not the user's choice
+    if teacher and not choice.passes and recipe.experts is None:
         warnings.append(
             "no sweep follows, so the teacher changes no weight; it is what the report compares with"
         )
@@ -75,11 +74,12 @@ def stored_otherwise(chain: Chain, recipe: Recipe, *, trust: bool) -> list[str]:
             for part in pruned
             if part.weight_name in chain.parts or chain.is_shared(part.weight_name)
         ]
+        # that of GGUF
         turned = [
             part.name
             for part in pruned
             if part.transposed and GRIDS[recipe.grid].group != 32
-        ]  # that of GGUF
+        ]
         whys = [f"{name} has no tensor of its own; exclude it" for name in parts]
         whys += [
             f"{name} is a Conv1D, which only GGUF has; take q4_0 or q8_0"

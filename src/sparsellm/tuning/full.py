@@ -87,9 +87,8 @@ class ZeroKeeper:
 def _cleared(values: Tensor, mask: Tensor) -> Tensor:
     """``values`` with zeros off the mask, also where not finite; torch fills by a bool mask many times as slowly."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
-    values.view(integer).bitwise_and_(
-        mask.to(values.device, integer).neg_()
-    )  # all ones where kept
+    # all ones where kept
+    values.view(integer).bitwise_and_(mask.to(values.device, integer).neg_())
     return values
 
 

@@ -99,13 +99,11 @@ def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:
         Recipe(pattern="auto:8", sparsity=0.51, method="wanda"),
         calibration=IDS,
     )
-    unit = (
-        2 * 16 * 32 // 8
-    )  # the smallest linear has 16 × 32 weights: half of the largest common divisor
+    # the smallest linear has 16 × 32 weights: half of the largest common divisor
+    unit = 2 * 16 * 32 // 8
     assert abs(result.zeros - 0.51 * result.weights) <= unit
-    assert (
-        result.allocation["name"] == "threshold"
-    )  # although the method's own is uniform
+    # although the method's own is uniform
+    assert result.allocation["name"] == "threshold"
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,8 @@ def test_every_gradient_is_that_of_the_whole_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        head, "HEAD_TOKENS", head_tokens
-    )  # several chunks of a window, the last one shorter
+    # several chunks of a window, the last one shorter
+    monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
     model = family()
     chain = open_chain(
         save_tiny(model, tiny_tokenizer(), tmp_path / "m") if lazy else model,
@@ -103,13 +102,13 @@ def test_gradients_of_a_share_of_the_positions_are_scaled(
         Everything(),
     )
     loss = backward_sweep(Feed(chain, IDS, 45), seen.see, fraction=0.4)
-    assert (
-        abs(loss - backward_sweep(Feed(chain, IDS, 45), complete.see)) < 1
-    )  # an estimate of the same
+    # an estimate of the same
+    assert abs(loss - backward_sweep(Feed(chain, IDS, 45), complete.see)) < 1
+    # its gradient is that of the residual stream
     last, drawn = (
         "model.layers.2.mlp.down_proj",
         [],
-    )  # its gradient is that of the residual stream
+    )
     for some, all_of_it in zip(
         seen.gradient[last], complete.gradient[last], strict=True
     ):
@@ -186,9 +185,8 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
         backward_sweep(Feed(open_chain(model, device=CPU), IDS, 2048), Everything().see)
-    assert squares(
-        open_chain(model, device=CPU)
-    )  # squares of outputs do not read inputs
+    # squares of outputs do not read inputs
+    assert squares(open_chain(model, device=CPU))
 
 
 def test_gradients_that_are_not_finite_are_named() -> None:

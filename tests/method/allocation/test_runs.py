@@ -47,9 +47,8 @@ def test_a_fixed_pattern_takes_uniform_only() -> None:
 def test_a_method_has_an_allocation_of_its_own() -> None:
     def shares(recipe: Recipe) -> tuple[str | None, list[int]]:
         result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
-        assert (
-            result.recipe.allocation == recipe.allocation
-        )  # what was not chosen is still open to the next run
+        # what was not chosen is still open to the next run
+        assert result.recipe.allocation == recipe.allocation
         assert Recipe.from_yaml(result.recipe.to_yaml()) == result.recipe
         return result.allocation.get("name"), [
             linear.zeros for linear in result.linears

@@ -59,9 +59,8 @@ def test_it_gives_what_a_sort_of_all_saliencies_gives(family: Family) -> None:
         )
     )
     given = dict.fromkeys(exact, 0)
-    while (
-        sum(given.values()) < survey.zeros
-    ):  # the cheapest weight first, of any linear that has not given 99 % yet
+    # the cheapest weight first, of any linear that has not given 99 % yet
+    while sum(given.values()) < survey.zeros:
         threshold, name = next(order)
         given[name] += given[name] < int(0.99 * exact[name].numel())
     assert sum(result.values()) == survey.zeros
@@ -109,9 +108,10 @@ def test_rounded_factors_move_a_saliency_by_about_a_bin() -> None:
     rounded = loss_gradients(survey.feed, names, saliency=True).saliency
     for name in names:
         assert not torch.equal(exact[name], rounded[name])
+        # bins, on average
         assert (exact[name].cumsum(0) - rounded[name].cumsum(0)).abs().sum() / exact[
             name
-        ].sum() < 2  # bins, on average
+        ].sum() < 2
 
 
 def test_the_same_sweep_finds_what_errors_of_outputs_cost() -> None:
@@ -216,6 +216,5 @@ def test_an_allocation_on_disk_is_that_in_memory(tmp_path: Path) -> None:
     )
     function = ALLOCATIONS["threshold"].function
     assert function(lazy) == function(survey_of(model, 0.6, gradients=True))
-    assert all(
-        parameter.is_meta for parameter in chain.model.parameters()
-    )  # nothing stays loaded
+    # nothing stays loaded
+    assert all(parameter.is_meta for parameter in chain.model.parameters())

@@ -108,9 +108,8 @@ def published(
         if now.ws is not None:
             now.ws = of_gate.prune(now.ws, pattern)
         now.w2 = of_down.prune(now.w2, pattern)
-        system = (
-            beta * now.w2.T @ now.w2 + gamma * torch.eye(len(p)).double()
-        )  # activations
+        # activations
+        system = beta * now.w2.T @ now.w2 + gamma * torch.eye(len(p)).double()
         made = z.relu() if s is None else torch.nn.functional.silu(s) * z
         p = torch.linalg.inv(system) @ (beta * now.w2.T @ (y - now.b2) + gamma * made)
         m = now.w1 @ x + now.b1  # pre-activations

@@ -63,9 +63,8 @@ def test_default_coefficients_follow_the_scale_of_the_data() -> None:
     y = unit(x)
     base = default_coefficients(unit, x, y)
     louder = type(unit)(unit.up, Linear(unit.down.weight * 7), unit.activation)
-    scaled = default_coefficients(
-        louder, x, y * 7
-    )  # the same problem in other units of the output
+    # the same problem in other units of the output
+    scaled = default_coefficients(louder, x, y * 7)
     assert scaled.beta == pytest.approx(base.beta / 49, rel=1e-4)
     assert (scaled.alpha, scaled.gamma) == pytest.approx(
         (base.alpha, base.gamma), rel=1e-4
@@ -73,11 +72,12 @@ def test_default_coefficients_follow_the_scale_of_the_data() -> None:
     assert min(default_coefficients(unit, x * 0, y * 0)) >= 0
 
 
+# first the paper's
 PRICES = [
     Coefficients(1.0, 1.0, 1.0),
     Coefficients(0.3, 1.0, 5.0),
     Coefficients(4.0, 1.0, 0.2),
-]  # first the paper's
+]
 
 
 def _draw(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

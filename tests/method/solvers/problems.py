@@ -71,9 +71,8 @@ def true_best(original: Tensor, gram: Gram, pattern: Pattern) -> float:
                 )
         by_zeros.append(lowest)
     total = zeros_of(pattern, original.shape)
-    over_rows = {
-        0: 0.0
-    }  # the lowest loss of the rows so far for each number of zeros in them
+    # the lowest loss of the rows so far for each number of zeros in them
+    over_rows = {0: 0.0}
     for lowest in by_zeros:
         if isinstance(pattern, NM):
             lowest = {total // outputs: lowest[total // outputs]}

@@ -254,7 +254,6 @@ def test_wanda_loses_least_where_inputs_are_independent(pattern: Pattern):
 
 
 def test_wanda_spreads_what_rows_do_not_divide():
-    result = solve(
-        "wanda", weight_of(4, 5), gram_of(5), Share(0.5)
-    )  # 10 zeros over 4 rows
+    # 10 zeros over 4 rows
+    result = solve("wanda", weight_of(4, 5), gram_of(5), Share(0.5))
     assert sorted((~result.mask).sum(dim=1).tolist()) == [2, 2, 3, 3]

@@ -107,9 +107,8 @@ def test_is_stored_without_loss_and_better_than_nearest(
     packed = pack(stored, values, exponents=result.exponents)
     assert packed is not None
     assert torch.equal(unpack(packed, dtype), stored)
-    share = (
-        0.8 if pattern.sparsity == 0.9 else 0.5
-    )  # the fewer values, the less they can make up for
+    # the fewer values, the less they can make up for
+    share = 0.8 if pattern.sparsity == 0.9 else 0.5
     assert loss(result.weight, weight, gram) < share * loss(
         repacked(weight, values, dtype), weight, gram
     )
@@ -358,9 +357,8 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(
     )
     groups = Groups.of(result.weight, values)
     grouped = groups.collect(result.weight / powers)
-    extreme = grouped.gather(
-        1, grouped.abs().argmax(1, keepdim=True)
-    )  # the anchor of each group
+    # the anchor of each group
+    extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
     scales = (
         groups.spread((extreme / groups.levels.lowest).expand(-1, groups.size)) * powers
     )
@@ -368,9 +366,10 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(
         [number for number in groups.levels.numbers if number or groups.dense]
     ).float()
     least = (weight[..., None] - scales[..., None] * numbers).abs().amin(dim=2)
+    # no anchors
     free = (result.weight != 0) & (
         result.weight.abs() < -groups.levels.lowest * scales.abs() * 0.999
-    )  # no anchors
+    )
     assert int(free[:, dead].sum()) > 50
     assert bool(
         ((result.weight - weight).abs() <= least + 1e-6)[:, dead][free[:, dead]].all()
@@ -471,9 +470,8 @@ def test_in_a_dense_weight_zero_is_a_number_like_the_others(values: str) -> None
     if values == "int4":
         zero = (result.weight == 0) & (weight != 0)
         assert int(zero.sum()) > 0.02 * weight.numel()
-        assert int((result.unrounded[zero] != 0).sum()) > 0.5 * int(
-            zero.sum()
-        )  # training may move it away again
+        # training may move it away again
+        assert int((result.unrounded[zero] != 0).sum()) > 0.5 * int(zero.sum())
 
 
 def test_many_small_weights_leave_no_dense_form() -> None:

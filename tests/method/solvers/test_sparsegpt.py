@@ -44,9 +44,8 @@ def column_by_column(
                 )
             else:
                 zeros = zeros_of(pattern, weight.shape)
-                flat = (
-                    scores.flatten()
-                )  # by columns: ties aside, the order does not matter
+                # by columns: ties aside, the order does not matter
+                flat = scores.flatten()
                 chosen = torch.ones(len(flat), dtype=torch.bool)
                 chosen[
                     flat.argsort()[: zeros * stop // inputs - zeros * j // inputs]

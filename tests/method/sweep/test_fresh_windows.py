@@ -130,6 +130,7 @@ def test_sets_come_again_when_the_text_is_used_up(
     assert torch.equal(first, third)
     assert torch.equal(second, fourth)
     assert [len(first), len(second)] == [1, SAMPLES]  # one window is half a set
+    # one curve, of four steps as long as the first pass
     taken = [
         (0, 1),
         (1, 2),
@@ -137,7 +138,7 @@ def test_sets_come_again_when_the_text_is_used_up(
         (2, 3),
         (3, 4),
         (3.5, 5),
-    ]  # one curve, of four steps as long as the first pass
+    ]
     rates = [
         (0.001 * whole_model.schedule(place, 4, number), number)
         for place, number in taken
@@ -199,9 +200,8 @@ def test_fresh_windows_do_not_overlap_those_of_the_statistics(tmp_path: Path) ->
     starts = sorted(place[tuple(row)] for row in windows.tolist())
     assert all(after - before >= 32 for before, after in itertools.pairwise(starts))
     many = calibration_windows(str(written), tiny_tokenizer(), 5, 32, 0, fresh=10**5)
-    assert (
-        len(ids) // 32 - 5 <= len(many) <= len(ids) // 32
-    )  # less than one window is left of each gap
+    # less than one window is left of each gap
+    assert len(ids) // 32 - 5 <= len(many) <= len(ids) // 32
     assert torch.equal(many[:5], windows[:5])
     assert torch.equal(
         windows[:5], calibration_windows(str(written), tiny_tokenizer(), 5, 32, 0)

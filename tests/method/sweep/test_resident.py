@@ -94,9 +94,8 @@ def test_ranks_repeat_their_bits_and_go_on_for_each_other(tmp_path: Path) -> Non
     assert one.memory.sweep == "resident"
     assert one.sweeps[-1].held_out < one.sweeps[0].held_out
     assert last.sweeps[-1].held_out == pytest.approx(one.sweeps[-1].held_out, rel=1e-3)
-    assert last.sweeps[0].held_out == pytest.approx(
-        one.sweeps[0].held_out, rel=0.02
-    )  # on the windows of one process
+    # on the windows of one process
+    assert last.sweeps[0].held_out == pytest.approx(one.sweeps[0].held_out, rel=0.02)
     assert shards_of(tmp_path / "two") == shards_of(tmp_path / "again")
     expected = CheckpointReader(tmp_path / "one")
     for name in ("two", "begun-by-one", "begun-by-two"):

@@ -123,11 +123,12 @@ def test_steps_are_those_of_adam_on_the_whole_model(family: helpers.Family) -> N
         name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()
     }
     rate, losses = 0.002, []
+    # the first of three steps is warm; then the cosine begins
     for factor in (
         1.0,
         1.0,
         0.5,
-    ):  # the first of three steps is warm; then the cosine begins
+    ):
         optimiser.zero_grad()
         loss = divergence(dense, plain, ids)
         loss.backward()
@@ -147,9 +148,8 @@ def test_steps_are_those_of_adam_on_the_whole_model(family: helpers.Family) -> N
     before = {name: p.detach().clone() for name, p in block_parameters(model).items()}
     history = in_memory(model, dense, ids, 3, rate)
     assert [record.train for record in history[1:]] == pytest.approx(losses, rel=1e-4)
-    assert (
-        min(record.held_out for record in history) == history[-1].held_out
-    )  # so the last state is what is kept
+    # so the last state is what is kept
+    assert min(record.held_out for record in history) == history[-1].held_out
     for name, result in block_parameters(model).items():
         moved = certain[name]
         moves, expected = (
@@ -279,9 +279,8 @@ def test_pruned_weights_and_their_moments_are_not_stored(tmp_path: Path) -> None
     assert torch.equal(
         saved.read("moments", 1, 0).view(torch.int32), state.view(torch.int32)
     )
-    assert (
-        sum(file.stat().st_size for file in (tmp_path / SWEEP).iterdir()) < 30_000
-    )  # a bit for each
+    # a bit for each
+    assert sum(file.stat().st_size for file in (tmp_path / SWEEP).iterdir()) < 30_000
 
 
 def test_bfloat16_is_rounded_at_the_end_and_judged_as_rounded(tmp_path: Path) -> None:
@@ -291,9 +290,8 @@ def test_bfloat16_is_rounded_at_the_end_and_judged_as_rounded(tmp_path: Path) ->
     )
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     path = save_tiny(halved(tiny_llama().to(torch.bfloat16)), None, tmp_path / "halved")
-    exact = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32
-    )  # the same numbers
+    # the same numbers
+    exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     # 24 steps of at most a thousandth: each is less than half a unit in the last place of most weights of bf16.
     in_fp32 = swept(open_chain(copy.deepcopy(exact), device=CPU), dense, ids, 24, 0.001)
     in_bf16 = swept(
@@ -393,9 +391,8 @@ def test_the_zeros_of_a_result_are_those_written(llama: Path, tmp_path: Path) ->
     assert len(on_disk.sweeps) == 3
     dense = AutoModelForCausalLM.from_pretrained(llama)
     least = min(record.held_out for record in on_disk.sweeps)
-    assert divergence(dense, loaded, ids_of(6)).item() == pytest.approx(
-        least, rel=1e-4
-    )  # three steps: all judge
+    # three steps: all judge
+    assert divergence(dense, loaded, ids_of(6)).item() == pytest.approx(least, rel=1e-4)
     zeros = {
         name: int((weight == 0).sum())
         for name, weight in linear_weights(loaded).items()
@@ -439,9 +436,8 @@ def test_the_rate_follows_the_square_of_the_distance(
             module.RATE * min(1, (history[0].held_out / module.FAR) ** 2)
         )
         assert history[0].rate == steps[0][1]
-    assert (
-        history[0].held_out > module.FAR
-    )  # and before it was less: both sides of the bend were seen
+    # and before it was less: both sides of the bend were seen
+    assert history[0].held_out > module.FAR
 
 
 @pytest.mark.parametrize("windows", [8, 12])
@@ -452,9 +448,8 @@ def test_a_small_distance_tries_rates_and_takes_the_best(
     dense, ids = tiny_llama(), ids_of(windows)
     history = in_memory(halved(tiny_llama()), dense, ids, 1, None)
     assert history[0].held_out < module.CAREFUL
-    tried = [rate for _, rate, number, _ in steps if number == 1][
-        :-1
-    ]  # the last is the pass itself
+    # the last is the pass itself
+    tried = [rate for _, rate, number, _ in steps if number == 1][:-1]
     assert tried[0] == module.LOWEST_PROBED
     assert all(
         later == pytest.approx(module.FASTER * rate)
@@ -544,9 +539,8 @@ def test_what_is_held_out(count: int, held: list[int]) -> None:
     train, judges = held_out_of(list(range(count)))
     assert train == [i for i in range(count) if i not in held]
     assert judges == (held or list(range(count)))
-    kinds = (
-        ["a"] * 2 + ["b", "c"] * (count // 2 - 1) + ["d"] * (count % 2)
-    )  # alternating, as windows of a mixture
+    # alternating, as windows of a mixture
+    kinds = ["a"] * 2 + ["b", "c"] * (count // 2 - 1) + ["d"] * (count % 2)
     _, judges = held_out_of(list(range(count)), kinds)
     assert {kinds[i] for i in judges} == set(kinds)
     assert held_out_of([0, 1, 2, 3], "abcd") == ([0, 1, 2, 3], [0, 1, 2, 3])

@@ -15,9 +15,8 @@ from sparsellm.patterns import round_exactly
 from sparsellm.records import Settings
 from sparsellm.registry import Registry
 
-_DIGITS = (
-    10**6
-)  # bounds of the possible sparsity are shown with six digits, rounded inward
+# bounds of the possible sparsity are shown with six digits, rounded inward
+_DIGITS = 10**6
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,8 @@ class Division:
             chosen.zeros[x.name] if chosen else self.sparsity * x.weights
             for x in self.free
         ]
-        if abs(sum(goals) - self.zeros) > len(
-            goals
-        ):  # too many to be corrected one by one
+        # too many to be corrected one by one
+        if abs(sum(goals) - self.zeros) > len(goals):
             shares = [goal / size for goal, size in zip(goals, sizes, strict=True)]
             goals = shift_to_total(sizes, shares, self.zeros, limits)
         free = Allocation.of(self.free, round_exactly(goals, self.zeros, limits))

@@ -59,9 +59,8 @@ def round_to_groups(
     step of the largest linear or more, since many aims are outside the limits, the choice is made again around the last
     one, as long as that helps. Aims must add up to about ``total``, and weights be multiples of m."""
     unit = math.gcd(*weights) // m
-    steps = [
-        count // m // unit for count in weights
-    ]  # units of one more zero in every group
+    # units of one more zero in every group
+    steps = [count // m // unit for count in weights]
     base = [
         min(max(round(m * aim / count), 1), m - 1)
         for aim, count in zip(aims, weights, strict=True)
@@ -75,9 +74,8 @@ def round_to_groups(
     def changed(base: list[int], missing: float) -> list[int]:
         """Changes each of ``base`` by one at most, so that the sum of changes is as near to ``missing`` as can be."""
         middle = math.ceil(abs(missing)) + 2 * max(steps)
-        best = numpy.full(
-            2 * middle + 1, numpy.inf
-        )  # the least cost of each sum of changes
+        # the least cost of each sum of changes
+        best = numpy.full(2 * middle + 1, numpy.inf)
         best[middle] = 0.0
         taken = []
         for zeros, step, aim, count in zip(base, steps, aims, weights, strict=True):

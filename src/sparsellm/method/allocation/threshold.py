@@ -60,9 +60,8 @@ def from_histograms(
     In the bin that contains the threshold, all linears lose the same share of the weights in that bin."""
     weights = [linear.weights for linear in survey.linears]
     fewest, most = bounds(weights, survey.sparsity, span)
-    below = torch.zeros(
-        len(weights), BINS + 1, dtype=torch.float64
-    )  # (linears, edges): weights below each bin's edge
+    # (linears, edges): weights below each bin's edge
+    below = torch.zeros(len(weights), BINS + 1, dtype=torch.float64)
     for i, linear in enumerate(survey.linears):
         if linear.name in counts:
             below[i, 1:] = counts[linear.name].cumsum(0)

@@ -179,9 +179,8 @@ class _Loop:
     settings: LoopSettings
     coefficients: Coefficients
     variables: dict[str, TensorStore]  # by role, a tensor for each chunk
-    grams: dict[str, Gram] = field(
-        default_factory=dict
-    )  # for the inputs X, by role; known after iteration 0
+    # for the inputs X, by role; known after iteration 0
+    grams: dict[str, Gram] = field(default_factory=dict)
 
     def iterate(
         self, unit: FeedForward, iteration: int
@@ -228,9 +227,8 @@ class _Loop:
                 self.grams[role] = Gram(matrix, self.grams[role].tokens)
         unit = replace(unit, up=linears["up"], gate=linears.get("gate"))
         if not published:
-            accumulator = MomentsAccumulator(
-                self.dense.down
-            )  # on the outputs of the pruned first half
+            # on the outputs of the pruned first half
+            accumulator = MomentsAccumulator(self.dense.down)
             for read in self.train:
                 chunk = read()
                 accumulator.update(
@@ -264,9 +262,10 @@ class _Loop:
                 for role, store in self.variables.items()
                 if index < len(store)
             }
+            # at first, the dense ones
             variables = (
                 Variables(**known) if known else self.dense.products(chunk.inputs)
-            )  # at first, the dense ones
+            )
             a = variables.activated(unit.activation)
             if gain is not None:
                 a = updates.update_activation(a, chunk.targets, unit.down, gain)

@@ -83,10 +83,11 @@ def descend_gate_preactivation(
     """S after the published code's two gradient steps of 0.01 on α‖s − m‖² + γ‖A − φ(s)∘U‖². All (tokens, f)."""
     for _ in range(2):
         value, first = activation.derivatives(s)
+        # half the gradient
         slope = (
             coefficients.alpha * (s - m)
             + coefficients.gamma * (value * u - a) * first * u
-        )  # half the gradient
+        )
         s = s - 0.01 * 2 * slope
     return s
 
@@ -199,9 +200,8 @@ class MomentsAccumulator:
         gram = self._gram if isinstance(self._gram, Gram) else self._gram.finish()
         if self._shift is None:
             return Moments(gram, cross, self._bias, exact=self._exact)
-        mean_x, mean_t = (
-            total / self._total for total in self._sums
-        )  # weighted means, from the shift
+        # weighted means, from the shift
+        mean_x, mean_t = (total / self._total for total in self._sums)
         mean_weight = self._total / self._crosses.tokens
         if gram is not self._gram:
             gram = Gram(

@@ -7,8 +7,7 @@ from sparsellm.method.solvers import SOLVERS
 
 for _solver in SOLVERS.values():
     METHODS.add(from_solver(_solver))
-SOLVERS.listeners.append(
-    lambda entry: METHODS.add(from_solver(entry))
-)  # a solver that a user registers later
+# a solver that a user registers later
+SOLVERS.listeners.append(lambda entry: METHODS.add(from_solver(entry)))
 
 __all__ = ["METHODS", "BlockTask"]

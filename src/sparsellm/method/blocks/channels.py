@@ -77,9 +77,8 @@ def find_channels(task: BlockTask) -> list[Channels]:
         x for x in without_experts(task.linears) if not chain.is_shared(x.weight_name)
     ]
     names = {linear.name for linear in free}
-    grouping = (
-        InputGroups()
-    )  # all linears that every token of a window reaches, pruned or not, in run order
+    # all linears that every token of a window reaches, pruned or not, in run order
+    grouping = InputGroups()
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         if x.shape[:-1].numel() == tokens:
@@ -118,9 +117,8 @@ def find_channels(task: BlockTask) -> list[Channels]:
         else:
             proved.append(replace(fitting[number], rotates=rotates))
             continue
-        if (
-            reader.out_features == stream_width
-        ):  # others read the stream, whose channels are those of all blocks
+        # others read the stream, whose channels are those of all blocks
+        if reader.out_features == stream_width:
             task.note(reader, UNPROVED.format(pattern, why))
     return proved
 
@@ -196,9 +194,8 @@ def _first_proved(guesses: list[Channels], task: BlockTask) -> tuple[int | None,
         order = torch.stack(
             [torch.randperm(width, generator=generator) for _ in range(heads)]
         ).to(guess.inputs.device)
-        if _same(
-            task, guess, before, partial(guess.permute, order), 0.25
-        ):  # it rounds nothing
+        # it rounds nothing
+        if _same(task, guess, before, partial(guess.permute, order), 0.25):
             if not guess.rotates:
                 return number, False
             normal = torch.randn(heads, width, width, generator=generator)

@@ -22,9 +22,8 @@ from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
 from sparsellm.model.units import FeedForwardUnit
 
-Unit = FeedForwardUnit[
-    LinearView
-]  # the unit of a block, before it is read into tensors
+# the unit of a block, before it is read into tensors
+Unit = FeedForwardUnit[LinearView]
 
 
 def prune_unit(

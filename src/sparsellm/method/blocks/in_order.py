@@ -135,12 +135,11 @@ def prune_in_order(
         frozenset(linear.name for linear in unit.linears().values()): unit
         for unit in units
     }
+    # the rest of attention is in a unit's sublayer where its writer stays dense
     for (
         names,
         layers,
-    ) in (
-        by_names.items()
-    ):  # the rest of attention is in a unit's sublayer where its writer stays dense
+    ) in by_names.items():
         if any(names < sublayer.names for sublayer in sublayers) and _rounds(
             task, layers, solver, iterations
         ):
@@ -211,9 +210,8 @@ class _Means:
             if biased
             else []
         )
-        self._sums = [
-            CrossAccumulator(1, size, device) for size in sizes
-        ]  # weights, inputs and targets
+        # weights, inputs and targets
+        self._sums = [CrossAccumulator(1, size, device) for size in sizes]
 
     def update(self, x: Tensor, target: Tensor | None, weights: Tensor | None) -> None:
         ones = x.new_ones(*x.shape[:-1], 1)
@@ -243,9 +241,8 @@ class _Fitting:
     """Fits and prunes linears of a block."""
 
     task: BlockTask
-    weights: (
-        list[Tensor] | None
-    )  # weights of tokens, batches (batch, seq); None for equal ones
+    # weights of tokens, batches (batch, seq); None for equal ones
+    weights: list[Tensor] | None
     solvers: Mapping[str, Solver]  # for each linear, by name
     damping: float | None  # ridge of the refit of output projections; None for no refit
     order: RunOrder  # in which the block's linears run
@@ -337,16 +334,14 @@ class _Fitting:
                 if known is not None:
                     known.values.append(x.detach().clone())
                 gram.update(x, weights)
-                goal = (
-                    target[position] if fitted else None
-                )  # read once: it may be on a disk
+                # read once: it may be on a disk
+                goal = target[position] if fitted else None
                 means.update(x, goal, weights)
                 if cross is not None and goal is not None:
                     cross.update(goal if bias is None else goal - bias, x, weights)
             if linear is recorded:
-                target.append(
-                    y.detach().clone()
-                )  # later operations may change it in place
+                # later operations may change it in place
+                target.append(y.detach().clone())
 
         outputs = [recorded] if recorded is not None else []
         unread = self.order.unread(

@@ -82,9 +82,10 @@ def spread(scores: Tensor, pattern: NM) -> Tensor:
     """The natural order of the inputs, ``(inputs,)``, or one in which N:M keeps a larger sum of scores ``(out, in)``:
     inputs are dealt by mean score; then at most :data:`GROUPS` groups at a time, spread evenly, exchange members."""
     groups = scores.shape[1] // pattern.m
+    # (groups, m)
     dealt = (
         scores.mean(0).argsort(descending=True, stable=True).view(pattern.m, groups).T
-    )  # (groups, m)
+    )
     parts = -(-groups // GROUPS)
     ordered = [_exchanged(scores, dealt[part::parts], pattern) for part in range(parts)]
     natural = torch.arange(scores.shape[1], device=scores.device).view(
@@ -109,13 +110,11 @@ def _exchanged(scores: Tensor, members: Tensor, pattern: NM) -> Tensor:
         before = members
         for place in range(pattern.m):
             rest = members[:, [other for other in range(pattern.m) if other != place]]
-            worth = scores.new_zeros(
-                len(members), len(members)
-            )  # (groups, members that are put back)
+            # (groups, members that are put back)
+            worth = scores.new_zeros(len(members), len(members))
             for part in scores.split(rows):
-                least = (
-                    part[:, rest].topk(pattern.n, dim=-1).values[..., -1]
-                )  # a group keeps the larger of the two
+                # a group keeps the larger of the two
+                least = part[:, rest].topk(pattern.n, dim=-1).values[..., -1]
                 worth += torch.maximum(
                     least[:, :, None], part[:, None, members[:, place]]
                 ).sum(0)

@@ -99,18 +99,16 @@ def _cost(
     inverses = {name: gram.inverse(DAMPING).matrix for name, gram in grams.items()}
 
     def relative(linear: LinearView, rows: Tensor | slice = slice(None)) -> Tensor:
-        weight = linear.weight()[
-            rows
-        ]  # where q, k and v are one linear, only v is rotated
+        # where q, k and v are one linear, only v is rotated
+        weight = linear.weight()[rows]
         return weight.div_(
             math.sqrt(grams[linear.name].energy(weight.flatten(0, -2)) or 1.0)
         )
 
     reader = channels.reader
     places = channels.inputs  # (copies, heads, width)
-    blocks = inverses[reader.name][
-        places[..., :, None], places[..., None, :]
-    ]  # (copies, heads, width, width)
+    # (copies, heads, width, width)
+    blocks = inverses[reader.name][places[..., :, None], places[..., None, :]]
     columns = relative(reader)[:, places]  # (out, copies, heads, width)
     sources = [(x, rows[0]) for x, rows in channels.sources if x.name in patterns]
     scaled = [

@@ -235,9 +235,8 @@ class MixtureTokens:
 
     store: TensorStore  # their inputs (tokens, width)
     experts: list[Tensor]  # the experts of each token, (tokens, k)
-    factors: list[
-        Tensor
-    ]  # the squares of the router's weights, times the weight of the token, (tokens, k)
+    # the squares of the router's weights, times the weight of the token, (tokens, k)
+    factors: list[Tensor]
     weights: list[Tensor]  # weights of the tokens, (tokens,)
 
     def count(self, number: int) -> int:
@@ -266,9 +265,8 @@ class ExpertTokens:
     expert: Expert
     number: int
     first: list[LinearView]  # those whose inputs are the expert's
-    down: list[LinearView] = field(
-        default_factory=list
-    )  # the last linear, if it is pruned
+    # the last linear, if it is pruned
+    down: list[LinearView] = field(default_factory=list)
 
     def routed(self) -> Rows:
         for batch, experts in enumerate(self.tokens.experts):

@@ -41,9 +41,8 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     pruned = {linear.name for linear in without_experts(task.linears)}
     grouping = InputGroups()
     outputs: dict[str, Tensor] = {}  # outputs of the linears that could be writers
-    repeated: set[str] = (
-        set()
-    )  # linears that run again, so that a window has several targets
+    # linears that run again, so that a window has several targets
+    repeated: set[str] = set()
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         order.append(linear.name)

@@ -49,18 +49,14 @@ class BlockTask:
     stream: Stream  # the hidden states of the pruned model that enter the block
     report: Callable[[str], None]  # called with a short text at each step of the method
     clock: PhaseClock  # counts the seconds of the parts of the phase prune, such as statistics, solve and rounding
-    results: list[LinearResult] = field(
-        default_factory=list
-    )  # one for each linear done
-    notes: dict[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # to the user, next to those of the solver
-    routed: dict[str, int] = field(
-        default_factory=dict
-    )  # tokens that were routed to the linears of experts
-    output_costs: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # empty for methods that do not need them
+    # one for each linear done
+    results: list[LinearResult] = field(default_factory=list)
+    # to the user, next to those of the solver
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # tokens that were routed to the linears of experts
+    routed: dict[str, int] = field(default_factory=dict)
+    # empty for methods that do not need them
+    output_costs: Mapping[str, Tensor] = field(default_factory=dict)
     values: str = "keep"  # what they are rounded to: keep, int8, int4, int3, or the name of a grid
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False  # whether a sweep follows
@@ -254,9 +250,8 @@ class BlockTask:
                 )
                 notes = (*notes, f"rounding to {self.values} {more} {after:.3f}")
         linear.assign(weight)
-        if (
-            linear.storage_dtype is torch.float16
-        ):  # later passes would name the linears that read its outputs
+        # later passes would name the linears that read its outputs
+        if linear.storage_dtype is torch.float16:
             require_storable(linear.parameter, linear.weight_name, linear.storage_dtype)
         zeros = count_zeros(linear.parameter)
         if gram is not None and self.values == "keep":
@@ -282,9 +277,8 @@ class BlockTask:
         self, linear: LinearView, dense: Tensor, solution: Solution, gram: Gram | None
     ) -> tuple[Rounded, float, float]:
         """A pruned weight on the grid of the packed type, and the errors that it has before and then."""
-        if (
-            gram is None
-        ):  # experts get inputs of their own, which a pass does not tell apart
+        # experts get inputs of their own, which a pass does not tell apart
+        if gram is None:
             taken = (
                 []
                 if isinstance(linear.module, ExpertLinear)
@@ -307,9 +301,8 @@ class BlockTask:
                 gram.energy(matrix, minus=dense) for matrix in (weight, grid.weight)
             ]
             energy, *errors = torch.stack((gram.energy(dense), *lost)).tolist()
-        if self.trained and not self.stream.chain.is_shared(
-            linear.weight_name
-        ):  # later blocks run on a shared one
+        # later blocks run on a shared one
+        if self.trained and not self.stream.chain.is_shared(linear.weight_name):
             self.unrounded[linear.name] = grid.unrounded.to(linear.storage_dtype)
         before, after = (error / energy if energy > 0 else 0.0 for error in errors)
         return grid, before, after

@@ -15,12 +15,13 @@ from sparsellm.model.chain import empty_model
 from sparsellm.model.experts import DOWN, GATE, UP
 from sparsellm.records import Record
 
+# keys of configs
 NUMBERS = (
     "num_local_experts",
     "num_experts",
     "n_routed_experts",
     "moe_num_experts",
-)  # keys of configs
+)
 _PER_TOKEN = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -177,9 +178,10 @@ class FewerExperts:
             self.chain.config.model_type,
             [x for x in config.values() if isinstance(x, dict)],
         )
+        # where it is nested
         config = next(
             (nested for nested in parts if nested.get("model_type") == kind), config
-        )  # where it is nested
+        )
         for part, names in self._numbers.items():
             holder = config.get(part) if part else config
             if isinstance(holder, dict):

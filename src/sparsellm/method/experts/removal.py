@@ -38,9 +38,8 @@ class Removal:
 
     fewer: FewerExperts
     score: Callable[..., Tensor]
-    costs: Mapping[
-        str, Tensor
-    ]  # E[g_i²] of the outputs of the experts' last linears, by name; empty for equal ones
+    # E[g_i²] of the outputs of the experts' last linears, by name; empty for equal ones
+    costs: Mapping[str, Tensor]
     refit: bool
     seed: int
 
@@ -166,9 +165,8 @@ class _Rest:
         for number in range(len(self.mixture)):
             expert = self.mixture.expert(number)
             down = expert.get_submodule(DOWN)
-            if not expert.normed and isinstance(
-                down, nn.Linear
-            ):  # else its outputs are not linear in the weight
+            # else its outputs are not linear in the weight
+            if not expert.normed and isinstance(down, nn.Linear):
                 self.refit(number, down)
 
     def rows(self, number: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -53,9 +53,8 @@ class Sample:
         chain = fewer.dense
         (mixture,) = chain.mixtures(index)
         known = [costs[name] for name in last_linears(chain, index) if name in costs]
-        made = output_of(
-            mixture, _route(chain, index, inputs), inputs.shape[1]
-        )  # may be narrower than the inputs
+        # may be narrower than the inputs
+        made = output_of(mixture, _route(chain, index, inputs), inputs.shape[1])
         projection = _projection(made.shape[-1], known, seed).to(chain.device)
         return cls(fewer, index, inputs, projection, made @ projection)
 

@@ -76,18 +76,18 @@ def coordinated(
     least = view.error_of(kept)
     left = trials
     size = len(scores) // view.groups
-    times = Counter[
-        tuple[int, int]
-    ]()  # how often each pair was tried: those that were refused come last
+    # how often each pair was tried: those that were refused come last
+    times = Counter[tuple[int, int]]()
     while left > 0:
         inside = sorted(kept, key=lambda number: float(scores[number]))
         outside = sorted(
             set(range(len(scores))) - set(kept),
             key=lambda number: -float(scores[number]),
         )
+        # the most likely first
         places = sorted(
             itertools.product(range(len(inside)), range(len(outside))), key=sum
-        )  # the most likely first
+        )
         pairs = sorted(
             ((inside[first], outside[second]) for first, second in places),
             key=times.__getitem__,

@@ -38,10 +38,11 @@ PREDICTION_RIDGE = (
     0.1  # for predicting an input from the others; anything from 0.02 to 1 works
 )
 # The support settles where ρ rises: without the rise the error is up to 7 % higher.
+# first and last penalty between weights and mask; the mean curvature is 1
 RHO = (
     0.2,
     0.8,
-)  # first and last penalty between weights and mask; the mean curvature is 1
+)
 RHO_STEPS = 4  # each needs an inverse
 # Added to every input's mean square, times the damping and the mean of all: else weights of an input that is nearly 0
 # grow to hundreds of times their size for nothing, and rounding and the sweep, whose steps are relative, suffer.
@@ -79,9 +80,8 @@ def admm(
 ) -> Solution:
     """Alternates between weights, drawn to the last sparse ones, and their mask, then refits the kept weights."""
     metric, scale = gram.remember(("admm", damping), lambda: _metric(gram, damping))
-    dense = weight * scale.masked_fill(
-        gram.dead, 0.0
-    )  # (out, in): W₀, from here on in the units of the metric
+    # (out, in): W₀, from here on in the units of the metric
+    dense = weight * scale.masked_fill(gram.dead, 0.0)
     kept = pattern.mask(dense.abs())
     first = refine_on_support(
         dense,
@@ -102,30 +102,28 @@ def admm(
         rho = RHO[0] * (RHO[1] / RHO[0]) ** (step / (RHO_STEPS - 1))
         inverse = metric.inverse(rho)
         notes = notes or inverse.notes
-        sparse = (
-            state * kept.view(torch.uint8).float()
-        )  # D; torch selects by a bool mask twenty times as slowly
-        multiplier = (state - sparse).mul_(
-            last_rho / rho
-        )  # V, in units of the present ρ
+        # D; torch selects by a bool mask twenty times as slowly
+        sparse = state * kept.view(torch.uint8).float()
+        # V, in units of the present ρ
+        multiplier = (state - sparse).mul_(last_rho / rho)
+        # ρ(D − V − W₀)
         pull = (
             sparse.sub_(multiplier)
             .sub_(dense)
             .mul_(inverse.damping * metric.mean_diagonal)
-        )  # ρ(D − V − W₀)
-        state = torch.addmm(
-            multiplier.add_(dense), pull, inverse.matrix
-        )  # in bf16 where the run multiplies in it
-        kept = pattern.unchecked(
-            state.abs()
-        )  # what is not finite stays so, and `solution` refuses it
+        )
+        # in bf16 where the run multiplies in it
+        state = torch.addmm(multiplier.add_(dense), pull, inverse.matrix)
+        # what is not finite stays so, and `solution` refuses it
+        kept = pattern.unchecked(state.abs())
         last_rho = rho
+        # the fit that follows takes the most memory
         del (
             sparse,
             multiplier,
             pull,
             inverse,
-        )  # the fit that follows takes the most memory
+        )
 
     last = refine_on_support(dense, metric, kept, state, refine_iterations)
     # With few or collinear inputs the last mask may be worse than the first: the better of the two is kept.
@@ -153,9 +151,8 @@ def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:
     )
     unit = unexplained.clamp(min=1e-4).sqrt()
     matrix = normalised.divided_by(unit)
-    live = (
-        (~gram.dead).sum().clamp(min=1)
-    )  # a dead input would make the ridge and ρ smaller for the others
+    # a dead input would make the ridge and ρ smaller for the others
+    live = (~gram.dead).sum().clamp(min=1)
     size = (matrix.diagonal().sum() / live).clamp(min=torch.finfo(matrix.dtype).tiny)
     matrix /= size
     matrix.diagonal().masked_fill_(gram.dead, 1.0).add_(damping)

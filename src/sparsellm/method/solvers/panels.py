@@ -18,18 +18,18 @@ from sparsellm.patterns import NM
 from sparsepack.codes import Levels, nearest_levels
 
 BLOCK = 32  # outputs of a program
+# dtypes of a checkpoint as the kernel knows them; 0 is fp32
 HALVES = {
     torch.bfloat16: 1,
     torch.float16: 2,
-}  # dtypes of a checkpoint as the kernel knows them; 0 is fp32
+}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _nearest(units, table, LOWEST, HIGHEST, EVEN: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
     """The numbers of the grid, as ``Levels.nearest`` has them."""
-    rounded = (
-        tl.minimum(tl.maximum(units, LOWEST), HIGHEST) + 12582912.0 - 12582912.0
-    )  # 1.5 · 2²³: half to even
+    # 1.5 · 2²³: half to even
+    rounded = tl.minimum(tl.maximum(units, LOWEST), HIGHEST) + 12582912.0 - 12582912.0
     sign = (units > 0).to(tl.float32) - (units < 0).to(tl.float32)
     if EVEN:
         return rounded if ZERO else tl.where(rounded == 0, sign, rounded)
@@ -162,9 +162,10 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     pivots = tl.load(upper_pointer + row * (n + 1), mask=row < n, other=1)
     for group in range(0, n, M):
         scores = state / pivots[:, None]
+        # others beat none
         scores = tl.where(
             ((row >= group) & (row < group + M))[:, None], scores * scores, -1.0
-        )  # others beat none
+        )
         for number in range(group, tl.minimum(group + M, n)):
             at = tl.cast(number, tl.int64) * out + place
             here = (row == number)[:, None]

@@ -35,25 +35,26 @@ from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_
 PRODUCTS = 35
 FACTORISATIONS = 2
 
-FRACTIONS = tuple(
-    step / 20 for step in range(20, 9, -1)
-)  # anchor / largest magnitude; values beyond are clipped
+# anchor / largest magnitude; values beyond are clipped
+FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
 DAMPING = 0.1  # in units of the inputs' mean square: without it, values fit the text of calibration more than others
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
+# bounds of the change of a scale in a turn, for systems that are nearly singular
 FACTORS = (
     0.5,
     2.0,
-)  # bounds of the change of a scale in a turn, for systems that are nearly singular
+)
 SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
 PASSES = 8  # most passes of the descent in a turn; few weights need as many
 ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
 WIDE = 256  # inputs whose moves reach all others by one product, which is twice as fast as by four
+# powers of the inputs' root mean square tried after 0; 1 was worse
 POWERS = (
     0.25,
     0.5,
     0.75,
-)  # powers of the inputs' root mean square tried after 0; 1 was worse
+)
 JUDGES = 256  # rows of the weight that choose the power
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
 
@@ -96,9 +97,8 @@ def rounded(
         result = _fitted(weight, target, gram, powers, groups, dtype)
         if Groups.of(result.weight, value_type).dense:
             return result
-    if (
-        not fixed_mask
-    ):  # values that are nearer to 0 than to the smallest number of their grid
+    # values that are nearer to 0 than to the smallest number of their grid
+    if not fixed_mask:
         nearest = _Grid(
             weight, gram, powers, replace(groups, dense=False), dtype
         ).nearest
@@ -148,9 +148,8 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
             (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
         )
         powers = powers_of(exponents.to(torch.int8))
-        if (
-            power and dtype == torch.float16
-        ):  # every number of the grid must be one of fp16, in any column
+        # every number of the grid must be one of fp16, in any column
+        if power and dtype == torch.float16:
             ends = groups.collect((weight / powers).abs()).amax(1) * groups.collect(
                 powers.expand_as(weight)
             ).amax(1)
@@ -158,9 +157,8 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
         error = gram.energy(
             _Grid(judges, gram, powers, groups, dtype).nearest, minus=judges
         )
-        better = fits & (
-            error < least
-        )  # chosen without a read, for which a GPU would wait
+        # chosen without a read, for which a GPU would wait
+        better = fits & (error < least)
         best = torch.where(better, powers, best)
         least = torch.where(better, error, least)
     return best
@@ -186,9 +184,8 @@ class _Grid:
         )
         places = anchors(grouped)
         extreme = grouped.gather(1, places)  # (groups, 1)
-        self.units = groups.collect(powers.expand_as(weight)).gather(
-            1, places
-        )  # (groups, 1): powers of the anchors
+        # (groups, 1): powers of the anchors
+        self.units = groups.collect(powers.expand_as(weight)).gather(1, places)
         least = torch.full_like(extreme, math.inf)
         # (groups, 1): scales to begin with, without the powers of columns
         self.first = scales_of(extreme, groups, dtype, self.units)
@@ -199,9 +196,8 @@ class _Grid:
             self.first = torch.where(error < least, tried, self.first)
             least = torch.minimum(error, least)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
-        self.free = (
-            groups.spread(free) != 0
-        )  # (out, in) bool: neither zero nor an anchor
+        # (out, in) bool: neither zero nor an anchor
+        self.free = groups.spread(free) != 0
         self.nearest = as_stored(
             groups.spread(self.numbers(grouped, self.first)),
             self.scales(self.first),
@@ -245,9 +241,8 @@ def _one_after_another(
     (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up."""
     order, factor = gram.remember("ordered", lambda: _ordered(gram))
     columns = target.T[order]  # (in, out), a copy
-    result = torch.where(grid.free, 0.0, grid.nearest).T[
-        order
-    ]  # anchors and zeros are what they are
+    # anchors and zeros are what they are
+    result = torch.where(grid.free, 0.0, grid.nearest).T[order]
     scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
     for start in range(0, len(columns), ROUNDED_TOGETHER):
         rows = slice(start, start + ROUNDED_TOGETHER)
@@ -309,9 +304,8 @@ class _Descent:
         self.scales = grid.first  # (groups, 1)
         self.columns = start.T.contiguous()
         self.free = grid.free.T.to(self.columns.dtype).contiguous()
-        self.slope = self.matrix @ (
-            self.columns - self.target
-        )  # half the gradient of the error
+        # half the gradient of the error
+        self.slope = self.matrix @ (self.columns - self.target)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight ``(out, in)``, the best value of each entry with all others held, and the scales of groups."""
@@ -336,9 +330,8 @@ class _Descent:
         numbers = grid.numbers(self.columns, grid.scales(self.scales).T.contiguous())
         columns = as_stored(numbers, grid.scales(scales).T, grid.dtype)
         slope = self.matrix @ (columns - self.target)
-        worse = ~(
-            self._errors(columns, slope) < self._errors(self.columns, self.slope)
-        )  # (out,)
+        # (out,)
+        worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))
         self.columns = torch.where(worse, self.columns, columns)
         self.slope = torch.where(worse, self.slope, slope)
         self.scales = torch.where(
@@ -423,18 +416,15 @@ class _Descent:
             columns
         ):
             slope = torch.addmv(slope, moves[:number].T, inner[number, :number])
-            units = column.add(slope, alpha=-1 / curvature).mul_(
-                inverted
-            )  # 0 where not free
+            # 0 where not free
+            units = column.add(slope, alpha=-1 / curvature).mul_(inverted)
             value = as_stored(levels.nearest(units, zero=zero), scale, dtype)
             move = (value - column).mul_(free)
-            gain = (
-                slope.mul_(2).add_(move, alpha=curvature).mul_(move)
-            )  # negative where the error falls
+            # negative where the error falls
+            gain = slope.mul_(2).add_(move, alpha=curvature).mul_(move)
             torch.mul(move, gain < 0, out=moves[number])
-            column.copy_(
-                torch.where(gain < 0, value, column)
-            )  # adding the move may miss the grid by an ulp
+            # adding the move may miss the grid by an ulp
+            column.copy_(torch.where(gain < 0, value, column))
             gained -= gain.clamp_(max=0)
         return moves, gained
 
@@ -451,9 +441,8 @@ def best_factors(
     factors = weight.new_ones(len(weight), count)
     rows = max(1, SYSTEMS // max(count**2, weight.shape[1]))
     for top in range(0, len(weight), rows):
-        part = weight[
-            top : top + rows
-        ].contiguous()  # columns of a transposed one would be far apart
+        # columns of a transposed one would be far apart
+        part = weight[top : top + rows].contiguous()
         system = part.new_zeros(len(part), count, count)
         for number in range(count):
             first = number * groups.size
@@ -474,9 +463,8 @@ def best_factors(
             .sum(dim=1)
             .view(len(part), count, 1)
         )
-        lower, failed = torch.linalg.cholesky_ex(
-            system
-        )  # reads the lower half; a row where it fails keeps its scales
+        # reads the lower half; a row where it fails keeps its scales
+        lower, failed = torch.linalg.cholesky_ex(system)
         change = torch.cholesky_solve(along, lower).squeeze(2)
         factors[top : top + rows] -= torch.where(
             (failed == 0).unsqueeze(1) & change.isfinite(), change, 0.0

@@ -58,12 +58,10 @@ class _Elimination:
     """State of the elimination, which prunes the columns of a weight from left to right."""
 
     def __init__(self, weight: Tensor, upper: Tensor, pattern: Pattern) -> None:
-        self.columns = (
-            weight.T.contiguous()
-        )  # (in, out): a column of the weight is one contiguous row here
-        self.errors = torch.zeros_like(
-            self.columns
-        )  # (in, out): w_j / U_jj where pruned, 0 where kept
+        # (in, out): a column of the weight is one contiguous row here
+        self.columns = weight.T.contiguous()
+        # (in, out): w_j / U_jj where pruned, 0 where kept
+        self.errors = torch.zeros_like(self.columns)
         self.kept = torch.empty_like(self.columns, dtype=torch.bool)  # (in, out)
         self.upper = upper  # (in, in)
         self.pattern = pattern

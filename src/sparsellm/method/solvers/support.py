@@ -32,18 +32,18 @@ def refine_on_support(
     scale = gram.scale
     matrix = gram.divided_by(scale)  # where the preconditioner is the identity
     target = original * scale  # (out, in)
-    kept = mask.view(torch.uint8).to(
-        original.dtype
-    )  # torch selects by a bool mask twenty times as slowly
+    # torch selects by a bool mask twenty times as slowly
+    kept = mask.view(torch.uint8).to(original.dtype)
     begin = start * kept * scale
     missing = target - begin
     image = (missing @ matrix).add_(missing, alpha=damping)
     begin_loss = (missing * image).sum(dim=1, keepdim=True)  # (out, 1)
 
     # A row is done when its residual is rounding noise: the curvature along it is noise too, and steps are unbounded.
+    # (out, 1)
     noise = (torch.finfo(matrix.dtype).eps * matrix.norm()) ** 2 * missing.square().sum(
         dim=1, keepdim=True
-    )  # (out, 1)
+    )
     del missing
     weight = begin.clone()
     residual = image.mul_(kept)
@@ -58,9 +58,10 @@ def refine_on_support(
             .mul_(kept)
         )
         curvature = (direction * image).sum(dim=1, keepdim=True)
+        # (out, 1)
         length = torch.where(
             (square > noise) & (curvature > 0), square / curvature, 0.0
-        )  # (out, 1)
+        )
         weight.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
         before = square
@@ -69,9 +70,10 @@ def refine_on_support(
 
     del image, residual, direction
     missing = target - weight
+    # (out, 1)
     loss = (missing * (missing @ matrix).add_(missing, alpha=damping)).sum(
         dim=1, keepdim=True
-    )  # (out, 1)
+    )
     weight = torch.where(loss <= begin_loss, weight, begin)
     return Refined(
         weight.div_(scale), float(torch.minimum(loss, begin_loss).double().sum())

@@ -50,9 +50,8 @@ class LossGradients:
     tokens: int
     # E[g_i²] of each output i of a linear, (out,) fp32: what an error of that output costs the loss, to second order
     output_squares: dict[str, Tensor]
-    saliency: dict[
-        str, Tensor
-    ]  # a histogram() of each linear; empty if it was not requested
+    # a histogram() of each linear; empty if it was not requested
+    saliency: dict[str, Tensor]
 
 
 def loss_gradients(

@@ -12,9 +12,8 @@ from torch.nn import functional
 from sparsellm.model import Chain
 
 HEAD_TOKENS = 256  # tokens of a chunk, over all windows: several tensors (tokens, vocabulary) are in memory at once
-ROWS_ELEMENTS = (
-    1 << 22
-)  # logits that a loss takes at a time: the allocator uses 16 MiB again, and maps more anew
+# logits that a loss takes at a time: the allocator uses 16 MiB again, and maps more anew
+ROWS_ELEMENTS = 1 << 22
 
 HeadLoss = Callable[[Tensor, slice, Tensor | None], float]
 """``loss(logits (batch, span, vocabulary) fp32, span, slope)`` returns the loss of these positions, and writes its

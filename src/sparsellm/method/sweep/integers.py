@@ -26,12 +26,10 @@ class Integers:
 
     chain: Chain
     values: str  # int8, int4 or int3, or the name of another program's grid
-    linears: Mapping[
-        str, str
-    ]  # the exponents of the columns of each linear by its name, as records have them
-    groups: dict[str, Groups] = field(
-        default_factory=dict
-    )  # by name of the weight; filled by factors()
+    # the exponents of the columns of each linear by its name, as records have them
+    linears: Mapping[str, str]
+    # by name of the weight; filled by factors()
+    groups: dict[str, Groups] = field(default_factory=dict)
 
     def factors(self, index: int) -> dict[str, Tensor]:
         """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, by their names."""

@@ -282,9 +282,8 @@ class Resident(Weights):
         piece = run.stream.pieces[0] if piece is None else piece
         calls = [run.call(piece, index, self.dtype) for index in range(len(self.chain))]
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "FSDP2-wrapped module"
-            )  # outputs that are views; none is overwritten
+            # outputs that are views; none is overwritten
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")
             output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
         return output
 

@@ -23,9 +23,8 @@ from sparsellm.method.sweep.training import (
 )
 from sparsellm.model.streams import Piece
 
-COPIED = (
-    1 << 20
-)  # elements that are put in their places at once, since that takes places in int64
+# elements that are put in their places at once, since that takes places in int64
+COPIED = 1 << 20
 MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is kept take as much as is saved
 
 
@@ -40,17 +39,15 @@ class Streamed(Weights):
 
     def __init__(self, task: SweepTask) -> None:
         super().__init__(task)
-        self.factors: set[str] = (
-            set()
-        )  # names of the factors of groups, where values are rounded
+        # names of the factors of groups, where values are rounded
+        self.factors: set[str] = set()
         self.store = task.feed.scratch.store(self.chain.device)
         self._places = task.feed.scratch.store(self.chain.device)
         self._read: tuple[int, Tensor] | None = (
             None  # the block whose places were read last, and these
         )
-        self._aliases: list[
-            dict[str, tuple[int, str]]
-        ] = []  # other names of parameters: the block and the name there
+        # other names of parameters: the block and the name there
+        self._aliases: list[dict[str, tuple[int, str]]] = []
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
                 trained = self.describe(index)
@@ -180,9 +177,8 @@ class Streamed(Weights):
         loss = 0.0
         inputs = []
         gradient = None
-        waiting: dict[
-            str, Tensor
-        ] = {}  # gradients of parameters that later blocks borrow
+        # gradients of parameters that later blocks borrow
+        waiting: dict[str, Tensor] = {}
         if piece is not None:
             inputs = self._forward(run, piece, written=False)
             loss, gradient = run.end(inputs.pop(), piece, step.tokens)

@@ -51,9 +51,8 @@ class SweepTask:
     dense: Sequence[Tensor] | None
     passes: int  # each over a set of windows
     seed: int  # decides the order of the windows
-    write_block: Callable[
-        [int], None
-    ]  # called for each final block in order, while it is loaded
+    # called for each final block in order, while it is loaded
+    write_block: Callable[[int], None]
     # Adam's rate, relative to a parameter's root mean square; None: whole_model._start chooses one, at most PROBED.
     learning_rate: float | None = None
     blocks: Sequence[CheckpointReader] | None = (
@@ -71,9 +70,8 @@ class SweepTask:
     resident: Residence | None = (
         None  # how all blocks are in memory at once; None: one block at a time
     )
-    sources: Sequence[
-        str
-    ] = ()  # the name of each window's text in the feed, for a mixture
+    # the name of each window's text in the feed, for a mixture
+    sources: Sequence[str] = ()
 
     def pruned(self, index: int) -> CheckpointReader | None:
         return self.blocks[index] if self.blocks is not None else None
