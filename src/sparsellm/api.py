@@ -132,10 +132,8 @@ def dry_run(
     progress: ProgressCallback = ignore,
 ) -> Prediction:
     """Estimates a run of :func:`prune`, or refuses what it does; downloads what is on the hub, and writes nothing."""
-    settled, door = (
-        settle_calibration(Recipe.of(recipe), None),
-        (overwrite, restart, trust_remote_code, teacher),
-    )
+    settled = settle_calibration(Recipe.of(recipe), None)
+    door = (overwrite, restart, trust_remote_code, teacher)
     return story.rehearse(Request(model, settled, out, None, None, *door), progress)
 
 
@@ -248,7 +246,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
         windows = parallel.from_main(
             partial(opened.windows, words, seq_len, max_tokens, bos)
         )
-        tokenizer, results = opened.tokenizer, None
+        tokenizer = opened.tokenizer
+        results = None
         leads = tokenizer is not None and leading_token(tokenizer, bos) is not None
         if tasks and tokenizer is None:
             raise DataError("tasks on a model given as an object need tokenizer=...")

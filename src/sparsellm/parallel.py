@@ -119,7 +119,8 @@ def await_other_failures() -> None:
     global _machines
     if _failures is None or os.environ["RANK"] != "0":
         return
-    deadline, _machines = time.monotonic() + LAST_WORDS, None
+    deadline = time.monotonic() + LAST_WORDS
+    _machines = None
     with contextlib.suppress(RuntimeError):
         # NCCL would wait for those that have ended
         if dist.is_initialized() and backend() == "gloo":
@@ -158,7 +159,8 @@ def share(total: int, unit: int = 1) -> slice:
     batch, are not split if there are enough of them, so they have the same bits for any number of processes."""
     units = -(-total // unit)
     if units < size():
-        unit, units = 1, total
+        unit = 1
+        units = total
     start, stop = (units * edge // size() * unit for edge in (rank(), rank() + 1))
     return slice(start, min(stop, total))
 
@@ -234,7 +236,8 @@ def main_first(make: Callable[[], T]) -> T:
 def alone() -> Iterator[None]:
     """Until the context ends, this process works as if it were the only one."""
     global _alone
-    before, _alone = _alone, True
+    before = _alone
+    _alone = True
     try:
         yield
     finally:

@@ -32,7 +32,8 @@ from sparsepack.bench import Comparison, Measurement, Pair
 from sparsepack.checkpoint import is_packed
 from sparsepack.layout import predicted_bytes
 
-PRUNING, RESULTS = "pruning.json", "results.json"
+PRUNING = "pruning.json"
+RESULTS = "results.json"
 PUT_BACK = "put the file back as it was"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]

@@ -62,7 +62,8 @@ class Entry(Generic[F]):
             return self.options.model_validate(values).model_dump()
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            option, known = str(first["loc"][0]), self.options.model_fields
+            option = str(first["loc"][0])
+            known = self.options.model_fields
             if option in known:
                 raise RecipeError(
                     refusal(error, f"option {option} of {self.name}")

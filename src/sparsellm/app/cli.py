@@ -36,10 +36,8 @@ from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
 
 Printed = tuple[Any, Callable[[], None]] | None
 # the longest window and the tokens that `prune --pack` measures on
-MEASURED_WINDOW, MEASURED_TOKENS = (
-    2048,
-    16_384,
-)
+MEASURED_WINDOW = 2048
+MEASURED_TOKENS = 16_384
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,10 +99,8 @@ def _command(
             }
             given |= {name: value for name, value in reporting.items() if name in taken}
             if "progress" in taken:
-                quiet, verbose = (
-                    reporting["quiet"] or not parallel.is_main(),
-                    reporting["verbose"],
-                )
+                quiet = reporting["quiet"] or not parallel.is_main()
+                verbose = reporting["verbose"]
                 with console.progress(quiet=quiet, verbose=verbose) as progress:
                     printed = function(progress=progress, **given)
             else:
@@ -181,7 +177,8 @@ def _check_pack(
 
     if resolved(pack) == resolved(out):
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
-    sources, overwrite = [out, *checkpoints_among(*models)], options["overwrite"]
+    sources = [out, *checkpoints_among(*models)]
+    overwrite = options["overwrite"]
     parallel.from_main(
         lambda: check_destination(
             pack, sources=sources, overwrite=overwrite, option="--pack"
@@ -268,16 +265,15 @@ def prune(
             console.say(note, error=True)
 
     content: dict[str, Any] = result.to_dict()
-    packed, evaluation = None, None
+    packed = None
+    evaluation = None
     if pack is not None:
         interrupts.keeps(
             f"{out} is complete, and `sparsellm pack` goes on from it", resumes=False
         )
         given = {name: options[name] for name in ("overwrite", "restart")}
-        run, length = (
-            Request(model, result.recipe, out, **given),
-            result.recipe.seq_len or MEASURED_WINDOW,
-        )
+        run = Request(model, result.recipe, out, **given)
+        length = result.recipe.seq_len or MEASURED_WINDOW
         # no run calibrates on that part
         text = "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"
         window = {
@@ -396,7 +392,8 @@ def evaluate(
 
     # no directory of that name is meant
     place = results.place_of_results(model) if save and model != "demo" else None
-    keep, flatters = results.keeper(place, partial(console.say, error=True)), False
+    keep = results.keeper(place, partial(console.say, error=True))
+    flatters = False
     file = Path(text.removeprefix("file:"))
     # a text given as such may be too long for a name
     if place is not None and os.path.isfile(file):
@@ -836,7 +833,8 @@ def chat(directory: str, **options: Any) -> None:
     from sparsellm.app import console
     from sparsellm.serving import terminal
 
-    running, manner = use.take_running(options), use.made(terminal.Manner, **options)
+    running = use.take_running(options)
+    manner = use.made(terminal.Manner, **options)
     terminal.chat(
         directory,
         manner,

@@ -98,7 +98,8 @@ def _escape(match: re.Match[str]) -> str:
 def say(line: str, *, error: bool = False, unbroken: bool = False) -> None:
     """Prints one line on stdout, or on stderr, whose own errors are ignored. On a terminal that is too narrow it breaks
     between words, unless it stays ``unbroken``, such as a command that is copied."""
-    console, text = log() if error else out(), one_line(line)
+    console = log() if error else out()
+    text = one_line(line)
     if console.is_terminal and not unbroken:
         text = textwrap.fill(
             text, console.width, break_long_words=False, break_on_hyphens=False
@@ -166,10 +167,8 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
     for name in names:
         within = [part for part in longest if parts and part.startswith(f"{name}/")]
         for phase in (name, *within):
-            step, share = (
-                f"{'  ' * ('/' in phase)}{PHASES.get(phase, phase)}",
-                seconds[phase] / (total or 1),
-            )
+            step = f"{'  ' * ('/' in phase)}{PHASES.get(phase, phase)}"
+            share = seconds[phase] / (total or 1)
             shown.add_row(
                 step,
                 duration(seconds[phase]),
@@ -263,7 +262,8 @@ class _Display:
                 say(event.detail, error=True)
             return
         self._finish(self._pace.see(event))
-        before, self._event = self._event, event
+        before = self._event
+        self._event = event
         if (
             self._verbose
             and event.detail

@@ -45,19 +45,23 @@ from sparsepack.loading import load
 Result = TypeVar("Result")
 
 # Sized for five minutes on two cores
-SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
+SAMPLES = 8
+SEQ_LEN = 512
+EVALUATION_TOKENS = 4096
 # the default solver takes two and a half times its time
 OPTIONS: Settings = {"solver": "sparsegpt"}
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # for the measurement of speed
+# for the measurement of speed
+PROMPT_TOKENS = 32
+NEW_TOKENS = 32
+ROUNDS = 3
 NAME = "SmolLM2-135M-Instruct"
 QUESTION = "What is the Python programming language used for?"
 # sampled as the authors of the model recommend
-TEXT_TOKENS, TEMPERATURE, TOP_P = (
-    60,
-    0.2,
-    0.9,
-)
-Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
+TEXT_TOKENS = 60
+TEMPERATURE = 0.2
+TOP_P = 0.9
+Q4_0 = GGMLQuantizationType.Q4_0
+Q8_0 = GGMLQuantizationType.Q8_0
 
 
 class Form(Record):
@@ -269,7 +273,8 @@ def speed_of_q4_0(source: Path, threads: int) -> float:
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    settings.allow_requantize = True
     with TemporaryDirectory() as folder:
         llama_cpp.llama_model_quantize(
             os.fsencode(source), os.fsencode(path := f"{folder}/q4_0.gguf"), settings
@@ -283,7 +288,8 @@ def speed_of_q4_0(source: Path, threads: int) -> float:
 
 
 def _answer(path: Path, threads: int) -> tuple[str, int]:
-    model, tokenizer = load(path, dtype="bfloat16"), load_tokenizer(path)
+    model = load(path, dtype="bfloat16")
+    tokenizer = load_tokenizer(path)
     assert model.generation_config is not None
     model.generation_config.top_p = TOP_P
     asked = [{"role": "user", "content": QUESTION}]

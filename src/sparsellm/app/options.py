@@ -28,12 +28,10 @@ from sparsellm.recipe import (
 )
 
 # panels of --help
-TEXT, MEASURE, VALUES, SERVER = (
-    "Text",
-    "Measurement",
-    "Values",
-    "Server",
-)
+TEXT = "Text"
+MEASURE = "Measurement"
+VALUES = "Values"
+SERVER = "Server"
 COMMON = "Common"
 OUTPUT = "Output"
 GGUF = "For GGUF"
@@ -129,7 +127,8 @@ def registered(*packages: str) -> list[str]:
 
 def field(name: str, panel: str = "", help: str = "") -> Parameter:
     """The option for a field of the recipe, which checks its value; ``help`` replaces that of the recipe."""
-    info, line = Recipe.model_fields[name], option_of(name)
+    info = Recipe.model_fields[name]
+    line = option_of(name)
     assert line is not None
     default = info.get_default(call_default_factory=True)
     repeated = isinstance(default, list | dict)

@@ -78,7 +78,8 @@ def run(command: Callable[[], Any]) -> None:
 def execute(command: Sequence[str]) -> None:
     """Runs another command in place of this process. Every Python in it registers the packed format when it starts, and
     commands next to this Python are found first. A RecipeError if it does not exist or cannot be run."""
-    environment, name = dict(_ENVIRONMENT), shown(command[0])
+    environment = dict(_ENVIRONMENT)
+    name = shown(command[0])
     for variable, path in (
         ("PYTHONPATH", Path(__file__).parent / "_startup"),
         ("PATH", Path(sys.executable).parent),

@@ -45,10 +45,8 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         for note in linear.notes:
             say(f"note: {linear.name}: {note}", error=True)
     out().print(phases(result.seconds, parts=verbose))
-    recipe, shares = (
-        result.recipe,
-        f" by {result.allocated_by}" if result.allocated_by is not None else "",
-    )
+    recipe = result.recipe
+    shares = f" by {result.allocated_by}" if result.allocated_by is not None else ""
     share = f"{100 * recipe.sparsity:.4g}%"
     target = share if recipe.pattern is None else recipe.pattern
     target += f" {share}" if recipe.chosen_of is not None else ""
@@ -116,7 +114,8 @@ def print_prediction(prediction: Prediction) -> None:
 
 def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     """Prints the two commands that come next for a pruned checkpoint: one measures it, one packs or exports it."""
-    name, grid = shlex.quote(str(out)), GRIDS.get(recipe.grid)
+    name = shlex.quote(str(out))
+    grid = GRIDS.get(recipe.grid)
     say(
         f"measure it:  sparsellm eval {name} --text pydoc --against {shlex.quote(dense)}",
         unbroken=True,
@@ -240,7 +239,8 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     """Prints the forms of the demo's model side by side, both answers, and the paths of what was written."""
     if verbose:
         print_pruned(result.pruned, verbose=True)
-    forms, speeds = (result.dense, result.q4_0, result.packed), result.speeds
+    forms = (result.dense, result.q4_0, result.packed)
+    speeds = result.speeds
     against = [form.evaluation.against for form in forms]
     shown = table(
         ("SmolLM2-135M-Instruct", "dense bf16", "llama.cpp Q4_0", "pruned, packed"), ()
@@ -420,10 +420,8 @@ def print_comparison(result: Comparison, *, limited: bool) -> None:
             f"{cell.kl:.3f}",
             f"{cell.agreement:.1%}",
         )
-        size, last = (
-            f"{cell.packed_bytes / 1e6:,.1f}",
-            speed_of if timed else duration(cell.seconds),
-        )
+        size = f"{cell.packed_bytes / 1e6:,.1f}"
+        last = speed_of if timed else duration(cell.seconds)
         shown.add_row(cell.name, f"{cell.sparsity:.1%}", *quality, size, last)
     out().print(shown)
     say(

@@ -35,7 +35,8 @@ class Kept:
     """A dense model whose outputs on some windows stay in memory, for several evaluations on the same windows."""
 
     def __init__(self, chain: Chain, name: str) -> None:
-        self.chain, self.name = chain, name
+        self.chain = chain
+        self.name = name
         self._kept: tuple[Tensor, list[Tensor]] | None = (
             None  # windows, and the outputs of the last block
         )

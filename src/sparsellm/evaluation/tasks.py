@@ -115,7 +115,8 @@ def run_tasks(
 
 def _metrics(task: str, values: Mapping[str, object]) -> dict[str, Metric]:
     """The metrics in lm-eval's results of one task, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
-    metrics, lost = dict[str, Metric](), list[str]()
+    metrics: dict[str, Metric] = {}
+    lost: list[str] = []
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if (

@@ -37,7 +37,8 @@ def cached(
     """``final``, which ``make`` makes in a temporary directory if it is not there yet, or not valid. One process at a
     time makes it; the others wait. Directories that killed processes left next to it are removed. A ModelError says
     that it cannot be written, or that another user can have made or changed it."""
-    key, folder = final.name[:16], final.parent
+    key = final.name[:16]
+    folder = final.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(folder)
@@ -80,7 +81,8 @@ def cached(
 
 def _check_private(path: Path) -> None:
     """Refuses what another user owns or can write, as ssh does."""
-    status, why = path.stat(), ""
+    status = path.stat()
+    why = ""
     ours = status.st_uid == os.geteuid()
     with contextlib.suppress(OSError):  # nothing can be written there
         ours = ours or status.st_uid == user_of_new_files(path.parent)

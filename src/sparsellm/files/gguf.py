@@ -97,7 +97,8 @@ def _convert(path: Path, folder: Path) -> Path:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    directory, alone = folder / "checkpoint", folder / "gguf" / path.name
+    directory = folder / "checkpoint"
+    alone = folder / "gguf" / path.name
     alone.parent.mkdir()
     # transformers would take a tokenizer.json next to the file
     alone.symlink_to(path.resolve())
@@ -195,7 +196,8 @@ def _complete(path: Path, config: Any) -> None:
         "attn_logit_softcapping",
         "final_logit_softcapping",
     ):
-        value, attribute = said.get(name), name.rpartition(".")[2]
+        value = said.get(name)
+        attribute = name.rpartition(".")[2]
         # Phi-4 says 0, which is none
         if hasattr(config, attribute) and isinstance(value, int | float) and value:
             setattr(config, attribute, value)
@@ -228,7 +230,8 @@ def without_bars() -> Iterator[None]:
     """Hides the progress bars of transformers: some obey a setting of its own, some are written to stderr directly."""
     from transformers.utils import logging
 
-    was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    was_enabled = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     hidden = io.StringIO()
     # through which a rich console still writes
     vars(hidden)["rich_proxied_file"] = sys.stderr

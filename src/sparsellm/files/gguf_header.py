@@ -15,7 +15,8 @@ from sparsepack.files import DEEPEST, MANY
 # Bytes of the scalar types by their number; 8 is a string, 9 an array.
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
-_STRING, _ARRAY = 8, 9
+_STRING = 8
+_ARRAY = 9
 # strings of an array: a dozen times the tokens or merges of the largest vocabulary
 _MOST_ITEMS = 1 << 22
 _MOST_PAIRS = 1 << 16  # keys with values
@@ -80,7 +81,9 @@ def _read_all(
         raise ValueError(
             f"it states {tensors} tensors and {pairs} values in {size} bytes"
         )
-    sizes, names, split = dict[str, int](), list[str](), ""
+    sizes: dict[str, int] = {}
+    names: list[str] = []
+    split = ""
     for _ in range(pairs):
         key = _text(file, size)
         (kind,) = _read(file, "<I")
@@ -99,7 +102,8 @@ def _read_all(
         if count > 8:
             raise ValueError(f"a tensor has {count} dimensions")
         shape = _read(file, f"<{count}Q")
-        largest, weights = max(largest, *shape, 0), weights + math.prod(shape)
+        largest = max(largest, *shape, 0)
+        weights = weights + math.prod(shape)
         _read(file, "<IQ")
     return (
         sizes,

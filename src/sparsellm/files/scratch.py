@@ -96,13 +96,17 @@ class _Pinned:
     def __init__(
         self, value: Tensor, parts: list[Tensor], stream: torch.cuda.Stream
     ) -> None:
-        self.nbytes, self._parts, self._stream = value.nbytes, parts, stream
+        self.nbytes = value.nbytes
+        self._parts = parts
+        self._stream = stream
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
         self.write(value)
 
     def write(self, value: Tensor) -> None:
         """Copies a tensor from the device, of the same number of bytes; it must not change afterwards."""
-        self.shape, self.dtype, self._coming = value.shape, value.dtype, None
+        self.shape = value.shape
+        self.dtype = value.dtype
+        self._coming = None
         self._copy(value.contiguous(), to_host=True)
 
     def expect(self, device: torch.device) -> None:
@@ -116,7 +120,8 @@ class _Pinned:
         """A copy on the device."""
         self.expect(device)
         assert self._coming is not None
-        (value, arrived), self._coming = self._coming, None
+        (value, arrived) = self._coming
+        self._coming = None
         torch.cuda.current_stream(device).wait_event(arrived)
         return value
 
@@ -152,7 +157,8 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
     the end of its ``with`` block, frees its room."""
 
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
-        self._scratch, self._device = scratch, device
+        self._scratch = scratch
+        self._device = device
         self._stream: torch.cuda.Stream | None = (
             None  # copies between pinned memory and the device
         )
@@ -219,7 +225,8 @@ class TensorStore(Sequence[Tensor], AbstractContextManager["TensorStore"]):
         if self._file is not None:
             self._file.close()
             self._scratch.count_file(-self._end)
-            self._file, self._end = None, 0
+            self._file = None
+            self._end = 0
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -24,10 +24,8 @@ CARD = "README.md"
 _MARK = "<!-- Written by sparsellm, which replaces it unless it was edited: {} -->\n"
 _LICENSE = ("license", "license_name", "license_link")
 # in the dense model's card and in a value: a hundred times the usual
-_MOST_BYTES, _MOST_CHARACTERS = (
-    1 << 20,
-    300,
-)
+_MOST_BYTES = 1 << 20
+_MOST_CHARACTERS = 300
 # settings shown also at their defaults
 _ALWAYS = (
     "method",

@@ -225,7 +225,8 @@ def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
     most = max(1, _CELLS // len(pruning.blocks))
     if len(kinds) <= most:
         return kinds
-    first, rest = list(kinds.items())[: most - 1], list(kinds.values())[most - 1 :]
+    first = list(kinds.items())[: most - 1]
+    rest = list(kinds.values())[most - 1 :]
     return dict(first) | {
         f"{len(rest)} other kinds": [linear for part in rest for linear in part]
     }
@@ -315,11 +316,10 @@ def maps(pruning: Pruning) -> list[Chart]:
 
 def experts_chart(pruning: Pruning) -> Chart:
     """The tokens and the score of every expert of the dense model, by block, and which experts stayed."""
-    first, every = (
-        pruning.experts[0],
-        [str(number) for number in range(len(pruning.experts[0].tokens))],
-    )
-    shares, rows = list[Values](), list[list[str]]()
+    first = pruning.experts[0]
+    every = [str(number) for number in range(len(pruning.experts[0].tokens))]
+    shares: list[Values] = []
+    rows: list[list[str]] = []
     for mixture in pruning.experts:
         known = [
             (count / max(1, sum(mixture.tokens)), at in mixture.kept)

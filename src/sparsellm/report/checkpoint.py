@@ -155,7 +155,8 @@ def packed_commands(record: Checkpoint) -> list[str]:
 
 def _evaluate(record: Checkpoint, tasks: str = "") -> str:
     """The command that runs tasks, or compares with the dense model, on the calibration's data set if it has a name."""
-    base, calibration = record.pruning.base, record.pruning.recipe.get("calibration")
+    base = record.pruning.base
+    calibration = record.pruning.recipe.get("calibration")
     model = base.model or without_folders(base.name) or "MODEL"
     text = calibration if calibration in _TEXTS else "wikitext2"
     command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
@@ -167,9 +168,12 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
 
 
 def _quality(record: Checkpoint) -> list[Row]:
-    command, base, rows = _evaluate(record), record.pruning.base, []
+    command = _evaluate(record)
+    base = record.pruning.base
+    rows = []
     for evaluation in record.results.latest().values():
-        protocol, against = str(evaluation.protocol), evaluation.dense
+        protocol = str(evaluation.protocol)
+        against = evaluation.dense
         if (
             against is not None
             and base.name
@@ -232,7 +236,8 @@ def _sizes(record: Checkpoint) -> list[Row]:
 
 def _speeds(record: Checkpoint) -> list[Row]:
     """The speed of the packed form against dense by the same decoder, and as transformers runs it."""
-    name, measured = "Tokens a second, decoding", record.decoding()
+    name = "Tokens a second, decoding"
+    measured = record.decoding()
     if measured is None:
         command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
         return [

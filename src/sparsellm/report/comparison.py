@@ -80,7 +80,8 @@ def recommend(
     """The smallest run within the limits; without ``recover``, the best recovery. None: no limit or no such run."""
     if recover is None and max_bytes is None:
         return None
-    least, most = recover or 0.0, math.inf if max_bytes is None else max_bytes
+    least = recover or 0.0
+    most = math.inf if max_bytes is None else max_bytes
     fitting = [run for run in runs if run.recovery >= least and run.size <= most]
     if recover is None:
         return max(fitting, key=lambda run: run.recovery, default=None)
@@ -105,7 +106,8 @@ def write_comparison(
         MissingExtraError: the chart library is not installed.
     """
     records = [read_checkpoint(directory) for directory in directories]
-    first, seen = records[0], set[str]()
+    first = records[0]
+    seen = set[str]()
     for record in records:
         place = os.path.realpath(record.directory)
         if place in seen:
@@ -164,7 +166,8 @@ def render_comparison(
             for k, text in columns.items()
         )
         summary.append((name, method.strip(), *cells, took))
-    quality, depth = _quality(values), _depth(records, names)
+    quality = _quality(values)
+    depth = _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
     packed = max_bytes is not None or None not in [
@@ -257,10 +260,8 @@ def _advice(
 
     asked = [f"a recovery of {percent(recover)} or more"] if recover is not None else []
     asked += [f"at most {megabytes(max_bytes / 1e6)}"] if max_bytes is not None else []
-    best, most = (
-        recommend(runs, recover, max_bytes),
-        max(runs, key=lambda run: run.recovery),
-    )
+    best = recommend(runs, recover, max_bytes)
+    most = max(runs, key=lambda run: run.recovery)
     if best is None:
         return f"No run has {' and '.join(asked)}. The best recovery is that of {said(most)}."
     why = (
@@ -280,7 +281,8 @@ def _values(
     records: Sequence[Checkpoint], names: list[str], protocol: Protocol | None
 ) -> list[tuple[str, _Values]]:
     """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
-    values, setting = list[tuple[str, _Values]](), None
+    values: list[tuple[str, _Values]] = []
+    setting = None
     dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0, "recovery": 1.0}
     evaluations = [
         record.results.latest().get(protocol.key) if protocol is not None else None
@@ -360,7 +362,8 @@ def _scatter(
         (point for point in points if point[0]), key=lambda point: point[3]
     )
     text = f"{first} has the lowest perplexity, {number(lowest)}"
-    title, every = "perplexity, lower is better", [y for *_, y in points]
+    title = "perplexity, lower is better"
+    every = [y for *_, y in points]
     y_axis = (
         charts.log_axis(title)
         if max(every) > _LARGE_SPAN * min(every)

@@ -97,8 +97,10 @@ def check_page(out: Place) -> Path:
 def render_run(record: Checkpoint) -> bytes:
     """The report of one run as HTML."""
     pruning = record.pruning
-    rows, course = headline(record), charts.course(pruning)
-    linears, allocation = charts.maps(pruning), charts.allocation_chart(pruning)
+    rows = headline(record)
+    course = charts.course(pruning)
+    linears = charts.maps(pruning)
+    allocation = charts.allocation_chart(pruning)
     linears += [charts.experts_chart(pruning)] if pruning.experts else []
     sections = [
         ("headline", "Dense against pruned"),

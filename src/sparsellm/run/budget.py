@@ -83,7 +83,8 @@ class MeasuredRoom(Room):
 
     def __init__(self, limit: int, gauge: Gauge) -> None:
         super().__init__()
-        self.limit, self._gauge = limit, gauge
+        self.limit = limit
+        self._gauge = gauge
         self.taken = 0
         self.most_taken = 0
         self.highest = 0

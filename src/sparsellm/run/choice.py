@@ -25,10 +25,8 @@ from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
 # by `sweep_tokens`; every pass is judged and saved
-PASS_TOKENS, MOST_PASSES = (
-    16_000,
-    16,
-)
+PASS_TOKENS = 16_000
+MOST_PASSES = 16
 SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains depends more on its steps
 
 
@@ -67,7 +65,8 @@ class Choice:
             raise RecipeError(
                 "expert_score and expert_options choose the experts to keep; give experts, or leave them out"
             )
-        passes, tokens = recipe.passes, recipe.sweep_tokens
+        passes = recipe.passes
+        tokens = recipe.sweep_tokens
         if tokens is not None and recipe.effort is not None:
             raise RecipeError(
                 "effort and sweep_tokens both say how long the sweep is; give one of them"
@@ -133,7 +132,8 @@ class Choice:
     ) -> Self:
         """The choice for these patterns and ``values``: output costs only where outputs compete. If no weight changes:
         no needs, and no sweep unless another model's predictions are ``taught`` in it."""
-        needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
+        needs = self.needs
+        pruned = any(pattern.sparsity for pattern in patterns)
         if values == "keep" and not pruned:
             # No weight changes: nothing has to be compensated.
             return replace(
@@ -175,7 +175,9 @@ class Choice:
     def check_processes(self, samples: int) -> None:
         """Refuses a run that cannot be divided among the processes that were started. Raises RecipeError if the method
         or an option runs in one process only, or there are fewer windows than processes."""
-        size, name, option = parallel.size(), self.method.name, self.needs.one_process
+        size = parallel.size()
+        name = self.method.name
+        option = self.needs.one_process
         if size == 1:
             return
         alone = f"runs in one process, not in {size};"

@@ -49,7 +49,9 @@ from sparsellm.run.choice import Choice, choice_for
 from sparsellm.text.windows import seq_len_of
 
 LIBRARIES = 128 << 20  # bytes that torch, its kernels and the allocator take in a run
-LEAST, MOST = 0.5, 1.5  # seconds of runs, as shares of the estimated ones
+# seconds of runs, as shares of the estimated ones
+LEAST = 0.5
+MOST = 1.5
 UNLIMITED = 1 << 62  # bytes
 DISK = 1e9  # bytes read, checked or written in a second
 BUSY = 0.5  # share of a large product's speed that passes with gradients reach

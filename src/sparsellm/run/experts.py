@@ -116,7 +116,8 @@ def open_removal(
 ) -> OpenedRemoval:
     """Opens the model of a request and reads the text, for the removal of its experts into a directory next to the
     request's ``out``. Raises a SparseLLMError for what the removal, or the run after it, refuses."""
-    recipe, ids = request.recipe, request.calibration
+    recipe = request.recipe
+    ids = request.calibration
     unfit = request.teacher is not None or request.trust_remote_code
     if unfit or request.out is None or isinstance(request.model, PreTrainedModel):
         raise RecipeError(
@@ -228,7 +229,9 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
     directory; errors as :func:`open_removal`."""
     clock = PhaseClock()
     step = open_removal(request, clock, progress)
-    chain, place, recipe = step.models.chain, step.place, step.recipe
+    chain = step.models.chain
+    place = step.place
+    recipe = step.recipe
     identity = to_jsonable_python(asdict(step.identity))
     if parallel.from_main(partial(_read, place)).get("identity") == identity:
         return place
@@ -298,7 +301,8 @@ def _walk(
     clock: PhaseClock,
 ) -> list[ExpertsOfBlock]:
     """Removes experts of the blocks that are not ``done``, each on the outputs of the smaller blocks before it."""
-    chain, fewer = feed.chain, removal.fewer
+    chain = feed.chain
+    fewer = removal.fewer
     records = [record.experts for record in done]
     for record in done:
         clock.add(record.seconds)
@@ -333,7 +337,8 @@ def _walk(
 
 def _save(step: OpenedRemoval, journal: Journal, kept: dict[str, JsonValue]) -> None:
     """Writes the tensors outside the blocks and the files next to the weights, and names the checkpoint."""
-    writer, directory = journal.writer, step.models.directory
+    writer = journal.writer
+    directory = step.models.directory
     chain = step.models.chain
     if writer is None:
         return

@@ -69,11 +69,9 @@ def _on_disk(reader: CheckpointReader, progress: ProgressCallback) -> str:
 
 
 def _in_memory(model: nn.Module, progress: ProgressCallback) -> str:
-    values, done, weights = (
-        dict(sorted(model.state_dict(keep_vars=True).items())),
-        0,
-        [],
-    )
+    values = dict(sorted(model.state_dict(keep_vars=True).items()))
+    done = 0
+    weights = []
     total = sum(value.nbytes for value in values.values())
     for name, value in values.items():
         # buffers such as masks may be infinite

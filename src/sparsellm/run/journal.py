@@ -47,7 +47,9 @@ from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import ExpertsOfBlock, LinearResult, Settings
 from sparsellm.run.result import versions
 
-ALLOCATION, OUTPUT_COSTS = "allocation", "output-costs"  # names of records
+# names of records
+ALLOCATION = "allocation"
+OUTPUT_COSTS = "output-costs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +91,10 @@ class Journal(contextlib.ExitStack):
         self, out: Path | None, blocks: int, *, restart: bool, overwrite: bool
     ) -> None:
         super().__init__()
-        self.out, self.blocks = out, blocks
-        self._restart, self._overwrite = restart, overwrite
+        self.out = out
+        self.blocks = blocks
+        self._restart = restart
+        self._overwrite = overwrite
         self._partial = partial_of(out) if out is not None else Path()
         self._state = self._partial / STATE
         if out is not None and not restart and self._state.is_dir():

@@ -117,13 +117,16 @@ def open_models(
     )
     if tokenizer is None and directory is not None and text:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust)
-    start, taught_by = None, None
+    start = None
+    taught_by = None
     if teacher is not None:
         start = open_checkpoint(sources[0])
         _check_teacher(chain, start, tokenizer if text else None, trust)
         assert chain.reader is not None
         if shape_difference(start, chain.reader) is not None:
-            start, taught_by, directory = None, chain, sources[0]
+            start = None
+            taught_by = chain
+            directory = sources[0]
             chain, _ = open_model(model, directory, recipe, trust, load=False)
     # the directory that a model in memory was loaded from
     name = getattr(model, "name_or_path", "")
@@ -164,13 +167,9 @@ def open_model(
     if it is in memory. Raises RecipeError if the recipe sets device or dtype for a model that is in memory already."""
     device = device_of(model, recipe)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    loaded, named = (
-        None,
-        " and ".join(
-            name
-            for name in ("dtype", "products")
-            if getattr(recipe, name) == "bfloat16"
-        ),
+    loaded = None
+    named = " and ".join(
+        name for name in ("dtype", "products") if getattr(recipe, name) == "bfloat16"
     )
     if named and device.type == "cuda" and not bf16_is_native(device):
         raise RecipeError(
@@ -189,7 +188,8 @@ def open_model(
             raise RecipeError(
                 "a model given as an object runs where and as it is: leave device and dtype 'auto'"
             )
-        chain, loaded = open_chain(model, device=device), model
+        chain = open_chain(model, device=device)
+        loaded = model
     else:
         assert directory is not None
         chain = open_chain(
@@ -229,11 +229,10 @@ def save_companions(
 ) -> None:
     """Writes config, generation config and tokenizer of a model that was given as an object, as transformers does.
     Raises ModelError if one of them has settings that transformers does not write."""
-    config, head = copy.deepcopy(model.config), model.get_output_embeddings()
-    config.architectures, config.dtype = (
-        [type(model).__name__],
-        str(model.dtype).removeprefix("torch."),
-    )
+    config = copy.deepcopy(model.config)
+    head = model.get_output_embeddings()
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
     # which the caller may have tied, or untied, since the config was written
     if head is not None:
         config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
@@ -258,7 +257,9 @@ def _check_teacher(
 ) -> None:
     """Refuses a teacher whose tokenizer differs from that of the model to prune, or a weight outside the blocks, or, if
     all weights have the same shapes, the config. Raises ModelError; StorageError if a weight is unreadable."""
-    dense, directory, why = teacher.reader, start.directory, None
+    dense = teacher.reader
+    directory = start.directory
+    why = None
     assert dense is not None
     if shape_difference(start, dense) is None:
         why = config_difference(
@@ -376,10 +377,8 @@ def given_windows(
     windows = check_vocabulary(
         windows_of_ids(ids, chain.config, bos=recipe.bos), chain.config
     )
-    of_pass, divided = (
-        choice.windows_of_pass(*windows.shape),
-        choice.sweep_tokens is not None,
-    )
+    of_pass = choice.windows_of_pass(*windows.shape)
+    divided = choice.sweep_tokens is not None
     return Windows(
         windows[None],
         windows[:0],
@@ -401,7 +400,9 @@ def read_windows(
 ) -> Windows:
     """Windows of a text, or of the one that the dense model writes if the recipe says so: the choice's sets for the
     statistics and further ones for ``passes`` passes, as far as there is room; DataError if there is none for a set."""
-    chain, tokenizer, directory = model.chain, model.tokenizer, model.directory
+    chain = model.chain
+    tokenizer = model.tokenizer
+    directory = model.directory
 
     def tell(done: int, total: int) -> None:
         progress(Progress("calibration", done, total, "the model writes its text"))
@@ -411,7 +412,8 @@ def read_windows(
             "a model given as an object needs tokenizer=..., or token ids as calibration"
         )
     seq_len = seq_len_of(chain.config, recipe.seq_len)
-    lead, seed = leading_token(tokenizer, recipe.bos), recipe.seed
+    lead = leading_token(tokenizer, recipe.bos)
+    seed = recipe.seed
 
     def draw(source: str, samples: int, fresh: int) -> Tensor:
         """Windows of one source, which may be the dense model."""
@@ -445,22 +447,19 @@ def read_windows(
         return write() if chain.reader is None else _kept(chain, progress, asked, write)
 
     source = text if isinstance(text, str) else DOCUMENTS
-    sets, of_pass = choice.sets, choice.windows_of_pass(recipe.samples, seq_len)
+    sets = choice.sets
+    of_pass = choice.windows_of_pass(recipe.samples, seq_len)
     windows, sources = mixed_windows(
         source, [recipe.samples] * sets + [of_pass] * passes, draw
     )
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
     sets = min(sets, len(windows) // max(1, samples))
-    read, rest = (
-        windows[: sets * samples].view(sets, samples, -1),
-        windows[sets * samples :],
-    )
-    bos, fresh, divided = (
-        "no" if lead is None else "yes",
-        rest[: passes * of_pass],
-        choice.sweep_tokens is not None,
-    )
+    read = windows[: sets * samples].view(sets, samples, -1)
+    rest = windows[sets * samples :]
+    bos = "no" if lead is None else "yes"
+    fresh = rest[: passes * of_pass]
+    divided = choice.sweep_tokens is not None
     return Windows(
         read, fresh, bos, recipe.batch_tokens, passes, of_pass, divided, sources
     )

@@ -136,7 +136,8 @@ class Plan:
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
     """Opens the model, reads the calibration text, estimates what the run takes and checks every weight. Raises
     SparseLLMError if model, text, recipe or destination are wrong in a way that shows before the work."""
-    recipe, ids = request.recipe, request.calibration
+    recipe = request.recipe
+    ids = request.calibration
     choice = Choice.of(recipe)
     request.destination(checkpoints_among(request.model, request.teacher))
     with clock.phase("open"):
@@ -292,7 +293,8 @@ def with_text(
 
 def extent_of(windows: Windows, passes: int) -> Extent:
     """The extent of a run with these windows."""
-    swept, ranks = windows.swept, parallel.size()
+    swept = windows.swept
+    ranks = parallel.size()
     return Extent(
         samples=len(windows.first),
         seq_len=windows.first.shape[1],
@@ -308,7 +310,8 @@ def draw_windows(
     request: Request, choice: Choice, model: Models, progress: ProgressCallback
 ) -> tuple[Windows, Choice]:
     """The calibration windows, and the choice with as many passes as have its tokens."""
-    recipe, chain = request.recipe, model.chain
+    recipe = request.recipe
+    chain = model.chain
     # The sweep takes new windows where the dense model runs next to the pruned one.
     runs = chain.reader is not None and model.teacher is None
     passes = choice.passes if runs else 0

@@ -100,8 +100,10 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
 
 
 def _pruned(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneResult:
-    request, chain = plan.request, plan.chain
-    directory, earlier = plan.model.directory, None
+    request = plan.request
+    chain = plan.chain
+    directory = plan.model.directory
+    earlier = None
     if plan.recipe.experts is not None and directory is not None:
         earlier = removal_record(directory)
     with Journal(
@@ -177,7 +179,8 @@ def _check_resumes(out: Path, identity: Identity, *, restart: bool) -> None:
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
     """The stream behind the last block of the dense model, for a sweep that cannot run this model any more: pruning
     overwrites the weights of a model in memory, and a teacher may have other shapes. None if no sweep needs it."""
-    chain, teacher = plan.chain, plan.model.teacher
+    chain = plan.chain
+    teacher = plan.model.teacher
     if not plan.choice.passes or (chain.reader is not None and teacher is None):
         return None
     with clock.phase("dense"):
@@ -197,11 +200,10 @@ def _walk(
     clock: PhaseClock,
 ) -> list[BlockRecord]:
     """Prunes and writes the blocks that an earlier process has not; returns the records of all blocks."""
-    chain, records = plan.chain, list(finished)
-    begin, linears = (
-        len(finished),
-        [linear for record in finished for linear in record.linears],
-    )
+    chain = plan.chain
+    records = list(finished)
+    begin = len(finished)
+    linears = [linear for record in finished for linear in record.linears]
     plan.budget.expect_block(chain)
     with clock.phase("embed"):
         streams = (
@@ -298,7 +300,9 @@ def _result(
     clock: PhaseClock,
 ) -> PruneResult:
     """The result of a run, with the warnings that follow from it, and what was removed ``earlier``."""
-    chain, recipe, allocation = plan.chain, plan.recipe, targets.allocation
+    chain = plan.chain
+    recipe = plan.recipe
+    allocation = targets.allocation
     with clock.phase("count"):
         # in the first process
         shards = (

@@ -48,7 +48,8 @@ def survey(
     plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseClock
 ) -> Targets:
     """The targets of a run, those of its first start if it is resumed; no output costs if all blocks are ``walked``."""
-    choice, sizes = plan.choice, sizes_of(plan.chain, plan.recipe)
+    choice = plan.choice
+    sizes = sizes_of(plan.chain, plan.recipe)
     feed = replace(feed, blocks=plan.model.start)
     allocation = journal.allocation() if choice.allocates else None
     costs = journal.output_costs() if choice.needs.output_costs and not walked else {}
@@ -58,10 +59,8 @@ def survey(
     if saliency or costs is None:
         with clock.phase("gradients"):
             tokens = choice.allocation_needs.gradient_tokens or TOKENS
-            first, names = (
-                feed.first(tokens, LEAST_WINDOWS),
-                frozenset(size.name for size in sizes),
-            )
+            first = feed.first(tokens, LEAST_WINDOWS)
+            names = frozenset(size.name for size in sizes)
             gradients = loss_gradients(first, names, saliency=saliency)
         if choice.needs.output_costs:
             costs = gradients.output_squares
@@ -114,7 +113,9 @@ def walk(
     """Prunes block after block from ``begin`` on, each on the outputs of the pruned blocks before it; yields the record
     of each while it is loaded with the weights to be written. ``streams`` are the inputs of that block, one for each
     set of calibration windows, which blocks take in turn; ``finished`` are the results of the linears before it."""
-    chain, done, blocks = plan.chain, list(finished), len(plan.chain)
+    chain = plan.chain
+    done = list(finished)
+    blocks = len(plan.chain)
 
     def tell(
         index: int, here: Sequence[LinearResult], step: str, part: float | None = None
@@ -125,10 +126,8 @@ def walk(
         if part is None:
             # the outputs of the block take about one more
             part = len(here) / (len(chain.linears(index)) + 1)
-        error, said = (
-            known[-1].error if known else None,
-            f"block {index + 1}/{blocks} {step}",
-        )
+        error = known[-1].error if known else None
+        said = f"block {index + 1}/{blocks} {step}"
         last = known[-1].name if known else ""
         progress(
             Progress(

@@ -100,7 +100,8 @@ def stored_otherwise(chain: Chain, recipe: Recipe, *, trust: bool) -> list[str]:
 
 def short_text(windows: Windows, choice: Choice) -> list[str]:
     """Warnings of few calibration tokens, and of too few windows for the sets and the sweep."""
-    warnings, tokens = [], windows.first.numel()
+    warnings = []
+    tokens = windows.first.numel()
     known = (
         not windows.suffices(windows.fresh)
         or windows.by_pass[0].numel() < LEAST_STEPS * STEP_TOKENS

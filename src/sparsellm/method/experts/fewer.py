@@ -46,20 +46,16 @@ class Routing(Record):
     @classmethod
     def of(cls, chain: Chain) -> Self:
         """The routing of a model."""
-        kind, mixtures = (
-            chain.config.model_type,
-            [chain.mixtures(index) for index in range(len(chain))],
-        )
+        kind = chain.config.model_type
+        mixtures = [chain.mixtures(index) for index in range(len(chain))]
         experts = {
             index: len(mixture)
             for index, of_block in enumerate(mixtures)
             for mixture in of_block
         }
-        per_token, groups, why = (
-            experts_of_token(chain),
-            _number(chain, ("n_group",)) or 1,
-            "",
-        )
+        per_token = experts_of_token(chain)
+        groups = _number(chain, ("n_group",)) or 1
+        why = ""
         if not experts:
             why = f"a {kind} has no mixture of experts whose experts can be removed"
         elif len({*experts.values()}) > 1 or max(map(len, mixtures)) > 1:
@@ -133,11 +129,9 @@ class FewerExperts:
     mixture that stay, by ``experts`` of a recipe. ModelError if none can go, RecipeError if too many."""
 
     def __init__(self, dense: Chain, experts: float) -> None:
-        self.dense, self.routing, full = (
-            dense,
-            Routing.of(dense),
-            dense.config.to_dict(),
-        )
+        self.dense = dense
+        self.routing = Routing.of(dense)
+        full = dense.config.to_dict()
         self.keep = keep = self.routing.keep(experts)
         parts = {
             "": full,
@@ -174,10 +168,8 @@ class FewerExperts:
 
     def change(self, config: dict[str, Any]) -> None:
         """Puts the number of experts into the contents of a ``config.json``, also one that it leaves to its default."""
-        kind, parts = (
-            self.chain.config.model_type,
-            [x for x in config.values() if isinstance(x, dict)],
-        )
+        kind = self.chain.config.model_type
+        parts = [x for x in config.values() if isinstance(x, dict)]
         # where it is nested
         config = next(
             (nested for nested in parts if nested.get("model_type") == kind), config
@@ -209,7 +201,8 @@ class FewerExperts:
                 if mixtures
                 else name
             )
-            value, shape = self.dense.value(source), self.chain.value(name).shape
+            value = self.dense.value(source)
+            shape = self.chain.value(name).shape
             if value.shape != shape:  # that of a router
                 across = next(
                     d

@@ -50,7 +50,8 @@ def remove_experts(
 ) -> ExpertsOfBlock | None:
     """Gives block ``index`` of the twin the weights of the model's loaded block without some experts, refitted, in the
     dtypes in which they are written; ``stream`` has the inputs of the block. None for a block without a mixture."""
-    fewer, mixtures = removal.fewer, stream.chain.mixtures(index)
+    fewer = removal.fewer
+    mixtures = stream.chain.mixtures(index)
     if not mixtures:
         fewer.fill(index, [])
         return None
@@ -79,7 +80,8 @@ def remove_experts(
         fewer.fill(index, kept)
         error, refitted = _repair(sample, stream, outputs, refit=removal.refit)
     fewer.chain.settle_block(index)
-    counts, said = tokens.tolist(), [float(score) for score in scores]
+    counts = tokens.tolist()
+    said = [float(score) for score in scores]
     return ExpertsOfBlock(
         block=index,
         kept=kept,
@@ -152,10 +154,8 @@ class _Rest:
     def add(self, sign: int) -> None:
         """Adds the outputs of the experts that stay, times ``sign``."""
         for position, routed in enumerate(self.routes):
-            values, read = (
-                self.rest[position],
-                replace(routed, inputs=self.inputs[position]),
-            )
+            values = self.rest[position]
+            read = replace(routed, inputs=self.inputs[position])
             self.rest[position] = values + sign * output_of(
                 self.mixture, read, len(values)
             )
@@ -184,7 +184,8 @@ class _Rest:
 
     def refit(self, number: int, down: nn.Linear) -> None:
         """Fits the last linear of an expert to what is left plus its own outputs."""
-        dense, device = down.weight.detach().float(), down.weight.device
+        dense = down.weight.detach().float()
+        device = down.weight.device
         gram = GramAccumulator(down.in_features, device)
         cross = CrossAccumulator(down.out_features, down.in_features, device)
         for position, places, inner in self.rows(number):
@@ -217,7 +218,8 @@ def _repair(
     """Refits the experts of the twin's block to the ``outputs`` that the mixture had, fits its router, and refits them
     again, since each changes what is left for the others. Returns the errors before and after, relative to the energy
     of the outputs; without a ``refit`` the first of them twice."""
-    index, fewer = sample.index, sample.fewer
+    index = sample.index
+    fewer = sample.fewer
     (mixture,) = fewer.chain.mixtures(index)
     energy = _energy(outputs) or 1.0  # if all are 0
     with running(stream, index, fewer):

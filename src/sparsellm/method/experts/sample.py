@@ -75,15 +75,18 @@ class Sample:
             float(terms.sum())
             for terms in (self._errors(self.experts, kept), self.goal.double().square())
         )
-        lost, energy = parallel.total(lost), parallel.total(energy)
+        lost = parallel.total(lost)
+        energy = parallel.total(energy)
         return lost / energy if energy else 0.0
 
     def fit_router(self) -> None:
         """Fits the router of the twin's block to the error on some of the tokens by Adam, and keeps the values with the
         least one on the others. What only chooses experts, as a correction bias, has no gradient and stays."""
-        chain, index = self.fewer.chain, self.index
+        chain = self.fewer.chain
+        index = self.index
         (small,) = chain.mixtures(index)
-        experts, numbers = self._projected(chain), range(len(small))
+        experts = self._projected(chain)
+        numbers = range(len(small))
         held = (
             self.first + torch.arange(len(self.goal), device=self.goal.device)
         ) % HELD == HELD // 2
@@ -101,7 +104,8 @@ class Sample:
             ]
         )
         falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, STEPS)
-        least, best = float("inf"), [value.detach().clone() for value in values]
+        least = float("inf")
+        best = [value.detach().clone() for value in values]
         for _ in range(STEPS):
             with torch.enable_grad():
                 errors = self._errors(experts, numbers)
@@ -110,7 +114,8 @@ class Sample:
                 )
             error = parallel.total(float(errors.detach()[held].sum()))
             if error < least:
-                least, best = error, [value.detach().clone() for value in values]
+                least = error
+                best = [value.detach().clone() for value in values]
             for parameter, gradient in zip(exact, gradients, strict=True):
                 if gradient is not None:
                     parameter.grad = parallel.all_sum_(gradient.float())
@@ -136,13 +141,15 @@ class Sample:
 
     def _errors(self, experts: Tensor | None, kept: Sequence[int]) -> Tensor:
         """The squared error of each token with the twin's mixture, whose experts have the outputs ``experts[kept]``."""
-        chain, index = self.fewer.chain, self.index
+        chain = self.fewer.chain
+        index = self.index
         route = _route(chain, index, self.inputs)
         if experts is None:
             (small,) = chain.mixtures(index)
             made = output_of(small, route, len(self.goal)) @ self.projection
         else:
-            numbers, beyond = route.experts, route.experts >= len(kept)
+            numbers = route.experts
+            beyond = route.experts >= len(kept)
             rows = torch.tensor(kept, device=numbers.device)[
                 numbers.clamp(max=len(kept) - 1)
             ]

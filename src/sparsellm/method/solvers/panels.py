@@ -71,7 +71,8 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, real = tl.arange(0, ROWS), place < out
+    row = tl.arange(0, ROWS)
+    real = place < out
     inside = (row < n)[:, None] & real[None, :]
     state = tl.load(
         state_pointer + row[:, None].to(tl.int64) * out + place[None, :],
@@ -99,7 +100,8 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
             move = (value - old) * free
             gain = (2 * current + pivot * move) * move  # negative where the error falls
             better = gain < 0
-            new, move = tl.where(better, value, old), tl.where(better, move, 0.0)
+            new = tl.where(better, value, old)
+            move = tl.where(better, move, 0.0)
             gained -= tl.where(better, gain, 0.0)
             change = move
         tl.store(columns_pointer + at, new, mask=real)
@@ -119,10 +121,12 @@ def round_panel(
 ) -> tuple[Tensor, Tensor]:
     """What :func:`sparsepack.native.round_panel` does, on a GPU."""
     columns = parts[1]
-    moves, gains = torch.empty_like(columns), columns.new_empty(columns.shape[1])
+    moves = torch.empty_like(columns)
+    gains = columns.new_empty(columns.shape[1])
     table = gains if levels.even else nearest_levels(levels.numbers, columns.device)
     ends = float(levels.lowest), float(levels.numbers[-1])
-    tensors, sizes = (*parts, moves, gains, table), columns.shape
+    tensors = (*parts, moves, gains, table)
+    sizes = columns.shape
     mode = {"ZERO": zero, "HALF": HALVES.get(dtype, 0), "FIRST": first}
     with torch.cuda.device_of(columns):
         programs = (triton.cdiv(sizes[1], BLOCK),)
@@ -152,7 +156,8 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row, real = tl.arange(0, ROWS), place < out
+    row = tl.arange(0, ROWS)
+    real = place < out
     inside = (row < n)[:, None] & real[None, :]
     state = tl.load(
         columns_pointer + row[:, None].to(tl.int64) * out + place[None, :],

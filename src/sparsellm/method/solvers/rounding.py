@@ -243,7 +243,8 @@ def _one_after_another(
     columns = target.T[order]  # (in, out), a copy
     # anchors and zeros are what they are
     result = torch.where(grid.free, 0.0, grid.nearest).T[order]
-    scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
+    scales = grid.scales(grid.first).T[order]
+    free = grid.free.T[order].to(target.dtype)
     for start in range(0, len(columns), ROUNDED_TOGETHER):
         rows = slice(start, start + ROUNDED_TOGETHER)
         upper = factor.matrix[rows, rows].contiguous()
@@ -362,9 +363,11 @@ class _Descent:
 
     def _pass(self, scales: Tensor, inverse: Tensor) -> list[Tensor]:
         """Moves all inputs one after another and corrects the slopes; how far the error fell by panels, fp64 ``()``."""
-        gains, groups = [], self.grid.groups
+        gains = []
+        groups = self.grid.groups
         for start in range(0, len(self.columns), WIDE):
-            several, moves = slice(start, start + WIDE), []
+            several = slice(start, start + WIDE)
+            moves = []
             for first in range(
                 start, min(start + WIDE, len(self.columns)), ROUNDED_TOGETHER
             ):
@@ -401,11 +404,9 @@ class _Descent:
         """Moves the inputs ``rows`` one after another; their moves, and how far the error of each output fell."""
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
-        levels, zero, dtype = (
-            self.grid.groups.levels,
-            self.grid.groups.dense,
-            self.grid.dtype,
-        )
+        levels = self.grid.groups.levels
+        zero = self.grid.groups.dense
+        dtype = self.grid.dtype
         views = (
             part[rows].unbind()
             for part in (self.columns, self.slope, scales, self.free, inverse)
