@@ -133,8 +133,16 @@ def dry_run(
 ) -> Prediction:
     """Estimates a run of :func:`prune`, or refuses what it does; downloads what is on the hub, and writes nothing."""
     settled = settle_calibration(Recipe.of(recipe), None)
-    door = (overwrite, restart, trust_remote_code, teacher)
-    return story.rehearse(Request(model, settled, out, None, None, *door), progress)
+    request = Request(
+        model,
+        settled,
+        out=out,
+        overwrite=overwrite,
+        restart=restart,
+        trust_remote_code=trust_remote_code,
+        teacher=teacher,
+    )
+    return story.rehearse(request, progress)
 
 
 @checked

@@ -50,11 +50,11 @@ class Call:
         args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Call(args, kwargs, self.hidden_keyword)
 
-    def on(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """What ``block``, a module or its forward, returns for these hidden states."""
+    def on(self, layer: Callable[..., Any], hidden: Tensor) -> Any:
+        """What ``layer``, a block or its forward, returns for these hidden states."""
         if self.hidden_keyword is None:
-            return block(hidden, *self.args, **self.kwargs)
-        return block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
+            return layer(hidden, *self.args, **self.kwargs)
+        return layer(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
 
 
 class Chain(ModelWeights):

@@ -377,7 +377,8 @@ def given_windows(
     windows = check_vocabulary(
         windows_of_ids(ids, chain.config, bos=recipe.bos), chain.config
     )
-    of_pass = choice.windows_of_pass(*windows.shape)
+    samples, seq_len = windows.shape
+    of_pass = choice.windows_of_pass(samples, seq_len)
     divided = choice.sweep_tokens is not None
     return Windows(
         windows[None],

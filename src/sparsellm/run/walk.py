@@ -155,18 +155,15 @@ def walk(
                 for linear in chain.linears(index)
                 if linear.name in targets.patterns
             ]
-            given = (
-                index,
-                linears,
-                targets.patterns,
-                streams[index % len(streams)],
-                report,
-                clock,
-                results,
-            )
             trained = plan.choice.trains_integers(plan.recipe)
             task = BlockTask(
-                *given,
+                index,
+                linears,
+                patterns=targets.patterns,
+                stream=streams[index % len(streams)],
+                report=report,
+                clock=clock,
+                results=results,
                 output_costs=targets.costs,
                 values=plan.recipe.rounding,
                 trained=trained,
