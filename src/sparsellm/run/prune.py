@@ -46,7 +46,7 @@ from sparsellm.run.counts import (
     unreached,
 )
 from sparsellm.run.estimate import saved_sweep_bytes
-from sparsellm.run.experts import (
+from sparsellm.run.fewer_experts import (
     RemovalRecord,
     clean_up,
     open_removal,
