@@ -93,11 +93,16 @@ def help_texts() -> Iterator[Place]:
 def places() -> dict[str, list[Place]]:
     """All places, by where they count."""
     return {
-        "src": banned(files(ROOT / "src")),
+        "src": banned(files(ROOT / "src", ROOT / "sparsepack/src")),
         "names": vague_names(
-            files(*(ROOT / part for part in ("src", "tests", "benchmarks", "examples")))
+            files(
+                *(
+                    ROOT / part
+                    for part in ("src", "sparsepack", "tests", "benchmarks", "examples")
+                )
+            )
         ),
-        "README": banned(files(ROOT / "README.md")),
+        "README": banned(files(ROOT / "README.md", ROOT / "sparsepack/README.md")),
         "help": banned(
             {f"--help of {name}": f": {text}" for name, text in help_texts()}
         ),

@@ -84,7 +84,7 @@ def between(low: float, high: float) -> str:
 
 class Pace:
     """The seconds of each phase of a run, the share done of the current one, and the time that its rest takes at the
-    speed so far: of the walk, that of the blocks done."""
+    speed so far. In the walk that is the speed of the blocks done."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one

@@ -207,7 +207,7 @@ class Memory(Record):
     # Hidden states, the sweep's copies of the weights, and outputs kept within a block: the most at any time.
     hidden_in_memory_bytes: Count = 0
     hidden_on_disk_bytes: Count = 0
-    device_budget_bytes: Count = 0  # of a GPU; 0 on the CPU
+    device_budget_bytes: Count = 0  # on a GPU; 0 on the CPU
     device_peak_bytes: Count = 0
     hidden_on_device_bytes: Count = 0
     sweep: str = ""  # streamed: one block is in memory at a time; resident: all, perhaps recomputing and offloading
@@ -223,10 +223,10 @@ class Prediction(Record):
     passes: Count  # passes of the sweep
     tokens: dict[str, Count]  # by phase
     seconds: dict[str, Seconds]  # by phase
-    memory_bytes: Count  # of a process, at the peak
-    device_bytes: Count = 0  # of its GPU, at the peak
+    memory_bytes: Count  # the peak of a process
+    device_bytes: Count = 0  # the peak on its GPU
     hidden_bytes: Count = 0  # hidden states, and the weights of a streamed sweep
-    hidden_on_disk_bytes: Count = 0  # of these, for which memory has no room
+    hidden_on_disk_bytes: Count = 0  # the part of these for which memory has no room
     disk_bytes: (
         Count  # at most: the result, the walk's blocks, hidden states, and saved passes
     )

@@ -426,8 +426,8 @@ class _Text(BaseStreamer):
             self._read = len(self._tokens)
             begin = max(0, len(self.text) - self._longest + 1)
             self.text += piece
-            found = [self.text.find(stop, begin) for stop in self._stop]
-            places = [place for place in found if place >= 0]
+            starts = [self.text.find(stop, begin) for stop in self._stop]
+            places = [place for place in starts if place >= 0]
             if places:
                 self.text = self.text[: min(places)]
                 self.over = "stop"

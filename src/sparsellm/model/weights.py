@@ -365,8 +365,8 @@ class ModelWeights:
             first = self._names(name)[0]
             if first not in loaded:
                 # A weight of an earlier block was pruned with that block.
-                own = pruned if first == name else None
-                loaded[first] = self._fetch(first, own, tensors)
+                source = pruned if first == name else None
+                loaded[first] = self._fetch(first, source, tensors)
             self.assign(name, loaded[first])
 
     def _fetch(

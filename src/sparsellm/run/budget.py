@@ -210,13 +210,13 @@ class Budget:
     def check_writing(self, chain: Chain) -> None:
         """Raises MemoryBudgetError if the budget has no room for all weights of a model that writes its own text."""
         weights = sum(elements_of(chain, index) for index in range(len(chain)))
-        whole = chain.dtype.itemsize * (weights + chain.outer_elements())
+        needed = chain.dtype.itemsize * (weights + chain.outer_elements())
         room = self.host.limit - machine.held_rss()
         if self.card is not None:
             room = min(room, self.card.limit)
-        if whole > room:
+        if needed > room:
             raise MemoryBudgetError(
-                f"a model writes its own text with all of its weights in memory: {_gb(whole)}, and there is room for "
+                f"a model writes its own text with all of its weights in memory: {_gb(needed)}, and there is room for "
                 f"{_gb(max(0, room))}; name a text with --calibration, or allow more (--memory, --device-memory)"
             )
 

@@ -260,8 +260,8 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
         function = partial(score.function, **options)
         removal = Removal(step.twin, function, costs, recipe.expert_refit, recipe.seed)
         done = journal.finished(progress)
-        own = replace(feed, windows=step.windows.own[0])
-        experts = _walk(removal, own, step.budget, journal, done, clock)
+        walked = replace(feed, windows=step.windows.own[0])
+        experts = _walk(removal, walked, step.budget, journal, done, clock)
         parallel.barrier()
         kept: dict[str, JsonValue] = {
             "identity": identity,

@@ -67,7 +67,7 @@ def _panel(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     ZERO: tl.constexpr,
     HALF: tl.constexpr,
     FIRST: tl.constexpr,
-    ROWS: tl.constexpr,  # of the state that a program holds
+    ROWS: tl.constexpr,  # that a program holds of the state
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -152,7 +152,7 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     out,
     N: tl.constexpr,  # weights that stay of every M; 0 where the mask is given
     M: tl.constexpr,
-    ROWS: tl.constexpr,  # of the state that a program holds
+    ROWS: tl.constexpr,  # that a program holds of the state
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SAFE = 32  # weights from 2^-32 to 2^32 have squares and errors that fp32 holds
-LEAST_EXPONENT = -120  # of a weight that is scaled: the factor of a smaller one would leave the range itself
+LEAST_EXPONENT = -120  # the factor of a smaller weight would leave the range itself
 
 
 def safe_factor(weight: Tensor) -> float:

@@ -156,7 +156,7 @@ def backward_sweep(
         raise DataError(
             f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more"
         )
-    windows = len(feed.windows)  # of all processes
+    windows = len(feed.windows)  # in all processes
     feed, places = feed.own()
     chain = feed.chain
     blocks = len(chain)

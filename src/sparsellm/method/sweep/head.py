@@ -78,8 +78,8 @@ def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
             target = functional.log_softmax(goal.float(), -1)
             logarithm = functional.log_softmax(rows, -1)
             difference = target - logarithm
-            each = difference.mul_(target.exp_()).sum(-1)  # by position
-            total += float(each.double().sum())
+            divergences = difference.mul_(target.exp_()).sum(-1)  # by position
+            total += float(divergences.double().sum())
             if part is not None:
                 torch.sub(logarithm.exp_(), target, out=part)
         return total
