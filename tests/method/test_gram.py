@@ -264,3 +264,11 @@ def test_half_precision_is_widened_where_a_product_can(
     assert seen == [(torch.bfloat16, torch.bfloat16, torch.float32)] * 6 * (
         product is gram._widening
     )
+
+
+def test_a_pivot_without_digits_raises_the_damping() -> None:
+    """The second pivot is twice the rounding error of what it was computed from: positive, and of no meaning."""
+    matrix = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2.0**-22]])
+    factor = Gram(matrix, tokens=2).cholesky(0.0)
+    assert factor.damping > 0
+    assert "damping raised" in factor.notes[0]

@@ -200,7 +200,7 @@ class Budget:
             if room is self.card:
                 name = machine.machine_name(self._device)
                 where = f"on {name}"
-                option = "--device-memory"
+                option = "--set device_memory=…"
             raise MemoryBudgetError(
                 f"this run took {_gb(room.working)} {where}, hidden states aside, and may take {_gb(room.limit)}; "
                 f"allow more with {option}, lower batch_tokens (now {self._batch_tokens}), or take a method that needs "
@@ -217,7 +217,7 @@ class Budget:
         if needed > room:
             raise MemoryBudgetError(
                 f"a model writes its own text with all of its weights in memory: {_gb(needed)}, and there is room for "
-                f"{_gb(max(0, room))}; name a text with --calibration, or allow more (--memory, --device-memory)"
+                f"{_gb(max(0, room))}; name a text with --calibration, or allow more (--memory, --set device_memory=…)"
             )
 
     def measured(self, scratch: Scratch, sweep: str) -> Memory:

@@ -214,3 +214,13 @@ def test_rows_with_nothing_or_everything_kept():
     )
     assert result.weight[0].count_nonzero() == 0
     torch.testing.assert_close(result.weight[1], weight[1], rtol=1e-2, atol=1e-3)
+
+
+def test_a_large_ridge_keeps_the_dense_values():
+    """With a ridge far above the curvature, what is kept is not moved to make up for what is pruned."""
+    weight = weight_of(8, 32)
+    gram = gram_of(32)
+    result = admm(weight, gram, NM(2, 4), damping=1e4)
+    kept = result.weight != 0
+    assert int(kept.sum()) == 8 * 16
+    assert torch.allclose(result.weight[kept], weight[kept], rtol=0.01)
