@@ -33,7 +33,7 @@ from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.scratch import Scratch
 from sparsellm.model import Chain, LinearView
 from sparsellm.progress import Progress
-from sparsellm.run import plan
+from sparsellm.run import warnings
 
 LIMIT = 120.0  # seconds, far beyond what any command here takes
 KILLED = -signal.SIGKILL
@@ -261,7 +261,8 @@ def command_line(
 ) -> None:
     """What the process of a command runs; arguments as in :func:`command`."""
     torch.set_num_threads(1)
-    interrupts.SAME, plan.pruned_share = 0.0, lambda *_: 0.0  # type: ignore[attr-defined]  # a check that reads blocks
+    interrupts.SAME = 0.0
+    warnings.pruned_share = lambda *_: 0.0  # type: ignore[attr-defined]  # a check that reads blocks
     for signum in ignore:
         signal.signal(signum, signal.SIG_IGN)
     for number, name in ((1, "stdout"), (2, "stderr")):

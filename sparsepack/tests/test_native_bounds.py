@@ -126,13 +126,13 @@ def test_no_byte_outside_the_buffers() -> None:
     done = child(
         "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "from sparsepack import native\n"
-        "from tests.runtime.test_native_bounds import run\n"
+        "from test_native_bounds import run\n"
         "for kernel in native.instruction_sets():\n"
         "    for at_end in (True, False):\n"
         "        print(kernel, at_end, flush=True)\n"
         "        run(kernel, at_end)\n"
         "print('end', flush=True)\n"
-        "import ctypes, torch; from tests.runtime.test_native_bounds import Guarded\n"
+        "import ctypes, torch; from test_native_bounds import Guarded\n"
         "end = Guarded(True).copy(torch.zeros(5, dtype=torch.uint8))\n"
         "ctypes.string_at(end.data_ptr(), 6)  # the guard itself\n"
     )

@@ -60,9 +60,7 @@ def run() -> None:
 
 
 def test_products_are_within_the_error_bound_of_fp32_sums() -> None:
-    done = child(
-        "from tests.runtime.test_triton_kernels import run; run()", TRITON_INTERPRET="1"
-    )
+    done = child("from test_triton_kernels import run; run()", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
 
 

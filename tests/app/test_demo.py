@@ -123,9 +123,7 @@ def test_an_unfinished_demo_begins_anew_in_its_place(
         assert "| perplexity |" in card
     assert "give --overwrite" in run("demo", "--out", out, exits=2)[2]
     # above in new processes
-    monkeypatch.setattr(
-        demo, "_alone", lambda function, *arguments: function(*arguments)
-    )
+    monkeypatch.setattr(demo, "_alone", lambda function, path: function(path, 1))
     report = json.loads(
         run("demo", "--out", out, "--overwrite", "--sparsity", 0.75, "--json", exits=0)[
             1

@@ -88,10 +88,10 @@ def test_a_tokenizer_without_bos_is_refused_before_the_work(
     model = save_tiny(tiny_llama(), tokenizer, tmp_path / "model")
     out = tmp_path / "out"
     for arguments in (
-        ("eval", model, "--text", text),
-        ("prune", model, "--calibration", text, "--out", out),
+        ("eval", model, "--text", text, "--bos", "yes"),
+        ("prune", model, "--calibration", text, "--out", out, "--set", "bos=yes"),
     ):
-        said = refusal(*arguments, "--seq-len", 16, "--bos", "yes")
+        said = refusal(*arguments, "--seq-len", 16)
         assert "no beginning-of-text token; give bos 'auto' or 'no'" in said
     assert not out.exists()
 

@@ -28,7 +28,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.method import gram
 from sparsellm.method.gram import Gram
-from sparsellm.method.solvers import SOLVERS, rounding, solver
+from sparsellm.method.solvers import SOLVERS, kernels, rounding
 from sparsellm.method.solvers.prepared import prepared
 from sparsellm.patterns import NM, Pattern
 from tests.files.small import tensors_of
@@ -86,7 +86,7 @@ def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
             with (
                 context,
                 sdpa_kernel(SDPBackend.MATH),
-                mock.patch.object(solver, "kernel_name", return_value="torch"),
+                mock.patch.object(kernels, "kernel_name", return_value="torch"),
             ):
                 result = sparsellm.prune(
                     source, recipe, calibration=windows(4, 16), out=folder / name

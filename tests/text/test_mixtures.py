@@ -226,8 +226,3 @@ def test_a_run_on_a_mixture_reports_each_text(files: list[str], run: Any) -> Non
     )
     for _ in range(2):
         run(*line, *given, "--max-tokens", 128, exits=0)
-    Path("chat.jsonl").write_text((json.dumps({"messages": CHAT}) + "\n") * 300)
-    assert (
-        "other settings: calibration_file is"
-        in run(*line, *given, "--max-tokens", 128, exits=2)[2]
-    )

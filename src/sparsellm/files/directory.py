@@ -338,10 +338,10 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         yield f"is a working directory, whose names end in {PARTIAL}, or in one"
     yield from _refused_kinds(place, partial)
     for source in sources:
-        is_model = (source / "config.json").is_file()
-        what = "the model" if is_model else "--out"  # the --out of the same run
         for path in (place, partial):
             if _is_inside(path, source) or _is_inside(source, path):
+                is_model = (source / "config.json").is_file()
+                what = "the model" if is_model else "--out"  # the --out of the same run
                 yield f"overlaps with {what} {source}, since {path} is written"
     # os.path.ismount does not know every mount point.
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}
