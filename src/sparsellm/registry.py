@@ -42,10 +42,8 @@ class Entry(Generic[F]):
     options: type[BaseModel]  # a model of its keyword-only parameters
     summary: str
     narrow: bool = False  # whether factors of a solver's products may be rounded to bf16 where blocks multiply in it
-    # What a solver computes, by which processes divide its work: products of the weight with a matrix as large as its
-    # Gram matrix, and factorisations of such a matrix that linears with the same inputs share.
+    # Products of the weight with a matrix as large as its Gram matrix, by which the time of a solver is estimated.
     products: float = 1.0
-    factorisations: int = 0
     needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
     allocation: str = (

@@ -105,23 +105,6 @@ def belongs_to(model: Path, file: Path) -> bool:
     return target.is_relative_to(home) or target.is_relative_to(blobs)
 
 
-def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
-    """The files that belong to a checkpoint, relative to its directory: those that are listed, also if they changed, or
-    without a list those named like a model's file; and the names of the rest. OSError for an unreadable directory."""
-    known = listed_files(directory)
-    files: list[str] = []
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        listed = (
-            _CHECKPOINT.fullmatch(name) if known is None else name in {*known, LIST}
-        )
-        if listed and path.is_file() and not path.is_symlink():
-            files.append(name)
-    belonging = {name.partition("/")[0] for name in files}
-    rest = {path.name for path in directory.iterdir()} - belonging
-    return sorted(files), sorted(rest)
-
-
 @contextlib.contextmanager
 def changing(
     directory: str | os.PathLike[str],

@@ -158,12 +158,6 @@ class ModelWeights:
         for name in ("linears", "mixtures", "names_of", "outer_tensors"):
             setattr(self, name, cache(getattr(self, name)))
 
-    def write_as(self, other: ModelWeights) -> None:
-        """Takes names and stacks of tensors from ``other``, a checkpoint of the same model."""
-        self.key_of = other.key_of
-        self.parts = other.parts
-        self._shapes = other._shapes
-
     def _compute(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Sets the device, and the dtype of blocks: if None, one that holds the values of every linear."""
         stored = (

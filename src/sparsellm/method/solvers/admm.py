@@ -58,8 +58,6 @@ CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one'
     paper="arXiv 2406.07831",
     narrow=True,
     products=27,
-    factorisations=4,
-    distributed=True,
 )
 def admm(
     weight: Tensor,

@@ -12,7 +12,6 @@ from sparsellm.patterns import Pattern
 @SOLVERS.register(
     "magnitude",
     paper="arXiv 1506.02626",
-    distributed=True,
 )
 def magnitude(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """Keeps the weights of largest magnitude in the whole matrix, as they are."""
@@ -22,7 +21,6 @@ def magnitude(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
 @SOLVERS.register(
     "wanda",
     paper="arXiv 2306.11695",
-    distributed=True,
 )
 def wanda(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """Keeps, of each output, the weights with the largest ``|w| · rms of their input``, as they are (eq. 1)."""

@@ -33,7 +33,6 @@ from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_
 
 # Products of a weight with its Gram matrix that take as long: 80 in linears with 576 inputs, 32 with 2048 to 5632.
 PRODUCTS = 35
-FACTORISATIONS = 2
 
 # anchor / largest magnitude; values beyond are clipped
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))

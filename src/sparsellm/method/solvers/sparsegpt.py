@@ -28,8 +28,6 @@ LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough 
 @SOLVERS.register(
     "sparsegpt",
     paper="arXiv 2301.00774",
-    factorisations=1,
-    distributed=True,
 )
 def sparsegpt(
     weight: Tensor,
