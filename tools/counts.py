@@ -153,8 +153,8 @@ def texts_here(roots: Iterable[str], suffix: str) -> dict[str, str]:
     return texts
 
 
-def texts_at(commit: str, roots: Iterable[str], suffix: str) -> dict[str, str]:
-    """The texts of a commit below ``roots``, by path; none if the commit is not in this clone."""
+def texts_at(commit: str) -> dict[str, str]:
+    """All Python sources and pages of a commit, by path; none if the commit is not in this clone."""
     done = subprocess.run(
         ["git", "archive", commit], cwd=ROOT, capture_output=True, check=False
     )
@@ -163,11 +163,20 @@ def texts_at(commit: str, roots: Iterable[str], suffix: str) -> dict[str, str]:
     texts = {}
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         for member in archive:
-            below = any(Path(member.name).is_relative_to(root) for root in roots)
             content = archive.extractfile(member)
-            if below and member.name.endswith(suffix) and content is not None:
+            if member.name.endswith((".py", ".md")) and content is not None:
                 texts[member.name] = content.read().decode()
     return texts
+
+
+def below(texts: dict[str, str], roots: Iterable[str], suffix: str) -> dict[str, str]:
+    """The texts whose path is below one of ``roots`` and ends in ``suffix``."""
+    return {
+        name: text
+        for name, text in texts.items()
+        if name.endswith(suffix)
+        and any(Path(name).is_relative_to(root) for root in roots)
+    }
 
 
 def promises() -> dict[str, str]:
@@ -231,10 +240,11 @@ def main() -> int:
     arguments = parser.parse_args()
     source = texts_here(SOURCES, ".py")
     now = rows(source, texts_here(TESTS, ".py"), texts_here(PAGES, ".md")) | promises()
+    release = texts_at(arguments.release)
     before = rows(
-        texts_at(arguments.release, SOURCES, ".py"),
-        texts_at(arguments.release, TESTS, ".py"),
-        texts_at(arguments.release, PAGES, ".md"),
+        below(release, SOURCES, ".py"),
+        below(release, TESTS, ".py"),
+        below(release, PAGES, ".md"),
     )
     print(f"| | {arguments.release} | now |\n|---|---|---|")
     for name, value in now.items():

@@ -63,9 +63,8 @@ def shown(value: object, most: int = 160) -> str:
         text = " ".join(
             repr(str(value) if hasattr(value, "__fspath__") else value).split()
         )
-    except (
-        Exception
-    ):  # from the repr of a user's class, or of a list with a number that is too long
+    except Exception:
+        # A user's class may raise in its repr, and so may a list with a number that is too long.
         return name
     if len(text) <= most:
         return text

@@ -358,10 +358,8 @@ def _refused_kinds(place: Path, partial: Path) -> Iterator[str]:
     for path in (place, partial, partial / STATE):
         try:
             status = path.lstat()
-        except (
-            FileNotFoundError
-        ):  # others, such as that of a long name, are the caller's
-            continue
+        except FileNotFoundError:
+            continue  # the caller explains other errors, such as that of a long name
         if not stat.S_ISDIR(status.st_mode):
             yield f"cannot be written: {path} is a link or a file"
         elif path != place and status.st_uid != user_of_new_files(path.parent):
@@ -439,7 +437,7 @@ def _delete_old(out: Path, partial: Path) -> None:
 
 def _discard(partial: Path) -> None:
     """Removes a working directory, the records of run and renaming last, so that the removal can be repeated."""
-    # An error is no matter: the result is complete, or nothing of the directory is wanted.
+    # Errors are ignored: the result is complete, or nobody wants anything in the directory.
     with contextlib.suppress(OSError):
         empty(partial, (STATE,))
         empty(partial / STATE, (RUN, RENAMING))

@@ -25,7 +25,8 @@ def prepared(
     """The solver of an entry, for weights of any size.
 
     A pattern without zeros keeps every bit. A weight whose largest value is beyond 2^±32 is solved times a power of
-    two, since its squares would leave the range of fp32. A plugin's result that is no solution is a RecipeError.
+    two, since its squares would leave the range of fp32. A plugin whose result
+    is not a solution is refused with a RecipeError.
 
     Args:
         entry: the solver.
