@@ -42,6 +42,9 @@ def versions() -> dict[str, str]:
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
     """The system, processor, memory and threads of this machine, and the GPU if that is the device of the run."""
+    gpu = "none"
+    if device is not None and device.type == "cuda":
+        gpu = machine_name(device)
     return {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
@@ -49,19 +52,14 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "threads": str(torch.get_num_threads()),
-        "gpu": machine_name(device)
-        if device is not None and device.type == "cuda"
-        else "none",
+        "gpu": gpu,
     }
 
 
 def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | None:
     """Bits of a pruned weight on another program's grid, or as ``pack`` will store it, experts aside; None if kept."""
-    linears = (
-        linears
-        if recipe.grid in GRIDS
-        else [linear for linear in linears if linear.tokens is None]
-    )
+    if recipe.grid not in GRIDS:
+        linears = [linear for linear in linears if linear.tokens is None]
     weights = sum(linear.weights for linear in linears)
     if recipe.values == "keep" or not weights:
         return None
@@ -120,8 +118,9 @@ class PruneResult(RunRecord):
     @property
     def report(self) -> Path | None:
         """The report in HTML in the checkpoint; None if there is none."""
-        report = self.path / REPORT if self.path is not None else None
-        return report if report is not None and report.is_file() else None
+        if self.path is None or not (self.path / REPORT).is_file():
+            return None
+        return self.path / REPORT
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
