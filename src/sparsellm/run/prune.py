@@ -56,7 +56,12 @@ from sparsellm.run.fewer_experts import (
 from sparsellm.run.journal import BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.opening import device_of, save_companions
 from sparsellm.run.plan import Plan, Request, make_plan
-from sparsellm.run.result import PruneResult, bits_per_weight, environment
+from sparsellm.run.result import (
+    PruneResult,
+    bits_per_weight,
+    environment,
+    rounded_to,
+)
 from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 
 
@@ -311,6 +316,7 @@ def _result(
         dense = parallel.from_main(
             partial(left_dense, chain, recipe, pruned.linears, shards)
         )
+    values, grid = rounded_to(pruned.linears)
     experts: list[ExpertsOfBlock] = []
     warnings = [*plan.warnings]
     if earlier is not None:
@@ -328,10 +334,10 @@ def _result(
         model=plan.model.in_memory,
         recipe=recipe,
         sparsity_asked=recipe.sparsity,
-        values=recipe.values,
-        grid=recipe.grid,
+        values=values,
+        grid=grid,
         seed=recipe.seed,
-        bits_per_weight=bits_per_weight(recipe, pruned.linears),
+        bits_per_weight=bits_per_weight(pruned.linears),
         linears=pruned.linears,
         seconds=clock.seconds,
         peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), pruned.peak))),

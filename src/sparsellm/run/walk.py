@@ -28,7 +28,7 @@ from sparsellm.method.sweep.integers import Integers
 from sparsellm.model import Chain, Feed, Stream
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
-from sparsellm.records import LinearResult, Totals
+from sparsellm.records import KEEP, LinearResult, Totals
 from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan
@@ -36,10 +36,11 @@ from sparsellm.run.plan import Plan
 
 @dataclass(frozen=True)
 class Targets:
-    """What the walk aims at: by the name of a linear, its pattern and ``E[g_i²]`` of its outputs (empty if the method
-    needs none); and the zeros that an allocation chose (None for uniform ones)."""
+    """What the walk aims at: by the name of a linear, its pattern, what its values are rounded to, and ``E[g_i²]`` of
+    its outputs (empty if the method needs none); and what an allocation chose (None for uniform zeros)."""
 
     patterns: dict[str, Pattern]
+    values: dict[str, str]
     costs: dict[str, Tensor]
     allocation: Allocation | None
 
@@ -70,9 +71,11 @@ def survey(
         with clock.phase("allocation"):
             allocation = parallel.broadcast(_allocate(plan, feed, sizes, gradients))
             journal.keep(ALLOCATION, allocation)
-    return Targets(
-        patterns_of(plan.chain, plan.recipe, allocation), costs or {}, allocation
-    )
+    patterns = patterns_of(plan.chain, plan.recipe, allocation)
+    values = dict.fromkeys(patterns, plan.recipe.rounding)
+    if allocation is not None and allocation.values:
+        values = allocation.values
+    return Targets(patterns, values, costs=costs or {}, allocation=allocation)
 
 
 def _allocate(
@@ -165,7 +168,7 @@ def walk(
                 clock=clock,
                 results=results,
                 output_costs=targets.costs,
-                values=plan.recipe.rounding,
+                values_of=targets.values,
                 trained=trained,
             )
             with clock.phase("prune"):
@@ -198,10 +201,11 @@ def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
     if not plan.choice.trains_integers(plan.recipe):
         return None
+    rounded = [linear for linear in linears if linear.values != KEEP]
     return Integers(
         plan.chain,
-        plan.recipe.rounding,
-        {linear.name: linear.exponents for linear in linears},
+        values={linear.name: linear.values for linear in rounded},
+        exponents={linear.name: linear.exponents for linear in rounded},
     )
 
 
