@@ -339,8 +339,8 @@ def recorded_of(run: Pruning, values: str) -> dict[str, Stored]:
 
 
 def _rounding(chain: Chain, directory: Path, values: str) -> dict[str, Stored]:
-    """:func:`recorded_of` of the run that wrote a checkpoint; a StorageError if exponents do not fit the model, or there
-    is no record where one is needed."""
+    """:func:`recorded_of` of the run that wrote a checkpoint. A StorageError says that exponents do not fit the model,
+    or that there is no record where one is needed."""
     path = directory / PRUNING
     if values not in (*INTEGERS, MIXED) or (values != MIXED and not path.is_file()):
         return {}
