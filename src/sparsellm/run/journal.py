@@ -57,7 +57,7 @@ class Identity:
     """Everything that the bits of a result depend on."""
 
     kind: str = "prune"
-    format: int = 5  # version of the working directory
+    format: int = 6  # version of the working directory
     recipe: Settings  # every setting, including the defaults of options, which may differ in another release
     model: str  # digest of the dense model
     calibration_tokens: str  # digest of the token ids
