@@ -317,6 +317,10 @@ def _result(
             partial(left_dense, chain, recipe, pruned.linears, shards)
         )
     values, grid = rounded_to(pruned.linears)
+    asked = recipe.sparsity
+    if recipe.bits is not None and allocation is not None:
+        weights = sum(linear.weights for linear in pruned.linears)
+        asked = sum(allocation.zeros.values()) / weights
     experts: list[ExpertsOfBlock] = []
     warnings = [*plan.warnings]
     if earlier is not None:
@@ -326,14 +330,12 @@ def _result(
     warnings += few_tokens(
         pruned.linears, recipe.min_tokens_per_expert
     ) + rarely_chosen(experts)
-    warnings += unreached(pruned.linears) + shortfall(
-        pruned.linears, dense, recipe.sparsity
-    )
+    warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, asked)
     return PruneResult(
         path=plan.out,
         model=plan.model.in_memory,
         recipe=recipe,
-        sparsity_asked=recipe.sparsity,
+        sparsity_asked=asked,
         values=values,
         grid=grid,
         seed=recipe.seed,

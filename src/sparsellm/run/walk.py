@@ -30,6 +30,7 @@ from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.records import KEEP, LinearResult, Totals
 from sparsellm.run.choice import patterns_of, sizes_of
+from sparsellm.run.forms import choose_forms
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
 from sparsellm.run.plan import Plan
 
@@ -69,7 +70,17 @@ def survey(
             journal.keep_output_costs(costs)
     if allocates:
         with clock.phase("allocation"):
-            allocation = parallel.broadcast(_allocate(plan, feed, sizes, gradients))
+            if plan.recipe.bits is None:
+                chosen = _allocate(plan, feed, sizes, gradients)
+            else:
+                chosen = choose_forms(
+                    feed,
+                    sizes,
+                    gradients=gradients,
+                    choice=plan.choice,
+                    recipe=plan.recipe,
+                )
+            allocation = parallel.broadcast(chosen)
             journal.keep(ALLOCATION, allocation)
     patterns = patterns_of(plan.chain, plan.recipe, allocation)
     values = dict.fromkeys(patterns, plan.recipe.rounding)
