@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 # in all calibration windows together, whose ids alone take 16 GiB
 MOST_TOKENS = 1 << 31
 MOST_SEED = (1 << 63) - 1
+# share of zeros at which `threshold` says how many bytes a linear gets
+NOTIONAL = 0.3
 # fields for methods that a sweep may follow
 SWEEP = (
     "effort",
@@ -161,9 +163,10 @@ class Recipe(BaseModel):
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
     """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
     so that the sparsity is met as nearly as these steps allow."""
-    values: Annotated[Literal["keep", "int8", "int4", "int3"], Option(WHAT, "TYPE")] = (
-        "keep"
-    )
+    values: Annotated[
+        Literal["keep", "int8", "int4", "int3", "mixed"],
+        Option(WHAT, "TYPE", values=("keep", "int8", "int4", "int3")),
+    ] = "keep"
     """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
     `sparsellm pack --values` stores them without loss."""
     grid: Annotated[
@@ -183,6 +186,11 @@ class Recipe(BaseModel):
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
     q4_0 and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8 (compressed-tensors). It implies the values,
     and sparsity 0 unless one is given, since zeros save nothing there."""
+    bits: Annotated[float | None, Field(gt=0, le=16)] = None
+    """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every
+    linear gets a type and a sparsity of its own; this implies values mixed, and no sparsity is given."""
+    program: Literal["sparsellm", "llama.cpp", "vllm"] | None = None
+    """The program whose types linears get with `bits`: sparsellm (the packed format), llama.cpp or vllm."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""
     allocation: Annotated[
@@ -323,6 +331,7 @@ class Recipe(BaseModel):
                     f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one"
                 )
             object.__setattr__(self, "sparsity", implied)
+        self._size_decides()
         if self.grid != "own":
             implied_values = GRIDS[self.grid].values
             if "values" in self.model_fields_set and self.values != implied_values:
@@ -357,9 +366,40 @@ class Recipe(BaseModel):
             raise RecipeError(f"{both}; leave out one")
         return self
 
+    def _size_decides(self) -> None:
+        """Sets what ``bits`` and ``program`` imply, and refuses what they leave no choice of."""
+        if (self.bits is None) != (self.program is None):
+            raise RecipeError("bits and program go together; give both or none")
+        if self.bits is None:
+            if self.values == "mixed":
+                raise RecipeError(
+                    "values mixed comes from a size; give bits and program"
+                )
+            return
+        implied = {
+            "values": "mixed",
+            # where threshold's gradients are taken; only the packed format gains by zeros
+            "sparsity": NOTIONAL if self.program == "sparsellm" else 0.0,
+            "grid": "own",
+            "pattern": None,
+            "sparsity_of": {},
+        }
+        for name, value in implied.items():
+            given = getattr(self, name)
+            if name in self.model_fields_set and given != value:
+                raise RecipeError(
+                    f"bits {self.bits:g} chooses zeros and types by linear, and {name} {given} says otherwise; give one"
+                )
+            object.__setattr__(self, name, value)
+        if self.allocation not in (None, "threshold"):
+            raise RecipeError(
+                f"bits {self.bits:g} takes allocation threshold, not {self.allocation}; leave it out"
+            )
+
     @property
     def rounding(self) -> str:
-        """What values are rounded to: ``keep``, an integer type of the packed format, or another program's grid."""
+        """What values are rounded to: ``keep``, an integer type of the packed format, or another program's grid; or
+        ``mixed`` where each linear gets one of its own."""
         return self.values if self.grid == "own" else self.grid
 
     def allocation_by(self, preferred: str) -> str:
@@ -367,6 +407,8 @@ class Recipe(BaseModel):
         pattern with a choice of N, ``preferred``, or ``threshold`` where that is ``uniform``; else ``preferred``."""
         if self.allocation is not None:
             return self.allocation
+        if self.bits is not None:
+            return "threshold"
         if self.chosen_of is not None:
             return "threshold" if preferred == "uniform" else preferred
         varies = self.pattern is None and self.sparsity

@@ -44,7 +44,7 @@ class Choice:
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs
-    allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
+    allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned or sized
     zeros: float = 0.0  # the share of zeros in the linears of every block; 0 where the recipe chooses linears by name
 
     @classmethod
@@ -92,7 +92,8 @@ class Choice:
                 sets = 4
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         chosen = allocator.check(recipe.allocation_options)
-        allocates = allocator.name != "uniform" and recipe.sparsity != 0
+        prunes = recipe.sparsity != 0 or recipe.bits is not None
+        allocates = allocator.name != "uniform" and prunes
         allocation = (
             allocator,
             chosen,

@@ -76,6 +76,10 @@ def result_of(
         count = partial(left_dense, chain, recipe, linears, shards)
         dense = parallel.from_main(count)
     values, grid = rounded_to(linears)
+    asked = recipe.sparsity
+    if recipe.bits is not None:
+        zeros = sum(linear.asked * linear.weights for linear in linears)
+        asked = zeros / sum(linear.weights for linear in linears)
     experts = [] if removed is None else removed.experts
     warnings = [
         *decided.warnings,
@@ -84,13 +88,13 @@ def result_of(
         *few_tokens(linears, recipe.min_tokens_per_expert),
         *rarely_chosen(experts),
         *unreached(linears),
-        *shortfall(linears, dense, recipe.sparsity),
+        *shortfall(linears, dense, asked),
     ]
     return PruneResult(
         path=decided.out,
         model=models.in_memory,
         recipe=recipe,
-        sparsity_asked=recipe.sparsity,
+        sparsity_asked=asked,
         values=values,
         grid=grid,
         seed=recipe.seed,

@@ -34,6 +34,7 @@ from sparsellm.records import KEEP, LinearResult, Totals
 from sparsellm.run.budget import Budget
 from sparsellm.run.choice import Choice, patterns_of, sizes_of
 from sparsellm.run.decided import Decided
+from sparsellm.run.forms import choose_forms
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
 from sparsellm.run.opening import Models
 
@@ -78,7 +79,16 @@ def survey(
             journal.keep_output_costs(costs)
     if allocates:
         with clock.phase("allocation"):
-            chosen = _allocate(choice, decided.recipe, feed, sizes, gradients)
+            if decided.recipe.bits is None:
+                chosen = _allocate(choice, decided.recipe, feed, sizes, gradients)
+            else:
+                chosen = choose_forms(
+                    feed,
+                    sizes,
+                    gradients=gradients,
+                    choice=choice,
+                    recipe=decided.recipe,
+                )
             allocation = parallel.broadcast(chosen)
             journal.keep(ALLOCATION, allocation)
     if models.start is not None:
