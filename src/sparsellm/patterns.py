@@ -166,7 +166,9 @@ def parse_pattern(text: str) -> NM:
 def parse_chosen(text: str) -> int | None:
     """The m of a text such as ``"auto:8"``, N:M with a choice of n for each linear; None for any other text."""
     match = re.fullmatch(r"\s*auto\s*:\s*(\d{1,6})\s*", text, re.ASCII)
-    return int(match[1]) if match is not None else None
+    if match is None:
+        return None
+    return int(match[1])
 
 
 def most_kept(weight: Tensor) -> tuple[int, int]:
@@ -174,8 +176,9 @@ def most_kept(weight: Tensor) -> tuple[int, int]:
     1; 4 or 8 where that does not divide the inputs. These are the groups that kernels exist for."""
 
     def most(m: int) -> int:
-        fits = weight.numel() and weight.shape[1] % m == 0
-        return max(1, int((weight != 0).reshape(-1, m).sum(dim=1).max())) if fits else m
+        if not weight.numel() or weight.shape[1] % m:
+            return m
+        return max(1, int((weight != 0).reshape(-1, m).sum(dim=1).max()))
 
     return most(4), most(8)
 
@@ -183,17 +186,13 @@ def most_kept(weight: Tensor) -> tuple[int, int]:
 def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
     """The strictest N:4 and N:8 that weights with these :func:`most_kept` satisfy, such as ``3:8, 2:4``, or None."""
     four, eight = map(max, zip(*kept, strict=True))
-    patterns = [NM(eight, 8)] if eight < min(8, 2 * four) else []
-    patterns += [NM(four, 4)] if four < min(4, eight) else []
-    return (
-        ", ".join(
-            map(
-                str,
-                sorted(patterns, key=lambda pattern: pattern.sparsity, reverse=True),
-            )
-        )
-        or None
-    )
+    patterns = []
+    if eight < min(8, 2 * four):
+        patterns.append(NM(eight, 8))
+    if four < min(4, eight):
+        patterns.append(NM(four, 4))
+    patterns.sort(key=lambda pattern: pattern.sparsity, reverse=True)
+    return ", ".join(map(str, patterns)) or None
 
 
 def share(total: int, start: int, stop: int, length: int) -> int:

@@ -66,11 +66,9 @@ class Entry(Generic[F]):
                 raise RecipeError(
                     refusal(error, f"option {option} of {self.name}")
                 ) from None
-            hint = (
-                nearest(option, known)
-                if known
-                else "it has no options at all; leave it out"
-            )
+            hint = "it has no options at all; leave it out"
+            if known:
+                hint = nearest(option, known)
             raise RecipeError(f"{self.name} has no option {option!r}; {hint}") from None
 
     def to_dict(self) -> Options:
@@ -78,11 +76,9 @@ class Entry(Generic[F]):
         options: dict[str, Options] = {}
         for name, info in self.options.model_fields.items():
             kind = info.annotation
-            type_name = (
-                kind.__name__
-                if isinstance(kind, type)
-                else str(kind).replace("typing.", "")
-            )
+            type_name = str(kind).replace("typing.", "")
+            if isinstance(kind, type):
+                type_name = kind.__name__
             default = None if info.is_required() else info.get_default()
             options[name] = {
                 "type": type_name,

@@ -12,6 +12,7 @@ from sparsellm import parallel
 from sparsellm.errors import ModelError
 from sparsellm.model.structure import LinearView, iterate_linears
 
+Group = list[LinearView]  # linears that share an input
 Hook = Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]
 
 
@@ -135,7 +136,7 @@ class InputGroups:
     matrix: in a Llama ``[q, k, v], [o], [gate, up], [down]``. The first batch (until :meth:`freeze`) decides."""
 
     def __init__(self) -> None:
-        self.groups: list[list[LinearView]] = []
+        self.groups: list[Group] = []
         # kept until freeze(), so that no address is used twice
         self._inputs: list[Tensor] = []
         self._head_of: dict[str, str] = {}
@@ -162,7 +163,7 @@ class InputGroups:
         self._frozen = True
         self._inputs.clear()
 
-    def agreed(self, linears: list[LinearView]) -> list[list[LinearView]]:
+    def agreed(self, linears: list[LinearView]) -> list[Group]:
         """The groups of all processes, merged: tokens of one process may reach experts that another's do not reach."""
         by_name = {linear.name: linear for linear in linears}
         views = parallel.gather(

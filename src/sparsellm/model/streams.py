@@ -267,6 +267,7 @@ class _Unique:
             ),
             None,
         )
-        if same is None:
-            known.append(value)
-        return value if same is None else same
+        if same is not None:
+            return same
+        known.append(value)
+        return value

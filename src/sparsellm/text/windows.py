@@ -216,12 +216,11 @@ def evaluation_windows(
     else:
         text = read_source(source, "evaluation")
     ids = _tokens(text, tokenizer, lead, _joined(text, tokenizer, lead), length)
-    limits = [
-        len(ids) // length,
-        text.most_windows,
-        None if max_tokens is None else max_tokens // seq_len,
-    ]
-    windows = min(limit for limit in limits if limit is not None)
+    windows = len(ids) // length
+    if text.most_windows is not None:
+        windows = min(windows, text.most_windows)
+    if max_tokens is not None:
+        windows = min(windows, max_tokens // seq_len)
     return _led(ids[: windows * length].view(windows, length), lead)
 
 
@@ -259,12 +258,10 @@ def _joined(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) ->
     free = machine.free_memory()
     for document in text.documents:
         if document is not None:  # data sets have nulls
-            parts.append(
-                document
-                if isinstance(document, str)
-                else _chat(document, tokenizer, lead)
-            )
-            size += len(parts[-1])
+            if not isinstance(document, str):
+                document = _chat(document, tokenizer, lead)
+            parts.append(document)
+            size += len(document)
         if TOKENISING * size > max(1 << 28, free):  # before the next one is read
             raise _too_long(text, size, free, "more than ")
     return text.joiner.join(parts)

@@ -138,15 +138,12 @@ def prune_feed_forward(
                     ) from failure
                 error = math.inf
                 value = None
-            on_held_out, on_train = (error, None) if held_out else (None, error)
-            history.append(
-                Step(
-                    iteration=iteration,
-                    held_out_error=on_held_out,
-                    train_error=on_train,
-                    objective=value,
-                )
-            )
+            step = Step(iteration=iteration, objective=value)
+            if held_out:
+                step.held_out_error = error
+            else:
+                step.train_error = error
+            history.append(step)
             if best is None or not settings.safeguard or error < best.error:
                 best = PrunedUnit(unit, masks, error, notes)
                 chosen = iteration
@@ -252,9 +249,10 @@ class _Loop:
         if published:
             accumulators["down"] = empty(unit.down, exact=published == "pseudo-inverse")
         gain = None
+        value = None
         if iteration:
             gain = updates.activation_gain(unit.down.weight, coefficients)
-        value = 0.0
+            value = 0.0
         for index, read in enumerate(self.train):
             chunk = read()
             known = {
@@ -262,12 +260,12 @@ class _Loop:
                 for role, store in self.variables.items()
                 if index < len(store)
             }
-            # at first, the dense ones
-            variables = (
-                Variables(**known) if known else self.dense.products(chunk.inputs)
-            )
+            if known:
+                variables = Variables(**known)
+            else:  # at first, the dense ones
+                variables = self.dense.products(chunk.inputs)
             a = variables.activated(unit.activation)
-            if gain is not None:
+            if gain is not None and value is not None:
                 a = updates.update_activation(a, chunk.targets, unit.down, gain)
                 variables = updates.move_variables(
                     unit, unit.products(chunk.inputs), variables, a, coefficients
@@ -287,7 +285,7 @@ class _Loop:
             role: accumulator.finish() for role, accumulator in accumulators.items()
         }
         self.grams = {role: moments[role].gram for role in unit.first_half()}
-        return moments, value if iteration else None
+        return moments, value
 
     def _keep(self, index: int, variables: Variables) -> None:
         for role, store in self.variables.items():
@@ -305,7 +303,9 @@ class _Loop:
             return updates.descend_weight(moments, now)
         if published:
             return updates.pseudo_inverse_weight(moments)
-        prior = self.dense.down.weight if role == "down" else now
+        prior = now
+        if role == "down":
+            prior = self.dense.down.weight
         return least_squares(
             moments.gram, moments.cross, self.settings.damping, prior=prior
         )

@@ -19,12 +19,13 @@ from sparsellm.errors import ModelError, NumericalError
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.auxiliary.objective import stored
 from sparsellm.method.blocks.feed_forward import alternate, current
-from sparsellm.method.blocks.routed import prune_experts, without_experts
+from sparsellm.method.blocks.routed import prune_experts
 from sparsellm.method.blocks.task import METHODS, BlockTask
 from sparsellm.method.gram import Fit, Gram
 from sparsellm.method.solvers import SOLVERS
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
+from sparsellm.model.experts import without_experts
 from sparsellm.model.units import find_feed_forward
 from sparsellm.registry import Needs
 

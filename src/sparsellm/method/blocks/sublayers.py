@@ -8,10 +8,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from sparsellm.method.blocks.routed import without_experts
-from sparsellm.method.blocks.task import BlockTask, Group
-from sparsellm.model import LinearView
-from sparsellm.model.capture import InputGroups, RunOrder, watch
+from sparsellm.model import LinearView, Stream
+from sparsellm.model.capture import Group, InputGroups, RunOrder, watch
+from sparsellm.model.experts import without_experts
 from sparsellm.model.shortcuts import KnownOutput, Returns, without
 
 
@@ -33,12 +32,14 @@ class Sublayer:
         return {linear.name for group in self.groups for linear in group}
 
 
-def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
-    """The sublayers of a block, recognised on one window. Linears that do not get all its tokens (experts) are left
-    out. ``order`` records the order in which all linears of the block run."""
-    tokens, width = task.stream.hidden[0].shape[1:]
-    returns = Returns(task.stream.chain.blocks[task.index], tokens * width)
-    pruned = {linear.name for linear in without_experts(task.linears)}
+def find_sublayers(
+    stream: Stream, index: int, linears: list[LinearView], order: RunOrder
+) -> list[Sublayer]:
+    """The sublayers of the loaded block ``index``, of which ``linears`` are pruned, recognised on one window. Linears
+    that do not get all its tokens (experts) are left out. ``order`` records the order in which all linears run."""
+    tokens, width = stream.hidden[0].shape[1:]
+    returns = Returns(stream.chain.blocks[index], tokens * width)
+    pruned = {linear.name for linear in without_experts(linears)}
     grouping = InputGroups()
     outputs: dict[str, Tensor] = {}  # outputs of the linears that could be writers
     # linears that run again, so that a window has several targets
@@ -52,13 +53,13 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
                 repeated.update({linear.name} & outputs.keys())
                 outputs[linear.name] = y.clone()
 
-    with returns.recorded(), watch(task.stream.chain.linears(task.index), see):
-        output = task.stream.run_window(task.index)
+    with returns.recorded(), watch(stream.chain.linears(index), see):
+        output = stream.run_window(index)
     sublayers: list[Sublayer] = []
     groups: list[Group] = []
-    later = list(task.linears)
+    later = list(linears)
     proven = list[KnownOutput]()
-    for group in grouping.agreed(task.linears):
+    for group in grouping.agreed(linears):
         groups.append(group)
         later = [linear for linear in later if linear not in group]
         if (
@@ -69,33 +70,32 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
             continue
         # In a parallel block the feed-forward unit shares the input of attention, but runs after attention's writer.
         late = [
-            [x for x in linears if _run_later([x], group[0], order)]
-            for linears in groups
+            [x for x in sharing if _run_later([x], group[0], order)]
+            for sharing in groups
         ]
         early = [
-            [x for x in linears if x not in after]
-            for linears, after in zip(groups, late, strict=True)
+            [x for x in sharing if x not in after]
+            for sharing, after in zip(groups, late, strict=True)
         ]
         if len(groups) > 1 and all(early):
-            known = _shortcut(
-                task, early, order, returns, [*later, *chain.from_iterable(late)]
-            )
-            trial = (
-                [*proven, replace(known, values=[outputs[group[0].name]])]
-                if known is not None
-                else []
-            )
-            if trial and _proves(task, trial, output):
-                proven = trial
-            else:
-                known = None
+            after = [*later, *chain.from_iterable(late)]
+            block_name = stream.chain.block_names[index]
+            known = _shortcut(block_name, early, order, returns, after)
+            if known is not None:
+                trial = [*proven, replace(known, values=[outputs[group[0].name]])]
+                if _proves(stream, index, trial, output):
+                    proven = trial
+                else:
+                    known = None
             sublayers.append(Sublayer(early, group[0], known))
-            groups = [linears for linears in late if linears]
-    return [*sublayers, Sublayer(groups, None)] if groups else sublayers
+            groups = [sharing for sharing in late if sharing]
+    if groups:
+        sublayers.append(Sublayer(groups, None))
+    return sublayers
 
 
 def _shortcut(
-    task: BlockTask,
+    block_name: str,
     groups: list[Group],
     order: RunOrder,
     returns: Returns,
@@ -103,18 +103,17 @@ def _shortcut(
 ) -> KnownOutput | None:
     """The module around the writer, last of ``groups``, if pruning the linears ``later`` does not change its input."""
     (writer,) = groups[-1]
-    path = writer.name.removeprefix(f"{task.stream.chain.block_names[task.index]}.")
-    around = returns.around(writer, path) if _run_later(later, writer, order) else None
-    if around is None or not {linear.module for linear in later}.isdisjoint(
-        around[0].modules()
-    ):
+    if not _run_later(later, writer, order):
+        return None
+    around = returns.around(writer, writer.name.removeprefix(f"{block_name}."))
+    if around is None:
         return None
     module, returned = around
-    before = (
-        [linear for group in groups[:-1] for linear in group]
-        if module is writer.module
-        else []
-    )
+    if not {linear.module for linear in later}.isdisjoint(module.modules()):
+        return None
+    before: Group = []
+    if module is writer.module:
+        before = [linear for group in groups[:-1] for linear in group]
     return KnownOutput(writer, module, returned.items, before)
 
 
@@ -135,11 +134,13 @@ def _run_later(linears: list[LinearView], writer: LinearView, order: RunOrder) -
     return True
 
 
-def _proves(task: BlockTask, known: list[KnownOutput], output: Tensor) -> bool:
+def _proves(
+    stream: Stream, index: int, known: list[KnownOutput], output: Tensor
+) -> bool:
     """Whether the block has the same output for the first window, to the bit, when these modules are not run."""
     try:
         with without(known, 0):
-            return torch.equal(task.stream.run_window(task.index), output)
+            return torch.equal(stream.run_window(index), output)
     except (
         TypeError,
         AttributeError,

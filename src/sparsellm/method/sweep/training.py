@@ -92,10 +92,13 @@ def adam_step(
                 parameter, 0, out=torch.empty_like(parameter, dtype=torch.int32)
             ).neg_()
             parameter.grad.view(torch.int32).bitwise_and_(bits)
-        size = (
-            sizes[name] if sizes else float(parameter.norm()) / parameter.numel() ** 0.5
-        )
-        step = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in factors else rate
+        if sizes:
+            size = sizes[name]
+        else:
+            size = float(parameter.norm()) / parameter.numel() ** 0.5
+        step = rate
+        if name in factors:
+            step = min(FACTOR_RATE * rate, FACTOR_LIMIT)
         groups.append({"params": [parameter], "lr": step * max(size, EPSILON)})
         before = torch.tensor(number - 1.0, device=parameter.device)
         first, second = moments[name]
