@@ -37,9 +37,8 @@ T = TypeVar("T")
 
 _alone = False  # within alone()
 _failures: Store | None = None  # counts the processes that have failed
-_machines: tuple[Any, Any, int] | None = (
-    None  # the group of all processes, that of this machine, its first process
-)
+# the group of all processes, that of this machine, its first process
+_machines: tuple[Any, Any, int] | None = None
 
 
 def size() -> int:
@@ -154,8 +153,8 @@ def own_device(name: str) -> str:
     return f"cuda:{number}"
 
 
-def share(total: int, unit: int = 1) -> slice:
-    """The slice of ``total`` items for this process; shares differ by one unit at most. Units, such as the windows of a
+def own_slice(total: int, unit: int = 1) -> slice:
+    """The slice of ``total`` items for this process; slices differ by one unit at most. Units, such as the windows of a
     batch, are not split if there are enough of them, so they have the same bits for any number of processes."""
     units = -(-total // unit)
     if units < size():
@@ -220,7 +219,7 @@ def _machine() -> tuple[ProcessGroup, int]:
 
 
 def greedy(costs: Sequence[float]) -> list[int]:
-    """A process for each job, the longest first, each to the first with the least to do."""
+    """The process of each job. Jobs are given away by falling cost, each to the first process with the least to do."""
     loads = [0.0] * size()
     owners = [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
@@ -291,8 +290,8 @@ def all_sums_(
     sizes: Mapping[str, tuple[int, ...]],
     device: torch.device,
 ) -> None:
-    """:func:`all_sum_` of fp32 tensors by name, for the names in ``sizes``, in that order. One that a process lacks and
-    another has is added, with that size."""
+    """Sums fp32 tensors by name over all processes, in place, for the names in ``sizes``, in that order. A tensor that
+    only other processes have is added, with that size."""
     known: set[str] = set().union(*gather(tensors.keys() & sizes.keys()))
     for name in [name for name in sizes if name in known]:
         all_sum_(tensors.setdefault(name, torch.zeros(sizes[name], device=device)))

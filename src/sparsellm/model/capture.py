@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ def watch(
 def choosing(
     block: nn.Module, chosen: set[str]
 ) -> contextlib.AbstractContextManager[None]:
-    """Adds the names of weights to ``chosen`` whenever the block runs, until the context ends: those of linears inside
-    modules that return one tensor of whole numbers."""
+    """Until the context ends, whenever the block runs, adds to ``chosen`` the weights of linears inside modules that
+    return one tensor of whole numbers, by name."""
 
     def hook(
         name: str, module: nn.Module, args: object, kwargs: object, output: object
@@ -108,9 +108,10 @@ def skipping(linears: list[LinearView]) -> contextlib.AbstractContextManager[Non
 class RunOrder(list[str]):
     """The order in which linears run: append the name of a linear for each of its calls during one run of the block."""
 
-    def first(self, names: Iterable[str]) -> int | None:
-        """The number of the first call of any of these linears; None if none of them ran."""
-        return min((self.index(name) for name in names if name in self), default=None)
+    def runs_later(self, linear: LinearView, other: LinearView) -> bool:
+        """Whether a linear first runs after another; False if one of them did not run."""
+        ran = linear.name in self and other.name in self
+        return ran and self.index(linear.name) > self.index(other.name)
 
     def unread(
         self,

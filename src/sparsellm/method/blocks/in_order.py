@@ -44,7 +44,6 @@ from sparsellm.method.solvers import SOLVERS, Solver
 from sparsellm.model import LinearView
 from sparsellm.model.capture import Group, RunOrder, skipping, watch
 from sparsellm.model.experts import without_experts
-from sparsellm.model.shortcuts import KnownOutput
 from sparsellm.patterns import NM
 from sparsellm.registry import Needs, Options
 
@@ -113,7 +112,6 @@ def prune_in_order(
         return  # without zeros there is no error to compensate: the weights keep every bit
     stream = task.stream
     index = task.index
-    stream.forget()
     weights = None
     if norm_weighting:
         weights = token_weights(stream.hidden, norm_weighting)
@@ -208,7 +206,8 @@ class _Means:
 
     @contextmanager
     def kept(self, linear: LinearView) -> Iterator[None]:
-        """In the context the weight changes; its end sets the bias: the mean output stays, or becomes the target's."""
+        """Until the context ends, the weight may change. Then the bias is set, so that the mean output is what it was,
+        or that of the target."""
         if linear.bias is None:
             yield
             return
@@ -238,7 +237,7 @@ class _Fitting:
         self.task.solve(linear, self.solvers[linear.name], gram, fit)
 
     def prune_sublayer(self, sublayer: Sublayer) -> None:
-        """Prunes one group after another; the refit's target is the writer's output before the first was pruned."""
+        """Prunes one group after another. The writer is refitted to the output that it had before all of them."""
         task = self.task
         stream = self.task.stream
         before = [
@@ -259,22 +258,13 @@ class _Fitting:
                 task.report(
                     "+".join(linear.name.rpartition(".")[2] for linear in group)
                 )
-                known = None
-                if group[0] is sublayer.writer and sublayer.shortcut is not None:
-                    known = stream.keep(sublayer.shortcut)
                 gram, crosses, means = self._moments(
-                    group,
-                    target,
-                    known=known,
-                    recorded=recorded,
-                    fitted=group[0] is writer,
+                    group, target, recorded=recorded, fitted=group[0] is writer
                 )
                 recorded = None  # the first pass had it
                 task.prune_each(
                     [(group, gram)], partial(self._prune, crosses=crosses, means=means)
                 )
-                if known is not None:
-                    stream.use(known)
 
     def _prune(
         self, linear: LinearView, gram: Gram, crosses: dict[str, Tensor], means: _Means
@@ -298,7 +288,6 @@ class _Fitting:
         self,
         group: Group,
         target: TensorStore,
-        known: KnownOutput | None,
         recorded: LinearView | None,
         *,
         fitted: bool,
@@ -306,8 +295,8 @@ class _Fitting:
         """The Gram matrix of the input of a group, its cross-moment with the target ``(out, in)``, by the name of the
         linear, if that is fitted, and its means.
 
-        They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
-        Linears that only run after both are skipped."""
+        They take one pass, which also appends the outputs of ``recorded`` to ``target``. Linears that only run after
+        both are skipped."""
         stream = self.task.stream
         index = self.task.index
         head = group[0]
@@ -326,8 +315,6 @@ class _Fitting:
                 weights = None
                 if self.weights is not None:
                     weights = self.weights[position]
-                if known is not None:
-                    known.values.append(x.detach().clone())
                 gram.update(x, weights)
                 goal = None
                 if cross is not None:
