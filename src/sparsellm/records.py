@@ -37,7 +37,7 @@ RESULTS = "results.json"
 PUT_BACK = "put the file back as it was"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(gt=0, lt=2**31)]
+Dimension = Annotated[int, Field(gt=0, lt=2**31)]
 Seconds = Annotated[float, PlainSerializer(lambda value: round(value, 3))]
 Settings = dict[str, JsonValue]
 
@@ -59,7 +59,7 @@ def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
         raise StorageError(f"{path}: {refusal(error)}; {advice}") from None
 
 
-class Step(Record):
+class Iteration(Record):
     """One iteration of the decomposition of a unit; its error is on held-out tokens, or else on training tokens."""
 
     iteration: int
@@ -76,7 +76,7 @@ class Matrix(Record):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    shape: Annotated[tuple[Size, ...], Field(strict=False)]
+    shape: Annotated[tuple[Dimension, ...], Field(strict=False)]
     zeros: Count
 
     @property
@@ -95,12 +95,12 @@ class LinearResult(Matrix):
     variables, ``down`` has the error of the unit on held-out tokens before rounding, the others NaN. ``exponents`` has
     a hexadecimal digit, the exponent plus 8, for each column of integer values; it is empty if all are 0."""
 
-    shape: Annotated[tuple[Size, Size], Field(strict=False)]
+    shape: Annotated[tuple[Dimension, Dimension], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
     error: float = math.nan
     # for the user, such as a damping that was raised
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    history: Annotated[tuple[Step, ...], Field(strict=False)] = ()
+    history: Annotated[tuple[Iteration, ...], Field(strict=False)] = ()
     tokens: Count | None = (
         None  # calibration tokens that were routed to it, if it belongs to an expert
     )

@@ -24,7 +24,7 @@ from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
 from sparsellm.model.units import FeedForwardUnit, find_feed_forward, relu
 from sparsellm.patterns import NM, Pattern
-from sparsellm.records import Step
+from sparsellm.records import Iteration
 
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
 PAYS = 0.75  # sparsity from which they do
@@ -129,7 +129,7 @@ def alternate(
     solvers: Mapping[str, Solver],
     settings: LoopSettings,
 ) -> None:
-    """Runs the loop with a solver for each linear, by name, and accepts its results; ``down`` gets the history."""
+    """Runs the loop with a solver for each linear, by name, and assigns its results. The history goes to ``down``."""
     linears = unit.linears()
     scratch = task.stream.scratch
     inside = {
@@ -147,7 +147,7 @@ def alternate(
         ):
             continue  # its inputs were 0 in every token
         error = math.nan
-        steps: tuple[Step, ...] = ()
+        steps: tuple[Iteration, ...] = ()
         if role == "down":  # the error is the unit's
             error = pruned.error
             steps = tuple(history)

@@ -22,7 +22,7 @@ from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.weights import require_storable
 from sparsellm.patterns import NM, Pattern, count_zeros
 from sparsellm.progress import PhaseClock
-from sparsellm.records import LinearResult, Step
+from sparsellm.records import Iteration, LinearResult
 from sparsellm.registry import Registry
 from sparsepack.codes import text_of_exponents
 
@@ -220,7 +220,7 @@ class BlockTask:
         dense: Tensor,
         solution: Solution,
         gram: Gram | None,
-        history: tuple[Step, ...] = (),
+        history: tuple[Iteration, ...] = (),
     ) -> None:
         """Assigns the solution for a weight ``dense (out, in)`` to a linear, with its values rounded if the recipe asks
         for integers, and adds a result. ``gram`` is that of the linear's inputs. If it is None, the rounding runs the
