@@ -8,10 +8,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
-import numpy.typing
 import torch
 from torch import Tensor
 
@@ -20,9 +19,6 @@ from sparsellm.errors import NumericalError, RecipeError, shown
 Scope = Literal["matrix", "row"]
 Limits = tuple[list[int], list[int]]  # the fewest and the most zeros of each linear
 
-# from this length on a threshold is first located in a sample: two passes instead of a partition
-SAMPLED = 1 << 15
-STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
 RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
 
 
@@ -84,7 +80,7 @@ class Unstructured(Pattern):
         return highest_of_rows(scores, self.zeros)
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
-        zeros = share(self.zeros, start, start + len(scores), inputs)
+        zeros = even_part(self.zeros, start, start + len(scores), inputs)
         return highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
 
 
@@ -195,7 +191,7 @@ def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
     return ", ".join(map(str, patterns)) or None
 
 
-def share(total: int, start: int, stop: int, length: int) -> int:
+def even_part(total: int, start: int, stop: int, length: int) -> int:
     """The part of ``total`` for ``start:stop`` if spread evenly over ``length`` places; parts add up exactly."""
     return total * stop // length - total * start // length
 
@@ -248,33 +244,10 @@ def highest_of_rows(scores: Tensor, zeros: int) -> Tensor:
 def lowest(scores: Tensor, rank: int) -> Tensor:
     """The ``rank``-th lowest score (from 1) of each row, ``(rows, 1)``."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        rows = scores.detach().numpy()
-        if scores.shape[1] >= SAMPLED:
-            return torch.from_numpy(
-                numpy.array([[_lowest_of_long(row, rank)] for row in rows])
-            )
         # numpy selects with vector instructions: twenty times faster than torch.kthvalue
-        return torch.from_numpy(
-            numpy.partition(rows, rank - 1, axis=1)[:, rank - 1 : rank].copy()
-        )
+        ordered = numpy.partition(scores.detach().numpy(), rank - 1, axis=1)
+        return torch.from_numpy(ordered[:, rank - 1 : rank].copy())
     return scores.kthvalue(rank, dim=1, keepdim=True).values
-
-
-def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
-    """The ``rank``-th lowest value of a long row, selected from the few values that are near it in a sample."""
-    sample = numpy.sort(row[::STRIDE])
-    place = rank / len(row) * len(sample)
-    margin = 1.5 * len(sample) ** 0.5 + 2  # three standard deviations
-    low = sample[max(0, int(place - margin))]
-    high = sample[min(len(sample) - 1, int(place + margin) + 1)]
-    near = row >= low
-    below = len(row) - int(numpy.count_nonzero(near))
-    near &= row <= high
-    candidates = row[near]
-    if not below < rank <= below + len(candidates):  # the sample misled
-        candidates = row
-        below = 0
-    return numpy.partition(candidates, rank - below - 1)[rank - below - 1]
 
 
 def require_finite(values: Tensor, name: str) -> None:
