@@ -46,12 +46,10 @@ class Entry(Generic[F]):
     products: float = 1.0
     needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
-    allocation: str = (
-        "uniform"  # a method's default, unless a pattern fixes the sparsity
-    )
-    effort: int | None = (
-        None  # a method's default effort of the sweep that follows; None if none may follow
-    )
+    # a method's default, unless a pattern fixes the sparsity
+    allocation: str = "uniform"
+    # a method's default effort of the sweep that follows; None if none may follow
+    effort: int | None = None
 
     def check(self, values: Options) -> Options:
         """All options with their values, coerced to the declared types, as JSON values in the order of the signature.

@@ -25,10 +25,7 @@ CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
 # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
 REMEMBERED_BYTES = 1 << 29
 # mean squares of inputs whose products with weights, and inverses, fp32 can hold
-SQUARES = (
-    1e-26,
-    1e30,
-)
+SQUARES = (1e-26, 1e30)
 DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger than any ratio of fp32 rounding
 
 CPU = torch.device("cpu")

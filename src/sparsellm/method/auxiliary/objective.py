@@ -24,7 +24,7 @@ from sparsellm.text.windows import spread_evenly
 # from 1 to 10 of each changed the error by at most 6 %.
 PRODUCER = 3.0
 COUPLING = 3.0
-HELD_OUT = 0.125  # share of the tokens that choose the iteration
+HELD_OUT = 0.125  # fraction of the tokens that choose the iteration
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class FeedForward(FeedForwardUnit[Linear]):
         return Variables(self.up(x), self.gate(x))
 
     def activations(self, x: Tensor) -> Tensor:
-        """The input of ``down``: (tokens, d) → (tokens, f)."""
+        """The input of ``down``, (tokens, f), for x (tokens, d)."""
         return self.products(x).activated(self.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, d) → (tokens, d_out)."""
+        """The output of the unit, (tokens, d_out), for x (tokens, d)."""
         return self.down(self.activations(x))
 
 
@@ -99,7 +99,8 @@ def stored(
 
 
 def split(chunks: Chunks) -> tuple[Chunks, Chunks]:
-    """(train, held out): chunks spread evenly, or the last tokens of a single one, since neighbours are similar."""
+    """The chunks to train on, and those held out: spread evenly, since neighbours are similar. Of a single chunk the
+    last tokens are held out."""
     if len(chunks) == 1:
         x, y, weights = chunks[0]()
         held = round(len(x) * HELD_OUT)
@@ -139,7 +140,7 @@ def objective(
     a: Tensor,
     coefficients: Coefficients,
 ) -> float:
-    """The objective of one chunk; a (tokens, f). Those of chunks add up."""
+    """The objective of one chunk, with its activations a (tokens, f). That of all tokens is the sum over the chunks."""
     pairs = zip(variables, unit.products(chunk.inputs), strict=True)
     misfits = sum(
         squares(value - m, chunk.token_weights)

@@ -177,7 +177,7 @@ class MomentsAccumulator:
     def update(
         self, x: Tensor, target: Tensor, token_weights: Tensor | None = None
     ) -> None:
-        """x (tokens, in), target (tokens, out), token_weights (tokens,) or None for equal ones."""
+        """Adds tokens: x (tokens, in), target (tokens, out), token_weights (tokens,) or None for equal ones."""
         if self._bias is not None:
             target = target - self._bias
         if self._centred:

@@ -137,7 +137,7 @@ def _guesses(
     places = torch.arange(width, device=reader.parameter.device)
 
     def unit(sources: list[LinearView]) -> Channels:
-        """All inputs as the outputs of each source, or as those of each half of it."""
+        """The channels if all inputs of the reader are the outputs of each source, or of each half of a source."""
         rows = [
             torch.arange(x.out_features, device=places.device).view(-1, 1, width)
             for x in sources
@@ -201,7 +201,7 @@ def _first_proved(
             [torch.randperm(width, generator=generator) for _ in range(heads)]
         ).to(guess.inputs.device)
         same = partial(_same, stream, index, guess, before)
-        # it rounds nothing
+        # a permutation rounds nothing
         if same(change=partial(guess.permute, order), roundings=0.25):
             if not guess.rotates:
                 return number, False

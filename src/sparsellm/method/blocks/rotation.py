@@ -76,7 +76,7 @@ def cayley(free: Tensor) -> Tensor:
 def _cost(
     channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, NM]
 ) -> Callable[[Tensor], Tensor]:
-    """What pruning costs after a rotation, as in the head of this file."""
+    """A function that returns what pruning costs after a rotation; its formula is in the head of this file."""
     inverses = {name: gram.inverse(DAMPING).matrix for name, gram in grams.items()}
 
     def relative(linear: LinearView, rows: Tensor | slice = slice(None)) -> Tensor:

@@ -28,7 +28,7 @@ from sparsellm.progress import Progress as Event
 
 TOKENS = 4096  # calibration tokens for gradients; the time is proportional to them
 LEAST_WINDOWS = 4  # half as many make the model worse, twice as many no better
-SHARE = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
+SCORED = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
 LEAST_SCORED = 128  # fewest such positions: fewer save little, because the blocks run on all positions
 BINS = 1 << 14
 # log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
@@ -95,7 +95,7 @@ def loss_gradients(
 
     pieces = replace(feed, batch_tokens=min(feed.batch_tokens, PIECE_TOKENS))
     backward_sweep(
-        pieces, see, done, names=names, fraction=SHARE, reads_inputs=saliency
+        pieces, see, done, names=names, fraction=SCORED, reads_inputs=saliency
     )
     means = {name: (total / tokens).cpu() for name, total in squares.items()}
     for name, mean in means.items():

@@ -175,7 +175,7 @@ class Resident(Weights):
         # Gradients of a mean over the tokens of all processes are added up.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-        # Also where only others ran a module.
+        # A process takes part even if only others ran a module.
         sharded.set_reduce_scatter_unused_params(True, recurse=False)
 
     def _rows(self, name: str) -> Tensor:

@@ -19,7 +19,7 @@ from sparsellm.method.sweep.training import (
     adam_step,
     joined,
     running_on,
-    share_gradients,
+    send_gradients,
 )
 from sparsellm.model.streams import Piece
 
@@ -220,7 +220,7 @@ class Streamed(Weights):
                 trained[name].grad = waiting.pop(name)
             if piece is not None and self.integers is not None:
                 self.integers.pull_back(trained, used, index)
-            share_gradients(trained.values(), process)
+            send_gradients(trained.values(), process)
             adam_step(
                 trained, state, rate, number, pruned=self.pruned, factors=self.factors
             )
