@@ -16,14 +16,11 @@ from sparsellm import Recipe, parallel
 from sparsellm.errors import NumericalError
 from sparsellm.files.reader import CheckpointReader, open_checkpoint
 from sparsellm.method.blocks import routed
-from sparsellm.method.blocks.task import BlockTask
 from sparsellm.model import Feed, open_chain
 from sparsellm.model.experts import Part, separate_experts
 from sparsellm.model.names import Conversion, _part_before
-from sparsellm.progress import PhaseClock
 from sparsellm.tuning.full import ZeroKeeper
 from tests.models.families import family, mixtral, sparse_attention
-from tests.shares import Share
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
 RECIPE = Recipe(method="wanda", samples=6, seq_len=24, sparsity=0.5)
@@ -61,11 +58,8 @@ def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
 def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) -> None:
     model = mixtral()
     chain = open_chain(model, device=torch.device("cpu"))
-    patterns = {linear.name: Share(0.5) for linear in chain.linears(0)}
     stream = Feed(chain, IDS, 48).stream()
-    task = BlockTask(
-        0, chain.linears(0), dict(patterns), stream, lambda step: None, PhaseClock()
-    )
+    device = torch.device("cpu")
     own_weights = (
         torch.rand(6, 24, generator=torch.Generator().manual_seed(0))
         if weighted
@@ -74,14 +68,14 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
     (mixture,) = chain.mixtures(0)
     with stream.store() as store:
         tokens = routed._record(
-            task, mixture, store, list(own_weights.split(2)) if weighted else None
+            stream, 0, mixture, store, list(own_weights.split(2)) if weighted else None
         )
         for number in range(4):
             x, chosen, weights = by_hand(model, number)
             factors = weights.square() * own_weights.flatten()[chosen]
             of_expert = routed.ExpertTokens(tokens, mixture.expert(number), number, [])
             assert tokens.count(number) == len(chosen) > 0
-            moments = routed._moments(of_expert.routed(), 32, task)
+            moments = routed._moments(of_expert.routed(), 32, device)
             assert torch.allclose(
                 moments.matrix,
                 (x[chosen].T * factors) @ x[chosen] / factors.sum(),
@@ -90,7 +84,7 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
             moments = routed._moments(
                 of_expert.routed(),
                 80,
-                task,
+                device,
                 of_expert.expert,
                 of_expert.expert.frozen(),
             )
@@ -104,7 +98,7 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
                 moments.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6
             )
         every = routed._moments(
-            zip(tokens.store, tokens.weights, strict=True), 32, task
+            zip(tokens.store, tokens.weights, strict=True), 32, device
         )
         own_weights = own_weights.flatten()
         assert torch.allclose(

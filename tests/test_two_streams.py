@@ -20,6 +20,7 @@ from sparsellm.method.blocks.in_order import _Fitting
 from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.gram import CrossAccumulator
 from sparsellm.method.sweep.sweep_task import SweepTask
+from sparsellm.model import LinearView
 from sparsellm.run import sweeping
 from sparsellm.run.choice import Choice
 from tests.killing import ahead_of
@@ -113,9 +114,9 @@ def test_targets_of_writers_against_hooks_on_plain_models(
                 )
             super().update(target, x, token_weights)
 
-    def see(*args: Any, **_: Any) -> None:
+    def see(*_: Any, recorded: LinearView | None, **__: Any) -> None:
         # the first group of a sublayer, at which the targets are recorded
-        if args[-1] is not None:
+        if recorded is not None:
             states.append(copy.deepcopy(model))
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)

@@ -88,11 +88,9 @@ def check_size(value: object) -> None:
         if parts > MOST_PARTS:
             raise ValueError(f"it has more than {MOST_PARTS} parts")
         holders = (item for item in level if isinstance(item, Mapping | list | tuple))
-        level = [
-            part
-            for holder in holders
-            for part in (holder.values() if isinstance(holder, Mapping) else holder)
-        ]
+        level = []
+        for holder in holders:
+            level.extend(holder.values() if isinstance(holder, Mapping) else holder)
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MOST_DEPTH - 1} levels")
@@ -120,7 +118,8 @@ def dump_yaml(values: Mapping[str, object]) -> str:
 def about(size: int) -> str:
     """A size such as 270 MB, 3.2 GB or 141 GB."""
     if size >= 5e7:
-        return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB"
+        digits = int(size < 9.95e9)
+        return f"{size / 1e9:.{digits}f} GB"
     return f"{size / 1e6:.0f} MB"
 
 

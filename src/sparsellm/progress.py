@@ -48,9 +48,8 @@ class Progress:
     done: float = 0
     total: float = 1
     detail: str = ""  # the step in work
-    error: float | None = (
-        None  # relative squared error of the output of the linear that was pruned last
-    )
+    # relative squared error of the output of the linear that was pruned last
+    error: float | None = None
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
     linear: str = ""  # the linear that was pruned last
 
@@ -114,10 +113,13 @@ class Pace:
         """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
         ended = self._begin(event.phase)
         self._judged = self._clock()
-        done = event.done / event.total if event.total > 0 else 0.0
-        self.share = min(max(done, 0.0), 1.0)
-        running = self._judged - self._phase_begun
-        self._left = running * (1 - self.share) / self.share if self.share else None
+        self.share = 0.0
+        if event.total > 0:
+            self.share = min(max(event.done / event.total, 0.0), 1.0)
+        self._left = None
+        if self.share:
+            running = self._judged - self._phase_begun
+            self._left = running * (1 - self.share) / self.share
         return ended
 
     def end(self) -> str:

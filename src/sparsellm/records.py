@@ -41,7 +41,7 @@ OWN = "own"  # in place of a grid: that of the packed format, or none
 MIXED = "mixed"  # in place of one type or grid: linears differ
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(gt=0, lt=2**31)]
+Dimension = Annotated[int, Field(gt=0, lt=2**31)]
 Seconds = Annotated[float, PlainSerializer(lambda value: round(value, 3))]
 Settings = dict[str, JsonValue]
 
@@ -63,7 +63,7 @@ def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
         raise StorageError(f"{path}: {refusal(error)}; {advice}") from None
 
 
-class Step(Record):
+class Iteration(Record):
     """One iteration of the decomposition of a unit; its error is on held-out tokens, or else on training tokens."""
 
     iteration: int
@@ -80,7 +80,7 @@ class Matrix(Record):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    shape: Annotated[tuple[Size, ...], Field(strict=False)]
+    shape: Annotated[tuple[Dimension, ...], Field(strict=False)]
     zeros: Count
 
     @property
@@ -101,12 +101,12 @@ class LinearResult(Matrix):
     is what the values are rounded to: ``keep``, a type or a grid; it is empty in records of older releases, see
     :meth:`RunRecord.values_of`."""
 
-    shape: Annotated[tuple[Size, Size], Field(strict=False)]
+    shape: Annotated[tuple[Dimension, Dimension], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
     error: float = math.nan
     # for the user, such as a damping that was raised
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    history: Annotated[tuple[Step, ...], Field(strict=False)] = ()
+    history: Annotated[tuple[Iteration, ...], Field(strict=False)] = ()
     tokens: Count | None = (
         None  # calibration tokens that were routed to it, if it belongs to an expert
     )

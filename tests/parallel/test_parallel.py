@@ -180,7 +180,7 @@ def test_shares_are_disjoint_even_and_of_whole_units(
         parts = []
         for rank in range(size):
             monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-            parts.append(parallel.share(total, unit))
+            parts.append(parallel.own_slice(total, unit))
         return [(part.start, part.stop) for part in parts]
 
     for size, total in itertools.product((1, 3, 4), (4, 7, 12)):

@@ -119,7 +119,7 @@ class Windows:
 
     def _share(self, windows: Tensor) -> Tensor:
         return windows[
-            parallel.share(
+            parallel.own_slice(
                 len(windows), windows_of(self.batch_tokens, windows.shape[1])
             )
         ]

@@ -14,9 +14,8 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import parse_json
 from sparsellm.text.texts import Split, Text, read_rows, text_rows
 
-_HELD_OUT = (
-    0.2  # the largest share of the characters of pydoc that is held out for evaluation
-)
+# the largest share of the characters of pydoc that is held out for evaluation
+_HELD_OUT = 0.2
 _RULE = re.compile(r"\s*([=*~^-])\1\1+\s*")  # a line that only underlines a heading
 _C4_SAMPLE = (
     "allenai/c4",

@@ -21,12 +21,10 @@ class Text:
 
     # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
     documents: Sequence[Any]
-    joiner: str = (
-        "\n\n"  # the string between two documents when all are tokenised as one string
-    )
-    per_document: bool = (
-        False  # calibration windows are drawn inside single long documents
-    )
+    # the string between two documents when all are tokenised as one string
+    joiner: str = "\n\n"
+    # calibration windows are drawn inside single long documents
+    per_document: bool = False
     most_windows: int | None = None  # that the protocol evaluates on
     called: str = "the text"  # in messages
 
@@ -85,8 +83,8 @@ def text_rows(path: Path) -> list[str]:
 
 
 def documents_of(records: Iterable[tuple[str, Any]]) -> list[Any]:
-    """The ``text``, or else the ``messages``, of records, each with its place for an error; those without any are left
-    out. Raises DataError for a record that has neither field, or another type in it."""
+    """The ``text`` of each record, or else its ``messages``. Records come with their place, for an error; those that
+    have null in both fields are left out. Raises DataError for a record without these fields, or with another type."""
     documents = []
     for place, record in records:
         given = [

@@ -17,12 +17,12 @@ from sparsellm.method.solvers import Solution, Solver
 from sparsellm.method.solvers.rounding import Rounded, rounded
 from sparsellm.method.solvers.scaling import safe_factor
 from sparsellm.model import LinearView, Stream
-from sparsellm.model.capture import InputGroups, RunOrder, skipping, watch
+from sparsellm.model.capture import Group, InputGroups, RunOrder, skipping, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.weights import require_storable
 from sparsellm.patterns import NM, Pattern, count_zeros
 from sparsellm.progress import PhaseClock
-from sparsellm.records import KEEP, LinearResult, Step
+from sparsellm.records import KEEP, Iteration, LinearResult
 from sparsellm.registry import Registry
 from sparsepack.codes import text_of_exponents
 
@@ -32,7 +32,6 @@ OWN_PAGES = 32 << 20
 LOST = 0.01  # the most kept weights, as a fraction of all, that may be too small for the dtype of the checkpoint
 COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
 UNREACHED = "pruned by magnitude: no calibration token reached it, or all its inputs were 0"  # note in such a result
-Group = list[LinearView]  # linears that share an input
 
 
 @dataclass
@@ -228,7 +227,7 @@ class BlockTask:
         dense: Tensor,
         solution: Solution,
         gram: Gram | None,
-        history: tuple[Step, ...] = (),
+        history: tuple[Iteration, ...] = (),
     ) -> None:
         """Assigns the solution for a weight ``dense (out, in)`` to a linear, with its values rounded if the recipe asks
         for integers, and adds a result. ``gram`` is that of the linear's inputs. If it is None, the rounding runs the
