@@ -12,7 +12,7 @@ from pydantic import Field, computed_field
 
 from sparsellm.errors import some
 from sparsellm.files.reader import CheckpointReader
-from sparsellm.method.blocks.task import UNREACHED
+from sparsellm.method.blocks.task import COARSE, ROUNDING, UNREACHED
 from sparsellm.model import Chain
 from sparsellm.model.matrices import (
     DENSE_LIMIT,
@@ -140,6 +140,20 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
         f"no calibration token reached {len(names)} of {len(linears)} linears, or their inputs were all 0; these were "
         f"pruned by magnitude: {some(names, _SHOWN)}; more calibration samples may reach experts, but not linears "
         "of a shared block that only its other places use"
+    )
+    return [said] if names else []
+
+
+def coarse(linears: Sequence[LinearResult]) -> list[str]:
+    """A warning that names the linears whose error rounding raised much, as a note of each says; or none."""
+    names = [
+        linear.name
+        for linear in linears
+        if any(note.startswith(ROUNDING) for note in linear.notes)
+    ]
+    said = (
+        f"rounding raised the error of {len(names)} of {len(linears)} linears by more than {COARSE:g}: "
+        f"{some(names, _SHOWN)}; a grid with more bits loses less"
     )
     return [said] if names else []
 

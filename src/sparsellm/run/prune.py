@@ -39,6 +39,7 @@ from sparsellm.report.card import CARD, card_text
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.budget import residence
 from sparsellm.run.counts import (
+    coarse,
     few_tokens,
     left_dense,
     rarely_chosen,
@@ -316,7 +317,7 @@ def _result(
     if earlier is not None:
         experts = earlier.experts
         warnings += earlier.warnings
-    warnings += other_conditions(finished)
+    warnings += other_conditions(finished) + coarse(pruned.linears)
     warnings += few_tokens(
         pruned.linears, recipe.min_tokens_per_expert
     ) + rarely_chosen(experts)
