@@ -169,13 +169,13 @@ class Recipe(BaseModel):
     grid: Annotated[
         Literal[
             "own",
-            "q3_k",
             "q4_0",
-            "iq4_xs",
-            "iq4_nl",
-            "q5_0",
-            "q6_k",
             "q8_0",
+            "q6_k",
+            "q5_0",
+            "iq4_nl",
+            "iq4_xs",
+            "q3_k",
             "w4a16",
             "w4a16-64",
             "w4a16-32",
@@ -186,7 +186,7 @@ class Recipe(BaseModel):
         Option(WHAT, "NAME"),
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
-    q3_k, iq4_xs, iq4_nl, q4_0, q5_0, q6_k and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
+    q4_0, q8_0, q6_k, q5_0, iq4_nl, iq4_xs and q3_k (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
     (compressed-tensors). It implies the values, and sparsity 0 unless one is given, since zeros save nothing there."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""

@@ -106,12 +106,12 @@ GRIDS = {
     grid.name: grid
     for grid in (
         Grid("q4_0", 4, BLOCK, GGUF),
-        Grid("q5_0", 5, BLOCK, GGUF),
         Grid("q8_0", 8, BLOCK, GGUF),
+        Grid("q6_k", 6, 16, GGUF, parts=16, scale_bits=8, narrow="q8_0"),
+        Grid("q5_0", 5, BLOCK, GGUF),
         Grid("iq4_nl", 4, BLOCK, GGUF, UNEVEN),
         Grid("iq4_xs", 4, 32, GGUF, UNEVEN, parts=8, scale_bits=6, narrow="iq4_nl"),
         Grid("q3_k", 3, 16, GGUF, parts=16, scale_bits=6, narrow="iq4_nl"),
-        Grid("q6_k", 6, 16, GGUF, parts=16, scale_bits=8, narrow="q8_0"),
         Grid("w4a16", 4, 128, COMPRESSED),
         Grid("w4a16-64", 4, 64, COMPRESSED),
         Grid("w4a16-32", 4, 32, COMPRESSED),
