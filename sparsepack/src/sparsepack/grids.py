@@ -74,9 +74,14 @@ class Grid:
         return self.form == GGUF or self.group == BLOCK
 
     @property
+    def plain(self) -> bool:
+        """Whether compressed-tensors stores it: numbers that follow by one, in 3, 4 or 8 bits, and no parts."""
+        return self.bits in (3, 4, 8) and not self.parts and not self.uneven
+
+    @property
     def values(self) -> str:
         """The packed type with as many bits; ``int8`` for a grid without a packed form."""
-        if self.bits in (3, 4) and not self.parts and not self.uneven:
+        if self.plain:
             return f"int{self.bits}"
         return "int8"
 
