@@ -71,6 +71,8 @@ def test_a_grid_sets_the_values_that_it_implies() -> None:
         "int8",
         "int3",
     ]
+    # numbers of 6 bits have no packed form
+    assert Recipe(grid="q6_k").values == "int8"
     recipe = Recipe(grid="q4_0")
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe == recipe.updated(seed=0)
     changed = [
@@ -99,6 +101,18 @@ def test_a_grid_alone_makes_no_zeros() -> None:
         0.5,
         0.5,
     ]
+
+
+@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs", "q3_k"])
+@pytest.mark.parametrize(
+    "given", [{"sparsity": 0.3}, {"pattern": "2:4"}, {"sparsity_of": {"*up*": 0.2}}]
+)
+def test_a_grid_without_zero_takes_no_zeros(name: str, given: dict[str, Any]) -> None:
+    """Narrow rows of q3_k are stored as iq4_nl, which has no 0."""
+    with pytest.raises(RecipeError, match=f"grid {name} does not have the number 0"):
+        Recipe(grid=name, **given)
+    assert Recipe(grid=name, sparsity=0.0).sparsity == 0
+    assert Recipe(grid="q6_k", **given)
 
 
 def test_settings_reach_fields_and_options() -> None:
@@ -135,7 +149,7 @@ def test_settings_reach_fields_and_options() -> None:
             "{grid: q4_0, values: int8}",
             "grid q4_0 means values int4, not int8; give one",
         ),
-        ("grid: q5_0", "grid is 'q5_0'"),
+        ("grid: q5_1", "grid is 'q5_1'"),
         ("samples: 0", "samples"),
         ("passes: 1001", "passes"),
         ("experts: 2.9", "experts 2.9 is neither a share below 1 nor a whole number"),

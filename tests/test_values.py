@@ -332,6 +332,12 @@ def test_a_linear_that_rounding_costs_much_is_named(
         said = f"rounding to int3 raised its error from 0.000 to {linear.error:.3f}"
         assert linear.notes == ((said,) if linear.error > 0.01 else ())
     assert len({bool(entry.notes) for entry in result.linears}) == 2
+    named = [linear.name for linear in result.linears if linear.notes]
+    said = (
+        f"rounding raised the error of {len(named)} of {len(result.linears)} linears by"
+    )
+    (warning,) = [text for text in result.warnings if text.startswith(said)]
+    assert all(name in warning for name in named[:6])
 
 
 def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -> None:

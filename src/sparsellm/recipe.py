@@ -35,7 +35,7 @@ from sparsellm.inputs import (
     without_folders,
 )
 from sparsepack.arguments import SHORT_DTYPES
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, Grid
 
 if TYPE_CHECKING:
     from sparsellm.patterns import Pattern
@@ -174,6 +174,11 @@ class Recipe(BaseModel):
             "own",
             "q4_0",
             "q8_0",
+            "q6_k",
+            "q5_0",
+            "iq4_nl",
+            "iq4_xs",
+            "q3_k",
             "w4a16",
             "w4a16-64",
             "w4a16-32",
@@ -184,8 +189,8 @@ class Recipe(BaseModel):
         Option(WHAT, "NAME"),
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
-    q4_0 and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8 (compressed-tensors). It implies the values,
-    and sparsity 0 unless one is given, since zeros save nothing there."""
+    q4_0, q8_0, q6_k, q5_0, iq4_nl, iq4_xs and q3_k (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
+    (compressed-tensors). It implies the values, and sparsity 0 unless one is given, since zeros save nothing there."""
     bits: Annotated[float | None, Field(gt=0, le=16)] = None
     """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every
     linear gets a type and a sparsity of its own; this implies values mixed, and no sparsity is given."""
@@ -333,14 +338,7 @@ class Recipe(BaseModel):
             object.__setattr__(self, "sparsity", implied)
         self._size_decides()
         if self.grid != "own":
-            implied_values = GRIDS[self.grid].values
-            if "values" in self.model_fields_set and self.values != implied_values:
-                raise RecipeError(
-                    f"grid {self.grid} means values {implied_values}, not {self.values}; give one"
-                )
-            object.__setattr__(self, "values", implied_values)
-            if self.pattern is None and "sparsity" not in self.model_fields_set:
-                object.__setattr__(self, "sparsity", 0.0)
+            self._take_grid(GRIDS[self.grid])
         if self.pattern is not None and self.sparsity_of:
             raise RecipeError(
                 f"{pattern} fixes the sparsity of every linear; leave out sparsity_of"
@@ -395,6 +393,22 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"bits {self.bits:g} takes allocation threshold, not {self.allocation}; leave it out"
             )
+
+    def _take_grid(self, grid: Grid) -> None:
+        """Sets what a grid implies, and refuses what contradicts it."""
+        if "values" in self.model_fields_set and self.values != grid.values:
+            raise RecipeError(
+                f"grid {self.grid} means values {grid.values}, not {self.values}; give one"
+            )
+        object.__setattr__(self, "values", grid.values)
+        given = "sparsity" in self.model_fields_set and self.sparsity > 0
+        if (given or self.pattern or self.sparsity_of) and not grid.has_zero:
+            raise RecipeError(
+                f"grid {self.grid} does not have the number 0 in every linear, so zeros would not stay; leave out "
+                "sparsity and pattern, or take another grid"
+            )
+        if self.pattern is None and "sparsity" not in self.model_fields_set:
+            object.__setattr__(self, "sparsity", 0.0)
 
     @property
     def rounding(self) -> str:

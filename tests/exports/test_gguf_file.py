@@ -20,6 +20,7 @@ from sparsellm.exports.gguf_file import _remove_torn
 from sparsellm.exports.template import Template, orders_of
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.writer import write_shard
+from sparsellm.records import read_pruning
 from tests.exports.checkpoints import family, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
@@ -86,6 +87,26 @@ def test_every_tensor_is_that_of_the_checkpoint(
         if "attn_q.w" in tensor.name or "exps" in tensor.name
     }
     assert types == {Kind.Q8_0 if grid == "q8_0" else Kind.Q4_0}
+
+
+@pytest.mark.parametrize("grid", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k"])
+def test_linears_of_many_types_are_those_of_the_checkpoint(
+    tmp_path: Path, grid: str
+) -> None:
+    """Rows of 256 in the type itself, those of 96 in the one that llama.cpp takes there; and the run says so."""
+    model = wide_llama(
+        hidden_size=256, intermediate_size=96, head_dim=64, num_hidden_layers=1
+    )
+    directory = pruned(model, tmp_path, grid, sparsity=0.0, effort=1)
+    file = exported(directory)
+    assert_is(file, directory)
+    types = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
+    narrow = {"iq4_xs": "IQ4_NL", "q3_k": "IQ4_NL", "q6_k": "Q8_0"}
+    assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_up.weight"] == grid.upper()
+    assert types["blk.0.ffn_down.weight"] == narrow.get(grid, grid.upper())
+    warnings = read_pruning(directory).warnings
+    said = "1 of 7 linears have inputs that 256 does not divide, and are rounded to"
+    assert any(said in warning for warning in warnings) is (grid in narrow)
 
 
 def test_a_bias_of_zeros_goes_where_the_rows_of_its_weight_go(tmp_path: Path) -> None:

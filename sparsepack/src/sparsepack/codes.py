@@ -71,7 +71,7 @@ class Levels:
         return len(self.numbers) == 1 + self.numbers[-1] - self.numbers[0]
 
     def nearest(self, units: Tensor, *, zero: bool = False) -> Tensor:
-        """The nearest numbers; 0 for a value of 0, and for others only with ``zero``."""
+        """The nearest numbers. With ``zero``, 0 is one like any other, or none; else only a value of 0 becomes 0."""
         rounded = units.round().clamp_(self.lowest, self.numbers[-1])
         # Signs are added and multiplied: bools take a CPU up to fifty times as long as numbers.
         if self.even and zero:
@@ -86,6 +86,8 @@ class Levels:
             .index_select(0, places.view(-1))
             .view_as(units)
         )
+        if zero:
+            return nearest
         return nearest.mul_(units.sign().abs_())
 
     def codes(self, numbers: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ def anchors(grouped: Tensor) -> Tensor:
 def whole_numbers(
     values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False
 ) -> Tensor:
-    """The nearest of ``levels`` in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
+    """The nearest of ``levels`` in units of ``scales``; ``zero`` as in :meth:`Levels.nearest`."""
     return levels.nearest(
         values / torch.where(scales == 0, math.inf, scales), zero=zero
     )
@@ -413,7 +415,8 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
     for fraction in _SCALE_FRACTIONS:
         # rounded as it will be read
         scale = (extreme / levels.lowest * fraction).bfloat16().float()
-        tried = whole_numbers(grouped, scale, levels, zero=True)
+        # numbers with a gap are those of weights whose zeros stay
+        tried = whole_numbers(grouped, scale, levels, zero=levels.even)
         error = (tried * scale - grouped).square().sum(dim=1, keepdim=True)
         better = ~(error >= best)
         best = torch.where(better, error, best)

@@ -93,6 +93,7 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     codes, scales = model.codes(key)
+    scales = scales.to(model.reader.dtype(key))
     if model.grid.name == _INT8_ACTIVATIONS:
         return {key: codes, f"{key}_scale": scales}
     words = pack_to_int32(codes, model.grid.bits)

@@ -108,7 +108,7 @@ def export(  # noqa: PLR0913 - the Python door
     grids = [
         name
         for name, grid in GRIDS.items()
-        if to == COMPRESSED or block_type(grid) is not None
+        if (grid.plain if to == COMPRESSED else block_type(grid) is not None)
     ]
     opened = open_on_grid(
         source, sorted(grids, key=lambda name: GRIDS[name].form != to)

@@ -26,10 +26,13 @@ from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
 from sparsellm.version import __version__
 from sparsepack.files import read_bytes
+from sparsepack.grids import grid_for
 
 _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
 _DROPPED = ("GGUF.", "split.", "quantize.", gguf.Keys.General.ARCHITECTURE)
+# Names of file types that differ from those of their blocks
+_FILE_TYPES = {"Q3_K": "Q3_K_S"}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")  # in configs
 
 
@@ -132,7 +135,6 @@ class _File:
         self.model = model
         self.dense = dense
         self.template = template
-        self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
         self.head = None
         if head != "keep":
             self.head = gguf.GGMLQuantizationType[head.upper()]
@@ -193,15 +195,16 @@ class _File:
         values[general.QUANTIZATION_VERSION] = GGUFValue(
             gguf.GGML_QUANT_VERSION, number
         )
-        values[general.FILE_TYPE] = GGUFValue(
-            int(gguf.LlamaFileType[f"MOSTLY_{self.block.name}"]), number
-        )
+        kind = block_type(self.model.grid) or ""
+        file_type = gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES.get(kind, kind)}"]
+        values[general.FILE_TYPE] = GGUFValue(int(file_type), number)
         return values
 
     def type_of(self, tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
-            return self.block
+            grid = grid_for(self.model.grid.name, int(tensor.shape[0]))
+            return gguf.GGMLQuantizationType[block_type(grid) or ""]
         is_head = tensor.name in _HEAD and tensor.name in self.keys
         if is_head and self.head is not None:
             return self.head
@@ -228,9 +231,8 @@ class _File:
                 torch.cat(parts)
                 for parts in zip(*map(self.model.codes, keys), strict=True)
             )
-            return to_blocks(
-                codes[change.order], scales[change.order], self.model.grid.bits
-            )
+            order = change.order
+            return to_blocks(codes[order], scales[order], self.model.grid)
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
         # a run changes blocks alone
         if not same and not tensor.name.startswith("blk."):

@@ -51,15 +51,15 @@ class OnGrid:
         return GRIDS[max(weights, key=weights.__getitem__)]
 
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
-        """Int8 numbers ``(out, in)``, scales ``(out, groups)`` in the weight's dtype; StorageError if off the grid."""
+        """Int8 numbers ``(out, in)`` and scales, fp32 ``(out, groups)``, which the weight's dtype has if the grid has
+        no parts; StorageError if off the grid."""
         stored = self.reader.get(key)
         if key in self.transposed:
             weight = stored.t().contiguous()
         else:
             weight = stored
         with as_storage_error():
-            codes, scales = codes_of(weight, self.grids[key], self.linears[key])
-        return codes, scales.to(weight.dtype)
+            return codes_of(weight, self.grids[key], self.linears[key])
 
 
 def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:

@@ -21,7 +21,7 @@ from sparsellm.model.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.registry import Entry, Needs, Options
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, grid_for
 
 PASSES_BY_EFFORT = (0, 1, 3, 8)  # docs/results.md has what each gains and takes
 # by `sweep_tokens`; every pass is judged and saved
@@ -248,33 +248,33 @@ def patterns_of(
 
 def _check_groups(sizes: list[LinearSize], name: str) -> None:
     """Raises RecipeError for another program's grid whose groups do not divide a linear's inputs, and names another."""
-    grid = GRIDS.get(name)
-    odd = next(
-        (
-            linear
-            for linear in sizes
-            if grid and grid.group and linear.shape[1] % grid.group
-        ),
-        None,
-    )
-    if grid is None or odd is None:
+    if name not in GRIDS:
         return
-    alike = (
-        other
-        for other in GRIDS.values()
-        if (other.form, other.bits) == (grid.form, grid.bits) and other.group
-    )
+    odd = next((linear for linear in sizes if not _has_groups(linear, name)), None)
+    if odd is None:
+        return
+    grid = grid_for(name, odd.shape[1])
     fits = [
         other.name
-        for other in alike
-        if not any(linear.shape[1] % other.group for linear in sizes)
+        for other in GRIDS.values()
+        if (other.form, other.bits) == (grid.form, grid.bits)
+        and other.group
+        and all(_has_groups(linear, other.name) for linear in sizes)
     ]
     advice = "leave it out (exclude), or take grid own"
     if fits:
         advice = f"take grid {fits[0]}"
     raise RecipeError(
-        f"grid {name} has groups of {grid.group}, which do not divide the {odd.shape[1]} inputs of {odd.name}; {advice}"
+        f"grid {grid.name} has groups of {grid.group}, which do not divide the {odd.shape[1]} inputs of {odd.name}; "
+        f"{advice}"
     )
+
+
+def _has_groups(linear: LinearSize, name: str) -> bool:
+    """Whether the groups of a grid divide a linear's inputs."""
+    columns = linear.shape[1]
+    group = grid_for(name, columns).group
+    return not group or columns % group == 0
 
 
 def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:

@@ -12,7 +12,7 @@ from pydantic import Field, computed_field
 
 from sparsellm.errors import some
 from sparsellm.files.reader import CheckpointReader
-from sparsellm.method.blocks.task import UNREACHED
+from sparsellm.method.blocks.task import COARSE, ROUNDING, UNREACHED
 from sparsellm.model import Chain
 from sparsellm.model.matrices import (
     DENSE_LIMIT,
@@ -154,6 +154,20 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
         "of a shared block that only its other places use"
     )
     return [said]
+
+
+def coarse(linears: Sequence[LinearResult]) -> list[str]:
+    """A warning that names the linears whose error rounding raised much, as a note of each says; or none."""
+    names = [
+        linear.name
+        for linear in linears
+        if any(note.startswith(ROUNDING) for note in linear.notes)
+    ]
+    said = (
+        f"rounding raised the error of {len(names)} of {len(linears)} linears by more than {COARSE:g}: "
+        f"{some(names, _SHOWN)}; a grid with more bits loses less"
+    )
+    return [said] if names else []
 
 
 def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:

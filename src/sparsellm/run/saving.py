@@ -18,6 +18,7 @@ from sparsellm.records import Base
 from sparsellm.report.card import CARD, base_of, card_text
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import (
+    coarse,
     few_tokens,
     left_dense,
     rarely_chosen,
@@ -87,6 +88,7 @@ def result_of(
         *other_conditions([*finished]),
         *few_tokens(linears, recipe.min_tokens_per_expert),
         *rarely_chosen(experts),
+        *coarse(linears),
         *unreached(linears),
         *shortfall(linears, dense, asked),
     ]

@@ -27,7 +27,7 @@ from sparsepack.codes import (
     text_of_exponents,
 )
 from sparsepack.grid import INTEGERS, Groups, codes_of, on_grid
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, UNEVEN
 from sparsepack.layout import form_of, pack, unpack
 from tests.method.solvers.problems import gram_of, loss, losses, weight_of
 from tests.shares import Share
@@ -182,6 +182,46 @@ def test_is_near_the_best(
     rows[:, fixed] = levels.lowest * scale
     least = float(losses(rows, weight, gram).min())
     assert least - 1e-9 <= loss(result, weight, gram) <= 1.5 * least + 1e-9
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("name", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k"])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_types_of_gguf_are_read_again_and_better_than_nearest(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Also from the values with which training goes on; in rows of whole blocks of 256, and in narrower ones."""
+    for columns in (256, 96):
+        weight, gram = weight_of(24, columns) * 0.05, gram_of(columns)
+        weight[2] = 0.0
+        weight[:, 5] = 0.0  # a column of zeros, which some of them do not have
+        weight[3] /= 1000
+        result = rounded(weight, gram, name, dtype)
+        codes_of(result.weight.to(dtype), GRIDS[name], "a")
+        nearest = on_grid(weight, name, dtype)
+        error = loss(result.weight, weight, gram)
+        assert error < 0.5 * loss(nearest, weight, gram)
+        unrounded = result.unrounded.to(dtype).float()
+        assert torch.equal(on_grid(unrounded, name, dtype), result.weight)
+        moved = unrounded != result.weight
+        assert int(moved.sum()) > 0.5 * weight.numel()
+        assert not bool(result.weight[2].any())
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "w8a16", "w8a8"])
+@pytest.mark.parametrize(("largest", "most"), [(1e-5, 4.0), (1e-4, 1.1)])
+def test_small_weights_do_not_become_nothing(
+    name: str, largest: float, most: float
+) -> None:
+    """Their error is that of large ones, or few times as much where fp16 has two scales for all."""
+    weight, gram = weight_of(48, 256), gram_of(256)
+    weight /= weight.abs().max()
+    errors = []
+    for size in (1.0, largest):
+        result = rounded(weight * size, gram, name, torch.bfloat16).weight
+        codes_of(result.bfloat16(), GRIDS[name], "a")
+        errors.append(float((result / size - weight).norm()))
+    assert errors[1] < most * errors[0]
 
 
 @pytest.mark.usefixtures("loop")
@@ -485,7 +525,7 @@ def test_many_small_weights_leave_no_dense_form() -> None:
         )
 
 
-@pytest.mark.parametrize("values", ["int4", "int3", "q4_0"])
+@pytest.mark.parametrize("values", ["int4", "int3", "q4_0", "iq4_nl"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_loops_end_alike(
     values: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -506,7 +546,7 @@ def test_both_loops_end_alike(
 @pytest.mark.skipif(native.available() is None, reason="the kernels were not built")
 @pytest.mark.parametrize(
     "levels",
-    [*PLAIN.values(), *GAPPED.values()],
+    [*PLAIN.values(), *GAPPED.values(), Levels(UNEVEN)],
     ids=lambda levels: str(len(levels.numbers)),
 )
 @pytest.mark.parametrize("dtype", DTYPES)

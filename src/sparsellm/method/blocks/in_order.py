@@ -275,11 +275,11 @@ class _Fitting:
             with task.clock.phase("prune/solve"), naming(linear.name):
                 fit = least_squares(gram, cross, self.damping, prior=linear.weight())
             del cross
-            if fit is not None or task.changes(linear):
-                with means.kept(linear):
-                    self.solve(linear, gram, fit)
-            else:
-                self.solve(linear, gram)
+        if fit is not None or task.changes(linear):
+            with means.kept(linear):
+                self.solve(linear, gram, fit)
+        else:
+            self.solve(linear, gram)
 
     def _moments(
         self,

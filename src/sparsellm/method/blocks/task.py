@@ -31,6 +31,7 @@ from sparsepack.codes import text_of_exponents
 OWN_PAGES = 32 << 20
 LOST = 0.01  # the most kept weights, as a fraction of all, that may be too small for the dtype of the checkpoint
 COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
+ROUNDING = "rounding to"  # how the note of such a linear begins
 UNREACHED = "pruned by magnitude: no calibration token reached it, or all its inputs were 0"  # note in such a result
 
 
@@ -255,7 +256,7 @@ class BlockTask:
                     if gram is not None
                     else "added an error of"
                 )
-                notes = (*notes, f"rounding to {values} {more} {after:.3f}")
+                notes = (*notes, f"{ROUNDING} {values} {more} {after:.3f}")
         linear.assign(weight)
         # later passes would name the linears that read its outputs
         if linear.storage_dtype is torch.float16:

@@ -30,7 +30,8 @@ def _nearest(units, table, LOWEST, HIGHEST, EVEN: tl.constexpr, ZERO: tl.constex
     sign = (units > 0).to(tl.float32) - (units < 0).to(tl.float32)
     if EVEN:
         return rounded if ZERO else tl.where(rounded == 0, sign, rounded)
-    return tl.load(table + (rounded - LOWEST).to(tl.int32)) * tl.abs(sign)
+    number = tl.load(table + (rounded - LOWEST).to(tl.int32))
+    return number if ZERO else number * tl.abs(sign)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
