@@ -23,6 +23,7 @@ from sparsellm.arguments import RecipeGiven, checked
 from sparsellm.convert import check_packable, pack
 from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.evaluation.speed import compared_speed
+from sparsellm.files.contents import check_weights
 from sparsellm.files.directory import check_destination, check_place, differences
 from sparsellm.files.files import explained, has_digest, sha256
 from sparsellm.files.results import read_results
@@ -268,10 +269,13 @@ def _check_cell(pruned: Path, recipe: Recipe, dense: _Dense) -> None:
     """Refuses the directories of a cell if they hold anything but a run with its settings."""
     if _is_finished(pruned):
         _check_same(pruned, recipe, dense)
+        check_weights(pruned)
     else:
         check_destination(pruned)
     packed = packed_of(pruned)
-    if not _is_packed_from(packed, pruned):
+    if _is_packed_from(packed, pruned):
+        check_weights(packed)
+    else:
         check_destination(packed)
 
 
