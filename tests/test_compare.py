@@ -165,6 +165,38 @@ def test_other_settings_of_a_finished_cell_are_refused(
     )
 
 
+def test_another_calibration_text_of_the_same_name_is_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("The first text of this name. " * 400)
+    out = tmp_path / "out"
+    calibrated = {**SETTINGS, "calibration": str(words)}
+    cells = cells_of(calibrated, methods=["sparsellm", "wanda"], sparsities=[0.5])
+    first = grid(llama, out, cells=cells)
+    monkeypatch.setattr(api, "prune", Mock(side_effect=AssertionError))
+    words.write_bytes(words.read_bytes())  # the same text once more
+    assert grid(llama, out, cells=cells).cells == first.cells
+    words.write_text("Then another one. " * 400)
+    before = tree(out)
+    with pytest.raises(RecipeError) as refused:
+        grid(llama, out, cells=cells)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("cell sparsellm-0.5: ")
+    assert "another calibration text: the text words.txt has changed since" in line
+    assert tree(out) == before
+
+
+def test_more_windows_than_those_of_a_finished_cell_are_refused(
+    llama: Path, finished: Comparison
+) -> None:
+    cells = cells_of(
+        {**SETTINGS, "samples": 5}, methods=["sparsellm"], sparsities=[0.5]
+    )
+    with pytest.raises(RecipeError, match=r"samples is 4 there and 5 here"):
+        grid(llama, finished.out, cells=cells)
+
+
 def test_two_models_do_not_share_a_cell(
     llama: Path, finished: Comparison, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -20,6 +21,7 @@ from sparsellm.errors import DataError, MissingExtraError, RecipeError
 from sparsellm.evaluation.perplexity import Kept, measured
 from sparsellm.evaluation.speed import stamp
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
+from sparsellm.files.contents import weights_difference
 from sparsellm.files.resolve import checkpoint_directory, config_place
 from sparsellm.files.results import append_result
 from sparsellm.inputs import without_folders
@@ -57,6 +59,7 @@ from sparsellm.text.windows import (
     seq_len_of,
     windows_of_ids,
 )
+from sparsepack.errors import Note
 
 
 @checked
@@ -446,8 +449,12 @@ class Opened:
 
 @checked
 def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
-    """Zeros of every matrix in a checkpoint's blocks, read one by one; a SparseLLMError if it cannot be read."""
+    """Zeros of every matrix in a checkpoint's blocks, read one by one; a SparseLLMError if it cannot be read. A warning
+    says which weight files are not those that sparsellm wrote."""
     directory = checkpoint_directory(str(model))
+    difference = weights_difference(directory)
+    if difference is not None:
+        warnings.warn(difference, Note, stacklevel=2)
     chain = open_chain(
         directory,
         device=torch.device("cpu"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsellm.arguments import Checkpoint, Out, checked
 from sparsellm.errors import NumericalError, RecipeError, StorageError, shown
+from sparsellm.files.contents import check_weights
 from sparsellm.files.directory import (
     WorkingDirectory,
     check_destination,
@@ -132,7 +133,8 @@ def pack(
     Raises:
         RecipeError: a setting is unknown, the checkpoint is packed already, no linear of it is smaller packed, or its
             embedding has no int8 form.
-        ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
+        ModelError, StorageError: the checkpoint cannot be read, or has other weights than those that were pruned, or
+            ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
     """
     source, place = _places(model, out, PACK, overwrite=overwrite)
@@ -207,6 +209,8 @@ def _places(
     # before the model is downloaded
     check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
     source = checkpoint_directory(str(model))
+    # its records are copied
+    check_weights(source)
     packed = is_packed(read_object(source / "config.json"))
     if packed and kind == PACK:
         raise RecipeError(

@@ -18,6 +18,7 @@ import sparsellm
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
 from sparsellm.exports.gguf_file import _remove_torn
 from sparsellm.exports.template import Template, orders_of
+from sparsellm.files.contents import write_list
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.writer import write_shard
 from sparsellm.records import read_pruning
@@ -387,6 +388,7 @@ def test_a_weight_that_left_its_grid_leaves_no_file(tmp_path: Path) -> None:
     changed[key][0, :32] = torch.linspace(0.011, 0.123, 32)
     with shard.open("wb") as file:
         write_shard(file, changed)
+    write_list(directory, {})
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):
         exported(directory)
     with pytest.raises(StorageError, match=r"down_proj is not on the grid q4_0"):

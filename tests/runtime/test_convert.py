@@ -17,6 +17,7 @@ from by_hand import two_of_four
 from sparsellm import convert
 from sparsellm.app import tables
 from sparsellm.errors import RecipeError
+from sparsellm.files.contents import write_list
 from sparsepack.bench import resident_bytes
 from sparsepack.errors import FormatError
 from sparsepack.files import read_object
@@ -226,6 +227,7 @@ def test_reports_of_the_pruning_are_copied_byte_for_byte(
 ) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "dense"))
     (source / "pruning.json").write_bytes(b'{"note": "\xff"}\r\n')
+    write_list(source, {})
     packed = sparsellm.pack(source, out=tmp_path / "p").path
     for directory in (packed, sparsellm.unpack(packed, out=tmp_path / "again").path):
         assert (directory / "pruning.json").read_bytes() == (

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import sparsellm
 from by_hand import exponents_of, packed_of
+from sparsellm.files.contents import write_list
 from sparsepack import generation, native
 from sparsepack.codes import text_of_exponents
 from sparsepack.decode import Decoder, decodes
@@ -70,6 +71,7 @@ def packed_model(
         (source / "pruning.json").write_text(
             json.dumps({"values": values, "sparsity_asked": 0.5, "linears": linears})
         )
+        write_list(source, {})
     return sparsellm.pack(source, out=out / "packed", values=values, head=head).path
 
 

@@ -115,15 +115,21 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
 
 
 def _check_sizes(path: Path) -> None:
-    """Refuses a config for which transformers would build modules for hours, before it does."""
+    """Refuses a config for which transformers would build modules for hours, before it does; and a tensor in two files,
+    of which transformers takes the one that it reads last."""
     config = read_object(path / "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, str] = {}
     for file in weight_files(path)[0]:
         with opened_weights(file, "np") as opened:
-            shapes |= {
-                name: tuple(opened.get_slice(name).get_shape())
-                for name in opened.keys()  # noqa: SIM118 - not a mapping
-            }
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                if name in found:
+                    raise FormatError(
+                        f"tensor {name} is in both {found[name]} and {file.name} of {path}; keep the files of one "
+                        "checkpoint only"
+                    )
+                found[name] = file.name
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
     text = config.get("text_config")
     if isinstance(text, dict):
         config |= text

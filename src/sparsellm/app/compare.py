@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import SkipValidation
 
 from sparsellm import api, parallel
@@ -22,9 +23,11 @@ from sparsellm.arguments import RecipeGiven, checked
 from sparsellm.convert import check_packable, pack
 from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.evaluation.speed import compared_speed
+from sparsellm.files.contents import check_weights
 from sparsellm.files.directory import check_destination, check_place, differences
 from sparsellm.files.files import explained, has_digest, sha256
 from sparsellm.files.results import read_results
+from sparsellm.inputs import without_folders
 from sparsellm.method.blocks import METHODS
 from sparsellm.method.experts import SCORES
 from sparsellm.method.experts.fewer import FewerExperts
@@ -49,7 +52,9 @@ from sparsellm.report.comparison import (
 from sparsellm.report.document import check_page
 from sparsellm.run.choice import choice_for
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.text.sources import default_source
+from sparsellm.run.opening import Models
+from sparsellm.run.plan import Request, draw_windows
+from sparsellm.text.sources import SELF, default_source, shares_of
 from sparsepack.bench import Rounds, check_positions
 from sparsepack.errors import UserError
 
@@ -57,6 +62,8 @@ PAGE = "compare.html"  # the page of a comparison
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
 # Fields that no bit depends on, or that a run settles by its model and text
 NOT_COMPARED = {"memory", "device_memory", "samples", "seq_len"}
+# Fields that the windows of a text depend on, next to the sets and passes that the method asks for
+DRAWN_BY = {"calibration", "samples", "seq_len", "seed", "bos", "sweep_tokens"}
 AnyNumber = Annotated[float, SkipValidation]  # the recipe checks it
 
 
@@ -146,7 +153,8 @@ def compare(  # noqa: PLR0913 - the Python door
 
     Args:
         model, progress: as in :func:`sparsellm.prune`, the model by name; none with code of its own.
-        out: the directory; an earlier comparison in it goes on.
+        out: the directory; an earlier comparison in it goes on. Calibration texts are read again, to compare them
+            with what its finished runs have read.
         cells: the recipe of each cell by the name of its directory, as :func:`cells_of` makes them.
         text, seq_len, max_tokens: those of :func:`sparsellm.evaluate`.
         speed: whether the speed of decoding is measured too.
@@ -154,7 +162,7 @@ def compare(  # noqa: PLR0913 - the Python door
 
     Raises:
         SparseLLMError: a recipe, the model or the text is wrong; ``out`` or the directory of a cell is refused as that
-            of :func:`sparsellm.prune`, or holds a finished run of other settings.
+            of :func:`sparsellm.prune`, or holds a finished run of other settings, or of another calibration text.
     """
     place = check_place(out)
     _check_asked(cells, speed)
@@ -179,6 +187,7 @@ def compare(  # noqa: PLR0913 - the Python door
         windows=tokens_fingerprint(windows),
     )
     parallel.from_main(partial(_check_places, place, cells, dense))
+    _check_texts(place, cells, dense, progress)
     measured: list[Measured] = []
     for number, (name, recipe) in enumerate(cells.items(), 1):
         title = f"{number}/{len(cells)} {name}"
@@ -260,10 +269,13 @@ def _check_cell(pruned: Path, recipe: Recipe, dense: _Dense) -> None:
     """Refuses the directories of a cell if they hold anything but a run with its settings."""
     if _is_finished(pruned):
         _check_same(pruned, recipe, dense)
+        check_weights(pruned)
     else:
         check_destination(pruned)
     packed = packed_of(pruned)
-    if not _is_packed_from(packed, pruned):
+    if _is_packed_from(packed, pruned):
+        check_weights(packed)
+    else:
         check_destination(packed)
 
 
@@ -297,6 +309,90 @@ def _check_same(pruned: Path, recipe: Recipe, dense: _Dense) -> None:
         raise RecipeError(
             f"{pruned} was made with other settings: {change}; give another --out, or the same settings"
         )
+
+
+def _check_texts(
+    place: Path,
+    cells: Mapping[str, Recipe],
+    dense: _Dense,
+    progress: ProgressCallback,
+) -> None:
+    """Refuses finished cells that read other token ids than their recipes give today. All processes call this."""
+    drawn: dict[str, Settings] = {}
+    for name, recipe in cells.items():
+        finished = partial(_is_finished, place / name)
+        if not parallel.from_main(finished) or _is_written(recipe):
+            continue
+        with _naming(name):
+            asked = _calibration_of(recipe, dense, drawn, progress)
+            check = partial(_check_text, place / name, recipe, asked)
+            parallel.from_main(check)
+
+
+def _is_written(recipe: Recipe) -> bool:
+    """Whether the text cannot be read again: the model writes it alone, or wrote a part after experts were removed."""
+    sources = shares_of(recipe.calibration or "")
+    return SELF in sources and (len(sources) == 1 or recipe.experts is not None)
+
+
+def _calibration_of(
+    recipe: Recipe,
+    dense: _Dense,
+    drawn: dict[str, Settings],
+    progress: ProgressCallback,
+) -> Settings:
+    """The number and the length of the calibration windows that a run of a recipe would read, and the digest of all its
+    token ids. ``drawn`` keeps it for further recipes that read the same."""
+    opened = dense.opened
+    chain = opened.chain
+    teacher = None
+    if recipe.experts is not None:
+        chain = FewerExperts(opened.chain, recipe.experts).chain
+        teacher = opened.chain
+    choice = choice_for(chain, recipe, taught=teacher is not None)
+    drawn_by = recipe.model_dump(include=DRAWN_BY)
+    key = str([drawn_by, choice.sets, choice.passes, teacher is not None])
+    if key in drawn:
+        return drawn[key]
+    models = Models(
+        chain,
+        start=None,
+        teacher=teacher,
+        directory=opened.directory,
+        dense=opened.directory,
+        in_memory=None,
+        tokenizer=opened.tokenizer,
+        sources=(),
+        trust=False,
+    )
+    windows, _ = draw_windows(Request(dense.model, recipe), choice, models, progress)
+    every = torch.cat([*windows.sets, windows.fresh])
+    drawn[key] = {
+        "samples": len(windows.first),
+        "seq_len": windows.first.shape[1],
+        "calibration_tokens": tokens_fingerprint(every),
+    }
+    return drawn[key]
+
+
+def _check_text(pruned: Path, recipe: Recipe, asked: Settings) -> None:
+    """Raises RecipeError if a finished run read other token ids than those that are ``asked`` for now."""
+    run = read_pruning(pruned)
+    known: Settings = {
+        "samples": run.recipe.get("samples"),
+        "seq_len": run.recipe.get("seq_len"),
+        "calibration_tokens": run.identity.get("calibration_tokens"),
+    }
+    if known == asked:
+        return
+    change = next(differences(known, asked))
+    if change.startswith("calibration_tokens"):
+        change = (
+            f"the text {without_folders(str(recipe.calibration))} has changed since"
+        )
+    raise RecipeError(
+        f"{pruned} was made with another calibration text: {change}; give another --out, or the same text"
+    )
 
 
 def _run(

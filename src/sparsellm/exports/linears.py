@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import ModelError, RecipeError, StorageError, shown
+from sparsellm.files.contents import check_weights
 from sparsellm.files.reader import CheckpointReader, as_storage_error
 from sparsellm.model import Chain, open_chain
 from sparsellm.records import PRUNING, PUT_BACK, Pruning, read_pruning
@@ -64,11 +65,13 @@ class OnGrid:
 
 def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
     """A checkpoint that was pruned on some of these grids. A RecipeError says that it is on another grid, or none; a
-    ModelError or StorageError that it cannot be read, files contradict each other, or a linear is part of a tensor."""
+    ModelError or StorageError that it cannot be read, its weights are not those that were pruned, files contradict each
+    other, or a linear is part of a tensor."""
     if not (directory / PRUNING).is_file():
         raise StorageError(
             f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune --grid` wrote"
         )
+    check_weights(directory)
     chain = open_chain(directory, device=torch.device("cpu"))
     run = read_pruning(directory)
     types = {run.values_of(linear) for linear in run.linears} or {run.values}

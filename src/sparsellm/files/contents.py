@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from sparsellm.errors import StorageError, some
 from sparsellm.files.files import (
     TORN,
     has_digest,
@@ -23,11 +24,14 @@ from sparsellm.files.files import (
     sha256,
     write_bytes,
 )
+from sparsepack.files import INDEX
 
 LIST = "sparsellm-files.json"  # file → its SHA-256, and, after it was replaced, that of the file before it
 # What commands write into a complete checkpoint.
 LATER = ("results.json", "README.md", "report.html")
 
+# A directory with one of them is a result, and has numbers.
+_RECORDS = ("pruning.json", "packed.json")
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # What the tokenizers of transformers read, and what else belongs to a model next to its config and weights.
 COMPANIONS = re.compile(
@@ -71,12 +75,58 @@ def foreign_entries(directory: Path) -> list[str]:
     def ours(name: str, path: Path) -> bool:
         if name == LIST:
             return bool(known)
-        status = path.stat()
-        stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        return name in known and _digest(path, stamp) in known[name]
+        return name in known and _digest_of(path) in known[name]
 
     others = _others(directory, ours)
     return [f"{name} (changed)" if name in known else name for name in others]
+
+
+def check_weights(directory: Path) -> None:
+    """Raises StorageError, with the weight files that differ, if a result has other weights than those that its numbers
+    are of. Whatever shows or keeps a number of a result calls this; see :func:`weights_difference`."""
+    difference = weights_difference(directory)
+    if difference is not None:
+        raise StorageError(
+            f"{difference}; put the old files back, or save the new model in a directory of its own"
+        )
+
+
+def weights_difference(directory: Path) -> str | None:
+    """Which weight files of a result are not in its list, or have another digest, as a clause; None if none differ.
+
+    A directory without the records of a result has no numbers, and nothing is compared. Names are compared before
+    contents, and contents are read once in a process, as long as size and times of a file are the same."""
+    if not any((directory / name).is_file() for name in _RECORDS):
+        return None
+    # In a snapshot of the hub all files are links.
+    listed = kept_record(directory / LIST, dict[str, list[str]])
+    if listed is None:
+        return f"{directory} has no readable {LIST}, which shows whether its weights are those that its numbers are of"
+    known = {name: listed[name] for name in listed if _is_weights(name)}
+    there = {path.name: path for path in directory.iterdir() if _is_weights(path.name)}
+    changed = [f"{name} (new)" for name in sorted(there.keys() - known.keys())]
+    changed += [f"{name} (missing)" for name in sorted(known.keys() - there.keys())]
+    if not changed:
+        changed = [
+            f"{name} (changed)"
+            for name, path in sorted(there.items())
+            if not _has_one_of(path, known[name])
+        ]
+    if not changed:
+        return None
+    return f"{directory} has other weights than those that its numbers are of: {some(changed, 3)}"
+
+
+def _is_weights(name: str) -> bool:
+    return name == INDEX or WEIGHTS.fullmatch(name) is not None
+
+
+def _has_one_of(path: Path, digests: list[str]) -> bool:
+    """Whether a file can be read and has one of these digests."""
+    try:
+        return _digest_of(path) in digests
+    except OSError:
+        return False
 
 
 def unknown_entries(directory: Path) -> list[str]:
@@ -151,6 +201,12 @@ def _others(directory: Path, ours: Callable[[str, Path], bool]) -> list[str]:
         )
 
     return sorted(path.name for path in directory.iterdir() if not known(path))
+
+
+def _digest_of(path: Path) -> str:
+    """The SHA-256 of a file, as :func:`_digest`."""
+    status = path.stat()
+    return _digest(path, (status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
 
 @lru_cache(maxsize=1 << 12)

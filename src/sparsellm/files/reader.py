@@ -58,7 +58,8 @@ class CheckpointReader:
 
     Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened. Files are read, never
     mapped: a mapped file that is truncated ends the process with SIGBUS. ``files`` None: all of the checkpoint. Raises
-    StorageError if there are no safetensors weights, an index names a missing file, or a header is broken."""
+    StorageError if there are no safetensors weights, an index names a missing file, a tensor is in two files (also if
+    the index names one of them: transformers takes the other), or a header is broken."""
 
     def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory
@@ -66,17 +67,18 @@ class CheckpointReader:
             known = (files, {}) if files is not None else weight_files(directory)
         self.files, file_of = known
         self._stored: dict[str, _Stored] = {}
+        found: dict[str, str] = {}  # file names by tensor
         for file in self.files:
             for name, stored in _header(file).items():
-                if file_of.get(name, file.name) != file.name:
-                    continue  # the index names another shard for it
-                if name in self._stored:
-                    other = self._stored[name].file.name
+                if name in found:
                     raise StorageError(
-                        f"tensor {name} is in both {other} and {file.name} of {directory}; keep the files of one "
+                        f"tensor {name} is in both {found[name]} and {file.name} of {directory}; keep the files of one "
                         "checkpoint only"
                     )
-                self._stored[name] = stored
+                found[name] = file.name
+                # one that the index expects in another file is missing there
+                if file_of.get(name, file.name) == file.name:
+                    self._stored[name] = stored
         self._digests: dict[str, str] = {}
         self._verified: set[str] = set()
         self._one_large = Lock()

@@ -12,7 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparsellm.errors import StorageError
-from sparsellm.files.contents import LATER, changing, listed_files
+from sparsellm.files.contents import (
+    LATER,
+    changing,
+    check_weights,
+    listed_files,
+    weights_difference,
+)
 from sparsellm.records import (
     PRUNING,
     RESULTS,
@@ -29,7 +35,7 @@ _ADVICE = "move the file elsewhere, or give --no-save"
 
 def place_of_results(directory: str) -> Path | None:
     """The directory if results are kept in it, because sparsellm wrote it. Raises StorageError if they would be, but it
-    cannot be written, or its results.json cannot be read."""
+    cannot be written, its results.json cannot be read, or its weights are not those that sparsellm wrote."""
     # What cannot be a path is refused as a model.
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         place = Path(directory).expanduser()
@@ -38,6 +44,11 @@ def place_of_results(directory: str) -> Path | None:
             if not os.access(place, os.W_OK | os.X_OK):
                 raise StorageError(
                     f"{place} cannot be written, and results are kept in it; give --no-save"
+                )
+            difference = weights_difference(place)
+            if difference is not None:
+                raise StorageError(
+                    f"{difference}, and results are kept in it; give --no-save"
                 )
             return place
     return None
@@ -85,8 +96,9 @@ def append_result(
     """Appends one record to results.json, which is replaced atomically, and returns the path of that file.
 
     The directory is locked from reading to writing, so that no record is lost if two processes append at once. Raises
-    StorageError if the file cannot be read or written."""
+    StorageError if the file cannot be read or written, or the weights are not those that sparsellm wrote."""
     with changing(directory) as write:
+        check_weights(directory)
         results = read_results(directory)
         match record:
             case Evaluation():

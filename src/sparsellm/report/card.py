@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsellm.arguments import Checkpoint, checked
 from sparsellm.errors import StorageError
-from sparsellm.files.contents import changing
+from sparsellm.files.contents import changing, check_weights
 from sparsellm.files.results import read_results
 from sparsellm.inputs import HUB_ID, dump_yaml, read_object, without_folders
 from sparsellm.patterns import parse_chosen
@@ -73,10 +73,12 @@ def card(directory: Checkpoint) -> Path:
 
     Raises:
         StorageError: the checkpoint has no ``pruning.json``, no evaluation or export in ``results.json``, a damaged
-            file, or a card that somebody else wrote or edited. Nothing is written."""
+            file, other weights than those that were pruned, or a card that somebody else wrote or edited. Nothing is
+            written."""
     directory = Path(directory).expanduser()
     path = directory / CARD
     run = read_pruning(directory)
+    check_weights(directory)
     results = read_results(directory)
     if not results.evaluations and not results.exports:
         raise StorageError(

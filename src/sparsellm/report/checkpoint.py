@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsellm.errors import StorageError
+from sparsellm.files.contents import check_weights
 from sparsellm.files.reader import as_storage_error
 from sparsellm.files.results import read_results
 from sparsellm.inputs import without_folders
@@ -73,10 +74,12 @@ class Checkpoint:
 def read_checkpoint(
     directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None
 ) -> Checkpoint:
-    """What a pruned checkpoint says of itself; ``name`` replaces the directory in commands. What ``prune`` has not
-    written, or cannot be read, is a StorageError."""
+    """What a pruned checkpoint says of itself. ``name`` is the later name of one that is not complete yet, which has no
+    list of files. What ``prune`` has not written, has other weights, or cannot be read, is a StorageError."""
     place = Path(directory).expanduser()
     pruning = read_pruning(place)
+    if name is None:
+        check_weights(place)
     if not pruning.linears:
         raise StorageError(
             f"{place / PRUNING}: linears is []; there is nothing to report"

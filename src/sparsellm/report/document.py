@@ -49,10 +49,11 @@ def write_report(
     Args:
         directory: the checkpoint.
         out: the file; ``report.html`` in the directory if None. A report of ours is replaced.
-        name: the directory in the commands on the page, if it will have another name.
+        name: the directory in the commands on the page, if it is not complete yet and will have another name.
 
     Raises:
-        StorageError: the directory has no ``pruning.json``, a file in it cannot be read, or ``out`` is refused.
+        StorageError: the directory has no ``pruning.json``, or other weights than those that were pruned; a file in it
+            cannot be read; or ``out`` is refused.
         MissingExtraError: the chart library is not installed.
     """
     record = read_checkpoint(directory, name)
