@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from sparsellm.model import Chain, open_chain
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.records import PRUNING, PUT_BACK, read_pruning
+from sparsellm.records import PRUNING, PUT_BACK, Pruning, read_pruning
 from sparsellm.report.card import CARD, card_text
 from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
@@ -40,12 +41,14 @@ from sparsepack.checkpoint import (
     quantization_config,
 )
 from sparsepack.codes import GROUPED, exponents_of_text
+from sparsepack.errors import Note
 from sparsepack.grid import INTEGERS
 from sparsepack.grids import GRIDS
 from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
 Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"]
+Head = Literal["keep", "int8"]
 # The two kinds of runs.
 PACK = "pack"
 UNPACK = "unpack"
@@ -67,7 +70,7 @@ class PackResult:
     expert_weights: int = (
         0  # weights of experts, which stay dense and are not counted above
     )
-    # linears whose values were not on their integer grid
+    # linears whose values were not on the grid of integers before
     rounded: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, object]:
@@ -85,8 +88,21 @@ class PackResult:
         }
 
 
-def check_packable(recipe: Recipe) -> None:
-    """Raises RecipeError if what a recipe makes has no packed form."""
+@dataclass(frozen=True)
+class _Form:
+    """How the values of one linear are packed."""
+
+    values: str
+    # what a run that rounded them recorded: the exponent of each column, and the
+    # columns that share a scale on the grid of another program
+    exponents: Tensor | None = None
+    group: int | None = None
+
+
+def check_packable(recipe: Recipe, head: str | None = None) -> None:
+    """Raises RecipeError if what a recipe makes has no packed form, or ``head`` is none of :func:`pack`."""
+    if head not in (None, *get_args(Head)):
+        raise RecipeError(f"--head is {shown(head)}; it should be keep or int8")
     if recipe.grid != "own" and recipe.values == "int8":
         raise RecipeError(
             f"grid {recipe.grid} has no packed form in int8; export the result, and do not pack it"
@@ -94,12 +110,13 @@ def check_packable(recipe: Recipe) -> None:
 
 
 @checked
-def pack(
+def pack(  # noqa: PLR0913 - the Python door
     model: Checkpoint,
     *,
     out: Out,
-    values: Values = "keep",
-    head: Literal["keep", "int8"] = "keep",
+    values: Values | None = None,
+    head: Head | None = None,
+    round_again: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     allow_copy: bool = False,
@@ -107,27 +124,33 @@ def pack(
 ) -> PackResult:
     """Writes a packed checkpoint: linears of the blocks, except experts, in the smallest form (dense, bitmask or N:M).
 
-    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); integers quantise the kept
-    values. All else is copied. If it fails, no files are left.
+    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer). Integers that a run rounded
+    to are exact too; other values are rounded to the nearest ones. All else is copied. If it fails, no files are left.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out, overwrite, progress: as in :func:`sparsellm.prune`.
-        values: type of the kept values; ``keep`` for the type in which each weight is stored.
-        head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
+        values: type of the kept values; ``keep`` for the type in which each weight is stored. None takes the type to
+            which the run rounded each linear, by ``pruning.json``, and ``keep`` where it rounded none.
+        head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them. None means ``int8`` where
+            linears are stored as integers and the embedding has such a form, else ``keep``.
+        round_again: allow another type than the one to which the run rounded, which loses quality.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
         allow_copy: write a dense copy if no linear is smaller packed.
 
     Raises:
-        RecipeError: a setting is unknown, the checkpoint is packed already, no linear of it is smaller packed, or its
-            embedding has no int8 form.
+        RecipeError: a setting is unknown, the checkpoint is packed already, its values would be rounded a second time,
+            no linear of it is smaller packed, or its embedding has no int8 form.
         ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
     """
     source, place = _places(model, out, PACK, overwrite=overwrite)
     chain = open_chain(source, device=torch.device("cpu"))
     result = PackResult(place)
-    group, exponents = _rounding(chain, source, values)
+    forms = _forms(chain, source, values, round_again=round_again)
+    rounds = any(form.values in INTEGERS for form in forms.values())
+    if head is None:
+        head = _usual_head(chain, rounds=rounds)
     assert chain.reader is not None
     # with any value type, no linear takes more space than its dense weight
     need = chain.reader.bytes
@@ -141,9 +164,7 @@ def pack(
         writer.write_shard(len(chain), outer)
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
-            writer.write_shard(
-                index, _packed_block(chain, index, values, group, exponents, result)
-            )
+            writer.write_shard(index, _packed_block(chain, index, forms, result))
         progress(Progress("pack", len(chain), len(chain)))
         if not (allow_copy or result.head or any(result.linears.values())):
             why = "no linear in its blocks is smaller packed than dense"
@@ -271,27 +292,55 @@ def _named(key: str) -> Iterator[None]:
         raise NumericalError(f"{key}: {error}") from None
 
 
-def _outside_blocks(
-    chain: Chain, result: PackResult
-) -> dict[str, TensorSource | Tensor]:
-    """The tensors outside the blocks, embedding and head in int8, by name; adds the entries of these to ``result``."""
-    assert chain.reader is not None
-    tensors: dict[str, TensorSource | Tensor] = {**chain.outer_tensors()}
+def _heads(chain: Chain) -> Iterator[tuple[nn.Module, str]]:
+    """Embedding and output head, with the name that each weight has in the checkpoint. One that the model does not
+    have, or that is stored as the other, is left out."""
     names = {id(module): name for name, module in chain.model.named_modules()}
+    seen = set()
     for module in (
         chain.model.get_input_embeddings(),
         chain.model.get_output_embeddings(),
     ):
         key = chain.key_of.get(f"{names.get(id(module))}.weight")
-        # tied: stored once
-        if key is None or key.removesuffix(".weight") in result.head:
-            continue
-        # tied, and stored twice
-        if result.head and module.weight is chain.model.get_input_embeddings().weight:
+        if key is not None and key not in seen:
+            seen.add(key)
+            yield module, key
+
+
+def _has_int8(module: nn.Module, key: str) -> bool:
+    known = type(module) is nn.Linear or row_scale(module) is not None
+    return known and key.endswith(".weight")
+
+
+def _usual_head(chain: Chain, *, rounds: bool) -> Head:
+    """The type of embedding and head where none is asked for: int8 if linears are rounded to integers. A warning says
+    that this embedding stays as it is, since it has no such form."""
+    if not rounds:
+        return "keep"
+    for module, key in _heads(chain):
+        if not _has_int8(module, key):
+            said = (
+                f"{key} is stored as it is: a {type(module).__name__} has no int8 form"
+            )
+            warnings.warn(said, Note, stacklevel=2)
+            return "keep"
+    return "int8"
+
+
+def _outside_blocks(
+    chain: Chain, result: PackResult
+) -> dict[str, TensorSource | Tensor]:
+    """The tensors outside the blocks by name, with embedding and head in int8. Adds the entries of these two to
+    ``result``."""
+    assert chain.reader is not None
+    tensors: dict[str, TensorSource | Tensor] = {**chain.outer_tensors()}
+    embedding = chain.model.get_input_embeddings()
+    for module, key in _heads(chain):
+        # a head that is tied to the embedding, and stored a second time
+        if result.head and module.weight is embedding.weight:
             del tensors[key]
             continue
-        known = type(module) is nn.Linear or row_scale(module) is not None
-        if not known or not key.endswith(".weight"):
+        if not _has_int8(module, key):
             raise RecipeError(
                 f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep"
             )
@@ -304,46 +353,90 @@ def _outside_blocks(
     return tensors
 
 
-def _rounding(
-    chain: Chain, directory: Path, values: str
-) -> tuple[int | None, dict[str, Tensor]]:
-    """How the run that wrote a checkpoint rounded values of this type, if it did: the columns that share a scale on the
-    grid of another program, and the exponents of columns, by linear. A RecipeError if the packed format does not have
-    that grid, a StorageError if the exponents do not fit the model."""
+def recorded_type(run: Pruning, linear: str) -> str:
+    """The type to which a run rounded the values of a linear, by its name; ``keep`` if it rounded none of them."""
+    if any(result.name == linear for result in run.linears):
+        return run.values
+    return "keep"
+
+
+def _forms(
+    chain: Chain, directory: Path, values: Values | None, *, round_again: bool
+) -> dict[str, _Form]:
+    """How each linear of the blocks, except experts, is packed, by name; ``values`` and ``round_again`` as in
+    :func:`pack`. A RecipeError if the packed format has no such form, or values would be rounded a second time; a
+    StorageError if what the run recorded does not fit the model."""
     path = directory / PRUNING
-    exponents: dict[str, Tensor] = {}
-    if (
-        values not in INTEGERS
-        or not path.is_file()
-        or (pruning := read_pruning(directory)).values != values
-    ):
-        return None, exponents
-    grid = GRIDS.get(pruning.grid)
-    if grid is not None and values not in GROUPED:
+    views = {
+        view.name: view for index in range(len(chain)) for view in chain.linears(index)
+    }
+    names = [
+        name
+        for name, view in views.items()
+        if not isinstance(view.module, ExpertLinear)
+    ]
+    # to keep every value loses nothing, whatever a run did
+    if values == "keep" or not path.is_file():
+        return dict.fromkeys(names, _Form(values or "keep"))
+    run = read_pruning(directory)
+    columns = {name: view.in_features for name, view in views.items()}
+    exponents = _exponents(run, columns, path)
+    forms: dict[str, _Form] = {}
+    for name in names:
+        recorded = recorded_type(run, name)
+        if recorded not in ("keep", *INTEGERS):
+            raise StorageError(
+                f"{path}: values of {name} are {shown(recorded)}, which is unknown; {PUT_BACK}"
+            )
+        asked = values or recorded
+        if recorded == "keep" or (asked != recorded and round_again):
+            forms[name] = _Form(asked)
+        elif asked == recorded:
+            group = _group(directory, run, recorded)
+            forms[name] = _Form(recorded, exponents.get(name), group)
+        else:
+            raise RecipeError(
+                f"{directory} was rounded to {recorded} while it was pruned, and {asked} would round it again; leave "
+                "--values out, or give --round-again to accept the loss"
+            )
+    return forms
+
+
+def _group(directory: Path, run: Pruning, values: str) -> int | None:
+    """The columns that share a scale on the grid of another program to which a run rounded; None for our own grid. A
+    RecipeError if the packed format does not have that grid."""
+    grid = GRIDS.get(run.grid)
+    if grid is None:
+        return None
+    if values not in GROUPED:
         raise RecipeError(
             f"{directory} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of the packed "
             f"format begins at {grid.lowest + 1}; pack it with values keep, or export it"
         )
-    columns = {
-        linear.name: linear.in_features
-        for index in range(len(chain))
-        for linear in chain.linears(index)
-    }
-    for linear in pruning.linears:
-        if (numbers := exponents_of_text(linear.exponents)) is not None:
-            if (expected := columns.get(linear.name, "no such linear")) != len(numbers):
-                mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
-                raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
-            exponents[linear.name] = numbers
-    return None if grid is None else grid.group, exponents
+    return grid.group
+
+
+def _exponents(
+    run: Pruning, columns: Mapping[str, int], path: Path
+) -> dict[str, Tensor]:
+    """The exponents of columns that a run recorded, by linear; ``columns`` are those of each linear in the model."""
+    exponents: dict[str, Tensor] = {}
+    for linear in run.linears:
+        numbers = exponents_of_text(linear.exponents)
+        if numbers is None:
+            continue
+        expected = columns.get(linear.name, "no such linear")
+        if expected != len(numbers):
+            mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
+            raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
+        exponents[linear.name] = numbers
+    return exponents
 
 
 def _packed_block(
     chain: Chain,
     index: int,
-    values: str,
-    group: int | None,
-    exponents: dict[str, Tensor],
+    forms: Mapping[str, _Form],
     result: PackResult,
 ) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
@@ -360,13 +453,14 @@ def _packed_block(
         else:
             weight = stored
         name = key.removesuffix(".weight")
+        form = forms[linear.name]
         packed = None
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
             with _named(key):
                 packed = layout.pack(
-                    weight, values, exponents=exponents.get(linear.name), group=group
+                    weight, form.values, exponents=form.exponents, group=form.group
                 )
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
@@ -377,7 +471,7 @@ def _packed_block(
         result.linears[name] = entry
         if (
             packed is not None
-            and values in INTEGERS
+            and form.values in INTEGERS
             and not torch.equal(layout.unpack(packed, weight.dtype), weight)
         ):
             result.rounded.append(name)

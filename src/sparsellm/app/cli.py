@@ -155,6 +155,15 @@ _VERSION = typer.Option(
 )
 
 
+_HEAD = option(
+    "--head TYPE",
+    "Embedding and output head of a packed model: keep (as stored) or int8.",
+    use.VALUES,
+    shown="int8 where values are rounded, else keep",
+    values=("keep", "int8"),
+)
+
+
 @app.callback()
 def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     if process.count() > 1 and context.invoked_subcommand not in (
@@ -173,7 +182,7 @@ def _check_pack(
     """Refuses a directory to pack into, before the run."""
     from sparsellm import parallel
     from sparsellm.files.directory import check_destination, checkpoints_among, resolved
-    from sparsellm.records import PRUNING, read_pruning
+    from sparsellm.records import PRUNING
 
     if resolved(pack) == resolved(out):
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
@@ -185,10 +194,9 @@ def _check_pack(
         )
     )
     if parallel.from_main(partial(os.path.isfile, out / PRUNING)) and not overwrite:
-        values = ["--values", parallel.from_main(lambda: read_pruning(out).values)]
-        again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack), *values])}` packs it"
+        again = shlex.join(["sparsellm", "pack", str(out), "--out", str(pack)])
         raise RecipeError(
-            f"{out} is a complete checkpoint: {again}; --overwrite prunes it again"
+            f"{out} is a complete checkpoint: `{again}` packs it; --overwrite prunes it again"
         )
     if options["trust_remote_code"]:
         raise RecipeError(
@@ -210,6 +218,7 @@ def _check_pack(
         "--pack DIR",
         "Also pack the result into DIR, measure that against MODEL, and write its report.",
     ),
+    _HEAD,
     flag(
         "--dry-run",
         "Refuse what the run would refuse, print what it needs, and write nothing.",
@@ -231,6 +240,7 @@ def prune(
     verbose: bool,
     progress: Any,
     pack: Path | None = None,
+    head: Any = None,
     **options: Any,
 ) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
@@ -245,7 +255,11 @@ def prune(
     dense = options.get("teacher", model)
     if pack is not None:
         _check_pack(pack, out, [model, dense], options)
-        check_packable(recipe)
+        check_packable(recipe, head)
+    elif head is not None:
+        raise RecipeError(
+            f"--head {head} is of the packed model; give --pack DIR, or leave it out"
+        )
     if options.pop("dry_run"):
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
         return prediction.model_dump(mode="json"), lambda: tables.print_prediction(
@@ -282,7 +296,7 @@ def prune(
         }
         with parallel.alone():
             packed, evaluation = api.pack_and_measure(
-                run, pack, text, dense, progress, **window
+                run, pack, text, dense, progress, head=head, **window
             )
             try:
                 api.keep_results(pack, [evaluation])
@@ -611,22 +625,23 @@ def demo(
 @_command(
     use.ONE_MODEL,
     use.out("Directory of the packed checkpoint."),
-    keeping(
+    option(
         "--values TYPE",
         "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
         use.VALUES,
+        shown="as the run rounded them, else keep",
         values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
     ),
-    keeping(
-        "--head TYPE",
-        "Embedding and output head: keep (as stored) or int8.",
+    _HEAD,
+    flag(
+        "--round-again",
+        "Allow another type than the run rounded to, which loses quality.",
         use.VALUES,
-        values=("keep", "int8"),
     ),
     *use.WRITING,
     examples=(
         "sparsellm pack pruned --out packed",
-        "sparsellm pack pruned --out packed --values int8",
+        "sparsellm pack pruned --out packed --values int8 --head keep",
     ),
 )
 def pack(model: str, progress: Any, **options: Any) -> Printed:
