@@ -241,6 +241,14 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pruned(wide_llama(), place, "q4_0")
 
 
+def pipe(place: Path) -> Path:
+    """A pipe that nobody writes to."""
+    path = place / "pipe"
+    if not path.exists():
+        os.mkfifo(path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("like", "said"),
     [
@@ -259,6 +267,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"other\.gguf is of another model: it has 3 blocks, not 2; give the",
         ),
         (lambda place: place / "none.gguf", r"none\.gguf' is not a readable GGUF file"),
+        (lambda place: place, r"ready0' is not a readable GGUF file: .*directory"),
+        (pipe, r"pipe' is not a readable GGUF file: .* is not an ordinary file"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(
