@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,7 +23,7 @@ from sparsellm.files.directory import (
 )
 from sparsellm.files.reader import PackedReader
 from sparsellm.files.resolve import checkpoint_directory
-from sparsellm.files.writer import CheckpointWriter, TensorSource, written
+from sparsellm.files.writer import CheckpointWriter, TensorSource, joined, written
 from sparsellm.inputs import read_object
 from sparsellm.model import Chain, open_chain
 from sparsellm.model.experts import ExpertLinear
@@ -157,14 +158,21 @@ def pack(  # noqa: PLR0913 - the Python door
     work = WorkingDirectory(
         place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need
     )
-    with _written(work, len(chain) + 1, source, result) as writer:
+    # packed, no part is larger than it is now
+    shards = joined(chain.stored_bytes())
+    with _written(work, len(shards), source, result) as writer:
         outer: Mapping[str, TensorSource | Tensor] = chain.outer_tensors()
         if head == "int8":
             outer = _outside_blocks(chain, result)
-        writer.write_shard(len(chain), outer)
-        for index in range(len(chain)):
-            progress(Progress("pack", index, len(chain), chain.block_names[index]))
-            writer.write_shard(index, _packed_block(chain, index, forms, result))
+        for shard, parts in enumerate(shards):
+            tensors: dict[str, TensorSource | Tensor] = {}
+            for index in parts:
+                if index == len(chain):
+                    tensors |= outer
+                    continue
+                progress(Progress("pack", index, len(chain), chain.block_names[index]))
+                tensors |= _packed_block(chain, index, forms, result)
+            writer.write_shard(shard, tensors)
         progress(Progress("pack", len(chain), len(chain)))
         if not (allow_copy or result.head or any(result.linears.values())):
             why = "no linear in its blocks is smaller packed than dense"
@@ -186,9 +194,8 @@ def unpack(
     """Writes the dense checkpoint of a packed one; floating values are exact. Arguments, errors: see :func:`pack`."""
     source, place = _places(directory, out, UNPACK, overwrite=overwrite)
     reader = _checked_reader(source)
-    shards: dict[str, list[str]] = {}
-    for name in reader:
-        shards.setdefault(reader.file_of(name).name, []).append(name)
+    names = list(reader)
+    shards = joined([reader.bytes_of(name) for name in names])
     weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
     size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
     result = PackResult(place, dict.fromkeys(reader.entries), size, size, weights)
@@ -199,11 +206,24 @@ def unpack(
         restart=restart,
         need_bytes=reader.bytes,
     )
+    done = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        progress(Progress("unpack", done, len(names)))
+        done += 1
+        return reader.get(name)
+
     with _written(work, len(shards), source, result) as writer:
-        for index, names in enumerate(shards.values()):
-            progress(Progress("unpack", index, len(shards)))
-            writer.write_shard(index, {name: reader.get(name) for name in names})
-        progress(Progress("unpack", len(shards), len(shards)))
+        for shard, numbers in enumerate(shards):
+            tensors = {
+                name: TensorSource(
+                    reader.dtype(name), reader.shape(name), partial(read, name)
+                )
+                for name in (names[number] for number in numbers)
+            }
+            writer.write_shard(shard, tensors)
+        progress(Progress("unpack", len(names), len(names)))
     return result
 
 

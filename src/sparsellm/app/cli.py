@@ -32,7 +32,8 @@ from sparsellm.app.options import (
     option,
 )
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError
-from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
+from sparsellm.progress import ProgressCallback
+from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT, Recipe
 
 Printed = tuple[Any, Callable[[], None]] | None
 # the longest window and the tokens that `prune --pack` measures on
@@ -204,6 +205,25 @@ def _check_pack(
         )
 
 
+def _check_values(
+    recipe: Recipe, pack: Path | None, head: str | None, progress: ProgressCallback
+) -> None:
+    """Refuses values and a head that ``pack`` would refuse, before the run. If nothing is packed, notes how to ask for
+    values that can be exported, which is too late to hear after the run."""
+    from sparsellm.convert import check_packable
+    from sparsellm.exports.linears import other_grids
+    from sparsellm.progress import note
+
+    if pack is not None:
+        check_packable(recipe, head)
+    elif head is not None:
+        raise RecipeError(
+            f"--head {head} is of the packed model; give --pack DIR, or leave it out"
+        )
+    elif recipe.grid == "own" and recipe.values != "keep":
+        note(progress, [other_grids(recipe.values)])
+
+
 @_command(
     use.ONE_MODEL,
     needed("--out DIR", "Directory of the pruned checkpoint.", use.COMMON),
@@ -248,18 +268,13 @@ def prune(
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
     from sparsellm import api, parallel
     from sparsellm.app import console, tables
-    from sparsellm.convert import check_packable
     from sparsellm.run.plan import Request
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)
     if pack is not None:
         _check_pack(pack, out, [model, dense], options)
-        check_packable(recipe, head)
-    elif head is not None:
-        raise RecipeError(
-            f"--head {head} is of the packed model; give --pack DIR, or leave it out"
-        )
+    _check_values(recipe, pack, head, progress)
     if options.pop("dry_run"):
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
         return prediction.model_dump(mode="json"), lambda: tables.print_prediction(
