@@ -14,7 +14,7 @@ from sparsellm.errors import ModelError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import stamp
 from sparsellm.exports.blocks import block_type
 from sparsellm.exports.compressed import check_compressed, write_compressed
-from sparsellm.exports.gguf_file import check_file, write_gguf
+from sparsellm.exports.gguf_file import Contents, check_file, write_gguf
 from sparsellm.exports.linears import open_on_grid
 from sparsellm.exports.template import Template
 from sparsellm.files.demo_model import demo_gguf
@@ -145,12 +145,10 @@ def export(  # noqa: PLR0913 - the Python door
             advice = "" if model is not None else ", and name it with --model"
             raise ModelError(f"{error}{advice}") from None
         record = write_gguf(
-            opened,
-            dense,
-            template,
+            Contents(opened, dense, template, head),
             place,
             record,
-            head=head,
+            overwrite=overwrite,
             progress=progress,
             keep=keep,
         )

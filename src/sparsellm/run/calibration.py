@@ -273,6 +273,23 @@ def read_calibration(
 ) -> Calibration:
     """Draws the windows that a choice asks for, and checks that the model runs on them. Raises a SparseLLMError if the
     text is short or does not fit the model."""
+    calibration = draw_calibration(request, choice, models, budget, progress)
+    choice = calibration.choice
+    windows = calibration.windows.first
+    check_forward(models.chain, windows, token_states=choice.token_states)
+    machine.trim()
+    choice.check_processes(len(windows))
+    return calibration
+
+
+def draw_calibration(
+    request: Request,
+    choice: Choice,
+    models: Models,
+    budget: Budget,
+    progress: ProgressCallback,
+) -> Calibration:
+    """Draws the windows that a choice asks for. Errors as :func:`read_calibration`."""
     progress(Progress("calibration", 0, 1))
     recipe = request.recipe
     chain = models.chain
@@ -302,9 +319,6 @@ def read_calibration(
     windows = parallel.from_main(read)
     if tokens is not None:
         choice = replace(choice, passes=windows.passes_over(tokens))
-    check_forward(chain, windows.first, token_states=choice.token_states)
-    machine.trim()
-    choice.check_processes(len(windows.first))
     return Calibration(
         recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1]),
         choice,
