@@ -27,6 +27,8 @@ from pydantic.functional_validators import field_validator, model_validator
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 from sparsellm.inputs import (
+    as_number,
+    as_whole_number,
     check_size,
     dump_yaml,
     parse_bytes,
@@ -525,6 +527,9 @@ def _explain(error: ValidationError) -> str:
         and 5 <= value < 100
     )
     said = refusal(error, f"recipe field {key}")
+    if isinstance(value, str) and first["type"] in ("float_type", "int_type"):
+        hint = as_number if first["type"] == "float_type" else as_whole_number
+        return f"recipe field {key} is {shown(value)}; {hint(value)}"
     if percent:
         said += f"; did you mean {value / 100:g}?"
     return said

@@ -119,10 +119,8 @@ class LinearResult(Matrix):
 
     @property
     def kind(self) -> str:
-        """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
-        return re.sub(
-            r"(?<=\.)\d+(?=\.|$)", "*", re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
-        )
+        """Its name as :func:`kind_of` has it."""
+        return kind_of(self.name)
 
     def packed_bytes(self, values: str, group: int | None = None) -> int:
         """Its bytes packed with values of a type; ``group`` as in :func:`sparsepack.layout.predicted_bytes`."""
@@ -153,6 +151,12 @@ def error_of(linears: Iterable[LinearResult]) -> float:
     """The mean error of some linears, those without a finite one left out; NaN if there are none."""
     errors = [linear.error for linear in linears if math.isfinite(linear.error)]
     return sum(errors) / len(errors) if errors else math.nan
+
+
+def kind_of(name: str) -> str:
+    """The name of a matrix inside its block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
+    inside = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
 
 
 class DenseMatrix(Matrix):

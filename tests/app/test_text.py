@@ -61,7 +61,7 @@ def test_every_command_shows_names_as_they_are_and_a_json(
             *SMALL,
         ),
         ("eval", pruned, "--text", text, "--seq-len", 32),
-        ("inspect", pruned),
+        ("inspect", pruned, "--all"),
         ("pack", pruned, "--out", packed),
         ("unpack", packed, "--out", again),
         (

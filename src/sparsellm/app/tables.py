@@ -21,8 +21,9 @@ from sparsellm.app.console import (
     visible,
 )
 from sparsellm.inputs import about
+from sparsellm.patterns import strictest
 from sparsellm.progress import PHASES
-from sparsellm.records import Totals, by_kind, error_of
+from sparsellm.records import Totals, by_kind, error_of, kind_of
 from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sparsellm.method.experts.fewer import Routing
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
+    from sparsellm.run.counts import Stored
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
@@ -175,64 +177,84 @@ def _kinds(result: PruneResult) -> Table:
     return shown
 
 
-def print_zeros(
-    matrices: list[MatrixZeros],
-    blocks: dict[int, list[MatrixZeros]],
-    pattern: str | None,
-    mixtures: Routing,
-) -> None:
-    """Prints the zeros of every matrix, every block, and all, and what is known of mixtures. The experts of a block
-    share one row for each kind of matrix, because a mixture may have thousands."""
-    from sparsellm.patterns import strictest
+def print_stored(stored: Stored) -> None:
+    """Prints architecture, parameters, types and bytes of a checkpoint."""
+    types = ", ".join(
+        f"{name} {count(number)}" if len(stored.dtypes) > 1 else name
+        for name, number in stored.dtypes.items()
+    )
+    parameters = f"{count(stored.parameters)} parameters ({types})"
+    size = f"{stored.file_bytes / 1e6:,.1f} MB of weight files"
+    say(f"{visible(stored.architecture)}: {parameters}, {size}")
 
+
+def print_kinds(matrices: list[MatrixZeros], pattern: str | None) -> None:
+    """Prints the zeros of each kind of matrix in the blocks, and of all."""
+    shown = table(("kind of matrix",), ("number", "shape", "zeros", "sparsity", "N:M"))
+    kinds: dict[str, list[MatrixZeros]] = {}
+    for matrix in matrices:
+        kinds.setdefault(kind_of(matrix.name), []).append(matrix)
+    for kind, part in kinds.items():
+        shapes = list(dict.fromkeys("×".join(map(str, x.shape)) for x in part))
+        shape = shapes[0] if len(shapes) == 1 else "several"
+        shown.add_row(kind, str(len(part)), shape, *_zeros_of(part))
+    shown.add_section()
+    zeros, sparsity, _ = _zeros_of(matrices)
+    held = pattern or "–"
+    shown.add_row("all", str(len(matrices)), "", zeros, sparsity, held, style="bold")
+    out().print(shown)
+
+
+def _zeros_of(alike: list[MatrixZeros]) -> tuple[str, str, str]:
+    """Zeros, sparsity and the pattern of some matrices, as text."""
+    total = Totals.of(alike)
+    held = "no linear"
+    if alike[0].linear:
+        held = strictest(matrix.kept for matrix in alike) or "–"
+    return count(total.zeros), f"{total.sparsity:.2%}", held
+
+
+def print_zeros(blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
+    """Prints the zeros of every matrix, every block, and all. The experts of a block share one row for each kind of
+    matrix, because a mixture may have thousands."""
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
-
-    def row(
-        name: str,
-        shape: str,
-        alike: list[MatrixZeros],
-        held: str,
-        style: str | None = None,
-    ) -> None:
-        total = Totals.of(alike)
-        shown.add_row(
-            name, shape, count(total.zeros), f"{total.sparsity:.2%}", held, style=style
-        )
-
     for index, part in blocks.items():
         rows: dict[str, list[MatrixZeros]] = {}
         for matrix in part:
-            rows.setdefault(
-                re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name), []
-            ).append(matrix)
+            name = re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name)
+            rows.setdefault(name, []).append(matrix)
         for name, alike in rows.items():
-            held = (
-                strictest(matrix.kept for matrix in alike)
-                if alike[0].linear
-                else "no linear"
-            )
-            row(name, "×".join(map(str, alike[0].shape)), alike, held or "–")
-        row(f"block {index}", "", part, "", "bold")
+            shape = "×".join(map(str, alike[0].shape))
+            shown.add_row(name, shape, *_zeros_of(alike))
+        zeros, sparsity, _ = _zeros_of(part)
+        shown.add_row(f"block {index}", "", zeros, sparsity, "", style="bold")
         shown.add_section()
-    row("all", "", matrices, pattern or "–", "bold")
+    every = [matrix for part in blocks.values() for matrix in part]
+    zeros, sparsity, _ = _zeros_of(every)
+    shown.add_row("all", "", zeros, sparsity, pattern or "–", style="bold")
     out().print(shown)
-    if mixtures.experts:
-        sizes = " or ".join(map(str, sorted(set(mixtures.experts.values()))))
-        parts = [f"{sizes} experts in {len(mixtures.experts)} of {len(blocks)} blocks"]
-        named = {
-            "for a token": mixtures.per_token,
-            "shared": mixtures.shared,
-            "groups": mixtures.groups,
-        }
-        parts += [
-            f"{number} {what}"
-            for what, number in named.items()
-            if number and (what, number) != ("groups", 1)
-        ]
-        can = f"prune --experts can keep {mixtures.least} or more of them"
-        say(
-            f"mixtures: {', '.join(parts)}; {f'none can be removed: {mixtures.why}' if mixtures.why else can}"
-        )
+
+
+def print_mixtures(mixtures: Routing, blocks: int) -> None:
+    """Prints what is known of the mixtures of a model with this number of blocks, if it has any."""
+    if not mixtures.experts:
+        return
+    sizes = " or ".join(map(str, sorted(set(mixtures.experts.values()))))
+    parts = [f"{sizes} experts in {len(mixtures.experts)} of {blocks} blocks"]
+    named = {
+        "for a token": mixtures.per_token,
+        "shared": mixtures.shared,
+        "groups": mixtures.groups,
+    }
+    parts += [
+        f"{number} {what}"
+        for what, number in named.items()
+        if number and (what, number) != ("groups", 1)
+    ]
+    can = f"prune --experts can keep {mixtures.least} or more of them"
+    if mixtures.why:
+        can = f"none can be removed: {mixtures.why}"
+    say(f"mixtures: {', '.join(parts)}; {can}")
 
 
 def print_demo(result: DemoResult, *, verbose: bool = False) -> None:

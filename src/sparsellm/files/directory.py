@@ -232,7 +232,7 @@ def check_destination(
     place = check_place(out, sources, option)
     partial = partial_of(place)
     _settle(partial, place)
-    check_replaceable(place, overwrite=overwrite)
+    check_replaceable(place, overwrite=overwrite, named=f"{option} {os.fspath(out)}")
     check_room(place, need_bytes - written_bytes(partial))
     for source in map(resolved, [*sources][-1:]):  # the last one is copied
         for file in companions_of(source) if source.is_dir() else ():
@@ -277,24 +277,26 @@ def checkpoints_among(*models: object) -> list[Path]:
     ]
 
 
-def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint of ours."""
+def check_replaceable(out: Path, *, overwrite: bool, named: str = "") -> None:
+    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint of ours.
+    Messages call it ``named``, by its path if that is empty."""
+    named = named or str(out)
     only = "--overwrite replaces only what sparsellm wrote"
     with explained(out):
         if not _is_filled(out):
             return
         if not overwrite:
             raise StorageError(
-                f"{out} exists and is not empty; name another directory or give --overwrite"
+                f"{named} exists and is not empty; name another directory or give --overwrite"
             )
         if listed_files(out) is None:
             why = f"has no {LIST}, the list of what sparsellm wrote there"
             raise StorageError(
-                f"{out} {why}; {only}: remove it yourself, or name another directory"
+                f"{named} {why}; {only}: remove it yourself, or name another directory"
             )
         if foreign := foreign_entries(out):
             raise StorageError(
-                f"{out} holds {some(foreign)}; {only}: move it elsewhere, or name another directory"
+                f"{named} holds {some(foreign)}; {only}: move it elsewhere, or name another directory"
             )
         if os.path.lexists(old_of(out)):
             raise StorageError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.errors import DataError, ModelError, one_line
+from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
 from sparsepack.generation import Sampling, generation_settings
 from sparsepack.loading import checkpoint_path, load
@@ -17,11 +18,13 @@ Message = dict[str, str]
 
 
 def open_model(
-    directory: str, options: dict[str, str], *, template: bool = False
+    name: str, options: dict[str, str], *, template: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`. A UserError says that one
-    of them, or the generation config, cannot be read or used, or that an asked-for chat ``template`` is missing."""
-    tokenizer = load_tokenizer(checkpoint_path(directory))  # first: weights take longer
+    """The model of a name, packed or dense, and its tokenizer. ``options`` are those of
+    :func:`sparsepack.loading.load`. A UserError says that the model, one of the options or the generation config cannot
+    be found, read or used, or that an asked-for chat ``template`` is missing."""
+    directory = checkpoint_path(checkpoint_directory(name))
+    tokenizer = load_tokenizer(directory)  # first: weights take longer
     if template:
         check_template(tokenizer)
     model = load(directory, **options)
