@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from sparsellm.inputs import without_folders
 from sparsellm.interrupts import command_line
 from sparsellm.machine import machine_name, processor_name
 from sparsellm.recipe import Recipe
-from sparsellm.records import LinearResult, Pruning, RunRecord
+from sparsellm.records import LinearResult, Memory, Pruning, RunRecord, SweepPass
 from sparsellm.report.document import REPORT, summary_html
 from sparsepack.grids import GRIDS
 
@@ -73,6 +74,17 @@ def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | 
             / weights
         )
     return 8 * sum(linear.packed_bytes(recipe.values) for linear in linears) / weights
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What survey, walk and sweep did."""
+
+    allocation: dict[str, JsonValue]  # the report of the allocation; empty for uniform
+    linears: list[LinearResult]
+    sweeps: list[SweepPass]  # the divergence from the dense model after each pass
+    memory: Memory
+    peak_rss: int  # bytes, of earlier processes
 
 
 class PruneResult(RunRecord):

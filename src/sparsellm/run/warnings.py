@@ -9,9 +9,10 @@ from sparsellm.method.sweep.whole_model import STEP_TOKENS
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded
 from sparsellm.recipe import Recipe
+from sparsellm.run.calibration import Windows
 from sparsellm.run.choice import Choice
 from sparsellm.run.counts import pruned_share
-from sparsellm.run.opening import Models, Windows
+from sparsellm.run.opening import Models
 from sparsepack.grids import GRIDS
 
 FEW_TOKENS = (
