@@ -110,7 +110,9 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
     file = Path(os.path.expanduser(path))
     if not os.path.lexists(file):
-        raise RecipeError(f"{shown(str(path))} does not exist; check the path")
+        raise RecipeError(
+            f"cannot read {shown(str(path))}: there is no such file; check the path"
+        )
     return parse_yaml(
         files.read_bytes(file, MOST_YAML, RecipeError, pipe=True), str(path)
     )
@@ -218,7 +220,7 @@ def parse_bytes(text: str | int) -> int:
     if match is not None:
         number, unit = match.groups()
         size = int(float(number) * units.get((unit or "b").lower(), 0))
-        if len(number) <= 6:
+        if len(number) <= 6 and size:
             such = f"{number}GiB"
         if not unit and 1 <= size < LEAST_PLAIN:
             raise RecipeError(

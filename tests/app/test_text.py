@@ -214,6 +214,7 @@ def recipe_of(
     """The recipe with which a command line of ``prune`` would run."""
     stop = Mock(side_effect=cli.RecipeError("enough"))
     monkeypatch.setattr(api, "prune", stop)
+    monkeypatch.setattr(cli.use, "look_at_names", Mock())  # nothing is there
     assert run("prune", "model", "--out", "out", *arguments)[2] == "error: enough\n"
     return stop.call_args.args[1]  # type: ignore[no-any-return]
 
