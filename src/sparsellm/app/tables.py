@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -19,6 +19,7 @@ from sparsellm.app.console import (
     speed,
     table,
     visible,
+    width_of,
 )
 from sparsellm.inputs import about
 from sparsellm.patterns import strictest
@@ -407,44 +408,13 @@ def print_evaluation(result: Evaluation, saved: Path | None) -> None:
 
 def print_comparison(result: Comparison, *, limited: bool) -> None:
     """Prints one row for each cell of a comparison, after one of the dense model, and the recommendation."""
-    timed = any(cell.tokens_per_second is not None for cell in result.cells)
-    shown = table(
-        ("run",),
-        ("zeros", "ppl", "recovery", "KL", "same", "MB", "tok/s" if timed else "time"),
-    )
     first = result.cells[0]
-    dense = (
-        f"{first.dense_tokens_per_second:.1f}"
-        if first.dense_tokens_per_second is not None
-        else ""
-    )
-    size = f"{first.dense_bytes / 1e6:,.1f}"
-    shown.add_row(
-        "dense",
-        "",
-        f"{first.dense_perplexity:.2f}",
-        "100%",
-        "0",
-        "100%",
-        size,
-        dense,
-        end_section=True,
-    )
-    for cell in result.cells:
-        speed_of = (
-            f"{cell.tokens_per_second:.1f}"
-            if cell.tokens_per_second is not None
-            else "–"
-        )
-        quality = (
-            f"{cell.perplexity:.2f}",
-            f"{cell.recovery:.1%}",
-            f"{cell.kl:.3f}",
-            f"{cell.agreement:.1%}",
-        )
-        size = f"{cell.packed_bytes / 1e6:,.1f}"
-        last = speed_of if timed else duration(cell.seconds)
-        shown.add_row(cell.name, f"{cell.sparsity:.1%}", *quality, size, last)
+    timed = any(cell.tokens_per_second is not None for cell in result.cells)
+    # on a narrow terminal the first of these make room for names, which must stay whole
+    for without in ((), ("same",), ("same", "recovery"), ("same", "recovery", "zeros")):
+        shown = _compared(result, timed=timed, without=without)
+        if width_of(shown) <= out().width:
+            break
     out().print(shown)
     say(
         "MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl"
@@ -460,6 +430,41 @@ def print_comparison(result: Comparison, *, limited: bool) -> None:
         say("no run is as small as --max-bytes; allow more, or add a sparsity")
     if result.page is not None:
         say(f"compared in {result.page}")
+
+
+def _compared(result: Comparison, *, timed: bool, without: Sequence[str]) -> Table:
+    """The table of a comparison without some of its columns; ``timed`` ends it with speeds, else with times."""
+    first = result.cells[0]
+    last = "tok/s" if timed else "time"
+    columns = ("zeros", "ppl", "recovery", "KL", "same", "MB", last)
+    kept = [name for name in columns if name not in without]
+    shown = table(("run",), tuple(kept))
+    dense = {
+        "ppl": f"{first.dense_perplexity:.2f}",
+        "recovery": "100%",
+        "KL": "0",
+        "same": "100%",
+        "MB": f"{first.dense_bytes / 1e6:,.1f}",
+    }
+    if first.dense_tokens_per_second is not None:
+        dense["tok/s"] = f"{first.dense_tokens_per_second:.1f}"
+    shown.add_row("dense", *(dense.get(name, "") for name in kept), end_section=True)
+    for cell in result.cells:
+        speed_of = "–"
+        if cell.tokens_per_second is not None:
+            speed_of = f"{cell.tokens_per_second:.1f}"
+        row = {
+            "zeros": f"{cell.sparsity:.1%}",
+            "ppl": f"{cell.perplexity:.2f}",
+            "recovery": f"{cell.recovery:.1%}",
+            "KL": f"{cell.kl:.3f}",
+            "same": f"{cell.agreement:.1%}",
+            "MB": f"{cell.packed_bytes / 1e6:,.1f}",
+            "tok/s": speed_of,
+            "time": duration(cell.seconds),
+        }
+        shown.add_row(cell.name, *(row[name] for name in kept))
+    return shown
 
 
 def print_speeds(report: Benchmark, saved: Path | None) -> None:
