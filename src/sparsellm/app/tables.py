@@ -68,14 +68,16 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             else ""
         )
         say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight when {then}")
-    if result.sweeps:
-        best = min(result.sweeps, key=lambda record: record.held_out)
+    best = result.best_pass
+    if best is not None:
         before = f"{best.held_out:.3f} nats a token ({result.sweeps[0].held_out:.3f} before the sweep)"
         before += "".join(
             f", {visible(name)} {divergence:.3f}"
             for name, divergence in best.sources.items()
         )
         say(f"KL from the dense model on held-out calibration windows: {before}")
+    if result.idle_sweep:
+        say(f"note: {result.idle_sweep}")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(
         f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss_bytes / 1e9:.2f} GB"
