@@ -180,11 +180,9 @@ def read_windows(
             )
 
         def write() -> Tensor:
-            dense = (
-                chain.model
-                if directory is None
-                else load_whole(directory, chain.dtype, chain.device, model.trust)
-            )
+            dense = chain.model
+            if directory is not None:
+                dense = load_whole(directory, chain.dtype, chain.device, model.trust)
             return self_generated_windows(
                 dense, tokenizer, samples, seq_len, seed, lead, fresh, tell
             )
@@ -200,7 +198,9 @@ def read_windows(
             tokenizer.eos_token_id,
             sorted(tokenizer.all_special_ids),
         )
-        return write() if chain.reader is None else _kept(chain, progress, asked, write)
+        if chain.reader is None:
+            return write()
+        return _kept(chain.reader, chain, progress, asked, write)
 
     source = text if isinstance(text, str) else DOCUMENTS
     sets = choice.sets
@@ -222,14 +222,14 @@ def read_windows(
 
 
 def _kept(
-    chain: Chain, progress: ProgressCallback, asked: object, write: Callable[[], Tensor]
+    reader: CheckpointReader,
+    chain: Chain,
+    progress: ProgressCallback,
+    asked: object,
+    write: Callable[[], Tensor],
 ) -> Tensor:
     """The windows that a model writes for what is ``asked``, from the cache if they are there: it may take hours."""
-    weights = (
-        chain.reader.digests(partial(reading, progress))
-        if chain.reader is not None
-        else {}
-    )
+    weights = reader.digests(partial(reading, progress))
     run = (torch.__version__, str(chain.dtype), chain.device.type)
     key = hashlib.sha256(
         repr((asked, run, chain.config.to_dict(), sorted(weights.items()))).encode()

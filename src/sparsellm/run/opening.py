@@ -62,9 +62,9 @@ def open_models(request: Request) -> Models:
         raise RecipeError(
             "teacher needs models on disk: give model and teacher by name, and out=DIR"
         )
-    named = (
-        {"model": model} if teacher is None else {"model": model, "teacher": teacher}
-    )
+    named: dict[str, Model] = {"model": model}
+    if teacher is not None:
+        named["teacher"] = teacher
     check = partial(load_config, trust_remote_code=trust)
     sources = [
         parallel.main_first(partial(checkpoint_directory, str(given), argument, check))

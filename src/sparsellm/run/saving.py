@@ -30,7 +30,13 @@ from sparsellm.run.fewer_experts import RemovalRecord
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.opening import Models, save_companions
 from sparsellm.run.request import Request
-from sparsellm.run.result import Measured, PruneResult, bits_per_weight, environment
+from sparsellm.run.result import (
+    Measured,
+    PruneResult,
+    bits_per_weight,
+    environment,
+    rounded_to,
+)
 
 
 def base_of_run(request: Request, models: Models, digest: str) -> Base:
@@ -69,6 +75,7 @@ def result_of(
             shards = journal.writer.shards[: len(chain)]
         count = partial(left_dense, chain, recipe, linears, shards)
         dense = parallel.from_main(count)
+    values, grid = rounded_to(linears)
     experts = [] if removed is None else removed.experts
     warnings = [
         *decided.warnings,
@@ -84,10 +91,10 @@ def result_of(
         model=models.in_memory,
         recipe=recipe,
         sparsity_asked=recipe.sparsity,
-        values=recipe.values,
-        grid=recipe.grid,
+        values=values,
+        grid=grid,
         seed=recipe.seed,
-        bits_per_weight=bits_per_weight(recipe, linears),
+        bits_per_weight=bits_per_weight(linears),
         linears=linears,
         seconds=clock.seconds,
         peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), measured.peak_rss))),

@@ -30,7 +30,7 @@ from sparsellm.model import Chain, Feed, Stream
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
-from sparsellm.records import LinearResult, Totals
+from sparsellm.records import KEEP, LinearResult, Totals
 from sparsellm.run.budget import Budget
 from sparsellm.run.choice import Choice, patterns_of, sizes_of
 from sparsellm.run.decided import Decided
@@ -43,6 +43,7 @@ class Targets:
     """What the walk aims at, by the name of a linear."""
 
     patterns: dict[str, Pattern]
+    values: dict[str, str]  # what its values are rounded to
     # E[g_i²] of its outputs; empty if the method needs none
     costs: dict[str, Tensor]
     report: dict[str, JsonValue]  # that of the allocation; empty for uniform zeros
@@ -83,10 +84,12 @@ def survey(
     if models.start is not None:
         models.chain.forget_shared()  # the walk reads the teacher's first
     patterns = patterns_of(models.chain, decided.recipe, allocation)
+    values = dict.fromkeys(patterns, decided.recipe.rounding)
     report: dict[str, JsonValue] = {}
     if allocation is not None:
+        values = allocation.values or values
         report = {**allocation.report, "name": choice.allocator.name}
-    return Targets(patterns, costs or {}, report)
+    return Targets(patterns, values, costs=costs or {}, report=report)
 
 
 def _allocate(
@@ -226,7 +229,7 @@ def _task(
         clock=clock,
         results=results,
         output_costs=targets.costs,
-        values=decided.recipe.rounding,
+        values_of=targets.values,
         trained=decided.choice.trains_integers(decided.recipe),
     )
 
@@ -289,10 +292,17 @@ def integers_of(
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
     if not decided.choice.trains_integers(decided.recipe):
         return None
-    exponents = {
-        linear.name: linear.exponents for record in records for linear in record.linears
-    }
-    return Integers(chain, decided.recipe.rounding, exponents)
+    rounded = [
+        linear
+        for record in records
+        for linear in record.linears
+        if linear.values != KEEP
+    ]
+    return Integers(
+        chain,
+        values={linear.name: linear.values for linear in rounded},
+        exponents={linear.name: linear.exponents for linear in rounded},
+    )
 
 
 def replay(
