@@ -255,3 +255,24 @@ def test_a_message_is_one_printable_line() -> None:
     assert len(text) == 160
     assert text.startswith("'/data/xx")
     assert text.endswith("/corpus.txt'")
+
+
+def test_fields_of_the_recipe_are_keywords(model: PreTrainedModel, llama: Path) -> None:
+    base = Recipe(**{**FAST, "sparsity": 0.75})
+    for recipe, fields in ((None, FAST), (base, {"sparsity": 0.5})):
+        result = sparsellm.prune(llama, recipe, calibration="pydoc", **fields)
+        assert result.sparsity_asked == 0.5
+        assert result.recipe.samples == FAST["samples"]
+        assert len(repr(result)) < 160
+    few = sparsellm.plan(llama, samples=2, seq_len=16)
+    assert few.tokens["prune"] < sparsellm.plan(llama, seq_len=16).tokens["prune"]
+    refused(
+        lambda: sparsellm.prune(llama, sparsty=0.5),
+        RecipeError,
+        "unknown recipe field 'sparsty'; did you mean 'sparsity'?",
+    )
+    refused(
+        lambda: sparsellm.prune(llama, sparsity="50%"),
+        RecipeError,
+        "sparsity is '50%'; write 0.5",
+    )

@@ -16,10 +16,11 @@ import pytest
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm.app import compare
+from sparsellm.app import compare, console, tables
 from sparsellm.app.compare import Comparison, cells_of
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.interrupts import Interrupted
+from sparsellm.progress import Progress
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
 from tests.files.small import shards_of, tree
 from tests.killing import Died, dying
@@ -534,3 +535,69 @@ def test_the_functions_of_the_commands_are_in_the_package() -> None:
         "write_report",
     ):
         assert callable(getattr(sparsellm, name)), name
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["magnitude-0.5", "wanda-0.7"], 80),
+        (["sparsellm-0.5-effort2-int4", "sparsellm-auto-8-0.7-effort2"], 80),
+        (["sparsellm-0.5-effort2-int4", "sparsellm-auto-8-0.7-effort2"], 120),
+    ],
+)
+def test_no_name_of_a_run_is_broken(
+    names: list[str],
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cell = {
+        "sparsity": 0.5,
+        "perplexity": 123.45,
+        "dense_perplexity": 22.9,
+        "kl": 0.123,
+        "agreement": 0.87,
+        "recovery": 0.186,
+        "packed_bytes": 123_456_789,
+        "dense_bytes": 269_060_552,
+        "tokens_per_second": None,
+        "dense_tokens_per_second": None,
+        "transformers_tokens_per_second": None,
+        "seconds": 284.0,
+        "peak_rss": 1,
+    }
+    cells = [compare.Measured(name=name, **cell) for name in names]  # type: ignore[arg-type]
+    result = Comparison(
+        out=Path("c"), page=None, recommended=None, best_at_each_size=[], cells=cells
+    )
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console.out.cache_clear()
+    tables.print_comparison(result, limited=False)
+    console.out.cache_clear()
+    said = capsys.readouterr().out
+    head, *_ = (line for line in said.splitlines() if "┃" in line)
+    rows = [line for line in said.splitlines() if "│" in line]
+    assert all(len(line) <= columns for line in rows)
+    for name in names:
+        (row,) = (line for line in rows if f" {name} " in line)
+        assert {"123.45", "0.123", "123.5", "4 min 44 s"} <= {
+            part.strip() for part in row.split("│")
+        }
+    assert len(rows) == 1 + len(names)
+    assert ("recovery" in head) == (columns > 100 or len(names[0]) < 20)
+
+
+def test_each_run_has_times_of_its_own(llama: Path, tmp_path: Path) -> None:
+    parts: dict[str, set[str]] = {}
+
+    def tell(event: Progress) -> None:
+        parts.setdefault(event.part, set()).add(event.phase)
+
+    cells = cells_of(
+        {"samples": 4, "seq_len": 32, "calibration": "pydoc"},
+        methods=["magnitude", "wanda"],
+        sparsities=[0.5],
+    )
+    grid(llama, tmp_path, cells=cells, progress=tell)
+    for part in ("1/2 magnitude-0.5", "2/2 wanda-0.5"):
+        assert parts[part] >= {"prune", "save"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -320,3 +321,18 @@ def test_tokens_of_the_sweep_are_divided_into_at_most_sixteen_passes() -> None:
 def test_a_file_that_cannot_be_read_is_named(path: str) -> None:
     with pytest.raises(RecipeError, match="cannot read"):
         Recipe.from_yaml(Path(path))
+
+
+def test_help_begins_with_the_fields_and_their_sentences() -> None:
+    shown = pydoc.plain(pydoc.render_doc(Recipe))
+    before, _, rest = shown.partition("Method resolution order")
+    assert "Annotated" not in before
+    assert "FieldInfo" not in before
+    assert "Annotated" not in rest.partition("__annotations__")[2][:2000]
+    lines = (line.removeprefix(" |") for line in before.splitlines())
+    words = " ".join(" ".join(lines).split())
+    for name, field in Recipe.model_fields.items():
+        assert f" {name}: " in words
+        assert " ".join(str(field.description).split()) in words
+    assert "sparsity: float = 0.5" in words
+    assert "effort: int | None = None" in words

@@ -162,3 +162,48 @@ def test_an_evaluation_is_a_table_in_a_notebook() -> None:
     assert rows[1] == ["perplexity", "2", "4"]
     assert rows[-2:] == [["recovery", "100%", "50.0%"], ["arc: acc", "", "0.25"]]
     assert root.findtext("caption") == "a<b, window 8, 14 tokens"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "25% zeros"),
+        (
+            {"values": "int8", "bits_per_weight": 4.87},
+            "25% zeros, int8, 4.9 bits a weight",
+        ),
+        ({"linears": [{**LINEAR, "pattern": "1:4"}]}, "25% zeros, 1:4"),
+        (
+            {
+                "linears": [{**LINEAR, "zeros": 0}],
+                "values": "int4",
+                "grid": "q4_0",
+                "bits_per_weight": 4.5,
+            },
+            "int4 (q4_0), 4.5 bits a weight",
+        ),
+        ({"linears": []}, "no zeros"),
+    ],
+)
+def test_a_title_says_zeros_values_and_bits(changes: dict[str, Any], said: str) -> None:
+    run = Pruning.model_validate({**PRUNING, **changes})
+    assert run.in_short == said
+    assert repr(run) == str(run)
+    assert repr(run).startswith(f"<Pruning: {said} in ")
+    assert len(repr(run)) < 160
+
+
+def test_a_sweep_that_gained_nothing_is_said() -> None:
+    def with_sweep(*held_out: float) -> Pruning:
+        sweeps = [
+            {"passes": number, "held_out": value}
+            for number, value in enumerate(held_out)
+        ]
+        return Pruning.model_validate({**PRUNING, "sweeps": sweeps})
+
+    assert with_sweep().idle_sweep == ""
+    assert with_sweep(0.2, 0.1, 0.3).idle_sweep == ""
+    assert with_sweep(0.2, 0.4, 0.3).idle_sweep == (
+        "the sweep gained nothing: the divergence on held-out windows was 0.2 nats a token before it and 0.3 after it, "
+        "so the weights before it are kept"
+    )

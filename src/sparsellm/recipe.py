@@ -5,14 +5,18 @@ Importing this module imports no torch, so that ``--help`` and shell completion 
 
 from __future__ import annotations
 
+import inspect
 import json
 import numbers
 import os
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +31,8 @@ from pydantic.functional_validators import field_validator, model_validator
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 from sparsellm.inputs import (
+    as_number,
+    as_whole_number,
     check_size,
     dump_yaml,
     parse_bytes,
@@ -539,6 +545,47 @@ class Recipe(BaseModel):
         )
 
 
+def _short_type(annotation: Any) -> str:
+    """The type of a field in one word or two, such as ``float | None``."""
+    if annotation is None or annotation is type(None):
+        return "None"
+    origin = get_origin(annotation)
+    parts = get_args(annotation)
+    if origin is Annotated:
+        return _short_type(parts[0])
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_short_type, parts)))
+    if origin is list:
+        return f"list[{_short_type(parts[0])}]"
+    if origin is dict:
+        return f"dict[str, {'float' if 'float' in str(parts[1]) else 'Any'}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _describe(kind: type[BaseModel]) -> None:
+    """Makes ``help()`` of a model of settings readable: a short signature, and each field with its sentence."""
+    parameters = []
+    lines = []
+    for name, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        short = _short_type(field.annotation)
+        kind.__annotations__[name] = short
+        parameters.append(
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=short)
+        )
+        lines.append(f"\n{name}: {short} = {default!r}")
+        told = " ".join(str(field.description).split())
+        lines += textwrap.wrap(
+            told, 92, initial_indent="    ", subsequent_indent="    "
+        )
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), *lines])
+    kind.__signature__ = Signature(parameters)  # type: ignore[misc]
+
+
+_describe(Recipe)
+
 # their entries are set after a dot
 MAPPINGS = (
     "options",
@@ -581,6 +628,9 @@ def _explain(error: ValidationError) -> str:
         and 5 <= value < 100
     )
     said = refusal(error, f"recipe field {key}")
+    if isinstance(value, str) and first["type"] in ("float_type", "int_type"):
+        hint = as_number if first["type"] == "float_type" else as_whole_number
+        return f"recipe field {key} is {shown(value)}; {hint(value)}"
     if percent:
         said += f"; did you mean {value / 100:g}?"
     return said

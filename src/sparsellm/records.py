@@ -126,10 +126,8 @@ class LinearResult(Matrix):
 
     @property
     def kind(self) -> str:
-        """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
-        return re.sub(
-            r"(?<=\.)\d+(?=\.|$)", "*", re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
-        )
+        """Its name as :func:`kind_of` has it."""
+        return kind_of(self.name)
 
     def packed_bytes(self, values: str, group: int | None = None) -> int:
         """Its bytes packed with values of a type; ``group`` as in :func:`sparsepack.layout.predicted_bytes`."""
@@ -160,6 +158,12 @@ def error_of(linears: Iterable[LinearResult]) -> float:
     """The mean error of some linears, those without a finite one left out; NaN if there are none."""
     errors = [linear.error for linear in linears if math.isfinite(linear.error)]
     return sum(errors) / len(errors) if errors else math.nan
+
+
+def kind_of(name: str) -> str:
+    """The name of a matrix inside its block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
+    inside = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
 
 
 class DenseMatrix(Matrix):
@@ -338,6 +342,43 @@ class RunRecord(Record):
         if linear.values:
             return linear.values
         return self.values if self.grid == OWN else self.grid
+
+    @property
+    def in_short(self) -> str:
+        """Zeros, pattern, values and bits in a few words, for titles: ``50% zeros, int8, 4.9 bits a weight``."""
+        parts = []
+        if self.zeros:
+            parts.append(f"{100 * self.sparsity_reached:.4g}% zeros")
+        patterns = {linear.pattern for linear in self.linears}
+        parts += [pattern for pattern in patterns if pattern and len(patterns) == 1]
+        if self.values != "keep":
+            grid = f" ({self.grid})" if self.grid != "own" else ""
+            parts.append(f"{self.values}{grid}")
+        if self.bits_per_weight is not None:
+            parts.append(f"{self.bits_per_weight:.2g} bits a weight")
+        return ", ".join(parts) or "no zeros"
+
+    @property
+    def best_pass(self) -> SweepPass | None:
+        """The pass of the sweep whose weights the result has: that with the least divergence; None without a sweep."""
+        return min(self.sweeps, key=lambda entry: entry.held_out, default=None)
+
+    @property
+    def idle_sweep(self) -> str:
+        """A sentence if the sweep gained nothing; else empty."""
+        best = self.best_pass
+        if best is None or best.passes or len(self.sweeps) < 2:
+            return ""
+        after = min(entry.held_out for entry in self.sweeps[1:])
+        return (
+            f"the sweep gained nothing: the divergence on held-out windows was {best.held_out:.3g} nats a token before "
+            f"it and {after:.3g} after it, so the weights before it are kept"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.in_short} in {len(self.linears)} linears of {self.base.name!r:.80}>"
+
+    __str__ = __repr__
 
     @property
     def allocated_by(self) -> str | None:

@@ -17,7 +17,7 @@ from sparsellm.errors import ModelError
 from sparsellm.interrupts import Interrupted
 from sparsellm.method.allocation import ALLOCATIONS
 from sparsellm.method.blocks import METHODS
-from sparsellm.progress import NOTE, Progress
+from sparsellm.progress import NOTE, Pace, Progress
 from sparsellm.records import read_pruning
 
 
@@ -102,13 +102,23 @@ def test_long_phases_get_a_line_and_the_bar_becomes_full(
 
 
 @pytest.mark.parametrize("terminal", [80, 120], indirect=True)
-def test_below_the_bar_stands_the_step_in_work(terminal: Terminal) -> None:
+def test_below_the_bar_stands_the_step_in_work(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(console, "Pace", lambda: Pace(lambda: now[0]))
     with console.progress() as show:
         for event in events():
             show(event)
+            now[0] += 20
+        now[0] -= 5
         console.log()._live_stack[-1].refresh()
         bar, step, state = terminal.screen()[-3:]
-    assert re.search(r"━ +\d+ %, about 0.0 s left$", bar)
+        now[0] += 60
+        console.log()._live_stack[-1].refresh()
+        late = terminal.screen()[-3]
+    assert re.search(r"━ +50 %, about 5.0 s left$", bar)
+    assert re.search(r"━ +50 %$", late)  # it takes longer than was foreseen
     assert step.startswith("  prune blocks: block 2/2 :x: very long ")
     assert re.fullmatch(
         r"  sparsity 49\.9% · memory \d+\.\d\d GB · error of 1\.b 0\.0200", state

@@ -61,7 +61,7 @@ def test_every_command_shows_names_as_they_are_and_a_json(
             *SMALL,
         ),
         ("eval", pruned, "--text", text, "--seq-len", 32),
-        ("inspect", pruned),
+        ("inspect", pruned, "--all"),
         ("pack", pruned, "--out", packed),
         ("unpack", packed, "--out", again),
         (
@@ -234,6 +234,7 @@ def recipe_of(
     """The recipe with which a command line of ``prune`` would run."""
     stop = Mock(side_effect=cli.RecipeError("enough"))
     monkeypatch.setattr(api, "prune", stop)
+    monkeypatch.setattr(cli.use, "look_at_names", Mock())  # nothing is there
     assert run("prune", "model", "--out", "out", *arguments)[2] == "error: enough\n"
     return stop.call_args.args[1]  # type: ignore[no-any-return]
 

@@ -487,7 +487,7 @@ def test_an_unknown_task_is_refused_before_the_model_is_opened(
     )
     line = refusal(
         "eval",
-        "/nowhere/model",
+        "nowhere/model",
         "--text",
         text,
         "--tasks",

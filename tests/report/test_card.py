@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import StorageError
-from sparsellm.report.card import base_of, card, is_unedited
+from sparsellm.records import Pruning
+from sparsellm.report.card import base_of, card, card_text, is_unedited
 from tests.method.allocation.helpers import IDS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -62,7 +63,7 @@ def test_prune_writes_a_card_that_the_reader_of_the_hub_reads(pruned: Path) -> N
     assert {"sparsellm", "pruning", "sparsity", "sparsity-2:4"} <= set(card.data.tags)
     assert "https://huggingface.co/some/model" in card.text
     assert "Not evaluated yet" in card.text
-    assert "# `some/model`, 47.62% sparse" in card.text
+    assert "# `some/model`: 47.62% zeros, 2:4\n" in card.text
     report = json.loads((pruned / "pruning.json").read_text())
     assert f"{report['sparsity_reached']:.2%} of the weights" in " ".join(
         card.text.split()
@@ -108,7 +109,7 @@ def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
         source, Recipe(method="magnitude"), out=tmp_path / "half", calibration=IDS
     )
     text = (tmp_path / "half" / "README.md").read_text()
-    assert "# `my-model`, 50% sparse" in text
+    assert "# `my-model`: 50% zeros\n" in text
     assert "\n`my-model`, pruned after training by sparsellm" in text
     assert "huggingface.co" not in text
 
@@ -240,6 +241,10 @@ def test_the_base_model_is_a_name_of_the_hub_or_unknown(
     model.name_or_path = name
     assert base_of(model, None).get("model") == known
     (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert base_of("demo", tmp_path) == {
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+    }
     assert base_of("owner/name", tmp_path) == {}  # a directory of that name
 
 
@@ -251,3 +256,20 @@ def test_an_unreadable_card_of_the_dense_model_states_no_license(
 ) -> None:
     (tmp_path / "README.md").write_bytes(card)
     assert base_of("x", tmp_path) == {}
+
+
+def test_a_card_has_the_divergence_that_the_sweep_measured() -> None:
+    linear = {"name": "a.0.b", "shape": [2, 8], "zeros": 4}
+    sweeps = [{"passes": 0, "held_out": 0.5}, {"passes": 1, "held_out": 0.25}]
+    run = Pruning.model_validate(
+        {
+            "sparsity_asked": 0.25,
+            "linears": [linear],
+            "sweeps": sweeps,
+            "values": "int8",
+            "bits_per_weight": 4.87,
+        }
+    )
+    text = card_text(run)
+    assert "# `a model from memory`: 25% zeros, int8, 4.9 bits a weight\n" in text
+    assert "held-out calibration windows | 0.25 nats a token |\n| calibrated" in text

@@ -134,7 +134,7 @@ def test_measurements_and_the_commands_for_those_that_are_missing(
     assert "not measured" not in shown
     assert (shown.count("wikitext2, window 64"), shown.count(dense)) == (1, 1)
     assert "auxiliary variables" not in half.source  # the method has none
-    assert opt.one("table", **{"class": "headline"}).text.count("not measured") == 5
+    assert opt.one("table", **{"class": "headline"}).text.count("not measured") == 4
     commands = opt.one(
         "pre", **{"aria-label": "Commands that measure what is missing"}
     ).text
@@ -209,7 +209,7 @@ def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
             "pre", **{"aria-label": "Commands that measure what is missing"}
         ).text
     )
-    assert page.one("h1").text == "a model, pruned to 50%"
+    assert page.one("h1").text == "a model: 50% zeros"
     assert page.figures().keys() == {"sparsity-map", "error-map", "allocation"}
 
 
@@ -406,3 +406,22 @@ def test_a_page_is_not_as_large_as_kinds_times_blocks(copied: Path) -> None:
     page = write_report(copied, copied.parent / "page.html").read_text()
     assert len(page) < 20e6
     assert "2968 other kinds" in page
+
+
+def test_the_first_table_has_the_divergence_that_the_sweep_measured(
+    opt: Page, runs: Path
+) -> None:
+    pruning = json.loads((runs / "opt" / "pruning.json").read_text())
+    best = min(sweep["held_out"] for sweep in pruning["sweeps"])
+    text = opt.one("table", **{"class": "headline"}).text
+    assert f"held-out calibration windows 0 {best:.3g}" in " ".join(text.split())
+
+
+def test_a_report_says_that_a_sweep_gained_nothing(copied: Path) -> None:
+    sweeps = [{"passes": 0, "held_out": 0.1}, {"passes": 1, "held_out": 0.2}]
+    rewrite(copied / "pruning.json", sweeps=sweeps)
+    page = page_of(write_report(copied))
+    assert (
+        "the sweep gained nothing"
+        in page.one("section", **{"aria-labelledby": "headline"}).text
+    )

@@ -82,7 +82,7 @@ def url(packed: Path) -> Iterator[str]:
         "--queue",
         1,
         "--max-body",
-        MOST,
+        f"{MOST}B",
         "--name",
         "tiny",
         "--quiet",

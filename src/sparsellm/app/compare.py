@@ -195,7 +195,8 @@ def compare(  # noqa: PLR0913 - the Python door
         title = f"{number}/{len(cells)} {name}"
 
         def tell(event: Progress, title: str = title) -> None:
-            progress(replace(event, detail=f"{title}: {event.detail}"))
+            detail = f"{title}: {event.detail}"
+            progress(replace(event, detail=detail, part=title))
 
         with _naming(name):
             _run(place / name, recipe, dense, tell, speed=speed)

@@ -122,7 +122,7 @@ def render_run(record: Checkpoint) -> bytes:
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
     return page(
         "run.html.jinja",
-        f"{record.model} pruned to {pruning.target}",
+        f"{record.model}: {pruning.in_short}",
         [*linears, allocation, *course],
         sections=sections,
         record=record,

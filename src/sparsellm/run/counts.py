@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, computed_field
 
 from sparsellm.errors import some
-from sparsellm.files.reader import CheckpointReader
+from sparsellm.files.reader import CheckpointReader, open_checkpoint
+from sparsellm.inputs import read_object
 from sparsellm.method.blocks.task import COARSE, ROUNDING, UNREACHED
 from sparsellm.model import Chain
 from sparsellm.model.matrices import (
@@ -24,7 +25,14 @@ from sparsellm.model.matrices import (
 )
 from sparsellm.patterns import count_zeros, most_kept, strictest
 from sparsellm.recipe import Recipe
-from sparsellm.records import DenseMatrix, ExpertsOfBlock, LinearResult, Matrix, Totals
+from sparsellm.records import (
+    DenseMatrix,
+    ExpertsOfBlock,
+    LinearResult,
+    Matrix,
+    Record,
+    Totals,
+)
 
 Reason = Literal[
     "excluded",
@@ -52,6 +60,32 @@ class MatrixZeros(Matrix):
     @property
     def pattern(self) -> str | None:
         return strictest([self.kept])
+
+
+class Stored(Record):
+    """What the files of a checkpoint hold; a packed weight counts with its dense shape and type."""
+
+    architecture: str
+    parameters: int
+    dtypes: dict[str, int]  # parameters by dtype, most first
+    file_bytes: int
+
+    @classmethod
+    def of(cls, directory: Path) -> Self:
+        """What a checkpoint holds, by its config and the headers of its files. Raises StorageError."""
+        reader = open_checkpoint(directory)
+        config = read_object(directory / "config.json")
+        named = config.get("architectures") or [config.get("model_type")]
+        dtypes: Counter[str] = Counter()
+        for name in reader:
+            dtype = str(reader.dtype(name)).removeprefix("torch.")
+            dtypes[dtype] += math.prod(reader.shape(name))
+        return cls(
+            architecture=str(named[0]),
+            parameters=dtypes.total(),
+            dtypes=dict(dtypes.most_common()),
+            file_bytes=sum(file.stat().st_size for file in reader.files),
+        )
 
 
 def inspect_block(chain: Chain, index: int) -> Iterator[MatrixZeros]:

@@ -215,7 +215,7 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
     with Journal(
         place, len(chain), restart=request.restart, overwrite=step.overwrite
     ) as journal:
-        journal.open(step.identity, step.disk_bytes)
+        journal.open(step.identity, step.disk_bytes, model=request.called)
         scratch = step.budget.scratch(partial_of(place))
         step.budget.expect_block(chain)
         feed = Feed(chain, step.windows.first, recipe.batch_tokens, scratch, progress)

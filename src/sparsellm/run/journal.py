@@ -121,9 +121,10 @@ class Journal(contextlib.ExitStack):
         """The blocks that the unfinished run has records of, unverified. May be called before :meth:`open`."""
         return sum(self.knows(shard.name) for shard in self._shards[: self.blocks])
 
-    def open(self, identity: Identity, need_bytes: int) -> None:
+    def open(self, identity: Identity, need_bytes: int, *, model: str) -> None:
         """Begins a run that takes ``need_bytes`` of disk, or continues an unfinished one with the same identity. Raises
-        StorageError if the directory cannot be written, or holds an unfinished run with another identity."""
+        StorageError if the directory cannot be written, or holds an unfinished run with another identity. ``model`` is
+        the name of the model, for messages; empty for an object."""
 
         def begin(out: Path) -> bool:
             # torchrun and Slurm repeat a command with its --restart, and count starts: a later start resumes the run.
@@ -138,7 +139,11 @@ class Journal(contextlib.ExitStack):
                 not identical or all(count == "0" for count in counts)
             )
             opened = partial(
-                WorkingDirectory, out, asdict(identity), need_bytes=need_bytes
+                WorkingDirectory,
+                out,
+                asdict(identity),
+                need_bytes=need_bytes,
+                model=model,
             )
             work = self.enter_context(
                 opened(overwrite=self._overwrite, restart=self._restart)

@@ -66,7 +66,7 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
             overwrite=request.overwrite,
         ) as journal,
     ):
-        journal.open(decided.identity, decided.disk_bytes)
+        journal.open(decided.identity, decided.disk_bytes, model=request.called)
         finished = journal.finished(progress)
         for record in finished:
             clock.add(record.seconds)
@@ -159,7 +159,7 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
             need = 0 if step.overwrite else step.disk_bytes
             smaller = replace(request, out=step.place, overwrite=step.overwrite)
             smaller.destination((), need)
-            _check_resumes(step.place, step.identity, restart=request.restart)
+            _check_resumes(step.place, step.identity, request)
             name = without_folders(str(request.model))
             return step.total.model_copy(update={"model": name})
         models = open_run(request, clock, progress)
@@ -167,13 +167,19 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
         decided = decide(request, models, budget, clock, progress)
     request.destination((), decided.disk_bytes)
     if decided.out is not None:
-        _check_resumes(decided.out, decided.identity, restart=request.restart)
+        _check_resumes(decided.out, decided.identity, request)
     name = base_of_run(request, models, decided.identity.model).name
     return decided.estimate.model_copy(update={"model": name})
 
 
-def _check_resumes(out: Path, identity: Identity, *, restart: bool) -> None:
+def _check_resumes(out: Path, identity: Identity, request: Request) -> None:
     """Refuses an unfinished run into ``out`` that has another identity. Raises StorageError."""
     known = to_jsonable_python(asdict(identity))
-    check = partial(check_unfinished, partial_of(out), known, restart=restart)
+    check = partial(
+        check_unfinished,
+        partial_of(out),
+        known,
+        restart=request.restart,
+        model=request.called,
+    )
     parallel.from_main(check)

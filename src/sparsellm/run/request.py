@@ -34,6 +34,17 @@ class Request:
     teacher: str | os.PathLike[str] | None = None
     name: str = ""  # in reports, in place of the one that the model was given by
 
+    @property
+    def called(self) -> str:
+        """The name by which the user gave the model; empty for an object."""
+        model = self.model
+        # the run after a removal of experts, whose model is a directory of ours
+        if self.recipe.experts is not None and self.teacher is not None:
+            model = self.teacher
+        if isinstance(model, PreTrainedModel):
+            return ""
+        return os.fspath(model)
+
     def destination(
         self, sources: Iterable[str | os.PathLike[str]] = (), need_bytes: int = 0
     ) -> Path | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.errors import DataError, ModelError
+from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
 from sparsellm.text.conversations import prepare, rendered
 from sparsepack.generation import Sampling, generation_settings
@@ -18,11 +19,13 @@ Message = dict[str, str]
 
 
 def open_model(
-    directory: str, options: dict[str, str], *, template: bool = False
+    name: str, options: dict[str, str], *, template: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`. A UserError says that one
-    of them, or the generation config, cannot be read or used, or that an asked-for chat ``template`` is missing."""
-    tokenizer = load_tokenizer(checkpoint_path(directory))  # first: weights take longer
+    """The model of a name, packed or dense, and its tokenizer. ``options`` are those of
+    :func:`sparsepack.loading.load`. A UserError says that the model, one of the options or the generation config cannot
+    be found, read or used, or that an asked-for chat ``template`` is missing."""
+    directory = checkpoint_path(checkpoint_directory(name))
+    tokenizer = load_tokenizer(directory)  # first: weights take longer
     if template:
         check_template(tokenizer)
         prepare()

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparsellm import interrupts
 from sparsellm.errors import DataError, ModelError, RecipeError, shown
+from sparsellm.serving.connections import BACKLOG, Connection, one_line_handler
 from sparsellm.serving.prompts import open_model
 from sparsellm.serving.protocol import (
     Answer,
@@ -149,6 +150,8 @@ def serve(
         name = settings.name or Path(directory).expanduser().resolve().name
         config = uvicorn.Config(
             _Gate(application(worker, name), key, settings.max_body),
+            http=Connection,
+            backlog=BACKLOG,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -162,7 +165,7 @@ def serve(
         log(
             f"{context} tokens of context, decoded by {'the compiled decoder' if decodes(model) else 'transformers'}"
         )
-        _Server(config, worker).run(sockets=[listening])
+        _Server(config, worker, log).run(sockets=[listening])
     worker.stop(0)
     # it reads a long prompt; the interpreter must not end under a thread that computes
     if not worker.ended(GRACE):
@@ -172,15 +175,22 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(
+        self, config: uvicorn.Config, worker: Worker, log: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._worker = worker
+        self._log = log
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stops gracefully by every signal of the command line; uvicorn's own would raise it again afterwards."""
         with interrupts.handled_by(self.handle_exit):
             yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(one_line_handler(self._log))
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.stop(GRACE)

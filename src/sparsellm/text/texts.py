@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sparsellm import machine
 from sparsellm.errors import DataError, one_line, shown
-from sparsellm.inputs import parse_json
+from sparsellm.inputs import parse_json, text_file
 
 Split = Literal["calibration", "evaluation"]
 _FIELDS = {"text": str, "messages": list}  # the second where a record has no text
@@ -27,28 +27,6 @@ class Text:
     per_document: bool = False
     most_windows: int | None = None  # that the protocol evaluates on
     called: str = "the text"  # in messages
-
-
-def text_file(path: str) -> Path:
-    """The path of a file that exists; raises DataError for one that does not."""
-    try:
-        path.encode()  # records hold its name
-        file = Path(path).expanduser()
-        if file.is_file():
-            return file
-        if file.is_dir():
-            reason = "is a directory"
-        else:
-            reason = "is not a file" if file.exists() else "does not exist"
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # too long; no such user after '~'; a null byte; not UTF-8
-        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    raise DataError(
-        f"text file {shown(path)} {reason}; check the path, or name another source"
-    )
 
 
 def read_file(argument: str, split: Split) -> Text:
