@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import ModelError, RecipeError, StorageError
-from sparsellm.files import directory
 from sparsellm.method.experts.sample import HELD, Sample
 from sparsellm.method.experts.scores import SCORES, MixtureView
 from sparsellm.model import Chain
-from tests import killing
-from tests.files.small import tensors_of, tree
-from tests.killing import KILLED, stop_after_one
+from tests.files.small import tree
+from tests.killing import stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import MIXTURES, family, mixtral
 from tests.report.pages import rewrite
@@ -151,28 +148,6 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
 
 
-def test_experts_may_be_narrower_than_the_block(tmp_path: Path) -> None:
-    sizes = dict.fromkeys(
-        (
-            "moe_latent_size",
-            "moe_intermediate_size",
-            "moe_shared_expert_intermediate_size",
-        ),
-        16,
-    )
-    changes = {
-        "layers_block_type": ["attention", "moe"],
-        "n_group": 1,
-        "topk_group": 1,
-        **sizes,
-        **EIGHT,
-    }
-    source = save_tiny(family("NemotronH", **changes), None, tmp_path / "dense")
-    (experts,) = removed(source, tmp_path / "small", experts=4, effort=0).experts
-    assert 0 < experts.refitted < experts.error
-    assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
-
-
 @pytest.mark.parametrize("refit", [True, False])
 @torch.no_grad()
 def test_the_error_left_is_that_of_the_mixture_that_is_written(
@@ -275,29 +250,6 @@ def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
     assert max(gains) > 1e-3 or name == "Llama4Text"
     assert bool(changed) == (max(gains) > 0)
     assert all("router" in key or "gate." in key for key in changed)
-
-
-def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:
-    source = save_tiny(
-        mixtral().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense"
-    )
-    recipe = {**RECIPE, "method": "wanda", "sparsity": 0.5, "dtype": "float32"}
-    uncut = killing.run(killing.prune, source, tmp_path / "whole", recipe)
-    assert uncut.code == 0
-    first, last = (
-        tree(tmp_path / "whole")[name]
-        for name in ("model-00001-of-00003.safetensors", "config.json")
-    )
-    renames = uncut.steps["rename"]
-    for at in range(1, renames, max(1, renames // 4)):
-        out = tmp_path / f"cut-{at}"
-        assert (
-            killing.run(killing.prune, source, out, recipe, at=("rename", at)).code
-            == KILLED
-        )
-        assert killing.run(killing.prune, source, out, recipe).code == 0
-        assert tree(out)["model-00001-of-00003.safetensors"] == first
-        assert tree(out)["config.json"] == last
 
 
 def test_a_repeat_with_other_experts_is_refused_before_the_removal(
@@ -497,37 +449,6 @@ def test_a_model_without_mixtures_is_refused(llama: Path, tmp_path: Path) -> Non
     for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):
         with pytest.raises(RecipeError, match="give experts, or leave them out"):
             sparsellm.prune(tiny_llama(), Recipe(**setting), calibration=IDS)
-
-
-def test_the_disk_holds_the_smaller_model_and_the_run_that_follows(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    """Said before the work; a smaller model that is there needs no room again."""
-    source, usage = (
-        save_tiny(mixtral(), None, tmp_path / "dense"),
-        shutil.disk_usage(tmp_path),
-    )
-    recipe, out = (
-        Recipe(**{**RECIPE, "sparsity": 0.5, "method": "sparsegpt"}),
-        tmp_path / "small",
-    )
-    sparsellm.prune(source, recipe, out=tmp_path / "whole", calibration=IDS)
-    size = sum(tensor.nbytes for tensor in tensors_of(tmp_path / "whole").values())
-    monkeypatch.setattr(
-        directory.shutil, "disk_usage", lambda place: usage._replace(free=2 * size - 1)
-    )
-    with pytest.raises(StorageError, match="make room"):
-        sparsellm.prune(source, recipe, out=out, calibration=IDS)
-    assert not [*tmp_path.glob("small*")]
-    monkeypatch.undo()
-    with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(
-            source, recipe, out=out, calibration=IDS, progress=stop_after_one("prune")
-        )
-    monkeypatch.setattr(
-        directory.shutil, "disk_usage", lambda place: usage._replace(free=size)
-    )
-    sparsellm.prune(source, recipe, out=out, calibration=IDS)
 
 
 def test_a_checkpoint_of_the_user_is_not_taken_for_the_smaller_model(

@@ -14,7 +14,6 @@ from transformers import core_model_loading as loading
 import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import NumericalError
-from sparsellm.files.reader import CheckpointReader, open_checkpoint
 from sparsellm.method.blocks import routed
 from sparsellm.method.blocks.task import BlockTask
 from sparsellm.model import Feed, open_chain
@@ -397,23 +396,3 @@ def test_a_swept_mixture_keeps_its_zeros_and_comes_nearer() -> None:
         == sum(linear.zeros for linear in result.linears if "experts" in linear.name)
         > 0
     )
-
-
-def test_a_stored_stack_of_experts_is_read_once_a_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = family("GptOss")
-    model.save_pretrained(tmp_path)
-    chain, reader, read = (
-        open_chain(model, device=torch.device("cpu")),
-        open_checkpoint(tmp_path),
-        list[str](),
-    )
-    plain = CheckpointReader.get
-    monkeypatch.setattr(
-        CheckpointReader,
-        "get",
-        lambda self, key, *rest: read.append(key) or plain(self, key, *rest),
-    )
-    with chain.block(0, reader):
-        assert len(set(read)) == len(read) < len(chain.names_of(0))

@@ -135,7 +135,10 @@ def test_biases_are_rounded_before_their_block_runs_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "back"),
-    [("remove", 0), ("rename", 0), ("rename", 3), ("write", 40), ("sync", 9)],
+    [
+        ("rename", 0),
+        ("rename", 3),
+    ],
 )
 def test_killed_in_the_sweep(
     kind: str, back: int, source: Path, swept: Files, tmp_path: Path
@@ -146,19 +149,6 @@ def test_killed_in_the_sweep(
         == KILLED
     )
     assert finish(source, tmp_path / "p", SWEEPING) == swept[0]
-
-
-def test_a_model_that_writes_its_text_writes_the_same_again(
-    source: Path, tmp_path: Path
-) -> None:
-    recipe, out = {**SWEEPING, "calibration": "self"}, tmp_path / "p"
-    expected, steps = uninterrupted(source, tmp_path / "uncut", recipe)
-    assert run(source, out, recipe, ("rename", steps["rename"] - 8)).code == KILLED
-    assert (
-        len(json.loads((partial_of(out) / STATE / "sweep.json").read_text())["history"])
-        > 1
-    )
-    assert finish(source, out, recipe) == expected
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -455,24 +445,6 @@ def test_memory_place_and_shards_make_no_other_run(
         ).resumed
         == 2
     )
-
-
-def test_overwriting_resumes_and_keeps_the_old_one(
-    source: Path, uncut: Files, tmp_path: Path
-) -> None:
-    out = tmp_path / "p"
-    sparsellm.prune(source, Recipe(**{**FLOAT, "sparsity": 0.3}), out=out)
-    before = contents(out)
-    with pytest.MonkeyPatch.context() as patched:
-        fail_in_block(1, patched)
-        with pytest.raises(NumericalError):
-            sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True)
-    assert contents(out) == before
-    assert (
-        sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True).resumed == 1
-    )
-    assert contents(out) == uncut[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 def test_a_full_disk_loses_nothing(

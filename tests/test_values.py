@@ -41,7 +41,6 @@ from tests.method.sweep.helpers import (
     sharing_llama,
 )
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.models.families import mixtral
 from tests.shares import violations
 from tests.test_resume import RECIPE, contents, fail_after_passes, fail_in_block
 
@@ -470,24 +469,6 @@ def test_weights_that_blocks_share_are_rounded_once() -> None:
     }
     for name, weight in linear_weights(model).items():
         assert is_on_grid(result, recorded[id(weight)], weight), name
-
-
-def test_experts_are_rounded_too() -> None:
-    model = mixtral()
-    result = sparsellm.prune(
-        model, Recipe(sparsity=0.5, values="int4", effort=0), calibration=ids_of(4)
-    )
-    chain = open_chain(model, device=torch.device("cpu"))
-    for index in range(len(chain)):
-        with chain.block(index):
-            for linear in chain.linears(index):
-                weight = linear.weight()
-                if linear.name.endswith("gate"):
-                    assert not torch.equal(
-                        on_grid(weight, "int4", linear.storage_dtype), weight
-                    ), linear.name
-                else:
-                    assert is_on_grid(result, linear.name, weight), linear.name
 
 
 def test_packed_with_exponents_computes_as_pruned(

@@ -12,17 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-import sparsellm
 from sparsellm.app import demo
 from sparsellm.app.demo import in_q4_0
 from sparsellm.errors import ModelError
 from sparsellm.files.cache import cache_dir
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import WorkingDirectory
-from sparsellm.files.gguf import gguf_checkpoint
-from sparsellm.text.windows import evaluation_windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -162,23 +159,6 @@ def test_the_other_form_has_the_numbers_of_q4_0() -> None:
         for key, weight in before.items()
     }
     assert size == sum(bits[key] * weight.numel() for key, weight in before.items()) / 8
-
-
-@pytest.mark.slow
-def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
-    """Uses the user's own cache, so only the first run downloads."""
-    directory = gguf_checkpoint(demo_gguf())
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert model.dtype == torch.float32
-    # this tokenizer adds none
-    assert tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id
-    assert (
-        sparsellm.evaluate(
-            model, evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)
-        ).value
-        < 30
-    )
 
 
 @pytest.mark.slow

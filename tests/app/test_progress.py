@@ -13,7 +13,6 @@ import pytest
 
 import sparsellm
 from sparsellm.app import console, options
-from sparsellm.errors import ModelError
 from sparsellm.interrupts import Interrupted
 from sparsellm.method.allocation import ALLOCATIONS
 from sparsellm.method.blocks import METHODS
@@ -127,13 +126,6 @@ def test_what_is_said_at_a_signal_stands_below_the_bar(terminal: Terminal) -> No
     assert terminal.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
 
 
-def test_an_error_before_the_work_leaves_no_bar(terminal: Terminal) -> None:
-    with pytest.raises(ModelError):
-        show_a_run([Progress("open", 0, 1)], ModelError("no such model"))
-    console.say("error: no such model", error=True)
-    assert terminal.screen() == ["error: no such model"]
-
-
 def test_a_line_breaks_between_words_and_a_command_does_not(terminal: Terminal) -> None:
     words = "what the run says of the linears that are left dense " * 4
     console.say(words, error=True)
@@ -217,16 +209,3 @@ def test_a_program_shows_the_progress_of_a_run_with_one_line(
             progress=progress,
         )
     assert "100 %" in terminal.screen()[-1]
-
-
-def test_a_notebook_without_widgets_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook = console.PlainConsole(stderr=True)
-    notebook.is_jupyter = True
-    monkeypatch.setattr(
-        console.importlib.util,
-        "find_spec",
-        lambda name: None if name == "ipywidgets" else 1,
-    )
-    assert not console._can_redraw(notebook)
-    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: 1)
-    assert console._can_redraw(notebook)

@@ -20,8 +20,7 @@ from sparsellm import Recipe, __version__, api
 from sparsellm.api import PruneResult
 from sparsellm.app import cli, console, options, tables
 from sparsellm.recipe import help_of, option_of
-from sparsellm.records import Benchmark, LinearResult
-from sparsepack.bench import Speed
+from sparsellm.records import LinearResult
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -328,26 +327,6 @@ def test_the_report_cuts_no_number(
     assert all(number in shown for number in ("10.6B", "31.9B", "70.00%"))
 
 
-def test_the_time_of_phases_is_told_by_share() -> None:
-    console.out.cache_clear()
-    with console.out().capture() as captured:
-        console.out().print(console.phases(large_result().seconds))
-    lines = [
-        " ".join(line.replace("│", " ").split()) for line in captured.get().splitlines()
-    ]
-    said = [
-        "prune blocks 9 min 53 s 73%",
-        "choose sparsities 2 min 13 s 16%",
-        "open the model 1 min 21 s 10%",
-    ]
-    assert lines[3:6] == said
-    assert "all 13 min 29 s" in lines
-    assert not any("solve" in line for line in lines)
-    with console.out().capture() as captured:
-        console.out().print(console.phases(large_result().seconds, parts=True))
-    assert "solve" in captured.get()
-
-
 def test_numbers_are_short() -> None:
     counts = {
         0: "0",
@@ -401,40 +380,3 @@ def test_json_is_readable_whatever_the_encoding(
         assert json.loads(stream.buffer.getvalue().decode(encoding)) == {
             "path": "ü–\udcff[b]"
         }  # type: ignore[attr-defined]
-
-
-def test_speeds_of_five_digits_fit(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {
-        "phase": "prefill",
-        "batch": 64,
-        "threads": 128,
-        "decoder": "transformers",
-    }
-    given |= {"median": 12_345.6, "slowest": 9_876.4, "fastest": 13_000.0}
-    speeds = [Speed(model=model, **given) for model in ("dense", "packed")]
-    sizes = {
-        f"{model}{part}_bytes": 1
-        for model in ("dense", "packed")
-        for part in ("", "_linear", "_disk")
-    }
-    more = {
-        "sparsellm": "0",
-        "machine": "[m]",
-        "date": "today",
-        "kernel": "[avx512]",
-        "dtype": "float32",
-    }
-    result = Benchmark(
-        speeds=speeds,
-        verdict=["packed is [faster]"],
-        dense_dtype="float32",
-        **sizes,
-        **more,
-    )  # type: ignore[arg-type]
-    shown = in_80_columns(
-        lambda: tables.print_speeds(result, None), capsys, monkeypatch
-    )
-    assert "12.3K (9876–13.0K)" in shown
-    assert "packed is [faster]\n" in shown

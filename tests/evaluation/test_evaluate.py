@@ -96,13 +96,6 @@ def test_a_tokenizer_without_bos_is_refused_before_the_work(
     assert not out.exists()
 
 
-def test_token_ids_are_calibrated_on_as_they_are(text: Path) -> None:
-    result = sparsellm.prune(
-        tiny_llama(), Recipe(method="magnitude"), calibration=by_hand(text, bos=True)
-    )
-    assert result.calibration_bos == "given"
-
-
 def test_divergence_is_that_of_both_whole_models(
     llama: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -239,33 +236,3 @@ def test_an_unknown_conversion_is_refused_before_the_work(
     assert "pass the model to prune()" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("p*"))
-
-
-@pytest.mark.slow
-def test_the_script_tries_types_of_every_kind_and_writes_a_page(tmp_path: Path) -> None:
-    """One that is right, one with linears that no token reaches, one with convolutions, and two that are refused."""
-    expected = {"gpt_neox": "right", "marian": "right", "mamba2": "right, some dense"}
-    expected |= {"cpmant": "in part", "xlm": "refused"}
-    page, script = (
-        tmp_path / "families.md",
-        Path(__file__).parents[2] / "benchmarks" / "families.py",
-    )
-    command = [sys.executable, str(script), "--out", str(page), "--types", *expected]
-    paths = os.pathsep.join(
-        [str(Path(sparsellm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [
-        line.split(" | ")
-        for line in page.read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ")
-    ][1:]
-    assert {
-        name.split()[0]: row[0].removeprefix("| ")
-        for row in rows
-        for name in row[1].split(", ")
-    } == expected
-    assert "5 types built with transformers" in page.read_text(encoding="utf-8")

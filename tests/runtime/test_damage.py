@@ -125,19 +125,12 @@ def entry(**changes: Any) -> Change:
 CONFIGS: list[tuple[Change, str]] = [
     (lambda config: config.update(format_version=99), "99"),
     (lambda config: config.pop("format_version"), "version"),
-    (lambda config: config.update(format_version=True), "version"),
-    (lambda config: config.update(linears=[1]), "linears"),
     (lambda config: config["linears"].pop(UP), UP),
     (lambda config: config["linears"].update(x=config["linears"][UP]), "x"),
-    (lambda config: config["linears"].update({"x\ny": config["linears"][UP]}), "x\\ny"),
     (entry(shape=[80, 33]), "33"),
-    (entry(shape=[2**30, 2**30]), str(2**30)),
-    (entry(shape=[True, True]), UP),
     (entry(layout="csr"), "csr"),
     (entry(layout="nm", pattern=[3, 4]), "3:4"),
-    (entry(value_type="int2"), "int2"),
     (entry(dtype="int8"), "dtype is 'int8'"),
-    (entry(dtype="float16"), UP),
     (entry(transposed=True), UP),
     (entry(**{"zero\npoint": 3}), "zero\\npoint"),
 ]
@@ -273,17 +266,6 @@ def test_damaged_offsets_of_int3_are_refused(
     )
     change_tensor(out, f"{name}.weight_offsets", lambda _: offsets)
     refused(out, "offsets is torch")
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
-def test_truncated_files_are_refused(keep: float, copy: Path) -> None:
-    (copy / "packed.json").unlink()
-    victim = sorted(copy.glob("*.safetensors"))[1]
-    content = victim.read_bytes()
-    victim.write_bytes(
-        content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)]
-    )
-    refused(copy)
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(

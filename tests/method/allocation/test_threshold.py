@@ -114,14 +114,6 @@ def test_rounded_factors_move_a_saliency_by_about_a_bin() -> None:
         ].sum() < 2
 
 
-def test_the_same_sweep_finds_what_errors_of_outputs_cost() -> None:
-    survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
-    result = survey.gradients.output_squares
-    alone = loss_gradients(survey.feed, survey.names).output_squares
-    assert result.keys() == alone.keys() == survey.names
-    assert all(torch.equal(result[name], alone[name]) for name in alone)
-
-
 def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
     def chosen(tokens: int, ids: Tensor) -> dict[str, int]:
         recipe = Recipe(
