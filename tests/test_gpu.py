@@ -41,7 +41,7 @@ from tests.models import (
     windows,
 )
 from tests.models.pruned import prune_tiny
-from tests.parallel.test_command_line import by_torchrun, ended
+from tests.parallel.processes import by_torchrun, ended
 
 DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
 CARD = torch.cuda.is_available()

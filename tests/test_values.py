@@ -29,7 +29,8 @@ from sparsellm.patterns import parse_pattern
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid
 from sparsepack.grids import GRIDS
-from tests.files.small import tensors_of
+from tests.files.small import contents, tensors_of
+from tests.killing import fail_after_passes, fail_in_block
 from tests.method.sweep.helpers import (
     CPU,
     dense_end,
@@ -40,9 +41,15 @@ from tests.method.sweep.helpers import (
     same_bits,
     sharing_llama,
 )
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models import (
+    RECIPE,
+    save_tiny,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    tiny_tokenizer,
+)
 from tests.shares import violations
-from tests.test_resume import RECIPE, contents, fail_after_passes, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
 GLOBAL: dict[str, Any] = {"method": "sparsellm", "effort": 0}

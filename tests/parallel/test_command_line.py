@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -21,12 +20,10 @@ import sparsellm
 from sparsellm import Recipe
 from tests.files.small import tensors_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.parallel.processes import ENVIRONMENT, LIMIT, by_torchrun, ended
 
 # Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
 pytestmark = pytest.mark.slow
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +44,6 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     )
 
 
-def by_torchrun(size: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={size}",
-    ]
-    command += [f"--max-restarts={restarts}"] if restarts else []
-    return subprocess.Popen(
-        [*command, "-m", "sparsellm", *arguments],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def side_by_side(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
     """Processes as torchrun starts them, but nobody ends the others when one dies."""
     with socket.socket() as free:
@@ -80,13 +62,6 @@ def side_by_side(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
         )
         for rank in range(size)
     ]  # fmt: skip
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
 
 
 def wait_for_blocks(

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from tests.documents import ROOT, SMALL, blocks
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.test_docs import ROOT, SMALL, blocks
 
 PAGE = ROOT / "docs" / "scale.md"
 (SLURM,), (SKYPILOT,) = (blocks(PAGE, language) for language in ("bash", "yaml"))

@@ -25,11 +25,11 @@ from sparsellm.method.solvers.solver import Solution, solution
 from sparsellm.method.sweep.gradients import loss_gradients
 from sparsellm.method.sweep.sweep_task import Residence
 from sparsellm.model import Chain, Feed, open_chain
+from tests.killing import fail_after_passes
 from tests.method.allocation.helpers import sizes_of
 from tests.method.sweep.helpers import halved, swept_by
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.families import mixtral
-from tests.test_resume import fail_after_passes
 
 WINDOWS = 7  # three processes do not divide it
 two_blocks = partial(tiny_llama, num_hidden_layers=2)

@@ -191,6 +191,17 @@ def test_every_step_lowers_the_loss_of_every_row():
     )
 
 
+def test_no_row_ends_worse_than_it_began() -> None:
+    """Not even by rounded products: with few tokens for many inputs, their steps lead far away."""
+    weight = weight_of(16, 256)
+    gram = gram_of(256, tokens=20)
+    mask = random_mask(16, 256)
+    with Bf16Products():
+        result = refine_on_support(weight, gram, mask, weight, iterations=50)
+    began = losses(torch.where(mask, weight, 0.0), weight, gram)
+    assert bool((losses(result.weight, weight, gram) <= 1.001 * began).all())
+
+
 def test_stays_at_the_minimum_and_at_what_no_token_excites():
     weight, mask = weight_of(4, 30), random_mask(4, 30)
     gram = gram_of(30, tokens=5)  # 25 directions that no token excites
