@@ -40,20 +40,6 @@ def numbers(model: Any, text: Any, **options: Any) -> tuple[Any, ...]:
     return measured.perplexity, measured.protocol.digest, measured.protocol.window
 
 
-def test_a_path_calibrates_on_its_file(llama: Path, tmp_path: Path) -> None:
-    """Statistics of the file, not of pydoc: the weights are those of the same text given by its name."""
-    (tmp_path / "my.txt").write_text(TEXT)
-    pruned = []
-    for calibration in (tmp_path / "my.txt", str(tmp_path / "my.txt")):
-        result = sparsellm.prune(
-            llama, {**FAST, "method": "wanda"}, calibration=calibration
-        )
-        assert result.recipe.calibration == str(tmp_path / "my.txt")
-        assert result.model is not None
-        pruned.append(result.model.state_dict())
-    assert all(torch.equal(value, pruned[1][name]) for name, value in pruned[0].items())
-
-
 IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
 ROWS = IDS.tolist()
 

@@ -78,26 +78,6 @@ def test_every_cell_is_what_a_run_by_itself_gives(
             assert results["evaluations"][0]["perplexity"]["value"] == cell.perplexity
 
 
-def test_quality_and_size_are_those_of_the_packed_checkpoint(
-    llama: Path, tmp_path: Path
-) -> None:
-    cells = cells_of(
-        {"samples": 4, "seq_len": 32},
-        methods=["magnitude"],
-        sparsities=[0.5, 0.6],
-        values=["int4"],
-    )
-    result = grid(llama, tmp_path / "out", cells=cells)
-    cell = result.cells[0]
-    assert cell.name == "magnitude-0.5-int4"
-    packed = sparsellm.evaluate(
-        result.out / f"{cell.name}-packed", "pydoc", seq_len=32, max_tokens=256
-    )
-    assert cell.perplexity == packed.value
-    assert result.page is not None
-    assert "magnitude-0.5-int4-packed" in result.page.read_text(encoding="utf-8")
-
-
 def test_a_stopped_comparison_goes_on_and_takes_further_cells(
     llama: Path, finished: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,28 +339,3 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
     for name, value in {"methods": "wanda", "experts": 0.5}.items():
         with pytest.raises(RecipeError, match=rf"{name} is {value!r}"):
             cells_of(base, **{"methods": ["wanda"], "sparsities": [0.3], name: value})
-
-
-def test_options_mean_what_they_mean_in_prune(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop = Mock(side_effect=RecipeError("enough"))
-    monkeypatch.setattr(compare, "compare", stop)
-    words = "--sparsity 0.3 --samples 3 --seq-len 16 --text-seq-len 8 --memory 4GiB --device cpu --effort 1,2 --quiet"
-    assert (
-        run("compare", "m", "--out", tmp_path, *words.split(), "--values", "int8")[2]
-        == "error: enough\n"
-    )
-    given = stop.call_args.kwargs
-    assert list(given["cells"]) == [
-        "sparsellm-0.3-effort1-int8",
-        "sparsellm-0.3-effort2-int8",
-    ]
-    recipe = given["cells"]["sparsellm-0.3-effort2-int8"]
-    assert (recipe.samples, recipe.seq_len, recipe.memory, recipe.device) == (
-        3,
-        16,
-        "4GiB",
-        "cpu",
-    )
-    assert given["seq_len"] == 8

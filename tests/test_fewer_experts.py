@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import ModelError, RecipeError, StorageError
-from sparsellm.method.experts.sample import HELD, Sample
+from sparsellm.method.experts import sample
+from sparsellm.method.experts.sample import Sample
 from sparsellm.method.experts.scores import SCORES, MixtureView
-from sparsellm.model import Chain
 from tests.files.small import tree
 from tests.killing import stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -90,8 +90,8 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     assert result.seconds["experts"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(MIXTURES))
-def test_every_family_is_cut_short_resumed_and_rounded(
+@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Mixtral"])
+def test_a_removal_is_cut_short_resumed_and_rounded(
     name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     # with which routers change too
@@ -174,82 +174,26 @@ def test_the_error_left_is_that_of_the_mixture_that_is_written(
     assert refit == (" refitted." in (tmp_path / "small" / "report.html").read_text())
 
 
-@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Llama4Text", "Mixtral"])
-def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
+@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Mixtral"])
+def test_routers_are_fitted_where_that_helps(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Every expert is there twice, so that the one can have the tokens of the other."""
     dense = family(name, **EIGHT)
     for key, value in dense.named_parameters():
-        # every expert is there twice, so that the one can have the tokens of the other
         if ".experts." in key:
             value.data[4:] = value.data[:4].clone()
-    source, make, fit = (
-        save_tiny(dense, None, tmp_path / "dense"),
-        Sample.of,
-        Sample.fit_router,
-    )
-    goals: dict[int, Tensor] = {}
-    gains, changed = [], set()
-
-    def output(
-        chain: Chain, sample: Sample
-    ) -> Tensor:  # as the model computes it, without the sample's projection
-        (mixture,) = chain.mixtures(sample.index)
-        made = chain.blocks[sample.index].get_submodule(
-            mixture.name.rpartition(".")[0]
-        )(sample.inputs)
-        return (
-            (made[0] if isinstance(made, tuple) else made)
-            .reshape(sample.inputs.shape[1:])
-            .double()
-        )
-
-    def made(*arguments: Any) -> Sample:
-        sample = make(*arguments)
-        goals.setdefault(sample.index, output(sample.fewer.dense, sample))
-        return sample
-
-    def fitted(sample: Sample) -> None:
-        chain, errors, values = sample.fewer.chain, [], []
-        for act in (lambda: None, lambda: fit(sample)):
-            act()
-            errors.append(
-                (output(chain, sample) - goals[sample.index])
-                .square()
-                .sum(1)[::HELD]
-                .sum()
-            )
-            values.append(
-                {
-                    key: value.clone()
-                    for key, value in chain.blocks[sample.index].state_dict().items()
-                }
-            )
-        gains.append(float(1 - errors[1] / errors[0]))
-        changed.update(
-            key
-            for key, value in values[0].items()
-            if not torch.equal(value, values[1][key])
-        )
-        assert not any(
-            parameter.requires_grad
-            for parameter in chain.blocks[sample.index].parameters()
-        )
-
-    monkeypatch.setattr(Sample, "of", made)
-    monkeypatch.setattr(Sample, "fit_router", fitted)
+    source = save_tiny(dense, None, tmp_path / "dense")
     ids = torch.randint(4, 300, (32, 64), generator=torch.Generator().manual_seed(3))
-    recipe = Recipe(
-        **RECIPE | {"experts": 4, "samples": 32, "seq_len": 64},
-        effort=0,
-        expert_score="reap",
-    )
-    sparsellm.prune(source, recipe, out=tmp_path / "small", calibration=ids)
-    assert min(gains) > -1e-6
-    # one expert a token: its weight is all that can change
-    assert max(gains) > 1e-3 or name == "Llama4Text"
-    assert bool(changed) == (max(gains) > 0)
-    assert all("router" in key or "gate." in key for key in changed)
+    changes = {"experts": 4, "samples": 32, "seq_len": 64, "expert_score": "reap"}
+    recipe = Recipe(**RECIPE | changes, effort=0)
+    errors = []
+    for steps in (0, sample.STEPS):
+        monkeypatch.setattr(sample, "STEPS", steps)
+        out = tmp_path / str(steps)
+        result = sparsellm.prune(source, recipe, out=out, calibration=ids)
+        errors.append(sum(mixture.refitted for mixture in result.experts))
+    assert errors[1] < 0.999 * errors[0]
 
 
 def test_a_repeat_with_other_experts_is_refused_before_the_removal(

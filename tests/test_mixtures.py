@@ -197,47 +197,6 @@ def test_tokens_of_experts_are_counted_and_few_are_warned_of() -> None:
     ]
 
 
-@torch.no_grad()
-def test_the_last_linear_of_an_expert_is_refitted() -> None:
-    """So the mixture is nearer to its dense outputs than by the same solver without."""
-    errors = {}
-    for refit in (True, False):
-        model = mixtral()
-        x, _, _ = by_hand(model, 0)
-        dense = [
-            inner(model, n, x) @ model.model.layers[0].mlp.experts.down_proj[n].T
-            for n in range(4)
-        ]
-        options = {
-            "output_metric": 0.0,
-            "norm_weighting": 0.0,
-            "refit": refit,
-            "refit_damping": 0.001,
-        }
-        exclude = ["*.self_attn.*"]  # the inputs of the mixture stay the same
-        changes: dict[str, Any] = {
-            "options": options,
-            "exclude": exclude,
-            "allocation": "uniform",
-        }
-        sparsellm.prune(
-            model,
-            Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, **changes),
-            calibration=IDS,
-        )
-        errors[refit] = 0.0
-        for number in range(4):
-            _, chosen, weights = by_hand(model, number)
-            outputs = (
-                inner(model, number, x[chosen])
-                @ model.model.layers[0].mlp.experts.down_proj[number].T
-            )
-            errors[refit] += float(
-                ((outputs - dense[number][chosen]) * weights[:, None]).square().sum()
-            )
-    assert errors[True] < errors[False]
-
-
 def test_an_expert_whose_moments_overflow_is_named() -> None:
     model = family("Qwen3Moe")
     model.model.layers[0].mlp.experts.gate_up_proj.data[1] *= 1e10

@@ -476,21 +476,3 @@ def test_weights_that_blocks_share_are_rounded_once() -> None:
     }
     for name, weight in linear_weights(model).items():
         assert is_on_grid(result, recorded[id(weight)], weight), name
-
-
-def test_packed_with_exponents_computes_as_pruned(
-    pruned: Pruned, tmp_path: Path
-) -> None:
-    """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
-    out, ids = pruned[0], ids_of(2)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path
-    assert any(name.endswith("weight_exponents") for name in tensors_of(packed))
-    with torch.no_grad():
-        dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        loaded = sparsellm.load(packed, dtype="float32")
-        assert torch.equal(loaded(ids).logits, dense(ids).logits)
-        loaded.save_pretrained(tmp_path / "saved")
-        assert torch.equal(
-            sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits,
-            dense(ids).logits,
-        )

@@ -13,15 +13,16 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
+from transformers import BertConfig, BertForMaskedLM, T5Config
 
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SMALL = ("--samples", 4, "--seq-len", 32)
 
 
-def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) -> None:
+def test_what_prune_prints_is_its_record_and_what_inspect_counts(
+    llama: Path, tmp_path: Path, run: Any
+) -> None:
     out = tmp_path / "pruned"
     line = (
         "prune",
@@ -50,20 +51,6 @@ def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) ->
         sum(block["zeros"] for block in inspected["blocks"])
         == inspected["zeros"]
         == report["zeros"]
-    )
-    line = ("eval", out, "--text", "pydoc", "--seq-len", 64, "--max-tokens", 640)
-    measured = json.loads(run(*line, "--json", exits=0)[1])
-    assert (measured["protocol"]["tokens"], measured["protocol"]["window"]) == (
-        10 * 63,
-        64,
-    )
-    assert 1 < measured["perplexity"]["value"] < 10_000
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert (
-        model.generate(
-            torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False
-        ).shape[1]
-        > 3
     )
 
 

@@ -6,7 +6,6 @@ import io
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pyte
 import pytest
@@ -17,7 +16,6 @@ from sparsellm.interrupts import Interrupted
 from sparsellm.method.allocation import ALLOCATIONS
 from sparsellm.method.blocks import METHODS
 from sparsellm.progress import NOTE, Progress
-from sparsellm.records import read_pruning
 
 
 class Terminal(io.StringIO):
@@ -169,29 +167,6 @@ def test_a_pipe_gets_lines_at_a_calm_rate(
     said = r"\d % · prune blocks: block 1/2 :x: · sparsity 50\.0% · memory .* · error of 0\.a 0\.0123"
     assert re.search(said, lines[5])
     assert lines[-1] == "prune blocks: 0.0 s"
-
-
-def test_verbose_names_the_linear_of_each_error(
-    llama: Path, tmp_path: Path, run: Any
-) -> None:
-    words = [
-        "--method",
-        "wanda",
-        "--samples",
-        "4",
-        "--seq-len",
-        "32",
-        "--verbose",
-        "--out",
-    ]
-    said = run("prune", llama, *words, tmp_path / "out", exits=0)[2]
-    shown = dict(re.findall(r" · error of (\S+) (\S+)$", said, re.MULTILINE))
-    linears = {
-        linear.name: f"{linear.error:.4f}"
-        for linear in read_pruning(tmp_path / "out").linears
-    }
-    assert len(shown) > len(linears) / 2
-    assert shown.items() <= linears.items()
 
 
 def test_the_shell_completes_registered_names() -> None:

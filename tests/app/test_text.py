@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,10 +16,8 @@ import pytest
 from typer.main import get_command
 
 from sparsellm import Recipe, __version__, api
-from sparsellm.api import PruneResult
-from sparsellm.app import cli, console, options, tables
+from sparsellm.app import cli, console, options
 from sparsellm.recipe import help_of, option_of
-from sparsellm.records import LinearResult
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -263,68 +260,6 @@ def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:
     _, stdout, stderr = run(exits=2)
     assert "Usage: sparsellm" in stdout + stderr
     assert "error" not in stderr
-
-
-def large_result() -> PruneResult:
-    kinds = (
-        "q_proj",
-        "a_kind_of_linear_with_a_very_long_name_that_must_be_folded",
-        "down_proj",
-    )
-    size: dict[str, Any] = {
-        "shape": (53_084_160, 100),
-        "zeros": 3_715_891_200,
-        "asked": 0.7,
-        "error": 0.0123,
-    }
-    linears = [
-        LinearResult(name=f"model.layers.{block}.{kind}", **size)
-        for block in range(2)
-        for kind in kinds
-    ]
-    seconds = {
-        "open": 81.3,
-        "calibration": 0.4,
-        "allocation": 133.4,
-        "prune": 593.2,
-        "prune/solve": 472.2,
-        "odd": 1.0,
-    }
-    measured: dict[str, Any] = {
-        "seconds": seconds,
-        "peak_rss_bytes": 1 << 30,
-        "calibration_tokens": 4096,
-    }
-    given: dict[str, Any] = {
-        "recipe": Recipe(),
-        "sparsity_asked": 0.7,
-        "allocation": {"name": "threshold"},
-    }
-    return PruneResult(path=Path("/x"), linears=linears, **given, **measured)
-
-
-def in_80_columns(
-    show: Callable[[], None],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> str:
-    """What is printed, whose tables are at most 80 columns wide."""
-    monkeypatch.setenv("COLUMNS", "80")
-    console.out.cache_clear()
-    show()
-    shown = capsys.readouterr().out
-    assert max(len(line) for line in shown.splitlines() if "│" in line) <= 80
-    assert "…" not in shown
-    return shown
-
-
-def test_the_report_cuts_no_number(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown = in_80_columns(
-        lambda: tables.print_pruned(large_result()), capsys, monkeypatch
-    )
-    assert all(number in shown for number in ("10.6B", "31.9B", "70.00%"))
 
 
 def test_numbers_are_short() -> None:

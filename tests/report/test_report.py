@@ -147,23 +147,6 @@ def test_measurements_and_the_commands_for_those_that_are_missing(
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 
-def test_a_comparison_outlives_an_evaluation_without_one(copied: Path) -> None:
-    compared = [
-        entry
-        for entry in json.loads((copied / "results.json").read_text())["evaluations"]
-        if entry["against"]
-    ]
-    rewrite(
-        copied / "results.json",
-        evaluations=[*compared, *({**entry, "against": None} for entry in compared)],
-    )
-    assert all(
-        entry.dense is not None
-        for entry in read_checkpoint(copied).results.latest().values()
-    )
-    assert read_checkpoint(copied).results.latest()
-
-
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
     assert [quote.text for quote in half.all("blockquote")] == [
         "two </script><script>alert(1)</script>",

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -283,33 +281,3 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
         FormatError, match=r"cannot read .*\.safetensors: Permission denied"
     ):
         sparsepack.load(copy)
-
-
-@settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(data=st.data())
-def test_random_bytes_in_a_file_never_end_in_another_error(
-    data: st.DataObject, packed: Path, copy: Path
-) -> None:
-    restore(copy, packed)
-    (copy / "packed.json").unlink()
-    victim = sorted(copy.glob("*.safetensors"))[0]
-    content = bytearray(victim.read_bytes())
-    header = int.from_bytes(content[:8], "little")
-    inside = data.draw(
-        st.sampled_from([(0, 8), (8, 8 + header), (8 + header, len(content))])
-    )
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(inside[0], inside[1] - 1))] = data.draw(
-            st.integers(0, 255)
-        )
-    victim.write_bytes(content)
-    try:
-        reader = PackedReader(copy)
-        read = {name: reader.get(name) for name in reader}
-    except SparseLLMError:
-        return
-    assert all(value.shape == reader.shape(name) for name, value in read.items())

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from torch import nn
 from transformers import (
@@ -399,24 +397,6 @@ def test_another_model_is_not_compared_with(packed: Path, tmp_path: Path) -> Non
         match="which is quantised; give the checkpoint that it was made from",
     ):
         compare(packed, other)
-
-
-def test_other_names_and_no_architectures_are_the_same_model(
-    packed: Path, llama: Path, tmp_path: Path
-) -> None:
-    """As a base model's files have it, and a model that was pruned before it was ever saved."""
-    other = Path(shutil.copytree(llama, tmp_path / "other"))
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    renamed = {
-        name.removeprefix("model."): value
-        for name, value in load_file(other / "model.safetensors").items()
-    }
-    save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
-    assert (
-        len(compare(packed, other, prompt_tokens=3, new_tokens=1, repeats=1).verdict)
-        == 2
-    )
 
 
 def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(

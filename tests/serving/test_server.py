@@ -422,31 +422,6 @@ def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
     asyncio.run(run())
 
 
-def test_a_client_that_waits_for_each_answer_is_never_refused(model: Any) -> None:
-    """Not even where nobody may wait: when an answer has come, nothing runs."""
-
-    async def run() -> None:
-        worker = Worker(
-            model,
-            tiny_tokenizer(),
-            context=CONTEXT,
-            max_tokens=CONTEXT,
-            queue=0,
-            log=lambda _: None,
-        )
-        running = []
-        for _ in range(20):
-            job = Job(prompt_ids, Sampling(), 1)
-            worker.submit(job)
-            while isinstance(await job.event(), str):
-                pass
-            running.append(worker.state()["running"])
-        worker.stop(0)
-        assert running == [0] * 20
-
-    asyncio.run(run())
-
-
 def test_a_broken_request_leaves_the_server_alive(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

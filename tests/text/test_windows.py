@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -308,20 +307,3 @@ def test_self_generated_text_is_greedy_first_then_follows_the_model(
 def test_a_model_with_fewer_tokens_than_its_tokenizer_writes_its_own() -> None:
     known = len(tiny_tokenizer()) - 20
     assert int(written(8, 20, model=tiny_llama(vocab_size=known)).max()) < known
-
-
-def test_the_leading_token_follows_the_tokenizer() -> None:
-    plain, adds = tiny_tokenizer(), tiny_tokenizer(add_bos=True)
-    assert [windows.leading_token(plain, bos) for bos in ("auto", "yes", "no")] == [
-        None,
-        0,
-        None,
-    ]
-    assert [windows.leading_token(adds, bos) for bos in ("auto", "yes", "no")] == [
-        0,
-        0,
-        None,
-    ]
-    without = copy.deepcopy(plain)
-    without.bos_token = None
-    assert windows.leading_token(without) is None

@@ -294,16 +294,6 @@ def test_factors_of_groups_are_those_of_least_squares(
         assert bool((result[row][~live] == 1).all())
 
 
-def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "POWERS", ())
-    weight, gram = pruned(24, 96, Share(0.5)), gram_of(96)
-    for values in INTEGERS:
-        result = rounded(weight, gram, values, torch.bfloat16)
-        assert torch.equal(
-            rounded(result.weight, gram, values, torch.bfloat16).weight, result.weight
-        )
-
-
 def test_values_nearer_to_zero_leave_only_a_mask_that_may_change() -> None:
     weight, gram = pruned(16, 128, Share(0.5)), gram_of(128)
     weight[:, 7] = 1e-5

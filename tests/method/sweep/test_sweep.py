@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
@@ -18,7 +18,7 @@ from sparsellm import Recipe
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.scratch import Scratch
-from sparsellm.method.sweep import head, streamed
+from sparsellm.method.sweep import head
 from sparsellm.method.sweep import whole_model as module
 from sparsellm.method.sweep.sweep_task import SweepTask
 from sparsellm.method.sweep.training import adam_step, held_out_of
@@ -37,7 +37,7 @@ from tests.method.sweep.helpers import (
     same_bits,
     swept,
 )
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import save_tiny, tiny_gpt2, tiny_llama
 
 
 def in_memory(
@@ -59,59 +59,13 @@ def test_divergences_are_rescaled_with_those_of_each_text() -> None:
     ]
 
 
-@pytest.mark.parametrize("family", helpers.FAMILIES, ids=lambda family: family.__name__)
 @pytest.mark.parametrize("head_tokens", [1 << 20, 12])
-def test_gradients_are_of_the_whole_model(
-    family: Any, head_tokens: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", helpers.FAMILIES, ids=lambda family: family.__name__)
+def test_steps_are_those_of_adam_on_the_whole_model(
+    family: helpers.Family, head_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
+    """Also with the head in chunks of three positions."""
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
-    monkeypatch.setattr(module, "STEP_TOKENS", 48)
-    result: list[dict[str, Tensor]] = []
-
-    def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
-        result.append(
-            {
-                name: p.grad.clone()
-                for name, p in parameters.items()
-                if p.grad is not None
-            }
-        )
-
-    monkeypatch.setattr(streamed, "adam_step", recorded)
-    dense, model, ids = family(), halved(family()), ids_of(4)
-    history = in_memory(model, dense, ids, 1, 0.01)
-    blocks = len(result) // 2
-    # Nothing moved, so what the two steps saw, in whatever order, are the halves of the one mean.
-    steps = [{k: v for part in result[:blocks] for k, v in part.items()}]
-    steps.append({k: v for part in result[blocks:] for k, v in part.items()})
-    loss = divergence(dense, model, ids)
-    loss.backward()
-    expected = {
-        name: p.grad
-        for name, p in block_parameters(model).items()
-        if p.grad is not None
-    }
-    assert steps[0].keys() == expected.keys() == steps[1].keys()
-    for name, gradient in expected.items():
-        mean = (steps[0][name] + steps[1][name]) / 2
-        torch.testing.assert_close(
-            mean,
-            gradient,
-            rtol=1e-3,
-            atol=1e-3 * float(gradient.abs().max()) + 1e-9,
-            msg=name,
-        )
-    assert history[0].held_out == pytest.approx(loss.item(), rel=1e-4)
-    assert history[1].train == pytest.approx(history[0].held_out, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "family",
-    [tiny_llama, tiny_gpt2, tiny_opt, helpers.sharing_llama],
-    ids=lambda f: f.__name__,
-)
-def test_steps_are_those_of_adam_on_the_whole_model(family: helpers.Family) -> None:
     dense, model, ids = family(), halved(family()), ids_of(4)
     plain = copy.deepcopy(model)
     parameters, pruned = block_parameters(plain), linear_weights(plain)
@@ -156,7 +110,8 @@ def test_steps_are_those_of_adam_on_the_whole_model(family: helpers.Family) -> N
             (parameters[name] - before[name])[moved],
         )
         assert float((moves - expected).norm()) <= 0.01 * float(expected.norm()), name
-    assert sum(int(mask.sum()) for mask in certain.values()) > 10_000
+    every = sum(mask.numel() for mask in certain.values())  # half are pruned
+    assert sum(int(mask.sum()) for mask in certain.values()) > 0.4 * every
 
 
 @pytest.mark.parametrize("two_of_four", [False, True])
