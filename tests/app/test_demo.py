@@ -6,13 +6,11 @@ import json
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from sparsellm.app import demo
 from sparsellm.app.demo import in_q4_0
@@ -177,7 +175,7 @@ def test_the_demo_prunes_measures_and_saves_a_plain_model(tmp_path: Path) -> Non
     )
     # rounding may set some more zeros
     assert 0.3 - 1e-4 < report["sparsity_reached"] < 0.3 + 0.005
-    forms, speeds = report["forms"], report["speeds"]
+    forms = report["forms"]
     packed, other = forms["packed"], forms["q4_0"]
     assert (
         5
@@ -193,18 +191,3 @@ def test_the_demo_prunes_measures_and_saves_a_plain_model(tmp_path: Path) -> Non
         < forms["dense"]["weight_bytes"] / 2
     )
     assert packed["peak_rss_bytes"] < forms["dense"]["peak_rss_bytes"]
-    assert (report["q4_0_tokens_per_second"] is None) == (
-        find_spec("llama_cpp") is None
-    )
-    assert (speeds["dense_dtype"], speeds["dtype"]) == ("bfloat16", "bfloat16")
-    assert {ratio["phase"] for ratio in speeds["ratios"]} == {"prefill", "decode"}
-    assert report["continuations"]["dense"] != report["continuations"]["pruned"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    weights = [
-        getattr(block.mlp, name).weight
-        for block in model.model.layers
-        for name in ("gate_proj", "up_proj")
-    ]
-    assert all(0.1 < (weight == 0).float().mean() < 0.5 for weight in weights)
-    dense = AutoModelForCausalLM.from_pretrained(report["dense_path"])
-    assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)

@@ -314,24 +314,6 @@ def test_results_go_with_the_checkpoint_that_is_replaced(
     assert not (pruned / "results.json").exists()
 
 
-def test_benchmarks_are_appended_too(pruned: Path, tmp_path: Path, run: Any) -> None:
-    packed = sparsellm.pack(pruned, out=tmp_path / "packed").path
-    small = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
-    shown = json.loads(
-        run("bench", packed, "--dense", pruned, *small, "--json", exits=0)[1]
-    )
-    (record,) = read_results(packed).benchmarks
-    assert (
-        record.model_dump(mode="json") | {"results": str(packed / "results.json")}
-        == shown
-    )
-    for path, size in (
-        (pruned, record.dense_disk_bytes),
-        (packed, record.packed_disk_bytes),
-    ):
-        assert size == sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
 def test_a_measurement_that_cannot_be_kept_is_printed(
     pruned: Path, text: Path, run: Any, monkeypatch: Any
 ) -> None:

@@ -129,16 +129,6 @@ def test_tokens_and_variables_may_lie_in_files(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("tokens", "d", "f"), [(1, 4, 8), (3, 8, 4), (2, 1, 5), (7, 6, 6)]
-)
-def test_few_tokens_and_odd_shapes(tokens: int, d: int, f: int) -> None:
-    unit = random_unit(d, f, bias=True)
-    chunks = random_chunks(unit, [tokens, tokens])
-    pruned, history = prune(unit, chunks[:1], chunks[1:], by_input_norm, HALF)
-    assert pruned.error <= history[0].held_out_error
-
-
 def test_patterns_by_role_and_token_weights_of_zero() -> None:
     unit = random_unit(8, 16)
     chunks = random_chunks(unit, [40, 40])

@@ -59,8 +59,6 @@ def by_the_kernel() -> None:
         for pattern, panel in (
             (Share(0.7), 128),
             (NM(2, 4), 4),
-            (NM(3, 7), 7),
-            (NM(5, 35), 35),
             (NM(50, 140), 140),
         ):
             result, expected = (
