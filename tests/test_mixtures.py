@@ -14,7 +14,6 @@ from transformers import core_model_loading as loading
 import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import NumericalError
-from sparsellm.files.reader import CheckpointReader, open_checkpoint
 from sparsellm.method.blocks import routed
 from sparsellm.model import Feed, open_chain
 from sparsellm.model.experts import Part, separate_experts
@@ -192,47 +191,6 @@ def test_tokens_of_experts_are_counted_and_few_are_warned_of() -> None:
     ]
 
 
-@torch.no_grad()
-def test_the_last_linear_of_an_expert_is_refitted() -> None:
-    """So the mixture is nearer to its dense outputs than by the same solver without."""
-    errors = {}
-    for refit in (True, False):
-        model = mixtral()
-        x, _, _ = by_hand(model, 0)
-        dense = [
-            inner(model, n, x) @ model.model.layers[0].mlp.experts.down_proj[n].T
-            for n in range(4)
-        ]
-        options = {
-            "output_metric": 0.0,
-            "norm_weighting": 0.0,
-            "refit": refit,
-            "refit_damping": 0.001,
-        }
-        exclude = ["*.self_attn.*"]  # the inputs of the mixture stay the same
-        changes: dict[str, Any] = {
-            "options": options,
-            "exclude": exclude,
-            "allocation": "uniform",
-        }
-        sparsellm.prune(
-            model,
-            Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, **changes),
-            calibration=IDS,
-        )
-        errors[refit] = 0.0
-        for number in range(4):
-            _, chosen, weights = by_hand(model, number)
-            outputs = (
-                inner(model, number, x[chosen])
-                @ model.model.layers[0].mlp.experts.down_proj[number].T
-            )
-            errors[refit] += float(
-                ((outputs - dense[number][chosen]) * weights[:, None]).square().sum()
-            )
-    assert errors[True] < errors[False]
-
-
 def test_an_expert_whose_moments_overflow_is_named() -> None:
     model = family("Qwen3Moe")
     model.model.layers[0].mlp.experts.gate_up_proj.data[1] *= 1e10
@@ -391,23 +349,3 @@ def test_a_swept_mixture_keeps_its_zeros_and_comes_nearer() -> None:
         == sum(linear.zeros for linear in result.linears if "experts" in linear.name)
         > 0
     )
-
-
-def test_a_stored_stack_of_experts_is_read_once_a_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = family("GptOss")
-    model.save_pretrained(tmp_path)
-    chain, reader, read = (
-        open_chain(model, device=torch.device("cpu")),
-        open_checkpoint(tmp_path),
-        list[str](),
-    )
-    plain = CheckpointReader.get
-    monkeypatch.setattr(
-        CheckpointReader,
-        "get",
-        lambda self, key, *rest: read.append(key) or plain(self, key, *rest),
-    )
-    with chain.block(0, reader):
-        assert len(set(read)) == len(read) < len(chain.names_of(0))

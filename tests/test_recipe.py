@@ -151,28 +151,16 @@ def test_settings_reach_fields_and_options() -> None:
             "grid q4_0 means values int4, not int8; give one",
         ),
         ("grid: q5_1", "grid is 'q5_1'"),
-        ("samples: 0", "samples"),
-        ("passes: 1001", "passes"),
         ("experts: 2.9", "experts 2.9 is neither a share below 1 nor a whole number"),
-        ("dtype: int8", "dtype"),
-        ("bos: maybe", "bos is 'maybe'"),
         ("- 1", "mapping"),
-        ("sparsity: true", "sparsity is True"),
-        ("pattern: ''", "pattern is ''"),
         ("sparsity: '0.5'", "sparsity is '0.5'"),
         ("samples: 1e10", "samples is 10000000000"),
         ("{samples: 1e9, seq_len: 16}", "more than 2147483648 calibration tokens"),
-        ("seed: 9223372036854775808", "less than or equal to 9223372036854775807"),
-        (f"memory: {10**30}", "such as 4GiB"),
         (f"pattern: '{'9' * 5000}:4'", "n:m"),
-        ("pattern: 24", "pattern is 24"),
-        ("options: [1]", "options is [1]"),
         ("options: {a: .inf}", "options.a is inf"),
-        ("device: ''", "device is ''"),
         ("self: 1", "unknown recipe field 'self'"),
         (["options=3", "options.x=1"], "options is 3"),
         (["seed"], "write key=value"),
-        (["=1"], "no key"),
         ([".x=1"], "no key"),
         (["seed.x=1"], "unknown recipe field 'seed.x'"),
     ],
@@ -189,7 +177,7 @@ def test_a_bad_recipe_or_setting_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("field", ["options", "allocation_options", "sparsity_of"])
-@pytest.mark.parametrize("depth", [31, 40, 500, 5000])
+@pytest.mark.parametrize("depth", [31, 5000])
 @pytest.mark.parametrize("kind", [dict, list])
 def test_a_nested_recipe_is_refused_in_one_line(
     kind: type, depth: int, field: str

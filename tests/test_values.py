@@ -35,7 +35,8 @@ from sparsellm.run.result import bits_per_weight, rounded_to
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid
 from sparsepack.grids import GRIDS
-from tests.files.small import tensors_of
+from tests.files.small import contents, tensors_of
+from tests.killing import fail_after_passes, fail_in_block
 from tests.method.sweep.helpers import (
     CPU,
     dense_end,
@@ -46,10 +47,15 @@ from tests.method.sweep.helpers import (
     same_bits,
     sharing_llama,
 )
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.models.families import mixtral
+from tests.models import (
+    RECIPE,
+    save_tiny,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    tiny_tokenizer,
+)
 from tests.shares import violations
-from tests.test_resume import RECIPE, contents, fail_after_passes, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
 GLOBAL: dict[str, Any] = {"method": "sparsellm", "effort": 0}
@@ -533,42 +539,6 @@ def test_weights_that_blocks_share_are_rounded_once() -> None:
         assert is_on_grid(result, recorded[id(weight)], weight), name
 
 
-def test_experts_are_rounded_too() -> None:
-    model = mixtral()
-    result = sparsellm.prune(
-        model, Recipe(sparsity=0.5, values="int4", effort=0), calibration=ids_of(4)
-    )
-    chain = open_chain(model, device=torch.device("cpu"))
-    for index in range(len(chain)):
-        with chain.block(index):
-            for linear in chain.linears(index):
-                weight = linear.weight()
-                if linear.name.endswith("gate"):
-                    assert not torch.equal(
-                        on_grid(weight, "int4", linear.storage_dtype), weight
-                    ), linear.name
-                else:
-                    assert is_on_grid(result, linear.name, weight), linear.name
-
-
-def test_packed_with_exponents_computes_as_pruned(
-    pruned: Pruned, tmp_path: Path
-) -> None:
-    """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
-    out, ids = pruned[0], ids_of(2)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", head="keep").path
-    assert any(name.endswith("weight_exponents") for name in tensors_of(packed))
-    with torch.no_grad():
-        dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        loaded = sparsellm.load(packed, dtype="float32")
-        assert torch.equal(loaded(ids).logits, dense(ids).logits)
-        loaded.save_pretrained(tmp_path / "saved")
-        assert torch.equal(
-            sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits,
-            dense(ids).logits,
-        )
-
-
 def mixed_types(linears: Iterable[str]) -> dict[str, str]:
     """Four types by kind; the values of v are kept."""
     types = {"q_proj": "int8", "o_proj": "q4_0", "v_proj": "keep", "down_proj": "int3"}
@@ -630,7 +600,7 @@ def test_packing_takes_the_type_of_each_linear_from_the_record(
     allocate_types(monkeypatch)
     out = tmp_path / "pruned"
     result = sparsellm.prune(wide, Recipe(**MIXED), out=out)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", values="mixed")
+    packed = sparsellm.pack(out, out=tmp_path / "packed")
     assert not packed.rounded
     sparsellm.unpack(packed.path, out=tmp_path / "again")
     assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))

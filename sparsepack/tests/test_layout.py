@@ -19,7 +19,6 @@ from sparsepack.codes import (
     PLAIN,
     VALUE_TYPES,
     Levels,
-    best_group,
     widened,
 )
 from sparsepack.errors import FormatError, SettingError
@@ -212,15 +211,6 @@ def test_only_whole_bytes_of_three_bits_are_widened() -> None:
         widened(torch.tensor([0, 0, 128], dtype=torch.uint8), 6)
 
 
-@pytest.mark.parametrize(
-    ("share", "group"),
-    [(1.0, 32), (0.8, 32), (0.5, 64), (0.3, 128), (0.1, 256), (0.001, 1024)],
-)
-def test_about_32_kept_values_share_a_scale(share: float, group: int) -> None:
-    assert best_group(share) == group
-    assert group == 1024 or 22 < share * group < 46
-
-
 def test_a_dense_weight_has_one_mask_for_all_rows() -> None:
     weight = torch.randn(7, 130)
     for values in VALUE_TYPES:
@@ -298,18 +288,10 @@ def test_zeros_lose_their_sign_and_nan_stays() -> None:
         (torch.randn(4, 8), "keep", "nm", "2:4"),
         (torch.randn(4, 4).double(), "keep", "auto", "float64"),
         (torch.randn(4), "keep", "auto", "cannot be packed"),
-        (torch.ones(2, 2, dtype=torch.int8), "keep", "auto", "cannot be packed"),
         (torch.randn(0, 4), "keep", "auto", "cannot be packed"),
-        (torch.randn(4, 4).to(torch.float8_e4m3fn), "keep", "auto", "cannot be packed"),
         (
             torch.tensor([[math.nan, 0.0]]),
             "int8",
-            "bitmask",
-            "NaN, infinite or too large",
-        ),
-        (
-            torch.tensor([[1e300, 1.0]], dtype=torch.float64),
-            "int4",
             "bitmask",
             "NaN, infinite or too large",
         ),
@@ -356,27 +338,16 @@ DAMAGE: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("keep", "mask", at((2, 0), lambda byte: byte ^ 1), "row 2"),
     ("keep", "mask", at((0, -1), lambda byte: byte | 128), "padding"),
     ("keep", "mask", lambda mask: mask[:, :-1].contiguous(), "mask is"),
-    ("keep", "mask", lambda mask: mask.to(torch.int32), "mask is torch.int32"),
     ("keep", "offsets", at(0, lambda _: 1), "first offset"),
     ("keep", "offsets", at(1, lambda _: -5), "decrease"),
     ("keep", "offsets", at(3, lambda _: 2**62), "decrease"),
-    ("keep", "offsets", at(-1, lambda _: 2**62), "values, where offsets end"),
-    ("keep", "offsets", lambda offsets: offsets[:-1], "offsets is"),
-    ("keep", "offsets", lambda offsets: offsets.int(), "offsets is torch.int32"),
     ("keep", "values", lambda values: values[:-1], "values, where offsets end"),
-    ("keep", "values", lambda values: values.double(), "values is torch.float64"),
-    ("keep", "values", lambda values: values.unsqueeze(0), "values is torch.float32 "),
     ("keep", "scales", lambda _: torch.ones(5), "scales with values"),
     ("int8", "scales", lambda _: None, "no scales"),
     ("int8", "scales", lambda scales: scales[:-1], "scales is"),
     ("int8", "scales", lambda scales: scales * math.nan, "not finite"),
-    ("int4", "scales", lambda scales: scales[1:], "scales is"),
     ("int4", "scales", lambda scales: scales.repeat(1, 3), "6 scales a row do not"),
-    ("int4", "scales", lambda scales: scales.view(-1), "groups of columns"),
-    ("int4", "values", lambda values: values[1:], "values, where offsets end"),
     ("int8", "levels", lambda _: INT8S, "levels with values of type int8"),
-    ("int4", "levels", lambda _: INT8S[:15], r"levels is torch.int8 \(15,\)"),
-    ("int4", "levels", lambda _: torch.zeros(16), "levels is torch.float32"),
     (
         "keep",
         "exponents",
@@ -384,24 +355,15 @@ DAMAGE: list[tuple[str, str, Callable[[Any], Any], str]] = [
         "exponents with values of type fp32",
     ),
     ("int4", "exponents", lambda _: exponents_of(99), "exponents is torch"),
-    ("int4", "exponents", lambda _: exponents_of(100).int(), "exponents is torch"),
     (
         "int4",
         "exponents",
         lambda _: exponents_of(100) - 1,
         "an exponent is -9, not one of -8 to 7",
     ),
-    (
-        "int4",
-        "exponents",
-        lambda _: exponents_of(100) + 1,
-        "an exponent is 8, not one of -8 to 7",
-    ),
     ("keep", "value_type", lambda _: "fp8", "fp8"),
-    ("keep", "layout", lambda _: "csr", "csr"),
     ("keep", "layout", lambda _: "nm", "without n and m"),
     ("keep", "pattern", lambda _: (2, 4), "with n and m"),
-    ("keep", "shape", lambda _: (5, 2**40), "mask is"),
     ("keep", "shape", lambda _: (-5, 100), "negative"),
 ]
 

@@ -219,45 +219,6 @@ def test_values_of_floating_types_are_never_rounded(kernel: str) -> None:
     assert torch.equal(native.multiply(packed, x, rounded=True, kernel=kernel), plain)
 
 
-@every_kernel
-def test_infinite_activations_reach_rows_that_keep_their_column(kernel: str) -> None:
-    packed, dense = random_weight(9, 70, "bf16", 0.5, seed=3)
-    x = activations(2, 70, torch.float32, seed=4)
-    x[0, 5], x[1, 69] = float("inf"), float("nan")
-    kept = dense[:, [5, 69]].T != 0
-    assert 0 < int(kept.sum()) < kept.numel()
-    assert not bool(native.multiply(packed, x, kernel=kernel)[kept].isfinite().any())
-
-
-@every_kernel
-def test_subnormal_and_large_halves(kernel: str) -> None:
-    numbers = torch.tensor(
-        [2.0**-24, -(2.0**-15), 2.0**-14, 65504.0, -65504.0, 1.0]
-    ).half()
-    packed, dense = random_weight(1, 6, "fp16", 0.0, seed=0, special_rows=False)
-    packed, dense = dataclasses.replace(packed, values=numbers), numbers.double()[None]
-    for column in range(6):
-        x = torch.zeros(1, 6)
-        x[0, column] = 1.5
-        assert torch.equal(
-            native.multiply(packed, x, kernel=kernel).double(), x.double() @ dense.T
-        )
-
-
-@every_kernel
-def test_halves_that_are_not_finite(kernel: str) -> None:
-    packed, _ = random_weight(4, 6, "fp16", 0.0, seed=0, special_rows=False)
-    values = torch.ones(4, 6).half()
-    values[0, 1], values[1, 2], values[2, 3] = float("inf"), float("nan"), float("-inf")
-    with torch.device("meta"):  # a default device other than the CPU
-        y = native.multiply(
-            dataclasses.replace(packed, values=values.view(-1)),
-            values.new_ones(1, 6),
-            kernel=kernel,
-        )
-    assert torch.equal(y[0].nan_to_num(7.0), values.sum(dim=1).nan_to_num(7.0))
-
-
 def test_flushing_subnormals_in_torch_changes_nothing() -> None:
     packed, _ = random_weight(2, 100, "fp16", 0.5, seed=5)
     packed = dataclasses.replace(packed, values=packed.values * 2.0**-16)

@@ -6,19 +6,16 @@ import io
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pyte
 import pytest
 
 import sparsellm
 from sparsellm.app import console, options
-from sparsellm.errors import ModelError
 from sparsellm.interrupts import Interrupted
 from sparsellm.method.allocation import ALLOCATIONS
 from sparsellm.method.blocks import METHODS
 from sparsellm.progress import NOTE, Pace, Progress
-from sparsellm.records import read_pruning
 
 
 class Terminal(io.StringIO):
@@ -137,13 +134,6 @@ def test_what_is_said_at_a_signal_stands_below_the_bar(terminal: Terminal) -> No
     assert terminal.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
 
 
-def test_an_error_before_the_work_leaves_no_bar(terminal: Terminal) -> None:
-    with pytest.raises(ModelError):
-        show_a_run([Progress("open", 0, 1)], ModelError("no such model"))
-    console.say("error: no such model", error=True)
-    assert terminal.screen() == ["error: no such model"]
-
-
 def test_a_line_breaks_between_words_and_a_command_does_not(terminal: Terminal) -> None:
     words = "what the run says of the linears that are left dense " * 4
     console.say(words, error=True)
@@ -189,29 +179,6 @@ def test_a_pipe_gets_lines_at_a_calm_rate(
     assert lines[-1] == "prune blocks: 0.0 s"
 
 
-def test_verbose_names_the_linear_of_each_error(
-    llama: Path, tmp_path: Path, run: Any
-) -> None:
-    words = [
-        "--method",
-        "wanda",
-        "--samples",
-        "4",
-        "--seq-len",
-        "32",
-        "--verbose",
-        "--out",
-    ]
-    said = run("prune", llama, *words, tmp_path / "out", exits=0)[2]
-    shown = dict(re.findall(r" · error of (\S+) (\S+)$", said, re.MULTILINE))
-    linears = {
-        linear.name: f"{linear.error:.4f}"
-        for linear in read_pruning(tmp_path / "out").linears
-    }
-    assert len(shown) > len(linears) / 2
-    assert shown.items() <= linears.items()
-
-
 def test_the_shell_completes_registered_names() -> None:
     assert set(options.registered("method/blocks", "method/solvers")) == set(METHODS)
     assert set(options.registered("method/allocation")) == set(ALLOCATIONS)
@@ -227,16 +194,3 @@ def test_a_program_shows_the_progress_of_a_run_with_one_line(
             progress=progress,
         )
     assert "100 %" in terminal.screen()[-1]
-
-
-def test_a_notebook_without_widgets_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    notebook = console.PlainConsole(stderr=True)
-    notebook.is_jupyter = True
-    monkeypatch.setattr(
-        console.importlib.util,
-        "find_spec",
-        lambda name: None if name == "ipywidgets" else 1,
-    )
-    assert not console._can_redraw(notebook)
-    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: 1)
-    assert console._can_redraw(notebook)

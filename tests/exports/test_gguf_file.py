@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
@@ -22,7 +22,7 @@ from sparsellm.files.contents import write_list
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.writer import write_shard
 from sparsellm.records import read_pruning
-from tests.exports.checkpoints import family, mixtral, pruned, wide_llama
+from tests.exports.checkpoints import mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
 from tests.report.pages import rewrite
@@ -459,38 +459,3 @@ def test_of_two_exports_into_one_name_the_later_is_refused(tmp_path: Path) -> No
     assert out.read_bytes() == written[0]
     assert written[0].startswith(b"GGUF")
     assert not list(tmp_path.glob(".*"))
-
-
-def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:
-    """GPT-NeoX stores q, k and v of each head next to each other; GGUF has all of q first."""
-
-    def parted(rows: np.ndarray) -> np.ndarray:
-        return rows.reshape(4, 3, 16, -1).swapaxes(0, 1).reshape(rows.shape)
-
-    def in_neox(model: PreTrainedModel) -> dict[str, np.ndarray]:
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPTNEOX, 2)
-        arrays = {
-            names.get_name(key, (".weight", ".bias")): x.numpy()
-            for key, x in model.float().state_dict().items()
-        }
-        return {
-            name: parted(weight) if "qkv" in name else weight
-            for name, weight in arrays.items()
-        }
-
-    directory = pruned(family("GPTNeoX"), tmp_path, "q8_0", effort=1)
-    writer = gguf.GGUFWriter(str(tmp_path / "like.gguf"), "gptneox")
-    writer.add_block_count(2)
-    for name, weight in in_neox(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    ).items():
-        writer.add_tensor(name, weight)
-    finish(writer)
-    settings = {"like": tmp_path / "like.gguf", "model": tmp_path / "dense"}
-    sparsellm.export(directory, to="gguf", out=tmp_path / "out.gguf", **settings)
-    here = in_neox(AutoModelForCausalLM.from_pretrained(directory))
-    for name, tensor in tensors(gguf.GGUFReader(tmp_path / "out.gguf")).items():
-        assert torch.equal(
-            torch.from_numpy(tensor.copy()).bfloat16().float(),
-            torch.from_numpy(here[name]),
-        ), name

@@ -18,26 +18,7 @@ from sparsellm.records import Pruning
 from sparsellm.report.card import base_of, card, card_text, is_unedited
 from tests.method.allocation.helpers import IDS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-
-EVALUATION: dict[str, Any] = {
-    "protocol": {
-        "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
-        "dtype": "float32",
-    },
-    "perplexity": {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1},
-    "against": {
-        "model": "/home/me/dense", "perplexity": {"value": 12.5, "low": 12.1, "high": 12.9},
-        "kl": 0.123, "kl_low": 0.1, "kl_high": 0.15, "agreement": 0.81, "recovery": 0.9,
-    },
-    "tasks": {"arc_easy": {"acc,none": {"value": 0.61, "stderr": 0.01}}},
-    "sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01",
-}  # fmt: skip
-
-
-def results(directory: Path, *evaluations: Any) -> None:
-    (directory / "results.json").write_text(
-        json.dumps({"format": 1, "evaluations": evaluations, "benchmarks": []})
-    )
+from tests.report.pages import EVALUATION, write_results
 
 
 @pytest.fixture
@@ -83,7 +64,7 @@ def test_the_python_of_a_card_loads_the_checkpoint(
     monkeypatch.chdir(pruned.parent)
     sparsellm.pack("half", out="small", values="int8")
     first = (pruned.parent / "small" / "README.md").read_text()
-    results(pruned.parent / "small", EVALUATION)
+    write_results(pruned.parent / "small", EVALUATION)
     card(pruned.parent / "small")
     for name in ("half", "small"):
         text = (pruned.parent / name / "README.md").read_text()
@@ -115,7 +96,7 @@ def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
 
 
 def test_a_card_has_the_results_with_their_protocol(pruned: Path) -> None:
-    results(
+    write_results(
         pruned,
         {**EVALUATION, "tasks": None},
         {**EVALUATION, "tasks": {"arc_easy": {"acc,none": {"value": 0.5}}}},
@@ -164,7 +145,7 @@ def test_what_was_never_pruned_or_evaluated_has_no_new_card(
 
 
 def test_an_edited_card_is_kept(pruned: Path, llama: Path, run: Any) -> None:
-    results(pruned, EVALUATION)
+    write_results(pruned, EVALUATION)
     readme = pruned / "README.md"
     edited = readme.read_text().replace("Not evaluated yet", "Excellent")
     readme.write_text(edited)
@@ -180,7 +161,7 @@ def test_an_edited_card_is_kept(pruned: Path, llama: Path, run: Any) -> None:
 
 
 def test_what_is_not_a_file_is_kept(pruned: Path) -> None:
-    results(pruned, EVALUATION)
+    write_results(pruned, EVALUATION)
     readme = pruned / "README.md"
     for make in (
         lambda: os.mkfifo(readme),
@@ -197,7 +178,7 @@ def test_what_is_not_a_file_is_kept(pruned: Path) -> None:
 def test_texts_of_others_are_no_markup(pruned: Path) -> None:
     evil = "<img src=x onerror=alert(1)> | `x` ``` [a](javascript:b)\n# heading"
     task = {evil: {"acc": {"value": 1.0, "stderr": None}}}
-    results(
+    write_results(
         pruned,
         {
             **EVALUATION,

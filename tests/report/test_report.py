@@ -147,23 +147,6 @@ def test_measurements_and_the_commands_for_those_that_are_missing(
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 
-def test_a_comparison_outlives_an_evaluation_without_one(copied: Path) -> None:
-    compared = [
-        entry
-        for entry in json.loads((copied / "results.json").read_text())["evaluations"]
-        if entry["against"]
-    ]
-    rewrite(
-        copied / "results.json",
-        evaluations=[*compared, *({**entry, "against": None} for entry in compared)],
-    )
-    assert all(
-        entry.dense is not None
-        for entry in read_checkpoint(copied).results.latest().values()
-    )
-    assert read_checkpoint(copied).results.latest()
-
-
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
     assert [quote.text for quote in half.all("blockquote")] == [
         "two </script><script>alert(1)</script>",
@@ -213,26 +196,6 @@ def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
     assert page.figures().keys() == {"sparsity-map", "error-map", "allocation"}
 
 
-def test_time_and_memory_are_said(copied: Path) -> None:
-    took = {"check": 1.0, "read": 2.0, "prune": 5.0, "prune/solve": 3.0}
-    room = {"predicted_peak_rss_bytes": 2 * 10**9, "budget_bytes": 4 * 10**9}
-    rewrite(
-        copied / "pruning.json",
-        seconds=took,
-        predicted_seconds={"prune": 6.0},  # a field of older records, as in room
-        peak_rss_bytes=10**9,
-        memory=room,
-    )
-    page = page_of(write_report(copied))
-    assert page.rows("Time of each phase")[1:3] == [
-        ["prune blocks", "5.0", "62.5%"],
-        ["– solve", "3.0", "37.5%"],
-    ]
-    said = page.one("p", id="text-time").text
-    assert "8 seconds in all; “prune blocks” took 62.5% of them." in said
-    assert "Peak memory 1.00 GB of 4.00 GB that the run might take." in said
-
-
 def test_what_a_checkpoint_lacks_is_left_out(copied: Path) -> None:
     linears = json.loads((copied / "pruning.json").read_text())["linears"]
     linears[0]["error"], linears[1]["error"] = float("nan"), float("inf")
@@ -268,7 +231,7 @@ def test_files_that_are_wrong(
 
 @pytest.mark.parametrize(
     "place",
-    ["a file", "a folder", "nowhere", "", "link", "dangling", "a/" * 3000, None],
+    ["a file", "nowhere", "", "link", "dangling", None],
 )
 def test_places_that_are_refused(
     place: str | None, copied: Path, tmp_path: Path, refusal: Any

@@ -20,7 +20,7 @@ from tests.method.auxiliary.helpers import (
     random_chunks,
     random_unit,
 )
-from tests.method.solvers.test_sparsegpt import column_by_column
+from tests.method.solvers.problems import column_by_column
 from tests.shares import Share
 
 sparsegpt = SOLVERS["sparsegpt"].function
