@@ -728,12 +728,14 @@ def generate(
     """Continue PROMPT, token by token, and print the speed."""
     from sparsellm.app import console
     from sparsellm.serving.prompts import open_model
-    from sparsepack.generation import check_sampling
+    from sparsepack.generation import Sampling
     from sparsepack.generation import generate as continue_prompt
 
     # before the load
-    check_sampling(
-        {name: options[name] for name in ("max_new_tokens", "temperature", "seed")}
+    Sampling(
+        max_new_tokens=options["max_new_tokens"],
+        temperature=options["temperature"],
+        seed=options["seed"],
     )
     model, tokenizer = open_model(directory, use.take_running(options))
     before = [prompt]  # printed with the first piece, since errors may come before that
