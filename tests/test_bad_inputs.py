@@ -158,7 +158,7 @@ TELLING = {  # values that come far, or have been wrong before
     "memory": ["4GiB", "1B", "1e9", "-4GiB", "9" * 500 + "TB", "٣GiB"],
     "device": ["cpu", "cuda:99", "meta", "xla", "opencl", "cuda:-1"],
     "dtype": ["float32", "int8", "bfloat16"],
-    "values": ["keep", "int8", "int4", "fp16", "int3"],
+    "values": ["keep", "int8", "int6", "int4", "fp16", "int3"],
     "temperature": ["0.5", "1e-30", "1e30"],
     "batch": ["0", "-1", str(2**40), "9" * 30],
     "set": [

@@ -126,7 +126,7 @@ def test_the_checksum_of_the_config_is_the_documented_one(tmp_path: Path) -> Non
     )
     (tmp_path / "a.safetensors").write_bytes(b"123")
     assert manifest(tmp_path) == {
-        "format_version": 4,
+        "format_version": 5,
         "sha256": {"a.safetensors": hashlib.sha256(b"123").hexdigest()},
         "quantization_config_sha256": config_digest(content),
     }

@@ -161,11 +161,11 @@ class Recipe(BaseModel):
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
     """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
     so that the sparsity is met as nearly as these steps allow."""
-    values: Annotated[Literal["keep", "int8", "int4", "int3"], Option(WHAT, "TYPE")] = (
-        "keep"
-    )
-    """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
-    `sparsellm pack --values` stores them without loss."""
+    values: Annotated[
+        Literal["keep", "int8", "int6", "int5", "int4", "int3"], Option(WHAT, "TYPE")
+    ] = "keep"
+    """Type of the kept values: keep for the checkpoint's own; int8, int6, int5, int4 or int3 to round them while
+    pruning, so that `sparsellm pack --values` stores them without loss."""
     grid: Annotated[
         Literal[
             "own",

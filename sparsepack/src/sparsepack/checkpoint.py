@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsepack.arguments import check, check_choice, check_counts, refuse
-from sparsepack.codes import FLOAT_TYPES, WRITTEN_TYPES, widened
+from sparsepack.codes import BITS, FLOAT_TYPES, READ_AS, WRITTEN_TYPES, widened
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.files import read_object
 from sparsepack.layout import FIELDS, LAYOUTS, PackedWeight, dense_offsets, unpack
@@ -31,13 +31,9 @@ from sparsepack.masks import NM, PATTERNS, mask_stride, row_bytes
 from sparsepack.validation import PACK_AGAIN, validate
 
 QUANT_METHOD = "sparsellm"
-FORMAT_VERSION = 4
-# version 3 had no levels; version 2 had offsets of dense weights and no exponents
-READABLE = (
-    2,
-    3,
-    4,
-)
+FORMAT_VERSION = 5
+# Version 4 had neither int6 nor int5, version 3 no levels; version 2 had offsets of dense weights and no exponents.
+READABLE = (2, 3, 4, 5)
 MANIFEST = "packed.json"
 # In config.json. transformers refuses this name of a weight file, with its text; the quantizer takes it out before.
 WAY_IN = {
@@ -74,7 +70,7 @@ class PackedEntry:
         return cls(
             packed.shape,
             packed.layout,
-            value_type="int3" if packed.narrow else packed.value_type,
+            value_type=packed.narrower or packed.value_type,
             dtype=str(dtype).removeprefix("torch."),
             pattern=packed.pattern,
             transposed=transposed,
@@ -251,11 +247,12 @@ class PackedTensors:
         """The packed weight of a linear; a FormatError if it is inconsistent."""
         entry = self.entries[name]
         parts = {field: self._get(key) for field, key in self._parts[name].items()}
-        narrow = entry.value_type == "int3"
-        value_type = "int4" if narrow else entry.value_type
+        value_type = READ_AS.get(entry.value_type, entry.value_type)
         if "offsets" not in parts:
             parts["offsets"] = dense_offsets(entry.shape, value_type)
-        if narrow:  # the offsets say how many values of three bits there are
+        narrower = None
+        if entry.value_type in BITS:  # the offsets say how many values there are
+            narrower = entry.value_type
             offsets = parts["offsets"]
             rows = (entry.shape[0] + 1,)
             try:
@@ -263,7 +260,8 @@ class PackedTensors:
                     raise ValueError(
                         f"offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}"
                     )
-                parts["values"] = widened(parts["values"], int(offsets[-1]))
+                values = widened(parts["values"], int(offsets[-1]), narrower)
+                parts["values"] = values
             except ValueError as error:
                 raise FormatError(
                     f"packed weight {name}: {error}; {PACK_AGAIN}"
@@ -275,7 +273,7 @@ class PackedTensors:
             "pattern": entry.pattern,
         }
         tensors = {field: parts.get(field) for field in FIELDS}
-        packed = PackedWeight(**described, **tensors, narrow=narrow)  # type: ignore[arg-type]
+        packed = PackedWeight(**described, **tensors, narrower=narrower)  # type: ignore[arg-type]
         validate(packed, name)
         return packed
 
@@ -316,7 +314,7 @@ def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> 
             raise FormatError(
                 f"packed weight {name}: {field} is {known}, not {shape}; {PACK_AGAIN}"
             )
-    bits = {"int4": 4, "int3": 3}.get(entry.value_type, 8 * values.element_size())
+    bits = {**BITS, "int4": 4}.get(entry.value_type, 8 * values.element_size())
     if entry.layout == "dense" and 8 * values.nbytes < bits * out * columns:
         raise FormatError(
             f"packed weight {name}: values is {tuple(values.shape)}, too few for {(out, columns)}; {PACK_AGAIN}"

@@ -26,7 +26,7 @@ from sparsepack.errors import FormatError
 from sparsepack.grids import GRIDS, Grid
 from sparsepack.layout import form_of
 
-INTEGERS = ("int8", "int4", "int3")
+INTEGERS = ("int8", "int6", "int5", "int4", "int3")
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
 LEAST_NORMAL = 2.0**-14  # fp16: numbers below it are multiples of LEAST
 LEAST = 2.0**-24

@@ -613,9 +613,12 @@ def demo(
     use.out("Directory of the packed checkpoint."),
     keeping(
         "--values TYPE",
-        "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
+        "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int6, int5, int4 or int3.",
         use.VALUES,
-        values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
+        values=(
+            *("keep", "bf16", "fp16", "fp32"),
+            *("int8", "int6", "int5", "int4", "int3"),
+        ),
     ),
     keeping(
         "--head TYPE",

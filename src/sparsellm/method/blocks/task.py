@@ -57,7 +57,9 @@ class BlockTask:
     routed: dict[str, int] = field(default_factory=dict)
     # empty for methods that do not need them
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
-    values: str = "keep"  # what they are rounded to: keep, int8, int4, int3, or the name of a grid
+    values: str = (
+        "keep"  # what they are rounded to: keep, an integer type, or the name of a grid
+    )
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False  # whether a sweep follows
 

@@ -25,7 +25,7 @@ class Integers:
     """The linears of a model whose values are rounded to a grid."""
 
     chain: Chain
-    values: str  # int8, int4 or int3, or the name of another program's grid
+    values: str  # an integer type, or the name of another program's grid
     # the exponents of the columns of each linear by its name, as records have them
     linears: Mapping[str, str]
     # by name of the weight; filled by factors()
