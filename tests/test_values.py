@@ -100,6 +100,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     [
         (tiny_gpt2, LOCAL, "int8"),
         (tiny_opt, LOCAL, "int3"),
+        (tiny_opt, LOCAL, "int5"),
+        (tiny_gpt2, SWEPT, "int6"),
         (tiny_llama, GLOBAL, "int4"),
         (tiny_llama, SWEPT, "int4"),
         (tiny_opt, SWEPT, "int4"),

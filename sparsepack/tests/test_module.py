@@ -30,6 +30,8 @@ def layer(values: str = "keep", *, exponents: bool = False) -> PackedLinear:
 WITH_EXPONENTS = [
     *((values, False) for values in VALUE_TYPES),
     ("int8", True),
+    ("int6", True),
+    ("int5", False),
     ("int4", True),
 ]
 

@@ -13,6 +13,7 @@ from by_hand import exponents_of, packed_of, sparse_weight
 from extension import child
 from reference import (
     FLOATS,
+    INTEGERS,
     VALUE_TYPES,
     activations,
     bound,
@@ -106,7 +107,7 @@ def test_neither_threads_nor_other_tokens_change_a_bit(
                     assert torch.equal(multiply(x[:tokens]), alone[:tokens])
 
 
-INTEGERS = pytest.mark.parametrize("value_type", ["int8", "int4"])
+every_integer = pytest.mark.parametrize("value_type", INTEGERS)
 INTEGER_SHAPES = (
     (1, 1, 0.5, 32),
     (2, 33, 0.3, 32),
@@ -117,7 +118,7 @@ INTEGER_SHAPES = (
 
 
 @every_kernel
-@INTEGERS
+@every_integer
 def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> None:
     """With scales that are powers of two nothing is rounded, and every bit is that of the formula."""
     for out, columns, sparsity, group in INTEGER_SHAPES:
@@ -140,7 +141,7 @@ def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> N
 
 
 @every_kernel
-@INTEGERS
+@every_integer
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_rounded_products_have_the_same_bits_everywhere(
     kernel: str, value_type: str, dtype: torch.dtype
@@ -164,7 +165,7 @@ def test_rounded_products_have_the_same_bits_everywhere(
 
 
 @every_kernel
-@INTEGERS
+@every_integer
 def test_activations_not_finite_or_very_small_are_rounded(
     kernel: str, value_type: str
 ) -> None:
@@ -180,7 +181,7 @@ def test_activations_not_finite_or_very_small_are_rounded(
 
 
 @every_kernel
-@INTEGERS
+@pytest.mark.parametrize("value_type", ["int8", "int6", "int4"])
 @pytest.mark.parametrize(
     ("rows", "columns", "sparsity"), [(5, 40, 0.5), (9, 130, 0.0), (16, 320, 0.8)]
 )

@@ -50,7 +50,7 @@ from sparsepack.grids import GRIDS
 from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
-Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"]
+Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3"]
 Head = Literal["keep", "int8"]
 # The two kinds of runs.
 PACK = "pack"

@@ -170,11 +170,11 @@ class Recipe(BaseModel):
     """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
     so that the sparsity is met as nearly as these steps allow."""
     values: Annotated[
-        Literal["keep", "int8", "int4", "int3", "mixed"],
-        Option(WHAT, "TYPE", values=("keep", "int8", "int4", "int3")),
+        Literal["keep", "int8", "int6", "int5", "int4", "int3", "mixed"],
+        Option(WHAT, "TYPE", values=("keep", "int8", "int6", "int5", "int4", "int3")),
     ] = "keep"
-    """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
-    `sparsellm pack` stores them without loss."""
+    """Type of the kept values: keep for the checkpoint's own; int8, int6, int5, int4 or int3 to round them while
+    pruning, so that `sparsellm pack` stores them without loss."""
     grid: Annotated[
         Literal[
             "own",

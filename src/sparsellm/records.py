@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -28,7 +28,7 @@ from pydantic import (
 from sparsellm.errors import StorageError, refusal, shown
 from sparsellm.inputs import read_object
 from sparsellm.patterns import parse_pattern
-from sparsepack.bench import Comparison, Measurement, Pair
+from sparsepack.bench import Comparison, Pair, Ratio, Speed
 from sparsepack.checkpoint import is_packed
 from sparsepack.grids import GRIDS
 from sparsepack.layout import predicted_bytes
@@ -430,6 +430,12 @@ def read_pruning(directory: Path) -> Pruning:
     return read_record(Pruning, directory / PRUNING)
 
 
+class Measurement(BaseModel):
+    """Finite numbers only; fields of a later release are kept when it is written again."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
 class Interval(Measurement):
     """A value and its 95 % confidence interval over windows of the same kind of text; no ends for a single window."""
 
@@ -582,8 +588,21 @@ class Evaluation(Stamp):
         return self.protocol.tokens
 
 
-class Benchmark(Comparison, Stamp):
+class MeasuredSpeed(Measurement, Speed):
+    """The speed of one model in one setting, as a file has it."""
+
+    median: Annotated[float, Field(gt=0)]
+
+
+class MeasuredRatio(Measurement, Ratio):
+    """The ratio of two speeds, as a file has it."""
+
+
+class Benchmark(Stamp, Comparison):
     """One call of ``sparsellm bench``."""
+
+    speeds: Sequence[MeasuredSpeed]
+    ratios: Sequence[MeasuredRatio] = []
 
     @property
     def decoding(self) -> Pair | None:

@@ -274,7 +274,7 @@ def test_version_and_completion_need_no_torch() -> None:
     }
     assert shown(**asked) == "--calibration\n"
     asked |= {"COMP_WORDS": "sparsellm prune m --values ", "COMP_CWORD": "4"}
-    assert shown(**asked).split() == ["keep", "int8", "int4", "int3"]
+    assert shown(**asked).split() == ["keep", "int8", "int6", "int5", "int4", "int3"]
 
 
 def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:

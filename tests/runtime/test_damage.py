@@ -22,6 +22,7 @@ from sparsepack import PackError
 from sparsepack.checkpoint import manifest
 from sparsepack.errors import FormatError
 from sparsepack.files import read_object
+from sparsepack.layout import unpack
 from tests.files.small import tensors_of
 from tests.killing import ahead_of
 from tests.method.sweep.helpers import same_bits
@@ -264,6 +265,60 @@ def test_damaged_offsets_of_int3_are_refused(
     )
     change_tensor(out, f"{name}.weight_offsets", lambda _: offsets)
     refused(out, "offsets is torch")
+
+
+@pytest.fixture(scope="module")
+def int6(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sparsellm.pack(
+        llama, out=tmp_path_factory.mktemp("int6") / "packed", values="int6"
+    ).path
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("values", lambda values: values[:-1], "values of 6 bits"),
+        ("values", lambda values: values.char(), "values of 6 bits"),
+        ("scales", lambda scales: scales.float(), "scales is torch.float32"),
+        ("scales", lambda scales: scales[:, 0].float(), "groups of columns"),
+        ("scales", None, "no scales"),
+        ("offsets", lambda offsets: offsets * 2, "values of 6 bits"),
+    ],
+)
+def test_damaged_tensors_of_int6_are_refused(
+    field: str, change: Any, said: str, int6: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(int6, tmp_path / "packed")
+    name = next(
+        name
+        for name, entry in PackedReader(out).entries.items()
+        if entry.layout == "bitmask"
+    )
+    change_tensor(out, f"{name}.weight_{field}", change)
+    refused(out, name, said)
+
+
+def test_int6_is_not_read_as_int5(int6: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(int6, tmp_path / "packed")
+    (out / "packed.json").unlink()
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace('"int6"', '"int5"'))
+    refused(out, "values of 5 bits")
+
+
+def test_int6_is_saved_as_int8_with_scales_of_groups(
+    int6: Path, tmp_path: Path
+) -> None:
+    loaded = sparsellm.load(int6)
+    loaded.save_pretrained(tmp_path / "saved")
+    again = sparsellm.load(tmp_path / "saved")
+    entries = PackedReader(tmp_path / "saved").entries
+    assert {entry.value_type for entry in entries.values()} == {"int8"}
+    for name in entries:
+        before = loaded.get_submodule(name).packed
+        after = again.get_submodule(name).packed
+        assert before.group == after.group is not None
+        assert torch.equal(unpack(before), unpack(after))
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(

@@ -27,7 +27,7 @@ from sparsepack.errors import FormatError
 from sparsepack.grids import GRIDS, Grid, grid_for
 from sparsepack.layout import form_of
 
-INTEGERS = ("int8", "int4", "int3")
+INTEGERS = ("int8", "int6", "int5", "int4", "int3")
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
 LEAST = 2.0**-24  # of fp16, which has all whole multiples of it up to 2048
 FEW = 128  # multiples of LEAST: bf16 has more digits than fp16 below as many

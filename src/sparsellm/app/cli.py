@@ -682,10 +682,10 @@ def demo(
     use.out("Directory of the packed checkpoint."),
     option(
         "--values TYPE",
-        "Type of the kept values: keep (as stored), bf16, fp16, fp32, int8, int4, int3, or mixed (each as pruned).",
+        "Type of the kept values: keep (as stored), bf16, fp16, fp32, int8, int6, int5, int4 or int3.",
         use.VALUES,
         shown="as the run rounded them, else keep",
-        values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
+        values=("keep", "bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3"),
     ),
     _HEAD,
     flag(
@@ -798,12 +798,14 @@ def generate(
     """Continue PROMPT, token by token, and print the speed."""
     from sparsellm.app import console
     from sparsellm.serving.prompts import open_model
-    from sparsepack.generation import check_sampling
+    from sparsepack.generation import Sampling
     from sparsepack.generation import generate as continue_prompt
 
     # before the load
-    check_sampling(
-        {name: options[name] for name in ("max_new_tokens", "temperature", "seed")}
+    Sampling(
+        max_new_tokens=options["max_new_tokens"],
+        temperature=options["temperature"],
+        seed=options["seed"],
     )
     loaded, tokenizer = open_model(model, use.take_running(options))
     before = [prompt]  # printed with the first piece, since errors may come before that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -54,4 +55,4 @@ def compared_speed(
         progress=tell,
         **settings,
     )
-    return Benchmark(**vars(compared), **vars(stamp(measured_on)))
+    return Benchmark(**asdict(compared), **vars(stamp(measured_on)))

@@ -15,15 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsellm import interrupts
 from sparsellm.serving.prompts import Message, chat_ids, open_model
+from sparsellm.serving.protocol import Seed, Temperature, Tokens, Words
 from sparsepack.files import context_limit
-from sparsepack.generation import (
-    Sampling,
-    Seed,
-    Temperature,
-    Tokens,
-    Words,
-    continuation,
-)
+from sparsepack.generation import Sampling, continuation
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 ENDS = ("/quit", "/exit", "/bye")

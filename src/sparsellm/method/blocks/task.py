@@ -57,7 +57,7 @@ class BlockTask:
     routed: dict[str, int] = field(default_factory=dict)
     # empty for methods that do not need them
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
-    # what values are rounded to: int8, int4, int3, or the name of a grid; keep for linears without one
+    # what values are rounded to: an integer type or the name of a grid; keep for linears without one
     values_of: Mapping[str, str] = field(default_factory=dict)
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False  # whether a sweep follows

@@ -86,7 +86,7 @@ def rounded(
     fixed_mask: bool = False,
     target: Tensor | None = None,
 ) -> Rounded:
-    """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3``, or on one of
+    """A pruned weight ``(out, in)`` with its values on the grid of an integer type, or on one of
     :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero.
     It comes near to ``target (out, in)``, or to the weight itself.
 

@@ -25,9 +25,7 @@ class Integers:
     """The linears of a model whose values are rounded to grids, by name in ``values`` and ``exponents``."""
 
     chain: Chain
-    values: Mapping[
-        str, str
-    ]  # int8, int4 or int3, or the name of another program's grid
+    values: Mapping[str, str]  # an integer type, or the name of another program's grid
     exponents: Mapping[str, str]  # of columns, as records have them
     # by name of the weight; filled by factors()
     groups: dict[str, Groups] = field(default_factory=dict)
