@@ -18,7 +18,7 @@ from sparsellm.files.directory import check_room, check_unfinished, partial_of
 from sparsellm.inputs import without_folders
 from sparsellm.model import Chain, Feed
 from sparsellm.progress import PhaseClock, ProgressCallback, ignore
-from sparsellm.records import Prediction
+from sparsellm.records import PRUNING, Prediction, Pruning, read_pruning
 from sparsellm.run.budget import Budget
 from sparsellm.run.decided import decide, open_run
 from sparsellm.run.fewer_experts import (
@@ -122,6 +122,23 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
             partial(save, request, models, result, journal.writer, progress)
         )
     return result
+
+
+def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None:
+    """The record of the complete run in a request's ``out``, if it is this one: the same settings, model and text."""
+    if request.out is None or not (Path(request.out) / PRUNING).is_file():
+        return None
+    clock = PhaseClock()
+    # it is read, and not replaced
+    there = replace(request, overwrite=True)
+    with machine.computing(device_of(request.model, request.recipe)):
+        models = open_run(there, clock, progress)
+        budget = Budget(request.recipe, models.chain.device)
+        decided = decide(there, models, budget, clock, progress)
+    known = read_pruning(Path(request.out))
+    if known.identity != to_jsonable_python(asdict(decided.identity)):
+        return None
+    return known
 
 
 def _scratch_folder(out: Path | None, estimate: Prediction) -> Path | None:
