@@ -33,7 +33,7 @@ from sparsellm.run.request import Request
 from sparsellm.run.result import Measured, PruneResult
 from sparsellm.run.saving import base_of_run, result_of, save
 from sparsellm.run.sweeping import sweep_model
-from sparsellm.run.walk import dense_end, survey, walk
+from sparsellm.run.walk import Targets, dense_end, survey, walk
 
 
 def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
@@ -139,6 +139,28 @@ def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None
     if known.identity != to_jsonable_python(asdict(decided.identity)):
         return None
     return known
+
+
+def choose(request: Request, progress: ProgressCallback) -> Targets:
+    """What a run would aim at: all that it does before its first block, with its refusals. Nothing is written."""
+    progress = progress if parallel.is_main() else ignore
+    clock = PhaseClock()
+    with machine.computing(device_of(request.model, request.recipe)):
+        models = open_run(request, clock, progress)
+        budget = Budget(request.recipe, models.chain.device)
+        decided = decide(request, models, budget, clock, progress)
+        blocks = len(models.chain)
+        with Journal(None, blocks, restart=False, overwrite=False) as journal:
+            scratch = budget.scratch(None)
+            feed = Feed(
+                models.chain,
+                decided.windows.first,
+                decided.recipe.batch_tokens,
+                scratch,
+                progress,
+            )
+            budget.expect_block(models.chain)
+            return survey(models, decided, feed, journal, walked=False, clock=clock)
 
 
 def _scratch_folder(out: Path | None, estimate: Prediction) -> Path | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from sparsellm import api, interrupts
 from sparsellm.arguments import Checkpoint, Out, PathGiven, RecipeGiven, checked
@@ -35,7 +35,7 @@ from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import Evaluation, Pruning
 from sparsellm.run.forms import least_bytes
-from sparsellm.run.prune import complete_run, prune
+from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
 from sparsellm.text.sources import settle_calibration
 
@@ -43,9 +43,9 @@ ProgramName = Literal["llama.cpp", "vllm", "sparsellm", "transformers"]
 Bits = Annotated[float, Field(gt=0, le=16)]
 # type of embedding and head in a file for llama.cpp
 HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
-# bytes of card, report and records beside the weights, and those of each linear
-RECORDS = 300_000
-RECORD_OF_LINEAR = 1_500
+# bytes of report, card and records beside the weights (2.0 MB are the report), and those of each linear
+RECORDS = 2_100_000
+RECORD_OF_LINEAR = 3_000
 # the windows on which the result is measured, of text that no run calibrates on
 MEASURED_WINDOW = 2048
 MEASURED_TOKENS = 16_384
@@ -207,6 +207,74 @@ def compress(  # noqa: PLR0913 - the Python door
         run=run,
         evaluation=evaluation,
         start=PROGRAMS[program].starts.format(shlex.quote(str(out))),
+    )
+
+
+@dataclass(frozen=True)
+class ChosenForms:
+    """The forms that a run would give to linears.
+
+    Attributes:
+        values: the type or grid of each linear, by name.
+        sparsity: its share of zeros.
+        bits: bits of a weight, on average, with scales and masks.
+        candidates: name, bits and quickly measured divergence of what was compared, in nats a token.
+        chosen: the name of the candidate that was taken.
+    """
+
+    values: dict[str, str]
+    sparsity: dict[str, float]
+    bits: float
+    candidates: list[dict[str, JsonValue]]
+    chosen: str
+
+    def to_dict(self) -> dict[str, object]:
+        """All attributes as plain JSON values."""
+        return {**vars(self)}
+
+
+@checked
+def choose_forms(  # noqa: PLR0913 - the Python door
+    model: Checkpoint,
+    recipe: RecipeGiven = None,
+    *,
+    program: ProgramName,
+    out: Out,
+    size: str | int | None = None,
+    bits: Bits | None = None,
+    like: PathGiven | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
+) -> ChosenForms:
+    """Chooses the forms that :func:`compress` would, with the same arguments and errors, and writes nothing."""
+    request, _ = opened(
+        model,
+        recipe,
+        program=program,
+        out=out,
+        size=size,
+        bits=bits,
+        like=like,
+        overwrite=overwrite,
+        restart=restart,
+    )
+    if program == "transformers":
+        raise RecipeError(
+            "transformers has one form for all linears, so there is nothing to choose; leave out the dry run"
+        )
+    targets = choose(request, progress)
+    report = targets.report
+    candidates = report["candidates"]
+    chosen = str(report["chosen"])
+    assert isinstance(candidates, list)
+    taken = [x for x in candidates if isinstance(x, dict) and x["name"] == chosen]
+    return ChosenForms(
+        values=targets.values,
+        sparsity={name: x.sparsity for name, x in targets.patterns.items()},
+        bits=float(str(taken[0]["bits"])),
+        candidates=[x for x in candidates if isinstance(x, dict)],
+        chosen=chosen,
     )
 
 
