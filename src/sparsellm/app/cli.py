@@ -239,7 +239,7 @@ def prune(
     from sparsellm import api, parallel
     from sparsellm.app import console, tables
     from sparsellm.convert import check_packable
-    from sparsellm.run.plan import Request
+    from sparsellm.run.request import Request
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,16 @@ from sparsellm.inputs import without_folders
 from sparsellm.interrupts import command_line
 from sparsellm.machine import machine_name, processor_name
 from sparsellm.recipe import Recipe
-from sparsellm.records import KEEP, MIXED, OWN, LinearResult, Pruning, RunRecord
+from sparsellm.records import (
+    KEEP,
+    MIXED,
+    OWN,
+    LinearResult,
+    Memory,
+    Pruning,
+    RunRecord,
+    SweepPass,
+)
 from sparsellm.report.document import REPORT, summary_html
 from sparsepack.grids import GRIDS
 
@@ -41,6 +51,9 @@ def versions() -> dict[str, str]:
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
     """The system, processor, memory and threads of this machine, and the GPU if that is the device of the run."""
+    gpu = "none"
+    if device is not None and device.type == "cuda":
+        gpu = machine_name(device)
     return {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
@@ -48,9 +61,7 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "threads": str(torch.get_num_threads()),
-        "gpu": machine_name(device)
-        if device is not None and device.type == "cuda"
-        else "none",
+        "gpu": gpu,
     }
 
 
@@ -96,6 +107,17 @@ def _stored_bits(linear: LinearResult) -> float:
     return grid.bits_per_weight(linear.shape[1]) * linear.weights
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What survey, walk and sweep did."""
+
+    allocation: dict[str, JsonValue]  # the report of the allocation; empty for uniform
+    linears: list[LinearResult]
+    sweeps: list[SweepPass]  # the divergence from the dense model after each pass
+    memory: Memory
+    peak_rss: int  # bytes, of earlier processes
+
+
 class PruneResult(RunRecord):
     """The result of a pruning run: its record, and what only the process that ran it has."""
 
@@ -129,8 +151,9 @@ class PruneResult(RunRecord):
     @property
     def report(self) -> Path | None:
         """The report in HTML in the checkpoint; None if there is none."""
-        report = self.path / REPORT if self.path is not None else None
-        return report if report is not None and report.is_file() else None
+        if self.path is None or not (self.path / REPORT).is_file():
+            return None
+        return self.path / REPORT
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
