@@ -34,7 +34,6 @@ from sparsellm.records import (
     PRUNING,
     PUT_BACK,
     LinearResult,
-    Pruning,
     read_pruning,
 )
 from sparsellm.report.card import CARD, card_text
@@ -379,13 +378,6 @@ def _outside_blocks(
     return tensors
 
 
-def recorded_type(run: Pruning, linear: LinearResult) -> str:
-    """What a run rounded the values of a linear to: a type, the name of another program's grid, or ``keep``."""
-    if run.grid in GRIDS:
-        return run.grid
-    return run.values
-
-
 def _forms(
     chain: Chain, directory: Path, values: Values | None, *, round_again: bool
 ) -> dict[str, _Form]:
@@ -412,7 +404,7 @@ def _forms(
     for name in names:
         rounded = "keep"
         if name in results:
-            rounded = recorded_type(run, results[name])
+            rounded = run.values_of(results[name])
         grid = GRIDS.get(rounded)
         recorded = rounded if grid is None else grid.values
         if recorded not in ("keep", *INTEGERS):

@@ -268,7 +268,7 @@ def prune(
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
     from sparsellm import api, parallel
     from sparsellm.app import console, tables
-    from sparsellm.run.plan import Request
+    from sparsellm.run.request import Request
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)

@@ -145,21 +145,18 @@ def export(  # noqa: PLR0913 - the Python door
         )
         record = write_compressed(opened, work, record, progress, keep)
     run = opened.run
-    grid = opened.grid
     bits = 0.0
+    packed = 0
     for matrix in run.linears:
+        grid = GRIDS[run.values_of(matrix)]
         bits += grid.bits_per_weight(matrix.shape[1]) * matrix.weights
-    packed = None
-    if run.packs:
-        packed = sum(
-            matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears
-        )
+        packed += matrix.packed_bytes(grid.values, grid.group)
     return ExportResult(
         place,
         record,
         sparsity=run.sparsity_pruned,
         linear_bytes=round(bits / 8),
-        packed_bytes=packed,
+        packed_bytes=packed if run.packs else None,
     )
 
 
