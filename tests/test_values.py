@@ -110,7 +110,10 @@ def test_packing_the_result_loses_nothing(
     result = sparsellm.prune(
         source, Recipe(**{**RECIPE, **fields, "values": values}), out=out
     )
-    assert not sparsellm.pack(out, out=tmp_path / "packed", values=values).rounded
+    packed = sparsellm.pack(out, out=tmp_path / "packed", head="keep")
+    assert not packed.rounded
+    types = {entry.value_type for entry in packed.linears.values() if entry}
+    assert types == {values}
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
     assert any(linear.exponents for linear in result.linears)
@@ -186,9 +189,9 @@ def test_a_run_ends_on_the_grid_with_the_zeros(
     assert not any(entry.exponents for entry in result.linears)
     if grid.bits == 8:
         with pytest.raises(RecipeError, match=f"on the grid {name}, .* values keep"):
-            sparsellm.pack(out, out=tmp_path / "packed", values="int8")
+            sparsellm.pack(out, out=tmp_path / "packed")
         return
-    assert not sparsellm.pack(out, out=tmp_path / "packed", values="int4").rounded
+    assert not sparsellm.pack(out, out=tmp_path / "packed", head="keep").rounded
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same_bits(weights, tensors_of(tmp_path / "again"))
 
@@ -247,7 +250,52 @@ def test_without_exponents_pack_says_so(
     )
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert not same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
-    assert not sparsellm.pack(out, out=tmp_path / "kept").rounded
+    kept = sparsellm.pack(out, out=tmp_path / "kept")
+    assert not kept.rounded
+    assert not kept.head
+
+
+@pytest.mark.parametrize("values", ["int3", "int8", "bf16"])
+def test_values_are_rounded_a_second_time_only_if_asked(
+    values: str, pruned: Pruned, tmp_path: Path, run: Any, refusal: Any
+) -> None:
+    """The fixture's run rounded to int4; ``keep`` loses nothing, and is taken."""
+    arguments = ("pack", pruned[0], "--values", values, "--out")
+    said = refusal(*arguments, tmp_path / "packed")
+    assert f"was rounded to int4 while it was pruned, and {values} would" in said
+    assert "--round-again to accept the loss" in said
+    assert not list(tmp_path.iterdir())
+    assert run(*arguments, tmp_path / "packed", "--round-again")[0] == 0
+    sparsellm.pack(pruned[0], out=tmp_path / "kept", values="keep")
+    sparsellm.unpack(tmp_path / "kept", out=tmp_path / "again")
+    assert same_bits(tensors_of(pruned[0]), tensors_of(tmp_path / "again"))
+
+
+def test_pack_takes_type_and_head_from_the_record(
+    pruned: Pruned, tmp_path: Path
+) -> None:
+    """int4, which is what the run rounded to, and then int8 for the embedding; a linear that it left out stays."""
+    source = shutil.copytree(pruned[0], tmp_path / "pruned")
+    record = json.loads((source / "pruning.json").read_text())
+    left_out = record["linears"].pop()["name"]
+    (source / "pruning.json").write_text(json.dumps(record))
+    packed = sparsellm.pack(source, out=tmp_path / "packed")
+    types = {name: entry and entry.value_type for name, entry in packed.linears.items()}
+    assert types.pop(left_out) not in ("int4", "int8")
+    assert set(types.values()) == {"int4"}
+    assert {entry.value_type for entry in packed.head.values()} == {"int8"}
+    assert not sparsellm.pack(source, out=tmp_path / "b", head="keep").head
+
+
+def test_an_unknown_type_in_the_record_is_refused(
+    pruned: Pruned, tmp_path: Path
+) -> None:
+    source = shutil.copytree(pruned[0], tmp_path / "pruned")
+    record = json.loads((source / "pruning.json").read_text())
+    record["linears"][0]["values"] = "int5"
+    (source / "pruning.json").write_text(json.dumps(record))
+    with pytest.raises(StorageError, match="'int5', which is unknown; put the file"):
+        sparsellm.pack(source, out=tmp_path / "packed")
 
 
 @pytest.mark.parametrize(
@@ -503,7 +551,7 @@ def test_packed_with_exponents_computes_as_pruned(
 ) -> None:
     """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
     out, ids = pruned[0], ids_of(2)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path
+    packed = sparsellm.pack(out, out=tmp_path / "packed", head="keep").path
     assert any(name.endswith("weight_exponents") for name in tensors_of(packed))
     with torch.no_grad():
         dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -577,7 +625,7 @@ def test_packing_takes_the_type_of_each_linear_from_the_record(
     allocate_types(monkeypatch)
     out = tmp_path / "pruned"
     result = sparsellm.prune(wide, Recipe(**MIXED), out=out)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", values="mixed")
+    packed = sparsellm.pack(out, out=tmp_path / "packed", head="keep")
     assert not packed.rounded
     sparsellm.unpack(packed.path, out=tmp_path / "again")
     assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))

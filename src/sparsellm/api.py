@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import arguments, machine, parallel
 from sparsellm.arguments import Checkpoint, Model, checked
-from sparsellm.convert import PackResult, pack
+from sparsellm.convert import Head, PackResult, pack
 from sparsellm.errors import DataError, MissingExtraError, RecipeError
 from sparsellm.evaluation.perplexity import Kept, measured
 from sparsellm.evaluation.speed import stamp
@@ -321,15 +321,17 @@ def pack_and_measure(
     text: str,
     against: Model | Opened,
     progress: ProgressCallback,
+    *,
+    head: Head | None = None,
     **window: Any,
 ) -> tuple[PackResult, Evaluation]:
-    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model. ``window`` is
-    ``seq_len`` and ``max_tokens`` of :func:`evaluate`."""
+    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model. ``head`` is that of
+    :func:`pack`, ``window`` is ``seq_len`` and ``max_tokens`` of :func:`evaluate`."""
     recipe = run.recipe
     result = pack(
         os.fspath(run.out or ""),
         out=packed,
-        values=recipe.values,
+        head=head,
         overwrite=run.overwrite,
         restart=run.restart,
         allow_copy=True,

@@ -168,7 +168,7 @@ class Recipe(BaseModel):
         Option(WHAT, "TYPE", values=("keep", "int8", "int4", "int3")),
     ] = "keep"
     """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
-    `sparsellm pack --values` stores them without loss."""
+    `sparsellm pack` stores them without loss."""
     grid: Annotated[
         Literal[
             "own",

@@ -141,6 +141,8 @@ def test_one_command_prunes_packs_measures_and_reports(
     )
     content = json.loads(run(*line, "--json", exits=0)[1])
     assert content["packed"]["path"] == str(packed)
+    types = {entry["value_type"] for entry in content["packed"]["head"].values()}
+    assert types == {"int8"}
     (measured,) = json.loads((packed / "results.json").read_text())["evaluations"]
     assert measured == content["evaluation"]
     assert (measured["protocol"]["text"], measured["against"]["kl"] > 0) == (
@@ -162,12 +164,17 @@ def test_one_command_prunes_packs_measures_and_reports(
             tmp_path / "r",
             "--pack",
             tmp_path / "s",
+            "--values",
+            "int8",
+            "--head",
+            "keep",
             *SMALL,
             "--effort",
             0,
             "--json",
         )
         _, stdout, stderr = run(*line, exits=0)
+    assert json.loads(stdout)["packed"]["head"] == {}
     assert "the measurement is not kept in" in stderr
     assert json.loads(stdout)["evaluation"]["against"]["kl"] > 0
     # which would be measured against itself
@@ -189,10 +196,7 @@ def test_one_command_prunes_packs_measures_and_reports(
     again = run(
         "prune", llama, "--out", pruned, "--pack", tmp_path / "later", *SMALL, exits=2
     )[2]
-    assert (
-        f"`sparsellm pack {pruned} --out {tmp_path / 'later'} --values int8` packs it"
-        in again
-    )
+    assert f"`sparsellm pack {pruned} --out {tmp_path / 'later'}` packs it" in again
     assert (
         "give --overwrite"
         in run(
@@ -271,6 +275,14 @@ MISTAKES: dict[
     "pack in out": (
         ["prune", "{llama}", "--pack={tmp}/pruned/p"],
         ["--pack", "overlaps with --out"],
+    ),
+    "head without pack": (
+        ["prune", "{llama}", "--out", "{tmp}/o", "--head", "int8"],
+        ["--head int8 is of the packed model; give --pack DIR"],
+    ),
+    "another head": (
+        ["prune", "{llama}", "--out", "{tmp}/o", "--pack", "{tmp}/p", "--head", "int7"],
+        ["--head is 'int7'; it should be keep or int8"],
     ),
     "pack, and a long name": (
         ["prune", "{llama}", "--out", "x" * 300, "--pack", "{tmp}/p"],

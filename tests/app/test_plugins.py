@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,16 @@ def test_no_run_goes_on_with_a_changed_plugin(
         prune(text)
     plugins.load_plugin(source)
     assert sparsellm.prune(llama, recipe, out=tmp_path / "p", restart=True).zeros
+
+
+def test_a_pipe_or_a_directory_is_no_plugin(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(RecipeError, match=r"pipe\.py is not an ordinary file"):
+        plugins.load_plugin(tmp_path / "pipe.py")
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(RecipeError, match=r"folder\.py: Is a directory"):
+        plugins.load_plugin(tmp_path / "folder.py")
+    with (tmp_path / "large.py").open("wb") as file:
+        file.truncate(17 << 20)
+    with pytest.raises(RecipeError, match=r"large\.py has more than 16 MiB"):
+        plugins.load_plugin(tmp_path / "large.py")

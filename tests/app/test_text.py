@@ -160,11 +160,31 @@ def test_every_field_with_an_option_is_shown_with_its_default(run: Any) -> None:
             assert f"{help_of(name)} [default: {line.null or default}]" in words
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("--values", "int8"), ["--grid q8_0 (gguf), ", "w8a16"]),
+        (("--values", "int3"), ["give --grid w3a16 (compressed-tensors)"]),
+        (("--grid", "w8a8"), []),
+        ((), []),
+        (("--values", "int8", "--pack", "p"), []),
+    ],
+)
+def test_before_the_work_it_is_said_what_can_be_exported(
+    settings: Any, said: list[str], llama: Path, tmp_path: Path, run: Any
+) -> None:
+    line = ("prune", llama, "--out", tmp_path / "out", "--dry-run", *SMALL, *settings)
+    stderr = run(*line, exits=0)[2]
+    notes = [text for text in stderr.splitlines() if "`sparsellm pack` alone" in text]
+    assert len(notes) == bool(said)
+    assert all(part in stderr for part in said)
+
+
 def test_the_help_is_short_and_begins_with_what_is_common(run: Any) -> None:
     stdout = run("prune", "--help", columns=80)[1]
     panels = re.findall("─ ([A-Z][\\w ]+) ─", stdout)
     assert panels[:2] == ["Model", "Common"]
-    assert len(re.findall(r"^│ [* ] *--|^│ --", stdout, re.MULTILINE)) <= 26
+    assert len(re.findall(r"^│ [* ] *--|^│ --", stdout, re.MULTILINE)) <= 27
     assert len(COMMANDS) <= 15
 
 

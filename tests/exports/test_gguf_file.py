@@ -241,6 +241,14 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pruned(wide_llama(), place, "q4_0")
 
 
+def pipe(place: Path) -> Path:
+    """A pipe that nobody writes to."""
+    path = place / "pipe"
+    if not path.exists():
+        os.mkfifo(path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("like", "said"),
     [
@@ -259,6 +267,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"other\.gguf is of another model: it has 3 blocks, not 2; give the",
         ),
         (lambda place: place / "none.gguf", r"none\.gguf' is not a readable GGUF file"),
+        (lambda place: place, r"ready0' is not a readable GGUF file: .*directory"),
+        (pipe, r"pipe' is not a readable GGUF file: .* is not an ordinary file"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(
@@ -389,6 +399,43 @@ def test_what_a_killed_export_left_is_removed_and_no_more(tmp_path: Path) -> Non
         # as another export does
         exported(directory, progress=lambda _: _remove_torn(tmp_path))
     assert {*tmp_path.glob(".*")} == {busy, other, named}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_appears_during_an_export_stays(
+    overwrite: bool, tmp_path: Path
+) -> None:
+    """Also with overwrite, which is about GGUF files; and no record says that there is an export."""
+    directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
+    out = tmp_path / "out.gguf"
+    with pytest.raises(StorageError, match="name another file"):
+        exported(
+            directory,
+            overwrite=overwrite,
+            save=True,
+            progress=lambda _: out.write_bytes(b"mine"),
+        )
+    assert out.read_bytes() == b"mine"
+    assert not list(tmp_path.glob(".*"))
+    assert not (directory / "results.json").exists()
+
+
+def test_of_two_exports_into_one_name_the_later_is_refused(tmp_path: Path) -> None:
+    directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
+    out = tmp_path / "out.gguf"
+    written: list[bytes] = []
+
+    def other(_: object) -> None:
+        if not written:
+            written.append(b"")
+            exported(directory, head="q8_0")
+            written[0] = out.read_bytes()
+
+    with pytest.raises(StorageError, match="give --overwrite to replace it"):
+        exported(directory, progress=other)
+    assert out.read_bytes() == written[0]
+    assert written[0].startswith(b"GGUF")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:

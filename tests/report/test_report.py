@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparsellm import Recipe, prune
-from sparsellm.errors import MissingExtraError
+from sparsellm.errors import MissingExtraError, StorageError
 from sparsellm.report import document
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.document import write_report
@@ -305,6 +305,20 @@ def pruned(runs: Path, out: Path) -> tuple[PruneResult, str]:
         progress=lambda event: notes.append(event.detail),
     )
     return result, "\n".join(notes)
+
+
+def test_a_file_that_appears_is_not_replaced(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+
+    def appears(folder: Path) -> None:
+        page.write_text("mine")
+
+    monkeypatch.setattr("sparsellm.report.document.listed_files", appears)
+    with pytest.raises(StorageError, match="html appeared"):
+        write_report(runs / "half", page)
+    assert page.read_text() == "mine"
 
 
 def test_without_the_extra_a_checkpoint_is_whole(

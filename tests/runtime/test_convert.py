@@ -105,7 +105,7 @@ def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("values", ["bf16", "fp16", "fp32", "int8", "int4"])
 def test_other_value_types(values: str, llama: Path, tmp_path: Path) -> None:
-    result = sparsellm.pack(llama, out=tmp_path / "packed", values=values)
+    result = sparsellm.pack(llama, out=tmp_path / "packed", values=values, head="keep")
     assert {entry.value_type for entry in result.linears.values() if entry} == {values}
     unpacked = sparsellm.unpack(tmp_path / "packed", out=tmp_path / "dense").path
     assert torch.allclose(
@@ -226,7 +226,7 @@ def test_reports_of_the_pruning_are_copied_byte_for_byte(
 ) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "dense"))
     (source / "pruning.json").write_bytes(b'{"note": "\xff"}\r\n')
-    packed = sparsellm.pack(source, out=tmp_path / "p").path
+    packed = sparsellm.pack(source, out=tmp_path / "p", values="keep").path
     for directory in (packed, sparsellm.unpack(packed, out=tmp_path / "again").path):
         assert (directory / "pruning.json").read_bytes() == (
             source / "pruning.json"

@@ -521,7 +521,8 @@ def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
         (("--host", "no.such.host.invalid"), "'no.such.host.invalid' is not available"),
         (("--port", "99999"), "--port is 99999"),
         (("--key-file", "{tmp}/empty"), "is empty or more than one word"),
-        (("--key-file", "{tmp}/none"), "cannot be read"),
+        (("--key-file", "{tmp}/none"), "--key-file: cannot read"),
+        (("--key-file", "{tmp}/pipe"), "pipe is not an ordinary file"),
         (("--max-body", "much"), "size 'much' is unknown"),
         (("--port", "0", "{tmp}"), "config.json"),
     ],
@@ -530,6 +531,7 @@ def test_what_cannot_be_served_is_one_line(
     options: Any, said: str, tmp_path: Path, refusal: Any
 ) -> None:
     (tmp_path / "empty").write_text("\n")
+    os.mkfifo(tmp_path / "pipe")
     model = ["nowhere"] * ("{tmp}" not in options)
     assert said in refusal(
         "serve", *(option.format(tmp=tmp_path) for option in options), *model

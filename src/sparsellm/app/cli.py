@@ -32,7 +32,8 @@ from sparsellm.app.options import (
     option,
 )
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError
-from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
+from sparsellm.progress import ProgressCallback
+from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT, Recipe
 
 Printed = tuple[Any, Callable[[], None]] | None
 # the longest window and the tokens that `prune --pack` measures on
@@ -155,6 +156,15 @@ _VERSION = typer.Option(
 )
 
 
+_HEAD = option(
+    "--head TYPE",
+    "Embedding and output head of a packed model: keep (as stored) or int8.",
+    use.VALUES,
+    shown="int8 where values are rounded, else keep",
+    values=("keep", "int8"),
+)
+
+
 @app.callback()
 def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     if process.count() > 1 and context.invoked_subcommand not in (
@@ -173,7 +183,7 @@ def _check_pack(
     """Refuses a directory to pack into, before the run."""
     from sparsellm import parallel
     from sparsellm.files.directory import check_destination, checkpoints_among, resolved
-    from sparsellm.records import PRUNING, read_pruning
+    from sparsellm.records import PRUNING
 
     if resolved(pack) == resolved(out):
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
@@ -185,15 +195,33 @@ def _check_pack(
         )
     )
     if parallel.from_main(partial(os.path.isfile, out / PRUNING)) and not overwrite:
-        values = ["--values", parallel.from_main(lambda: read_pruning(out).values)]
-        again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack), *values])}` packs it"
+        again = shlex.join(["sparsellm", "pack", str(out), "--out", str(pack)])
         raise RecipeError(
-            f"{out} is a complete checkpoint: {again}; --overwrite prunes it again"
+            f"{out} is a complete checkpoint: `{again}` packs it; --overwrite prunes it again"
         )
     if options["trust_remote_code"]:
         raise RecipeError(
             "a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack"
         )
+
+
+def _check_values(
+    recipe: Recipe, pack: Path | None, head: str | None, progress: ProgressCallback
+) -> None:
+    """Refuses values and a head that ``pack`` would refuse, before the run. If nothing is packed, notes how to ask for
+    values that can be exported, which is too late to hear after the run."""
+    from sparsellm.convert import check_packable
+    from sparsellm.exports.linears import other_grids
+    from sparsellm.progress import note
+
+    if pack is not None:
+        check_packable(recipe, head)
+    elif head is not None:
+        raise RecipeError(
+            f"--head {head} is of the packed model; give --pack DIR, or leave it out"
+        )
+    elif recipe.grid == "own" and recipe.values != "keep":
+        note(progress, [other_grids(recipe.values)])
 
 
 @_command(
@@ -210,6 +238,7 @@ def _check_pack(
         "--pack DIR",
         "Also pack the result into DIR, measure that against MODEL, and write its report.",
     ),
+    _HEAD,
     flag(
         "--dry-run",
         "Refuse what the run would refuse, print what it needs, and write nothing.",
@@ -231,6 +260,7 @@ def prune(
     verbose: bool,
     progress: Any,
     pack: Path | None = None,
+    head: Any = None,
     **options: Any,
 ) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
@@ -238,14 +268,13 @@ def prune(
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
     from sparsellm import api, parallel
     from sparsellm.app import console, tables
-    from sparsellm.convert import check_packable
     from sparsellm.run.request import Request
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)
     if pack is not None:
         _check_pack(pack, out, [model, dense], options)
-        check_packable(recipe)
+    _check_values(recipe, pack, head, progress)
     if options.pop("dry_run"):
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
         return prediction.model_dump(mode="json"), lambda: tables.print_prediction(
@@ -282,7 +311,7 @@ def prune(
         }
         with parallel.alone():
             packed, evaluation = api.pack_and_measure(
-                run, pack, text, dense, progress, **window
+                run, pack, text, dense, progress, head=head, **window
             )
             try:
                 api.keep_results(pack, [evaluation])
@@ -611,22 +640,23 @@ def demo(
 @_command(
     use.ONE_MODEL,
     use.out("Directory of the packed checkpoint."),
-    keeping(
+    option(
         "--values TYPE",
-        "Type of the kept values: keep (as stored), bf16, fp16, fp32, int8, int4, int3, or mixed (each as pruned).",
+        "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
         use.VALUES,
-        values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3", "mixed"),
+        shown="as the run rounded them, else keep",
+        values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
     ),
-    keeping(
-        "--head TYPE",
-        "Embedding and output head: keep (as stored) or int8.",
+    _HEAD,
+    flag(
+        "--round-again",
+        "Allow another type than the run rounded to, which loses quality.",
         use.VALUES,
-        values=("keep", "int8"),
     ),
     *use.WRITING,
     examples=(
         "sparsellm pack pruned --out packed",
-        "sparsellm pack pruned --out packed --values int8",
+        "sparsellm pack pruned --out packed --values int8 --head keep",
     ),
 )
 def pack(model: str, progress: Any, **options: Any) -> Printed:

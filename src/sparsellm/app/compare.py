@@ -312,7 +312,7 @@ def _run(
     if not parallel.from_main(partial(_is_finished, pruned)):
         api.prune(dense.model, recipe, out=pruned, progress=progress)
     if not parallel.from_main(partial(_is_packed_from, packed, pruned)):
-        make = partial(pack, pruned, out=packed, values=recipe.values, allow_copy=True)
+        make = partial(pack, pruned, out=packed, allow_copy=True)
         parallel.from_main(partial(make, progress=progress))
     evaluation = parallel.from_main(partial(dense.evaluation_in, packed))
     if evaluation is None:

@@ -163,8 +163,6 @@ def run_demo(
         pack(
             pruned,
             out=packed,
-            values="int4",
-            head="int8",
             overwrite=overwrite,
             restart=restart,
             progress=progress,

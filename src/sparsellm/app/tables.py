@@ -131,10 +131,9 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
             unbroken=True,
         )
         return
-    packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
-    if recipe.sparsity or packed:
+    if recipe.sparsity or recipe.values != "keep":
         say(
-            f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}",
+            f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}",
             unbroken=True,
         )
 

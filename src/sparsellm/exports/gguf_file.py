@@ -20,7 +20,7 @@ from sparsellm.exports.blocks import block_type, quantised, to_blocks
 from sparsellm.exports.linears import OnGrid
 from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_of
 from sparsellm.files.directory import check_room, resolved
-from sparsellm.files.files import TEMPORARY, TORN, replace_atomically
+from sparsellm.files.files import TEMPORARY, TORN, create_atomically, replace_atomically
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
@@ -57,27 +57,23 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def write_gguf(
-    model: OnGrid,
-    dense: CheckpointReader,
-    template: Template,
+    contents: Contents,
     place: Path,
     record: Export,
     *,
-    head: str,
+    overwrite: bool,
     progress: ProgressCallback,
     keep: Callable[[Export], object],
 ) -> Export:
     """Writes a GGUF file, complete or not at all, and returns its record with its size.
 
-    ``model`` is the checkpoint, on a grid that GGUF has; all but its linears comes from the ``template``, the order of
-    whose rows is found by the ``dense`` model. ``head`` is the type of embedding and head, such as ``q8_0``, or
-    ``keep`` for the template's. ``keep`` is called with the record before the file gets its name. A ModelError says
-    that checkpoint, dense model and template do not belong together; a StorageError that a weight is not on the grid,
-    or the file cannot be written."""
-    made = _File(model, dense, template, head)
+    ``keep`` is called with that record before the file gets its name. Only with ``overwrite`` does it take the place of
+    another GGUF file. A ModelError as by :class:`Contents`; a StorageError says that a weight is not on the grid, that
+    the file cannot be written, or that another has its name."""
+    template = contents.template
     tensors = template.reader.tensors
     _remove_torn(place.parent)
-    check_room(place, sum(map(made.bytes_of, tensors)))
+    check_room(place, sum(map(contents.bytes_of, tensors)))
 
     def write(file: BinaryIO) -> Export:
         held.callback(os.close, os.dup(file.fileno()))
@@ -85,14 +81,18 @@ def write_gguf(
             fcntl.flock(file, fcntl.LOCK_EX)
         writer = gguf.GGUFWriter(file.name, template.arch)
         writer.data_alignment = template.reader.alignment
-        for name, value in made.values().items():
+        for name, value in contents.values().items():
             writer.add_key_value(name, value.value, value.type, value.sub_type)
         for tensor in tensors:
             shape = tuple(reversed(tensor.shape.tolist()))
-            kind = made.type_of(tensor)
+            kind = contents.type_of(tensor)
             # Any dtype but uint8, with which the shape would be taken for one in bytes
             writer.add_tensor_info(
-                tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind
+                tensor.name,
+                shape,
+                np.dtype(np.float32),
+                contents.bytes_of(tensor),
+                kind,
             )
         try:
             writer.write_header_to_file()
@@ -100,20 +100,25 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for index, tensor in enumerate(tensors):
                 progress(Progress("export", index, len(tensors), tensor.name))
-                writer.write_tensor_data(made.data(tensor))
+                writer.write_tensor_data(contents.data(tensor))
         finally:
             writer.close()
         progress(Progress("export", len(tensors), len(tensors)))
+        # a file may have appeared in the meantime
+        check_file(place, overwrite=overwrite)
         written = record.model_copy(update={"bytes": os.path.getsize(file.name)})
         keep(written)
         return written
 
     with contextlib.ExitStack() as held:  # the lock, until the file has its name
-        return replace_atomically(place, write)
+        if overwrite:
+            return replace_atomically(place, write)
+        return create_atomically(place, write)
 
 
 def _remove_torn(folder: Path) -> None:
-    """Removes what killed exports left in a user's folder: ordinary files of our temporary names, not locked."""
+    """Removes what killed exports left in a user's folder: ordinary files with our temporary names that no process has
+    locked."""
     for path in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             if TORN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
@@ -123,8 +128,12 @@ def _remove_torn(folder: Path) -> None:
                         path.unlink()
 
 
-class _File:
-    """The keys and tensors of the file; arguments and errors as in :func:`write_gguf`."""
+class Contents:
+    """The keys and tensors of a GGUF file.
+
+    ``model`` is the checkpoint, on a grid that GGUF has. All but its linears comes from the ``template``; the ``dense``
+    model shows the order of the template's rows. ``head`` is the type of embedding and head, such as ``q8_0``, or
+    ``keep`` for the template's. A ModelError says that the three do not belong together."""
 
     def __init__(
         self, model: OnGrid, dense: CheckpointReader, template: Template, head: str
@@ -138,7 +147,7 @@ class _File:
             self.head = gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
-        # in the checkpoint
+        # the tensors of the checkpoint, by their name in GGUF
         self.keys = {name: keys for name, keys in named if name in self.tensors}
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
@@ -306,7 +315,7 @@ class _File:
         there = (
             f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
         )
-        advice = "name the dense model with --model, or export the checkpoint as it was before `pack --head int8`"
+        advice = "name the dense model with --model, or export what was packed before `pack --head int8`"
         return ModelError(f"{there}, which {what}; {advice}")
 
 

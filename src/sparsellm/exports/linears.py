@@ -26,6 +26,16 @@ _OWN = {
 }
 
 
+def other_grids(values: str) -> str:
+    """What a run that rounds to our own grid cannot do, and the grids of the same type that programs share."""
+    grids: dict[str, list[str]] = {}
+    for name, grid in GRIDS.items():
+        if grid.values == values:
+            grids.setdefault(grid.form, []).append(name)
+    ways = [f"--grid {' or '.join(names)} ({form})" for form, names in grids.items()]
+    return f"{values} is stored by `sparsellm pack` alone; to export it for another program, give {', '.join(ways)}"
+
+
 @dataclass(frozen=True)
 class OnGrid:
     """A checkpoint whose pruned linears are on a grid."""

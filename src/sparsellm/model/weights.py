@@ -480,10 +480,21 @@ class ModelWeights:
     def stored_block(self, index: int) -> dict[str, Tensor]:
         """The weights of a block read from the checkpoint, under its names, loaded or not; tied weights once."""
         assert self.reader is not None, "a model in memory has no checkpoint"
-        keys = dict.fromkeys(
-            self.key_of[name] for name in self.names_of(index) if self.owns(name)
-        )
-        return {key: self.reader.get(key) for key in keys}
+        return {key: self.reader.get(key) for key in self._stored_keys(index)}
+
+    def stored_bytes(self) -> list[int]:
+        """The bytes in the checkpoint of each block, and, last, of all else."""
+        assert self.reader is not None, "a model in memory has no checkpoint"
+        blocks = [
+            sum(map(self.reader.bytes_of, self._stored_keys(index)))
+            for index in range(len(self))
+        ]
+        outer = sum(tensor.bytes for tensor in self.outer_tensors().values())
+        return [*blocks, outer]
+
+    def _stored_keys(self, index: int) -> list[str]:
+        owned = filter(self.owns, self.names_of(index))
+        return list(dict.fromkeys(self.key_of[name] for name in owned))
 
     def outer_tensors(self) -> dict[str, TensorSource]:
         """Every tensor outside the blocks, unchanged, tied weights once. Each is read only when it is written."""

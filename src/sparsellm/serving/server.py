@@ -39,7 +39,7 @@ from sparsellm.serving.protocol import (
 from sparsellm.serving.worker import GoneError, Job, UnavailableError, Worker
 from sparsepack.decode import decodes
 from sparsepack.errors import SettingError, UserError
-from sparsepack.files import context_limit
+from sparsepack.files import context_limit, read_bytes
 from sparsepack.generation import Generation
 
 KEY = "SPARSELLM_API_KEY"  # in the environment
@@ -99,11 +99,11 @@ def _key(file: Path | None) -> str | None:
                 f"both {KEY} and --key-file {file} give a key; give one of them"
             )
         try:
-            with file.expanduser().open("rb") as opened:
-                given = opened.read(4097).decode("ascii", "replace").strip()
-                where = f"--key-file {file}"
-        except (OSError, RuntimeError) as failed:
-            raise RecipeError(f"--key-file {file} cannot be read: {failed}") from None
+            read = read_bytes(file.expanduser(), 4096, RecipeError, pipe=True)
+        except (RecipeError, RuntimeError) as failed:  # RuntimeError: no such user
+            raise RecipeError(f"--key-file: {failed}") from None
+        given = read.decode("ascii", "replace").strip()
+        where = f"--key-file {file}"
     fits = given is None or (
         0 < len(given) <= 4096
         and given.isascii()

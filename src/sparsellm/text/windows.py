@@ -16,6 +16,7 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import without_folders
 from sparsellm.patterns import round_exactly
 from sparsellm.recipe import Bos
+from sparsellm.text.conversations import rendered
 from sparsellm.text.sources import read_source, shares_of
 from sparsellm.text.texts import Text
 from sparsepack.errors import Note
@@ -280,21 +281,22 @@ def _too_long(text: Text, characters: int, free: int, more: str = "") -> DataErr
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
     """A conversation by the chat template, without the BOS that :func:`_led` puts before windows."""
     try:
-        if not all(
-            isinstance(message[field], str)
-            for message in messages
-            for field in ("role", "content")
-        ):
-            raise ValueError("a role or content is not a string")
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-        if lead is None:
-            return text
-        return text.removeprefix(str(tokenizer.bos_token))
-    except Exception as error:  # a template raises what it likes
-        why = "the tokenizer has no chat template"
-        if tokenizer.chat_template:
-            why = one_line(error)
-        raise DataError(f"a conversation of the text cannot be read: {why}") from None
+        if not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template")
+        for message in messages:
+            for field in ("role", "content"):
+                if not isinstance(message[field], str):
+                    raise DataError(f"a {field} is not a string")
+        text = rendered(tokenizer, messages, asks=False)
+    except DataError as error:
+        raise DataError(f"a conversation of the text cannot be read: {error}") from None
+    except (KeyError, TypeError) as error:  # it is no list of messages
+        raise DataError(
+            f"a conversation of the text cannot be read: {one_line(error)}"
+        ) from None
+    if lead is None:
+        return text
+    return text.removeprefix(str(tokenizer.bos_token))
 
 
 def _tokens(
