@@ -82,7 +82,7 @@ def test_a_packed_run_has_the_types_that_were_chosen(tmp_path: Path) -> None:
     source = save_tiny(wide(), tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(**FIELDS, program="sparsellm", bits=4.0, samples=6, seq_len=24)
     result = sparsellm.prune(source, recipe, out=tmp_path / "pruned")
-    packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "p")
+    packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "p", head="keep")
     assert not packed.rounded
     assert 8 * packed.packed_bytes / packed.weights <= 4.0
     sparsellm.unpack(tmp_path / "p", out=tmp_path / "again")
