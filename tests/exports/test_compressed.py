@@ -14,7 +14,6 @@ from transformers import CompressedTensorsConfig
 import sparsellm
 from sparsellm.errors import MissingExtraError, ModelError, StorageError
 from sparsellm.files.reader import CheckpointReader
-from sparsellm.records import read_pruning
 from tests.exports.checkpoints import family, logits, mixtral, pruned, wide_llama
 from tests.models import tiny_gpt2
 from tests.report.test_card import EVALUATION, results
@@ -55,42 +54,6 @@ def test_the_logits_are_those_of_the_checkpoint(
 ) -> None:
     directory = pruned(MODELS[name](), tmp_path, grid)
     assert torch.equal(logits(exported(directory)), logits(directory))
-
-
-def test_linears_on_several_grids_are_groups_of_the_config(tmp_path: Path) -> None:
-    """Types by linear, as a size chooses them; v stays dense."""
-    directory = pruned(
-        wide_llama(),
-        tmp_path,
-        "own",
-        sparsity=0.0,
-        bits=6.0,
-        program="vllm",
-        exclude=["*.v_proj"],
-    )
-    run = read_pruning(directory)
-    types = {linear.name: linear.values for linear in run.linears}
-    assert {*types.values()} == {"w4a16-32", "w8a16"}
-    out = exported(directory)
-    assert torch.equal(logits(out), logits(directory))
-    groups = config_of(out)["config_groups"].values()
-    bits = {"w4a16-32": 4, "w8a16": 8}
-    assert {
-        name: group["weights"]["num_bits"]
-        for group in groups
-        for name in group["targets"]
-    } == {name: bits[values] for name, values in types.items()}
-
-
-def test_int8_activations_of_some_linears_are_refused(
-    tmp_path: Path,
-) -> None:
-    directory = pruned(wide_llama(), tmp_path, "w8a16")
-    record = json.loads((directory / "pruning.json").read_text())
-    record["linears"][0]["values"] = "w8a8"
-    (directory / "pruning.json").write_text(json.dumps(record))
-    with pytest.raises(ModelError, match="linears are on w8a8 and on others"):
-        exported(directory)
 
 
 def test_a_mixture_with_experts_in_two_forms_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,6 @@ from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import PRUNING, Export
 from sparsellm.report.card import CARD, card_text
 from sparsepack.bench import weight_file_bytes
-from sparsepack.grids import GRIDS, Grid
-
-if TYPE_CHECKING:
-    from compressed_tensors.quantization import QuantizationScheme
 
 _INT8_ACTIVATIONS = (
     "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
@@ -32,8 +28,8 @@ _INT8_ACTIVATIONS = (
 
 
 def check_compressed(model: OnGrid) -> None:
-    """Refuses a model with ``Conv1D``, for which the format has no form, one with dense experts, which transformers
-    cannot stack, and int8 activations for some linears alone (ModelError); a MissingExtraError without the library."""
+    """Refuses a model with ``Conv1D``, for which the format has no form, and one with dense experts, which transformers
+    cannot stack (ModelError); a MissingExtraError without the library."""
     try:
         from compressed_tensors.compressors.pack_quantized import helpers  # noqa: F401
     except ImportError:
@@ -46,11 +42,6 @@ def check_compressed(model: OnGrid) -> None:
             way = "export to gguf"
         raise ModelError(
             f"{min(names)} is a Conv1D, which compressed-tensors does not have; {way}"
-        )
-    grids = {grid.name for grid in model.grids.values()}
-    if _INT8_ACTIVATIONS in grids and len(grids) > 1:
-        raise ModelError(
-            f"linears are on {_INT8_ACTIVATIONS} and on others, which one directory cannot have; prune with one grid"
         )
     views = (
         view for index in range(len(model.chain)) for view in model.chain.linears(index)
@@ -116,18 +107,24 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     codes, scales = model.codes(key)
-    grid = model.grids[key]
-    if grid.name == _INT8_ACTIVATIONS:
+    if model.grid.name == _INT8_ACTIVATIONS:
         return {key: codes, f"{key}_scale": scales}
-    words = pack_to_int32(codes, grid.bits)
+    words = pack_to_int32(codes, model.grid.bits)
     shape = torch.tensor(codes.shape)
     return {f"{key}_packed": words, f"{key}_scale": scales, f"{key}_shape": shape}
 
 
-def _scheme(grid: Grid, targets: list[str]) -> QuantizationScheme:
-    """The entry of a grid in ``config_groups``; ``targets`` are names of linears, or of their class."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+def quantization_config(model: OnGrid) -> dict[str, Any]:
+    """The ``quantization_config`` of ``config.json``. It ignores every linear that is not on the grid, by its name in
+    the model and by that in the checkpoint, where these differ. It has no ``sparsity_config``, which vLLM refuses."""
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+    )
 
+    grid = model.grid
+    chain = model.chain
     if grid.group:
         group = {"strategy": "group", "group_size": grid.group}
     else:
@@ -140,28 +137,6 @@ def _scheme(grid: Grid, targets: list[str]) -> QuantizationScheme:
         inputs = QuantizationArgs(
             num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token"
         )
-    return QuantizationScheme(
-        targets=targets, weights=weights, input_activations=inputs
-    )
-
-
-def quantization_config(model: OnGrid) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``. It ignores every linear that is not on the grid, by its name in
-    the model and by that in the checkpoint, where these differ. It has no ``sparsity_config``, which vLLM refuses."""
-    from compressed_tensors.quantization import QuantizationConfig
-
-    chain = model.chain
-    names: dict[str, set[str]] = {}
-    for key, grid in model.grids.items():
-        # by its name in the model and by that in the checkpoint
-        both = {model.linears[key], key.removesuffix(".weight")}
-        names.setdefault(grid.name, set()).update(both)
-    if len(names) == 1:
-        names = {model.grid.name: {"Linear"}}
-    schemes = [_scheme(GRIDS[name], sorted(targets)) for name, targets in names.items()]
-    file_format = "pack-quantized"
-    if model.grid.name == _INT8_ACTIVATIONS:
-        file_format = "int-quantized"
     dense = {name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")} - {
         *model.linears.values()
     }
@@ -180,9 +155,11 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
     }
     config = QuantizationConfig(
         config_groups={
-            f"group_{number}": scheme for number, scheme in enumerate(schemes)
+            "group_0": QuantizationScheme(
+                targets=["Linear"], weights=weights, input_activations=inputs
+            )
         },
-        format=file_format,
+        format="pack-quantized" if inputs is None else "int-quantized",
         quantization_status="compressed",
         ignore=sorted(dense | keys),
     )
