@@ -50,6 +50,7 @@ VLLM = "vllm"
 SPARSITIES = (0.0, 0.3, 0.5, 0.7)  # at which forms of the packed format are measured
 # zeros of one form for all: with more of them another type is better
 MOST_ZEROS = 0.6
+WITH_ZEROS = 2  # types with zeros that are compared
 GRAM_TOKENS = 4096
 JUDGES = 2  # windows on which candidates are compared
 BY_LINEAR = "by linear"
@@ -267,24 +268,23 @@ def uniform_forms(
     total: float,
 ) -> list[Candidate]:
     """One type for all linears at this size: of those that fit without zeros the one that loses least; and in the
-    packed format larger ones too, with as many zeros as that takes."""
-    types = {
-        form.values
-        for table in tables.values()
-        for form in table.forms
-        if not form.sparsity
-    }
+    packed format the next larger ones, with as many zeros as that takes."""
     dense: list[tuple[float, Candidate]] = []
-    candidates: list[Candidate] = []
-    for values in sorted(types):
-        form = Form(values)
-        if any(form not in table.forms for table in tables.values()):
+    larger: list[tuple[int, str]] = []
+    first = next(iter(tables.values()))
+    for form in first.forms:
+        if form.sparsity or any(form not in x.forms for x in tables.values()):
             continue
-        alike = Candidate(values, dict.fromkeys(tables, form))
-        if alike.bytes(sizes) <= total:
+        alike = Candidate(form.values, dict.fromkeys(tables, form))
+        size = alike.bytes(sizes)
+        if size <= total:
             lost = math.fsum(x.losses[x.forms.index(form)] for x in tables.values())
             dense.append((lost, alike))
-        elif program == OWN:
+        else:
+            larger.append((size, form.values))
+    candidates: list[Candidate] = []
+    if program == OWN:
+        for _, values in sorted(larger)[:WITH_ZEROS]:
             candidates += _with_zeros(values, sizes, zeros, total)
     if dense:
         candidates.append(min(dense, key=lambda pair: pair[0])[1])
