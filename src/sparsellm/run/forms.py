@@ -33,14 +33,14 @@ from sparsellm.method.blocks.task import Group
 from sparsellm.method.gram import Gram, GramAccumulator
 from sparsellm.method.sweep.gradients import LossGradients
 from sparsellm.method.sweep.head import divergence_from, through_head
-from sparsellm.model import Feed, LinearView, Stream
+from sparsellm.model import Chain, Feed, LinearView, Stream
 from sparsellm.model.capture import InputGroups, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock, Progress
 from sparsellm.recipe import NOTIONAL, Recipe
 from sparsellm.records import Settings
-from sparsellm.run.choice import Choice
+from sparsellm.run.choice import Choice, sizes_of
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS
 
@@ -74,6 +74,46 @@ def forms_for(program: str, columns: int) -> list[Form]:
         # int8 activations lose more at the same bytes, and no kernel reads int3
         names = [name for name in names if name not in ("w8a8", "w3a16")]
     return [Form(name) for name in names]
+
+
+def check_size(chain: Chain, recipe: Recipe) -> None:
+    """Refuses a size that no forms of its program have, a linear without a form, and experts in the packed format,
+    where they stay dense. Raises RecipeError."""
+    if recipe.program is None or recipe.bits is None:
+        return
+    sizes = sizes_of(chain, recipe)
+    names = {size.name for size in sizes}
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            if (
+                recipe.program == OWN
+                and linear.name in names
+                and isinstance(linear.module, ExpertLinear)
+            ):
+                raise RecipeError(
+                    f"{linear.name} is an expert, which the packed format keeps dense; take another program, or leave "
+                    "experts out (exclude)"
+                )
+    least = 0
+    for size in sizes:
+        forms = forms_for(recipe.program, size.shape[1])
+        if not forms:
+            raise RecipeError(
+                f"{size.name} has {size.shape[1]} inputs, for which {recipe.program} has no form; leave it out "
+                "(exclude)"
+            )
+        least += min(form_bytes(form, size.shape) for form in forms)
+    weights = sum(size.weights for size in sizes)
+    if 8 * least > recipe.bits * weights:
+        raise RecipeError(
+            f"bits {recipe.bits:g} are too few for {recipe.program}; at least {_rounded_up(8 * least / weights)} are "
+            "possible"
+        )
+
+
+def _rounded_up(bits: float) -> float:
+    """Bits with three digits after the point, not below what they are."""
+    return math.ceil(bits * 1000) / 1000
 
 
 @dataclass
@@ -111,8 +151,7 @@ def choose_forms(
     recipe: Recipe,
 ) -> Allocation:
     """The allocation of zeros and types for the program and the bits of a recipe, from the ``gradients`` of the dense
-    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible, or a linear has
-    no form."""
+    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible."""
     assert gradients is not None
     assert recipe.program is not None
     assert recipe.bits is not None
@@ -181,11 +220,6 @@ def measure(
             measured.groups.append([linear.name for linear in group])
             for linear in group:
                 forms = forms_for(program, linear.in_features)
-                if not forms:
-                    raise RecipeError(
-                        f"{linear.name} has {linear.in_features} inputs, for which {program} has no form; leave it "
-                        "out (exclude)"
-                    )
                 weight = linear.weight()
                 dtype = linear.storage_dtype
                 errors = errors_of(weight, gram, forms, dtype)
@@ -251,6 +285,12 @@ def _by_unit(
 ) -> dict[str, Form]:
     """The form of each linear by :func:`best_forms`, with linears of one unit alike."""
     whole = {names[0]: joined([tables[name] for name in names]) for names in units}
+    for names in units:
+        if not whole[names[0]].forms:
+            raise RecipeError(
+                f"{names[0]} and {names[-1]} must have one type, and none fits the inputs of both; leave them out "
+                "(exclude)"
+            )
     bytes_of = {names[0]: math.fsum(budgets[name] for name in names) for names in units}
     places = best_forms(bytes_of, whole, total)
     return {
