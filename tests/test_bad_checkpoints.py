@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -421,4 +422,15 @@ DAMAGED = {
 def test_a_damaged_tokenizer_is_named(case: str, copy: Path, tmp_path: Path) -> None:
     name, data, said = DAMAGED[case]
     (copy / name).write_bytes(data)
+    refused(copy, tmp_path / "p", ModelError, said, calibration=None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_among_the_files_of_a_tokenizer_is_named(
+    name: str, copy: Path, tmp_path: Path
+) -> None:
+    """Nobody writes to it, so that reading it would never end."""
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    said = f"{name} is not an ordinary file"
     refused(copy, tmp_path / "p", ModelError, said, calibration=None)

@@ -145,7 +145,8 @@ def write_gguf(
 
 
 def _remove_torn(folder: Path) -> None:
-    """Removes what killed exports left in a user's folder: ordinary files of our temporary names, not locked."""
+    """Removes what killed exports left in a user's folder: ordinary files with our temporary names that no process has
+    locked."""
     for path in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             if TORN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
@@ -173,7 +174,7 @@ class Contents:
             self.head = gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
-        # in the checkpoint
+        # the tensors of the checkpoint, by their name in GGUF
         self.keys = {name: keys for name, keys in named if name in self.tensors}
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()

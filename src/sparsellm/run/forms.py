@@ -1,16 +1,16 @@
 """The forms of all linears for a program and a size: measured, chosen, and compared with one form for all.
 
-The dense model runs twice over a few windows, block by block. The first time each linear is measured in every form that
-the program has. The second time candidates run next to it, and the one that diverges least from it is taken. A
-candidate's weights are rounded to nearest there, and moved so near to the dense ones that a linear has the error that
-was measured, since a run compensates errors as the measurement did.
+The dense model runs over a few windows, block by block, and each linear is measured in every form that the program has.
+Then it runs over a few others, next to candidates, and the one that diverges least from it is taken. A candidate's
+weights are rounded to nearest there, and moved so near to the dense ones that a linear has the error that was measured,
+since a run compensates errors as the measurement did.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,19 +27,19 @@ from sparsellm.method.allocation.forms import (
     errors_of,
     form_bytes,
     joined,
+    some_rows,
 )
-from sparsellm.method.blocks.task import BlockTask
-from sparsellm.method.gram import Gram
-from sparsellm.method.solvers.magnitude_and_wanda import wanda
+from sparsellm.method.gram import Gram, GramAccumulator
 from sparsellm.method.sweep.gradients import LossGradients
 from sparsellm.method.sweep.head import divergence_from, through_head
-from sparsellm.model import Feed, LinearView, Stream
+from sparsellm.model import Chain, Feed, LinearView, Stream
+from sparsellm.model.capture import Group, InputGroups, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock, Progress
 from sparsellm.recipe import NOTIONAL, Recipe
 from sparsellm.records import Settings
-from sparsellm.run.choice import Choice
+from sparsellm.run.choice import Choice, sizes_of
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS
 
@@ -49,6 +49,7 @@ VLLM = "vllm"
 SPARSITIES = (0.0, 0.3, 0.5, 0.7)  # at which forms of the packed format are measured
 # zeros of one form for all: with more of them another type is better
 MOST_ZEROS = 0.6
+WITH_ZEROS = 2  # types with zeros that are compared
 GRAM_TOKENS = 4096
 JUDGES = 2  # windows on which candidates are compared
 BY_LINEAR = "by linear"
@@ -78,8 +79,47 @@ def least_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
     """The least bytes of linears with these shapes in the forms of a program."""
     total = 0
     for shape in shapes:
-        total += min(form_bytes(form, shape) for form in forms_for(program, shape[1]))
+        sizes = [form_bytes(form, shape) for form in forms_for(program, shape[1])]
+        total += min(sizes, default=0)
     return total
+
+
+def check_size(chain: Chain, recipe: Recipe) -> None:
+    """Refuses a size that no forms of its program have, a linear without a form, and experts in the packed format,
+    where they stay dense. Raises RecipeError."""
+    if recipe.program is None or recipe.bits is None:
+        return
+    sizes = sizes_of(chain, recipe)
+    names = {size.name for size in sizes}
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            if (
+                recipe.program == OWN
+                and linear.name in names
+                and isinstance(linear.module, ExpertLinear)
+            ):
+                raise RecipeError(
+                    f"{linear.name} is an expert, which the packed format keeps dense; take another program, or leave "
+                    "experts out (exclude)"
+                )
+    for size in sizes:
+        if not forms_for(recipe.program, size.shape[1]):
+            raise RecipeError(
+                f"{size.name} has {size.shape[1]} inputs, for which {recipe.program} has no form; leave it out "
+                "(exclude)"
+            )
+    least = least_bytes(recipe.program, [size.shape for size in sizes])
+    weights = sum(size.weights for size in sizes)
+    if 8 * least > recipe.bits * weights:
+        raise RecipeError(
+            f"bits {recipe.bits:g} are too few for {recipe.program}; at least {_rounded_up(8 * least / weights)} are "
+            "possible"
+        )
+
+
+def _rounded_up(bits: float) -> float:
+    """Bits with three digits after the point, not below what they are."""
+    return math.ceil(bits * 1000) / 1000
 
 
 @dataclass
@@ -88,6 +128,10 @@ class Measured:
 
     # error of each form, with those between the measured ones
     errors: dict[str, dict[Form, float]] = field(default_factory=dict)
+    # the same, rounded to nearest
+    nearest: dict[str, dict[Form, float]] = field(default_factory=dict)
+    # mean squares of inputs, (in,)
+    squares: dict[str, Tensor] = field(default_factory=dict)
     # what the loss of the whole output would cost
     costs: dict[str, float] = field(default_factory=dict)
     # linears that read the same input, block by block
@@ -113,8 +157,7 @@ def choose_forms(
     recipe: Recipe,
 ) -> Allocation:
     """The allocation of zeros and types for the program and the bits of a recipe, from the ``gradients`` of the dense
-    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible, or a linear has
-    no form."""
+    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible."""
     assert gradients is not None
     assert recipe.program is not None
     assert recipe.bits is not None
@@ -144,9 +187,7 @@ def choose_forms(
     chosen = Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
     candidates = [chosen, *uniform_forms(sizes, tables, zeros, program, total)]
     with clock.phase("compare"):
-        found = divergences(
-            observed, replace(feed, windows=judges), sizes, measured, candidates
-        )
+        found = divergences(replace(feed, windows=judges), measured, candidates)
     best = min(range(len(candidates)), key=lambda number: found[number])
     compared: list[Settings] = [
         {
@@ -178,22 +219,27 @@ def measure(
     program: str,
 ) -> Measured:
     """The errors of all forms of each linear, on the inputs that it has in the dense model."""
-    named = {size.name: size for size in sizes}
+    names = {size.name for size in sizes}
     measured = Measured()
-    for _, groups in _through_blocks(feed, named, "measuring forms"):
+    for groups in _through_blocks(feed, names):
         for group, gram in groups:
             measured.groups.append([linear.name for linear in group])
             for linear in group:
                 forms = forms_for(program, linear.in_features)
-                if not forms:
-                    raise RecipeError(
-                        f"{linear.name} has {linear.in_features} inputs, for which {program} has no form; leave it "
-                        "out (exclude)"
-                    )
                 weight = linear.weight()
-                errors = errors_of(weight, gram, forms, linear.storage_dtype)
+                dtype = linear.storage_dtype
+                errors = errors_of(weight, gram, forms, dtype)
                 every = between(forms, errors)
                 measured.errors[linear.name] = dict(zip(*every, strict=True))
+                part = some_rows(weight)
+                energy = float(gram.energy(part)) or 1.0
+                lost = []
+                for form in forms:
+                    stored = nearest(part, gram.diagonal, form, dtype)
+                    lost.append(float(gram.energy(stored, minus=part)) / energy)
+                every = between(forms, lost)
+                measured.nearest[linear.name] = dict(zip(*every, strict=True))
+                measured.squares[linear.name] = gram.diagonal
                 squares = output_squares.get(linear.name)
                 outputs = (weight @ gram.matrix).mul_(weight).sum(1)
                 if squares is None:
@@ -245,6 +291,12 @@ def _by_unit(
 ) -> dict[str, Form]:
     """The form of each linear by :func:`best_forms`, with linears of one unit alike."""
     whole = {names[0]: joined([tables[name] for name in names]) for names in units}
+    for names in units:
+        if not whole[names[0]].forms:
+            raise RecipeError(
+                f"{names[0]} and {names[-1]} must have one type, and none fits the inputs of both; leave them out "
+                "(exclude)"
+            )
     bytes_of = {names[0]: math.fsum(budgets[name] for name in names) for names in units}
     places = best_forms(bytes_of, whole, total)
     return {
@@ -262,13 +314,7 @@ def uniform_forms(
     total: float,
 ) -> list[Candidate]:
     """One type for all linears at this size: of those that fit without zeros the one that loses least; and in the
-    packed format larger ones too, with as many zeros as that takes."""
-    types = {
-        form.values
-        for table in tables.values()
-        for form in table.forms
-        if not form.sparsity
-    }
+    packed format the next larger ones that have zeros, with as many of these as that takes."""
     sparse = {
         form.values
         for table in tables.values()
@@ -276,16 +322,21 @@ def uniform_forms(
         if form.sparsity
     }
     dense: list[tuple[float, Candidate]] = []
-    candidates: list[Candidate] = []
-    for values in sorted(types):
-        form = Form(values)
-        if any(form not in table.forms for table in tables.values()):
+    larger: list[tuple[int, str]] = []
+    first = next(iter(tables.values()))
+    for form in first.forms:
+        if form.sparsity or any(form not in x.forms for x in tables.values()):
             continue
-        alike = Candidate(values, dict.fromkeys(tables, form))
-        if alike.bytes(sizes) <= total:
+        alike = Candidate(form.values, dict.fromkeys(tables, form))
+        size = alike.bytes(sizes)
+        if size <= total:
             lost = math.fsum(x.losses[x.forms.index(form)] for x in tables.values())
             dense.append((lost, alike))
-        elif values in sparse:
+        elif form.values in sparse:
+            larger.append((size, form.values))
+    candidates: list[Candidate] = []
+    if program == OWN:
+        for _, values in sorted(larger)[:WITH_ZEROS]:
             candidates += _with_zeros(values, sizes, zeros, total)
     if dense:
         candidates.append(min(dense, key=lambda pair: pair[0])[1])
@@ -317,14 +368,10 @@ def _with_zeros(
 
 @torch.no_grad()
 def divergences(
-    observed: Feed,
-    judges: Feed,
-    sizes: Sequence[LinearSize],
-    measured: Measured,
-    candidates: Sequence[Candidate],
+    judges: Feed, measured: Measured, candidates: Sequence[Candidate]
 ) -> list[float]:
     """The divergence from the dense model of each candidate on the windows of ``judges``, in nats a token."""
-    named = {size.name: size for size in sizes}
+    chain = judges.chain
     with contextlib.ExitStack() as held:
         dense = judges.stream()
         held.callback(dense.close)
@@ -332,11 +379,14 @@ def divergences(
         for _ in candidates:
             streams.append(dense.fork())
             held.callback(streams[-1].close)
-        for index, groups in _through_blocks(observed, named, "comparing forms"):
-            dense.advance(index)
-            for candidate, stream in zip(candidates, streams, strict=True):
-                with _in_form(groups, candidate, measured):
-                    stream.advance(index)
+        for index in range(len(chain)):
+            said = f"block {index + 1}/{len(chain)} comparing forms"
+            judges.progress(Progress("allocation", index, len(chain), said))
+            with chain.block(index, judges.blocks):
+                dense.advance(index)
+                for candidate, stream in zip(candidates, streams, strict=True):
+                    with _in_form(chain.linears(index), candidate, measured):
+                        stream.advance(index)
         return _behind(judges, dense, streams)
 
 
@@ -358,54 +408,76 @@ def _behind(judges: Feed, dense: Stream, streams: Sequence[Stream]) -> list[floa
 
 
 def _through_blocks(
-    feed: Feed, named: Mapping[str, LinearSize], doing: str
-) -> Iterator[tuple[int, list[tuple[list[LinearView], Gram]]]]:
-    """Runs the dense model over the windows; yields each block's number, while it is loaded, and its linears by their
-    input with the Gram matrix of that; equal inputs for a linear that no token reached, or whose input is not seen."""
+    feed: Feed, names: Collection[str]
+) -> Iterator[list[tuple[Group, Gram]]]:
+    """Runs the dense model over the windows; yields for each block, while it is loaded, the linears of these names by
+    their input, with its Gram matrix: equal inputs for a linear that no token reached, or whose input is not seen."""
     chain = feed.chain
-    stream = feed.stream()
-    with contextlib.closing(stream):
+    with contextlib.closing(feed.stream()) as stream:
         for index in range(len(chain)):
-            said = f"block {index + 1}/{len(chain)} {doing}"
+            said = f"block {index + 1}/{len(chain)} measuring forms"
             feed.progress(Progress("allocation", index, len(chain), said))
             with chain.block(index, feed.blocks):
-                linears = [x for x in chain.linears(index) if x.name in named]
-                task = BlockTask(
-                    index,
-                    linears,
-                    patterns={},
-                    stream=stream,
-                    report=lambda step: None,
-                    clock=PhaseClock(),
-                )
-                plain = [x for x in linears if not isinstance(x.module, ExpertLinear)]
-                groups = task.statistics(plain) if plain else []
+                linears = [x for x in chain.linears(index) if x.name in names]
+                groups = _statistics(stream, index, linears)
                 known = {x.name for group, _ in groups for x in group}
                 for linear in linears:
                     if linear.name not in known:
                         identity = torch.eye(linear.in_features, device=chain.device)
                         groups.append(([linear], Gram(identity, 1)))
-                yield index, groups
-                stream.advance(index)
+                yield groups
+
+
+def _statistics(
+    stream: Stream, index: int, linears: list[LinearView]
+) -> list[tuple[Group, Gram]]:
+    """Groups of linears that share an input, with its Gram matrix over the tokens of all processes. The stream advances
+    through the loaded block."""
+    device = stream.chain.device
+    grouping = InputGroups()
+    accumulators: dict[str, GramAccumulator] = {}
+
+    def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
+        if inputs.numel() and grouping.add(linear, inputs):
+            if linear.name not in accumulators:
+                features = linear.in_features
+                accumulators[linear.name] = GramAccumulator(features, device)
+            accumulators[linear.name].update(inputs)
+
+    seen = [x for x in linears if not isinstance(x.module, ExpertLinear)]
+    with watch(seen, see):
+        stream.advance(index)
+    grams = []
+    for group in grouping.agreed(seen):
+        head = group[0]
+        found = accumulators.setdefault(
+            head.name, GramAccumulator(head.in_features, device)
+        )
+        found.reduce()
+        grams.append((group, found.finish()))
+    return grams
 
 
 @contextlib.contextmanager
 def _in_form(
-    groups: Sequence[tuple[list[LinearView], Gram]],
-    candidate: Candidate,
-    measured: Measured,
+    linears: Sequence[LinearView], candidate: Candidate, measured: Measured
 ) -> Iterator[None]:
     """In the context the loaded linears have errors of their forms."""
     before: list[tuple[LinearView, Tensor]] = []
     try:
-        for group, gram in groups:
-            for linear in group:
-                weight = linear.weight()
-                before.append((linear, weight.clone()))
-                form = candidate.forms[linear.name]
-                error = _error_at(measured.errors[linear.name], form)
-                dtype = linear.storage_dtype
-                linear.assign(disturbed(weight, gram, form, error, dtype))
+        for linear in linears:
+            if linear.name not in candidate.forms:
+                continue
+            weight = linear.weight()
+            before.append((linear, weight.clone()))
+            form = candidate.forms[linear.name]
+            stored = nearest(
+                weight, measured.squares[linear.name], form, linear.storage_dtype
+            )
+            error = _error_at(measured.errors[linear.name], form)
+            lost = _error_at(measured.nearest[linear.name], form)
+            share = math.sqrt(error / lost) if lost else 1.0
+            linear.assign(weight + share * (stored - weight))
         yield
     finally:
         for linear, weight in before:
@@ -415,22 +487,16 @@ def _in_form(
 def _error_at(errors: Mapping[Form, float], form: Form) -> float:
     """The error of a form: that of the known one of its type with the nearest sparsity."""
     of_type = [known for known in errors if known.values == form.values]
-    nearest = min(of_type, key=lambda known: abs(known.sparsity - form.sparsity))
-    return errors[nearest]
+    known = min(of_type, key=lambda known: abs(known.sparsity - form.sparsity))
+    return errors[known]
 
 
-def disturbed(
-    weight: Tensor, gram: Gram, form: Form, error: float, dtype: torch.dtype
-) -> Tensor:
-    """A weight ``(out, in)`` fp32 pruned and rounded to nearest, then moved towards the dense one until it has this
-    relative error."""
-    pruned = weight
+def nearest(weight: Tensor, squares: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+    """A weight ``(out, in)`` fp32 in a form, without any compensation: zeros where magnitude times the root of the
+    input's mean ``squares (in,)`` is least in a row, and others rounded to nearest."""
     zeros = round(form.sparsity * weight.numel())
     if zeros:
-        pruned = wanda(weight, gram, Unstructured(zeros, weight.numel())).weight
-    stored = on_grid(pruned, form.values, dtype)
-    energy = float(gram.energy(weight))
-    lost = float(gram.energy(stored, minus=weight))
-    if not lost:
-        return stored
-    return weight + (stored - weight) * math.sqrt(error * energy / lost)
+        scores = weight.abs() * squares.clamp(min=0).sqrt()
+        pattern = Unstructured(zeros, weight.numel())
+        weight = weight * pattern.mask(scores, scope="row")
+    return on_grid(weight, form.values, dtype)
