@@ -32,7 +32,7 @@ _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
 _DROPPED = ("GGUF.", "split.", "quantize.", gguf.Keys.General.ARCHITECTURE)
 # Names of file types that differ from those of their blocks
-_FILE_TYPES = {"Q3_K": "Q3_K_S"}
+_FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S"}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")  # in configs
 
 
