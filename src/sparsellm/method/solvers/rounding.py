@@ -511,14 +511,14 @@ class _Lines(_Grid):
         minima = lowest
         least = torch.full_like(lowest, math.inf)
         for below, above in itertools.product(FRACTIONS[:ENDS], repeat=2):
-            tried = lines_of(
-                (highest * above - lowest * below) / grid.highest, lowest * below, grid
-            )
-            numbers = numbers_of(grouped, *tried, grid)
-            error = numbers.mul_(tried[0]).add_(tried[1]).sub_(grouped)
+            end = lowest * below
+            steps = (highest * above - end) / grid.highest
+            steps, depths = lines_of(steps, end, grid)
+            numbers = numbers_of(grouped, steps, depths, grid)
+            error = numbers.mul_(steps).add_(depths).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
-            scales = torch.where(error < least, tried[0], scales)
-            minima = torch.where(error < least, tried[1], minima)
+            scales = torch.where(error < least, steps, scales)
+            minima = torch.where(error < least, depths, minima)
             least = torch.minimum(error, least)
         self.first, self.minima = lines_of(scales, minima, grid)
         numbers = numbers_of(grouped, self.first, self.minima, grid)
