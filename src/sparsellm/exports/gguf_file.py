@@ -26,7 +26,7 @@ from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
 from sparsellm.version import __version__
 from sparsepack.files import read_bytes
-from sparsepack.grids import grid_for
+from sparsepack.grids import GRIDS, Grid, grid_for
 
 _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
@@ -203,7 +203,7 @@ class _File:
     def type_of(self, tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
-            grid = grid_for(self.model.grid.name, int(tensor.shape[0]))
+            grid = grid_for(self._grid(tensor).name, int(tensor.shape[0]))
             return gguf.GGMLQuantizationType[block_type(grid) or ""]
         is_head = tensor.name in _HEAD and tensor.name in self.keys
         if is_head and self.head is not None:
@@ -232,7 +232,7 @@ class _File:
                 for parts in zip(*map(self.model.codes, keys), strict=True)
             )
             order = change.order
-            return to_blocks(codes[order], scales[order], self.model.grid)
+            return to_blocks(codes[order], scales[order], self._grid(tensor))
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
         # a run changes blocks alone
         if not same and not tensor.name.startswith("blk."):
@@ -250,6 +250,16 @@ class _File:
             self._rows(self.model.reader, tensor)[change.order].float() + change.shift
         )
         return quantised(values.numpy(), kind)
+
+    def _grid(self, tensor: gguf.ReaderTensor) -> Grid:
+        """The grid of a tensor of linears; a ModelError if they are on several."""
+        grids = {self.model.grids[key].name for key in self.keys[tensor.name]}
+        if len(grids) > 1:
+            names = " and ".join(sorted(grids))
+            raise ModelError(
+                f"{tensor.name} has experts on the grids {names}; prune all with one"
+            )
+        return GRIDS[grids.pop()]
 
     def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
         return any(key in self.model.linears for key in self.keys.get(tensor.name, ()))
