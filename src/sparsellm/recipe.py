@@ -185,6 +185,8 @@ class Recipe(BaseModel):
             "iq4_nl",
             "iq4_xs",
             "q3_k",
+            "q2_k",
+            "q4_k",
             "w4a16",
             "w4a16-64",
             "w4a16-32",
@@ -195,7 +197,7 @@ class Recipe(BaseModel):
         Option(WHAT, "NAME"),
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
-    q4_0, q8_0, q6_k, q5_0, iq4_nl, iq4_xs and q3_k (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
+    q4_0, q8_0, q6_k, q5_0, iq4_nl, iq4_xs, q3_k, q2_k and q4_k (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
     (compressed-tensors). It implies the values, and sparsity 0 unless one is given, since zeros save nothing there."""
     bits: Annotated[float | None, Field(gt=0, le=16)] = None
     """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every

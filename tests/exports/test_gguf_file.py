@@ -90,7 +90,9 @@ def test_every_tensor_is_that_of_the_checkpoint(
     assert types == {Kind.Q8_0 if grid == "q8_0" else Kind.Q4_0}
 
 
-@pytest.mark.parametrize("grid", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k"])
+@pytest.mark.parametrize(
+    "grid", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k", "q2_k", "q4_k"]
+)
 def test_linears_of_many_types_are_those_of_the_checkpoint(
     tmp_path: Path, grid: str
 ) -> None:
@@ -102,7 +104,8 @@ def test_linears_of_many_types_are_those_of_the_checkpoint(
     file = exported(directory)
     assert_is(file, directory)
     types = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
-    narrow = {"iq4_xs": "IQ4_NL", "q3_k": "IQ4_NL", "q6_k": "Q8_0"}
+    narrow = {"iq4_xs": "IQ4_NL", "q3_k": "IQ4_NL", "q2_k": "IQ4_NL"}
+    narrow |= {"q6_k": "Q8_0", "q4_k": "Q5_0"}
     assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_up.weight"] == grid.upper()
     assert types["blk.0.ffn_down.weight"] == narrow.get(grid, grid.upper())
     warnings = read_pruning(directory).warnings

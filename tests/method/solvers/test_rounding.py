@@ -151,7 +151,9 @@ def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
 
 
 @pytest.mark.usefixtures("loop")
-@pytest.mark.parametrize("name", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k"])
+@pytest.mark.parametrize(
+    "name", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k", "q2_k", "q4_k"]
+)
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_types_of_gguf_are_read_again_and_better_than_nearest(
     name: str, dtype: torch.dtype
