@@ -170,7 +170,7 @@ def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
     directory = gguf_checkpoint(demo_gguf())
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert model.dtype == torch.float32
+    assert model.dtype == torch.bfloat16
     # this tokenizer adds none
     assert tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id
     assert (

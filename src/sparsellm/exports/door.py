@@ -140,7 +140,10 @@ def export(  # noqa: PLR0913 - the Python door
                 f"--out {place} is the template or the dense model, or in the checkpoint; name another"
             )
         try:
-            dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
+            dtypes = {opened.reader.dtype(key) for key in opened.linears}
+            dtype = "float32" if torch.float32 in dtypes else "auto"
+            found = checkpoint_directory(str(model or template.path), dtype=dtype)
+            dense = open_checkpoint(found)
         except ModelError as error:
             advice = "" if model is not None else ", and name it with --model"
             raise ModelError(f"{error}{advice}") from None

@@ -34,13 +34,17 @@ _GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
 
 def checkpoint_directory(
-    model: str, argument: str = "model", check: Callable[[Path], object] | None = None
+    model: str,
+    argument: str = "model",
+    check: Callable[[Path], object] | None = None,
+    *,
+    dtype: str = "auto",
 ) -> Path:
     """The directory of a checkpoint, which is downloaded or converted first if needed. A ModelError, which calls the
     model by the name of its ``argument``, says that there is none, or that it cannot be fetched. ``check`` is called
-    with the directory of its config before weights are downloaded."""
+    with the directory of its config before weights are downloaded; ``dtype`` is that of :func:`gguf_checkpoint`."""
     if model == "demo":
-        return gguf_checkpoint(demo_gguf())
+        return gguf_checkpoint(demo_gguf(), dtype)
     try:
         path = Path(model).expanduser()
         path.lstat()
@@ -59,7 +63,7 @@ def checkpoint_directory(
             raise ModelError(
                 f"{argument} {model}: there is no such file; give the path of a .gguf file"
             )
-        return gguf_checkpoint(path)
+        return gguf_checkpoint(path, dtype)
     if path.is_dir():
         if adapter := adapter_in(path):
             raise ModelError(f"{argument} {adapter}")
@@ -75,7 +79,7 @@ def checkpoint_directory(
     return _from_hub(model, argument)
 
 
-def config_place(model: str) -> Path:
+def config_place(model: str, dtype: str = "auto") -> Path:
     """A directory with the config of a model, or its config file, to plan with: as :func:`checkpoint_directory`, but of
     a hub id, only the config is downloaded if it is not there."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # it cannot be a path
@@ -84,7 +88,7 @@ def config_place(model: str) -> Path:
             return path
         if not path.exists() and model != "demo" and path.suffix != ".gguf":
             return _from_hub(model, "model", _CONFIG)
-    return checkpoint_directory(model)
+    return checkpoint_directory(model, dtype=dtype)
 
 
 def _from_hub(model: str, argument: str, files: list[str] = _HUB_FILES) -> Path:
