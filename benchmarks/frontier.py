@@ -178,7 +178,7 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
     zeros = sparsellm.prune(
         str(bench.directory), recipe, out=folder / "pruned"
     ).sparsity
-    packed = sparsellm.pack(folder / "pruned", out=folder / "packed", values=values)  # type: ignore[arg-type]
+    packed = sparsellm.pack(folder / "pruned", out=folder / "packed", head="keep")
     seconds = time.process_time() - began
     bits, scores = 8 * packed.packed_bytes / packed.weights, bench.score(packed.path)
     row = {"bits": bits, "zeros": zeros, **scores, "seconds": seconds}
@@ -186,7 +186,6 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
         total = sparsellm.pack(
             folder / "pruned",
             out=folder / "whole",
-            values=values,  # type: ignore[arg-type]
             head="int8",
         )
     except RecipeError as error:

@@ -392,7 +392,9 @@ def decode(arguments: argparse.Namespace) -> None:
             for values in (
                 "keep" if values == "bf16" else values for values in arguments.values
             ):
-                sparsellm.pack(dense, out=Path(folder) / values, values=values)
+                sparsellm.pack(
+                    dense, out=Path(folder) / values, values=values, head="keep"
+                )
                 models[f"packed {values}"] = sparsellm.load(
                     Path(folder) / values, device=arguments.device
                 )

@@ -103,7 +103,14 @@ def torchao(directory: Path, bits: int) -> Form:
 
 
 def packed(directory: Path, values: str, out: Path) -> Form:
-    sparsellm.pack(directory, out=out, values=values, overwrite=True)  # type: ignore[arg-type]
+    sparsellm.pack(
+        directory,
+        out=out,
+        values=values,  # type: ignore[arg-type]
+        head="keep",
+        round_again=True,
+        overwrite=True,
+    )
     return of_transformers(sparsellm.load(out, dtype="float32"))
 
 

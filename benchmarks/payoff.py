@@ -106,7 +106,9 @@ def row_group(
     }
     for values in arguments.values:
         name = f"packed {values}"
-        sparsellm.pack(folder / "dense", out=folder / values, values=values)
+        sparsellm.pack(
+            folder / "dense", out=folder / values, values=values, head="keep"
+        )
         sizes[name] = weight_file_bytes(folder / values)
         models[name] = sparsellm.load(folder / values)
     measured = measure(

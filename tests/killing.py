@@ -21,16 +21,19 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from unittest.mock import Mock
 
+import pytest
 import torch
 
 import sparsellm
 from sparsellm import interrupts
 from sparsellm.app import cli
-from sparsellm.errors import SparseLLMError
+from sparsellm.errors import NumericalError, SparseLLMError
 from sparsellm.files import files, scratch, writer
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.scratch import Scratch
+from sparsellm.method.sweep.sweep_task import Run
 from sparsellm.model import Chain, LinearView
 from sparsellm.progress import Progress
 from sparsellm.run import warnings
@@ -349,3 +352,24 @@ def ended(process: BaseProcess) -> int:
     process.join(LIMIT)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
+
+
+def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
+    """An error in place of a signal, where gradients read the block ``after`` times; the check for zeros does, too."""
+    once_in_block(
+        index,
+        patched,
+        Mock(side_effect=NumericalError("the processor caught fire")),
+        after + 1,
+    )
+
+
+def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
+    """An error when the pass after ``saved`` ones is judged."""
+    judged = [None] * (saved + 1)
+    ahead_of(
+        patched,
+        Run,
+        "judge",
+        Mock(side_effect=[*judged, NumericalError("the processor caught fire")]),
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -128,90 +127,6 @@ def test_the_frontier_counts_scores_and_draws_every_form(
     assert {"50% int4", "50% int8", "0% int8"} <= {
         node.text for node in drawn.iter(f"{SVG}text")
     }
-
-
-def test_perplexity_by_time_is_listed_and_drawn(
-    tmp_path: Path, printed: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def cell(perplexity: float, seconds: float) -> dict[str, float]:
-        return {
-            "perplexity": perplexity,
-            "seconds": 9,
-            "cpu_seconds": seconds,
-            "peak_rss_bytes": 2e9,
-        }
-
-    conditions, file = "there/train.txt/8/16/heldout.txt/64", tmp_path / "cells.json"
-    known = {
-        f"code/{conditions}/dense": {"perplexity": 10, "other": 8, "tokens_scored": 60},
-        f"code/{conditions}/magnitude/0.7/0": cell(4000, 50),
-        f"code/{conditions}/sparsegpt/0.7/0": {**cell(40, 100), "other": 128},
-        f"code/{conditions}/sparsellm/effort=0/0.7/0": {**cell(20, 200), "other": 16},
-        f"code/{conditions}/sparsellm-paper/0.7/0": {
-            "failed": "error: diverged in block 11"
-        },
-        f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(
-            50, 150
-        ),  # for every version of sparsellm
-        f"{conditions}/llmcompressor/wanda/0.7/0": cell(30, 150),
-    }
-    file.write_text(json.dumps(known))
-    monkeypatch.setenv("BENCHMARK_CODE", "code")
-    common = (
-        "--model", "there", "--text", "heldout.txt", "--calibration", "train.txt", "--samples", "8", "--window", "16",
-        "--max-tokens", "64", "--targets", "0.7", "--cells", file,
-    )  # fmt: skip
-    picture = tmp_path / "pareto.svg"
-    output = printed("pareto.py", *common, "--only-known", "--picture", picture)
-    rows = rows_of(output, key=1)
-    assert rows.keys() == {
-        "magnitude", "sparsegpt", "sparsellm, effort 0", "sparsellm-paper", "llmcompressor: sparsegpt",
-        "llmcompressor: wanda",
-    }  # fmt: skip
-    assert rows["sparsellm, effort 0"] == [
-        "20.0, 16.0",
-        "0.500, 0.250",
-        "200",
-        "2.00",
-        "2.00",
-    ]
-    # measured on one text only
-    assert rows["llmcompressor: sparsegpt"][:2] == [
-        "50.0",
-        "1.161",
-    ]
-    assert rows["sparsellm-paper"] == [
-        "error: diverged in block 11",
-        "–",
-        "–",
-        "–",
-        "–",
-    ]
-    assert "Below the line: llmcompressor: wanda at 70%.\n" in output
-    assert "Not measured: wanda at 70%; admm at 70%;" in output
-    drawn = {
-        node.text for node in ElementTree.parse(picture).getroot().iter(f"{SVG}text")
-    }
-    assert {
-        "70% zeros",
-        "magnitude 4,000 ↑",
-        "sparsegpt 40.0",
-        "sparsegpt 50.0",
-        "effort 0 20.0",
-    } <= drawn
-    assert not any("as published" in str(node) for node in drawn)
-    # there is no such model to make a cell from
-    same = (
-        "--methods",
-        "sparsegpt",
-        "sparsellm",
-        "--effort",
-        "0",
-    )
-    assert [
-        row[1] for row in rows_of(printed("quality.py", *common, *same), key=1).values()
-    ] == ["1.000", "0.500"]
-    assert json.loads(file.read_text()) == known
 
 
 def test_a_model_in_gguf_reads_back_as_its_own_numbers(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,12 @@ import pytest
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm.app import compare
+from sparsellm.app import compare, console, tables
 from sparsellm.app.compare import Comparison, cells_of
-from sparsellm.errors import RecipeError, StorageError
-from sparsellm.interrupts import Interrupted
+from sparsellm.errors import RecipeError
+from sparsellm.progress import Progress
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
 from tests.files.small import shards_of, tree
-from tests.killing import Died, dying
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import family
 
@@ -82,26 +78,6 @@ def test_every_cell_is_what_a_run_by_itself_gives(
         for place in (finished.out / cell.name, packed):
             results = json.loads((place / "results.json").read_text())
             assert results["evaluations"][0]["perplexity"]["value"] == cell.perplexity
-
-
-def test_quality_and_size_are_those_of_the_packed_checkpoint(
-    llama: Path, tmp_path: Path
-) -> None:
-    cells = cells_of(
-        {"samples": 4, "seq_len": 32},
-        methods=["magnitude"],
-        sparsities=[0.5, 0.6],
-        values=["int4"],
-    )
-    result = grid(llama, tmp_path / "out", cells=cells)
-    cell = result.cells[0]
-    assert cell.name == "magnitude-0.5-int4"
-    packed = sparsellm.evaluate(
-        result.out / f"{cell.name}-packed", "pydoc", seq_len=32, max_tokens=256
-    )
-    assert cell.perplexity == packed.value
-    assert result.page is not None
-    assert "magnitude-0.5-int4-packed" in result.page.read_text(encoding="utf-8")
 
 
 def test_a_stopped_comparison_goes_on_and_takes_further_cells(
@@ -266,30 +242,13 @@ def test_a_recommendation_meets_the_constraints(
     ("words", "message"),
     [
         ("", "one sparsity or pattern"),
-        ("--sparsity 0.5,x", "sparsity is 'x'"),
         ("--sparsity 0.5,0.5", "asked for twice"),
-        ("--sparsity 0.5 --method wandaa", "wanda"),
         ("--sparsity 0.5 --method wanda --set effort=1", "known to none"),
         ("--sparsity 0.5 --text gone.txt", "text file 'gone.txt' does not exist"),
-        ("--sparsity 0.5 --values int9", "recipe field values is 'int9'"),
-        ("--sparsity 0.5 --text-seq-len 4000", "4000"),
-        ("--sparsity 0.5 --max-tokens 0", "max_tokens is 0"),
-        (
-            "--sparsity 0.5 --method wanda,sparsegpt --set options.damping=abc",
-            "option damping of sparsegpt is 'abc'",
-        ),
         ("--pattern 2:4,3:7 --method wanda", "which 7 does not divide"),
-        (
-            "--sparsity 0.5 --method wanda,sparsellm --effort 1 --set sweep_tokens=2k",
-            "effort and sweep_tokens both",
-        ),
         (
             "--sparsity 0 --method wanda,sparsegpt --set grid=w8a16",
             "no packed form in int8",
-        ),
-        (
-            "--sparsity 0.3 --values int4 --set grid=q4_0",
-            "grid q4_0 means values int4; leave out",
         ),
         ("--sparsity 0.3 --experts 0.5", "has no mixture"),
     ],
@@ -316,10 +275,7 @@ SMALL += ["--samples=4", "--seq-len=32", "--method"]
     ("out", "message"),
     [
         ("", "is the current directory"),
-        ("/", "the root"),
-        ("x" * 300, "File name too long"),
         ("x" * 250, "File name too long"),
-        ("x/" * 3000, "File name too long"),
         ("p.partial", "is a working directory"),
         ("model/grid", "overlaps with the model"),
         ("mine/note", "note is a link or a file"),
@@ -372,87 +328,6 @@ def test_foreign_files_stop_it_before_a_cell(
     before = tree(out)
     assert message in refusal("compare", llama, "--out", out, *SMALL, "magnitude,wanda")
     assert tree(out) == before
-
-
-def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(
-    llama: Path, tmp_path: Path, run: Any
-) -> None:
-    with pytest.MonkeyPatch.context() as stopped:
-        stopped.setattr(
-            api, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Interrupted)
-        )
-        assert (
-            run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[
-                0
-            ]
-            == 130
-        )
-    packed = tmp_path / "grid" / "magnitude-0.5-packed"
-    assert (packed / "packed.json").is_file()
-    packed.rename(tmp_path / "ours")
-    made_by_somebody(llama, packed)
-    before = tree(packed)
-    said = run(
-        "compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude", exits=2
-    )[2]
-    assert said.index("cell magnitude-0.5: ") < said.index(
-        "magnitude-0.5-packed exists and is not empty"
-    )
-    assert tree(packed) == before
-    shutil.rmtree(packed)
-    (tmp_path / "ours").rename(packed)
-    assert (
-        run("compare", llama, "--out", tmp_path / "grid", *SMALL[1:], "magnitude")[0]
-        == 0
-    )
-
-
-@pytest.mark.parametrize("seeds", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_lives_of_a_grid(
-    seeds: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A grid dies at random operations on files and is started again, while a user puts files in its places."""
-    # what a kill leaves does not depend on it
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    cells = cells_of(
-        SETTINGS | {"effort": None}, methods=["magnitude"], sparsities=[0.5, 0.6]
-    )
-    alone = grid(llama, tmp_path / "alone", cells=cells)
-    places = (
-        "notes.txt",
-        "compare.html",
-        "magnitude-0.6/notes.txt",
-        "magnitude-0.6-packed/config.json",
-    )
-    ended = Counter[str]()
-    for seed in range(seeds):
-        draw, out = random.Random(seed), tmp_path / str(seed) / "out"
-        mine: dict[Path, str] = {}
-        for start in range(5):
-            if start and not (place := out / draw.choice(places)).exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(f"foreign {seed} {start}")
-                mine[place] = place.read_text()
-            try:
-                with dying(draw.randint(1, 1500)):
-                    grid(llama, out, cells=cells)
-                ended["done"] += 1
-            except (Died, StorageError) as error:
-                ended[type(error).__name__] += 1
-            assert {place: place.read_text() for place in mine} == mine
-        for place in mine:
-            place.unlink()
-            if not any(place.parent.iterdir()):
-                place.parent.rmdir()
-        again = grid(llama, out, cells=cells)
-        assert [(c.name, c.perplexity) for c in again.cells] == [
-            (c.name, c.perplexity) for c in alone.cells
-        ]
-        for shard in alone.out.glob("*/*.safetensors"):
-            assert (
-                out / shard.relative_to(alone.out)
-            ).read_bytes() == shard.read_bytes()
-    assert min(ended["Died"], ended["StorageError"]) > 1, ended
 
 
 def test_no_run_is_best_in_a_size_if_a_smaller_one_diverges_less() -> None:
@@ -527,38 +402,67 @@ def test_a_grid_has_a_cell_for_each_effort_and_type_of_values() -> None:
             cells_of(base, **{"methods": ["wanda"], "sparsities": [0.3], name: value})
 
 
-def test_options_mean_what_they_mean_in_prune(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["magnitude-0.5", "wanda-0.7"], 80),
+        (["sparsellm-0.5-effort2-int4", "sparsellm-auto-8-0.7-effort2"], 80),
+        (["sparsellm-0.5-effort2-int4", "sparsellm-auto-8-0.7-effort2"], 120),
+    ],
+)
+def test_no_name_of_a_run_is_broken(
+    names: list[str],
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stop = Mock(side_effect=RecipeError("enough"))
-    monkeypatch.setattr(compare, "compare", stop)
-    words = "--sparsity 0.3 --samples 3 --seq-len 16 --text-seq-len 8 --memory 4GiB --device cpu --effort 1,2 --quiet"
-    assert (
-        run("compare", "m", "--out", tmp_path, *words.split(), "--values", "int8")[2]
-        == "error: enough\n"
+    cell = {
+        "sparsity": 0.5,
+        "perplexity": 123.45,
+        "dense_perplexity": 22.9,
+        "kl": 0.123,
+        "agreement": 0.87,
+        "recovery": 0.186,
+        "packed_bytes": 123_456_789,
+        "dense_bytes": 269_060_552,
+        "tokens_per_second": None,
+        "dense_tokens_per_second": None,
+        "transformers_tokens_per_second": None,
+        "seconds": 284.0,
+        "peak_rss": 1,
+    }
+    cells = [compare.Measured(name=name, **cell) for name in names]  # type: ignore[arg-type]
+    result = Comparison(
+        out=Path("c"), page=None, recommended=None, best_at_each_size=[], cells=cells
     )
-    given = stop.call_args.kwargs
-    assert list(given["cells"]) == [
-        "sparsellm-0.3-effort1-int8",
-        "sparsellm-0.3-effort2-int8",
-    ]
-    recipe = given["cells"]["sparsellm-0.3-effort2-int8"]
-    assert (recipe.samples, recipe.seq_len, recipe.memory, recipe.device) == (
-        3,
-        16,
-        "4GiB",
-        "cpu",
-    )
-    assert given["seq_len"] == 8
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console.out.cache_clear()
+    tables.print_comparison(result, limited=False)
+    console.out.cache_clear()
+    said = capsys.readouterr().out
+    head, *_ = (line for line in said.splitlines() if "┃" in line)
+    rows = [line for line in said.splitlines() if "│" in line]
+    assert all(len(line) <= columns for line in rows)
+    for name in names:
+        (row,) = (line for line in rows if f" {name} " in line)
+        assert {"123.45", "0.123", "123.5", "4 min 44 s"} <= {
+            part.strip() for part in row.split("│")
+        }
+    assert len(rows) == 1 + len(names)
+    assert ("recovery" in head) == (columns > 100 or len(names[0]) < 20)
 
 
-def test_the_functions_of_the_commands_are_in_the_package() -> None:
-    for name in (
-        "bench",
-        "cells_of",
-        "compare",
-        "generate",
-        "write_comparison",
-        "write_report",
-    ):
-        assert callable(getattr(sparsellm, name)), name
+def test_each_run_has_times_of_its_own(llama: Path, tmp_path: Path) -> None:
+    parts: dict[str, set[str]] = {}
+
+    def tell(event: Progress) -> None:
+        parts.setdefault(event.part, set()).add(event.phase)
+
+    cells = cells_of(
+        {"samples": 4, "seq_len": 32, "calibration": "pydoc"},
+        methods=["magnitude", "wanda"],
+        sparsities=[0.5],
+    )
+    grid(llama, tmp_path, cells=cells, progress=tell)
+    for part in ("1/2 magnitude-0.5", "2/2 wanda-0.5"):
+        assert parts[part] >= {"prune", "save"}

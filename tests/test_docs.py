@@ -15,23 +15,16 @@ import pytest
 import yaml
 
 from sparsellm import Recipe, api
+from tests.documents import ROOT, SMALL, blocks
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import mixtral
 
-ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 
-SMALL = {  # What makes a command of a page quick; the last value of an option counts.
-    "prune": "--samples 4 --seq-len 32",
-    "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
-    "generate": "--max-new-tokens 2",
-    "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
-    "compare": "--text-seq-len 32 --max-tokens 256 --samples 4 --seq-len 32",
-}
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 RUN = [
     ROOT / "README.md",
@@ -39,15 +32,6 @@ RUN = [
     ROOT / "docs" / "experts.md",
     TUTORIAL,
 ]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```",
-        page.read_text(encoding="utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
 
 
 def steps(page: Path) -> list[tuple[str, str]]:

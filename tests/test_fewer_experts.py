@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import ModelError, RecipeError, StorageError
-from sparsellm.files import directory
-from sparsellm.method.experts.sample import HELD, Sample
+from sparsellm.method.experts import sample
+from sparsellm.method.experts.sample import Sample
 from sparsellm.method.experts.scores import SCORES, MixtureView
-from sparsellm.model import Chain
-from tests import killing
-from tests.files.small import tensors_of, tree
-from tests.killing import KILLED, stop_after_one
+from tests.files.small import tree
+from tests.killing import stop_after_one
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import MIXTURES, family, mixtral
 from tests.report.pages import rewrite
@@ -93,8 +90,8 @@ def test_what_is_left_is_the_model_built_by_hand(name: str, tmp_path: Path) -> N
     assert result.seconds["experts"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(MIXTURES))
-def test_every_family_is_cut_short_resumed_and_rounded(
+@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Mixtral"])
+def test_a_removal_is_cut_short_resumed_and_rounded(
     name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     # with which routers change too
@@ -151,28 +148,6 @@ def test_a_refit_lowers_the_error_and_composes_with_zeros_and_int4(
     assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
 
 
-def test_experts_may_be_narrower_than_the_block(tmp_path: Path) -> None:
-    sizes = dict.fromkeys(
-        (
-            "moe_latent_size",
-            "moe_intermediate_size",
-            "moe_shared_expert_intermediate_size",
-        ),
-        16,
-    )
-    changes = {
-        "layers_block_type": ["attention", "moe"],
-        "n_group": 1,
-        "topk_group": 1,
-        **sizes,
-        **EIGHT,
-    }
-    source = save_tiny(family("NemotronH", **changes), None, tmp_path / "dense")
-    (experts,) = removed(source, tmp_path / "small", experts=4, effort=0).experts
-    assert 0 < experts.refitted < experts.error
-    assert loaded(tmp_path / "small")(IDS).logits.isfinite().all()
-
-
 @pytest.mark.parametrize("refit", [True, False])
 @torch.no_grad()
 def test_the_error_left_is_that_of_the_mixture_that_is_written(
@@ -199,105 +174,26 @@ def test_the_error_left_is_that_of_the_mixture_that_is_written(
     assert refit == (" refitted." in (tmp_path / "small" / "report.html").read_text())
 
 
-@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Llama4Text", "Mixtral"])
-def test_routers_are_fitted_where_that_helps_tokens_that_are_held_out(
+@pytest.mark.parametrize("name", ["DeepseekV3", "GptOss", "Mixtral"])
+def test_routers_are_fitted_where_that_helps(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Every expert is there twice, so that the one can have the tokens of the other."""
     dense = family(name, **EIGHT)
     for key, value in dense.named_parameters():
-        # every expert is there twice, so that the one can have the tokens of the other
         if ".experts." in key:
             value.data[4:] = value.data[:4].clone()
-    source, make, fit = (
-        save_tiny(dense, None, tmp_path / "dense"),
-        Sample.of,
-        Sample.fit_router,
-    )
-    goals: dict[int, Tensor] = {}
-    gains, changed = [], set()
-
-    def output(
-        chain: Chain, sample: Sample
-    ) -> Tensor:  # as the model computes it, without the sample's projection
-        (mixture,) = chain.mixtures(sample.index)
-        made = chain.blocks[sample.index].get_submodule(
-            mixture.name.rpartition(".")[0]
-        )(sample.inputs)
-        return (
-            (made[0] if isinstance(made, tuple) else made)
-            .reshape(sample.inputs.shape[1:])
-            .double()
-        )
-
-    def made(*arguments: Any) -> Sample:
-        sample = make(*arguments)
-        goals.setdefault(sample.index, output(sample.fewer.dense, sample))
-        return sample
-
-    def fitted(sample: Sample) -> None:
-        chain, errors, values = sample.fewer.chain, [], []
-        for act in (lambda: None, lambda: fit(sample)):
-            act()
-            errors.append(
-                (output(chain, sample) - goals[sample.index])
-                .square()
-                .sum(1)[::HELD]
-                .sum()
-            )
-            values.append(
-                {
-                    key: value.clone()
-                    for key, value in chain.blocks[sample.index].state_dict().items()
-                }
-            )
-        gains.append(float(1 - errors[1] / errors[0]))
-        changed.update(
-            key
-            for key, value in values[0].items()
-            if not torch.equal(value, values[1][key])
-        )
-        assert not any(
-            parameter.requires_grad
-            for parameter in chain.blocks[sample.index].parameters()
-        )
-
-    monkeypatch.setattr(Sample, "of", made)
-    monkeypatch.setattr(Sample, "fit_router", fitted)
+    source = save_tiny(dense, None, tmp_path / "dense")
     ids = torch.randint(4, 300, (32, 64), generator=torch.Generator().manual_seed(3))
-    recipe = Recipe(
-        **RECIPE | {"experts": 4, "samples": 32, "seq_len": 64},
-        effort=0,
-        expert_score="reap",
-    )
-    sparsellm.prune(source, recipe, out=tmp_path / "small", calibration=ids)
-    assert min(gains) > -1e-6
-    # one expert a token: its weight is all that can change
-    assert max(gains) > 1e-3 or name == "Llama4Text"
-    assert bool(changed) == (max(gains) > 0)
-    assert all("router" in key or "gate." in key for key in changed)
-
-
-def test_killed_between_blocks_it_ends_in_the_same_bits(tmp_path: Path) -> None:
-    source = save_tiny(
-        mixtral().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense"
-    )
-    recipe = {**RECIPE, "method": "wanda", "sparsity": 0.5, "dtype": "float32"}
-    uncut = killing.run(killing.prune, source, tmp_path / "whole", recipe)
-    assert uncut.code == 0
-    first, last = (
-        tree(tmp_path / "whole")[name]
-        for name in ("model-00001-of-00003.safetensors", "config.json")
-    )
-    renames = uncut.steps["rename"]
-    for at in range(1, renames, max(1, renames // 4)):
-        out = tmp_path / f"cut-{at}"
-        assert (
-            killing.run(killing.prune, source, out, recipe, at=("rename", at)).code
-            == KILLED
-        )
-        assert killing.run(killing.prune, source, out, recipe).code == 0
-        assert tree(out)["model-00001-of-00003.safetensors"] == first
-        assert tree(out)["config.json"] == last
+    changes = {"experts": 4, "samples": 32, "seq_len": 64, "expert_score": "reap"}
+    recipe = Recipe(**RECIPE | changes, effort=0)
+    errors = []
+    for steps in (0, sample.STEPS):
+        monkeypatch.setattr(sample, "STEPS", steps)
+        out = tmp_path / str(steps)
+        result = sparsellm.prune(source, recipe, out=out, calibration=ids)
+        errors.append(sum(mixture.refitted for mixture in result.experts))
+    assert errors[1] < 0.999 * errors[0]
 
 
 def test_a_repeat_with_other_experts_is_refused_before_the_removal(
@@ -497,37 +393,6 @@ def test_a_model_without_mixtures_is_refused(llama: Path, tmp_path: Path) -> Non
     for setting in ({"expert_score": "reap"}, {"expert_options": {"trials": 1}}):
         with pytest.raises(RecipeError, match="give experts, or leave them out"):
             sparsellm.prune(tiny_llama(), Recipe(**setting), calibration=IDS)
-
-
-def test_the_disk_holds_the_smaller_model_and_the_run_that_follows(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    """Said before the work; a smaller model that is there needs no room again."""
-    source, usage = (
-        save_tiny(mixtral(), None, tmp_path / "dense"),
-        shutil.disk_usage(tmp_path),
-    )
-    recipe, out = (
-        Recipe(**{**RECIPE, "sparsity": 0.5, "method": "sparsegpt"}),
-        tmp_path / "small",
-    )
-    sparsellm.prune(source, recipe, out=tmp_path / "whole", calibration=IDS)
-    size = sum(tensor.nbytes for tensor in tensors_of(tmp_path / "whole").values())
-    monkeypatch.setattr(
-        directory.shutil, "disk_usage", lambda place: usage._replace(free=2 * size - 1)
-    )
-    with pytest.raises(StorageError, match="make room"):
-        sparsellm.prune(source, recipe, out=out, calibration=IDS)
-    assert not [*tmp_path.glob("small*")]
-    monkeypatch.undo()
-    with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(
-            source, recipe, out=out, calibration=IDS, progress=stop_after_one("prune")
-        )
-    monkeypatch.setattr(
-        directory.shutil, "disk_usage", lambda place: usage._replace(free=size)
-    )
-    sparsellm.prune(source, recipe, out=out, calibration=IDS)
 
 
 def test_a_checkpoint_of_the_user_is_not_taken_for_the_smaller_model(

@@ -41,7 +41,7 @@ from tests.models import (
     windows,
 )
 from tests.models.pruned import prune_tiny
-from tests.parallel.test_command_line import by_torchrun, ended
+from tests.parallel.processes import by_torchrun, ended
 
 DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
 CARD = torch.cuda.is_available()
@@ -188,24 +188,6 @@ def test_a_gram_matrix_of_bf16_inputs_is_exact_to_fp32() -> None:
         x.double().T @ x.double() / len(x),
     )
     assert float((matrix - right).norm()) <= 1e-5 * float(right.norm())
-
-
-@pytest.mark.parametrize("value_type", VALUE_TYPES)
-@pytest.mark.parametrize("tokens", [1, 8, 40])
-def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -> None:
-    packed, dense = random_weight(70, 1100, value_type, 0.5, seed=1)
-    layer = layer_of(packed, dtype=torch.float32).to(DEVICE)
-    layer.rounded = False
-    x = activations(tokens, 1100, torch.float32, seed=2)
-    # TF32
-    slack = bound(dense, x) + (
-        2.0**-10 * (x.double().abs() @ dense.abs().T) if tokens > 16 else 0
-    )
-    assert bool(
-        (
-            (layer(x.to(DEVICE)).cpu().double() - x.double() @ dense.T).abs() <= slack
-        ).all()
-    )
 
 
 @on_a_card

@@ -39,7 +39,8 @@ CPU = torch.device("cpu")
         ("1.5 gib", 3 << 29),
         ("2tb", 2 * 10**12),
         ("7 kB", 7000),
-        (12, 12),
+        (12_000_000, 12_000_000),
+        ("12B", 12),
     ],
 )
 def test_sizes(text: str | int, size: int) -> None:
@@ -65,6 +66,13 @@ def test_sizes(text: str | int, size: int) -> None:
 )
 def test_bad_sizes_are_refused_with_the_units(text: str | int) -> None:
     with pytest.raises(RecipeError, match="such as 4GiB"):
+        Recipe(memory=text)
+
+
+@pytest.mark.parametrize("text", ["4", 4, "999999"])
+def test_a_plain_number_that_is_too_small_asks_for_its_unit(text: str | int) -> None:
+    said = rf"means {int(text)} bytes; write a unit, such as {text}GiB"
+    with pytest.raises(RecipeError, match=said):
         Recipe(memory=text)
 
 
@@ -155,7 +163,7 @@ def test_the_default_is_a_share_of_what_is_free(
     monkeypatch.setattr(machine, "free_memory", lambda: 10 << 30)
     monkeypatch.setattr(machine, "held_rss", lambda: 1 << 30)
     assert host_limit(None) == 9 << 30
-    assert host_limit(None, sharers=2) == 5 << 30
+    assert host_limit(None, processes=2) == 5 << 30
     assert host_limit("2GiB") == 2 << 30
 
 

@@ -14,16 +14,12 @@ from transformers import core_model_loading as loading
 import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import NumericalError
-from sparsellm.files.reader import CheckpointReader, open_checkpoint
 from sparsellm.method.blocks import routed
-from sparsellm.method.blocks.task import BlockTask
 from sparsellm.model import Feed, open_chain
 from sparsellm.model.experts import Part, separate_experts
 from sparsellm.model.names import Conversion, _part_before
-from sparsellm.progress import PhaseClock
 from sparsellm.tuning.full import ZeroKeeper
 from tests.models.families import family, mixtral, sparse_attention
-from tests.shares import Share
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
 RECIPE = Recipe(method="wanda", samples=6, seq_len=24, sparsity=0.5)
@@ -61,11 +57,8 @@ def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
 def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) -> None:
     model = mixtral()
     chain = open_chain(model, device=torch.device("cpu"))
-    patterns = {linear.name: Share(0.5) for linear in chain.linears(0)}
     stream = Feed(chain, IDS, 48).stream()
-    task = BlockTask(
-        0, chain.linears(0), dict(patterns), stream, lambda step: None, PhaseClock()
-    )
+    device = torch.device("cpu")
     own_weights = (
         torch.rand(6, 24, generator=torch.Generator().manual_seed(0))
         if weighted
@@ -74,14 +67,14 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
     (mixture,) = chain.mixtures(0)
     with stream.store() as store:
         tokens = routed._record(
-            task, mixture, store, list(own_weights.split(2)) if weighted else None
+            stream, 0, mixture, store, list(own_weights.split(2)) if weighted else None
         )
         for number in range(4):
             x, chosen, weights = by_hand(model, number)
             factors = weights.square() * own_weights.flatten()[chosen]
             of_expert = routed.ExpertTokens(tokens, mixture.expert(number), number, [])
             assert tokens.count(number) == len(chosen) > 0
-            moments = routed._moments(of_expert.routed(), 32, task)
+            moments = routed._moments(of_expert.routed(), 32, device)
             assert torch.allclose(
                 moments.matrix,
                 (x[chosen].T * factors) @ x[chosen] / factors.sum(),
@@ -90,7 +83,7 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
             moments = routed._moments(
                 of_expert.routed(),
                 80,
-                task,
+                device,
                 of_expert.expert,
                 of_expert.expert.frozen(),
             )
@@ -104,7 +97,7 @@ def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) ->
                 moments.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6
             )
         every = routed._moments(
-            zip(tokens.store, tokens.weights, strict=True), 32, task
+            zip(tokens.store, tokens.weights, strict=True), 32, device
         )
         own_weights = own_weights.flatten()
         assert torch.allclose(
@@ -196,47 +189,6 @@ def test_tokens_of_experts_are_counted_and_few_are_warned_of() -> None:
         for w in sparsellm.prune(mixtral(), RECIPE, calibration=IDS).warnings
         if "routed" in w
     ]
-
-
-@torch.no_grad()
-def test_the_last_linear_of_an_expert_is_refitted() -> None:
-    """So the mixture is nearer to its dense outputs than by the same solver without."""
-    errors = {}
-    for refit in (True, False):
-        model = mixtral()
-        x, _, _ = by_hand(model, 0)
-        dense = [
-            inner(model, n, x) @ model.model.layers[0].mlp.experts.down_proj[n].T
-            for n in range(4)
-        ]
-        options = {
-            "output_metric": 0.0,
-            "norm_weighting": 0.0,
-            "refit": refit,
-            "refit_damping": 0.001,
-        }
-        exclude = ["*.self_attn.*"]  # the inputs of the mixture stay the same
-        changes: dict[str, Any] = {
-            "options": options,
-            "exclude": exclude,
-            "allocation": "uniform",
-        }
-        sparsellm.prune(
-            model,
-            Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, **changes),
-            calibration=IDS,
-        )
-        errors[refit] = 0.0
-        for number in range(4):
-            _, chosen, weights = by_hand(model, number)
-            outputs = (
-                inner(model, number, x[chosen])
-                @ model.model.layers[0].mlp.experts.down_proj[number].T
-            )
-            errors[refit] += float(
-                ((outputs - dense[number][chosen]) * weights[:, None]).square().sum()
-            )
-    assert errors[True] < errors[False]
 
 
 def test_an_expert_whose_moments_overflow_is_named() -> None:
@@ -397,23 +349,3 @@ def test_a_swept_mixture_keeps_its_zeros_and_comes_nearer() -> None:
         == sum(linear.zeros for linear in result.linears if "experts" in linear.name)
         > 0
     )
-
-
-def test_a_stored_stack_of_experts_is_read_once_a_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = family("GptOss")
-    model.save_pretrained(tmp_path)
-    chain, reader, read = (
-        open_chain(model, device=torch.device("cpu")),
-        open_checkpoint(tmp_path),
-        list[str](),
-    )
-    plain = CheckpointReader.get
-    monkeypatch.setattr(
-        CheckpointReader,
-        "get",
-        lambda self, key, *rest: read.append(key) or plain(self, key, *rest),
-    )
-    with chain.block(0, reader):
-        assert len(set(read)) == len(read) < len(chain.names_of(0))

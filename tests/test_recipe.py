@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,6 +72,8 @@ def test_a_grid_sets_the_values_that_it_implies() -> None:
         "int8",
         "int3",
     ]
+    # numbers of 6 bits have no packed form
+    assert Recipe(grid="q6_k").values == "int8"
     recipe = Recipe(grid="q4_0")
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe == recipe.updated(seed=0)
     changed = [
@@ -99,6 +102,18 @@ def test_a_grid_alone_makes_no_zeros() -> None:
         0.5,
         0.5,
     ]
+
+
+@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs", "q3_k"])
+@pytest.mark.parametrize(
+    "given", [{"sparsity": 0.3}, {"pattern": "2:4"}, {"sparsity_of": {"*up*": 0.2}}]
+)
+def test_a_grid_without_zero_takes_no_zeros(name: str, given: dict[str, Any]) -> None:
+    """Narrow rows of q3_k are stored as iq4_nl, which has no 0."""
+    with pytest.raises(RecipeError, match=f"grid {name} does not have the number 0"):
+        Recipe(grid=name, **given)
+    assert Recipe(grid=name, sparsity=0.0).sparsity == 0
+    assert Recipe(grid="q6_k", **given)
 
 
 def test_settings_reach_fields_and_options() -> None:
@@ -135,29 +150,17 @@ def test_settings_reach_fields_and_options() -> None:
             "{grid: q4_0, values: int8}",
             "grid q4_0 means values int4, not int8; give one",
         ),
-        ("grid: q5_0", "grid is 'q5_0'"),
-        ("samples: 0", "samples"),
-        ("passes: 1001", "passes"),
+        ("grid: q5_1", "grid is 'q5_1'"),
         ("experts: 2.9", "experts 2.9 is neither a share below 1 nor a whole number"),
-        ("dtype: int8", "dtype"),
-        ("bos: maybe", "bos is 'maybe'"),
         ("- 1", "mapping"),
-        ("sparsity: true", "sparsity is True"),
-        ("pattern: ''", "pattern is ''"),
         ("sparsity: '0.5'", "sparsity is '0.5'"),
         ("samples: 1e10", "samples is 10000000000"),
         ("{samples: 1e9, seq_len: 16}", "more than 2147483648 calibration tokens"),
-        ("seed: 9223372036854775808", "less than or equal to 9223372036854775807"),
-        (f"memory: {10**30}", "such as 4GiB"),
         (f"pattern: '{'9' * 5000}:4'", "n:m"),
-        ("pattern: 24", "pattern is 24"),
-        ("options: [1]", "options is [1]"),
         ("options: {a: .inf}", "options.a is inf"),
-        ("device: ''", "device is ''"),
         ("self: 1", "unknown recipe field 'self'"),
         (["options=3", "options.x=1"], "options is 3"),
         (["seed"], "write key=value"),
-        (["=1"], "no key"),
         ([".x=1"], "no key"),
         (["seed.x=1"], "unknown recipe field 'seed.x'"),
     ],
@@ -174,7 +177,7 @@ def test_a_bad_recipe_or_setting_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("field", ["options", "allocation_options", "sparsity_of"])
-@pytest.mark.parametrize("depth", [31, 40, 500, 5000])
+@pytest.mark.parametrize("depth", [31, 5000])
 @pytest.mark.parametrize("kind", [dict, list])
 def test_a_nested_recipe_is_refused_in_one_line(
     kind: type, depth: int, field: str
@@ -306,3 +309,18 @@ def test_tokens_of_the_sweep_are_divided_into_at_most_sixteen_passes() -> None:
 def test_a_file_that_cannot_be_read_is_named(path: str) -> None:
     with pytest.raises(RecipeError, match="cannot read"):
         Recipe.from_yaml(Path(path))
+
+
+def test_help_begins_with_the_fields_and_their_sentences() -> None:
+    shown = pydoc.plain(pydoc.render_doc(Recipe))
+    before, _, rest = shown.partition("Method resolution order")
+    assert "Annotated" not in before
+    assert "FieldInfo" not in before
+    assert "Annotated" not in rest.partition("__annotations__")[2][:2000]
+    lines = (line.removeprefix(" |") for line in before.splitlines())
+    words = " ".join(" ".join(lines).split())
+    for name, field in Recipe.model_fields.items():
+        assert f" {name}: " in words
+        assert " ".join(str(field.description).split()) in words
+    assert "sparsity: float = 0.5" in words
+    assert "effort: int | None = None" in words

@@ -19,30 +19,28 @@ from pydantic import create_model
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import DataError, NumericalError, StorageError
-from sparsellm.files.contents import LIST
 from sparsellm.files.directory import BLOCKS, STATE, partial_of
 from sparsellm.files.files import keep_record, kept_record
 from sparsellm.files.writer import CheckpointWriter
 from sparsellm.method.blocks import METHODS
-from sparsellm.method.sweep.sweep_task import Run
 from sparsellm.progress import Progress
 from sparsellm.run import journal
 from sparsellm.run.journal import BlockRecord
 from tests import killing
-from tests.files.small import tensors_of, tree
-from tests.killing import KILLED, Ended, ahead_of, full_disk, once_in_block, some
+from tests.files.small import contents, tensors_of, tree
+from tests.killing import (
+    KILLED,
+    Ended,
+    fail_after_passes,
+    fail_in_block,
+    full_disk,
+    some,
+)
 from tests.method.sweep.helpers import same_bits
-from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models import RECIPE, save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
-RECIPE: dict[str, Any] = {
-    "method": "sparsegpt",
-    "sparsity": 0.6,
-    "samples": 4,
-    "seq_len": 24,
-    "batch_tokens": 48,
-}
 FLOAT: dict[str, Any] = {**RECIPE, "dtype": "float32"}
 SWEEPING: dict[str, Any] = {
     **FLOAT,
@@ -87,22 +85,6 @@ def swept(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return uninterrupted(source, tmp_path_factory.mktemp("swept") / "p", SWEEPING)
 
 
-def contents(out: Path) -> dict[str, Any]:
-    """Every file, bit by bit; of the report all but times, memory and the command."""
-    there: dict[str, Any] = tree(out)
-    report = json.loads(there["pruning.json"])
-    for key in ("seconds", "peak_rss_bytes", "memory", "command"):
-        del report[key]
-    del there["report.html"]  # it shows these times
-    listed = json.loads(there[LIST]).items()
-    lasting = {
-        name: digests
-        for name, digests in listed
-        if name not in ("pruning.json", "report.html")
-    }
-    return {**there, "pruning.json": report, LIST: lasting}
-
-
 def finish(source: Path, out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the same call again makes; where the killed one had given the directory its name, it says so."""
     again = run(source, out, recipe)
@@ -135,7 +117,10 @@ def test_biases_are_rounded_before_their_block_runs_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "back"),
-    [("remove", 0), ("rename", 0), ("rename", 3), ("write", 40), ("sync", 9)],
+    [
+        ("rename", 0),
+        ("rename", 3),
+    ],
 )
 def test_killed_in_the_sweep(
     kind: str, back: int, source: Path, swept: Files, tmp_path: Path
@@ -146,19 +131,6 @@ def test_killed_in_the_sweep(
         == KILLED
     )
     assert finish(source, tmp_path / "p", SWEEPING) == swept[0]
-
-
-def test_a_model_that_writes_its_text_writes_the_same_again(
-    source: Path, tmp_path: Path
-) -> None:
-    recipe, out = {**SWEEPING, "calibration": "self"}, tmp_path / "p"
-    expected, steps = uninterrupted(source, tmp_path / "uncut", recipe)
-    assert run(source, out, recipe, ("rename", steps["rename"] - 8)).code == KILLED
-    assert (
-        len(json.loads((partial_of(out) / STATE / "sweep.json").read_text())["history"])
-        > 1
-    )
-    assert finish(source, out, recipe) == expected
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -211,27 +183,6 @@ def test_without_room_a_sweep_begins_anew(
     assert any(
         "an interrupted sweep will start again: its disk is full" in detail
         for detail in said
-    )
-
-
-def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
-    """An error in place of a signal, where gradients read the block ``after`` times; the check for zeros does, too."""
-    once_in_block(
-        index,
-        patched,
-        Mock(side_effect=NumericalError("the processor caught fire")),
-        after + 1,
-    )
-
-
-def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
-    """An error when the pass after ``saved`` ones is judged."""
-    judged = [None] * (saved + 1)
-    ahead_of(
-        patched,
-        Run,
-        "judge",
-        Mock(side_effect=[*judged, NumericalError("the processor caught fire")]),
     )
 
 
@@ -455,24 +406,6 @@ def test_memory_place_and_shards_make_no_other_run(
         ).resumed
         == 2
     )
-
-
-def test_overwriting_resumes_and_keeps_the_old_one(
-    source: Path, uncut: Files, tmp_path: Path
-) -> None:
-    out = tmp_path / "p"
-    sparsellm.prune(source, Recipe(**{**FLOAT, "sparsity": 0.3}), out=out)
-    before = contents(out)
-    with pytest.MonkeyPatch.context() as patched:
-        fail_in_block(1, patched)
-        with pytest.raises(NumericalError):
-            sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True)
-    assert contents(out) == before
-    assert (
-        sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True).resumed == 1
-    )
-    assert contents(out) == uncut[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 def test_a_full_disk_loses_nothing(

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, StorageError
 from sparsellm.method.sweep.sweep_task import Run
-from sparsellm.run import prune as story
 from tests.files.small import shards_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.models.families import FAMILIES, STAY_DENSE, family
 
 SETTINGS: dict[str, Any] = {
     "samples": 8,
@@ -83,46 +80,6 @@ def test_before_the_sweep_it_is_the_model_that_is_pruned(
             "the teacher changes no weight" in said for said in result.warnings
         ) == (teacher is not None)
     assert shards_of(tmp_path / "taught") == shards_of(tmp_path / "alone")
-
-
-@pytest.mark.skipif("Zamba2" not in FAMILIES, reason="transformers is too old")
-def test_a_teacher_of_blocks_that_share_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Later blocks run with what was pruned, and the survey before reads the model to prune; a resumed run has none."""
-    ids = torch.arange(4, 100).view(4, 24)
-    for copy in ("dense", "copy"):
-        save_tiny(family("Zamba2"), None, tmp_path / copy)
-    fields: dict[str, Any] = {"samples": 4, "seq_len": 24, "allow_dense": STAY_DENSE}
-    for out, teacher in (("half", None), ("taught", tmp_path / "dense")):
-        recipe = Recipe(method="wanda", sparsity=0.5, **fields)
-        sparsellm.prune(
-            tmp_path / "copy",
-            recipe,
-            out=tmp_path / out,
-            teacher=teacher,
-            calibration=ids,
-        )
-    # the model is its own teacher
-    assert shards_of(tmp_path / "half") == shards_of(tmp_path / "taught")
-
-    def prune(out: str) -> None:
-        recipe = Recipe(sparsity=0.7, effort=0, passes=1, **fields)
-        sparsellm.prune(
-            tmp_path / "half",
-            recipe,
-            out=tmp_path / out,
-            teacher=tmp_path / "dense",
-            calibration=ids,
-        )
-
-    prune("whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(story, "walk", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prune("p")
-    prune("p")
-    assert shards_of(tmp_path / "whole") == shards_of(tmp_path / "p")
 
 
 def test_a_run_is_resumed_with_its_teacher_alone(

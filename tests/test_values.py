@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sparsellm import Recipe
 from sparsellm.app.tables import print_packed
 from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.files.scratch import Scratch
+from sparsellm.method.allocation import Allocation
 from sparsellm.method.blocks import task as block
 from sparsellm.method.solvers import rounding
 from sparsellm.method.sweep import streamed, whole_model
@@ -26,10 +29,14 @@ from sparsellm.method.sweep.integers import Integers
 from sparsellm.method.sweep.sweep_task import SweepTask
 from sparsellm.model import Feed, open_chain
 from sparsellm.patterns import parse_pattern
+from sparsellm.records import LinearResult, Pruning, read_pruning
+from sparsellm.run import walk
+from sparsellm.run.result import bits_per_weight, rounded_to
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid
 from sparsepack.grids import GRIDS
-from tests.files.small import tensors_of
+from tests.files.small import contents, tensors_of
+from tests.killing import fail_after_passes, fail_in_block
 from tests.method.sweep.helpers import (
     CPU,
     dense_end,
@@ -40,10 +47,15 @@ from tests.method.sweep.helpers import (
     same_bits,
     sharing_llama,
 )
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.models.families import mixtral
+from tests.models import (
+    RECIPE,
+    save_tiny,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    tiny_tokenizer,
+)
 from tests.shares import violations
-from tests.test_resume import RECIPE, contents, fail_after_passes, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
 GLOBAL: dict[str, Any] = {"method": "sparsellm", "effort": 0}
@@ -88,6 +100,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     [
         (tiny_gpt2, LOCAL, "int8"),
         (tiny_opt, LOCAL, "int3"),
+        (tiny_opt, LOCAL, "int5"),
+        (tiny_gpt2, SWEPT, "int6"),
         (tiny_llama, GLOBAL, "int4"),
         (tiny_llama, SWEPT, "int4"),
         (tiny_opt, SWEPT, "int4"),
@@ -104,7 +118,10 @@ def test_packing_the_result_loses_nothing(
     result = sparsellm.prune(
         source, Recipe(**{**RECIPE, **fields, "values": values}), out=out
     )
-    assert not sparsellm.pack(out, out=tmp_path / "packed", values=values).rounded
+    packed = sparsellm.pack(out, out=tmp_path / "packed", head="keep")
+    assert not packed.rounded
+    types = {entry.value_type for entry in packed.linears.values() if entry}
+    assert types == {values}
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
     assert any(linear.exponents for linear in result.linears)
@@ -180,9 +197,9 @@ def test_a_run_ends_on_the_grid_with_the_zeros(
     assert not any(entry.exponents for entry in result.linears)
     if grid.bits == 8:
         with pytest.raises(RecipeError, match=f"on the grid {name}, .* values keep"):
-            sparsellm.pack(out, out=tmp_path / "packed", values="int8")
+            sparsellm.pack(out, out=tmp_path / "packed")
         return
-    assert not sparsellm.pack(out, out=tmp_path / "packed", values="int4").rounded
+    assert not sparsellm.pack(out, out=tmp_path / "packed", head="keep").rounded
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same_bits(weights, tensors_of(tmp_path / "again"))
 
@@ -241,7 +258,51 @@ def test_without_exponents_pack_says_so(
     )
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert not same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
-    assert not sparsellm.pack(out, out=tmp_path / "kept").rounded
+    kept = sparsellm.pack(out, out=tmp_path / "kept")
+    assert not kept.rounded
+    assert not kept.head
+
+
+@pytest.mark.parametrize("values", ["int3", "int8", "bf16"])
+def test_values_are_rounded_a_second_time_only_if_asked(
+    values: str, pruned: Pruned, tmp_path: Path, run: Any, refusal: Any
+) -> None:
+    """The fixture's run rounded to int4; ``keep`` loses nothing, and is taken."""
+    arguments = ("pack", pruned[0], "--values", values, "--out")
+    said = refusal(*arguments, tmp_path / "packed")
+    assert f"was rounded to int4 while it was pruned, and {values} would" in said
+    assert "--round-again to accept the loss" in said
+    assert not list(tmp_path.iterdir())
+    assert run(*arguments, tmp_path / "packed", "--round-again")[0] == 0
+    sparsellm.pack(pruned[0], out=tmp_path / "kept", values="keep")
+    sparsellm.unpack(tmp_path / "kept", out=tmp_path / "again")
+    assert same_bits(tensors_of(pruned[0]), tensors_of(tmp_path / "again"))
+
+
+def test_pack_takes_type_and_head_from_the_record(
+    pruned: Pruned, tmp_path: Path
+) -> None:
+    """int4, which is what the run rounded to, and then int8 for the embedding; a linear that it left out stays."""
+    source = shutil.copytree(pruned[0], tmp_path / "pruned")
+    record = json.loads((source / "pruning.json").read_text())
+    left_out = record["linears"].pop()["name"]
+    (source / "pruning.json").write_text(json.dumps(record))
+    packed = sparsellm.pack(source, out=tmp_path / "packed")
+    types = {name: entry and entry.value_type for name, entry in packed.linears.items()}
+    assert types.pop(left_out) not in ("int4", "int8")
+    assert set(types.values()) == {"int4"}
+    assert {entry.value_type for entry in packed.head.values()} == {"int8"}
+    assert not sparsellm.pack(source, out=tmp_path / "b", head="keep").head
+
+
+def test_an_unknown_type_in_the_record_is_refused(
+    pruned: Pruned, tmp_path: Path
+) -> None:
+    source = shutil.copytree(pruned[0], tmp_path / "pruned")
+    record = json.loads((source / "pruning.json").read_text())
+    (source / "pruning.json").write_text(json.dumps({**record, "values": "int5"}))
+    with pytest.raises(StorageError, match="'int5', which is unknown; put the file"):
+        sparsellm.pack(source, out=tmp_path / "packed")
 
 
 @pytest.mark.parametrize(
@@ -326,6 +387,12 @@ def test_a_linear_that_rounding_costs_much_is_named(
         said = f"rounding to int3 raised its error from 0.000 to {linear.error:.3f}"
         assert linear.notes == ((said,) if linear.error > 0.01 else ())
     assert len({bool(entry.notes) for entry in result.linears}) == 2
+    named = [linear.name for linear in result.linears if linear.notes]
+    said = (
+        f"rounding raised the error of {len(named)} of {len(result.linears)} linears by"
+    )
+    (warning,) = [text for text in result.warnings if text.startswith(said)]
+    assert all(name in warning for name in named[:6])
 
 
 def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +475,9 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     task = SweepTask(
         Feed(chain, ids, 96, Scratch()), dense_end(dense, ids, 96), 1, 0, lambda index: None, learning_rate=0.01,
-        integers=Integers(chain, "int4", dict.fromkeys(names, "")),
+        integers=Integers(
+            chain, dict.fromkeys(names, "int4"), dict.fromkeys(names, "")
+        ),
     )  # fmt: skip
     whole_model.sweep(task)
     with torch.no_grad():
@@ -472,37 +541,141 @@ def test_weights_that_blocks_share_are_rounded_once() -> None:
         assert is_on_grid(result, recorded[id(weight)], weight), name
 
 
-def test_experts_are_rounded_too() -> None:
-    model = mixtral()
-    result = sparsellm.prune(
-        model, Recipe(sparsity=0.5, values="int4", effort=0), calibration=ids_of(4)
-    )
-    chain = open_chain(model, device=torch.device("cpu"))
-    for index in range(len(chain)):
-        with chain.block(index):
-            for linear in chain.linears(index):
-                weight = linear.weight()
-                if linear.name.endswith("gate"):
-                    assert not torch.equal(
-                        on_grid(weight, "int4", linear.storage_dtype), weight
-                    ), linear.name
-                else:
-                    assert is_on_grid(result, linear.name, weight), linear.name
+def mixed_types(linears: Iterable[str]) -> dict[str, str]:
+    """Four types by kind; the values of v are kept."""
+    types = {"q_proj": "int8", "o_proj": "q4_0", "v_proj": "keep", "down_proj": "int3"}
+    return {name: types.get(name.rpartition(".")[2], "int4") for name in linears}
 
 
-def test_packed_with_exponents_computes_as_pruned(
-    pruned: Pruned, tmp_path: Path
+def allocate_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every allocation gives linears their :func:`mixed_types`."""
+    before = walk._allocate
+
+    def typed(*arguments: Any) -> Allocation:
+        allocation = before(*arguments)
+        return replace(allocation, values=mixed_types(allocation.zeros))
+
+    monkeypatch.setattr(walk, "_allocate", typed)
+
+
+# int4, for the sweep; what the allocation says counts
+MIXED: dict[str, Any] = {
+    **RECIPE,
+    **SWEPT,
+    "values": "int4",
+    "allocation": "threshold",
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A Llama whose inputs are multiples of 32, the group of q4_0."""
+    model = uneven(tiny_llama(intermediate_size=96))
+    return save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+
+
+def test_every_linear_is_rounded_to_its_own_type(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
-    out, ids = pruned[0], ids_of(2)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path
-    assert any(name.endswith("weight_exponents") for name in tensors_of(packed))
-    with torch.no_grad():
-        dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-        loaded = sparsellm.load(packed, dtype="float32")
-        assert torch.equal(loaded(ids).logits, dense(ids).logits)
-        loaded.save_pretrained(tmp_path / "saved")
-        assert torch.equal(
-            sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits,
-            dense(ids).logits,
-        )
+    allocate_types(monkeypatch)
+    out = tmp_path / "pruned"
+    result = sparsellm.prune(wide, Recipe(**MIXED), out=out)
+    weights = tensors_of(out)
+    for linear in result.linears:
+        assert linear.values == mixed_types([linear.name])[linear.name]
+        weight = weights[f"{linear.name}.weight"]
+        if linear.values == "keep":
+            assert len(weight.unique()) == weight.count_nonzero() + 1
+            continue
+        exponents = exponents_of_text(linear.exponents)
+        again = on_grid(weight, linear.values, torch.float32, exponents)
+        assert torch.equal(again, weight), linear.name
+    record = read_pruning(out)
+    assert (record.values, record.grid) == ("mixed", "mixed")
+    assert result.bits_per_weight is None  # v is kept
+
+
+def test_packing_takes_the_type_of_each_linear_from_the_record(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate_types(monkeypatch)
+    out = tmp_path / "pruned"
+    result = sparsellm.prune(wide, Recipe(**MIXED), out=out)
+    packed = sparsellm.pack(out, out=tmp_path / "packed")
+    assert not packed.rounded
+    sparsellm.unpack(packed.path, out=tmp_path / "again")
+    assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
+    expected = {"q4_0": "int4", "keep": "fp32"}
+    for linear in result.linears:
+        entry = packed.linears[linear.name]
+        assert entry is not None
+        assert entry.value_type == expected.get(linear.values, linear.values)
+
+
+def test_a_resumed_run_keeps_the_types(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as typed:
+        allocate_types(typed)
+        expected = sparsellm.prune(wide, Recipe(**MIXED), out=tmp_path / "uncut")
+        with pytest.MonkeyPatch.context() as failing:
+            # gradients read each block twice, before the walk
+            fail_in_block(1, failing, after=2)
+            with pytest.raises(NumericalError, match="fire"):
+                sparsellm.prune(wide, Recipe(**MIXED), out=tmp_path / "cut")
+    # nothing allocates types any more
+    resumed = sparsellm.prune(wide, Recipe(**MIXED), out=tmp_path / "cut")
+    assert resumed.resumed == 1
+    assert expected.path is not None
+    assert contents(tmp_path / "cut") == contents(expected.path)
+
+
+def result_of(values: str, **changes: Any) -> LinearResult:
+    """A linear of 64 × 128 weights without zeros."""
+    fields = {"name": "blocks.0.q", "shape": (64, 128), "zeros": 0, "values": values}
+    return LinearResult(**{**fields, **changes})
+
+
+def test_bits_are_counted_by_linear() -> None:
+    both = [result_of("q4_0"), result_of("q8_0", shape=(64, 256))]
+    assert bits_per_weight(both) == pytest.approx((4.5 + 2 * 8.5) / 3)
+    own = result_of("int8")
+    # a mask of one row, and fp32 scales of rows
+    stored = 64 * 128 + 16 + 4 * 64
+    expected = (8 * stored + 4.5 * 64 * 128) / (2 * 64 * 128)
+    assert bits_per_weight([own, both[0]]) == pytest.approx(expected)
+    # experts do not count in the packed format
+    expert = result_of("int8", tokens=3)
+    assert bits_per_weight([expert, both[0]]) == 4.5
+    assert bits_per_weight([expert]) is None
+    assert bits_per_weight([own, result_of("keep")]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["keep"], ("keep", "own")),
+        (["int4", "int4"], ("int4", "own")),
+        (["int4", "int8"], ("mixed", "own")),
+        (["int4", "keep"], ("mixed", "own")),
+        (["q4_0", "w4a16"], ("int4", "mixed")),
+        (["q4_0", "q8_0"], ("mixed", "mixed")),
+        (["q4_0", "int4"], ("int4", "mixed")),
+        (["q8_0"], ("int8", "q8_0")),
+    ],
+)
+def test_the_type_of_a_run_is_that_of_its_linears(
+    values: list[str], expected: tuple[str, str]
+) -> None:
+    assert rounded_to([result_of(name) for name in values]) == expected
+
+
+def test_a_linear_of_an_older_record_has_the_type_of_its_run() -> None:
+    old = result_of("")
+    fields: dict[str, Any] = {"sparsity_asked": 0, "linears": [old]}
+    assert Pruning(**fields, values="int3").values_of(old) == "int3"
+    on_a_grid = Pruning(**fields, values="int8", grid="w8a8")
+    assert on_a_grid.values_of(old) == "w8a8"
+    assert not on_a_grid.packs
+    assert Pruning(**fields, values="int4", grid="q4_0").packs

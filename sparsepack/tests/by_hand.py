@@ -50,8 +50,16 @@ def nm(kept: list[list[bool]], n: int, m: int) -> list[list[int]]:
     return lines
 
 
-def int4(packed: PackedWeight) -> Tensor:
-    """The dense weight of a packed int4 one in the layout bitmask, fp32."""
+def in_bits(numbers: list[int], bits: int, lowest: int) -> list[int]:
+    """Bytes of numbers minus the lowest one, in some bits each, the least significant first."""
+    stream = sum(
+        number - lowest << bits * place for place, number in enumerate(numbers)
+    )
+    return list(stream.to_bytes(-(-bits * len(numbers) // 8), "little"))
+
+
+def grouped(packed: PackedWeight) -> Tensor:
+    """The dense weight of a packed one in the layout bitmask or dense whose groups of columns have scales, fp32."""
     rows, columns = packed.shape
     dense = torch.zeros(rows, columns)
     assert packed.scales is not None
@@ -62,16 +70,21 @@ def int4(packed: PackedWeight) -> Tensor:
     )
     for row in range(rows):
         first, last = int(packed.offsets[row]), int(packed.offsets[row + 1])
+        mask = packed.mask[row if packed.layout == "bitmask" else 0]
         kept = [
             column
             for column in range(columns)
-            if int(packed.mask[row, column // 8]) >> column % 8 & 1
+            if int(mask[column // 8]) >> column % 8 & 1
         ]
-        assert last - first == len(kept) + len(kept) % 2
+        pairs = packed.value_type == "int4"
+        assert last - first == len(kept) + (len(kept) % 2 if pairs else 0)
         for rank, column in enumerate(kept):
-            byte = int(packed.values[(first + rank) // 2])
-            nibble = byte & 15 if rank % 2 == 0 else byte >> 4
-            number = nibble - 8 if packed.levels is None else int(packed.levels[nibble])
+            if pairs:
+                byte = int(packed.values[(first + rank) // 2])
+                code = byte & 15 if rank % 2 == 0 else byte >> 4
+                number = code - 8 if packed.levels is None else int(packed.levels[code])
+            else:
+                number = int(packed.values[first + rank])
             power = (
                 1.0
                 if packed.exponents is None

@@ -12,7 +12,9 @@ from sparsepack.layout import PackedWeight, unpack
 from sparsepack.module import PackedLinear
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-VALUE_TYPES = (*FLOATS, "int8", "int4")
+GROUPED_BYTES = "int8 in groups"  # what int6 and int5 are in memory
+INTEGERS = ("int8", GROUPED_BYTES, "int4")
+VALUE_TYPES = (*FLOATS, *INTEGERS)
 
 
 def random_weight(
@@ -28,7 +30,8 @@ def random_weight(
     """A random packed weight and its dense form in fp64.
 
     With ``special_rows``, the first row is empty, the second full and the last empty. A sparsity below 0 is the layout
-    ``dense``. ``group`` columns share a scale of int4, whose numbers are random with an even seed, else plain."""
+    ``dense``. ``group`` columns share a scale of int4, whose numbers are random with an even seed, else plain, and of
+    :data:`GROUPED_BYTES`, whose numbers are any."""
     random = torch.Generator().manual_seed(seed)
     kept = torch.rand(out, columns, generator=random) >= sparsity
     if special_rows and sparsity >= 0:
@@ -46,6 +49,13 @@ def random_weight(
         )
         scales = torch.rand(out, generator=random) + 0.01
         values, dense = codes[kept], codes * scales.double()[:, None]
+    elif value_type == GROUPED_BYTES:
+        codes = torch.randint(-128, 128, (out, columns), generator=random)
+        scales = torch.rand(out, -(-columns // group), generator=random).bfloat16()
+        of_columns = scales.double().repeat_interleave(group, dim=1)[:, :columns]
+        values = codes[kept].to(torch.int8)
+        dense = codes * of_columns
+        value_type = "int8"
     else:
         if seed % 2 == 0:
             levels = torch.randint(-128, 128, (16,), generator=random).to(torch.int8)
@@ -113,7 +123,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
-    """``x Wᵀ`` in fp64 with rounded activations: sums of whole numbers times their scales; ``W`` is int8 or int4."""
+    """``x Wᵀ`` in fp64 with rounded activations: sums of whole numbers times their scales; ``W`` is of integers."""
     assert packed.scales is not None
     plain = unpack(dataclasses.replace(packed, scales=torch.ones_like(packed.scales)))
     width = packed.group or packed.shape[1]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepack.errors import FormatError
-from sparsepack.grid import codes_of, on_grid
+from sparsepack.grid import codes_of, on_grid, split
 from sparsepack.grids import GRIDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,16 +57,55 @@ def test_codes_and_scales_are_read_off_exactly(
         codes.shape[1] // scales.shape[1], dim=1
     )
     assert torch.equal((codes.double() * factors).to(dtype), twin)  # rounded once
-    assert torch.equal(scales.half().float(), scales)
-    assert torch.equal(scales.bfloat16().float(), scales)
+    units = scales
+    if grid.parts:
+        units, whole = split(scales, grid)
+        assert torch.equal((units * whole).view_as(scales), scales)
+        assert grid.lowest_scale <= int(whole.min())
+        assert int(whole.max()) <= grid.highest_scale
+    if grid.half or dtype == torch.float16:
+        assert torch.equal(units.half().float(), units)
+    assert torch.equal(units.bfloat16().float(), units)
     assert bool(scales.isfinite().all())
-    assert grid.lowest <= int(codes.min()) <= int(codes.max()) <= grid.highest
-    assert not bool(codes[weight == 0].any())
+    assert {*codes.unique().tolist()} <= {*grid.numbers}
+    if grid.has_zero:
+        assert not bool(codes[weight == 0].any())
     size = 256 // scales.shape[1]
     assert size == (grid.group or 256)
     lowest = codes.view(20, -1, size).amin(dim=2)
-    # the extreme of every group
-    assert bool(((lowest == grid.lowest) | (scales == 0)).all())
+    # the extreme of every group, but where its scale was rounded up much
+    free = (scales == 0) | (scales.abs() < 2.0**-17)
+    if grid.anchored:
+        free = scales == 0
+    assert bool(((lowest == grid.lowest) | free).all())
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("largest", "most"), [(1.0, 1.1), (1e-3, 1.1), (1e-4, 1.2), (3e-5, 1.5)]
+)
+def test_small_weights_are_rounded_like_large_ones(
+    name: str, dtype: torch.dtype, largest: float, most: float
+) -> None:
+    """Down to where fp16 has few scales: 3e-5 is 4 of its least numbers times 128."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))
+    weight /= weight.abs().max()
+    few_scales = {"iq4_nl": 0.03, "iq4_xs": 0.03}.get(name, 0.0)
+    exact = float((on_grid(weight, name, torch.float32) - weight).norm())
+    small = on_grid((weight * largest).to(dtype).float(), name, dtype) / largest
+    share = few_scales if largest < 1e-3 else 0.0
+    digits = torch.finfo(dtype).eps + 2.0**-25 / largest * (dtype == torch.float16)
+    allowed = most * exact + (share + digits) * float(weight.norm())
+    assert float((small - weight).norm()) <= allowed
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w3a16", "w8a16", "w8a8"])
+def test_scales_that_bf16_stores_have_no_limit_of_fp16(name: str) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))
+    for size in (2.0**-40, 2.0**40):
+        there = on_grid(weight * size, name, torch.bfloat16) / size
+        assert torch.equal(there, on_grid(weight, name, torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", sorted(GRIDS))
@@ -77,22 +116,30 @@ def test_every_number_of_a_grid_is_told_from_the_next(
     """All numbers with all scales of eight bits, of both signs and in subnormal numbers of fp16 too."""
     grid = GRIDS[name]
     size = grid.group or 256
-    numbers = (torch.arange(256) % 2**grid.bits + grid.lowest).view(-1, size)
+    numbers = torch.tensor(grid.numbers)[torch.arange(256) % len(grid.numbers)]
+    numbers = numbers.view(-1, size)
     numbers[:, 0] = grid.lowest
-    scales = torch.cat(
-        [torch.arange(128, 256) * 2.0**exponent for exponent in (-24, -22, -13, 0, 1)]
-    )
+    digits = torch.arange(128, 256)
+    if grid.uneven:
+        digits = digits[digits != 192]  # 1.5 is the one that is not taken
+    scales = torch.cat([digits * 2.0**exponent for exponent in (-24, -22, -13, 0, 1)])
     scales = torch.cat((scales, -scales, torch.tensor([1, 3, -5, 21]) * 2.0**-24))
-    twin = (
-        (numbers[None].double() * scales[:, None, None].double())
-        .to(dtype)
-        .view(-1, size)
-    )
+    if dtype == torch.float16:
+        end = grid.lowest * grid.lowest_scale
+        scales = scales[(scales * end).abs() <= 65280]
+    whole = torch.ones(len(scales), len(numbers), 1, dtype=torch.int64)
+    if grid.parts:
+        random = torch.Generator().manual_seed(4)
+        ends = (grid.lowest_scale, grid.highest_scale + 1)
+        whole = torch.randint(*ends, whole.shape, generator=random)
+        whole[whole == 0] = 1
+        whole[:, :: grid.parts] = grid.lowest_scale
+    exact = numbers * whole * scales[:, None, None].double()
+    twin = exact.to(dtype).view(-1, grid.columns or 256)
     codes, read_scales = codes_of(twin, grid, "a")
-    assert torch.equal(codes, numbers.to(torch.int8).repeat(len(scales), 1))
-    assert torch.equal(
-        read_scales.view(-1), scales.float().repeat_interleave(len(numbers))
-    )
+    every = numbers.to(torch.int8).repeat(len(scales), 1)
+    assert torch.equal(codes.view(-1, size), every)
+    assert torch.equal(read_scales.view(-1), (whole[..., 0] * scales[:, None]).view(-1))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("q4_0", "Q4_0"), ("q8_0", "Q8_0")])

@@ -13,6 +13,7 @@ from by_hand import exponents_of, packed_of, sparse_weight
 from extension import child
 from reference import (
     FLOATS,
+    INTEGERS,
     VALUE_TYPES,
     activations,
     bound,
@@ -106,7 +107,7 @@ def test_neither_threads_nor_other_tokens_change_a_bit(
                     assert torch.equal(multiply(x[:tokens]), alone[:tokens])
 
 
-INTEGERS = pytest.mark.parametrize("value_type", ["int8", "int4"])
+every_integer = pytest.mark.parametrize("value_type", INTEGERS)
 INTEGER_SHAPES = (
     (1, 1, 0.5, 32),
     (2, 33, 0.3, 32),
@@ -117,7 +118,7 @@ INTEGER_SHAPES = (
 
 
 @every_kernel
-@INTEGERS
+@every_integer
 def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> None:
     """With scales that are powers of two nothing is rounded, and every bit is that of the formula."""
     for out, columns, sparsity, group in INTEGER_SHAPES:
@@ -140,7 +141,7 @@ def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> N
 
 
 @every_kernel
-@INTEGERS
+@every_integer
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 def test_rounded_products_have_the_same_bits_everywhere(
     kernel: str, value_type: str, dtype: torch.dtype
@@ -164,7 +165,7 @@ def test_rounded_products_have_the_same_bits_everywhere(
 
 
 @every_kernel
-@INTEGERS
+@every_integer
 def test_activations_not_finite_or_very_small_are_rounded(
     kernel: str, value_type: str
 ) -> None:
@@ -180,7 +181,7 @@ def test_activations_not_finite_or_very_small_are_rounded(
 
 
 @every_kernel
-@INTEGERS
+@pytest.mark.parametrize("value_type", ["int8", "int6", "int4"])
 @pytest.mark.parametrize(
     ("rows", "columns", "sparsity"), [(5, 40, 0.5), (9, 130, 0.0), (16, 320, 0.8)]
 )
@@ -217,45 +218,6 @@ def test_values_of_floating_types_are_never_rounded(kernel: str) -> None:
     x = activations(3, 100, torch.float32, seed=4)
     plain = native.multiply(packed, x, kernel=kernel)
     assert torch.equal(native.multiply(packed, x, rounded=True, kernel=kernel), plain)
-
-
-@every_kernel
-def test_infinite_activations_reach_rows_that_keep_their_column(kernel: str) -> None:
-    packed, dense = random_weight(9, 70, "bf16", 0.5, seed=3)
-    x = activations(2, 70, torch.float32, seed=4)
-    x[0, 5], x[1, 69] = float("inf"), float("nan")
-    kept = dense[:, [5, 69]].T != 0
-    assert 0 < int(kept.sum()) < kept.numel()
-    assert not bool(native.multiply(packed, x, kernel=kernel)[kept].isfinite().any())
-
-
-@every_kernel
-def test_subnormal_and_large_halves(kernel: str) -> None:
-    numbers = torch.tensor(
-        [2.0**-24, -(2.0**-15), 2.0**-14, 65504.0, -65504.0, 1.0]
-    ).half()
-    packed, dense = random_weight(1, 6, "fp16", 0.0, seed=0, special_rows=False)
-    packed, dense = dataclasses.replace(packed, values=numbers), numbers.double()[None]
-    for column in range(6):
-        x = torch.zeros(1, 6)
-        x[0, column] = 1.5
-        assert torch.equal(
-            native.multiply(packed, x, kernel=kernel).double(), x.double() @ dense.T
-        )
-
-
-@every_kernel
-def test_halves_that_are_not_finite(kernel: str) -> None:
-    packed, _ = random_weight(4, 6, "fp16", 0.0, seed=0, special_rows=False)
-    values = torch.ones(4, 6).half()
-    values[0, 1], values[1, 2], values[2, 3] = float("inf"), float("nan"), float("-inf")
-    with torch.device("meta"):  # a default device other than the CPU
-        y = native.multiply(
-            dataclasses.replace(packed, values=values.view(-1)),
-            values.new_ones(1, 6),
-            kernel=kernel,
-        )
-    assert torch.equal(y[0].nan_to_num(7.0), values.sum(dim=1).nan_to_num(7.0))
 
 
 def test_flushing_subnormals_in_torch_changes_nothing() -> None:

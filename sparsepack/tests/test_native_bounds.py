@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from extension import child
-from reference import VALUE_TYPES, activations, bound, random_weight
+from reference import INTEGERS, VALUE_TYPES, activations, bound, random_weight
 from sparsepack import native
 from sparsepack.codes import GAPPED, PLAIN
 from sparsepack.layout import PackedWeight
@@ -99,7 +99,7 @@ def run(kernel: str, at_end: bool) -> None:
             assert bool(
                 ((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all()
             )
-            if value_type in ("int8", "int4"):
+            if value_type in INTEGERS:
                 library.multiply(*address, *arguments, 1)
                 assert torch.equal(
                     y, native.multiply(packed, x, rounded=True, kernel="scalar")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import arguments, machine, parallel
 from sparsellm.arguments import Checkpoint, Model, checked
-from sparsellm.convert import PackResult, pack
+from sparsellm.convert import Head, PackResult, pack
 from sparsellm.errors import DataError, MissingExtraError, RecipeError
 from sparsellm.evaluation.perplexity import Kept, measured
 from sparsellm.evaluation.speed import stamp
@@ -48,7 +48,7 @@ from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.estimate import foresee, named
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.opening import load_whole, open_model, set_products
-from sparsellm.run.plan import Request
+from sparsellm.run.request import Request
 from sparsellm.run.result import PruneResult
 from sparsellm.text.sources import DOCUMENTS, IDS, as_text, settle_calibration
 from sparsellm.text.texts import Text
@@ -75,6 +75,7 @@ def prune(  # noqa: PLR0913 - the Python door
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
+    **fields: Any,
 ) -> PruneResult:
     """Prunes a model block by block; after a kill, the same call resumes the run, with the same bits.
 
@@ -96,6 +97,7 @@ def prune(  # noqa: PLR0913 - the Python door
             once more, its run is resumed nevertheless.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: called with the progress of the run.
+        fields: fields of the recipe, such as ``sparsity=0.5``; they replace those of ``recipe``.
 
     Raises:
         SparseLLMError: a subclass of it that names the cause. All input is checked before the work.
@@ -105,7 +107,7 @@ def prune(  # noqa: PLR0913 - the Python door
         if calibration is not None
         else None
     )
-    settled = settle_calibration(Recipe.of(recipe), given)
+    settled = settle_calibration(_recipe_of(recipe, fields), given)
     text = None if isinstance(given, str) else given  # the recipe contains a source
     request = Request(
         model,
@@ -122,6 +124,14 @@ def prune(  # noqa: PLR0913 - the Python door
         return story.prune(request, progress)
 
 
+def _recipe_of(given: Any, fields: dict[str, Any]) -> Recipe:
+    """The recipe of an argument, with fields that were given as keywords. Raises RecipeError."""
+    recipe = Recipe.of(given)
+    if fields:
+        return recipe.updated(**fields)
+    return recipe
+
+
 @checked
 def dry_run(
     model: Checkpoint,
@@ -133,9 +143,10 @@ def dry_run(
     restart: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
+    **fields: Any,
 ) -> Prediction:
     """Estimates a run of :func:`prune`, or refuses what it does; downloads what is on the hub, and writes nothing."""
-    settled = settle_calibration(Recipe.of(recipe), None)
+    settled = settle_calibration(_recipe_of(recipe, fields), None)
     request = Request(
         model,
         settled,
@@ -156,6 +167,7 @@ def plan(
     ranks: arguments.Count = 1,
     gpu: arguments.Name | None = None,
     trust_remote_code: bool = False,
+    **fields: Any,
 ) -> Prediction:
     """Estimates what :func:`prune` needs, by the config of a model alone: no weights are read.
 
@@ -164,11 +176,12 @@ def plan(
         recipe: as in :func:`prune`; its ``memory`` is that of the machine.
         ranks: processes of torchrun that divide the work, with a GPU each if there are any.
         gpu: one of the table, such as ``h100``; None for this machine, which is measured.
+        fields: as in :func:`prune`.
 
     Raises:
         SparseLLMError: the config cannot be read, the recipe does not fit it, or the GPU is not in the table.
     """
-    settings = Recipe.of(recipe)
+    settings = _recipe_of(recipe, fields)
     card = None if gpu is None else named(gpu)
     device = resolve_device(settings.device) if card is None else torch.device("cuda")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -324,15 +337,17 @@ def pack_and_measure(
     text: str,
     against: Model | Opened,
     progress: ProgressCallback,
+    *,
+    head: Head | None = None,
     **window: Any,
 ) -> tuple[PackResult, Evaluation]:
-    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model. ``window`` is
-    ``seq_len`` and ``max_tokens`` of :func:`evaluate`."""
+    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model. ``head`` is that of
+    :func:`pack`, ``window`` is ``seq_len`` and ``max_tokens`` of :func:`evaluate`."""
     recipe = run.recipe
     result = pack(
         os.fspath(run.out or ""),
         out=packed,
-        values=recipe.values,
+        head=head,
         overwrite=run.overwrite,
         restart=run.restart,
         allow_copy=True,

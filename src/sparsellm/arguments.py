@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial, wraps
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ParamSpec, TypeAlias, TypeVar, get_type_hints
 
 import torch
-from pydantic import BeforeValidator, Field, PlainValidator, SkipValidation
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SkipValidation,
+    TypeAdapter,
+    ValidationError,
+)
 from transformers import PreTrainedModel
 
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, refusal
 from sparsellm.recipe import MOST_TOKENS, Dtype, Integer, Recipe
 from sparsellm.text.sources import TextGiven
-from sparsepack.arguments import checking
 
-checked = checking(RecipeError)
+P = ParamSpec("P")
+R = TypeVar("R")
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 MOST_NAME = 255  # bytes of one name, on Linux and macOS
 MOST_PATH = 4096  # bytes of a path
@@ -94,3 +104,37 @@ DeviceName = Annotated[
 ]
 DtypeName = Annotated[Dtype, BeforeValidator(_name_of)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that checks and converts its arguments by their annotations before it runs.
+
+    Raises:
+        RecipeError: from the function, with the argument, its value and what to give.
+        TypeError: from the function, as in Python, if an argument is missing or unknown.
+    """
+    parameters = signature(function)
+
+    @cache  # at the first call: annotations may name what is defined later
+    def adapters() -> dict[str, TypeAdapter[Any]]:
+        hints = get_type_hints(function, include_extras=True)
+        return {
+            name: TypeAdapter(hints[name], config=_STRICT)
+            for name in parameters.parameters
+            if name in hints
+        }
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = parameters.bind(*args, **kwargs)
+        for name, adapter in adapters().items():
+            try:
+                if name in given.arguments:
+                    given.arguments[name] = adapter.validate_python(
+                        given.arguments[name]
+                    )
+            except ValidationError as error:
+                raise RecipeError(refusal(error, name)) from None
+        return function(*given.args, **given.kwargs)
+
+    return call

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +24,14 @@ from sparsellm.files.directory import (
 )
 from sparsellm.files.reader import PackedReader
 from sparsellm.files.resolve import checkpoint_directory
-from sparsellm.files.writer import CheckpointWriter, TensorSource, written
+from sparsellm.files.writer import CheckpointWriter, TensorSource, joined, written
 from sparsellm.inputs import read_object
 from sparsellm.model import Chain, open_chain
 from sparsellm.model.experts import ExpertLinear
+from sparsellm.model.structure import LinearView
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.records import PRUNING, PUT_BACK, read_pruning
+from sparsellm.records import KEEP, PRUNING, PUT_BACK, Pruning, read_pruning
 from sparsellm.report.card import CARD, card_text
 from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
@@ -41,12 +44,14 @@ from sparsepack.checkpoint import (
     quantization_config,
 )
 from sparsepack.codes import GROUPED, exponents_of_text
+from sparsepack.errors import Note
 from sparsepack.grid import INTEGERS
 from sparsepack.grids import GRIDS
 from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
-Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"]
+Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3"]
+Head = Literal["keep", "int8"]
 # The two kinds of runs.
 PACK = "pack"
 UNPACK = "unpack"
@@ -68,7 +73,7 @@ class PackResult:
     expert_weights: int = (
         0  # weights of experts, which stay dense and are not counted above
     )
-    # linears whose values were not on their integer grid
+    # linears whose values were not on the grid of integers before
     rounded: list[str] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, object]:
@@ -86,8 +91,21 @@ class PackResult:
         }
 
 
-def check_packable(recipe: Recipe) -> None:
-    """Raises RecipeError if what a recipe makes has no packed form."""
+@dataclass(frozen=True)
+class PackedForm:
+    """How the values of one linear are packed."""
+
+    values: str
+    # what a run that rounded them recorded: the exponent of each column, and the
+    # columns that share a scale on the grid of another program
+    exponents: Tensor | None = None
+    group: int | None = None
+
+
+def check_packable(recipe: Recipe, head: str | None = None) -> None:
+    """Raises RecipeError if what a recipe makes has no packed form, or ``head`` is none of :func:`pack`."""
+    if head not in (None, *get_args(Head)):
+        raise RecipeError(f"--head is {shown(head)}; it should be keep or int8")
     if recipe.grid != "own" and recipe.values == "int8":
         raise RecipeError(
             f"grid {recipe.grid} has no packed form in int8; export the result, and do not pack it"
@@ -95,12 +113,13 @@ def check_packable(recipe: Recipe) -> None:
 
 
 @checked
-def pack(
+def pack(  # noqa: PLR0913 - the Python door
     model: Checkpoint,
     *,
     out: Out,
-    values: Values = "keep",
-    head: Literal["keep", "int8"] = "keep",
+    values: Values | None = None,
+    head: Head | None = None,
+    round_again: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     allow_copy: bool = False,
@@ -108,20 +127,23 @@ def pack(
 ) -> PackResult:
     """Writes a packed checkpoint: linears of the blocks, except experts, in the smallest form (dense, bitmask or N:M).
 
-    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); integers quantise the kept
-    values. All else is copied. If it fails, no files are left.
+    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer). Integers that a run rounded
+    to are exact too; other values are rounded to the nearest ones. All else is copied. If it fails, no files are left.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out, overwrite, progress: as in :func:`sparsellm.prune`.
-        values: type of the kept values; ``keep`` for the type in which each weight is stored.
-        head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
+        values: type of the kept values; ``keep`` for the type in which each weight is stored. None takes the type to
+            which the run rounded each linear, by ``pruning.json``, and ``keep`` where it rounded none.
+        head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them. None means ``int8`` where
+            linears are stored as integers and the embedding has such a form, else ``keep``.
+        round_again: allow another type than the one to which the run rounded, which loses quality.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
         allow_copy: write a dense copy if no linear is smaller packed.
 
     Raises:
-        RecipeError: a setting is unknown, the checkpoint is packed already, no linear of it is smaller packed, or its
-            embedding has no int8 form.
+        RecipeError: a setting is unknown, the checkpoint is packed already, its values would be rounded a second time,
+            no linear of it is smaller packed, or its embedding has no int8 form.
         ModelError, StorageError: the checkpoint cannot be read, or has other weights than those that were pruned, or
             ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
@@ -129,23 +151,31 @@ def pack(
     source, place = _places(model, out, PACK, overwrite=overwrite)
     chain = open_chain(source, device=torch.device("cpu"))
     result = PackResult(place)
-    group, exponents = _rounding(chain, source, values)
+    forms = _forms(chain, source, values, round_again=round_again)
+    rounds = any(form.values in INTEGERS for form in forms.values())
+    if head is None:
+        head = _usual_head(chain, rounds=rounds)
     assert chain.reader is not None
     # with any value type, no linear takes more space than its dense weight
     need = chain.reader.bytes
     work = WorkingDirectory(
         place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need
     )
-    with _written(work, len(chain) + 1, source, result) as writer:
+    # packed, no part is larger than it is now
+    shards = joined(chain.stored_bytes())
+    with _written(work, len(shards), source, result) as writer:
         outer: Mapping[str, TensorSource | Tensor] = chain.outer_tensors()
         if head == "int8":
             outer = _outside_blocks(chain, result)
-        writer.write_shard(len(chain), outer)
-        for index in range(len(chain)):
-            progress(Progress("pack", index, len(chain), chain.block_names[index]))
-            writer.write_shard(
-                index, _packed_block(chain, index, values, group, exponents, result)
-            )
+        for shard, parts in enumerate(shards):
+            tensors: dict[str, TensorSource | Tensor] = {}
+            for index in parts:
+                if index == len(chain):
+                    tensors |= outer
+                    continue
+                progress(Progress("pack", index, len(chain), chain.block_names[index]))
+                tensors |= _packed_block(chain, index, forms, result)
+            writer.write_shard(shard, tensors)
         progress(Progress("pack", len(chain), len(chain)))
         if not (allow_copy or result.head or any(result.linears.values())):
             why = "no linear in its blocks is smaller packed than dense"
@@ -167,9 +197,8 @@ def unpack(
     """Writes the dense checkpoint of a packed one; floating values are exact. Arguments, errors: see :func:`pack`."""
     source, place = _places(directory, out, UNPACK, overwrite=overwrite)
     reader = _checked_reader(source)
-    shards: dict[str, list[str]] = {}
-    for name in reader:
-        shards.setdefault(reader.file_of(name).name, []).append(name)
+    names = list(reader)
+    shards = joined([reader.bytes_of(name) for name in names])
     weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
     size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
     result = PackResult(place, dict.fromkeys(reader.entries), size, size, weights)
@@ -180,11 +209,24 @@ def unpack(
         restart=restart,
         need_bytes=reader.bytes,
     )
+    done = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        progress(Progress("unpack", done, len(names)))
+        done += 1
+        return reader.get(name)
+
     with _written(work, len(shards), source, result) as writer:
-        for index, names in enumerate(shards.values()):
-            progress(Progress("unpack", index, len(shards)))
-            writer.write_shard(index, {name: reader.get(name) for name in names})
-        progress(Progress("unpack", len(shards), len(shards)))
+        for shard, numbers in enumerate(shards):
+            tensors = {
+                name: TensorSource(
+                    reader.dtype(name), reader.shape(name), partial(read, name)
+                )
+                for name in (names[number] for number in numbers)
+            }
+            writer.write_shard(shard, tensors)
+        progress(Progress("unpack", len(names), len(names)))
     return result
 
 
@@ -275,27 +317,55 @@ def _named(key: str) -> Iterator[None]:
         raise NumericalError(f"{key}: {error}") from None
 
 
-def _outside_blocks(
-    chain: Chain, result: PackResult
-) -> dict[str, TensorSource | Tensor]:
-    """The tensors outside the blocks, embedding and head in int8, by name; adds the entries of these to ``result``."""
-    assert chain.reader is not None
-    tensors: dict[str, TensorSource | Tensor] = {**chain.outer_tensors()}
+def _heads(chain: Chain) -> Iterator[tuple[nn.Module, str]]:
+    """Embedding and output head, with the name that each weight has in the checkpoint. One that the model does not
+    have, or that is stored as the other, is left out."""
     names = {id(module): name for name, module in chain.model.named_modules()}
+    seen = set()
     for module in (
         chain.model.get_input_embeddings(),
         chain.model.get_output_embeddings(),
     ):
         key = chain.key_of.get(f"{names.get(id(module))}.weight")
-        # tied: stored once
-        if key is None or key.removesuffix(".weight") in result.head:
-            continue
-        # tied, and stored twice
-        if result.head and module.weight is chain.model.get_input_embeddings().weight:
+        if key is not None and key not in seen:
+            seen.add(key)
+            yield module, key
+
+
+def _has_int8(module: nn.Module, key: str) -> bool:
+    known = type(module) is nn.Linear or row_scale(module) is not None
+    return known and key.endswith(".weight")
+
+
+def _usual_head(chain: Chain, *, rounds: bool) -> Head:
+    """The type of embedding and head where none is asked for: int8 if linears are rounded to integers. A warning says
+    that this embedding stays as it is, since it has no such form."""
+    if not rounds:
+        return "keep"
+    for module, key in _heads(chain):
+        if not _has_int8(module, key):
+            said = (
+                f"{key} is stored as it is: a {type(module).__name__} has no int8 form"
+            )
+            warnings.warn(said, Note, stacklevel=2)
+            return "keep"
+    return "int8"
+
+
+def _outside_blocks(
+    chain: Chain, result: PackResult
+) -> dict[str, TensorSource | Tensor]:
+    """The tensors outside the blocks by name, with embedding and head in int8. Adds the entries of these two to
+    ``result``."""
+    assert chain.reader is not None
+    tensors: dict[str, TensorSource | Tensor] = {**chain.outer_tensors()}
+    embedding = chain.model.get_input_embeddings()
+    for module, key in _heads(chain):
+        # a head that is tied to the embedding, and stored a second time
+        if result.head and module.weight is embedding.weight:
             del tensors[key]
             continue
-        known = type(module) is nn.Linear or row_scale(module) is not None
-        if not known or not key.endswith(".weight"):
+        if not _has_int8(module, key):
             raise RecipeError(
                 f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep"
             )
@@ -308,46 +378,86 @@ def _outside_blocks(
     return tensors
 
 
-def _rounding(
-    chain: Chain, directory: Path, values: str
-) -> tuple[int | None, dict[str, Tensor]]:
-    """How the run that wrote a checkpoint rounded values of this type, if it did: the columns that share a scale on the
-    grid of another program, and the exponents of columns, by linear. A RecipeError if the packed format does not have
-    that grid, a StorageError if the exponents do not fit the model."""
+def recorded_forms(run: Pruning) -> dict[str, PackedForm]:
+    """How linears are packed that a run rounded, by name. Raises RecipeError if the packed format does not have the
+    grid of one."""
+    forms = {}
+    for linear in run.linears:
+        values = run.values_of(linear)
+        group = None
+        if (grid := GRIDS.get(values)) is not None:
+            values = grid.values
+            group = grid.group
+            if values not in GROUPED:
+                raise RecipeError(
+                    f"{linear.name} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of "
+                    f"the packed format begins at {grid.lowest + 1}; pack it with values keep, or export it"
+                )
+        if values != KEEP:
+            exponents = exponents_of_text(linear.exponents)
+            forms[linear.name] = PackedForm(values, exponents, group)
+    return forms
+
+
+def _forms(
+    chain: Chain, directory: Path, values: Values | None, *, round_again: bool
+) -> dict[str, PackedForm]:
+    """How each linear of the blocks, except experts, is packed, by name; ``values`` and ``round_again`` as in
+    :func:`pack`. A RecipeError if the packed format has no such form, or values would be rounded a second time; a
+    StorageError if what the run recorded does not fit the model."""
     path = directory / PRUNING
-    exponents: dict[str, Tensor] = {}
-    if (
-        values not in INTEGERS
-        or not path.is_file()
-        or (pruning := read_pruning(directory)).values != values
-    ):
-        return None, exponents
-    grid = GRIDS.get(pruning.grid)
-    if grid is not None and values not in GROUPED:
-        raise RecipeError(
-            f"{directory} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of the packed "
-            f"format begins at {grid.lowest + 1}; pack it with values keep, or export it"
-        )
-    columns = {
-        linear.name: linear.in_features
-        for index in range(len(chain))
-        for linear in chain.linears(index)
+    views = {
+        view.name: view for index in range(len(chain)) for view in chain.linears(index)
     }
-    for linear in pruning.linears:
-        if (numbers := exponents_of_text(linear.exponents)) is not None:
-            if (expected := columns.get(linear.name, "no such linear")) != len(numbers):
-                mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
-                raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
-            exponents[linear.name] = numbers
-    return None if grid is None else grid.group, exponents
+    names = [
+        name
+        for name, view in views.items()
+        if not isinstance(view.module, ExpertLinear)
+    ]
+    otherwise = PackedForm(values or KEEP)
+    # to keep every value loses nothing, whatever a run did
+    if values == KEEP or not path.is_file():
+        return dict.fromkeys(names, otherwise)
+    recorded = recorded_forms(read_pruning(directory))
+    for name, form in recorded.items():
+        _check_recorded(form, name, views, path)
+    forms: dict[str, PackedForm] = {}
+    for name in names:
+        form = recorded.get(name, otherwise)
+        if values in (None, form.values):
+            forms[name] = form
+        elif round_again:
+            forms[name] = otherwise
+        else:
+            raise RecipeError(
+                f"{directory} was rounded to {form.values} while it was pruned, and {values} would round it again; "
+                "leave --values out, or give --round-again to accept the loss"
+            )
+    return forms
+
+
+def _check_recorded(
+    form: PackedForm, name: str, views: Mapping[str, LinearView], path: Path
+) -> None:
+    """Refuses a record with an unknown type, or exponents that do not fit the model. Raises StorageError."""
+    if form.values not in INTEGERS:
+        raise StorageError(
+            f"{path}: values of {name} are {shown(form.values)}, which is unknown; {PUT_BACK}"
+        )
+    if form.exponents is None:
+        return
+    columns: object = "no such linear"
+    if name in views:
+        columns = views[name].in_features
+    if columns != len(form.exponents):
+        mismatch = f"{len(form.exponents)} exponents of {shown(name)}, where the model has {columns}"
+        raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
 
 
 def _packed_block(
     chain: Chain,
     index: int,
-    values: str,
-    group: int | None,
-    exponents: dict[str, Tensor],
+    forms: Mapping[str, PackedForm],
     result: PackResult,
 ) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
@@ -364,13 +474,14 @@ def _packed_block(
         else:
             weight = stored
         name = key.removesuffix(".weight")
+        form = forms[linear.name]
         packed = None
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
             with _named(key):
                 packed = layout.pack(
-                    weight, values, exponents=exponents.get(linear.name), group=group
+                    weight, form.values, exponents=form.exponents, group=form.group
                 )
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
@@ -381,7 +492,7 @@ def _packed_block(
         result.linears[name] = entry
         if (
             packed is not None
-            and values in INTEGERS
+            and form.values in INTEGERS
             and not torch.equal(layout.unpack(packed, weight.dtype), weight)
         ):
             result.rounded.append(name)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from sparsepack.errors import UserError
-from sparsepack.errors import refusal as refusal
 from sparsepack.errors import shown as shown
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SparseLLMError(UserError):
@@ -44,6 +47,21 @@ class MissingExtraError(SparseLLMError):
 
 class ProcessError(SparseLLMError):
     """Another process of the same run has died, or cannot be reached."""
+
+
+def refusal(error: ValidationError, name: str = "") -> str:
+    """One line on the first value that pydantic refuses: in the argument ``name``, or at its place in a model."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = name + "".join(
+        f"[{part}]" for part in first["loc"] if isinstance(part, int)
+    )
+    place = place if name else shown(".".join(map(str, first["loc"])))[1:-1]
+    reason = (
+        first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    )
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    return f"{place} is {shown(first['input'])}: {reason}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,13 @@ from typing import Any
 
 import yaml
 
-from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
+from sparsellm.errors import (
+    DataError,
+    RecipeError,
+    SparseLLMError,
+    StorageError,
+    shown,
+)
 from sparsepack import files
 
 MOST_YAML = 256 << 10  # bytes, a hundred times a recipe's
@@ -31,6 +37,8 @@ _SHARED = re.compile(
 SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
+# A smaller number without a unit was meant in another one
+LEAST_PLAIN = 10**6
 
 
 # sparsepack's readers of JSON; they raise StorageError unless ``error=`` names another.
@@ -88,11 +96,9 @@ def check_size(value: object) -> None:
         if parts > MOST_PARTS:
             raise ValueError(f"it has more than {MOST_PARTS} parts")
         holders = (item for item in level if isinstance(item, Mapping | list | tuple))
-        level = [
-            part
-            for holder in holders
-            for part in (holder.values() if isinstance(holder, Mapping) else holder)
-        ]
+        level = []
+        for holder in holders:
+            level.extend(holder.values() if isinstance(holder, Mapping) else holder)
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MOST_DEPTH - 1} levels")
@@ -101,6 +107,10 @@ def check_size(value: object) -> None:
 def read_yaml(path: str | os.PathLike[str]) -> Any:
     """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
     file = Path(os.path.expanduser(path))
+    if not os.path.lexists(file):
+        raise RecipeError(
+            f"cannot read {shown(str(path))}: there is no such file; check the path"
+        )
     return parse_yaml(
         files.read_bytes(file, MOST_YAML, RecipeError, pipe=True), str(path)
     )
@@ -120,7 +130,8 @@ def dump_yaml(values: Mapping[str, object]) -> str:
 def about(size: int) -> str:
     """A size such as 270 MB, 3.2 GB or 141 GB."""
     if size >= 5e7:
-        return f"{size / 1e9:.{1 if size < 9.95e9 else 0}f} GB"
+        digits = int(size < 9.95e9)
+        return f"{size / 1e9:.{digits}f} GB"
     return f"{size / 1e6:.0f} MB"
 
 
@@ -152,17 +163,72 @@ def without_folders(text: str) -> str:
     return before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
+def as_number(text: str) -> str:
+    """A hint for a text that stands where a number belongs: what to write for ``50%`` or ``0,5``; else an example."""
+    percent = re.fullmatch(r"\s*(\d{1,3}(?:[.,]\d{1,9})?)\s*%\s*", text, re.ASCII)
+    if percent is not None:
+        return f"write {float(percent[1].replace(',', '.')) / 100:g}"
+    if re.fullmatch(r"\s*-?\d{1,9},\d{1,9}\s*", text, re.ASCII):
+        return f"write {text.strip().replace(',', '.')}, with a point"
+    if "," in text:
+        return "write one number; `sparsellm compare` takes several, with commas"
+    return "write a number, such as 0.5"
+
+
+def as_whole_number(text: str) -> str:
+    """The same where a whole number belongs: what to write for ``32k`` or ``1,000``; else an example."""
+    digits = re.fullmatch(r"\s*(\d{1,9})([kKM])\s*", text, re.ASCII)
+    if digits is not None:
+        return f"write {int(digits[1]) * {'k': 1000, 'm': 10**6}[digits[2].lower()]}"
+    if re.fullmatch(r"\s*\d{1,3}(?:[,_.]\d{3})+\s*", text, re.ASCII):
+        return f"write {re.sub('[^0-9]', '', text)}"
+    if re.fullmatch(r"\d{1,3}(\.\d{1,3})?[eE]\d", text, re.ASCII):
+        return f"write {float(text):.0f}"
+    return "write a whole number"
+
+
+def text_file(path: str) -> Path:
+    """The path of a file that exists; raises DataError for one that does not."""
+    try:
+        path.encode()  # records hold its name
+        file = Path(path).expanduser()
+        if file.is_file():
+            return file
+        if file.is_dir():
+            reason = "is a directory"
+        else:
+            reason = "is not a file" if file.exists() else "does not exist"
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # too long; no such user after '~'; a null byte; not UTF-8
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    raise DataError(
+        f"text file {shown(path)} {reason}; check the path, or name another source"
+    )
+
+
 def parse_bytes(text: str | int) -> int:
-    """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter. Else a RecipeError."""
+    """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter. A RecipeError for anything
+    else, and for a plain number below a million, such as 4, which is rarely meant in bytes."""
     match = _SIZE.fullmatch(text if isinstance(text, str) else shown(text))
     units = {name.lower(): size for name, size in SIZES.items()}
     size = 0
+    such = "4GiB"
     if match is not None:
-        size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0))
+        number, unit = match.groups()
+        size = int(float(number) * units.get((unit or "b").lower(), 0))
+        if len(number) <= 6 and size:
+            such = f"{number}GiB"
+        if not unit and 1 <= size < LEAST_PLAIN:
+            raise RecipeError(
+                f"size {shown(text)} means {size} bytes; write a unit, such as {such}"
+            )
     if not 1 <= size <= 1 << 62:
         known = ", ".join(SIZES)
         raise RecipeError(
-            f"size {shown(text)} is unknown; write a positive number and one of {known}, such as 4GiB"
+            f"size {shown(text)} is unknown; write a positive number and one of {known}, such as {such}"
         )
     return size
 

@@ -63,7 +63,7 @@ def installed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Postpones signals to the end of the context, for steps that belong together; then handlers are called."""
+    """Postpones signals to the end of the context, for steps that belong together. Then their handlers are called."""
     arrived: list[int] = []
     try:
         with handled_by(lambda signum, _: arrived.append(signum)):
@@ -75,7 +75,8 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls a function for the signals that are not ignored; SIGINT may raise, so it is set first, restored last."""
+    """Until the context ends, calls a function for the signals that are not ignored. SIGINT's handler may raise, so it
+    is the first to be replaced and the last to be restored."""
     signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     handlers = ((signum, signal.getsignal(signum)) for signum in signals)
     before = {
@@ -110,7 +111,8 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def keeps(what: str, *, resumes: bool = True, part: bool = False) -> None:
-    """Sets what a stopped command says of its files, and whether it resumes; a ``part`` replaces no whole."""
+    """Sets what a stopped command says of the files that it leaves, and whether the same command resumes it. What is
+    said about a ``part`` of a command does not replace what was said about the whole."""
     global _kept, _resumes, _whole
     if not (part and _whole):
         _kept = what

@@ -37,23 +37,22 @@ T = TypeVar("T")
 
 _alone = False  # within alone()
 _failures: Store | None = None  # counts the processes that have failed
-_machines: tuple[Any, Any, int] | None = (
-    None  # the group of all processes, that of this machine, its first process
-)
+# the group of all processes, that of this machine, its first process
+_machines: tuple[Any, Any, int] | None = None
 
 
 def size() -> int:
     """The number of processes of this run."""
-    return (
-        dist.get_world_size()
-        if dist.is_available() and dist.is_initialized() and not _alone
-        else 1
-    )
+    if _alone or not dist.is_available() or not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if size() > 1 else 0
+    if size() == 1:
+        return 0
+    return dist.get_rank()
 
 
 def is_main() -> bool:
@@ -63,7 +62,9 @@ def is_main() -> bool:
 
 def on_this_machine() -> int:
     """The number of processes of this run on this machine, which share its memory."""
-    return _machine()[0].size() if size() > 1 or _machines is not None else 1
+    if size() == 1 and _machines is None:
+        return 1
+    return _machine()[0].size()
 
 
 @contextlib.contextmanager
@@ -95,11 +96,9 @@ def session() -> Iterator[None]:
 
 def backend() -> str:
     """What sends tensors: gloo those on the CPU, NCCL those on GPUs."""
-    return (
-        "cpu:gloo,cuda:nccl"
-        if torch.cuda.is_available() and dist.is_nccl_available()
-        else "gloo"
-    )
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
 
 
 def claims_failure(*, alone: bool) -> bool:
@@ -154,8 +153,8 @@ def own_device(name: str) -> str:
     return f"cuda:{number}"
 
 
-def share(total: int, unit: int = 1) -> slice:
-    """The slice of ``total`` items for this process; shares differ by one unit at most. Units, such as the windows of a
+def own_slice(total: int, unit: int = 1) -> slice:
+    """The slice of ``total`` items for this process; slices differ by one unit at most. Units, such as the windows of a
     batch, are not split if there are enough of them, so they have the same bits for any number of processes."""
     units = -(-total // unit)
     if units < size():
@@ -167,7 +166,9 @@ def share(total: int, unit: int = 1) -> slice:
 
 def from_main(make: Callable[[], T]) -> T:
     """Calls ``make`` in the main process, :func:`alone`; all return its result, or raise its SparseLLMError."""
-    return _from_first(make, None, 0) if size() > 1 else make()
+    if size() == 1:
+        return make()
+    return _from_first(make, None, 0)
 
 
 def once_a_machine(
@@ -186,15 +187,17 @@ def once_a_machine(
 
     group, first = _machine()
     shape, dtype, value = _from_first(about, group, first)
-    tensor = made[0] if made else torch.empty(shape, dtype=dtype, device=device)
-    return broadcast_(tensor, first, group), value
+    if not made:
+        made.append(torch.empty(shape, dtype=dtype, device=device))
+    return broadcast_(made[0], first, group), value
 
 
 def _from_first(make: Callable[[], T], group: ProcessGroup | None, first: int) -> T:
+    made: tuple[T | None, SparseLLMError | None] = None, None
     if rank() == first:
         with alone():
             made = _attempt(make)
-    value, failure = broadcast(made if rank() == first else (None, None), first, group)
+    value, failure = broadcast(made, first, group)
     if failure is not None:
         raise failure
     return cast(T, value)
@@ -216,7 +219,7 @@ def _machine() -> tuple[ProcessGroup, int]:
 
 
 def greedy(costs: Sequence[float]) -> list[int]:
-    """A process for each job, the longest first, each to the first with the least to do."""
+    """The process of each job. Jobs are given away by falling cost, each to the first process with the least to do."""
     loads = [0.0] * size()
     owners = [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
@@ -229,7 +232,9 @@ def main_first(make: Callable[[], T]) -> T:
     """Calls ``make`` in every process, in the main one first, so that the others use the files that it downloads."""
     made: list[T] = []
     from_main(lambda: made.append(make()))
-    return made[0] if made else make()
+    if not made:
+        made.append(make())
+    return made[0]
 
 
 @contextlib.contextmanager
@@ -268,14 +273,13 @@ def barrier() -> None:
 def all_sum_(tensor: Tensor) -> Tensor:
     """Sums a tensor of at least one dimension over all processes, in place; all then have the same bits. The sum is in
     fp64, so that its order does not affect a result that is rounded to fp32."""
-    for part in (
-        tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel())))
-        if size() > 1
-        else ()
-    ):
-        wide = part.to(
-            torch.float64 if part.is_floating_point() else torch.int64
-        ).contiguous()
+    if size() == 1:
+        return tensor
+    dtype = torch.int64
+    if tensor.is_floating_point():
+        dtype = torch.float64
+    for part in tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))):
+        wide = part.to(dtype).contiguous()
         _reached(dist.all_reduce, wide)
         part.copy_(wide)
     return tensor
@@ -286,8 +290,8 @@ def all_sums_(
     sizes: Mapping[str, tuple[int, ...]],
     device: torch.device,
 ) -> None:
-    """:func:`all_sum_` of fp32 tensors by name, for the names in ``sizes``, in that order. One that a process lacks and
-    another has is added, with that size."""
+    """Sums fp32 tensors by name over all processes, in place, for the names in ``sizes``, in that order. A tensor that
+    only other processes have is added, with that size."""
     known: set[str] = set().union(*gather(tensors.keys() & sizes.keys()))
     for name in [name for name in sizes if name in known]:
         all_sum_(tensors.setdefault(name, torch.zeros(sizes[name], device=device)))
@@ -327,12 +331,9 @@ def spread(counts: Sequence[int], about: int) -> list[slice]:
 def gather_list(tensor: Tensor) -> list[Tensor]:
     """The tensors of all processes, in order, on the device of this one's; shapes may differ, dtypes may not."""
     shapes = gather(tuple(tensor.shape))
-    return [
-        broadcast_(
-            tensor.contiguous() if source == rank() else tensor.new_empty(shape), source
-        )
-        for source, shape in enumerate(shapes)
-    ]
+    tensors = [tensor.new_empty(shape) for shape in shapes]
+    tensors[rank()] = tensor.contiguous()
+    return [broadcast_(value, source) for source, value in enumerate(tensors)]
 
 
 def broadcast_(

@@ -8,10 +8,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
-import numpy.typing
 import torch
 from torch import Tensor
 
@@ -20,9 +19,6 @@ from sparsellm.errors import NumericalError, RecipeError, shown
 Scope = Literal["matrix", "row"]
 Limits = tuple[list[int], list[int]]  # the fewest and the most zeros of each linear
 
-# from this length on a threshold is first located in a sample: two passes instead of a partition
-SAMPLED = 1 << 15
-STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
 RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
 
 
@@ -84,7 +80,7 @@ class Unstructured(Pattern):
         return highest_of_rows(scores, self.zeros)
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
-        zeros = share(self.zeros, start, start + len(scores), inputs)
+        zeros = even_part(self.zeros, start, start + len(scores), inputs)
         return highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
 
 
@@ -166,7 +162,9 @@ def parse_pattern(text: str) -> NM:
 def parse_chosen(text: str) -> int | None:
     """The m of a text such as ``"auto:8"``, N:M with a choice of n for each linear; None for any other text."""
     match = re.fullmatch(r"\s*auto\s*:\s*(\d{1,6})\s*", text, re.ASCII)
-    return int(match[1]) if match is not None else None
+    if match is None:
+        return None
+    return int(match[1])
 
 
 def most_kept(weight: Tensor) -> tuple[int, int]:
@@ -174,8 +172,9 @@ def most_kept(weight: Tensor) -> tuple[int, int]:
     1; 4 or 8 where that does not divide the inputs. These are the groups that kernels exist for."""
 
     def most(m: int) -> int:
-        fits = weight.numel() and weight.shape[1] % m == 0
-        return max(1, int((weight != 0).reshape(-1, m).sum(dim=1).max())) if fits else m
+        if not weight.numel() or weight.shape[1] % m:
+            return m
+        return max(1, int((weight != 0).reshape(-1, m).sum(dim=1).max()))
 
     return most(4), most(8)
 
@@ -183,20 +182,16 @@ def most_kept(weight: Tensor) -> tuple[int, int]:
 def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
     """The strictest N:4 and N:8 that weights with these :func:`most_kept` satisfy, such as ``3:8, 2:4``, or None."""
     four, eight = map(max, zip(*kept, strict=True))
-    patterns = [NM(eight, 8)] if eight < min(8, 2 * four) else []
-    patterns += [NM(four, 4)] if four < min(4, eight) else []
-    return (
-        ", ".join(
-            map(
-                str,
-                sorted(patterns, key=lambda pattern: pattern.sparsity, reverse=True),
-            )
-        )
-        or None
-    )
+    patterns = []
+    if eight < min(8, 2 * four):
+        patterns.append(NM(eight, 8))
+    if four < min(4, eight):
+        patterns.append(NM(four, 4))
+    patterns.sort(key=lambda pattern: pattern.sparsity, reverse=True)
+    return ", ".join(map(str, patterns)) or None
 
 
-def share(total: int, start: int, stop: int, length: int) -> int:
+def even_part(total: int, start: int, stop: int, length: int) -> int:
     """The part of ``total`` for ``start:stop`` if spread evenly over ``length`` places; parts add up exactly."""
     return total * stop // length - total * start // length
 
@@ -249,33 +244,10 @@ def highest_of_rows(scores: Tensor, zeros: int) -> Tensor:
 def lowest(scores: Tensor, rank: int) -> Tensor:
     """The ``rank``-th lowest score (from 1) of each row, ``(rows, 1)``."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        rows = scores.detach().numpy()
-        if scores.shape[1] >= SAMPLED:
-            return torch.from_numpy(
-                numpy.array([[_lowest_of_long(row, rank)] for row in rows])
-            )
         # numpy selects with vector instructions: twenty times faster than torch.kthvalue
-        return torch.from_numpy(
-            numpy.partition(rows, rank - 1, axis=1)[:, rank - 1 : rank].copy()
-        )
+        ordered = numpy.partition(scores.detach().numpy(), rank - 1, axis=1)
+        return torch.from_numpy(ordered[:, rank - 1 : rank].copy())
     return scores.kthvalue(rank, dim=1, keepdim=True).values
-
-
-def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
-    """The ``rank``-th lowest value of a long row, selected from the few values that are near it in a sample."""
-    sample = numpy.sort(row[::STRIDE])
-    place = rank / len(row) * len(sample)
-    margin = 1.5 * len(sample) ** 0.5 + 2  # three standard deviations
-    low = sample[max(0, int(place - margin))]
-    high = sample[min(len(sample) - 1, int(place + margin) + 1)]
-    near = row >= low
-    below = len(row) - int(numpy.count_nonzero(near))
-    near &= row <= high
-    candidates = row[near]
-    if not below < rank <= below + len(candidates):  # the sample misled
-        candidates = row
-        below = 0
-    return numpy.partition(candidates, rank - below - 1)[rank - below - 1]
 
 
 def require_finite(values: Tensor, name: str) -> None:

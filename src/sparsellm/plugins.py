@@ -12,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 from sparsellm.errors import RecipeError, one_line
+from sparsepack.files import read_bytes
 
+_MOST_BYTES = 16 << 20  # a thousand times a plugin's
 CORRECT = "correct it, or name another .py file or module"
 
 # name and digest, by the path of the file or the name of the module
@@ -41,7 +43,6 @@ def _load_file(path: Path) -> None:
     try:
         path = path.expanduser()
         key = str(path.resolve(strict=True))
-        source = path.read_bytes()
     except (
         OSError,
         RuntimeError,
@@ -50,6 +51,14 @@ def _load_file(path: Path) -> None:
         raise RecipeError(
             f"cannot read plugin {str(path)[:200]}: {one_line(error)}; {CORRECT}"
         ) from None
+    try:
+        source = read_bytes(path, _MOST_BYTES, RecipeError)
+    except RecipeError as error:
+        raise RecipeError(f"plugin: {error}; {CORRECT}") from None
+    if len(source) > _MOST_BYTES:
+        raise RecipeError(
+            f"plugin {str(path)[:200]} has more than {_MOST_BYTES >> 20} MiB; {CORRECT}"
+        )
     digest = hashlib.sha256(source).hexdigest()
     if key in _loaded:
         if _loaded[key][1] != digest:

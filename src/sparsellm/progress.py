@@ -48,11 +48,11 @@ class Progress:
     done: float = 0
     total: float = 1
     detail: str = ""  # the step in work
-    error: float | None = (
-        None  # relative squared error of the output of the linear that was pruned last
-    )
+    # relative squared error of the output of the linear that was pruned last
+    error: float | None = None
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
     linear: str = ""  # the linear that was pruned last
+    part: str = ""  # the run of a comparison, whose phases have times of their own
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -88,14 +88,16 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one
-        # Seconds of each finished phase; the times of one that begins again add up.
+        # Seconds of each finished phase of a part; the times of one that begins again add up.
         self.seconds: dict[str, float] = {}
+        self.took = 0.0  # seconds of the phase that ended last
         self.share = 0.0  # done of the phase, from 0 to 1
         self._clock = clock
         self._begun = clock()
         self._phase_begun = self._begun
         self._judged = self._begun
         self._left: float | None = None  # at the time _judged
+        self._part = ""
 
     @property
     def elapsed(self) -> float:
@@ -104,36 +106,45 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end of the phase, never negative; None while nothing of it is done. Between events they count
-        down."""
-        if self._left is None:
-            return None
-        return max(0.0, self._left - (self._clock() - self._judged))
+        """Seconds to the end of the phase, which count down between events; 0 at the end of the run. None while nothing
+        of the phase is done, and once it takes longer than was foreseen."""
+        if self._left is None or not self.phase:
+            return self._left
+        left = self._left - (self._clock() - self._judged)
+        return left if left > 0 else None
 
     def see(self, event: Progress) -> str:
         """Takes an event other than a :data:`NOTE` or :data:`DETAIL`; returns the phase that it ends, or ""."""
-        ended = self._begin(event.phase)
+        ended = self._begin(event.phase, event.part)
         self._judged = self._clock()
-        done = event.done / event.total if event.total > 0 else 0.0
-        self.share = min(max(done, 0.0), 1.0)
-        running = self._judged - self._phase_begun
-        self._left = running * (1 - self.share) / self.share if self.share else None
+        self.share = 0.0
+        if event.total > 0:
+            self.share = min(max(event.done / event.total, 0.0), 1.0)
+        self._left = None
+        if self.share:
+            running = self._judged - self._phase_begun
+            self._left = running * (1 - self.share) / self.share
         return ended
 
     def end(self) -> str:
         """Ends the run, which is done; returns the phase that this ends, or ""."""
         self.share = 1.0
         self._left = 0.0
-        return self._begin("")
+        return self._begin("", self._part)
 
-    def _begin(self, phase: str) -> str:
-        if phase == self.phase:
+    def _begin(self, phase: str, part: str) -> str:
+        if (phase, part) == (self.phase, self._part):
             return ""
         ended = self.phase
         now = self._clock()
         if ended:
-            self.seconds[ended] = self.seconds.get(ended, 0.0) + now - self._phase_begun
+            took = now - self._phase_begun
+            self.took = self.seconds.get(ended, 0.0) + took
+            self.seconds[ended] = self.took
+        if part != self._part:
+            self.seconds = {}
         self.phase = phase
+        self._part = part
         self._phase_begun = now
         return ended
 

@@ -5,14 +5,18 @@ Importing this module imports no torch, so that ``--help`` and shell completion 
 
 from __future__ import annotations
 
+import inspect
 import json
 import numbers
 import os
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +31,8 @@ from pydantic.functional_validators import field_validator, model_validator
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 from sparsellm.inputs import (
+    as_number,
+    as_whole_number,
     check_size,
     dump_yaml,
     parse_bytes,
@@ -35,7 +41,7 @@ from sparsellm.inputs import (
     without_folders,
 )
 from sparsepack.arguments import SHORT_DTYPES
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, Grid
 
 if TYPE_CHECKING:
     from sparsellm.patterns import Pattern
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
 # in all calibration windows together, whose ids alone take 16 GiB
 MOST_TOKENS = 1 << 31
 MOST_SEED = (1 << 63) - 1
+# share of zeros at which `threshold` says how many bytes a linear gets
+NOTIONAL = 0.3
 # fields for methods that a sweep may follow
 SWEEP = (
     "effort",
@@ -161,16 +169,22 @@ class Recipe(BaseModel):
     pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
     """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
     so that the sparsity is met as nearly as these steps allow."""
-    values: Annotated[Literal["keep", "int8", "int4", "int3"], Option(WHAT, "TYPE")] = (
-        "keep"
-    )
-    """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
-    `sparsellm pack --values` stores them without loss."""
+    values: Annotated[
+        Literal["keep", "int8", "int6", "int5", "int4", "int3", "mixed"],
+        Option(WHAT, "TYPE", values=("keep", "int8", "int6", "int5", "int4", "int3")),
+    ] = "keep"
+    """Type of the kept values: keep for the checkpoint's own; int8, int6, int5, int4 or int3 to round them while
+    pruning, so that `sparsellm pack` stores them without loss."""
     grid: Annotated[
         Literal[
             "own",
             "q4_0",
             "q8_0",
+            "q6_k",
+            "q5_0",
+            "iq4_nl",
+            "iq4_xs",
+            "q3_k",
             "w4a16",
             "w4a16-64",
             "w4a16-32",
@@ -181,8 +195,13 @@ class Recipe(BaseModel):
         Option(WHAT, "NAME"),
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
-    q4_0 and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8 (compressed-tensors). It implies the values,
-    and sparsity 0 unless one is given, since zeros save nothing there."""
+    q4_0, q8_0, q6_k, q5_0, iq4_nl, iq4_xs and q3_k (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
+    (compressed-tensors). It implies the values, and sparsity 0 unless one is given, since zeros save nothing there."""
+    bits: Annotated[float | None, Field(gt=0, le=16)] = None
+    """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every
+    linear gets a type and a sparsity of its own; this implies values mixed, and no sparsity is given."""
+    program: Literal["sparsellm", "llama.cpp", "vllm"] | None = None
+    """The program whose types linears get with `bits`: sparsellm (the packed format), llama.cpp or vllm."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""
     allocation: Annotated[
@@ -324,15 +343,9 @@ class Recipe(BaseModel):
                     f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one"
                 )
             object.__setattr__(self, "sparsity", implied)
+        self._size_decides()
         if self.grid != "own":
-            implied_values = GRIDS[self.grid].values
-            if "values" in self.model_fields_set and self.values != implied_values:
-                raise RecipeError(
-                    f"grid {self.grid} means values {implied_values}, not {self.values}; give one"
-                )
-            object.__setattr__(self, "values", implied_values)
-            if self.pattern is None and "sparsity" not in self.model_fields_set:
-                object.__setattr__(self, "sparsity", 0.0)
+            self._take_grid(GRIDS[self.grid])
         if self.pattern is not None and self.sparsity_of:
             raise RecipeError(
                 f"{pattern} fixes the sparsity of every linear; leave out sparsity_of"
@@ -358,9 +371,56 @@ class Recipe(BaseModel):
             raise RecipeError(f"{both}; leave out one")
         return self
 
+    def _size_decides(self) -> None:
+        """Sets what ``bits`` and ``program`` imply, and refuses what they leave no choice of."""
+        if (self.bits is None) != (self.program is None):
+            raise RecipeError("bits and program go together; give both or none")
+        if self.bits is None:
+            if self.values == "mixed":
+                raise RecipeError(
+                    "values mixed comes from a size; give bits and program"
+                )
+            return
+        implied = {
+            "values": "mixed",
+            # where threshold's gradients are taken; only the packed format gains by zeros
+            "sparsity": NOTIONAL if self.program == "sparsellm" else 0.0,
+            "grid": "own",
+            "pattern": None,
+            "sparsity_of": {},
+        }
+        for name, value in implied.items():
+            given = getattr(self, name)
+            if name in self.model_fields_set and given != value:
+                raise RecipeError(
+                    f"bits {self.bits:g} chooses zeros and types by linear, and {name} {given} says otherwise; give one"
+                )
+            object.__setattr__(self, name, value)
+        if self.allocation not in (None, "threshold"):
+            raise RecipeError(
+                f"bits {self.bits:g} takes allocation threshold, not {self.allocation}; leave it out"
+            )
+
+    def _take_grid(self, grid: Grid) -> None:
+        """Sets what a grid implies, and refuses what contradicts it."""
+        if "values" in self.model_fields_set and self.values != grid.values:
+            raise RecipeError(
+                f"grid {self.grid} means values {grid.values}, not {self.values}; give one"
+            )
+        object.__setattr__(self, "values", grid.values)
+        given = "sparsity" in self.model_fields_set and self.sparsity > 0
+        if (given or self.pattern or self.sparsity_of) and not grid.has_zero:
+            raise RecipeError(
+                f"grid {self.grid} does not have the number 0 in every linear, so zeros would not stay; leave out "
+                "sparsity and pattern, or take another grid"
+            )
+        if self.pattern is None and "sparsity" not in self.model_fields_set:
+            object.__setattr__(self, "sparsity", 0.0)
+
     @property
     def rounding(self) -> str:
-        """What values are rounded to: ``keep``, an integer type of the packed format, or another program's grid."""
+        """What values are rounded to: ``keep``, an integer type of the packed format, or another program's grid; or
+        ``mixed`` where each linear gets one of its own."""
         return self.values if self.grid == "own" else self.grid
 
     def allocation_by(self, preferred: str) -> str:
@@ -368,6 +428,8 @@ class Recipe(BaseModel):
         pattern with a choice of N, ``preferred``, or ``threshold`` where that is ``uniform``; else ``preferred``."""
         if self.allocation is not None:
             return self.allocation
+        if self.bits is not None:
+            return "threshold"
         if self.chosen_of is not None:
             return "threshold" if preferred == "uniform" else preferred
         varies = self.pattern is None and self.sparsity
@@ -484,6 +546,47 @@ class Recipe(BaseModel):
         )
 
 
+def _short_type(annotation: Any) -> str:
+    """The type of a field in one word or two, such as ``float | None``."""
+    if annotation is None or annotation is type(None):
+        return "None"
+    origin = get_origin(annotation)
+    parts = get_args(annotation)
+    if origin is Annotated:
+        return _short_type(parts[0])
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_short_type, parts)))
+    if origin is list:
+        return f"list[{_short_type(parts[0])}]"
+    if origin is dict:
+        return f"dict[str, {'float' if 'float' in str(parts[1]) else 'Any'}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _describe(kind: type[BaseModel]) -> None:
+    """Makes ``help()`` of a model of settings readable: a short signature, and each field with its sentence."""
+    parameters = []
+    lines = []
+    for name, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        short = _short_type(field.annotation)
+        kind.__annotations__[name] = short
+        parameters.append(
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=short)
+        )
+        lines.append(f"\n{name}: {short} = {default!r}")
+        told = " ".join(str(field.description).split())
+        lines += textwrap.wrap(
+            told, 92, initial_indent="    ", subsequent_indent="    "
+        )
+    kind.__doc__ = "\n".join([inspect.cleandoc(kind.__doc__ or ""), *lines])
+    kind.__signature__ = Signature(parameters)  # type: ignore[misc]
+
+
+_describe(Recipe)
+
 # their entries are set after a dot
 MAPPINGS = (
     "options",
@@ -526,6 +629,9 @@ def _explain(error: ValidationError) -> str:
         and 5 <= value < 100
     )
     said = refusal(error, f"recipe field {key}")
+    if isinstance(value, str) and first["type"] in ("float_type", "int_type"):
+        hint = as_number if first["type"] == "float_type" else as_whole_number
+        return f"recipe field {key} is {shown(value)}; {hint(value)}"
     if percent:
         said += f"; did you mean {value / 100:g}?"
     return said

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -28,16 +28,20 @@ from pydantic import (
 from sparsellm.errors import StorageError, refusal, shown
 from sparsellm.inputs import read_object
 from sparsellm.patterns import parse_pattern
-from sparsepack.bench import Comparison, Measurement, Pair
+from sparsepack.bench import Comparison, Pair, Ratio, Speed
 from sparsepack.checkpoint import is_packed
+from sparsepack.grids import GRIDS
 from sparsepack.layout import predicted_bytes
 
 PRUNING = "pruning.json"
 RESULTS = "results.json"
 PUT_BACK = "put the file back as it was"
+KEEP = "keep"  # in place of a type: values are not rounded
+OWN = "own"  # in place of a grid: that of the packed format, or none
+MIXED = "mixed"  # in place of one type or grid: linears differ
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(gt=0, lt=2**31)]
+Dimension = Annotated[int, Field(gt=0, lt=2**31)]
 Seconds = Annotated[float, PlainSerializer(lambda value: round(value, 3))]
 Settings = dict[str, JsonValue]
 
@@ -59,7 +63,7 @@ def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
         raise StorageError(f"{path}: {refusal(error)}; {advice}") from None
 
 
-class Step(Record):
+class Iteration(Record):
     """One iteration of the decomposition of a unit; its error is on held-out tokens, or else on training tokens."""
 
     iteration: int
@@ -76,7 +80,7 @@ class Matrix(Record):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    shape: Annotated[tuple[Size, ...], Field(strict=False)]
+    shape: Annotated[tuple[Dimension, ...], Field(strict=False)]
     zeros: Count
 
     @property
@@ -93,19 +97,22 @@ class LinearResult(Matrix):
     """The result of one linear. Its error is ‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs X that the method
     fitted to; W₀ is the dense weight, or that of a writer after its refit. In a unit that was fitted by auxiliary
     variables, ``down`` has the error of the unit on held-out tokens before rounding, the others NaN. ``exponents`` has
-    a hexadecimal digit, the exponent plus 8, for each column of integer values; it is empty if all are 0."""
+    a hexadecimal digit, the exponent plus 8, for each column of integer values; it is empty if all are 0. ``values``
+    is what the values are rounded to: ``keep``, a type or a grid; it is empty in records of older releases, see
+    :meth:`RunRecord.values_of`."""
 
-    shape: Annotated[tuple[Size, Size], Field(strict=False)]
+    shape: Annotated[tuple[Dimension, Dimension], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
     error: float = math.nan
     # for the user, such as a damping that was raised
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    history: Annotated[tuple[Step, ...], Field(strict=False)] = ()
+    history: Annotated[tuple[Iteration, ...], Field(strict=False)] = ()
     tokens: Count | None = (
         None  # calibration tokens that were routed to it, if it belongs to an expert
     )
     pattern: str | None = None  # such as ``2:4``; None for zeros anywhere
     exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
+    values: str = ""
 
     @property
     def block(self) -> int:
@@ -119,10 +126,8 @@ class LinearResult(Matrix):
 
     @property
     def kind(self) -> str:
-        """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
-        return re.sub(
-            r"(?<=\.)\d+(?=\.|$)", "*", re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
-        )
+        """Its name as :func:`kind_of` has it."""
+        return kind_of(self.name)
 
     def packed_bytes(self, values: str, group: int | None = None) -> int:
         """Its bytes packed with values of a type; ``group`` as in :func:`sparsepack.layout.predicted_bytes`."""
@@ -153,6 +158,12 @@ def error_of(linears: Iterable[LinearResult]) -> float:
     """The mean error of some linears, those without a finite one left out; NaN if there are none."""
     errors = [linear.error for linear in linears if math.isfinite(linear.error)]
     return sum(errors) / len(errors) if errors else math.nan
+
+
+def kind_of(name: str) -> str:
+    """The name of a matrix inside its block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
+    inside = re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
 
 
 class DenseMatrix(Matrix):
@@ -265,8 +276,10 @@ class RunRecord(Record):
     format: Literal[1] = 1
     base: Base = Base()
     sparsity_asked: float  # the recipe's, which holds for the pruned linears
-    values: str = "keep"
-    grid: str = "own"  # to which values were rounded; "own" for that of the packed format, or for none
+    # to which values were rounded: keep, int8, int4 or int3; mixed if linears differ
+    values: str = KEEP
+    # to which values were rounded; own for that of the packed format, or for none; mixed if linears differ
+    grid: str = OWN
     seed: int = 0
     bits_per_weight: float | None = (
         None  # as ``pack`` (experts aside) or the grid stores pruned linears; None if kept
@@ -324,6 +337,49 @@ class RunRecord(Record):
         """Fraction of zeros over every matrix of the blocks."""
         return self.matrices.sparsity
 
+    def values_of(self, linear: LinearResult) -> str:
+        """What the values of a linear of this run are rounded to: ``keep``, a type, or the name of a grid."""
+        if linear.values:
+            return linear.values
+        return self.values if self.grid == OWN else self.grid
+
+    @property
+    def in_short(self) -> str:
+        """Zeros, pattern, values and bits in a few words, for titles: ``50% zeros, int8, 4.9 bits a weight``."""
+        parts = []
+        if self.zeros:
+            parts.append(f"{100 * self.sparsity_reached:.4g}% zeros")
+        patterns = {linear.pattern for linear in self.linears}
+        parts += [pattern for pattern in patterns if pattern and len(patterns) == 1]
+        if self.values != "keep":
+            grid = f" ({self.grid})" if self.grid != "own" else ""
+            parts.append(f"{self.values}{grid}")
+        if self.bits_per_weight is not None:
+            parts.append(f"{self.bits_per_weight:.2g} bits a weight")
+        return ", ".join(parts) or "no zeros"
+
+    @property
+    def best_pass(self) -> SweepPass | None:
+        """The pass of the sweep whose weights the result has: that with the least divergence; None without a sweep."""
+        return min(self.sweeps, key=lambda entry: entry.held_out, default=None)
+
+    @property
+    def idle_sweep(self) -> str:
+        """A sentence if the sweep gained nothing; else empty."""
+        best = self.best_pass
+        if best is None or best.passes or len(self.sweeps) < 2:
+            return ""
+        after = min(entry.held_out for entry in self.sweeps[1:])
+        return (
+            f"the sweep gained nothing: the divergence on held-out windows was {best.held_out:.3g} nats a token before "
+            f"it and {after:.3g} after it, so the weights before it are kept"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.in_short} in {len(self.linears)} linears of {self.base.name!r:.80}>"
+
+    __str__ = __repr__
+
     @property
     def allocated_by(self) -> str | None:
         """The name of the allocation; None if all linears have the same sparsity."""
@@ -357,7 +413,8 @@ class Pruning(RunRecord):
     @property
     def packs(self) -> bool:
         """Whether its values have a packed form: those of another program's grid in int8 have none."""
-        return self.grid == "own" or self.values != "int8"
+        grids = [GRIDS.get(self.values_of(linear)) for linear in self.linears]
+        return all(grid is None or grid.values != "int8" for grid in grids)
 
 
 def read_pruning(directory: Path) -> Pruning:
@@ -371,6 +428,12 @@ def read_pruning(directory: Path) -> Pruning:
             f"{directory} was exported for another program; give the checkpoint that it was made from"
         )
     return read_record(Pruning, directory / PRUNING)
+
+
+class Measurement(BaseModel):
+    """Finite numbers only; fields of a later release are kept when it is written again."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
 
 class Interval(Measurement):
@@ -525,8 +588,21 @@ class Evaluation(Stamp):
         return self.protocol.tokens
 
 
-class Benchmark(Comparison, Stamp):
+class MeasuredSpeed(Measurement, Speed):
+    """The speed of one model in one setting, as a file has it."""
+
+    median: Annotated[float, Field(gt=0)]
+
+
+class MeasuredRatio(Measurement, Ratio):
+    """The ratio of two speeds, as a file has it."""
+
+
+class Benchmark(Stamp, Comparison):
     """One call of ``sparsellm bench``."""
+
+    speeds: Sequence[MeasuredSpeed]
+    ratios: Sequence[MeasuredRatio] = []
 
     @property
     def decoding(self) -> Pair | None:

@@ -46,12 +46,10 @@ class Entry(Generic[F]):
     products: float = 1.0
     needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
-    allocation: str = (
-        "uniform"  # a method's default, unless a pattern fixes the sparsity
-    )
-    effort: int | None = (
-        None  # a method's default effort of the sweep that follows; None if none may follow
-    )
+    # a method's default, unless a pattern fixes the sparsity
+    allocation: str = "uniform"
+    # a method's default effort of the sweep that follows; None if none may follow
+    effort: int | None = None
 
     def check(self, values: Options) -> Options:
         """All options with their values, coerced to the declared types, as JSON values in the order of the signature.
@@ -66,11 +64,9 @@ class Entry(Generic[F]):
                 raise RecipeError(
                     refusal(error, f"option {option} of {self.name}")
                 ) from None
-            hint = (
-                nearest(option, known)
-                if known
-                else "it has no options at all; leave it out"
-            )
+            hint = "it has no options at all; leave it out"
+            if known:
+                hint = nearest(option, known)
             raise RecipeError(f"{self.name} has no option {option!r}; {hint}") from None
 
     def to_dict(self) -> Options:
@@ -78,11 +74,9 @@ class Entry(Generic[F]):
         options: dict[str, Options] = {}
         for name, info in self.options.model_fields.items():
             kind = info.annotation
-            type_name = (
-                kind.__name__
-                if isinstance(kind, type)
-                else str(kind).replace("typing.", "")
-            )
+            type_name = str(kind).replace("typing.", "")
+            if isinstance(kind, type):
+                type_name = kind.__name__
             default = None if info.is_required() else info.get_default()
             options[name] = {
                 "type": type_name,

@@ -51,17 +51,20 @@ def go_on(said: str, run: Any) -> str:
     return str(run(*again, exits=0)[2])
 
 
-@pytest.mark.parametrize("signum", CODES, ids=lambda signum: signum.name)
 def test_a_signal_stops_and_says_what_is_kept(
-    signum: signal.Signals, llama: Path, tmp_path: Path, run: Any
+    llama: Path, tmp_path: Path, run: Any
 ) -> None:
     out = tmp_path / ODD_NAME
     code, line = stopped(
-        tmp_path, signum, *pruning(llama, tmp_path, ODD_NAME), "--json", "--restart"
+        tmp_path,
+        signal.SIGTERM,
+        *pruning(llama, tmp_path, ODD_NAME),
+        "--json",
+        "--restart",
     )
-    assert code == CODES[signum]
+    assert code == 143
     assert line.startswith(
-        f"interrupted ({signum.name}); finished blocks are kept next to {out}; "
+        f"interrupted (SIGTERM); finished blocks are kept next to {out}; "
     )
     assert "--restart" not in line
     assert not out.exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,6 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }
 
 
-def test_a_package_is_known_by_all_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    for package, inner in (("package_0", "x = 1"), ("package_1", "x = 2")):
-        write(tmp_path / package / "__init__.py", "from . import inner")
-        write(tmp_path / package / "inner.py", inner)
-        plugins.load_plugin(package)
-    assert len(set(plugins.loaded().values())) == 2
-
-
 def test_a_file_is_loaded_once_and_known_by_its_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,25 +148,6 @@ def test_plugins_have_distinct_names_that_can_be_recorded(tmp_path: Path) -> Non
         plugins.load_plugin(write(tmp_path / file, SOLVER.format(name=name)))
     digest = hashlib.sha256((tmp_path / "b" / "s.py").read_bytes()).hexdigest()
     assert list(plugins.loaded()) == ["s.py", f"s.py {digest[:8]}", r"s\udcff.py"]
-
-
-def test_what_is_defined_in_a_file_has_a_module(tmp_path: Path) -> None:
-    """Where dataclasses and pickle look for it."""
-    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
-    plugins.load_plugin(write(tmp_path / "with_class.py", source))
-    (module,) = [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith("sparsellm_plugin_with_class_")
-    ]
-    assert module.A(1).x == 1
-    assert module.__file__ == str(tmp_path / "with_class.py")
-    plugins.load_plugin(
-        write(
-            tmp_path / "own.py",
-            "def f(x: int): ...\nassert f.__annotations__ == {'x': int}",
-        )
-    )
 
 
 BROKEN: dict[str, tuple[str, list[str]]] = {
@@ -245,3 +215,16 @@ def test_no_run_goes_on_with_a_changed_plugin(
         prune(text)
     plugins.load_plugin(source)
     assert sparsellm.prune(llama, recipe, out=tmp_path / "p", restart=True).zeros
+
+
+def test_a_pipe_or_a_directory_is_no_plugin(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(RecipeError, match=r"pipe\.py is not an ordinary file"):
+        plugins.load_plugin(tmp_path / "pipe.py")
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(RecipeError, match=r"folder\.py: Is a directory"):
+        plugins.load_plugin(tmp_path / "folder.py")
+    with (tmp_path / "large.py").open("wb") as file:
+        file.truncate(17 << 20)
+    with pytest.raises(RecipeError, match=r"large\.py has more than 16 MiB"):
+        plugins.load_plugin(tmp_path / "large.py")

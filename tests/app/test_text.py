@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,11 +16,8 @@ import pytest
 from typer.main import get_command
 
 from sparsellm import Recipe, __version__, api
-from sparsellm.api import PruneResult
-from sparsellm.app import cli, console, options, tables
+from sparsellm.app import cli, console, options
 from sparsellm.recipe import help_of, option_of
-from sparsellm.records import Benchmark, LinearResult
-from sparsepack.bench import Speed
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -61,7 +57,7 @@ def test_every_command_shows_names_as_they_are_and_a_json(
             *SMALL,
         ),
         ("eval", pruned, "--text", text, "--seq-len", 32),
-        ("inspect", pruned),
+        ("inspect", pruned, "--all"),
         ("pack", pruned, "--out", packed),
         ("unpack", packed, "--out", again),
         (
@@ -160,11 +156,31 @@ def test_every_field_with_an_option_is_shown_with_its_default(run: Any) -> None:
             assert f"{help_of(name)} [default: {line.null or default}]" in words
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("--values", "int8"), ["--grid q8_0 (gguf), ", "w8a16"]),
+        (("--values", "int3"), ["give --grid w3a16 (compressed-tensors)"]),
+        (("--grid", "w8a8"), []),
+        ((), []),
+        (("--values", "int8", "--pack", "p"), []),
+    ],
+)
+def test_before_the_work_it_is_said_what_can_be_exported(
+    settings: Any, said: list[str], llama: Path, tmp_path: Path, run: Any
+) -> None:
+    line = ("prune", llama, "--out", tmp_path / "out", "--dry-run", *SMALL, *settings)
+    stderr = run(*line, exits=0)[2]
+    notes = [text for text in stderr.splitlines() if "`sparsellm pack` alone" in text]
+    assert len(notes) == bool(said)
+    assert all(part in stderr for part in said)
+
+
 def test_the_help_is_short_and_begins_with_what_is_common(run: Any) -> None:
     stdout = run("prune", "--help", columns=80)[1]
     panels = re.findall("─ ([A-Z][\\w ]+) ─", stdout)
     assert panels[:2] == ["Model", "Common"]
-    assert len(re.findall(r"^│ [* ] *--|^│ --", stdout, re.MULTILINE)) <= 26
+    assert len(re.findall(r"^│ [* ] *--|^│ --", stdout, re.MULTILINE)) <= 27
     assert len(COMMANDS) <= 15
 
 
@@ -214,6 +230,7 @@ def recipe_of(
     """The recipe with which a command line of ``prune`` would run."""
     stop = Mock(side_effect=cli.RecipeError("enough"))
     monkeypatch.setattr(api, "prune", stop)
+    monkeypatch.setattr(cli.use, "look_at_names", Mock())  # nothing is there
     assert run("prune", "model", "--out", "out", *arguments)[2] == "error: enough\n"
     return stop.call_args.args[1]  # type: ignore[no-any-return]
 
@@ -257,95 +274,13 @@ def test_version_and_completion_need_no_torch() -> None:
     }
     assert shown(**asked) == "--calibration\n"
     asked |= {"COMP_WORDS": "sparsellm prune m --values ", "COMP_CWORD": "4"}
-    assert shown(**asked).split() == ["keep", "int8", "int4", "int3"]
+    assert shown(**asked).split() == ["keep", "int8", "int6", "int5", "int4", "int3"]
 
 
 def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:
     _, stdout, stderr = run(exits=2)
     assert "Usage: sparsellm" in stdout + stderr
     assert "error" not in stderr
-
-
-def large_result() -> PruneResult:
-    kinds = (
-        "q_proj",
-        "a_kind_of_linear_with_a_very_long_name_that_must_be_folded",
-        "down_proj",
-    )
-    size: dict[str, Any] = {
-        "shape": (53_084_160, 100),
-        "zeros": 3_715_891_200,
-        "asked": 0.7,
-        "error": 0.0123,
-    }
-    linears = [
-        LinearResult(name=f"model.layers.{block}.{kind}", **size)
-        for block in range(2)
-        for kind in kinds
-    ]
-    seconds = {
-        "open": 81.3,
-        "calibration": 0.4,
-        "allocation": 133.4,
-        "prune": 593.2,
-        "prune/solve": 472.2,
-        "odd": 1.0,
-    }
-    measured: dict[str, Any] = {
-        "seconds": seconds,
-        "peak_rss_bytes": 1 << 30,
-        "calibration_tokens": 4096,
-    }
-    given: dict[str, Any] = {
-        "recipe": Recipe(),
-        "sparsity_asked": 0.7,
-        "allocation": {"name": "threshold"},
-    }
-    return PruneResult(path=Path("/x"), linears=linears, **given, **measured)
-
-
-def in_80_columns(
-    show: Callable[[], None],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> str:
-    """What is printed, whose tables are at most 80 columns wide."""
-    monkeypatch.setenv("COLUMNS", "80")
-    console.out.cache_clear()
-    show()
-    shown = capsys.readouterr().out
-    assert max(len(line) for line in shown.splitlines() if "│" in line) <= 80
-    assert "…" not in shown
-    return shown
-
-
-def test_the_report_cuts_no_number(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown = in_80_columns(
-        lambda: tables.print_pruned(large_result()), capsys, monkeypatch
-    )
-    assert all(number in shown for number in ("10.6B", "31.9B", "70.00%"))
-
-
-def test_the_time_of_phases_is_told_by_share() -> None:
-    console.out.cache_clear()
-    with console.out().capture() as captured:
-        console.out().print(console.phases(large_result().seconds))
-    lines = [
-        " ".join(line.replace("│", " ").split()) for line in captured.get().splitlines()
-    ]
-    said = [
-        "prune blocks 9 min 53 s 73%",
-        "choose sparsities 2 min 13 s 16%",
-        "open the model 1 min 21 s 10%",
-    ]
-    assert lines[3:6] == said
-    assert "all 13 min 29 s" in lines
-    assert not any("solve" in line for line in lines)
-    with console.out().capture() as captured:
-        console.out().print(console.phases(large_result().seconds, parts=True))
-    assert "solve" in captured.get()
 
 
 def test_numbers_are_short() -> None:
@@ -401,40 +336,3 @@ def test_json_is_readable_whatever_the_encoding(
         assert json.loads(stream.buffer.getvalue().decode(encoding)) == {
             "path": "ü–\udcff[b]"
         }  # type: ignore[attr-defined]
-
-
-def test_speeds_of_five_digits_fit(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {
-        "phase": "prefill",
-        "batch": 64,
-        "threads": 128,
-        "decoder": "transformers",
-    }
-    given |= {"median": 12_345.6, "slowest": 9_876.4, "fastest": 13_000.0}
-    speeds = [Speed(model=model, **given) for model in ("dense", "packed")]
-    sizes = {
-        f"{model}{part}_bytes": 1
-        for model in ("dense", "packed")
-        for part in ("", "_linear", "_disk")
-    }
-    more = {
-        "sparsellm": "0",
-        "machine": "[m]",
-        "date": "today",
-        "kernel": "[avx512]",
-        "dtype": "float32",
-    }
-    result = Benchmark(
-        speeds=speeds,
-        verdict=["packed is [faster]"],
-        dense_dtype="float32",
-        **sizes,
-        **more,
-    )  # type: ignore[arg-type]
-    shown = in_80_columns(
-        lambda: tables.print_speeds(result, None), capsys, monkeypatch
-    )
-    assert "12.3K (9876–13.0K)" in shown
-    assert "packed is [faster]\n" in shown

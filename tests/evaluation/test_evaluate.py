@@ -96,13 +96,6 @@ def test_a_tokenizer_without_bos_is_refused_before_the_work(
     assert not out.exists()
 
 
-def test_token_ids_are_calibrated_on_as_they_are(text: Path) -> None:
-    result = sparsellm.prune(
-        tiny_llama(), Recipe(method="magnitude"), calibration=by_hand(text, bos=True)
-    )
-    assert result.calibration_bos == "given"
-
-
 def test_divergence_is_that_of_both_whole_models(
     llama: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -321,24 +314,6 @@ def test_results_go_with_the_checkpoint_that_is_replaced(
     assert not (pruned / "results.json").exists()
 
 
-def test_benchmarks_are_appended_too(pruned: Path, tmp_path: Path, run: Any) -> None:
-    packed = sparsellm.pack(pruned, out=tmp_path / "packed").path
-    small = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
-    shown = json.loads(
-        run("bench", packed, "--dense", pruned, *small, "--json", exits=0)[1]
-    )
-    (record,) = read_results(packed).benchmarks
-    assert (
-        record.model_dump(mode="json") | {"results": str(packed / "results.json")}
-        == shown
-    )
-    for path, size in (
-        (pruned, record.dense_disk_bytes),
-        (packed, record.packed_disk_bytes),
-    ):
-        assert size == sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
 def test_a_measurement_that_cannot_be_kept_is_printed(
     pruned: Path, text: Path, run: Any, monkeypatch: Any
 ) -> None:
@@ -487,7 +462,7 @@ def test_an_unknown_task_is_refused_before_the_model_is_opened(
     )
     line = refusal(
         "eval",
-        "/nowhere/model",
+        "nowhere/model",
         "--text",
         text,
         "--tasks",

@@ -5,25 +5,46 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
+from torch import Tensor
 
 from sparsellm.exports.blocks import block_type, quantised, to_blocks
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, Grid, grid_for
 
 
-@pytest.mark.parametrize("grid", ["q4_0", "q8_0"])
-def test_blocks_are_numbers_times_scales(grid: str) -> None:
-    of, generator = GRIDS[grid], torch.Generator().manual_seed(1)
-    codes = torch.randint(
-        of.lowest, of.highest + 1, (6, 96), generator=generator, dtype=torch.int8
-    )
-    scales = torch.randn(6, 3, generator=generator).half().float()
-    scales[0, 0] = 0.0
-    read = gguf.dequantize(
-        to_blocks(codes, scales, of.bits), gguf.GGMLQuantizationType[block_type(of)]
-    )
-    assert torch.equal(
-        torch.from_numpy(read), codes.float() * scales.repeat_interleave(32, dim=1)
-    )
+def random_scales(grid: Grid, rows: int, columns: int) -> Tensor:
+    """Scales that blocks can hold: numbers of fp16, or any whole numbers of one of them."""
+    generator = torch.Generator().manual_seed(2)
+    groups = columns // grid.group
+    if not grid.parts:
+        scales = torch.randn(rows, groups, generator=generator).half().float()
+        scales[0, 0] = 0.0
+        return scales
+    shape = (rows, groups // grid.parts, grid.parts)
+    ends = (grid.lowest_scale, grid.highest_scale + 1)
+    whole = torch.randint(*ends, shape, generator=generator)
+    whole[..., 3] = grid.lowest_scale
+    # with the digits of bf16, as the product with a number must be exact in fp32
+    units = torch.randn(*shape[:2], 1, generator=generator).bfloat16().half().float()
+    units[0, 0] = 2.0**-24
+    return (units * whole).view(rows, groups)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, grid in GRIDS.items() if block_type(grid) is not None]
+)
+@pytest.mark.parametrize("columns", [96, 512])
+def test_blocks_are_numbers_times_scales(name: str, columns: int) -> None:
+    """As the format's own library reads them; in rows that are too narrow for a type, in the one that follows it."""
+    grid = grid_for(name, columns)
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.tensor(grid.numbers, dtype=torch.int8)
+    places = torch.randint(len(numbers), (6, columns), generator=generator)
+    codes = numbers[places]
+    scales = random_scales(grid, 6, columns)
+    kind = gguf.GGMLQuantizationType[block_type(grid) or ""]
+    read = gguf.dequantize(to_blocks(codes, scales, GRIDS[name]), kind)
+    exact = codes.float() * scales.repeat_interleave(grid.group, dim=1)
+    assert torch.equal(torch.from_numpy(read), exact)
 
 
 def test_q6_k_keeps_numbers_that_it_has_and_is_near_others() -> None:
@@ -55,8 +76,5 @@ def test_q6_k_keeps_numbers_that_it_has_and_is_near_others() -> None:
 
 
 def test_other_groups_have_no_block() -> None:
-    assert {name for name, grid in GRIDS.items() if block_type(grid) is not None} == {
-        "q4_0",
-        "q8_0",
-        "w4a16-32",
-    }
+    others = {name for name, grid in GRIDS.items() if block_type(grid) is None}
+    assert others == {"w4a16", "w4a16-64", "w3a16", "w8a16", "w8a8"}

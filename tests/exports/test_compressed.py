@@ -16,7 +16,7 @@ from sparsellm.errors import MissingExtraError, ModelError, StorageError
 from sparsellm.files.reader import CheckpointReader
 from tests.exports.checkpoints import family, logits, mixtral, pruned, wide_llama
 from tests.models import tiny_gpt2
-from tests.report.test_card import EVALUATION, results
+from tests.report.pages import EVALUATION, write_results
 
 MODELS = {
     "llama": wide_llama,
@@ -77,7 +77,7 @@ def test_three_bits_cross_the_words_in_which_they_are(tmp_path: Path) -> None:
 
 def test_int8_activations_are_left_to_the_loader(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "w8a8")
-    results(directory, EVALUATION)
+    write_results(directory, EVALUATION)
     out = exported(directory)
     # it was measured without
     assert "No result holds for these files." in (out / "README.md").read_text()
@@ -120,13 +120,13 @@ def test_what_is_dense_stays_so_and_is_named(tmp_path: Path) -> None:
 
 def test_a_packed_checkpoint_is_exported_as_well(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "w4a16-32")
-    sparsellm.pack(directory, out=tmp_path / "packed")
+    sparsellm.pack(directory, out=tmp_path / "packed", head="keep")
     assert torch.equal(logits(exported(tmp_path / "packed")), logits(directory))
 
 
 def test_a_directory_has_what_belongs_to_the_model_and_no_place(tmp_path: Path) -> None:
     directory = pruned(wide_llama(), tmp_path, "w8a16")
-    results(directory, {**EVALUATION, "perplexity": {"value": 9.0}}, EVALUATION)
+    write_results(directory, {**EVALUATION, "perplexity": {"value": 9.0}}, EVALUATION)
     out = exported(directory)
     # the first is superseded
     assert (out / "README.md").read_text().count("windows of 512 tokens") == 1

@@ -64,9 +64,7 @@ def test_export_says_what_zeros_cost_and_is_named_from_then_on(
     assert (
         content["packed_bytes"] < content["linear_bytes"] < content["record"]["bytes"]
     )
-    packed = sparsellm.pack(
-        directory, out=tmp_path / "packed", values="int4"
-    ).packed_bytes
+    packed = sparsellm.pack(directory, out=tmp_path / "packed").packed_bytes
     # rows have different numbers of zeros
     assert content["packed_bytes"] == pytest.approx(packed, rel=0.01)
     assert "path" not in content["record"]

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import Recipe
@@ -22,7 +22,8 @@ from sparsellm.exports.template import Template, orders_of
 from sparsellm.files.contents import write_list
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.writer import write_shard
-from tests.exports.checkpoints import IDS, family, mixtral, pruned, wide_llama
+from sparsellm.records import read_pruning
+from tests.exports.checkpoints import IDS, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
 from tests.report.pages import rewrite
@@ -116,6 +117,26 @@ def test_a_file_finer_than_bfloat16_is_pruned_and_exported(
     out = tmp_path / "out.gguf"
     sparsellm.export(directory, to="gguf", out=out, like=source)
     assert_is(gguf.GGUFReader(out), directory)
+
+
+@pytest.mark.parametrize("grid", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k"])
+def test_linears_of_many_types_are_those_of_the_checkpoint(
+    tmp_path: Path, grid: str
+) -> None:
+    """Rows of 256 in the type itself, those of 96 in the one that llama.cpp takes there; and the run says so."""
+    model = wide_llama(
+        hidden_size=256, intermediate_size=96, head_dim=64, num_hidden_layers=1
+    )
+    directory = pruned(model, tmp_path, grid, sparsity=0.0, effort=1)
+    file = exported(directory)
+    assert_is(file, directory)
+    types = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
+    narrow = {"iq4_xs": "IQ4_NL", "q3_k": "IQ4_NL", "q6_k": "Q8_0"}
+    assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_up.weight"] == grid.upper()
+    assert types["blk.0.ffn_down.weight"] == narrow.get(grid, grid.upper())
+    warnings = read_pruning(directory).warnings
+    said = "1 of 7 linears have inputs that 256 does not divide, and are rounded to"
+    assert any(said in warning for warning in warnings) is (grid in narrow)
 
 
 def test_a_bias_of_zeros_goes_where_the_rows_of_its_weight_go(tmp_path: Path) -> None:
@@ -271,6 +292,14 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pruned(wide_llama(), place, "q4_0")
 
 
+def pipe(place: Path) -> Path:
+    """A pipe that nobody writes to."""
+    path = place / "pipe"
+    if not path.exists():
+        os.mkfifo(path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("like", "said"),
     [
@@ -289,6 +318,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
             r"other\.gguf is of another model: it has 3 blocks, not 2; give the",
         ),
         (lambda place: place / "none.gguf", r"none\.gguf' is not a readable GGUF file"),
+        (lambda place: place, r"ready0' is not a readable GGUF file: .*directory"),
+        (pipe, r"pipe' is not a readable GGUF file: .* is not an ordinary file"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(
@@ -422,36 +453,38 @@ def test_what_a_killed_export_left_is_removed_and_no_more(tmp_path: Path) -> Non
     assert {*tmp_path.glob(".*")} == {busy, other, named}
 
 
-def test_fused_rows_of_heads_are_parted(tmp_path: Path) -> None:
-    """GPT-NeoX stores q, k and v of each head next to each other; GGUF has all of q first."""
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_appears_during_an_export_stays(
+    overwrite: bool, tmp_path: Path
+) -> None:
+    """Also with overwrite, which is about GGUF files; and no record says that there is an export."""
+    directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
+    out = tmp_path / "out.gguf"
+    with pytest.raises(StorageError, match="name another file"):
+        exported(
+            directory,
+            overwrite=overwrite,
+            save=True,
+            progress=lambda _: out.write_bytes(b"mine"),
+        )
+    assert out.read_bytes() == b"mine"
+    assert not list(tmp_path.glob(".*"))
+    assert not (directory / "results.json").exists()
 
-    def parted(rows: np.ndarray) -> np.ndarray:
-        return rows.reshape(4, 3, 16, -1).swapaxes(0, 1).reshape(rows.shape)
 
-    def in_neox(model: PreTrainedModel) -> dict[str, np.ndarray]:
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPTNEOX, 2)
-        arrays = {
-            names.get_name(key, (".weight", ".bias")): x.numpy()
-            for key, x in model.float().state_dict().items()
-        }
-        return {
-            name: parted(weight) if "qkv" in name else weight
-            for name, weight in arrays.items()
-        }
+def test_of_two_exports_into_one_name_the_later_is_refused(tmp_path: Path) -> None:
+    directory = pruned(wide_llama(num_hidden_layers=1), tmp_path, "q4_0")
+    out = tmp_path / "out.gguf"
+    written: list[bytes] = []
 
-    directory = pruned(family("GPTNeoX"), tmp_path, "q8_0", effort=1)
-    writer = gguf.GGUFWriter(str(tmp_path / "like.gguf"), "gptneox")
-    writer.add_block_count(2)
-    for name, weight in in_neox(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    ).items():
-        writer.add_tensor(name, weight)
-    finish(writer)
-    settings = {"like": tmp_path / "like.gguf", "model": tmp_path / "dense"}
-    sparsellm.export(directory, to="gguf", out=tmp_path / "out.gguf", **settings)
-    here = in_neox(AutoModelForCausalLM.from_pretrained(directory))
-    for name, tensor in tensors(gguf.GGUFReader(tmp_path / "out.gguf")).items():
-        assert torch.equal(
-            torch.from_numpy(tensor.copy()).bfloat16().float(),
-            torch.from_numpy(here[name]),
-        ), name
+    def other(_: object) -> None:
+        if not written:
+            written.append(b"")
+            exported(directory, head="q8_0")
+            written[0] = out.read_bytes()
+
+    with pytest.raises(StorageError, match="give --overwrite to replace it"):
+        exported(directory, progress=other)
+    assert out.read_bytes() == written[0]
+    assert written[0].startswith(b"GGUF")
+    assert not list(tmp_path.glob(".*"))

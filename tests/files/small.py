@@ -114,3 +114,19 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 def shards_of(directory: Path) -> dict[str, bytes]:
     """The bytes of every file of weights."""
     return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Every file, bit by bit; of the report all but times, memory and the command."""
+    there: dict[str, Any] = tree(out)
+    report = json.loads(there["pruning.json"])
+    for key in ("seconds", "peak_rss_bytes", "memory", "command"):
+        del report[key]
+    del there["report.html"]  # it shows these times
+    listed = json.loads(there[LIST]).items()
+    lasting = {
+        name: digests
+        for name, digests in listed
+        if name not in ("pruning.json", "report.html")
+    }
+    return {**there, "pruning.json": report, LIST: lasting}

@@ -311,19 +311,6 @@ def test_dead_at_every_step_of_a_renaming(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("instant")
-def test_dead_at_every_step_of_a_repair(model: Path, tmp_path: Path) -> None:
-    for number, out in killed_while_renaming(model, tmp_path):
-        there = value_there(out)
-        with contextlib.suppress(Died), dying(1 + number % 9):
-            check_destination(out, overwrite=True)
-        assert value_there(out) in (there, 2)
-        check_destination(out, overwrite=True)
-        assert value_of(out) in (there, 2)
-        assert not old_of(out).exists()
-        assert not (partial_of(out) / STATE / RENAMING).exists()
-
-
-@pytest.mark.usefixtures("instant")
 def test_a_backup_of_the_user_stays(model: Path, tmp_path: Path) -> None:
     """What has the name of an older checkpoint is not touched where a run replaces none."""
     backup = write(tmp_path / "backup", 5, model)

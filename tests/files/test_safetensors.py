@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -102,30 +100,6 @@ def test_not_finite_is_named(
             NumericalError, match=r"weight b in .* has 2 NaN or infinite values"
         ):
             CheckpointReader(tmp_path).digests()
-
-
-def test_large_tensors_are_hashed_one_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each is in memory as a whole meanwhile."""
-    save_file(
-        {f"w{index}": torch.ones(50) for index in range(8)},
-        tmp_path / "model.safetensors",
-    )
-    read = reader._read
-    reading: list[int] = []
-
-    def slowly(*given: Any, **options: Any) -> Tensor:
-        reading.append(1)
-        assert len(reading) == 1
-        time.sleep(0.01)
-        value = read(*given, **options)
-        reading.pop()
-        return value
-
-    monkeypatch.setattr(reader, "_LARGE", 200)
-    monkeypatch.setattr(reader, "_read", slowly)
-    assert len(CheckpointReader(tmp_path).digests()) == 8
 
 
 def test_a_file_larger_than_memory_is_opened(tmp_path: Path) -> None:

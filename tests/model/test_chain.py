@@ -182,23 +182,6 @@ def test_what_is_only_rounded_to_compute_is_written_as_it_was(
     )
 
 
-def test_equal_masks_of_equal_batches_are_kept_once() -> None:
-    stream = Feed(
-        open_chain(tiny_llama(), device=CPU), windows(8, 20, seed=7), 20
-    ).stream()
-    assert len(stream) == 8
-    assert (
-        len(
-            {
-                id(call.kwargs["position_embeddings"][0])
-                for index in range(3)
-                for call in stream.calls(index)
-            }
-        )
-        == 1
-    )
-
-
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     save_tiny(tiny_llama(), None, tmp_path)
     (tmp_path / "model.safetensors").unlink()

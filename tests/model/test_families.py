@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,10 @@ IDS = torch.arange(4, 100).view(4, 24)
 RECIPE = Recipe(
     method="sparsegpt", samples=4, seq_len=24, sparsity=0.5, allow_dense=STAY_DENSE
 )
+
+
+# of which transformers merges tensors when it loads them, and two others
+CONVERTED = [*(name for name in MIXTURES if name in FAMILIES), "GPTNeoX", "Llama"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -161,6 +162,7 @@ def test_packed_and_unpacked_bit_for_bit(pruned: Any, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", CONVERTED, indirect=True, scope="module")
 def test_a_model_in_memory_is_saved_under_published_names(
     name: str, source: Path, tmp_path: Path
 ) -> None:
@@ -239,33 +241,3 @@ def test_an_unknown_conversion_is_refused_before_the_work(
     assert "pass the model to prune()" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("p*"))
-
-
-@pytest.mark.slow
-def test_the_script_tries_types_of_every_kind_and_writes_a_page(tmp_path: Path) -> None:
-    """One that is right, one with linears that no token reaches, one with convolutions, and two that are refused."""
-    expected = {"gpt_neox": "right", "marian": "right", "mamba2": "right, some dense"}
-    expected |= {"cpmant": "in part", "xlm": "refused"}
-    page, script = (
-        tmp_path / "families.md",
-        Path(__file__).parents[2] / "benchmarks" / "families.py",
-    )
-    command = [sys.executable, str(script), "--out", str(page), "--types", *expected]
-    paths = os.pathsep.join(
-        [str(Path(sparsellm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [
-        line.split(" | ")
-        for line in page.read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ")
-    ][1:]
-    assert {
-        name.split()[0]: row[0].removeprefix("| ")
-        for row in rows
-        for name in row[1].split(", ")
-    } == expected
-    assert "5 types built with transformers" in page.read_text(encoding="utf-8")

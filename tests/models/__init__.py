@@ -138,3 +138,12 @@ def _seeded(family: type[Any], config: PretrainedConfig, seed: int) -> Any:
                     1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0, 0.1
                 )
     return model
+
+
+RECIPE: dict[str, Any] = {
+    "method": "sparsegpt",
+    "sparsity": 0.6,
+    "samples": 4,
+    "seq_len": 24,
+    "batch_tokens": 48,
+}

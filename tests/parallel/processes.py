@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,3 +46,31 @@ def _join(
     function(folder, *arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for
+
+
+def by_torchrun(size: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={size}",
+    ]
+    command += [f"--max-restarts={restarts}"] if restarts else []
+    return subprocess.Popen(
+        [*command, "-m", "sparsellm", *arguments],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()

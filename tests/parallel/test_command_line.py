@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -20,14 +19,11 @@ from safetensors.torch import load_file
 import sparsellm
 from sparsellm import Recipe
 from tests.files.small import tensors_of
-from tests.method.sweep.helpers import same_bits
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.parallel.processes import ENVIRONMENT, LIMIT, by_torchrun, ended
 
 # Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
 pytestmark = pytest.mark.slow
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +44,6 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     )
 
 
-def by_torchrun(size: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={size}",
-    ]
-    command += [f"--max-restarts={restarts}"] if restarts else []
-    return subprocess.Popen(
-        [*command, "-m", "sparsellm", *arguments],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def side_by_side(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
     """Processes as torchrun starts them, but nobody ends the others when one dies."""
     with socket.socket() as free:
@@ -81,13 +62,6 @@ def side_by_side(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
         )
         for rank in range(size)
     ]  # fmt: skip
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=LIMIT)
-    finally:
-        process.kill()
 
 
 def wait_for_blocks(
@@ -162,34 +136,6 @@ def test_torchrun_writes_what_one_process_writes(llama: Path, tmp_path: Path) ->
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
 
-def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    source = save_tiny(
-        tiny_llama(num_hidden_layers=8), tiny_tokenizer(), tmp_path / "dense"
-    )
-    command = (
-        "prune",
-        str(source),
-        "--samples=4",
-        "--seq-len=32",
-        "--method=admm",
-        "--set=options.iterations=20",
-    )
-    out, uncut, partial = (
-        tmp_path / name for name in ("pruned", "whole", "pruned.partial")
-    )
-    killed = by_torchrun(2, *command, f"--out={out}")
-    wait_for_blocks(partial, killed, shards=3)
-    killed.terminate()  # torchrun ends both
-    ended(killed)
-    assert 3 <= len(list(partial.rglob("*.safetensors"))) < 9
-    for folder in (out, uncut):
-        run = by_torchrun(2, *command, f"--out={folder}")
-        _, stderr = ended(run)
-        assert run.returncode == 0, stderr
-        assert stderr.count("resuming an unfinished run") == (folder == out)
-    assert same_bits(tensors_of(out), tensors_of(uncut))
-
-
 def test_those_who_are_left_end_by_themselves_and_one_says_why(
     long_run: Any, tmp_path: Path
 ) -> None:
@@ -243,24 +189,6 @@ def test_a_signal_to_all_ends_each_and_one_says_what_is_kept(
     assert f"finished blocks are kept next to {out}" in printed
     assert "error: " not in printed
     assert "Traceback" not in printed
-    check_what_is_left(out)
-
-
-def test_a_signal_to_torchrun_is_told_once_with_its_command(
-    long_run: Any, tmp_path: Path
-) -> None:
-    out = tmp_path / "pruned"
-    run = by_torchrun(2, *long_run, f"--out={out}")
-    wait_for_blocks(tmp_path / "pruned.partial", run)
-    run.terminate()
-    _, stderr = ended(run)
-    assert run.returncode != 0
-    (line,) = [line for line in stderr.splitlines() if "interrupted (" in line]
-    assert f"finished blocks are kept next to {out}; " in line
-    assert (
-        "-m torch.distributed.run --standalone --nproc-per-node=2 -m sparsellm prune "
-        in line
-    )
     check_what_is_left(out)
 
 

@@ -13,10 +13,8 @@ from torch import Tensor
 
 import sparsellm
 from sparsellm import Recipe, parallel
-from sparsellm.app.compare import cells_of, compare
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.evaluation import perplexity
-from sparsellm.files.reader import CheckpointReader
 from sparsellm.method.blocks import METHODS
 from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.gram import CrossAccumulator, GramAccumulator
@@ -25,11 +23,11 @@ from sparsellm.method.solvers.solver import Solution, solution
 from sparsellm.method.sweep.gradients import loss_gradients
 from sparsellm.method.sweep.sweep_task import Residence
 from sparsellm.model import Chain, Feed, open_chain
+from tests.killing import fail_after_passes
 from tests.method.allocation.helpers import sizes_of
 from tests.method.sweep.helpers import halved, swept_by
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.families import mixtral
-from tests.test_resume import fail_after_passes
 
 WINDOWS = 7  # three processes do not divide it
 two_blocks = partial(tiny_llama, num_hidden_layers=2)
@@ -40,12 +38,10 @@ SWEEP: dict[str, Any] = {
 }
 # name → family and recipe: every solver, N:M, an allocation by gradients, the method's medians and refits, the sweep
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "magnitude": (two_blocks, {"method": "magnitude"}),
     "wanda": (two_blocks, {"method": "wanda", "sparsity": 0.55}),
     "sparsegpt": (two_blocks, {"method": "sparsegpt"}),
     "sparsegpt 2:4": (tiny_gpt2, {"method": "sparsegpt", "pattern": "2:4"}),
     "admm": (two_blocks, {"method": "admm", "options": {"iterations": 8}}),
-    "admm 2:4": (two_blocks, {"method": "admm", "pattern": "2:4"}),
     "allocated": (two_blocks, {"method": "wanda", "allocation": "threshold"}),
     "sparsellm": (two_blocks, {"method": "sparsellm", "passes": 0}),
     "sparsellm 2:4": (
@@ -55,7 +51,6 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sparsellm biases": (tiny_gpt2, {"method": "sparsellm", "passes": 0}),
     "int4": (tiny_llama, {"method": "sparsegpt", "values": "int4"}),
     "experts": (mixtral, {"method": "sparsellm", "passes": 0}),
-    "experts int4": (mixtral, {"method": "sparsegpt", "values": "int4"}),
     # one step takes all windows, however many processes divide them
     "swept": (two_blocks, {**SWEEP, "allocation": "uniform", "batch_tokens": 1024}),
 }
@@ -282,40 +277,10 @@ def evaluation_of_some_windows(folder: Path) -> None:
     )
 
 
-def reads(folder: Path) -> None:
-    """After the evaluation: how often each process reads a tensor, on one machine and on two."""
-    for machines in (1, 2):
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            counting(CheckpointReader, "get") as read,
-        ):
-            if machines == 2:
-                patch.setattr(
-                    "socket.gethostname",
-                    lambda: f"node {parallel.rank() == parallel.size() - 1}",
-                )
-                patch.setattr(parallel, "_machines", None)
-            sparsellm.evaluate(folder / "llama", "pydoc", seq_len=32, max_tokens=256)
-        leave(folder, f"reads {machines}", read.call_count)
-
-
-def comparison_of_some_cells(folder: Path) -> None:
-    settings = {"samples": 4, "seq_len": 32}
-    cells = cells_of(settings, methods=["magnitude", "wanda"], sparsities=[0.5])
-    run = partial(
-        compare, folder / "llama", cells=cells, text="pydoc", seq_len=32, max_tokens=256
-    )
-    divided = run(out=folder / "divided")
-    alone = parallel.from_main(partial(run, out=folder / "alone"))
-    leave(folder, "compared", (divided.cells, alone.cells))
-
-
 def everything(folder: Path) -> None:
     sums(folder)
     survey_of_some_windows(folder)
     evaluation_of_some_windows(folder)
-    reads(folder)
-    comparison_of_some_cells(folder)
     # a resident sweep in shards, as a cell of a comparison runs it
     if parallel.rank() == parallel.size() - 1:
         with parallel.alone():

@@ -1,12 +1,11 @@
 """What the tests of this folder run in a process of its own, since torch must be told of the device before its import.
 
-python -m tests.pretend   # JSON: a fault or "" for every run, and the traffic of solvers, rounding and sweep
+python -m tests.pretend   # JSON: a fault or "" for every run, and the traffic of walk and sweep
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -21,21 +20,14 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton
 from tests.pretend import device  # before torch  # isort: skip
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.method import gram
-from sparsellm.method.gram import Gram
-from sparsellm.method.solvers import SOLVERS, kernels, rounding
-from sparsellm.method.solvers.prepared import prepared
-from sparsellm.patterns import NM, Pattern
+from sparsellm.method.solvers import kernels
 from tests.files.small import tensors_of
-from tests.method.solvers.problems import gram_of, weight_of
 from tests.models import save_tiny, tiny_tokenizer, windows
 from tests.models.families import family
-from tests.shares import Share
 
 FAMILIES = ("Llama", "OPT", "Mixtral", "Gemma3Text")
 TARGETS: tuple[dict[str, Any], ...] = ({"sparsity": 0.6}, {"pattern": "2:4"})
@@ -46,15 +38,8 @@ VALUES: tuple[dict[str, Any], ...] = (
 )
 METHODS: tuple[dict[str, Any], ...] = (
     *({"method": name} for name in ("magnitude", "wanda", "sparsegpt", "admm")),
-    {"method": "sparsellm", "effort": 0},
     {"method": "sparsellm", "effort": 1, "sweep_rate": 0.001},
     {"method": "sparsellm-paper"},
-)
-PATTERNS: dict[str, Pattern] = {"0.6": Share(0.6), "2:4": NM(2, 4)}
-# inputs and outputs of the linear whose traffic is counted, and outputs that are computed
-WIDE, OUTPUTS = (
-    4096,
-    32,
 )
 
 
@@ -104,9 +89,10 @@ def fault_of(source: Path, fields: dict[str, Any], folder: Path) -> str:
     )
 
 
-def of_the_device() -> tuple[list[str], dict[str, Counter[str]]]:
-    """What the pretend device refuses, by the errors; and what some operations count."""
-    host, card = torch.ones(4), torch.ones(4, device="cuda")
+def accepted_on_the_device() -> list[str]:
+    """What the pretend device takes, of what CUDA refuses."""
+    host = torch.ones(4)
+    card = torch.ones(4, device="cuda")
     refused = {
         "two devices": lambda: card + host,
         "generator": lambda: torch.rand(4, device="cuda", generator=torch.Generator()),
@@ -114,82 +100,12 @@ def of_the_device() -> tuple[list[str], dict[str, Counter[str]]]:
         "whole numbers": lambda: torch.mv(card[None].long(), card.long()),
         "cat": lambda: torch.cat((card, host)),
     }
-    errors = []
+    accepted = []
     for name, call in refused.items():
         with contextlib.suppress(RuntimeError, TypeError, NotImplementedError):
             call()
-            errors.append(name)
-    operations = {
-        "add": lambda: card + 1,
-        "view": lambda: card.view(2, 2).T,
-        "item": lambda: card[0].item(),
-        "bool": lambda: bool(card[0] > 0),
-        "nonzero": lambda: card.nonzero(),
-        "by a mask": lambda: card[card > 0],
-        "to the card": lambda: host.to("cuda"),
-        "to the host": lambda: card.cpu(),
-    }
-    table = {}
-    for name, call in operations.items():
-        with device.counted() as table[name]:
-            call()
-    return errors, table
-
-
-def traffic_of_solvers() -> tuple[dict[str, Counter[str]], dict[str, str]]:
-    """Launches, synchronisations and bytes of each solver and of rounding, for one linear of the width :data:`WIDE`;
-    and whether the card has other numbers than the CPU. Launches are counted with few inputs and with twice as many,
-    since they grow by the panel or group, and with what is done for some rows at a time as often as in the linear."""
-    table, faults = {}, {}
-    for (target, pattern), name in itertools.product(
-        PATTERNS.items(), (*SOLVERS, "rounding")
-    ):
-        few = 256 if name in SOLVERS else 128  # two panels, or four groups
-        (first, fault), (second, another) = (
-            _traffic(name, pattern, inputs) for inputs in (few, 2 * few)
-        )
-        launches = second["launches"] + (WIDE // few - 2) * (
-            second["launches"] - first["launches"]
-        )
-        waits = max(first["syncs"], second["syncs"])
-        table[f"{name} {target}"] = Counter(
-            {**second, "launches": launches, "syncs": waits}
-        )
-        faults[f"{name} {target}"] = fault + another
-    return table, faults
-
-
-def _traffic(name: str, pattern: Pattern, inputs: int) -> tuple[Counter[str], str]:
-    weight, matrix = weight_of(OUTPUTS, inputs), gram_of(inputs).matrix
-
-    def solved(weight: Tensor, matrix: Tensor) -> Tensor:
-        given = Gram(matrix, 4 * inputs)
-        if name in SOLVERS:
-            return prepared(SOLVERS[name])(weight, given, pattern).weight
-        fixed = isinstance(pattern, NM)
-        return rounding.rounded(
-            weight, given, "int3" if fixed else "int4", torch.bfloat16, fixed_mask=fixed
-        ).weight
-
-    weight = weight if name in SOLVERS else weight * pattern.mask(weight.abs())
-    there, share = (weight.cuda(), matrix.cuda()), OUTPUTS * inputs / WIDE**2
-    with contextlib.ExitStack() as stack:
-        for module, limit in ((gram, "CHUNK_ELEMENTS"), (rounding, "SYSTEMS")):
-            stack.enter_context(
-                mock.patch.object(module, limit, int(getattr(module, limit) * share))
-            )
-        with device.counted() as traffic:
-            result = solved(*there)
-        on_card, on_cpu = result.cpu(), solved(weight, matrix)
-    same = torch.equal(on_card == 0, on_cpu == 0) and torch.allclose(
-        on_card, on_cpu, rtol=1e-3, atol=1e-4
-    )
-    return (
-        traffic,
-        ""
-        if same
-        else f"the card has other numbers than the CPU for {inputs} inputs. ",
-    )
+            accepted.append(name)
+    return accepted
 
 
 def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:
@@ -227,21 +143,9 @@ def main() -> None:
         for number, (case, (model, fields)) in enumerate(runs().items()):
             faults[case] = fault_of(sources[model], fields, folder / str(number))
         with device.cuda():
-            accepted, operations = of_the_device()
-            traffic, of_kernel = traffic_of_solvers()
-            traffic.update(traffic_of_runs(sources["Llama"], folder))
-            faults.update(of_kernel)
-    print(
-        json.dumps(
-            {
-                "faults": faults,
-                "traffic": traffic,
-                "accepted": accepted,
-                "operations": operations,
-            },
-            indent=1,
-        )
-    )
+            accepted = accepted_on_the_device()
+            traffic = traffic_of_runs(sources["Llama"], folder)
+    print(json.dumps({"faults": faults, "traffic": traffic, "accepted": accepted}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A pretend CUDA device: tensors that say they are on ``cuda:0`` and are computed by the CPU, with counts of traffic.
+"""A pretend CUDA device: tensors that say they are on ``cuda:0`` and are computed by the CPU.
 
     from tests.pretend.device import counted, cuda   # before torch is imported
     with cuda(), counted() as traffic:
         x = torch.ones(3, device="cuda") + 1
-    traffic                                          # Counter({"launches": 2, ...})
+    traffic                                          # Counter({"launches": 2})
 
 Each operation on such a tensor passes :func:`_run`. It raises what CUDA raises (tensors on two devices, a generator of
-the CPU, operators without a kernel), and counts launches, synchronisations, and bytes that cross. There are no streams,
+the CPU, operators without a kernel), and counts launches and synchronisations. There are no streams,
 no asynchrony and no memory of the device; numbers are the CPU's and not those of cuBLAS."""
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ FREE = _names(
 _KERNELS = torch.library.Library("aten", "IMPL")
 _KERNELS.impl("silu_backward", lambda *_: None, "CUDA")
 
-TRAFFIC: Counter[str] = Counter()  # launches, syncs, bytes_in, bytes_out
+TRAFFIC: Counter[str] = Counter()  # launches and syncs
 
 
 class CardTensor(Tensor):
@@ -212,7 +212,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     short, launches, only_cpu = _facts(func)
     if short in COPIES:
-        _copied(short, args, kwargs, makes if device is not None else bool(here))
+        there = makes if device is not None else bool(here)
+        _count("syncs", _waits(short, args, kwargs, there))
     else:
         if only_cpu:
             raise NotImplementedError(f"{func} has no kernel for the CUDA backend")
@@ -254,7 +255,6 @@ def _refuse(
         if isinstance(tensor, CardTensor) or tensor.is_meta:
             continue
         if id(tensor) in indices:
-            _count("bytes_in", tensor.nbytes)
             _count("syncs")
         elif tensor.ndim or short in NO_SCALARS_OF_CPU:
             raise RuntimeError(
@@ -275,16 +275,14 @@ def _selects(short: str, args: Any) -> bool:
     return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
 
 
-def _copied(short: str, args: Any, kwargs: Any, there: bool) -> None:
-    """Counts a copy between host and card, in either direction."""
-    source, there = (
-        (args[1], isinstance(args[0], CardTensor))
-        if short == "copy_"
-        else (args[0], there)
-    )
-    if isinstance(source, CardTensor) != there:
-        _count("bytes_in" if there else "bytes_out", source.nbytes)
-        _count("syncs", not (kwargs.get("non_blocking") or args[2:] == (True,)))
+def _waits(short: str, args: Any, kwargs: Any, there: bool) -> bool:
+    """Whether a copy crosses between host and card, in either direction, while the host waits."""
+    source = args[0]
+    if short == "copy_":
+        there = isinstance(source, CardTensor)
+        source = args[1]
+    at_once = not (kwargs.get("non_blocking") or args[2:] == (True,))
+    return isinstance(source, CardTensor) != there and at_once
 
 
 def _count(what: str, number: int = 1) -> None:

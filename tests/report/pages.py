@@ -164,3 +164,24 @@ def results(
     }
     benchmark |= {"speeds": speeds, "verdict": []}
     return {"format": 1, "evaluations": [evaluation], "benchmarks": [benchmark], **more}
+
+
+EVALUATION: dict[str, Any] = {
+    "protocol": {
+        "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
+        "dtype": "float32",
+    },
+    "perplexity": {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1},
+    "against": {
+        "model": "/home/me/dense", "perplexity": {"value": 12.5, "low": 12.1, "high": 12.9},
+        "kl": 0.123, "kl_low": 0.1, "kl_high": 0.15, "agreement": 0.81, "recovery": 0.9,
+    },
+    "tasks": {"arc_easy": {"acc,none": {"value": 0.61, "stderr": 0.01}}},
+    "sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01",
+}  # fmt: skip
+
+
+def write_results(directory: Path, *evaluations: Any) -> None:
+    (directory / "results.json").write_text(
+        json.dumps({"format": 1, "evaluations": evaluations, "benchmarks": []})
+    )

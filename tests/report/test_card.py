@@ -14,29 +14,11 @@ from huggingface_hub import ModelCard
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import StorageError
-from sparsellm.report.card import base_of, card, is_unedited
+from sparsellm.records import Pruning
+from sparsellm.report.card import base_of, card, card_text, is_unedited
 from tests.method.allocation.helpers import IDS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-
-EVALUATION: dict[str, Any] = {
-    "protocol": {
-        "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
-        "dtype": "float32",
-    },
-    "perplexity": {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1},
-    "against": {
-        "model": "/home/me/dense", "perplexity": {"value": 12.5, "low": 12.1, "high": 12.9},
-        "kl": 0.123, "kl_low": 0.1, "kl_high": 0.15, "agreement": 0.81, "recovery": 0.9,
-    },
-    "tasks": {"arc_easy": {"acc,none": {"value": 0.61, "stderr": 0.01}}},
-    "sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01",
-}  # fmt: skip
-
-
-def results(directory: Path, *evaluations: Any) -> None:
-    (directory / "results.json").write_text(
-        json.dumps({"format": 1, "evaluations": evaluations, "benchmarks": []})
-    )
+from tests.report.pages import EVALUATION, write_results
 
 
 @pytest.fixture
@@ -62,7 +44,7 @@ def test_prune_writes_a_card_that_the_reader_of_the_hub_reads(pruned: Path) -> N
     assert {"sparsellm", "pruning", "sparsity", "sparsity-2:4"} <= set(card.data.tags)
     assert "https://huggingface.co/some/model" in card.text
     assert "Not evaluated yet" in card.text
-    assert "# `some/model`, 47.62% sparse" in card.text
+    assert "# `some/model`: 47.62% zeros, 2:4\n" in card.text
     report = json.loads((pruned / "pruning.json").read_text())
     assert f"{report['sparsity_reached']:.2%} of the weights" in " ".join(
         card.text.split()
@@ -82,7 +64,7 @@ def test_the_python_of_a_card_loads_the_checkpoint(
     monkeypatch.chdir(pruned.parent)
     sparsellm.pack("half", out="small", values="int8")
     first = (pruned.parent / "small" / "README.md").read_text()
-    results(pruned.parent / "small", EVALUATION)
+    write_results(pruned.parent / "small", EVALUATION)
     card(pruned.parent / "small")
     for name in ("half", "small"):
         text = (pruned.parent / name / "README.md").read_text()
@@ -108,13 +90,13 @@ def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
         source, Recipe(method="magnitude"), out=tmp_path / "half", calibration=IDS
     )
     text = (tmp_path / "half" / "README.md").read_text()
-    assert "# `my-model`, 50% sparse" in text
+    assert "# `my-model`: 50% zeros\n" in text
     assert "\n`my-model`, pruned after training by sparsellm" in text
     assert "huggingface.co" not in text
 
 
 def test_a_card_has_the_results_with_their_protocol(pruned: Path) -> None:
-    results(
+    write_results(
         pruned,
         {**EVALUATION, "tasks": None},
         {**EVALUATION, "tasks": {"arc_easy": {"acc,none": {"value": 0.5}}}},
@@ -163,7 +145,7 @@ def test_what_was_never_pruned_or_evaluated_has_no_new_card(
 
 
 def test_an_edited_card_is_kept(pruned: Path, llama: Path, run: Any) -> None:
-    results(pruned, EVALUATION)
+    write_results(pruned, EVALUATION)
     readme = pruned / "README.md"
     edited = readme.read_text().replace("Not evaluated yet", "Excellent")
     readme.write_text(edited)
@@ -179,7 +161,7 @@ def test_an_edited_card_is_kept(pruned: Path, llama: Path, run: Any) -> None:
 
 
 def test_what_is_not_a_file_is_kept(pruned: Path) -> None:
-    results(pruned, EVALUATION)
+    write_results(pruned, EVALUATION)
     readme = pruned / "README.md"
     for make in (
         lambda: os.mkfifo(readme),
@@ -196,7 +178,7 @@ def test_what_is_not_a_file_is_kept(pruned: Path) -> None:
 def test_texts_of_others_are_no_markup(pruned: Path) -> None:
     evil = "<img src=x onerror=alert(1)> | `x` ``` [a](javascript:b)\n# heading"
     task = {evil: {"acc": {"value": 1.0, "stderr": None}}}
-    results(
+    write_results(
         pruned,
         {
             **EVALUATION,
@@ -240,6 +222,10 @@ def test_the_base_model_is_a_name_of_the_hub_or_unknown(
     model.name_or_path = name
     assert base_of(model, None).get("model") == known
     (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert base_of("demo", tmp_path) == {
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "apache-2.0",
+    }
     assert base_of("owner/name", tmp_path) == {}  # a directory of that name
 
 
@@ -251,3 +237,20 @@ def test_an_unreadable_card_of_the_dense_model_states_no_license(
 ) -> None:
     (tmp_path / "README.md").write_bytes(card)
     assert base_of("x", tmp_path) == {}
+
+
+def test_a_card_has_the_divergence_that_the_sweep_measured() -> None:
+    linear = {"name": "a.0.b", "shape": [2, 8], "zeros": 4}
+    sweeps = [{"passes": 0, "held_out": 0.5}, {"passes": 1, "held_out": 0.25}]
+    run = Pruning.model_validate(
+        {
+            "sparsity_asked": 0.25,
+            "linears": [linear],
+            "sweeps": sweeps,
+            "values": "int8",
+            "bits_per_weight": 4.87,
+        }
+    )
+    text = card_text(run)
+    assert "# `a model from memory`: 25% zeros, int8, 4.9 bits a weight\n" in text
+    assert "held-out calibration windows | 0.25 nats a token |\n| calibrated" in text

@@ -142,21 +142,6 @@ def test_a_directory_called_dense_is_not_the_dense_model(
     }
 
 
-def test_scales_and_numbers_are_readable(
-    runs: Path, copied: Path, tmp_path: Path
-) -> None:
-    (copied / "results.json").write_text(json.dumps(results(80_764.3)))
-    page = page_of(write_comparison([copied, runs / "nm"], tmp_path / "c.html"))
-    assert page.rows("Quality against sparsity")[2] == ["half", "50.0%", "80,764"]
-    figures = page.figures()
-    assert figures["quality-size"]["layout"]["yaxis"]["type"] == "log"
-    # both have 50 % everywhere
-    assert [trace["name"] for trace in figures["depth-sparsity"]["data"]] == [
-        "half, nm"
-    ]
-    assert len(figures["depth-error"]["data"]) == 2
-
-
 def test_quality_is_compared_by_one_protocol(
     runs: Path, copied: Path, tmp_path: Path
 ) -> None:

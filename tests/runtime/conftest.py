@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 import sparsellm
+from sparsellm.files import writer
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
@@ -22,4 +24,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(llama: Path) -> Path:
-    return sparsellm.pack(llama, out=llama.parent / "packed").path
+    """With a shard for each block, as large models have."""
+    with patch.object(writer, "SHARD_BYTES", 0):
+        return sparsellm.pack(llama, out=llama.parent / "packed").path

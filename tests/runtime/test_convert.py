@@ -104,9 +104,9 @@ def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) ->
     assert torch.allclose(logits(dense(tmp_path / "plain")), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("values", ["bf16", "fp16", "fp32", "int8", "int4"])
+@pytest.mark.parametrize("values", ["bf16", "fp16", "fp32", "int8", "int6", "int4"])
 def test_other_value_types(values: str, llama: Path, tmp_path: Path) -> None:
-    result = sparsellm.pack(llama, out=tmp_path / "packed", values=values)
+    result = sparsellm.pack(llama, out=tmp_path / "packed", values=values, head="keep")
     assert {entry.value_type for entry in result.linears.values() if entry} == {values}
     unpacked = sparsellm.unpack(tmp_path / "packed", out=tmp_path / "dense").path
     assert torch.allclose(
@@ -115,12 +115,15 @@ def test_other_value_types(values: str, llama: Path, tmp_path: Path) -> None:
     back = tensors_of(unpacked)
     for name, value in tensors_of(llama).items():
         assert back[name].dtype == value.dtype
-        assert torch.equal(back[name] == 0, value == 0) or values == "int4", name
+        assert torch.equal(back[name] == 0, value == 0) or values in ("int6", "int4"), (
+            name
+        )
         bound = {
             "bf16": 2.0**-8,
             "fp16": 2.0**-11,
             "fp32": 0.0,
             "int8": 1 / 127,
+            "int6": 0.1,
             "int4": 0.3,
         }[values]
         assert (back[name] - value).abs().max() <= bound * value.abs().max()
@@ -228,7 +231,7 @@ def test_reports_of_the_pruning_are_copied_byte_for_byte(
     source = Path(shutil.copytree(llama, tmp_path / "dense"))
     (source / "pruning.json").write_bytes(b'{"note": "\xff"}\r\n')
     write_list(source, {})
-    packed = sparsellm.pack(source, out=tmp_path / "p").path
+    packed = sparsellm.pack(source, out=tmp_path / "p", values="keep").path
     for directory in (packed, sparsellm.unpack(packed, out=tmp_path / "again").path):
         assert (directory / "pruning.json").read_bytes() == (
             source / "pruning.json"

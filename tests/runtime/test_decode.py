@@ -160,20 +160,6 @@ def test_a_dense_model_is_decoded_from_its_own_weights(
 
 
 @kernels
-def test_a_block_may_be_wider_than_the_config_says() -> None:
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    mlp, wide = model.model.layers[1].mlp, torch.nn.Linear(48, 4000, bias=False)
-    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
-        wide,
-        wide,
-        torch.nn.Linear(4000, 48, bias=False),
-    )
-    ids, decoder = torch.tensor([[5, 6]]), Decoder(model, 2)
-    decoder.read(ids[:, :1])
-    assert torch.allclose(decoder.step(6, 1), model(ids).logits[0, 1], atol=1e-4)
-
-
-@kernels
 def test_tokens_without_a_row_are_refused(tmp_path: Path) -> None:
     model = sparsellm.load(packed_model(tmp_path))
     model.model.embed_tokens.weight = torch.nn.Parameter(

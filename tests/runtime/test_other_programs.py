@@ -58,37 +58,6 @@ def test_exec_runs_python_with_the_format_registered(
     assert (done.returncode, done.stdout) == (0, "PackedLinear\n"), done.stderr
 
 
-def test_exec_runs_a_module(packed: Path, tmp_path: Path) -> None:
-    """lm-eval's own, on a task of one line."""
-    pytest.importorskip("lm_eval")
-    (tmp_path / "rows.json").write_text(
-        json.dumps({"text": "while the statement"}) + "\n"
-    )
-    task = {
-        "task": "tiny", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "rows.json")},
-        "test_split": "train", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}],
-    }  # fmt: skip
-    (tmp_path / "tiny.yaml").write_text(json.dumps(task))
-    asked = (
-        "python",
-        "-m",
-        "lm_eval",
-        "--model",
-        "hf",
-        "--model_args",
-        f"pretrained={packed}",
-        "--tasks",
-        "tiny",
-    )
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = execute(
-        *asked, "--include_path", tmp_path, "--device", "cpu", "--limit", "1", **offline
-    )
-    assert done.returncode == 0, done.stderr
-    assert "word_perplexity" in done.stdout
-
-
 def test_exec_keeps_the_users_own_environment(tmp_path: Path) -> None:
     """Its sitecustomize runs too, its variables reach the command, and none of ours is added but the two paths."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm.errors import RecipeError
-from sparsepack.errors import FormatError
+from sparsepack.errors import FormatError, Note
 from sparsepack.module import PackedEmbedding, PackedLinear, row_scale, to_dense
 from tests.models import tiny_llama
 from tests.models.families import family, gemma3_text
@@ -112,3 +112,16 @@ def test_an_embedding_of_another_kind_is_still_refused(
     with pytest.raises(RecipeError, match=said):
         sparsellm.pack(tmp_path / "model", out=tmp_path / "packed", head="int8")
     assert not (tmp_path / "packed").exists()
+
+
+def test_without_a_form_in_int8_it_stays_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gemma3_text().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("sparsellm.convert.row_scale", lambda module: None)
+    with pytest.warns(Note, match=r"embed_tokens.weight is stored as it is: a .*Emb"):
+        packed = sparsellm.pack(
+            tmp_path / "model", out=tmp_path / "packed", values="int8"
+        )
+    assert not packed.head
+    assert any(packed.linears.values())

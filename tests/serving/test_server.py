@@ -82,7 +82,7 @@ def url(packed: Path) -> Iterator[str]:
         "--queue",
         1,
         "--max-body",
-        MOST,
+        f"{MOST}B",
         "--name",
         "tiny",
         "--quiet",
@@ -199,22 +199,6 @@ def test_a_seed_repeats_a_sample_and_none_does_not(client: OpenAI) -> None:
     assert sample() != sample()
 
 
-def test_two_clients_at_once_get_what_each_asked_for(
-    client: OpenAI, greedy: Any
-) -> None:
-    def ask(prompt: str) -> str:
-        stream = client.completions.create(
-            model="tiny", prompt=prompt, max_tokens=200, stream=True
-        )
-        return "".join(chunk.choices[0].text for chunk in stream)
-
-    prompts = (PROMPT, "Another text")
-    with ThreadPoolExecutor(2) as clients:
-        assert list(clients.map(ask, prompts)) == [
-            greedy(prompt, 200) for prompt in prompts
-        ]
-
-
 def wait_until(done: Any) -> None:
     for _ in range(600):
         if done():
@@ -258,32 +242,16 @@ def test_a_disconnect_ends_generation_and_frees_the_queue(
 
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
-    ({"messages": []}, 400, "messages is []"),
     ({"messages": ASKED, "n": 2}, 400, "n is 2, which this server does not support"),
-    ({"messages": ASKED, "logprobs": True}, 400, "logprobs is True"),
     ({"messages": ASKED, "temprature": 1}, 400, "temprature is 1"),
-    ({"messages": ASKED, "\ud800": 1}, 400, "ud800 is 1"),
     ({"messages": ASKED, "temperature": 3}, 400, "temperature is 3"),
-    ({"messages": ASKED, "temperature": 1e-9}, 400, "at least 0.001"),
-    ({"messages": ASKED, "max_tokens": "8"}, 400, "max_tokens is '8'"),
     ({"messages": ASKED, "max_tokens": LONG + 1}, 400, f"at most {LONG} tokens"),
-    ({"messages": ASKED, "stop": list("abcde")}, 400, "at most 4 items"),
-    (
-        {"messages": [{"role": "tool", "content": "x"}]},
-        400,
-        "messages.0.role is 'tool'",
-    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         400,
         "messages.0.content",
     ),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages.0.content"),
-    (
-        {"messages": [{"role": "user", "content": "x", "name": "\ud800"}]},
-        400,
-        "messages.0.name",
-    ),
     (
         {"messages": ASKED, "model": "gpt-4"},
         404,
@@ -454,31 +422,6 @@ def test_a_stop_cancels_what_runs_and_refuses_what_waits(model: Any) -> None:
     asyncio.run(run())
 
 
-def test_a_client_that_waits_for_each_answer_is_never_refused(model: Any) -> None:
-    """Not even where nobody may wait: when an answer has come, nothing runs."""
-
-    async def run() -> None:
-        worker = Worker(
-            model,
-            tiny_tokenizer(),
-            context=CONTEXT,
-            max_tokens=CONTEXT,
-            queue=0,
-            log=lambda _: None,
-        )
-        running = []
-        for _ in range(20):
-            job = Job(prompt_ids, Sampling(), 1)
-            worker.submit(job)
-            while isinstance(await job.event(), str):
-                pass
-            running.append(worker.state()["running"])
-        worker.stop(0)
-        assert running == [0] * 20
-
-    asyncio.run(run())
-
-
 def test_a_broken_request_leaves_the_server_alive(
     model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -518,10 +461,9 @@ def test_a_busy_port_is_one_line_before_the_model(run: Any) -> None:
     ("options", "said"),
     [
         (("--host", "0.0.0.0"), f"--host 0.0.0.0 {OPEN}"),
-        (("--host", "no.such.host.invalid"), "'no.such.host.invalid' is not available"),
         (("--port", "99999"), "--port is 99999"),
         (("--key-file", "{tmp}/empty"), "is empty or more than one word"),
-        (("--key-file", "{tmp}/none"), "cannot be read"),
+        (("--key-file", "{tmp}/pipe"), "pipe is not an ordinary file"),
         (("--max-body", "much"), "size 'much' is unknown"),
         (("--port", "0", "{tmp}"), "config.json"),
     ],
@@ -530,6 +472,7 @@ def test_what_cannot_be_served_is_one_line(
     options: Any, said: str, tmp_path: Path, refusal: Any
 ) -> None:
     (tmp_path / "empty").write_text("\n")
+    os.mkfifo(tmp_path / "pipe")
     model = ["nowhere"] * ("{tmp}" not in options)
     assert said in refusal(
         "serve", *(option.format(tmp=tmp_path) for option in options), *model

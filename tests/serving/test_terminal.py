@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import signal
 import sys
@@ -106,3 +107,13 @@ def test_a_template_that_refuses_is_one_line(
     assert stderr.endswith(
         "refuses the conversation: TemplateError: roles must alternate\n"
     )
+
+
+def test_a_template_that_takes_all_memory_is_one_line(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{{ 'x' * 10**10 }}"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    stderr = run("chat", save_tiny(tiny_llama(), tokenizer, tmp_path), exits=2)[2]
+    assert "refuses the conversation: it takes more than 1024 MiB of memory" in stderr

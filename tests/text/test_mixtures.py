@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 
 from sparsellm.errors import DataError
 from sparsellm.inputs import mixture_of
-from sparsellm.patterns import round_exactly
 from sparsellm.text.sources import as_text, check_sources, read_source, shares_of
 from sparsellm.text.texts import Text
 from sparsellm.text.windows import calibration_windows, mixed_windows
@@ -62,28 +60,6 @@ def test_shares_follow_names_with_commas_and_colons() -> None:
     ):
         assert mixture_of(alone) == []
         assert shares_of(alone) == {alone: 1.0}
-
-
-@pytest.mark.parametrize("shares", [[0.5, 0.3, 0.2], [1 / 3] * 3, [0.9, 0.1]], ids=str)
-def test_windows_are_divided_by_largest_remainders(shares: list[float]) -> None:
-    for total in range(1, 12):
-        counts = round_exactly(
-            [total * share for share in shares],
-            total,
-            ([0] * len(shares), [total] * len(shares)),
-        )
-        ways = (
-            way
-            for way in itertools.product(range(total + 1), repeat=len(shares))
-            if sum(way) == total
-        )
-        distance = {
-            way: sum(
-                abs(n - total * share) for n, share in zip(way, shares, strict=True)
-            )
-            for way in ways
-        }
-        assert distance[tuple(counts)] == pytest.approx(min(distance.values()))
 
 
 def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -115,23 +114,6 @@ def test_evaluation_cuts_the_text_in_order_and_drops_the_rest(tmp_path: Path) ->
         # one beginning-of-text token in all, not one per window
         assert (windows == 0).sum() == add_bos
     assert evaluation_windows(str(path), tokenizer, 50, max_tokens=149).shape == (2, 50)
-
-
-def test_bos_before_every_evaluation_window_is_one_of_its_tokens(
-    counting: tuple[str, list[int]],
-) -> None:
-    source, ids = counting
-    for tokenizer, bos in (
-        (tiny_tokenizer(add_bos=True), "auto"),
-        (tiny_tokenizer(), "yes"),
-    ):
-        windows = evaluation_windows(source, tokenizer, 50, bos=bos)
-        assert windows.shape == (len(ids) // 49, 50)
-        assert (windows[:, 0] == tokenizer.bos_token_id).all()
-        assert windows[:, 1:].flatten().tolist() == ids[: len(ids) // 49 * 49]
-        assert evaluation_windows(
-            source, tokenizer, 50, max_tokens=149, bos=bos
-        ).shape == (2, 50)
 
 
 @pytest.mark.parametrize("samples", [7, 400])
@@ -325,24 +307,3 @@ def test_self_generated_text_is_greedy_first_then_follows_the_model(
 def test_a_model_with_fewer_tokens_than_its_tokenizer_writes_its_own() -> None:
     known = len(tiny_tokenizer()) - 20
     assert int(written(8, 20, model=tiny_llama(vocab_size=known)).max()) < known
-
-
-def test_pydoc_is_long_enough_for_a_first_try() -> None:
-    assert calibration_windows("pydoc", tiny_tokenizer(), 32, 128, 0).shape == (32, 128)
-
-
-def test_the_leading_token_follows_the_tokenizer() -> None:
-    plain, adds = tiny_tokenizer(), tiny_tokenizer(add_bos=True)
-    assert [windows.leading_token(plain, bos) for bos in ("auto", "yes", "no")] == [
-        None,
-        0,
-        None,
-    ]
-    assert [windows.leading_token(adds, bos) for bos in ("auto", "yes", "no")] == [
-        0,
-        0,
-        None,
-    ]
-    without = copy.deepcopy(plain)
-    without.bos_token = None
-    assert windows.leading_token(without) is None

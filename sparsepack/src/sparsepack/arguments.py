@@ -1,15 +1,12 @@
-"""Checks of the arguments of public functions by their annotations."""
+"""Checks of values that a caller, or a file, gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, wraps
-from inspect import signature
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from sparsepack.errors import SettingError, UserError, refusal
+from sparsepack.errors import SettingError, shown
 
 # names of torch's dtypes, by short ones
 SHORT_DTYPES = {
@@ -18,47 +15,71 @@ SHORT_DTYPES = {
     "fp32": "float32",
 }
 
-P = ParamSpec("P")
-R = TypeVar("R")
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+MOST = (1 << 31) - 1  # the largest whole number that a size or a count may be
+_NAMES: dict[Any, str] = {
+    bool: "a valid boolean",
+    int: "a valid integer",
+    float: "a valid number",
+    str: "a valid string",
+    dict: "a valid dictionary",
+    list: "a valid list",
+    Callable: "callable",
+}
 
 
-def checking(kind: type[UserError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator for functions that check and convert their arguments before they run.
+def check(
+    name: str,
+    value: Any,
+    *kinds: Any,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Checks that a value is of one of these types, finite, and within limits.
+
+    A whole number is a ``float`` too, and a bool is neither; ``above`` is the one limit that a value may not equal.
 
     Raises:
-        UserError: as ``kind``, from the function, with the argument, its value and what to give.
-        TypeError: from the function, as in Python, if an argument is missing or unknown.
+        SettingError: one line with the name, the value, and what it should be.
     """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = signature(function)
-
-        @cache  # at the first call: annotations may name what is defined later
-        def adapters() -> dict[str, TypeAdapter[Any]]:
-            hints = get_type_hints(function, include_extras=True)
-            return {
-                name: TypeAdapter(hints[name], config=_STRICT)
-                for name in parameters.parameters
-                if name in hints
-            }
-
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = parameters.bind(*args, **kwargs)
-            for name, adapter in adapters().items():
-                try:
-                    if name in given.arguments:
-                        given.arguments[name] = adapter.validate_python(
-                            given.arguments[name]
-                        )
-                except ValidationError as error:
-                    raise kind(refusal(error, name)) from None
-            return function(*given.args, **given.kwargs)
-
-        return call
-
-    return decorate
+    wanted = " or ".join(
+        _NAMES.get(kind, f"an instance of {getattr(kind, '__name__', kind)}")
+        for kind in kinds
+    )
+    if isinstance(value, bool):
+        fits = bool in kinds
+    elif isinstance(value, int):
+        fits = int in kinds or float in kinds
+    else:
+        fits = isinstance(value, kinds)
+    if not fits:
+        refuse(name, value, wanted)
+    if isinstance(value, float) and not math.isfinite(value):
+        refuse(name, value, "a finite number")
+    if least is not None and value < least:
+        refuse(name, value, f"greater than or equal to {least}")
+    if above is not None and value <= above:
+        refuse(name, value, f"greater than {above}")
+    if most is not None and value > most:
+        refuse(name, value, f"less than or equal to {most}")
 
 
-checked = checking(SettingError)
+def check_counts(name: str, values: Any, *, most: int = MOST) -> None:
+    """Checks that a list or a tuple has whole numbers from 1 to ``most``, at least one; raises as :func:`check`."""
+    check(name, values, list, tuple)
+    if not values:
+        refuse(name, values, "at least one number")
+    for index, value in enumerate(values):
+        check(f"{name}.{index}", value, int, least=1, most=most)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Checks that a value is one of some texts; raises as :func:`check`."""
+    if not isinstance(value, str) or value not in choices:
+        *others, last = map(repr, choices)
+        refuse(name, value, f"{', '.join(others)} or {last}")
+
+
+def refuse(name: str, value: Any, wanted: str) -> None:
+    """Raises the SettingError of :func:`check`."""
+    raise SettingError(f"{name} is {shown(value)}: it should be {wanted}")

@@ -7,23 +7,22 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparsepack.arguments import checked
+from sparsepack.arguments import MOST, check, check_counts
 from sparsepack.checkpoint import is_packed
 from sparsepack.decode import Decoder, decodes
-from sparsepack.errors import FormatError, SettingError, refusal
+from sparsepack.errors import FormatError, SettingError
 from sparsepack.files import config_difference, context_limit, weight_files
-from sparsepack.generation import with_config
+from sparsepack.generation import MOST_THREADS, with_config
 from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, gather, kernel_name, threads_set, to_dense
 
@@ -34,13 +33,8 @@ _Decoder = Literal["compiled", "transformers"]
 _SAME = 0.03  # relative difference in speed below which two models count as equally fast: what repeats differ by
 
 
-class Measurement(BaseModel):
-    """Finite numbers only; fields of a later release are kept when it is written again."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
-
-
-class Speed(Measurement):
+@dataclass
+class Speed:
     """Tokens per second of one model in one setting, over all ``batch`` sequences and all repeats.
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
@@ -51,13 +45,14 @@ class Speed(Measurement):
     phase: str
     batch: int
     threads: int
-    median: Annotated[float, Field(gt=0)]
+    median: float
     slowest: float
     fastest: float
     decoder: _Decoder
 
 
-class Ratio(Measurement):
+@dataclass
+class Ratio:
     """The packed model's speed divided by the dense one's in a setting: ``same_decoder`` by one decoder for both, or
     None if it does not run the dense model; ``dense_by_transformers`` with the dense model run by transformers."""
 
@@ -107,7 +102,8 @@ class Pair:
         )
 
 
-class Comparison(Measurement):
+@dataclass
+class Comparison:
     """A packed checkpoint against a dense one.
 
     Attributes:
@@ -121,7 +117,7 @@ class Comparison(Measurement):
         ratios: what the speeds are to each other, in every setting.
         packed_name, dense_name: the names of the directories; None for a model that was unpacked in memory."""
 
-    speeds: list[Speed]
+    speeds: Sequence[Speed]
     dense_bytes: int
     packed_bytes: int
     dense_linear_bytes: int
@@ -132,7 +128,7 @@ class Comparison(Measurement):
     verdict: list[str]
     dense_disk_bytes: int | None
     packed_disk_bytes: int | None
-    ratios: list[Ratio] = []
+    ratios: Sequence[Ratio] = field(default_factory=list)
     packed_name: str | None = None
     dense_name: str | None = None
 
@@ -141,25 +137,26 @@ class Comparison(Measurement):
         return pairs_of(self.speeds)
 
 
-class Rounds(BaseModel):
+@dataclass(frozen=True)
+class Rounds:
     """What is measured: numbers of sequences decoded together and of CPU threads (None for the current setting), tokens
-    of each prompt, tokens decoded after it, and the rounds that count."""
+    of each prompt, tokens decoded after it, and the rounds that count. A SettingError names what is out of range."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    batches: Sequence[int] = (1,)
+    threads: Sequence[int] | None = None
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    repeats: int = 5
 
-    batches: Annotated[
-        Sequence[Annotated[int, Field(ge=1, le=1 << 20)]], Field(min_length=1)
-    ] = (1,)
-    threads: (
-        Annotated[Sequence[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)]
-        | None
-    ) = None
-    prompt_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 128
-    new_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 32
-    repeats: Annotated[int, Field(ge=1, le=1_000_000)] = 5
+    def __post_init__(self) -> None:
+        check_counts("batches", self.batches, most=1 << 20)
+        if self.threads is not None:
+            check_counts("threads", self.threads, most=MOST_THREADS)
+        check("prompt_tokens", self.prompt_tokens, int, least=1, most=MOST)
+        check("new_tokens", self.new_tokens, int, least=1, most=MOST)
+        check("repeats", self.repeats, int, least=1, most=1_000_000)
 
 
-@checked
 def compare(
     packed: str | os.PathLike[str],
     dense: str | os.PathLike[str] | None = None,
@@ -185,10 +182,11 @@ def compare(
         SettingError: ``packed`` is not packed, ``dense`` is another model, or a setting is out of range.
         FormatError: a checkpoint cannot be loaded.
     """
-    try:
-        chosen = Rounds(**rounds)
-    except ValidationError as error:
-        raise SettingError(refusal(error)) from None
+    check("packed", packed, str, os.PathLike)
+    if dense is not None:
+        check("dense", dense, str, os.PathLike)
+    check("progress", progress, Callable)
+    chosen = Rounds(**rounds)
     if dense is not None and is_packed(config := _config(dense).to_dict()):
         raise SettingError(
             f"dense is {dense}, which is packed; leave it out, or unpack it: sparsellm unpack {dense}"

@@ -10,32 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsepack.codes import FLOAT_TYPES, widened
-from sparsepack.errors import FormatError, refusal
+from sparsepack.arguments import check, check_choice, check_counts, refuse
+from sparsepack.codes import BITS, FLOAT_TYPES, READ_AS, WRITTEN_TYPES, widened
+from sparsepack.errors import FormatError, SettingError
 from sparsepack.files import read_object
-from sparsepack.layout import FIELDS, PackedWeight, dense_offsets, unpack
-from sparsepack.masks import PATTERNS, mask_stride, row_bytes
+from sparsepack.layout import FIELDS, LAYOUTS, PackedWeight, dense_offsets, unpack
+from sparsepack.masks import NM, PATTERNS, mask_stride, row_bytes
 from sparsepack.validation import PACK_AGAIN, validate
 
 QUANT_METHOD = "sparsellm"
-FORMAT_VERSION = 4
-# version 3 had no levels; version 2 had offsets of dense weights and no exponents
-READABLE = (
-    2,
-    3,
-    4,
-)
+FORMAT_VERSION = 5
+# Version 4 had neither int6 nor int5, version 3 no levels; version 2 had offsets of dense weights and no exponents.
+READABLE = (2, 3, 4, 5)
 MANIFEST = "packed.json"
 # In config.json. transformers refuses this name of a weight file, with its text; the quantizer takes it out before.
 WAY_IN = {
@@ -43,11 +41,11 @@ WAY_IN = {
     "run your command by `sparsellm exec -- COMMAND`"
 }
 
-_Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
-_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DTYPES = ("float64", "float32", "float16", "bfloat16")  # of a dense weight
 
 
-class PackedEntry(BaseModel):
+@dataclass(frozen=True)
+class PackedEntry:
     """The description of one packed linear in ``config.json``.
 
     Attributes:
@@ -57,32 +55,47 @@ class PackedEntry(BaseModel):
         dtype: that of the dense weight, before packing and after unpacking.
         transposed: the dense weight is stored as ``(in, out)``, as GPT-2's is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    shape: tuple[_Count, _Count]
-    layout: Literal["bitmask", "nm", "dense"]
-    value_type: Literal["bf16", "fp16", "fp32", "int8", "int4", "int3"]
-    dtype: Literal["float64", "float32", "float16", "bfloat16"]
-    pattern: tuple[_Count, _Count] | None = None
-    transposed: StrictBool = False
+    shape: tuple[int, int]
+    layout: str
+    value_type: str
+    dtype: str
+    pattern: NM | None = None
+    transposed: bool = False
 
     @classmethod
     def of(
         cls, packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False
     ) -> PackedEntry:
         """The entry of a packed weight whose dense weight has this dtype."""
-        value_type = "int3" if packed.narrow else packed.value_type
-        fields = {
-            "shape": packed.shape,
-            "layout": packed.layout,
-            "value_type": value_type,
-        }
-        more = {
-            "dtype": str(dtype).removeprefix("torch."),
-            "pattern": packed.pattern,
-            "transposed": transposed,
-        }
-        return cls.model_validate(fields | more)
+        return cls(
+            packed.shape,
+            packed.layout,
+            value_type=packed.narrower or packed.value_type,
+            dtype=str(dtype).removeprefix("torch."),
+            pattern=packed.pattern,
+            transposed=transposed,
+        )
+
+    @classmethod
+    def of_json(cls, content: Any) -> PackedEntry:
+        """The entry that ``config.json`` has; a SettingError names the first value that is wrong."""
+        check("it", content, dict)
+        known = {field.name: field.default for field in fields(cls)}
+        for name, default in known.items():
+            if default is MISSING and name not in content:
+                raise SettingError(f"{name} is missing")
+        for name in content.keys() - known.keys():
+            raise SettingError(f"{name} is unknown")
+        entry = cls(**content)
+        shape = _pair("shape", entry.shape)
+        check_choice("layout", entry.layout, LAYOUTS)
+        check_choice("value_type", entry.value_type, WRITTEN_TYPES)
+        check_choice("dtype", entry.dtype, DTYPES)
+        pattern = None
+        if entry.pattern is not None:
+            pattern = _pair("pattern", entry.pattern)
+        check("transposed", entry.transposed, bool)
+        return replace(entry, shape=shape, pattern=pattern)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -97,15 +110,21 @@ class PackedEntry(BaseModel):
 
     def to_dict(self) -> dict[str, object]:
         """The entry as plain JSON values, as ``config.json`` has it."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        written: dict[str, object] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                written[field.name] = list(value) if isinstance(value, tuple) else value
+        return written
 
 
-class _Manifest(BaseModel):
-    """``packed.json``; it had no digest of ``quantization_config`` at first."""
-
-    format_version: Any = None
-    sha256: dict[str, _Digest]
-    quantization_config_sha256: _Digest | None = None
+def _pair(name: str, values: Any) -> tuple[int, int]:
+    """Two whole numbers above 0 from JSON; a SettingError says that they are not."""
+    check_counts(name, values)
+    if len(values) != 2:
+        refuse(name, values, "two numbers")
+    first, second = values
+    return first, second
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -125,9 +144,9 @@ def packed_entries(quantization_config: Mapping[str, Any]) -> dict[str, PackedEn
     entries = {}
     for name, content in linears.items():
         try:
-            entries[name] = PackedEntry.model_validate(content)
-        except ValidationError as error:
-            mistake = f"config.json: quantization_config describes {name!r:.100} wrongly: {refusal(error)}"
+            entries[name] = PackedEntry.of_json(content)
+        except SettingError as error:
+            mistake = f"config.json: quantization_config describes {name!r:.100} wrongly: {error}"
             raise FormatError(f"{mistake}; {PACK_AGAIN}") from None
     return entries
 
@@ -228,11 +247,12 @@ class PackedTensors:
         """The packed weight of a linear; a FormatError if it is inconsistent."""
         entry = self.entries[name]
         parts = {field: self._get(key) for field, key in self._parts[name].items()}
-        narrow = entry.value_type == "int3"
-        value_type = "int4" if narrow else entry.value_type
+        value_type = READ_AS.get(entry.value_type, entry.value_type)
         if "offsets" not in parts:
             parts["offsets"] = dense_offsets(entry.shape, value_type)
-        if narrow:  # the offsets say how many values of three bits there are
+        narrower = None
+        if entry.value_type in BITS:  # the offsets say how many values there are
+            narrower = entry.value_type
             offsets = parts["offsets"]
             rows = (entry.shape[0] + 1,)
             try:
@@ -240,7 +260,8 @@ class PackedTensors:
                     raise ValueError(
                         f"offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}"
                     )
-                parts["values"] = widened(parts["values"], int(offsets[-1]))
+                values = widened(parts["values"], int(offsets[-1]), narrower)
+                parts["values"] = values
             except ValueError as error:
                 raise FormatError(
                     f"packed weight {name}: {error}; {PACK_AGAIN}"
@@ -252,7 +273,7 @@ class PackedTensors:
             "pattern": entry.pattern,
         }
         tensors = {field: parts.get(field) for field in FIELDS}
-        packed = PackedWeight(**described, **tensors, narrow=narrow)  # type: ignore[arg-type]
+        packed = PackedWeight(**described, **tensors, narrower=narrower)  # type: ignore[arg-type]
         validate(packed, name)
         return packed
 
@@ -293,7 +314,7 @@ def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> 
             raise FormatError(
                 f"packed weight {name}: {field} is {known}, not {shape}; {PACK_AGAIN}"
             )
-    bits = {"int4": 4, "int3": 3}.get(entry.value_type, 8 * values.element_size())
+    bits = {**BITS, "int4": 4}.get(entry.value_type, 8 * values.element_size())
     if entry.layout == "dense" and 8 * values.nbytes < bits * out * columns:
         raise FormatError(
             f"packed weight {name}: values is {tuple(values.shape)}, too few for {(out, columns)}; {PACK_AGAIN}"
@@ -362,14 +383,16 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
     path = directory / MANIFEST
     if not path.is_file():
         return False
+    content = read_object(path)
     try:
-        listed = _Manifest.model_validate(read_object(path))
-    except ValidationError as error:
+        _check_manifest(content)
+    except SettingError as error:
         raise FormatError(
-            f"{path} is not a list of checksums: {refusal(error)}; {PACK_AGAIN}"
+            f"{path} is not a list of checksums: {error}; {PACK_AGAIN}"
         ) from None
-    _check_version(listed.format_version)
-    for name in listed.sha256:
+    _check_version(content.get("format_version"))
+    listed = content["sha256"]
+    for name in listed:
         if Path(name).name != name:
             raise FormatError(
                 f"{path} is not a list of checksums: {name!r:.100} is not a file name; {PACK_AGAIN}"
@@ -380,26 +403,41 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
                 f"{path} lists {name!r:.100}, which is not there; copy the directory again"
             )
     for file in files:
-        if file.name not in listed.sha256:
+        if file.name not in listed:
             raise FormatError(
                 f"{path} does not list {file.name}; copy the directory again, or pack the model again"
             )
-    expected = listed.quantization_config_sha256
-    if (
-        expected is not None
-        and (digest := config_digest(quantization_config)) != expected
-    ):
+    expected = content.get("quantization_config_sha256")
+    digest = config_digest(quantization_config)
+    if expected is not None and digest != expected:
         raise FormatError(
             f"quantization_config in {directory / 'config.json'} has SHA-256 {digest[:16]}…, not {expected[:16]}…: it "
             f"has changed since the model was packed; copy config.json again, or pack the model again{RESAVED}"
         )
-    for name, digest in _hashes([directory / name for name in listed.sha256]).items():
-        if digest != listed.sha256[name]:
+    for name, digest in _hashes([directory / name for name in listed]).items():
+        if digest != listed[name]:
             raise FormatError(
-                f"{directory / name} has SHA-256 {digest[:16]}…, not {listed.sha256[name][:16]}…: the file has changed "
+                f"{directory / name} has SHA-256 {digest[:16]}…, not {listed[name][:16]}…: the file has changed "
                 f"since it was packed; copy it again, or pack the model again{RESAVED}"
             )
     return True
+
+
+def _check_manifest(content: Mapping[str, Any]) -> None:
+    """Raises a SettingError if ``packed.json`` has no digests; at first, ``quantization_config`` had none there."""
+    check("sha256", content.get("sha256"), dict)
+    for name, digest in content["sha256"].items():
+        _check_digest(f"sha256.{name}", digest)
+    if content.get("quantization_config_sha256") is not None:
+        _check_digest(
+            "quantization_config_sha256", content["quantization_config_sha256"]
+        )
+
+
+def _check_digest(name: str, digest: Any) -> None:
+    check(name, digest, str)
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        refuse(name, digest, "64 hexadecimal digits")
 
 
 def _check_version(version: Any) -> None:

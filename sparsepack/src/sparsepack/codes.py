@@ -1,5 +1,6 @@
-"""Storage of kept values: floating types unchanged, int8 with scales of rows, int4 with scales of groups of columns.
+"""Storage of kept values: floating types unchanged, int8 with scales of rows, others with scales of groups of columns.
 
+int6 and int5 are whole numbers -32 … 31 and -16 … 15, which take a byte in memory, and six or five bits in a file.
 int4 values are codes, two to a byte, the earlier one in the low nibble; every row begins on a byte. A code stands for a
 whole number: -8 … 7 for int4; for int3, -4 … 3 or eight uneven ones that leave out the gap around 0 where pruned values
 were (:class:`Levels`). Integers may have an exponent for each column: a value is then its whole number, times its
@@ -24,13 +25,20 @@ FLOAT_TYPES: dict[str, torch.dtype] = {
     short: getattr(torch, name) for short, name in SHORT_DTYPES.items()
 }
 VALUE_TYPES = (*FLOAT_TYPES, "int8", "int4")  # in memory
-WRITTEN_TYPES = (*VALUE_TYPES, "int3")  # in files; int3 becomes int4 when it is read
-GROUPED = ("int4", "int3")  # types whose scales belong to groups of columns
+BITS = {
+    "int6": 6,
+    "int5": 5,
+    "int3": 3,
+}  # of a value of those types that only files have
+# what a reader makes of them, since kernels run it; int8 has the scales of groups then
+READ_AS = {"int6": "int8", "int5": "int8", "int3": "int4"}
+WRITTEN_TYPES = (*VALUE_TYPES, *BITS)  # in files
+GROUPED = ("int6", "int5", "int4", "int3")  # whose scales belong to groups of columns
 STORED_AS = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
-SCALES_OF = {"int8": torch.float32, "int4": torch.bfloat16}
+INTEGERS_IN_MEMORY = ("int8", "int4")
 _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
-GROUPS = (32, 64, 128, 256, 512, 1024)  # columns that may share a scale of int4
+GROUPS = (32, 64, 128, 256, 512, 1024)  # columns that may share a scale
 CODES = 16  # those of int4; int3 has the eight in the middle
 # a column has one; it is a hexadecimal digit in the records of a run
 EXPONENTS = range(-8, 8)
@@ -71,7 +79,7 @@ class Levels:
         return len(self.numbers) == 1 + self.numbers[-1] - self.numbers[0]
 
     def nearest(self, units: Tensor, *, zero: bool = False) -> Tensor:
-        """The nearest numbers; 0 for a value of 0, and for others only with ``zero``."""
+        """The nearest numbers. With ``zero``, 0 is one like any other, or none; else only a value of 0 becomes 0."""
         rounded = units.round().clamp_(self.lowest, self.numbers[-1])
         # Signs are added and multiplied: bools take a CPU up to fifty times as long as numbers.
         if self.even and zero:
@@ -86,6 +94,8 @@ class Levels:
             .index_select(0, places.view(-1))
             .view_as(units)
         )
+        if zero:
+            return nearest
         return nearest.mul_(units.sign().abs_())
 
     def codes(self, numbers: Tensor) -> Tensor:
@@ -119,6 +129,8 @@ def nearest_levels(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 PLAIN = {
     "int8": Levels(tuple(range(-127, 128))),
+    "int6": Levels(tuple(range(-32, 32))),
+    "int5": Levels(tuple(range(-16, 16))),
     "int4": Levels(tuple(range(-8, 8))),
     "int3": Levels(tuple(range(-4, 4))),
 }
@@ -137,7 +149,7 @@ def anchors(grouped: Tensor) -> Tensor:
 def whole_numbers(
     values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False
 ) -> Tensor:
-    """The nearest of ``levels`` in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
+    """The nearest of ``levels`` in units of ``scales``; ``zero`` as in :meth:`Levels.nearest`."""
     return levels.nearest(
         values / torch.where(scales == 0, math.inf, scales), zero=zero
     )
@@ -178,7 +190,7 @@ def best_group(share: float) -> int:
 
 
 def groups_of(columns: int, group: int) -> int:
-    """The scales of one row of int4."""
+    """The scales of one row whose columns share them."""
     return (columns + group - 1) // group
 
 
@@ -223,8 +235,9 @@ def encode_values(
 
     Args:
         weight, kept: see above.
-        value_type: one of :data:`WRITTEN_TYPES`. Values of int3 are codes of int4, the eight in the middle.
-        group: the columns that share a scale of int4 or int3.
+        value_type: one of :data:`WRITTEN_TYPES`. Values of int3 become codes of int4, the eight in the middle; those of
+            int6 and int5 become int8.
+        group: the columns that share a scale, for types of :data:`GROUPED`.
         exponents: int8 ``(in,)``, for integers alone.
         layout: a weight that does not stand on the numbers of its layout gets plain ones.
 
@@ -232,12 +245,10 @@ def encode_values(
         FormatError: a value overflows the type, or is not finite and the type is an integer.
     """
     counts = kept.count_nonzero(dim=1)
-    offsets = torch.cat(
-        (
-            counts.new_zeros(1),
-            (counts + counts % 2 if value_type in GROUPED else counts).cumsum(0),
-        )
-    )
+    slots = counts
+    if READ_AS.get(value_type, value_type) == "int4":  # every row begins on a byte
+        slots = counts + counts % 2
+    offsets = nn.functional.pad(slots.cumsum(0), (1, 0))
     if value_type in FLOAT_TYPES:
         values = weight[kept]
         stored = values.to(FLOAT_TYPES[value_type])
@@ -267,13 +278,14 @@ def encode_values(
     if not levels.even and not _is_on(padded, levels):
         levels = PLAIN[value_type]
     numbers, scales, _ = _quantise_groups(padded, levels)
-    codes = levels.codes(numbers.view(len(weight), -1)[:, : weight.shape[1]][kept])
+    scales = scales.view(len(weight), groups)
+    numbers = numbers.view(len(weight), -1)[:, : weight.shape[1]][kept]
+    if READ_AS.get(value_type) == "int8":
+        return Encoded(numbers.to(torch.int8), offsets, scales)
     rows, rank = _places(counts)
-    slots = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
-    slots[offsets[rows] + rank] = codes
-    return Encoded(
-        _in_pairs(slots), offsets, scales.view(len(weight), groups), levels.table
-    )
+    codes = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
+    codes[offsets[rows] + rank] = levels.codes(numbers)
+    return Encoded(_in_pairs(codes), offsets, scales, levels.table)
 
 
 def decode_values(
@@ -294,18 +306,17 @@ def decode_values(
         return values[start:stop]
     assert scales is not None
     counts = kept.count_nonzero(dim=1)
-    if value_type == "int8":
+    if group is None:
         exact = values[start:stop].float() * scales[rows].repeat_interleave(counts)
     else:
-        assert group is not None
         row, rank = _places(counts)
-        codes = _nibbles(values[start // 2 : stop // 2])[
-            (offsets[rows] - start)[row] + rank
-        ]
-        exact = (
-            _numbers_of(codes, levels)
-            * scales[rows][row, kept.nonzero()[:, 1] // group].float()
-        )
+        if value_type == "int8":
+            numbers = values[start:stop].float()
+        else:
+            codes = _nibbles(values[start // 2 : stop // 2])
+            numbers = _numbers_of(codes[(offsets[rows] - start)[row] + rank], levels)
+        columns = kept.nonzero()[:, 1]
+        exact = numbers * scales[rows][row, columns // group].float()
     if exponents is not None:
         exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
     return exact
@@ -319,51 +330,63 @@ def _numbers_of(codes: Tensor, levels: Tensor | None) -> Tensor:
 
 
 def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -> int:
-    """Bytes of values, scales and levels, for ``counts (out,)`` values and ``groups`` scales of int4 in each row."""
+    """Bytes of values, scales and levels, for ``counts (out,)`` values and ``groups`` scales in each row."""
     kept = int(counts.sum())
+    if value_type in FLOAT_TYPES:
+        return kept * FLOAT_TYPES[value_type].itemsize
     if value_type == "int8":
         return kept + 4 * len(counts)
-    if value_type in GROUPED:
-        pairs = int(((counts + 1) // 2).sum())
-        scales = 2 * groups * len(counts)
-        levels = 0 if levels_of(value_type, layout).even else CODES
-        values = bytes_of_three_bits(2 * pairs) if value_type == "int3" else pairs
-        return values + scales + levels
-    return kept * FLOAT_TYPES[value_type].itemsize
+    if READ_AS.get(value_type, value_type) == "int4":  # every row begins on a byte
+        kept = int((counts + counts % 2).sum())
+    values = _bytes_of_bits(kept * BITS.get(value_type, 4))
+    scales = 2 * groups * len(counts)
+    levels = 0 if levels_of(value_type, layout).even else CODES
+    return values + scales + levels
 
 
-def bytes_of_three_bits(values: int) -> int:
-    """Bytes of this number of values of int3."""
-    return (3 * values + 7) // 8
+def _bytes_of_bits(bits: int) -> int:
+    return (bits + 7) // 8
 
 
-def narrowed(pairs: Tensor) -> Tensor:
-    """Codes of int4 that are all 4 … 11 in three bits each, minus 4, least significant bit first: uint8."""
+def narrowed(values: Tensor, value_type: str) -> Tensor:
+    """Values in memory as a file has those of int6, int5 or int3: uint8, in :data:`BITS` bits each.
+
+    The bits are those of the number minus the lowest one of the type, the least significant first. Values of int3 are
+    codes of int4 that are all 4 … 11, two to a byte."""
+    if value_type == "int3":
+        codes = _nibbles(values) - CODES // 4
+    else:
+        # wraps around: -1 becomes 255, and then half the range minus 1
+        codes = values.view(torch.uint8) - PLAIN[value_type].lowest
     bits = numpy.unpackbits(
-        (_nibbles(pairs).view(-1, 1) - CODES // 4).numpy(),
-        axis=1,
-        count=3,
-        bitorder="little",
+        codes.view(-1, 1).numpy(), axis=1, count=BITS[value_type], bitorder="little"
     )
     return torch.from_numpy(numpy.packbits(bits.reshape(-1), bitorder="little"))
 
 
-def widened(data: Tensor, values: int) -> Tensor:
-    """The inverse of :func:`narrowed`; a ValueError if the data are not an even number of values."""
+def widened(data: Tensor, values: int, value_type: str) -> Tensor:
+    """The inverse of :func:`narrowed`; a ValueError if the data are not this number of values, even for int3."""
+    count = BITS[value_type]
     if (
         values < 0
-        or values % 2
+        or (values % 2 and value_type == "int3")
         or data.dtype != torch.uint8
-        or tuple(data.shape) != (bytes_of_three_bits(values),)
+        or tuple(data.shape) != (_bytes_of_bits(count * values),)
     ):
         raise ValueError(
-            f"{data.dtype} {tuple(data.shape)} are not {values} values of three bits"
+            f"{data.dtype} {tuple(data.shape)} are not {values} values of {count} bits"
         )
     bits = numpy.unpackbits(data.numpy(), bitorder="little")
-    if bits[3 * values :].any():
-        raise ValueError("a bit after the last value of three bits is set")
-    codes = numpy.packbits(bits[: 3 * values].reshape(-1, 3), axis=1, bitorder="little")
-    return _in_pairs(torch.from_numpy(codes).view(-1) + CODES // 4)
+    if bits[count * values :].any():
+        raise ValueError(f"a bit after the last value of {count} bits is set")
+    codes = torch.from_numpy(
+        numpy.packbits(
+            bits[: count * values].reshape(-1, count), axis=1, bitorder="little"
+        )
+    ).view(-1)
+    if value_type == "int3":
+        return _in_pairs(codes + CODES // 4)
+    return codes.view(torch.int8) + PLAIN[value_type].lowest
 
 
 def _nibbles(pairs: Tensor) -> Tensor:
@@ -413,7 +436,8 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
     for fraction in _SCALE_FRACTIONS:
         # rounded as it will be read
         scale = (extreme / levels.lowest * fraction).bfloat16().float()
-        tried = whole_numbers(grouped, scale, levels, zero=True)
+        # numbers with a gap are those of weights whose zeros stay
+        tried = whole_numbers(grouped, scale, levels, zero=levels.even)
         error = (tried * scale - grouped).square().sum(dim=1, keepdim=True)
         better = ~(error >= best)
         best = torch.where(better, error, best)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
-
 
 class UserError(Exception):
     """A mistake that a user can mend. Line breaks, control characters and halves of surrogate pairs become escapes."""
@@ -26,21 +21,6 @@ class Note(UserWarning):
 
 class PackError(UserError):
     """Base of every error that this package raises on purpose."""
-
-
-def refusal(error: ValidationError, name: str = "") -> str:
-    """One line on the first value that pydantic refuses: in the argument ``name``, or at its place in a model."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = name + "".join(
-        f"[{part}]" for part in first["loc"] if isinstance(part, int)
-    )
-    place = place if name else shown(".".join(map(str, first["loc"])))[1:-1]
-    reason = (
-        first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    )
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    return f"{place} is {shown(first['input'])}: {reason}"
 
 
 def shown(value: object, most: int = 160) -> str:

@@ -6,10 +6,9 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -21,17 +20,18 @@ from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from sparsepack.arguments import checked
+from sparsepack.arguments import MOST, check
 from sparsepack.decode import Decoder, decodes
-from sparsepack.errors import FormatError, SettingError, refusal
+from sparsepack.errors import FormatError, SettingError, shown
 from sparsepack.files import context_limit
 from sparsepack.module import threads_set
 
-# -1 is how some checkpoints write that there is none
-TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]
-Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 LEAST_TEMPERATURE = 1e-3  # logits divided by less may be infinite
+MOST_TEMPERATURE = 1e6
+MOST_SEED = (1 << 63) - 1
+MOST_STOPS = 16
+LONGEST_STOP = 500  # characters
+MOST_THREADS = 1024
 MOST_TOKENS = 4  # that write a character
 CONTEXT = 8  # tokens of the prompt that the first piece of text is read after: enough to end any character
 
@@ -65,7 +65,15 @@ class Generation:
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
-def _not_tiny(temperature: float) -> float:
+def whole(text: str) -> str:
+    """The same text; a ValueError says that it holds half of a surrogate pair, which no UTF-8 has."""
+    if text.encode("utf-8", "replace").decode() != text:
+        raise ValueError("it holds half of a surrogate pair, which is not text")
+    return text
+
+
+def not_tiny(temperature: float) -> float:
+    """The same temperature; a ValueError says that logits cannot be divided by it."""
     if 0 < temperature < LEAST_TEMPERATURE:
         raise ValueError(
             f"give 0 for the likeliest token, or at least {LEAST_TEMPERATURE}"
@@ -73,75 +81,60 @@ def _not_tiny(temperature: float) -> float:
     return temperature
 
 
-def _whole(text: str) -> str:
-    if text.encode("utf-8", "replace").decode() != text:
-        raise ValueError("it holds half of a surrogate pair, which is not text")
-    return text
-
-
-Words = Annotated[str, AfterValidator(_whole)]
-Temperature = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)]
-
-
-class Sampling(BaseModel):
-    """How a prompt is continued."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False
-    )
-
-    max_new_tokens: Tokens = 100  # the most tokens to generate
-    # 0 takes the likeliest token each time; above 0, tokens are sampled; None does what the model's generation config
-    # recommends, which is the likeliest token where it recommends nothing.
-    temperature: Temperature | None = 0.0
-    # The probability of the tokens that are sampled from; None for that of the generation config.
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Seed = 0
-    # The text ends before the first of these strings.
-    stop: Annotated[
-        Sequence[Annotated[str, Field(min_length=1, max_length=500)]],
-        Field(max_length=16),
-    ] = ()
-    ignore_eos: bool = False  # whether an end-of-text token does not end it, as a measurement of speed needs
-
-
-def check_sampling(given: dict[str, Any]) -> Sampling:
-    """Raises SettingError if a field of :class:`Sampling` is out of range."""
+def _check_temperature(temperature: Any) -> None:
+    check("temperature", temperature, float, least=0, most=MOST_TEMPERATURE)
     try:
-        return Sampling(**given)
-    except ValidationError as error:
-        raise SettingError(refusal(error)) from None
+        not_tiny(temperature)
+    except ValueError as error:
+        raise SettingError(f"temperature is {shown(temperature)}: {error}") from None
 
 
-class _UsedConfig(BaseModel):
-    """The part of a checkpoint's generation config that is used: where a text ends, and how tokens are sampled."""
+@dataclass(frozen=True)
+class Sampling:
+    """How a prompt is continued. A SettingError names a field that is out of range.
 
-    model_config = ConfigDict(strict=True, from_attributes=True, allow_inf_nan=False)
+    Attributes:
+        max_new_tokens: the most tokens to generate.
+        temperature: 0 takes the likeliest token each time; above 0, tokens are sampled; None does what the model's
+            generation config recommends, which is the likeliest token where it recommends nothing.
+        top_p: the probability of the tokens that are sampled from; None for that of the generation config.
+        seed: that of the random numbers.
+        stop: the text ends before the first of these strings.
+        ignore_eos: whether an end-of-text token does not end it, as a measurement of speed needs.
+    """
 
-    eos_token_id: TokenId | list[TokenId] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    max_new_tokens: int = 100
+    temperature: float | None = 0.0
+    top_p: float | None = None
+    seed: int = 0
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check("max_new_tokens", self.max_new_tokens, int, least=1, most=MOST)
+        if self.temperature is not None:
+            _check_temperature(self.temperature)
+        if self.top_p is not None:
+            check("top_p", self.top_p, float, above=0, most=1)
+        check("seed", self.seed, int, least=0, most=MOST_SEED)
+        check("stop", self.stop, list, tuple)
+        check("the number of stop strings", len(self.stop), int, most=MOST_STOPS)
+        for index, text in enumerate(self.stop):
+            check(f"stop.{index}", text, str)
+            length = f"the length of stop.{index}"
+            check(length, len(text), int, least=1, most=LONGEST_STOP)
+        check("ignore_eos", self.ignore_eos, bool)
 
 
-class _RecommendedConfig(_UsedConfig):
-    """What a generation config says of sampling itself."""
-
-    do_sample: bool | None = None
-    temperature: Temperature | None = None
-
-
-@checked
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Words,
+    prompt: str,
     *,
-    max_new_tokens: Tokens = 100,
-    temperature: Annotated[Temperature, Field(strict=False)] = 0.0,
-    seed: Seed = 0,
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    threads: int | None = None,
     on_text: Callable[[str], Any] | None = None,
 ) -> Generation:
     """The continuation of a prompt, up to the end-of-text token or ``max_new_tokens``.
@@ -160,6 +153,18 @@ def generate(
         SettingError: the prompt has no token, or is too long for the model; or another argument is out of range.
         FormatError: a used setting of the generation config has a wrong type or value, or the model computes NaN.
     """
+    check("model", model, PreTrainedModel)
+    check("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    check("prompt", prompt, str)
+    try:
+        whole(prompt)
+    except ValueError as error:
+        raise SettingError(f"prompt is {shown(prompt)}: {error}") from None
+    check("temperature", temperature, float)
+    if threads is not None:
+        check("threads", threads, int, least=1, most=MOST_THREADS)
+    if on_text is not None:
+        check("on_text", on_text, Callable)
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
@@ -325,33 +330,65 @@ def generation_settings(model: PreTrainedModel, sampling: Sampling) -> Generatio
     Raises:
         FormatError: a setting of the model's own that is used has another type or is out of range.
     """
-    temperature = sampling.temperature
     try:
-        used = _UsedConfig.model_validate(model.generation_config)
+        used = _used_settings(model.generation_config)
+        temperature = sampling.temperature
         if temperature is None:
-            recommended = _RecommendedConfig.model_validate(model.generation_config)
-            chosen = 1.0 if recommended.temperature is None else recommended.temperature
-            temperature = chosen if recommended.do_sample else 0.0
-    except ValidationError as error:
+            temperature = _recommended_temperature(model.generation_config)
+    except SettingError as error:
         raise FormatError(
-            f"generation config of the model: {refusal(error)}; correct generation_config.json, or remove it"
+            f"generation config of the model: {error}; correct generation_config.json, or remove it"
         ) from None
     if sampling.top_p is not None:
-        used = used.model_copy(update={"top_p": sampling.top_p})
+        used["top_p"] = sampling.top_p
     if sampling.ignore_eos:
-        used = used.model_copy(update={"eos_token_id": None})
+        used["eos_token_id"] = None
     if temperature > 0:
-        return GenerationConfig(
-            do_sample=True, temperature=temperature, **used.model_dump()
-        )
-    ignored = {"top_k", "top_p", "min_p"}  # they would only cause warnings
-    return GenerationConfig(
-        do_sample=False,
-        temperature=None,
-        top_k=None,
-        top_p=None,
-        **used.model_dump(exclude=ignored),
-    )
+        return GenerationConfig(do_sample=True, temperature=temperature, **used)
+    for ignored in ("top_k", "top_p", "min_p"):  # they would only cause warnings
+        used[ignored] = None
+    return GenerationConfig(do_sample=False, temperature=None, **used)
+
+
+def _used_settings(config: GenerationConfig | None) -> dict[str, Any]:
+    """What is used of a generation config: where a text ends, and how tokens are sampled.
+
+    A SettingError names a value that is wrong."""
+    names = ("eos_token_id", "top_k", "top_p", "min_p", "repetition_penalty")
+    used = {name: getattr(config, name, None) for name in names}
+    last = used["eos_token_id"]
+    if isinstance(last, list):
+        for index, token in enumerate(last):
+            _check_token(f"eos_token_id.{index}", token)
+    elif last is not None:
+        _check_token("eos_token_id", last)
+    if used["top_k"] is not None:
+        check("top_k", used["top_k"], int, least=0)
+    if used["top_p"] is not None:
+        check("top_p", used["top_p"], float, above=0, most=1)
+    if used["min_p"] is not None:
+        check("min_p", used["min_p"], float, least=0, most=1)
+    if used["repetition_penalty"] is not None:
+        check("repetition_penalty", used["repetition_penalty"], float, above=0)
+    return used
+
+
+def _check_token(name: str, token: Any) -> None:
+    # -1 is how some checkpoints write that there is none
+    check(name, token, int, least=-1, most=MOST)
+
+
+def _recommended_temperature(config: GenerationConfig | None) -> float:
+    """The temperature that a generation config recommends, 0 for the likeliest token; raises as the function above."""
+    sampled = getattr(config, "do_sample", None)
+    temperature = getattr(config, "temperature", None)
+    if sampled is not None:
+        check("do_sample", sampled, bool)
+    if temperature is not None:
+        _check_temperature(temperature)
+    if not sampled:
+        return 0.0
+    return 1.0 if temperature is None else temperature
 
 
 def with_config(model: PreTrainedModel, config: GenerationConfig) -> PreTrainedModel:

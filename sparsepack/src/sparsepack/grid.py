@@ -16,6 +16,7 @@ reads numbers and scales from such a weight.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 
 from sparsepack.codes import PLAIN, Levels, anchors, levels_of, powers_of, whole_numbers
 from sparsepack.errors import FormatError
-from sparsepack.grids import GRIDS, Grid
+from sparsepack.grids import GRIDS, Grid, grid_for
 from sparsepack.layout import form_of
 
-INTEGERS = ("int8", "int4", "int3")
+INTEGERS = ("int8", "int6", "int5", "int4", "int3")
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
-LEAST_NORMAL = 2.0**-14  # fp16: numbers below it are multiples of LEAST
-LEAST = 2.0**-24
+LEAST = 2.0**-24  # of fp16, which has all whole multiples of it up to 2048
+FEW = 128  # multiples of LEAST: bf16 has more digits than fp16 below as many
 # weights that are rounded together: what that needs stays in the cache
 AT_ONCE = 1 << 17
 
@@ -39,22 +40,23 @@ class Groups:
     """The groups of a weight with ``columns`` whose values share a scale; ``size`` columns, at the end of a row fewer.
 
     ``levels`` are the numbers of the grid; ``dense``, whether the weight is packed dense, where a value may become 0;
-    ``half``, whether scales must be numbers of fp16 too, as other programs store them."""
+    ``grid``, the grid of another program, if it is one."""
 
     columns: int
     size: int
     levels: Levels
     dense: bool = False
-    half: bool = False
+    grid: Grid | None = None
 
     @classmethod
     def of(cls, weight: Tensor, value_type: str) -> Groups:
         """The groups in which ``weight`` would be packed as int8, int4 or int3, which depend on its zeros alone; or
         those of the grid of another program, by its name."""
         columns = weight.shape[1]
-        if (grid := GRIDS.get(value_type)) is not None:
-            numbers = Levels(tuple(range(grid.lowest, grid.highest + 1)))
-            return cls(columns, grid.group or columns, numbers, dense=True, half=True)
+        if value_type in GRIDS:
+            grid = grid_for(value_type, columns)
+            numbers = Levels(grid.numbers)
+            return cls(columns, grid.group or columns, numbers, dense=True, grid=grid)
         layout, group = form_of(weight, value_type)
         return cls(
             columns, group or columns, levels_of(value_type, layout), layout == "dense"
@@ -72,6 +74,20 @@ class Groups:
             :, : self.columns
         ].contiguous()
 
+    @property
+    def parts(self) -> int:
+        """The groups whose scales are whole numbers of one unit; 0 where each has a scale of its own."""
+        return 0 if self.grid is None else self.grid.parts
+
+    def numbers(self, grouped: Tensor, scales: Tensor, places: Tensor) -> Tensor:
+        """The numbers nearest to values ``(groups, size)`` with scales and places of anchors ``(groups, 1)``."""
+        numbers = whole_numbers(grouped, scales, self.levels, zero=self.dense)
+        if self.grid is not None and self.grid.anchored:
+            lowest = float(self.levels.lowest)
+            others = numbers.gather(1, places)
+            numbers.scatter_(1, places, torch.where(scales == 0, others, lowest))
+        return numbers
+
 
 def scales_of(
     extreme: Tensor, groups: Groups, dtype: torch.dtype, unit: Tensor | None = None
@@ -82,13 +98,8 @@ def scales_of(
     int8 and to bf16 otherwise. One that ``dtype`` cannot hold becomes the largest that it can, and values are clipped.
     """
     levels = groups.levels
-    if groups.half:
-        largest = LARGEST_FP16 / (-levels.lowest if dtype == torch.float16 else 1)
-        scales = (extreme / levels.lowest).bfloat16().float().clamp_(-largest, largest)
-        # Towards 0, so that the value of largest magnitude still becomes the lowest number.
-        return torch.where(
-            scales.abs() < LEAST_NORMAL, (scales / LEAST).trunc_().mul_(LEAST), scales
-        )
+    if groups.grid is not None:
+        return _scales_of_grid(extreme / levels.lowest, groups.grid, dtype)
     one = torch.ones_like(extreme) if unit is None else unit
     largest = (
         LARGEST_FP16 if dtype == torch.float16 else torch.finfo(torch.bfloat16).max
@@ -100,6 +111,89 @@ def scales_of(
     return (extreme / levels.lowest).bfloat16().float().mul_(end).clamp_(
         -largest, largest
     ).to(dtype).float() / end
+
+
+def _scales_of_grid(scales: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Scales ``(groups, 1)`` as a file of this grid has them."""
+    if not grid.parts:
+        stored = _stored(scales, grid, dtype)
+        if _in_fp16(grid, dtype) and not grid.anchored:
+            levels = Levels(grid.numbers)
+            number = whole_numbers(scales * grid.lowest, stored, levels, zero=True)
+            stored = _readable(stored, number, grid, dtype)
+        return stored
+    of_parts = scales.view(-1, grid.parts)
+    widest = _widest(of_parts)
+    units = _stored(widest / grid.lowest_scale, grid, dtype)
+    if _in_fp16(grid, dtype):
+        number = in_units(widest, units, grid).mul_(grid.lowest)
+        units = _readable(units, number, grid, dtype)
+    return (in_units(of_parts, units, grid) * units).view(-1, 1)
+
+
+def _in_fp16(grid: Grid, dtype: torch.dtype) -> bool:
+    """Whether the scales of a checkpoint in ``dtype`` must be numbers of fp16."""
+    return grid.half or dtype == torch.float16
+
+
+def _readable(stored: Tensor, number: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Scales, or units, that are read off their anchors again, the ``number`` of each: a small one was rounded away
+    from 0, and its anchor may lead to the next lower one, which then clips a value by little."""
+    read = as_stored(number, stored, dtype) / grid.lowest / grid.lowest_scale
+    small = stored.abs() <= FEW * LEAST
+    return torch.where(small, _stored(read, grid, dtype), stored)
+
+
+def _stored(scales: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Scales, or units, as numbers that a file has."""
+    largest = LARGEST_FP16
+    if not _in_fp16(grid, dtype):
+        largest = torch.finfo(torch.bfloat16).max
+    if dtype == torch.float16 or not grid.half:
+        # A weight of the checkpoint must be finite too. A power of two, so that bf16
+        # has the quotient.
+        largest /= 1 << (abs(grid.lowest * grid.lowest_scale) - 1).bit_length()
+    stored = scales.clamp(-largest, largest).bfloat16().float()
+    if grid.uneven:
+        # An anchor is rounded to bf16, and not each leads back to the scale of which
+        # it was made: one that does is near.
+        anchors_of = (stored * grid.lowest).bfloat16().float()
+        stored = (anchors_of / grid.lowest).bfloat16().float()
+    if not _in_fp16(grid, dtype):
+        return stored
+    return _in_half(stored, up=grid.parts > 0 or not grid.anchored)
+
+
+def _in_half(scales: Tensor, *, up: bool) -> Tensor:
+    """Scales of bf16 that fp16 has too: small ones are rounded ``up``, away from 0, so that none is lost and no value
+    lies beyond the last number; or to the nearest."""
+    multiples = scales.abs() / LEAST
+    whole = multiples.ceil() if up else multiples.round()
+    return torch.where(multiples < FEW, whole.mul_(LEAST) * scales.sign(), scales)
+
+
+def _widest(of_parts: Tensor) -> Tensor:
+    """The scale of largest magnitude, ``(units, 1)``, of those that share a unit, ``(units, parts)``."""
+    return of_parts.gather(1, anchors(of_parts))
+
+
+def in_units(of_parts: Tensor, units: Tensor, grid: Grid) -> Tensor:
+    """The whole numbers of units ``(units, 1)`` that are nearest to scales ``(units, parts)``."""
+    whole = (of_parts / torch.where(units == 0, math.inf, units)).round_()
+    return whole.clamp_(grid.lowest_scale, grid.highest_scale)
+
+
+def split(scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Units ``(units, 1)`` and whole numbers of them ``(units, parts)`` of scales ``(out, groups)`` that are on a grid
+    with parts."""
+    of_parts = scales.reshape(-1, grid.parts)
+    widest = _widest(of_parts) / grid.lowest_scale
+    # A small unit was rounded away from 0, and the whole numbers after that.
+    units = _in_half(widest, up=True)
+    fits = in_units(of_parts, units, grid).mul_(units) == of_parts
+    larger = units + LEAST * units.sign()
+    units = torch.where(fits.all(1, keepdim=True), units, larger)
+    return units, in_units(of_parts, units, grid)
 
 
 def as_stored(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,7 +210,7 @@ def on_grid(
     *,
     groups: Groups | None = None,
 ) -> Tensor:
-    """The fp32 weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero.
+    """The fp32 weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero, if it has 0.
 
     The scales follow from the largest magnitudes of ``weight``, as in :func:`scales_of`; a value beyond the last number
     becomes it. ``dtype`` is the checkpoint's; ``exponents``, int8 ``(in,)``; ``groups``, if they are known already."""
@@ -192,7 +286,7 @@ def _nearest(
     """The numbers ``(groups, size)`` nearest to values without the powers of their columns, ``units (groups, size)``;
     and scales ``(groups, 1)``."""
     places = anchors(grouped)
-    scales = scales_of(
-        grouped.gather(1, places), groups, dtype, units.gather(1, places)
-    )
-    return whole_numbers(grouped, scales, groups.levels, zero=groups.dense), scales
+    extreme = grouped.gather(1, places)
+    scales = scales_of(extreme, groups, dtype, units.gather(1, places))
+    numbers = groups.numbers(grouped, scales, places)
+    return numbers, scales

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from sparsepack import masks
 from sparsepack.codes import (
+    BITS,
     EXPONENTS,
     FLOAT_TYPES,
     GROUPED,
     GROUPS,
+    READ_AS,
     Encoded,
     best_group,
     bytes_of_values,
@@ -50,14 +52,15 @@ class PackedWeight:
             two codes, the earlier one in the low nibble, every row beginning on a byte.
         offsets: int64 ``(out + 1,)``: where each row's values begin, counted in values, and where the last row's end.
             For int4, a row with an odd number of values counts one more, so that every offset is even.
-        scales: None for floating types. int8: fp32 ``(out,)``, one for each row. int4: bf16
-            ``(out, ⌈in/group⌉)``, one for each ``group`` (32, 64, … 1024) consecutive columns of a row, kept or not.
+        scales: None for floating types. int8: fp32 ``(out,)``, one for each row. int4, and int8 that was int6 or int5:
+            bf16 ``(out, ⌈in/group⌉)``, one for each ``group`` (32, 64, … 1024) columns of a row, kept or not.
         value_type: ``bf16``, ``fp16``, ``fp32``, ``int8`` or ``int4``.
         pattern: ``(n, m)`` of the layout ``nm``, else None.
         exponents: int8 ``(in,)``, -8 … 7, for integers: column ``j`` is multiplied by ``2^exponents[j]``; None for
             none.
         levels: the whole number of each code of int4, int8 ``(16,)``; None for the code minus 8.
-        narrow: whether all codes of int4 are 4 … 11, so that a file has them as int3."""
+        narrower: int6, int5 or int3 if a file has the values so: those of int8 are in its range, or all codes of int4
+            are 4 … 11; else None."""
 
     shape: tuple[int, int]
     layout: str
@@ -69,7 +72,7 @@ class PackedWeight:
     pattern: masks.NM | None = None
     exponents: Tensor | None = None
     levels: Tensor | None = None
-    narrow: bool = False
+    narrower: str | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -87,14 +90,14 @@ class PackedWeight:
         written = {
             field: tensor for field, tensor in self.tensors.items() if field != left_out
         }
-        if self.narrow:
-            written["values"] = narrowed(self.values)
+        if self.narrower is not None:
+            written["values"] = narrowed(self.values, self.narrower)
         return written
 
     @property
     def group(self) -> int | None:
-        """Columns that share a scale of int4 (32, 64, … 1024); None for other values, or if the scales do not fit."""
-        if self.value_type != "int4" or self.scales is None or self.scales.dim() != 2:
+        """Columns that share a scale (32, 64, … 1024); None for scales of rows, for none, or if they do not fit."""
+        if self.scales is None or self.scales.dim() != 2:
             return None
         return group_of(self.shape[1], self.scales.shape[1])
 
@@ -119,7 +122,7 @@ def pack(
     """Packs a weight on the CPU; returns None if ``layout`` is ``auto`` and the packed form would save no bytes.
 
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 has a
-    scale a row; int4 and int3 have one for each group of columns, the best of seven by squared error.
+    scale a row; int6 to int3 have one for each group of columns, the best of seven by squared error.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
@@ -127,7 +130,7 @@ def pack(
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
         exponents: integers ``(in,)``, -8 to 7: column ``j`` is multiplied by ``2^exponents[j]``; not used for floats.
-        group: the columns that share a scale of int4 or int3, 32, 64, … 1024; None for as many as keep about 32.
+        group: the columns that share a scale of int6 to int3, 32, 64, … 1024; None for as many as keep about 32.
 
     Raises:
         SettingError: the value type, layout, group or exponents are wrong, or the weight satisfies no N:M pattern.
@@ -182,7 +185,6 @@ def pack(
         exponents=exponents,
         layout=layout,
     )
-    narrow = value_type == "int3"
     return PackedWeight(
         shape,
         layout,
@@ -190,11 +192,11 @@ def pack(
         values=encoded.values,
         offsets=encoded.offsets,
         scales=encoded.scales,
-        value_type="int4" if narrow else value_type,
+        value_type=READ_AS.get(value_type, value_type),
         pattern=pattern,
         exponents=exponents,
         levels=encoded.levels,
-        narrow=narrow,
+        narrower=value_type if value_type in BITS else None,
     )
 
 
@@ -266,7 +268,7 @@ def _forms(
     value_type: str,
     group: int | None = None,
 ) -> dict[str, tuple[int, int | None]]:
-    """The bytes and the int4 group of a weight in every layout that it can have, from the kept values of each row."""
+    """The bytes and the group of a weight in every layout that it can have, from the kept values of each row."""
     out, columns = shape
     index_of_rows = 8 * (out + 1)
     parts = {  # values of each row, and bytes of mask and offsets

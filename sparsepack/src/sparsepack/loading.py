@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsepack.arguments import SHORT_DTYPES, checked
+from sparsepack.arguments import SHORT_DTYPES, check
 from sparsepack.checkpoint import adapter_in, opened_weights
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
@@ -19,7 +19,6 @@ from sparsepack.module import PackedLinear, activations_of, gather
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@checked
 def load(
     directory: str | os.PathLike[str],
     *,
@@ -45,6 +44,11 @@ def load(
         SettingError: the machine has no such device, or ``dtype`` or ``activations`` is unknown.
         FormatError: the directory holds no checkpoint or a damaged one, or transformers cannot load it.
     """
+    check("directory", directory, str, os.PathLike)
+    check("device", device, str, torch.device)
+    check("dtype", dtype, str, torch.dtype)
+    if activations is not None:
+        check("activations", activations, str)
     place = _device(device)
     rounded = activations_of(activations) == "int8"
     if isinstance(dtype, str):

@@ -34,7 +34,7 @@ TILE = 1 << 20
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pages
 
-# what kernels multiply weights of int8 and int4 by; the first is the default
+# what kernels multiply whole numbers by; the first is the default
 ACTIVATIONS = (
     "int8",
     "fp32",
@@ -390,13 +390,12 @@ class PackedEmbedding(PackedLinear):
         self.scale = scale
 
     def _check(self, packed: PackedWeight, name: str) -> None:
-        if (packed.layout, packed.value_type, packed.exponents) != (
-            "dense",
-            "int8",
-            None,
-        ):
-            more = "" if packed.exponents is None else " with exponents"
-            stored = f"{packed.layout}, {packed.value_type}{more}"
+        stored = f"{packed.layout}, {packed.narrower or packed.value_type}"
+        if packed.exponents is not None:
+            stored += " with exponents"
+        if packed.narrower is None and packed.group is not None:
+            stored += " with scales of columns"
+        if stored != "dense, int8":
             raise FormatError(
                 f"packed weight {name} is {stored}; an embedding is dense, int8: pack the model again"
             )

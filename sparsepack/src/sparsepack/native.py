@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsepack.codes import SCALES_OF, VALUE_TYPES, Levels, nearest_levels
+from sparsepack.codes import INTEGERS_IN_MEMORY, VALUE_TYPES, Levels, nearest_levels
 from sparsepack.compiled import NOT_BUILT, extension, instruction_sets
 from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
@@ -80,7 +80,7 @@ def multiply(
     y = x.new_empty(len(x), packed.shape[0])
     numbers = [index, *addresses(packed)]
     numbers += [len(x), kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads()]
-    numbers.append(int(rounded and packed.value_type in SCALES_OF))
+    numbers.append(int(rounded and packed.value_type in INTEGERS_IN_MEMORY))
     _call(library.multiply, numbers)
     return y
 

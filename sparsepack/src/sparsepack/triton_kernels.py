@@ -3,8 +3,8 @@
 A program computes one row for all tokens. A thread takes a byte of the mask at a time, that is eight columns, whose
 activations it loads at once; the next byte is on its way meanwhile. The position of a column's value is the number of
 set bits before it: a running sum over bytes plus the count within the byte, which one multiplication computes for all
-eight. So only mask, values, row offsets and scales are read, each once. A scale of int4 covers whole bytes of the mask
-and multiplies the sum of eight products. Sums are in fp32.
+eight. So only mask, values, row offsets and scales are read, each once. A scale of columns covers whole bytes of
+the mask and multiplies the sum of eight products. Sums are in fp32.
 
 With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 """
@@ -26,6 +26,7 @@ from sparsepack.layout import PackedWeight
 
 MAX_TOKENS = 16
 _KINDS = {"bf16": 0, "fp16": 0, "fp32": 0, "int8": 1, "int4": 2}
+_INT8_IN_GROUPS = 3
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -101,9 +102,9 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     columns,
     row_bytes,
     mask_step,  # bytes from a row's mask to the next one's: 0 where all rows share one
-    group,  # int4: bytes of the mask that share a scale
+    group,  # int4, int8 in groups: bytes of the mask that share a scale
     tokens,
-    KIND: tl.constexpr,  # 0: values are floats, 1: int8, 2: int4
+    KIND: tl.constexpr,  # 0: values are floats, 1: int8, 2: int4, 3: int8 in groups
     TOKENS: tl.constexpr,  # tokens, raised to a power of two
     BYTES: tl.constexpr,
 ):
@@ -152,7 +153,7 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
         products += _column(values, levels_pointer, before, byte, counts, KIND, 5) * x5
         products += _column(values, levels_pointer, before, byte, counts, KIND, 6) * x6
         products += _column(values, levels_pointer, before, byte, counts, KIND, 7) * x7
-        if KIND == 2:
+        if KIND >= 2:
             scales = scales_pointer + row * tl.cdiv(columns, 8 * group)
             scale = tl.load(
                 scales + index // group, mask=index * 8 < columns, other=0
@@ -221,6 +222,9 @@ def _product(packed: PackedWeight, x: Tensor) -> Tensor:
     levels = packed.levels
     if levels is None:
         levels = _plain_levels(x.device)
+    kind = _KINDS[packed.value_type]
+    if packed.value_type == "int8" and packed.group is not None:
+        kind = _INT8_IN_GROUPS
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _multiply[(out,)](
@@ -237,7 +241,7 @@ def _product(packed: PackedWeight, x: Tensor) -> Tensor:
             0 if packed.layout == "dense" else packed.mask.shape[1],
             (packed.group or 8) // 8,
             len(x),
-            KIND=_KINDS[packed.value_type],
+            KIND=kind,
             TOKENS=triton.next_power_of_2(len(x)),
             **LAUNCH,
         )

@@ -9,7 +9,6 @@ from sparsepack.codes import (
     CODES,
     EXPONENTS,
     FLOAT_TYPES,
-    SCALES_OF,
     STORED_AS,
     VALUE_TYPES,
     group_of,
@@ -159,16 +158,17 @@ def _check_scales(packed: PackedWeight) -> None:
         return
     if scales is None:
         raise ValueError(f"no scales with values of type {kind}")
-    shape: tuple[int, ...] = (out,)
-    if kind == "int4":
+    if kind == "int8" and packed.narrower is None and scales.dim() != 2:
+        _check_tensor("scales", scales, torch.float32, (out,))
+    else:
         _require(
             scales.dim() == 2,
             f"scales is {tuple(scales.shape)}, not ({out}, groups of columns)",
         )
-        shape = (out, scales.shape[1])
+        groups = scales.shape[1]
         _require(
-            group_of(columns, shape[1]) is not None,
-            f"{shape[1]} scales a row do not divide {columns} columns",
+            group_of(columns, groups) is not None,
+            f"{groups} scales a row do not divide {columns} columns",
         )
-    _check_tensor("scales", scales, SCALES_OF[kind], shape)
+        _check_tensor("scales", scales, torch.bfloat16, (out, groups))
     _require(bool(torch.isfinite(scales).all()), "a scale is not finite")

@@ -31,8 +31,14 @@ from sparsellm.app.options import (
     needed,
     option,
 )
-from sparsellm.errors import MissingExtraError, RecipeError, StorageError
-from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT
+from sparsellm.errors import (
+    MemoryBudgetError,
+    MissingExtraError,
+    RecipeError,
+    StorageError,
+)
+from sparsellm.progress import ProgressCallback
+from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT, Recipe
 
 Printed = tuple[Any, Callable[[], None]] | None
 # the longest window and the tokens that `prune --pack` measures on
@@ -48,7 +54,17 @@ app = typer.Typer(
 
 
 class _Command(TyperCommand):
-    """A command with ``--help`` in the last panel; typer would give it the first."""
+    """A command with ``--help`` in the last panel, where typer would give it the first, and with an answer to words
+    that belong to no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        # else click refuses them, without a hint
+        ctx.allow_extra_args = True
+        super().parse_args(ctx, args)
+        if ctx.args and not ctx.resilient_parsing:
+            raise use.too_many(given, ctx.args[0], str(ctx.info_name))
+        return list(ctx.args)
 
     def get_help_option(self, ctx: Any) -> Any:
         shown = super().get_help_option(ctx)
@@ -70,8 +86,6 @@ def _command(
         def call(**values: Any) -> None:
             if name == "exec":  # it does not return, and the imports below take seconds
                 function(**values)
-            if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
-                process.announce()
             if function.__name__ == "prune" and not (
                 values.get("restart") or values.get("dry_run")
             ):
@@ -82,6 +96,11 @@ def _command(
                     interrupts.keeps(
                         f"finished blocks are kept next to {values['out']}", part=True
                     )
+            # paths that several processes share are looked at by the first of them
+            if process.count() == 1:
+                use.look_at_names(values)
+            if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
+                process.announce()
             # a signal within torch's import may end the process without a word
             with interrupts.held():
                 from sparsellm import parallel, plugins
@@ -155,6 +174,15 @@ _VERSION = typer.Option(
 )
 
 
+_HEAD = option(
+    "--head TYPE",
+    "Embedding and output head of a packed model: keep (as stored) or int8.",
+    use.VALUES,
+    shown="int8 where values are rounded, else keep",
+    values=("keep", "int8"),
+)
+
+
 @app.callback()
 def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     if process.count() > 1 and context.invoked_subcommand not in (
@@ -173,7 +201,7 @@ def _check_pack(
     """Refuses a directory to pack into, before the run."""
     from sparsellm import parallel
     from sparsellm.files.directory import check_destination, checkpoints_among, resolved
-    from sparsellm.records import PRUNING, read_pruning
+    from sparsellm.records import PRUNING
 
     if resolved(pack) == resolved(out):
         raise RecipeError(f"--out and --pack are both {out}; name two directories")
@@ -185,15 +213,33 @@ def _check_pack(
         )
     )
     if parallel.from_main(partial(os.path.isfile, out / PRUNING)) and not overwrite:
-        values = ["--values", parallel.from_main(lambda: read_pruning(out).values)]
-        again = f"`{shlex.join(['sparsellm', 'pack', str(out), '--out', str(pack), *values])}` packs it"
+        again = shlex.join(["sparsellm", "pack", str(out), "--out", str(pack)])
         raise RecipeError(
-            f"{out} is a complete checkpoint: {again}; --overwrite prunes it again"
+            f"{out} is a complete checkpoint: `{again}` packs it; --overwrite prunes it again"
         )
     if options["trust_remote_code"]:
         raise RecipeError(
             "a packed model runs no code of a checkpoint; leave out --trust-remote-code or --pack"
         )
+
+
+def _check_values(
+    recipe: Recipe, pack: Path | None, head: str | None, progress: ProgressCallback
+) -> None:
+    """Refuses values and a head that ``pack`` would refuse, before the run. If nothing is packed, notes how to ask for
+    values that can be exported, which is too late to hear after the run."""
+    from sparsellm.convert import check_packable
+    from sparsellm.exports.linears import other_grids
+    from sparsellm.progress import note
+
+    if pack is not None:
+        check_packable(recipe, head)
+    elif head is not None:
+        raise RecipeError(
+            f"--head {head} is of the packed model; give --pack DIR, or leave it out"
+        )
+    elif recipe.grid == "own" and recipe.values != "keep":
+        note(progress, [other_grids(recipe.values)])
 
 
 @_command(
@@ -210,6 +256,7 @@ def _check_pack(
         "--pack DIR",
         "Also pack the result into DIR, measure that against MODEL, and write its report.",
     ),
+    _HEAD,
     flag(
         "--dry-run",
         "Refuse what the run would refuse, print what it needs, and write nothing.",
@@ -231,6 +278,7 @@ def prune(
     verbose: bool,
     progress: Any,
     pack: Path | None = None,
+    head: Any = None,
     **options: Any,
 ) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
@@ -238,14 +286,13 @@ def prune(
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work."""
     from sparsellm import api, parallel
     from sparsellm.app import console, tables
-    from sparsellm.convert import check_packable
-    from sparsellm.run.plan import Request
+    from sparsellm.run.request import Request
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)
     if pack is not None:
         _check_pack(pack, out, [model, dense], options)
-        check_packable(recipe)
+    _check_values(recipe, pack, head, progress)
     if options.pop("dry_run"):
         prediction = api.dry_run(model, recipe, out=out, progress=progress, **options)
         return prediction.model_dump(mode="json"), lambda: tables.print_prediction(
@@ -282,7 +329,7 @@ def prune(
         }
         with parallel.alone():
             packed, evaluation = api.pack_and_measure(
-                run, pack, text, dense, progress, **window
+                run, pack, text, dense, progress, head=head, **window
             )
             try:
                 api.keep_results(pack, [evaluation])
@@ -332,15 +379,23 @@ def prune(
         "sparsellm plan demo --samples 32 --memory 2GiB --json",
     ),
 )
-def plan(model: str, **options: Any) -> Printed:
-    """Predict time, memory and disk of `sparsellm prune` for MODEL, on this machine or on GPUs."""
+def plan(model: str, json: bool, **options: Any) -> Printed:
+    """Predict time, memory and disk of `sparsellm prune` for MODEL, on this machine or on GPUs.
+
+    The exit code is 2 if the run does not fit into the memory."""
     from sparsellm import api
-    from sparsellm.app import tables
+    from sparsellm.app import console, tables
 
     prediction = api.plan(model, use.take_recipe(options), **options)
-    return prediction.model_dump(mode="json"), lambda: tables.print_prediction(
-        prediction
-    )
+    if json:
+        console.write_json(prediction.model_dump(mode="json"))
+    else:
+        tables.print_prediction(prediction)
+    if prediction.notes:
+        raise MemoryBudgetError(
+            f"{'; '.join(prediction.notes)}; allow more with --memory, or lower --seq-len or batch_tokens"
+        )
+    return None
 
 
 @_command(
@@ -422,20 +477,24 @@ def evaluate(
 
 
 @_command(
-    argument("DIRECTORY", "A checkpoint, pruned or not."),
+    use.ONE_MODEL,
+    flag("--all", "Print every matrix and every block, not only each kind of matrix."),
     use.TRUST,
     use.JSON,
-    examples=["sparsellm inspect pruned"],
+    examples=["sparsellm inspect pruned", "sparsellm inspect pruned --all"],
 )
-def inspect(directory: str, trust_remote_code: bool) -> Printed:
-    """Count the zeros of a checkpoint per matrix, per block, and in all, check N:M, and say which experts can go."""
+def inspect(model: str, all: bool, trust_remote_code: bool) -> Printed:
+    """Say what MODEL holds: parameters, types, bytes, zeros of each kind of matrix, N:M, and which experts can go."""
     from sparsellm import api
     from sparsellm.app import tables
+    from sparsellm.files.resolve import checkpoint_directory
     from sparsellm.patterns import strictest
     from sparsellm.records import Totals
+    from sparsellm.run.counts import Stored
 
-    matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
-    mixtures = api.inspect_experts(directory, trust_remote_code=trust_remote_code)
+    matrices = api.inspect(model, trust_remote_code=trust_remote_code)
+    mixtures = api.inspect_experts(model, trust_remote_code=trust_remote_code)
+    stored = Stored.of(checkpoint_directory(model))
     blocks = {
         index: list(part)
         for index, part in groupby(matrices, lambda matrix: matrix.block)
@@ -444,6 +503,7 @@ def inspect(directory: str, trust_remote_code: bool) -> Printed:
     totals = {index: Totals.of(part) for index, part in blocks.items()}
     total = Totals.of(matrices)
     content = {
+        **stored.model_dump(),
         **total.model_dump(),
         "sparsity": total.sparsity,
         "pattern": pattern,
@@ -459,7 +519,16 @@ def inspect(directory: str, trust_remote_code: bool) -> Printed:
         ],
         "mixtures": mixtures.model_dump(mode="json") if mixtures.experts else None,
     }
-    return content, lambda: tables.print_zeros(matrices, blocks, pattern, mixtures)
+
+    def show() -> None:
+        tables.print_stored(stored)
+        if all:
+            tables.print_zeros(blocks, pattern)
+        else:
+            tables.print_kinds(matrices, pattern)
+        tables.print_mixtures(mixtures, len(blocks))
+
+    return content, show
 
 
 @_command(
@@ -611,22 +680,23 @@ def demo(
 @_command(
     use.ONE_MODEL,
     use.out("Directory of the packed checkpoint."),
-    keeping(
+    option(
         "--values TYPE",
-        "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
+        "Type of the kept values: keep (as stored), bf16, fp16, fp32, int8, int6, int5, int4 or int3.",
         use.VALUES,
-        values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
+        shown="as the run rounded them, else keep",
+        values=("keep", "bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3"),
     ),
-    keeping(
-        "--head TYPE",
-        "Embedding and output head: keep (as stored) or int8.",
+    _HEAD,
+    flag(
+        "--round-again",
+        "Allow another type than the run rounded to, which loses quality.",
         use.VALUES,
-        values=("keep", "int8"),
     ),
     *use.WRITING,
     examples=(
         "sparsellm pack pruned --out packed",
-        "sparsellm pack pruned --out packed --values int8",
+        "sparsellm pack pruned --out packed --values int8 --head keep",
     ),
 )
 def pack(model: str, progress: Any, **options: Any) -> Printed:
@@ -704,7 +774,7 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
 
 
 @_command(
-    argument("DIRECTORY", "A checkpoint, packed or dense."),
+    use.ONE_MODEL,
     argument("PROMPT", "Text to continue."),
     option("--max-new-tokens N", "Most tokens to generate.", TEXT, default=100),
     option(
@@ -723,26 +793,28 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
     ),
 )
 def generate(
-    directory: str, prompt: str, quiet: bool, json: bool, **options: Any
+    model: str, prompt: str, quiet: bool, json: bool, **options: Any
 ) -> Printed:
     """Continue PROMPT, token by token, and print the speed."""
     from sparsellm.app import console
     from sparsellm.serving.prompts import open_model
-    from sparsepack.generation import check_sampling
+    from sparsepack.generation import Sampling
     from sparsepack.generation import generate as continue_prompt
 
     # before the load
-    check_sampling(
-        {name: options[name] for name in ("max_new_tokens", "temperature", "seed")}
+    Sampling(
+        max_new_tokens=options["max_new_tokens"],
+        temperature=options["temperature"],
+        seed=options["seed"],
     )
-    model, tokenizer = open_model(directory, use.take_running(options))
+    loaded, tokenizer = open_model(model, use.take_running(options))
     before = [prompt]  # printed with the first piece, since errors may come before that
 
     def show(text: str) -> None:
         console.piece(before.pop() + text if before else text)
 
     result = continue_prompt(
-        model, tokenizer, prompt, on_text=None if json else show, **options
+        loaded, tokenizer, prompt, on_text=None if json else show, **options
     )
     speed = (
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
@@ -758,7 +830,7 @@ def generate(
 
 
 @_command(
-    argument("DIRECTORY", "A checkpoint, packed or dense."),
+    use.ONE_MODEL,
     option("--host NAME", "Address to listen at.", SERVER, default="127.0.0.1"),
     option("--port N", "Port; 0 for any that is free.", SERVER, default=8000),
     option(
@@ -767,7 +839,7 @@ def generate(
         SERVER,
         shown="SPARSELLM_API_KEY, else no key",
     ),
-    option("--name NAME", "Name of the model.", SERVER, shown="that of DIRECTORY"),
+    option("--name NAME", "Name of the model.", SERVER, shown="that of MODEL"),
     option(
         "--context N",
         "Most tokens of a prompt and its answer.",
@@ -786,8 +858,8 @@ def generate(
         "sparsellm serve packed --host 0.0.0.0 --key-file key.txt",
     ),
 )
-def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> None:
-    """Serve DIRECTORY to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
+def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
+    """Serve MODEL to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
 
     Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
     from sparsellm.app import console
@@ -806,11 +878,11 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> None:
     settings = use.made(
         ServerSettings, max_body=parse_bytes(max_body), quiet=quiet, **options
     )
-    listen(directory, settings, running, lambda line: console.say(line, error=True))
+    listen(model, settings, running, lambda line: console.say(line, error=True))
 
 
 @_command(
-    argument("DIRECTORY", "A checkpoint, packed or dense, with a chat template."),
+    use.ONE_MODEL,
     option("--system TEXT", "What the model is told first.", TEXT),
     option("--max-new-tokens N", "Most tokens of an answer.", TEXT, default=512),
     option(
@@ -826,8 +898,8 @@ def serve(directory: str, quiet: bool, max_body: str, **options: Any) -> None:
         "sparsellm chat packed --system 'Answer in one sentence.'",
     ),
 )
-def chat(directory: str, **options: Any) -> None:
-    """Talk with DIRECTORY in the terminal.
+def chat(model: str, **options: Any) -> None:
+    """Talk with MODEL, which needs a chat template, in the terminal.
 
     /reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer."""
     from sparsellm.app import console
@@ -836,7 +908,7 @@ def chat(directory: str, **options: Any) -> None:
     running = use.take_running(options)
     manner = use.made(terminal.Manner, **options)
     terminal.chat(
-        directory,
+        model,
         manner,
         running,
         show=console.piece,
@@ -845,9 +917,9 @@ def chat(directory: str, **options: Any) -> None:
 
 
 @_command(
-    argument("DIRECTORY", "A packed checkpoint."),
+    argument("MODEL", "A packed checkpoint."),
     option(
-        "--dense DIR",
+        "--dense MODEL",
         "A dense checkpoint to compare with.",
         MEASURE,
         shown="the packed one, unpacked",
@@ -878,7 +950,7 @@ def chat(directory: str, **options: Any) -> None:
     ),
 )
 def bench(
-    directory: str,
+    model: str,
     save: bool,
     progress: Any,
     batch: Sequence[int] = (1,),
@@ -890,11 +962,11 @@ def bench(
     from sparsellm.files import results
 
     keep = results.keeper(
-        results.place_of_results(directory) if save else None,
+        results.place_of_results(model) if save else None,
         partial(console.say, error=True),
     )
     measured = compared_speed(
-        directory,
+        model,
         options.pop("dense", None),
         batches=batch,
         progress=progress,

@@ -50,10 +50,12 @@ from sparsellm.report.comparison import (
     write_comparison,
 )
 from sparsellm.report.document import check_page
+from sparsellm.run.budget import Budget
+from sparsellm.run.calibration import draw_calibration
 from sparsellm.run.choice import choice_for
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.opening import Models
-from sparsellm.run.plan import Request, draw_windows
+from sparsellm.run.request import Request
 from sparsellm.text.sources import SELF, default_source, shares_of
 from sparsepack.bench import Rounds, check_positions
 from sparsepack.errors import UserError
@@ -194,7 +196,8 @@ def compare(  # noqa: PLR0913 - the Python door
         title = f"{number}/{len(cells)} {name}"
 
         def tell(event: Progress, title: str = title) -> None:
-            progress(replace(event, detail=f"{title}: {event.detail}"))
+            detail = f"{title}: {event.detail}"
+            progress(replace(event, detail=detail, part=title))
 
         with _naming(name):
             _run(place / name, recipe, dense, tell, speed=speed)
@@ -366,7 +369,9 @@ def _calibration_of(
         sources=(),
         trust=False,
     )
-    windows, _ = draw_windows(Request(dense.model, recipe), choice, models, progress)
+    request = Request(dense.model, recipe)
+    budget = Budget(recipe, chain.device)
+    windows = draw_calibration(request, choice, models, budget, progress).windows
     every = torch.cat([*windows.sets, windows.fresh])
     drawn[key] = {
         "samples": len(windows.first),
@@ -409,7 +414,7 @@ def _run(
     if not parallel.from_main(partial(_is_finished, pruned)):
         api.prune(dense.model, recipe, out=pruned, progress=progress)
     if not parallel.from_main(partial(_is_packed_from, packed, pruned)):
-        make = partial(pack, pruned, out=packed, values=recipe.values, allow_copy=True)
+        make = partial(pack, pruned, out=packed, allow_copy=True)
         parallel.from_main(partial(make, progress=progress))
     evaluation = parallel.from_main(partial(dense.evaluation_in, packed))
     if evaluation is None:

@@ -20,6 +20,7 @@ from typing import IO, Any
 import psutil
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment, Segments
 from rich.table import Column, Table
@@ -158,6 +159,12 @@ def table(
     return Table(*columns, title=title)
 
 
+def width_of(shown: Table) -> int:
+    """The columns of a terminal that a table takes if nothing in it is broken."""
+    wide = out().options.update(width=10_000)
+    return Measurement.get(out(), wide, shown).maximum
+
+
 def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
     """The seconds of each phase and its share of the time, longest first; with ``parts`` also ``prune/solve`` etc."""
     longest = sorted(seconds, key=lambda name: -seconds[name])
@@ -282,9 +289,12 @@ class _Display:
             self._said = self._pace.elapsed
 
     def _finish(self, phase: str) -> None:
-        took = self._pace.seconds.get(phase, 0.0)
+        took = self._pace.took
         if phase and (self._verbose or took >= LONG_PHASE):
-            say(f"{PHASES.get(phase, phase)}: {duration(took)}", error=True)
+            part = ""
+            if self._event is not None and self._event.part:
+                part = f"{self._event.part}: "
+            say(f"{part}{PHASES.get(phase, phase)}: {duration(took)}", error=True)
             self._said = self._pace.elapsed
 
     def _done(self) -> str:

@@ -36,8 +36,8 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Record, Settings
 from sparsellm.report.document import REPORT
-from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
+from sparsellm.run.request import Request
 from sparsepack.generation import generate
 from sparsepack.loading import load
 
@@ -162,8 +162,6 @@ def run_demo(
         pack(
             pruned,
             out=packed,
-            values="int4",
-            head="int8",
             overwrite=overwrite,
             restart=restart,
             progress=progress,

@@ -6,7 +6,7 @@ An option that sets a field of the recipe is made from that field, which holds a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
@@ -16,7 +16,9 @@ import typer
 from pydantic import BaseModel, ValidationError
 from typer.models import OptionInfo
 
-from sparsellm.errors import RecipeError, refusal
+from sparsellm.errors import RecipeError, refusal, shown
+from sparsellm.files.named import check_name
+from sparsellm.inputs import as_number, as_whole_number, mixture_of, text_file
 from sparsellm.recipe import (
     DEVICES,
     RESOURCES,
@@ -35,6 +37,8 @@ SERVER = "Server"
 COMMON = "Common"
 OUTPUT = "Output"
 GGUF = "For GGUF"
+# how names of text files end
+TEXT_FILES = (".txt", ".jsonl", ".parquet")
 Made = TypeVar("Made", bound=BaseModel)
 # Types by placeholder; values with other placeholders are text.
 KINDS = {
@@ -46,6 +50,40 @@ KINDS = {
     "RATE": float,
     "DIR": Path,
     "FILE": Path,
+}
+
+
+def _number(name: str) -> Callable[[Any], float]:
+    """Reads the number of an option; a RecipeError says what to write in place of ``50%`` or ``0,5``."""
+
+    def read(given: Any) -> float:
+        try:
+            return float(given)
+        except ValueError:
+            raise RecipeError(f"{name} is {shown(given)}; {as_number(given)}") from None
+
+    return read
+
+
+def _whole_number(name: str) -> Callable[[Any], int]:
+    """The same for a whole number."""
+
+    def read(given: Any) -> int:
+        try:
+            return int(given)
+        except ValueError:
+            raise RecipeError(
+                f"{name} is {shown(given)}; {as_whole_number(given)}"
+            ) from None
+
+    return read
+
+
+# Makers of readers by type
+_NUMBERS: dict[Any, Callable[[str], Callable[[Any], Any]]] = {
+    float: _number,
+    int: _whole_number,
+    list[int]: _whole_number,
 }
 
 
@@ -76,9 +114,11 @@ def option(
     metavar = ""  # that of a flag; without any, typer shows a type that is not given
     if not names[-1].startswith("-"):
         metavar = names.pop()
+    kind = kind or KINDS.get(metavar, str)
     made: Any = typer.Option(
         *names,
         metavar=metavar,
+        parser=_NUMBERS[kind](names[0]) if kind in _NUMBERS else None,
         # rich must not take the bracket for markup
         help=f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help,
         show_default=shown == "",
@@ -88,7 +128,7 @@ def option(
         rich_help_panel=panel,
     )
     name = names[0].removeprefix("--").partition("/")[0].replace("-", "_")
-    annotation: Any = Annotated[kind or KINDS.get(metavar, str), made]
+    annotation: Any = Annotated[kind, made]
     return Parameter(
         name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default
     )
@@ -165,6 +205,44 @@ RECIPE = [
         "docs/options.md lists all. Repeatable.",
     ),
 ]
+
+
+def look_at_names(values: Mapping[str, Any]) -> None:
+    """Refuses models and texts that are not there, by the values of a command's options, before torch is imported,
+    which takes seconds. Raises ModelError or DataError."""
+    for name in ("model", "directory", "teacher", "against", "dense"):
+        if isinstance(values.get(name), str):
+            check_name(values[name], name)
+    for name in ("text", "calibration"):
+        given = values.get(name) or ""
+        sources = [source for source, _ in mixture_of(given)]
+        if "," not in given:
+            sources = [given]
+        for source in sources:
+            if Path(source).suffix in TEXT_FILES and not source.startswith("hub:"):
+                text_file(source.removeprefix("file:").removeprefix("wikitext2:"))
+
+
+def too_many(given: Sequence[str], extra: str, command: str) -> RecipeError:
+    """The error for a word of a command line that belongs to nothing; it says to which option it may belong."""
+    before: list[str] = []
+    for word in reversed(given[: len(given) - 1 - given[::-1].index(extra)]):
+        before.insert(0, word)
+        if word.startswith("-"):
+            break
+    option = before[0] if before else ""
+    said = f"{shown(extra)} is one word too many"
+    values = [*before[1:], extra]
+    if not option.startswith("--") or "=" in option or len(values) < 2:
+        return RecipeError(f"{said}; `sparsellm {command} --help` says what it takes")
+    if option in ("--memory", "--max-bytes", "--max-body"):
+        return RecipeError(f"{said}; write {option} {''.join(values)}")
+    joined = ",".join(word.strip(",") for word in values)
+    if command == "compare":
+        return RecipeError(f"{said}; write {option} {joined}, with commas")
+    return RecipeError(
+        f"{said} after {option} {values[0]}; give one value, in quotes if it has spaces"
+    )
 
 
 def take_recipe(options: dict[str, Any]) -> Recipe:

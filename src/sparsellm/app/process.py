@@ -20,6 +20,7 @@ import typer
 
 from sparsellm import __version__, interrupts
 from sparsellm.errors import RecipeError, one_line, shown
+from sparsellm.files.named import as_typed
 from sparsepack.errors import Note, UserError
 
 _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
@@ -136,7 +137,7 @@ def _message(error: Exception) -> str | None:
     """What the user reads of an error: empty where the help was shown instead, None for an error that is unexpected."""
     # click's own errors: a missing argument, an unknown option
     if hasattr(error, "format_message"):
-        return str(error.format_message())
+        return _usage_message(error)
     if isinstance(error, PermissionError | FileNotFoundError) and (
         error.filename or error.errno == errno.ENOENT
     ):
@@ -150,7 +151,40 @@ def _message(error: Exception) -> str | None:
         return f"the system gives this process no more memory; {advice}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
         return f"the GPU has no memory left ({one_line(error)[:160]}); lower batch, tokens or context, or say cpu"
-    return str(error) if isinstance(error, UserError) else None
+    return as_typed(str(error)) if isinstance(error, UserError) else None
+
+
+def _usage_message(error: Any) -> str:
+    """What the user reads of an error of click: what is wrong with the words of the command line, and what to write."""
+    said = str(error.format_message()).rstrip(".")
+    if not said:
+        return ""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "sparsellm"
+    parameter = getattr(error, "param", None)
+    if said.startswith("Missing") and parameter is not None:
+        return _missing(parameter)
+    option = getattr(error, "option_name", None)
+    if option is not None:
+        hint = f"`{command} --help` lists all"
+        similar = getattr(error, "possibilities", None)
+        if similar:
+            hint = f"did you mean {similar[0]}?"
+        return f"{command} has no option {shown(option)[1:-1]}; {hint}"
+    if said.startswith("No such command") and "Did you mean" not in said:
+        return f"{said}; `{command} --help` lists all"
+    return said
+
+
+def _missing(parameter: Any) -> str:
+    """The message for an argument or an option without which a command does nothing."""
+    name = parameter.metavar
+    usage = name
+    if parameter.param_type_name == "option":
+        name = parameter.opts[0]
+        usage = f"{name} {parameter.metavar}"
+    told = (parameter.help or "").rstrip(".")
+    return f"{name} is missing; give {usage}: {told}"
 
 
 def _interrupted(signum: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -19,10 +19,12 @@ from sparsellm.app.console import (
     speed,
     table,
     visible,
+    width_of,
 )
 from sparsellm.inputs import about
+from sparsellm.patterns import strictest
 from sparsellm.progress import PHASES
-from sparsellm.records import Totals, by_kind, error_of
+from sparsellm.records import Totals, by_kind, error_of, kind_of
 from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from sparsellm.method.experts.fewer import Routing
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
+    from sparsellm.run.counts import Stored
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
@@ -65,14 +68,16 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             else ""
         )
         say(f"{stored} values, {result.bits_per_weight:.2f} bits a weight when {then}")
-    if result.sweeps:
-        best = min(result.sweeps, key=lambda record: record.held_out)
+    best = result.best_pass
+    if best is not None:
         before = f"{best.held_out:.3f} nats a token ({result.sweeps[0].held_out:.3f} before the sweep)"
         before += "".join(
             f", {visible(name)} {divergence:.3f}"
             for name, divergence in best.sources.items()
         )
         say(f"KL from the dense model on held-out calibration windows: {before}")
+    if result.idle_sweep:
+        say(f"note: {result.idle_sweep}")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(
         f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss_bytes / 1e9:.2f} GB"
@@ -131,10 +136,9 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
             unbroken=True,
         )
         return
-    packed = f" --values {recipe.values}" if recipe.values != "keep" else ""
-    if recipe.sparsity or packed:
+    if recipe.sparsity or recipe.values != "keep":
         say(
-            f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}{packed}",
+            f"pack it:     sparsellm pack {name} --out {shlex.quote(f'{base}-packed')}",
             unbroken=True,
         )
 
@@ -175,64 +179,84 @@ def _kinds(result: PruneResult) -> Table:
     return shown
 
 
-def print_zeros(
-    matrices: list[MatrixZeros],
-    blocks: dict[int, list[MatrixZeros]],
-    pattern: str | None,
-    mixtures: Routing,
-) -> None:
-    """Prints the zeros of every matrix, every block, and all, and what is known of mixtures. The experts of a block
-    share one row for each kind of matrix, because a mixture may have thousands."""
-    from sparsellm.patterns import strictest
+def print_stored(stored: Stored) -> None:
+    """Prints architecture, parameters, types and bytes of a checkpoint."""
+    types = ", ".join(
+        f"{name} {count(number)}" if len(stored.dtypes) > 1 else name
+        for name, number in stored.dtypes.items()
+    )
+    parameters = f"{count(stored.parameters)} parameters ({types})"
+    size = f"{stored.file_bytes / 1e6:,.1f} MB of weight files"
+    say(f"{visible(stored.architecture)}: {parameters}, {size}")
 
+
+def print_kinds(matrices: list[MatrixZeros], pattern: str | None) -> None:
+    """Prints the zeros of each kind of matrix in the blocks, and of all."""
+    shown = table(("kind of matrix",), ("number", "shape", "zeros", "sparsity", "N:M"))
+    kinds: dict[str, list[MatrixZeros]] = {}
+    for matrix in matrices:
+        kinds.setdefault(kind_of(matrix.name), []).append(matrix)
+    for kind, part in kinds.items():
+        shapes = list(dict.fromkeys("×".join(map(str, x.shape)) for x in part))
+        shape = shapes[0] if len(shapes) == 1 else "several"
+        shown.add_row(kind, str(len(part)), shape, *_zeros_of(part))
+    shown.add_section()
+    zeros, sparsity, _ = _zeros_of(matrices)
+    held = pattern or "–"
+    shown.add_row("all", str(len(matrices)), "", zeros, sparsity, held, style="bold")
+    out().print(shown)
+
+
+def _zeros_of(alike: list[MatrixZeros]) -> tuple[str, str, str]:
+    """Zeros, sparsity and the pattern of some matrices, as text."""
+    total = Totals.of(alike)
+    held = "no linear"
+    if alike[0].linear:
+        held = strictest(matrix.kept for matrix in alike) or "–"
+    return count(total.zeros), f"{total.sparsity:.2%}", held
+
+
+def print_zeros(blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
+    """Prints the zeros of every matrix, every block, and all. The experts of a block share one row for each kind of
+    matrix, because a mixture may have thousands."""
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
-
-    def row(
-        name: str,
-        shape: str,
-        alike: list[MatrixZeros],
-        held: str,
-        style: str | None = None,
-    ) -> None:
-        total = Totals.of(alike)
-        shown.add_row(
-            name, shape, count(total.zeros), f"{total.sparsity:.2%}", held, style=style
-        )
-
     for index, part in blocks.items():
         rows: dict[str, list[MatrixZeros]] = {}
         for matrix in part:
-            rows.setdefault(
-                re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name), []
-            ).append(matrix)
+            name = re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name)
+            rows.setdefault(name, []).append(matrix)
         for name, alike in rows.items():
-            held = (
-                strictest(matrix.kept for matrix in alike)
-                if alike[0].linear
-                else "no linear"
-            )
-            row(name, "×".join(map(str, alike[0].shape)), alike, held or "–")
-        row(f"block {index}", "", part, "", "bold")
+            shape = "×".join(map(str, alike[0].shape))
+            shown.add_row(name, shape, *_zeros_of(alike))
+        zeros, sparsity, _ = _zeros_of(part)
+        shown.add_row(f"block {index}", "", zeros, sparsity, "", style="bold")
         shown.add_section()
-    row("all", "", matrices, pattern or "–", "bold")
+    every = [matrix for part in blocks.values() for matrix in part]
+    zeros, sparsity, _ = _zeros_of(every)
+    shown.add_row("all", "", zeros, sparsity, pattern or "–", style="bold")
     out().print(shown)
-    if mixtures.experts:
-        sizes = " or ".join(map(str, sorted(set(mixtures.experts.values()))))
-        parts = [f"{sizes} experts in {len(mixtures.experts)} of {len(blocks)} blocks"]
-        named = {
-            "for a token": mixtures.per_token,
-            "shared": mixtures.shared,
-            "groups": mixtures.groups,
-        }
-        parts += [
-            f"{number} {what}"
-            for what, number in named.items()
-            if number and (what, number) != ("groups", 1)
-        ]
-        can = f"prune --experts can keep {mixtures.least} or more of them"
-        say(
-            f"mixtures: {', '.join(parts)}; {f'none can be removed: {mixtures.why}' if mixtures.why else can}"
-        )
+
+
+def print_mixtures(mixtures: Routing, blocks: int) -> None:
+    """Prints what is known of the mixtures of a model with this number of blocks, if it has any."""
+    if not mixtures.experts:
+        return
+    sizes = " or ".join(map(str, sorted(set(mixtures.experts.values()))))
+    parts = [f"{sizes} experts in {len(mixtures.experts)} of {blocks} blocks"]
+    named = {
+        "for a token": mixtures.per_token,
+        "shared": mixtures.shared,
+        "groups": mixtures.groups,
+    }
+    parts += [
+        f"{number} {what}"
+        for what, number in named.items()
+        if number and (what, number) != ("groups", 1)
+    ]
+    can = f"prune --experts can keep {mixtures.least} or more of them"
+    if mixtures.why:
+        can = f"none can be removed: {mixtures.why}"
+    say(f"mixtures: {', '.join(parts)}; {can}")
 
 
 def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
@@ -385,44 +409,13 @@ def print_evaluation(result: Evaluation, saved: Path | None) -> None:
 
 def print_comparison(result: Comparison, *, limited: bool) -> None:
     """Prints one row for each cell of a comparison, after one of the dense model, and the recommendation."""
-    timed = any(cell.tokens_per_second is not None for cell in result.cells)
-    shown = table(
-        ("run",),
-        ("zeros", "ppl", "recovery", "KL", "same", "MB", "tok/s" if timed else "time"),
-    )
     first = result.cells[0]
-    dense = (
-        f"{first.dense_tokens_per_second:.1f}"
-        if first.dense_tokens_per_second is not None
-        else ""
-    )
-    size = f"{first.dense_bytes / 1e6:,.1f}"
-    shown.add_row(
-        "dense",
-        "",
-        f"{first.dense_perplexity:.2f}",
-        "100%",
-        "0",
-        "100%",
-        size,
-        dense,
-        end_section=True,
-    )
-    for cell in result.cells:
-        speed_of = (
-            f"{cell.tokens_per_second:.1f}"
-            if cell.tokens_per_second is not None
-            else "–"
-        )
-        quality = (
-            f"{cell.perplexity:.2f}",
-            f"{cell.recovery:.1%}",
-            f"{cell.kl:.3f}",
-            f"{cell.agreement:.1%}",
-        )
-        size = f"{cell.packed_bytes / 1e6:,.1f}"
-        last = speed_of if timed else duration(cell.seconds)
-        shown.add_row(cell.name, f"{cell.sparsity:.1%}", *quality, size, last)
+    timed = any(cell.tokens_per_second is not None for cell in result.cells)
+    # on a narrow terminal the first of these make room for names, which must stay whole
+    for without in ((), ("same",), ("same", "recovery"), ("same", "recovery", "zeros")):
+        shown = _compared(result, timed=timed, without=without)
+        if width_of(shown) <= out().width:
+            break
     out().print(shown)
     say(
         "MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl"
@@ -438,6 +431,41 @@ def print_comparison(result: Comparison, *, limited: bool) -> None:
         say("no run is as small as --max-bytes; allow more, or add a sparsity")
     if result.page is not None:
         say(f"compared in {result.page}")
+
+
+def _compared(result: Comparison, *, timed: bool, without: Sequence[str]) -> Table:
+    """The table of a comparison without some of its columns; ``timed`` ends it with speeds, else with times."""
+    first = result.cells[0]
+    last = "tok/s" if timed else "time"
+    columns = ("zeros", "ppl", "recovery", "KL", "same", "MB", last)
+    kept = [name for name in columns if name not in without]
+    shown = table(("run",), tuple(kept))
+    dense = {
+        "ppl": f"{first.dense_perplexity:.2f}",
+        "recovery": "100%",
+        "KL": "0",
+        "same": "100%",
+        "MB": f"{first.dense_bytes / 1e6:,.1f}",
+    }
+    if first.dense_tokens_per_second is not None:
+        dense["tok/s"] = f"{first.dense_tokens_per_second:.1f}"
+    shown.add_row("dense", *(dense.get(name, "") for name in kept), end_section=True)
+    for cell in result.cells:
+        speed_of = "–"
+        if cell.tokens_per_second is not None:
+            speed_of = f"{cell.tokens_per_second:.1f}"
+        row = {
+            "zeros": f"{cell.sparsity:.1%}",
+            "ppl": f"{cell.perplexity:.2f}",
+            "recovery": f"{cell.recovery:.1%}",
+            "KL": f"{cell.kl:.3f}",
+            "same": f"{cell.agreement:.1%}",
+            "MB": f"{cell.packed_bytes / 1e6:,.1f}",
+            "tok/s": speed_of,
+            "time": duration(cell.seconds),
+        }
+        shown.add_row(cell.name, *(row[name] for name in kept))
+    return shown
 
 
 def print_speeds(report: Benchmark, saved: Path | None) -> None:

@@ -13,7 +13,7 @@ from sparsellm.exports.blocks import block_type
 from sparsellm.exports.linears import OnGrid
 from sparsellm.files.directory import WorkingDirectory
 from sparsellm.files.results import read_results
-from sparsellm.files.writer import written
+from sparsellm.files.writer import TensorSource, joined, written
 from sparsellm.inputs import read_object
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.structure import iterate_linears
@@ -63,17 +63,20 @@ def write_compressed(
     """Writes the directory, and returns the record with its size. ``keep`` is called with it before the directory gets
     its name. After a failure no file is left."""
     chain = model.chain
-    with written(work, len(chain) + 1) as writer:
-        writer.write_shard(len(chain), chain.outer_tensors())
-        for index in range(len(chain)):
-            progress(Progress("export", index, len(chain), chain.block_names[index]))
-            tensors: dict[str, Tensor] = {}
-            for key, stored in chain.stored_block(index).items():
-                if key in model.linears:
-                    tensors |= _tensors(model, key)
-                else:
-                    tensors[key] = stored
-            writer.write_shard(index, tensors)
+    # in this format, no part is larger than it is now
+    shards = joined(chain.stored_bytes())
+    with written(work, len(shards)) as writer:
+        for shard, parts in enumerate(shards):
+            tensors: dict[str, TensorSource | Tensor] = {}
+            for index in parts:
+                if index == len(chain):
+                    tensors |= chain.outer_tensors()
+                    continue
+                progress(
+                    Progress("export", index, len(chain), chain.block_names[index])
+                )
+                tensors |= _block(model, index)
+            writer.write_shard(shard, tensors)
         progress(Progress("export", len(chain), len(chain)))
         writer.copy_companions(model.reader.directory, PRUNING, "recipe.yaml")
         config = read_object(writer.folder / "config.json")
@@ -88,11 +91,23 @@ def write_compressed(
     return record
 
 
+def _block(model: OnGrid, index: int) -> dict[str, Tensor]:
+    """The tensors of a block as the format has them."""
+    tensors: dict[str, Tensor] = {}
+    for key, stored in model.chain.stored_block(index).items():
+        if key in model.linears:
+            tensors |= _tensors(model, key)
+        else:
+            tensors[key] = stored
+    return tensors
+
+
 def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
     """The tensors of a linear: its numbers as they are, never divided by a scale again."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     codes, scales = model.codes(key)
+    scales = scales.to(model.reader.dtype(key))
     if model.grid.name == _INT8_ACTIVATIONS:
         return {key: codes, f"{key}_scale": scales}
     words = pack_to_int32(codes, model.grid.bits)

@@ -14,7 +14,7 @@ from sparsellm.errors import ModelError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import stamp
 from sparsellm.exports.blocks import block_type
 from sparsellm.exports.compressed import check_compressed, write_compressed
-from sparsellm.exports.gguf_file import check_file, write_gguf
+from sparsellm.exports.gguf_file import Contents, check_file, write_gguf
 from sparsellm.exports.linears import open_on_grid
 from sparsellm.exports.template import Template
 from sparsellm.files.demo_model import demo_gguf
@@ -108,7 +108,7 @@ def export(  # noqa: PLR0913 - the Python door
     grids = [
         name
         for name, grid in GRIDS.items()
-        if to == COMPRESSED or block_type(grid) is not None
+        if (grid.plain if to == COMPRESSED else block_type(grid) is not None)
     ]
     opened = open_on_grid(
         source, sorted(grids, key=lambda name: GRIDS[name].form != to)
@@ -148,12 +148,10 @@ def export(  # noqa: PLR0913 - the Python door
             advice = "" if model is not None else ", and name it with --model"
             raise ModelError(f"{error}{advice}") from None
         record = write_gguf(
-            opened,
-            dense,
-            template,
+            Contents(opened, dense, template, head),
             place,
             record,
-            head=head,
+            overwrite=overwrite,
             progress=progress,
             keep=keep,
         )
@@ -169,17 +167,16 @@ def export(  # noqa: PLR0913 - the Python door
         )
         record = write_compressed(opened, work, record, progress, keep)
     run = opened.run
-    grid = opened.grid
-    linear = (
-        sum(
-            grid.bits_per_weight(matrix.shape[1]) * matrix.weights
-            for matrix in run.linears
-        )
-        / 8
+    bits = 0.0
+    packed = 0
+    for matrix in run.linears:
+        grid = GRIDS[run.values_of(matrix)]
+        bits += grid.bits_per_weight(matrix.shape[1]) * matrix.weights
+        packed += matrix.packed_bytes(grid.values, grid.group)
+    return ExportResult(
+        place,
+        record,
+        sparsity=run.sparsity_pruned,
+        linear_bytes=round(bits / 8),
+        packed_bytes=packed if run.packs else None,
     )
-    packed = None
-    if run.packs:
-        packed = sum(
-            matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears
-        )
-    return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)

@@ -20,16 +20,19 @@ from sparsellm.exports.blocks import block_type, quantised, to_blocks
 from sparsellm.exports.linears import OnGrid
 from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_of
 from sparsellm.files.directory import check_room, resolved
-from sparsellm.files.files import TEMPORARY, TORN, replace_atomically
+from sparsellm.files.files import TEMPORARY, TORN, create_atomically, replace_atomically
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
 from sparsellm.version import __version__
 from sparsepack.files import read_bytes
+from sparsepack.grids import grid_for
 
 _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
 _DROPPED = ("GGUF.", "split.", "quantize.", gguf.Keys.General.ARCHITECTURE)
+# Names of file types that differ from those of their blocks
+_FILE_TYPES = {"Q3_K": "Q3_K_S"}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")  # in configs
 
 
@@ -57,27 +60,23 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def write_gguf(
-    model: OnGrid,
-    dense: CheckpointReader,
-    template: Template,
+    contents: Contents,
     place: Path,
     record: Export,
     *,
-    head: str,
+    overwrite: bool,
     progress: ProgressCallback,
     keep: Callable[[Export], object],
 ) -> Export:
     """Writes a GGUF file, complete or not at all, and returns its record with its size.
 
-    ``model`` is the checkpoint, on a grid that GGUF has; all but its linears comes from the ``template``, the order of
-    whose rows is found by the ``dense`` model. ``head`` is the type of embedding and head, such as ``q8_0``, or
-    ``keep`` for the template's. ``keep`` is called with the record before the file gets its name. A ModelError says
-    that checkpoint, dense model and template do not belong together; a StorageError that a weight is not on the grid,
-    or the file cannot be written."""
-    made = _File(model, dense, template, head)
+    ``keep`` is called with that record before the file gets its name. Only with ``overwrite`` does it take the place of
+    another GGUF file. A ModelError as by :class:`Contents`; a StorageError says that a weight is not on the grid, that
+    the file cannot be written, or that another has its name."""
+    template = contents.template
     tensors = template.reader.tensors
     _remove_torn(place.parent)
-    check_room(place, sum(map(made.bytes_of, tensors)))
+    check_room(place, sum(map(contents.bytes_of, tensors)))
 
     def write(file: BinaryIO) -> Export:
         held.callback(os.close, os.dup(file.fileno()))
@@ -85,14 +84,18 @@ def write_gguf(
             fcntl.flock(file, fcntl.LOCK_EX)
         writer = gguf.GGUFWriter(file.name, template.arch)
         writer.data_alignment = template.reader.alignment
-        for name, value in made.values().items():
+        for name, value in contents.values().items():
             writer.add_key_value(name, value.value, value.type, value.sub_type)
         for tensor in tensors:
             shape = tuple(reversed(tensor.shape.tolist()))
-            kind = made.type_of(tensor)
+            kind = contents.type_of(tensor)
             # Any dtype but uint8, with which the shape would be taken for one in bytes
             writer.add_tensor_info(
-                tensor.name, shape, np.dtype(np.float32), made.bytes_of(tensor), kind
+                tensor.name,
+                shape,
+                np.dtype(np.float32),
+                contents.bytes_of(tensor),
+                kind,
             )
         try:
             writer.write_header_to_file()
@@ -100,16 +103,20 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for index, tensor in enumerate(tensors):
                 progress(Progress("export", index, len(tensors), tensor.name))
-                writer.write_tensor_data(made.data(tensor))
+                writer.write_tensor_data(contents.data(tensor))
         finally:
             writer.close()
         progress(Progress("export", len(tensors), len(tensors)))
+        # a file may have appeared in the meantime
+        check_file(place, overwrite=overwrite)
         written = record.model_copy(update={"bytes": os.path.getsize(file.name)})
         keep(written)
         return written
 
     with contextlib.ExitStack() as held:  # the lock, until the file has its name
-        return replace_atomically(place, write)
+        if overwrite:
+            return replace_atomically(place, write)
+        return create_atomically(place, write)
 
 
 def _remove_torn(folder: Path) -> None:
@@ -123,8 +130,12 @@ def _remove_torn(folder: Path) -> None:
                         path.unlink()
 
 
-class _File:
-    """The keys and tensors of the file; arguments and errors as in :func:`write_gguf`."""
+class Contents:
+    """The keys and tensors of a GGUF file.
+
+    ``model`` is the checkpoint, on a grid that GGUF has. All but its linears comes from the ``template``; the ``dense``
+    model shows the order of the template's rows. ``head`` is the type of embedding and head, such as ``q8_0``, or
+    ``keep`` for the template's. A ModelError says that the three do not belong together."""
 
     def __init__(
         self, model: OnGrid, dense: CheckpointReader, template: Template, head: str
@@ -132,7 +143,6 @@ class _File:
         self.model = model
         self.dense = dense
         self.template = template
-        self.block = gguf.GGMLQuantizationType[block_type(model.grid) or ""]
         self.head = None
         if head != "keep":
             self.head = gguf.GGMLQuantizationType[head.upper()]
@@ -193,15 +203,16 @@ class _File:
         values[general.QUANTIZATION_VERSION] = GGUFValue(
             gguf.GGML_QUANT_VERSION, number
         )
-        values[general.FILE_TYPE] = GGUFValue(
-            int(gguf.LlamaFileType[f"MOSTLY_{self.block.name}"]), number
-        )
+        kind = block_type(self.model.grid) or ""
+        file_type = gguf.LlamaFileType[f"MOSTLY_{_FILE_TYPES.get(kind, kind)}"]
+        values[general.FILE_TYPE] = GGUFValue(int(file_type), number)
         return values
 
     def type_of(self, tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
-            return self.block
+            grid = grid_for(self.model.grid.name, int(tensor.shape[0]))
+            return gguf.GGMLQuantizationType[block_type(grid) or ""]
         is_head = tensor.name in _HEAD and tensor.name in self.keys
         if is_head and self.head is not None:
             return self.head
@@ -228,9 +239,8 @@ class _File:
                 torch.cat(parts)
                 for parts in zip(*map(self.model.codes, keys), strict=True)
             )
-            return to_blocks(
-                codes[change.order], scales[change.order], self.model.grid.bits
-            )
+            order = change.order
+            return to_blocks(codes[order], scales[order], self.model.grid)
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
         # a run changes blocks alone
         if not same and not tensor.name.startswith("blk."):
@@ -306,7 +316,7 @@ class _File:
         there = (
             f"{self.model.reader.directory} was not pruned from {self.dense.directory}"
         )
-        advice = "name the dense model with --model, or export the checkpoint as it was before `pack --head int8`"
+        advice = "name the dense model with --model, or export what was packed before `pack --head int8`"
         return ModelError(f"{there}, which {what}; {advice}")
 
 

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsellm.errors import ModelError, one_line, shown
+from sparsellm.errors import ModelError, StorageError, one_line, shown
 from sparsellm.files.gguf_header import check_header
+from sparsepack.files import read_bytes
 
 EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NEAR = 0.1  # largest ‖W − T‖² / ‖T‖² of dense W and quantised T: two bits a weight have 0.05, a wrong order of rows 2
@@ -40,6 +41,7 @@ class Template:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            read_bytes(path, 4, StorageError)  # refuses a pipe, which might not end
             check_header(path)
             self.reader = gguf.GGUFReader(path)
         except ModelError:

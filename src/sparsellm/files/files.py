@@ -39,6 +39,19 @@ _FULL = (
 def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
     """Writes ``path`` with ``write`` and returns the latter's result. The file is complete and synced, or unchanged.
     Raises StorageError if the disk is full, or the directory cannot be written."""
+    return _named_when_complete(path, write, os.replace)
+
+
+def create_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
+    """Same as :func:`replace_atomically`, but a file that has the name by then stays, and a StorageError says so."""
+    return _named_when_complete(path, write, _take_free_name)
+
+
+def _named_when_complete(
+    path: Path,
+    write: Callable[[BinaryIO], T],
+    rename: Callable[[Path, Path], None],
+) -> T:
     # nobody can put a link there first
     temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")
     with explained(path.parent):
@@ -47,13 +60,31 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
             with temporary.open("xb", buffering=0) as file:
                 written = write(file)
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            rename(temporary, path)
             sync(path.parent)
         except BaseException:  # frees the space
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
     return written
+
+
+def _take_free_name(temporary: Path, path: Path) -> None:
+    """Renames a file to a name that no other file has."""
+    try:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # A file system without hard links: an empty file of ours takes the name, and is then replaced.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.replace(temporary, path)
+    except FileExistsError:
+        raise StorageError(
+            f"{path} appeared while its contents were made, and is not replaced; name another file"
+        ) from None
+    temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

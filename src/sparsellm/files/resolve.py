@@ -9,6 +9,13 @@ from pathlib import Path
 from sparsellm.errors import ModelError, one_line
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.gguf import gguf_checkpoint
+from sparsellm.files.named import (
+    GIVE,
+    check_name,
+    hub_reason,
+    not_found,
+    remember,
+)
 from sparsepack.checkpoint import adapter_in
 
 _HUB_FILES = [
@@ -30,7 +37,6 @@ _HUB_FILES += [
 ]
 _CONFIG = ["config.json", "*.py"]
 _COPIES = ["consolidated*", "*/*.safetensors"]  # the weights in other forms
-_GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
 
 def checkpoint_directory(
@@ -44,7 +50,8 @@ def checkpoint_directory(
     model by the name of its ``argument``, says that there is none, or that it cannot be fetched. ``check`` is called
     with the directory of its config before weights are downloaded; ``dtype`` is that of :func:`gguf_checkpoint`."""
     if model == "demo":
-        return gguf_checkpoint(demo_gguf(), dtype)
+        return remember(gguf_checkpoint(demo_gguf(), dtype), model)
+    check_name(model, argument)
     try:
         path = Path(model).expanduser()
         path.lstat()
@@ -61,9 +68,9 @@ def checkpoint_directory(
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise ModelError(
-                f"{argument} {model}: there is no such file; give the path of a .gguf file"
+                f"{argument} {model} is not a file; give the path of a .gguf file"
             )
-        return gguf_checkpoint(path, dtype)
+        return remember(gguf_checkpoint(path, dtype), model)
     if path.is_dir():
         if adapter := adapter_in(path):
             raise ModelError(f"{argument} {adapter}")
@@ -73,7 +80,7 @@ def checkpoint_directory(
             )
         return path
     if path.exists():
-        raise ModelError(f"{argument} {model} is a file; {_GIVE}")
+        raise ModelError(f"{argument} {model} is a file; {GIVE}")
     if check is not None:
         check(_from_hub(model, argument, _CONFIG))
     return _from_hub(model, argument)
@@ -87,22 +94,17 @@ def config_place(model: str, dtype: str = "auto") -> Path:
         if path.suffix == ".json" and path.is_file():
             return path
         if not path.exists() and model != "demo" and path.suffix != ".gguf":
+            check_name(model)
             return _from_hub(model, "model", _CONFIG)
     return checkpoint_directory(model, dtype=dtype)
 
 
 def _from_hub(model: str, argument: str, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         place = snapshot_download(model, allow_patterns=files, ignore_patterns=_COPIES)
-    except HFValidationError:
-        reason = "it is not a directory here, and not a valid hub id (owner/name)"
-    except (
-        Exception
-    ) as error:  # the hub client raises requests, httpx and its own errors
-        reason = f"it is not a directory here, and it cannot be downloaded from the hub ({one_line(error)})"
-    else:
-        return checkpoint_directory(place, argument)
-    raise ModelError(f"{argument} {model!r} not found: {reason}; {_GIVE}")
+    except Exception as error:  # the client raises requests', httpx's and its own
+        raise not_found(model, argument, hub_reason(error)) from None
+    remember(Path(place), model)
+    return checkpoint_directory(place, argument)

@@ -43,7 +43,6 @@ class Scratch:
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
     A number of bytes is a fixed room, None one without a limit; a ``directory`` of None is the system's temporary one.
-    ``spare`` is the room for tensors that only save time.
 
     Attributes:
         on_disk: the most bytes that were in files at any time.
@@ -53,12 +52,10 @@ class Scratch:
         self,
         memory: Room | int | None = None,
         directory: Path | None = None,
-        spare: Room | int | None = None,
         on_device: Room | int = 0,
     ) -> None:
         self.directory = directory or Path(tempfile.gettempdir())
         self.memory = _room(memory)
-        self.spare = _room(spare)
         self.on_device = _room(on_device)
         self.pins = True  # until the system refuses to pin memory
         self.on_disk = 0

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,9 @@ FOREIGN_CONFIG_KEYS = (
     "transformers_weights",
 )
 
+SHARD_BYTES = (
+    512 << 20
+)  # of a shard that holds several blocks, which are in memory together
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -140,6 +143,21 @@ def written(work: WorkingDirectory, shards: int) -> Iterator[CheckpointWriter]:
             work.discard()
             raise
         writer.finish()
+
+
+def joined(sizes: Sequence[int]) -> list[list[int]]:
+    """The numbers of the parts that each shard holds, in order, by the bytes of every part. A shard has one part, or
+    several with no more than :data:`SHARD_BYTES` together."""
+    shards: list[list[int]] = []
+    held = 0
+    for part, size in enumerate(sizes):
+        if shards and held + size <= SHARD_BYTES:
+            shards[-1].append(part)
+            held += size
+        else:
+            shards.append([part])
+            held = size
+    return shards
 
 
 def shard_names(shards: int) -> list[str]:

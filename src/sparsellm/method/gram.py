@@ -7,6 +7,7 @@ on the features only, never on the number of tokens. Sums are additive, so accum
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -24,10 +25,7 @@ CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
 # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
 REMEMBERED_BYTES = 1 << 29
 # mean squares of inputs whose products with weights, and inverses, fp32 can hold
-SQUARES = (
-    1e-26,
-    1e30,
-)
+SQUARES = (1e-26, 1e30)
 DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger than any ratio of fp32 rounding
 
 CPU = torch.device("cpu")
@@ -77,7 +75,9 @@ class Gram:
         # read once: a GPU would wait for a selection, too
         squares = self.diagonal.cpu()
         live = squares[squares > 0]
-        return float(live.mean()) if len(live) else 1.0
+        if not len(live):
+            return 1.0
+        return float(live.mean())
 
     @cached_property
     def scale(self) -> Tensor:
@@ -156,12 +156,12 @@ class Gram:
         asked = damping
         name = f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
         for _ in range(DAMPING_TRIES):
-            diagonal = (self.diagonal + damping * self.mean_diagonal).masked_fill_(
-                self.dead, 1.0
-            )
-            diagonal = diagonal.flip(0) if reverse else diagonal
-            matrix = self.matrix.flip(0, 1) if reverse else self.matrix.clone()
-            matrix.diagonal().copy_(diagonal)
+            matrix = self.matrix.clone()
+            diagonal = matrix.diagonal()
+            diagonal.add_(damping * self.mean_diagonal).masked_fill_(self.dead, 1.0)
+            if reverse:
+                matrix = matrix.flip(0, 1)
+            diagonal = matrix.diagonal().clone()
             # In place: the transpose of a symmetric matrix is equal to it, and has the column order of LAPACK.
             failed = torch.empty((), dtype=torch.int32, device=matrix.device)
             lower = matrix.mT
@@ -169,11 +169,14 @@ class Gram:
             # A pivot that lost every digit to cancellation is a failure, even if rounding left its sign positive.
             pivots = lower.diagonal().square() / diagonal
             if bool((pivots > 4 * torch.finfo(matrix.dtype).eps).all() & (failed == 0)):
-                notes = (
-                    f"damping raised from {asked:g} to {damping:g}: {name} could not be factorised",
-                )
-                return Factor(lower, damping, notes if damping != asked else ())
-            damping = damping * 10 if damping > 0 else 1e-6
+                if damping == asked:
+                    return Factor(lower, damping)
+                raised = f"damping raised from {asked:g} to {damping:g}: {name} could not be factorised"
+                return Factor(lower, damping, (raised,))
+            if damping:
+                damping *= 10
+            else:
+                damping = 1e-6
         tried = f"{name} could not be factorised with any damping from {asked:g} to {damping / 10:g}"
         raise NumericalError(
             f"{tried}; use more calibration tokens, or look for inputs of enormous size"
@@ -231,9 +234,8 @@ class GramAccumulator:
         least, most = SQUARES
         largest = float(gram.diagonal.max())
         if not least <= largest <= most:
-            size = "small" if largest < least else "large"
             raise NumericalError(
-                f"its inputs are too {size} for fp32: the largest mean square is {largest:.3g}, not {least:g} to "
+                f"its inputs do not suit fp32: the largest mean square is {largest:.3g}, not {least:g} to "
                 f"{most:g}; the weights before it are damaged, or leave it out (exclude)"
             )
         return gram
@@ -303,6 +305,9 @@ def invert_lower_(matrix: Tensor) -> None:
     below.copy_((last @ below) @ first).neg_()
 
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """``LᵀR`` of fp32 factors ``(tokens, ...)``."""
     return left.T @ right
@@ -325,9 +330,7 @@ def _by_amx(left: Tensor, right: Tensor) -> Tensor:
 
 
 @cache
-def _product_for(
-    device: torch.device, dtype: torch.dtype
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _product_for(device: torch.device, dtype: torch.dtype) -> Product:
     """How a device multiplies tokens of a dtype. Where it has units that multiply 16 bits and add up in fp32, by those:
     products are exact there, so the sum is as good as that of fp32 factors, for a fraction of the time."""
     if (
@@ -339,13 +342,10 @@ def _product_for(
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return _product
     ones = torch.ones(8, 8, dtype=dtype, device=device)
-    try:
-        return _widening if bool((_widening(ones, ones) == 8).all()) else _product
-    except (
-        RuntimeError,
-        TypeError,
-    ):  # the GPU, the device, or this release of torch does not
-        return _product
+    with suppress(RuntimeError, TypeError):  # the GPU or this release of torch does not
+        if bool((_widening(ones, ones) == 8).all()):
+            return _widening
+    return _product
 
 
 def _chunks(
@@ -354,32 +354,27 @@ def _chunks(
     """Yields a product and the tokens of each tensor ``(..., features)`` to give it: ``(tokens, features)`` fp32, times
     √weight. On a GPU that multiplies factors of 16 bits, tokens of weight 1, which are nearly all, keep their dtype."""
     flat = [tensor.detach().flatten(0, -2) for tensor in tensors]
-    given = {tensor.dtype for tensor in tensors}
-    product = _product_for(device, given.pop()) if len(given) == 1 else _product
-    dtype = tensors[0].dtype if product is _widening else torch.float32
-    root = (
-        None
-        if weights is None
-        else weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
-    )
+    product: Product = _product
+    dtype = torch.float32
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        product = _product_for(device, tensors[0].dtype)
+    if product is _widening:
+        dtype = tensors[0].dtype
+    root = None
+    if weights is not None:
+        root = weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
     step = max(256, CHUNK_ELEMENTS // max(tensor.shape[-1] for tensor in tensors))
     for start in range(0, len(flat[0]), step):
-        parts = tuple(rows[start : start + step].to(device, dtype) for rows in flat)
+        parts = [rows[start : start + step].to(device, dtype) for rows in flat]
         if root is None:
             yield product, *parts
             continue
         roots = root[start : start + step]
-        if product is _product:
-            yield product, *(part * roots for part in parts)
-            continue
-        plain = roots[:, 0] == 1
-        for chosen, factor, way in (
-            (plain, None, product),
-            (~plain, roots[~plain], _product),
-        ):
-            some = [
-                part[chosen] if factor is None else part[chosen].float() * factor
-                for part in parts
-            ]
-            if len(some[0]):
-                yield way, *some
+        if product is not _product:
+            plain = roots[:, 0] == 1
+            if bool(plain.any()):
+                yield product, *(part[plain] for part in parts)
+            parts = [part[~plain] for part in parts]
+            roots = roots[~plain]
+        if len(roots):
+            yield _product, *(part.float() * roots for part in parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from sparsellm import parallel
 from sparsellm.errors import ModelError
 from sparsellm.model.structure import LinearView, iterate_linears
 
+Group = list[LinearView]  # linears that share an input
 Hook = Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]
 
 
@@ -53,8 +54,8 @@ def watch(
 def choosing(
     block: nn.Module, chosen: set[str]
 ) -> contextlib.AbstractContextManager[None]:
-    """Adds the names of weights to ``chosen`` whenever the block runs, until the context ends: those of linears inside
-    modules that return one tensor of whole numbers."""
+    """Until the context ends, whenever the block runs, adds to ``chosen`` the weights of linears inside modules that
+    return one tensor of whole numbers, by name."""
 
     def hook(
         name: str, module: nn.Module, args: object, kwargs: object, output: object
@@ -107,9 +108,10 @@ def skipping(linears: list[LinearView]) -> contextlib.AbstractContextManager[Non
 class RunOrder(list[str]):
     """The order in which linears run: append the name of a linear for each of its calls during one run of the block."""
 
-    def first(self, names: Iterable[str]) -> int | None:
-        """The number of the first call of any of these linears; None if none of them ran."""
-        return min((self.index(name) for name in names if name in self), default=None)
+    def runs_later(self, linear: LinearView, other: LinearView) -> bool:
+        """Whether a linear first runs after another; False if one of them did not run."""
+        ran = linear.name in self and other.name in self
+        return ran and self.index(linear.name) > self.index(other.name)
 
     def unread(
         self,
@@ -135,7 +137,7 @@ class InputGroups:
     matrix: in a Llama ``[q, k, v], [o], [gate, up], [down]``. The first batch (until :meth:`freeze`) decides."""
 
     def __init__(self) -> None:
-        self.groups: list[list[LinearView]] = []
+        self.groups: list[Group] = []
         # kept until freeze(), so that no address is used twice
         self._inputs: list[Tensor] = []
         self._head_of: dict[str, str] = {}
@@ -162,7 +164,7 @@ class InputGroups:
         self._frozen = True
         self._inputs.clear()
 
-    def agreed(self, linears: list[LinearView]) -> list[list[LinearView]]:
+    def agreed(self, linears: list[LinearView]) -> list[Group]:
         """The groups of all processes, merged: tokens of one process may reach experts that another's do not reach."""
         by_name = {linear.name: linear for linear in linears}
         views = parallel.gather(

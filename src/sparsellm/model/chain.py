@@ -60,12 +60,10 @@ class Call:
 class Chain(ModelWeights):
     """A decoder-only model, block by block. Build one with :func:`open_chain`."""
 
-    products: Bf16Products | None = (
-        None  # the mode in which blocks multiply fp32 matrices in bf16; None for fp32
-    )
-    _as_returned: Callable[[Tensor], Any] | None = (
-        None  # hidden states → the return value of a block
-    )
+    # the mode in which blocks multiply fp32 matrices in bf16; None for fp32
+    products: Bf16Products | None = None
+    # hidden states → the return value of a block
+    _as_returned: Callable[[Tensor], Any] | None = None
     # what block 0 returned after hidden states; all blocks get it
     _others: tuple[object, ...] = ()
 

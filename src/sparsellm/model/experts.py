@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import ModelError
+from sparsellm.model.structure import LinearView
 
 Index = tuple[int | slice, ...]
 GATE = "gate_proj"
 UP = "up_proj"
 DOWN = "down_proj"
-_ROUTED = (
-    3  # arguments of a forward that gets tokens, the experts of each, and their weights
-)
+# arguments of a forward that gets tokens, the experts of each, and their weights
+_ROUTED = 3
 STACKED = "separated"  # attribute of a mixture in the twin: the parts of its stacked parameters
 
 
@@ -41,10 +41,10 @@ class Part:
     def of(self, tensor: Tensor) -> Tensor:
         """The view of the part."""
         if self.index:
-            selected = tensor[self.index]
-        else:
-            selected = tensor
-        return selected.mT if self.transposed else selected
+            tensor = tensor[self.index]
+        if self.transposed:
+            tensor = tensor.mT
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ class ExpertLinear(nn.Linear):
         self.register_parameter(
             "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
         )
+
+
+def without_experts(linears: Iterable[LinearView]) -> list[LinearView]:
+    """The linears that belong to no separated expert."""
+    return [linear for linear in linears if not isinstance(linear.module, ExpertLinear)]
 
 
 class Expert(nn.Module):
@@ -147,12 +152,10 @@ class _Layout:
 
     parts: list[dict[str, Part]]  # for every expert, by role and "weight" or "bias"
     activation: Callable[[Tensor], Tensor]
-    apply_gate: Callable[[Tensor], Tensor] | None = (
-        None  # from one tensor with gate and up; None for φ(gate) ∘ up
-    )
-    interleaved: bool = (
-        False  # whether that tensor has the outputs of gate and up in turn
-    )
+    # from one tensor with gate and up; None for φ(gate) ∘ up
+    apply_gate: Callable[[Tensor], Tensor] | None = None
+    # whether that tensor has the outputs of gate and up in turn
+    interleaved: bool = False
     normed: bool = False  # whether the output of an expert is normalised
     routed: bool = True  # the forward gets tokens, their experts and weights; else see _forward_of_all
 
@@ -251,8 +254,11 @@ def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
             vars(twin)["_parameters"] = {
                 name: p for name, p in twin._parameters.items() if name != leaf
             }
-    forward = MethodType(_forward if layout.routed else _forward_of_all, twin)
-    vars(twin).update({STACKED: stacked, "record": None, "forward": forward})
+    forward: Callable[..., Tensor] = _forward
+    if not layout.routed:
+        forward = _forward_of_all
+    changed = {STACKED: stacked, "record": None, "forward": MethodType(forward, twin)}
+    vars(twin).update(changed)
 
 
 def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -329,15 +335,22 @@ def _decorated(module: Any) -> _Layout:
     """The layout that the flags of transformers' ``use_experts_implementation`` describe."""
     from transformers.integrations.moe import _default_apply_gate
 
-    default = type(module)._apply_gate is _default_apply_gate
     interleaved = not module.is_concatenated
-    first = module.get_parameter("gate_up_proj" if module.has_gate else "up_proj").shape
+    name = "up_proj"
+    gate = None
+    if module.has_gate:
+        name = "gate_up_proj"
+        if type(module)._apply_gate is not _default_apply_gate:
+            gate = module._apply_gate
     parts = _three_dimensional(
-        first, module.is_transposed, module.has_gate, interleaved, module.has_bias
+        module.get_parameter(name).shape,
+        module.is_transposed,
+        gated=module.has_gate,
+        interleaved=interleaved,
+        biased=module.has_bias,
     )
     activation = getattr(module, "act_fn", nn.Identity())
     normed = bool(getattr(module, "has_post_expert_norm", False))
-    gate = None if default or not module.has_gate else module._apply_gate
     return _Layout(parts, activation, gate, interleaved=interleaved, normed=normed)
 
 
@@ -351,13 +364,16 @@ def _three_dimensional(
     """The parts of ``gate_up_proj (experts, 2 · inner, width)``, or ``up_proj``, of this shape, and of ``down_proj
     (experts, width, inner)``, or of their transposes, and of their biases ``(experts, outputs)``. Interleaved, the
     outputs of gate and up come in turn, not one after the other."""
-    first = "gate_up_proj" if gated else "up_proj"
-    half = shape[2 if transposed else 1] // 2
+    half = shape[1] // 2
+    if transposed:
+        half = shape[2] // 2
+    first = "up_proj"
     outputs: dict[str, Index] = {UP: ()}
     if gated:
+        first = "gate_up_proj"
         outputs = {GATE: (slice(0, half),), UP: (slice(half, 2 * half),)}
-    if gated and interleaved:
-        outputs = {GATE: (slice(0, None, 2),), UP: (slice(1, None, 2),)}
+        if interleaved:
+            outputs = {GATE: (slice(0, None, 2),), UP: (slice(1, None, 2),)}
     parts = []
     for number in range(shape[0]):
         expert = {f"{DOWN}.weight": Part(DOWN, (number,), transposed)}

@@ -24,9 +24,7 @@ _SHOWN = 4  # kinds of parameters that a message names
 class BlockMatrix:
     """One matrix of a block, or a stack of them in one parameter."""
 
-    name: (
-        str  # the parameter's in the model, such as model.layers.0.mlp.down_proj.weight
-    )
+    name: str  # of the parameter, such as model.layers.0.mlp.down_proj.weight
     block: int
     shape: tuple[int, ...]  # as the parameter is stored
     linear: LinearView | None  # that owns it and can be pruned
@@ -35,7 +33,9 @@ class BlockMatrix:
     @property
     def label(self) -> str:
         """The name of the linear, or of the parameter if no linear owns it."""
-        return self.linear.name if self.linear is not None else self.name
+        if self.linear is None:
+            return self.name
+        return self.linear.name
 
     @property
     def weights(self) -> int:
@@ -107,7 +107,9 @@ def unmatched_patterns(
                 for name in names
                 if not is_excluded(name, patterns["exclude"], [*patterns["only"]])
             ]
-        kind = "matrix of the blocks" if owned else "parameter that is not a linear's"
+        kind = "matrix of the blocks"
+        if not owned:
+            kind = "parameter that is not a linear's"
         like = ""
         if names:
             like = f"; names are like {names[0]!r}"

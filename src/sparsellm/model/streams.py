@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, MutableMapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +16,6 @@ from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.scratch import Scratch, TensorStore
 from sparsellm.model.capture import choosing
 from sparsellm.model.chain import Call, Chain
-from sparsellm.model.shortcuts import KnownOutput, without
 from sparsellm.progress import ProgressCallback, ignore
 
 LOCAL = (
@@ -46,9 +44,8 @@ class Feed:
     # keeps hidden states, in memory or in files beyond its limit
     scratch: Scratch = field(default_factory=Scratch)
     progress: ProgressCallback = ignore
-    blocks: CheckpointReader | None = (
-        None  # the weights of the blocks for gradients, if not the chain's own
-    )
+    # the weights of the blocks for gradients, if not the chain's own
+    blocks: CheckpointReader | None = None
 
     @property
     def seq_len(self) -> int:
@@ -64,7 +61,7 @@ class Feed:
     def own(self) -> tuple[Feed, slice]:
         """A feed of this process's share of the windows, and the slice of that share. If there are fewer windows than
         processes, some get an empty slice, and a feed of the first window: all processes must load the same blocks."""
-        places = parallel.share(
+        places = parallel.own_slice(
             len(self.windows), windows_of(self.batch_tokens, self.seq_len)
         )
         windows = self.windows[places]
@@ -95,7 +92,6 @@ class Stream:
     Attributes:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk. Each access may read a file, so access it once.
         pieces: the batches in smaller parts, in order; empty without pieces.
-        known: modules of the current block that :meth:`run_batch` does not run, until the stream advances.
         first_window: the arguments of every block for the first window, with the changes by blocks that ran.
     """
 
@@ -106,9 +102,7 @@ class Stream:
         self.scratch = feed.scratch
         size = windows_of(feed.batch_tokens, feed.seq_len)
         self.hidden = self.store()
-        self.known: list[KnownOutput] = []
         self.pieces: list[Piece] = []
-        self._tokens = windows.numel()
         self._calls: list[list[Call]] = []
         rows = max(1, round(pieces / feed.seq_len))
         unique = _Unique()
@@ -136,7 +130,6 @@ class Stream:
         """A second stream that starts from the same hidden states, with the same calls."""
         twin = copy.copy(self)
         twin.hidden = self.store()
-        twin.known = []
         for hidden in self.hidden:
             twin.hidden.append(hidden)
         return twin
@@ -146,36 +139,8 @@ class Stream:
         return self.scratch.store(self.chain.device)
 
     def close(self) -> None:
-        """Drops the hidden states and known outputs."""
+        """Drops the hidden states."""
         self.hidden.close()
-        self.forget()
-
-    def keep(self, known: KnownOutput) -> KnownOutput | None:
-        """``known`` if memory has room, else None; also None on an accelerator: moving costs as much as computing."""
-        if self.chain.device.type == "cpu" and self.scratch.spare.take(
-            self._bytes_of(known)
-        ):
-            return known
-        return None
-
-    def use(self, known: KnownOutput) -> None:
-        """Leaves out the module in later runs: the linears before its writer, and the writer, are pruned now."""
-        with self.chain.products or nullcontext():
-            known.finish()
-        self.known.append(known)
-
-    def forget(self) -> None:
-        """Drops all known outputs; every module of the block runs again."""
-        for known in self.known:
-            self.scratch.spare.give_back(self._bytes_of(known))
-        self.known = []
-
-    def _bytes_of(self, known: KnownOutput) -> int:
-        return (
-            self._tokens
-            * max(known.writer.in_features, known.writer.out_features)
-            * self.chain.dtype.itemsize
-        )
 
     def calls(self, index: int) -> list[Call]:
         """The arguments of block ``index``, batch by batch."""
@@ -190,8 +155,7 @@ class Stream:
         """The output of the loaded block ``index`` for one batch."""
         hidden = self.hidden[position]
         self.hidden.expect(position + 1)
-        with without(self.known, position):
-            return self.chain.run(index, hidden, self._calls[position][index])
+        return self.chain.run(index, hidden, self._calls[position][index])
 
     def run_window(self, index: int) -> Tensor:
         """The output of the loaded block ``index`` for the first window; enough to observe how a block runs."""
@@ -203,7 +167,6 @@ class Stream:
             self.run_window(index)  # later blocks read what it leaves
         for position, output in enumerate(self.run(index)):
             self.hidden[position] = output
-        self.forget()
 
 
 def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
@@ -234,7 +197,7 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
 
 
 def _keeps_state(call: Call) -> bool:
-    """Whether a block may leave something for later ones, in a mapping that all get, as Gemma 4 shares keys."""
+    """Whether a block may leave something for later ones in a mapping that all of them get; Gemma 4 shares keys so."""
     return any(
         isinstance(leaf, MutableMapping)
         for leaf in tree_leaves((call.args, call.kwargs))
@@ -267,6 +230,7 @@ class _Unique:
             ),
             None,
         )
-        if same is None:
-            known.append(value)
-        return value if same is None else same
+        if same is not None:
+            return same
+        known.append(value)
+        return value

@@ -25,9 +25,8 @@ class LinearView:
     name: str  # the module's in the model
     module: nn.Module  # an nn.Linear, or the Conv1D of GPT-2, which stores Wᵀ
     storage_dtype: torch.dtype  # in which the weight will be written
-    bias_dtype: torch.dtype | None = (
-        None  # in which the bias will be written, if there is one
-    )
+    # in which the bias will be written, if there is one
+    bias_dtype: torch.dtype | None = None
 
     @property
     def weight_name(self) -> str:
@@ -39,11 +38,17 @@ class LinearView:
 
     @property
     def out_features(self) -> int:
-        return int(self.parameter.shape[1 if self.transposed else 0])
+        return int(self.parameter.shape[self._axis(0)])
 
     @property
     def in_features(self) -> int:
-        return int(self.parameter.shape[0 if self.transposed else 1])
+        return int(self.parameter.shape[self._axis(1)])
+
+    def _axis(self, axis: int) -> int:
+        """The dimension of the parameter that has the outputs (axis 0) or inputs (axis 1)."""
+        if self.transposed:
+            return 1 - axis
+        return axis
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -66,9 +71,9 @@ class LinearView:
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         """Overwrites the weight with ``weight (out, in)``, without negative zeros."""
-        stored = (weight.t() if self.transposed else weight).to(
-            self.storage_dtype
-        ) + 0.0
+        if self.transposed:
+            weight = weight.t()
+        stored = weight.to(self.storage_dtype) + 0.0
         self.parameter.copy_(stored.to(self.parameter.dtype))
 
     @torch.no_grad()
@@ -85,9 +90,7 @@ class LinearView:
         for index, axis in ((outputs, 0), (inputs, 1)):
             if index is not None:
                 self.parameter.copy_(
-                    self.parameter.index_select(
-                        1 - axis if self.transposed else axis, index
-                    )
+                    self.parameter.index_select(self._axis(axis), index)
                 )
         if outputs is not None and isinstance(self.module.bias, Tensor):
             self.module.bias.copy_(self.module.bias[outputs])

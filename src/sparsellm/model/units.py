@@ -116,7 +116,9 @@ def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit[LinearView] | 
     distance, unit = min(
         candidates, key=lambda candidate: candidate[0], default=(TOLERANCE + 1, None)
     )
-    return unit if distance <= TOLERANCE else None
+    if distance > TOLERANCE:
+        return None
+    return unit
 
 
 def _rows(values: Tensor) -> Tensor:

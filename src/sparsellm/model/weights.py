@@ -359,7 +359,9 @@ class ModelWeights:
             first = self._names(name)[0]
             if first not in loaded:
                 # A weight of an earlier block was pruned with that block.
-                source = pruned if first == name else None
+                source = None
+                if first == name:
+                    source = pruned
                 loaded[first] = self._fetch(first, source, tensors)
             self.assign(name, loaded[first])
 
@@ -371,10 +373,10 @@ class ModelWeights:
         if pruned is not None and self.key_of[name] in pruned:
             reader = pruned
         if name in self._shared and reader is self.reader:
-            shared = self._shared[name]
-            return shared.to(
-                self.device, self.dtype if shared.is_floating_point() else None
-            )
+            shared = self._shared[name].to(self.device)
+            if shared.is_floating_point():
+                return shared.to(self.dtype)
+            return shared
         assert reader is not None
         return self._part(name, tensors, partial(self._read, name, reader))
 
@@ -395,10 +397,11 @@ class ModelWeights:
         )
         # patterns, in which "*" is anything
         wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in wide)
-        if value.is_floating_point():
-            return value.to(torch.float32 if kept else self.dtype)
-        return value
+        if not value.is_floating_point():
+            return value
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in wide):
+            return value.to(torch.float32)
+        return value.to(self.dtype)
 
     def _release(self, names: list[str]) -> None:
         if self.reader is None:
@@ -434,9 +437,9 @@ class ModelWeights:
             if not value.is_meta or self.reader is None:
                 return value
             reader = self.reader
-        return self._part(
-            name, {} if tensors is None else tensors, partial(reader.get, key)
-        )
+        if tensors is None:
+            tensors = {}
+        return self._part(name, tensors, partial(reader.get, key))
 
     def assign(self, name: str, value: Tensor) -> None:
         """Replaces a parameter, which then has no gradient, or a buffer."""
@@ -480,10 +483,21 @@ class ModelWeights:
     def stored_block(self, index: int) -> dict[str, Tensor]:
         """The weights of a block read from the checkpoint, under its names, loaded or not; tied weights once."""
         assert self.reader is not None, "a model in memory has no checkpoint"
-        keys = dict.fromkeys(
-            self.key_of[name] for name in self.names_of(index) if self.owns(name)
-        )
-        return {key: self.reader.get(key) for key in keys}
+        return {key: self.reader.get(key) for key in self._stored_keys(index)}
+
+    def stored_bytes(self) -> list[int]:
+        """The bytes in the checkpoint of each block, and, last, of all else."""
+        assert self.reader is not None, "a model in memory has no checkpoint"
+        blocks = [
+            sum(map(self.reader.bytes_of, self._stored_keys(index)))
+            for index in range(len(self))
+        ]
+        outer = sum(tensor.bytes for tensor in self.outer_tensors().values())
+        return [*blocks, outer]
+
+    def _stored_keys(self, index: int) -> list[str]:
+        owned = filter(self.owns, self.names_of(index))
+        return list(dict.fromkeys(self.key_of[name] for name in owned))
 
     def outer_tensors(self) -> dict[str, TensorSource]:
         """Every tensor outside the blocks, unchanged, tied weights once. Each is read only when it is written."""
@@ -535,7 +549,9 @@ class ModelWeights:
         ):
             return value
         stored = self.reader.get(self.key_of[names[0]], self.device)
-        return stored if torch.equal(stored.to(value.dtype), value) else value
+        if torch.equal(stored.to(value.dtype), value):
+            return stored
+        return value
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """The module that has a weight, and the name there."""

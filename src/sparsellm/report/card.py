@@ -13,6 +13,8 @@ from pathlib import Path
 from sparsellm.arguments import Checkpoint, checked
 from sparsellm.errors import StorageError
 from sparsellm.files.contents import changing, check_weights
+from sparsellm.files.demo_model import BASE
+from sparsellm.files.named import as_typed
 from sparsellm.files.results import read_results
 from sparsellm.inputs import HUB_ID, dump_yaml, read_object, without_folders
 from sparsellm.patterns import parse_chosen
@@ -41,6 +43,8 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
     ``directory`` is its checkpoint; None for a model that was given as an object."""
     from huggingface_hub import metadata_load
 
+    if model == "demo" or as_typed(str(directory)) == "demo":
+        return BASE
     name = getattr(model, "name_or_path", "") if directory is None else str(model)
     # in the hub's cache
     if directory is not None and directory.parent.name == "snapshots":

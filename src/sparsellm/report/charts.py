@@ -14,9 +14,9 @@ from typing import Any
 
 from sparsellm.progress import PHASES
 from sparsellm.records import (
+    Iteration,
     LinearResult,
     Pruning,
-    Step,
     SweepPass,
     Totals,
     by_kind,
@@ -445,7 +445,7 @@ def _decomposition_charts(pruning: Pruning) -> list[Chart]:
     }
     most = min(max(map(len, runs.values()), default=0), _CELLS // max(1, len(runs)))
 
-    def error(step: Step) -> float | None:
+    def error(step: Iteration) -> float | None:
         return (
             step.held_out_error if step.held_out_error is not None else step.train_error
         )

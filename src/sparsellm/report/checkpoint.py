@@ -198,7 +198,15 @@ def _quality(record: Checkpoint) -> list[Row]:
             ]
             shown = [replace(row, command=command) for row in (*shown, *missing)]
         rows += shown
-    return rows or [Row(name, command=command) for name in QUANTITIES[:3]]
+    if rows:
+        return rows
+    rows = [Row(name, command=command) for name in QUANTITIES[:3]]
+    best = record.pruning.best_pass
+    if best is not None:
+        rows[1] = Row(
+            QUANTITIES[1], "held-out calibration windows", "0", f"{best.held_out:.3g}"
+        )
+    return rows
 
 
 def _tasks(record: Checkpoint) -> list[Row]:

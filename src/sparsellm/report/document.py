@@ -10,7 +10,7 @@ import importlib.resources
 import os
 import shlex
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sparsellm.arguments import Out, PathGiven, checked
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.files.contents import changing, listed_files
 from sparsellm.files.directory import Place
-from sparsellm.files.files import write_bytes
+from sparsellm.files.files import create_atomically, replace_atomically, write_all
 from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table, percent, short_number
@@ -64,9 +64,15 @@ def write_report(
 
 def write_page(page: bytes, out: Place) -> Path:
     """Writes a page, and returns its path, links to its folder resolved; errors as in :func:`check_page`."""
+    # first, so that a file that appears after it was looked at is not replaced
+    new = not os.path.lexists(os.path.expanduser(out))
     place = check_page(out)
     if listed_files(place.parent) is None:  # no checkpoint of ours
-        write_bytes(place, page)
+        fill = partial(write_all, data=page)
+        if new:
+            create_atomically(place, fill)
+        else:
+            replace_atomically(place, fill)
         return place
     with changing(place.parent) as write:
         return write(place.name, page)
@@ -116,7 +122,7 @@ def render_run(record: Checkpoint) -> bytes:
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
     return page(
         "run.html.jinja",
-        f"{record.model} pruned to {pruning.target}",
+        f"{record.model}: {pruning.in_short}",
         [*linears, allocation, *course],
         sections=sections,
         record=record,

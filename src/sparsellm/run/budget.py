@@ -153,9 +153,9 @@ class Budget:
         return self.host if self.card is None else self.card
 
     def scratch(self, folder: Path | None) -> Scratch:
-        """Storage for hidden states, with files in a folder; outputs kept within a block share its room."""
+        """Storage for hidden states, with files in a folder."""
         on_device = 0 if self.card is None else self.card
-        return Scratch(self.host, folder, spare=self.host, on_device=on_device)
+        return Scratch(self.host, folder, on_device=on_device)
 
     def expect_block(self, chain: Chain) -> None:
         """Leaves room for the first block of a pass, whose statistics and solver are not measured yet. Raises
@@ -238,11 +238,11 @@ class Budget:
         )
 
 
-def host_limit(asked: str | int | None, sharers: int = 1) -> int:
+def host_limit(asked: str | int | None, processes: int = 1) -> int:
     """The bytes that this process may hold: those asked for, or a share of the free memory on top of what it holds."""
     if asked is not None:
         return parse_bytes(asked)
-    free = HOST_SHARE / sharers * machine.free_memory()
+    free = HOST_SHARE / processes * machine.free_memory()
     return int(machine.held_rss() + free)
 
 

@@ -21,9 +21,9 @@ from sparsellm.model.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.registry import Entry, Needs, Options
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, grid_for
 
-PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
+PASSES_BY_EFFORT = (0, 1, 3, 8)  # docs/results.md has what each gains and takes
 # by `sweep_tokens`; every pass is judged and saved
 PASS_TOKENS = 16_000
 MOST_PASSES = 16
@@ -44,7 +44,7 @@ class Choice:
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs
-    allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
+    allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned or sized
     zeros: float = 0.0  # the share of zeros in the linears of every block; 0 where the recipe chooses linears by name
 
     @classmethod
@@ -76,19 +76,24 @@ class Choice:
                 "passes 0 leaves out the sweep, and sweep_tokens says how long it is; give one of them"
             )
         if passes is None:
-            by_effort = PASSES[
-                (method.effort or 0) if recipe.effort is None else recipe.effort
-            ]
-            passes = (
-                by_effort
-                if tokens is None
-                else min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
-            )
+            effort = recipe.effort
+            if effort is None:
+                effort = method.effort or 0
+            passes = PASSES_BY_EFFORT[effort]
+            if tokens is not None:
+                passes = min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
         # More sets cost a forward pass each and gain most where a sweep follows.
-        sets = recipe.sets or (4 if passes >= PASSES[2] else 2 if passes else 1)
+        sets = recipe.sets
+        if sets is None:
+            sets = 1
+            if passes:
+                sets = 2
+            if passes >= PASSES_BY_EFFORT[2]:
+                sets = 4
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         chosen = allocator.check(recipe.allocation_options)
-        allocates = allocator.name != "uniform" and recipe.sparsity != 0
+        prunes = recipe.sparsity != 0 or recipe.bits is not None
+        allocates = allocator.name != "uniform" and prunes
         allocation = (
             allocator,
             chosen,
@@ -216,7 +221,9 @@ def patterns_of(
     if allocation is None and any(linear.fixed is not None for linear in sizes):
         allocation = divide_zeros(sizes, recipe.sparsity).allocation()
     for linear in sizes:
-        zeros = allocation.zeros[linear.name] if allocation is not None else None
+        zeros = None
+        if allocation is not None:
+            zeros = allocation.zeros[linear.name]
         patterns[linear.name] = recipe.pattern_of(linear.weights, zeros)
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
@@ -241,33 +248,33 @@ def patterns_of(
 
 def _check_groups(sizes: list[LinearSize], name: str) -> None:
     """Raises RecipeError for another program's grid whose groups do not divide a linear's inputs, and names another."""
-    grid = GRIDS.get(name)
-    odd = next(
-        (
-            linear
-            for linear in sizes
-            if grid and grid.group and linear.shape[1] % grid.group
-        ),
-        None,
-    )
-    if grid is None or odd is None:
+    if name not in GRIDS:
         return
-    alike = (
-        other
-        for other in GRIDS.values()
-        if (other.form, other.bits) == (grid.form, grid.bits) and other.group
-    )
+    odd = next((linear for linear in sizes if not _has_groups(linear, name)), None)
+    if odd is None:
+        return
+    grid = grid_for(name, odd.shape[1])
     fits = [
         other.name
-        for other in alike
-        if not any(linear.shape[1] % other.group for linear in sizes)
+        for other in GRIDS.values()
+        if (other.form, other.bits) == (grid.form, grid.bits)
+        and other.group
+        and all(_has_groups(linear, other.name) for linear in sizes)
     ]
-    advice = (
-        f"take grid {fits[0]}" if fits else "leave it out (exclude), or take grid own"
-    )
+    advice = "leave it out (exclude), or take grid own"
+    if fits:
+        advice = f"take grid {fits[0]}"
     raise RecipeError(
-        f"grid {name} has groups of {grid.group}, which do not divide the {odd.shape[1]} inputs of {odd.name}; {advice}"
+        f"grid {grid.name} has groups of {grid.group}, which do not divide the {odd.shape[1]} inputs of {odd.name}; "
+        f"{advice}"
     )
+
+
+def _has_groups(linear: LinearSize, name: str) -> bool:
+    """Whether the groups of a grid divide a linear's inputs."""
+    columns = linear.shape[1]
+    group = grid_for(name, columns).group
+    return not group or columns % group == 0
 
 
 def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
@@ -283,6 +290,8 @@ def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
                 for glob, value in recipe.sparsity_of.items()
                 if matches(linear.weight_name, [glob])
             ]
-            fixed = round(given[-1] * math.prod(shape)) if given else None
+            fixed = None
+            if given:
+                fixed = round(given[-1] * math.prod(shape))
             sizes.append(LinearSize(linear.name, index, shape, fixed))
     return sizes

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from sparsellm.errors import some
 from sparsellm.method.sweep.training import LEAST_STEPS
 from sparsellm.method.sweep.whole_model import STEP_TOKENS
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded
+from sparsellm.model.structure import LinearView
 from sparsellm.recipe import Recipe
+from sparsellm.run.calibration import Windows
 from sparsellm.run.choice import Choice
 from sparsellm.run.counts import pruned_share
-from sparsellm.run.opening import Models, Windows
-from sparsepack.grids import GRIDS
+from sparsellm.run.opening import Models
+from sparsepack.grids import GRIDS, grid_for
 
+_SHOWN = 3  # linears that a warning names
 FEW_TOKENS = (
     32_000  # with fewer calibration tokens the gain over local methods is small
 )
@@ -47,11 +51,9 @@ def stored_otherwise(chain: Chain, recipe: Recipe, *, trust: bool) -> list[str]:
         and kinds <= {"float16", "bfloat16"}
     )
     if wider and recipe.dtype == "auto":
-        why = (
-            "whose largest number is 65504"
-            if "float16" in kinds
-            else "for which this GPU has no units"
-        )
+        why = "for which this GPU has no units"
+        if "float16" in kinds:
+            why = "whose largest number is 65504"
         kept = f"their weights are stored in {' and '.join(sorted(kinds))}, {why}"
         warnings.append(f"blocks compute in float32: {kept}")
     if trust and getattr(chain.config, "auto_map", None):
@@ -78,7 +80,7 @@ def stored_otherwise(chain: Chain, recipe: Recipe, *, trust: bool) -> list[str]:
         turned = [
             part.name
             for part in pruned
-            if part.transposed and GRIDS[recipe.grid].group != 32
+            if part.transposed and not GRIDS[recipe.grid].half
         ]
         whys = [f"{name} has no tensor of its own; exclude it" for name in parts]
         whys += [
@@ -86,6 +88,7 @@ def stored_otherwise(chain: Chain, recipe: Recipe, *, trust: bool) -> list[str]:
             for name in turned
         ]
         warnings += [f"no export takes grid {recipe.grid}: {why}" for why in whys[:1]]
+        warnings += _narrow(pruned, recipe.grid)
     finest = min(stored, key=lambda dtype: torch.finfo(dtype).eps)
     if (
         recipe.dtype != "auto"
@@ -96,6 +99,22 @@ def stored_otherwise(chain: Chain, recipe: Recipe, *, trust: bool) -> list[str]:
             f"{stays.replace('torch.', '')}; leave dtype out to keep their bits"
         )
     return warnings
+
+
+def _narrow(linears: list[LinearView], name: str) -> list[str]:
+    """A warning that names the linears whose rows are too narrow for a grid, and the grid that they take."""
+    others = {
+        linear.name: other
+        for linear in linears
+        if (other := grid_for(name, linear.in_features).name) != name
+    }
+    if not others:
+        return []
+    other = next(iter(others.values()))
+    few = f"{len(others)} of {len(linears)} linears have inputs that {GRIDS[name].columns} does not divide"
+    return [
+        f"{few}, and are rounded to {other}, as llama.cpp does: {some([*others], _SHOWN)}"
+    ]
 
 
 def short_text(windows: Windows, choice: Choice) -> list[str]:
@@ -124,6 +143,8 @@ def already_pruned(model: Models, recipe: Recipe) -> list[str]:
     """A warning if the model was pruned before; next to a teacher, only if zeros may get values again."""
     zeros = pruned_share(model.chain, model.start)
     fewer = recipe.pattern is not None or recipe.sparsity < zeros
+    if not zeros or not (model.start is None or fewer):
+        return []
     where = f"{zeros:.1%} of the weights of a block are zero"
     said = f"the model is already pruned: {where}; where a linear or a group is to have fewer, some get values again"
-    return [said] if zeros and (model.start is None or fewer) else []
+    return [said]

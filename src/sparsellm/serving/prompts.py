@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.errors import DataError, ModelError, one_line
+from sparsellm.errors import DataError, ModelError
+from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.model.open import load_tokenizer
+from sparsellm.text.conversations import prepare, rendered
 from sparsepack.generation import Sampling, generation_settings
 from sparsepack.loading import checkpoint_path, load
 
@@ -17,13 +19,16 @@ Message = dict[str, str]
 
 
 def open_model(
-    directory: str, options: dict[str, str], *, template: bool = False
+    name: str, options: dict[str, str], *, template: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; ``options`` are those of :func:`sparsepack.loading.load`. A UserError says that one
-    of them, or the generation config, cannot be read or used, or that an asked-for chat ``template`` is missing."""
-    tokenizer = load_tokenizer(checkpoint_path(directory))  # first: weights take longer
+    """The model of a name, packed or dense, and its tokenizer. ``options`` are those of
+    :func:`sparsepack.loading.load`. A UserError says that the model, one of the options or the generation config cannot
+    be found, read or used, or that an asked-for chat ``template`` is missing."""
+    directory = checkpoint_path(checkpoint_directory(name))
+    tokenizer = load_tokenizer(directory)  # first: weights take longer
     if template:
         check_template(tokenizer)
+        prepare()
     model = load(directory, **options)
     generation_settings(model, Sampling(temperature=None))
     return model, tokenizer
@@ -31,19 +36,17 @@ def open_model(
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Tensor:
     """The token ids ``(1, tokens)`` of a conversation, up to where the answer begins. A ModelError says that the
-    tokenizer has no chat template, a DataError that the template refuses it, such as its order of roles."""
+    tokenizer has no chat template, a DataError that the template refuses it, such as its order of roles, or takes too
+    much time or memory."""
     check_template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
-        )
-    except Exception as error:  # a template raises what it likes
+        text = rendered(tokenizer, messages, asks=True)
+    except DataError as error:
         raise DataError(
-            f"the chat template of the model refuses the conversation: {one_line(error)}"
+            f"the chat template of the model refuses the conversation: {error}"
         ) from None
-    ids: Tensor = tokenizer(str(text), add_special_tokens=False, return_tensors="pt")[
-        "input_ids"
-    ]
+    encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"]
     return ids
 
 

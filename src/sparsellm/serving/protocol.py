@@ -9,12 +9,33 @@ import secrets
 import time
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsellm.serving.prompts import chat_ids
-from sparsepack.generation import Generation, Sampling, Seed, Temperature, Tokens, Words
+from sparsepack.generation import (
+    MOST_SEED,
+    MOST_TEMPERATURE,
+    Generation,
+    Sampling,
+    not_tiny,
+    whole,
+)
+
+Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+Words = Annotated[str, AfterValidator(whole)]
+Temperature = Annotated[
+    float, Field(ge=0, le=MOST_TEMPERATURE), AfterValidator(not_tiny)
+]
 
 # What clients send although it changes nothing.
 _NEUTRAL: dict[str, object] = {

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparsellm import interrupts
 from sparsellm.errors import DataError, ModelError, RecipeError, shown
+from sparsellm.serving.connections import BACKLOG, Connection, one_line_handler
 from sparsellm.serving.prompts import open_model
 from sparsellm.serving.protocol import (
     Answer,
@@ -39,7 +40,7 @@ from sparsellm.serving.protocol import (
 from sparsellm.serving.worker import GoneError, Job, UnavailableError, Worker
 from sparsepack.decode import decodes
 from sparsepack.errors import SettingError, UserError
-from sparsepack.files import context_limit
+from sparsepack.files import context_limit, read_bytes
 from sparsepack.generation import Generation
 
 KEY = "SPARSELLM_API_KEY"  # in the environment
@@ -99,11 +100,11 @@ def _key(file: Path | None) -> str | None:
                 f"both {KEY} and --key-file {file} give a key; give one of them"
             )
         try:
-            with file.expanduser().open("rb") as opened:
-                given = opened.read(4097).decode("ascii", "replace").strip()
-                where = f"--key-file {file}"
-        except (OSError, RuntimeError) as failed:
-            raise RecipeError(f"--key-file {file} cannot be read: {failed}") from None
+            read = read_bytes(file.expanduser(), 4096, RecipeError, pipe=True)
+        except (RecipeError, RuntimeError) as failed:  # RuntimeError: no such user
+            raise RecipeError(f"--key-file: {failed}") from None
+        given = read.decode("ascii", "replace").strip()
+        where = f"--key-file {file}"
     fits = given is None or (
         0 < len(given) <= 4096
         and given.isascii()
@@ -149,6 +150,8 @@ def serve(
         name = settings.name or Path(directory).expanduser().resolve().name
         config = uvicorn.Config(
             _Gate(application(worker, name), key, settings.max_body),
+            http=Connection,
+            backlog=BACKLOG,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -162,7 +165,7 @@ def serve(
         log(
             f"{context} tokens of context, decoded by {'the compiled decoder' if decodes(model) else 'transformers'}"
         )
-        _Server(config, worker).run(sockets=[listening])
+        _Server(config, worker, log).run(sockets=[listening])
     worker.stop(0)
     # it reads a long prompt; the interpreter must not end under a thread that computes
     if not worker.ended(GRACE):
@@ -172,15 +175,22 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+    def __init__(
+        self, config: uvicorn.Config, worker: Worker, log: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
         self._worker = worker
+        self._log = log
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stops gracefully by every signal of the command line; uvicorn's own would raise it again afterwards."""
         with interrupts.handled_by(self.handle_exit):
             yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(one_line_handler(self._log))
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.stop(GRACE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import secrets
 import signal
 import sys
@@ -14,17 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsellm import interrupts
 from sparsellm.serving.prompts import Message, chat_ids, open_model
+from sparsellm.serving.protocol import Seed, Temperature, Tokens, Words
 from sparsepack.files import context_limit
-from sparsepack.generation import (
-    Sampling,
-    Seed,
-    Temperature,
-    Tokens,
-    Words,
-    continuation,
-)
+from sparsepack.generation import Sampling, continuation
 
 HELP = "/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+ENDS = ("/quit", "/exit", "/bye")
 
 
 class Manner(BaseModel):
@@ -50,7 +46,8 @@ def chat(
     show: Callable[[str], None],
     say: Callable[[str], None],
 ) -> None:
-    """Answers each line of stdin with the checkpoint of a directory, packed or dense, until its end or ``/quit``.
+    """Answers each line of stdin with a model by its name, packed or dense, until the end of stdin or a command.
+
     ``options`` are those of :func:`sparsepack.loading.load`; ``show`` prints a piece of an answer, ``say`` a line about
     the conversation. Errors as in :func:`~sparsellm.serving.prompts.chat_ids`."""
     model, tokenizer = open_model(directory, options, template=True)
@@ -69,7 +66,7 @@ def chat(
         with suppress(ImportError):
             import readline  # noqa: F401 - arrow keys and history in the lines that input() reads
         say(HELP)
-    while (line := _line()) not in (None, "/quit"):
+    while (line := _line(say)) not in (None, *ENDS):
         if line == "/reset":
             messages = list(beginning)
         if not line or line == "/reset":
@@ -109,9 +106,17 @@ def chat(
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def _line() -> str | None:
-    """The next line of stdin; None at its end."""
+def _line(say: Callable[[str], None]) -> str | None:
+    """The next line of stdin; None at its end. What looks like a command and is none is answered with a line of help,
+    and returned as an empty line."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+    if re.fullmatch(r"/\w+", line) is None or line in ("/reset", *ENDS):
+        return line
+    if line == "/help":
+        say(HELP)
+    else:
+        say(f"{line} is no command here; {HELP}")
+    return ""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +194,7 @@ class Worker:
             self._model,
             self._tokenizer,
             ids,
-            job.sampling.model_copy(update={"max_new_tokens": limit}),
+            replace(job.sampling, max_new_tokens=limit),
             threads=self._threads,
             on_text=job.send,
             cancelled=lambda: (

@@ -11,12 +11,12 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from sparsellm.errors import DataError, one_line, shown
+from sparsellm.files.named import hub_reason
 from sparsellm.inputs import parse_json
 from sparsellm.text.texts import Split, Text, read_rows, text_rows
 
-_HELD_OUT = (
-    0.2  # the largest share of the characters of pydoc that is held out for evaluation
-)
+# the largest share of the characters of pydoc that is held out for evaluation
+_HELD_OUT = 0.2
 _RULE = re.compile(r"\s*([=*~^-])\1\1+\s*")  # a line that only underlines a heading
 _C4_SAMPLE = (
     "allenai/c4",
@@ -118,9 +118,7 @@ def fetch_c4_sample() -> Path:
         get_session().head(constants.ENDPOINT, timeout=5)
         return Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
     except Exception as error:  # the client raises httpx, requests and its own errors
-        raise DataError(
-            f"C4 cannot be fetched from the hub ({one_line(error)[:120]})"
-        ) from error
+        raise DataError(f"C4 cannot be fetched: {hub_reason(error)}") from error
 
 
 def read_c4_sample(split: Split) -> Text:
@@ -185,7 +183,7 @@ def hub_column(
         ) from error
     except Exception as error:  # errors of network, Hub and format, from several packages without a common base class
         raise DataError(
-            f"{named} cannot be loaded: {one_line(error)}; check name and network, {instead}"
+            f"{named} cannot be loaded: {hub_reason(error)}; check name and network, {instead}"
         ) from error
     if (
         column == "text"

@@ -48,13 +48,15 @@ def self_generated_windows(
     starts = torch.tensor([token for token in range(known) if token not in special])
     device = next(model.parameters()).device
     keyword = cache_keyword(model)
+    end = tokenizer.eos_token_id
+    if end is None:
+        end = -1
     windows: list[Tensor] = []
 
     def pick(rows: int) -> Tensor:
         return starts[torch.randint(len(starts), (rows,), generator=generator)]
 
     def batch(rows: int) -> Tensor:
-        end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         columns = [pick(rows)]
         if bos is not None:
             columns.insert(0, torch.full((rows,), bos))

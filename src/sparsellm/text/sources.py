@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import DataError, nearest, one_line, shown
-from sparsellm.inputs import mixture_of, without_folders
+from sparsellm.inputs import mixture_of, text_file, without_folders
 from sparsellm.recipe import Recipe
 from sparsellm.text import corpora
 from sparsellm.text.texts import (
@@ -26,7 +26,6 @@ from sparsellm.text.texts import (
     Text,
     documents_of,
     read_file,
-    text_file,
 )
 
 TextGiven: TypeAlias = (
@@ -118,6 +117,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
                 "source 'self' is text for calibration only; to evaluate, name a file or 'wikitext2'"
             )
     elif name not in _WITH_ARGUMENT:
+        _refuse_mixture(source)
         is_path = Path(source).suffix.lower() in READERS or any(
             part in source for part in "/\\~"
         )
@@ -130,8 +130,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
                     SELF,
                 ],
             )
-            if "," in source:
-                hint = "a text mixture is SOURCE:SHARE,SOURCE:SHARE"
+            _refuse_kind(source)
             raise DataError(
                 f"unknown text source {shown(source)}; {hint} (a path ends in {_SUFFIXES})"
             )
@@ -144,6 +143,40 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
                 f"{shown(argument)} is not a kind of file that can be read; give {_SUFFIXES}"
             )
     return name, argument
+
+
+def _refuse_mixture(source: str) -> None:
+    """Raises DataError for what was meant as a mixture: sources with commas, one of them without a share above 0."""
+    if "," not in source or os.path.isfile(os.path.expanduser(source)):
+        return
+    parts = [part.strip() for part in source.split(",")]
+    names = [part.rpartition(":")[0] or part for part in parts]
+    such = ",".join(f"{name}:{1 / len(names):.2g}" for name in names)
+    for part in parts:
+        name, _, share = part.rpartition(":")
+        if not name or not share or share in (*_PLAIN, SELF):
+            said = f"{shown(part)} in {shown(source)} has no share of the windows"
+            raise DataError(f"{said}; write {such}")
+        try:
+            wrong = not float(share) > 0
+        except ValueError:
+            wrong = True
+        if wrong:
+            said = f"share {shown(share)} of {shown(name)} in {shown(source)} is not a number above 0"
+            raise DataError(f"{said}; write {such}")
+
+
+def _refuse_kind(source: str) -> None:
+    """Raises DataError for a path that is there and is no text."""
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        raise DataError(
+            f"text source {shown(source)} is a directory; name a file in it ({_SUFFIXES})"
+        )
+    if os.path.isfile(path):
+        raise DataError(
+            f"text source {shown(source)} is not a kind of file that can be read; give {_SUFFIXES}"
+        )
 
 
 def read_source(source: str, split: Split) -> Text:

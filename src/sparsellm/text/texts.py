@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sparsellm import machine
 from sparsellm.errors import DataError, one_line, shown
-from sparsellm.inputs import parse_json
+from sparsellm.inputs import parse_json, text_file
 
 Split = Literal["calibration", "evaluation"]
 _FIELDS = {"text": str, "messages": list}  # the second where a record has no text
@@ -21,36 +21,12 @@ class Text:
 
     # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
     documents: Sequence[Any]
-    joiner: str = (
-        "\n\n"  # the string between two documents when all are tokenised as one string
-    )
-    per_document: bool = (
-        False  # calibration windows are drawn inside single long documents
-    )
+    # the string between two documents when all are tokenised as one string
+    joiner: str = "\n\n"
+    # calibration windows are drawn inside single long documents
+    per_document: bool = False
     most_windows: int | None = None  # that the protocol evaluates on
     called: str = "the text"  # in messages
-
-
-def text_file(path: str) -> Path:
-    """The path of a file that exists; raises DataError for one that does not."""
-    try:
-        path.encode()  # records hold its name
-        file = Path(path).expanduser()
-        if file.is_file():
-            return file
-        if file.is_dir():
-            reason = "is a directory"
-        else:
-            reason = "is not a file" if file.exists() else "does not exist"
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # too long; no such user after '~'; a null byte; not UTF-8
-        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    raise DataError(
-        f"text file {shown(path)} {reason}; check the path, or name another source"
-    )
 
 
 def read_file(argument: str, split: Split) -> Text:
@@ -85,8 +61,8 @@ def text_rows(path: Path) -> list[str]:
 
 
 def documents_of(records: Iterable[tuple[str, Any]]) -> list[Any]:
-    """The ``text``, or else the ``messages``, of records, each with its place for an error; those without any are left
-    out. Raises DataError for a record that has neither field, or another type in it."""
+    """The ``text`` of each record, or else its ``messages``. Records come with their place, for an error; those that
+    have null in both fields are left out. Raises DataError for a record without these fields, or with another type."""
     documents = []
     for place, record in records:
         given = [

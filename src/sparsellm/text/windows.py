@@ -16,6 +16,7 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import without_folders
 from sparsellm.patterns import round_exactly
 from sparsellm.recipe import Bos
+from sparsellm.text.conversations import rendered
 from sparsellm.text.sources import read_source, shares_of
 from sparsellm.text.texts import Text
 from sparsepack.errors import Note
@@ -158,7 +159,8 @@ def mixed_windows(
 
 
 def spread_evenly(count: int, total: int) -> set[int]:
-    """``count`` of the numbers below ``total``, as far from each other and both ends as possible: held out of a fit."""
+    """``count`` of the numbers below ``total``, as far from each other and from both ends as possible. They number what
+    is held out of a fit."""
     return {(2 * i + 1) * total // (2 * count) for i in range(count)}
 
 
@@ -216,17 +218,17 @@ def evaluation_windows(
     else:
         text = read_source(source, "evaluation")
     ids = _tokens(text, tokenizer, lead, _joined(text, tokenizer, lead), length)
-    limits = [
-        len(ids) // length,
-        text.most_windows,
-        None if max_tokens is None else max_tokens // seq_len,
-    ]
-    windows = min(limit for limit in limits if limit is not None)
+    windows = len(ids) // length
+    if text.most_windows is not None:
+        windows = min(windows, text.most_windows)
+    if max_tokens is not None:
+        windows = min(windows, max_tokens // seq_len)
     return _led(ids[: windows * length].view(windows, length), lead)
 
 
 def seq_len_of(config: PretrainedConfig, asked: int | None) -> int:
-    """Tokens of a window: as asked, or 2048, or the model's positions if fewer; errors as :func:`check_seq_len`."""
+    """The tokens of a window: as many as asked for, else 2048, or the model's positions if these are fewer. Errors are
+    those of :func:`check_seq_len`."""
     seq_len = asked or min(DEFAULT_SEQ_LEN, context_limit(config) or DEFAULT_SEQ_LEN)
     check_seq_len(config, seq_len)
     return seq_len
@@ -253,18 +255,17 @@ def check_memory(windows: int, seq_len: int) -> None:
 
 
 def _joined(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
-    """The text as one string, chats by the template; a DataError if that refuses one, or memory is short."""
+    """The text as one string, with conversations written by the chat template. A DataError says that the template
+    refuses one, or that memory is short."""
     parts = []
     size = 0
     free = machine.free_memory()
     for document in text.documents:
         if document is not None:  # data sets have nulls
-            parts.append(
-                document
-                if isinstance(document, str)
-                else _chat(document, tokenizer, lead)
-            )
-            size += len(parts[-1])
+            if not isinstance(document, str):
+                document = _chat(document, tokenizer, lead)
+            parts.append(document)
+            size += len(document)
         if TOKENISING * size > max(1 << 28, free):  # before the next one is read
             raise _too_long(text, size, free, "more than ")
     return text.joiner.join(parts)
@@ -280,21 +281,22 @@ def _too_long(text: Text, characters: int, free: int, more: str = "") -> DataErr
 def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -> str:
     """A conversation by the chat template, without the BOS that :func:`_led` puts before windows."""
     try:
-        if not all(
-            isinstance(message[field], str)
-            for message in messages
-            for field in ("role", "content")
-        ):
-            raise ValueError("a role or content is not a string")
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
-        if lead is None:
-            return text
-        return text.removeprefix(str(tokenizer.bos_token))
-    except Exception as error:  # a template raises what it likes
-        why = "the tokenizer has no chat template"
-        if tokenizer.chat_template:
-            why = one_line(error)
-        raise DataError(f"a conversation of the text cannot be read: {why}") from None
+        if not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template")
+        for message in messages:
+            for field in ("role", "content"):
+                if not isinstance(message[field], str):
+                    raise DataError(f"a {field} is not a string")
+        text = rendered(tokenizer, messages, asks=False)
+    except DataError as error:
+        raise DataError(f"a conversation of the text cannot be read: {error}") from None
+    except (KeyError, TypeError) as error:  # it is no list of messages
+        raise DataError(
+            f"a conversation of the text cannot be read: {one_line(error)}"
+        ) from None
+    if lead is None:
+        return text
+    return text.removeprefix(str(tokenizer.bos_token))
 
 
 def _tokens(
@@ -324,7 +326,7 @@ def _tokens(
 
 
 def _led(windows: Tensor, lead: int | None) -> Tensor:
-    """The windows, each after BOS if there is one."""
+    """The windows with BOS before each of them, if there is one."""
     if lead is None:
         return windows
     return torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm import Recipe, prune
 from sparsellm.errors import DataError, ModelError, NumericalError
-from sparsellm.files.scratch import Room, Scratch
+from sparsellm.files.scratch import Scratch
 from sparsellm.method.sweep import gradients, head
 from sparsellm.method.sweep.gradients import backward_sweep, loss_gradients
 from sparsellm.model import Chain, Feed, LinearView, open_chain
@@ -131,25 +131,6 @@ def test_short_windows_are_scored_whole() -> None:
     assert some.tolist() == sorted(set(some.tolist()))
     assert (len(some), int(some.max()) < 1000) == (250, True)
     assert torch.equal(some, gradients._positions(1000, 0.25, seed=0))
-
-
-def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
-    class Counting(Room):
-        held = most = 0
-
-        def take(self, size: int) -> bool:
-            self.held += size
-            self.most = max(self.most, self.held)
-            return True
-
-        def give_back(self, size: int) -> None:
-            self.held -= size
-
-    chain, scratch = open_chain(family(), device=CPU), Counting()
-    backward_sweep(Feed(chain, IDS, 45, Scratch(scratch)), Everything().see)
-    state = IDS.numel() * chain.config.get_text_config().hidden_size
-    assert scratch.most == state * ((len(chain) + 1) * chain.dtype.itemsize + 4)
-    assert scratch.held == 0
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,19 +11,16 @@ from sparsellm import Recipe, prune
 from sparsellm.method.allocation import ALLOCATIONS, Survey
 from sparsellm.method.allocation.threshold import from_histograms
 from sparsellm.method.sweep.gradients import BINS, HIGHEST, LOWEST, loss_gradients
-from sparsellm.model import Feed, open_chain
 from sparsellm.model.products import Bf16Products
 from tests.method.allocation.helpers import (
     IDS,
     Record,
     bare_survey,
-    sizes_of,
     survey_of,
-    survey_on,
     weight_of,
 )
 from tests.method.sweep.helpers import Family
-from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models import tiny_llama, tiny_opt
 
 
 def saliencies(model: PreTrainedModel, survey: Survey) -> dict[str, Tensor]:
@@ -114,14 +109,6 @@ def test_rounded_factors_move_a_saliency_by_about_a_bin() -> None:
         ].sum() < 2
 
 
-def test_the_same_sweep_finds_what_errors_of_outputs_cost() -> None:
-    survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
-    result = survey.gradients.output_squares
-    alone = loss_gradients(survey.feed, survey.names).output_squares
-    assert result.keys() == alone.keys() == survey.names
-    assert all(torch.equal(result[name], alone[name]) for name in alone)
-
-
 def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
     def chosen(tokens: int, ids: Tensor) -> dict[str, int]:
         recipe = Recipe(
@@ -200,21 +187,3 @@ def test_the_model_is_left_as_it_was(family: Family, dtype: torch.dtype) -> None
         for parameter in model.parameters()
     )
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_an_allocation_on_disk_is_that_in_memory(tmp_path: Path) -> None:
-    model = tiny_llama()
-    chain = open_chain(
-        save_tiny(model, tiny_tokenizer(), tmp_path / "m"), device=torch.device("cpu")
-    )
-    feed, sizes = Feed(chain, IDS, 40), sizes_of(chain)
-    lazy = survey_on(
-        feed,
-        sizes,
-        0.6,
-        loss_gradients(feed, {size.name for size in sizes}, saliency=True),
-    )
-    function = ALLOCATIONS["threshold"].function
-    assert function(lazy) == function(survey_of(model, 0.6, gradients=True))
-    # nothing stays loaded
-    assert all(parameter.is_meta for parameter in chain.model.parameters())

@@ -17,7 +17,7 @@ from sparsellm.method.solvers import Solution, Solver
 from sparsellm.method.solvers.support import refine_on_support
 from sparsellm.model.units import Activation, relu, silu
 from sparsellm.patterns import Pattern
-from sparsellm.records import Step
+from sparsellm.records import Iteration
 
 
 def by_input_norm(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
@@ -50,7 +50,7 @@ def prune(
     patterns: Pattern | Mapping[str, Pattern],
     settings: LoopSettings | None = None,
     scratch: Scratch | None = None,
-) -> tuple[PrunedUnit, list[Step]]:
+) -> tuple[PrunedUnit, list[Iteration]]:
     """The loop with one solver for all linears, and one pattern or several."""
     by_role = (
         dict.fromkeys(dense.linears(), patterns)

@@ -113,30 +113,6 @@ def test_a_solver_that_fails_later_leaves_the_iterates_before_it() -> None:
     assert [step.train_error for step in history] == [local.error, math.inf]
 
 
-@pytest.mark.parametrize("pattern", [Share(0.7), NM(2, 4)], ids=str)
-def test_runs_repeat_bit_for_bit_and_leave_inputs_alone(pattern: Pattern) -> None:
-    unit = random_unit(8, 16)
-    chunks = random_chunks(unit, [50, 50], weights=True)
-    runs = [
-        prune(
-            unit,
-            chunks[:1],
-            chunks[1:],
-            by_input_norm,
-            pattern,
-            LoopSettings(iterations=3),
-        )
-        for _ in range(2)
-    ]
-    assert_same(runs[0][0].unit, runs[1][0].unit)
-    assert runs[0][1] == runs[1][1]
-    assert_same(unit, random_unit(8, 16))
-    for chunk, before in zip(
-        chunks, random_chunks(unit, [50, 50], weights=True), strict=True
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(chunk(), before(), strict=True))
-
-
 def test_tokens_and_variables_may_lie_in_files(tmp_path: Path) -> None:
     unit = random_unit(8, 16)
     chunks = random_chunks(unit, [50, 31, 40])
@@ -151,16 +127,6 @@ def test_tokens_and_variables_may_lie_in_files(tmp_path: Path) -> None:
     )
     assert_same(memory.unit, files.unit)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("tokens", "d", "f"), [(1, 4, 8), (3, 8, 4), (2, 1, 5), (7, 6, 6)]
-)
-def test_few_tokens_and_odd_shapes(tokens: int, d: int, f: int) -> None:
-    unit = random_unit(d, f, bias=True)
-    chunks = random_chunks(unit, [tokens, tokens])
-    pruned, history = prune(unit, chunks[:1], chunks[1:], by_input_norm, HALF)
-    assert pruned.error <= history[0].held_out_error
 
 
 def test_patterns_by_role_and_token_weights_of_zero() -> None:

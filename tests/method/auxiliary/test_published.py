@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import pytest
 import torch
@@ -21,11 +20,10 @@ from tests.method.auxiliary.helpers import (
     random_chunks,
     random_unit,
 )
-from tests.method.solvers.test_sparsegpt import column_by_column
+from tests.method.solvers.problems import column_by_column
 from tests.shares import Share
 
 sparsegpt = SOLVERS["sparsegpt"].function
-OutputUpdate = Literal["gradient", "pseudo-inverse"]
 
 
 @dataclass
@@ -76,8 +74,6 @@ def published(
     tokens: Tensor,
     pattern: Pattern,
     epochs: int,
-    penalty: float,
-    output_update: OutputUpdate,
 ) -> Plain:
     """The loop of the paper (algorithm 1, eq. 5 to 8, section 3.4) on one unit, with the settings of its code."""
     now, x = plain_of(unit), tokens.double().T  # (d, tokens)
@@ -87,13 +83,12 @@ def published(
     y = now.w2 @ p + now.b2
     x_inverse = torch.linalg.pinv(x)
     of_up, of_gate, of_down = Hessian(x), Hessian(x), Hessian(p)
-    alpha = beta = gamma = penalty
+    alpha = beta = gamma = 0.1 if s is None else 5.0
     for epoch in range(epochs):
         if epoch > 0:  # weights
             now.w1 = (z - now.b1) @ x_inverse
             if s is not None:
                 now.ws = s @ x_inverse
-            if output_update == "pseudo-inverse":
                 now.w2 = (y - now.b2) @ torch.linalg.pinv(p)
             else:
                 weight = now.w2.clone().requires_grad_()
@@ -140,20 +135,9 @@ def published(
 
 @pytest.mark.parametrize("epochs", [1, 2, 4])
 @pytest.mark.parametrize("pattern", [Share(0.5), NM(2, 4)], ids=str)
-@pytest.mark.parametrize(
-    ("gated", "penalty", "output_update"),
-    [
-        (False, 0.1, "gradient"),  # as the code has it for OPT
-        (False, 0.1, "pseudo-inverse"),  # as an older state of it has
-        (True, 5.0, "pseudo-inverse"),  # as it has it for LLaMA
-    ],
-)
+@pytest.mark.parametrize("gated", [False, True], ids=["OPT", "LLaMA"])
 def test_every_epoch_is_that_of_the_published_formulas(
-    gated: bool,
-    penalty: float,
-    output_update: OutputUpdate,
-    pattern: Pattern,
-    epochs: int,
+    gated: bool, pattern: Pattern, epochs: int
 ) -> None:
     unit = random_unit(8, 12, gated=gated, bias=not gated)
     chunks = random_chunks(unit, [70, 30, 60])
@@ -164,10 +148,10 @@ def test_every_epoch_is_that_of_the_published_formulas(
         [],
         sparsegpt,
         pattern,
-        LoopSettings.of_the_paper(epochs, penalty, output_update),
+        LoopSettings.of_the_paper(epochs, gated=gated),
     )
     expected, result = (
-        published(unit, tokens, pattern, epochs, penalty, output_update),
+        published(unit, tokens, pattern, epochs),
         plain_of(pruned.unit),
     )
     for name in ("w1", "w2", "b1", "b2", *(["ws"] if gated else [])):
@@ -179,21 +163,16 @@ def test_every_epoch_is_that_of_the_published_formulas(
     assert [step.chosen for step in history] == [False] * (epochs - 1) + [True]
 
 
-@pytest.mark.parametrize(
-    ("gated", "update", "outlier"),
-    [(True, "pseudo-inverse", 30.0), (False, "gradient", 1000.0)],
-)
+@pytest.mark.parametrize(("gated", "outlier"), [(True, 30.0), (False, 1000.0)])
 def test_the_safeguard_never_ends_worse_than_sparsegpt(
-    gated: bool, update: OutputUpdate, outlier: float
+    gated: bool, outlier: float
 ) -> None:
     """Massive activations: gradient steps overshoot on S in the one unit, on the last weight in the other."""
     unit = random_unit(16, 48, gated=gated, bias=not gated)
     chunks = random_chunks(unit, [200, 200], outlier=outlier)
 
     def run(epochs: int, safeguard: bool = False) -> tuple[PrunedUnit, list[float]]:
-        settings = LoopSettings.of_the_paper(
-            epochs, 5.0 if gated else 0.1, update, safeguard=safeguard
-        )
+        settings = LoopSettings.of_the_paper(epochs, gated=gated, safeguard=safeguard)
         pruned, history = prune(unit, chunks, [], sparsegpt, Share(0.7), settings)
         return pruned, [step.train_error or 0.0 for step in history]
 

@@ -85,3 +85,43 @@ def true_best(original: Tensor, gram: Gram, pattern: Pattern) -> float:
             )
         over_rows = together
     return over_rows[total] / loss(torch.zeros_like(original), original, gram)
+
+
+def column_by_column(
+    weight: Tensor, gram: Gram, pattern: Pattern, step: int, damping: float = 0.01
+) -> Tensor:
+    """Each column is pruned and all later ones updated, by a new inverse; ``step`` columns get their mask at a time."""
+    outputs, inputs = weight.shape
+    work = weight.double().clone()
+    damped = (
+        gram.matrix.double()
+        + damping * gram.matrix.double().diagonal().mean() * torch.eye(inputs)
+    )
+    kept = torch.ones(weight.shape, dtype=torch.bool)
+    for j in range(inputs):
+        if j % step == 0:
+            stop = min(j + step, inputs)
+            # U_kk² is the first diagonal entry of the inverse of the part of the matrix from k on
+            pivots = torch.stack(
+                [torch.linalg.inv(damped[k:, k:])[0, 0] for k in range(j, stop)]
+            )
+            scores = work[:, j:stop].square() / pivots
+            if isinstance(pattern, NM):
+                kept[:, j:stop] = kept[:, j:stop].scatter(
+                    1, scores.argsort(dim=1)[:, : pattern.m - pattern.n], False
+                )
+            else:
+                zeros = zeros_of(pattern, weight.shape)
+                # by columns: ties aside, the order does not matter
+                flat = scores.flatten()
+                chosen = torch.ones(len(flat), dtype=torch.bool)
+                chosen[
+                    flat.argsort()[: zeros * stop // inputs - zeros * j // inputs]
+                ] = False
+                kept[:, j:stop] = chosen.reshape(scores.shape)
+        inverse = torch.linalg.inv(damped[j:, j:])
+        for row in range(outputs):
+            if not kept[row, j]:
+                work[row, j:] -= work[row, j] / inverse[0, 0] * inverse[0]
+                work[row, j] = 0
+    return work

@@ -9,7 +9,6 @@ import torch
 
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS
-from sparsellm.method.solvers.admm import RHO_STEPS
 from sparsellm.method.solvers.prepared import prepared
 from sparsellm.method.solvers.support import refine_on_support
 from sparsellm.model.products import Bf16Products
@@ -48,19 +47,6 @@ def test_the_kept_weights_are_refined():
     )
     default = admm(weight, gram, Share(0.6)).error  # near the minimum
     assert default <= 1.05 * admm(weight, gram, Share(0.6), refine_iterations=100).error
-
-
-def test_linears_of_one_input_share_the_factorisations(monkeypatch: pytest.MonkeyPatch):
-    made, factorise = [], Gram.cholesky
-    monkeypatch.setattr(
-        Gram,
-        "cholesky",
-        lambda gram, damping: made.append(damping) or factorise(gram, damping),
-    )
-    gram = gram_of(32)
-    for seed in range(3):  # q, k, v
-        admm(weight_of(8, 32, seed), gram, Share(0.5))
-    assert len(made) == 1 + RHO_STEPS  # one of the metric and one for each ρ
 
 
 def test_inputs_that_are_always_zero_change_nothing_for_others():
@@ -189,6 +175,17 @@ def test_every_step_lowers_the_loss_of_every_row():
         (after <= before * (1 + 1e-5)).all()
         for before, after in itertools.pairwise(by_row)
     )
+
+
+def test_no_row_ends_worse_than_it_began() -> None:
+    """Not even by rounded products: with few tokens for many inputs, their steps lead far away."""
+    weight = weight_of(16, 256)
+    gram = gram_of(256, tokens=20)
+    mask = random_mask(16, 256)
+    with Bf16Products():
+        result = refine_on_support(weight, gram, mask, weight, iterations=50)
+    began = losses(torch.where(mask, weight, 0.0), weight, gram)
+    assert bool((losses(result.weight, weight, gram) <= 1.001 * began).all())
 
 
 def test_stays_at_the_minimum_and_at_what_no_token_excites():

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
@@ -18,9 +18,8 @@ from sparsellm import Recipe
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.scratch import Scratch
-from sparsellm.method.sweep import head, streamed
+from sparsellm.method.sweep import head
 from sparsellm.method.sweep import whole_model as module
-from sparsellm.method.sweep.saved import SWEEP, SavedSweep
 from sparsellm.method.sweep.sweep_task import SweepTask
 from sparsellm.method.sweep.training import adam_step, held_out_of
 from sparsellm.method.sweep.whole_model import sweep
@@ -38,7 +37,7 @@ from tests.method.sweep.helpers import (
     same_bits,
     swept,
 )
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import save_tiny, tiny_gpt2, tiny_llama
 
 
 def in_memory(
@@ -60,59 +59,13 @@ def test_divergences_are_rescaled_with_those_of_each_text() -> None:
     ]
 
 
-@pytest.mark.parametrize("family", helpers.FAMILIES, ids=lambda family: family.__name__)
 @pytest.mark.parametrize("head_tokens", [1 << 20, 12])
-def test_gradients_are_of_the_whole_model(
-    family: Any, head_tokens: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", helpers.FAMILIES, ids=lambda family: family.__name__)
+def test_steps_are_those_of_adam_on_the_whole_model(
+    family: helpers.Family, head_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
+    """Also with the head in chunks of three positions."""
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
-    monkeypatch.setattr(module, "STEP_TOKENS", 48)
-    result: list[dict[str, Tensor]] = []
-
-    def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
-        result.append(
-            {
-                name: p.grad.clone()
-                for name, p in parameters.items()
-                if p.grad is not None
-            }
-        )
-
-    monkeypatch.setattr(streamed, "adam_step", recorded)
-    dense, model, ids = family(), halved(family()), ids_of(4)
-    history = in_memory(model, dense, ids, 1, 0.01)
-    blocks = len(result) // 2
-    # Nothing moved, so what the two steps saw, in whatever order, are the halves of the one mean.
-    steps = [{k: v for part in result[:blocks] for k, v in part.items()}]
-    steps.append({k: v for part in result[blocks:] for k, v in part.items()})
-    loss = divergence(dense, model, ids)
-    loss.backward()
-    expected = {
-        name: p.grad
-        for name, p in block_parameters(model).items()
-        if p.grad is not None
-    }
-    assert steps[0].keys() == expected.keys() == steps[1].keys()
-    for name, gradient in expected.items():
-        mean = (steps[0][name] + steps[1][name]) / 2
-        torch.testing.assert_close(
-            mean,
-            gradient,
-            rtol=1e-3,
-            atol=1e-3 * float(gradient.abs().max()) + 1e-9,
-            msg=name,
-        )
-    assert history[0].held_out == pytest.approx(loss.item(), rel=1e-4)
-    assert history[1].train == pytest.approx(history[0].held_out, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "family",
-    [tiny_llama, tiny_gpt2, tiny_opt, helpers.sharing_llama],
-    ids=lambda f: f.__name__,
-)
-def test_steps_are_those_of_adam_on_the_whole_model(family: helpers.Family) -> None:
     dense, model, ids = family(), halved(family()), ids_of(4)
     plain = copy.deepcopy(model)
     parameters, pruned = block_parameters(plain), linear_weights(plain)
@@ -157,7 +110,8 @@ def test_steps_are_those_of_adam_on_the_whole_model(family: helpers.Family) -> N
             (parameters[name] - before[name])[moved],
         )
         assert float((moves - expected).norm()) <= 0.01 * float(expected.norm()), name
-    assert sum(int(mask.sum()) for mask in certain.values()) > 10_000
+    every = sum(mask.numel() for mask in certain.values())  # half are pruned
+    assert sum(int(mask.sum()) for mask in certain.values()) > 0.4 * every
 
 
 @pytest.mark.parametrize("two_of_four", [False, True])
@@ -257,32 +211,6 @@ def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
     assert min(record.held_out for record in runs[0][0]) < runs[0][0][0].held_out
 
 
-def test_pruned_weights_and_their_moments_are_not_stored(tmp_path: Path) -> None:
-    chain = open_chain(halved(tiny_llama()), device=CPU)
-    weights = streamed.Streamed(
-        SweepTask(Feed(chain, ids_of(4), helpers.TOKENS), [], 1, 0, print)
-    )
-    for block, parameters in enumerate(map(weights.parameters, range(len(chain)))):
-        kept = int(parameters.count_nonzero())
-        assert [weights.store[2 * block + at].shape[-1] for at in (0, 1)] == [
-            kept,
-            kept,
-        ]
-        assert kept < 0.6 * len(parameters)
-        state = torch.stack([parameters, parameters.square()])
-        assert torch.equal(weights.complete(block, weights.part(block, state)), state)
-    saved, state = SavedSweep(tmp_path, 1), torch.zeros(2, 90_001)
-    state[0, 5], state[1, 7] = -0.0, 2.5
-    saved.save(
-        [SweepPass(passes=1, held_out=1.0)], 0, {"moments": lambda _: state}, last=False
-    )
-    assert torch.equal(
-        saved.read("moments", 1, 0).view(torch.int32), state.view(torch.int32)
-    )
-    # a bit for each
-    assert sum(file.stat().st_size for file in (tmp_path / SWEEP).iterdir()) < 30_000
-
-
 def test_bfloat16_is_rounded_at_the_end_and_judged_as_rounded(tmp_path: Path) -> None:
     ids, source = (
         ids_of(4),
@@ -374,33 +302,6 @@ def test_a_gradient_that_is_not_finite_moves_no_zero() -> None:
     adam_step({"w": weight}, torch.zeros(2, 2), 0.1, 1, pruned={"w"})
     assert weight[0, 0] == 0
     assert weight[0, 1] < 2
-
-
-def test_the_zeros_of_a_result_are_those_written(llama: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        method="sparsellm", sparsity=0.6, batch_tokens=48, effort=0, passes=2
-    )
-    in_memory = sparsellm.prune(llama, recipe, calibration=ids_of(6))
-    on_disk = sparsellm.prune(
-        llama, recipe, calibration=ids_of(6), out=tmp_path / "pruned"
-    )
-    assert in_memory.model is not None
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
-    assert same_bits(loaded.state_dict(), in_memory.model.state_dict())
-    assert on_disk.sweeps == in_memory.sweeps
-    assert len(on_disk.sweeps) == 3
-    dense = AutoModelForCausalLM.from_pretrained(llama)
-    least = min(record.held_out for record in on_disk.sweeps)
-    # three steps: all judge
-    assert divergence(dense, loaded, ids_of(6)).item() == pytest.approx(least, rel=1e-4)
-    zeros = {
-        name: int((weight == 0).sum())
-        for name, weight in linear_weights(loaded).items()
-    }
-    assert {
-        f"{linear.name}.weight": linear.zeros for linear in on_disk.linears
-    } == zeros
-    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
 def test_a_linear_that_is_left_out_keeps_the_zeros_it_had() -> None:
@@ -515,20 +416,6 @@ def test_what_harm_is() -> None:
     assert module.harmful_passes(
         [SweepPass(passes=n, held_out=v) for n, v in enumerate(divergences)]
     ) == [3, 4]
-
-
-def test_pieces_are_whole_windows_that_cover_each_batch_once() -> None:
-    chain = open_chain(tiny_opt(), device=CPU)
-    stream = Feed(chain, ids_of(100, seq=32), 3200).stream(pieces=2048)
-    assert [(piece.batch, piece.rows) for piece in stream.pieces] == [
-        (0, slice(0, 64)),
-        (0, slice(64, 128)),
-    ]
-    stream = Feed(chain, ids_of(5), 48).stream(pieces=2048)
-    assert [(piece.batch, piece.rows) for piece in stream.pieces] == [
-        (i, slice(0, 85)) for i in range(3)
-    ]
-    assert all(len(piece.calls) == len(chain) for piece in stream.pieces)
 
 
 @pytest.mark.parametrize(

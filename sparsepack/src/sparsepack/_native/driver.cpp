@@ -180,23 +180,27 @@ int64_t bits_set(uint32_t word) {
   return ((word + (word >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24;
 }
 
-// The scales of a row of int4.
+// The scales of a row whose columns have them.
 const uint16_t* group_scales(const Packed& weight, int64_t row) {
   return static_cast<const uint16_t*>(weight.scales) + row * ((weight.columns + weight.group - 1) / weight.group);
 }
 
-// kShared << shift columns share a scale of int4.
+// kShared << shift columns share a scale.
 int shift_of(const Packed& weight) {
   int shift = 0;
-  while (weight.type == kInt4 && kShared << shift < weight.group) ++shift;
+  while (kShared << shift < weight.group) ++shift;
   return shift;
 }
 
-// A row of int4 in fp32, by way of whole numbers; both memories have row_bytes.
-const uint8_t* int4_in_fp32(const InstructionSet& set, const Packed& weight, int64_t row, uint8_t* copy,
-                            uint8_t* whole, uint8_t* out) {
-  set.int4_to_int8(readable(weight, row, copy), weight.offsets[row + 1] - weight.offsets[row],
-                   weight.levels, reinterpret_cast<int8_t*>(whole));
+// A row whose columns have scales in fp32, by way of whole numbers; all memories have row_bytes.
+const uint8_t* grouped_in_fp32(const InstructionSet& set, const Packed& weight, int64_t row, uint8_t* copy,
+                               uint8_t* whole, uint8_t* out) {
+  const int8_t* numbers = reinterpret_cast<const int8_t*>(readable(weight, row, copy));
+  if (weight.type == kInt4) {
+    const int64_t count = weight.offsets[row + 1] - weight.offsets[row];
+    set.int4_to_int8(reinterpret_cast<const uint8_t*>(numbers), count, weight.levels, reinterpret_cast<int8_t*>(whole));
+    numbers = reinterpret_cast<const int8_t*>(whole);
+  }
   const uint16_t* scale = group_scales(weight, row);
   int64_t done = 0;
   for (int64_t column = 0; column < weight.columns; column += weight.group) {
@@ -207,8 +211,7 @@ const uint8_t* int4_in_fp32(const InstructionSet& set, const Packed& weight, int
       std::memcpy(&bits, weight.mask + row * weight.mask_step + at / 8, 4);
       count += bits_set(bits);
     }
-    set.int8_to_fp32(reinterpret_cast<int8_t*>(whole) + done, bf16_to_fp32(*scale++), count,
-                     reinterpret_cast<float*>(out) + done);
+    set.int8_to_fp32(numbers + done, bf16_to_fp32(*scale++), count, reinterpret_cast<float*>(out) + done);
     done += count;
   }
   return out;
@@ -219,9 +222,10 @@ const uint8_t* int4_in_fp32(const InstructionSet& set, const Packed& weight, int
 template <class Get, class Dot>
 void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float factor, int threads, const Get& get,
               const Dot& dot) {
-  const float* row_scales = weight.type == kInt8 ? static_cast<const float*>(weight.scales) : nullptr;
+  const bool of_rows = weight.type == kInt8 && weight.group == 0;
+  const float* row_scales = of_rows ? static_cast<const float*>(weight.scales) : nullptr;
   const size_t row_size = row_bytes(weight);
-  const int64_t groups = weight.type == kInt4 ? (weight.columns + weight.group - 1) / weight.group : 0;
+  const int64_t groups = weight.group > 0 ? (weight.columns + weight.group - 1) / weight.group : 0;
   const int shift = shift_of(weight);
   for_each_piece(weight, 0, weight.out, threads, [&](int64_t first, int64_t last) {
     uint8_t* buffers = scratch<0>(3 * kMaxRows * row_size);
@@ -240,7 +244,7 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
         // int4 has been brought to other memory, which is in the cache.
         rows.values_ahead[r] =
             weight.type == kInt4 ? 0 : bytes_of(weight.type, weight.offsets[later] - weight.offsets[at]);
-        if (weight.type == kInt4) {
+        if (weight.group > 0) {
           float* of_row = scales + r * (groups + 1);
           const uint16_t* from = group_scales(weight, at);
           for (int64_t i = 0; i < groups; ++i) of_row[i] = bf16_to_fp32(from[i]);
@@ -300,8 +304,8 @@ void round_token(ValueType kind, const void* x, int64_t columns, int64_t words, 
 void multiply(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x, void* y,
               int threads) {
   const int64_t words = weight.stride / 8, pitch = 64 * words;
-  const bool decode = weight.type == kInt4;
-  const Multiply& how = set.multiply[decode ? kFp32 : weight.type];
+  const bool grouped = weight.group > 0;
+  const Multiply& how = set.multiply[grouped ? kFp32 : weight.type];
   float* panels = reinterpret_cast<float*>(scratch<1>(static_cast<size_t>(4 * tokens * pitch)));
   ValueType of_x = kind;
   x = scaled(weight, tokens, x, &of_x);
@@ -315,8 +319,9 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
       weight, tokens, kind, y, how.factor, threads,
       [&](int64_t row, Rows& rows, uint8_t* memory) {
         for (int r = 0; r < rows.count; ++r, memory += 3 * row_size)
-          rows.values[r] = decode ? int4_in_fp32(set, weight, row + r, memory, memory + row_size, memory + 2 * row_size)
-                                  : readable(weight, row + r, memory);
+          rows.values[r] = grouped
+                               ? grouped_in_fp32(set, weight, row + r, memory, memory + row_size, memory + 2 * row_size)
+                               : readable(weight, row + r, memory);
       },
       [&](const Rows& rows, float* sums) { how.dot(rows, panels, pitch, tokens, sums); });
 }
@@ -330,7 +335,8 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
   int32_t* starts = reinterpret_cast<int32_t*>(memory + tokens * pitch);
   float* scales = reinterpret_cast<float*>(memory + 2 * tokens * pitch);
   const bool decode = weight.type == kInt4;
-  const int unit = static_cast<int>(words_of(decode ? scales_of(shift_of(weight)) : kOfRows));
+  const bool grouped = weight.group > 0;
+  const int unit = static_cast<int>(words_of(grouped ? scales_of(shift_of(weight)) : kOfRows));
   ValueType of_x = kind;
   x = scaled(weight, tokens, x, &of_x);
   const int64_t x_bytes = bytes_of(of_x, weight.columns);
@@ -340,7 +346,7 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
     if (how.starts != nullptr) how.starts(codes + t * pitch, words, unit, starts + t * (pitch / 4));
   }
   const Rounded rounded{codes, scales, pitch, scales_pitch, starts};
-  const IntegerDot dot = decode ? how.int4 : how.int8;
+  const IntegerDot dot = decode ? how.int4 : grouped ? how.int8_grouped : how.int8;
   const size_t row_size = row_bytes(weight);
   for_rows(
       weight, tokens, kind, y, 1.0f, threads,
@@ -376,8 +382,8 @@ void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first,
       const int64_t count = weight.offsets[row + 1] - weight.offsets[row];
       const uint8_t* source = readable(weight, row, values);
       ValueType type = weight.type;
-      if (type == kInt4) {
-        source = int4_in_fp32(set, weight, row, values, decoded + row_size, decoded);
+      if (weight.group > 0) {
+        source = grouped_in_fp32(set, weight, row, values, decoded + row_size, decoded);
         type = kFp32;
       } else if (type == kInt8) {
         set.int8_to_fp32(reinterpret_cast<const int8_t*>(source), static_cast<const float*>(weight.scales)[row],

@@ -10,9 +10,9 @@ struct Packed {
   const uint8_t* mask;
   const uint8_t* values;
   const int64_t* offsets;  // out + 1, counted in values
-  const void* scales;      // int8: float (out,); int4: bf16 (out, columns / group); else null
+  const void* scales;      // integers: bf16 (out, columns / group) with a group, else float (out,); else null
   ValueType type;
-  int64_t group;      // int4: columns that share a scale, a multiple of 32
+  int64_t group;      // int4, and int8 whose columns have scales: columns that share one, a multiple of 32; else 0
   int64_t mask_step;  // bytes from a row's mask to the next one's: stride, or 0 where all rows share one mask
   const int8_t* exponents;  // int8 and int4: column j is multiplied by 2^exponents[j]; null for none
   const int8_t* levels;     // int4: the number of each of the sixteen codes

@@ -88,7 +88,8 @@ inline Vector of_columns(const float* scales, int shift, int64_t word, int v) {
 
 }  // namespace
 
-const Integer kIntegerAvx2 = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr, nullptr};
+const Integer kIntegerAvx2 = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, integer_scaled<Bytes>, nullptr,
+                              nullptr};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

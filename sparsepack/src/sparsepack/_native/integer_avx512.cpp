@@ -89,7 +89,8 @@ void starts(const int8_t* codes, int64_t words, int unit, int32_t* out) {
 
 }  // namespace
 
-const Integer kIntegerAvx512Vnni = {integer_tokens<Bytes, kOfRows>, integer_scaled<Biased>, int4_to_bytes, starts};
+const Integer kIntegerAvx512Vnni = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, integer_scaled<Biased>,
+                                    int4_to_bytes, starts};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

@@ -19,7 +19,8 @@ inline int32x4_t add_sixteen(int32x4_t sums, int8x16_t w, int8x16_t x) {
 
 }  // namespace
 
-const Integer kIntegerNeon = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr, nullptr};
+const Integer kIntegerNeon = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, integer_scaled<Bytes>, nullptr,
+                              nullptr};
 
 }  // namespace sparsellm
 #endif

@@ -18,7 +18,8 @@ inline int32x4_t add_sixteen(int32x4_t sums, int8x16_t w, int8x16_t x) { return 
 
 }  // namespace
 
-const Integer kIntegerNeonDotprod = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr, nullptr};
+const Integer kIntegerNeonDotprod = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, integer_scaled<Bytes>, nullptr,
+                                     nullptr};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

@@ -39,8 +39,8 @@ inline __attribute__((always_inline)) void integer_block(const Rows& rows, int f
       for (int r = 0; r < R; ++r) {
         uint64_t bits;
         __builtin_memcpy(&bits, walk.mask[r] + 8 * word, 8);
-        // Values with scales of columns have been brought to bytes: they are in the cache.
-        if (kScales == kOfRows) __builtin_prefetch(walk.at[r] + rows.values_ahead[first + r]);
+        // Values of int4 have been brought to bytes: they are in the cache, and the distance is 0.
+        __builtin_prefetch(walk.at[r] + rows.values_ahead[first + r]);
         Weights weights;
         Values::expand(bits, walk.at[r], weights);
 #pragma GCC unroll 8

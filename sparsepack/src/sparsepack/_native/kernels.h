@@ -19,7 +19,7 @@ constexpr int kMaxRows = 4;
 constexpr int kMaxTokens = 16;
 constexpr int64_t kNibblesAhead = 2048;  // bytes; int4 is prefetched so far ahead, about four rows of 2048 columns
 constexpr int8_t kPlainLevels[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-constexpr int64_t kShared = 32;  // columns that share a scale of int4, at least
+constexpr int64_t kShared = 32;  // columns that share a scale, at least
 constexpr int64_t kBlock = 4;  // mask words that share the scales of rounded activations
 
 // Up to kMaxRows rows that are walked together.
@@ -30,7 +30,7 @@ struct Rows {
   const uint8_t* values[kMaxRows];    // kSlack readable bytes follow the last value
   int64_t mask_ahead;                 // bytes to where the mask of the next rows will be read, for prefetching
   int64_t values_ahead[kMaxRows];     // the same for the values; 0 for int4, whose values are in the cache
-  const float* scales[kMaxRows];      // int4: one for each kShared << shift columns, and one more that is 0
+  const float* scales[kMaxRows];      // of columns: one for each kShared << shift of them, and one more that is 0
   int shift;
   int64_t full;                       // words from the first on whose bits are all set, as those of a dense weight are
 };
@@ -84,7 +84,8 @@ using IntegerDot = void (*)(const Rows& rows, const Rounded& x, int tokens, floa
 // then 4, 2, 1. All instruction sets do the same, so all have the same bits.
 struct Integer {
   IntegerDot int8;  // values in bytes, scales of rows left to the caller
-  IntegerDot int4;  // values in bytes, scales of columns
+  IntegerDot int8_grouped;  // values in bytes, scales of columns
+  IntegerDot int4;  // the same, of values that int4_to_bytes wrote
   // The numbers of codes as bytes for `int4`; where this is null, int4_to_int8 does it.
   void (*int4_to_bytes)(const uint8_t* codes, int64_t count, const int8_t* levels, uint8_t* out);
   // With what the sixteen lanes of every `unit` words of a token begin; null where that is 0.
@@ -101,7 +102,7 @@ struct InstructionSet {
   // The numbers of codes of one row or several (low nibble first): levels[code], of sixteen levels. May read and write
   // kSlack bytes past the end.
   void (*int4_to_int8)(const uint8_t* codes, int64_t count, const int8_t* levels, int8_t* out);
-  // Whole numbers times a scale, exact in fp32 for those of int4. May read and write kSlack bytes past the end.
+  // Whole numbers times a scale, exact in fp32 for a scale in bf16. May read and write kSlack bytes past the end.
   void (*int8_to_fp32)(const int8_t* values, float scale, int64_t count, float* out);
   // As numbers.h rounds; null where that is what is used. May read and write kSlack bytes past the end.
   void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);

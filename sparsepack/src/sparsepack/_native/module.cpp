@@ -48,7 +48,8 @@ bool read_weight(const int64_t* n, const InstructionSet** set, Packed* weight) {
     PyErr_SetString(PyExc_ValueError, "no such instruction set or value type, or the mask's rows are too short");
     return false;
   }
-  if ((weight->type == kInt4 && (weight->group <= 0 || weight->group % kShared != 0)) ||
+  const bool grouped = weight->type == kInt4 || (weight->type == kInt8 && weight->group != 0);
+  if ((grouped && (weight->group <= 0 || weight->group % kShared != 0)) || (!grouped && weight->group != 0) ||
       (weight->mask_step != 0 && weight->mask_step != stride)) {
     PyErr_SetString(PyExc_ValueError, "groups of 32, 64, ... columns and a mask a row or one for all expected");
     return false;

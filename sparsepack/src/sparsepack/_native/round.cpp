@@ -33,13 +33,17 @@ struct Numbers {
   float lowest, highest;
   bool zero;
 
-  // The nearest number of the grid: 0 for 0, and for others only where 0 is a number. Half to even by 1.5 * 2^23.
+  // The nearest number of the grid: with `zero`, 0 is one or not like any other; else it is that of 0 alone. Half to
+  // even by 1.5 * 2^23.
   template <bool kTable>
   float nearest(float units) const {
     const float above = units > lowest ? units : lowest;
     const float whole = (above < highest ? above : highest) + 12582912.0f - 12582912.0f;
     const float sign = (units > 0 ? 1.0f : 0.0f) - (units < 0 ? 1.0f : 0.0f);
-    if (kTable) return table[static_cast<int>(whole - lowest)] * sign * sign;
+    if (kTable) {
+      const float number = table[static_cast<int>(whole - lowest)];
+      return zero ? number : number * sign * sign;
+    }
     return (whole == 0) & !zero ? sign : whole;
   }
 };

@@ -19,7 +19,7 @@ struct RoundPanel {
   float* gains;         // (out,), written: how far the error fell
   const float* table;   // the number of the grid for each whole number from the lowest on; null: the same
   float lowest, highest;
-  bool zero;            // 0 is a number like the others
+  bool zero;            // 0 is a number or not like any other
   bool first;
   ValueType stored;     // kFp32, kBf16 or kFp16: what a value is rounded to once more
 };

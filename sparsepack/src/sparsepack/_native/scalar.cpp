@@ -116,7 +116,7 @@ void integer_dot(const Rows& rows, const Rounded& x, int tokens, float* sums) {
   }
 }
 
-const Integer kIntegerScalar = {integer_dot<false>, integer_dot<true>, nullptr, nullptr};
+const Integer kIntegerScalar = {integer_dot<false>, integer_dot<true>, integer_dot<true>, nullptr, nullptr};
 
 using Vector = float;
 constexpr int kLanes = 1;

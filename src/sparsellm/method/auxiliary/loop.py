@@ -35,7 +35,7 @@ from sparsellm.method.auxiliary.updates import Moments, MomentsAccumulator
 from sparsellm.method.gram import Fit, Gram, least_squares
 from sparsellm.method.solvers import Solver
 from sparsellm.method.solvers.support import refine_on_support
-from sparsellm.records import Step
+from sparsellm.records import Iteration
 
 REFINE_STEPS = 30  # conjugate gradients where masks come from one problem and weights from another: to the minimum
 REFINE_DAMPING = 1e-3  # for directions that the tokens do not excite
@@ -48,12 +48,10 @@ class LoopSettings:
 
     iterations: int = 4  # after the local solution, which is iteration 0
     safeguard: bool = True  # keep the iterate with the least true error; False keeps the last, which must be finite
-    patience: int = (
-        2  # iterations without a lower error before the loop stops, with the safeguard
-    )
-    coefficients: Coefficients | None = (
-        None  # α, β, γ; None: objective.default_coefficients
-    )
+    # iterations without a lower error before the loop stops, with the safeguard
+    patience: int = 2
+    # α, β, γ; None: objective.default_coefficients
+    coefficients: Coefficients | None = None
     # Ridge of the least squares towards the current weight (the dense one for ``down``), relative to the mean of the
     # Gram matrix's diagonal; more tokens need less.
     damping: float = 0.1
@@ -61,21 +59,20 @@ class LoopSettings:
     published: Literal["pseudo-inverse", "gradient"] | None = None
 
     @classmethod
-    def of_the_paper(
-        cls,
-        epochs: int,
-        penalty: float,
-        down_fit: Literal["pseudo-inverse", "gradient"],
-        *,
-        safeguard: bool = False,
-    ) -> Self:
-        """The loop of the authors' code (2402.17946): the first epoch is local pruning, ``penalty`` is α = β = γ."""
-        return cls(
-            epochs - 1,
-            safeguard,
-            epochs,
-            Coefficients(penalty, penalty, penalty),
-            published=down_fit,
+    def of_the_paper(cls, epochs: int, *, gated: bool, safeguard: bool = False) -> Self:
+        """The loop of the authors' code (2402.17946) for a gated unit, or one of two layers. The first epoch is local
+        pruning."""
+        settings = cls(epochs - 1, safeguard, patience=epochs)
+        if gated:
+            return replace(
+                settings,
+                coefficients=Coefficients(alpha=5.0, beta=5.0, gamma=5.0),
+                published="pseudo-inverse",
+            )
+        return replace(
+            settings,
+            coefficients=Coefficients(alpha=0.1, beta=0.1, gamma=0.1),
+            published="gradient",
         )
 
 
@@ -97,7 +94,7 @@ def prune_feed_forward(
     solvers: Mapping[str, Solver],
     settings: LoopSettings,
     scratch: Scratch,
-) -> tuple[PrunedUnit, list[Step]]:
+) -> tuple[PrunedUnit, list[Iteration]]:
     """Prunes up, gate (if any) and down of one unit so that its output stays near the targets; returns the chosen
     iterate, and the records of all iterations.
 
@@ -105,7 +102,7 @@ def prune_feed_forward(
     those ``held_out`` choose the iterate, which is then fitted to them too; if empty, ``train`` chooses. ``solvers``
     are by role (``up``, ``gate``, ``down``), each with its pattern; ``scratch`` stores the variables of all tokens. A
     NumericalError says that an iterate is not finite; with the safeguard, that the local solution is not."""
-    history: list[Step] = []
+    history: list[Iteration] = []
     best: PrunedUnit | None = None
     with ExitStack() as stack:
         stores = {
@@ -138,15 +135,12 @@ def prune_feed_forward(
                     ) from failure
                 error = math.inf
                 value = None
-            on_held_out, on_train = (error, None) if held_out else (None, error)
-            history.append(
-                Step(
-                    iteration=iteration,
-                    held_out_error=on_held_out,
-                    train_error=on_train,
-                    objective=value,
-                )
-            )
+            done = Iteration(iteration=iteration, objective=value)
+            if held_out:
+                done.held_out_error = error
+            else:
+                done.train_error = error
+            history.append(done)
             if best is None or not settings.safeguard or error < best.error:
                 best = PrunedUnit(unit, masks, error, notes)
                 chosen = iteration
@@ -252,9 +246,10 @@ class _Loop:
         if published:
             accumulators["down"] = empty(unit.down, exact=published == "pseudo-inverse")
         gain = None
+        value = None
         if iteration:
             gain = updates.activation_gain(unit.down.weight, coefficients)
-        value = 0.0
+            value = 0.0
         for index, read in enumerate(self.train):
             chunk = read()
             known = {
@@ -262,12 +257,12 @@ class _Loop:
                 for role, store in self.variables.items()
                 if index < len(store)
             }
-            # at first, the dense ones
-            variables = (
-                Variables(**known) if known else self.dense.products(chunk.inputs)
-            )
+            if known:
+                variables = Variables(**known)
+            else:  # at first, the dense ones
+                variables = self.dense.products(chunk.inputs)
             a = variables.activated(unit.activation)
-            if gain is not None:
+            if gain is not None and value is not None:
                 a = updates.update_activation(a, chunk.targets, unit.down, gain)
                 variables = updates.move_variables(
                     unit, unit.products(chunk.inputs), variables, a, coefficients
@@ -287,7 +282,7 @@ class _Loop:
             role: accumulator.finish() for role, accumulator in accumulators.items()
         }
         self.grams = {role: moments[role].gram for role in unit.first_half()}
-        return moments, value if iteration else None
+        return moments, value
 
     def _keep(self, index: int, variables: Variables) -> None:
         for role, store in self.variables.items():
@@ -305,7 +300,9 @@ class _Loop:
             return updates.descend_weight(moments, now)
         if published:
             return updates.pseudo_inverse_weight(moments)
-        prior = self.dense.down.weight if role == "down" else now
+        prior = now
+        if role == "down":
+            prior = self.dense.down.weight
         return least_squares(
             moments.gram, moments.cross, self.settings.damping, prior=prior
         )

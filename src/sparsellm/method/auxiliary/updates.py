@@ -26,12 +26,16 @@ from sparsellm.model.units import Activation
 def activation_gain(weight: Tensor, coefficients: Coefficients) -> Tensor:
     """``W₂ (γ/β I + W₂ᵀW₂)⁻¹ = (γ/β I + W₂W₂ᵀ)⁻¹ W₂`` of W₂ (d_out, f), for the update of A on every chunk, from the
     factorisation of the smaller of the two Gram matrices, in fp64."""
-    wide = weight.double()
-    narrow = wide if len(wide) < wide.shape[1] else wide.T
+    narrow = weight.double()
+    turned = len(narrow) >= narrow.shape[1]
+    if turned:
+        narrow = narrow.T
     square = narrow @ narrow.T
     square.diagonal().add_(coefficients.gamma / coefficients.beta)
     gain = torch.cholesky_solve(narrow, torch.linalg.cholesky(square))
-    return (gain if narrow is wide else gain.T).to(weight.dtype).contiguous()
+    if turned:
+        gain = gain.T
+    return gain.to(weight.dtype).contiguous()
 
 
 def update_activation(
@@ -121,19 +125,17 @@ class Moments:
     gram: Gram  # (in, in)
     cross: Tensor  # (out, in)
     bias: Tensor | None = None  # the fixed one, which is subtracted from the targets
-    means: tuple[Tensor, Tensor] | None = (
-        None  # inputs' and targets', if the bias is fitted; moments are then centred
-    )
-    exact: tuple[Tensor, Tensor] | None = (
-        None  # sums XᵀX and TᵀX in fp64, for a pseudo-inverse
-    )
+    # those of inputs and targets, if the bias is fitted; moments are then centred
+    means: tuple[Tensor, Tensor] | None = None
+    # sums XᵀX and TᵀX in fp64, for a pseudo-inverse
+    exact: tuple[Tensor, Tensor] | None = None
 
     def linear(self, weight: Tensor) -> Linear:
         """The linear with this weight, and with the optimal bias ``mean(T) − W mean(X)`` or the fixed one."""
-        return Linear(
-            weight,
-            self.bias if self.means is None else self.means[1] - weight @ self.means[0],
-        )
+        if self.means is None:
+            return Linear(weight, self.bias)
+        inputs, targets = self.means
+        return Linear(weight, targets - weight @ inputs)
 
 
 class MomentsAccumulator:
@@ -159,19 +161,23 @@ class MomentsAccumulator:
         outputs, inputs = linear.weight.shape
         device = linear.weight.device
         self._centred = fit_bias and linear.bias is not None
-        self._bias = None if self._centred else linear.bias
-        self._gram = gram if gram is not None else GramAccumulator(inputs, device)
+        self._bias = linear.bias  # the fixed one
+        if self._centred:
+            self._bias = None
+        self._gram = gram or GramAccumulator(inputs, device)
         self._crosses = CrossAccumulator(outputs, inputs, device)
         self._shift: tuple[Tensor, Tensor] | None = None
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self._sums = zeros(inputs), zeros(outputs)
-        self._exact = (zeros(inputs, inputs), zeros(outputs, inputs)) if exact else None
+        self._exact: tuple[Tensor, Tensor] | None = None
+        if exact:
+            self._exact = zeros(inputs, inputs), zeros(outputs, inputs)
         self._total = 0.0
 
     def update(
         self, x: Tensor, target: Tensor, token_weights: Tensor | None = None
     ) -> None:
-        """x (tokens, in), target (tokens, out), token_weights (tokens,) or None for equal ones."""
+        """Adds tokens: x (tokens, in), target (tokens, out), token_weights (tokens,) or None for equal ones."""
         if self._bias is not None:
             target = target - self._bias
         if self._centred:
@@ -197,18 +203,17 @@ class MomentsAccumulator:
     def finish(self) -> Moments:
         """The moments of all tokens so far. A NumericalError says that there are none, or that a sum is not finite."""
         cross = self._crosses.finish()
-        gram = self._gram if isinstance(self._gram, Gram) else self._gram.finish()
+        gram = self._gram
+        if isinstance(gram, GramAccumulator):
+            gram = gram.finish()
         if self._shift is None:
             return Moments(gram, cross, self._bias, exact=self._exact)
         # weighted means, from the shift
         mean_x, mean_t = (total / self._total for total in self._sums)
         mean_weight = self._total / self._crosses.tokens
         if gram is not self._gram:
-            gram = Gram(
-                gram.matrix
-                - (mean_weight * torch.outer(mean_x, mean_x)).to(gram.matrix),
-                gram.tokens,
-            )
+            square = mean_weight * torch.outer(mean_x, mean_x)
+            gram = Gram(gram.matrix - square.to(gram.matrix), gram.tokens)
         cross = cross - (mean_weight * torch.outer(mean_t, mean_x)).to(cross)
         shift_x, shift_t = (shift.double() for shift in self._shift)
         return Moments(

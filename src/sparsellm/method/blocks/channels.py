@@ -9,7 +9,7 @@ block, with its channels permuted or rotated at random, must have the same outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from sparsellm import parallel
-from sparsellm.method.blocks.routed import without_experts
-from sparsellm.method.blocks.task import BlockTask, Group
-from sparsellm.model import LinearView
-from sparsellm.model.capture import InputGroups, watch
-from sparsellm.patterns import NM
+from sparsellm.model import LinearView, Stream
+from sparsellm.model.capture import Group, InputGroups, watch
+from sparsellm.model.experts import without_experts
+from sparsellm.patterns import NM, Pattern
 
 UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
 
@@ -39,6 +38,11 @@ class Channels:
     inputs: Tensor
     sources: tuple[tuple[LinearView, Tensor], ...]
     rotates: bool = False  # whether they can be rotated too
+
+    @property
+    def linears(self) -> list[LinearView]:
+        """The reader, then the sources."""
+        return [self.reader, *(linear for linear, _ in self.sources)]
 
     def permute(self, order: Tensor) -> None:
         """Moves channel ``order[h, p]`` of each head h to position p, in all linears."""
@@ -66,17 +70,24 @@ class Channels:
 
 
 @torch.no_grad()
-def find_channels(task: BlockTask) -> list[Channels]:
-    """The channels of the loaded block whose reader gets an N:M pattern, each proved on one window. A reader that is
-    as wide as the stream at its output gets a note if no permutation is proved, or if its sources stay dense."""
-    if not any(isinstance(task.patterns[linear.name], NM) for linear in task.linears):
-        return []
-    chain = task.stream.chain
-    tokens, stream_width = task.stream.hidden[0].shape[1:]
-    free = [
-        x for x in without_experts(task.linears) if not chain.is_shared(x.weight_name)
-    ]
-    names = {linear.name for linear in free}
+def find_channels(
+    stream: Stream,
+    index: int,
+    linears: Sequence[LinearView],
+    patterns: Mapping[str, Pattern],
+    note: Callable[[LinearView, str], None],
+) -> list[Channels]:
+    """The channels of the loaded block ``index`` whose reader gets an N:M pattern, each proved on one window.
+
+    ``patterns`` are those of the ``linears`` to prune, by name. ``note`` tells the user of a reader that is as wide as
+    the stream at its output if no permutation is proved, or if its sources stay dense."""
+    chain = stream.chain
+    tokens, stream_width = stream.hidden[0].shape[1:]
+    names = {
+        linear.name
+        for linear in without_experts(linears)
+        if not chain.is_shared(linear.weight_name)
+    }
     # all linears that every token of a window reaches, pruned or not, in run order
     grouping = InputGroups()
 
@@ -84,14 +95,11 @@ def find_channels(task: BlockTask) -> list[Channels]:
         if x.shape[:-1].numel() == tokens:
             grouping.add(linear, x)
 
-    with (
-        task.clock.phase("prune/permutation"),
-        watch(without_experts(chain.linears(task.index)), see),
-    ):
-        task.stream.run_window(task.index)
+    with watch(without_experts(chain.linears(index)), see):
+        stream.run_window(index)
     proved = []
     for position, (reader, *others) in enumerate(grouping.groups):
-        pattern = task.patterns.get(reader.name)
+        pattern = patterns.get(reader.name)
         if (
             others
             or not position
@@ -103,15 +111,13 @@ def find_channels(task: BlockTask) -> list[Channels]:
         fitting = [
             guess for guess in guesses if guess.inputs.shape[-1] % pattern.m == 0
         ]
-        with task.clock.phase("prune/permutation"):
-            number, rotates = parallel.from_main(partial(_first_proved, fitting, task))
-        if number is None:
-            tried = "no order of channels that was tried leaves the output of the block as it is"
-            why = (
-                tried
-                if fitting
-                else "M divides no group of channels that could be permuted"
-            )
+        number, rotates = parallel.from_main(
+            partial(_first_proved, stream, index, fitting)
+        )
+        if not fitting:
+            why = "M divides no group of channels that could be permuted"
+        elif number is None:
+            why = "no order of channels that was tried leaves the output of the block as it is"
         elif any(linear.name not in names for linear, _ in fitting[number].sources):
             why = "the linears before it stay dense"
         else:
@@ -119,7 +125,7 @@ def find_channels(task: BlockTask) -> list[Channels]:
             continue
         # others read the stream, whose channels are those of all blocks
         if reader.out_features == stream_width:
-            task.note(reader, UNPROVED.format(pattern, why))
+            note(reader, UNPROVED.format(pattern, why))
     return proved
 
 
@@ -131,7 +137,7 @@ def _guesses(
     places = torch.arange(width, device=reader.parameter.device)
 
     def unit(sources: list[LinearView]) -> Channels:
-        """All inputs as the outputs of each source, or as those of each half of it."""
+        """The channels if all inputs of the reader are the outputs of each source, or of each half of a source."""
         rows = [
             torch.arange(x.out_features, device=places.device).view(-1, 1, width)
             for x in sources
@@ -157,10 +163,8 @@ def _guesses(
         return
     size = width // queries
     keys = getattr(text, "num_key_value_heads", None)
-    for heads in dict.fromkeys(
-        [keys if isinstance(keys, int) and keys > 0 else queries, queries, 1]
-    ):
-        if queries % heads:
+    for heads in dict.fromkeys([keys, queries, 1]):
+        if not isinstance(heads, int) or heads < 1 or queries % heads:
             continue
         inputs = places.view(heads, queries // heads, size).transpose(0, 1)
         for linear in (
@@ -183,31 +187,33 @@ def _value_rows(linear: LinearView, heads: int, size: int) -> Iterator[Tensor]:
         yield rows.view(1, heads, outputs // heads)[..., -size:]
 
 
-def _first_proved(guesses: list[Channels], task: BlockTask) -> tuple[int | None, bool]:
+def _first_proved(
+    stream: Stream, index: int, guesses: list[Channels]
+) -> tuple[int | None, bool]:
     """The first guess with which the block has the same outputs, up to rounding, if channels are in a random order; and
     whether it has them after a random rotation."""
     before: list[Tensor] = []
     for number, guess in enumerate(guesses):
-        before = before or _outputs(task, guess.reader)
+        before = before or _outputs(stream, index, guess.reader)
         heads, width = guess.inputs.shape[1:]
         generator = torch.Generator().manual_seed(width)
         order = torch.stack(
             [torch.randperm(width, generator=generator) for _ in range(heads)]
         ).to(guess.inputs.device)
-        # it rounds nothing
-        if _same(task, guess, before, partial(guess.permute, order), 0.25):
+        same = partial(_same, stream, index, guess, before)
+        # a permutation rounds nothing
+        if same(change=partial(guess.permute, order), roundings=0.25):
             if not guess.rotates:
                 return number, False
             normal = torch.randn(heads, width, width, generator=generator)
             rotation = torch.linalg.qr(normal).Q.to(guess.inputs.device)
-            return number, _same(
-                task, guess, before, partial(guess.rotate, rotation), 4
-            )
+            return number, same(change=partial(guess.rotate, rotation), roundings=4)
     return None, False
 
 
 def _same(
-    task: BlockTask,
+    stream: Stream,
+    index: int,
     guess: Channels,
     before: list[Tensor],
     change: Callable[[], None],
@@ -215,17 +221,15 @@ def _same(
 ) -> bool:
     """Whether the block's outputs stay the same after ``change``, which is undone, up to ``roundings`` of the coarsest
     dtype. A wrong guess changes outputs by about their norm, but by little if attention or gains are nearly uniform."""
-    linears = [guess.reader, *(linear for linear, _ in guess.sources)]
+    linears = guess.linears
     dtypes = [linear.storage_dtype for linear in linears]
-    dtypes.append(
-        task.stream.chain.dtype
-        if task.stream.chain.products is None
-        else torch.bfloat16
-    )
+    dtypes.append(stream.chain.dtype)
+    if stream.chain.products is not None:
+        dtypes.append(torch.bfloat16)
     tolerance = max(1e-4, *(roundings * torch.finfo(dtype).eps for dtype in dtypes))
     kept = [(linear, linear.weight(), linear.bias) for linear in linears]
     change()
-    after = _outputs(task, guess.reader)
+    after = _outputs(stream, index, guess.reader)
     for linear, weight, bias in kept:
         linear.assign(weight)
         linear.assign_bias(bias)
@@ -236,32 +240,26 @@ def _same(
     )
 
 
-def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
+def _outputs(stream: Stream, index: int, reader: LinearView) -> list[Tensor]:
     """The outputs of a linear and of the block for one window, and the keys and values that some models' blocks put
     into their arguments for later blocks."""
     seen: list[Tensor] = []
     with watch([reader], lambda linear, x, y: seen.append(y.clone())):
-        output = task.stream.run_window(task.index)
-    call = task.stream.first_window[task.index]
-    return [
-        *seen,
-        output,
-        *(tensor.clone() for tensor in _inside((call.args, call.kwargs))),
-    ]
+        output = stream.run_window(index)
+    call = stream.first_window[index]
+    inside = _inside((call.args, call.kwargs))
+    return [*seen, output, *(tensor.clone() for tensor in inside)]
 
 
 def _inside(value: Any) -> list[Tensor]:
     """The tensors of real numbers in nested containers."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    items = (
-        value.values()
-        if isinstance(value, Mapping)
-        else value
-        if isinstance(value, (list, tuple))
-        else ()
-    )
-    return [tensor for item in items for tensor in _inside(item)]
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for item in value for tensor in _inside(item)]
 
 
 def _places_from(length: int, places: Tensor, order: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""Pruning a block's feed-forward units by auxiliary variables: the code that two methods share."""
+"""The feed-forward units of a block: which are pruned by auxiliary variables, and how, for two methods."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.method.auxiliary.loop import LoopSettings, prune_feed_forward
 from sparsellm.method.auxiliary.objective import (
     Chunks,
@@ -16,14 +17,69 @@ from sparsellm.method.auxiliary.objective import (
     split,
     stored,
 )
+from sparsellm.method.blocks.sublayers import Sublayer
 from sparsellm.method.blocks.task import BlockTask, naming
 from sparsellm.method.solvers import Solution, Solver
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
-from sparsellm.model.units import FeedForwardUnit
+from sparsellm.model.units import FeedForwardUnit, find_feed_forward, relu
+from sparsellm.patterns import NM, Pattern
+from sparsellm.records import Iteration
+
+ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
+PAYS = 0.75  # sparsity from which they do
+WITHOUT = "pruned without auxiliary variables"  # note of the last linear of a unit
 
 # the unit of a block, before it is read into tensors
 Unit = FeedForwardUnit[LinearView]
+
+
+def units_to_alternate(
+    task: BlockTask, sublayers: Sequence[Sublayer], solver: str, asked: int | None
+) -> dict[int, tuple[Unit, int]]:
+    """The units that auxiliary variables prune, each with its alternations, by the number of the sublayer that it is.
+
+    As many alternations as ``asked`` for, or, for None, by the solver and the sparsity. In a ReLU model the variables
+    pay from :data:`PAYS` on, unstructured with SparseGPT inside and in N:M with ADMM inside (docs/results.md, *What the
+    auxiliary variables are worth*); in gated units they gain nothing."""
+    sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
+    if asked == 0 or (asked is None and sparsest < PAYS):
+        return {}
+    chosen: dict[int, tuple[Unit, int]] = {}
+    for unit in find_feed_forward(
+        task.linears, lambda: task.stream.run_window(task.index)
+    ):
+        names = {linear.name for linear in unit.linears().values()}
+        for place, sublayer in enumerate(sublayers):
+            if not names <= sublayer.names:
+                continue
+            patterns = [task.patterns[name] for name in names]
+            rounds = asked
+            if asked is None and _pay(solver, patterns):
+                rounds = ROUNDS
+            if unit.gate is not None or unit.activation is not relu:
+                if asked:
+                    task.note(
+                        unit.down, f"{WITHOUT}, which are for two-layer ReLU units"
+                    )
+            elif rounds and asked is None and parallel.size() > 1:
+                task.note(unit.down, f"{WITHOUT}, which work in one process only")
+            elif rounds and names < sublayer.names:
+                # the rest of attention is in a unit's sublayer where its writer stays dense
+                task.note(unit.down, f"{WITHOUT}: its sublayer has other linears")
+            elif rounds:
+                chosen[place] = unit, rounds
+    return chosen
+
+
+def _pay(solver: str, patterns: Sequence[Pattern]) -> bool:
+    """Whether auxiliary variables pay in a two-layer ReLU unit with these patterns."""
+    sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
+    fixed = all(isinstance(pattern, NM) for pattern in patterns)
+    return sparsity >= PAYS and (solver, fixed) in (
+        ("sparsegpt", False),
+        ("admm", True),
+    )
 
 
 def prune_unit(
@@ -51,7 +107,9 @@ def prune_unit(
         with watch([unit.up, unit.down], see):
             for _ in task.stream.run(task.index):
                 pass
-        flat = [weight.flatten() for weight in weights] if weights is not None else None
+        flat = None
+        if weights is not None:
+            flat = [weight.flatten() for weight in weights]
         train, held_out = split(stored(inputs, outputs, flat))
         alternate(
             task,
@@ -71,7 +129,7 @@ def alternate(
     solvers: Mapping[str, Solver],
     settings: LoopSettings,
 ) -> None:
-    """Runs the loop with a solver for each linear, by name, and accepts its results; ``down`` gets the history."""
+    """Runs the loop with a solver for each linear, by name, and assigns its results. The history goes to ``down``."""
     linears = unit.linears()
     scratch = task.stream.scratch
     inside = {
@@ -88,10 +146,15 @@ def alternate(
             linear.weight.any()
         ):
             continue  # its inputs were 0 in every token
-        error = pruned.error if role == "down" else math.nan  # it is the unit's
+        error = math.nan
+        steps: tuple[Iteration, ...] = ()
+        if role == "down":  # the error is the unit's
+            error = pruned.error
+            steps = tuple(history)
         solution = Solution(linear.weight.where(mask, 0.0), mask, error, pruned.notes)
-        steps = tuple(history) if role == "down" else ()
-        task.accept(linears[role], solution.weight, solution, None, steps)
+        task.accept(
+            linears[role], solution.weight, solution=solution, gram=None, history=steps
+        )
         linears[role].assign_bias(linear.bias)
 
 

@@ -13,8 +13,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -22,17 +22,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm import parallel
 from sparsellm.errors import RecipeError
 from sparsellm.files.scratch import TensorStore
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.blocks.channels import find_channels
-from sparsellm.method.blocks.feed_forward import Unit, prune_unit
+from sparsellm.method.blocks.feed_forward import Unit, prune_unit, units_to_alternate
 from sparsellm.method.blocks.permutation import permute_block
-from sparsellm.method.blocks.rotation import rotate_block
-from sparsellm.method.blocks.routed import prune_experts, without_experts
+from sparsellm.method.blocks.rotation import rotate_channels
+from sparsellm.method.blocks.routed import prune_experts
 from sparsellm.method.blocks.sublayers import Sublayer, find_sublayers
-from sparsellm.method.blocks.task import METHODS, BlockTask, Group, naming
+from sparsellm.method.blocks.task import METHODS, BlockTask, naming
 from sparsellm.method.blocks.weighting import token_weights, weighted_solvers
 from sparsellm.method.gram import (
     CrossAccumulator,
@@ -43,14 +42,10 @@ from sparsellm.method.gram import (
 )
 from sparsellm.method.solvers import SOLVERS, Solver
 from sparsellm.model import LinearView
-from sparsellm.model.capture import RunOrder, skipping, watch
-from sparsellm.model.shortcuts import KnownOutput
-from sparsellm.model.units import find_feed_forward, relu
+from sparsellm.model.capture import Group, RunOrder, skipping, watch
+from sparsellm.model.experts import without_experts
 from sparsellm.patterns import NM
 from sparsellm.registry import Needs, Options
-
-ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
-PAYS = 0.75  # sparsity from which they do
 
 
 def _needs(options: Options) -> Needs:
@@ -68,8 +63,10 @@ def _needs(options: Options) -> Needs:
         raise RecipeError(
             f"sparsellm runs solver {solver.name} with its defaults; give its option {needed[0]} one"
         )
-    alone = "iterations" if options["iterations"] else ""
-    return Needs(output_costs=weighted, token_states=True, one_process=alone)
+    needs = Needs(output_costs=weighted, token_states=True)
+    if options["iterations"]:
+        return replace(needs, one_process="iterations")
+    return needs
 
 
 @METHODS.register(
@@ -113,53 +110,36 @@ def prune_in_order(
     """Global pruning by auxiliary targets: linears in order, each sublayer's last one refitted to its dense output."""
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
-    task.stream.forget()
-    weights = (
-        token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
-    )
-    channels = find_channels(task) if symmetries != "none" else []
-    if symmetries == "rotate":
-        rotate_block(task, channels, weights)
-    permute_block(task, channels, weights)
+    stream = task.stream
+    index = task.index
+    weights = None
+    if norm_weighting:
+        weights = token_weights(stream.hidden, norm_weighting)
+    fixed = any(isinstance(task.patterns[x.name], NM) for x in task.linears)
+    if fixed and symmetries != "none":
+        _use_symmetries(task, weights, rotates=symmetries == "rotate")
     order = RunOrder()
-    sublayers = find_sublayers(task, order)
-    solvers = weighted_solvers(task, solver, output_metric)
-    fitting = _Fitting(task, weights, solvers, refit_damping if refit else None, order)
-    sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
-    units: list[Unit] = []
-    if iterations or (iterations is None and refit and sparsest >= PAYS):
-        units = find_feed_forward(
-            task.linears, lambda: task.stream.run_window(task.index)
-        )
-    by_names = {
-        frozenset(linear.name for linear in unit.linears().values()): unit
-        for unit in units
-    }
-    # the rest of attention is in a unit's sublayer where its writer stays dense
-    for (
-        names,
-        layers,
-    ) in by_names.items():
-        if any(names < sublayer.names for sublayer in sublayers) and _rounds(
-            task, layers, solver, iterations
-        ):
-            task.note(
-                layers.down,
-                "pruned without auxiliary variables: its sublayer has other linears",
-            )
-    for sublayer in sublayers:
-        unit = by_names.get(frozenset(sublayer.names))
-        if unit is not None and (rounds := _rounds(task, unit, solver, iterations)):
-            prune_unit(
-                task,
-                unit,
-                weights,
-                solvers,
-                LoopSettings(rounds, damping=refit_damping),
-            )
+    sublayers = find_sublayers(stream, index, task.linears, order=order)
+    solvers = weighted_solvers(
+        solver,
+        task.linears,
+        chain=stream.chain,
+        output_costs=task.output_costs,
+        power=output_metric,
+    )
+    damping = refit_damping if refit else None
+    fitting = _Fitting(task, weights, solvers=solvers, damping=damping, order=order)
+    units: dict[int, tuple[Unit, int]] = {}
+    if refit:
+        units = units_to_alternate(task, sublayers, solver=solver, asked=iterations)
+    for place, sublayer in enumerate(sublayers):
+        if place in units:
+            unit, rounds = units[place]
+            settings = LoopSettings(rounds, damping=refit_damping)
+            prune_unit(task, unit, weights=weights, solvers=solvers, settings=settings)
         else:
             fitting.prune_sublayer(sublayer)
-    prune_experts(task, fitting.solve, weights, fitting.damping)
+    prune_experts(task, fitting.solve, token_weights=weights, refit=damping)
     known = {name for sublayer in sublayers for name in sublayer.names}
     rest = [
         linear for linear in without_experts(task.linears) if linear.name not in known
@@ -168,32 +148,32 @@ def prune_in_order(
         task.prune_each(task.statistics(rest, weights), fitting.solve)
 
 
-def _rounds(task: BlockTask, unit: Unit, solver: str, asked: int | None) -> int:
-    """Alternations of a unit: ``asked`` for, or None for a choice by the solver and the sparsity.
-
-    In a ReLU model the variables pay from :data:`PAYS` on, unstructured with SparseGPT inside and in N:M with ADMM
-    inside (docs/results.md, *What the auxiliary variables are worth*); in gated units they gain nothing."""
-    if unit.gate is not None or unit.activation is not relu:
-        if asked:
-            task.note(
-                unit.down,
-                "pruned without auxiliary variables, which are for two-layer ReLU units",
-            )
-        return 0
-    if asked is not None:
-        return asked
-    patterns = [task.patterns[linear.name] for linear in unit.linears().values()]
-    sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
-    fixed = all(isinstance(pattern, NM) for pattern in patterns)
-    if sparsity < PAYS or (solver, fixed) not in (("sparsegpt", False), ("admm", True)):
-        return 0
-    if parallel.size() > 1:
-        task.note(
-            unit.down,
-            "pruned without auxiliary variables, which work in one process only",
+def _use_symmetries(
+    task: BlockTask, weights: list[Tensor] | None, *, rotates: bool
+) -> None:
+    """Rotates values of attention, if ``rotates`` says so, and orders channels, so that N:M costs less."""
+    stream = task.stream
+    index = task.index
+    with task.clock.phase("prune/permutation"):
+        channels = find_channels(
+            stream,
+            index,
+            linears=task.linears,
+            patterns=task.patterns,
+            note=task.note,
         )
-        return 0
-    return ROUNDS
+    rotating = [one for one in channels if one.rotates and rotates]
+    if rotating:
+        task.report("rotation")
+        linears = [linear for one in rotating for linear in one.linears]
+        statistics = task.statistics(linears, weights)
+        grams = {linear.name: gram for group, gram in statistics for linear in group}
+        with task.clock.phase("prune/rotation"):
+            rotate_channels(rotating, grams, patterns=task.patterns)
+    if channels:
+        task.report("permutation")
+        with task.clock.phase("prune/permutation"):
+            permute_block(stream, index, proved=channels, weights=weights)
 
 
 class _Means:
@@ -204,20 +184,21 @@ class _Means:
         self, group: Sequence[LinearView], fitted: bool, device: torch.device
     ) -> None:
         head = group[0]
-        biased = any(linear.bias is not None for linear in group)
-        sizes = (
-            [1, head.in_features, *([head.out_features] if fitted else [])]
-            if biased
-            else []
-        )
-        # weights, inputs and targets
-        self._sums = [CrossAccumulator(1, size, device) for size in sizes]
+        self._fitted = fitted
+        self._sums: list[CrossAccumulator] = []  # of weights, inputs and targets
+        if any(linear.bias is not None for linear in group):
+            sizes = [1, head.in_features]
+            if fitted:
+                sizes.append(head.out_features)
+            self._sums = [CrossAccumulator(1, size, device) for size in sizes]
 
     def update(self, x: Tensor, target: Tensor | None, weights: Tensor | None) -> None:
         ones = x.new_ones(*x.shape[:-1], 1)
-        for total, values in zip(self._sums, (ones, x, target), strict=False):
-            if values is not None:
-                total.update(ones, values, weights)
+        values = [ones, x]
+        if target is not None:
+            values.append(target)
+        for total, some in zip(self._sums, values, strict=False):
+            total.update(ones, some, weights)
 
     def reduce(self) -> None:
         for total in self._sums:
@@ -225,13 +206,17 @@ class _Means:
 
     @contextmanager
     def kept(self, linear: LinearView) -> Iterator[None]:
-        """In the context the weight changes; its end sets the bias: the mean output stays, or becomes the target's."""
+        """Until the context ends, the weight may change. Then the bias is set, so that the mean output is what it was,
+        or that of the target."""
         if linear.bias is None:
             yield
             return
         weight, *means = (total.finish()[0] for total in self._sums)
-        inputs, *targets = (mean / weight for mean in means)
-        goal = targets[0] if targets else linear.bias + linear.weight() @ inputs
+        inputs = means[0] / weight
+        if self._fitted:
+            goal = means[1] / weight
+        else:
+            goal = linear.bias + linear.weight() @ inputs
         yield
         linear.assign_bias(goal - linear.weight() @ inputs)
 
@@ -252,7 +237,7 @@ class _Fitting:
         self.task.solve(linear, self.solvers[linear.name], gram, fit)
 
     def prune_sublayer(self, sublayer: Sublayer) -> None:
-        """Prunes one group after another; the refit's target is the writer's output before the first was pruned."""
+        """Prunes one group after another. The writer is refitted to the output that it had before all of them."""
         task = self.task
         stream = self.task.stream
         before = [
@@ -261,26 +246,23 @@ class _Fitting:
             for linear in group
             if linear is not sublayer.writer
         ]
-        changed = task.values != "keep" or any(
-            task.patterns[linear.name].sparsity for linear in before
-        )
-        writer = sublayer.writer if self.damping is not None and changed else None
+        changed = any(map(task.changes, before))
+        writer = None
+        if self.damping is not None and changed:
+            writer = sublayer.writer
+        recorded = writer
         with stream.store() as target:  # batches of the writer's output before pruning
             for group in sublayer.groups:
                 task.report(
                     "+".join(linear.name.rpartition(".")[2] for linear in group)
                 )
-                known = sublayer.shortcut if group[0] is sublayer.writer else None
-                known = stream.keep(known) if known is not None else None
-                recorded = writer if group is sublayer.groups[0] else None
                 gram, crosses, means = self._moments(
-                    group, target, known, recorded, fitted=group[0] is writer
+                    group, target, recorded=recorded, fitted=group[0] is writer
                 )
+                recorded = None  # the first pass had it
                 task.prune_each(
                     [(group, gram)], partial(self._prune, crosses=crosses, means=means)
                 )
-                if known is not None:
-                    stream.use(known)
 
     def _prune(
         self, linear: LinearView, gram: Gram, crosses: dict[str, Tensor], means: _Means
@@ -293,19 +275,16 @@ class _Fitting:
             with task.clock.phase("prune/solve"), naming(linear.name):
                 fit = least_squares(gram, cross, self.damping, prior=linear.weight())
             del cross
-        moved = (
-            fit is not None
-            or task.values != "keep"
-            or task.patterns[linear.name].sparsity
-        )
-        with means.kept(linear) if moved else nullcontext():
-            self.solve(linear, gram, fit)
+        if fit is not None or task.changes(linear):
+            with means.kept(linear):
+                self.solve(linear, gram, fit)
+        else:
+            self.solve(linear, gram)
 
     def _moments(
         self,
         group: Group,
         target: TensorStore,
-        known: KnownOutput | None,
         recorded: LinearView | None,
         *,
         fitted: bool,
@@ -313,37 +292,42 @@ class _Fitting:
         """The Gram matrix of the input of a group, its cross-moment with the target ``(out, in)``, by the name of the
         linear, if that is fitted, and its means.
 
-        They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
-        Linears that only run after both are skipped."""
+        They take one pass, which also appends the outputs of ``recorded`` to ``target``. Linears that only run after
+        both are skipped."""
         stream = self.task.stream
         index = self.task.index
         head = group[0]
         means = _Means(group, fitted, stream.chain.device)
         gram = GramAccumulator(head.in_features, stream.chain.device)
-        cross = (
-            CrossAccumulator(head.out_features, head.in_features, stream.chain.device)
-            if fitted
-            else None
-        )
+        cross = None
+        if fitted:
+            cross = CrossAccumulator(
+                head.out_features, head.in_features, stream.chain.device
+            )
         bias = head.bias
         position = 0  # the number of the batch, read by the hook
 
         def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
             if linear is head:
-                weights = self.weights[position] if self.weights is not None else None
-                if known is not None:
-                    known.values.append(x.detach().clone())
+                weights = None
+                if self.weights is not None:
+                    weights = self.weights[position]
                 gram.update(x, weights)
-                # read once: it may be on a disk
-                goal = target[position] if fitted else None
+                goal = None
+                if cross is not None:
+                    goal = target[position]  # read once: it may be on a disk
+                    product = goal
+                    if bias is not None:
+                        product = goal - bias
+                    cross.update(product, x, weights)
                 means.update(x, goal, weights)
-                if cross is not None and goal is not None:
-                    cross.update(goal if bias is None else goal - bias, x, weights)
             if linear is recorded:
                 # later operations may change it in place
                 target.append(y.detach().clone())
 
-        outputs = [recorded] if recorded is not None else []
+        outputs = []
+        if recorded is not None:
+            outputs.append(recorded)
         unread = self.order.unread(
             stream.chain.linears(index), inputs=[head], outputs=outputs
         )
@@ -356,9 +340,10 @@ class _Fitting:
                 stream.run_batch(index, position)
         gram.reduce()
         means.reduce()
-        if cross is not None:
-            cross.reduce()
+        crosses: dict[str, Tensor] = {}
         with naming(head.name):
             finished = gram.finish()
-            crosses = {head.name: cross.finish()} if cross is not None else {}
-            return finished, crosses, means
+            if cross is not None:
+                cross.reduce()
+                crosses[head.name] = cross.finish()
+        return finished, crosses, means

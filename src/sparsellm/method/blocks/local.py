@@ -6,12 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-from sparsellm.method.blocks.routed import prune_experts, without_experts
+from sparsellm.method.blocks.routed import prune_experts
 from sparsellm.method.blocks.task import BlockTask, Method
 from sparsellm.method.gram import Fit, Gram
 from sparsellm.method.solvers import Solver
 from sparsellm.method.solvers.prepared import prepared
 from sparsellm.model import LinearView
+from sparsellm.model.experts import without_experts
 from sparsellm.registry import Entry
 
 

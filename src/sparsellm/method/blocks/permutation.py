@@ -15,9 +15,8 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.errors import NumericalError
 from sparsellm.method.blocks.channels import Channels
-from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.solvers.scaling import safe_factor
-from sparsellm.model import LinearView
+from sparsellm.model import LinearView, Stream
 from sparsellm.model.capture import watch
 from sparsellm.patterns import NM
 
@@ -26,39 +25,31 @@ GROUPS = 256  # that exchange members with each other: the time of a round rises
 PIECE = 1 << 18  # scores compared at a time, which fit into a processor's cache
 
 
+@torch.no_grad()
 def permute_block(
-    task: BlockTask, proved: list[Channels], weights: list[Tensor] | None
+    stream: Stream, index: int, proved: list[Channels], weights: list[Tensor] | None
 ) -> None:
-    """Permutes channels of the loaded block. The first process chooses the permutations, from its first batch and
-    ``weights`` of its tokens, batches ``(batch, seq)`` or None."""
-    if not proved:
-        return
-    task.report("permutation")
-    with task.clock.phase("prune/permutation"), torch.no_grad():
-        for channels, order in zip(
-            proved,
-            parallel.from_main(partial(_orders, task, proved, weights)),
-            strict=True,
-        ):
-            channels.permute(order)
+    """Permutes channels of the loaded block ``index``. The first process chooses the permutations, from its first batch
+    and ``weights`` of its tokens, batches ``(batch, seq)`` or None."""
+    orders = parallel.from_main(partial(_orders, stream, index, proved, weights))
+    for channels, order in zip(proved, orders, strict=True):
+        channels.permute(order)
 
 
 def _orders(
-    task: BlockTask, proved: list[Channels], weights: list[Tensor] | None
+    stream: Stream, index: int, proved: list[Channels], weights: list[Tensor] | None
 ) -> list[Tensor]:
     """The best order of the channels of each, from the first batch of this process."""
     squares: dict[str, Tensor] = {}
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         rows = x.flatten(0, -2).float().square()
-        squares[linear.name] = (
-            rows.mean(0)
-            if weights is None
-            else (rows * weights[0].reshape(-1, 1)).mean(0)
-        )
+        if weights is not None:
+            rows = rows * weights[0].reshape(-1, 1)
+        squares[linear.name] = rows.mean(0)
 
     with watch([channels.reader for channels in proved], see):
-        task.stream.run_batch(task.index, 0)
+        stream.run_batch(index, 0)
     return [best_order(channels, squares[channels.reader.name]) for channels in proved]
 
 

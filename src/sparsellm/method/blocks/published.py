@@ -10,7 +10,7 @@ in fp64; every block of the model is pruned; variables are kept in chunks that m
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
@@ -19,12 +19,13 @@ from sparsellm.errors import ModelError, NumericalError
 from sparsellm.method.auxiliary.loop import LoopSettings
 from sparsellm.method.auxiliary.objective import stored
 from sparsellm.method.blocks.feed_forward import alternate, current
-from sparsellm.method.blocks.routed import prune_experts, without_experts
+from sparsellm.method.blocks.routed import prune_experts
 from sparsellm.method.blocks.task import METHODS, BlockTask
 from sparsellm.method.gram import Fit, Gram
 from sparsellm.method.solvers import SOLVERS
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch
+from sparsellm.model.experts import without_experts
 from sparsellm.model.units import find_feed_forward
 from sparsellm.registry import Needs
 
@@ -40,15 +41,6 @@ def prune_as_published(
     epochs: Annotated[
         int, Field(ge=1), "rounds over the weights; the first is plain SparseGPT"
     ] = 4,
-    penalty: Annotated[
-        float | None,
-        Field(gt=0),
-        "α = β = γ; null: 5.0 for a gated unit, 0.1 for one of two layers",
-    ] = None,
-    output_update: Annotated[
-        Literal["gradient", "pseudo-inverse"] | None,
-        "fit of the unit's last linear; null: pseudo-inverse for a gated unit, ten gradient steps for a two-layer one",
-    ] = None,
     safeguard: Annotated[
         bool, "keep the best epoch of each unit instead of the last"
     ] = False,
@@ -90,10 +82,8 @@ def prune_as_published(
                     solve(linear, gram)
         del statistics
         for unit in units:
-            gated = unit.gate is not None
-            fit = output_update or ("pseudo-inverse" if gated else "gradient")
             settings = LoopSettings.of_the_paper(
-                epochs, penalty or (5.0 if gated else 0.1), fit, safeguard=safeguard
+                epochs, gated=unit.gate is not None, safeguard=safeguard
             )
             task.report("alternating")
             dense = current(unit)

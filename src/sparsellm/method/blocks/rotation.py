@@ -18,46 +18,27 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.method.blocks.channels import Channels
-from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.gram import Gram
 from sparsellm.model import LinearView
-from sparsellm.patterns import NM
+from sparsellm.patterns import NM, Pattern
 
 STEPS = 80
 RATE = 0.02  # Adam's, for the entries of S
 DAMPING = 0.01  # λ, as in sparsegpt
 
 
-def rotate_block(
-    task: BlockTask, proved: list[Channels], weights: list[Tensor] | None
+@torch.no_grad()
+def rotate_channels(
+    rotating: list[Channels], grams: Mapping[str, Gram], patterns: Mapping[str, Pattern]
 ) -> None:
-    """Rotates those channels of the loaded block that can be, by the inputs of all processes. The first process
-    chooses the rotations. ``weights`` are those of tokens, batches ``(batch, seq)`` or None."""
-    rotating = [channels for channels in proved if channels.rotates]
-    if not rotating:
-        return
-    task.report("rotation")
-    linears = [
-        linear
-        for axes in rotating
-        for linear in (axes.reader, *(source for source, _ in axes.sources))
-    ]
-    patterns = {
-        name: pattern
-        for name, pattern in task.patterns.items()
-        if isinstance(pattern, NM)
+    """Rotates channels by the Gram matrices of the inputs of their linears, by name. The first process chooses the
+    rotations. Of the linears' ``patterns`` only those of N:M count."""
+    fixed = {
+        name: pattern for name, pattern in patterns.items() if isinstance(pattern, NM)
     }
-    grams = {
-        linear.name: gram
-        for group, gram in task.statistics(linears, weights)
-        for linear in group
-    }
-    with task.clock.phase("prune/rotation"), torch.no_grad():
-        for channels in rotating:
-            rotation = parallel.from_main(
-                partial(best_rotation, channels, grams, patterns)
-            )
-            channels.rotate(rotation.to(channels.inputs.device))
+    for channels in rotating:
+        rotation = parallel.from_main(partial(best_rotation, channels, grams, fixed))
+        channels.rotate(rotation.to(channels.inputs.device))
 
 
 def best_rotation(
@@ -95,7 +76,7 @@ def cayley(free: Tensor) -> Tensor:
 def _cost(
     channels: Channels, grams: Mapping[str, Gram], patterns: Mapping[str, NM]
 ) -> Callable[[Tensor], Tensor]:
-    """What pruning costs after a rotation, as in the head of this file."""
+    """A function that returns what pruning costs after a rotation; its formula is in the head of this file."""
     inverses = {name: gram.inverse(DAMPING).matrix for name, gram in grams.items()}
 
     def relative(linear: LinearView, rows: Tensor | slice = slice(None)) -> Tensor:

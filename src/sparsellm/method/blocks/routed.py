@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from sparsellm.method.gram import (
     GramAccumulator,
     least_squares,
 )
-from sparsellm.model import LinearView
+from sparsellm.model import LinearView, Stream
 from sparsellm.model.experts import DOWN, Expert, ExpertLinear, Mixture, Routed
 
 PRIOR = 0.5  # n₀ as a fraction of the inputs: 27 % less divergence than without shrinkage, from two windows
@@ -40,11 +41,6 @@ Solve = Callable[[LinearView, Gram, Fit | None], None]
 
 Rows = Iterator[tuple[Tensor, Tensor]]
 """Inputs ``(tokens, width)`` and their weights ``(tokens,)``."""
-
-
-def without_experts(linears: list[LinearView]) -> list[LinearView]:
-    """The linears that belong to no expert that :func:`prune_experts` prunes."""
-    return [linear for linear in linears if not isinstance(linear.module, ExpertLinear)]
 
 
 def prune_experts(
@@ -65,10 +61,9 @@ def prune_experts(
     for mixture in task.stream.chain.mixtures(task.index) if views else []:
         with task.stream.store() as store:
             with task.clock.phase("prune/statistics"):
-                tokens = _record(task, mixture, store, token_weights)
-                every = _moments(
-                    zip(store, tokens.weights, strict=True), store[0].shape[-1], task
-                )
+                tokens = _record(task.stream, task.index, mixture, store, token_weights)
+                rows = zip(store, tokens.weights, strict=True)
+                every = _moments(rows, store[0].shape[-1], task.stream.chain.device)
             experts = []
             for number in range(len(mixture)):
                 expert = mixture.expert(number)
@@ -84,7 +79,9 @@ def prune_experts(
                     task.routed[linear.name] = count
                     if not count:
                         task.note(linear, NOT_ROUTED)
-                down = [linears.pop(DOWN)] if DOWN in linears else []
+                down = []
+                if DOWN in linears:
+                    down.append(linears.pop(DOWN))
                 experts.append(
                     ExpertTokens(tokens, expert, number, [*linears.values()], down)
                 )
@@ -111,12 +108,8 @@ def _prune(
 ) -> None:
     """Prunes the linears of one expert in each process, which alone keeps its moments, on the tokens of all; ``every``
     are the moments of the inputs of all tokens of the mixture."""
-    dense = [
-        entry.expert.frozen()
-        if refit is not None and entry.down and entry.first
-        else None
-        for entry in experts
-    ]
+    dense = [entry.unpruned() if refit is not None else None for entry in experts]
+    device = every.matrix.device
     shared = dict[int, _Moments]()
     last = dict[int, _Moments]()
 
@@ -142,21 +135,23 @@ def _prune(
         for place, entry in enumerate(experts):
             if entry.first and not pruned:
                 with naming(entry.first[0].name):
-                    moments = _moments(
-                        entry.routed(), len(every.matrix), task
-                    ).shrunk_to(every)
+                    moments = _moments(entry.routed(), len(every.matrix), device)
+                    moments = moments.shrunk_to(every)
                 if place == parallel.rank():
                     shared[place] = moments
             if entry.down and (dense[place] is not None) == pruned:
                 with naming(entry.down[0].name):
                     width = entry.down[0].in_features
-                    moments = _moments(
-                        entry.routed(), width, task, entry.expert, dense[place]
+                    of_down = partial(
+                        _moments,
+                        features=width,
+                        device=device,
+                        expert=entry.expert,
+                        dense=dense[place],
                     )
+                    moments = of_down(entry.routed())
                     sample = entry.tokens.sample(SAMPLE * width)
-                    moments = moments.shrunk_to(
-                        _moments(sample, width, task, entry.expert, dense[place])
-                    )
+                    moments = moments.shrunk_to(of_down(sample))
                 if place == parallel.rank():
                     last[place] = moments
 
@@ -174,9 +169,8 @@ class _Moments:
 
     matrix: Tensor  # Σ w x xᵀ / Σ w
     tokens: int
-    cross: Tensor | None = (
-        None  # Σ w t xᵀ / Σ w, (out, features), for targets t; None without targets
-    )
+    # Σ w t xᵀ / Σ w, (out, features), for targets t; None without targets
+    cross: Tensor | None = None
 
     def shrunk_to(self, prior: _Moments) -> _Moments:
         """``(1 − α)`` of these and ``α`` of the prior, with ``α = n₀ / (n₀ + n)``."""
@@ -194,39 +188,41 @@ class _Moments:
 def _moments(
     rows: Rows,
     features: int,
-    task: BlockTask,
+    device: torch.device,
     expert: Expert | None = None,
     dense: Expert | None = None,
 ) -> _Moments:
     """The moments of the rows of all processes, or of the inputs of the last linear of ``expert`` for these rows.
 
     ``dense`` is the expert before it was pruned, whose outputs, without bias, are targets; None for no targets."""
-    device = task.stream.chain.device
     grams = GramAccumulator(features, device)
-    down = None if dense is None else dense.get_parameter(f"{DOWN}.weight")
-    crosses = None if down is None else CrossAccumulator(len(down), features, device)
+    crosses = None
+    if dense is not None:
+        down = dense.get_parameter(f"{DOWN}.weight")
+        crosses = CrossAccumulator(len(down), features, device)
     total = 0.0
     for x, weights in rows:
-        inputs = x if expert is None else expert.inner(x)
+        inputs = x
+        if expert is not None:
+            inputs = expert.inner(x)
         grams.update(inputs, weights)
-        if crosses is not None and dense is not None and down is not None:
-            crosses.update(
-                torch.nn.functional.linear(dense.inner(x), down), inputs, weights
-            )
+        if crosses is not None and dense is not None:
+            targets = torch.nn.functional.linear(dense.inner(x), down)
+            crosses.update(targets, inputs, weights)
         total += float(weights.double().sum())
     grams.reduce()
-    total = parallel.total(total)
-    scale = grams.tokens / total if total > 0 else 0.0
-    matrix = (
-        grams.finish().matrix * scale
-        if grams.tokens
-        else torch.zeros(features, features, device=device)
-    )
-    cross = None
     if crosses is not None:
         crosses.reduce()
-        cross = crosses.finish() * scale if crosses.tokens else crosses.total.float()
-    return _Moments(matrix, grams.tokens if total > 0 else 0, cross)
+    total = parallel.total(total)
+    cross = None
+    if total <= 0:
+        if crosses is not None:
+            cross = crosses.total.float()
+        return _Moments(torch.zeros(features, features, device=device), 0, cross)
+    scale = grams.tokens / total
+    if crosses is not None:
+        cross = crosses.finish() * scale
+    return _Moments(grams.finish().matrix * scale, grams.tokens, cross)
 
 
 @dataclass(frozen=True)
@@ -268,7 +264,14 @@ class ExpertTokens:
     # the last linear, if it is pruned
     down: list[LinearView] = field(default_factory=list)
 
+    def unpruned(self) -> Expert | None:
+        """A copy of the expert, whose outputs are the target of its last linear; None if only one half is pruned."""
+        if self.first and self.down:
+            return self.expert.frozen()
+        return None
+
     def routed(self) -> Rows:
+        """The inputs of the expert, with the weights of its outputs."""
         for batch, experts in enumerate(self.tokens.experts):
             rows, places = torch.where(experts == self.number)
             if len(rows):
@@ -279,7 +282,8 @@ class ExpertTokens:
 
 
 def _record(
-    task: BlockTask,
+    stream: Stream,
+    index: int,
     mixture: Mixture,
     store: TensorStore,
     token_weights: list[Tensor] | None,
@@ -288,14 +292,12 @@ def _record(
     tokens = MixtureTokens(store, [], [], [])
 
     def see(routed: Routed) -> None:
-        weights = torch.ones(len(routed.inputs), device=routed.inputs.device)
-        if (
-            token_weights is not None
-            and int(routed.places.max()) < token_weights[position].numel()
-        ):
-            weights = (
-                token_weights[position].flatten().to(weights.device)[routed.places]
-            )
+        device = routed.inputs.device
+        weights = torch.ones(len(routed.inputs), device=device)
+        if token_weights is not None:
+            of_batch = token_weights[position].flatten().to(device)
+            if int(routed.places.max()) < len(of_batch):
+                weights = of_batch[routed.places]
         store.append(routed.inputs.detach())
         tokens.experts.append(routed.experts)
         tokens.factors.append(
@@ -304,6 +306,6 @@ def _record(
         tokens.weights.append(weights)
 
     with mixture.observed(see):
-        for position in range(len(task.stream)):
-            task.stream.run_batch(task.index, position)
+        for position in range(len(stream)):
+            stream.run_batch(index, position)
     return tokens

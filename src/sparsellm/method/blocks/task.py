@@ -17,12 +17,12 @@ from sparsellm.method.solvers import Solution, Solver
 from sparsellm.method.solvers.rounding import Rounded, rounded
 from sparsellm.method.solvers.scaling import safe_factor
 from sparsellm.model import LinearView, Stream
-from sparsellm.model.capture import InputGroups, RunOrder, skipping, watch
+from sparsellm.model.capture import Group, InputGroups, RunOrder, skipping, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.weights import require_storable
 from sparsellm.patterns import NM, Pattern, count_zeros
 from sparsellm.progress import PhaseClock
-from sparsellm.records import LinearResult, Step
+from sparsellm.records import KEEP, Iteration, LinearResult
 from sparsellm.registry import Registry
 from sparsepack.codes import text_of_exponents
 
@@ -31,8 +31,8 @@ from sparsepack.codes import text_of_exponents
 OWN_PAGES = 32 << 20
 LOST = 0.01  # the most kept weights, as a fraction of all, that may be too small for the dtype of the checkpoint
 COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
+ROUNDING = "rounding to"  # how the note of such a linear begins
 UNREACHED = "pruned by magnitude: no calibration token reached it, or all its inputs were 0"  # note in such a result
-Group = list[LinearView]  # linears that share an input
 
 
 @dataclass
@@ -57,7 +57,8 @@ class BlockTask:
     routed: dict[str, int] = field(default_factory=dict)
     # empty for methods that do not need them
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
-    values: str = "keep"  # what they are rounded to: keep, int8, int4, int3, or the name of a grid
+    # what values are rounded to: an integer type or the name of a grid; keep for linears without one
+    values_of: Mapping[str, str] = field(default_factory=dict)
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False  # whether a sweep follows
 
@@ -68,9 +69,15 @@ class BlockTask:
     @property
     def idle(self) -> bool:
         """Whether nothing is to be done: no zeros and no rounding."""
-        return self.values == "keep" and not any(
-            self.patterns[linear.name].sparsity for linear in self.linears
-        )
+        return not any(map(self.changes, self.linears))
+
+    def rounds(self, linear: LinearView) -> bool:
+        """Whether the values of a linear are rounded."""
+        return self.values_of.get(linear.name, KEEP) != KEEP
+
+    def changes(self, linear: LinearView) -> bool:
+        """Whether a linear gets zeros or rounded values."""
+        return self.rounds(linear) or self.patterns[linear.name].sparsity > 0
 
     def statistics(
         self, linears: list[LinearView], token_weights: list[Tensor] | None = None
@@ -221,7 +228,7 @@ class BlockTask:
         dense: Tensor,
         solution: Solution,
         gram: Gram | None,
-        history: tuple[Step, ...] = (),
+        history: tuple[Iteration, ...] = (),
     ) -> None:
         """Assigns the solution for a weight ``dense (out, in)`` to a linear, with its values rounded if the recipe asks
         for integers, and adds a result. ``gram`` is that of the linear's inputs. If it is None, the rounding runs the
@@ -231,7 +238,8 @@ class BlockTask:
         error = solution.error
         notes = solution.notes
         exponents = ""
-        if self.values != "keep":
+        values = self.values_of.get(linear.name, KEEP)
+        if values != KEEP:
             if (factor := safe_factor(weight)) != 1:
                 raise NumericalError(
                     f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
@@ -248,13 +256,13 @@ class BlockTask:
                     if gram is not None
                     else "added an error of"
                 )
-                notes = (*notes, f"rounding to {self.values} {more} {after:.3f}")
+                notes = (*notes, f"{ROUNDING} {values} {more} {after:.3f}")
         linear.assign(weight)
         # later passes would name the linears that read its outputs
         if linear.storage_dtype is torch.float16:
             require_storable(linear.parameter, linear.weight_name, linear.storage_dtype)
         zeros = count_zeros(linear.parameter)
-        if gram is not None and self.values == "keep":
+        if gram is not None and values == KEEP:
             _check_kept(linear, zeros, dense, solution.mask, gram)
         self.results.append(
             LinearResult(
@@ -268,6 +276,7 @@ class BlockTask:
                 tokens=self.routed.get(linear.name),
                 pattern=str(pattern) if isinstance(pattern, NM) else None,
                 exponents=exponents,
+                values=values,
             )
         )
         if weight.nbytes >= OWN_PAGES:
@@ -292,7 +301,7 @@ class BlockTask:
             grid = rounded(
                 weight,
                 gram,
-                self.values,
+                self.values_of[linear.name],
                 linear.storage_dtype,
                 fixed_mask=fixed,
                 target=target,
@@ -320,7 +329,7 @@ class BlockTask:
             if pattern.sparsity:
                 weight = weight * pattern.mask(weight.abs())
                 notes = (UNREACHED,)
-            gram = _equal_inputs(linear) if self.values != "keep" else None
+            gram = _equal_inputs(linear) if self.rounds(linear) else None
             self.accept(linear, weight, Solution(weight, weight != 0, 0.0, notes), gram)
 
         self.share_out([[linear] for linear in left], owners_of(left), prune)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.errors import NumericalError
-from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.solvers import SOLVERS, Solver
 from sparsellm.method.solvers.prepared import prepared
+from sparsellm.model import Chain, LinearView
 
 
 def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
@@ -35,17 +35,22 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
     return [(limit / norm.clamp(min=1e-30)).square().clamp(max=1.0) for norm in norms]
 
 
-def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, Solver]:
-    """The local solver of each linear, by name; its outputs compete for weights by ``E[g²]^power``.
+def weighted_solvers(
+    solver: str,
+    linears: Sequence[LinearView],
+    chain: Chain,
+    output_costs: Mapping[str, Tensor],
+    power: float,
+) -> dict[str, Solver]:
+    """The local solver of each linear, by name. Outputs compete for weights by ``E[g²]^power``, where ``output_costs``
+    are ``E[g²]``, ``(out,)``, of the linears that have them.
 
     Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and if no token came."""
-    products = task.stream.chain.products
-    device = task.stream.chain.device
     solvers = {}
-    for linear in task.linears:
-        costs = task.output_costs.get(linear.name) if power else None
-        if costs is not None:
-            costs = costs.to(device).pow(power)
+    for linear in linears:
+        costs = None
+        if power and linear.name in output_costs:
+            costs = output_costs[linear.name].to(chain.device).pow(power)
             costs = (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)
-        solvers[linear.name] = prepared(SOLVERS[solver], products, costs)
+        solvers[linear.name] = prepared(SOLVERS[solver], chain.products, costs)
     return solvers

@@ -73,10 +73,14 @@ class Routing(Record):
             for block in chain.blocks
             for name, _ in block.named_modules()
         )
-        shared = (_number(chain, ("n_shared_experts",)) or 1) if has_shared else 0
+        shared = 0
+        if has_shared:
+            shared = _number(chain, ("n_shared_experts",)) or 1
         chosen = _number(chain, ("topk_group",)) or groups
-        # The routing compares groups by their two best experts.
-        least = groups * max(2 if groups > 1 else 1, -(-(per_token or 1) // chosen))
+        of_group = -(-(per_token or 1) // chosen)
+        if groups > 1:  # routing compares groups by their two best experts
+            of_group = max(2, of_group)
+        least = groups * of_group
         if not why and least >= max(experts.values()):
             why = f"routing needs all {max(experts.values())} experts"
         return cls(
@@ -93,16 +97,20 @@ class Routing(Record):
         if self.why:
             raise ModelError(f"{self.why}; leave experts out")
         many = next(iter(self.experts.values()))
-        keep = many - round(experts * many) if experts < 1 else int(experts)
+        keep = int(experts)
+        if experts < 1:
+            keep = many - round(experts * many)
         if keep >= many:
             raise RecipeError(
                 f"experts {experts:g} removes none of {many} experts; give a larger share"
             )
         if keep < self.least or keep % self.groups:
-            parts = f", in {self.groups} equal groups" if self.groups > 1 else ""
+            needs = f"routing needs {self.least} or more"
+            if self.groups > 1:
+                needs += f", in {self.groups} equal groups"
             raise RecipeError(
-                f"experts {experts:g} leaves {keep} of {many} experts, and routing needs {self.least} or more{parts}"
-                "; give a smaller share, or the number to keep"
+                f"experts {experts:g} leaves {keep} of {many} experts, and {needs}; give a smaller share, or the "
+                "number to keep"
             )
         return keep
 
@@ -120,6 +128,13 @@ def _number(chain: Chain, names: Sequence[str]) -> int | None:
             if type(value := getattr(holder, name, None)) is int and value > 0:
                 return value
     return None
+
+
+def _part(config: Any, name: str) -> Any:
+    """The part of a config with this name; for an empty name, the config itself."""
+    if name:
+        return getattr(config, name)
+    return config
 
 
 class FewerExperts:
@@ -150,7 +165,7 @@ class FewerExperts:
         config = copy.deepcopy(dense.config)
         for part, names in self._numbers.items():
             for name in names:
-                setattr(getattr(config, part) if part else config, name, keep)
+                setattr(_part(config, part), name, keep)
         assert dense.reader is not None
         place = dense.reader.directory
         self.chain = Chain(
@@ -175,11 +190,11 @@ class FewerExperts:
             (nested for nested in parts if nested.get("model_type") == kind), config
         )
         for part, names in self._numbers.items():
-            holder = config.get(part) if part else config
+            holder: object = config
+            if part:
+                holder = config.get(part)
             if isinstance(holder, dict):
-                aliases = (
-                    getattr(self.chain.config, part) if part else self.chain.config
-                ).attribute_map
+                aliases = _part(self.chain.config, part).attribute_map
                 holder.update(
                     {
                         name: self.keep
@@ -196,11 +211,7 @@ class FewerExperts:
         )
         number = re.compile(rf"^({mixtures})\.(\d+)(?=\.(?:{GATE}|{UP}|{DOWN})\.)")
         for name in self.chain.names_of(index):
-            source = (
-                number.sub(lambda match: f"{match[1]}.{kept[int(match[2])]}", name)
-                if mixtures
-                else name
-            )
+            source = number.sub(lambda match: f"{match[1]}.{kept[int(match[2])]}", name)
             value = self.dense.value(source)
             shape = self.chain.value(name).shape
             if value.shape != shape:  # that of a router

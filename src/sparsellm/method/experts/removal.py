@@ -27,9 +27,8 @@ from sparsellm.model.capture import replacing
 from sparsellm.model.experts import DOWN, Mixture, Routed
 from sparsellm.records import ExpertsOfBlock
 
-DAMPING = (
-    0.1  # ridge of the refit towards the expert's weight, as in the refit of sublayers
-)
+# ridge of the refit towards the expert's weight, as in the refit of sublayers
+DAMPING = 0.1
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,9 @@ class Sample:
         )
         lost = parallel.total(lost)
         energy = parallel.total(energy)
-        return lost / energy if energy else 0.0
+        if not energy:
+            return 0.0
+        return lost / energy
 
     def fit_router(self) -> None:
         """Fits the router of the twin's block to the error on some of the tokens by Adam, and keeps the values with the
@@ -234,12 +236,10 @@ def _projection(width: int, costs: Sequence[Tensor], seed: int) -> Tensor:
     """A matrix ``(width, projected)`` after which norms are about those in the metric of the costs ``E[g_i²]``, which
     every expert has of its own: output i counts with the square root of their sum, as in the solver."""
     size = min(width, PROJECTED)
-    generator = torch.Generator().manual_seed(seed)
-    projection = (
-        torch.eye(width)
-        if size == width
-        else torch.randn(width, size, generator=generator) / size**0.5
-    )
+    projection = torch.eye(width)
+    if size < width:
+        generator = torch.Generator().manual_seed(seed)
+        projection = torch.randn(width, size, generator=generator) / size**0.5
     if not costs:
         return projection
     metric = torch.stack(list(costs)).double().sum(0).sqrt()

@@ -70,7 +70,7 @@ def coordinated(
         "exchanges of two experts that are tried in each mixture",
     ] = 256,
 ) -> Tensor:
-    """The set of least output error among those that exchanges try, from reap's set on: 1 inside, 0 outside."""
+    """1 for the experts of the set with the least output error, else 0; exchanges start from reap's set."""
     scores = reap(view)
     kept = view.best(scores)
     least = view.error_of(kept)

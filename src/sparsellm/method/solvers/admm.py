@@ -34,22 +34,17 @@ from sparsellm.method.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.method.solvers.support import refine_on_support
 from sparsellm.patterns import Pattern
 
-PREDICTION_RIDGE = (
-    0.1  # for predicting an input from the others; anything from 0.02 to 1 works
-)
-# The support settles where ρ rises: without the rise the error is up to 7 % higher.
-# first and last penalty between weights and mask; the mean curvature is 1
-RHO = (
-    0.2,
-    0.8,
-)
+# for predicting an input from the others; anything from 0.02 to 1 works
+PREDICTION_RIDGE = 0.1
+# First and last penalty between weights and mask; the mean curvature is 1. The support settles where ρ rises: without
+# the rise the error is up to 7 % higher.
+RHO = (0.2, 0.8)
 RHO_STEPS = 4  # each needs an inverse
 # Added to every input's mean square, times the damping and the mean of all: else weights of an input that is nearly 0
 # grow to hundreds of times their size for nothing, and rounding and the sweep, whose steps are relative, suffer.
 FLOOR = 0.02
-ROUGH_ITERATIONS = (
-    3  # for the refit of the first mask: it ends within a tenth of the minimum
-)
+# for the refit of the first mask: it ends within a tenth of the minimum
+ROUGH_ITERATIONS = 3
 CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one's objective is above this share of it
 
 
@@ -116,12 +111,7 @@ def admm(
         kept = pattern.unchecked(state.abs())
         last_rho = rho
         # the fit that follows takes the most memory
-        del (
-            sparse,
-            multiplier,
-            pull,
-            inverse,
-        )
+        del sparse, multiplier, pull, inverse
 
     last = refine_on_support(dense, metric, kept, state, refine_iterations)
     # With few or collinear inputs the last mask may be worse than the first: the better of the two is kept.

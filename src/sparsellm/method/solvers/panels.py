@@ -19,10 +19,7 @@ from sparsepack.codes import Levels, nearest_levels
 
 BLOCK = 32  # outputs of a program
 # dtypes of a checkpoint as the kernel knows them; 0 is fp32
-HALVES = {
-    torch.bfloat16: 1,
-    torch.float16: 2,
-}
+HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -33,12 +30,13 @@ def _nearest(units, table, LOWEST, HIGHEST, EVEN: tl.constexpr, ZERO: tl.constex
     sign = (units > 0).to(tl.float32) - (units < 0).to(tl.float32)
     if EVEN:
         return rounded if ZERO else tl.where(rounded == 0, sign, rounded)
-    return tl.load(table + (rounded - LOWEST).to(tl.int32)) * tl.abs(sign)
+    number = tl.load(table + (rounded - LOWEST).to(tl.int32))
+    return number if ZERO else number * tl.abs(sign)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _stored(values, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The values as a checkpoint has them, in the dtype of :data:`HALVES`. 0.0 for -0.0."""
+    """The values as a checkpoint has them, in the dtype of :data:`HALVES`. -0.0 becomes 0.0."""
     if HALF == 1:
         bits = values.to(tl.uint32, bitcast=True)
         values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(
@@ -119,7 +117,7 @@ def round_panel(
     zero: bool,
     first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`sparsepack.native.round_panel` does, on a GPU."""
+    """Does on a GPU what :func:`sparsepack.native.round_panel` does on a CPU."""
     columns = parts[1]
     moves = torch.empty_like(columns)
     gains = columns.new_empty(columns.shape[1])
@@ -167,7 +165,7 @@ def _eliminate(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     pivots = tl.load(upper_pointer + row * (n + 1), mask=row < n, other=1)
     for group in range(0, n, M):
         scores = state / pivots[:, None]
-        # others beat none
+        # those of other groups lose every comparison
         scores = tl.where(
             ((row >= group) & (row < group + M))[:, None], scores * scores, -1.0
         )

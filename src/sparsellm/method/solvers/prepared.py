@@ -34,13 +34,15 @@ def prepared(
         costs: positive weights ``c (out,)`` of the outputs' squared errors, ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²``; None for
             equal ones. That is the plain objective of ``√c_i w_i``. The error in the solution is without them.
     """
-    narrow = products is not None and entry.narrow
+    narrowed = None
+    if entry.narrow:
+        narrowed = products
     ours = entry.function.__module__.startswith("sparsellm.")
 
     def checked(
         weight: Tensor, gram: Gram, pattern: Pattern, **options: object
     ) -> Solution:
-        with products if products is not None and narrow else nullcontext():
+        with narrowed or nullcontext():
             result: Solution = entry.function(weight, gram, pattern, **options)
         if not ours and not _is_solution(result, weight.shape, pattern):
             raise RecipeError(

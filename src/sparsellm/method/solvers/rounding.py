@@ -29,7 +29,17 @@ from sparsellm.method.solvers.kernels import kernels_for
 from sparsellm.method.solvers.widths import ROUNDED_TOGETHER
 from sparsepack import native
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
-from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_of
+from sparsepack.grid import (
+    FEW,
+    LARGEST_FP16,
+    LEAST,
+    Groups,
+    as_stored,
+    in_units,
+    on_grid_of,
+    scales_of,
+    split,
+)
 
 # Products of a weight with its Gram matrix that take as long: 80 in linears with 576 inputs, 32 with 2048 to 5632.
 PRODUCTS = 35
@@ -76,7 +86,7 @@ def rounded(
     fixed_mask: bool = False,
     target: Tensor | None = None,
 ) -> Rounded:
-    """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3``, or on one of
+    """A pruned weight ``(out, in)`` with its values on the grid of an integer type, or on one of
     :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero.
     It comes near to ``target (out, in)``, or to the weight itself.
 
@@ -89,7 +99,7 @@ def rounded(
     # Other programs have no exponents of columns.
     powers = (
         torch.ones_like(gram.diagonal)
-        if groups.half
+        if groups.grid is not None
         else _powers(weight, gram, groups, dtype)
     )
     if groups.dense:
@@ -194,14 +204,41 @@ class _Grid:
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             self.first = torch.where(error < least, tried, self.first)
             least = torch.minimum(error, least)
-        free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
-        # (out, in) bool: neither zero nor an anchor
-        self.free = groups.spread(free) != 0
+        if groups.parts:
+            self.first = self._whole_parts(grouped, extreme, curvature)
+        free = torch.ones_like(grouped)
+        if 0 in groups.levels.numbers or not groups.dense:
+            free = (grouped != 0).to(weight.dtype)
+        # (out, in) bool: neither a zero that stays nor an anchor
+        self.free = groups.spread(free.scatter_(1, places, 0.0)) != 0
         self.nearest = as_stored(
-            groups.spread(self.numbers(grouped, self.first)),
+            groups.spread(groups.numbers(grouped, self.first, places)),
             self.scales(self.first),
             dtype,
         )
+
+    def _whole_parts(
+        self, grouped: Tensor, extreme: Tensor, curvature: Tensor
+    ) -> Tensor:
+        """The best scales that are whole numbers of the units that follow from the first ones; arguments and result as
+        in the constructor."""
+        groups = self.groups
+        grid = groups.grid
+        assert grid is not None
+        lowest = groups.levels.lowest
+        first = scales_of(self.first * lowest, groups, self.dtype)
+        units, whole = split(first, grid)
+        fixed = whole == grid.lowest_scale  # from which the unit is read
+        least = torch.full_like(extreme, math.inf)
+        best = first
+        for fraction in FRACTIONS:
+            tried = in_units((extreme * fraction / lowest).view_as(whole), units, grid)
+            tried = torch.where(fixed, whole, tried).mul_(units).view_as(first)
+            error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
+            error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
+            best = torch.where(error < least, tried, best)
+            least = torch.minimum(error, least)
+        return best
 
     def numbers(self, values: Tensor, scales: Tensor) -> Tensor:
         """The numbers of the grid that are nearest to these values."""
@@ -216,6 +253,9 @@ class _Grid:
         levels = self.groups.levels
         scales = self.scales(scales).abs_()
         reach = CELL * levels.closest * scales
+        if self.groups.grid is not None:
+            # Where anchors are not at the lowest number, scales follow from all values.
+            reach = torch.where(scales < FEW * LEAST, 0.0, reach)
         end = -levels.lowest * scales
         moved = weight + (best - weight).clamp(-reach, reach)
         moved = (
@@ -327,6 +367,9 @@ class _Descent:
             grid.dtype,
             grid.units,
         )
+        if grid.groups.grid is not None and not grid.groups.parts:
+            # A small scale, whose anchor may not be at the lowest number, stays.
+            scales = torch.where(self.scales.abs() < FEW * LEAST, self.scales, scales)
         numbers = grid.numbers(self.columns, grid.scales(self.scales).T.contiguous())
         columns = as_stored(numbers, grid.scales(scales).T, grid.dtype)
         slope = self.matrix @ (columns - self.target)

@@ -20,9 +20,8 @@ class Solution:
 
     weight: Tensor  # (out, in) fp32; +0.0 wherever the mask is False
     mask: Tensor  # (out, in) bool, True where kept; exactly the pattern's count
-    error: (
-        float  # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the lost share of the output's energy
-    )
+    # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the part of the output's energy that is lost
+    error: float
     notes: tuple[str, ...] = ()  # messages to the user, such as a raised damping
     fitted: bool = True  # whether kept values are as good as their mask allows; else rounding aims at the dense weight
 
@@ -54,4 +53,7 @@ def solution(
         raise NumericalError(
             f"a pruned weight of shape {tuple(weight.shape)} has error {lost} of energy {energy}"
         )
-    return Solution(sparse, mask, lost / energy if energy > 0 else 0.0, notes, fitted)
+    error = 0.0
+    if energy > 0:
+        error = lost / energy
+    return Solution(sparse, mask, error, notes, fitted)

@@ -65,14 +65,12 @@ class _Elimination:
         self.pattern = pattern
         self.kernels = kernels_for(weight.device)
         self.groups: NM | None = None  # whose mask the kernel chooses
-        self.step = pattern.m if isinstance(pattern, NM) else PRUNED_TOGETHER
-        if (
-            self.kernels is not None
-            and isinstance(pattern, NM)
-            and pattern.m <= PRUNED_TOGETHER
-        ):
-            self.groups = pattern
-            self.step = PRUNED_TOGETHER // pattern.m * pattern.m
+        self.step = PRUNED_TOGETHER
+        if isinstance(pattern, NM):
+            self.step = pattern.m
+            if self.kernels is not None and pattern.m <= PRUNED_TOGETHER:
+                self.groups = pattern
+                self.step = PRUNED_TOGETHER // pattern.m * pattern.m
 
     def prune(self, start: int, stop: int, step: int) -> None:
         """Chooses the mask of columns ``start:stop``, ``step`` columns at a time, and eliminates the pruned weights."""

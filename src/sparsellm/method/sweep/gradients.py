@@ -28,7 +28,7 @@ from sparsellm.progress import Progress as Event
 
 TOKENS = 4096  # calibration tokens for gradients; the time is proportional to them
 LEAST_WINDOWS = 4  # half as many make the model worse, twice as many no better
-SHARE = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
+SCORED = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
 LEAST_SCORED = 128  # fewest such positions: fewer save little, because the blocks run on all positions
 BINS = 1 << 14
 # log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
@@ -63,7 +63,9 @@ def loss_gradients(
     rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time. A NumericalError says that a
     gradient is NaN or infinite; others are as in :func:`backward_sweep`."""
     tokens = feed.windows.numel()
-    dtype = torch.float32 if feed.chain.products is None else torch.bfloat16
+    dtype = torch.float32
+    if feed.chain.products is not None:
+        dtype = torch.bfloat16
     squares: dict[str, Tensor] = {}  # (out,) fp32, sums over tokens
     fisher: dict[str, Tensor] = {}  # (out, in) fp32, those of one block
     histograms: dict[str, Tensor] = {}
@@ -93,7 +95,7 @@ def loss_gradients(
 
     pieces = replace(feed, batch_tokens=min(feed.batch_tokens, PIECE_TOKENS))
     backward_sweep(
-        pieces, see, done, names=names, fraction=SHARE, reads_inputs=saliency
+        pieces, see, done, names=names, fraction=SCORED, reads_inputs=saliency
     )
     means = {name: (total / tokens).cpu() for name, total in squares.items()}
     for name, mean in means.items():
@@ -102,7 +104,10 @@ def loss_gradients(
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
-    sums[name] = sums[name].add_(part) if name in sums else part
+    if name in sums:
+        sums[name].add_(part)
+    else:
+        sums[name] = part
 
 
 def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
@@ -158,6 +163,7 @@ def backward_sweep(
         )
     windows = len(feed.windows)  # in all processes
     feed, places = feed.own()
+    has_windows = places.start < places.stop
     chain = feed.chain
     blocks = len(chain)
     stream = feed.stream()
@@ -203,13 +209,12 @@ def backward_sweep(
                     for linear in chain.linears(index)
                     if names is None or linear.name in names
                 ]
-                seen = linears if places.start < places.stop else []
                 _back_through(
                     stream,
                     index,
                     inputs=inputs[index],
                     gradients=gradients,
-                    linears=seen,
+                    linears=linears if has_windows else [],
                     hook=_hook(see, reads_inputs),
                 )
                 done(linears)
@@ -248,7 +253,9 @@ def _through_the_end(
         slope *= (predicted / scored.shape[1]) ** 0.5
         gradients.append(torch.zeros_like(hidden).scatter_(1, spots, slope))
         start = stop
-    return total if places.start < places.stop else 0.0
+    if places.start == places.stop:
+        return 0.0
+    return total
 
 
 def _positions(predicted: int, fraction: float, seed: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 
 import torch
@@ -47,7 +47,9 @@ def through_head(
         total += loss(logits.detach(), span, slope)
         parts.append(torch.autograd.grad(logits, part, slope)[0])
         del logits  # before the next are computed
-    return total, torch.cat(parts, dim=1) if gradient else hidden
+    if gradient:
+        hidden = torch.cat(parts, dim=1)
+    return total, hidden
 
 
 def next_token_loss(targets: Tensor) -> HeadLoss:
@@ -92,7 +94,9 @@ def _rows(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Some positions at a time, ``(positions, ...)``, of tensors ``(batch, span, ...)``."""
     count = max(1, ROWS_ELEMENTS // logits.shape[-1])
-    parts = repeat(None) if slope is None else slope.flatten(0, 1).split(count)
+    parts: Iterable[Tensor | None] = repeat(None)
+    if slope is not None:
+        parts = slope.flatten(0, 1).split(count)
     yield from zip(  # noqa: B905 - parts may be endless
         logits.flatten(0, 1).split(count), goals.flatten(0, 1).split(count), parts
     )

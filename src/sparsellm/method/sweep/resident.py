@@ -80,10 +80,14 @@ class Resident(Weights):
         assert task.resident is not None
         super().__init__(task)
         self.way = task.resident
-        self.dtype = torch.bfloat16 if self.way.narrow else torch.float32
+        self.dtype = torch.float32
+        if self.way.narrow:
+            self.dtype = torch.bfloat16
         self._parameters: dict[str, nn.Parameter] = {}
         with contextlib.ExitStack() as opened:
-            self._mesh = self._divided(opened) if self.way.sharded else None
+            self._mesh = None
+            if self.way.sharded:
+                self._mesh = self._divided(opened)
             if self.chain.device.type == "cpu":
                 opened.enter_context(machine.keeping_freed())
             self._blocks = self._load()
@@ -154,12 +158,10 @@ class Resident(Weights):
     def _shard(
         self, module: nn.Module, ignored: set[nn.Parameter] | None = None
     ) -> None:
-        pins = (
-            self.way.offloads
-            and self.chain.device.type == "cuda"
-            and machine.pinned(1) is not None
-        )
-        policy = CPUOffloadPolicy(pins) if self.way.offloads else OffloadPolicy()
+        policy = OffloadPolicy()
+        if self.way.offloads:
+            on_gpu = self.chain.device.type == "cuda"
+            policy = CPUOffloadPolicy(on_gpu and machine.pinned(1) is not None)
         sharded = fully_shard(
             module,
             mesh=self._mesh,
@@ -173,7 +175,7 @@ class Resident(Weights):
         # Gradients of a mean over the tokens of all processes are added up.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-        # Also where only others ran a module.
+        # A process takes part even if only others ran a module.
         sharded.set_reduce_scatter_unused_params(True, recurse=False)
 
     def _rows(self, name: str) -> Tensor:
@@ -201,7 +203,10 @@ class Resident(Weights):
         for name, tensor in split(complete, self.shapes[index]).items():
             first = -len(self.shapes[index][name])  # the dimension of rows
             chunks = tensor.chunk(size, first)
-            rows = chunks[rank] if rank < len(chunks) else chunks[0].narrow(first, 0, 0)
+            if rank < len(chunks):
+                rows = chunks[rank]
+            else:
+                rows = chunks[0].narrow(first, 0, 0)
             parts.append(rows.flatten(first))
         return torch.cat(parts, -1)
 
@@ -279,7 +284,8 @@ class Resident(Weights):
         """The output of the last block, for the first piece if there is none: every process must run the blocks."""
         if self.chain.products is not None:
             self.chain.products.forget()  # gathered weights change without a new version
-        piece = run.stream.pieces[0] if piece is None else piece
+        if piece is None:
+            piece = run.stream.pieces[0]
         calls = [run.call(piece, index, self.dtype) for index in range(len(self.chain))]
         with warnings.catch_warnings():
             # outputs that are views; none is overwritten
@@ -315,4 +321,6 @@ class Resident(Weights):
 
 def _local(tensor: Tensor) -> Tensor:
     """The rows of a parameter or gradient that this process has."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor

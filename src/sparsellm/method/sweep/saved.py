@@ -40,9 +40,8 @@ class SweepRecord:
     history: list[SweepPass]  # every pass so far, including the state before the first
     best: int  # the number of the best pass so far; 0 for the state before the first
     files: dict[str, str]  # SHA-256 of the files, by name
-    seconds: (
-        float  # on the wall clock, that the sweep took so far in all starts of the run
-    )
+    # on the wall clock, that the sweep took so far in all starts of the run
+    seconds: float
     peak_rss: int  # bytes; the highest of the first process in any of these starts
     way: str = ""  # how processes divide the windows, on which the held-out ones depend
 
@@ -61,8 +60,9 @@ class SavedSweep:
         self._record = state / f"{SWEEP}.json"
         self._blocks = blocks
         self.last = parallel.from_main(self._intact)
-        before = self.last.seconds if self.last is not None else 0
-        self._began = time.perf_counter() - before
+        self._began = time.perf_counter()
+        if self.last is not None:
+            self._began -= self.last.seconds
 
     def read(self, kind: str, number: int, block: int) -> Tensor:
         """The ``parameters`` or ``moments`` of a block after pass ``number``, on the CPU."""
@@ -95,7 +95,9 @@ class SavedSweep:
             for kind, at in kinds
             for block in range(self._blocks)
         }
-        files = dict(self.last.files) if self.last is not None else {}
+        files: dict[str, str] = {}
+        if self.last is not None:
+            files.update(self.last.files)
 
         def write(file: Path, value: Tensor) -> None:
             with explained(self._folder):

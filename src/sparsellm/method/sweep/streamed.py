@@ -19,7 +19,7 @@ from sparsellm.method.sweep.training import (
     adam_step,
     joined,
     running_on,
-    share_gradients,
+    send_gradients,
 )
 from sparsellm.model.streams import Piece
 
@@ -30,7 +30,9 @@ MOST_KEPT = 0.7  # share of a block's elements; with more, the places of what is
 
 def place_dtype(elements: int) -> torch.dtype:
     """The dtype of places in a block with this number of elements."""
-    return torch.int32 if elements < 1 << 31 else torch.int64
+    if elements < 1 << 31:
+        return torch.int32
+    return torch.int64
 
 
 class Streamed(Weights):
@@ -43,9 +45,8 @@ class Streamed(Weights):
         self.factors: set[str] = set()
         self.store = task.feed.scratch.store(self.chain.device)
         self._places = task.feed.scratch.store(self.chain.device)
-        self._read: tuple[int, Tensor] | None = (
-            None  # the block whose places were read last, and these
-        )
+        # the block whose places were read last, and these
+        self._read: tuple[int, Tensor] | None = None
         # other names of parameters: the block and the name there
         self._aliases: list[dict[str, tuple[int, str]]] = []
         for index in range(len(self.chain)):
@@ -219,7 +220,7 @@ class Streamed(Weights):
                 trained[name].grad = waiting.pop(name)
             if piece is not None and self.integers is not None:
                 self.integers.pull_back(trained, used, index)
-            share_gradients(trained.values(), process)
+            send_gradients(trained.values(), process)
             adam_step(
                 trained, state, rate, number, pruned=self.pruned, factors=self.factors
             )

@@ -43,9 +43,8 @@ class Residence:
 class SweepTask:
     """A pruned model to be swept."""
 
-    feed: (
-        Feed  # the pruned chain and the windows of the first pass, this process's share
-    )
+    # the pruned chain and the windows of the first pass, this process's share
+    feed: Feed
     # The output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed; None for a chain
     # that holds the dense model's weights, which then runs.
     dense: Sequence[Tensor] | None
@@ -55,26 +54,25 @@ class SweepTask:
     write_block: Callable[[int], None]
     # Adam's rate, relative to a parameter's root mean square; None: whole_model._start chooses one, at most PROBED.
     learning_rate: float | None = None
-    blocks: Sequence[CheckpointReader] | None = (
-        None  # the shard of each; None for a chain that holds pruned weights
-    )
-    saved: SavedSweep | None = (
-        None  # storage of passes, from which an interrupted sweep continues; None to save none
-    )
+    # the shard of each; None for a chain that holds pruned weights
+    blocks: Sequence[CheckpointReader] | None = None
+    # storage of passes, from which an interrupted sweep continues; None to save none
+    saved: SavedSweep | None = None
     # This process's windows for later passes, one tensor a pass; after the last, the sets come again in turn. ``dense``
     # must then be None. A sweep soon fits the windows it has seen.
     fresh: Sequence[Tensor] = ()
-    integers: Integers | None = (
-        None  # linears with rounded values; blocks and passes hold the trained ones before that
-    )
-    resident: Residence | None = (
-        None  # how all blocks are in memory at once; None: one block at a time
-    )
+    # linears with rounded values; blocks and passes hold the trained ones before that
+    integers: Integers | None = None
+    # how all blocks are in memory at once; None: one block at a time
+    resident: Residence | None = None
     # the name of each window's text in the feed, for a mixture
     sources: Sequence[str] = ()
 
     def pruned(self, index: int) -> CheckpointReader | None:
-        return self.blocks[index] if self.blocks is not None else None
+        """The shard of block ``index``, if there are shards."""
+        if self.blocks is None:
+            return None
+        return self.blocks[index]
 
 
 class Weights(ABC):
@@ -273,7 +271,9 @@ class Run:
     def piece(self, step: SweepStep) -> Piece | None:
         """The windows of a step that this process has."""
         number = step.pieces[parallel.rank()]
-        return None if number is None else self.stream.pieces[number]
+        if number is None:
+            return None
+        return self.stream.pieces[number]
 
     def ids(self, piece: Piece) -> Tensor:
         """Token ids ``(windows, seq)``."""
@@ -326,4 +326,6 @@ class Run:
         chain = self.stream.chain
         loss = divergence_from(chain, self.dense[piece.batch][piece.rows], ids)
         total, slope = through_head(chain, hidden, ids, loss, gradient=tokens > 0)
-        return total, slope / tokens if tokens else slope
+        if tokens:
+            slope = slope / tokens
+        return total, slope

@@ -20,9 +20,8 @@ FACTOR_RATE = 5.0  # steps of factors of groups, as a multiple of the rate
 FACTOR_LIMIT = 1e-3  # the most that they are
 RISING = 10  # steps: with 1, a sweep of 14 steps ends where it began, as Adam's first steps follow noise
 LEAST_STEPS = 4  # with fewer, nothing is held out
-MOST_HELD_OUT = (
-    8  # steps: enough to compare states; further steps are worth more as training data
-)
+# steps: enough to compare states; further steps are worth more as training data
+MOST_HELD_OUT = 8
 
 T = TypeVar("T")
 
@@ -92,10 +91,13 @@ def adam_step(
                 parameter, 0, out=torch.empty_like(parameter, dtype=torch.int32)
             ).neg_()
             parameter.grad.view(torch.int32).bitwise_and_(bits)
-        size = (
-            sizes[name] if sizes else float(parameter.norm()) / parameter.numel() ** 0.5
-        )
-        step = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in factors else rate
+        if sizes:
+            size = sizes[name]
+        else:
+            size = float(parameter.norm()) / parameter.numel() ** 0.5
+        step = rate
+        if name in factors:
+            step = min(FACTOR_RATE * rate, FACTOR_LIMIT)
         groups.append({"params": [parameter], "lr": step * max(size, EPSILON)})
         before = torch.tensor(number - 1.0, device=parameter.device)
         first, second = moments[name]
@@ -121,8 +123,8 @@ def held_out_of(
     steps: Sequence[T], kinds: Sequence[str] = ()
 ) -> tuple[list[T], list[T]]:
     """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`,
-    plus one of any kind that has none. All steps do both where there are fewer than :data:`LEAST_STEPS`; where every
-    step is held out, all are trained on too."""
+    plus one of any kind that has none. Fewer than :data:`LEAST_STEPS` steps are all trained on and all judged by. If
+    every step is held out, every step is trained on as well."""
     if len(steps) < LEAST_STEPS:
         return list(steps), list(steps)
     count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8)))
@@ -136,7 +138,7 @@ def held_out_of(
     return train or list(steps), judges
 
 
-def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
+def send_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
     """Copies the gradients of process ``source``, which has the windows, to every process."""
     if parallel.size() == 1:
         return

@@ -33,9 +33,8 @@ CAREFUL = 0.75  # nats; below this divergence the rate is tried out
 LOWEST_PROBED = RATE / 16  # the lowest rate that is tried
 PROBED = 0.004  # the highest
 FASTER = 4.0  # factor between the rates that are tried
-PROBE_STEPS = (
-    2  # steps at each; a pass of fewer than three times as many is not worth the trials
-)
+# steps at each; a pass of fewer than three times as many is not worth the trials
+PROBE_STEPS = 2
 CUT = 1 / 3  # factor of the rate after a harmful pass
 HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
 STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens cost as much and gain less

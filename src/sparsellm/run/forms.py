@@ -1,0 +1,422 @@
+"""The forms of all linears for a program and a size: measured, chosen, and compared with one form for all.
+
+The dense model runs twice over a few windows, block by block. The first time each linear is measured in every form that
+the program has. The second time candidates run next to it, and the one that diverges least from it is taken. A
+candidate's weights are rounded to nearest there, and moved so near to the dense ones that a linear has the error that
+was measured, since a run compensates errors as the measurement did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sparsellm.errors import RecipeError
+from sparsellm.method.allocation import Allocation, LinearSize, Survey
+from sparsellm.method.allocation.forms import (
+    Form,
+    Table,
+    best_forms,
+    between,
+    bytes_of_threshold,
+    errors_of,
+    form_bytes,
+    joined,
+)
+from sparsellm.method.blocks.task import BlockTask
+from sparsellm.method.gram import Gram
+from sparsellm.method.solvers.magnitude_and_wanda import wanda
+from sparsellm.method.sweep.gradients import LossGradients
+from sparsellm.method.sweep.head import divergence_from, through_head
+from sparsellm.model import Feed, LinearView, Stream
+from sparsellm.model.experts import ExpertLinear
+from sparsellm.patterns import Unstructured
+from sparsellm.progress import PhaseClock, Progress
+from sparsellm.recipe import NOTIONAL, Recipe
+from sparsellm.records import Settings
+from sparsellm.run.choice import Choice
+from sparsepack.grid import on_grid
+from sparsepack.grids import GRIDS
+
+OWN = "sparsellm"
+LLAMA_CPP = "llama.cpp"
+VLLM = "vllm"
+SPARSITIES = (0.0, 0.3, 0.5, 0.7)  # at which forms of the packed format are measured
+# zeros of one form for all: with more of them another type is better
+MOST_ZEROS = 0.6
+GRAM_TOKENS = 4096
+JUDGES = 2  # windows on which candidates are compared
+BY_LINEAR = "by linear"
+
+Zeros = Callable[[float], Mapping[str, float]]
+"""The sparsity of each linear by its name, from that of all."""
+
+
+def forms_for(program: str, columns: int) -> list[Form]:
+    """The forms that are measured for a program, of linears with this many inputs."""
+    if program == OWN:
+        grouped = [Form(t, s) for t in ("int4", "int3") for s in SPARSITIES]
+        return [Form("int8"), *grouped]
+    formats = {LLAMA_CPP: "gguf", VLLM: "compressed-tensors"}
+    names = [
+        grid.name
+        for grid in GRIDS.values()
+        if grid.form == formats[program] and columns % (grid.group or 1) == 0
+    ]
+    if program == VLLM:
+        # int8 activations lose more at the same bytes, and no kernel reads int3
+        names = [name for name in names if name not in ("w8a8", "w3a16")]
+    return [Form(name) for name in names]
+
+
+@dataclass
+class Measured:
+    """What the first pass found, by the name of a linear."""
+
+    # error of each form, with those between the measured ones
+    errors: dict[str, dict[Form, float]] = field(default_factory=dict)
+    # what the loss of the whole output would cost
+    costs: dict[str, float] = field(default_factory=dict)
+    # linears that read the same input, block by block
+    groups: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form for each linear, by name."""
+
+    name: str
+    forms: Mapping[str, Form]
+
+    def bytes(self, sizes: Sequence[LinearSize]) -> int:
+        return sum(form_bytes(self.forms[x.name], x.shape) for x in sizes)
+
+
+def choose_forms(
+    feed: Feed,
+    sizes: Sequence[LinearSize],
+    gradients: LossGradients | None,
+    choice: Choice,
+    recipe: Recipe,
+) -> Allocation:
+    """The allocation of zeros and types for the program and the bits of a recipe, from the ``gradients`` of the dense
+    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible, or a linear has
+    no form."""
+    assert gradients is not None
+    assert recipe.program is not None
+    assert recipe.bits is not None
+    program = recipe.program
+    bits = recipe.bits
+    weights = sum(size.weights for size in sizes)
+
+    def zeros(sparsity: float) -> dict[str, float]:
+        count = round(sparsity * weights)
+        survey = Survey(feed, sizes, sparsity, count, gradients)
+        found = choice.allocator.function(survey, **choice.allocation_options)
+        return {size.name: found.zeros[size.name] / size.weights for size in sizes}
+
+    total = bits * weights / 8
+    judges = feed.windows[-min(JUDGES, len(feed.windows)) :]
+    rest = feed.windows[: max(1, len(feed.windows) - len(judges))]
+    observed = replace(feed, windows=rest).first(GRAM_TOKENS)
+    clock = PhaseClock()
+    with clock.phase("measure"):
+        measured = measure(observed, sizes, gradients.output_squares, program)
+    tables = tables_of(sizes, measured)
+    units = units_of(sizes, measured.groups, program)
+    sparsities = zeros(NOTIONAL)
+    budgets = bytes_of_threshold(
+        {size.name: size.weights for size in sizes}, sparsities, total
+    )
+    chosen = Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
+    candidates = [chosen, *uniform_forms(sizes, tables, zeros, program, total)]
+    with clock.phase("compare"):
+        found = divergences(
+            observed, replace(feed, windows=judges), sizes, measured, candidates
+        )
+    best = min(range(len(candidates)), key=lambda number: found[number])
+    compared: list[Settings] = [
+        {
+            "name": candidate.name,
+            "bits": round(8 * candidate.bytes(sizes) / weights, 4),
+            "divergence": divergence,
+        }
+        for candidate, divergence in zip(candidates, found, strict=True)
+    ]
+    report: Settings = {
+        "program": program,
+        "bits": bits,
+        "chosen": candidates[best].name,
+        "candidates": [*compared],
+        "seconds": {name: round(took, 1) for name, took in clock.seconds.items()},
+    }
+    forms = candidates[best].forms
+    return Allocation(
+        {size.name: round(forms[size.name].sparsity * size.weights) for size in sizes},
+        report,
+        {size.name: forms[size.name].values for size in sizes},
+    )
+
+
+def measure(
+    feed: Feed,
+    sizes: Sequence[LinearSize],
+    output_squares: Mapping[str, Tensor],
+    program: str,
+) -> Measured:
+    """The errors of all forms of each linear, on the inputs that it has in the dense model."""
+    named = {size.name: size for size in sizes}
+    measured = Measured()
+    for _, groups in _through_blocks(feed, named, "measuring forms"):
+        for group, gram in groups:
+            measured.groups.append([linear.name for linear in group])
+            for linear in group:
+                forms = forms_for(program, linear.in_features)
+                if not forms:
+                    raise RecipeError(
+                        f"{linear.name} has {linear.in_features} inputs, for which {program} has no form; leave it "
+                        "out (exclude)"
+                    )
+                weight = linear.weight()
+                errors = errors_of(weight, gram, forms, linear.storage_dtype)
+                every = between(forms, errors)
+                measured.errors[linear.name] = dict(zip(*every, strict=True))
+                squares = output_squares.get(linear.name)
+                outputs = (weight @ gram.matrix).mul_(weight).sum(1)
+                if squares is None:
+                    squares = torch.zeros_like(outputs)
+                cost = outputs.double() @ squares.to(outputs.device).double()
+                measured.costs[linear.name] = float(cost)
+    return measured
+
+
+def tables_of(sizes: Sequence[LinearSize], measured: Measured) -> dict[str, Table]:
+    """The table of each linear by its name."""
+    tables = {}
+    for size in sizes:
+        errors = measured.errors[size.name]
+        cost = measured.costs[size.name]
+        tables[size.name] = Table(
+            list(errors),
+            [form_bytes(form, size.shape) for form in errors],
+            [cost * error for error in errors.values()],
+        )
+    return tables
+
+
+def units_of(
+    sizes: Sequence[LinearSize], groups: Sequence[Sequence[str]], program: str
+) -> list[list[str]]:
+    """The linears that must have one form: where vLLM runs them as one matrix, those that read one input; in a mixture
+    all experts of a block for vLLM, and those of one kind for llama.cpp, which stores them as one tensor."""
+    first = {name: group[0] for group in groups for name in group}
+    units: dict[tuple[object, ...], list[str]] = {}
+    for size in sizes:
+        before, experts, after = size.name.partition(".experts.")
+        key: tuple[object, ...] = (size.name,)
+        if experts and program == VLLM:
+            key = (size.block, before)
+        elif experts and program == LLAMA_CPP:
+            key = (size.block, before, after.rpartition(".")[2])
+        elif program == VLLM:
+            key = (first[size.name],)
+        units.setdefault(key, []).append(size.name)
+    return list(units.values())
+
+
+def _by_unit(
+    units: Sequence[Sequence[str]],
+    tables: Mapping[str, Table],
+    budgets: Mapping[str, float],
+    total: float,
+) -> dict[str, Form]:
+    """The form of each linear by :func:`best_forms`, with linears of one unit alike."""
+    whole = {names[0]: joined([tables[name] for name in names]) for names in units}
+    bytes_of = {names[0]: math.fsum(budgets[name] for name in names) for names in units}
+    places = best_forms(bytes_of, whole, total)
+    return {
+        name: whole[names[0]].forms[places[names[0]]]
+        for names in units
+        for name in names
+    }
+
+
+def uniform_forms(
+    sizes: Sequence[LinearSize],
+    tables: Mapping[str, Table],
+    zeros: Zeros,
+    program: str,
+    total: float,
+) -> list[Candidate]:
+    """One type for all linears at this size: of those that fit without zeros the one that loses least; and in the
+    packed format larger ones too, with as many zeros as that takes."""
+    types = {
+        form.values
+        for table in tables.values()
+        for form in table.forms
+        if not form.sparsity
+    }
+    dense: list[tuple[float, Candidate]] = []
+    candidates: list[Candidate] = []
+    for values in sorted(types):
+        form = Form(values)
+        if any(form not in table.forms for table in tables.values()):
+            continue
+        alike = Candidate(values, dict.fromkeys(tables, form))
+        if alike.bytes(sizes) <= total:
+            lost = math.fsum(x.losses[x.forms.index(form)] for x in tables.values())
+            dense.append((lost, alike))
+        elif program == OWN:
+            candidates += _with_zeros(values, sizes, zeros, total)
+    if dense:
+        candidates.append(min(dense, key=lambda pair: pair[0])[1])
+    return candidates
+
+
+def _with_zeros(
+    values: str, sizes: Sequence[LinearSize], zeros: Zeros, total: float
+) -> list[Candidate]:
+    """One type with the fewest zeros at which it fits; none if that is too many."""
+
+    def at(sparsity: float) -> Candidate:
+        shares = zeros(sparsity)
+        forms = {size.name: Form(values, shares[size.name]) for size in sizes}
+        return Candidate(f"{values}, {sparsity:.1%} zeros", forms)
+
+    low = 0.0
+    high = MOST_ZEROS
+    if at(high).bytes(sizes) > total:
+        return []
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        if at(middle).bytes(sizes) > total:
+            low = middle
+        else:
+            high = middle
+    return [at(high)]
+
+
+@torch.no_grad()
+def divergences(
+    observed: Feed,
+    judges: Feed,
+    sizes: Sequence[LinearSize],
+    measured: Measured,
+    candidates: Sequence[Candidate],
+) -> list[float]:
+    """The divergence from the dense model of each candidate on the windows of ``judges``, in nats a token."""
+    named = {size.name: size for size in sizes}
+    with contextlib.ExitStack() as held:
+        dense = judges.stream()
+        held.callback(dense.close)
+        streams = []
+        for _ in candidates:
+            streams.append(dense.fork())
+            held.callback(streams[-1].close)
+        for index, groups in _through_blocks(observed, named, "comparing forms"):
+            dense.advance(index)
+            for candidate, stream in zip(candidates, streams, strict=True):
+                with _in_form(groups, candidate, measured):
+                    stream.advance(index)
+        return _behind(judges, dense, streams)
+
+
+def _behind(judges: Feed, dense: Stream, streams: Sequence[Stream]) -> list[float]:
+    """The divergence of each stream behind the last block from the dense one, in nats a token."""
+    chain = judges.chain
+    totals = [0.0] * len(streams)
+    with chain.outer():
+        start = 0
+        for position, goal in enumerate(dense.hidden):
+            ids = judges.windows[start : start + len(goal)].to(chain.device)
+            start += len(goal)
+            loss = divergence_from(chain, goal, ids)
+            for number, stream in enumerate(streams):
+                hidden = stream.hidden[position]
+                lost, _ = through_head(chain, hidden, ids, loss, gradient=False)
+                totals[number] += lost
+    return [total / judges.windows.numel() for total in totals]
+
+
+def _through_blocks(
+    feed: Feed, named: Mapping[str, LinearSize], doing: str
+) -> Iterator[tuple[int, list[tuple[list[LinearView], Gram]]]]:
+    """Runs the dense model over the windows; yields each block's number, while it is loaded, and its linears by their
+    input with the Gram matrix of that; equal inputs for a linear that no token reached, or whose input is not seen."""
+    chain = feed.chain
+    stream = feed.stream()
+    with contextlib.closing(stream):
+        for index in range(len(chain)):
+            said = f"block {index + 1}/{len(chain)} {doing}"
+            feed.progress(Progress("allocation", index, len(chain), said))
+            with chain.block(index, feed.blocks):
+                linears = [x for x in chain.linears(index) if x.name in named]
+                task = BlockTask(
+                    index,
+                    linears,
+                    patterns={},
+                    stream=stream,
+                    report=lambda step: None,
+                    clock=PhaseClock(),
+                )
+                plain = [x for x in linears if not isinstance(x.module, ExpertLinear)]
+                groups = task.statistics(plain) if plain else []
+                known = {x.name for group, _ in groups for x in group}
+                for linear in linears:
+                    if linear.name not in known:
+                        identity = torch.eye(linear.in_features, device=chain.device)
+                        groups.append(([linear], Gram(identity, 1)))
+                yield index, groups
+                stream.advance(index)
+
+
+@contextlib.contextmanager
+def _in_form(
+    groups: Sequence[tuple[list[LinearView], Gram]],
+    candidate: Candidate,
+    measured: Measured,
+) -> Iterator[None]:
+    """In the context the loaded linears have errors of their forms."""
+    before: list[tuple[LinearView, Tensor]] = []
+    try:
+        for group, gram in groups:
+            for linear in group:
+                weight = linear.weight()
+                before.append((linear, weight.clone()))
+                form = candidate.forms[linear.name]
+                error = _error_at(measured.errors[linear.name], form)
+                dtype = linear.storage_dtype
+                linear.assign(disturbed(weight, gram, form, error, dtype))
+        yield
+    finally:
+        for linear, weight in before:
+            linear.assign(weight)
+
+
+def _error_at(errors: Mapping[Form, float], form: Form) -> float:
+    """The error of a form: that of the known one of its type with the nearest sparsity."""
+    of_type = [known for known in errors if known.values == form.values]
+    nearest = min(of_type, key=lambda known: abs(known.sparsity - form.sparsity))
+    return errors[nearest]
+
+
+def disturbed(
+    weight: Tensor, gram: Gram, form: Form, error: float, dtype: torch.dtype
+) -> Tensor:
+    """A weight ``(out, in)`` fp32 pruned and rounded to nearest, then moved towards the dense one until it has this
+    relative error."""
+    pruned = weight
+    zeros = round(form.sparsity * weight.numel())
+    if zeros:
+        pruned = wanda(weight, gram, Unstructured(zeros, weight.numel())).weight
+    stored = on_grid(pruned, form.values, dtype)
+    energy = float(gram.energy(weight))
+    lost = float(gram.energy(stored, minus=weight))
+    if not lost:
+        return stored
+    return weight + (stored - weight) * math.sqrt(error * energy / lost)

@@ -1,0 +1,95 @@
+"""Connections of clients: as many as there is room for, each with a time in which it must send a whole request."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sparsellm.errors import one_line
+
+REQUEST_SECONDS = 20.0  # from the first byte of a request to its last
+MOST_CONNECTIONS = 100
+# Connections that are accepted before the first of them is counted
+BACKLOG = 32
+_OTHER_FILES = 64  # descriptors that the server needs for other things
+_SILENT = 10.0  # seconds between two lines about errors of connections
+
+
+def most_connections() -> int:
+    """The connections that are open at a time, by the limit of descriptors of this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return max(4, min(MOST_CONNECTIONS, (limit - _OTHER_FILES) // 2))
+
+
+class Connection(H11Protocol):
+    """A connection. It is closed if a request is not complete in :data:`REQUEST_SECONDS`. When there are too many, the
+    one that has waited longest for its client is closed, so that silent clients keep nobody out."""
+
+    _late: asyncio.TimerHandle | None = None
+    _since = 0.0  # when the client began to keep us waiting, by the clock of the loop
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        # else the last part of an answer waits for the client's receipt of the first
+        transport.get_extra_info("socket").setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )
+        self._await_client()
+        others = (each for each in self.connections if isinstance(each, Connection))
+        if len(self.connections) > most_connections():
+            waiting = [each for each in others if each is not self and each.waits]
+            oldest = min(waiting, key=lambda each: each._since, default=self)
+            oldest.transport.abort()
+            self.connections.discard(oldest)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.waits:
+            self._stop_waiting()
+        elif self._late is None and not self.transport.is_closing():
+            self._await_client()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next thing to happen is that the client sends something."""
+        cycle = self.cycle
+        return cycle is None or cycle.response_complete or cycle.more_body
+
+    def _await_client(self) -> None:
+        self._since = self.loop.time()
+        self._late = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+def one_line_handler(
+    log: Callable[[str], None],
+) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """A handler of a loop's exceptions that logs a line, and nothing for some time after it."""
+    last = -_SILENT
+
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last < _SILENT:
+            return
+        last = time.monotonic()
+        error = context.get("exception")
+        why = f" ({one_line(error)})" if error is not None else ""
+        log(f"a connection failed: {context.get('message')}{why}")
+
+    return handle
