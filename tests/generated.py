@@ -106,11 +106,6 @@ COMMANDS: dict[str, Command] = {
         tuple(f"pruned/{name}" for name in (*RECORDS[:3], SHARD)),
         ("{out}", "{out}/*"),
     ),
-    "unpack": Command(
-        ("unpack", "packed", "--out=new"),
-        tuple(f"packed/{name}" for name in (*RECORDS, WEIGHTS)),
-        ("{out}", "{out}/*"),
-    ),
     "generate": Command(
         ("generate", "packed", "The", "--max-new-tokens=2"),
         ("packed/config.json", "packed/generation_config.json", f"packed/{WEIGHTS}"),

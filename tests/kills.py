@@ -76,7 +76,9 @@ JOBS = [
     Job("prune, overwriting", [*PRUNE, "--overwrite", "--pattern=2:4"], (PRUNE,)),
     Job("pack", PACK, (PRUNE,)),
     Job("pack, int4", PACK, (INT4,)),
-    Job("unpack", ["unpack", "packed", "--out=again"], (INT4, PACK)),
+    Job(
+        "unpack", ["export", "packed", "--to=transformers", "--out=again"], (INT4, PACK)
+    ),
     Job(
         "export",
         ["export", "out", "--to=compressed-tensors", "--out=exported"],

@@ -68,7 +68,7 @@ def test_no_file_for_others_names_the_machine(home: Path, run: Any) -> None:
         ("prune", model, "--out", half, "--calibration", text, *plugins, *SMALL),
         ("prune", "../zaphod-the-user/models/tiny", f"--out={again}", f"--set=calibration=file:{text}", *SMALL),
         ("pack", half, "--out", packed),
-        ("unpack", packed, "--out", out / "unpacked"),
+        ("export", packed, "--to", "transformers", "--out", out / "unpacked"),
         ("eval", half, *measured, "--against", model),
         ("eval", packed, *measured, "--against", f"{model}/"),
         ("bench", packed, "--dense", half, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1),

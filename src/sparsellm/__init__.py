@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.speed import compared_speed as bench
     from sparsellm.exports.door import ExportResult, export
+    from sparsellm.programs import CompressResult, compress
     from sparsellm.recipe import Recipe
     from sparsellm.records import Evaluation
     from sparsellm.report.comparison import write_comparison
@@ -52,6 +53,7 @@ _MODULES = {
     "sparsellm.errors": ("SparseLLMError",),
     "sparsellm.evaluation.speed": ("bench",),
     "sparsellm.exports.door": ("ExportResult", "export"),
+    "sparsellm.programs": ("CompressResult", "compress"),
     "sparsellm.recipe": ("Recipe",),
     "sparsellm.records": ("Evaluation",),
     "sparsellm.report.comparison": ("write_comparison",),
@@ -61,6 +63,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "CompressResult",
     "Evaluation",
     "ExportResult",
     "PackResult",
@@ -73,6 +76,7 @@ __all__ += [
     "bench",
     "cells_of",
     "compare",
+    "compress",
     "dry_run",
     "evaluate",
     "export",

@@ -352,6 +352,20 @@ def _usual_head(chain: Chain, *, rounds: bool) -> Head:
     return "int8"
 
 
+def head_bytes(chain: Chain, head: Head) -> int:
+    """Bytes of embedding and output head of a checkpoint, as :func:`pack` stores them."""
+    assert chain.reader is not None
+    embedding = chain.model.get_input_embeddings()
+    total = 0
+    for module, key in _heads(chain):
+        if head == "keep":
+            total += chain.reader.bytes_of(key)
+        elif total == 0 or module.weight is not embedding.weight:
+            rows, columns = chain.reader.shape(key)
+            total += layout.predicted_bytes((rows, columns), 0, "int8")
+    return total
+
+
 def _outside_blocks(
     chain: Chain, result: PackResult
 ) -> dict[str, TensorSource | Tensor]:

@@ -111,7 +111,10 @@ MISTAKES = [
     ("prune model --out model", "--out model overlaps with the model"),
     ("report model", "no pruning.json; give a directory that `sparsellm prune` wrote"),
     ("report model packed", "2 runs need a file for the comparison; give --out"),
-    ("unpack model --out q", "model is not packed; there is nothing to unpack"),
+    (
+        "export model --to transformers --out q",
+        "model is not packed; there is nothing to unpack",
+    ),
     ("export packed --to onnx --out m", "to is 'onnx': it should be 'gguf' or 'compre"),
     ("generate packed hello --temperature -1", "temperature is -1.0: it should be"),
     ("serve packed --port 99999", "--port is 99999: it should be less than or equal"),

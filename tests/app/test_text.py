@@ -59,7 +59,7 @@ def test_every_command_shows_names_as_they_are_and_a_json(
         ("eval", pruned, "--text", text, "--seq-len", 32),
         ("inspect", pruned, "--all"),
         ("pack", pruned, "--out", packed),
-        ("unpack", packed, "--out", again),
+        ("export", packed, "--to", "transformers", "--out", again),
         (
             "bench",
             packed,
@@ -93,7 +93,7 @@ def test_every_command_shows_names_as_they_are_and_a_json(
     )
     assert "block 2" in shown["inspect"]
     assert f"written to {packed}\n" in shown["pack"]
-    assert f"written to {again}\n" in shown["unpack"]
+    assert f"written to {again}\n" in shown["export"]
     assert all(part in shown["bench"] for part in ("packed is", "weights in memory"))
     assert shown["generate"].startswith("see [bold]x[/bold] :smile: [/]")
     assert "max_new_tokens is 0" in refusal(

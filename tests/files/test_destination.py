@@ -389,7 +389,13 @@ COMPARE = ["compare", "x", "--text", "x", "--method", "wanda", "--sparsity", "0.
 @pytest.mark.parametrize("out", ["", "/", "//", "/.."])
 @pytest.mark.parametrize(
     "command",
-    [["prune", "x"], ["pack", "x"], ["unpack", "x"], ["demo"], COMPARE],
+    [
+        ["prune", "x"],
+        ["pack", "x"],
+        ["export", "x", "--to", "transformers"],
+        ["demo"],
+        COMPARE,
+    ],
     ids=str,
 )
 def test_an_unset_variable_or_the_root_is_refused(

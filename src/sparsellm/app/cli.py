@@ -195,6 +195,72 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
         )
 
 
+@_command(
+    use.ONE_MODEL,
+    option(
+        "--for PROGRAM",
+        "Program that runs the result: llama.cpp, vllm, sparsellm or transformers.",
+        use.COMMON,
+        values=("llama.cpp", "vllm", "sparsellm", "transformers"),
+        name="program",
+    ),
+    option(
+        "--size SIZE", "Size of the whole file or directory, such as 4GB.", use.COMMON
+    ),
+    option(
+        "--bits B",
+        "Bits of a weight instead, on average, such as 4.2.",
+        use.COMMON,
+        kind=float,
+    ),
+    needed("--out PLACE", "The .gguf file, or the directory.", use.COMMON, kind=Path),
+    *[field(name, use.COMMON) for name in ("calibration", "effort")],
+    field("sparsity", help="Fraction of zeros, for transformers alone."),
+    option(
+        "--like FILE",
+        "For llama.cpp: the model's GGUF, as llama.cpp's converter makes it.",
+        GGUF,
+        shown="MODEL, if it is one",
+    ),
+    *map(field, ("samples", "seq_len", "memory", "device")),
+    *use.RECIPE,
+    flag("--dry-run", "Choose and print the forms, and write nothing."),
+    *use.WRITING,
+    examples=(
+        "sparsellm compress demo --for sparsellm --size 90MB --out small",
+        "sparsellm compress demo --for llama.cpp --bits 4.5 --out small.gguf",
+        "sparsellm compress path/to/model --for vllm --size 4GB --out for-vllm",
+    ),
+)
+def compress(
+    model: str,
+    out: Path,
+    progress: Any,
+    dry_run: bool,
+    program: str = "",
+    **options: Any,
+) -> Printed:
+    """Compress MODEL to a size, for the program that runs it.
+
+    If it is stopped, the same command goes on."""
+    from sparsellm import programs
+    from sparsellm.app import tables
+
+    if not program:
+        shown = (
+            f"  --for {name}: {it.keeps}" for name, it in programs.PROGRAMS.items()
+        )
+        raise RecipeError("\n".join(("name the program that runs the result:", *shown)))
+    recipe = use.take_recipe(options)
+    given: dict[str, Any] = {"program": program, "out": out, "progress": progress}
+    if dry_run:
+        chosen = programs.choose_forms(model, recipe, **given, **options)
+        return chosen.to_dict(), lambda: tables.print_chosen(chosen)
+    interrupts.keeps(f"finished blocks are kept next to {out}")
+    result = programs.compress(model, recipe, **given, **options)
+    return result.to_dict(), lambda: tables.print_compressed(result)
+
+
 def _check_pack(
     pack: Path, out: Path, models: list[str], options: dict[str, Any]
 ) -> None:
@@ -709,30 +775,11 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
 
 
 @_command(
-    argument("DIRECTORY", "A packed checkpoint."),
-    use.out("Directory of the dense checkpoint."),
-    *use.WRITING,
-    examples=["sparsellm unpack packed --out dense"],
-)
-def unpack(directory: str, progress: Any, **options: Any) -> Printed:
-    """Write a packed checkpoint as an ordinary dense one."""
-    from sparsellm import convert
-    from sparsellm.app import console
-
-    result = convert.unpack(directory, progress=progress, **options)
-    content = {"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes}
-    line = f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, written to {result.path}"
-    return content, lambda: console.say(line)
-
-
-@_command(
-    argument(
-        "DIRECTORY", "A checkpoint that was pruned with --grid, or its packed form."
-    ),
+    argument("DIRECTORY", "A checkpoint that was pruned with --grid, or a packed one."),
     needed(
         "--to FORMAT",
-        "gguf or compressed-tensors.",
-        values=("gguf", "compressed-tensors"),
+        "gguf, compressed-tensors, or transformers: a packed checkpoint as an ordinary dense one.",
+        values=("gguf", "compressed-tensors", "transformers"),
     ),
     needed("--out PLACE", "The .gguf file, or the directory.", kind=Path),
     option(
@@ -752,10 +799,13 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
     examples=(
         "sparsellm export pruned --to gguf --out model.gguf --like model-bf16.gguf",
         "sparsellm export pruned --to compressed-tensors --out for-vllm",
+        "sparsellm export packed --to transformers --out dense",
     ),
 )
 def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed:
-    """Write DIRECTORY for llama.cpp (GGUF) or vLLM (compressed-tensors), without loss."""
+    """Write DIRECTORY for llama.cpp (GGUF), vLLM (compressed-tensors) or plain transformers, without loss."""
+    if options["to"] == "transformers":
+        return _unpack(directory, progress, options)
     from sparsellm.app import tables
     from sparsellm.exports import door
     from sparsellm.files import results
@@ -771,6 +821,22 @@ def export(directory: str, save: bool, progress: Any, **options: Any) -> Printed
         **result.to_dict(),
         "results": saved and str(saved),
     }, lambda: tables.print_exported(result, saved)
+
+
+def _unpack(directory: str, progress: Any, options: dict[str, Any]) -> Printed:
+    """Writes a packed checkpoint as an ordinary dense one."""
+    from sparsellm import convert
+    from sparsellm.app import console
+
+    del options["to"]
+    if options.pop("head") != "keep" or {"like", "model"} & options.keys():
+        raise RecipeError(
+            "--like, --model and --head are settings of GGUF; leave them out for transformers"
+        )
+    result = convert.unpack(directory, progress=progress, **options)
+    content = {"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes}
+    line = f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, written to {result.path}"
+    return content, lambda: console.say(line)
 
 
 @_command(

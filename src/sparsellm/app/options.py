@@ -106,9 +106,10 @@ def option(
     shown: object = "",
     kind: Any = None,
     values: Sequence[str] | Callable[[], list[str]] = (),
+    name: str = "",
 ) -> Parameter:
-    """An option; its parameter is called like the first name in ``usage``, the names and the placeholder of the
-    value, such as ``--quiet -q`` or ``--out DIR``; ``shown`` replaces the default in ``--help``; ``kind`` is that of
+    """An option. Its parameter is called ``name``, or like the first name in ``usage``, which has the names and the
+    placeholder of the value, such as ``--quiet -q`` or ``--out DIR``; ``shown`` replaces the default in ``--help``; ``kind`` is that of
     the placeholder if None; a shell completes ``values``."""
     names = usage.split()
     metavar = ""  # that of a flag; without any, typer shows a type that is not given
@@ -127,7 +128,7 @@ def option(
         else None,
         rich_help_panel=panel,
     )
-    name = names[0].removeprefix("--").partition("/")[0].replace("-", "_")
+    name = name or names[0].removeprefix("--").partition("/")[0].replace("-", "_")
     annotation: Any = Annotated[kind, made]
     return Parameter(
         name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default

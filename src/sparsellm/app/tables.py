@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult
     from sparsellm.exports.door import ExportResult
     from sparsellm.method.experts.fewer import Routing
+    from sparsellm.programs import ChosenForms, CompressResult
     from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
     from sparsellm.run.counts import Stored
@@ -328,6 +330,57 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
 
 def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.0f} MB"
+
+
+def print_chosen(chosen: ChosenForms) -> None:
+    """Prints the forms by kind of linear, and what was compared."""
+    kinds: dict[str, Counter[str]] = {}
+    for name, values in chosen.values.items():
+        kinds.setdefault(name.rpartition(".")[2], Counter())[values] += 1
+    shown = table(("kind", "forms"), ("zeros",))
+    for kind, forms in kinds.items():
+        shares = [
+            share
+            for name, share in chosen.sparsity.items()
+            if name.rpartition(".")[2] == kind
+        ]
+        said = ", ".join(f"{count} × {form}" for form, count in forms.most_common())
+        shown.add_row(kind, said, f"{sum(shares) / len(shares):.1%}")
+    out().print(shown)
+    _print_candidates(chosen.candidates, chosen.chosen)
+
+
+def _print_candidates(candidates: Sequence[Mapping[str, Any]], chosen: str) -> None:
+    """Prints what was compared before the run."""
+    shown = table(("compared", ""), ("bits", "quick divergence"))
+    for candidate in candidates:
+        taken = "taken" if candidate["name"] == chosen else ""
+        shown.add_row(
+            str(candidate["name"]),
+            taken,
+            f"{candidate['bits']:.2f}",
+            f"{candidate['divergence']:.4f}",
+        )
+    out().print(shown)
+
+
+def print_compressed(result: CompressResult) -> None:
+    """Prints size, forms and quality of a compressed model, and the line that starts it."""
+    of_dense = ""
+    if result.dense_bytes:
+        of_dense = f", {result.bytes / result.dense_bytes:.1%} of the dense weights"
+    asked = ""
+    if result.asked_bytes is not None:
+        asked = f"; asked for {about(result.asked_bytes)}"
+    say(f"{result.path}: {about(result.bytes)}{of_dense}{asked}")
+    say(result.run.in_short)
+    report = result.run.allocation
+    candidates = report.get("candidates")
+    if isinstance(candidates, list):
+        known = [x for x in candidates if isinstance(x, dict)]
+        _print_candidates(known, str(report["chosen"]))
+    print_evaluation(result.evaluation, None)
+    say(f"run it:  {result.start}", unbroken=True)
 
 
 def print_packed(result: PackResult) -> None:

@@ -21,6 +21,7 @@ from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import PRUNING, Export
 from sparsellm.report.card import CARD, card_text
 from sparsepack.bench import weight_file_bytes
+from sparsepack.grids import GRIDS, Grid
 
 _INT8_ACTIVATIONS = (
     "w8a8"  # weights of this grid are stored as int8, since integers are multiplied
@@ -118,26 +119,20 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
 def quantization_config(model: OnGrid) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``. It ignores every linear that is not on the grid, by its name in
     the model and by that in the checkpoint, where these differ. It has no ``sparsity_config``, which vLLM refuses."""
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-    )
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-    grid = model.grid
     chain = model.chain
-    if grid.group:
-        group = {"strategy": "group", "group_size": grid.group}
-    else:
-        group = {"strategy": "channel"}
-    weights = QuantizationArgs(
-        num_bits=grid.bits, type="int", symmetric=True, dynamic=False, **group
-    )
-    inputs = None
-    if grid.name == _INT8_ACTIVATIONS:
-        inputs = QuantizationArgs(
-            num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token"
+    groups = {}
+    of_grid: dict[str, list[str]] = {}
+    for key, name in model.linears.items():
+        of_grid.setdefault(model.grids[key].name, []).append(name)
+    for number, (grid, names) in enumerate(sorted(of_grid.items())):
+        # by names only where there are several
+        targets = ["Linear"] if len(of_grid) == 1 else sorted(names)
+        groups[f"group_{number}"] = QuantizationScheme(
+            targets=targets, **_arguments(GRIDS[grid])
         )
+    formats = {_format_of(grid) for grid in of_grid}
     dense = {name.removeprefix(".") for name, _ in iterate_linears(chain.model, "")} - {
         *model.linears.values()
     }
@@ -155,13 +150,38 @@ def quantization_config(model: OnGrid) -> dict[str, Any]:
         if len(model.reader.shape(key)) == 2
     }
     config = QuantizationConfig(
-        config_groups={
-            "group_0": QuantizationScheme(
-                targets=["Linear"], weights=weights, input_activations=inputs
-            )
-        },
-        format="pack-quantized" if inputs is None else "int-quantized",
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status="compressed",
         ignore=sorted(dense | keys),
     )
     return dict(config.model_dump(mode="json"))
+
+
+def _format_of(grid: str) -> str:
+    """How the numbers of a grid are stored: as int8, or several in a word."""
+    if grid == _INT8_ACTIVATIONS:
+        return "int-quantized"
+    return "pack-quantized"
+
+
+def _arguments(grid: Grid) -> dict[str, Any]:
+    """The arguments of a scheme for linears on a grid: those of weights and activations, and the format."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    groups: dict[str, Any] = {"strategy": "channel"}
+    if grid.group:
+        groups = {"strategy": "group", "group_size": grid.group}
+    weights = QuantizationArgs(
+        num_bits=grid.bits, type="int", symmetric=True, dynamic=False, **groups
+    )
+    inputs = None
+    if grid.name == _INT8_ACTIVATIONS:
+        inputs = QuantizationArgs(
+            num_bits=8, type="int", symmetric=True, dynamic=True, strategy="token"
+        )
+    return {
+        "weights": weights,
+        "input_activations": inputs,
+        "format": _format_of(grid.name),
+    }

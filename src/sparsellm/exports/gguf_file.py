@@ -22,11 +22,12 @@ from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_
 from sparsellm.files.directory import check_room, resolved
 from sparsellm.files.files import TEMPORARY, TORN, create_atomically, replace_atomically
 from sparsellm.files.reader import CheckpointReader
+from sparsellm.model import Chain
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
 from sparsellm.version import __version__
 from sparsepack.files import read_bytes
-from sparsepack.grids import grid_for
+from sparsepack.grids import GRIDS, Grid, grid_for
 
 _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
@@ -57,6 +58,30 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
                 advice = "give --overwrite to replace it"
             raise StorageError(f"{said} exists; {advice}, or name another file")
     return place
+
+
+def other_bytes(template: Template, chain: Chain, head: str) -> int:
+    """Bytes of a GGUF file without the linears of a chain's blocks: its keys, and all other tensors of the template,
+    with embedding and head as ``head``."""
+    linears = {
+        chain.key_of[linear.weight_name]
+        for index in range(len(chain))
+        for linear in chain.linears(index)
+    }
+    assert chain.reader is not None
+    keys = template.keys_of(list(chain.reader))
+    size, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[head.upper()]]
+    total = int(template.reader.data_offset)
+    for tensor in template.reader.tensors:
+        total += template.reader.alignment
+        of_tensor = keys.get(tensor.name, [])
+        if linears.intersection(of_tensor):
+            continue
+        if tensor.name in _HEAD and of_tensor:
+            total += int(tensor.n_elements) // size * stored
+        else:
+            total += int(tensor.n_bytes)
+    return total
 
 
 def write_gguf(
@@ -211,7 +236,7 @@ class Contents:
     def type_of(self, tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
-            grid = grid_for(self.model.grid.name, int(tensor.shape[0]))
+            grid = grid_for(self._grid_of(tensor).name, int(tensor.shape[0]))
             return gguf.GGMLQuantizationType[block_type(grid) or ""]
         is_head = tensor.name in _HEAD and tensor.name in self.keys
         if is_head and self.head is not None:
@@ -240,7 +265,7 @@ class Contents:
                 for parts in zip(*map(self.model.codes, keys), strict=True)
             )
             order = change.order
-            return to_blocks(codes[order], scales[order], self.model.grid)
+            return to_blocks(codes[order], scales[order], self._grid_of(tensor))
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
         # a run changes blocks alone
         if not same and not tensor.name.startswith("blk."):
@@ -261,6 +286,16 @@ class Contents:
 
     def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
         return any(key in self.model.linears for key in self.keys.get(tensor.name, ()))
+
+    def _grid_of(self, tensor: gguf.ReaderTensor) -> Grid:
+        """The grid of the linears that a tensor of the template has. ModelError if those of experts differ."""
+        grids = {self.model.grids[key].name for key in self.keys[tensor.name]}
+        if len(grids) > 1:
+            raise ModelError(
+                f"{tensor.name} has experts on several grids ({', '.join(sorted(grids))}), and stores one type; prune "
+                "with --grid"
+            )
+        return GRIDS[grids.pop()]
 
     def _same(self, value: Tensor, key: str) -> bool:
         return torch.equal(value.float(), self.dense.get(key).float())

@@ -61,7 +61,7 @@ def forms_for(program: str, columns: int) -> list[Form]:
     """The forms that are measured for a program, of linears with this many inputs."""
     if program == OWN:
         grouped = [Form(t, s) for t in ("int4", "int3") for s in SPARSITIES]
-        return [Form("int8"), *grouped]
+        return [Form("int8"), Form("int6"), Form("int5"), *grouped]
     formats = {LLAMA_CPP: "gguf", VLLM: "compressed-tensors"}
     names = [
         grid.name
@@ -72,6 +72,14 @@ def forms_for(program: str, columns: int) -> list[Form]:
         # int8 activations lose more at the same bytes, and no kernel reads int3
         names = [name for name in names if name not in ("w8a8", "w3a16")]
     return [Form(name) for name in names]
+
+
+def least_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
+    """The least bytes of linears with these shapes in the forms of a program."""
+    total = 0
+    for shape in shapes:
+        total += min(form_bytes(form, shape) for form in forms_for(program, shape[1]))
+    return total
 
 
 @dataclass
@@ -261,6 +269,12 @@ def uniform_forms(
         for form in table.forms
         if not form.sparsity
     }
+    sparse = {
+        form.values
+        for table in tables.values()
+        for form in table.forms
+        if form.sparsity
+    }
     dense: list[tuple[float, Candidate]] = []
     candidates: list[Candidate] = []
     for values in sorted(types):
@@ -271,7 +285,7 @@ def uniform_forms(
         if alike.bytes(sizes) <= total:
             lost = math.fsum(x.losses[x.forms.index(form)] for x in tables.values())
             dense.append((lost, alike))
-        elif program == OWN:
+        elif values in sparse:
             candidates += _with_zeros(values, sizes, zeros, total)
     if dense:
         candidates.append(min(dense, key=lambda pair: pair[0])[1])

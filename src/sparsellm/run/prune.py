@@ -18,7 +18,7 @@ from sparsellm.files.directory import check_room, check_unfinished, partial_of
 from sparsellm.inputs import without_folders
 from sparsellm.model import Chain, Feed
 from sparsellm.progress import PhaseClock, ProgressCallback, ignore
-from sparsellm.records import Prediction
+from sparsellm.records import PRUNING, Prediction, Pruning, read_pruning
 from sparsellm.run.budget import Budget
 from sparsellm.run.decided import decide, open_run
 from sparsellm.run.fewer_experts import (
@@ -33,7 +33,7 @@ from sparsellm.run.request import Request
 from sparsellm.run.result import Measured, PruneResult
 from sparsellm.run.saving import base_of_run, result_of, save
 from sparsellm.run.sweeping import sweep_model
-from sparsellm.run.walk import dense_end, survey, walk
+from sparsellm.run.walk import Targets, dense_end, survey, walk
 
 
 def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
@@ -122,6 +122,45 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
             partial(save, request, models, result, journal.writer, progress)
         )
     return result
+
+
+def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None:
+    """The record of the complete run in a request's ``out``, if it is this one: the same settings, model and text."""
+    if request.out is None or not (Path(request.out) / PRUNING).is_file():
+        return None
+    clock = PhaseClock()
+    # it is read, and not replaced
+    there = replace(request, overwrite=True)
+    with machine.computing(device_of(request.model, request.recipe)):
+        models = open_run(there, clock, progress)
+        budget = Budget(request.recipe, models.chain.device)
+        decided = decide(there, models, budget, clock, progress)
+    known = read_pruning(Path(request.out))
+    if known.identity != to_jsonable_python(asdict(decided.identity)):
+        return None
+    return known
+
+
+def choose(request: Request, progress: ProgressCallback) -> Targets:
+    """What a run would aim at: all that it does before its first block, with its refusals. Nothing is written."""
+    progress = progress if parallel.is_main() else ignore
+    clock = PhaseClock()
+    with machine.computing(device_of(request.model, request.recipe)):
+        models = open_run(request, clock, progress)
+        budget = Budget(request.recipe, models.chain.device)
+        decided = decide(request, models, budget, clock, progress)
+        blocks = len(models.chain)
+        with Journal(None, blocks, restart=False, overwrite=False) as journal:
+            scratch = budget.scratch(None)
+            feed = Feed(
+                models.chain,
+                decided.windows.first,
+                decided.recipe.batch_tokens,
+                scratch,
+                progress,
+            )
+            budget.expect_block(models.chain)
+            return survey(models, decided, feed, journal, walked=False, clock=clock)
 
 
 def _scratch_folder(out: Path | None, estimate: Prediction) -> Path | None:

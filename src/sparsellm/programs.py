@@ -1,0 +1,443 @@
+"""Compresses a model to a size, for the program that runs it: chooses forms, prunes and rounds, writes what runs.
+
+A run writes a checkpoint with the rounded weights next to ``out``; ``pack`` or ``export`` makes of it what the program
+reads, with the same numbers. The checkpoint is removed at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, JsonValue
+
+from sparsellm import api, interrupts
+from sparsellm.arguments import Checkpoint, Out, PathGiven, RecipeGiven, checked
+from sparsellm.convert import head_bytes, pack
+from sparsellm.errors import RecipeError, shown
+from sparsellm.exports.door import export
+from sparsellm.exports.gguf_file import check_file, other_bytes
+from sparsellm.exports.template import Template
+from sparsellm.files.contents import companions_of, foreign_entries
+from sparsellm.files.demo_model import demo_gguf
+from sparsellm.files.directory import check_destination, checkpoints_among
+from sparsellm.files.resolve import checkpoint_directory
+from sparsellm.inputs import about, parse_bytes
+from sparsellm.model import Chain, open_chain
+from sparsellm.model.experts import ExpertLinear
+from sparsellm.progress import ProgressCallback, ignore
+from sparsellm.recipe import Recipe
+from sparsellm.records import Evaluation, Pruning
+from sparsellm.run.forms import least_bytes
+from sparsellm.run.prune import choose, complete_run, prune
+from sparsellm.run.request import Request
+from sparsellm.text.sources import settle_calibration
+
+ProgramName = Literal["llama.cpp", "vllm", "sparsellm", "transformers"]
+Bits = Annotated[float, Field(gt=0, le=16)]
+# type of embedding and head in a file for llama.cpp
+HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
+# bytes of report, card and records beside the weights (2.0 MB are the report), and those of each linear
+RECORDS = 2_100_000
+RECORD_OF_LINEAR = 3_000
+# the windows on which the result is measured, of text that no run calibrates on
+MEASURED_WINDOW = 2048
+MEASURED_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that runs models."""
+
+    keeps: str  # what it keeps of a model
+    starts: str  # the line that starts it, with the path in place of {}
+
+
+PROGRAMS: dict[ProgramName, Program] = {
+    "llama.cpp": Program(
+        "a .gguf file in llama.cpp's own types, chosen by linear; no zeros",
+        "llama-server -m {}",
+    ),
+    "vllm": Program(
+        "a compressed-tensors directory in 4 and 8 bits, chosen by linear; no zeros",
+        "vllm serve {}",
+    ),
+    "sparsellm": Program(
+        "a packed directory with zeros and 3 to 8 bits, chosen by linear; transformers with sparsepack loads it too",
+        "sparsellm serve {}",
+    ),
+    "transformers": Program(
+        "a plain checkpoint with zeros, as large as the dense one; takes a sparsity in place of a size",
+        "transformers serve {}",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What was written for a program.
+
+    Attributes:
+        path: the file or directory.
+        program: the program that runs it.
+        asked_bytes: the size that was asked for; None if bits or a sparsity was.
+        bytes: the size of the file, or of all files of the directory.
+        dense_bytes: that of the dense model's weights, if it is known.
+        run: the record of the pruning run: forms by linear, settings, versions.
+        evaluation: perplexity, divergence from the dense model and agreement with it, on held-out text.
+        start: the line that starts the program with it.
+    """
+
+    path: Path
+    program: ProgramName
+    asked_bytes: int | None
+    bytes: int
+    dense_bytes: int | None
+    run: Pruning
+    evaluation: Evaluation
+    start: str
+
+    def to_dict(self) -> dict[str, object]:
+        """All attributes as plain JSON values, as ``--json`` prints them."""
+        return {
+            **vars(self),
+            "path": str(self.path),
+            "run": self.run.model_dump(mode="json"),
+            "evaluation": self.evaluation.model_dump(mode="json"),
+        }
+
+
+@checked
+def compress(  # noqa: PLR0913 - the Python door
+    model: Checkpoint,
+    recipe: RecipeGiven = None,
+    *,
+    program: ProgramName,
+    out: Out,
+    size: str | int | None = None,
+    bits: Bits | None = None,
+    like: PathGiven | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
+) -> CompressResult:
+    """Compresses a model for the program that runs it, to a size. If it is stopped, the same call goes on.
+
+    Args:
+        model: as in :func:`sparsellm.prune`, by name.
+        recipe: calibration, effort, resources and the like; a sparsity for ``transformers`` alone.
+        program: ``llama.cpp`` (``out`` is a .gguf file), ``vllm``, ``sparsellm`` or ``transformers`` (a directory).
+        out: what is written; an unfinished run keeps its blocks next to it, in ``<out>-pruned``.
+        size: bytes of the whole file or directory, embedding, head and metadata included, such as ``4GB``.
+        bits: bits of a weight of the linears instead, on average, with scales and masks.
+        like: for llama.cpp, the model's GGUF as llama.cpp's converter makes it; None if ``model`` is one, or ``demo``.
+        overwrite, restart, progress: as in :func:`sparsellm.prune`.
+
+    Raises:
+        SparseLLMError: a subclass that names the cause: no size or two, one below the least possible, a model or a
+            place that does not fit. All is checked before the work.
+    """
+    request, asked = opened(
+        model,
+        recipe,
+        program=program,
+        out=out,
+        size=size,
+        bits=bits,
+        like=like,
+        overwrite=overwrite,
+        restart=restart,
+    )
+    place = Path(os.path.expanduser(out))
+    run = None
+    if not restart:
+        run = complete_run(request, progress)
+    if run is None:
+        run = prune(request, progress).record
+    pruned = Path(os.fspath(request.out or ""))
+    interrupts.keeps(
+        f"{pruned} is complete, and the same command goes on from it", resumes=False
+    )
+    measured = pruned
+    if program == "sparsellm":
+        measured = pack(
+            pruned,
+            out=place,
+            head="int8",
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+        ).path
+    evaluation = _measured(measured, request, progress)
+    api.keep_results(measured, [evaluation])
+    if program == "llama.cpp":
+        export(
+            pruned,
+            to="gguf",
+            out=place,
+            like=_template(model, program, like),
+            head=HEAD_OF_GGUF,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        place.with_suffix(".Modelfile").write_text(f"FROM ./{place.name}\n")
+    if program == "vllm":
+        export(
+            pruned,
+            to="compressed-tensors",
+            out=place,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+        )
+    if pruned != place:
+        _remove(pruned)
+    return CompressResult(
+        path=place,
+        program=program,
+        asked_bytes=asked,
+        bytes=bytes_of(place),
+        dense_bytes=run.base.bytes,
+        run=run,
+        evaluation=evaluation,
+        start=PROGRAMS[program].starts.format(shlex.quote(str(out))),
+    )
+
+
+@dataclass(frozen=True)
+class ChosenForms:
+    """The forms that a run would give to linears.
+
+    Attributes:
+        values: the type or grid of each linear, by name.
+        sparsity: its share of zeros.
+        bits: bits of a weight, on average, with scales and masks.
+        candidates: name, bits and quickly measured divergence of what was compared, in nats a token.
+        chosen: the name of the candidate that was taken.
+    """
+
+    values: dict[str, str]
+    sparsity: dict[str, float]
+    bits: float
+    candidates: list[dict[str, JsonValue]]
+    chosen: str
+
+    def to_dict(self) -> dict[str, object]:
+        """All attributes as plain JSON values."""
+        return {**vars(self)}
+
+
+@checked
+def choose_forms(  # noqa: PLR0913 - the Python door
+    model: Checkpoint,
+    recipe: RecipeGiven = None,
+    *,
+    program: ProgramName,
+    out: Out,
+    size: str | int | None = None,
+    bits: Bits | None = None,
+    like: PathGiven | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
+) -> ChosenForms:
+    """Chooses the forms that :func:`compress` would, with the same arguments and errors, and writes nothing."""
+    request, _ = opened(
+        model,
+        recipe,
+        program=program,
+        out=out,
+        size=size,
+        bits=bits,
+        like=like,
+        overwrite=overwrite,
+        restart=restart,
+    )
+    if program == "transformers":
+        raise RecipeError(
+            "transformers has one form for all linears, so there is nothing to choose; leave out the dry run"
+        )
+    targets = choose(request, progress)
+    report = targets.report
+    candidates = report["candidates"]
+    chosen = str(report["chosen"])
+    assert isinstance(candidates, list)
+    taken = [x for x in candidates if isinstance(x, dict) and x["name"] == chosen]
+    return ChosenForms(
+        values=targets.values,
+        sparsity={name: x.sparsity for name, x in targets.patterns.items()},
+        bits=float(str(taken[0]["bits"])),
+        candidates=[x for x in candidates if isinstance(x, dict)],
+        chosen=chosen,
+    )
+
+
+def opened(  # noqa: PLR0913 - the arguments of compress
+    model: str | os.PathLike[str],
+    recipe: RecipeGiven,
+    *,
+    program: ProgramName,
+    out: str | os.PathLike[str],
+    size: str | int | None,
+    bits: float | None,
+    like: str | os.PathLike[str] | None,
+    overwrite: bool,
+    restart: bool,
+) -> tuple[Request, int | None]:
+    """The run that makes the checkpoint, and the bytes that were asked for. Arguments and errors: see
+    :func:`compress`."""
+    settled = settle_calibration(Recipe.of(recipe), None)
+    asked = None
+    if size is not None:
+        asked = parse_bytes(size)
+    _check_size(program, asked, bits)
+    template = _template(model, program, like)
+    if program == "llama.cpp":
+        check_file(out, overwrite=overwrite)
+    else:
+        check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
+    pruned = Path(os.path.expanduser(out))
+    if program != "transformers":
+        pruned = pruned.with_name(f"{pruned.name}-pruned")
+        source = checkpoint_directory(str(model))
+        chain = open_chain(source, device=torch.device("cpu"))
+        bits = _bits(asked, bits, program, chain, source, template)
+        settled = settled.updated(bits=bits, program=program)
+    request = Request(str(model), settled, pruned, overwrite=overwrite, restart=restart)
+    return request, asked
+
+
+def _check_size(program: ProgramName, size: int | None, bits: float | None) -> None:
+    """Refuses two sizes, none, or one for a program that keeps a checkpoint's size. Raises RecipeError."""
+    if size is not None and bits is not None:
+        raise RecipeError("size and bits both say how small the model is; give one")
+    sized = size is not None or bits is not None
+    if program == "transformers" and sized:
+        raise RecipeError(
+            "transformers stores zeros like other values, so no size can be met; give a sparsity, or another program"
+        )
+    if program != "transformers" and not sized:
+        raise RecipeError(
+            f"a model for {program} needs a size: give --size, such as 4GB, or --bits, such as 4.2"
+        )
+
+
+def _template(
+    model: str | os.PathLike[str],
+    program: ProgramName,
+    like: str | os.PathLike[str] | None,
+) -> Path | None:
+    """The GGUF file of which one for llama.cpp takes all but the linears; None for other programs. Raises RecipeError
+    if none is known."""
+    if program != "llama.cpp":
+        if like is not None:
+            raise RecipeError(
+                f"--like is a GGUF file, which {program} does not read; leave it out"
+            )
+        return None
+    if like is not None:
+        return Path(like).expanduser()
+    if str(model) == "demo":
+        return demo_gguf()
+    if str(model).lower().endswith(".gguf"):
+        return Path(model).expanduser()
+    raise RecipeError(
+        f"llama.cpp needs the GGUF of {shown(str(model))} as a template: make it by llama.cpp's convert_hf_to_gguf.py, "
+        "and name it with --like"
+    )
+
+
+def _bits(
+    size: int | None,
+    bits: float | None,
+    program: ProgramName,
+    chain: Chain,
+    source: Path,
+    template: Path | None,
+) -> float:
+    """Bits of a weight of the linears: those that were asked for, or that leave room for all else in ``size`` bytes.
+    Raises RecipeError if there is no form so small."""
+    linears = [linear for index in range(len(chain)) for linear in chain.linears(index)]
+    if program == "sparsellm":
+        expert = next((x for x in linears if isinstance(x.module, ExpertLinear)), None)
+        if expert is not None:
+            raise RecipeError(
+                f"{expert.name} is an expert, which stays dense in the packed format; take --for llama.cpp or vllm"
+            )
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    weights = sum(math.prod(shape) for shape in shapes)
+    least = least_bytes(program, shapes)
+    if size is None:
+        assert bits is not None
+        if 8 * least > bits * weights:
+            raise RecipeError(
+                f"bits {bits:g} are too few for {program}: at least {8 * least / weights:.2f} are possible"
+            )
+        return bits
+    if template is not None:
+        others = other_bytes(Template(template), chain, HEAD_OF_GGUF)
+    else:
+        others = outer_bytes(chain, packed=program == "sparsellm")
+        others += sum(file.stat().st_size for file in companions_of(source))
+        others += RECORDS + RECORD_OF_LINEAR * len(linears)
+    if others + least > size:
+        raise RecipeError(
+            f"size {about(size)} is too small for {program}: at least {about(others + least)} are possible, of which "
+            f"{about(others)} are embedding, head and all else but the linears"
+        )
+    return min(16.0, 8 * (size - others) / weights)
+
+
+def outer_bytes(chain: Chain, *, packed: bool) -> int:
+    """Bytes of all weights but the linears of the blocks, with embedding and head in int8 if ``packed``."""
+    assert chain.reader is not None
+    linears = set()
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            linears.add(chain.key_of[linear.weight_name])
+    total = 0
+    for key in chain.reader:
+        if key not in linears:
+            total += chain.reader.bytes_of(key)
+    if packed:
+        total -= head_bytes(chain, "keep") - head_bytes(chain, "int8")
+    return total
+
+
+def _measured(place: Path, request: Request, progress: ProgressCallback) -> Evaluation:
+    """The evaluation of a checkpoint against the dense model, on text that no run calibrates on."""
+    recipe = request.recipe
+    text = "pydoc"
+    if recipe.calibration == "c4-sample":
+        text = "c4-sample"
+    length = min(recipe.seq_len or MEASURED_WINDOW, MEASURED_WINDOW)
+    return api.evaluate(
+        place,
+        text,
+        seq_len=length,
+        max_tokens=MEASURED_TOKENS,
+        bos=recipe.bos,
+        against=request.model,
+        device=recipe.device,
+        progress=progress,
+    )
+
+
+def bytes_of(place: Path) -> int:
+    """The size of a file, or of all files in a directory."""
+    if place.is_file():
+        return place.stat().st_size
+    return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+
+
+def _remove(pruned: Path) -> None:
+    """Removes the checkpoint between; not if it has files of others now."""
+    with interrupts.held():
+        if not foreign_entries(pruned):
+            shutil.rmtree(pruned, ignore_errors=True)
