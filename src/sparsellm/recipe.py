@@ -296,7 +296,8 @@ class Recipe(BaseModel):
     """cpu, cuda, cuda:1, or auto for a GPU if there is one."""
     dtype: Annotated[Dtype, Option(RESOURCES, "NAME")] = "auto"
     """Dtype in which blocks compute: float32, bfloat16, float16, or auto: the stored one, but float32 for float16,
-    and for bfloat16 where it is not native. Weights are saved in their stored dtype."""
+    and for bfloat16 where it is not native. Weights are saved in their stored dtype; a .gguf file becomes bfloat16, or
+    float32 if that is given."""
     products: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU or GPU with
     bf16 units. Solvers that declare it take them too; statistics are always fp32."""

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparsellm
+from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
 from sparsellm.exports.gguf_file import _remove_torn
 from sparsellm.exports.template import Template, orders_of
@@ -22,7 +23,7 @@ from sparsellm.files.contents import write_list
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.writer import write_shard
 from sparsellm.records import read_pruning
-from tests.exports.checkpoints import mixtral, pruned, wide_llama
+from tests.exports.checkpoints import IDS, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
 from tests.report.pages import rewrite
@@ -88,6 +89,34 @@ def test_every_tensor_is_that_of_the_checkpoint(
         if "attn_q.w" in tensor.name or "exps" in tensor.name
     }
     assert types == {Kind.Q8_0 if grid == "q8_0" else Kind.Q4_0}
+
+
+@pytest.mark.parametrize("like", [Kind.F16, Kind.F32])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_file_finer_than_bfloat16_is_pruned_and_exported(
+    like: Kind, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template is converted as the model that was pruned, and rows are found although weights were rounded."""
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    model = wide_llama().float()
+    for parameter in model.parameters():
+        parameter.data *= 1.001
+    source = write_gguf(model, tmp_path / "like.gguf", like)
+    recipe = Recipe(
+        method="magnitude",
+        sparsity=0.5,
+        grid="q4_0",
+        samples=4,
+        seq_len=32,
+        dtype=dtype,
+    )
+    directory = sparsellm.prune(
+        source, recipe, out=tmp_path / "pruned", calibration=IDS
+    ).path
+    assert directory is not None
+    out = tmp_path / "out.gguf"
+    sparsellm.export(directory, to="gguf", out=out, like=source)
+    assert_is(gguf.GGUFReader(out), directory)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_measurements_and_the_commands_for_those_that_are_missing(
         "0.51 ± 0.012",
     ):
         assert part in shown, part
-    dense = "half-packed, batch 1, 2 threads"
+    dense = "half-packed, batch 1, 2 threads, dense in float32"
     assert f"decoding, dense by the same decoder{dense} 20 33 × 1.65" in shown
     assert "decoding, dense by transformers 10 33 × 3.30" in shown
     assert "Weight files of halfzeros are stored" in shown

@@ -404,8 +404,10 @@ def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(
 ) -> None:
     for dense in (None, llama):
         report = compare(packed, dense, prompt_tokens=4, new_tokens=1, repeats=1)
+        # also where the checkpoint is in float32
+        assert (report.dtype, report.dense_dtype) == ("float32", "bfloat16")
         assert report.dense_linear_bytes == resident_bytes(
-            sparsellm.load(llama), linears_only=True
+            sparsellm.load(llama, dtype="bfloat16"), linears_only=True
         )
         assert report.packed_linear_bytes < report.dense_linear_bytes
         assert [pair.packed.phase for pair in report.pairs()] == ["prefill", "decode"]

@@ -129,7 +129,10 @@ def export(  # noqa: PLR0913 - the Python door
                 f"--out {place} is the template or the dense model, or in the checkpoint; name another"
             )
         contents = Contents(
-            opened, _dense_reader(dense, named=model is not None), template, head
+            opened,
+            _dense_reader(dense, opened, named=model is not None),
+            template,
+            head,
         )
         record = write_gguf(
             contents, place, record, overwrite=overwrite, progress=progress, keep=keep
@@ -182,10 +185,14 @@ def _template_file(opened: OnGrid, like: PathGiven | None) -> Path:
     return demo_gguf()
 
 
-def _dense_reader(model: str, *, named: bool) -> CheckpointReader:
-    """The reader of the dense model. Unless the user named it, a ModelError says how to name another."""
+def _dense_reader(model: str, pruned: OnGrid, *, named: bool) -> CheckpointReader:
+    """The reader of the dense model, converted as the pruned one was. Unless the user named it, a ModelError says how to
+    name another."""
+    dtype = "auto"
+    if torch.float32 in {pruned.reader.dtype(key) for key in pruned.linears}:
+        dtype = "float32"
     try:
-        return open_checkpoint(checkpoint_directory(model))
+        return open_checkpoint(checkpoint_directory(model, dtype=dtype))
     except ModelError as error:
         if named:
             raise

@@ -99,7 +99,8 @@ class Template:
     ) -> Change | None:
         """The change that makes ``tensor`` of the dense model's rows ``(rows, columns)``, by one of these orders.
 
-        A tensor in floating point must be equal, a quantised one near. None if no change does it, or several do."""
+        A tensor in floating point must be equal, if need be after it is rounded to the dense one's dtype; a quantised
+        one near. None if no change does it, or several do."""
         if dense.numel() != tensor.n_elements or any(
             len(order) != len(dense) for order in orders
         ):
@@ -157,7 +158,13 @@ def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
             part.stop - start, -1
         )
         ours = dense[change.order[part]].float() + change.shift
-        if dtype is not None and not torch.equal(ours.to(dtype).float(), known):
+        # A template may have been rounded to the dense model's dtype when it was converted.
+        rounded = (known - change.shift).to(dense.dtype)
+        if (
+            dtype is not None
+            and not torch.equal(ours.to(dtype).float(), known)
+            and not torch.equal(rounded, dense[change.order[part]])
+        ):
             return False
         if dtype is None and float((ours - known).square().sum()) > NEAR * float(
             known.square().sum()
