@@ -20,7 +20,6 @@ import typer
 
 from sparsellm import __version__, interrupts
 from sparsellm.errors import RecipeError, one_line, shown
-from sparsellm.files.named import as_typed
 from sparsepack.errors import Note, UserError
 
 _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
@@ -151,7 +150,7 @@ def _message(error: Exception) -> str | None:
         return f"the system gives this process no more memory; {advice}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
         return f"the GPU has no memory left ({one_line(error)[:160]}); lower batch, tokens or context, or say cpu"
-    return as_typed(str(error)) if isinstance(error, UserError) else None
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _usage_message(error: Any) -> str:
