@@ -163,13 +163,14 @@ def _usage_message(error: Any) -> str:
     parameter = getattr(error, "param", None)
     if said.startswith("Missing") and parameter is not None:
         return _missing(parameter)
-    option = getattr(error, "option_name", None)
-    if option is not None:
+    option = shown(getattr(error, "option_name", ""))[1:-1]
+    if hasattr(error, "possibilities"):
         hint = f"`{command} --help` lists all"
-        similar = getattr(error, "possibilities", None)
-        if similar:
-            hint = f"did you mean {similar[0]}?"
-        return f"{command} has no option {shown(option)[1:-1]}; {hint}"
+        if error.possibilities:
+            hint = f"did you mean {error.possibilities[0]}?"
+        return f"{command} has no option {option}; {hint}"
+    if option:
+        return f"{option} has no value; write one after it, as `--help` shows"
     if said.startswith("No such command") and "Did you mean" not in said:
         return f"{said}; `{command} --help` lists all"
     return said
