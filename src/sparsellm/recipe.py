@@ -497,6 +497,11 @@ class Recipe(BaseModel):
                 raise RecipeError(
                     f"setting {shown(setting)} has no {'key' if equals else repr('=')}; write key=value"
                 )
+            if text.lstrip().startswith("*"):
+                such = f"{key}=['{text.strip()}']"
+                raise RecipeError(
+                    f"setting {shown(setting)} begins its value with *, which YAML takes for an alias; write {such}"
+                )
             value = parse_yaml(text, f"the value of setting {shown(setting)}")
             if dot and field in MAPPINGS:
                 entries = changes.setdefault(field, dict(getattr(self, field)))
@@ -631,6 +636,10 @@ def _explain(error: ValidationError) -> str:
         and 5 <= value < 100
     )
     said = refusal(error, f"recipe field {key}")
+    if first["type"] == "list_type":
+        return f"recipe field {key} is {shown(value)}; write a list, such as {key}=['*.mlp.*']"
+    if first["type"] == "dict_type":
+        return f"recipe field {key} is {shown(value)}; write {key}.NAME=VALUE"
     if isinstance(value, str) and first["type"] in ("float_type", "int_type"):
         hint = as_number if first["type"] == "float_type" else as_whole_number
         return f"recipe field {key} is {shown(value)}; {hint(value)}"
