@@ -24,7 +24,7 @@ from sparsellm.files.directory import BLOCKS, STATE, partial_of
 from sparsellm.files.files import keep_record, kept_record
 from sparsellm.files.writer import CheckpointWriter
 from sparsellm.method.blocks import METHODS
-from sparsellm.method.sweep.sweep_task import Run
+from sparsellm.method.sweep.sweep_task import TrainingSet
 from sparsellm.progress import Progress
 from sparsellm.run import journal
 from sparsellm.run.journal import BlockRecord
@@ -229,7 +229,7 @@ def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
     judged = [None] * (saved + 1)
     ahead_of(
         patched,
-        Run,
+        TrainingSet,
         "judge",
         Mock(side_effect=[*judged, NumericalError("the processor caught fire")]),
     )
