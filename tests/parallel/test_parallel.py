@@ -117,12 +117,6 @@ def test_an_evaluation_divides_its_windows(outputs: Any) -> None:
     assert all(divided == single == results[0][1] for _, divided, single in results)
 
 
-def test_a_checkpoint_is_read_once_a_machine(outputs: Any) -> None:
-    first, *rest = outputs("reads 1")
-    assert first > 0 == sum(rest)
-    assert outputs("reads 2") == [first, *rest[1:], first]
-
-
 def test_the_runs_of_a_comparison_are_divided(outputs: Any) -> None:
     (divided, alone), *rest = outputs("compared")
     assert all(others == divided for others, _ in rest)

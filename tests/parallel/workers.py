@@ -16,7 +16,6 @@ from sparsellm import Recipe, parallel
 from sparsellm.app.compare import cells_of, compare
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.evaluation import perplexity
-from sparsellm.files.reader import CheckpointReader
 from sparsellm.method.blocks import METHODS
 from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.gram import CrossAccumulator, GramAccumulator
@@ -237,6 +236,11 @@ def sums(folder: Path) -> None:
         assert parallel.size() == 1
     assert parallel.size() == size
     assert parallel.on_this_machine() == size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: f"node {rank > 0}")
+        assert parallel.on_this_machine() == (size - 1 if rank else 1)
+        with parallel.alone():
+            assert parallel.on_this_machine() == (size - 1 if rank else 1)
     assert parallel.broadcast(rank, size - 1) == size - 1
 
 
@@ -282,23 +286,6 @@ def evaluation_of_some_windows(folder: Path) -> None:
     )
 
 
-def reads(folder: Path) -> None:
-    """After the evaluation: how often each process reads a tensor, on one machine and on two."""
-    for machines in (1, 2):
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            counting(CheckpointReader, "get") as read,
-        ):
-            if machines == 2:
-                patch.setattr(
-                    "socket.gethostname",
-                    lambda: f"node {parallel.rank() == parallel.size() - 1}",
-                )
-                patch.setattr(parallel, "_machines", None)
-            sparsellm.evaluate(folder / "llama", "pydoc", seq_len=32, max_tokens=256)
-        leave(folder, f"reads {machines}", read.call_count)
-
-
 def comparison_of_some_cells(folder: Path) -> None:
     settings = {"samples": 4, "seq_len": 32}
     cells = cells_of(settings, methods=["magnitude", "wanda"], sparsities=[0.5])
@@ -314,7 +301,6 @@ def everything(folder: Path) -> None:
     sums(folder)
     survey_of_some_windows(folder)
     evaluation_of_some_windows(folder)
-    reads(folder)
     comparison_of_some_cells(folder)
     # a resident sweep in shards, as a cell of a comparison runs it
     if parallel.rank() == parallel.size() - 1:
