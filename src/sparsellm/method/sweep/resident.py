@@ -103,7 +103,7 @@ class Resident(Weights):
         self.keep_saved()
 
     def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
-        """All processes, in one dimension; a group of one where this process is alone."""
+        """A mesh of all processes, in one dimension. A process that works alone gets a mesh of itself."""
         if not dist.is_initialized():
             dist.init_process_group(
                 parallel.backend(), store=HashStore(), rank=0, world_size=1
@@ -283,7 +283,7 @@ class Resident(Weights):
         return parallel.total(loss)
 
     def _run(self, data: TrainingSet, piece: Piece | None) -> Tensor:
-        """The output of the last block, for the first piece if there is none: every process must run the blocks."""
+        """The output of the last block. A process without a piece takes its first one: all must run the blocks."""
         if self.chain.products is not None:
             self.chain.products.forget()  # gathered weights change without a new version
         if piece is None:

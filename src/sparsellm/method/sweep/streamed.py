@@ -36,8 +36,9 @@ def place_dtype(elements: int) -> torch.dtype:
 
 
 class Streamed(Weights):
-    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1. A process's
-    part of a block is what is not pruned, and another store has its places; none where the part is all."""
+    """The fp32 parameters of every block and Adam's moments. One store has the parameters of block i at 2i, and its
+    moments at 2i + 1. Only elements that are not pruned are stored, and a second store has their places. It has none
+    for a block of which nearly all is kept, which is stored whole."""
 
     def __init__(self, task: SweepTask) -> None:
         super().__init__(task)
@@ -69,7 +70,7 @@ class Streamed(Weights):
         self.keep_saved()
 
     def _places_in(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """The places of a block's elements that are not pruned, ``(kept,)``; ``(0,)`` if these are most of it."""
+        """The places of a block's elements that are not pruned, ``(kept,)``; empty for a block that is stored whole."""
         flags = []
         for name, value in trained.items():
             # As integers: a zero with a sign is kept with it.

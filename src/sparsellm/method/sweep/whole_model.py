@@ -140,8 +140,9 @@ def _rescaled(
     data: TrainingSet,
     judges: list[SweepStep],
 ) -> list[SweepPass]:
-    """The history of a resumed sweep whose windows are divided among processes in another way, and others held out: all
-    divergences times one factor, that of the present state on the windows held out now, over its recorded one."""
+    """The history of a resumed sweep whose windows are divided among processes in another way, so that others are held
+    out. All divergences are multiplied by one factor: the divergence of the present state on the windows that are held
+    out now, over its recorded one."""
     before = history[-1].held_out
     if history[-1].passes in harmful_passes(history):  # the best state is there again
         before = min(record.held_out for record in history)
@@ -199,13 +200,13 @@ def _pass(
     length: int,
 ) -> float:
     """Runs the next pass over the steps of all processes; returns the mean divergence per token, each before its step.
-    ``first`` is the first pass of this start. In the schedule all passes have ``length`` steps, so it is one curve."""
+    ``first`` is the first pass of this start. The schedule is one curve over all passes, of ``length`` steps each."""
     number = history[-1].passes + 1
     count = len(steps)
     total = 0.0
     harmful = harmful_passes(history)
     rate = history[0].rate
-    undone = harmful[-1] if harmful else 0  # after this pass Adam's moments began anew
+    undone = max(harmful, default=0)  # after this pass Adam's moments began anew
     assert rate is not None, "the state before the first pass has the rate"
     text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
     seed = task.seed + (number - 1) * 1_000_003
@@ -226,12 +227,15 @@ def _pass(
 def _on(
     task: SweepTask, weights: Weights, windows: Tensor, done: int, passes: int
 ) -> Iterator[TrainingSet]:
-    """A set of windows, with the dense model's hidden states for them, after ``done`` of ``passes``."""
+    """The training set of some windows. The dense model runs on them first, unless its hidden states are known; its
+    progress shows ``done`` of ``passes``."""
     feed = replace(task.feed, windows=windows)
     chain = task.feed.chain
     with contextlib.ExitStack() as stack:
         # The processes of a resident sweep divide a step.
-        processes = parallel.size() if task.resident is not None else 1
+        processes = 1
+        if task.resident is not None:
+            processes = parallel.size()
         stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // processes)
         stack.callback(stream.close)
         goal = task.dense
