@@ -25,7 +25,7 @@ from sparsellm.records import (
 from sparsellm.report.charts import megabytes, number, percent
 from sparsepack.bench import Pair, weight_file_bytes
 
-_TEXTS = ("c4-sample", "pydoc", "wikitext2", "ptb", "c4")
+_TEXTS = ("c4-sample", "pydoc", "wikitext2")
 
 
 @dataclass(frozen=True)
