@@ -123,7 +123,7 @@ def write_tasks(folder: Path, source: str, count: int, choices: int, seed: int) 
     """The files of both tasks."""
     folder.mkdir(parents=True, exist_ok=True)
     loaded = read_source(source, "evaluation")
-    text = "\n\n".join(loaded.documents)
+    text = loaded.joiner.join(loaded.documents)
     docs = {
         "cloze": cloze(text, count, choices, seed),
         "agreement": agreement(count, seed),

@@ -66,6 +66,8 @@ SOURCES = (
     "pydoc",
     "self",
     "wikitext2",
+    "ptb",
+    "c4",
     "hub:",
 )
 DEVICES = ("cpu", "cuda", "auto")
@@ -254,8 +256,8 @@ class Recipe(BaseModel):
     calibration: Annotated[
         Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)
     ] = None
-    """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2,
-    hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation); or a text mixture with
+    """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2, ptb,
+    c4, hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation); or a text mixture with
     shares of the windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
     samples: Annotated[
         Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)

@@ -51,7 +51,7 @@ def test_lines_of_a_text_file_are_documents(tmp_path: Path, end: str) -> None:
     (tmp_path / "a.txt").write_bytes((end.join(ROWS) + end).encode())
     text = read_source(str(tmp_path / "a.txt"), "evaluation")
     assert list(text.documents) == [*ROWS, ""]
-    assert "\n\n".join(text.documents) == "\n\n".join([*ROWS, ""])
+    assert text.joiner.join(text.documents) == "\n\n".join([*ROWS, ""])
 
 
 def test_jsonl_and_parquet_give_their_text(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
     path.write_text(" \n = Title = \n \n Text . \n")
     text = read_source(f"wikitext2:{path}", "evaluation")
     assert list(text.documents) == ["", " = Title = \n", "", " Text . \n"]
-    assert "\n\n".join(text.documents) == "\n\n = Title = \n\n\n\n\n Text . \n"
+    assert text.joiner.join(text.documents) == "\n\n = Title = \n\n\n\n\n Text . \n"
 
 
 @pytest.mark.parametrize(
@@ -161,39 +161,70 @@ def test_unusable_sources_are_refused(source: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "split", "asked"),
+    ("source", "split", "asked", "joiner", "per_document"),
     [
         (
             "wikitext2",
             "calibration",
             ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+            "\n\n",
+            False,
         ),
         (
             "wikitext2",
             "evaluation",
             ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+            "\n\n",
+            False,
         ),
-        ("hub:a/b", "calibration", ("a/b", None, "train")),
-        ("hub:a/b:c", "evaluation", ("a/b", "c", "test")),
-        ("hub:a/b:c:d", "calibration", ("a/b", "c", "d")),
+        ("ptb", "calibration", ("ptb-text-only/ptb_text_only", "train"), " ", False),
+        ("ptb", "evaluation", ("ptb-text-only/ptb_text_only", "test"), " ", False),
+        (
+            "c4",
+            "calibration",
+            ("allenai/c4", "train", "en/c4-train.00000-of-01024.json.gz"),
+            " ",
+            True,
+        ),
+        (
+            "c4",
+            "evaluation",
+            ("allenai/c4", "validation", "en/c4-validation.00000-of-00008.json.gz"),
+            " ",
+            False,
+        ),
+        ("hub:a/b", "calibration", ("a/b", None, "train"), "\n\n", False),
+        ("hub:a/b:c", "evaluation", ("a/b", "c", "test"), "\n\n", False),
+        ("hub:a/b:c:d", "calibration", ("a/b", "c", "d"), "\n\n", False),
     ],
 )
-def test_sets_of_the_hub_are_read_as_they_are_named(
-    source: str, split: Any, asked: Any, monkeypatch: pytest.MonkeyPatch
+def test_sets_of_the_hub_are_read_as_the_papers_read_them(
+    source: str,
+    split: Any,
+    asked: Any,
+    joiner: str,
+    per_document: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[Any] = []
 
-    def load_dataset(*names: Any, split: str) -> Any:
-        calls.append((*names, split))
-        return datasets.Dataset.from_dict({"text": ROWS})
+    def load_dataset(*names: Any, split: str, data_files: Any = None, **_: Any) -> Any:
+        calls.append((*names, split, *(data_files or {}).values()))
+        return datasets.Dataset.from_dict(
+            {"sentence" if source == "ptb" else "text": ROWS}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     text = read_source(source, split)
     assert calls == [asked]
-    assert list(text.documents) == ROWS
+    assert (list(text.documents), text.joiner, text.per_document) == (
+        ROWS,
+        joiner,
+        per_document,
+    )
 
 
-@pytest.mark.parametrize("source", ["wikitext2", "hub:owner/name"])
+@pytest.mark.parametrize("source", ["wikitext2", "ptb", "c4", "hub:owner/name"])
 def test_without_datasets_the_error_says_what_to_do(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +302,7 @@ def test_the_default_text_is_fetched_from_the_hub_once(
     ]
     assert default_source(demo=False) == ("c4-sample", [])
     assert stand_in == asked
-    monkeypatch.setattr(corpora, "_EVALUATED", 3)
+    monkeypatch.setattr(corpora, "_C4_DOCUMENTS", 3)
     assert list(read_source("c4-sample", "evaluation").documents) == [
         "page 5",
         "page 6",

@@ -244,6 +244,28 @@ def test_windows_longer_than_the_positions_are_refused(family: Any) -> None:
         check_seq_len(config, POSITIONS + 1)
 
 
+def test_per_document_windows_lie_inside_one_long_document_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents = [
+        "short",
+        *(
+            " ".join(f"{word}{number}" for number in range(60))
+            for word in ("a", "b", "c")
+        ),
+    ]
+    text, tokenizer = Text(documents, joiner=" ", per_document=True), tiny_tokenizer()
+    drawn = {
+        tokenizer.decode(window)
+        for window in calibration_windows(text, tokenizer, 12, 24, seed=0)
+    }
+    assert len(drawn) > 6
+    assert all(any(part in document for document in documents[1:]) for part in drawn)
+    monkeypatch.setattr(windows, "_MOST_MISSES", 9)
+    with pytest.raises(DataError, match="too few documents longer than 5000"):
+        calibration_windows(text, tokenizer, 1, 5000, seed=0)
+
+
 def test_a_model_writes_the_same_text_for_the_same_seed() -> None:
     model = tiny_gpt2()
     one, again, other = (written(19, 30, seed, model=model) for seed in (0, 0, 1))

@@ -1,4 +1,4 @@
-"""WikiText-2 by the protocol of the papers; data sets of the Hub; and a text that needs no download."""
+"""The corpora of the papers, by their own protocol; data sets of the Hub; and a text that needs no download."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ _C4_SAMPLE = (
     "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
 )
 _SAMPLED = 5000  # documents to calibrate on
-_EVALUATED = 1100  # documents to evaluate on
 _LONGEST = 16 << 20  # bytes of a line
+# SparseGPT's evaluation on C4 reads no more.
+_C4_DOCUMENTS = 1100
+_C4_WINDOWS = 256
 _PARTS: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
 
 
@@ -77,6 +79,30 @@ def read_wikitext2(argument: str, split: Split) -> Text:
     )
 
 
+def read_ptb(split: Split) -> Text:
+    """Penn Treebank (aclanthology.org/J93-2004), train or test, sentences joined with a space as in SparseGPT."""
+    # The main branch of this data set holds a script; the Hub's own conversion of it holds only data.
+    place: dict[str, str] = {"revision": "refs/convert/parquet", "column": "sentence"}
+    return Text(
+        hub_column("ptb", "ptb-text-only/ptb_text_only", split=_PARTS[split], **place),
+        joiner=" ",
+    )
+
+
+def read_c4(split: Split) -> Text:
+    """C4 (English, 1910.10683) as SparseGPT draws it: windows inside random documents of the first train shard;
+    evaluation on the validation shard."""
+    part = "train"
+    file = "en/c4-train.00000-of-01024.json.gz"
+    if split == "evaluation":
+        part = "validation"
+        file = "en/c4-validation.00000-of-00008.json.gz"
+    documents = hub_column("c4", "allenai/c4", data_files={part: file}, split=part)
+    if split == "calibration":
+        return Text(documents, joiner=" ", per_document=True)
+    return Text(documents[:_C4_DOCUMENTS], joiner=" ", most_windows=_C4_WINDOWS)
+
+
 def fetch_c4_sample() -> Path:
     """The file with the documents of :func:`read_c4_sample`, 40 MB, which the hub's client keeps in its cache. Raises
     DataError if the hub cannot be reached."""
@@ -97,14 +123,14 @@ def fetch_c4_sample() -> Path:
 
 def read_c4_sample(split: Split) -> Text:
     """The first documents of one validation shard of C4 (English), of a fixed revision: broad text from the web, about
-    2,400,000 tokens. The next documents are held out for evaluation."""
+    2,400,000 tokens. The next documents are held out for evaluation; source ``c4`` reads none of them."""
     path = fetch_c4_sample()
     documents = []
     first = 0
     count = _SAMPLED
     if split == "evaluation":
         first = _SAMPLED
-        count = _EVALUATED
+        count = _C4_DOCUMENTS
     try:
         with gzip.open(path) as file:
             for number in range(first + count):
@@ -139,7 +165,9 @@ def read_hub(argument: str, split: Split) -> Text:
     )
 
 
-def hub_column(source: str, *arguments: str | None, split: str) -> Sequence[Any]:
+def hub_column(
+    source: str, *arguments: Any, column: str = "text", **settings: Any
+) -> Sequence[Any]:
     """One column of a data set (``messages`` if it has no ``text``), for the ``source`` that the user typed; the other
     arguments are those of ``datasets.load_dataset``. No code from the Hub is run. Raises DataError if ``datasets`` is
     not installed, the data set cannot be loaded, or it has no such column."""
@@ -148,7 +176,7 @@ def hub_column(source: str, *arguments: str | None, split: str) -> Sequence[Any]
     try:
         import datasets
 
-        data = datasets.load_dataset(*arguments, split=split)
+        data = datasets.load_dataset(*arguments, **settings)
     except ImportError as error:
         raise DataError(
             f"{named} needs the package 'datasets': pip install 'sparsellm[hub]', {instead}"
@@ -157,8 +185,11 @@ def hub_column(source: str, *arguments: str | None, split: str) -> Sequence[Any]
         raise DataError(
             f"{named} cannot be loaded: {hub_reason(error)}; check name and network, {instead}"
         ) from error
-    column = "text"
-    if "messages" in data.column_names and "text" not in data.column_names:
+    if (
+        column == "text"
+        and "messages" in data.column_names
+        and "text" not in data.column_names
+    ):
         column = "messages"
     if column not in data.column_names:
         raise DataError(

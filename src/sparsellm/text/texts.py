@@ -17,10 +17,15 @@ _FIELDS = {"text": str, "messages": list}  # the second where a record has no te
 
 @dataclass(frozen=True)
 class Text:
-    """Documents that become token windows. To be tokenised they are joined by blank lines, as in the papers."""
+    """Documents, and the protocol that turns them into token windows."""
 
     # strings, or messages for a chat template; may be lazy (a column of a data set on disk)
     documents: Sequence[Any]
+    # the string between two documents when all are tokenised as one string
+    joiner: str = "\n\n"
+    # calibration windows are drawn inside single long documents
+    per_document: bool = False
+    most_windows: int | None = None  # that the protocol evaluates on
     called: str = "the text"  # in messages
 
 

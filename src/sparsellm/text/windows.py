@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ Given = str | Text  # the name of a source, or documents
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 TOKENISING = 200  # bytes that fast tokenizers hold for each character of a text; 172 to 262 were measured
+_MOST_MISSES = 10_000  # documents in a row that are too short, before a source is refused for having too few long ones
 _MOST_REPEATED = 1024  # windows that may be drawn from a text of any length; more that overlap only repeat the text
 
 
@@ -66,8 +68,8 @@ def calibration_windows(
     cost, because a repeated token only adds weight in a Gram matrix. A shorter text is drawn from as in the papers.
 
     Returns ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU; ``seq_len`` includes BOS, if a window
-    begins with it (:func:`leading_token`). Fresh windows overlap with no other, so a short text may have fewer or none.
-    Raises DataError if the source cannot be read, the text is too short for
+    begins with it (:func:`leading_token`). Fresh windows overlap with no other, so a short text may have fewer or none;
+    those of documents (``c4``) may overlap. Raises DataError if the source cannot be read, the text is too short for
     one window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
     if isinstance(source, str) and len(shares_of(source)) > 1:
         return mixed_windows(
@@ -88,13 +90,12 @@ def calibration_windows(
         text = source
     else:
         text = read_source(source, "calibration")
-    ids = _tokens(
-        text,
-        tokenizer,
-        lead,
-        joined=_joined(text, tokenizer, lead),
-        least=length + 1,
-    )
+    read = partial(_tokens, text, tokenizer, lead)
+    if text.per_document:
+        return _led(
+            _windows_of_documents(text, read, samples + fresh, length, generator), lead
+        )
+    ids = read(_joined(text, tokenizer, lead), least=length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
         few = f"{text.called} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn"
@@ -218,6 +219,8 @@ def evaluation_windows(
         text = read_source(source, "evaluation")
     ids = _tokens(text, tokenizer, lead, _joined(text, tokenizer, lead), length)
     windows = len(ids) // length
+    if text.most_windows is not None:
+        windows = min(windows, text.most_windows)
     if max_tokens is not None:
         windows = min(windows, max_tokens // seq_len)
     return _led(ids[: windows * length].view(windows, length), lead)
@@ -265,7 +268,7 @@ def _joined(text: Text, tokenizer: PreTrainedTokenizerBase, lead: int | None) ->
             size += len(document)
         if TOKENISING * size > max(1 << 28, free):  # before the next one is read
             raise _too_long(text, size, free, "more than ")
-    return "\n\n".join(parts)
+    return text.joiner.join(parts)
 
 
 def _too_long(text: Text, characters: int, free: int, more: str = "") -> DataError:
@@ -353,3 +356,32 @@ def _offsets(
     ]
     chosen = torch.randperm(len(between), generator=generator)[:fresh]
     return torch.cat([offsets[order], torch.tensor(between, dtype=torch.int64)[chosen]])
+
+
+def _windows_of_documents(
+    text: Text,
+    read: Callable[[str], Tensor],
+    samples: int,
+    length: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
+    windows: list[Tensor] = []
+    misses = 0
+    while len(windows) < samples:
+        if misses == _MOST_MISSES or not len(text.documents):
+            raise DataError(
+                f"{text.called} has too few documents longer than {length} tokens ({len(windows)} of {samples} "
+                f"found, and then {misses} shorter ones); lower seq_len"
+            )
+        ids = read(
+            text.documents[
+                int(torch.randint(len(text.documents), (), generator=generator))
+            ]
+        )
+        misses += 1
+        if len(ids) > length:
+            misses = 0
+            offset = int(torch.randint(len(ids) - length, (), generator=generator))
+            windows.append(ids[offset : offset + length])
+    return torch.stack(windows)
