@@ -186,8 +186,8 @@ def _template_file(opened: OnGrid, like: PathGiven | None) -> Path:
 
 
 def _dense_reader(model: str, pruned: OnGrid, *, named: bool) -> CheckpointReader:
-    """The reader of the dense model, converted as the pruned one was. Unless the user named it, a ModelError says how to
-    name another."""
+    """The reader of the dense model, converted as the pruned one was. Unless the user named it, a ModelError says how
+    to name another."""
     dtype = "auto"
     if torch.float32 in {pruned.reader.dtype(key) for key in pruned.linears}:
         dtype = "float32"

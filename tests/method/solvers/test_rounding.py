@@ -434,7 +434,6 @@ def test_in_a_dense_weight_zero_is_a_number_like_the_others(values: str) -> None
         assert int((result.unrounded[zero] != 0).sum()) > 0.5 * int(zero.sum())
 
 
-@pytest.mark.parametrize("values", ["int4", "int3", "q4_0"])
 @pytest.mark.parametrize("values", ["int4", "int3", "q4_0", "iq4_nl"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_loops_end_alike(
