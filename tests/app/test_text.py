@@ -20,8 +20,7 @@ from sparsellm import Recipe, __version__, api
 from sparsellm.api import PruneResult
 from sparsellm.app import cli, console, options, tables
 from sparsellm.recipe import help_of, option_of
-from sparsellm.records import Benchmark, LinearResult
-from sparsepack.bench import Speed
+from sparsellm.records import Benchmark, LinearResult, MeasuredSpeed
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -413,7 +412,7 @@ def test_speeds_of_five_digits_fit(
         "decoder": "transformers",
     }
     given |= {"median": 12_345.6, "slowest": 9_876.4, "fastest": 13_000.0}
-    speeds = [Speed(model=model, **given) for model in ("dense", "packed")]
+    speeds = [MeasuredSpeed(model=model, **given) for model in ("dense", "packed")]
     sizes = {
         f"{model}{part}_bytes": 1
         for model in ("dense", "packed")
