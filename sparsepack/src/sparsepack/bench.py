@@ -221,6 +221,11 @@ def compare(
     gather(models["dense"], dense=decodes(models["dense"]))
     progress("load", 2, 2, "")
     speeds = measure(models, chosen, twice=("dense",), progress=progress)
+    dense_disk_bytes = None
+    dense_name = None
+    if dense is not None:
+        dense_disk_bytes = weight_file_bytes(Path(dense))
+        dense_name = _name_of(dense)
     return Comparison(
         speeds=speeds,
         dense_bytes=resident_bytes(models["dense"]),
@@ -231,12 +236,16 @@ def compare(
         dense_dtype=str(models["dense"].dtype).removeprefix("torch."),
         kernel=kernel_name(models["packed"].device.type),
         verdict=verdict(speeds),
-        dense_disk_bytes=None if dense is None else weight_file_bytes(Path(dense)),
+        dense_disk_bytes=dense_disk_bytes,
         packed_disk_bytes=weight_file_bytes(Path(packed)),
         ratios=[pair.ratio for pair in pairs_of(speeds)],
-        packed_name=Path(packed).expanduser().resolve().name,
-        dense_name=None if dense is None else Path(dense).expanduser().resolve().name,
+        packed_name=_name_of(packed),
+        dense_name=dense_name,
     )
+
+
+def _name_of(directory: str | os.PathLike[str]) -> str:
+    return Path(directory).expanduser().resolve().name
 
 
 def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:
