@@ -116,7 +116,6 @@ def test_another_model_is_no_teacher(
     with pytest.raises(ModelError, match=reason) as caught:
         sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=other)
     assert str(caught.value).startswith(f"{other} cannot be the teacher of {half}: ")
-    assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} <= {"other"}
 
 

@@ -329,11 +329,10 @@ def test_a_template_that_does_not_fit_is_refused(
     ready: Path, tmp_path: Path, like: Any, said: str
 ) -> None:
     template, model = like(ready.parent), ready.parent / "dense"
-    with pytest.raises(ModelError, match=said) as refused:
+    with pytest.raises(ModelError, match=said):
         sparsellm.export(
             ready, to="gguf", out=tmp_path / "out.gguf", like=template, model=model
         )
-    assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
