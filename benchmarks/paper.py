@@ -245,11 +245,17 @@ def print_table(asked: argparse.Namespace, kept: Kept) -> None:
             if value is not None:
                 numbers[-1] = f"{value:.2f}"
         column = {"sparsellm-paper": "sparsellm"}.get(cell.method, cell.method)
-        found = []
+        known_numbers = []
         for name in texts:
             row = others.get((cell.layers, cell.target, name), {})
-            found.append(row.get(column) or NONE)
-        cells = (cell.layers, cell.target, cell.method, *numbers, ", ".join(found))
+            known_numbers.append(row.get(column) or NONE)
+        cells = (
+            cell.layers,
+            cell.target,
+            cell.method,
+            *numbers,
+            ", ".join(known_numbers),
+        )
         print(f"| {' | '.join(cells)} |")
 
 

@@ -69,14 +69,14 @@ def run(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str, Any]]:
         sparsellm.prune(asked.model, recipe, out=out)
     record = read_pruning(out)
     for text in asked.texts:
-        found = sparsellm.evaluate(
+        measured = sparsellm.evaluate(
             out,
             text,
             against=Opened(directory, settings, trust=False),
             seq_len=asked.window,
             max_tokens=asked.max_tokens,
         )
-        assert found.against is not None
+        assert measured.against is not None
         rows.append(
             {
                 "code": code_version(),
@@ -88,8 +88,8 @@ def run(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str, Any]]:
                 "zeros": round(record.sparsity_pruned, 4),
                 "seconds": round(sum(record.whole_seconds.values())),
                 "text": Path(text).name,
-                "kl": round(found.against.kl, 4),
-                "perplexity": round(found.value, 3),
+                "kl": round(measured.against.kl, 4),
+                "perplexity": round(measured.value, 3),
                 "choice": json.dumps(record.allocation),
             }
         )
@@ -145,8 +145,8 @@ def main() -> None:
                     if new:
                         writer.writeheader()
                     writer.writerows(there)
-            for found in there:
-                shown = (f"{name} {found[name]}" for name in FIELDS[2:-1])
+            for measured in there:
+                shown = (f"{name} {measured[name]}" for name in FIELDS[2:-1])
                 print("; ".join(shown), flush=True)
 
 

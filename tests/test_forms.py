@@ -101,9 +101,9 @@ def test_the_candidate_that_diverges_least_is_taken(
     best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def judged(*arguments: Any) -> list[float]:
-        found = [1.0] * len(arguments[-1])
-        found[best] = 0.5
-        return found
+        result = [1.0] * len(arguments[-1])
+        result[best] = 0.5
+        return result
 
     monkeypatch.setattr(forms, "divergences", judged)
     result = sized(wide(), "sparsellm", 4.3)
@@ -161,8 +161,8 @@ def kl_by_hand(
         for name, weight in weights.items():
             other.get_parameter(f"{name}.weight").copy_(weight)
         goal = functional.log_softmax(dense(ids).logits.double(), -1)
-        found = functional.log_softmax(other(ids).logits.double(), -1)
-    return float((goal.exp() * (goal - found)).sum(-1).mean())
+        result = functional.log_softmax(other(ids).logits.double(), -1)
+    return float((goal.exp() * (goal - result)).sum(-1).mean())
 
 
 def test_candidates_are_compared_by_their_divergence_on_other_windows() -> None:
@@ -181,11 +181,11 @@ def test_candidates_are_compared_by_their_divergence_on_other_windows() -> None:
         forms.Candidate(str(form), dict.fromkeys([size.name for size in sizes], form))
         for form in (few, many)
     ]
-    found = forms.divergences(judges, measured, candidates)
+    result = forms.divergences(judges, measured, candidates)
     assert all(torch.equal(before[x], y) for x, y in model.state_dict().items())
     # how far weights are moved: the root of the error measured over that of rounding
     for candidate, divergence, share in zip(
-        candidates, found, (0.5, 1 / 3), strict=True
+        candidates, result, (0.5, 1 / 3), strict=True
     ):
         weights = {}
         for name, form in candidate.forms.items():

@@ -641,16 +641,16 @@ def result_of(values: str, **changes: Any) -> LinearResult:
 def test_bits_are_counted_by_linear() -> None:
     both = [result_of("q4_0"), result_of("q8_0", shape=(64, 256))]
     assert bits_per_weight(both) == pytest.approx((4.5 + 2 * 8.5) / 3)
-    own = result_of("int8")
+    packed_type = result_of("int8")
     # a mask of one row, and fp32 scales of rows
     stored = 64 * 128 + 16 + 4 * 64
     expected = (8 * stored + 4.5 * 64 * 128) / (2 * 64 * 128)
-    assert bits_per_weight([own, both[0]]) == pytest.approx(expected)
+    assert bits_per_weight([packed_type, both[0]]) == pytest.approx(expected)
     # experts do not count in the packed format
     expert = result_of("int8", tokens=3)
     assert bits_per_weight([expert, both[0]]) == 4.5
     assert bits_per_weight([expert]) is None
-    assert bits_per_weight([own, result_of("keep")]) is None
+    assert bits_per_weight([packed_type, result_of("keep")]) is None
 
 
 @pytest.mark.parametrize(

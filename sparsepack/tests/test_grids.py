@@ -51,10 +51,10 @@ def check_lines(twin: Tensor, grid: Grid, codes: Tensor, lines: Tensor) -> None:
     assert torch.equal(values.to(twin.dtype), twin)
     assert {*codes.unique().tolist()} <= {*grid.numbers}
     for part in (lines[..., 0], -lines[..., 1]):
-        units, whole = split_lines(part, grid)
+        units, steps = split_lines(part, grid)
         assert torch.equal(units.half().float(), units)
-        assert torch.equal((units * whole).view_as(part), part)
-        assert 0 <= int(whole.min()) <= int(whole.max()) <= grid.lowest_scale
+        assert torch.equal((units * steps).view_as(part), part)
+        assert 0 <= int(steps.min()) <= int(steps.max()) <= grid.lowest_scale
 
 
 @settings(max_examples=100, deadline=None)
@@ -107,10 +107,10 @@ def test_codes_and_scales_are_read_off_exactly(
     assert torch.equal((codes.double() * factors).to(dtype), twin)  # rounded once
     units = scales
     if grid.parts:
-        units, whole = split(scales, grid)
-        assert torch.equal((units * whole).view_as(scales), scales)
-        assert grid.lowest_scale <= int(whole.min())
-        assert int(whole.max()) <= grid.highest_scale
+        units, steps = split(scales, grid)
+        assert torch.equal((units * steps).view_as(scales), scales)
+        assert grid.lowest_scale <= int(steps.min())
+        assert int(steps.max()) <= grid.highest_scale
     if grid.half or dtype == torch.float16:
         assert torch.equal(units.half().float(), units)
     assert torch.equal(units.bfloat16().float(), units)
@@ -177,19 +177,19 @@ def test_every_number_of_a_grid_is_told_from_the_next(
     if dtype == torch.float16:
         end = grid.lowest * grid.lowest_scale
         scales = scales[(scales * end).abs() <= 65280]
-    whole = torch.ones(len(scales), len(numbers), 1, dtype=torch.int64)
+    steps = torch.ones(len(scales), len(numbers), 1, dtype=torch.int64)
     if grid.parts:
         random = torch.Generator().manual_seed(4)
         ends = (grid.lowest_scale, grid.highest_scale + 1)
-        whole = torch.randint(*ends, whole.shape, generator=random)
-        whole[whole == 0] = 1
-        whole[:, :: grid.parts] = grid.lowest_scale
-    exact = numbers * whole * scales[:, None, None].double()
+        steps = torch.randint(*ends, steps.shape, generator=random)
+        steps[steps == 0] = 1
+        steps[:, :: grid.parts] = grid.lowest_scale
+    exact = numbers * steps * scales[:, None, None].double()
     twin = exact.to(dtype).view(-1, grid.columns or 256)
     codes, read_scales = codes_of(twin, grid, "a")
     every = numbers.to(torch.int8).repeat(len(scales), 1)
     assert torch.equal(codes.view(-1, size), every)
-    assert torch.equal(read_scales.view(-1), (whole[..., 0] * scales[:, None]).view(-1))
+    assert torch.equal(read_scales.view(-1), (steps[..., 0] * scales[:, None]).view(-1))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("q4_0", "Q4_0"), ("q8_0", "Q8_0")])

@@ -70,7 +70,7 @@ class PackResult:
     # the linears of the blocks by name, experts left out; None for one that is
     # smaller dense, and was copied
     linears: dict[str, PackedEntry | None] = field(default_factory=dict, repr=False)
-    # of these linears: their bytes before and after, and the number of their weights
+    # bytes of these linears before and after, and the number of their weights
     dense_bytes: int = 0
     packed_bytes: int = 0
     weights: int = 0
@@ -519,7 +519,7 @@ def _packed(
     # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
     if not key.endswith(".weight"):
         return None
-    # Of several modules that share a weight, one would have it packed, and the others would not.
+    # If several modules share a weight, one would have it packed, and the others would not.
     if chain.is_shared(linear.weight_name):
         return None
     with _named(key):

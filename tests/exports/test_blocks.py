@@ -21,12 +21,12 @@ def random_scales(grid: Grid, rows: int, columns: int) -> Tensor:
         return scales
     shape = (rows, groups // grid.parts, grid.parts)
     ends = (grid.lowest_scale, grid.highest_scale + 1)
-    whole = torch.randint(*ends, shape, generator=generator)
-    whole[..., 3] = grid.lowest_scale
+    steps = torch.randint(*ends, shape, generator=generator)
+    steps[..., 3] = grid.lowest_scale
     # with the digits of bf16, as the product with a number must be exact in fp32
     units = torch.randn(*shape[:2], 1, generator=generator).bfloat16().half().float()
     units[0, 0] = 2.0**-24
-    return (units * whole).view(rows, groups)
+    return (units * steps).view(rows, groups)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_blocks_have_minima(name: str) -> None:
     grid = GRIDS[name]
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(1 << grid.bits, (6, 512), generator=generator)
-    whole = torch.randint(
+    steps = torch.randint(
         grid.lowest_scale + 1, (6, 2, grid.parts, 2), generator=generator
     )
-    whole[:, :, 1] = grid.lowest_scale
+    steps[:, :, 1] = grid.lowest_scale
     units = torch.rand(6, 2, 1, 2, generator=generator).half().float()
-    lines = (units * whole).view(6, -1, 2) * torch.tensor([1.0, -1.0])
+    lines = (units * steps).view(6, -1, 2) * torch.tensor([1.0, -1.0])
     kind = gguf.GGMLQuantizationType[name.upper()]
     read = gguf.dequantize(to_blocks(codes.to(torch.int8), lines, grid), kind)
     scales = [part.repeat_interleave(grid.group, dim=1) for part in lines.unbind(2)]

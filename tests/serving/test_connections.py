@@ -132,12 +132,12 @@ def test_three_hundred_silent_clients_at_256_descriptors(packed: Path) -> None:
             socket.create_connection((address[0], int(address[1])), timeout=20)
             for _ in range(300)
         ]
-        for each in silent:
-            each.send(HALF)
+        for connection in silent:
+            connection.send(HALF)
         health = httpx.get(url.removesuffix("v1") + "health", timeout=20)
         assert health.status_code == 200
-        for each in silent:
-            each.close()
+        for connection in silent:
+            connection.close()
         process.kill()
         assert process.stderr is not None
         told = process.stderr.read()

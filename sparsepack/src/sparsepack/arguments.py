@@ -42,7 +42,7 @@ def check(
     Raises:
         SettingError: one line with the name, the value, and what it should be.
     """
-    wanted = " or ".join(
+    expected = " or ".join(
         _NAMES.get(kind, f"an instance of {getattr(kind, '__name__', kind)}")
         for kind in kinds
     )
@@ -53,7 +53,7 @@ def check(
     else:
         fits = isinstance(value, kinds)
     if not fits:
-        refuse(name, value, wanted)
+        refuse(name, value, expected)
     if isinstance(value, float) and not math.isfinite(value):
         refuse(name, value, "a finite number")
     if least is not None and value < least:
@@ -80,6 +80,6 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         refuse(name, value, f"{', '.join(others)} or {last}")
 
 
-def refuse(name: str, value: Any, wanted: str) -> None:
+def refuse(name: str, value: Any, expected: str) -> None:
     """Raises the SettingError of :func:`check`."""
-    raise SettingError(f"{name} is {shown(value)}: it should be {wanted}")
+    raise SettingError(f"{name} is {shown(value)}: it should be {expected}")

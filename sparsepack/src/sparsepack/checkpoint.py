@@ -41,7 +41,7 @@ WAY_IN = {
     "run your command by `sparsellm exec -- COMMAND`"
 }
 
-DTYPES = ("float64", "float32", "float16", "bfloat16")  # of a dense weight
+DTYPES = ("float64", "float32", "float16", "bfloat16")  # dtypes of a dense weight
 
 
 @dataclass(frozen=True)

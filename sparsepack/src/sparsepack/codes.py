@@ -29,7 +29,7 @@ BITS = {
     "int6": 6,
     "int5": 5,
     "int3": 3,
-}  # of a value of those types that only files have
+}  # bits of a value, for the types that only files have
 # what a reader makes of them, since kernels run it; int8 has the scales of groups then
 READ_AS = {"int6": "int8", "int5": "int8", "int3": "int4"}
 WRITTEN_TYPES = (*VALUE_TYPES, *BITS)  # in files

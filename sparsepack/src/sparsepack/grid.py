@@ -167,8 +167,8 @@ def _in_half(scales: Tensor, *, up: bool) -> Tensor:
     """Scales of bf16 that fp16 has too: small ones are rounded ``up``, away from 0, so that none is lost and no value
     lies beyond the last number; or to the nearest."""
     multiples = scales.abs() / LEAST
-    whole = multiples.ceil() if up else multiples.round()
-    return torch.where(multiples < FEW, whole.mul_(LEAST) * scales.sign(), scales)
+    steps = multiples.ceil() if up else multiples.round()
+    return torch.where(multiples < FEW, steps.mul_(LEAST) * scales.sign(), scales)
 
 
 def _widest(of_parts: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ def _widest(of_parts: Tensor) -> Tensor:
 
 def in_units(of_parts: Tensor, units: Tensor, grid: Grid) -> Tensor:
     """The whole numbers of units ``(units, 1)`` that are nearest to scales ``(units, parts)``."""
-    whole = (of_parts / torch.where(units == 0, math.inf, units)).round_()
-    return whole.clamp_(grid.lowest_scale, grid.highest_scale)
+    steps = (of_parts / torch.where(units == 0, math.inf, units)).round_()
+    return steps.clamp_(grid.lowest_scale, grid.highest_scale)
 
 
 def split(scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

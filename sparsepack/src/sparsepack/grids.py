@@ -14,7 +14,7 @@ from dataclasses import dataclass
 GGUF = "gguf"
 COMPRESSED = "compressed-tensors"
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
-LEAST = 2.0**-24  # of fp16, which has all whole multiples of it up to 2048
+LEAST = 2.0**-24  # the least number of fp16, which has all its multiples up to 2048
 BLOCK = 32  # columns that share a scale in the simplest types of GGUF
 # The numbers of IQ4_NL and IQ4_XS (``kvalues_iq4nl`` of llama.cpp). 0 is not among them.
 UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -30,7 +30,7 @@ class Grid:
     form: str  # the format of files that have it: gguf or compressed-tensors
     uneven: tuple[int, ...] = ()  # the numbers, ascending, if they do not follow by one
     parts: int = 0  # groups that share a unit; 0 where each has a scale of its own
-    scale_bits: int = 16  # of the scale of each group
+    scale_bits: int = 16  # bits of the scale of each group
     minima: bool = (
         False  # whether a value is its number times the scale, less a minimum
     )

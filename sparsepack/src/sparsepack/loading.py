@@ -123,16 +123,16 @@ def _check_sizes(path: Path) -> None:
     of which transformers takes the one that it reads last."""
     config = read_object(path / "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
-    found: dict[str, str] = {}
+    first_file: dict[str, str] = {}
     for file in weight_files(path)[0]:
         with opened_weights(file, "np") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
-                if name in found:
+                if name in first_file:
                     raise FormatError(
-                        f"tensor {name} is in both {found[name]} and {file.name} of {path}; keep the files of one "
+                        f"tensor {name} is in both {first_file[name]} and {file.name} of {path}; keep the files of one "
                         "checkpoint only"
                     )
-                found[name] = file.name
+                first_file[name] = file.name
                 shapes[name] = tuple(opened.get_slice(name).get_shape())
     text = config.get("text_config")
     if isinstance(text, dict):

@@ -39,15 +39,15 @@ def _unit(of_parts: Tensor, most: int) -> Tensor:
     """The unit ``(units, 1)`` of which the largest of some scales ``(units, parts)`` is the largest whole number."""
     mantissa, exponent = torch.frexp(of_parts.amax(1, keepdim=True) / most)
     rounded = torch.ldexp((mantissa * _DIGITS).round_() / _DIGITS, exponent)
-    multiples = rounded / LEAST  # of the least number of fp16
+    multiples = rounded / LEAST  # multiples of the least number of fp16
     return torch.where(multiples < _DIGITS, multiples.round() * LEAST, rounded)
 
 
 def _whole(of_parts: Tensor, units: Tensor, most: int) -> Tensor:
     """The whole numbers of units that are nearest to scales ``(units, parts)``; the largest scale is ``most``."""
-    whole = (of_parts / torch.where(units == 0, math.inf, units)).round_()
-    largest = most * (units != 0).to(whole.dtype)
-    return whole.clamp_(0, most).scatter_(1, anchors(of_parts), largest)
+    steps = (of_parts / torch.where(units == 0, math.inf, units)).round_()
+    largest = most * (units != 0).to(steps.dtype)
+    return steps.clamp_(0, most).scatter_(1, anchors(of_parts), largest)
 
 
 def split_lines(stored: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -237,8 +237,19 @@ def _quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     plain = warnings.formatwarning
-    warnings.formatwarning = lambda said, kind, *place: (
-        f"note: {said}\n" if issubclass(kind, Note) else plain(said, kind, *place)
-    )
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        """A note of ours as one line, and other warnings as Python shows them."""
+        if issubclass(category, Note):
+            return f"note: {message}\n"
+        return plain(message, category, filename, lineno, line=line)
+
+    warnings.formatwarning = formatted
     # sizes of 0 in a config are refused later
     warnings.filterwarnings("ignore", "Initializing zero-element tensors")

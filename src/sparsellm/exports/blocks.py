@@ -12,7 +12,7 @@ from sparsepack.grids import BLOCK, GGUF, Grid, grid_for
 from sparsepack.minima import split_lines
 
 SUPER = 256  # numbers in a block of the types that end in K, and of IQ4_XS
-TYPES = {4: "Q4_0", 8: "Q8_0"}  # of the grids of compressed-tensors, by bits
+TYPES = {4: "Q4_0", 8: "Q8_0"}  # types of the grids of compressed-tensors, by bits
 
 
 def block_type(grid: Grid) -> str | None:
@@ -41,8 +41,8 @@ def to_blocks(codes: Tensor, scales: Tensor, grid: Grid) -> np.ndarray:
     elif grid.minima:
         pieces = _with_minima(numbers.view(np.uint8), scales, grid)
     else:
-        units, whole = split(scales, grid)
-        parts = whole.numpy().astype(np.int8)
+        units, steps = split(scales, grid)
+        parts = steps.numpy().astype(np.int8)
         form = {"q6_k": _q6_k, "q3_k": _q3_k, "iq4_xs": _iq4_xs}[grid.name]
         pieces = form(numbers.view(np.uint8), parts, _halves(units))
     flat = [piece.reshape(len(numbers), -1).view(np.uint8) for piece in pieces]
@@ -66,8 +66,8 @@ def _simple(numbers: np.ndarray, grid: Grid) -> list[np.ndarray]:
 
 
 def _pairs(numbers: np.ndarray, together: int) -> np.ndarray:
-    """The low four bits of numbers: of so many that follow, byte ``j`` has number ``j`` and, above it, the one half of
-    them on."""
+    """The low four bits of numbers. A run of ``together`` numbers takes half as many bytes: byte ``j`` has number ``j``
+    and, above it, the number that is half a run later."""
     halves = (numbers & 15).reshape(len(numbers), -1, 2, together // 2)
     pairs: np.ndarray = halves[:, :, 0] | halves[:, :, 1] << 4
     return pairs
@@ -84,7 +84,8 @@ def _q6_k(
 
 
 def _twos(bits: np.ndarray) -> np.ndarray:
-    """Two bits of each of 256 numbers: of 128 that follow, byte ``j`` has those of ``j``, ``j + 32`` and so on."""
+    """Two bits of each of 256 numbers. Each half takes 32 bytes: byte ``j`` has those of ``j``, ``j + 32``, ``j + 64``
+    and ``j + 96``."""
     quarters = (bits & 3).reshape(len(bits), 2, 4, 32)
     shifts = np.arange(0, 8, 2, dtype=np.uint8).reshape(4, 1)
     twos: np.ndarray = np.bitwise_or.reduce(quarters << shifts, axis=2)
@@ -120,9 +121,9 @@ def _iq4_xs(
 
 def _with_minima(numbers: np.ndarray, lines: Tensor, grid: Grid) -> list[np.ndarray]:
     """Numbers ``(blocks, 256)`` of Q2_K or Q4_K, and scales and minima, ``(out, groups, 2)``."""
-    units, whole = split_lines(lines[..., 0], grid)
+    units, steps = split_lines(lines[..., 0], grid)
     of_minima, depths = split_lines(-lines[..., 1], grid)
-    scales = whole.numpy().astype(np.uint8)
+    scales = steps.numpy().astype(np.uint8)
     minima = depths.numpy().astype(np.uint8)
     halves = [_halves(units), _halves(of_minima)]
     if grid.bits == 2:

@@ -165,12 +165,12 @@ def export(  # noqa: PLR0913 - the Python door
 
 def _grids_of(form: str) -> list[str]:
     """The names of the grids that a format has; first those that are its own, which messages recommend."""
-    own = [name for name, grid in GRIDS.items() if grid.form == form]
-    others = [name for name in GRIDS if name not in own]
+    native = [name for name, grid in GRIDS.items() if grid.form == form]
+    others = [name for name in GRIDS if name not in native]
     if form == GGUF:
         # its blocks of 32 are those of some grids of compressed-tensors, too
         others = [name for name in others if block_type(GRIDS[name]) is not None]
-    return own + others
+    return native + others
 
 
 def _template_file(opened: OnGrid, like: PathGiven | None) -> Path:

@@ -139,9 +139,9 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
             parts = (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
             orders.append(torch.cat([part.reshape(-1) for part in parts]))
     different: list[Tensor] = []
-    for found in orders:
-        if not any(torch.equal(found, other) for other in different):
-            different.append(found)
+    for order in orders:
+        if not any(torch.equal(order, other) for other in different):
+            different.append(order)
     return different
 
 

@@ -14,7 +14,7 @@ from sparsellm.errors import ModelError, one_line
 
 GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 _MAY_BE_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-_MOST_ENTRIES = 1000  # of a directory, among which a similar name is looked for
+_MOST_ENTRIES = 1000  # entries of a directory, among which a similar name is looked for
 # Directories of the cache, and the names by which the user asked for them
 _typed: dict[str, str] = {}
 # Ends of the names of errors that the hub's client, requests and httpx raise without a connection

@@ -67,15 +67,15 @@ class CheckpointReader:
             known = (files, {}) if files is not None else weight_files(directory)
         self.files, file_of = known
         self._stored: dict[str, _Stored] = {}
-        found: dict[str, str] = {}  # file names by tensor
+        first_file: dict[str, str] = {}  # file names by tensor
         for file in self.files:
             for name, stored in _header(file).items():
-                if name in found:
+                if name in first_file:
                     raise StorageError(
-                        f"tensor {name} is in both {found[name]} and {file.name} of {directory}; keep the files of one "
+                        f"tensor {name} is in both {first_file[name]} and {file.name} of {directory}; keep the files of one "
                         "checkpoint only"
                     )
-                found[name] = file.name
+                first_file[name] = file.name
                 # one that the index expects in another file is missing there
                 if file_of.get(name, file.name) == file.name:
                     self._stored[name] = stored

@@ -24,7 +24,7 @@ _SHOWN = 4  # kinds of parameters that a message names
 class BlockMatrix:
     """One matrix of a block, or a stack of them in one parameter."""
 
-    name: str  # of the parameter, such as model.layers.0.mlp.down_proj.weight
+    name: str  # the parameter's, such as model.layers.0.mlp.down_proj.weight
     block: int
     shape: tuple[int, ...]  # as the parameter is stored
     linear: LinearView | None  # that owns it and can be pruned

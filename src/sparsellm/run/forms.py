@@ -168,8 +168,8 @@ def choose_forms(
     def zeros(sparsity: float) -> dict[str, float]:
         count = round(sparsity * weights)
         survey = Survey(feed, sizes, sparsity, count, gradients)
-        found = choice.allocator.function(survey, **choice.allocation_options)
-        return {size.name: found.zeros[size.name] / size.weights for size in sizes}
+        allocation = choice.allocator.function(survey, **choice.allocation_options)
+        return {size.name: allocation.zeros[size.name] / size.weights for size in sizes}
 
     total = bits * weights / 8
     judges = feed.windows[-min(JUDGES, len(feed.windows)) :]
@@ -187,15 +187,15 @@ def choose_forms(
     chosen = Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
     candidates = [chosen, *uniform_forms(sizes, tables, zeros, program, total)]
     with clock.phase("compare"):
-        found = divergences(replace(feed, windows=judges), measured, candidates)
-    best = min(range(len(candidates)), key=lambda number: found[number])
+        divergence_of = divergences(replace(feed, windows=judges), measured, candidates)
+    best = min(range(len(candidates)), key=lambda number: divergence_of[number])
     compared: list[Settings] = [
         {
             "name": candidate.name,
             "bits": round(8 * candidate.bytes(sizes) / weights, 4),
             "divergence": divergence,
         }
-        for candidate, divergence in zip(candidates, found, strict=True)
+        for candidate, divergence in zip(candidates, divergence_of, strict=True)
     ]
     report: Settings = {
         "program": program,
@@ -290,17 +290,17 @@ def _by_unit(
     total: float,
 ) -> dict[str, Form]:
     """The form of each linear by :func:`best_forms`, with linears of one unit alike."""
-    whole = {names[0]: joined([tables[name] for name in names]) for names in units}
+    of_units = {names[0]: joined([tables[name] for name in names]) for names in units}
     for names in units:
-        if not whole[names[0]].forms:
+        if not of_units[names[0]].forms:
             raise RecipeError(
                 f"{names[0]} and {names[-1]} must have one type, and none fits the inputs of both; leave them out "
                 "(exclude)"
             )
     bytes_of = {names[0]: math.fsum(budgets[name] for name in names) for names in units}
-    places = best_forms(bytes_of, whole, total)
+    places = best_forms(bytes_of, of_units, total)
     return {
-        name: whole[names[0]].forms[places[names[0]]]
+        name: of_units[names[0]].forms[places[names[0]]]
         for names in units
         for name in names
     }
@@ -313,7 +313,7 @@ def uniform_forms(
     program: str,
     total: float,
 ) -> list[Candidate]:
-    """One type for all linears at this size: of those that fit without zeros the one that loses least; and in the
+    """One type for all linears at this size: the one that loses least among those that fit without zeros; and in the
     packed format the next larger ones that have zeros, with as many of these as that takes."""
     sparse = {
         form.values
@@ -450,11 +450,11 @@ def _statistics(
     grams = []
     for group in grouping.agreed(seen):
         head = group[0]
-        found = accumulators.setdefault(
+        accumulator = accumulators.setdefault(
             head.name, GramAccumulator(head.in_features, device)
         )
-        found.reduce()
-        grams.append((group, found.finish()))
+        accumulator.reduce()
+        grams.append((group, accumulator.finish()))
     return grams
 
 

@@ -260,7 +260,7 @@ class _Teller:
     progress: ProgressCallback
     blocks: int
     begin: int
-    done: list[LinearResult] = field(default_factory=list)  # of earlier blocks
+    done: list[LinearResult] = field(default_factory=list)  # results of earlier blocks
 
     def step(self, index: int, step: str, part: float = 0.0) -> None:
         """Tells a step in block ``index``, of which a ``part`` is done."""
@@ -269,7 +269,7 @@ class _Teller:
     def within(
         self, index: int, linears: int, here: Sequence[LinearResult], step: str
     ) -> None:
-        """Tells a step in block ``index``, which has the results ``here`` of so many ``linears`` so far."""
+        """Tells a step in block ``index``, which has ``here`` as results so far, and ``linears`` to prune."""
         # the outputs of the block take about as long as one more
         self._tell(index, [*self.done, *here], step, len(here) / (linears + 1))
 

@@ -43,10 +43,10 @@ class Connection(H11Protocol):
             socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
         )
         self._await_client()
-        others = (each for each in self.connections if isinstance(each, Connection))
+        others = (other for other in self.connections if isinstance(other, Connection))
         if len(self.connections) > most_connections():
-            waiting = [each for each in others if each is not self and each.waits]
-            oldest = min(waiting, key=lambda each: each._since, default=self)
+            waiting = [other for other in others if other is not self and other.waits]
+            oldest = min(waiting, key=lambda other: other._since, default=self)
             oldest.transport.abort()
             self.connections.discard(oldest)
 

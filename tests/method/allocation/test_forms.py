@@ -59,10 +59,10 @@ def test_bytes_on_a_grid_are_those_of_numbers_and_scales(name: str) -> None:
 
 def test_bytes_of_threshold_are_masks_and_values_of_one_width() -> None:
     weights = {"q": 1000, "up": 3000}
-    found = bytes_of_threshold(weights, {"q": 0.2, "up": 0.4}, 1500)
+    places = bytes_of_threshold(weights, {"q": 0.2, "up": 0.4}, 1500)
     # 500 bytes of masks, and 1000 for 800 + 1800 kept values
     width = 1000 / 2600
-    assert found == pytest.approx({"q": 125 + 800 * width, "up": 375 + 1800 * width})
+    assert places == pytest.approx({"q": 125 + 800 * width, "up": 375 + 1800 * width})
     # a size that masks alone would take
     few = bytes_of_threshold(weights, {"q": 0.2, "up": 0.4}, 260)
     assert few == pytest.approx({"q": 80, "up": 180})

@@ -185,7 +185,7 @@ class _Means:
     ) -> None:
         head = group[0]
         self._fitted = fitted
-        self._sums: list[CrossAccumulator] = []  # of weights, inputs and targets
+        self._sums: list[CrossAccumulator] = []  # sums over weights, inputs and targets
         if any(linear.bias is not None for linear in group):
             sizes = [1, head.in_features]
             if fitted:

@@ -34,16 +34,16 @@ def find_sublayers(
     tokens, width = stream.hidden[0].shape[1:]
     pruned = {linear.name for linear in without_experts(linears)}
     grouping = InputGroups()
-    whole: set[str] = set()  # linears that got all tokens
+    complete: set[str] = set()  # linears that got all tokens
     # those that run again, so that a window has several targets
     repeated: set[str] = set()
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         order.append(linear.name)
         if linear.name in pruned and x.shape[:-1].numel() == tokens:
-            if linear.name in whole:
+            if linear.name in complete:
                 repeated.add(linear.name)
-            whole.add(linear.name)
+            complete.add(linear.name)
             grouping.add(linear, x)
 
     with watch(stream.chain.linears(index), see):

@@ -231,13 +231,13 @@ class _Grid:
         assert grid is not None
         lowest = groups.levels.lowest
         first = scales_of(self.first * lowest, groups, self.dtype)
-        units, whole = split(first, grid)
-        fixed = whole == grid.lowest_scale  # from which the unit is read
+        units, steps = split(first, grid)
+        fixed = steps == grid.lowest_scale  # from which the unit is read
         least = torch.full_like(extreme, math.inf)
         best = first
         for fraction in FRACTIONS:
-            tried = in_units((extreme * fraction / lowest).view_as(whole), units, grid)
-            tried = torch.where(fixed, whole, tried).mul_(units).view_as(first)
+            tried = in_units((extreme * fraction / lowest).view_as(steps), units, grid)
+            tried = torch.where(fixed, steps, tried).mul_(units).view_as(first)
             error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             best = torch.where(error < least, tried, best)
@@ -558,7 +558,7 @@ class _DescentOfLines(_Descent):
     def __init__(self, grid: _Lines, start: Tensor, target: Tensor, gram: Gram) -> None:
         self.lines = grid
         self.minima = grid.minima  # (groups, 1)
-        self.whole = target
+        self.steps = target
         super().__init__(grid, start, target - grid.spread(grid.minima), gram)
 
     def _fit_scales(self) -> None:
@@ -570,7 +570,7 @@ class _DescentOfLines(_Descent):
         scales, minima = lines_of(self.scales * scales, minima, lines.grid)
         numbers = lines.numbers(self.columns, lines.scales(self.scales).T.contiguous())
         columns = numbers.mul_(lines.scales(scales).T)
-        target = (self.whole - lines.spread(minima)).T.contiguous()
+        target = (self.steps - lines.spread(minima)).T.contiguous()
         slope = self.matrix @ (columns - target)
         error = (columns - target).mul_(slope).sum(dim=0)
         worse = ~(error < self._errors(self.columns, self.slope))  # (out,)

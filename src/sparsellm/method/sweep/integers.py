@@ -26,7 +26,7 @@ class Integers:
 
     chain: Chain
     values: Mapping[str, str]  # an integer type, or the name of another program's grid
-    exponents: Mapping[str, str]  # of columns, as records have them
+    exponents: Mapping[str, str]  # exponents of columns, as records have them
     # by name of the weight; filled by factors()
     groups: dict[str, Groups] = field(default_factory=dict)
 
