@@ -72,8 +72,8 @@ class CheckpointReader:
             for name, stored in _header(file).items():
                 if name in first_file:
                     raise StorageError(
-                        f"tensor {name} is in both {first_file[name]} and {file.name} of {directory}; keep the files of one "
-                        "checkpoint only"
+                        f"tensor {name} is in both {first_file[name]} and {file.name} of {directory}; keep the files "
+                        "of one checkpoint only"
                     )
                 first_file[name] = file.name
                 # one that the index expects in another file is missing there
