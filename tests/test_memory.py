@@ -155,7 +155,7 @@ def test_the_default_is_a_share_of_what_is_free(
     monkeypatch.setattr(machine, "free_memory", lambda: 10 << 30)
     monkeypatch.setattr(machine, "held_rss", lambda: 1 << 30)
     assert host_limit(None) == 9 << 30
-    assert host_limit(None, sharers=2) == 5 << 30
+    assert host_limit(None, processes=2) == 5 << 30
     assert host_limit("2GiB") == 2 << 30
 
 

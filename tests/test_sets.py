@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.run import walk
+from sparsellm.run.calibration import Windows
 from sparsellm.run.choice import Choice
-from sparsellm.run.opening import Windows
 from sparsellm.text.windows import calibration_windows
 from tests.killing import ahead_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer

@@ -118,7 +118,7 @@ def test_a_teacher_of_blocks_that_share_weights(
 
     prune("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(story, "walk", lambda *_: 1 / 0)
+        patch.setattr(story, "walk", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prune("p")
     prune("p")

@@ -20,7 +20,7 @@ from sparsellm.method.blocks.in_order import _Fitting
 from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.gram import CrossAccumulator
 from sparsellm.method.sweep.sweep_task import SweepTask
-from sparsellm.run import prune as story
+from sparsellm.run import sweeping
 from sparsellm.run.choice import Choice
 from tests.killing import ahead_of
 from tests.method.sweep.helpers import ids_of, same_bits, tiny_mistral
@@ -60,7 +60,7 @@ def test_the_dense_stream_is_of_the_dense_model(
 ) -> None:
     METHODS.register("nothing", paper="none", effort=1)(nothing)
     tasks: list[SweepTask] = []
-    monkeypatch.setattr(story, "sweep", lambda task: tasks.append(task) or 1 / 0)
+    monkeypatch.setattr(sweeping, "sweep", lambda task: tasks.append(task) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sparsellm.prune(
             family(),

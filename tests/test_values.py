@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sparsellm import Recipe
 from sparsellm.app.tables import print_packed
 from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.files.scratch import Scratch
+from sparsellm.method.allocation import Allocation
 from sparsellm.method.blocks import task as block
 from sparsellm.method.solvers import rounding
 from sparsellm.method.sweep import streamed, whole_model
@@ -26,6 +29,9 @@ from sparsellm.method.sweep.integers import Integers
 from sparsellm.method.sweep.sweep_task import SweepTask
 from sparsellm.model import Feed, open_chain
 from sparsellm.patterns import parse_pattern
+from sparsellm.records import LinearResult, Pruning, read_pruning
+from sparsellm.run import walk
+from sparsellm.run.result import bits_per_weight, rounded_to
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, codes_of, on_grid
 from sparsepack.grids import GRIDS
@@ -410,7 +416,9 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     task = SweepTask(
         Feed(chain, ids, 96, Scratch()), dense_end(dense, ids, 96), 1, 0, lambda index: None, learning_rate=0.01,
-        integers=Integers(chain, "int4", dict.fromkeys(names, "")),
+        integers=Integers(
+            chain, dict.fromkeys(names, "int4"), dict.fromkeys(names, "")
+        ),
     )  # fmt: skip
     whole_model.sweep(task)
     with torch.no_grad():
@@ -508,3 +516,143 @@ def test_packed_with_exponents_computes_as_pruned(
             sparsellm.load(tmp_path / "saved", dtype="float32")(ids).logits,
             dense(ids).logits,
         )
+
+
+def mixed_types(linears: Iterable[str]) -> dict[str, str]:
+    """Four types by kind; the values of v are kept."""
+    types = {"q_proj": "int8", "o_proj": "q4_0", "v_proj": "keep", "down_proj": "int3"}
+    return {name: types.get(name.rpartition(".")[2], "int4") for name in linears}
+
+
+def allocate_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every allocation gives linears their :func:`mixed_types`."""
+    before = walk._allocate
+
+    def typed(*arguments: Any) -> Allocation:
+        allocation = before(*arguments)
+        return replace(allocation, values=mixed_types(allocation.zeros))
+
+    monkeypatch.setattr(walk, "_allocate", typed)
+
+
+# int4, for the sweep; what the allocation says counts
+MIXED: dict[str, Any] = {
+    **RECIPE,
+    **SWEPT,
+    "values": "int4",
+    "allocation": "threshold",
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A Llama whose inputs are multiples of 32, the group of q4_0."""
+    model = uneven(tiny_llama(intermediate_size=96))
+    return save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+
+
+def test_every_linear_is_rounded_to_its_own_type(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate_types(monkeypatch)
+    out = tmp_path / "pruned"
+    result = sparsellm.prune(wide, Recipe(**MIXED), out=out)
+    weights = tensors_of(out)
+    for linear in result.linears:
+        assert linear.values == mixed_types([linear.name])[linear.name]
+        weight = weights[f"{linear.name}.weight"]
+        if linear.values == "keep":
+            assert len(weight.unique()) == weight.count_nonzero() + 1
+            continue
+        exponents = exponents_of_text(linear.exponents)
+        again = on_grid(weight, linear.values, torch.float32, exponents)
+        assert torch.equal(again, weight), linear.name
+    record = read_pruning(out)
+    assert (record.values, record.grid) == ("mixed", "mixed")
+    assert result.bits_per_weight is None  # v is kept
+
+
+def test_packing_takes_the_type_of_each_linear_from_the_record(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate_types(monkeypatch)
+    out = tmp_path / "pruned"
+    result = sparsellm.prune(wide, Recipe(**MIXED), out=out)
+    packed = sparsellm.pack(out, out=tmp_path / "packed", values="mixed")
+    assert not packed.rounded
+    sparsellm.unpack(packed.path, out=tmp_path / "again")
+    assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
+    expected = {"q4_0": "int4", "keep": "fp32"}
+    for linear in result.linears:
+        entry = packed.linears[linear.name]
+        assert entry is not None
+        assert entry.value_type == expected.get(linear.values, linear.values)
+
+
+def test_a_resumed_run_keeps_the_types(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as typed:
+        allocate_types(typed)
+        expected = sparsellm.prune(wide, Recipe(**MIXED), out=tmp_path / "uncut")
+        with pytest.MonkeyPatch.context() as failing:
+            # gradients read each block twice, before the walk
+            fail_in_block(1, failing, after=2)
+            with pytest.raises(NumericalError, match="fire"):
+                sparsellm.prune(wide, Recipe(**MIXED), out=tmp_path / "cut")
+    # nothing allocates types any more
+    resumed = sparsellm.prune(wide, Recipe(**MIXED), out=tmp_path / "cut")
+    assert resumed.resumed == 1
+    assert expected.path is not None
+    assert contents(tmp_path / "cut") == contents(expected.path)
+
+
+def result_of(values: str, **changes: Any) -> LinearResult:
+    """A linear of 64 × 128 weights without zeros."""
+    fields = {"name": "blocks.0.q", "shape": (64, 128), "zeros": 0, "values": values}
+    return LinearResult(**{**fields, **changes})
+
+
+def test_bits_are_counted_by_linear() -> None:
+    both = [result_of("q4_0"), result_of("q8_0", shape=(64, 256))]
+    assert bits_per_weight(both) == pytest.approx((4.5 + 2 * 8.5) / 3)
+    own = result_of("int8")
+    # a mask of one row, and fp32 scales of rows
+    stored = 64 * 128 + 16 + 4 * 64
+    expected = (8 * stored + 4.5 * 64 * 128) / (2 * 64 * 128)
+    assert bits_per_weight([own, both[0]]) == pytest.approx(expected)
+    # experts do not count in the packed format
+    expert = result_of("int8", tokens=3)
+    assert bits_per_weight([expert, both[0]]) == 4.5
+    assert bits_per_weight([expert]) is None
+    assert bits_per_weight([own, result_of("keep")]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["keep"], ("keep", "own")),
+        (["int4", "int4"], ("int4", "own")),
+        (["int4", "int8"], ("mixed", "own")),
+        (["int4", "keep"], ("mixed", "own")),
+        (["q4_0", "w4a16"], ("int4", "mixed")),
+        (["q4_0", "q8_0"], ("mixed", "mixed")),
+        (["q4_0", "int4"], ("int4", "mixed")),
+        (["q8_0"], ("int8", "q8_0")),
+    ],
+)
+def test_the_type_of_a_run_is_that_of_its_linears(
+    values: list[str], expected: tuple[str, str]
+) -> None:
+    assert rounded_to([result_of(name) for name in values]) == expected
+
+
+def test_a_linear_of_an_older_record_has_the_type_of_its_run() -> None:
+    old = result_of("")
+    fields: dict[str, Any] = {"sparsity_asked": 0, "linears": [old]}
+    assert Pruning(**fields, values="int3").values_of(old) == "int3"
+    on_a_grid = Pruning(**fields, values="int8", grid="w8a8")
+    assert on_a_grid.values_of(old) == "w8a8"
+    assert not on_a_grid.packs
+    assert Pruning(**fields, values="int4", grid="q4_0").packs

@@ -46,7 +46,7 @@ from sparsellm.run.counts import MatrixZeros, inspect_block, pruned_share
 from sparsellm.run.estimate import foresee, named
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.opening import load_whole, open_model, set_products
-from sparsellm.run.plan import Request
+from sparsellm.run.request import Request
 from sparsellm.run.result import PruneResult
 from sparsellm.text.sources import DOCUMENTS, IDS, as_text, settle_calibration
 from sparsellm.text.texts import Text

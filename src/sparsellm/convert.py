@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from sparsellm.model import Chain, open_chain
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.records import PRUNING, PUT_BACK, read_pruning
+from sparsellm.records import KEEP, MIXED, PRUNING, PUT_BACK, Pruning, read_pruning
 from sparsellm.report.card import CARD, card_text
 from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
@@ -45,10 +45,22 @@ from sparsepack.grids import GRIDS
 from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
-Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3"]
+Values = Literal[
+    "keep", "bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "mixed"
+]
 # The two kinds of runs.
 PACK = "pack"
 UNPACK = "unpack"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How ``pack`` stores a linear: the type of its values, the columns that share a scale if that is known, and the
+    exponents of columns, int8 ``(in,)``."""
+
+    values: str
+    group: int | None = None
+    exponents: Tensor | None = None
 
 
 @dataclass
@@ -113,7 +125,8 @@ def pack(
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out, overwrite, progress: as in :func:`sparsellm.prune`.
-        values: type of the kept values; ``keep`` for the type in which each weight is stored.
+        values: type of the kept values; ``keep`` for the type in which each weight is stored, ``mixed`` for that to
+            which the run rounded each linear.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
         allow_copy: write a dense copy if no linear is smaller packed.
@@ -127,7 +140,7 @@ def pack(
     source, place = _places(model, out, PACK, overwrite=overwrite)
     chain = open_chain(source, device=torch.device("cpu"))
     result = PackResult(place)
-    group, exponents = _rounding(chain, source, values)
+    recorded = _rounding(chain, source, values)
     assert chain.reader is not None
     # with any value type, no linear takes more space than its dense weight
     need = chain.reader.bytes
@@ -142,7 +155,10 @@ def pack(
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
             writer.write_shard(
-                index, _packed_block(chain, index, values, group, exponents, result)
+                index,
+                _packed_block(
+                    chain, index, values=values, recorded=recorded, result=result
+                ),
             )
         progress(Progress("pack", len(chain), len(chain)))
         if not (allow_copy or result.head or any(result.linears.values())):
@@ -304,49 +320,57 @@ def _outside_blocks(
     return tensors
 
 
-def _rounding(
-    chain: Chain, directory: Path, values: str
-) -> tuple[int | None, dict[str, Tensor]]:
-    """How the run that wrote a checkpoint rounded values of this type, if it did: the columns that share a scale on the
-    grid of another program, and the exponents of columns, by linear. A RecipeError if the packed format does not have
-    that grid, a StorageError if the exponents do not fit the model."""
+def recorded_of(run: Pruning, values: str) -> dict[str, Stored]:
+    """How the linears of a run are stored that it rounded to this type, or all that it rounded if that is ``mixed``, by
+    name. Raises RecipeError if the packed format does not have their grid."""
+    stored = {}
+    for linear in run.linears:
+        form = Stored(run.values_of(linear))
+        if (grid := GRIDS.get(form.values)) is not None:
+            form = Stored(grid.values, grid.group)
+        if form.values not in INTEGERS or values not in (form.values, MIXED):
+            continue
+        if grid is not None and form.values not in GROUPED:
+            raise RecipeError(
+                f"{linear.name} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {form.values} of "
+                f"the packed format begins at {grid.lowest + 1}; pack with values keep, or export it"
+            )
+        exponents = exponents_of_text(linear.exponents)
+        stored[linear.name] = replace(form, exponents=exponents)
+    return stored
+
+
+def _rounding(chain: Chain, directory: Path, values: str) -> dict[str, Stored]:
+    """:func:`recorded_of` of the run that wrote a checkpoint. A StorageError says that exponents do not fit the model,
+    or that there is no record where one is needed."""
     path = directory / PRUNING
-    exponents: dict[str, Tensor] = {}
-    if (
-        values not in INTEGERS
-        or not path.is_file()
-        or (pruning := read_pruning(directory)).values != values
-    ):
-        return None, exponents
-    grid = GRIDS.get(pruning.grid)
-    if grid is not None and values not in GROUPED:
-        raise RecipeError(
-            f"{directory} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of the packed "
-            f"format begins at {grid.lowest + 1}; pack it with values keep, or export it"
-        )
+    if values not in (*INTEGERS, MIXED) or (values != MIXED and not path.is_file()):
+        return {}
+    recorded = recorded_of(read_pruning(directory), values)
     columns = {
         linear.name: linear.in_features
         for index in range(len(chain))
         for linear in chain.linears(index)
     }
-    for linear in pruning.linears:
-        if (numbers := exponents_of_text(linear.exponents)) is not None:
-            if (expected := columns.get(linear.name, "no such linear")) != len(numbers):
-                mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
+    for name, form in recorded.items():
+        if form.exponents is not None:
+            count = len(form.exponents)
+            if (expected := columns.get(name, "no such linear")) != count:
+                mismatch = f"{count} exponents of {shown(name)}, where the model has {expected}"
                 raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
-            exponents[linear.name] = numbers
-    return None if grid is None else grid.group, exponents
+    return recorded
 
 
 def _packed_block(
     chain: Chain,
     index: int,
     values: str,
-    group: int | None,
-    exponents: dict[str, Tensor],
+    recorded: Mapping[str, Stored],
     result: PackResult,
 ) -> dict[str, Tensor]:
-    """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
+    """The tensors of a block to be written, linears that are not ``recorded`` with ``values``. Adds their sizes and
+    entries to ``result``."""
+    otherwise = Stored(KEEP if values == MIXED else values)
     tensors = chain.stored_block(index)
     for linear in chain.linears(index):
         # stays dense: transformers stacks experts while it loads
@@ -360,13 +384,14 @@ def _packed_block(
         else:
             weight = stored
         name = key.removesuffix(".weight")
+        form = recorded.get(linear.name, otherwise)
         packed = None
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
             with _named(key):
                 packed = layout.pack(
-                    weight, values, exponents=exponents.get(linear.name), group=group
+                    weight, form.values, exponents=form.exponents, group=form.group
                 )
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
@@ -377,7 +402,7 @@ def _packed_block(
         result.linears[name] = entry
         if (
             packed is not None
-            and values in INTEGERS
+            and form.values in INTEGERS
             and not torch.equal(layout.unpack(packed, weight.dtype), weight)
         ):
             result.rounded.append(name)

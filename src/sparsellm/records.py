@@ -30,11 +30,15 @@ from sparsellm.inputs import read_object
 from sparsellm.patterns import parse_pattern
 from sparsepack.bench import Comparison, Pair, Ratio, Speed
 from sparsepack.checkpoint import is_packed
+from sparsepack.grids import GRIDS
 from sparsepack.layout import predicted_bytes
 
 PRUNING = "pruning.json"
 RESULTS = "results.json"
 PUT_BACK = "put the file back as it was"
+KEEP = "keep"  # in place of a type: values are not rounded
+OWN = "own"  # in place of a grid: that of the packed format, or none
+MIXED = "mixed"  # in place of one type or grid: linears differ
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(gt=0, lt=2**31)]
@@ -93,7 +97,9 @@ class LinearResult(Matrix):
     """The result of one linear. Its error is ‖X Wᵀ − X W₀ᵀ‖² / ‖X W₀ᵀ‖² on the calibration inputs X that the method
     fitted to; W₀ is the dense weight, or that of a writer after its refit. In a unit that was fitted by auxiliary
     variables, ``down`` has the error of the unit on held-out tokens before rounding, the others NaN. ``exponents`` has
-    a hexadecimal digit, the exponent plus 8, for each column of integer values; it is empty if all are 0."""
+    a hexadecimal digit, the exponent plus 8, for each column of integer values; it is empty if all are 0. ``values``
+    is what the values are rounded to: ``keep``, a type or a grid; it is empty in records of older releases, see
+    :meth:`RunRecord.values_of`."""
 
     shape: Annotated[tuple[Size, Size], Field(strict=False)]
     asked: float = math.nan  # fraction of zeros
@@ -106,6 +112,7 @@ class LinearResult(Matrix):
     )
     pattern: str | None = None  # such as ``2:4``; None for zeros anywhere
     exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
+    values: str = ""
 
     @property
     def block(self) -> int:
@@ -265,8 +272,10 @@ class RunRecord(Record):
     format: Literal[1] = 1
     base: Base = Base()
     sparsity_asked: float  # the recipe's, which holds for the pruned linears
-    values: str = "keep"
-    grid: str = "own"  # to which values were rounded; "own" for that of the packed format, or for none
+    # to which values were rounded: keep or an integer type; mixed if linears differ
+    values: str = KEEP
+    # to which values were rounded; own for that of the packed format, or for none; mixed if linears differ
+    grid: str = OWN
     seed: int = 0
     bits_per_weight: float | None = (
         None  # as ``pack`` (experts aside) or the grid stores pruned linears; None if kept
@@ -324,6 +333,12 @@ class RunRecord(Record):
         """Fraction of zeros over every matrix of the blocks."""
         return self.matrices.sparsity
 
+    def values_of(self, linear: LinearResult) -> str:
+        """What the values of a linear of this run are rounded to: ``keep``, a type, or the name of a grid."""
+        if linear.values:
+            return linear.values
+        return self.values if self.grid == OWN else self.grid
+
     @property
     def allocated_by(self) -> str | None:
         """The name of the allocation; None if all linears have the same sparsity."""
@@ -357,7 +372,8 @@ class Pruning(RunRecord):
     @property
     def packs(self) -> bool:
         """Whether its values have a packed form: those of another program's grid in int8 have none."""
-        return self.grid == "own" or self.values != "int8"
+        grids = [GRIDS.get(self.values_of(linear)) for linear in self.linears]
+        return all(grid is None or grid.values != "int8" for grid in grids)
 
 
 def read_pruning(directory: Path) -> Pruning:

@@ -239,7 +239,7 @@ def prune(
     from sparsellm import api, parallel
     from sparsellm.app import console, tables
     from sparsellm.convert import check_packable
-    from sparsellm.run.plan import Request
+    from sparsellm.run.request import Request
 
     recipe = use.take_recipe(options)
     dense = options.get("teacher", model)
@@ -613,11 +613,12 @@ def demo(
     use.out("Directory of the packed checkpoint."),
     keeping(
         "--values TYPE",
-        "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int6, int5, int4 or int3.",
+        "Type of the kept values: keep (as stored), bf16, fp16, fp32, int8, int6, int5, int4, int3, or mixed (each as "
+        "pruned).",
         use.VALUES,
         values=(
             *("keep", "bf16", "fp16", "fp32"),
-            *("int8", "int6", "int5", "int4", "int3"),
+            *("int8", "int6", "int5", "int4", "int3", "mixed"),
         ),
     ),
     keeping(

@@ -37,8 +37,8 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Benchmark, Continuation, Evaluation, Record, Settings
 from sparsellm.report.document import REPORT
-from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
+from sparsellm.run.request import Request
 from sparsepack.generation import generate
 from sparsepack.loading import load
 

@@ -166,17 +166,16 @@ def export(  # noqa: PLR0913 - the Python door
         )
         record = write_compressed(opened, work, record, progress, keep)
     run = opened.run
-    grid = opened.grid
-    linear = (
-        sum(
-            grid.bits_per_weight(matrix.shape[1]) * matrix.weights
-            for matrix in run.linears
-        )
-        / 8
+    bits = 0.0
+    packed = 0
+    for matrix in run.linears:
+        grid = GRIDS[run.values_of(matrix)]
+        bits += grid.bits_per_weight(matrix.shape[1]) * matrix.weights
+        packed += matrix.packed_bytes(grid.values, grid.group)
+    return ExportResult(
+        place,
+        record,
+        sparsity=run.sparsity_pruned,
+        linear_bytes=round(bits / 8),
+        packed_bytes=packed if run.packs else None,
     )
-    packed = None
-    if run.packs:
-        packed = sum(
-            matrix.packed_bytes(grid.values, grid.group) for matrix in run.linears
-        )
-    return ExportResult(place, record, run.sparsity_pruned, round(linear), packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from sparsepack.grid import codes_of
 from sparsepack.grids import GRIDS, Grid
 
 # What values are on where they are on no grid of another program, by the type to which they were rounded
+_FOLLOWS_ZEROS = (
+    "a grid of its own (its columns have exponents, and its groups follow the zeros)"
+)
 _OWN = {
     "keep": "no grid (its values were not rounded)",
     "int8": "a grid of its own (its columns have exponents)",
-    "int4": "a grid of its own (its columns have exponents, and its groups follow the zeros)",
+    **dict.fromkeys(("int6", "int5", "int4"), _FOLLOWS_ZEROS),
     "int3": "a grid of its own (its levels are uneven, and its groups follow the zeros)",
 }
 
@@ -31,15 +35,23 @@ class OnGrid:
 
     chain: Chain  # the checkpoint, read block by block
     run: Pruning  # its ``pruning.json``
-    grid: Grid
     # names of pruned linears in the model, by the tensors that have their weights
     linears: dict[str, str]
+    grids: dict[str, Grid]  # those of pruned linears, by the same tensors
     transposed: frozenset[str]  # tensors of linears that are stored as ``(in, out)``
 
     @property
     def reader(self) -> CheckpointReader:
         assert self.chain.reader is not None
         return self.chain.reader
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that has most of the weights."""
+        weights: Counter[str] = Counter()
+        for linear in self.run.linears:
+            weights[self.run.values_of(linear)] += linear.weights
+        return GRIDS[max(weights, key=weights.__getitem__)]
 
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
         """Int8 numbers ``(out, in)``, scales ``(out, groups)`` in the weight's dtype; StorageError if off the grid."""
@@ -49,12 +61,12 @@ class OnGrid:
         else:
             weight = stored
         with as_storage_error():
-            codes, scales = codes_of(weight, self.grid, self.linears[key])
+            codes, scales = codes_of(weight, self.grids[key], self.linears[key])
         return codes, scales.to(weight.dtype)
 
 
 def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
-    """A checkpoint that was pruned on one of these grids. A RecipeError says that it is on another grid, or on none; a
+    """A checkpoint that was pruned on some of these grids. A RecipeError says that it is on another grid, or none; a
     ModelError or StorageError that it cannot be read, files contradict each other, or a linear is part of a tensor."""
     if not (directory / PRUNING).is_file():
         raise StorageError(
@@ -62,11 +74,12 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
         )
     chain = open_chain(directory, device=torch.device("cpu"))
     run = read_pruning(directory)
-    if run.grid not in grids:
-        if run.grid in GRIDS:
-            there = f"the grid {run.grid}"
+    types = {run.values_of(linear) for linear in run.linears} or {run.values}
+    if others := sorted(types - {*grids}):
+        if others[0] in GRIDS:
+            there = f"the grid {others[0]}"
         else:
-            there = _OWN.get(run.values, "a grid of its own (unknown)")
+            there = _OWN.get(others[0], "a grid of its own (unknown)")
         advice = f"prune with --grid {grids[0]} (or {', '.join(grids[1:])})"
         raise RecipeError(
             f"{directory} is on {there}, which this format does not have; {advice}"
@@ -75,6 +88,7 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
         view.name: view for index in range(len(chain)) for view in chain.linears(index)
     }
     linears: dict[str, str] = {}
+    on: dict[str, Grid] = {}
     for linear in run.linears:
         if linear.name not in views:
             raise StorageError(
@@ -91,7 +105,8 @@ def open_on_grid(directory: Path, grids: Sequence[str]) -> OnGrid:
                 f"{linear.name} has no tensor of its own in {directory} ({key}), so it is not exported"
             )
         linears[key] = linear.name
+        on[key] = GRIDS[run.values_of(linear)]
     transposed = frozenset(
         chain.key_of[view.weight_name] for view in views.values() if view.transposed
     )
-    return OnGrid(chain, run, GRIDS[run.grid], linears, transposed)
+    return OnGrid(chain, run, linears=linears, grids=on, transposed=transposed)

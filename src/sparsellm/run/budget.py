@@ -238,11 +238,11 @@ class Budget:
         )
 
 
-def host_limit(asked: str | int | None, sharers: int = 1) -> int:
+def host_limit(asked: str | int | None, processes: int = 1) -> int:
     """The bytes that this process may hold: those asked for, or a share of the free memory on top of what it holds."""
     if asked is not None:
         return parse_bytes(asked)
-    free = HOST_SHARE / sharers * machine.free_memory()
+    free = HOST_SHARE / processes * machine.free_memory()
     return int(machine.held_rss() + free)
 
 

@@ -23,7 +23,7 @@ from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.registry import Entry, Needs, Options
 from sparsepack.grids import GRIDS
 
-PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
+PASSES_BY_EFFORT = (0, 1, 3, 8)  # docs/results.md has what each gains and takes
 # by `sweep_tokens`; every pass is judged and saved
 PASS_TOKENS = 16_000
 MOST_PASSES = 16
@@ -76,16 +76,20 @@ class Choice:
                 "passes 0 leaves out the sweep, and sweep_tokens says how long it is; give one of them"
             )
         if passes is None:
-            by_effort = PASSES[
-                (method.effort or 0) if recipe.effort is None else recipe.effort
-            ]
-            passes = (
-                by_effort
-                if tokens is None
-                else min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
-            )
+            effort = recipe.effort
+            if effort is None:
+                effort = method.effort or 0
+            passes = PASSES_BY_EFFORT[effort]
+            if tokens is not None:
+                passes = min(MOST_PASSES, max(1, round(tokens / PASS_TOKENS)))
         # More sets cost a forward pass each and gain most where a sweep follows.
-        sets = recipe.sets or (4 if passes >= PASSES[2] else 2 if passes else 1)
+        sets = recipe.sets
+        if sets is None:
+            sets = 1
+            if passes:
+                sets = 2
+            if passes >= PASSES_BY_EFFORT[2]:
+                sets = 4
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         chosen = allocator.check(recipe.allocation_options)
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
@@ -216,7 +220,9 @@ def patterns_of(
     if allocation is None and any(linear.fixed is not None for linear in sizes):
         allocation = divide_zeros(sizes, recipe.sparsity).allocation()
     for linear in sizes:
-        zeros = allocation.zeros[linear.name] if allocation is not None else None
+        zeros = None
+        if allocation is not None:
+            zeros = allocation.zeros[linear.name]
         patterns[linear.name] = recipe.pattern_of(linear.weights, zeros)
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
@@ -262,9 +268,9 @@ def _check_groups(sizes: list[LinearSize], name: str) -> None:
         for other in alike
         if not any(linear.shape[1] % other.group for linear in sizes)
     ]
-    advice = (
-        f"take grid {fits[0]}" if fits else "leave it out (exclude), or take grid own"
-    )
+    advice = "leave it out (exclude), or take grid own"
+    if fits:
+        advice = f"take grid {fits[0]}"
     raise RecipeError(
         f"grid {name} has groups of {grid.group}, which do not divide the {odd.shape[1]} inputs of {odd.name}; {advice}"
     )
@@ -283,6 +289,8 @@ def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
                 for glob, value in recipe.sparsity_of.items()
                 if matches(linear.weight_name, [glob])
             ]
-            fixed = round(given[-1] * math.prod(shape)) if given else None
+            fixed = None
+            if given:
+                fixed = round(given[-1] * math.prod(shape))
             sizes.append(LinearSize(linear.name, index, shape, fixed))
     return sizes

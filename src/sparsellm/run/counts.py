@@ -58,13 +58,18 @@ def inspect_block(chain: Chain, index: int) -> Iterator[MatrixZeros]:
     """The zeros of every matrix of the loaded block ``index``."""
     for matrix in block_matrices(chain, index):
         linear = matrix.linear
-        weight = linear.weight() if linear is not None else chain.parameter(matrix.name)
+        kept = (4, 8)
+        if linear is None:
+            weight = chain.parameter(matrix.name)
+        else:
+            weight = linear.weight()
+            kept = most_kept(weight)
         yield MatrixZeros(
             name=matrix.label,
             block=index,
             shape=tuple(weight.shape),
             zeros=count_zeros(weight),
-            kept=most_kept(weight) if linear is not None else (4, 8),
+            kept=kept,
             linear=linear is not None,
         )
 
@@ -79,7 +84,10 @@ def pruned_share(chain: Chain, start: CheckpointReader | None = None) -> float:
                 sum(map(count_zeros, weights))
                 / max(1, sum(weight.numel() for weight in weights))
             )
-    return max(shares) if max(shares) >= 0.2 else 0.0
+    largest = max(shares)
+    if largest < 0.2:
+        return 0.0
+    return largest
 
 
 def left_dense(
@@ -130,18 +138,22 @@ def _reason(
         return "shared with the embedding or the head"
     if matrix.name in gates:
         return "gate"
-    return "small" if matrix.weights <= DENSE_LIMIT * block_weights else "not a linear"
+    if matrix.weights <= DENSE_LIMIT * block_weights:
+        return "small"
+    return "not a linear"
 
 
 def unreached(linears: Sequence[LinearResult]) -> list[str]:
     """A warning that names the linears that no calibration token reached; empty if there are none."""
     names = [linear.name for linear in linears if UNREACHED in linear.notes]
+    if not names:
+        return []
     said = (
         f"no calibration token reached {len(names)} of {len(linears)} linears, or their inputs were all 0; these were "
         f"pruned by magnitude: {some(names, _SHOWN)}; more calibration samples may reach experts, but not linears "
         "of a shared block that only its other places use"
     )
-    return [said] if names else []
+    return [said]
 
 
 def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
@@ -172,11 +184,13 @@ def rarely_chosen(experts: Sequence[ExpertsOfBlock]) -> list[str]:
         if number not in mixture.kept
         and tokens < RARE * sum(mixture.tokens) / len(mixture.tokens)
     ]
+    if not few:
+        return []
     said = (
         f"{len(few)} removed experts got less than {RARE:.0%} of their share of the calibration tokens: "
         f"{some(few, _SHOWN)}; if the text lacks a kind that the model will read, add it to the calibration"
     )
-    return [said] if few else []
+    return [said]
 
 
 def shortfall(
@@ -197,7 +211,9 @@ def shortfall(
     )
     causes = []
     for (kind, reason), part in ordered:
-        where = part[0].name if len(part) == 1 else f"{len(part)} of {kind}"
+        where = f"{len(part)} of {kind}"
+        if len(part) == 1:
+            where = part[0].name
         causes.append(
             f"{where} ({sum(m.weights for m in part) / total.weights:.2%} of the weights, {reason})"
         )
@@ -206,11 +222,9 @@ def shortfall(
         for linear in linears
         if linear.asked * math.prod(linear.shape) - linear.zeros > 1
     ]
-    why = (
-        f"left dense: {some(causes, _SHOWN, '; ')}"
-        if causes
-        else "the steps of the pattern are that coarse"
-    )
+    why = "the steps of the pattern are that coarse"
+    if causes:
+        why = f"left dense: {some(causes, _SHOWN, '; ')}"
     return [
         f"sparsity {total.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; {why}"
     ]

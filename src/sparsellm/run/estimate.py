@@ -104,7 +104,9 @@ def named(gpu: str) -> Machine:
 
 def machine_of(chain: Chain) -> Machine:
     """The machine that a chain runs on, which is this one: its products and its memory, measured."""
-    dtype = torch.bfloat16 if chain.products is not None else chain.dtype
+    dtype = chain.dtype
+    if chain.products is not None:
+        dtype = torch.bfloat16
     return _measured(chain.device, dtype)
 
 
@@ -349,9 +351,13 @@ def _seconds(
     attention = 2 * extent.seq_len * work.states
     forward = 2 * (work.active + attention) / speeds.blocks
     head = work.head / speeds.blocks
-    passes = 1 + extent.sets if not isinstance(choice, Removing) else 7
+    pruning = "prune"
+    passes = 1 + extent.sets
+    if isinstance(choice, Removing):
+        pruning = "experts"
+        passes = 7
     walk = extent.tokens * (passes * forward + work.statistics / (0.4 * speeds.exact))
-    if not isinstance(choice, Removing):
+    if pruning == "prune":
         # Solvers that may round factors reach a third of the speed of blocks.
         speed = speeds.blocks / 3 if narrow else speeds.exact
         walk += products * work.solving / (speed * extent.ranks)
@@ -366,7 +372,7 @@ def _seconds(
     return {
         "check": reading,
         "gradients": differentiating,
-        "experts" if isinstance(choice, Removing) else "prune": walk + 2 * reading,
+        pruning: walk + 2 * reading,
         "sweep": sweeping,
         "save": reading,
     }
@@ -510,6 +516,8 @@ def needed(prediction: Prediction) -> str:
     device = ""
     if prediction.device_bytes:
         device = f", {about(prediction.device_bytes)} on the device"
-    files = f", {about(prediction.disk_bytes)} of disk" if prediction.disk_bytes else ""
+    files = ""
+    if prediction.disk_bytes:
+        files = f", {about(prediction.disk_bytes)} of disk"
     took = between(LEAST * seconds, MOST * seconds)
     return f"needs about {about(prediction.memory_bytes)} of memory{device}{files} and {took}"

@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 from transformers import PreTrainedModel
 
-from sparsellm import interrupts, machine, parallel, plugins
+from sparsellm import interrupts, machine, parallel
 from sparsellm.errors import RecipeError
 from sparsellm.files.contents import foreign_entries
 from sparsellm.files.directory import (
@@ -35,7 +34,6 @@ from sparsellm.method.experts.sample import last_linears
 from sparsellm.method.sweep.gradients import LEAST_WINDOWS, TOKENS, loss_gradients
 from sparsellm.model import Chain, Feed
 from sparsellm.model.matrices import outside_blocks, unmatched_patterns
-from sparsellm.model.streams import check_forward
 from sparsellm.progress import (
     NOTE,
     PhaseClock,
@@ -46,7 +44,9 @@ from sparsellm.progress import (
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock, Prediction
 from sparsellm.run.budget import Budget
+from sparsellm.run.calibration import Windows, read_calibration
 from sparsellm.run.choice import Choice, choice_for
+from sparsellm.run.decided import extent_of, identity_of, name_patterns
 from sparsellm.run.estimate import (
     Removing,
     after_removal,
@@ -55,7 +55,7 @@ from sparsellm.run.estimate import (
     extent_asked,
     needed,
 )
-from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
+from sparsellm.run.fingerprint import model_fingerprint
 from sparsellm.run.journal import (
     BlockRecord,
     Identity,
@@ -63,15 +63,8 @@ from sparsellm.run.journal import (
     conditions,
     other_conditions,
 )
-from sparsellm.run.opening import Models, Windows, open_models
-from sparsellm.run.plan import (
-    Request,
-    computing_of,
-    draw_windows,
-    extent_of,
-    name_patterns,
-    with_text,
-)
+from sparsellm.run.opening import Models, computing_of, open_models
+from sparsellm.run.request import Request
 from sparsellm.run.warnings import short_text
 
 EXPERTS = "experts.json"  # in the directory of the model with fewer experts: what was removed, and the step's identity
@@ -117,7 +110,6 @@ def open_removal(
     """Opens the model of a request and reads the text, for the removal of its experts into a directory next to the
     request's ``out``. Raises a SparseLLMError for what the removal, or the run after it, refuses."""
     recipe = request.recipe
-    ids = request.calibration
     unfit = request.teacher is not None or request.trust_remote_code
     if unfit or request.out is None or isinstance(request.model, PreTrainedModel):
         raise RecipeError(
@@ -137,15 +129,7 @@ def open_removal(
     step.destination(checkpoints_among(request.model))
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
-        models = open_models(
-            request.model,
-            None,
-            recipe=alone,
-            tokenizer=request.tokenizer,
-            text=not isinstance(ids, torch.Tensor),
-            loaded=False,
-            trust=False,
-        )
+        models = open_models(step)
         chain = models.chain
         computing = computing_of(chain)
         twin = FewerExperts(chain, recipe.experts or 0)
@@ -153,17 +137,16 @@ def open_removal(
         # A smaller model that is there may be the one that is wanted; else the journal asks again.
         out = step.destination(models.sources, 0 if overwrite else disk_bytes)
         assert out is not None
+    budget = Budget(alone, chain.device)
     with clock.phase("calibration"):
-        step, warnings = with_text(step, progress)
-        windows, _ = draw_windows(step, choice, models, progress)
-        check_forward(chain, windows.first, token_states=True)
-        machine.trim()
-    settled = step.recipe.updated(
-        samples=len(windows.first), seq_len=windows.first.shape[1]
-    )
-    choice.check_processes(settled.samples)
-    warnings += outside_blocks(chain) + short_text(windows, choice)
-    budget = Budget(settled, chain.device)
+        calibration = read_calibration(step, choice, models, budget, progress)
+    settled = calibration.recipe
+    windows = calibration.windows
+    warnings = [
+        *calibration.warnings,
+        *outside_blocks(chain),
+        *short_text(windows, choice),
+    ]
     extent = extent_of(windows, passes=0)
     first = estimate_here(chain, choice, settled, extent, budget)
     disk_bytes += int(parallel.total(first.hidden_on_disk_bytes))
@@ -173,15 +156,7 @@ def open_removal(
         progress(Progress("check", 0, 1))
         warnings += chain.unused()
         digest = model_fingerprint(chain, progress)
-    identity = Identity(
-        recipe=choice.settings(settled),
-        model=digest,
-        calibration_tokens=tokens_fingerprint(
-            torch.cat([*windows.sets, windows.fresh])
-        ),
-        computing=computing,
-        plugins=plugins.loaded(),
-    )
+    identity = identity_of(calibration, model=digest, computing=computing)
     note(progress, warnings)
     check = partial(_check_run, rest, out, identity, restart=request.restart)
     parallel.from_main(check)
@@ -274,8 +249,11 @@ def remove_experts_of(request: Request, progress: ProgressCallback) -> Path:
     return place
 
 
-def removal_record(directory: Path) -> RemovalRecord:
-    """What was removed from the model that :func:`remove_experts_of` wrote into this directory."""
+def removal_before(recipe: Recipe, directory: Path | None) -> RemovalRecord | None:
+    """What was removed from the model that :func:`remove_experts_of` wrote into this directory; None if the recipe
+    removes nothing."""
+    if recipe.experts is None or directory is None:
+        return None
     return RemovalRecord.of(parallel.from_main(partial(_read, directory)))
 
 

@@ -57,7 +57,7 @@ class Identity:
     """Everything that the bits of a result depend on."""
 
     kind: str = "prune"
-    format: int = 5  # version of the working directory
+    format: int = 6  # version of the working directory
     recipe: Settings  # every setting, including the defaults of options, which may differ in another release
     model: str  # digest of the dense model
     calibration_tokens: str  # digest of the token ids
@@ -176,17 +176,15 @@ class Journal(contextlib.ExitStack):
                 return False
             return True
 
-        return (
-            SavedSweep(self._state, self.blocks) if parallel.from_main(begin) else None
-        )
+        if not parallel.from_main(begin):
+            return None
+        return SavedSweep(self._state, self.blocks)
 
     def block(self, index: int) -> CheckpointReader | None:
         """The finished block ``index`` as the walk wrote it, for every process; None for a model in memory."""
-        return (
-            CheckpointReader(self._partial / BLOCKS, [self._shards[index]])
-            if self.out is not None
-            else None
-        )
+        if self.out is None:
+            return None
+        return CheckpointReader(self._partial / BLOCKS, [self._shards[index]])
 
     def finished(self, progress: ProgressCallback) -> list[BlockRecord]:
         """The records of the first blocks that an earlier process finished; the shard of each is verified."""
@@ -242,11 +240,9 @@ class Journal(contextlib.ExitStack):
         file = self._state / f"{OUTPUT_COSTS}.safetensors"
 
         def kept() -> dict[str, Tensor] | None:
-            record = (
-                kept_record(self._state / f"{OUTPUT_COSTS}.json", dict)
-                if self.writes
-                else None
-            )
+            if not self.writes:
+                return None
+            record = kept_record(self._state / f"{OUTPUT_COSTS}.json", dict)
             if record is None or not has_digest(file, record["sha256"]):
                 return None
             reader = CheckpointReader(self._state, [file])
@@ -257,14 +253,8 @@ class Journal(contextlib.ExitStack):
     def keep_output_costs(self, costs: dict[str, Tensor]) -> None:
         if self.writes:
             file = self._state / f"{OUTPUT_COSTS}.safetensors"
-            self.keep(
-                OUTPUT_COSTS,
-                {
-                    "sha256": replace_atomically(
-                        file, partial(write_shard, tensors=costs)
-                    )
-                },
-            )
+            digest = replace_atomically(file, partial(write_shard, tensors=costs))
+            self.keep(OUTPUT_COSTS, {"sha256": digest})
 
     def keep(self, name: str, record: object) -> None:
         """Writes a record, in the first process."""

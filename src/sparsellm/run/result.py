@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,16 @@ from sparsellm.inputs import without_folders
 from sparsellm.interrupts import command_line
 from sparsellm.machine import machine_name, processor_name
 from sparsellm.recipe import Recipe
-from sparsellm.records import LinearResult, Pruning, RunRecord
+from sparsellm.records import (
+    KEEP,
+    MIXED,
+    OWN,
+    LinearResult,
+    Memory,
+    Pruning,
+    RunRecord,
+    SweepPass,
+)
 from sparsellm.report.document import REPORT, summary_html
 from sparsepack.grids import GRIDS
 
@@ -41,6 +51,9 @@ def versions() -> dict[str, str]:
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
     """The system, processor, memory and threads of this machine, and the GPU if that is the device of the run."""
+    gpu = "none"
+    if device is not None and device.type == "cuda":
+        gpu = machine_name(device)
     return {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
@@ -48,31 +61,61 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "threads": str(torch.get_num_threads()),
-        "gpu": machine_name(device)
-        if device is not None and device.type == "cuda"
-        else "none",
+        "gpu": gpu,
     }
 
 
-def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | None:
-    """Bits of a pruned weight on another program's grid, or as ``pack`` will store it, experts aside; None if kept."""
-    linears = (
-        linears
-        if recipe.grid in GRIDS
-        else [linear for linear in linears if linear.tokens is None]
-    )
-    weights = sum(linear.weights for linear in linears)
-    if recipe.values == "keep" or not weights:
+def rounded_to(linears: Sequence[LinearResult]) -> tuple[str, str]:
+    """What values of all these linears are rounded to, a type and a grid as in :class:`RunRecord`; ``mixed`` for those
+    that differ."""
+    named = {linear.values for linear in linears}
+    if named == {KEEP} or not named:
+        return KEEP, OWN
+    values = {_type_of(name) for name in named}
+    grids = {name if name in GRIDS else OWN for name in named}
+    return _only(values), _only(grids)
+
+
+def _type_of(values: str) -> str:
+    """The type of values on a grid, or the type itself."""
+    grid = GRIDS.get(values)
+    return values if grid is None else grid.values
+
+
+def _only(names: set[str]) -> str:
+    """The one of the names, or ``mixed`` for several."""
+    return min(names) if len(names) == 1 else MIXED
+
+
+def bits_per_weight(linears: Sequence[LinearResult]) -> float | None:
+    """Bits of a pruned weight on another program's grid, or as ``pack`` will store it, where experts do not count; None
+    if values of a linear are kept."""
+    stored = [
+        linear for linear in linears if linear.values in GRIDS or linear.tokens is None
+    ]
+    weights = sum(linear.weights for linear in stored)
+    if not weights or any(linear.values == KEEP for linear in stored):
         return None
-    if (grid := GRIDS.get(recipe.grid)) is not None:
-        return (
-            sum(
-                grid.bits_per_weight(linear.shape[1]) * linear.weights
-                for linear in linears
-            )
-            / weights
-        )
-    return 8 * sum(linear.packed_bytes(recipe.values) for linear in linears) / weights
+    return sum(map(_stored_bits, stored)) / weights
+
+
+def _stored_bits(linear: LinearResult) -> float:
+    """The bits of a linear with rounded values, on another program's grid or packed."""
+    grid = GRIDS.get(linear.values)
+    if grid is None:
+        return 8 * linear.packed_bytes(linear.values)
+    return grid.bits_per_weight(linear.shape[1]) * linear.weights
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What survey, walk and sweep did."""
+
+    allocation: dict[str, JsonValue]  # the report of the allocation; empty for uniform
+    linears: list[LinearResult]
+    sweeps: list[SweepPass]  # the divergence from the dense model after each pass
+    memory: Memory
+    peak_rss: int  # bytes, of earlier processes
 
 
 class PruneResult(RunRecord):
@@ -108,8 +151,9 @@ class PruneResult(RunRecord):
     @property
     def report(self) -> Path | None:
         """The report in HTML in the checkpoint; None if there is none."""
-        report = self.path / REPORT if self.path is not None else None
-        return report if report is not None and report.is_file() else None
+        if self.path is None or not (self.path / REPORT).is_file():
+            return None
+        return self.path / REPORT
 
     def _repr_html_(self) -> str:
         """A small table for notebooks."""

@@ -1,14 +1,15 @@
-"""The survey of the dense model, which allocates the zeros, and the walk over the chain: read, prune and run a block.
-The walk depends on no method and no model family."""
+"""The survey of the dense model, which allocates the zeros, and the walk over the chain: read, prune, run and write a
+block. Neither depends on a method or a model family."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from sparsellm import machine, parallel
@@ -28,29 +29,38 @@ from sparsellm.method.sweep.integers import Integers
 from sparsellm.model import Chain, Feed, Stream
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
-from sparsellm.records import LinearResult, Totals
-from sparsellm.run.choice import patterns_of, sizes_of
+from sparsellm.recipe import Recipe
+from sparsellm.records import KEEP, LinearResult, Totals
+from sparsellm.run.budget import Budget
+from sparsellm.run.choice import Choice, patterns_of, sizes_of
+from sparsellm.run.decided import Decided
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
-from sparsellm.run.plan import Plan
+from sparsellm.run.opening import Models
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the walk aims at: by the name of a linear, its pattern and ``E[g_i²]`` of its outputs (empty if the method
-    needs none); and the zeros that an allocation chose (None for uniform ones)."""
+    """What the walk aims at, by the name of a linear."""
 
     patterns: dict[str, Pattern]
+    values: dict[str, str]  # what its values are rounded to
+    # E[g_i²] of its outputs; empty if the method needs none
     costs: dict[str, Tensor]
-    allocation: Allocation | None
+    report: dict[str, JsonValue]  # that of the allocation; empty for uniform zeros
 
 
 def survey(
-    plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseClock
+    models: Models,
+    decided: Decided,
+    feed: Feed,
+    journal: Journal,
+    walked: bool,
+    clock: PhaseClock,
 ) -> Targets:
     """The targets of a run, those of its first start if it is resumed; no output costs if all blocks are ``walked``."""
-    choice = plan.choice
-    sizes = sizes_of(plan.chain, plan.recipe)
-    feed = replace(feed, blocks=plan.model.start)
+    choice = decided.choice
+    sizes = sizes_of(models.chain, decided.recipe)
+    feed = replace(feed, blocks=models.start)
     allocation = journal.allocation() if choice.allocates else None
     costs = journal.output_costs() if choice.needs.output_costs and not walked else {}
     allocates = choice.allocates and allocation is None
@@ -68,28 +78,39 @@ def survey(
             journal.keep_output_costs(costs)
     if allocates:
         with clock.phase("allocation"):
-            allocation = parallel.broadcast(_allocate(plan, feed, sizes, gradients))
+            chosen = _allocate(choice, decided.recipe, feed, sizes, gradients)
+            allocation = parallel.broadcast(chosen)
             journal.keep(ALLOCATION, allocation)
-    return Targets(
-        patterns_of(plan.chain, plan.recipe, allocation), costs or {}, allocation
-    )
+    if models.start is not None:
+        models.chain.forget_shared()  # the walk reads the teacher's first
+    patterns = patterns_of(models.chain, decided.recipe, allocation)
+    values = dict.fromkeys(patterns, decided.recipe.rounding)
+    report: dict[str, JsonValue] = {}
+    if allocation is not None:
+        values = allocation.values or values
+        report = {**allocation.report, "name": choice.allocator.name}
+    return Targets(patterns, values, costs=costs or {}, report=report)
 
 
 def _allocate(
-    plan: Plan, feed: Feed, sizes: list[LinearSize], gradients: LossGradients | None
+    choice: Choice,
+    recipe: Recipe,
+    feed: Feed,
+    sizes: list[LinearSize],
+    gradients: LossGradients | None,
 ) -> Allocation:
     """The allocation of all zeros: fixed ones by the recipe, the others by the allocation that it names."""
-    parts = divide_zeros(sizes, plan.recipe.sparsity)
+    parts = divide_zeros(sizes, recipe.sparsity)
     if not parts.free:
         return parts.allocation()
     surveyed = Survey(feed, parts.free, parts.sparsity, parts.zeros, gradients)
-    chosen = plan.choice.allocator.function(surveyed, **plan.choice.allocation_options)
+    chosen = choice.allocator.function(surveyed, **choice.allocation_options)
     if wrong := parts.wrong(chosen):
         raise RecipeError(
-            f"allocation {plan.choice.allocator.name} {wrong}; use from_sparsities(survey, sparsities)"
+            f"allocation {choice.allocator.name} {wrong}; use from_sparsities(survey, sparsities)"
         )
     result = parts.allocation(chosen)
-    m = plan.recipe.chosen_of
+    m = recipe.chosen_of
     if m is None:
         return result
     zeros = round_to_groups(
@@ -101,107 +122,186 @@ def _allocate(
     return Allocation.of(parts.free, zeros, result.report)
 
 
-def walk(
-    plan: Plan,
-    targets: Targets,
-    streams: Sequence[Stream],
-    begin: int,
-    finished: Sequence[LinearResult],
-    clock: PhaseClock,
-    progress: ProgressCallback,
-) -> Iterator[BlockRecord]:
-    """Prunes block after block from ``begin`` on, each on the outputs of the pruned blocks before it; yields the record
-    of each while it is loaded with the weights to be written. ``streams`` are the inputs of that block, one for each
-    set of calibration windows, which blocks take in turn; ``finished`` are the results of the linears before it."""
-    chain = plan.chain
-    done = list(finished)
-    blocks = len(plan.chain)
+def dense_end(
+    models: Models, decided: Decided, feed: Feed, clock: PhaseClock
+) -> Stream | None:
+    """The stream behind the last block of the dense model, for a sweep that cannot run this model any more: pruning
+    overwrites the weights of a model in memory, and a teacher may have other shapes. None if no sweep needs it."""
+    teacher = models.teacher
+    runs_later = models.chain.reader is not None and teacher is None
+    if not decided.choice.passes or runs_later:
+        return None
+    with clock.phase("dense"):
+        dense = teacher or models.chain
+        windows = decided.windows.swept[0]
+        stream = replace(feed, chain=dense, windows=windows).stream()
+        for index in range(len(dense)):
+            replay(dense, [stream], index, None)
+    return stream
 
-    def tell(
-        index: int, here: Sequence[LinearResult], step: str, part: float | None = None
+
+def walk(
+    models: Models,
+    decided: Decided,
+    targets: Targets,
+    feed: Feed,
+    budget: Budget,
+    journal: Journal,
+    finished: Sequence[BlockRecord],
+    clock: PhaseClock,
+) -> list[BlockRecord]:
+    """Prunes and writes the blocks that are not ``finished``, each on the outputs of the pruned blocks before it.
+    Returns the records of all blocks."""
+    chain = models.chain
+    records = list(finished)
+    budget.expect_block(chain)
+    streams: list[Stream] = []
+    with clock.phase("embed"):
+        # one for each set of calibration windows
+        if len(finished) < len(chain):
+            for windows in decided.windows.own:
+                streams.append(replace(feed, windows=windows).stream())
+    integers = integers_of(chain, decided, finished)
+    # A model in memory, which is dense as the user gave it, gets its finished blocks even if none is left to prune.
+    replayed = len(finished) if streams or chain.reader is None else 0
+    for index in range(replayed):
+        said = f"block {index + 1}/{len(chain)}"
+        feed.progress(Progress("replay", index, replayed, said))
+        with clock.phase("replay"):
+            replay(chain, streams, index, journal.block(index), integers)
+    tell = _Teller(feed.progress, blocks=len(chain), begin=len(finished))
+    for record in finished:
+        tell.done += record.linears
+    for index in range(len(finished), len(chain)):
+        # whatever ran before
+        torch.manual_seed((decided.recipe.seed * 1_000_003 + index) % (1 << 63))
+        with contextlib.ExitStack() as held:
+            tell.step(index, "reading")
+            with clock.phase("read"):
+                held.enter_context(chain.block(index, models.start))
+            task = _task(chain, decided, targets, index, streams, tell, clock)
+            _prune(task, decided.choice, clock)
+            budget.check_block()
+            if index + 1 < len(chain):  # the output of the last block is not needed
+                task.report("forward")
+                with clock.phase("forward"):
+                    for stream in streams:
+                        stream.advance(index)
+            for linear in task.linears:
+                # the sweep goes on from there; this block ran rounded
+                if linear.name in task.unrounded:
+                    linear.assign(task.unrounded[linear.name])
+            task.report("writing")
+            record = BlockRecord(
+                linears=list(task.results),
+                versions=conditions(),
+                seconds=clock.lap(),
+                peak_rss=machine.peak_rss(),
+            )
+            if journal.writes:
+                with clock.phase("write"):
+                    journal.write_block(index, chain.block_tensors(index), record)
+        records.append(record)
+        tell.done += record.linears
+        tell.step(index, "is done", part=1)
+    for stream in streams:
+        stream.close()
+    return records
+
+
+def _task(
+    chain: Chain,
+    decided: Decided,
+    targets: Targets,
+    index: int,
+    streams: Sequence[Stream],
+    tell: _Teller,
+    clock: PhaseClock,
+) -> BlockTask:
+    """What a method is given to prune the loaded block ``index``."""
+    results: list[LinearResult] = []
+    return BlockTask(
+        index,
+        [linear for linear in chain.linears(index) if linear.name in targets.patterns],
+        patterns=targets.patterns,
+        stream=streams[index % len(streams)],
+        report=partial(tell.within, index, len(chain.linears(index)), results),
+        clock=clock,
+        results=results,
+        output_costs=targets.costs,
+        values_of=targets.values,
+        trained=decided.choice.trains_integers(decided.recipe),
+    )
+
+
+def _prune(task: BlockTask, choice: Choice, clock: PhaseClock) -> None:
+    """Prunes the block of a task by the method that was chosen."""
+    with clock.phase("prune"):
+        if task.linears:
+            choice.method.function(task, **choice.options)
+        task.stream.chain.settle_block(task.index)
+        task.finish()
+
+
+@dataclass
+class _Teller:
+    """Tells the progress of a walk that begins with block ``begin``."""
+
+    progress: ProgressCallback
+    blocks: int
+    begin: int
+    done: list[LinearResult] = field(default_factory=list)  # of earlier blocks
+
+    def step(self, index: int, step: str, part: float = 0.0) -> None:
+        """Tells a step in block ``index``, of which a ``part`` is done."""
+        self._tell(index, self.done, step, part)
+
+    def within(
+        self, index: int, linears: int, here: Sequence[LinearResult], step: str
     ) -> None:
-        """Reports a step in block ``index``, which has the results ``here`` so far."""
-        known = [*done, *here]
-        sparsity = Totals.of(known).sparsity if known else None
-        if part is None:
-            # the outputs of the block take about one more
-            part = len(here) / (len(chain.linears(index)) + 1)
-        error = known[-1].error if known else None
-        said = f"block {index + 1}/{blocks} {step}"
-        last = known[-1].name if known else ""
-        progress(
+        """Tells a step in block ``index``, which has the results ``here`` of so many ``linears`` so far."""
+        # the outputs of the block take about as long as one more
+        self._tell(index, [*self.done, *here], step, len(here) / (linears + 1))
+
+    def _tell(
+        self, index: int, known: list[LinearResult], step: str, part: float
+    ) -> None:
+        sparsity = None
+        error = None
+        last = ""
+        if known:
+            sparsity = Totals.of(known).sparsity
+            error = known[-1].error
+            last = known[-1].name
+        self.progress(
             Progress(
                 "prune",
-                index - begin + part,
-                blocks - begin,
-                said,
+                index - self.begin + part,
+                self.blocks - self.begin,
+                f"block {index + 1}/{self.blocks} {step}",
                 error,
                 sparsity,
                 linear=last,
             )
         )
 
-    for index in range(begin, blocks):
-        # whatever ran before
-        torch.manual_seed((plan.recipe.seed * 1_000_003 + index) % (1 << 63))
-        results: list[LinearResult] = []
-        report = partial(tell, index, results)
-        with contextlib.ExitStack() as held:
-            report("reading")
-            with clock.phase("read"):
-                held.enter_context(chain.block(index, plan.model.start))
-            linears = [
-                linear
-                for linear in chain.linears(index)
-                if linear.name in targets.patterns
-            ]
-            trained = plan.choice.trains_integers(plan.recipe)
-            task = BlockTask(
-                index,
-                linears,
-                patterns=targets.patterns,
-                stream=streams[index % len(streams)],
-                report=report,
-                clock=clock,
-                results=results,
-                output_costs=targets.costs,
-                values=plan.recipe.rounding,
-                trained=trained,
-            )
-            with clock.phase("prune"):
-                if linears:
-                    plan.choice.method.function(task, **plan.choice.options)
-                chain.settle_block(index)
-                task.finish()
-            plan.budget.check_block()
-            if index + 1 < blocks:  # the output of the last block is not needed
-                report("forward")
-                with clock.phase("forward"):
-                    for stream in streams:
-                        stream.advance(index)
-            for linear in linears:
-                # the sweep goes on from there; this block ran rounded
-                if linear.name in task.unrounded:
-                    linear.assign(task.unrounded[linear.name])
-            report("writing")
-            yield BlockRecord(
-                linears=list(results),
-                versions=conditions(),
-                seconds=clock.lap(),
-                peak_rss=machine.peak_rss(),
-            )
-        done += results
-        tell(index, (), "is done", part=1)
 
-
-def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
+def integers_of(
+    chain: Chain, decided: Decided, records: Sequence[BlockRecord]
+) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
-    if not plan.choice.trains_integers(plan.recipe):
+    if not decided.choice.trains_integers(decided.recipe):
         return None
+    rounded = [
+        linear
+        for record in records
+        for linear in record.linears
+        if linear.values != KEEP
+    ]
     return Integers(
-        plan.chain,
-        plan.recipe.rounding,
-        {linear.name: linear.exponents for linear in linears},
+        chain,
+        values={linear.name: linear.values for linear in rounded},
+        exponents={linear.name: linear.exponents for linear in rounded},
     )
 
 

@@ -9,9 +9,10 @@ from sparsellm.method.sweep.whole_model import STEP_TOKENS
 from sparsellm.model import Chain
 from sparsellm.model.matrices import is_excluded
 from sparsellm.recipe import Recipe
+from sparsellm.run.calibration import Windows
 from sparsellm.run.choice import Choice
 from sparsellm.run.counts import pruned_share
-from sparsellm.run.opening import Models, Windows
+from sparsellm.run.opening import Models
 from sparsepack.grids import GRIDS
 
 FEW_TOKENS = (
@@ -47,11 +48,9 @@ def stored_otherwise(chain: Chain, recipe: Recipe, *, trust: bool) -> list[str]:
         and kinds <= {"float16", "bfloat16"}
     )
     if wider and recipe.dtype == "auto":
-        why = (
-            "whose largest number is 65504"
-            if "float16" in kinds
-            else "for which this GPU has no units"
-        )
+        why = "for which this GPU has no units"
+        if "float16" in kinds:
+            why = "whose largest number is 65504"
         kept = f"their weights are stored in {' and '.join(sorted(kinds))}, {why}"
         warnings.append(f"blocks compute in float32: {kept}")
     if trust and getattr(chain.config, "auto_map", None):
@@ -124,6 +123,8 @@ def already_pruned(model: Models, recipe: Recipe) -> list[str]:
     """A warning if the model was pruned before; next to a teacher, only if zeros may get values again."""
     zeros = pruned_share(model.chain, model.start)
     fewer = recipe.pattern is not None or recipe.sparsity < zeros
+    if not zeros or not (model.start is None or fewer):
+        return []
     where = f"{zeros:.1%} of the weights of a block are zero"
     said = f"the model is already pruned: {where}; where a linear or a group is to have fewer, some get values again"
-    return [said] if zeros and (model.start is None or fewer) else []
+    return [said]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.method.sweep import whole_model
-from sparsellm.run import opening as reading
+from sparsellm.run import calibration as reading
 from sparsellm.run import prune as story
 from sparsellm.run.choice import Choice
 from sparsellm.run.warnings import short_text
@@ -87,7 +87,9 @@ def test_each_pass_takes_new_windows_while_the_text_lasts(
     monkeypatch.setattr(
         story,
         "walk",
-        lambda plan, *rest: statistics.append(plan.windows.first) or walk(plan, *rest),
+        lambda models, decided, **rest: (
+            statistics.append(decided.windows.first) or walk(models, decided, **rest)
+        ),
     )
     recipe = {**RECIPE, "calibration": calibration, "effort": 2, "passes": passes}
     if family is tiny_zamba:

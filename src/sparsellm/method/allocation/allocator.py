@@ -21,10 +21,12 @@ _DIGITS = 10**6
 
 @dataclass(frozen=True)
 class Allocation:
-    """The number of zeros of each linear by its name, and JSON values that explain the choice to the user."""
+    """The number of zeros of each linear by its name, and JSON values that explain the choice to the user. ``values``
+    is what the values of each linear are rounded to, by its name; it is empty if the recipe says that for all."""
 
     zeros: dict[str, int]
     report: Settings = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(

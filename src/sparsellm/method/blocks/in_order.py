@@ -261,9 +261,7 @@ class _Fitting:
             for linear in group
             if linear is not sublayer.writer
         ]
-        changed = task.values != "keep" or any(
-            task.patterns[linear.name].sparsity for linear in before
-        )
+        changed = any(map(task.changes, before))
         writer = sublayer.writer if self.damping is not None and changed else None
         with stream.store() as target:  # batches of the writer's output before pruning
             for group in sublayer.groups:
@@ -293,11 +291,7 @@ class _Fitting:
             with task.clock.phase("prune/solve"), naming(linear.name):
                 fit = least_squares(gram, cross, self.damping, prior=linear.weight())
             del cross
-        moved = (
-            fit is not None
-            or task.values != "keep"
-            or task.patterns[linear.name].sparsity
-        )
+        moved = fit is not None or task.changes(linear)
         with means.kept(linear) if moved else nullcontext():
             self.solve(linear, gram, fit)
 

@@ -22,7 +22,7 @@ from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.weights import require_storable
 from sparsellm.patterns import NM, Pattern, count_zeros
 from sparsellm.progress import PhaseClock
-from sparsellm.records import LinearResult, Step
+from sparsellm.records import KEEP, LinearResult, Step
 from sparsellm.registry import Registry
 from sparsepack.codes import text_of_exponents
 
@@ -57,9 +57,8 @@ class BlockTask:
     routed: dict[str, int] = field(default_factory=dict)
     # empty for methods that do not need them
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
-    values: str = (
-        "keep"  # what they are rounded to: keep, an integer type, or the name of a grid
-    )
+    # what values are rounded to: an integer type or the name of a grid; keep for linears without one
+    values_of: Mapping[str, str] = field(default_factory=dict)
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False  # whether a sweep follows
 
@@ -70,9 +69,15 @@ class BlockTask:
     @property
     def idle(self) -> bool:
         """Whether nothing is to be done: no zeros and no rounding."""
-        return self.values == "keep" and not any(
-            self.patterns[linear.name].sparsity for linear in self.linears
-        )
+        return not any(map(self.changes, self.linears))
+
+    def rounds(self, linear: LinearView) -> bool:
+        """Whether the values of a linear are rounded."""
+        return self.values_of.get(linear.name, KEEP) != KEEP
+
+    def changes(self, linear: LinearView) -> bool:
+        """Whether a linear gets zeros or rounded values."""
+        return self.rounds(linear) or self.patterns[linear.name].sparsity > 0
 
     def statistics(
         self, linears: list[LinearView], token_weights: list[Tensor] | None = None
@@ -233,7 +238,8 @@ class BlockTask:
         error = solution.error
         notes = solution.notes
         exponents = ""
-        if self.values != "keep":
+        values = self.values_of.get(linear.name, KEEP)
+        if values != KEEP:
             if (factor := safe_factor(weight)) != 1:
                 raise NumericalError(
                     f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
@@ -250,13 +256,13 @@ class BlockTask:
                     if gram is not None
                     else "added an error of"
                 )
-                notes = (*notes, f"rounding to {self.values} {more} {after:.3f}")
+                notes = (*notes, f"rounding to {values} {more} {after:.3f}")
         linear.assign(weight)
         # later passes would name the linears that read its outputs
         if linear.storage_dtype is torch.float16:
             require_storable(linear.parameter, linear.weight_name, linear.storage_dtype)
         zeros = count_zeros(linear.parameter)
-        if gram is not None and self.values == "keep":
+        if gram is not None and values == KEEP:
             _check_kept(linear, zeros, dense, solution.mask, gram)
         self.results.append(
             LinearResult(
@@ -270,6 +276,7 @@ class BlockTask:
                 tokens=self.routed.get(linear.name),
                 pattern=str(pattern) if isinstance(pattern, NM) else None,
                 exponents=exponents,
+                values=values,
             )
         )
         if weight.nbytes >= OWN_PAGES:
@@ -294,7 +301,7 @@ class BlockTask:
             grid = rounded(
                 weight,
                 gram,
-                self.values,
+                self.values_of[linear.name],
                 linear.storage_dtype,
                 fixed_mask=fixed,
                 target=target,
@@ -322,7 +329,7 @@ class BlockTask:
             if pattern.sparsity:
                 weight = weight * pattern.mask(weight.abs())
                 notes = (UNREACHED,)
-            gram = _equal_inputs(linear) if self.values != "keep" else None
+            gram = _equal_inputs(linear) if self.rounds(linear) else None
             self.accept(linear, weight, Solution(weight, weight != 0, 0.0, notes), gram)
 
         self.share_out([[linear] for linear in left], owners_of(left), prune)

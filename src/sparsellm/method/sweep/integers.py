@@ -22,12 +22,11 @@ FACTORS = ".factors"  # behind the name of a weight: the factors of its groups
 
 @dataclass(frozen=True)
 class Integers:
-    """The linears of a model whose values are rounded to a grid."""
+    """The linears of a model whose values are rounded to grids, by name in ``values`` and ``exponents``."""
 
     chain: Chain
-    values: str  # an integer type, or the name of another program's grid
-    # the exponents of the columns of each linear by its name, as records have them
-    linears: Mapping[str, str]
+    values: Mapping[str, str]  # an integer type, or the name of another program's grid
+    exponents: Mapping[str, str]  # of columns, as records have them
     # by name of the weight; filled by factors()
     groups: dict[str, Groups] = field(default_factory=dict)
 
@@ -36,7 +35,8 @@ class Integers:
         factors = {}
         for linear in self._of(index):
             weight = linear.weight()
-            groups = self.groups[linear.weight_name] = Groups.of(weight, self.values)
+            groups = Groups.of(weight, self.values[linear.name])
+            self.groups[linear.weight_name] = groups
             of_a_row = len(groups.collect(weight)) // len(weight)
             factors[linear.weight_name + FACTORS] = weight.new_ones(
                 len(weight), of_a_row
@@ -88,18 +88,20 @@ class Integers:
 
     def _of(self, index: int) -> list[LinearView]:
         return [
-            linear
-            for linear in self.chain.linears(index)
-            if linear.name in self.linears
+            linear for linear in self.chain.linears(index) if linear.name in self.values
         ]
 
     def _rounded(
         self, linear: LinearView, weight: Tensor, groups: Groups | None = None
     ) -> Tensor:
-        exponents = exponents_of_text(self.linears[linear.name])
+        exponents = exponents_of_text(self.exponents[linear.name])
         exponents = None if exponents is None else exponents.to(weight.device)
         return on_grid(
-            weight, self.values, linear.storage_dtype, exponents, groups=groups
+            weight,
+            self.values[linear.name],
+            linear.storage_dtype,
+            exponents,
+            groups=groups,
         )
 
 

@@ -1,0 +1,231 @@
+"""A form for each linear: the type of its values and its share of zeros, at a size of all linears together.
+
+The allocation ``threshold`` says how many bytes a linear gets. Each linear then takes the form in which it loses least
+at those bytes, measured on some of its rows. Only forms on the convex hull of size and error count: between two of
+them, others lose more for each byte that they save. What is left of the size is spent where it helps the model most.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsellm.errors import RecipeError
+from sparsellm.method.gram import Gram
+from sparsellm.method.solvers.rounding import rounded
+from sparsellm.method.solvers.sparsegpt import sparsegpt
+from sparsellm.patterns import Unstructured
+from sparsellm.records import KEEP
+from sparsepack.grids import GRIDS
+from sparsepack.layout import predicted_bytes
+
+# rows of a weight on which its forms are measured
+ROWS = 64
+# bytes of a weight's mask beside those of a value, in the notional format in which threshold's sparsities are bytes
+MASK = 1 / 8
+STEP = (
+    0.025  # between sparsities of forms; errors between those measured are interpolated
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What values of a linear are rounded to (a type of the packed format or a grid), and its share of zeros."""
+
+    values: str
+    sparsity: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.values} {self.sparsity:.1%}" if self.sparsity else self.values
+
+
+def form_bytes(form: Form, shape: tuple[int, int]) -> int:
+    """Bytes of a linear ``(out, in)`` in a form: on another program's grid, where zeros save nothing; or packed, with
+    masks, scales and exponents of columns, in the layout that is smallest."""
+    weights = math.prod(shape)
+    if (grid := GRIDS.get(form.values)) is not None:
+        return math.ceil(grid.bits_per_weight(shape[1]) * weights / 8)
+    zeros = round(form.sparsity * weights)
+    return predicted_bytes(shape, zeros, form.values, exponents=form.values != KEEP)
+
+
+def bytes_of_threshold(
+    weights: Mapping[str, int], sparsities: Mapping[str, float], total: float
+) -> dict[str, float]:
+    """The bytes of each linear, ``total`` together: those of a mask and of its kept values, of one width for all.
+
+    ``weights`` and ``sparsities`` are by the name of a linear. In a format without zeros the sparsities are notional:
+    they only say which linear needs more."""
+    masks = MASK * sum(weights.values())
+    kept = math.fsum((1 - sparsities[name]) * count for name, count in weights.items())
+    mask = MASK if masks < total else 0.0
+    width = (total - mask * sum(weights.values())) / kept
+    return {
+        name: (mask + (1 - sparsities[name]) * width) * count
+        for name, count in weights.items()
+    }
+
+
+def errors_of(
+    weight: Tensor,
+    gram: Gram,
+    forms: Sequence[Form],
+    dtype: torch.dtype,
+    rows: int = ROWS,
+) -> list[float]:
+    """The relative error of a linear in each form, as in :class:`~sparsellm.method.solvers.Solution`, on at most
+    ``rows`` evenly spaced rows of its weight ``(out, in)`` fp32. ``dtype`` is that of the checkpoint."""
+    places = (
+        torch.arange(min(rows, len(weight))) * len(weight) // min(rows, len(weight))
+    )
+    part = weight[places.to(weight.device)]
+    energy = float(gram.energy(part))
+    if energy == 0:
+        return [0.0] * len(forms)
+    sparse = {0.0: part}
+    errors = []
+    for form in forms:
+        zeros = round(form.sparsity * part.numel())
+        if form.sparsity not in sparse:
+            pattern = Unstructured(zeros, part.numel())
+            sparse[form.sparsity] = sparsegpt(part, gram, pattern).weight
+        pruned = sparse[form.sparsity]
+        grid = rounded(pruned, gram, form.values, dtype, target=part)
+        errors.append(float(gram.energy(grid.weight, minus=part)) / energy)
+    return errors
+
+
+def between(
+    forms: Sequence[Form], errors: Sequence[float], step: float = STEP
+) -> tuple[list[Form], list[float]]:
+    """The forms, and those between two neighbouring sparsities of one type at every ``step``; with their errors, whose
+    logarithms are interpolated."""
+    known = dict(zip(forms, errors, strict=True))
+    every = dict(known)
+    for values, of_type in itertools.groupby(
+        sorted(forms, key=lambda form: (form.values, form.sparsity)),
+        key=lambda form: form.values,
+    ):
+        for low, high in itertools.pairwise(of_type):
+            if not 0 < known[low] <= known[high]:
+                continue
+            span = high.sparsity - low.sparsity
+            parts = math.ceil(span / step - 1e-9)
+            growth = math.log(known[high] / known[low])
+            for part in range(1, parts):
+                form = Form(values, round(low.sparsity + span * part / parts, 6))
+                every[form] = known[low] * math.exp(growth * part / parts)
+    return list(every), list(every.values())
+
+
+def hull(sizes: Sequence[float], errors: Sequence[float]) -> list[int]:
+    """The places of the points on the lower convex hull of size and error, by size: from the smallest to the one with
+    the least error. Errors fall along it, by less and less for each byte."""
+    order = sorted(range(len(sizes)), key=lambda place: (sizes[place], errors[place]))
+    corners: list[int] = []
+    for place in order:
+        # each later point must be better than all smaller ones
+        if corners and errors[place] >= errors[corners[-1]]:
+            continue
+        while len(corners) > 1:
+            before = corners[-2]
+            last = corners[-1]
+            slope = (errors[before] - errors[last]) * (sizes[place] - sizes[last])
+            next_slope = (errors[last] - errors[place]) * (sizes[last] - sizes[before])
+            if slope > next_slope:
+                break
+            corners.pop()
+        corners.append(place)
+    return corners
+
+
+@dataclass(frozen=True)
+class Table:
+    """The forms of a linear, or of several that must have one form, with their bytes and what each loses: the error
+    times the cost of an error, in one unit for all tables."""
+
+    forms: Sequence[Form]
+    bytes: Sequence[int]
+    losses: Sequence[float]
+
+    @property
+    def corners(self) -> list[int]:
+        """The places of the forms on the hull, by size."""
+        return hull(self.bytes, self.losses)
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """The table of linears that must have one form: bytes and losses add up. All tables have the same forms."""
+    return Table(
+        tables[0].forms,
+        [sum(parts) for parts in zip(*(x.bytes for x in tables), strict=True)],
+        [math.fsum(parts) for parts in zip(*(x.losses for x in tables), strict=True)],
+    )
+
+
+def best_forms(
+    budgets: Mapping[str, float], tables: Mapping[str, Table], total: float
+) -> dict[str, int]:
+    """The place of the form of each unit in its table, with at most ``total`` bytes together.
+
+    Each takes the form on its hull that loses least at no more than its budget. Where that is too much together, units
+    go back a corner where it costs least a byte; then what is left is spent where it gains most a byte, at last on
+    forms inside the hull. Raises RecipeError, with the least possible size, if the total is below that."""
+    corners = {name: table.corners for name, table in tables.items()}
+    least = sum(table.bytes[corners[name][0]] for name, table in tables.items())
+    if least > total:
+        raise RecipeError(
+            f"{total:,.0f} bytes are too few for the linears; at least {least:,.0f} are possible"
+        )
+    at = {}
+    for name, table in tables.items():
+        fitting = [
+            number
+            for number, place in enumerate(corners[name])
+            if table.bytes[place] <= budgets[name]
+        ]
+        at[name] = fitting[-1] if fitting else 0
+    chosen = {name: corners[name][number] for name, number in at.items()}
+    spent = sum(tables[name].bytes[place] for name, place in chosen.items())
+    while spent > total:
+        backward = [
+            (-_gain(tables[name], corners[name][number - 1], place), name)
+            for name, place in chosen.items()
+            if (number := at[name])
+        ]
+        _, name = max(backward)
+        spent -= tables[name].bytes[chosen[name]]
+        at[name] -= 1
+        chosen[name] = corners[name][at[name]]
+        spent += tables[name].bytes[chosen[name]]
+    for inside in (False, True):
+        while True:
+            forward = []
+            for name, place in chosen.items():
+                table = tables[name]
+                others = range(len(table.forms)) if inside else corners[name]
+                room = total - spent + table.bytes[place]
+                larger = [
+                    (_gain(table, place, other), name, other)
+                    for other in others
+                    if table.bytes[place] < table.bytes[other] <= room
+                    and table.losses[other] < table.losses[place]
+                ]
+                forward += [max(larger)] if larger else []
+            if not forward:
+                break
+            _, name, other = max(forward)
+            spent += tables[name].bytes[other] - tables[name].bytes[chosen[name]]
+            chosen[name] = other
+    return chosen
+
+
+def _gain(table: Table, smaller: int, larger: int) -> float:
+    """What a larger form gains over a smaller one, for each byte."""
+    bytes_more = table.bytes[larger] - table.bytes[smaller]
+    return (table.losses[smaller] - table.losses[larger]) / bytes_more
