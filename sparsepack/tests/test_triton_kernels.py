@@ -111,7 +111,12 @@ def test_a_solver_has_a_kernel_for_old_and_new_cards(capability: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "values", "scales"),
-    [(0, "*bf16", "*i64"), (1, "*i8", "*fp32"), (2, "*u8", "*bf16")],
+    [
+        (0, "*bf16", "*i64"),
+        (1, "*i8", "*fp32"),
+        (2, "*u8", "*bf16"),
+        (3, "*i8", "*bf16"),
+    ],
 )
 def test_it_compiles_for_a_card_as_it_was_meant(
     kind: int, values: str, scales: str

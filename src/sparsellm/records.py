@@ -276,7 +276,7 @@ class RunRecord(Record):
     format: Literal[1] = 1
     base: Base = Base()
     sparsity_asked: float  # the recipe's, which holds for the pruned linears
-    # to which values were rounded: keep, int8, int4 or int3; mixed if linears differ
+    # to which values were rounded: keep or an integer type; mixed if linears differ
     values: str = KEEP
     # to which values were rounded; own for that of the packed format, or for none; mixed if linears differ
     grid: str = OWN

@@ -378,6 +378,11 @@ def test_without_a_template_or_a_dense_model_the_option_is_named(
     [
         ({"values": "int3"}, "gguf", r"levels are uneven.*prune with --grid q4_0"),
         (
+            {"values": "int6"},
+            "gguf",
+            r"columns have exponents, and its groups follow the zeros",
+        ),
+        (
             {"values": "int4"},
             "compressed-tensors",
             r"columns have exponents.*prune with --grid w4a16",

@@ -19,10 +19,13 @@ from sparsepack.grid import codes_of
 from sparsepack.grids import GRIDS, Grid
 
 # What values are on where they are on no grid of another program, by the type to which they were rounded
+_FOLLOWS_ZEROS = (
+    "a grid of its own (its columns have exponents, and its groups follow the zeros)"
+)
 _OWN = {
     "keep": "no grid (its values were not rounded)",
     "int8": "a grid of its own (its columns have exponents)",
-    "int4": "a grid of its own (its columns have exponents, and its groups follow the zeros)",
+    **dict.fromkeys(("int6", "int5", "int4"), _FOLLOWS_ZEROS),
     "int3": "a grid of its own (its levels are uneven, and its groups follow the zeros)",
 }
 

@@ -32,7 +32,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
+@pytest.mark.parametrize("values", ["int8", "int6", "int5", "int4", "int3"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.3, 0.5, 0.8])
 @pytest.mark.parametrize("shape", [(24, 96), (16, 200)])
 def test_bytes_are_those_of_a_packed_weight(
