@@ -1,0 +1,237 @@
+"""Runs for a program and a size: what is chosen, what it takes, and how candidates are compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.errors import RecipeError
+from sparsellm.method.allocation import LinearSize
+from sparsellm.method.allocation.forms import Form
+from sparsellm.method.gram import Gram
+from sparsellm.model import Feed, open_chain
+from sparsellm.run import forms
+from sparsepack.grid import on_grid
+from tests.files.small import tensors_of
+from tests.method.allocation.helpers import sizes_of
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
+
+FIELDS: dict[str, Any] = {"effort": 0, "batch_tokens": 80}
+
+
+def wide(**changes: Any) -> PreTrainedModel:
+    """A Llama whose inputs are multiples of 32."""
+    return tiny_llama(hidden_size=64, intermediate_size=160, **changes)
+
+
+def sized(
+    model: PreTrainedModel, program: str, bits: float, **changes: Any
+) -> sparsellm.PruneResult:
+    recipe = Recipe(**{**FIELDS, "program": program, "bits": bits, **changes})
+    return sparsellm.prune(model, recipe, calibration=windows(12))
+
+
+@pytest.mark.parametrize(
+    ("program", "bits", "types"),
+    [
+        ("llama.cpp", 6.0, {"q4_0", "q8_0"}),
+        ("vllm", 6.0, {"w4a16-32", "w8a16"}),
+        ("sparsellm", 4.3, {"int3", "int4", "int8"}),
+    ],
+)
+def test_a_run_takes_at_most_the_size_that_was_asked_for(
+    program: str, bits: float, types: set[str]
+) -> None:
+    result = sized(wide(), program, bits)
+    assert result.bits_per_weight is not None
+    assert 0.96 * bits < result.bits_per_weight <= bits
+    assert {linear.values for linear in result.linears} <= types
+    assert result.values == "mixed"
+    assert not result.warnings
+    weights = {
+        name.removesuffix(".weight"): weight
+        for name, weight in result.model.named_parameters()
+    }
+    for linear in result.linears:
+        if program != "sparsellm":
+            weight = weights[linear.name].detach()
+            assert torch.equal(on_grid(weight, linear.values, torch.float32), weight)
+
+
+def test_vllm_gets_one_type_for_linears_that_it_runs_together() -> None:
+    types = {x.name: x.values for x in sized(wide(), "vllm", 6.0).linears}
+    assert len({*types.values()}) > 1
+    for block in range(3):
+        inside = f"model.layers.{block}"
+        projections = [types[f"{inside}.self_attn.{x}_proj"] for x in "qkv"]
+        assert len({*projections}) == 1
+        assert types[f"{inside}.mlp.gate_proj"] == types[f"{inside}.mlp.up_proj"]
+
+
+def test_a_packed_run_has_the_types_that_were_chosen(tmp_path: Path) -> None:
+    source = save_tiny(wide(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(**FIELDS, program="sparsellm", bits=4.0, samples=6, seq_len=24)
+    result = sparsellm.prune(source, recipe, out=tmp_path / "pruned")
+    packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "p", values="mixed")
+    assert not packed.rounded
+    assert 8 * packed.packed_bytes / packed.weights <= 4.0
+    sparsellm.unpack(tmp_path / "p", out=tmp_path / "again")
+    before = tensors_of(tmp_path / "pruned")
+    for name, weight in tensors_of(tmp_path / "again").items():
+        assert torch.equal(weight, before[name])
+    # the recipe that a run writes is one that runs
+    again = Recipe.from_yaml(tmp_path / "pruned" / "recipe.yaml")
+    assert (again.bits, again.program) == (4.0, "sparsellm")
+    assert result.allocation["chosen"] in ("by linear", "int3", "int4")
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_candidate_that_diverges_least_is_taken(
+    best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(*arguments: Any) -> list[float]:
+        found = [1.0] * len(arguments[-1])
+        found[best] = 0.5
+        return found
+
+    monkeypatch.setattr(forms, "divergences", judged)
+    result = sized(wide(), "sparsellm", 4.3)
+    report: Any = result.allocation
+    assert report["chosen"] == report["candidates"][best]["name"]
+    assert all(candidate["bits"] <= 4.3 for candidate in report["candidates"])
+    types = {linear.values for linear in result.linears}
+    zeros = sum(linear.asked for linear in result.linears)
+    if best == 1:
+        assert types == {"int4"}
+        assert zeros > 0
+    if best == 2:
+        assert (types, zeros) == ({"int3"}, 0)
+
+
+def test_an_impossible_size_names_the_least() -> None:
+    with pytest.raises(RecipeError, match=r"at least [0-9,]+ are possible"):
+        sized(wide(), "llama.cpp", 4.4)
+
+
+def test_a_linear_without_a_form_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"h\.0\.attn\.c_attn has 48 inputs, for"):
+        sized(tiny_gpt2(), "llama.cpp", 6.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bits": 4.0}, "bits and program go together"),
+        ({"program": "vllm"}, "bits and program go together"),
+        ({"values": "mixed"}, "values mixed comes from a size"),
+        ({"bits": 4.0, "program": "vllm", "sparsity": 0.5}, "sparsity 0.5 says other"),
+        ({"bits": 4.0, "program": "vllm", "grid": "w8a8"}, "grid w8a8 says otherwise"),
+        ({"bits": 4.0, "program": "sparsellm", "pattern": "2:4"}, "pattern 2:4 says"),
+        (
+            {"bits": 4.0, "program": "sparsellm", "allocation": "uniform"},
+            "takes allocation threshold",
+        ),
+    ],
+)
+def test_what_a_size_leaves_no_choice_of_is_refused(
+    fields: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Recipe(**fields)
+
+
+def grams_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Gram]:
+    """The Gram matrix of the inputs of each linear of the blocks, from the whole model."""
+    grams: dict[str, Gram] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2).double()
+        grams[name] = Gram((rows.T @ rows / len(rows)).float(), len(rows))
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "layers" in name
+    ]
+    model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return grams
+
+
+def kl_by_hand(
+    dense: PreTrainedModel, weights: Mapping[str, Tensor], ids: Tensor
+) -> float:
+    other = copy.deepcopy(dense)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            other.get_submodule(name).weight.copy_(weight)
+        goal = functional.log_softmax(dense(ids).logits.double(), -1)
+        found = functional.log_softmax(other(ids).logits.double(), -1)
+    return float((goal.exp() * (goal - found)).sum(-1).mean())
+
+
+def test_candidates_are_compared_by_their_divergence_on_other_windows() -> None:
+    model = wide()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    chain = open_chain(model, device=torch.device("cpu"))
+    sizes = sizes_of(chain)
+    observed = Feed(chain, windows(4, seed=1), 80)
+    judges = Feed(chain, windows(3, seed=2), 80)
+    errors = {size.name: {Form("int4"): 0.02, Form("int4", 0.5): 0.1} for size in sizes}
+    measured = forms.Measured(errors)
+    names = [size.name for size in sizes]
+    candidates = [
+        forms.Candidate("int4", dict.fromkeys(names, Form("int4"))),
+        forms.Candidate("sparse", dict.fromkeys(names, Form("int4", 0.5))),
+    ]
+    found = forms.divergences(observed, judges, sizes, measured, candidates)
+    assert all(torch.equal(before[x], y) for x, y in model.state_dict().items())
+    grams = grams_of(model, observed.windows)
+    for candidate, divergence in zip(candidates, found, strict=True):
+        weights = {}
+        for name, form in candidate.forms.items():
+            weight = before[f"{name}.weight"]
+            dtype = torch.float32
+            error = errors[name][form]
+            moved = forms.disturbed(weight, grams[name], form, error, dtype)
+            weights[name] = moved
+        expected = kl_by_hand(model, weights, judges.windows)
+        assert divergence == pytest.approx(expected, rel=1e-3)
+    assert found[0] < found[1]
+
+
+@pytest.mark.parametrize("form", [Form("int4"), Form("q8_0"), Form("int3", 0.6)])
+def test_a_disturbed_weight_has_the_error_that_was_measured(form: Form) -> None:
+    x = windows(4).double().remainder(7)[:, :32] - 3
+    gram = Gram((x.T @ x / len(x)).float(), len(x))
+    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    moved = forms.disturbed(weight, gram, form, 0.013, torch.float32)
+    lost = (x @ (moved - weight).double().T).square().sum()
+    energy = (x @ weight.double().T).square().sum()
+    assert float(lost / energy) == pytest.approx(0.013, rel=1e-3)
+
+
+def size_of(name: str) -> LinearSize:
+    return LinearSize(name, 0, (8, 32))
+
+
+def test_experts_that_a_program_stores_together_have_one_form() -> None:
+    experts = [f"b.0.mlp.experts.{n}.{kind}" for n in (0, 1) for kind in ("up", "down")]
+    sizes = [size_of("b.0.q"), size_of("b.0.k"), *map(size_of, experts)]
+    groups = [["b.0.q", "b.0.k"], *[[name] for name in experts]]
+    alone = [[size.name] for size in sizes]
+    assert forms.units_of(sizes, groups, "sparsellm") == alone
+    ups, downs = experts[::2], experts[1::2]
+    assert forms.units_of(sizes, groups, "llama.cpp") == [*alone[:2], ups, downs]
+    assert forms.units_of(sizes, groups, "vllm") == [["b.0.q", "b.0.k"], experts]
