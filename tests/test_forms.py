@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -18,12 +18,11 @@ from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.method.allocation import LinearSize
 from sparsellm.method.allocation.forms import Form
-from sparsellm.method.gram import Gram
 from sparsellm.model import Feed, open_chain
 from sparsellm.run import forms
 from sparsepack.grid import on_grid
 from tests.files.small import tensors_of
-from tests.method.allocation.helpers import sizes_of
+from tests.method.allocation.helpers import Record, sizes_of, weight_of
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 
 FIELDS: dict[str, Any] = {"effort": 0, "batch_tokens": 80}
@@ -52,7 +51,8 @@ def sized(
 def test_a_run_takes_at_most_the_size_that_was_asked_for(
     program: str, bits: float, types: set[str]
 ) -> None:
-    result = sized(wide(), program, bits)
+    model = wide()
+    result = sized(model, program, bits)
     assert result.bits_per_weight is not None
     assert 0.96 * bits < result.bits_per_weight <= bits
     assert {linear.values for linear in result.linears} <= types
@@ -60,7 +60,7 @@ def test_a_run_takes_at_most_the_size_that_was_asked_for(
     assert not result.warnings
     weights = {
         name.removesuffix(".weight"): weight
-        for name, weight in result.model.named_parameters()
+        for name, weight in model.named_parameters()
     }
     for linear in result.linears:
         if program != "sparsellm":
@@ -150,32 +150,13 @@ def test_what_a_size_leaves_no_choice_of_is_refused(
         Recipe(**fields)
 
 
-def grams_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Gram]:
-    """The Gram matrix of the inputs of each linear of the blocks, from the whole model."""
-    grams: dict[str, Gram] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        rows = x.detach().flatten(0, -2).double()
-        grams[name] = Gram((rows.T @ rows / len(rows)).float(), len(rows))
-
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "layers" in name
-    ]
-    model(ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return grams
-
-
 def kl_by_hand(
     dense: PreTrainedModel, weights: Mapping[str, Tensor], ids: Tensor
 ) -> float:
     other = copy.deepcopy(dense)
     with torch.no_grad():
         for name, weight in weights.items():
-            other.get_submodule(name).weight.copy_(weight)
+            other.get_parameter(f"{name}.weight").copy_(weight)
         goal = functional.log_softmax(dense(ids).logits.double(), -1)
         found = functional.log_softmax(other(ids).logits.double(), -1)
     return float((goal.exp() * (goal - found)).sum(-1).mean())
@@ -186,40 +167,64 @@ def test_candidates_are_compared_by_their_divergence_on_other_windows() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     chain = open_chain(model, device=torch.device("cpu"))
     sizes = sizes_of(chain)
-    observed = Feed(chain, windows(4, seed=1), 80)
     judges = Feed(chain, windows(3, seed=2), 80)
-    errors = {size.name: {Form("int4"): 0.02, Form("int4", 0.5): 0.1} for size in sizes}
-    measured = forms.Measured(errors)
-    names = [size.name for size in sizes]
+    few, many = Form("int4"), Form("int4", 0.5)
+    measured = forms.Measured(
+        errors={size.name: {few: 0.01, many: 0.1} for size in sizes},
+        nearest={size.name: {few: 0.04, many: 0.9} for size in sizes},
+        squares={size.name: torch.arange(1.0, 1 + size.shape[1]) for size in sizes},
+    )
     candidates = [
-        forms.Candidate("int4", dict.fromkeys(names, Form("int4"))),
-        forms.Candidate("sparse", dict.fromkeys(names, Form("int4", 0.5))),
+        forms.Candidate(str(form), dict.fromkeys([size.name for size in sizes], form))
+        for form in (few, many)
     ]
-    found = forms.divergences(observed, judges, sizes, measured, candidates)
+    found = forms.divergences(judges, measured, candidates)
     assert all(torch.equal(before[x], y) for x, y in model.state_dict().items())
-    grams = grams_of(model, observed.windows)
-    for candidate, divergence in zip(candidates, found, strict=True):
+    # how far weights are moved: the root of the error measured over that of rounding
+    for candidate, divergence, share in zip(
+        candidates, found, (0.5, 1 / 3), strict=True
+    ):
         weights = {}
         for name, form in candidate.forms.items():
             weight = before[f"{name}.weight"]
-            dtype = torch.float32
-            error = errors[name][form]
-            moved = forms.disturbed(weight, grams[name], form, error, dtype)
-            weights[name] = moved
+            stored = weight
+            if form == many:
+                # the half of each row with the least magnitudes times roots of squares
+                scores = weight.abs() * measured.squares[name].sqrt()
+                stored = weight * (scores.argsort(1).argsort(1) >= weight.shape[1] // 2)
+            stored = on_grid(stored, "int4", torch.float32)
+            weights[name] = weight + share * (stored - weight)
         expected = kl_by_hand(model, weights, judges.windows)
         assert divergence == pytest.approx(expected, rel=1e-3)
-    assert found[0] < found[1]
 
 
-@pytest.mark.parametrize("form", [Form("int4"), Form("q8_0"), Form("int3", 0.6)])
-def test_a_disturbed_weight_has_the_error_that_was_measured(form: Form) -> None:
-    x = windows(4).double().remainder(7)[:, :32] - 3
-    gram = Gram((x.T @ x / len(x)).float(), len(x))
-    weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
-    moved = forms.disturbed(weight, gram, form, 0.013, torch.float32)
-    lost = (x @ (moved - weight).double().T).square().sum()
-    energy = (x @ weight.double().T).square().sum()
-    assert float(lost / energy) == pytest.approx(0.013, rel=1e-3)
+def test_a_measurement_is_on_the_inputs_of_the_dense_model() -> None:
+    model = wide()
+    chain = open_chain(model, device=torch.device("cpu"))
+    sizes = sizes_of(chain)
+    ids = windows(4, 20)
+    # two windows at a time
+    feed = Feed(chain, ids, 40)
+    gradients = {
+        size.name: torch.rand(size.shape[0], generator=torch.Generator().manual_seed(0))
+        for size in sizes
+    }
+    measured = forms.measure(feed, sizes, gradients, "llama.cpp")
+    record = Record(model, ids, [size.name for size in sizes])
+    for size in sizes:
+        weight = weight_of(model.get_submodule(size.name))
+        x = record.inputs[size.name].double()
+        outputs = (x @ weight.T).square().mean(0)
+        cost = float(outputs @ gradients[size.name].double())
+        assert measured.costs[size.name] == pytest.approx(cost, rel=1e-3)
+        stored = on_grid(weight.float(), "q4_0", torch.float32).double()
+        lost = (x @ (stored - weight).T).square().mean(0)
+        error = measured.nearest[size.name][Form("q4_0")]
+        if size.shape[0] <= 64:  # all rows are measured
+            assert error == pytest.approx(float(lost.sum() / outputs.sum()), rel=1e-3)
+        assert 0 < measured.errors[size.name][Form("q4_0")] < error
+    inside = "model.layers.1"
+    assert [f"{inside}.mlp.gate_proj", f"{inside}.mlp.up_proj"] in measured.groups
 
 
 def size_of(name: str) -> LinearSize:

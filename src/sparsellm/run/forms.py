@@ -1,16 +1,16 @@
 """The forms of all linears for a program and a size: measured, chosen, and compared with one form for all.
 
-The dense model runs twice over a few windows, block by block. The first time each linear is measured in every form that
-the program has. The second time candidates run next to it, and the one that diverges least from it is taken. A
-candidate's weights are rounded to nearest there, and moved so near to the dense ones that a linear has the error that
-was measured, since a run compensates errors as the measurement did.
+The dense model runs over a few windows, block by block, and each linear is measured in every form that the program has.
+Then it runs over a few others, next to candidates, and the one that diverges least from it is taken. A candidate's
+weights are rounded to nearest there, and moved so near to the dense ones that a linear has the error that was measured,
+since a run compensates errors as the measurement did.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,13 +27,14 @@ from sparsellm.method.allocation.forms import (
     errors_of,
     form_bytes,
     joined,
+    some_rows,
 )
-from sparsellm.method.blocks.task import BlockTask
-from sparsellm.method.gram import Gram
-from sparsellm.method.solvers.magnitude_and_wanda import wanda
+from sparsellm.method.blocks.task import Group
+from sparsellm.method.gram import Gram, GramAccumulator
 from sparsellm.method.sweep.gradients import LossGradients
 from sparsellm.method.sweep.head import divergence_from, through_head
 from sparsellm.model import Feed, LinearView, Stream
+from sparsellm.model.capture import InputGroups, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock, Progress
@@ -88,6 +89,10 @@ class Measured:
 
     # error of each form, with those between the measured ones
     errors: dict[str, dict[Form, float]] = field(default_factory=dict)
+    # the same, rounded to nearest
+    nearest: dict[str, dict[Form, float]] = field(default_factory=dict)
+    # mean squares of inputs, (in,)
+    squares: dict[str, Tensor] = field(default_factory=dict)
     # what the loss of the whole output would cost
     costs: dict[str, float] = field(default_factory=dict)
     # linears that read the same input, block by block
@@ -144,9 +149,7 @@ def choose_forms(
     chosen = Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
     candidates = [chosen, *uniform_forms(sizes, tables, zeros, program, total)]
     with clock.phase("compare"):
-        found = divergences(
-            observed, replace(feed, windows=judges), sizes, measured, candidates
-        )
+        found = divergences(replace(feed, windows=judges), measured, candidates)
     best = min(range(len(candidates)), key=lambda number: found[number])
     compared: list[Settings] = [
         {
@@ -178,9 +181,9 @@ def measure(
     program: str,
 ) -> Measured:
     """The errors of all forms of each linear, on the inputs that it has in the dense model."""
-    named = {size.name: size for size in sizes}
+    names = {size.name for size in sizes}
     measured = Measured()
-    for _, groups in _through_blocks(feed, named, "measuring forms"):
+    for groups in _through_blocks(feed, names):
         for group, gram in groups:
             measured.groups.append([linear.name for linear in group])
             for linear in group:
@@ -191,9 +194,19 @@ def measure(
                         "out (exclude)"
                     )
                 weight = linear.weight()
-                errors = errors_of(weight, gram, forms, linear.storage_dtype)
+                dtype = linear.storage_dtype
+                errors = errors_of(weight, gram, forms, dtype)
                 every = between(forms, errors)
                 measured.errors[linear.name] = dict(zip(*every, strict=True))
+                part = some_rows(weight)
+                energy = float(gram.energy(part)) or 1.0
+                lost = []
+                for form in forms:
+                    stored = nearest(part, gram.diagonal, form, dtype)
+                    lost.append(float(gram.energy(stored, minus=part)) / energy)
+                every = between(forms, lost)
+                measured.nearest[linear.name] = dict(zip(*every, strict=True))
+                measured.squares[linear.name] = gram.diagonal
                 squares = output_squares.get(linear.name)
                 outputs = (weight @ gram.matrix).mul_(weight).sum(1)
                 if squares is None:
@@ -317,14 +330,10 @@ def _with_zeros(
 
 @torch.no_grad()
 def divergences(
-    observed: Feed,
-    judges: Feed,
-    sizes: Sequence[LinearSize],
-    measured: Measured,
-    candidates: Sequence[Candidate],
+    judges: Feed, measured: Measured, candidates: Sequence[Candidate]
 ) -> list[float]:
     """The divergence from the dense model of each candidate on the windows of ``judges``, in nats a token."""
-    named = {size.name: size for size in sizes}
+    chain = judges.chain
     with contextlib.ExitStack() as held:
         dense = judges.stream()
         held.callback(dense.close)
@@ -332,11 +341,14 @@ def divergences(
         for _ in candidates:
             streams.append(dense.fork())
             held.callback(streams[-1].close)
-        for index, groups in _through_blocks(observed, named, "comparing forms"):
-            dense.advance(index)
-            for candidate, stream in zip(candidates, streams, strict=True):
-                with _in_form(groups, candidate, measured):
-                    stream.advance(index)
+        for index in range(len(chain)):
+            said = f"block {index + 1}/{len(chain)} comparing forms"
+            judges.progress(Progress("allocation", index, len(chain), said))
+            with chain.block(index, judges.blocks):
+                dense.advance(index)
+                for candidate, stream in zip(candidates, streams, strict=True):
+                    with _in_form(chain.linears(index), candidate, measured):
+                        stream.advance(index)
         return _behind(judges, dense, streams)
 
 
@@ -358,54 +370,76 @@ def _behind(judges: Feed, dense: Stream, streams: Sequence[Stream]) -> list[floa
 
 
 def _through_blocks(
-    feed: Feed, named: Mapping[str, LinearSize], doing: str
-) -> Iterator[tuple[int, list[tuple[list[LinearView], Gram]]]]:
-    """Runs the dense model over the windows; yields each block's number, while it is loaded, and its linears by their
-    input with the Gram matrix of that; equal inputs for a linear that no token reached, or whose input is not seen."""
+    feed: Feed, names: Collection[str]
+) -> Iterator[list[tuple[Group, Gram]]]:
+    """Runs the dense model over the windows; yields for each block, while it is loaded, the linears of these names by
+    their input, with its Gram matrix: equal inputs for a linear that no token reached, or whose input is not seen."""
     chain = feed.chain
-    stream = feed.stream()
-    with contextlib.closing(stream):
+    with contextlib.closing(feed.stream()) as stream:
         for index in range(len(chain)):
-            said = f"block {index + 1}/{len(chain)} {doing}"
+            said = f"block {index + 1}/{len(chain)} measuring forms"
             feed.progress(Progress("allocation", index, len(chain), said))
             with chain.block(index, feed.blocks):
-                linears = [x for x in chain.linears(index) if x.name in named]
-                task = BlockTask(
-                    index,
-                    linears,
-                    patterns={},
-                    stream=stream,
-                    report=lambda step: None,
-                    clock=PhaseClock(),
-                )
-                plain = [x for x in linears if not isinstance(x.module, ExpertLinear)]
-                groups = task.statistics(plain) if plain else []
+                linears = [x for x in chain.linears(index) if x.name in names]
+                groups = _statistics(stream, index, linears)
                 known = {x.name for group, _ in groups for x in group}
                 for linear in linears:
                     if linear.name not in known:
                         identity = torch.eye(linear.in_features, device=chain.device)
                         groups.append(([linear], Gram(identity, 1)))
-                yield index, groups
-                stream.advance(index)
+                yield groups
+
+
+def _statistics(
+    stream: Stream, index: int, linears: list[LinearView]
+) -> list[tuple[Group, Gram]]:
+    """Groups of linears that share an input, with its Gram matrix over the tokens of all processes. The stream advances
+    through the loaded block."""
+    device = stream.chain.device
+    grouping = InputGroups()
+    accumulators: dict[str, GramAccumulator] = {}
+
+    def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
+        if inputs.numel() and grouping.add(linear, inputs):
+            if linear.name not in accumulators:
+                features = linear.in_features
+                accumulators[linear.name] = GramAccumulator(features, device)
+            accumulators[linear.name].update(inputs)
+
+    seen = [x for x in linears if not isinstance(x.module, ExpertLinear)]
+    with watch(seen, see):
+        stream.advance(index)
+    grams = []
+    for group in grouping.agreed(seen):
+        head = group[0]
+        found = accumulators.setdefault(
+            head.name, GramAccumulator(head.in_features, device)
+        )
+        found.reduce()
+        grams.append((group, found.finish()))
+    return grams
 
 
 @contextlib.contextmanager
 def _in_form(
-    groups: Sequence[tuple[list[LinearView], Gram]],
-    candidate: Candidate,
-    measured: Measured,
+    linears: Sequence[LinearView], candidate: Candidate, measured: Measured
 ) -> Iterator[None]:
     """In the context the loaded linears have errors of their forms."""
     before: list[tuple[LinearView, Tensor]] = []
     try:
-        for group, gram in groups:
-            for linear in group:
-                weight = linear.weight()
-                before.append((linear, weight.clone()))
-                form = candidate.forms[linear.name]
-                error = _error_at(measured.errors[linear.name], form)
-                dtype = linear.storage_dtype
-                linear.assign(disturbed(weight, gram, form, error, dtype))
+        for linear in linears:
+            if linear.name not in candidate.forms:
+                continue
+            weight = linear.weight()
+            before.append((linear, weight.clone()))
+            form = candidate.forms[linear.name]
+            stored = nearest(
+                weight, measured.squares[linear.name], form, linear.storage_dtype
+            )
+            error = _error_at(measured.errors[linear.name], form)
+            lost = _error_at(measured.nearest[linear.name], form)
+            share = math.sqrt(error / lost) if lost else 1.0
+            linear.assign(weight + share * (stored - weight))
         yield
     finally:
         for linear, weight in before:
@@ -415,22 +449,16 @@ def _in_form(
 def _error_at(errors: Mapping[Form, float], form: Form) -> float:
     """The error of a form: that of the known one of its type with the nearest sparsity."""
     of_type = [known for known in errors if known.values == form.values]
-    nearest = min(of_type, key=lambda known: abs(known.sparsity - form.sparsity))
-    return errors[nearest]
+    known = min(of_type, key=lambda known: abs(known.sparsity - form.sparsity))
+    return errors[known]
 
 
-def disturbed(
-    weight: Tensor, gram: Gram, form: Form, error: float, dtype: torch.dtype
-) -> Tensor:
-    """A weight ``(out, in)`` fp32 pruned and rounded to nearest, then moved towards the dense one until it has this
-    relative error."""
-    pruned = weight
+def nearest(weight: Tensor, squares: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+    """A weight ``(out, in)`` fp32 in a form, without any compensation: zeros where magnitude times the root of the
+    input's mean ``squares (in,)`` is least in a row, and others rounded to nearest."""
     zeros = round(form.sparsity * weight.numel())
     if zeros:
-        pruned = wanda(weight, gram, Unstructured(zeros, weight.numel())).weight
-    stored = on_grid(pruned, form.values, dtype)
-    energy = float(gram.energy(weight))
-    lost = float(gram.energy(stored, minus=weight))
-    if not lost:
-        return stored
-    return weight + (stored - weight) * math.sqrt(error * energy / lost)
+        scores = weight.abs() * squares.clamp(min=0).sqrt()
+        pattern = Unstructured(zeros, weight.numel())
+        weight = weight * pattern.mask(scores, scope="row")
+    return on_grid(weight, form.values, dtype)

@@ -71,6 +71,13 @@ def bytes_of_threshold(
     }
 
 
+def some_rows(weight: Tensor, rows: int = ROWS) -> Tensor:
+    """At most ``rows`` evenly spaced rows of a weight ``(out, in)``."""
+    count = min(rows, len(weight))
+    places = torch.arange(count, device=weight.device) * len(weight) // count
+    return weight[places]
+
+
 def errors_of(
     weight: Tensor,
     gram: Gram,
@@ -80,10 +87,7 @@ def errors_of(
 ) -> list[float]:
     """The relative error of a linear in each form, as in :class:`~sparsellm.method.solvers.Solution`, on at most
     ``rows`` evenly spaced rows of its weight ``(out, in)`` fp32. ``dtype`` is that of the checkpoint."""
-    places = (
-        torch.arange(min(rows, len(weight))) * len(weight) // min(rows, len(weight))
-    )
-    part = weight[places.to(weight.device)]
+    part = some_rows(weight, rows)
     energy = float(gram.energy(part))
     if energy == 0:
         return [0.0] * len(forms)
