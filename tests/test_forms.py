@@ -45,7 +45,7 @@ def sized(
     [
         ("llama.cpp", 6.0, {"q4_0", "q8_0"}),
         ("vllm", 6.0, {"w4a16-32", "w8a16"}),
-        ("sparsellm", 4.3, {"int3", "int4", "int8"}),
+        ("sparsellm", 4.3, {f"int{bits}" for bits in range(3, 9)}),
     ],
 )
 def test_a_run_takes_at_most_the_size_that_was_asked_for(
