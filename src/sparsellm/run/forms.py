@@ -50,6 +50,7 @@ VLLM = "vllm"
 SPARSITIES = (0.0, 0.3, 0.5, 0.7)  # at which forms of the packed format are measured
 # zeros of one form for all: with more of them another type is better
 MOST_ZEROS = 0.6
+WITH_ZEROS = 2  # types with zeros that are compared
 GRAM_TOKENS = 4096
 JUDGES = 2  # windows on which candidates are compared
 BY_LINEAR = "by linear"
@@ -147,7 +148,7 @@ def choose_forms(
         {size.name: size.weights for size in sizes}, sparsities, total
     )
     chosen = Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
-    candidates = [chosen, *uniform_forms(sizes, tables, zeros, program, total)]
+    candidates = [chosen, *uniform_forms(sizes, tables, zeros, total)]
     with clock.phase("compare"):
         found = divergences(replace(feed, windows=judges), measured, candidates)
     best = min(range(len(candidates)), key=lambda number: found[number])
@@ -271,35 +272,27 @@ def uniform_forms(
     sizes: Sequence[LinearSize],
     tables: Mapping[str, Table],
     zeros: Zeros,
-    program: str,
     total: float,
 ) -> list[Candidate]:
     """One type for all linears at this size: of those that fit without zeros the one that loses least; and in the
-    packed format larger ones too, with as many zeros as that takes."""
-    types = {
-        form.values
-        for table in tables.values()
-        for form in table.forms
-        if not form.sparsity
-    }
-    sparse = {
-        form.values
-        for table in tables.values()
-        for form in table.forms
-        if form.sparsity
-    }
+    packed format the next larger ones, with as many zeros as that takes."""
     dense: list[tuple[float, Candidate]] = []
-    candidates: list[Candidate] = []
-    for values in sorted(types):
-        form = Form(values)
-        if any(form not in table.forms for table in tables.values()):
+    larger: list[tuple[int, str]] = []
+    first = next(iter(tables.values()))
+    sparse = {form.values for form in first.forms if form.sparsity}
+    for form in first.forms:
+        if form.sparsity or any(form not in x.forms for x in tables.values()):
             continue
-        alike = Candidate(values, dict.fromkeys(tables, form))
-        if alike.bytes(sizes) <= total:
+        alike = Candidate(form.values, dict.fromkeys(tables, form))
+        size = alike.bytes(sizes)
+        if size <= total:
             lost = math.fsum(x.losses[x.forms.index(form)] for x in tables.values())
             dense.append((lost, alike))
-        elif values in sparse:
-            candidates += _with_zeros(values, sizes, zeros, total)
+        elif form.values in sparse:
+            larger.append((size, form.values))
+    candidates: list[Candidate] = []
+    for _, values in sorted(larger)[:WITH_ZEROS]:
+        candidates += _with_zeros(values, sizes, zeros, total)
     if dense:
         candidates.append(min(dense, key=lambda pair: pair[0])[1])
     return candidates

@@ -7,9 +7,10 @@ them, others lose more for each byte that they save. What is left of the size is
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,53 +181,112 @@ def best_forms(
     Each takes the form on its hull that loses least at no more than its budget. Where that is too much together, units
     go back a corner where it costs least a byte; then what is left is spent where it gains most a byte, at last on
     forms inside the hull. Raises RecipeError, with the least possible size, if the total is below that."""
-    corners = {name: table.corners for name, table in tables.items()}
-    least = sum(table.bytes[corners[name][0]] for name, table in tables.items())
-    if least > total:
+    choice = _Choice(budgets, tables)
+    if choice.least > total:
         raise RecipeError(
-            f"{total:,.0f} bytes are too few for the linears; at least {least:,.0f} are possible"
+            f"{total:,.0f} bytes are too few for the linears; at least {choice.least:,} are possible"
         )
-    at = {}
-    for name, table in tables.items():
-        fitting = [
-            number
-            for number, place in enumerate(corners[name])
-            if table.bytes[place] <= budgets[name]
+    choice.shrink(total)
+    choice.spend(total, choice.next_corner)
+    choice.spend(total, choice.next_of_all)
+    return choice.places
+
+
+class _Choice:
+    """A form on the hull for each unit, by place in its table, and the bytes of all; see :func:`best_forms`."""
+
+    def __init__(
+        self, budgets: Mapping[str, float], tables: Mapping[str, Table]
+    ) -> None:
+        self.tables = tables
+        self.corners = {name: table.corners for name, table in tables.items()}
+        self.places: dict[str, int] = {}
+        for name, table in tables.items():
+            fitting = [
+                place
+                for place in self.corners[name]
+                if table.bytes[place] <= budgets[name]
+            ]
+            self.places[name] = fitting[-1] if fitting else self.corners[name][0]
+        self.spent = sum(
+            table.bytes[self.places[name]] for name, table in tables.items()
+        )
+
+    @property
+    def least(self) -> int:
+        """The bytes of all in their smallest forms."""
+        return sum(
+            table.bytes[self.corners[name][0]] for name, table in self.tables.items()
+        )
+
+    def move(self, name: str, place: int) -> None:
+        """Gives a unit another form."""
+        table = self.tables[name]
+        self.spent += table.bytes[place] - table.bytes[self.places[name]]
+        self.places[name] = place
+
+    def shrink(self, total: float) -> None:
+        """Moves units to their next smaller corners, where that costs least for each byte, until all fit."""
+        steps: list[tuple[float, str, int]] = []
+
+        def offer(name: str) -> None:
+            number = self.corners[name].index(self.places[name])
+            if number:
+                smaller = self.corners[name][number - 1]
+                cost = _gain(self.tables[name], smaller, self.places[name])
+                heapq.heappush(steps, (cost, name, smaller))
+
+        for name in self.tables:
+            offer(name)
+        while self.spent > total:
+            _, name, place = heapq.heappop(steps)
+            self.move(name, place)
+            offer(name)
+
+    def spend(self, total: float, larger: Callable[[str, float], int | None]) -> None:
+        """Moves units to larger forms, where that gains most for each byte, until none fits. ``larger`` gives the next
+        place of a unit by its name and the bytes that there is room for."""
+        steps: list[tuple[float, str, int]] = []
+
+        def offer(name: str) -> None:
+            place = larger(name, total - self.spent)
+            if place is not None:
+                gain = _gain(self.tables[name], self.places[name], place)
+                heapq.heappush(steps, (-gain, name, place))
+
+        for name in self.tables:
+            offer(name)
+        while steps:
+            _, name, place = heapq.heappop(steps)
+            # what was left when it was offered may have been spent
+            if self._more(name, place) <= total - self.spent:
+                self.move(name, place)
+            offer(name)
+
+    def next_corner(self, name: str, room: float) -> int | None:
+        """The next larger corner of a unit if there is room: no later one gains as much for a byte."""
+        number = self.corners[name].index(self.places[name]) + 1
+        if number == len(self.corners[name]):
+            return None
+        place = self.corners[name][number]
+        return place if self._more(name, place) <= room else None
+
+    def next_of_all(self, name: str, room: float) -> int | None:
+        """The form of a unit that gains most for each byte, of all that there is room for."""
+        table = self.tables[name]
+        now = self.places[name]
+        gains = [
+            (_gain(table, now, place), place)
+            for place in range(len(table.forms))
+            if 0 < self._more(name, place) <= room
+            and table.losses[place] < table.losses[now]
         ]
-        at[name] = fitting[-1] if fitting else 0
-    chosen = {name: corners[name][number] for name, number in at.items()}
-    spent = sum(tables[name].bytes[place] for name, place in chosen.items())
-    while spent > total:
-        backward = [
-            (-_gain(tables[name], corners[name][number - 1], place), name)
-            for name, place in chosen.items()
-            if (number := at[name])
-        ]
-        _, name = max(backward)
-        spent -= tables[name].bytes[chosen[name]]
-        at[name] -= 1
-        chosen[name] = corners[name][at[name]]
-        spent += tables[name].bytes[chosen[name]]
-    for inside in (False, True):
-        while True:
-            forward = []
-            for name, place in chosen.items():
-                table = tables[name]
-                others = range(len(table.forms)) if inside else corners[name]
-                room = total - spent + table.bytes[place]
-                larger = [
-                    (_gain(table, place, other), name, other)
-                    for other in others
-                    if table.bytes[place] < table.bytes[other] <= room
-                    and table.losses[other] < table.losses[place]
-                ]
-                forward += [max(larger)] if larger else []
-            if not forward:
-                break
-            _, name, other = max(forward)
-            spent += tables[name].bytes[other] - tables[name].bytes[chosen[name]]
-            chosen[name] = other
-    return chosen
+        return max(gains)[1] if gains else None
+
+    def _more(self, name: str, place: int) -> int:
+        """The bytes that a form of a unit takes beyond its present one."""
+        table = self.tables[name]
+        return table.bytes[place] - table.bytes[self.places[name]]
 
 
 def _gain(table: Table, smaller: int, larger: int) -> float:
