@@ -21,6 +21,7 @@ from sparsellm.method.allocation.forms import Form
 from sparsellm.model import Feed, open_chain
 from sparsellm.run import forms
 from sparsepack.grid import on_grid
+from tests.exports.checkpoints import mixtral
 from tests.files.small import tensors_of
 from tests.method.allocation.helpers import Record, sizes_of, weight_of
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
@@ -119,8 +120,10 @@ def test_the_candidate_that_diverges_least_is_taken(
 
 
 def test_an_impossible_size_names_the_least() -> None:
-    with pytest.raises(RecipeError, match=r"at least [0-9,]+ are possible"):
+    with pytest.raises(RecipeError, match=r"bits 4.4 are .* at least 4.5 are possible"):
         sized(wide(), "llama.cpp", 4.4)
+    least = sized(wide(), "llama.cpp", 4.5)
+    assert least.bits_per_weight == 4.5
 
 
 def test_a_linear_without_a_form_is_named() -> None:
@@ -240,3 +243,29 @@ def test_experts_that_a_program_stores_together_have_one_form() -> None:
     ups, downs = experts[::2], experts[1::2]
     assert forms.units_of(sizes, groups, "llama.cpp") == [*alone[:2], ups, downs]
     assert forms.units_of(sizes, groups, "vllm") == [["b.0.q", "b.0.k"], experts]
+
+
+def test_experts_have_no_packed_form() -> None:
+    with pytest.raises(RecipeError, match=r"experts\.0\.\S+ is an expert, which the"):
+        sized(mixtral().float(), "sparsellm", 6.0)
+    result = sized(mixtral().float(), "sparsellm", 6.0, exclude=["*.experts.*"])
+    assert result.bits_per_weight is not None
+
+
+@pytest.mark.parametrize("program", ["llama.cpp", "vllm"])
+def test_experts_that_are_stored_together_get_one_form(program: str) -> None:
+    types = {x.name: x.values for x in sized(mixtral().float(), program, 6.0).linears}
+    assert len({*types.values()}) > 1
+    for block in range(2):
+        inside = f"model.layers.{block}.mlp.experts."
+        for kind in ("gate_proj", "up_proj", "down_proj"):
+            of_kind = [
+                values
+                for name, values in types.items()
+                if name.startswith(inside) and name.endswith(kind)
+            ]
+            assert len(of_kind) == 4
+            assert len({*of_kind}) == 1
+        if program == "vllm":
+            of_all = {x for name, x in types.items() if name.startswith(inside)}
+            assert len(of_all) == 1

@@ -33,16 +33,16 @@ from sparsellm.method.blocks.task import Group
 from sparsellm.method.gram import Gram, GramAccumulator
 from sparsellm.method.sweep.gradients import LossGradients
 from sparsellm.method.sweep.head import divergence_from, through_head
-from sparsellm.model import Feed, LinearView, Stream
+from sparsellm.model import Chain, Feed, LinearView, Stream
 from sparsellm.model.capture import InputGroups, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock, Progress
 from sparsellm.recipe import NOTIONAL, Recipe
 from sparsellm.records import Settings
-from sparsellm.run.choice import Choice
+from sparsellm.run.choice import Choice, sizes_of
 from sparsepack.grid import on_grid
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, grid_for
 
 OWN = "sparsellm"
 LLAMA_CPP = "llama.cpp"
@@ -68,7 +68,9 @@ def forms_for(program: str, columns: int) -> list[Form]:
     names = [
         grid.name
         for grid in GRIDS.values()
-        if grid.form == formats[program] and columns % (grid.group or 1) == 0
+        if grid.form == formats[program]
+        # llama.cpp takes another type where one does not divide a row
+        and columns % (grid_for(grid.name, columns).columns or columns) == 0
     ]
     if program == VLLM:
         # int8 activations lose more at the same bytes, and no kernel reads int3
@@ -82,6 +84,44 @@ def least_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
     for shape in shapes:
         total += min(form_bytes(form, shape) for form in forms_for(program, shape[1]))
     return total
+
+
+def check_size(chain: Chain, recipe: Recipe) -> None:
+    """Refuses a size that no forms of its program have, a linear without a form, and experts in the packed format,
+    where they stay dense. Raises RecipeError."""
+    if recipe.program is None or recipe.bits is None:
+        return
+    sizes = sizes_of(chain, recipe)
+    names = {size.name for size in sizes}
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            if (
+                recipe.program == OWN
+                and linear.name in names
+                and isinstance(linear.module, ExpertLinear)
+            ):
+                raise RecipeError(
+                    f"{linear.name} is an expert, which the packed format keeps dense; take another program, or leave "
+                    "experts out (exclude)"
+                )
+    for size in sizes:
+        if not forms_for(recipe.program, size.shape[1]):
+            raise RecipeError(
+                f"{size.name} has {size.shape[1]} inputs, for which {recipe.program} has no form; leave it out "
+                "(exclude)"
+            )
+    least = least_bytes(recipe.program, [size.shape for size in sizes])
+    weights = sum(size.weights for size in sizes)
+    if 8 * least > recipe.bits * weights:
+        raise RecipeError(
+            f"bits {recipe.bits:g} are too few for {recipe.program}; at least {_rounded_up(8 * least / weights)} are "
+            "possible"
+        )
+
+
+def _rounded_up(bits: float) -> float:
+    """Bits with three digits after the point, not below what they are."""
+    return math.ceil(bits * 1000) / 1000
 
 
 @dataclass
@@ -119,8 +159,7 @@ def choose_forms(
     recipe: Recipe,
 ) -> Allocation:
     """The allocation of zeros and types for the program and the bits of a recipe, from the ``gradients`` of the dense
-    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible, or a linear has
-    no form."""
+    model. The model of the feed is not changed by a bit. Raises RecipeError if the size is impossible."""
     assert gradients is not None
     assert recipe.program is not None
     assert recipe.bits is not None
@@ -189,11 +228,6 @@ def measure(
             measured.groups.append([linear.name for linear in group])
             for linear in group:
                 forms = forms_for(program, linear.in_features)
-                if not forms:
-                    raise RecipeError(
-                        f"{linear.name} has {linear.in_features} inputs, for which {program} has no form; leave it "
-                        "out (exclude)"
-                    )
                 weight = linear.weight()
                 dtype = linear.storage_dtype
                 errors = errors_of(weight, gram, forms, dtype)
@@ -259,6 +293,12 @@ def _by_unit(
 ) -> dict[str, Form]:
     """The form of each linear by :func:`best_forms`, with linears of one unit alike."""
     whole = {names[0]: joined([tables[name] for name in names]) for names in units}
+    for names in units:
+        if not whole[names[0]].forms:
+            raise RecipeError(
+                f"{names[0]} and {names[-1]} must have one type, and none fits the inputs of both; leave them out "
+                "(exclude)"
+            )
     bytes_of = {names[0]: math.fsum(budgets[name] for name in names) for names in units}
     places = best_forms(bytes_of, whole, total)
     return {

@@ -170,6 +170,10 @@ def test_linears_of_one_form_add_up() -> None:
     forms = [Form("q4_0"), Form("q8_0")]
     both = joined([Table(forms, [4, 8], [1.0, 0.5]), Table(forms, [2, 4], [3.0, 0.25])])
     assert (both.bytes, both.losses) == ([6, 12], [4.0, 0.75])
+    # only what all have
+    more = Table([Form("w4a16"), *reversed(forms)], [5, 9, 3], [0.0, 0.5, 2.0])
+    of_three = joined([more, Table(forms[:1], [2], [1.0])])
+    assert (of_three.forms, of_three.bytes, of_three.losses) == (forms[:1], [5], [3.0])
 
 
 def tokens(features: int) -> Tensor:

@@ -165,11 +165,16 @@ class Table:
 
 
 def joined(tables: Sequence[Table]) -> Table:
-    """The table of linears that must have one form: bytes and losses add up. All tables have the same forms."""
+    """The table of linears that must have one form, with the forms that all have: bytes and losses add up."""
+    places = [
+        {form: place for place, form in enumerate(table.forms)} for table in tables
+    ]
+    forms = [form for form in tables[0].forms if all(form in at for at in places)]
+    pairs = list(zip(tables, places, strict=True))
     return Table(
-        tables[0].forms,
-        [sum(parts) for parts in zip(*(x.bytes for x in tables), strict=True)],
-        [math.fsum(parts) for parts in zip(*(x.losses for x in tables), strict=True)],
+        forms,
+        [sum(table.bytes[at[form]] for table, at in pairs) for form in forms],
+        [math.fsum(table.losses[at[form]] for table, at in pairs) for form in forms],
     )
 
 
