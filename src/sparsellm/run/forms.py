@@ -29,12 +29,11 @@ from sparsellm.method.allocation.forms import (
     joined,
     some_rows,
 )
-from sparsellm.method.blocks.task import Group
 from sparsellm.method.gram import Gram, GramAccumulator
 from sparsellm.method.sweep.gradients import LossGradients
 from sparsellm.method.sweep.head import divergence_from, through_head
 from sparsellm.model import Chain, Feed, LinearView, Stream
-from sparsellm.model.capture import InputGroups, watch
+from sparsellm.model.capture import Group, InputGroups, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock, Progress
