@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 
 from sparsepack import native
-from sparsepack.codes import FLOAT_TYPES, VALUE_TYPES
+from sparsepack.codes import FLOAT_TYPES, WRITTEN_TYPES
 from sparsepack.decode import dense_weight
 from sparsepack.layout import PackedWeight, pack
 from sparsepack.module import multiply
@@ -45,7 +45,8 @@ def random_weight(
 ) -> PackedWeight:
     weight = torch.randn(out, columns)
     weight[torch.rand(out, columns) < sparsity] = 0
-    packed = pack(weight, value_type, "bitmask")
+    layout = "bitmask" if sparsity else "dense"
+    packed = pack(weight, value_type, layout)
     assert packed is not None
     return packed
 
@@ -86,14 +87,14 @@ def asked() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--values", nargs="+", default=["bf16"], choices=VALUE_TYPES)
+    parser.add_argument("--values", nargs="+", default=["bf16"], choices=WRITTEN_TYPES)
     parser.add_argument(
         "--kernel", default=None, help="an instruction set; the best one if not given"
     )
     parser.add_argument(
         "--rounded",
         action="store_true",
-        help="activations rounded to int8 for int8 and int4 values",
+        help="activations rounded to int8 for integer values",
     )
     parser.add_argument(
         "--activations",
@@ -145,7 +146,7 @@ def main() -> None:
         shapes, options.values, options.sparsities
     ):
         first = random_weight(out, columns, sparsity, value_type)
-        size = first.nbytes
+        size = sum(tensor.nbytes for tensor in first.tensors.values())
         held = 1 if options.cached else HELD
         packed = [copy_of(first) for _ in range(max(1, held // size))]
         dense = [

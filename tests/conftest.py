@@ -90,14 +90,14 @@ def forgotten_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, int, int]]:
     """Filled with the steps of a sweep: the loss before each, its rate, its number and its tokens."""
     seen: list[tuple[float, float, int, int]] = []
-    step = sweep_task.Run.step
+    step = sweep_task.TrainingSet.step
 
     def noted(self: Any, chosen: Any, rate: float, number: int) -> float:
         loss = step(self, chosen, rate, number)
         seen.append((loss, rate, number, chosen.tokens))
         return loss
 
-    monkeypatch.setattr(sweep_task.Run, "step", noted)
+    monkeypatch.setattr(sweep_task.TrainingSet, "step", noted)
     return seen
 
 

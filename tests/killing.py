@@ -33,7 +33,7 @@ from sparsellm.errors import NumericalError, SparseLLMError
 from sparsellm.files import files, scratch, writer
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.scratch import Scratch
-from sparsellm.method.sweep.sweep_task import Run
+from sparsellm.method.sweep.sweep_task import TrainingSet
 from sparsellm.model import Chain, LinearView
 from sparsellm.progress import Progress
 from sparsellm.run import warnings
@@ -369,7 +369,7 @@ def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
     judged = [None] * (saved + 1)
     ahead_of(
         patched,
-        Run,
+        TrainingSet,
         "judge",
         Mock(side_effect=[*judged, NumericalError("the processor caught fire")]),
     )

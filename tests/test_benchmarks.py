@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import runpy
 import sys
 from collections.abc import Callable
@@ -127,55 +126,3 @@ def test_the_frontier_counts_scores_and_draws_every_form(
     assert {"50% int4", "50% int8", "0% int8"} <= {
         node.text for node in drawn.iter(f"{SVG}text")
     }
-
-
-def test_a_model_in_gguf_reads_back_as_its_own_numbers(
-    llama: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    forms = importlib.import_module("forms")
-    parameters = forms.write_gguf(forms.open_dense(llama), tmp_path / "dense.gguf")
-    numbers = forms.gguf_numbers(tmp_path / "dense.gguf", parameters)
-    matrices = {
-        name: p
-        for name, p in forms.open_dense(llama).named_parameters()
-        if p.dim() == 2
-    }
-    assert numbers.weights.keys() == matrices.keys()
-    for name, weight in matrices.items():
-        assert torch.equal(numbers.weights[name], weight)
-        assert numbers.bytes[name] == 4 * weight.numel()
-    assert parameters["blk.0.attn_q.weight"].endswith(
-        "layers.0.self_attn.q_proj.weight"
-    )
-    forms.write_gguf(tiny_llama().bfloat16(), tmp_path / "half.gguf", torch.float16)
-    half = forms.gguf_numbers(tmp_path / "half.gguf", parameters)
-    assert {name: 2 * matrices[name].numel() for name in matrices} == half.bytes
-
-
-def test_servers_take_turns_and_their_rates_are_printed(
-    pruned: Path, tmp_path: Path, printed: Any
-) -> None:
-    quick = (
-        "--rounds",
-        2,
-        "--new-tokens",
-        4,
-        "--clients",
-        1,
-        2,
-        "--context",
-        128,
-        "--prompt-words",
-        4,
-    )
-    rows = rows_of(
-        printed(
-            "serving.py", f"tiny={pruned}", "left-out=a.gguf", *quick, "--out", tmp_path
-        )
-    )
-    assert rows.keys() == {"tiny"}
-    server, one, ratio, two, _ = rows["tiny"]
-    assert (server, ratio) == ("sparsellm serve", "1.00 (1.00 – 1.00)")
-    assert float(one) > 0
-    assert float(two) > 0

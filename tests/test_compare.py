@@ -20,6 +20,7 @@ from sparsellm.progress import Progress
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
 from tests.files.small import shards_of, tree
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.families import family
 
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
 
@@ -161,6 +162,33 @@ def test_another_calibration_text_of_the_same_name_is_refused(
     assert line.startswith("cell sparsellm-0.5: ")
     assert "another calibration text: the text words.txt has changed since" in line
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("kind", ["sweep", "tokens", "experts", "part"])
+def test_the_text_of_a_cell_is_known_again(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By as many windows as its sweep reads, and by the model without its experts."""
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    words = tmp_path / "words.txt"
+    words.write_text("The first text of this name. " * 800)
+    base = {"samples": 4, "seq_len": 32, "calibration": str(words)}
+    base |= {"tokens": {"sweep_tokens": 2000}}.get(kind, {"effort": 1})
+    model: Any = tiny_llama(num_hidden_layers=1)
+    experts = []
+    if kind == "experts":
+        model = family("Mixtral")
+        experts = [0.5]
+    if kind == "part":
+        base["calibration"] = f"{words}:0.5,self:0.5"
+    dense = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+    cells = cells_of(base, methods=["sparsellm"], sparsities=[0.5], experts=experts)
+    first = grid(dense, tmp_path / "out", cells=cells)
+    monkeypatch.setattr(api, "prune", Mock(side_effect=AssertionError))
+    assert grid(dense, tmp_path / "out", cells=cells).cells == first.cells
+    words.write_text("Then another one. " * 2000)
+    with pytest.raises(RecipeError, match=r"text words\.txt.* has changed since"):
+        grid(dense, tmp_path / "out", cells=cells)
 
 
 def test_more_windows_than_those_of_a_finished_cell_are_refused(

@@ -19,7 +19,6 @@ from sparsellm.machine import computing, resolve_device
 from sparsellm.model.products import attention_for
 from sparsellm.model.weights import _fast_dtype
 from sparsellm.run import opening, walk
-from sparsellm.run.result import environment
 from sparsepack import module, triton_kernels
 from sparsepack.errors import Note
 from tests.files.small import tensors_of
@@ -202,17 +201,6 @@ def test_a_device_without_memory_is_one_line(
         code, said = run([command, str(llama), *(more if command == "prune" else [])])
         assert code == 2
         assert advice in said.splitlines()[-1]
-
-
-def test_the_card_of_a_report_is_that_of_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_name", lambda device=None: f"card at {device}"
-    )
-    assert environment(torch.device("cuda", 1))["gpu"] == "card at cuda:1"
-    assert environment(torch.device("cpu"))["gpu"] == "none"
 
 
 @pytest.mark.usefixtures("visible")

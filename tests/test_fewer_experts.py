@@ -335,23 +335,6 @@ def test_coordinated_finds_the_best_set_by_exchanges() -> None:
     assert view().best(score) == [0, 1]
 
 
-def test_coordinated_tries_exchanges_that_were_refused_last() -> None:
-    """Of 80 exchanges of 16 experts, those of the four with the best scores are gains, which come late."""
-    errors = [4.0]
-
-    def error_of(kept: list[int]) -> float:
-        errors.append(float(len({*kept} & {0, 1, 2, 3})))
-        return errors[-1]
-
-    many = {
-        "keep": 8,
-        "tokens": torch.full((16,), 10),
-        "strength": torch.arange(16.0, 0.0, -1.0).double(),
-    }
-    SCORES["coordinated"].function(view(error_of=error_of, **many), trials=80)
-    assert min(errors) == 0  # with refused ones first again after each gain, 2
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

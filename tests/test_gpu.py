@@ -20,7 +20,6 @@ from reference import (
     VALUE_TYPES,
     activations,
     bound,
-    layer_of,
     random_weight,
 )
 from sparsellm import Recipe
@@ -228,20 +227,6 @@ def test_a_packed_model_generates_on_the_device(values: str, tmp_path: Path) -> 
         assert min(one_run(model, 1, 4, 2)) > 0
     torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-3)
     assert all(texts)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
-def test_the_kernel_runs_where_its_tensors_are() -> None:
-    packed, dense = random_weight(70, 1100, "int8", 0.5, seed=1)
-    x = activations(4, 1100, torch.float32, seed=2)
-    layer = layer_of(packed, dtype=torch.float32).to("cuda:1")
-    assert torch.cuda.current_device() == 0
-    assert bool(
-        (
-            (layer(x.to("cuda:1")).cpu().double() - x.double() @ dense.T).abs()
-            <= bound(dense, x)
-        ).all()
-    )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")

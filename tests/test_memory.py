@@ -210,9 +210,8 @@ def test_a_run_that_cannot_fit_ends_after_its_first_block(
 
     monkeypatch.setattr(MeasuredRoom, "settle", settle)
     said = r"^this run took 1099\.51 GB of memory.*may take 1099\.51 GB; allow more with --memory, lower batch_tokens"
-    with pytest.raises(MemoryBudgetError, match=said) as error:
+    with pytest.raises(MemoryBudgetError, match=said):
         sparsellm.prune(model, recipe, calibration=windows(4, 16), out=tmp_path / "p")
-    assert "\n" not in str(error.value)
     monkeypatch.undo()
     recipe = recipe.updated(memory=1 << 20)
     with pytest.raises(MemoryBudgetError, match=r"may take 0\.00 GB"):

@@ -133,3 +133,13 @@ def test_what_has_no_plan_is_refused(
         tmp_path, hidden_size=64, intermediate_size=96, num_hidden_layers=layers
     )
     assert why in refusal("plan", model, *options)
+
+
+def test_a_sweep_of_a_small_model_over_many_tokens_takes_minutes(llama: Path) -> None:
+    """A block takes milliseconds in each step, whatever it multiplies."""
+    few, many = (
+        sparsellm.plan(llama, samples=32, seq_len=64, sweep_tokens=tokens)
+        for tokens in (100_000, 4_000_000)
+    )
+    assert many.seconds["sweep"] > 60
+    assert few.seconds["sweep"] > 1

@@ -55,9 +55,8 @@ def test_options_are_filled_and_coerced() -> None:
     ],
 )
 def test_what_does_not_fit_is_named(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said) as caught:
+    with pytest.raises(RecipeError, match=said):
         entry().check(values)
-    assert "\n" not in str(caught.value)
 
 
 def test_defaults_that_are_no_json_are_a_mistake_of_the_author() -> None:

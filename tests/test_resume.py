@@ -312,7 +312,7 @@ DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
         {"seed": 3},
         ["recipe.seed is 0 there and 3 here", "calibration_tokens is"],
     ),
-    ("config", {}, ["model is"]),
+    ("config", {}, ["an unfinished run of", "and this one prunes"]),
     (
         "defaults",
         {},

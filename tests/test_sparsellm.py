@@ -289,3 +289,9 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
     ]
     assert min(by_role) > 0.2
     assert sum(by_role) / len(by_role) > 0.5
+    half_power = kept(0.5)
+    shifts = [
+        sum(float((shares[name] - plain[name]).abs().sum()) for name in plain)
+        for shares in (half_power, weighed)
+    ]
+    assert 0 < shifts[0] < 0.9 * shifts[1]

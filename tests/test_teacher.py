@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, StorageError
-from sparsellm.method.sweep.sweep_task import Run
+from sparsellm.method.sweep.sweep_task import TrainingSet
 from tests.files.small import shards_of
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -88,7 +88,7 @@ def test_a_run_is_resumed_with_its_teacher_alone(
     out, uncut = tmp_path / "p", tmp_path / "whole"
     sparsellm.prune(half, SWEPT, out=uncut, teacher=llama)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "step", lambda *_: 1 / 0)
+        patch.setattr(TrainingSet, "step", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sparsellm.prune(half, SWEPT, out=out, teacher=llama)
     with pytest.raises(
@@ -116,7 +116,6 @@ def test_another_model_is_no_teacher(
     with pytest.raises(ModelError, match=reason) as caught:
         sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=other)
     assert str(caught.value).startswith(f"{other} cannot be the teacher of {half}: ")
-    assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} <= {"other"}
 
 

@@ -255,6 +255,23 @@ def test_kept_weights_too_small_for_the_dtype_are_refused() -> None:
         del METHODS["vanishing"]
 
 
+@pytest.mark.usefixtures("forgotten_plugins")
+def test_random_numbers_of_a_block_follow_the_seed_and_the_block() -> None:
+    drawn: list[float] = []
+
+    @METHODS.register("drawing", paper="none")
+    def drawing(task: BlockTask) -> None:
+        drawn.append(float(torch.rand(1)))
+        METHODS["magnitude"].function(task)
+        torch.rand(7)
+
+    for seed in (1, 2, 1):
+        recipe = Recipe(method="drawing", seed=seed)
+        sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
+    assert drawn[:3] == drawn[6:]
+    assert len(set(drawn)) == 6
+
+
 def test_an_already_pruned_model_is_said_and_pruned_further() -> None:
     model = tiny_llama()
     sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.5), calibration=IDS)

@@ -7,6 +7,7 @@ its kernels are compiled, and pydantic is taken out again if a dependency brough
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,10 @@ def test_a_packed_model_runs_without_sparsellm(tmp_path: Path) -> None:
     if sys.platform == "win32":
         python = environment / "Scripts" / "python"
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    install = [python, "-m", "pip", "install", "--quiet", ROOT]
+    tree = tmp_path / "tree"
+    built = shutil.ignore_patterns("build", "*.egg-info", "*.so", "tests")
+    shutil.copytree(ROOT, tree, ignore=built)
+    install = [python, "-m", "pip", "install", "--quiet", tree]
     subprocess.run(install, check=True, env=clean, cwd=tmp_path)
     # typer, which transformers requires, may have brought it
     remove = [python, "-m", "pip", "uninstall", "--yes", "pydantic"]

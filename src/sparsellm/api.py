@@ -186,7 +186,7 @@ def plan(
     device = resolve_device(settings.device) if card is None else torch.device("cuda")
     dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
     chain = outline(
-        config_place(str(model)),
+        config_place(str(model), settings.dtype),
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -396,7 +396,9 @@ class Opened:
             model
         ).__name__
         self.tokenizer = tokenizer
-        locate = partial(checkpoint_directory, str(model), argument)
+        locate = partial(
+            checkpoint_directory, str(model), argument, dtype=settings.dtype
+        )
         self.directory = parallel.main_first(locate) if given is None else None
         self._trust = trust
         self.chain, _ = open_model(model, self.directory, settings, trust, load=False)

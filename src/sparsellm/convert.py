@@ -31,7 +31,12 @@ from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.structure import LinearView
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.records import KEEP, PRUNING, PUT_BACK, Pruning, read_pruning
+from sparsellm.records import (
+    PRUNING,
+    PUT_BACK,
+    LinearResult,
+    read_pruning,
+)
 from sparsellm.report.card import CARD, card_text
 from sparsepack import PackError, layout
 from sparsepack.bench import weight_file_bytes
@@ -62,17 +67,18 @@ class PackResult:
     """The result of packing or unpacking into ``path``."""
 
     path: Path
-    # None: it is smaller dense
+    # the linears of the blocks by name, experts left out; None for one that is
+    # smaller dense, and was copied
     linears: dict[str, PackedEntry | None] = field(default_factory=dict, repr=False)
-    dense_bytes: int = 0  # the size of the weights of these linears
+    # of these linears: their bytes before and after, and the number of their weights
+    dense_bytes: int = 0
     packed_bytes: int = 0
     weights: int = 0
     checkpoint_bytes: int = 0  # all weight files of the new checkpoint
-    # embedding and output head; empty if they were copied
+    # embedding and output head by name; empty if they were copied
     head: dict[str, PackedEntry] = field(default_factory=dict)
-    expert_weights: int = (
-        0  # weights of experts, which stay dense and are not counted above
-    )
+    # the number of weights of experts, which were copied
+    expert_weights: int = 0
     # linears whose values were not on the grid of integers before
     rounded: list[str] = field(default_factory=list, repr=False)
 
@@ -194,7 +200,8 @@ def unpack(
     restart: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
-    """Writes the dense checkpoint of a packed one; floating values are exact. Arguments, errors: see :func:`pack`."""
+    """Writes the dense checkpoint of a packed one, with the values that the packed model computes with. Arguments and
+    errors as in :func:`pack`."""
     source, place = _places(directory, out, UNPACK, overwrite=overwrite)
     reader = _checked_reader(source)
     names = list(reader)
@@ -233,8 +240,8 @@ def unpack(
 def _places(
     model: Checkpoint, out: Out, kind: str, *, overwrite: bool
 ) -> tuple[Path, Path]:
-    """The directories of the model and of the new checkpoint, checked."""
-    # before the model is downloaded
+    """The directories of the model and of the new checkpoint, checked: the former is packed only for ``UNPACK``."""
+    # a first time before the model is downloaded
     check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
     source = checkpoint_directory(str(model))
     # its records are copied
@@ -253,64 +260,61 @@ def _places(
 def _written(
     work: WorkingDirectory, shards: int, source: Path, result: PackResult
 ) -> Iterator[CheckpointWriter]:
-    """As :func:`~sparsellm.files.writer.written`; companions, a card and the packed format's own files follow."""
+    """The writer of a checkpoint's shards. After them it gets the companions of ``source``, a card, and the files of
+    the packed format, and then its name, which is put into ``result``. After an error no file is left."""
     with written(work, shards) as writer:
         yield writer
-        # these two hold for the packed model too
+        # what the run did and was told holds for the packed model too
         writer.copy_companions(source, PRUNING, "recipe.yaml")
-        entries = {
-            name: entry for name, entry in result.linears.items() if entry is not None
-        } | result.head
+        packed = {name: entry for name, entry in result.linears.items() if entry}
+        entries = packed | result.head
         if entries:
             config = read_object(writer.folder / "config.json")
-            writer.write_json(
-                "config.json",
-                {
-                    **config,
-                    **WAY_IN,
-                    "quantization_config": quantization_config(entries),
-                },
-            )
+            config |= WAY_IN
+            config["quantization_config"] = quantization_config(entries)
+            writer.write_json("config.json", config)
             writer.write_json(MANIFEST, manifest(writer.folder))
-        text = ""
+        run = None
         with suppress(StorageError):  # a missing or damaged record gives no card
-            text = card_text(read_pruning(source), packed=entries.values())
-        if text:
-            writer.write_text(CARD, text)
+            run = read_pruning(source)
+        if run is not None:
+            writer.write_text(CARD, card_text(run, packed=entries.values()))
         result.checkpoint_bytes = weight_file_bytes(writer.folder)
     result.path = work.out
 
 
 def _checked_reader(source: Path) -> PackedReader:
-    """A reader of a packed checkpoint whose weights fit the model of its ``config.json``, also square ones."""
+    """The reader of a packed checkpoint. A StorageError if ``quantization_config`` says of a weight that it is stored
+    ``(in, out)``, and the model's is not, or the reverse; the shape of a square one would not show it."""
     chain = open_chain(source, device=torch.device("cpu"))
     assert isinstance(chain.reader, PackedReader)
-    for linear in (
-        linear for index in range(len(chain)) for linear in chain.linears(index)
-    ):
-        name = chain.key_of[linear.weight_name].removesuffix(".weight")
-        if (
-            entry := chain.reader.entries.get(name)
-        ) is not None and entry.transposed != linear.transposed:
-            raise StorageError(
-                f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
-                f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"
-            )
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            name = chain.key_of[linear.weight_name].removesuffix(".weight")
+            entry = chain.reader.entries.get(name)
+            if entry is not None and entry.transposed != linear.transposed:
+                kind = type(linear.module).__name__
+                raise StorageError(
+                    f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
+                    f"the model's {kind} is not; {PACK_AGAIN}"
+                )
     return chain.reader
 
 
 def _stored(
     key: str, packed: layout.PackedWeight, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a packed weight, and a placeholder with a shape that loaders refuse for the weight."""
-    return {key: torch.zeros(1, dtype=dtype)} | {
-        f"{key}_{part}": tensor for part, tensor in packed.stored.items()
-    }
+    """The tensors of a packed weight, by name. The weight's own name holds one zero, whose shape stops loaders that do
+    not know the format."""
+    tensors = {key: torch.zeros(1, dtype=dtype)}
+    for part, tensor in packed.stored.items():
+        tensors[f"{key}_{part}"] = tensor
+    return tensors
 
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Errors of packing inside the context name the tensor ``key``."""
+    """Raises errors of packing as a NumericalError that names the tensor ``key``."""
     try:
         yield
     except PackError as error:
@@ -392,27 +396,6 @@ def _outside_blocks(
     return tensors
 
 
-def recorded_forms(run: Pruning) -> dict[str, PackedForm]:
-    """How linears are packed that a run rounded, by name. Raises RecipeError if the packed format does not have the
-    grid of one."""
-    forms = {}
-    for linear in run.linears:
-        values = run.values_of(linear)
-        group = None
-        if (grid := GRIDS.get(values)) is not None:
-            values = grid.values
-            group = grid.group
-            if values not in GROUPED:
-                raise RecipeError(
-                    f"{linear.name} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of "
-                    f"the packed format begins at {grid.lowest + 1}; pack it with values keep, or export it"
-                )
-        if values != KEEP:
-            exponents = exponents_of_text(linear.exponents)
-            forms[linear.name] = PackedForm(values, exponents, group)
-    return forms
-
-
 def _forms(
     chain: Chain, directory: Path, values: Values | None, *, round_again: bool
 ) -> dict[str, PackedForm]:
@@ -428,44 +411,60 @@ def _forms(
         for name, view in views.items()
         if not isinstance(view.module, ExpertLinear)
     ]
-    otherwise = PackedForm(values or KEEP)
     # to keep every value loses nothing, whatever a run did
-    if values == KEEP or not path.is_file():
-        return dict.fromkeys(names, otherwise)
-    recorded = recorded_forms(read_pruning(directory))
-    for name, form in recorded.items():
-        _check_recorded(form, name, views, path)
+    if values == "keep" or not path.is_file():
+        return dict.fromkeys(names, PackedForm(values or "keep"))
+    run = read_pruning(directory)
+    columns = {name: view.in_features for name, view in views.items()}
+    results = {linear.name: linear for linear in run.linears}
+    exponents = _exponents(results, columns, path)
     forms: dict[str, PackedForm] = {}
     for name in names:
-        form = recorded.get(name, otherwise)
-        if values in (None, form.values):
-            forms[name] = form
-        elif round_again:
-            forms[name] = otherwise
+        rounded = "keep"
+        if name in results:
+            rounded = run.values_of(results[name])
+        grid = GRIDS.get(rounded)
+        recorded = rounded if grid is None else grid.values
+        if recorded not in ("keep", *INTEGERS):
+            raise StorageError(
+                f"{path}: values of {name} are {shown(recorded)}, which is unknown; {PUT_BACK}"
+            )
+        asked = values or recorded
+        if recorded == "keep" or (asked != recorded and round_again):
+            forms[name] = PackedForm(asked)
+            continue
+        if asked != recorded:
+            raise RecipeError(
+                f"{directory} was rounded to {recorded} while it was pruned, and {asked} would round it again; "
+                "leave --values out, or give --round-again to accept the loss"
+            )
+        if grid is None:
+            forms[name] = PackedForm(recorded, exponents.get(name))
+        elif recorded in GROUPED:
+            forms[name] = PackedForm(recorded, group=grid.group)
         else:
             raise RecipeError(
-                f"{directory} was rounded to {form.values} while it was pruned, and {values} would round it again; "
-                "leave --values out, or give --round-again to accept the loss"
+                f"{directory} is on the grid {grid.name}, which has no packed form; pack it with values keep, or "
+                "export it"
             )
     return forms
 
 
-def _check_recorded(
-    form: PackedForm, name: str, views: Mapping[str, LinearView], path: Path
-) -> None:
-    """Refuses a record with an unknown type, or exponents that do not fit the model. Raises StorageError."""
-    if form.values not in INTEGERS:
-        raise StorageError(
-            f"{path}: values of {name} are {shown(form.values)}, which is unknown; {PUT_BACK}"
-        )
-    if form.exponents is None:
-        return
-    columns: object = "no such linear"
-    if name in views:
-        columns = views[name].in_features
-    if columns != len(form.exponents):
-        mismatch = f"{len(form.exponents)} exponents of {shown(name)}, where the model has {columns}"
-        raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
+def _exponents(
+    results: Mapping[str, LinearResult], columns: Mapping[str, int], path: Path
+) -> dict[str, Tensor]:
+    """The exponents of columns that a run recorded, by linear; ``columns`` has their number in the model."""
+    exponents: dict[str, Tensor] = {}
+    for name, linear in results.items():
+        numbers = exponents_of_text(linear.exponents)
+        if numbers is None:
+            continue
+        expected = columns.get(name, "no such linear")
+        if expected != len(numbers):
+            mismatch = f"{len(numbers)} exponents of {shown(name)}, where the model has {expected}"
+            raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
+        exponents[name] = numbers
+    return exponents
 
 
 def _packed_block(
@@ -474,7 +473,7 @@ def _packed_block(
     forms: Mapping[str, PackedForm],
     result: PackResult,
 ) -> dict[str, Tensor]:
-    """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
+    """The tensors of a block as they are written. Adds the sizes and the entries of its linears to ``result``."""
     tensors = chain.stored_block(index)
     for linear in chain.linears(index):
         # stays dense: transformers stacks experts while it loads
@@ -482,36 +481,51 @@ def _packed_block(
             result.expert_weights += linear.parameter.numel()
             continue
         key = chain.key_of[linear.weight_name]
-        stored = tensors.pop(key)
-        if linear.transposed:
-            weight = stored.t().contiguous()
-        else:
-            weight = stored
         name = key.removesuffix(".weight")
-        form = forms[linear.name]
-        packed = None
-        # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
-        # A weight that several modules share stays dense too: one of them would have it packed, the others not.
-        if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
-            with _named(key):
-                packed = layout.pack(
-                    weight, form.values, exponents=form.exponents, group=form.group
-                )
+        stored = tensors[key]
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
-        result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
-        entry = None
-        if packed is not None:
-            entry = PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
-        result.linears[name] = entry
-        if (
-            packed is not None
-            and form.values in INTEGERS
-            and not torch.equal(layout.unpack(packed, weight.dtype), weight)
-        ):
-            result.rounded.append(name)
+        packed = _packed(chain, linear, stored, forms[linear.name])
         if packed is None:
-            tensors[key] = stored
-        else:
-            tensors |= _stored(key, packed, stored.dtype)
+            result.packed_bytes += stored.nbytes
+            result.linears[name] = None
+            continue
+        result.packed_bytes += packed.nbytes
+        result.linears[name] = PackedEntry.of(
+            packed, stored.dtype, transposed=linear.transposed
+        )
+        if packed.value_type in INTEGERS:
+            exact = torch.equal(
+                layout.unpack(packed, stored.dtype), _rows(linear, stored)
+            )
+            if not exact:
+                result.rounded.append(name)
+        tensors |= _stored(key, packed, stored.dtype)
     return tensors
+
+
+def _rows(linear: LinearView, stored: Tensor) -> Tensor:
+    """The weight of a linear as ``(out, in)``, from the tensor of the checkpoint."""
+    if linear.transposed:
+        return stored.t().contiguous()
+    return stored
+
+
+def _packed(
+    chain: Chain, linear: LinearView, stored: Tensor, form: PackedForm
+) -> layout.PackedWeight | None:
+    """The weight of a linear, packed; None if it stays dense."""
+    key = chain.key_of[linear.weight_name]
+    # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
+    if not key.endswith(".weight"):
+        return None
+    # Of several modules that share a weight, one would have it packed, and the others would not.
+    if chain.is_shared(linear.weight_name):
+        return None
+    with _named(key):
+        return layout.pack(
+            _rows(linear, stored),
+            form.values,
+            exponents=form.exponents,
+            group=form.group,
+        )

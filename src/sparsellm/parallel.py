@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsellm.errors import ProcessError, RecipeError, SparseLLMError
 
 if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import ProcessGroup, Store
+    from torch.distributed.distributed_c10d import Store
 
 # for a process that hangs: longer than the main one ever works alone
 TIMEOUT = timedelta(hours=12)
@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 _alone = False  # within alone()
 _failures: Store | None = None  # counts the processes that have failed
-# the group of all processes, that of this machine, its first process
-_machines: tuple[Any, Any, int] | None = None
+# processes of this run on this machine, as they were last counted
+_here = 1
 
 
 def size() -> int:
@@ -61,17 +61,21 @@ def is_main() -> bool:
 
 
 def on_this_machine() -> int:
-    """The number of processes of this run on this machine, which share its memory."""
-    if size() == 1 and _machines is None:
+    """The number of processes of this run on this machine, which share its memory. They have one host name."""
+    global _here
+    if not dist.is_available() or not dist.is_initialized():
         return 1
-    return _machine()[0].size()
+    if size() > 1:  # else within alone(), and as many as before
+        names = gather(socket.gethostname())
+        _here = names.count(names[rank()])
+    return _here
 
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
     """Joins the processes that torchrun started; raises ProcessError if they cannot be reached. After an error the
     group is not closed, since closing needs all processes, and others may have ended."""
-    global _failures, _machines
+    global _failures
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -91,7 +95,7 @@ def session() -> Iterator[None]:
     yield
     barrier()
     dist.destroy_process_group()
-    _failures = _machines = None
+    _failures = None
 
 
 def backend() -> str:
@@ -115,11 +119,9 @@ def claims_failure(*, alone: bool) -> bool:
 def await_other_failures() -> None:
     """In process 0, closes gloo's connections, on which others may wait, then waits until all have failed, at most
     :data:`LAST_WORDS` seconds: process 0 may hold the count that :func:`claims_failure` reads in the others."""
-    global _machines
     if _failures is None or os.environ["RANK"] != "0":
         return
     deadline = time.monotonic() + LAST_WORDS
-    _machines = None
     with contextlib.suppress(RuntimeError):
         # NCCL would wait for those that have ended
         if dist.is_initialized() and backend() == "gloo":
@@ -168,54 +170,14 @@ def from_main(make: Callable[[], T]) -> T:
     """Calls ``make`` in the main process, :func:`alone`; all return its result, or raise its SparseLLMError."""
     if size() == 1:
         return make()
-    return _from_first(make, None, 0)
-
-
-def once_a_machine(
-    make: Callable[[], tuple[Tensor, T]], device: torch.device
-) -> tuple[Tensor, T]:
-    """Calls ``make`` in the first process of each machine; every process of that machine returns its value and its
-    contiguous tensor, the latter on the process's own device, or raises its SparseLLMError."""
-    if size() == 1:
-        return make()
-    made: list[Tensor] = []
-
-    def about() -> tuple[torch.Size, torch.dtype, T]:
-        tensor, value = make()
-        made.append(tensor)
-        return tensor.shape, tensor.dtype, value
-
-    group, first = _machine()
-    shape, dtype, value = _from_first(about, group, first)
-    if not made:
-        made.append(torch.empty(shape, dtype=dtype, device=device))
-    return broadcast_(made[0], first, group), value
-
-
-def _from_first(make: Callable[[], T], group: ProcessGroup | None, first: int) -> T:
     made: tuple[T | None, SparseLLMError | None] = None, None
-    if rank() == first:
+    if is_main():
         with alone():
             made = _attempt(make)
-    value, failure = broadcast(made, first, group)
+    value, failure = broadcast(made)
     if failure is not None:
         raise failure
     return cast(T, value)
-
-
-def _machine() -> tuple[ProcessGroup, int]:
-    """The group of the processes on this machine, which all make at the same time, and the number of its first."""
-    global _machines
-    if _machines is None or _machines[0] is not dist.group.WORLD:
-        names = gather(socket.gethostname())
-        for host in dict.fromkeys(names):
-            group = dist.new_group(
-                [i for i, name in enumerate(names) if name == host], timeout=TIMEOUT
-            )
-            if host == names[rank()]:
-                _machines = dist.group.WORLD, group, names.index(host)
-    assert _machines is not None
-    return _machines[1:]
 
 
 def greedy(costs: Sequence[float]) -> list[int]:
@@ -336,26 +298,19 @@ def gather_list(tensor: Tensor) -> list[Tensor]:
     return [broadcast_(value, source) for source, value in enumerate(tensors)]
 
 
-def broadcast_(
-    tensor: Tensor, source: int = 0, group: ProcessGroup | None = None
-) -> Tensor:
-    """Overwrites a contiguous tensor with that of the process ``source``, in all of a ``group``, or of all."""
+def broadcast_(tensor: Tensor, source: int) -> Tensor:
+    """Overwrites a contiguous tensor with that of the process ``source``, in all processes."""
     if size() > 1 and tensor.numel():  # as bytes, since gloo does not know all dtypes
-        _reached(
-            dist.broadcast,
-            tensor.reshape(-1).view(torch.uint8),
-            src=source,
-            group=group,
-        )
+        _reached(dist.broadcast, tensor.reshape(-1).view(torch.uint8), src=source)
     return tensor
 
 
-def broadcast(value: T, source: int = 0, group: ProcessGroup | None = None) -> T:
+def broadcast(value: T, source: int = 0) -> T:
     """The value of the process ``source``."""
     if size() == 1:
         return value
     values = [value]
-    _reached(dist.broadcast_object_list, values, src=source, group=group)
+    _reached(dist.broadcast_object_list, values, src=source)
     return values[0]
 
 

@@ -28,7 +28,7 @@ from sparsellm.files.contents import companions_of, foreign_entries
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.files.resolve import checkpoint_directory
-from sparsellm.inputs import about, parse_bytes
+from sparsellm.inputs import parse_bytes
 from sparsellm.model import Chain, open_chain
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.progress import ProgressCallback, ignore
@@ -388,8 +388,8 @@ def _bits(
         others += RECORDS + RECORD_OF_LINEAR * len(linears)
     if others + least > size:
         raise RecipeError(
-            f"size {about(size)} is too small for {program}: at least {about(others + least)} are possible, of which "
-            f"{about(others)} are embedding, head and all else but the linears"
+            f"size {_mb(size)} is too small for {program}: at least {_mb(others + least)} are possible, of which "
+            f"{_mb(others)} are embedding, head and all else but the linears"
         )
     return min(16.0, 8 * (size - others) / weights)
 
@@ -441,3 +441,7 @@ def _remove(pruned: Path) -> None:
     with interrupts.held():
         if not foreign_entries(pruned):
             shutil.rmtree(pruned, ignore_errors=True)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

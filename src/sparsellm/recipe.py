@@ -185,6 +185,8 @@ class Recipe(BaseModel):
             "iq4_nl",
             "iq4_xs",
             "q3_k",
+            "q2_k",
+            "q4_k",
             "w4a16",
             "w4a16-64",
             "w4a16-32",
@@ -195,7 +197,7 @@ class Recipe(BaseModel):
         Option(WHAT, "NAME"),
     ] = "own"
     """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
-    q4_0, q8_0, q6_k, q5_0, iq4_nl, iq4_xs and q3_k (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
+    q4_0, q8_0, q6_k, q5_0, iq4_nl, iq4_xs, q3_k, q2_k and q4_k (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8
     (compressed-tensors). It implies the values, and sparsity 0 unless one is given, since zeros save nothing there."""
     bits: Annotated[float | None, Field(gt=0, le=16)] = None
     """Most bits of a weight, on average over the pruned linears, as `program` stores them, with masks and scales. Every
@@ -294,7 +296,8 @@ class Recipe(BaseModel):
     """cpu, cuda, cuda:1, or auto for a GPU if there is one."""
     dtype: Annotated[Dtype, Option(RESOURCES, "NAME")] = "auto"
     """Dtype in which blocks compute: float32, bfloat16, float16, or auto: the stored one, but float32 for float16,
-    and for bfloat16 where it is not native. Weights are saved in their stored dtype."""
+    and for bfloat16 where it is not native. Weights are saved in their stored dtype; a .gguf file becomes bfloat16, or
+    float32 if that is given."""
     products: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU or GPU with
     bf16 units. Solvers that declare it take them too; statistics are always fp32."""
@@ -494,6 +497,11 @@ class Recipe(BaseModel):
                 raise RecipeError(
                     f"setting {shown(setting)} has no {'key' if equals else repr('=')}; write key=value"
                 )
+            if text.lstrip().startswith("*"):
+                such = f"{key}=['{text.strip()}']"
+                raise RecipeError(
+                    f"setting {shown(setting)} begins its value with *, which YAML takes for an alias; write {such}"
+                )
             value = parse_yaml(text, f"the value of setting {shown(setting)}")
             if dot and field in MAPPINGS:
                 entries = changes.setdefault(field, dict(getattr(self, field)))
@@ -628,6 +636,10 @@ def _explain(error: ValidationError) -> str:
         and 5 <= value < 100
     )
     said = refusal(error, f"recipe field {key}")
+    if first["type"] == "list_type":
+        return f"recipe field {key} is {shown(value)}; write a list, such as {key}=['*.mlp.*']"
+    if first["type"] == "dict_type":
+        return f"recipe field {key} is {shown(value)}; write {key}.NAME=VALUE"
     if isinstance(value, str) and first["type"] in ("float_type", "int_type"):
         hint = as_number if first["type"] == "float_type" else as_whole_number
         return f"recipe field {key} is {shown(value)}; {hint(value)}"

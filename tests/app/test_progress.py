@@ -134,18 +134,6 @@ def test_what_is_said_at_a_signal_stands_below_the_bar(terminal: Terminal) -> No
     assert terminal.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
 
 
-def test_a_line_breaks_between_words_and_a_command_does_not(terminal: Terminal) -> None:
-    words = "what the run says of the linears that are left dense " * 4
-    console.say(words, error=True)
-    lines = terminal.getvalue().splitlines()
-    assert len(lines) > 2
-    assert max(map(len, lines)) <= 80
-    assert " ".join(lines).split() == words.split()
-    command = "sparsellm eval " + "long-name/" * 12
-    console.say(command, error=True, unbroken=True)
-    assert terminal.getvalue().splitlines()[-1] == command
-
-
 def test_a_dumb_terminal_gets_lines(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

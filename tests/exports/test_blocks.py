@@ -30,7 +30,12 @@ def random_scales(grid: Grid, rows: int, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, grid in GRIDS.items() if block_type(grid) is not None]
+    "name",
+    [
+        name
+        for name, grid in GRIDS.items()
+        if block_type(grid) is not None and not grid.minima
+    ],
 )
 @pytest.mark.parametrize("columns", [96, 512])
 def test_blocks_are_numbers_times_scales(name: str, columns: int) -> None:
@@ -44,6 +49,24 @@ def test_blocks_are_numbers_times_scales(name: str, columns: int) -> None:
     kind = gguf.GGMLQuantizationType[block_type(grid) or ""]
     read = gguf.dequantize(to_blocks(codes, scales, GRIDS[name]), kind)
     exact = codes.float() * scales.repeat_interleave(grid.group, dim=1)
+    assert torch.equal(torch.from_numpy(read), exact)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q4_k"])
+def test_blocks_have_minima(name: str) -> None:
+    grid = GRIDS[name]
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(1 << grid.bits, (6, 512), generator=generator)
+    whole = torch.randint(
+        grid.lowest_scale + 1, (6, 2, grid.parts, 2), generator=generator
+    )
+    whole[:, :, 1] = grid.lowest_scale
+    units = torch.rand(6, 2, 1, 2, generator=generator).half().float()
+    lines = (units * whole).view(6, -1, 2) * torch.tensor([1.0, -1.0])
+    kind = gguf.GGMLQuantizationType[name.upper()]
+    read = gguf.dequantize(to_blocks(codes.to(torch.int8), lines, grid), kind)
+    scales = [part.repeat_interleave(grid.group, dim=1) for part in lines.unbind(2)]
+    exact = codes.float() * scales[0] + scales[1]
     assert torch.equal(torch.from_numpy(read), exact)
 
 

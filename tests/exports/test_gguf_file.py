@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparsellm
+from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
 from sparsellm.exports.gguf_file import _remove_torn
 from sparsellm.exports.template import Template, orders_of
@@ -22,7 +23,7 @@ from sparsellm.files.contents import write_list
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.files.writer import write_shard
 from sparsellm.records import read_pruning
-from tests.exports.checkpoints import mixtral, pruned, wide_llama
+from tests.exports.checkpoints import IDS, mixtral, pruned, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
 from tests.models.in_gguf import Kind, finish, in_gguf, write_gguf
 from tests.report.pages import rewrite
@@ -90,7 +91,37 @@ def test_every_tensor_is_that_of_the_checkpoint(
     assert types == {Kind.Q8_0 if grid == "q8_0" else Kind.Q4_0}
 
 
-@pytest.mark.parametrize("grid", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k"])
+@pytest.mark.parametrize("like", [Kind.F16, Kind.F32])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_file_finer_than_bfloat16_is_pruned_and_exported(
+    like: Kind, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template is converted as the model that was pruned, and rows are found although weights were rounded."""
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    model = wide_llama().float()
+    for parameter in model.parameters():
+        parameter.data *= 1.001
+    source = write_gguf(model, tmp_path / "like.gguf", like)
+    recipe = Recipe(
+        method="magnitude",
+        sparsity=0.5,
+        grid="q4_0",
+        samples=4,
+        seq_len=32,
+        dtype=dtype,
+    )
+    directory = sparsellm.prune(
+        source, recipe, out=tmp_path / "pruned", calibration=IDS
+    ).path
+    assert directory is not None
+    out = tmp_path / "out.gguf"
+    sparsellm.export(directory, to="gguf", out=out, like=source)
+    assert_is(gguf.GGUFReader(out), directory)
+
+
+@pytest.mark.parametrize(
+    "grid", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k", "q2_k", "q4_k"]
+)
 def test_linears_of_many_types_are_those_of_the_checkpoint(
     tmp_path: Path, grid: str
 ) -> None:
@@ -102,7 +133,8 @@ def test_linears_of_many_types_are_those_of_the_checkpoint(
     file = exported(directory)
     assert_is(file, directory)
     types = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
-    narrow = {"iq4_xs": "IQ4_NL", "q3_k": "IQ4_NL", "q6_k": "Q8_0"}
+    narrow = {"iq4_xs": "IQ4_NL", "q3_k": "IQ4_NL", "q2_k": "IQ4_NL"}
+    narrow |= {"q6_k": "Q8_0", "q4_k": "Q5_0"}
     assert types["blk.0.attn_q.weight"] == types["blk.0.ffn_up.weight"] == grid.upper()
     assert types["blk.0.ffn_down.weight"] == narrow.get(grid, grid.upper())
     warnings = read_pruning(directory).warnings
@@ -297,11 +329,10 @@ def test_a_template_that_does_not_fit_is_refused(
     ready: Path, tmp_path: Path, like: Any, said: str
 ) -> None:
     template, model = like(ready.parent), ready.parent / "dense"
-    with pytest.raises(ModelError, match=said) as refused:
+    with pytest.raises(ModelError, match=said):
         sparsellm.export(
             ready, to="gguf", out=tmp_path / "out.gguf", like=template, model=model
         )
-    assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,10 +20,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sparsellm
 from sparsellm.errors import MemoryBudgetError, ModelError, StorageError
 from sparsellm.files import cache
 from sparsellm.files.cache import cached
+from sparsellm.files.contents import LIST
 from sparsellm.files.gguf import gguf_checkpoint
+from sparsellm.files.reader import CheckpointReader
+from tests.files.small import tree
 from tests.killing import ahead_of
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.models.families import family
@@ -42,14 +46,19 @@ def u32(*numbers: int) -> bytes:
     return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
 @pytest.mark.parametrize("kind", [F32, gguf.GGMLQuantizationType.Q8_0])
 def test_a_silent_conversion_has_the_logits_of_the_model(
-    tmp_path: Path, kind: Any, own_cache: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    kind: Any,
+    dtype: str,
+    own_cache: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     model, path = quantized_llama(kind), tmp_path / "tiny.gguf"
     write_gguf(model, path, kind)
     capfd.readouterr()
-    directory = gguf_checkpoint(path)
+    directory = gguf_checkpoint(path, dtype)
     captured = capfd.readouterr()
     assert (captured.out, "it/s" in captured.err) == ("", False)
     assert directory.parent == own_cache
@@ -57,11 +66,15 @@ def test_a_silent_conversion_has_the_logits_of_the_model(
     assert [entry.name for entry in own_cache.iterdir()] == [directory.name]
     config = json.loads((directory / "config.json").read_text())
     assert not {"quantization_config", "sparsity_config"} & set(config)
-    assert config["dtype"] == "float32"
+    stored = "float32" if dtype == "float32" else "bfloat16"
+    assert config["dtype"] == stored
+    reader = CheckpointReader(directory)
+    assert {reader.dtype(name) for name in reader} == {getattr(torch, stored)}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, stored)).float()
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = torch.arange(60)[None]
-    assert torch.equal(
-        AutoModelForCausalLM.from_pretrained(directory)(ids).logits, model(ids).logits
-    )
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert (
         tokenizer("Hello world")["input_ids"]
@@ -113,8 +126,9 @@ def test_what_a_file_says_of_positions_and_attention_counts(
         model, tmp_path / "tiny.gguf", F32, model.config.model_type, more=more
     )
     ids = torch.arange(4, 60)[None]
+    directory = gguf_checkpoint(path, "float32")
     assert torch.equal(
-        AutoModelForCausalLM.from_pretrained(gguf_checkpoint(path))(ids).logits,
+        AutoModelForCausalLM.from_pretrained(directory)(ids).logits,
         model(ids).logits,
     )
 
@@ -143,6 +157,48 @@ def test_the_largest_gemmas_are_known_by_their_blocks(
         ]
         == 48 / 4
     )
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Any] = {
+    "a bit of a weight": lambda place: flip(place / "model.safetensors"),
+    "the config": lambda place: flip(place / "config.json"),
+    "no tokenizer": lambda place: (place / "tokenizer.json").unlink(),
+    "another file": lambda place: (place / "more.safetensors").touch(),
+    "no list": lambda place: (place / LIST).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_conversion_is_made_again(
+    damage: str, tmp_path: Path, own_cache: Path
+) -> None:
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
+    directory = gguf_checkpoint(path)
+    before = tree(directory)
+    DAMAGES[damage](directory)
+    assert tree(directory) != before
+    assert gguf_checkpoint(path) == directory
+    assert tree(directory) == before
+    assert [entry.name for entry in own_cache.iterdir()] == [directory.name]
+
+
+def test_a_run_in_float32_converts_to_it(tmp_path: Path, own_cache: Path) -> None:
+    path = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", F32)
+    settings = {"method": "magnitude", "samples": 2, "seq_len": 32}
+    dtypes = {"auto": torch.bfloat16, "float32": torch.float32}
+    for asked, expected in dtypes.items():
+        recipe = sparsellm.Recipe(**settings, dtype=asked, calibration="pydoc")
+        out = sparsellm.prune(path, recipe, out=tmp_path / asked).path
+        assert out is not None
+        reader = CheckpointReader(out)
+        assert {reader.dtype(name) for name in reader} == {expected}
+    assert len(list(own_cache.iterdir())) == 2
 
 
 def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:
@@ -185,7 +241,7 @@ def test_a_model_larger_than_memory_or_disk_is_refused(
         match=rf"tiny\.gguf has {weights:,} weights: converting .* GB are free",
     ):
         gguf_checkpoint(tmp_path / "tiny.gguf")
-    full = SimpleNamespace(free=4 * weights - 1)
+    full = SimpleNamespace(free=2 * weights - 1)
     monkeypatch.setattr(
         "sparsellm.files.directory.shutil.disk_usage", lambda place: full
     )

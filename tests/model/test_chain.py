@@ -85,23 +85,6 @@ def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
         assert names == [sorted(group) for group in kinds]
 
 
-def test_conv1d_is_seen_as_out_by_in() -> None:
-    linear = next(
-        linear
-        for linear in open_chain(tiny_gpt2(), device=CPU).linears(0)
-        if linear.name.endswith("c_fc")
-    )
-    assert (
-        linear.weight().shape == (linear.out_features, linear.in_features) == (112, 48)
-    )
-    x = torch.randn(5, 48)
-    assert linear.bias is not None
-    torch.testing.assert_close(x @ linear.weight().T + linear.bias, linear.module(x))
-    weight = torch.randn(112, 48)
-    linear.assign(weight)
-    assert torch.equal(linear.weight(), weight)
-
-
 def test_only_one_block_is_in_memory(tmp_path: Path) -> None:
     chain = open_chain(save_tiny(tiny_llama(), None, tmp_path), device=CPU)
     assert all(parameter.is_meta for parameter in chain.model.parameters())

@@ -232,6 +232,11 @@ def sums(folder: Path) -> None:
         assert parallel.size() == 1
     assert parallel.size() == size
     assert parallel.on_this_machine() == size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: f"node {rank > 0}")
+        assert parallel.on_this_machine() == (size - 1 if rank else 1)
+        with parallel.alone():
+            assert parallel.on_this_machine() == (size - 1 if rank else 1)
     assert parallel.broadcast(rank, size - 1) == size - 1
 
 

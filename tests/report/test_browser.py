@@ -98,21 +98,6 @@ def test_a_page_draws_and_is_accessible(
     context.close()
 
 
-def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> None:
-    page = browser.new_page()
-    page.set_default_timeout(PATIENCE)
-    opened: list[str] = []
-    page.on("dialog", lambda dialog: (opened.append(dialog.message), dialog.dismiss()))
-    page.goto(pages["run"].as_uri())
-    page.wait_for_selector("html[data-drawn]")
-    assert "alert(1)" in page.locator("blockquote").first.inner_text()
-    assert opened == []
-    blocked = "new Promise((done) => { addEventListener('securitypolicyviolation', (e) => done(e.blockedURI));"
-    blocked += "const i = new Image(); i.src = 'http://127.0.0.1:9/x'; })"
-    assert page.evaluate(blocked).startswith("http://127.0.0.1:9")
-    page.close()
-
-
 def test_without_scripts_the_tables_are_there(
     browser: Any, pages: dict[str, Path]
 ) -> None:

@@ -84,17 +84,6 @@ def test_the_python_of_a_card_loads_the_checkpoint(
     )
 
 
-def test_a_card_names_the_model_without_a_hub_id(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "my-model")
-    sparsellm.prune(
-        source, Recipe(method="magnitude"), out=tmp_path / "half", calibration=IDS
-    )
-    text = (tmp_path / "half" / "README.md").read_text()
-    assert "# `my-model`: 50% zeros\n" in text
-    assert "\n`my-model`, pruned after training by sparsellm" in text
-    assert "huggingface.co" not in text
-
-
 def test_a_card_has_the_results_with_their_protocol(pruned: Path) -> None:
     write_results(
         pruned,

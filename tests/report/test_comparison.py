@@ -89,32 +89,6 @@ def test_a_run_is_recommended_with_the_reason(runs: Path, tmp_path: Path) -> Non
         advice(max_bytes=2 * 10**6)
         == f"Take {half}: it has the best recovery among the runs with at most 2.0 MB."
     )
-    rewrite(tmp_path / "half" / "results.json", benchmarks=[])
-    assert (
-        "Take half (97.0% recovery, 50.0% of the weights): it has the fewest weights among"
-        in advice()
-    )
-    assert (
-        advice(max_bytes=2 * 10**6)
-        == f"Take {nm}: it has the best recovery among the runs with at most 2.0 MB."
-    )
-    base = json.loads((runs / "nm" / "pruning.json").read_text())["base"]
-    gone = {
-        "block": 0,
-        "kept": [1],
-        "tokens": [3, 9],
-        "scores": [0.1, 0.2],
-        "error": 0.1,
-        "refitted": 0.1,
-    }
-    # nearly all was removed
-    rewrite(
-        tmp_path / "nm" / "pruning.json", experts=[gone], base=base | {"bytes": 10**9}
-    )
-    assert (
-        "Take nm (96.0% recovery, 0.0% of the weights): it has the fewest weights"
-        in advice()
-    )
 
 
 def test_a_directory_called_dense_is_not_the_dense_model(

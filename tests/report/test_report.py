@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sparsellm import Recipe, prune
 from sparsellm.errors import MissingExtraError, StorageError
@@ -94,24 +93,6 @@ def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
     assert [row[1] for row in opt.rows("The sweep")[1:]] == [
         f"{sweep['held_out']:.4g}" for sweep in pruning["sweeps"]
     ]
-    history = linears["model.decoder.layers.0.fc2"]["history"]
-    assert (
-        opt.rows("The decomposition's objective")[2][1]
-        == f"{history[1]['objective']:.4g}"
-    )
-    # local pruning has no objective
-    assert opt.figures()["objective"]["data"][0]["y"][0] is None
-    phases = {row[0] for row in opt.rows("Time of each phase")}
-    assert {
-        "prune blocks",
-        "sweep the whole model",
-        "read the calibration text",
-        "– solve",
-    } <= phases
-    text = " ".join(element.text for element in opt.all("pre"))
-    assert "iterations: 2" in text
-    assert pruning["command"] in text
-    assert ["torch", torch.__version__] in opt.rows("Versions")
 
 
 def test_measurements_and_the_commands_for_those_that_are_missing(
@@ -126,7 +107,7 @@ def test_measurements_and_the_commands_for_those_that_are_missing(
         "0.51 ± 0.012",
     ):
         assert part in shown, part
-    dense = "half-packed, batch 1, 2 threads"
+    dense = "half-packed, batch 1, 2 threads, dense in float32"
     assert f"decoding, dense by the same decoder{dense} 20 33 × 1.65" in shown
     assert "decoding, dense by transformers 10 33 × 3.30" in shown
     assert "Weight files of halfzeros are stored" in shown

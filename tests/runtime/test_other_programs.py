@@ -101,12 +101,11 @@ def test_peft_names_the_way_out(packed: Path) -> None:
     peft = pytest.importorskip("peft")
     with pytest.raises(
         ValueError, match=r"PackedLinear\(.*not trained \(sparsellm unpack\)"
-    ) as caught:
+    ):
         peft.get_peft_model(
             sparsellm.load(packed),
             peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
         )
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("head", ["keep", "int8"])

@@ -82,6 +82,7 @@ def test_one_that_does_not_end_is_ended(
 
 def test_a_process_that_was_killed_is_named_and_replaced(renderer: Any) -> None:
     assert rendered(with_template("a"), ASKED, asks=True) == "a"
+    # such as by the system, for its memory
     os.kill(renderer.start().pid, signal.SIGKILL)
     renderer.start().wait()
     with pytest.raises(DataError, match=r"its process ended \(-9\)"):

@@ -107,7 +107,7 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
         ),
         (
             "pydoc,words:0.5",
-            "unknown text source .*; a text mixture is SOURCE:SHARE,SOURCE:SHARE",
+            "'pydoc' in .* has no share of the windows; write pydoc:0.5,words:0.5",
         ),
         ("pydoc:1,nowhere.txt:2", "nowhere.txt' does not exist"),
     ],

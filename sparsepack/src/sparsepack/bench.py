@@ -172,7 +172,9 @@ def compare(
     Args:
         packed: a packed checkpoint.
         dense: a dense one; None for the packed one unpacked in memory, which is the same model with stored zeros.
-        device, dtype, activations: as in :func:`~sparsepack.loading.load`; a dense model ignores the last.
+        device: as in :func:`~sparsepack.loading.load`.
+        dtype, activations: as there, for the packed model. The dense one runs in bfloat16, since in float32 it would be
+            twice as large as the one that people run, and any packed model would look faster.
         progress: called with the progress of the measurement.
         rounds: the fields of :class:`Rounds`.
 
@@ -213,12 +215,17 @@ def compare(
         )
     progress("load", 1, 2, "dense")
     models["dense"] = load(
-        packed if dense is None else dense, device=device, dtype=dtype
+        packed if dense is None else dense, device=device, dtype="bfloat16"
     )
     to_dense(models["dense"])
     gather(models["dense"], dense=decodes(models["dense"]))
     progress("load", 2, 2, "")
     speeds = measure(models, chosen, twice=("dense",), progress=progress)
+    dense_disk_bytes = None
+    dense_name = None
+    if dense is not None:
+        dense_disk_bytes = weight_file_bytes(Path(dense))
+        dense_name = _name_of(dense)
     return Comparison(
         speeds=speeds,
         dense_bytes=resident_bytes(models["dense"]),
@@ -229,12 +236,16 @@ def compare(
         dense_dtype=str(models["dense"].dtype).removeprefix("torch."),
         kernel=kernel_name(models["packed"].device.type),
         verdict=verdict(speeds),
-        dense_disk_bytes=None if dense is None else weight_file_bytes(Path(dense)),
+        dense_disk_bytes=dense_disk_bytes,
         packed_disk_bytes=weight_file_bytes(Path(packed)),
         ratios=[pair.ratio for pair in pairs_of(speeds)],
-        packed_name=Path(packed).expanduser().resolve().name,
-        dense_name=None if dense is None else Path(dense).expanduser().resolve().name,
+        packed_name=_name_of(packed),
+        dense_name=dense_name,
     )
+
+
+def _name_of(directory: str | os.PathLike[str]) -> str:
+    return Path(directory).expanduser().resolve().name
 
 
 def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:

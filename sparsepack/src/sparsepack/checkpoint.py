@@ -105,16 +105,20 @@ class PackedEntry:
     @property
     def stored_shape(self) -> tuple[int, int]:
         """Shape of the dense weight in a checkpoint."""
+        if not self.transposed:
+            return self.shape
         out, columns = self.shape
-        return (columns, out) if self.transposed else (out, columns)
+        return columns, out
 
     def to_dict(self) -> dict[str, object]:
         """The entry as plain JSON values, as ``config.json`` has it."""
         written: dict[str, object] = {}
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                value = list(value)
             if value != field.default:
-                written[field.name] = list(value) if isinstance(value, tuple) else value
+                written[field.name] = value
         return written
 
 
@@ -293,7 +297,9 @@ class PackedTensors:
                 raise FormatError(
                     f"packed weight {name} has {infinite} values that {dtype} cannot hold; {PACK_AGAIN}"
                 )
-        return dense.t().contiguous() if entry.transposed else dense
+        if entry.transposed:
+            return dense.t().contiguous()
+        return dense
 
 
 def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:

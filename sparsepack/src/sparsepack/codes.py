@@ -157,8 +157,9 @@ def whole_numbers(
 
 def levels_of(value_type: str, layout: str) -> Levels:
     """The numbers to which `prune --values` rounds a weight: with a gap for bitmasks alone; others store zeros."""
-    plain = PLAIN[value_type]
-    return GAPPED.get(value_type, plain) if layout == "bitmask" else plain
+    if layout == "bitmask" and value_type in GAPPED:
+        return GAPPED[value_type]
+    return PLAIN[value_type]
 
 
 def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
@@ -340,8 +341,9 @@ def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -
         kept = int((counts + counts % 2).sum())
     values = _bytes_of_bits(kept * BITS.get(value_type, 4))
     scales = 2 * groups * len(counts)
-    levels = 0 if levels_of(value_type, layout).even else CODES
-    return values + scales + levels
+    if levels_of(value_type, layout).even:
+        return values + scales
+    return values + scales + CODES
 
 
 def _bytes_of_bits(bits: int) -> int:

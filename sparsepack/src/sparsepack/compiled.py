@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
-NOT_BUILT = "install a C++ compiler and install sparsellm again"
+NOT_BUILT = "install a C++ compiler and install sparsepack again"
 
 
 @cache

@@ -35,14 +35,16 @@ def shown(value: object, most: int = 160) -> str:
     name = f"a {type(value).__name__}"
     parts = [value]
     for part in parts:  # a list that holds another twice, and so on, has more parts than its text could show
-        if isinstance(part, dict | list | tuple | set):
-            parts += part.values() if isinstance(part, dict) else part
+        if isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, list | tuple | set):
+            parts += part
         if len(parts) > 1_000_000:
             return name
     try:
-        text = " ".join(
-            repr(str(value) if hasattr(value, "__fspath__") else value).split()
-        )
+        if hasattr(value, "__fspath__"):
+            value = str(value)
+        text = " ".join(repr(value).split())
     except Exception:
         # A user's class may raise in its repr, and so may a list with a number that is too long.
         return name

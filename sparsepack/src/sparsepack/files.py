@@ -84,7 +84,9 @@ def text_of(data: bytes | str, most: int) -> str:
     """The text of UTF-8; a ValueError if it is longer than ``most``."""
     if len(data) > most:
         raise ValueError(f"more than {most >> 10} KiB; give a shorter one")
-    return data.decode("utf-8-sig") if isinstance(data, bytes) else data
+    if isinstance(data, bytes):
+        return data.decode("utf-8-sig")
+    return data
 
 
 @contextmanager
@@ -128,16 +130,22 @@ def unfit_size(
     for name, value in sizes.items():
         if type(value) is not int or not (name in SIZES or _COUNTS.fullmatch(name)):
             continue
-        widest = max(MANY, longest, rows if name in SIZES else largest)
-        most = min(max(_QUICK, longest), DEEPEST) if _DEPTH.fullmatch(name) else widest
-        if value > most or (value < 1 and name in SIZES):
-            if shapes is None:
-                return f"says {name} {value!s:.40}; a model has 1 to {most}"
-            return (
-                f"says {name} {value!s:.40}, and the weights have no list of modules longer than {longest} and no more "
-                f"than {largest} rows or columns"
-                + (f"; at most {DEEPEST} layers are built" if value > DEEPEST else "")
-            )
+        if _DEPTH.fullmatch(name):
+            most = min(max(_QUICK, longest), DEEPEST)
+        elif name in SIZES:
+            most = max(MANY, longest, rows)
+        else:
+            most = max(MANY, longest, largest)
+        if value <= most and (value >= 1 or name not in SIZES):
+            continue
+        said = f"says {name} {value!s:.40}"
+        if shapes is None:
+            return f"{said}; a model has 1 to {most}"
+        said += f", and the weights have no list of modules longer than {longest} "
+        said += f"and no more than {largest} rows or columns"
+        if value > DEEPEST:
+            said += f"; at most {DEEPEST} layers are built"
+        return said
     return None
 
 
@@ -155,7 +163,9 @@ def context_limit(config: PretrainedConfig) -> int | None:
     """The most tokens of one sequence, prompt and continuation together; None if the config names no limit."""
     # transformers maps n_positions and the like to this name
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    if isinstance(limit, int) and limit > 0:
+        return limit
+    return None
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:

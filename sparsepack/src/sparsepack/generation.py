@@ -233,7 +233,11 @@ def continuation(
                 stopping_criteria=StoppingCriteriaList([ended]),
                 logits_processor=choices,
             )
-    finish = text.over or ("stop" if text.ids[-1] in ends else "length")
+    finish: Literal["stop", "length", "cancelled"] = "length"
+    if text.over is not None:
+        finish = text.over
+    elif text.ids[-1] in ends:
+        finish = "stop"
     return Generation(
         text.text,
         prompt_tokens=length,
@@ -247,8 +251,10 @@ def continuation(
 
 def _decoder(model: PreTrainedModel, positions: int) -> Decoder | None:
     """None for a model that transformers decodes, or where memory lacks for all positions: its cache grows."""
+    if not decodes(model):
+        return None
     try:
-        return Decoder(model, positions) if decodes(model) else None
+        return Decoder(model, positions)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
@@ -420,9 +426,9 @@ class _Text(BaseStreamer):
         self._cancelled = cancelled
         # the last of the prompt, which comes first, and those that follow
         self._tokens: list[int] = []
-        self._before = self._read = (
-            0  # tokens up to the last but one piece, and up to the last
-        )
+        # tokens up to the last but one piece, and up to the last
+        self._before = 0
+        self._read = 0
         self._given = 0  # characters
         self.ids: list[int] = []
         self.times: list[float] = []
@@ -469,19 +475,16 @@ class _Text(BaseStreamer):
                 self.text = self.text[: min(places)]
                 self.over = "stop"
                 last = True
-        safe = len(self.text) - (0 if last else self._held())
+        safe = len(self.text)
+        if not last:
+            safe -= self._held()
         if self._on_text is not None and safe > self._given:
             self._on_text(self.text[self._given : safe])
         self._given = max(self._given, safe)
 
     def _held(self) -> int:
         """The characters at the end of the text with which a stop string may begin."""
-        sizes = range(min(len(self.text), self._longest - 1), 0, -1)
-        return next(
-            (
-                size
-                for size in sizes
-                if any(s.startswith(self.text[-size:]) for s in self._stop)
-            ),
-            0,
-        )
+        for size in range(min(len(self.text), self._longest - 1), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stop):
+                return size
+        return 0

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from sparsepack.codes import PLAIN, Levels, anchors, levels_of, powers_of, whole_numbers
 from sparsepack.errors import FormatError
-from sparsepack.grids import GRIDS, Grid, grid_for
+from sparsepack.grids import GRIDS, LARGEST_FP16, LEAST, Grid, grid_for
 from sparsepack.layout import form_of
+from sparsepack.minima import on_lines
 
 INTEGERS = ("int8", "int6", "int5", "int4", "int3")
-LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
-LEAST = 2.0**-24  # of fp16, which has all whole multiples of it up to 2048
 FEW = 128  # multiples of LEAST: bf16 has more digits than fp16 below as many
 # weights that are rounded together: what that needs stays in the cache
 AT_ONCE = 1 << 17
@@ -196,10 +195,15 @@ def split(scales: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return units, in_units(of_parts, units, grid)
 
 
-def as_stored(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def as_stored(
+    numbers: Tensor, scales: Tensor, dtype: torch.dtype, minima: Tensor | None = None
+) -> Tensor:
     """The values of whole numbers, fp32, rounded as a checkpoint in ``dtype`` has them."""
+    exact = numbers * scales
+    if minima is not None:
+        exact += minima
     # 0 times a negative scale is -0.0
-    return (numbers * scales).to(dtype).float().add_(0.0)
+    return exact.to(dtype).float().add_(0.0)
 
 
 def on_grid(
@@ -234,15 +238,16 @@ def on_grid_of(
     for start in range(0, len(weight), few):
         grouped = groups.collect(weight[start : start + few] / powers)
         units = units_of_few[: len(grouped)]
-        numbers, scales = _nearest(groups, grouped, dtype, units)
+        numbers, scales, minima = _nearest(groups, grouped, dtype, units)
         rounded[start : start + few] = groups.spread(
-            as_stored(numbers, scales * units, dtype)
+            as_stored(numbers, scales * units, dtype, minima)
         )
     return rounded
 
 
 def codes_of(weight: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
-    """The whole numbers, int8 ``(out, in)``, and scales, fp32 ``(out, groups)``, of a weight that is on a grid.
+    """The whole numbers, int8 ``(out, in)``, and scales, fp32 ``(out, groups)``, of a weight that is on a grid; or
+    scales and minima ``(out, groups, 2)``.
 
     ``weight`` is ``(out, in)`` in the dtype of its checkpoint and equals the numbers times the scales, rounded to it;
     ``name`` is that of its linear. Raises FormatError if the weight is not on the grid, or groups do not fit a row."""
@@ -253,23 +258,26 @@ def codes_of(weight: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
             f"{name} cannot be stored as {grid.name}: {fault}; prune with another grid"
         )
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(
-        len(weight), weight.shape[1] // groups.size, device=weight.device
-    )
+    scales = []
     few = _rows_at_once(weight)
     for start in range(0, len(weight), few):
         rows = slice(start, start + few)
         grouped = groups.collect(weight[rows].float())
-        numbers, of_groups = _nearest(
+        numbers, of_groups, minima = _nearest(
             groups, grouped, weight.dtype, torch.ones_like(grouped)
         )
-        if not torch.equal(as_stored(numbers, of_groups, weight.dtype), grouped):
+        stored = as_stored(numbers, of_groups, weight.dtype, minima)
+        if not torch.equal(stored, grouped):
             raise FormatError(
                 f"{name} is not on the grid {grid.name}; export what `prune --grid {grid.name}` wrote"
             )
         codes[rows] = groups.spread(numbers).to(torch.int8)
-        scales[rows] = of_groups.view(-1, scales.shape[1])
-    return codes, scales
+        if minima is not None:
+            of_groups = torch.cat((of_groups, minima), dim=1)
+        scales.append(of_groups)
+    shape = (len(weight), weight.shape[1] // groups.size)
+    every = torch.cat(scales)
+    return codes, every.view(shape if every.shape[1] == 1 else (*shape, 2))
 
 
 def _rows_at_once(weight: Tensor) -> int:
@@ -282,11 +290,12 @@ def _rows_at_once(weight: Tensor) -> int:
 
 def _nearest(
     groups: Groups, grouped: Tensor, dtype: torch.dtype, units: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The numbers ``(groups, size)`` nearest to values without the powers of their columns, ``units (groups, size)``;
-    and scales ``(groups, 1)``."""
+    scales ``(groups, 1)``; and minima, if the grid has them."""
+    if groups.grid is not None and groups.grid.minima:
+        return on_lines(grouped, groups.grid)
     places = anchors(grouped)
     extreme = grouped.gather(1, places)
     scales = scales_of(extreme, groups, dtype, units.gather(1, places))
-    numbers = groups.numbers(grouped, scales, places)
-    return numbers, scales
+    return groups.numbers(grouped, scales, places), scales, None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 GGUF = "gguf"
 COMPRESSED = "compressed-tensors"
+LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
+LEAST = 2.0**-24  # of fp16, which has all whole multiples of it up to 2048
 BLOCK = 32  # columns that share a scale in the simplest types of GGUF
 # The numbers of IQ4_NL and IQ4_XS (``kvalues_iq4nl`` of llama.cpp). 0 is not among them.
 UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -29,6 +31,9 @@ class Grid:
     uneven: tuple[int, ...] = ()  # the numbers, ascending, if they do not follow by one
     parts: int = 0  # groups that share a unit; 0 where each has a scale of its own
     scale_bits: int = 16  # of the scale of each group
+    minima: bool = (
+        False  # whether a value is its number times the scale, less a minimum
+    )
     narrow: str = ""  # the grid of rows that ``parts`` groups do not divide
 
     @property
@@ -36,6 +41,8 @@ class Grid:
         """The numbers, ascending."""
         if self.uneven:
             return self.uneven
+        if self.minima:
+            return tuple(range(1 << self.bits))
         end = 1 << self.bits - 1
         return tuple(range(-end, end))
 
@@ -50,6 +57,8 @@ class Grid:
     @property
     def lowest_scale(self) -> int:
         """The scale of the group with the largest value of those that share a unit; 1 without parts."""
+        if self.minima:
+            return (1 << self.scale_bits) - 1
         return -(1 << self.scale_bits - 1) if self.parts else 1
 
     @property
@@ -89,14 +98,15 @@ class Grid:
     def has_zero(self) -> bool:
         """Whether a zero of a pruned weight stays one, in rows of any length."""
         narrow = GRIDS[self.narrow].has_zero if self.narrow else True
-        return narrow and 0 in self.numbers
+        return narrow and 0 in self.numbers and not self.minima
 
     def bits_per_weight(self, columns: int) -> float:
         """Bits of a weight in rows of this length, with all scales."""
         grid = grid_for(self.name, columns)
-        if grid.parts:
-            return grid.bits + grid.scale_bits / grid.group + 16 / grid.columns
-        return grid.bits + 16 / (grid.group or columns)
+        if not grid.parts:
+            return grid.bits + 16 / (grid.group or columns)
+        scales = grid.scale_bits / grid.group + 16 / grid.columns
+        return grid.bits + (2 if grid.minima else 1) * scales
 
 
 def grid_for(name: str, columns: int) -> Grid:
@@ -105,6 +115,22 @@ def grid_for(name: str, columns: int) -> Grid:
     if grid.narrow and columns % grid.columns:
         return GRIDS[grid.narrow]
     return grid
+
+
+def _with_minima(
+    name: str, bits: int, group: int, scale_bits: int, narrow: str
+) -> Grid:
+    """A type of GGUF with minima: 256 numbers share a unit of scales and one of minima."""
+    return Grid(
+        name,
+        bits,
+        group,
+        GGUF,
+        parts=256 // group,
+        scale_bits=scale_bits,
+        minima=True,
+        narrow=narrow,
+    )
 
 
 GRIDS = {
@@ -117,6 +143,8 @@ GRIDS = {
         Grid("iq4_nl", 4, BLOCK, GGUF, UNEVEN),
         Grid("iq4_xs", 4, 32, GGUF, UNEVEN, parts=8, scale_bits=6, narrow="iq4_nl"),
         Grid("q3_k", 3, 16, GGUF, parts=16, scale_bits=6, narrow="iq4_nl"),
+        _with_minima("q2_k", 2, 16, 4, "iq4_nl"),
+        _with_minima("q4_k", 4, 32, 6, "q5_0"),
         Grid("w4a16", 4, 128, COMPRESSED),
         Grid("w4a16-64", 4, 64, COMPRESSED),
         Grid("w4a16-32", 4, 32, COMPRESSED),

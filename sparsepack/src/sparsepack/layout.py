@@ -86,10 +86,9 @@ class PackedWeight:
     @property
     def stored(self) -> dict[str, Tensor]:
         """The tensors in a file, by field: all rows of a dense weight have the same length, so no offsets there."""
-        left_out = "offsets" if self.layout == "dense" else None
-        written = {
-            field: tensor for field, tensor in self.tensors.items() if field != left_out
-        }
+        written = self.tensors
+        if self.layout == "dense":
+            del written["offsets"]
         if self.narrower is not None:
             written["values"] = narrowed(self.values, self.narrower)
         return written
@@ -250,7 +249,9 @@ def predicted_bytes(
     )
     forms = _forms(shape, counts, pattern=coded, value_type=value_type, group=group)
     smallest = min(size for size, _ in forms.values())
-    return smallest + columns if exponents else smallest
+    if exponents:
+        smallest += columns
+    return smallest
 
 
 def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:

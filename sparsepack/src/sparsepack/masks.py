@@ -68,18 +68,18 @@ def set_bits(mask: Tensor) -> Tensor:
 
 def detect(kept: Tensor) -> NM | None:
     """The strictest of :data:`PATTERNS` that bool ``(out, in)`` satisfies, if any."""
+    few = kept[:_SAMPLE]
+    for pattern in PATTERNS:
+        if _satisfies(few, pattern) and _satisfies(kept, pattern):
+            return pattern
+    return None
 
-    def satisfied(rows: Tensor, *patterns: NM) -> list[NM]:
-        fitting = [(n, m) for n, m in patterns if rows.shape[1] % m == 0]
-        flags = [(rows.reshape(-1, m).sum(dim=1) <= n).all() for n, m in fitting]
-        # one read
-        return list(
-            itertools.compress(fitting, torch.stack(flags).tolist() if flags else ())
-        )
 
-    return next(
-        (nm for nm in satisfied(kept[:_SAMPLE], *PATTERNS) if satisfied(kept, nm)), None
-    )
+def _satisfies(kept: Tensor, pattern: NM) -> bool:
+    n, m = pattern
+    if kept.shape[1] % m != 0:
+        return False
+    return bool((kept.reshape(-1, m).sum(dim=1) <= n).all())
 
 
 def implies(pattern: NM, other: NM) -> bool:

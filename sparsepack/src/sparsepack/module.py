@@ -49,9 +49,13 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
     may round a small batch to int8, where the weight is int8 or int4."""
     device = x.device.type
-    kernels = _kernels(device) if x.dtype in FLOAT_TYPES.values() else None
+    kernels = None
+    if x.dtype in FLOAT_TYPES.values():
+        kernels = _kernels(device)
     if kernels is not None and 0 < len(x) <= SMALL_BATCH:
-        options = {"rounded": True} if rounded and device == "cpu" else {}
+        options = {}
+        if rounded and device == "cpu":
+            options["rounded"] = True
         product: Tensor = kernels.multiply(packed, x.contiguous(), **options)
         return product
     return _multiply_tiled(packed, x, getattr(kernels, "unpack_rows", None))
@@ -135,7 +139,9 @@ def threads_set(count: int | None) -> Iterator[None]:
 def kernel_name(device: str = "cpu") -> str:
     """The instruction set of the kernel for small batches on this machine, or ``torch`` if there is no kernel."""
     kernels = _kernels(device)
-    return "torch" if kernels is None else str(kernels.available())
+    if kernels is None:
+        return "torch"
+    return str(kernels.available())
 
 
 @cache
@@ -148,7 +154,9 @@ def _kernels(device: str) -> ModuleType | None:
         module = importlib.import_module(f"sparsepack.{name}")
     except ImportError:  # no Triton for this platform
         return None
-    return module if module.available() else None
+    if not module.available():
+        return None
+    return module
 
 
 def _multiply_tiled(
@@ -160,7 +168,7 @@ def _multiply_tiled(
     if rows > ROWS:
         rows -= rows % ROWS
     y = x.new_empty(len(x), out)
-    buffer = x.new_empty(0 if unpack_tile is None else rows, columns)
+    buffer = x.new_empty(rows, columns)
     for first in range(0, out, rows):
         last = min(first + rows, out)
         if unpack_tile is None:
@@ -189,7 +197,9 @@ def _assemble(
             f"packed weight {name}: values cannot be {values.dtype}; {PACK_AGAIN}"
         )
     shape = (offsets.shape[0] - 1, columns)
-    layout = "dense" if mask.shape[0] == 1 < shape[0] else "bitmask"
+    layout = "bitmask"
+    if mask.shape[0] == 1 < shape[0]:
+        layout = "dense"
     return PackedWeight(
         shape,
         layout,
@@ -315,10 +325,9 @@ class PackedLinear(nn.Module):
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            same = new.dtype == tensor.dtype or not any(
-                tensor is buffer for buffer in packed
-            )
-            return new if same else tensor.to(new.device)
+            if new.dtype != tensor.dtype and any(tensor is part for part in packed):
+                return tensor.to(new.device)
+            return new
 
         super()._apply(moved, recurse)
         return self

@@ -116,9 +116,9 @@ class PackedQuantizer(HfQuantizer):
                     f"config.json describes packed weight {name} twice; pack the model again"
                 )
             transposed = isinstance(linear, Conv1D)
-            out, columns = (
-                linear.weight.shape[::-1] if transposed else linear.weight.shape
-            )
+            out, columns = linear.weight.shape
+            if transposed:
+                columns, out = linear.weight.shape
             if entry.shape != (out, columns) or entry.transposed != transposed:
                 raise FormatError(
                     f"packed weight {name} has shape {entry.shape}, where the model has {(int(out), int(columns))}; "
@@ -171,7 +171,9 @@ class PackedQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: Any = None) -> Any:
         # Here, since transformers passes the dtype of the config on if none is given.
-        return super().dequantize(model if dtype is None else model.to(dtype))
+        if dtype is not None:
+            model = model.to(dtype)
+        return super().dequantize(model)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         vars(model).pop("resize_token_embeddings", None)
@@ -220,7 +222,9 @@ def _num_parameters(
     """``num_parameters`` of a packed model: that of the dense model that was packed, zeros included, each shared weight
     once; a packed weight is not trainable. transformers counts quantised weights of bitsandbytes so, too."""
     count = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
-    for module in model.modules() if not only_trainable else ():
+    if only_trainable:
+        return count
+    for module in model.modules():
         embedding = isinstance(module, PackedEmbedding)
         count -= embedding  # its placeholder is a parameter
         shared = (

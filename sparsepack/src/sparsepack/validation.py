@@ -109,11 +109,11 @@ def _check_offsets(packed: PackedWeight) -> Tensor:
     total = int(offsets[-1])
     _require(int(offsets[0]) == 0, f"the first offset is {int(offsets[0])}, not 0")
     falls = (offsets[1:] < offsets[:-1]).nonzero()
-    _require(
-        len(falls) == 0,
-        f"offsets decrease after row {int(falls[0]) if len(falls) else 0}",
-    )
-    held = packed.values.numel() * (2 if packed.value_type == "int4" else 1)
+    if len(falls):
+        raise ValueError(f"offsets decrease after row {int(falls[0])}")
+    held = packed.values.numel()
+    if packed.value_type == "int4":  # two in each
+        held *= 2
     _require(held == total, f"{held} values, where offsets end at {total}")
     _check_tensor(
         "values", packed.values, STORED_AS[packed.value_type], (packed.values.numel(),)

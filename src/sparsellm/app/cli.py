@@ -244,13 +244,14 @@ def compress(
 
     If it is stopped, the same command goes on."""
     from sparsellm import programs
-    from sparsellm.app import tables
+    from sparsellm.app import console, tables
 
     if not program:
-        shown = (
-            f"  --for {name}: {it.keeps}" for name, it in programs.PROGRAMS.items()
+        for name, known in programs.PROGRAMS.items():
+            console.say(f"--for {name}: {known.keeps}", error=True)
+        raise RecipeError(
+            f"no program is named that runs the result; give --for and one of {', '.join(programs.PROGRAMS)}"
         )
-        raise RecipeError("\n".join(("name the program that runs the result:", *shown)))
     recipe = use.take_recipe(options)
     given: dict[str, Any] = {"program": program, "out": out, "progress": progress}
     if dry_run:

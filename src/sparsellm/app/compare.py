@@ -132,6 +132,7 @@ class _Dense:
             bos=recipe.bos,
             against=self.opened,
             device=recipe.device,
+            dtype=recipe.dtype,
             progress=progress,
         )
 
@@ -169,7 +170,7 @@ def compare(  # noqa: PLR0913 - the Python door
     place = check_place(out)
     _check_asked(cells, speed)
     first = next(iter(cells.values()))
-    settings = Recipe(device=first.device, products="float32")
+    settings = Recipe(device=first.device, dtype=first.dtype, products="float32")
     opened = api.Opened(model, settings, trust=False)
     drawn = partial(opened.windows, text, seq_len, max_tokens, first.bos)
     windows = parallel.from_main(drawn)

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from sparsellm import interrupts
 from sparsellm.errors import RecipeError
+from sparsellm.files.named import as_typed
 from sparsellm.progress import (
     DETAIL,
     NOTE,
@@ -99,7 +100,10 @@ def _escape(match: re.Match[str]) -> str:
 def say(line: str, *, error: bool = False, unbroken: bool = False) -> None:
     """Prints one line on stdout, or on stderr, whose own errors are ignored. On a terminal that is too narrow it breaks
     between words, unless it stays ``unbroken``, such as a command that is copied."""
-    console = log() if error else out()
+    console = out()
+    if error:
+        console = log()
+        line = as_typed(line)
     text = one_line(line)
     if console.is_terminal and not unbroken:
         text = textwrap.fill(

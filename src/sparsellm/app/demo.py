@@ -1,8 +1,7 @@
 """The demo: prunes and rounds a small model, packs it, and compares it with the forms in which people keep the model.
 
-Those are bf16, in which it was published, and llama.cpp's Q4_0. Its GGUF file is converted to fp32, which holds all
-numbers of four bits; size and speed of the dense model are those of bf16. All forms are scored by the same code;
-llama.cpp's speed is its own, measured where llama-cpp-python is installed.
+Those are bf16, in which it was published and to which its GGUF file is converted, and llama.cpp's Q4_0. All forms are
+scored by the same code; llama.cpp's speed is its own, measured where llama-cpp-python is installed.
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ def option(
     name: str = "",
 ) -> Parameter:
     """An option. Its parameter is called ``name``, or like the first name in ``usage``, which has the names and the
-    placeholder of the value, such as ``--quiet -q`` or ``--out DIR``; ``shown`` replaces the default in ``--help``; ``kind`` is that of
-    the placeholder if None; a shell completes ``values``."""
+    placeholder of the value, such as ``--quiet -q`` or ``--out DIR``. ``shown`` replaces the default in ``--help``,
+    ``kind`` is that of the placeholder if None, and a shell completes ``values``."""
     names = usage.split()
     metavar = ""  # that of a flag; without any, typer shows a type that is not given
     if not names[-1].startswith("-"):

@@ -20,7 +20,6 @@ import typer
 
 from sparsellm import __version__, interrupts
 from sparsellm.errors import RecipeError, one_line, shown
-from sparsellm.files.named import as_typed
 from sparsepack.errors import Note, UserError
 
 _ENVIRONMENT = dict(os.environ)  # before this process quiets libraries
@@ -151,7 +150,7 @@ def _message(error: Exception) -> str | None:
         return f"the system gives this process no more memory; {advice}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, from the memory of a GPU
         return f"the GPU has no memory left ({one_line(error)[:160]}); lower batch, tokens or context, or say cpu"
-    return as_typed(str(error)) if isinstance(error, UserError) else None
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _usage_message(error: Any) -> str:
@@ -164,13 +163,14 @@ def _usage_message(error: Any) -> str:
     parameter = getattr(error, "param", None)
     if said.startswith("Missing") and parameter is not None:
         return _missing(parameter)
-    option = getattr(error, "option_name", None)
-    if option is not None:
+    option = shown(getattr(error, "option_name", ""))[1:-1]
+    if hasattr(error, "possibilities"):
         hint = f"`{command} --help` lists all"
-        similar = getattr(error, "possibilities", None)
-        if similar:
-            hint = f"did you mean {similar[0]}?"
-        return f"{command} has no option {shown(option)[1:-1]}; {hint}"
+        if error.possibilities:
+            hint = f"did you mean {error.possibilities[0]}?"
+        return f"{command} has no option {option}; {hint}"
+    if option:
+        return f"{option} has no value; write one after it, as `--help` shows"
     if said.startswith("No such command") and "Did you mean" not in said:
         return f"{said}; `{command} --help` lists all"
     return said

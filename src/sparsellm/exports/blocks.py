@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsepack.grid import split
 from sparsepack.grids import BLOCK, GGUF, Grid, grid_for
+from sparsepack.minima import split_lines
 
 SUPER = 256  # numbers in a block of the types that end in K, and of IQ4_XS
 TYPES = {4: "Q4_0", 8: "Q8_0"}  # of the grids of compressed-tensors, by bits
@@ -24,19 +25,21 @@ def block_type(grid: Grid) -> str | None:
 
 
 def to_blocks(codes: Tensor, scales: Tensor, grid: Grid) -> np.ndarray:
-    """The numbers ``codes`` of a grid, int8 ``(out, in)``, and ``scales (out, groups)`` as blocks: uint8 ``(out, bytes
-    of a row)``. The blocks are those of the grid for rows of this length."""
+    """The numbers ``codes`` of a grid, int8 ``(out, in)``, and scales as :func:`~sparsepack.grid.codes_of` has them, as
+    blocks: uint8 ``(out, bytes of a row)``. The blocks are those of the grid for rows of this length."""
     grid = grid_for(grid.name, codes.shape[1])
     rows = len(codes)
     if grid.uneven:
         levels = torch.tensor(grid.numbers, dtype=torch.int8)
         codes = torch.bucketize(codes, levels)  # their places
-    elif grid.bits < 8 and grid.name != "q3_k":
+    elif grid.bits < 8 and grid.name != "q3_k" and not grid.minima:
         codes = codes - grid.lowest
     numbers = codes.numpy().astype(np.int8).reshape(-1, grid.columns)
     if not grid.parts:
         units = scales.reshape(-1, 1)
         pieces = [_halves(units), *_simple(numbers, grid)]
+    elif grid.minima:
+        pieces = _with_minima(numbers.view(np.uint8), scales, grid)
     else:
         units, whole = split(scales, grid)
         parts = whole.numpy().astype(np.int8)
@@ -113,6 +116,21 @@ def _iq4_xs(
     top = np.bitwise_or.reduce(high, axis=1, keepdims=True)
     low = (scales[:, 0::2] & 15) | (scales[:, 1::2] & 15) << 4
     return [units, top.astype("<u2").view(np.uint8), low, _pairs(numbers, BLOCK)]
+
+
+def _with_minima(numbers: np.ndarray, lines: Tensor, grid: Grid) -> list[np.ndarray]:
+    """Numbers ``(blocks, 256)`` of Q2_K or Q4_K, and scales and minima, ``(out, groups, 2)``."""
+    units, whole = split_lines(lines[..., 0], grid)
+    of_minima, depths = split_lines(-lines[..., 1], grid)
+    scales = whole.numpy().astype(np.uint8)
+    minima = depths.numpy().astype(np.uint8)
+    halves = [_halves(units), _halves(of_minima)]
+    if grid.bits == 2:
+        return [scales | minima << 4, _twos(numbers), *halves]
+    # six bits each; of the last four, the high two lie above the first four
+    first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, minima)]
+    last = (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4
+    return [*halves, *first, last, _pairs(numbers, 64)]
 
 
 def quantised(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:

@@ -109,9 +109,9 @@ def _tensors(model: OnGrid, key: str) -> dict[str, Tensor]:
 
     codes, scales = model.codes(key)
     scales = scales.to(model.reader.dtype(key))
-    if model.grid.name == _INT8_ACTIVATIONS:
+    if model.grids[key].name == _INT8_ACTIVATIONS:
         return {key: codes, f"{key}_scale": scales}
-    words = pack_to_int32(codes, model.grid.bits)
+    words = pack_to_int32(codes, model.grids[key].bits)
     shape = torch.tensor(codes.shape)
     return {f"{key}_packed": words, f"{key}_scale": scales, f"{key}_shape": shape}
 

@@ -15,7 +15,7 @@ from sparsellm.evaluation.speed import stamp
 from sparsellm.exports.blocks import block_type
 from sparsellm.exports.compressed import check_compressed, write_compressed
 from sparsellm.exports.gguf_file import Contents, check_file, write_gguf
-from sparsellm.exports.linears import open_on_grid
+from sparsellm.exports.linears import OnGrid, open_on_grid
 from sparsellm.exports.template import Template
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import (
@@ -24,7 +24,7 @@ from sparsellm.files.directory import (
     checkpoints_among,
     resolved,
 )
-from sparsellm.files.reader import open_checkpoint
+from sparsellm.files.reader import CheckpointReader, open_checkpoint
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.files.results import append_result
 from sparsellm.progress import ProgressCallback, ignore
@@ -78,9 +78,10 @@ def export(  # noqa: PLR0913 - the Python door
         directory: what ``prune`` wrote with a ``grid``, or its packed form.
         to: ``gguf``, one file; or ``compressed-tensors``, a directory.
         out: the file or directory.
-        like: for GGUF, the template: the file that was pruned, or that llama.cpp's converter made of the dense model.
-            All but the pruned linears comes from it. None for that of ``demo``.
-        model: for GGUF, the dense model, which shows the order of the template's rows; None to convert the template.
+        like: for GGUF, the template, from which all but the pruned linears comes: the file that was pruned, or that
+            llama.cpp's converter made of the dense model. None for that of ``demo``.
+        model: for GGUF, the dense model, by which the order of the template's rows is found. None converts the
+            template.
         head: for GGUF, the type of embedding and head; ``keep`` for the template's.
         save: append the export's record to the checkpoint's ``results.json``, which its card and report read.
         overwrite: replace the file or the checkpoint in ``out``.
@@ -105,14 +106,7 @@ def export(  # noqa: PLR0913 - the Python door
     source = checkpoint_directory(str(directory), "directory")
     if to == COMPRESSED:
         check(sources=[source])
-    grids = [
-        name
-        for name, grid in GRIDS.items()
-        if (grid.plain if to == COMPRESSED else block_type(grid) is not None)
-    ]
-    opened = open_on_grid(
-        source, sorted(grids, key=lambda name: GRIDS[name].form != to)
-    )
+    opened = open_on_grid(source, _grids_of(to))
     record = Export(
         **vars(stamp(torch.device("cpu"))),
         to=to,
@@ -127,40 +121,30 @@ def export(  # noqa: PLR0913 - the Python door
             append_result(source, record)
 
     if to == GGUF:
-        if like is None and opened.run.base.name != "demo":
-            raise RecipeError(
-                f"GGUF needs a file of the dense model {shown(opened.run.base.name)} as a template: give the one that "
-                "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
-            )
-        template = Template(demo_gguf() if like is None else Path(like).expanduser())
-        if {
-            resolved(path) for path in (template.path, model or template.path, source)
-        } & {place, place.parent}:
+        template = Template(_template_file(opened, like))
+        dense = str(model or template.path)
+        read = {resolved(path) for path in (template.path, dense, source)}
+        if read & {place, place.parent}:
             raise StorageError(
                 f"--out {place} is the template or the dense model, or in the checkpoint; name another"
             )
-        try:
-            dense = open_checkpoint(checkpoint_directory(str(model or template.path)))
-        except ModelError as error:
-            advice = "" if model is not None else ", and name it with --model"
-            raise ModelError(f"{error}{advice}") from None
+        contents = Contents(
+            opened,
+            _dense_reader(dense, opened, named=model is not None),
+            template,
+            head,
+        )
         record = write_gguf(
-            Contents(opened, dense, template, head),
-            place,
-            record,
-            overwrite=overwrite,
-            progress=progress,
-            keep=keep,
+            contents, place, record, overwrite=overwrite, progress=progress, keep=keep
         )
     else:
         check_compressed(opened)
-        need = opened.reader.bytes
         work = WorkingDirectory(
             place,
             {"kind": "export"},
             overwrite=overwrite,
             restart=restart,
-            need_bytes=need,
+            need_bytes=opened.reader.bytes,
         )
         record = write_compressed(opened, work, record, progress, keep)
     run = opened.run
@@ -177,3 +161,39 @@ def export(  # noqa: PLR0913 - the Python door
         linear_bytes=round(bits / 8),
         packed_bytes=packed if run.packs else None,
     )
+
+
+def _grids_of(form: str) -> list[str]:
+    """The names of the grids that a format has; first those that are its own, which messages recommend."""
+    own = [name for name, grid in GRIDS.items() if grid.form == form]
+    others = [name for name in GRIDS if name not in own]
+    if form == GGUF:
+        # its blocks of 32 are those of some grids of compressed-tensors, too
+        others = [name for name in others if block_type(GRIDS[name]) is not None]
+    return own + others
+
+
+def _template_file(opened: OnGrid, like: PathGiven | None) -> Path:
+    """The path of the template: ``like``, or that of the demo model."""
+    if like is not None:
+        return Path(like).expanduser()
+    if opened.run.base.name != "demo":
+        raise RecipeError(
+            f"GGUF needs a file of the dense model {shown(opened.run.base.name)} as a template: give the one that "
+            "was pruned, or that llama.cpp's convert_hf_to_gguf.py makes, with --like"
+        )
+    return demo_gguf()
+
+
+def _dense_reader(model: str, pruned: OnGrid, *, named: bool) -> CheckpointReader:
+    """The reader of the dense model, converted as the pruned one was. Unless the user named it, a ModelError says how
+    to name another."""
+    dtype = "auto"
+    if torch.float32 in {pruned.reader.dtype(key) for key in pruned.linears}:
+        dtype = "float32"
+    try:
+        return open_checkpoint(checkpoint_directory(model, dtype=dtype))
+    except ModelError as error:
+        if named:
+            raise
+        raise ModelError(f"{error}, and name it with --model") from None

@@ -33,7 +33,7 @@ _HEAD = ("token_embd.weight", "output.weight")
 # Keys that describe the template's file, and not the model. The writer adds the architecture itself.
 _DROPPED = ("GGUF.", "split.", "quantize.", gguf.Keys.General.ARCHITECTURE)
 # Names of file types that differ from those of their blocks
-_FILE_TYPES = {"Q3_K": "Q3_K_S"}
+_FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S"}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")  # in configs
 
 
@@ -145,7 +145,8 @@ def write_gguf(
 
 
 def _remove_torn(folder: Path) -> None:
-    """Removes what killed exports left in a user's folder: ordinary files of our temporary names, not locked."""
+    """Removes what killed exports left in a user's folder: ordinary files with our temporary names that no process has
+    locked."""
     for path in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             if TORN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
@@ -173,7 +174,7 @@ class Contents:
             self.head = gguf.GGMLQuantizationType[head.upper()]
         self.tensors = {tensor.name: tensor for tensor in template.reader.tensors}
         named = template.keys_of(list(model.reader)).items()
-        # in the checkpoint
+        # the tensors of the checkpoint, by their name in GGUF
         self.keys = {name: keys for name, keys in named if name in self.tensors}
         self.changes: dict[str, Change] = {}
         config = model.chain.config.get_text_config()
@@ -236,7 +237,7 @@ class Contents:
     def type_of(self, tensor: gguf.ReaderTensor) -> gguf.GGMLQuantizationType:
         """The type in which a tensor of the template is written."""
         if self._is_linear(tensor):
-            grid = grid_for(self._grid_of(tensor).name, int(tensor.shape[0]))
+            grid = grid_for(self._grid(tensor).name, int(tensor.shape[0]))
             return gguf.GGMLQuantizationType[block_type(grid) or ""]
         is_head = tensor.name in _HEAD and tensor.name in self.keys
         if is_head and self.head is not None:
@@ -265,7 +266,7 @@ class Contents:
                 for parts in zip(*map(self.model.codes, keys), strict=True)
             )
             order = change.order
-            return to_blocks(codes[order], scales[order], self._grid_of(tensor))
+            return to_blocks(codes[order], scales[order], self._grid(tensor))
         same = all(self._same(self.model.reader.get(key), key) for key in keys)
         # a run changes blocks alone
         if not same and not tensor.name.startswith("blk."):
@@ -284,18 +285,18 @@ class Contents:
         )
         return quantised(values.numpy(), kind)
 
-    def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
-        return any(key in self.model.linears for key in self.keys.get(tensor.name, ()))
-
-    def _grid_of(self, tensor: gguf.ReaderTensor) -> Grid:
-        """The grid of the linears that a tensor of the template has. ModelError if those of experts differ."""
+    def _grid(self, tensor: gguf.ReaderTensor) -> Grid:
+        """The grid of a tensor of linears; a ModelError if they are on several."""
         grids = {self.model.grids[key].name for key in self.keys[tensor.name]}
         if len(grids) > 1:
+            names = " and ".join(sorted(grids))
             raise ModelError(
-                f"{tensor.name} has experts on several grids ({', '.join(sorted(grids))}), and stores one type; prune "
-                "with --grid"
+                f"{tensor.name} has experts on the grids {names}; prune all with one"
             )
         return GRIDS[grids.pop()]
+
+    def _is_linear(self, tensor: gguf.ReaderTensor) -> bool:
+        return any(key in self.model.linears for key in self.keys.get(tensor.name, ()))
 
     def _same(self, value: Tensor, key: str) -> bool:
         return torch.equal(value.float(), self.dense.get(key).float())

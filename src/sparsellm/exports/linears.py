@@ -62,8 +62,7 @@ class OnGrid:
         return GRIDS[max(weights, key=weights.__getitem__)]
 
     def codes(self, key: str) -> tuple[Tensor, Tensor]:
-        """Int8 numbers ``(out, in)`` and scales, fp32 ``(out, groups)``, which the weight's dtype has if the grid has
-        no parts; StorageError if off the grid."""
+        """Numbers and scales of a linear, as of :func:`~sparsepack.grid.codes_of`; StorageError if off the grid."""
         stored = self.reader.get(key)
         if key in self.transposed:
             weight = stored.t().contiguous()

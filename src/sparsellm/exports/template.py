@@ -74,7 +74,7 @@ class Template:
         return field.contents()
 
     def keys_of(self, keys: Sequence[str]) -> dict[str, list[str]]:
-        """The tensors of a checkpoint by their name in GGUF; those of experts, which it stacks, in their order."""
+        """The tensors of a checkpoint by their name in GGUF: one, or those of all experts in order."""
         stacked: dict[str, dict[int, str]] = {}
         for key in keys:
             plain = re.sub(r"(?<=\.experts)\.\d+(?=\.)", "", key)
@@ -86,7 +86,10 @@ class Template:
             name = next(filter(None, names), None)
             if name is not None:
                 expert = re.search(r"(?<=\.experts\.)\d+(?=\.)", key)
-                stacked.setdefault(name, {})[int(expert.group()) if expert else 0] = key
+                number = 0
+                if expert is not None:
+                    number = int(expert.group())
+                stacked.setdefault(name, {})[number] = key
         return {
             name: [key for _, key in sorted(of.items())] for name, of in stacked.items()
         }
@@ -96,7 +99,8 @@ class Template:
     ) -> Change | None:
         """The change that makes ``tensor`` of the dense model's rows ``(rows, columns)``, by one of these orders.
 
-        A tensor in floating point must be equal, a quantised one near. None if no change does it, or several do."""
+        A tensor in floating point must be equal, if need be after it is rounded to the dense one's dtype; a quantised
+        one near. None if no change does it, or several do."""
         if dense.numel() != tensor.n_elements or any(
             len(order) != len(dense) for order in orders
         ):
@@ -120,10 +124,11 @@ def rows_of(tensor: gguf.ReaderTensor) -> int:
 
 
 def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
-    """The orders of rows in which llama.cpp's converter may store a matrix, each once.
+    """The orders of rows in which llama.cpp's converter may store a matrix of ``heads`` heads, each once.
 
-    As they are; the halves of each head interleaved (Llama's q and k); or q, k and v apart that are stored next to each
-    other, those of each head or group of heads (BLOOM, GPT-NeoX, Falcon). ``groups`` are possible numbers of groups."""
+    Rows stay as they are; or the two halves of each head are interleaved (Llama's q and k); or q, k and v, which the
+    checkpoint has next to each other in each head or group of heads, are taken apart (BLOOM, GPT-NeoX, Falcon).
+    ``groups`` are the numbers of heads, or of groups, to try."""
     order = torch.arange(rows)
     orders = [order]
     for count in groups:
@@ -131,23 +136,17 @@ def orders_of(rows: int, heads: int, groups: Iterable[int]) -> list[Tensor]:
             orders.append(order.view(count, 2, -1).transpose(1, 2).reshape(-1))
         if heads % count == 0 and rows % (heads + 2 * count) == 0:
             grouped = order.view(count, heads // count + 2, -1)
-            orders.append(
-                torch.cat(
-                    [
-                        part.reshape(-1)
-                        for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
-                    ]
-                )
-            )
-    return [
-        tensor
-        for i, tensor in enumerate(orders)
-        if not any(torch.equal(tensor, other) for other in orders[:i])
-    ]
+            parts = (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
+            orders.append(torch.cat([part.reshape(-1) for part in parts]))
+    different: list[Tensor] = []
+    for found in orders:
+        if not any(torch.equal(found, other) for other in different):
+            different.append(found)
+    return different
 
 
 def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
-    """Whether a change makes the tensor of the dense model's; some rows at a time, in fp32."""
+    """Whether a change makes the template's tensor out of the dense model's. A few rows are compared at a time."""
     dtype = EXACT.get(tensor.tensor_type.name)
     rows = rows_of(tensor)
     stored = tensor.data.reshape(rows, -1)
@@ -159,7 +158,13 @@ def _fits(tensor: gguf.ReaderTensor, dense: Tensor, change: Change) -> bool:
             part.stop - start, -1
         )
         ours = dense[change.order[part]].float() + change.shift
-        if dtype is not None and not torch.equal(ours.to(dtype).float(), known):
+        # A template may have been rounded to the dense model's dtype when it was converted.
+        rounded = (known - change.shift).to(dense.dtype)
+        if (
+            dtype is not None
+            and not torch.equal(ours.to(dtype).float(), known)
+            and not torch.equal(rounded, dense[change.order[part]])
+        ):
             return False
         if dtype is None and float((ours - known).square().sum()) > NEAR * float(
             known.square().sum()

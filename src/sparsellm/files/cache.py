@@ -34,9 +34,9 @@ def cached(
     make: Callable[[Path], Path],
     is_valid: Callable[[Path], bool] = Path.exists,
 ) -> Path:
-    """``final``, which ``make`` makes in a temporary directory if it is not there yet, or not valid. One process at a
-    time makes it; the others wait. Directories that killed processes left next to it are removed. A ModelError says
-    that it cannot be written, or that another user can have made or changed it."""
+    """``final``, which ``make`` makes in a temporary directory if it is not there yet, or not valid: what is damaged is
+    replaced. One process at a time makes it; the others wait. Directories that killed processes left next to it are
+    removed. A ModelError says that it cannot be written, or that another user can have made or changed it."""
     key = final.name[:16]
     folder = final.parent
     try:
@@ -69,6 +69,8 @@ def cached(
                 for path in (made, *made.rglob("*")):
                     path.chmod(path.stat().st_mode & ~_OTHERS_WRITE)
                 sync_tree(made) if made.is_dir() else sync(made)
+                if final.is_dir():  # damaged; a directory is only renamed to a new name
+                    os.replace(final, Path(temporary) / "damaged")
                 os.replace(made, final)
                 sync(folder)
     except (OSError, SafetensorError) as error:

@@ -81,6 +81,18 @@ def foreign_entries(directory: Path) -> list[str]:
     return [f"{name} (changed)" if name in known else name for name in others]
 
 
+def is_intact(directory: Path) -> bool:
+    """Whether a directory has the files in its list, with their digests, and no others."""
+    listed = listed_files(directory)
+    if listed is None:
+        return False
+    try:
+        there = all((directory / name).is_file() for name in listed)
+        return there and not foreign_entries(directory)
+    except OSError:
+        return False
+
+
 def check_weights(directory: Path) -> None:
     """Raises StorageError, with the weight files that differ, if a result has other weights than those that its numbers
     are of. Whatever shows or keeps a number of a result calls this; see :func:`weights_difference`."""

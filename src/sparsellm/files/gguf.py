@@ -17,13 +17,14 @@ import torch
 
 from sparsellm.errors import MemoryBudgetError, ModelError, one_line
 from sparsellm.files.cache import cache_dir, cached
+from sparsellm.files.contents import is_intact, write_list
 from sparsellm.files.directory import check_room
 from sparsellm.files.files import sha256
 from sparsellm.files.gguf_header import check_header
 from sparsellm.machine import free_memory
 from sparsepack.files import read_bytes
 
-FORMAT = 5  # part of the cache key: raise it when the output of this file changes
+FORMAT = 6  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
 # Pre-tokenizers by llama.cpp's names. _DIGITS split off each digit, and transformers takes them for GPT-2's; _PLAIN are
 # GPT-2's, or in files whose text is not split; releases of transformers without a table find _BY_MODEL by the model.
@@ -60,33 +61,38 @@ _LARGEST_GEMMAS = {
 _TURN_ENDS = ("<end_of_turn>", "<|end|>", "<|im_end|>", "<|eot_id|>")
 
 
-def gguf_checkpoint(path: Path) -> Path:
-    """The checkpoint directory for a GGUF file: converted on the first call, taken from the cache on later ones.
+def gguf_checkpoint(path: Path, dtype: str = "auto") -> Path:
+    """The checkpoint directory for a GGUF file: converted on the first call, taken from the cache on later ones, where
+    each verifies the SHA-256 of every file, and one that is damaged is converted again.
 
     It holds safetensors shards, a config without quantisation, the tokenizer with its chat template, and the generation
-    config. transformers reads the file and maps its tensors; no code from a checkpoint runs. A block-quantised weight
-    is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, in which it is stored. The cache key is
-    the SHA-256 of the contents, so the file may be moved, and the version of transformers. A ModelError says that
+    config. transformers reads the file and maps its tensors; no code from a checkpoint runs.
+
+    Weights are rounded to bfloat16, in which models are published, unless ``dtype`` is ``float32``: that is exact for
+    block-quantised weights, small integers times an fp16 scale, plus an fp16 minimum. The cache key is the SHA-256 of
+    the contents, so the file may be moved, with the dtype and the version of transformers. A ModelError says that
     transformers cannot convert the file, or would lose a part of it, or that the cache cannot be written."""
     if (magic := read_bytes(path, len(_MAGIC), ModelError)[: len(_MAGIC)]) != _MAGIC:
         raise ModelError(
             f"{path} is not a GGUF file: it starts with {magic!r}, not {_MAGIC!r}"
         )
+    stored = "float32" if dtype == "float32" else "bfloat16"
     made_by = f"v{FORMAT}-{metadata.version('transformers')}"
     return cached(
-        cache_dir() / "gguf" / f"{sha256(path)}-float32-{made_by}",
-        partial(_convert, path),
+        cache_dir() / "gguf" / f"{sha256(path)}-{stored}-{made_by}",
+        partial(_convert, path, getattr(torch, stored)),
+        is_intact,
     )
 
 
-def _convert(path: Path, folder: Path) -> Path:
-    """The directory of the checkpoint, made in ``folder``."""
+def _convert(path: Path, dtype: torch.dtype, folder: Path) -> Path:
+    """The directory of the checkpoint with parameters in ``dtype``, made in ``folder``."""
     unread, split, weights = check_header(path)
     if split not in _DIGITS | _PLAIN | _known_splits():
         raise ModelError(
             f"{path} splits text as {split}; give a Hugging Face checkpoint, or update transformers"
         )
-    check_room(folder, 4 * weights)
+    check_room(folder, dtype.itemsize * weights)
     if 4 * weights > (free := free_memory()):  # transformers holds all of them in fp32
         said = f"{path} has {weights:,} weights: converting them takes {4 * weights / 1e9:.1f} GB of memory, and"
         raise MemoryBudgetError(
@@ -132,7 +138,9 @@ def _convert(path: Path, folder: Path) -> Path:
         _complete(path, model.config.get_text_config())
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config)
-        plain.load_state_dict(model.to(torch.float32).state_dict(), assign=True)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        plain.load_state_dict(model.state_dict(), assign=True)
         plain.tie_weights()
         _refuse_lost(path, unread, plain)
         if split in _DIGITS:
@@ -147,7 +155,7 @@ def _convert(path: Path, folder: Path) -> Path:
             plain.generation_config.eos_token_id = sorted(
                 {known, *tokenizer.convert_tokens_to_ids(ends)}
             )
-        plain.config.dtype = model.dtype
+        plain.config.dtype = dtype
         plain.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     settings = directory / "tokenizer_config.json"
@@ -159,6 +167,7 @@ def _convert(path: Path, folder: Path) -> Path:
     settings.write_text(
         json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+    write_list(directory, {})
     return directory
 
 

@@ -43,6 +43,9 @@ def check_name(model: str, argument: str = "model") -> None:
 def not_found(model: str, argument: str, reason: str = "") -> ModelError:
     """The error for a model that is not a directory here, with the ``reason`` for which it is not on the hub either."""
     hint = _similar(Path(model)) or GIVE
+    address = re.match(r"https?://huggingface\.co/([^/]+/[^/?#]+)", model)
+    if address is not None:
+        hint = f"write the id alone: {address[1]}"
     also = f", and {reason}" if reason else ""
     return ModelError(
         f"{argument} {model!r} not found: there is no such directory{also}; {hint}"

@@ -40,13 +40,17 @@ _COPIES = ["consolidated*", "*/*.safetensors"]  # the weights in other forms
 
 
 def checkpoint_directory(
-    model: str, argument: str = "model", check: Callable[[Path], object] | None = None
+    model: str,
+    argument: str = "model",
+    check: Callable[[Path], object] | None = None,
+    *,
+    dtype: str = "auto",
 ) -> Path:
     """The directory of a checkpoint, which is downloaded or converted first if needed. A ModelError, which calls the
     model by the name of its ``argument``, says that there is none, or that it cannot be fetched. ``check`` is called
-    with the directory of its config before weights are downloaded."""
+    with the directory of its config before weights are downloaded; ``dtype`` is that of :func:`gguf_checkpoint`."""
     if model == "demo":
-        return remember(gguf_checkpoint(demo_gguf()), model)
+        return remember(gguf_checkpoint(demo_gguf(), dtype), model)
     check_name(model, argument)
     try:
         path = Path(model).expanduser()
@@ -66,7 +70,7 @@ def checkpoint_directory(
             raise ModelError(
                 f"{argument} {model} is not a file; give the path of a .gguf file"
             )
-        return remember(gguf_checkpoint(path), model)
+        return remember(gguf_checkpoint(path, dtype), model)
     if path.is_dir():
         if adapter := adapter_in(path):
             raise ModelError(f"{argument} {adapter}")
@@ -82,7 +86,7 @@ def checkpoint_directory(
     return _from_hub(model, argument)
 
 
-def config_place(model: str) -> Path:
+def config_place(model: str, dtype: str = "auto") -> Path:
     """A directory with the config of a model, or its config file, to plan with: as :func:`checkpoint_directory`, but of
     a hub id, only the config is downloaded if it is not there."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # it cannot be a path
@@ -92,7 +96,7 @@ def config_place(model: str) -> Path:
         if not path.exists() and model != "demo" and path.suffix != ".gguf":
             check_name(model)
             return _from_hub(model, "model", _CONFIG)
-    return checkpoint_directory(model)
+    return checkpoint_directory(model, dtype=dtype)
 
 
 def _from_hub(model: str, argument: str, files: list[str] = _HUB_FILES) -> Path:

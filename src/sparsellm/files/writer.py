@@ -38,9 +38,8 @@ FOREIGN_CONFIG_KEYS = (
     "transformers_weights",
 )
 
-SHARD_BYTES = (
-    512 << 20
-)  # of a shard that holds several blocks, which are in memory together
+# the most bytes of a shard with several blocks, which are in memory together
+SHARD_BYTES = 512 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -76,7 +76,7 @@ def choosing(
 
 @contextlib.contextmanager
 def replacing(forwards: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
-    """Sets another ``forward`` on each of these modules, until the context ends; then one set before is restored."""
+    """Until the context ends, each of these modules has another ``forward``; then one set before is restored."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward

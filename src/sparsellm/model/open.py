@@ -103,6 +103,12 @@ def load_tokenizer(
     directory: Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory. A ModelError says that there is none, or that it cannot be used."""
+    for path in directory.iterdir():
+        # transformers would wait for a pipe's writer
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelError(
+                f"{path} is not an ordinary file; replace it by the original model's"
+            )
     if (settings := directory / "tokenizer_config.json").exists():
         read_object(settings, error=ModelError)
     try:

@@ -60,7 +60,7 @@ class Feed:
 
     def own(self) -> tuple[Feed, slice]:
         """A feed of this process's share of the windows, and the slice of that share. If there are fewer windows than
-        processes, some get an empty slice, and a feed of the first window: all processes must load the same blocks."""
+        processes, some get an empty slice, and a feed of the first window, since no feed is empty."""
         places = parallel.own_slice(
             len(self.windows), windows_of(self.batch_tokens, self.seq_len)
         )

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparsellm import parallel
 from sparsellm.errors import ModelError, NumericalError, some
 from sparsellm.files.reader import WEIGHT_DTYPES, CheckpointReader, Outline, not_finite
 from sparsellm.files.writer import TensorSource
@@ -307,8 +306,7 @@ class ModelWeights:
         self, index: int, pruned: CheckpointReader | None = None
     ) -> Iterator[nn.Module]:
         """Loads the weights of block ``index`` onto the device, in the computing dtype, until the context ends. Those
-        in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good. All
-        processes load the same blocks in the same order, since one of each machine reads them."""
+        in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good."""
         try:
             self._load(self.names_of(index), pruned)
             yield self.blocks[index]
@@ -392,9 +390,7 @@ class ModelWeights:
         return self.parts[name].of(tensors[key])
 
     def _read(self, name: str, reader: CheckpointReader) -> Tensor:
-        value, _ = parallel.once_a_machine(
-            lambda: (reader.get(self.key_of[name], self.device), None), self.device
-        )
+        value = reader.get(self.key_of[name], self.device)
         # patterns, in which "*" is anything
         wide = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         if not value.is_floating_point():

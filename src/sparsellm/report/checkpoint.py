@@ -25,7 +25,7 @@ from sparsellm.records import (
 from sparsellm.report.charts import megabytes, number, percent
 from sparsepack.bench import Pair, weight_file_bytes
 
-_TEXTS = ("c4-sample", "pydoc", "wikitext2", "ptb", "c4")
+_TEXTS = ("c4-sample", "pydoc", "wikitext2")
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,8 @@ def _speeds(record: Checkpoint) -> list[Row]:
     benchmark, pair = measured
     packed = pair.packed
     rows = []
-    detail = f"{benchmark.packed_name or 'packed'}, batch {packed.batch}, {packed.threads} threads"
+    packed_name = benchmark.packed_name or "packed"
+    detail = f"{packed_name}, batch {packed.batch}, {packed.threads} threads, dense in {benchmark.dense_dtype}"
     for how, dense in pair.against:
         rows.append(
             Row(

@@ -54,6 +54,7 @@ LEAST = 0.5
 MOST = 1.5
 UNLIMITED = 1 << 62  # bytes
 DISK = 1e9  # bytes read, checked or written in a second
+BLOCK_STEP = 0.009  # seconds of a block in a step of the sweep, however small it is
 BUSY = 0.5  # share of a large product's speed that passes with gradients reach
 EFFICIENCY = 0.4  # share of a data sheet's speed that is assumed to be reached
 # By solver: fp32 copies of the largest weight, matrices as large as its Gram matrix, products of each weight with one.
@@ -172,6 +173,7 @@ class Extent:
 class Work:
     """The sizes of a model that the formulas take."""
 
+    blocks: int
     weights: int  # elements of all blocks
     largest: int  # elements of the largest block
     active: float  # weights of all blocks that a token runs through
@@ -206,6 +208,7 @@ class Work:
             solving += 2.0 * linear.in_features**2 * linear.out_features
         largest = max(linears, key=lambda x: x.in_features * x.out_features)
         return cls(
+            blocks=len(chain),
             weights=sum(sizes),
             largest=max(sizes),
             active=active,
@@ -366,7 +369,8 @@ def _seconds(
     # 9. The sweep: the dense model once, forward and back with the block run again; Adam moves 32 bytes a weight.
     swept = extent.swept / (extent.ranks if sweep in RESIDENT else 1)
     sweeping = swept * 5 * (forward + head) / BUSY
-    sweeping += swept / STEP_TOKENS * work.weights * 32 / speeds.memory
+    moving = work.weights * 32 / speeds.memory
+    sweeping += swept / STEP_TOKENS * (moving + work.blocks * BLOCK_STEP)
     # 10. The checkpoint is read and checked, and every copy of it is written.
     reading = stored / DISK
     return {

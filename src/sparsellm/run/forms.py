@@ -81,7 +81,8 @@ def least_bytes(program: str, shapes: Sequence[tuple[int, int]]) -> int:
     """The least bytes of linears with these shapes in the forms of a program."""
     total = 0
     for shape in shapes:
-        total += min(form_bytes(form, shape) for form in forms_for(program, shape[1]))
+        sizes = [form_bytes(form, shape) for form in forms_for(program, shape[1])]
+        total += min(sizes, default=0)
     return total
 
 

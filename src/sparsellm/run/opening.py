@@ -67,7 +67,15 @@ def open_models(request: Request) -> Models:
         named["teacher"] = teacher
     check = partial(load_config, trust_remote_code=trust)
     sources = [
-        parallel.main_first(partial(checkpoint_directory, str(given), argument, check))
+        parallel.main_first(
+            partial(
+                checkpoint_directory,
+                str(given),
+                argument,
+                check,
+                dtype=recipe.dtype,
+            )
+        )
         for argument, given in named.items()
         if not isinstance(given, PreTrainedModel)
     ]

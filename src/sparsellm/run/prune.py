@@ -14,6 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts, machine, parallel
 from sparsellm.errors import NumericalError
+from sparsellm.files.contents import check_weights
 from sparsellm.files.directory import check_room, check_unfinished, partial_of
 from sparsellm.inputs import without_folders
 from sparsellm.model import Chain, Feed
@@ -125,7 +126,8 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
 
 
 def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None:
-    """The record of the complete run in a request's ``out``, if it is this one: the same settings, model and text."""
+    """The record of the complete run in a request's ``out``, if it is this one: the same settings, model and text.
+    Raises StorageError if its weights were replaced since."""
     if request.out is None or not (Path(request.out) / PRUNING).is_file():
         return None
     clock = PhaseClock()
@@ -138,6 +140,7 @@ def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None
     known = read_pruning(Path(request.out))
     if known.identity != to_jsonable_python(asdict(decided.identity)):
         return None
+    check_weights(Path(request.out))
     return known
 
 

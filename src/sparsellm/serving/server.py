@@ -86,6 +86,8 @@ def open_door(settings: ServerSettings) -> tuple[socket.socket, str | None]:
         why = f"not available: {getattr(failed, 'strerror', failed)}"
         if busy:
             why = "in use; stop what listens there, or give another --port"
+        elif isinstance(failed, socket.gaierror):
+            why = f"not available, because this name is unknown ({failed.strerror}); give --host 127.0.0.1"
         raise RecipeError(f"port {port} of {host!r:.100} is {why}") from None
     return listening, key
 

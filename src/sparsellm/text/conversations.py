@@ -83,9 +83,10 @@ class _Renderer:
             assert process.stdout is not None
             said = ""
             try:
-                process.stdin.write(f"{line}\n")
-                process.stdin.flush()
-                said = process.stdout.readline()
+                if process.poll() is None:
+                    process.stdin.write(f"{line}\n")
+                    process.stdin.flush()
+                    said = process.stdout.readline()
             except BrokenPipeError:
                 pass  # it has ended
             finally:

@@ -7,6 +7,7 @@ mixture is several of them, each with its share of the windows: ``wiki.txt:0.5,h
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +148,14 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
 
 def _refuse_mixture(source: str) -> None:
     """Raises DataError for what was meant as a mixture: sources with commas, one of them without a share above 0."""
-    if "," not in source or os.path.isfile(os.path.expanduser(source)):
+    if os.path.isfile(os.path.expanduser(source)):
+        return
+    single, _, share = source.rpartition(":")
+    if "," not in source:
+        if re.fullmatch(r"[\d.]+", share) and single:
+            raise DataError(
+                f"{shown(source)} gives a share to its only text; write {single}"
+            )
         return
     parts = [part.strip() for part in source.split(",")]
     names = [part.rpartition(":")[0] or part for part in parts]

@@ -37,17 +37,6 @@ def solve(
     return entry.function(weight, gram, pattern, **entry.check(options))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_papers_and_options_are_described(name: str):
-    entry = SOLVERS[name]
-    assert entry.paper.startswith("arXiv ")
-    assert entry.summary
-    assert all(option.description for option in entry.options.model_fields.values())
-    assert not any(
-        option.is_required() for option in entry.options.model_fields.values()
-    )
-
-
 def assert_sound(
     result: Solution, weight: torch.Tensor, gram: Gram, pattern: Pattern
 ) -> None:

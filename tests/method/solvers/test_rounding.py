@@ -151,7 +151,9 @@ def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
 
 
 @pytest.mark.usefixtures("loop")
-@pytest.mark.parametrize("name", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k"])
+@pytest.mark.parametrize(
+    "name", ["q5_0", "iq4_nl", "iq4_xs", "q3_k", "q6_k", "q2_k", "q4_k"]
+)
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_types_of_gguf_are_read_again_and_better_than_nearest(
     name: str, dtype: torch.dtype
@@ -432,7 +434,6 @@ def test_in_a_dense_weight_zero_is_a_number_like_the_others(values: str) -> None
         assert int((result.unrounded[zero] != 0).sum()) > 0.5 * int(zero.sum())
 
 
-@pytest.mark.parametrize("values", ["int4", "int3", "q4_0"])
 @pytest.mark.parametrize("values", ["int4", "int3", "q4_0", "iq4_nl"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_loops_end_alike(

@@ -28,7 +28,6 @@ from sparsellm.records import Iteration
 
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
 PAYS = 0.75  # sparsity from which they do
-WITHOUT = "pruned without auxiliary variables"  # note of the last linear of a unit
 
 # the unit of a block, before it is read into tensors
 Unit = FeedForwardUnit[LinearView]
@@ -49,37 +48,38 @@ def units_to_alternate(
     for unit in find_feed_forward(
         task.linears, lambda: task.stream.run_window(task.index)
     ):
-        names = {linear.name for linear in unit.linears().values()}
+        linears = unit.linears().values()
+        fits = unit.gate is None and unit.activation is relu
+        if asked is None:
+            patterns = [task.patterns[linear.name] for linear in linears]
+            if not fits or not _pay(solver, patterns):
+                continue
+        names = {linear.name for linear in linears}
         for place, sublayer in enumerate(sublayers):
             if not names <= sublayer.names:
                 continue
-            patterns = [task.patterns[name] for name in names]
-            rounds = asked
-            if asked is None and _pay(solver, patterns):
-                rounds = ROUNDS
-            if unit.gate is not None or unit.activation is not relu:
-                if asked:
-                    task.note(
-                        unit.down, f"{WITHOUT}, which are for two-layer ReLU units"
-                    )
-            elif rounds and asked is None and parallel.size() > 1:
-                task.note(unit.down, f"{WITHOUT}, which work in one process only")
-            elif rounds and names < sublayer.names:
-                # the rest of attention is in a unit's sublayer where its writer stays dense
-                task.note(unit.down, f"{WITHOUT}: its sublayer has other linears")
-            elif rounds:
-                chosen[place] = unit, rounds
+            if not fits:
+                why = ", which are for two-layer ReLU units"
+            elif asked is None and parallel.size() > 1:
+                why = ", which work in one process only"
+            elif names < sublayer.names:
+                # the rest of attention is there too where its writer stays dense
+                why = ": its sublayer has other linears"
+            else:
+                chosen[place] = unit, asked or ROUNDS
+                continue
+            task.note(unit.down, f"pruned without auxiliary variables{why}")
     return chosen
 
 
 def _pay(solver: str, patterns: Sequence[Pattern]) -> bool:
     """Whether auxiliary variables pay in a two-layer ReLU unit with these patterns."""
     sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
-    fixed = all(isinstance(pattern, NM) for pattern in patterns)
-    return sparsity >= PAYS and (solver, fixed) in (
-        ("sparsegpt", False),
-        ("admm", True),
-    )
+    if sparsity < PAYS:
+        return False
+    if all(isinstance(pattern, NM) for pattern in patterns):
+        return solver == "admm"
+    return solver == "sparsegpt"
 
 
 def prune_unit(

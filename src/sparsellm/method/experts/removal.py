@@ -197,7 +197,8 @@ class _Rest:
         # With few tokens the fit would follow their noise.
         damping = DAMPING * (1 + down.in_features / gram.tokens)
         fit = partial(least_squares, gram.finish(), cross.finish(), damping, dense)
-        fitted, _ = parallel.once_a_machine(fit, dense.device)
+        # one process computes it, with all threads, and all have its bits
+        fitted = parallel.from_main(lambda: fit().weight.cpu()).to(device)
         for position, places, inner in self.rows(number):
             self.rest[position] = self.rest[position].index_add_(
                 0, places, inner @ (dense - fitted).T

@@ -16,6 +16,7 @@ G. Then three things lower the error in the metric of G itself:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,8 +32,6 @@ from sparsepack import native
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
 from sparsepack.grid import (
     FEW,
-    LARGEST_FP16,
-    LEAST,
     Groups,
     as_stored,
     in_units,
@@ -40,6 +39,8 @@ from sparsepack.grid import (
     scales_of,
     split,
 )
+from sparsepack.grids import LARGEST_FP16, LEAST
+from sparsepack.minima import lines_of, numbers_of
 
 # Products of a weight with its Gram matrix that take as long: 80 in linears with 576 inputs, 32 with 2048 to 5632.
 PRODUCTS = 35
@@ -48,6 +49,7 @@ PRODUCTS = 35
 FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))
 DAMPING = 0.1  # in units of the inputs' mean square: without it, values fit the text of calibration more than others
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
+ENDS = 6  # fractions that are tried for each end of a group with a minimum
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
 # bounds of the change of a scale in a turn, for systems that are nearly singular
 FACTORS = (
@@ -132,6 +134,8 @@ def _fitted(
     dtype: torch.dtype,
 ) -> Rounded:
     """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes."""
+    if groups.grid is not None and groups.grid.minima:
+        return _on_lines(start, target, gram, groups, dtype)
     grid = _Grid(start, gram, powers, groups, dtype)
     first, notes = _one_after_another(grid, target, gram)
     weight, best, scales = _Descent(grid, first, target, gram).run()
@@ -207,7 +211,7 @@ class _Grid:
         if groups.parts:
             self.first = self._whole_parts(grouped, extreme, curvature)
         free = torch.ones_like(grouped)
-        if 0 in groups.levels.numbers or not groups.dense:
+        if groups.grid is None or 0 in groups.levels.numbers:
             free = (grouped != 0).to(weight.dtype)
         # (out, in) bool: neither a zero that stays nor an anchor
         self.free = groups.spread(free.scatter_(1, places, 0.0)) != 0
@@ -472,6 +476,112 @@ class _Descent:
         return moves, gained
 
 
+def _on_lines(
+    start: Tensor, target: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype
+) -> Rounded:
+    """:func:`_fitted` on a grid with minima.
+
+    Numbers times scales are fitted to the target less the minima, unrounded; they are rounded to ``dtype`` at last."""
+    grid = _Lines(start, gram, groups)
+    goal = target - grid.spread(grid.minima)
+    first, notes = _one_after_another(grid, goal, gram)
+    descent = _DescentOfLines(grid, first, target, gram)
+    above, best, scales = descent.run()
+    minima = grid.spread(descent.minima)
+    weight = (above + minima).to(dtype).float().add_(0.0)
+    unrounded = grid.near(weight, best + minima, scales, minima, dtype)
+    return Rounded(weight, unrounded, None, notes)
+
+
+class _Lines(_Grid):
+    """A grid with minima: scales and minima of its groups, anchors, and the nearest weight, less the minima."""
+
+    def __init__(self, weight: Tensor, gram: Gram, groups: Groups) -> None:
+        grid = groups.grid
+        assert grid is not None
+        self.grid = grid
+        self.dtype = torch.float32
+        self.groups = groups
+        self.powers = torch.ones_like(gram.diagonal)
+        grouped = groups.collect(weight)
+        curvature = groups.collect(gram.diagonal.clamp(min=1e-30).expand_as(weight))
+        lowest = grouped.amin(1, keepdim=True).clamp_(max=0)
+        highest = grouped.amax(1, keepdim=True)
+        scales = (highest - lowest) / grid.highest
+        minima = lowest
+        least = torch.full_like(lowest, math.inf)
+        for below, above in itertools.product(FRACTIONS[:ENDS], repeat=2):
+            end = lowest * below
+            steps = (highest * above - end) / grid.highest
+            steps, depths = lines_of(steps, end, grid)
+            numbers = numbers_of(grouped, steps, depths, grid)
+            error = numbers.mul_(steps).add_(depths).sub_(grouped)
+            error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
+            scales = torch.where(error < least, steps, scales)
+            minima = torch.where(error < least, depths, minima)
+            least = torch.minimum(error, least)
+        self.first, self.minima = lines_of(scales, minima, grid)
+        numbers = numbers_of(grouped, self.first, self.minima, grid)
+        self.nearest = self.spread(numbers * self.first)
+        free = torch.ones_like(grouped)
+        free.scatter_(1, grouped.argmax(1, keepdim=True), 0.0)
+        # A group without a minimum has no value that stands for it.
+        ends = (self.minima == 0).to(free.dtype)
+        places = grouped.argmin(1, keepdim=True)
+        free.scatter_(1, places, torch.minimum(free.gather(1, places), ends))
+        self.free = groups.spread(free) != 0
+
+    def spread(self, of_groups: Tensor) -> Tensor:
+        """What groups have, ``(groups, 1)`` or one for each value, as a matrix ``(out, in)``."""
+        return self.groups.spread(of_groups.expand(-1, self.groups.size))
+
+    def near(
+        self,
+        weight: Tensor,
+        best: Tensor,
+        scales: Tensor,
+        minima: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """:meth:`within_cells`, for these scales ``(groups, 1)`` and minima ``(out, in)``."""
+        steps = self.spread(scales)
+        moved = weight + (best - weight).clamp(-CELL * steps, CELL * steps)
+        moved = torch.minimum(moved.maximum(minima), minima + self.grid.highest * steps)
+        moved = torch.where(self.free, moved, weight).to(dtype).float()
+        again = on_grid_of(self.groups, moved, dtype, self.powers)
+        return torch.where(again == weight, moved, weight)
+
+
+class _DescentOfLines(_Descent):
+    """Scales and minima, and numbers, in turn."""
+
+    def __init__(self, grid: _Lines, start: Tensor, target: Tensor, gram: Gram) -> None:
+        self.lines = grid
+        self.minima = grid.minima  # (groups, 1)
+        self.whole = target
+        super().__init__(grid, start, target - grid.spread(grid.minima), gram)
+
+    def _fit_scales(self) -> None:
+        """As of :class:`_Descent`, for scales and minima together. A group without a minimum gets none."""
+        lines = self.lines
+        scales, minima = best_lines(
+            self.columns.T, self.slope.T, self.matrix, lines.groups, self.minima
+        )
+        scales, minima = lines_of(self.scales * scales, minima, lines.grid)
+        numbers = lines.numbers(self.columns, lines.scales(self.scales).T.contiguous())
+        columns = numbers.mul_(lines.scales(scales).T)
+        target = (self.whole - lines.spread(minima)).T.contiguous()
+        slope = self.matrix @ (columns - target)
+        error = (columns - target).mul_(slope).sum(dim=0)
+        worse = ~(error < self._errors(self.columns, self.slope))  # (out,)
+        of_groups = worse.repeat_interleave(len(scales) // len(worse))[:, None]
+        self.columns = torch.where(worse, self.columns, columns)
+        self.slope = torch.where(worse, self.slope, slope)
+        self.target = torch.where(worse, self.target, target)
+        self.scales = torch.where(of_groups, self.scales, scales)
+        self.minima = torch.where(of_groups, self.minima, minima)
+
+
 def best_factors(
     weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups
 ) -> Tensor:
@@ -513,3 +623,45 @@ def best_factors(
             (failed == 0).unsqueeze(1) & change.isfinite(), change, 0.0
         )
     return factors.clamp_(*FACTORS)
+
+
+def best_lines(
+    above: Tensor, slope: Tensor, matrix: Tensor, groups: Groups, minima: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Least-squares factors of scales, and minima, ``(groups, 1)``, of a weight whose part ``above (out, in)`` its
+    ``minima`` is given; as in :func:`best_factors`, with a second vector for each group, 1 in its columns. Minima of 0
+    stay."""
+    size = groups.size
+    count = above.shape[1] // size  # groups of a row
+    of_rows = minima.view(len(above), count)
+    factors = torch.ones_like(of_rows)
+    shifts = torch.zeros_like(of_rows)
+    sums = matrix.view(len(matrix), count, size).sum(dim=2)  # (in, groups)
+    ones = sums.view(count, size, count).sum(dim=1)  # (groups, groups)
+    rows = max(1, SYSTEMS // max(4 * count**2, above.shape[1]))
+    for top in range(0, len(above), rows):
+        part = above[top : top + rows].contiguous()
+        few = len(part)
+        free = (of_rows[top : top + rows] != 0).to(part.dtype)
+        system = part.new_zeros(few, 2 * count, 2 * count)
+        for number in range(count):
+            inside = slice(number * size, (number + 1) * size)
+            products = (part[:, inside] @ matrix[inside]).mul_(part)
+            system[:, number, :count] = products.view(few, count, size).sum(dim=2)
+            crossed = (part[:, inside] @ sums[inside]).mul_(free)
+            system[:, count:, number] = crossed
+        system[:, count:, count:] = ones * free[:, :, None] * free[:, None, :]
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal.mul_(1 + RIDGE).masked_fill_(diagonal <= 0, 1.0)
+        slopes = slope[top : top + rows]
+        along = (slopes * part).reshape(few, count, size).sum(dim=2)
+        across = slopes.reshape(few, count, size).sum(dim=2).mul_(free)
+        lower, failed = torch.linalg.cholesky_ex(system)
+        goal = torch.cat((along, across), dim=1)[:, :, None]
+        change = torch.cholesky_solve(goal, lower).squeeze(2)
+        known = (failed == 0)[:, None] & change.isfinite().all(1, keepdim=True)
+        change = torch.where(known, change, 0.0)
+        factors[top : top + rows] -= change[:, :count]
+        shifts[top : top + rows] -= change[:, count:]
+    factors = factors.clamp_(*FACTORS).view(-1, 1)
+    return factors, minima + shifts.view(-1, 1)

@@ -33,9 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from sparsellm import machine, parallel
 from sparsellm.method.sweep.sweep_task import (
     Residence,
-    Run,
     SweepStep,
     SweepTask,
+    TrainingSet,
     Weights,
 )
 from sparsellm.method.sweep.training import adam_step, joined, split
@@ -103,7 +103,7 @@ class Resident(Weights):
         self.keep_saved()
 
     def _divided(self, opened: contextlib.ExitStack) -> DeviceMesh:
-        """All processes, in one dimension; a group of one where this process is alone."""
+        """A mesh of all processes, in one dimension. A process that works alone gets a mesh of itself."""
         if not dist.is_initialized():
             dist.init_process_group(
                 parallel.backend(), store=HashStore(), rank=0, world_size=1
@@ -231,7 +231,7 @@ class Resident(Weights):
         return steps
 
     def outputs(
-        self, run: Run, pieces: Sequence[Piece | None]
+        self, data: TrainingSet, pieces: Sequence[Piece | None]
     ) -> Iterator[tuple[Piece, Tensor]]:
         narrow = [
             name
@@ -243,22 +243,24 @@ class Resident(Weights):
             self._rows(name).copy_(self.as_written(name, before[name]))
         try:
             for piece in pieces:
-                output = self._run(run, piece)
+                output = self._run(data, piece)
                 if piece is not None:
                     yield piece, output.float()
         finally:
             for name, rows in before.items():
                 self._rows(name).copy_(rows)
 
-    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
-        piece = run.piece(step)
+    def step(
+        self, data: TrainingSet, step: SweepStep, rate: float, number: int
+    ) -> float:
+        piece = data.piece(step)
         with torch.enable_grad():
-            output = self._run(run, piece)
+            output = self._run(data, piece)
         if piece is None:
             loss = 0.0
             slope = torch.zeros_like(output)
         else:
-            loss, slope = run.end(output.detach().float(), piece, step.tokens)
+            loss, slope = data.end(output.detach().float(), piece, step.tokens)
         output.backward(slope.to(output.dtype))
         del output
         sizes = self._sizes()
@@ -280,17 +282,19 @@ class Resident(Weights):
             )
         return parallel.total(loss)
 
-    def _run(self, run: Run, piece: Piece | None) -> Tensor:
-        """The output of the last block, for the first piece if there is none: every process must run the blocks."""
+    def _run(self, data: TrainingSet, piece: Piece | None) -> Tensor:
+        """The output of the last block. A process without a piece takes its first one: all must run the blocks."""
         if self.chain.products is not None:
             self.chain.products.forget()  # gathered weights change without a new version
         if piece is None:
-            piece = run.stream.pieces[0]
-        calls = [run.call(piece, index, self.dtype) for index in range(len(self.chain))]
+            piece = data.stream.pieces[0]
+        calls = [
+            data.call(piece, index, self.dtype) for index in range(len(self.chain))
+        ]
         with warnings.catch_warnings():
             # outputs that are views; none is overwritten
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-            output: Tensor = self._blocks(run.inputs(piece).to(self.dtype), calls)
+            output: Tensor = self._blocks(data.inputs(piece).to(self.dtype), calls)
         return output
 
     def _sizes(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.method.sweep.sweep_task import Run, SweepStep, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import SweepStep, SweepTask, TrainingSet, Weights
 from sparsellm.method.sweep.training import (
     adam_step,
     joined,
@@ -36,8 +36,9 @@ def place_dtype(elements: int) -> torch.dtype:
 
 
 class Streamed(Weights):
-    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1. A process's
-    part of a block is what is not pruned, and another store has its places; none where the part is all."""
+    """The fp32 parameters of every block and Adam's moments. One store has the parameters of block i at 2i, and its
+    moments at 2i + 1. Only elements that are not pruned are stored, and a second store has their places. It has none
+    for a block of which nearly all is kept, which is stored whole."""
 
     def __init__(self, task: SweepTask) -> None:
         super().__init__(task)
@@ -69,7 +70,7 @@ class Streamed(Weights):
         self.keep_saved()
 
     def _places_in(self, trained: Mapping[str, Tensor]) -> Tensor:
-        """The places of a block's elements that are not pruned, ``(kept,)``; ``(0,)`` if these are most of it."""
+        """The places of a block's elements that are not pruned, ``(kept,)``; empty for a block that is stored whole."""
         flags = []
         for name, value in trained.items():
             # As integers: a zero with a sign is kept with it.
@@ -165,15 +166,17 @@ class Streamed(Weights):
         return steps
 
     def outputs(
-        self, run: Run, pieces: Sequence[Piece | None]
+        self, data: TrainingSet, pieces: Sequence[Piece | None]
     ) -> Iterator[tuple[Piece, Tensor]]:
         for piece in pieces:
             if piece is not None:
-                yield piece, self._forward(run, piece, written=True)[-1]
+                yield piece, self._forward(data, piece, written=True)[-1]
 
-    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
+    def step(
+        self, data: TrainingSet, step: SweepStep, rate: float, number: int
+    ) -> float:
         chain = self.chain
-        piece = run.piece(step)
+        piece = data.piece(step)
         process = next(at for at, place in enumerate(step.pieces) if place is not None)
         loss = 0.0
         inputs = []
@@ -181,8 +184,8 @@ class Streamed(Weights):
         # gradients of parameters that later blocks borrow
         waiting: dict[str, Tensor] = {}
         if piece is not None:
-            inputs = self._forward(run, piece, written=False)
-            loss, gradient = run.end(inputs.pop(), piece, step.tokens)
+            inputs = self._forward(data, piece, written=False)
+            loss, gradient = data.end(inputs.pop(), piece, step.tokens)
         for index in reversed(range(len(chain))):
             flat = self.parameters(index)
             state = self.moments(index)
@@ -194,7 +197,7 @@ class Streamed(Weights):
                     used = self.all_views(flat, index, running=True)
                 with running_on(chain, index, used), torch.enable_grad():
                     hidden.requires_grad_(True)
-                    output = chain.apply(index, hidden, run.call(piece, index))
+                    output = chain.apply(index, hidden, data.call(piece, index))
                     output.backward(gradient)
                     del output
                 gradient = hidden.grad
@@ -230,14 +233,18 @@ class Streamed(Weights):
             del state
         return parallel.broadcast(loss, process)
 
-    def _forward(self, run: Run, piece: Piece, *, written: bool) -> list[Tensor]:
+    def _forward(
+        self, data: TrainingSet, piece: Piece, *, written: bool
+    ) -> list[Tensor]:
         """The input of every block, and the output of the last."""
-        hidden = [run.inputs(piece).float()]
+        hidden = [data.inputs(piece).float()]
         for index in range(len(self.chain)):
             flat = self.parameters(index)
             self.expect(index + 1, moments=False)
             used = self.all_views(flat, index, running=True, written=written)
             with running_on(self.chain, index, used):
-                hidden.append(self.chain.run(index, hidden[-1], run.call(piece, index)))
+                hidden.append(
+                    self.chain.run(index, hidden[-1], data.call(piece, index))
+                )
             del used  # before the next block's are made
         return hidden

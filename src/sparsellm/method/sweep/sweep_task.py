@@ -101,12 +101,14 @@ class Weights(ABC):
 
     @abstractmethod
     def outputs(
-        self, run: Run, pieces: Sequence[Piece | None]
+        self, data: TrainingSet, pieces: Sequence[Piece | None]
     ) -> Iterator[tuple[Piece, Tensor]]:
         """This process's pieces, and the output of the last block, with the weights as they would be written now."""
 
     @abstractmethod
-    def step(self, run: Run, step: SweepStep, rate: float, number: int) -> float:
+    def step(
+        self, data: TrainingSet, step: SweepStep, rate: float, number: int
+    ) -> float:
         """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before, summed over tokens."""
 
     @abstractmethod
@@ -227,7 +229,7 @@ class Weights(ABC):
         return value.to(in_chain).to(on_disk).float()
 
 
-class Run:
+class TrainingSet:
     """A set of windows, with the dense model's hidden states for them, that weights are trained on."""
 
     def __init__(

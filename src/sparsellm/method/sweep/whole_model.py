@@ -19,7 +19,7 @@ from sparsellm import parallel
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.method.sweep.resident import Resident
 from sparsellm.method.sweep.streamed import Streamed
-from sparsellm.method.sweep.sweep_task import Run, SweepStep, SweepTask, Weights
+from sparsellm.method.sweep.sweep_task import SweepStep, SweepTask, TrainingSet, Weights
 from sparsellm.method.sweep.training import held_out_of, schedule
 from sparsellm.model import Chain
 from sparsellm.progress import Progress
@@ -77,30 +77,32 @@ def sweep(task: SweepTask) -> list[SweepPass]:
         make = Streamed
     with contextlib.closing(make(task)) as weights:
         if len(history) <= task.passes:  # else all that is left is to write the best
-            with _on(task, weights, task.feed.windows, 0, task.passes) as run:
-                history = _passes(task, run, history)
+            with _on(task, weights, task.feed.windows, 0, task.passes) as data:
+                history = _passes(task, data, history)
         task.feed.progress(Progress("sweep", 1, 1))
         weights.write()
     return history
 
 
-def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPass]:
+def _passes(
+    task: SweepTask, data: TrainingSet, history: list[SweepPass]
+) -> list[SweepPass]:
     """Runs the passes after those of ``history``: each is judged, kept or undone, and saved. Returns all passes."""
     chain = task.feed.chain
-    weights = run.weights
-    steps = run.steps()
-    train, judges = held_out_of(steps, run.texts(steps))
+    weights = data.weights
+    steps = data.steps()
+    train, judges = held_out_of(steps, data.texts(steps))
     if task.saved is not None:
         task.saved.way = f"{parallel.size()} {type(weights).__name__}"
         if task.saved.last is not None and task.saved.last.way != task.saved.way:
-            history = _rescaled(history, task, run, judges)
-    history = list(history) or [_start(task, run, train, judges)]
+            history = _rescaled(history, task, data, judges)
+    history = list(history) or [_start(task, data, train, judges)]
     first = len(history)
     for number in range(first, task.passes + 1):
         done = number - first  # passes of this process
         passes = task.passes - first + 1
         with contextlib.ExitStack() as stack:
-            trained = run
+            trained = data
             steps = train
             # Turn 0 is the first set, without the windows that are held out.
             turn = (number - 1) % (1 + len(task.fresh))
@@ -118,7 +120,7 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
                 first=first,
                 length=len(train),
             )
-            held_out, sources = run.judge(judges)
+            held_out, sources = data.judge(judges)
             history.append(
                 SweepPass(passes=number, held_out=held_out, sources=sources, train=mean)
             )
@@ -133,15 +135,19 @@ def _passes(task: SweepTask, run: Run, history: list[SweepPass]) -> list[SweepPa
 
 
 def _rescaled(
-    history: list[SweepPass], task: SweepTask, run: Run, judges: list[SweepStep]
+    history: list[SweepPass],
+    task: SweepTask,
+    data: TrainingSet,
+    judges: list[SweepStep],
 ) -> list[SweepPass]:
-    """The history of a resumed sweep whose windows are divided among processes in another way, and others held out: all
-    divergences times one factor, that of the present state on the windows held out now, over its recorded one."""
+    """The history of a resumed sweep whose windows are divided among processes in another way, so that others are held
+    out. All divergences are multiplied by one factor: the divergence of the present state on the windows that are held
+    out now, over its recorded one."""
     before = history[-1].held_out
     if history[-1].passes in harmful_passes(history):  # the best state is there again
         before = min(record.held_out for record in history)
     with task.feed.chain.outer():
-        factor = run.judge(judges)[0] / before
+        factor = data.judge(judges)[0] / before
 
     def scaled(record: SweepPass) -> SweepPass:
         sources = {name: value * factor for name, value in record.sources.items()}
@@ -152,13 +158,13 @@ def _rescaled(
 
 
 def _start(
-    task: SweepTask, run: Run, train: list[SweepStep], judges: list[SweepStep]
+    task: SweepTask, data: TrainingSet, train: list[SweepStep], judges: list[SweepStep]
 ) -> SweepPass:
     """The state before the first pass, with the sweep's learning rate, proportional to the squared divergence. At a
     small divergence that rate may be far too low for a model whose gradients have little noise. So a few steps are
     tried at rising rates, each from the start, as long as they lower the held-out divergence further."""
     with task.feed.chain.outer():
-        start, sources = run.judge(judges)
+        start, sources = data.judge(judges)
         if not math.isfinite(start):
             raise NumericalError(
                 f"the pruned model diverges from the dense one by {start}; prune less"
@@ -174,9 +180,9 @@ def _start(
             text = f"trying rate {rate:.1e} · KL {least:.3f}"
             task.feed.progress(Progress("sweep", total=task.passes, detail=text))
             for number, step in enumerate(train[:PROBE_STEPS], 1):
-                run.step(step, rate, number)
-            divergence, _ = run.judge(judges)
-            run.weights.restart()
+                data.step(step, rate, number)
+            divergence, _ = data.judge(judges)
+            data.weights.restart()
             if not divergence < least:
                 break
             least = divergence
@@ -187,20 +193,20 @@ def _start(
 
 def _pass(
     task: SweepTask,
-    run: Run,
+    data: TrainingSet,
     steps: list[SweepStep],
     history: list[SweepPass],
     first: int,
     length: int,
 ) -> float:
     """Runs the next pass over the steps of all processes; returns the mean divergence per token, each before its step.
-    ``first`` is the first pass of this start. In the schedule all passes have ``length`` steps, so it is one curve."""
+    ``first`` is the first pass of this start. The schedule is one curve over all passes, of ``length`` steps each."""
     number = history[-1].passes + 1
     count = len(steps)
     total = 0.0
     harmful = harmful_passes(history)
     rate = history[0].rate
-    undone = harmful[-1] if harmful else 0  # after this pass Adam's moments began anew
+    undone = max(harmful, default=0)  # after this pass Adam's moments began anew
     assert rate is not None, "the state before the first pass has the rate"
     text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
     seed = task.seed + (number - 1) * 1_000_003
@@ -213,20 +219,23 @@ def _pass(
         since = (number - 1 - undone) * length + place + 1
         at = ((number - 1) * count + place) * length / count
         factor = schedule(at, steps=task.passes * length, number=since)
-        total += run.step(steps[chosen], rate * CUT ** len(harmful) * factor, since)
+        total += data.step(steps[chosen], rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)
 
 
 @contextlib.contextmanager
 def _on(
     task: SweepTask, weights: Weights, windows: Tensor, done: int, passes: int
-) -> Iterator[Run]:
-    """A run over a set of windows, with the dense model's hidden states for them, after ``done`` of ``passes``."""
+) -> Iterator[TrainingSet]:
+    """The training set of some windows. The dense model runs on them first, unless its hidden states are known; its
+    progress shows ``done`` of ``passes``."""
     feed = replace(task.feed, windows=windows)
     chain = task.feed.chain
     with contextlib.ExitStack() as stack:
         # The processes of a resident sweep divide a step.
-        processes = parallel.size() if task.resident is not None else 1
+        processes = 1
+        if task.resident is not None:
+            processes = parallel.size()
         stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS // processes)
         stack.callback(stream.close)
         goal = task.dense
@@ -243,7 +252,7 @@ def _on(
                         dense.advance(index)
             goal = dense.hidden
         sources = task.sources if windows is task.feed.windows else ()
-        yield Run(windows, stream, dense=goal, weights=weights, sources=sources)
+        yield TrainingSet(windows, stream, dense=goal, weights=weights, sources=sources)
 
 
 def harmful_passes(history: Sequence[SweepPass]) -> list[int]:

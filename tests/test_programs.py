@@ -1,0 +1,191 @@
+"""A model is compressed to a size for each program, goes on after a stop, and is refused before the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import sparsellm
+from sparsellm import programs
+from sparsellm.errors import RecipeError, SparseLLMError
+from tests.exports.checkpoints import IDS, wide_llama
+from tests.models import save_tiny, tiny_tokenizer
+from tests.models.in_gguf import write_gguf
+
+SETTINGS: dict[str, Any] = {"samples": 4, "seq_len": 32, "effort": 0}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, its GGUF, and a text."""
+    place = tmp_path_factory.mktemp("home")
+    model = wide_llama(num_hidden_layers=1)
+    save_tiny(model, tiny_tokenizer(), place / "dense")
+    write_gguf(wide_llama(num_hidden_layers=1), place / "like.gguf")
+    lines = (f"Line {n} of {n * 7919 % 1009} about {n * 31 % 97}." for n in range(300))
+    (place / "text.txt").write_text("\n".join(lines))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "MEASURED_WINDOW", 32)
+    monkeypatch.setattr(programs, "MEASURED_TOKENS", 128)
+
+
+def compress(home: Path, out: Path, **options: Any) -> sparsellm.CompressResult:
+    settings = {**SETTINGS, "calibration": str(home / "text.txt")}
+    return sparsellm.compress(home / "dense", settings, out=out, **options)
+
+
+def logits(directory: Path) -> Tensor:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return model(IDS).logits
+
+
+def test_a_packed_directory_has_the_size_and_names_its_forms(
+    home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = 2_400_000
+    result = compress(home, out, program="sparsellm", size=asked)
+    files = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert result.bytes == files <= asked
+    assert result.start == f"sparsellm serve {out}"
+    assert not (tmp_path / "out-pruned").exists()
+    assert result.evaluation.against is not None
+    run = result.run
+    names = {candidate["name"] for candidate in run.allocation["candidates"]}  # type: ignore[union-attr, index]
+    assert run.allocation["chosen"] in names
+    assert "by linear" in names
+    report = (out / "README.md").read_text()
+    assert "KL" in report
+    logits(out)
+
+
+def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.gguf"
+    like = home / "like.gguf"
+    least = compress(home, out, program="llama.cpp", bits=5.0, like=like)
+    # with all else than the linears, at the size of that file
+    again = compress(
+        home,
+        out,
+        program="llama.cpp",
+        size=f"{least.bytes}B",
+        like=like,
+        overwrite=True,
+    )
+    assert 0.97 * least.bytes < again.bytes <= least.bytes
+    types = {
+        tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors
+    }
+    for linear in again.run.linears:
+        assert linear.values == linear.values.lower()
+        assert linear.values.upper() in types.values()
+    assert types["token_embd.weight"] == "Q8_0"
+    assert (tmp_path / "small.Modelfile").read_text() == "FROM ./small.gguf\n"
+
+
+def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
+    home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = compress(home, out, program="vllm", bits=6.5)
+    values = {linear.name: linear.values for linear in result.run.linears}
+    block = "model.layers.0"
+    for fused in ("self_attn.{}_proj:q,k,v", "mlp.{}_proj:gate,up"):
+        name, _, parts = fused.partition(":")
+        kinds = {values[f"{block}.{name.format(part)}"] for part in parts.split(",")}
+        assert len(kinds) == 1, fused
+    assert len({*values.values()}) == 2
+    dense = logits(home / "dense")
+    assert float((logits(out) - dense).norm() / dense.norm()) < 0.1
+
+
+def test_the_same_call_goes_on_from_a_complete_run(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as stopping:
+        stopping.setattr(programs, "pack", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(home, out, program="sparsellm", bits=4.5)
+    assert (tmp_path / "out-pruned" / "pruning.json").is_file()
+    with monkeypatch.context() as once:
+        once.setattr(programs, "prune", lambda *_, **__: 1 / 0)
+        assert compress(home, out, program="sparsellm", bits=4.5).path == out
+
+
+def test_another_complete_run_is_not_taken(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as stopping:
+        stopping.setattr(programs, "pack", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(home, out, program="sparsellm", bits=4.5)
+    with pytest.raises(SparseLLMError, match="out-pruned"):
+        compress(home, out, program="sparsellm", bits=6.0)
+
+
+def test_transformers_gets_a_sparsity(home: Path, tmp_path: Path) -> None:
+    recipe = {**SETTINGS, "calibration": str(home / "text.txt"), "sparsity": 0.6}
+    result = sparsellm.compress(
+        home / "dense", recipe, program="transformers", out=tmp_path / "out"
+    )
+    assert result.run.sparsity_pruned == pytest.approx(0.6, abs=0.001)
+    logits(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"program": "vllm"}, "needs a size"),
+        ({"program": "vllm", "size": "4GB", "bits": 4.0}, "give one"),
+        ({"program": "transformers", "size": "4GB"}, "give a sparsity"),
+        ({"program": "sparsellm", "size": "1MB"}, "at least 2.* MB are possible"),
+        ({"program": "sparsellm", "bits": 0.5}, "at least .* are possible"),
+        ({"program": "llama.cpp", "bits": 4.5}, "name it with --like"),
+        ({"program": "vllm", "bits": 4.5, "like": "x.gguf"}, "leave it out"),
+        ({"program": "ollama", "bits": 4.5}, "program"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_the_work(
+    options: dict[str, Any], said: str, home: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / ("out.gguf" if options["program"] == "llama.cpp" else "out")
+    with pytest.raises(RecipeError, match=said):
+        compress(home, out, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_without_a_program_the_four_are_listed(
+    home: Path, tmp_path: Path, run: Any
+) -> None:
+    line = ("compress", home / "dense", "--out", tmp_path / "out")
+    _, _, stderr = run(*line, exits=2)
+    assert "give --for and one of llama.cpp, vllm, sparsellm, transformers" in stderr
+    for name, program in programs.PROGRAMS.items():
+        assert f"--for {name}: {program.keeps}" in stderr
+
+
+def test_a_dry_run_prints_the_choice_and_writes_nothing(
+    home: Path, tmp_path: Path, run: Any
+) -> None:
+    line = ("compress", home / "dense", "--for", "sparsellm", "--bits", 4.5)
+    options = ("--samples", 4, "--seq-len", 32, "--calibration", home / "text.txt")
+    _, stdout, _ = run(
+        *line, *options, "--out", tmp_path / "out", "--dry-run", columns=80, exits=0
+    )
+    assert "down_proj" in stdout
+    assert "taken" in stdout
+    assert not [*tmp_path.iterdir()]
