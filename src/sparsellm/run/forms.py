@@ -41,7 +41,7 @@ from sparsellm.recipe import NOTIONAL, Recipe
 from sparsellm.records import Settings
 from sparsellm.run.choice import Choice, sizes_of
 from sparsepack.grid import on_grid
-from sparsepack.grids import GRIDS
+from sparsepack.grids import GRIDS, grid_for
 
 OWN = "sparsellm"
 LLAMA_CPP = "llama.cpp"
@@ -67,7 +67,9 @@ def forms_for(program: str, columns: int) -> list[Form]:
     names = [
         grid.name
         for grid in GRIDS.values()
-        if grid.form == formats[program] and columns % (grid.group or 1) == 0
+        if grid.form == formats[program]
+        # llama.cpp takes another type where one does not divide a row
+        and columns % (grid_for(grid.name, columns).columns or columns) == 0
     ]
     if program == VLLM:
         # int8 activations lose more at the same bytes, and no kernel reads int3
@@ -185,7 +187,7 @@ def choose_forms(
         {size.name: size.weights for size in sizes}, sparsities, total
     )
     chosen = Candidate(BY_LINEAR, _by_unit(units, tables, budgets, total))
-    candidates = [chosen, *uniform_forms(sizes, tables, zeros, program, total)]
+    candidates = [chosen, *uniform_forms(sizes, tables, zeros, total)]
     with clock.phase("compare"):
         divergence_of = divergences(replace(feed, windows=judges), measured, candidates)
     best = min(range(len(candidates)), key=lambda number: divergence_of[number])
@@ -310,20 +312,14 @@ def uniform_forms(
     sizes: Sequence[LinearSize],
     tables: Mapping[str, Table],
     zeros: Zeros,
-    program: str,
     total: float,
 ) -> list[Candidate]:
     """One type for all linears at this size: the one that loses least among those that fit without zeros; and in the
     packed format the next larger ones that have zeros, with as many of these as that takes."""
-    sparse = {
-        form.values
-        for table in tables.values()
-        for form in table.forms
-        if form.sparsity
-    }
     dense: list[tuple[float, Candidate]] = []
     larger: list[tuple[int, str]] = []
     first = next(iter(tables.values()))
+    sparse = {form.values for form in first.forms if form.sparsity}
     for form in first.forms:
         if form.sparsity or any(form not in x.forms for x in tables.values()):
             continue
@@ -335,9 +331,8 @@ def uniform_forms(
         elif form.values in sparse:
             larger.append((size, form.values))
     candidates: list[Candidate] = []
-    if program == OWN:
-        for _, values in sorted(larger)[:WITH_ZEROS]:
-            candidates += _with_zeros(values, sizes, zeros, total)
+    for _, values in sorted(larger)[:WITH_ZEROS]:
+        candidates += _with_zeros(values, sizes, zeros, total)
     if dense:
         candidates.append(min(dense, key=lambda pair: pair[0])[1])
     return candidates
