@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 SMALL = {  # What makes a command of a page quick; the last value of an option counts.
+    "compress": "--samples 4 --seq-len 32 --effort 0 --calibration my-text.txt",
     "prune": "--samples 4 --seq-len 32",
     "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
     "generate": "--max-new-tokens 2",

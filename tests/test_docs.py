@@ -16,8 +16,10 @@ import yaml
 
 from sparsellm import Recipe, api
 from tests.documents import ROOT, SMALL, blocks
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.exports.checkpoints import wide_llama
+from tests.models import save_tiny, tiny_tokenizer
 from tests.models.families import mixtral
+from tests.models.in_gguf import write_gguf
 
 PAGES = [
     ROOT / "README.md",
@@ -106,7 +108,7 @@ def test_every_command_of_a_page_runs(
     monkeypatch.setattr(api, "find_tasks", lambda *_: "tasks")
     monkeypatch.setattr(api, "run_tasks", lambda *_, **__: {})
     monkeypatch.chdir(tmp_path)
-    save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "path" / "to" / "model")
+    save_tiny(wide_llama(), tiny_tokenizer(), tmp_path / "path" / "to" / "model")
     if page.name == "experts.md":
         save_tiny(mixtral(), tiny_tokenizer(), tmp_path / "path" / "to" / "mixture")
     lines = "\n".join(
@@ -118,6 +120,7 @@ def test_every_command_of_a_page_runs(
         (block for block in blocks(page, "python") if "SOLVERS.register" in block), ""
     )
     Path("my_solver.py").write_text(solver)
+    write_gguf(wide_llama(), Path("model-bf16.gguf"))
     Path("my.yaml").write_text("".join(blocks(page, "yaml")))
     result, names = steps(page), dict[str, object]()
     for language, line in result:
@@ -142,7 +145,7 @@ def test_every_command_of_a_page_runs(
         assert code == 0, f"{line}: {stderr}"
     if page == TUTORIAL:
         (client,) = blocks(page, "python")
-        command = [sys.executable, "-m", "sparsellm", "serve", "packed", "--port", "0"]
+        command = [sys.executable, "-m", "sparsellm", "serve", "small", "--port", "0"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
             listening = next(

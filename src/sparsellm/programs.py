@@ -174,7 +174,7 @@ def compress(  # noqa: PLR0913 - the Python door
             restart=restart,
             progress=progress,
         ).path
-    evaluation = _measured(measured, request, progress)
+    evaluation = _measured(measured, run, request, progress)
     api.keep_results(measured, [evaluation])
     if program == "llama.cpp":
         export(
@@ -410,13 +410,16 @@ def outer_bytes(chain: Chain, *, packed: bool) -> int:
     return total
 
 
-def _measured(place: Path, request: Request, progress: ProgressCallback) -> Evaluation:
+def _measured(
+    place: Path, run: Pruning, request: Request, progress: ProgressCallback
+) -> Evaluation:
     """The evaluation of a checkpoint against the dense model, on text that no run calibrates on."""
     recipe = request.recipe
     text = "pydoc"
     if recipe.calibration == "c4-sample":
         text = "c4-sample"
-    length = min(recipe.seq_len or MEASURED_WINDOW, MEASURED_WINDOW)
+    # that of the calibration windows, which the model has positions for
+    length = min(int(str(run.recipe["seq_len"])), MEASURED_WINDOW)
     return api.evaluate(
         place,
         text,
