@@ -330,8 +330,8 @@ def recorded_of(run: Pruning, values: str) -> dict[str, Stored]:
             continue
         if grid is not None and form.values not in GROUPED:
             raise RecipeError(
-                f"{linear.name} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {form.values} of "
-                f"the packed format begins at {grid.lowest + 1}; pack with values keep, or export it"
+                f"{linear.name} is on the grid {grid.name}, which the packed format does not have; pack with values "
+                "keep, or export it"
             )
         exponents = exponents_of_text(linear.exponents)
         stored[linear.name] = replace(form, exponents=exponents)
