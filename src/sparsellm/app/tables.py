@@ -61,7 +61,9 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     )
     if result.bits_per_weight is not None:
         grid = GRIDS.get(recipe.grid)
-        stored = recipe.values if grid is None else f"{recipe.values} ({grid.name})"
+        stored = str(recipe.values)
+        if grid is not None:
+            stored = f"{stored} ({grid.name})" if grid.plain else grid.name
         then = "it is packed" if grid is None else "it is exported"
         then += (
             ", experts aside"
