@@ -211,11 +211,13 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "cli.main()\n"
     )
     (tmp_path / "model").mkdir()
+    (tmp_path / "full" / "mine").mkdir(parents=True)
     for typed, said in (
         ("prune no/such/model --out p", "model 'no/such/model' not found"),
         ("prune model --out p --calibration v.txt", "'v.txt' does not exist"),
         ("prune model --out p --teacher ./t", "teacher './t' not found"),
         ("generate ./packed hello", "model './packed' not found"),
+        ("prune model --out full", "--out full exists and is not empty"),
         ("export ./p --to gguf --out m.gguf", "directory './p' not found"),
     ):
         done = subprocess.run(

@@ -99,6 +99,8 @@ def _command(
             # paths that several processes share are looked at by the first of them
             if process.count() == 1:
                 use.look_at_names(values)
+                if function.__name__ == "prune" and values.get("pack") is None:
+                    use.look_at_place(values)
             if {"progress", "quiet"} & taken.keys() and not values.get("quiet"):
                 process.announce()
             # a signal within torch's import may end the process without a word

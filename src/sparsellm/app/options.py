@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from typer.models import OptionInfo
 
 from sparsellm.errors import RecipeError, refusal, shown
+from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.files.named import check_name
 from sparsellm.inputs import as_number, as_whole_number, mixture_of, text_file
 from sparsellm.recipe import (
@@ -222,6 +223,15 @@ def look_at_names(values: Mapping[str, Any]) -> None:
         for source in sources:
             if Path(source).suffix in TEXT_FILES and not source.startswith("hub:"):
                 text_file(source.removeprefix("file:").removeprefix("wikitext2:"))
+
+
+def look_at_place(values: Mapping[str, Any]) -> None:
+    """Refuses the directory of a result as the run does at its start, before torch is imported. Raises StorageError."""
+    check_destination(
+        values["out"],
+        sources=checkpoints_among(values["model"], values.get("teacher")),
+        overwrite=values["overwrite"],
+    )
 
 
 def too_many(given: Sequence[str], extra: str, command: str) -> RecipeError:
