@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.convert import check_packable
 from sparsellm.errors import RecipeError
 from sparsellm.method.allocation import LinearSize
 from sparsellm.method.allocation.forms import Form
@@ -22,6 +23,7 @@ from sparsellm.model import Feed, open_chain
 from sparsellm.run import forms
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS
+from tests import line
 from tests.exports.checkpoints import mixtral
 from tests.files.small import tensors_of
 from tests.method.allocation.helpers import Record, sizes_of, weight_of
@@ -152,6 +154,27 @@ def test_what_a_size_leaves_no_choice_of_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=said):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize("program", ["llama.cpp", "vllm"])
+def test_forms_of_other_programs_are_exported_and_not_packed(
+    program: Literal["llama.cpp", "vllm"],
+) -> None:
+    with pytest.raises(RecipeError, match=f"program {program} has forms that the"):
+        check_packable(Recipe(bits=5.0, program=program))
+    check_packable(Recipe(bits=5.0, program="sparsellm"))
+
+
+def test_no_other_grid_is_named_where_a_program_is_given(
+    tmp_path: Path,
+) -> None:
+    source = save_tiny(wide(), tiny_tokenizer(), tmp_path / "dense")
+    fields = ["--set", "bits=2", "--set", "program=vllm", "--calibration", "pydoc"]
+    command = ["prune", str(source), "--out", str(tmp_path / "out"), *fields]
+    code, said = line.run(command)
+    assert code == 2
+    assert "are possible" in said
+    assert "to export it" not in said
 
 
 def kl_by_hand(

@@ -116,6 +116,10 @@ def check_packable(recipe: Recipe, head: str | None = None) -> None:
         raise RecipeError(
             f"grid {recipe.grid} has no packed form in int8; export the result, and do not pack it"
         )
+    if recipe.program not in (None, "sparsellm"):
+        raise RecipeError(
+            f"program {recipe.program} has forms that the packed format has not; export the result, and do not pack it"
+        )
 
 
 @checked

@@ -307,7 +307,7 @@ def _check_values(
         raise RecipeError(
             f"--head {head} is of the packed model; give --pack DIR, or leave it out"
         )
-    elif recipe.grid == "own" and recipe.values != "keep":
+    elif recipe.grid == "own" and recipe.values != "keep" and recipe.bits is None:
         note(progress, [other_grids(recipe.values)])
 
 
