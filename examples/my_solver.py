@@ -16,9 +16,7 @@ from sparsellm.method.solvers.support import refine_on_support
 from sparsellm.patterns import Pattern
 
 
-@SOLVERS.register(
-    "wanda-refit", paper="arXiv 2306.11695, with a refit", distributed=True
-)
+@SOLVERS.register("wanda-refit", paper="arXiv 2306.11695, with a refit")
 def wanda_refit(
     weight: Tensor,  # (out, in) fp32; it must not be changed
     gram: Gram,  # Σ x xᵀ of the inputs x of this linear, over all calibration tokens

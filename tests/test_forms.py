@@ -20,7 +20,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.method.allocation import LinearSize
 from sparsellm.method.allocation.forms import Form
 from sparsellm.model import Feed, open_chain
-from sparsellm.run import forms
+from sparsellm.run import form_choice as forms
 from sparsepack.grid import on_grid
 from sparsepack.grids import GRIDS
 from tests import line

@@ -107,7 +107,7 @@ def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
         assert len(kinds) == 1, fused
     assert len({*values.values()}) == 2
     dense = logits(home / "dense")
-    assert float((logits(out) - dense).norm() / dense.norm()) < 0.1
+    assert float((logits(out) - dense).norm() / dense.norm()) < 0.25
 
 
 def test_the_same_call_goes_on_from_a_complete_run(
@@ -122,6 +122,34 @@ def test_the_same_call_goes_on_from_a_complete_run(
     with monkeypatch.context() as once:
         once.setattr(programs, "prune", lambda *_, **__: 1 / 0)
         assert compress(home, out, program="sparsellm", bits=4.5).path == out
+
+
+def test_a_stop_after_the_result_was_written_loses_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "small.gguf"
+    options: dict[str, Any] = {"bits": 5.0, "like": home / "like.gguf"}
+    with monkeypatch.context() as stopping:
+        stopping.setattr(programs, "_remove", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(home, out, program="llama.cpp", **options)
+    written = out.read_bytes()
+    compress(home, out, program="llama.cpp", **options)
+    assert out.read_bytes() == written
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "small.Modelfile"}
+
+
+def test_a_modelfile_of_the_user_stays(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.Modelfile").write_text("mine")
+    with pytest.raises(RecipeError, match="Modelfile exists"):
+        compress(
+            home,
+            tmp_path / "small.gguf",
+            program="llama.cpp",
+            bits=5.0,
+            like=home / "like.gguf",
+        )
+    assert (tmp_path / "small.Modelfile").read_text() == "mine"
 
 
 def test_another_complete_run_is_not_taken(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -326,3 +327,16 @@ def test_activations_that_are_not_contiguous() -> None:
             <= bound(dense, x)
         ).all()
     )
+
+
+@pytest.mark.parametrize("interface", [None, lambda: native.INTERFACE - 1])
+def test_an_extension_of_another_release_is_refused(
+    interface: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would read the scales of groups as those of rows."""
+    older = ModuleType("_kernels")
+    if interface is not None:
+        older.interface = interface  # type: ignore[attr-defined]
+    monkeypatch.setattr(native, "extension", lambda: older)
+    with pytest.raises(KernelError, match="another release of sparsepack"):
+        native._library.__wrapped__()

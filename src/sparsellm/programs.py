@@ -27,14 +27,15 @@ from sparsellm.exports.template import Template
 from sparsellm.files.contents import companions_of, foreign_entries
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import check_destination, checkpoints_among
+from sparsellm.files.files import replace_atomically
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.inputs import parse_bytes
 from sparsellm.model import Chain, open_chain
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.records import Evaluation, Pruning
-from sparsellm.run.forms import least_bytes
+from sparsellm.records import PRUNING, Evaluation, Pruning
+from sparsellm.run.form_choice import least_bytes
 from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
 from sparsellm.text.sources import settle_calibration
@@ -158,6 +159,8 @@ def compress(  # noqa: PLR0913 - the Python door
     run = None
     if not restart:
         run = complete_run(request, progress)
+    # what an earlier start of this command wrote is written again
+    overwrite = overwrite or run is not None
     if run is None:
         run = prune(request, progress).record
     pruned = Path(os.fspath(request.out or ""))
@@ -186,7 +189,8 @@ def compress(  # noqa: PLR0913 - the Python door
             overwrite=overwrite,
             progress=progress,
         )
-        place.with_suffix(".Modelfile").write_text(f"FROM ./{place.name}\n")
+        text = f"FROM ./{place.name}\n".encode()
+        replace_atomically(_modelfile(place), lambda file: file.write(text))
     if program == "vllm":
         export(
             pruned,
@@ -298,19 +302,33 @@ def opened(  # noqa: PLR0913 - the arguments of compress
         asked = parse_bytes(size)
     _check_size(program, asked, bits)
     template = _template(model, program, like)
-    if program == "llama.cpp":
-        check_file(out, overwrite=overwrite)
-    else:
-        check_destination(out, overwrite=overwrite, sources=checkpoints_among(model))
-    pruned = Path(os.path.expanduser(out))
+    place = Path(os.path.expanduser(out))
+    pruned = place
     if program != "transformers":
-        pruned = pruned.with_name(f"{pruned.name}-pruned")
+        pruned = place.with_name(f"{place.name}-pruned")
+    # an earlier start of this command may have written the result, and been stopped after that
+    begun = pruned != place and (pruned / PRUNING).is_file()
+    if program == "llama.cpp":
+        check_file(out, overwrite=overwrite or begun)
+        if _modelfile(place).exists() and not (overwrite or begun):
+            raise RecipeError(
+                f"{_modelfile(place)} exists, and one is written next to the .gguf file; give --overwrite to replace it"
+            )
+    else:
+        sources = checkpoints_among(model)
+        check_destination(out, overwrite=overwrite or begun, sources=sources)
+    if program != "transformers":
         source = checkpoint_directory(str(model))
         chain = open_chain(source, device=torch.device("cpu"))
         bits = _bits(asked, bits, program, chain, source, template)
         settled = settled.updated(bits=bits, program=program)
     request = Request(str(model), settled, pruned, overwrite=overwrite, restart=restart)
     return request, asked
+
+
+def _modelfile(place: Path) -> Path:
+    """The file by which Ollama makes a model of a GGUF file."""
+    return place.with_suffix(".Modelfile")
 
 
 def _check_size(program: ProgramName, size: int | None, bits: float | None) -> None:

@@ -81,7 +81,7 @@ MISTAKES = [
     (f"{PRUNE} --samples 1e3", "--samples is '1e3'; write 1000"),
     (f"{PRUNE} --effort high", "--effort is 'high'; write a whole number"),
     (f"{PRUNE} --effort 5", "effort is 5: it should be less than or equal to 3"),
-    (f"{PRUNE} --values INT4", "values is 'INT4': it should be 'keep', 'int8', 'int4'"),
+    (f"{PRUNE} --values INT4", "values is 'INT4': it should be 'keep', 'int8', 'int6'"),
     (f"{PRUNE} --pattern 2-4", "write n:m with whole numbers, such as 2:4"),
     (f"{PRUNE} --pattern 2:4 --sparsity 0.7", "pattern 2:4 means sparsity 0.5, not 0"),
     (f"{PRUNE} --method sparse-gpt", "did you mean 'sparsegpt'?"),
@@ -167,7 +167,7 @@ def demo(
     kept = tmp_path / "cache" / "gguf" / "b179c9"
     shutil.copytree(place / "model", kept)
     monkeypatch.setattr(resolve, "demo_gguf", Path)
-    monkeypatch.setattr(resolve, "gguf_checkpoint", lambda _: kept)
+    monkeypatch.setattr(resolve, "gguf_checkpoint", lambda *_: kept)
     monkeypatch.chdir(place)
     yield kept
     named._typed.clear()

@@ -159,7 +159,7 @@ def test_every_field_with_an_option_is_shown_with_its_default(run: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("--values", "int8"), ["--grid q8_0 (gguf), ", "w8a16"]),
+        (("--values", "int8"), ["--grid q8_0 or ", "w8a8"]),
         (("--values", "int3"), ["give --grid w3a16 (compressed-tensors)"]),
         (("--grid", "w8a8"), []),
         ((), []),

@@ -300,9 +300,9 @@ def test_an_unknown_type_in_the_record_is_refused(
 ) -> None:
     source = shutil.copytree(pruned[0], tmp_path / "pruned")
     record = json.loads((source / "pruning.json").read_text())
-    record["linears"][0]["values"] = "int5"
+    record["linears"][0]["values"] = "int7"
     (source / "pruning.json").write_text(json.dumps(record))
-    with pytest.raises(StorageError, match="'int5', which is unknown; put the file"):
+    with pytest.raises(StorageError, match="'int7', which is unknown; put the file"):
         sparsellm.pack(source, out=tmp_path / "packed")
 
 

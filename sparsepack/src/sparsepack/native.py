@@ -25,6 +25,7 @@ from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
 from sparsepack.masks import mask_stride
 
+INTERFACE = 5  # what the extension takes; its sources have the same number
 MAX_TOKENS = 16  # in one call; the kernels' own limit
 
 # bf16, fp16, fp32, int8, int4 in kernels.h
@@ -241,7 +242,15 @@ def _index(name: str) -> int:
 
 @cache
 def _library() -> ModuleType | None:
+    """The extension; None if it was not built. A KernelError says that it was built from other sources: it would read
+    weights in another way."""
     library = extension()
+    if library is not None:
+        interface = getattr(library, "interface", None)
+        if interface is None or interface() != INTERFACE:
+            raise KernelError(
+                "the compiled kernels are those of another release of sparsepack; install sparsepack again"
+            )
     start = _openmp_of_torch()
     if library is not None and start is not None:
         library.use_openmp(start)

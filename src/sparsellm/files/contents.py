@@ -134,11 +134,11 @@ def _is_weights(name: str) -> bool:
 
 
 def _has_one_of(path: Path, digests: list[str]) -> bool:
-    """Whether a file can be read and has one of these digests."""
+    """Whether a file has one of these digests. A StorageError says that it cannot be read."""
     try:
         return _digest_of(path) in digests
-    except OSError:
-        return False
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def unknown_entries(directory: Path) -> list[str]:

@@ -10,7 +10,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from sparsellm.errors import ModelError, one_line
+from sparsellm.errors import ModelError, one_line, shown
 
 GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 _MAY_BE_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -48,7 +48,7 @@ def not_found(model: str, argument: str, reason: str = "") -> ModelError:
         hint = f"write the id alone: {address[1]}"
     also = f", and {reason}" if reason else ""
     return ModelError(
-        f"{argument} {model!r} not found: there is no such directory{also}; {hint}"
+        f"{argument} {shown(model)} not found: there is no such directory{also}; {hint}"
     )
 
 

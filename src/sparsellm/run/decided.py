@@ -26,7 +26,7 @@ from sparsellm.run.fingerprint import (
     start_fingerprint,
     tokens_fingerprint,
 )
-from sparsellm.run.forms import check_size
+from sparsellm.run.form_choice import check_size
 from sparsellm.run.journal import Identity
 from sparsellm.run.opening import Models, computing_of, open_models, save_companions
 from sparsellm.run.request import Request

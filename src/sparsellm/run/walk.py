@@ -34,7 +34,7 @@ from sparsellm.records import KEEP, LinearResult, Totals
 from sparsellm.run.budget import Budget
 from sparsellm.run.choice import Choice, patterns_of, sizes_of
 from sparsellm.run.decided import Decided
-from sparsellm.run.forms import choose_forms
+from sparsellm.run.form_choice import choose_forms
 from sparsellm.run.journal import ALLOCATION, BlockRecord, Journal, conditions
 from sparsellm.run.opening import Models
 

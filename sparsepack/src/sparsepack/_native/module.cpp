@@ -144,6 +144,11 @@ PyObject* py_instruction_sets(PyObject*, PyObject*) {
   return list;
 }
 
+// Changes whenever Python passes other numbers or types of weights; sparsepack.native has the same.
+constexpr long kInterface = 5;
+
+PyObject* py_interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
+
 PyObject* py_use_openmp(PyObject*, PyObject* address) {
   const long long number = PyLong_AsLongLong(address);
   if (number == -1 && PyErr_Occurred()) return nullptr;
@@ -158,6 +163,7 @@ PyMethodDef methods[] = {
     {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_decode)), METH_FASTCALL, nullptr},
     {"round_panel", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_round_panel)), METH_FASTCALL, nullptr},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
+    {"interface", py_interface, METH_NOARGS, nullptr},
     {"use_openmp", py_use_openmp, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
