@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,14 @@ def test_a_cell_with_other_weights_stops_a_comparison(
     line = refusal("compare", llama, "--out", tmp_path / "out", *words)
     assert "cell magnitude-0.5: " in line
     assert "model.safetensors (new)" in line
+
+
+def test_a_pipe_in_place_of_a_weight_file_is_refused_and_not_waited_for(
+    result: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(result, tmp_path / "result"))
+    victim = sorted(place.glob("*.safetensors"))[0]
+    victim.unlink()
+    os.mkfifo(victim)
+    with pytest.raises(StorageError, match="not an ordinary file"):
+        weights_difference(place)

@@ -134,7 +134,10 @@ def _is_weights(name: str) -> bool:
 
 
 def _has_one_of(path: Path, digests: list[str]) -> bool:
-    """Whether a file has one of these digests. A StorageError says that it cannot be read."""
+    """Whether a file has one of these digests. A StorageError says that it cannot be read, or is a pipe or the like,
+    which would be waited for."""
+    if not path.is_file():
+        raise StorageError(f"cannot read {path}: it is not an ordinary file")
     try:
         return _digest_of(path) in digests
     except OSError as error:
