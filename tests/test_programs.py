@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sparsellm
-from sparsellm import programs
+from sparsellm import api, programs
 from sparsellm.errors import RecipeError, SparseLLMError
 from tests.exports.checkpoints import IDS, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
@@ -35,8 +35,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "MEASURED_WINDOW", 32)
-    monkeypatch.setattr(programs, "MEASURED_TOKENS", 128)
+    monkeypatch.setattr(api, "MEASURED_WINDOW", 32)
+    monkeypatch.setattr(api, "MEASURED_TOKENS", 128)
 
 
 def compress(home: Path, out: Path, **options: Any) -> sparsellm.CompressResult:
@@ -68,6 +68,28 @@ def test_a_packed_directory_has_the_size_and_names_its_forms(
     report = (out / "README.md").read_text()
     assert "KL" in report
     logits(out)
+
+
+def test_linears_that_stay_dense_count_for_the_size(home: Path, tmp_path: Path) -> None:
+    """Each linear that is left out takes 16 bits a weight from the others."""
+    settings = {**SETTINGS, "calibration": str(home / "text.txt")}
+    attention = 2 * 64 * 64 + 2 * 32 * 64
+    feed_forward = 3 * 64 * 96
+
+    def bits(exclude: list[str]) -> float:
+        order = programs.ordered(
+            home / "dense",
+            {**settings, "exclude": exclude},
+            program="vllm",
+            out=tmp_path / "out",
+            size=2_250_000,
+        )
+        return order.request.recipe.bits or 0
+
+    records = 8 * 3 * programs.RECORD_BYTES
+    everything = bits([]) * (attention + feed_forward)
+    some = bits(["*.mlp.*"]) * attention
+    assert some == pytest.approx(everything + records - 16 * feed_forward)
 
 
 def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) -> None:
@@ -110,14 +132,18 @@ def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
     assert float((logits(out) - dense).norm() / dense.norm()) < 0.25
 
 
-def test_the_same_call_goes_on_from_a_complete_run(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
+def stop_before_packing(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as stopping:
         stopping.setattr(programs, "pack", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(home, out, program="sparsellm", bits=4.5)
+
+
+def test_the_same_call_goes_on_from_a_complete_run(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    stop_before_packing(home, out, monkeypatch)
     assert (tmp_path / "out-pruned" / "pruning.json").is_file()
     with monkeypatch.context() as once:
         once.setattr(programs, "prune", lambda *_, **__: 1 / 0)
@@ -130,7 +156,7 @@ def test_a_stop_after_the_result_was_written_loses_nothing(
     out = tmp_path / "small.gguf"
     options: dict[str, Any] = {"bits": 5.0, "like": home / "like.gguf"}
     with monkeypatch.context() as stopping:
-        stopping.setattr(programs, "_remove", lambda *_: 1 / 0)
+        stopping.setattr(programs, "clean_up", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compress(home, out, program="llama.cpp", **options)
     written = out.read_bytes()
@@ -156,10 +182,7 @@ def test_another_complete_run_is_not_taken(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as stopping:
-        stopping.setattr(programs, "pack", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            compress(home, out, program="sparsellm", bits=4.5)
+    stop_before_packing(home, out, monkeypatch)
     with pytest.raises(SparseLLMError, match="out-pruned"):
         compress(home, out, program="sparsellm", bits=6.0)
 

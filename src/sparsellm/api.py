@@ -61,6 +61,10 @@ from sparsellm.text.windows import (
 )
 from sparsepack.errors import Note
 
+# the longest window and the tokens on which results are measured after a run
+MEASURED_WINDOW = 2048
+MEASURED_TOKENS = 16_384
+
 
 @checked
 def prune(  # noqa: PLR0913 - the Python door
@@ -331,19 +335,36 @@ def evaluate(  # noqa: PLR0913 - the Python door
     )
 
 
+def measure_held_out(
+    checkpoint: Path, recipe: Recipe, against: Model, progress: ProgressCallback
+) -> Evaluation:
+    """Measures the checkpoint of a run with this recipe against the dense model, on text that no run calibrates on."""
+    text = "pydoc"
+    if recipe.calibration == "c4-sample":
+        text = "c4-sample"
+    return evaluate(
+        checkpoint,
+        text,
+        # the model has positions for its calibration windows
+        seq_len=min(recipe.seq_len or MEASURED_WINDOW, MEASURED_WINDOW),
+        max_tokens=MEASURED_TOKENS,
+        bos=recipe.bos,
+        against=against,
+        device=recipe.device,
+        progress=progress,
+    )
+
+
 def pack_and_measure(
     run: Request,
     packed: Path,
-    text: str,
-    against: Model | Opened,
+    against: Model,
     progress: ProgressCallback,
     *,
     head: Head | None = None,
-    **window: Any,
 ) -> tuple[PackResult, Evaluation]:
-    """Packs the checkpoint of a run into ``packed`` and measures that against the dense model. ``head`` is that of
-    :func:`pack`, ``window`` is ``seq_len`` and ``max_tokens`` of :func:`evaluate`."""
-    recipe = run.recipe
+    """Packs the checkpoint of a run into ``packed``, and measures that as :func:`measure_held_out` does. ``head`` is
+    that of :func:`pack`."""
     result = pack(
         os.fspath(run.out or ""),
         out=packed,
@@ -353,15 +374,7 @@ def pack_and_measure(
         allow_copy=True,
         progress=progress,
     )
-    return result, evaluate(
-        result.path,
-        text,
-        bos=recipe.bos,
-        against=against,
-        device=recipe.device,
-        progress=progress,
-        **window,
-    )
+    return result, measure_held_out(result.path, run.recipe, against, progress)
 
 
 @checked

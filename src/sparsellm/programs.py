@@ -6,10 +6,8 @@ reads, with the same numbers. The checkpoint is removed at the end.
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,32 +22,31 @@ from sparsellm.errors import RecipeError, shown
 from sparsellm.exports.door import export
 from sparsellm.exports.gguf_file import check_file, other_bytes
 from sparsellm.exports.template import Template
-from sparsellm.files.contents import companions_of, foreign_entries
+from sparsellm.files.contents import companions_of
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.files.files import replace_atomically
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.inputs import parse_bytes
 from sparsellm.model import Chain, open_chain
-from sparsellm.model.experts import ExpertLinear
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning
-from sparsellm.run.form_choice import least_bytes
+from sparsellm.run.choice import sizes_of
+from sparsellm.run.fewer_experts import clean_up
+from sparsellm.run.form_choice import check_size, least_bytes
 from sparsellm.run.prune import choose, complete_run, prune
 from sparsellm.run.request import Request
 from sparsellm.text.sources import settle_calibration
 
 ProgramName = Literal["llama.cpp", "vllm", "sparsellm", "transformers"]
-Bits = Annotated[float, Field(gt=0, le=16)]
+MOST_BITS = 16.0
+Bits = Annotated[float, Field(gt=0, le=MOST_BITS)]
 # type of embedding and head in a file for llama.cpp
 HEAD_OF_GGUF: Literal["q8_0"] = "q8_0"
-# bytes of report, card and records beside the weights (2.0 MB are the report), and those of each linear
-RECORDS = 2_100_000
-RECORD_OF_LINEAR = 3_000
-# the windows on which the result is measured, of text that no run calibrates on
-MEASURED_WINDOW = 2048
-MEASURED_TOKENS = 16_384
+# A directory has a report and a card next to its weights, and records of each linear.
+REPORT_BYTES = 2_100_000
+RECORD_BYTES = 3_000
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def compress(  # noqa: PLR0913 - the Python door
         SparseLLMError: a subclass that names the cause: no size or two, one below the least possible, a model or a
             place that does not fit. All is checked before the work.
     """
-    request, asked = opened(
+    order = ordered(
         model,
         recipe,
         program=program,
@@ -155,15 +152,44 @@ def compress(  # noqa: PLR0913 - the Python door
         overwrite=overwrite,
         restart=restart,
     )
-    place = Path(os.path.expanduser(out))
+    return carry_out(order, progress)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be compressed, checked."""
+
+    request: Request  # the run that writes the checkpoint with the rounded weights
+    program: ProgramName
+    out: str  # as the user typed it
+    asked_bytes: int | None
+    template: Path | None  # the GGUF file for llama.cpp
+
+    @property
+    def place(self) -> Path:
+        """The file or directory of the result."""
+        return Path(os.path.expanduser(self.out))
+
+    @property
+    def pruned(self) -> Path:
+        """The directory of the run's checkpoint; that of the result for transformers."""
+        return _pruned(self.place, self.program)
+
+
+def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
+    """Does what :func:`compress` does, for an order that was checked."""
+    program = order.program
+    place = order.place
+    pruned = order.pruned
+    request = order.request
+    restart = request.restart
     run = None
     if not restart:
         run = complete_run(request, progress)
     # what an earlier start of this command wrote is written again
-    overwrite = overwrite or run is not None
+    overwrite = request.overwrite or run is not None
     if run is None:
         run = prune(request, progress).record
-    pruned = Path(os.fspath(request.out or ""))
     interrupts.keeps(
         f"{pruned} is complete, and the same command goes on from it", resumes=False
     )
@@ -177,14 +203,15 @@ def compress(  # noqa: PLR0913 - the Python door
             restart=restart,
             progress=progress,
         ).path
-    evaluation = _measured(measured, run, request, progress)
+    recipe = request.recipe.updated(seq_len=run.recipe["seq_len"])
+    evaluation = api.measure_held_out(measured, recipe, request.model, progress)
     api.keep_results(measured, [evaluation])
     if program == "llama.cpp":
         export(
             pruned,
             to="gguf",
             out=place,
-            like=_template(model, program, like),
+            like=order.template,
             head=HEAD_OF_GGUF,
             overwrite=overwrite,
             progress=progress,
@@ -201,16 +228,16 @@ def compress(  # noqa: PLR0913 - the Python door
             progress=progress,
         )
     if pruned != place:
-        _remove(pruned)
+        clean_up(pruned)
     return CompressResult(
         path=place,
         program=program,
-        asked_bytes=asked,
+        asked_bytes=order.asked_bytes,
         bytes=bytes_of(place),
         dense_bytes=run.base.bytes,
         run=run,
         evaluation=evaluation,
-        start=PROGRAMS[program].starts.format(shlex.quote(str(out))),
+        start=PROGRAMS[program].starts.format(shlex.quote(order.out)),
     )
 
 
@@ -237,37 +264,13 @@ class ChosenForms:
         return {**vars(self)}
 
 
-@checked
-def choose_forms(  # noqa: PLR0913 - the Python door
-    model: Checkpoint,
-    recipe: RecipeGiven = None,
-    *,
-    program: ProgramName,
-    out: Out,
-    size: str | int | None = None,
-    bits: Bits | None = None,
-    like: PathGiven | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: ProgressCallback = ignore,
-) -> ChosenForms:
-    """Chooses the forms that :func:`compress` would, with the same arguments and errors, and writes nothing."""
-    request, _ = opened(
-        model,
-        recipe,
-        program=program,
-        out=out,
-        size=size,
-        bits=bits,
-        like=like,
-        overwrite=overwrite,
-        restart=restart,
-    )
-    if program == "transformers":
+def choose_forms(order: Order, progress: ProgressCallback) -> ChosenForms:
+    """Chooses the forms that :func:`carry_out` would, and writes nothing."""
+    if order.program == "transformers":
         raise RecipeError(
             "transformers has one form for all linears, so there is nothing to choose; leave out the dry run"
         )
-    targets = choose(request, progress)
+    targets = choose(order.request, progress)
     report = targets.report
     candidates = report["candidates"]
     chosen = str(report["chosen"])
@@ -282,20 +285,20 @@ def choose_forms(  # noqa: PLR0913 - the Python door
     )
 
 
-def opened(  # noqa: PLR0913 - the arguments of compress
-    model: str | os.PathLike[str],
-    recipe: RecipeGiven,
+@checked
+def ordered(  # noqa: PLR0913 - the arguments of compress
+    model: Checkpoint,
+    recipe: RecipeGiven = None,
     *,
     program: ProgramName,
-    out: str | os.PathLike[str],
-    size: str | int | None,
-    bits: float | None,
-    like: str | os.PathLike[str] | None,
-    overwrite: bool,
-    restart: bool,
-) -> tuple[Request, int | None]:
-    """The run that makes the checkpoint, and the bytes that were asked for. Arguments and errors: see
-    :func:`compress`."""
+    out: Out,
+    size: str | int | None = None,
+    bits: Bits | None = None,
+    like: PathGiven | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+) -> Order:
+    """Checks all that can be checked before the work. Arguments and errors: see :func:`compress`."""
     settled = settle_calibration(Recipe.of(recipe), None)
     asked = None
     if size is not None:
@@ -303,9 +306,7 @@ def opened(  # noqa: PLR0913 - the arguments of compress
     _check_size(program, asked, bits)
     template = _template(model, program, like)
     place = Path(os.path.expanduser(out))
-    pruned = place
-    if program != "transformers":
-        pruned = place.with_name(f"{place.name}-pruned")
+    pruned = _pruned(place, program)
     # an earlier start of this command may have written the result, and been stopped after that
     begun = pruned != place and (pruned / PRUNING).is_file()
     if program == "llama.cpp":
@@ -320,10 +321,19 @@ def opened(  # noqa: PLR0913 - the arguments of compress
     if program != "transformers":
         source = checkpoint_directory(str(model))
         chain = open_chain(source, device=torch.device("cpu"))
-        bits = _bits(asked, bits, program, chain, source, template)
+        if asked is not None:
+            bits = _bits_within(asked, program, chain, settled, source, template)
         settled = settled.updated(bits=bits, program=program)
+        check_size(chain, settled)
     request = Request(str(model), settled, pruned, overwrite=overwrite, restart=restart)
-    return request, asked
+    return Order(request, program, str(out), asked_bytes=asked, template=template)
+
+
+def _pruned(place: Path, program: ProgramName) -> Path:
+    """The directory of the checkpoint from which a result is written."""
+    if program == "transformers":
+        return place
+    return place.with_name(f"{place.name}-pruned")
 
 
 def _modelfile(place: Path) -> Path:
@@ -371,83 +381,42 @@ def _template(
     )
 
 
-def _bits(
-    size: int | None,
-    bits: float | None,
+def _bits_within(
+    size: int,
     program: ProgramName,
     chain: Chain,
+    recipe: Recipe,
     source: Path,
     template: Path | None,
 ) -> float:
-    """Bits of a weight of the linears: those that were asked for, or that leave room for all else in ``size`` bytes.
-    Raises RecipeError if there is no form so small."""
-    linears = [linear for index in range(len(chain)) for linear in chain.linears(index)]
-    if program == "sparsellm":
-        expert = next((x for x in linears if isinstance(x.module, ExpertLinear)), None)
-        if expert is not None:
-            raise RecipeError(
-                f"{expert.name} is an expert, which stays dense in the packed format; take --for llama.cpp or vllm"
-            )
-    shapes = [(linear.out_features, linear.in_features) for linear in linears]
-    weights = sum(math.prod(shape) for shape in shapes)
-    least = least_bytes(program, shapes)
-    if size is None:
-        assert bits is not None
-        if 8 * least > bits * weights:
-            raise RecipeError(
-                f"bits {bits:g} are too few for {program}: at least {8 * least / weights:.2f} are possible"
-            )
-        return bits
+    """Bits of a weight of the linears to prune that leave room for all else in ``size`` bytes. Raises RecipeError if no
+    form is that small."""
+    assert chain.reader is not None
+    sizes = sizes_of(chain, recipe)
+    weights = sum(size.weights for size in sizes)
+    least = least_bytes(program, [size.shape for size in sizes])
+    names = {size.name for size in sizes}
+    linears = set()
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            if linear.name in names:
+                linears.add(chain.key_of[linear.weight_name])
     if template is not None:
-        others = other_bytes(Template(template), chain, HEAD_OF_GGUF)
+        others = other_bytes(Template(template), chain.reader, linears, HEAD_OF_GGUF)
     else:
-        others = outer_bytes(chain, packed=program == "sparsellm")
+        others = REPORT_BYTES + RECORD_BYTES * len(linears)
         others += sum(file.stat().st_size for file in companions_of(source))
-        others += RECORDS + RECORD_OF_LINEAR * len(linears)
+        for key in chain.reader:
+            if key not in linears:
+                others += chain.reader.bytes_of(key)
+        if program == "sparsellm":
+            others -= head_bytes(chain, "keep") - head_bytes(chain, "int8")
     if others + least > size:
         raise RecipeError(
             f"size {_mb(size)} is too small for {program}: at least {_mb(others + least)} are possible, of which "
             f"{_mb(others)} are embedding, head and all else but the linears"
         )
-    return min(16.0, 8 * (size - others) / weights)
-
-
-def outer_bytes(chain: Chain, *, packed: bool) -> int:
-    """Bytes of all weights but the linears of the blocks, with embedding and head in int8 if ``packed``."""
-    assert chain.reader is not None
-    linears = set()
-    for index in range(len(chain)):
-        for linear in chain.linears(index):
-            linears.add(chain.key_of[linear.weight_name])
-    total = 0
-    for key in chain.reader:
-        if key not in linears:
-            total += chain.reader.bytes_of(key)
-    if packed:
-        total -= head_bytes(chain, "keep") - head_bytes(chain, "int8")
-    return total
-
-
-def _measured(
-    place: Path, run: Pruning, request: Request, progress: ProgressCallback
-) -> Evaluation:
-    """The evaluation of a checkpoint against the dense model, on text that no run calibrates on."""
-    recipe = request.recipe
-    text = "pydoc"
-    if recipe.calibration == "c4-sample":
-        text = "c4-sample"
-    # that of the calibration windows, which the model has positions for
-    length = min(int(str(run.recipe["seq_len"])), MEASURED_WINDOW)
-    return api.evaluate(
-        place,
-        text,
-        seq_len=length,
-        max_tokens=MEASURED_TOKENS,
-        bos=recipe.bos,
-        against=request.model,
-        device=recipe.device,
-        progress=progress,
-    )
+    return min(MOST_BITS, 8 * (size - others) / weights)
 
 
 def bytes_of(place: Path) -> int:
@@ -455,13 +424,6 @@ def bytes_of(place: Path) -> int:
     if place.is_file():
         return place.stat().st_size
     return sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
-
-
-def _remove(pruned: Path) -> None:
-    """Removes the checkpoint between; not if it has files of others now."""
-    with interrupts.held():
-        if not foreign_entries(pruned):
-            shutil.rmtree(pruned, ignore_errors=True)
 
 
 def _mb(size: int) -> str:

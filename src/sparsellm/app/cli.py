@@ -41,9 +41,6 @@ from sparsellm.progress import ProgressCallback
 from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT, Recipe
 
 Printed = tuple[Any, Callable[[], None]] | None
-# the longest window and the tokens that `prune --pack` measures on
-MEASURED_WINDOW = 2048
-MEASURED_TOKENS = 16_384
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -239,7 +236,7 @@ def compress(
     out: Path,
     progress: Any,
     dry_run: bool,
-    program: str = "",
+    program: Any = "",
     **options: Any,
 ) -> Printed:
     """Compress MODEL to a size, for the program that runs it.
@@ -255,12 +252,12 @@ def compress(
             f"no program is named that runs the result; give --for and one of {', '.join(programs.PROGRAMS)}"
         )
     recipe = use.take_recipe(options)
-    given: dict[str, Any] = {"program": program, "out": out, "progress": progress}
+    order = programs.ordered(model, recipe, program=program, out=out, **options)
     if dry_run:
-        chosen = programs.choose_forms(model, recipe, **given, **options)
+        chosen = programs.choose_forms(order, progress)
         return chosen.to_dict(), lambda: tables.print_chosen(chosen)
     interrupts.keeps(f"finished blocks are kept next to {out}")
-    result = programs.compress(model, recipe, **given, **options)
+    result = programs.carry_out(order, progress)
     return result.to_dict(), lambda: tables.print_compressed(result)
 
 
@@ -389,16 +386,9 @@ def prune(
         )
         given = {name: options[name] for name in ("overwrite", "restart")}
         run = Request(model, result.recipe, out, **given)
-        length = result.recipe.seq_len or MEASURED_WINDOW
-        # no run calibrates on that part
-        text = "c4-sample" if result.recipe.calibration == "c4-sample" else "pydoc"
-        window = {
-            "seq_len": min(length, MEASURED_WINDOW),
-            "max_tokens": MEASURED_TOKENS,
-        }
         with parallel.alone():
             packed, evaluation = api.pack_and_measure(
-                run, pack, text, dense, progress, head=head, **window
+                run, pack, dense, progress, head=head
             )
             try:
                 api.keep_results(pack, [evaluation])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +22,6 @@ from sparsellm.exports.template import EXACT, Change, Template, orders_of, rows_
 from sparsellm.files.directory import check_room, resolved
 from sparsellm.files.files import TEMPORARY, TORN, create_atomically, replace_atomically
 from sparsellm.files.reader import CheckpointReader
-from sparsellm.model import Chain
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
 from sparsellm.version import __version__
@@ -60,22 +59,18 @@ def check_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     return place
 
 
-def other_bytes(template: Template, chain: Chain, head: str) -> int:
-    """Bytes of a GGUF file without the linears of a chain's blocks: its keys, and all other tensors of the template,
-    with embedding and head as ``head``."""
-    linears = {
-        chain.key_of[linear.weight_name]
-        for index in range(len(chain))
-        for linear in chain.linears(index)
-    }
-    assert chain.reader is not None
-    keys = template.keys_of(list(chain.reader))
+def other_bytes(
+    template: Template, reader: CheckpointReader, linears: Collection[str], head: str
+) -> int:
+    """Bytes of a GGUF file of a checkpoint without the linears, which are tensors of the ``reader``: its keys, and all
+    other tensors of the template, with embedding and head as ``head``."""
+    keys = template.keys_of(list(reader))
     size, stored = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[head.upper()]]
     total = int(template.reader.data_offset)
     for tensor in template.reader.tensors:
         total += template.reader.alignment
         of_tensor = keys.get(tensor.name, [])
-        if linears.intersection(of_tensor):
+        if any(key in linears for key in of_tensor):
             continue
         if tensor.name in _HEAD and of_tensor:
             total += int(tensor.n_elements) // size * stored

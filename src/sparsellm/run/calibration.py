@@ -263,23 +263,12 @@ class Calibration:
     windows: Windows
     warnings: tuple[str, ...]
 
-
-def read_calibration(
-    request: Request,
-    choice: Choice,
-    models: Models,
-    budget: Budget,
-    progress: ProgressCallback,
-) -> Calibration:
-    """Draws the windows that a choice asks for, and checks that the model runs on them. Raises a SparseLLMError if the
-    text is short or does not fit the model."""
-    calibration = draw_calibration(request, choice, models, budget, progress)
-    choice = calibration.choice
-    windows = calibration.windows.first
-    check_forward(models.chain, windows, token_states=choice.token_states)
-    machine.trim()
-    choice.check_processes(len(windows))
-    return calibration
+    def check(self, chain: Chain) -> None:
+        """Runs the model on a few tokens, and refuses more processes than windows. Raises a SparseLLMError."""
+        windows = self.windows.first
+        check_forward(chain, windows, token_states=self.choice.token_states)
+        machine.trim()
+        self.choice.check_processes(len(windows))
 
 
 def draw_calibration(
@@ -289,7 +278,8 @@ def draw_calibration(
     budget: Budget,
     progress: ProgressCallback,
 ) -> Calibration:
-    """Draws the windows that a choice asks for. Errors as :func:`read_calibration`."""
+    """Draws the windows that a choice asks for. Raises a SparseLLMError if the text cannot be read, is short, or does
+    not fit the model."""
     progress(Progress("calibration", 0, 1))
     recipe = request.recipe
     chain = models.chain

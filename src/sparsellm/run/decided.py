@@ -11,14 +11,15 @@ import torch
 
 from sparsellm import parallel, plugins
 from sparsellm.files.directory import checkpoints_among
+from sparsellm.files.scratch import Scratch
 from sparsellm.method.sweep.whole_model import STEP_TOKENS, cut_to
-from sparsellm.model import Chain
+from sparsellm.model import Chain, Feed
 from sparsellm.model.matrices import outside_blocks, unmatched_patterns
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, note
 from sparsellm.recipe import Recipe
 from sparsellm.records import Prediction
 from sparsellm.run.budget import RESIDENT, STREAMED, Budget, choose_sweep, slowest
-from sparsellm.run.calibration import Calibration, Windows, read_calibration
+from sparsellm.run.calibration import Calibration, Windows, draw_calibration
 from sparsellm.run.choice import Choice, choice_for
 from sparsellm.run.estimate import Extent, checkpoint_bytes, estimate_here, needed
 from sparsellm.run.fingerprint import (
@@ -53,6 +54,20 @@ class Decided:
     identity: Identity
     warnings: tuple[str, ...]
 
+    def feed(self, chain: Chain, scratch: Scratch, progress: ProgressCallback) -> Feed:
+        """The first set of calibration windows, as the model is run on it."""
+        windows = self.windows.first
+        return Feed(chain, windows, self.recipe.batch_tokens, scratch, progress)
+
+
+def open_and_decide(
+    request: Request, clock: PhaseClock, progress: ProgressCallback
+) -> tuple[Models, Budget, Decided]:
+    """What a run opens, may hold and does. Errors as :func:`open_run` and :func:`decide`."""
+    models = open_run(request, clock, progress)
+    budget = Budget(request.recipe, models.chain.device)
+    return models, budget, decide(request, models, budget, clock, progress)
+
 
 def open_run(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Models:
     """Opens the models of a request. What is wrong with its recipe or destination alone is refused before."""
@@ -84,7 +99,8 @@ def decide(
     disk_bytes = choice.copies * checkpoint_bytes(chain)
     out = request.destination(models.sources, disk_bytes)
     with clock.phase("calibration"):
-        calibration = read_calibration(request, choice, models, budget, progress)
+        calibration = draw_calibration(request, choice, models, budget, progress)
+        calibration.check(chain)
     recipe = calibration.recipe
     choice = calibration.choice
     windows = calibration.windows

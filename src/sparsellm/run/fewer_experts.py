@@ -44,7 +44,7 @@ from sparsellm.progress import (
 from sparsellm.recipe import Recipe
 from sparsellm.records import ExpertsOfBlock, Prediction
 from sparsellm.run.budget import Budget
-from sparsellm.run.calibration import Windows, read_calibration
+from sparsellm.run.calibration import Windows, draw_calibration
 from sparsellm.run.choice import Choice, choice_for
 from sparsellm.run.decided import extent_of, identity_of, name_patterns
 from sparsellm.run.estimate import (
@@ -139,7 +139,8 @@ def open_removal(
         assert out is not None
     budget = Budget(alone, chain.device)
     with clock.phase("calibration"):
-        calibration = read_calibration(step, choice, models, budget, progress)
+        calibration = draw_calibration(step, choice, models, budget, progress)
+        calibration.check(chain)
     settled = calibration.recipe
     windows = calibration.windows
     warnings = [
@@ -264,7 +265,7 @@ def _read(place: Path) -> dict[str, Any]:
 
 
 def clean_up(directory: Path) -> None:
-    """Removes the model with fewer experts, which has been pruned; not if it has files of others now."""
+    """Removes a checkpoint between two steps, which is not needed any more; not if it has files of others now."""
     with interrupts.held():
         if parallel.is_main() and not foreign_entries(directory):
             shutil.rmtree(directory, ignore_errors=True)

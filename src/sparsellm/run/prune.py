@@ -17,11 +17,10 @@ from sparsellm.errors import NumericalError
 from sparsellm.files.contents import check_weights
 from sparsellm.files.directory import check_room, check_unfinished, partial_of
 from sparsellm.inputs import without_folders
-from sparsellm.model import Chain, Feed
+from sparsellm.model import Chain
 from sparsellm.progress import PhaseClock, ProgressCallback, ignore
 from sparsellm.records import PRUNING, Prediction, Pruning, read_pruning
-from sparsellm.run.budget import Budget
-from sparsellm.run.decided import decide, open_run
+from sparsellm.run.decided import open_and_decide
 from sparsellm.run.fewer_experts import (
     clean_up,
     open_removal,
@@ -53,10 +52,8 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
 def run(request: Request, progress: ProgressCallback) -> PruneResult:
     """The run of a request. If its recipe removes experts, its model is the one that :func:`remove_experts_of` made."""
     clock = PhaseClock()
-    models = open_run(request, clock, progress)
+    models, budget, decided = open_and_decide(request, clock, progress)
     chain = models.chain
-    budget = Budget(request.recipe, chain.device)
-    decided = decide(request, models, budget, clock, progress)
     removed = removal_before(request.recipe, models.directory)
     with (
         _float16_explained(chain),
@@ -74,9 +71,7 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
         if removed is not None:
             clock.add(removed.seconds)
         scratch = budget.scratch(_scratch_folder(decided.out, decided.estimate))
-        feed = Feed(
-            chain, decided.windows.first, decided.recipe.batch_tokens, scratch, progress
-        )
+        feed = decided.feed(chain, scratch, progress)
         budget.expect_block(chain)
         walked = len(finished) == len(chain)
         targets = survey(models, decided, feed, journal, walked, clock)
@@ -130,13 +125,10 @@ def complete_run(request: Request, progress: ProgressCallback) -> Pruning | None
     Raises StorageError if its weights were replaced since."""
     if request.out is None or not (Path(request.out) / PRUNING).is_file():
         return None
-    clock = PhaseClock()
     # it is read, and not replaced
     there = replace(request, overwrite=True)
     with machine.computing(device_of(request.model, request.recipe)):
-        models = open_run(there, clock, progress)
-        budget = Budget(request.recipe, models.chain.device)
-        decided = decide(there, models, budget, clock, progress)
+        _, _, decided = open_and_decide(there, PhaseClock(), progress)
     known = read_pruning(Path(request.out))
     if known.identity != to_jsonable_python(asdict(decided.identity)):
         return None
@@ -149,19 +141,10 @@ def choose(request: Request, progress: ProgressCallback) -> Targets:
     progress = progress if parallel.is_main() else ignore
     clock = PhaseClock()
     with machine.computing(device_of(request.model, request.recipe)):
-        models = open_run(request, clock, progress)
-        budget = Budget(request.recipe, models.chain.device)
-        decided = decide(request, models, budget, clock, progress)
+        models, budget, decided = open_and_decide(request, clock, progress)
         blocks = len(models.chain)
         with Journal(None, blocks, restart=False, overwrite=False) as journal:
-            scratch = budget.scratch(None)
-            feed = Feed(
-                models.chain,
-                decided.windows.first,
-                decided.recipe.batch_tokens,
-                scratch,
-                progress,
-            )
+            feed = decided.feed(models.chain, budget.scratch(None), progress)
             budget.expect_block(models.chain)
             return survey(models, decided, feed, journal, walked=False, clock=clock)
 
@@ -204,9 +187,7 @@ def rehearse(request: Request, progress: ProgressCallback = ignore) -> Predictio
             _check_resumes(step.place, step.identity, request)
             name = without_folders(str(request.model))
             return step.total.model_copy(update={"model": name})
-        models = open_run(request, clock, progress)
-        budget = Budget(request.recipe, models.chain.device)
-        decided = decide(request, models, budget, clock, progress)
+        models, _, decided = open_and_decide(request, clock, progress)
     request.destination((), decided.disk_bytes)
     if decided.out is not None:
         _check_resumes(decided.out, decided.identity, request)

@@ -27,8 +27,8 @@ def rendered(
     asks: bool,
 ) -> str:
     """The text of a conversation; with ``asks``, up to where the model's answer begins. The template runs in a process
-    of its own, within limits. A DataError says why there is no text: the template refuses the conversation, such as its
-    order of roles, or takes too much time or memory."""
+    of its own, within limits. Raises DataError if the template refuses the conversation, such as its order of roles, or
+    takes too much time or memory."""
     try:
         question = {
             "template": tokenizer.get_chat_template(),

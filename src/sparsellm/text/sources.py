@@ -175,7 +175,7 @@ def _refuse_mixture(source: str) -> None:
 
 
 def _refuse_kind(source: str) -> None:
-    """Raises DataError for a path that is there and is no text."""
+    """Refuses a path that exists and is not a text file. Raises DataError."""
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         raise DataError(

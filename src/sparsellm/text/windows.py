@@ -290,7 +290,7 @@ def _chat(messages: Any, tokenizer: PreTrainedTokenizerBase, lead: int | None) -
         text = rendered(tokenizer, messages, asks=False)
     except DataError as error:
         raise DataError(f"a conversation of the text cannot be read: {error}") from None
-    except (KeyError, TypeError) as error:  # it is no list of messages
+    except (KeyError, TypeError) as error:  # not a list of messages
         raise DataError(
             f"a conversation of the text cannot be read: {one_line(error)}"
         ) from None

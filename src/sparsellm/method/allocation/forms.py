@@ -27,7 +27,7 @@ from sparsepack.layout import predicted_bytes
 
 # rows of a weight on which its forms are measured
 ROWS = 64
-# bytes of a weight's mask beside those of a value, in the notional format in which threshold's sparsities are bytes
+# bytes of a weight's bit in the mask of a notional format, which turns the sparsities of `threshold` into bytes
 MASK = 1 / 8
 STEP = (
     0.025  # between sparsities of forms; errors between those measured are interpolated
