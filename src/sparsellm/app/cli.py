@@ -507,14 +507,19 @@ def evaluate(
     # no directory of that name is meant
     place = results.place_of_results(model) if save and model != "demo" else None
     keep = results.keeper(place, partial(console.say, error=True))
-    flatters = False
+    flatters = ""
     file = Path(text.removeprefix("file:"))
     # a text given as such may be too long for a name
     if place is not None and os.path.isfile(file):
         with suppress(StorageError):  # a damaged record
             given = str(read_pruning(place).recipe.get("calibration"))
             parts = [name for name, _ in mixture_of(given)] or [given]
-            flatters = file.name in [name.removeprefix("file:") for name in parts]
+            if file.name in [name.removeprefix("file:") for name in parts]:
+                flatters = "a text of this name"
+    elif place is not None:
+        with suppress(StorageError):
+            if read_pruning(place).read_kind_of(text):
+                flatters = "other text of this kind"
     result = api.evaluate(
         model, text, tasks=use.listed(tasks) or None, progress=progress, **options
     )
@@ -524,7 +529,7 @@ def evaluate(
     _renew_card(saved)
     if flatters:
         console.say(
-            "note: the model was calibrated on a text of this name, which flatters its numbers",
+            f"note: the model was calibrated on {flatters}, which flatters its numbers",
             error=True,
         )
     content = {

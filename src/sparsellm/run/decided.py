@@ -156,6 +156,7 @@ def identity_of(
         computing=computing,
         plugins=plugins.loaded(),
         start=start,
+        python_text=calibration.python_text,
     )
 
 
