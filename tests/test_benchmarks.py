@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -99,6 +100,24 @@ def test_the_forms_of_a_model_are_counted_and_scored(
     assert float(rows["packed 60%, keep"][4]) == pytest.approx(
         float(rows["dense fp32"][4]), rel=1e-3
     )
+
+
+def test_shares_of_python_text_are_scored_on_every_text(
+    llama: Path, text: Path, tmp_path: Path, printed: Any
+) -> None:
+    line = (
+        "mixing.py", "--model", llama, "--calibration", text, "--choose", f"one={text}", "--text", "two=pydoc",
+        "--samples", 8, "--window", 16, "--max-tokens", 64, "--targets", "0.5", "--efforts", 0,
+        "--shares", "0", "0.25", "--cells", tmp_path / "cells.json",
+    )  # fmt: skip
+    output = printed(*line)
+    scores = json.loads((tmp_path / "cells.json").read_text())
+    assert len(scores) == 3
+    dense, alone, mixed = (scores[key] for key in sorted(scores, key=len))
+    assert alone["two"] != mixed["two"]
+    assert f"| 0.5, 0 | 0.25 | {mixed['one']:.1f} | {mixed['two']:.1f} |" in output
+    assert f"| dense |  | {dense['one']:.1f} | {dense['two']:.1f} | – |" in output
+    assert printed(*line) == output  # from the cells
 
 
 def test_the_frontier_counts_scores_and_draws_every_form(

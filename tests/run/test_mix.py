@@ -144,3 +144,18 @@ def test_eval_says_that_pydoc_is_of_a_kind_that_calibrated(
         assert (said in run(*line, exits=0)[2]) is told
         card = (out / "README.md").read_text()
         assert ("other text of this kind was in the calibration" in card) is told
+
+
+@pytest.mark.parametrize("source", ["pydoc", "self"])
+def test_a_built_in_text_is_mixed_if_asked(
+    source: str, model: Path, tmp_path: Path
+) -> None:
+    digests = {}
+    for mix in (None, 0.5):
+        recipe = Recipe(**SETTINGS, calibration=source, mix=mix)
+        out = tmp_path / f"out-{mix}"
+        assert sparsellm.prune(model, recipe, out=out).recipe.mix == (mix or 0)
+        identity = record_of(out)["identity"]
+        digests[mix] = identity["calibration_tokens"]
+        assert bool(identity["python_text"]) is (mix is not None)
+    assert digests[None] != digests[0.5]
