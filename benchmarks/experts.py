@@ -186,7 +186,7 @@ class Tests:
 def recipe_of(arguments: argparse.Namespace, seed: int, **fields: Any) -> Recipe:
     sizes = {"samples": arguments.samples, "seq_len": arguments.window, "seed": seed}
     return Recipe(
-        calibration=str(arguments.text), mix=0, method="sparsellm", **sizes, **fields
+        calibration=str(arguments.text), method="sparsellm", **sizes, **fields
     )
 
 

@@ -172,7 +172,7 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
     """Pruned to these values and packed, which loses nothing more; the whole model is packed again, with its head."""
     asked, began = bench.arguments, time.process_time()
     recipe = sparsellm.Recipe(
-        sparsity=sparsity, values=values, effort=asked.effort, calibration=str(asked.calibration), mix=0,
+        sparsity=sparsity, values=values, effort=asked.effort, calibration=str(asked.calibration),
         samples=asked.samples, seq_len=asked.window,
     )  # fmt: skip
     zeros = sparsellm.prune(

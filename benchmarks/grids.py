@@ -87,7 +87,7 @@ def pruned(asked: argparse.Namespace, grid: str, sparsity: float, dense: Dense) 
     """One run and its scores, with the bits a weight and the CPU seconds of pruning."""
     rounding = {"values": "int4"} if grid == "own" else {"grid": grid}
     recipe = sparsellm.Recipe(
-        sparsity=sparsity, effort=asked.effort, calibration=asked.calibration, mix=0, samples=asked.samples,
+        sparsity=sparsity, effort=asked.effort, calibration=asked.calibration, samples=asked.samples,
         seq_len=asked.window, **rounding,
     ).with_settings(asked.set)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="grid-", dir=OUT) as folder:

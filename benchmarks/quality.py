@@ -176,7 +176,7 @@ def run_cell(
     goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
     prune = (
         "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
-        arguments.calibration, "--set=mix=0", "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
+        arguments.calibration, "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
         f"--set=seed={seed}", *[line if line[:2] == "--" else f"--set={line}" for line in (*arguments.set, *settings)],
     )  # fmt: skip
     try:

@@ -52,7 +52,6 @@ def run(asked: argparse.Namespace, row: str, seed: int) -> list[dict[str, Any]]:
     recipe = sparsellm.Recipe(
         effort=asked.effort,
         calibration=asked.calibration,
-        mix=0,
         samples=asked.samples,
         seq_len=asked.window,
         seed=seed,

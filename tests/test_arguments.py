@@ -201,13 +201,7 @@ def test_a_recipe_is_taken_as_mapping_and_as_file(llama: Path, tmp_path: Path) -
     for recipe in (Recipe(**FAST), FAST, tmp_path / "r.yaml", str(tmp_path / "r.yaml")):
         used = sparsellm.prune(llama, recipe, calibration=IDS).recipe
         assert used == Recipe(
-            **{
-                **FAST,
-                "samples": 3,
-                "seq_len": 12,
-                "calibration": used.calibration,
-                "mix": 0.0,
-            }
+            **{**FAST, "samples": 3, "seq_len": 12, "calibration": used.calibration}
         )
 
 

@@ -102,21 +102,23 @@ def test_the_forms_of_a_model_are_counted_and_scored(
     )
 
 
-def test_shares_of_python_text_are_scored_on_every_text(
+def test_calibrations_are_scored_on_every_text(
     llama: Path, text: Path, tmp_path: Path, printed: Any
 ) -> None:
     line = (
-        "mixing.py", "--model", llama, "--calibration", text, "--choose", f"one={text}", "--text", "two=pydoc",
-        "--samples", 8, "--window", 16, "--max-tokens", 64, "--targets", "0.5", "--efforts", 0,
-        "--shares", "0", "0.25", "--cells", tmp_path / "cells.json",
+        "mixing.py", "--model", llama, "--text", f"one={text}", "two=pydoc", "--samples", 8, "--window", 16,
+        "--calibration", f"alone={text}", f"quarter={text}:3,pycode:1",
+        "--max-tokens", 64, "--targets", "0.5", "--efforts", 0, "--cells", tmp_path / "cells.json",
     )  # fmt: skip
     output = printed(*line)
-    scores = json.loads((tmp_path / "cells.json").read_text())
-    assert len(scores) == 3
-    dense, alone, mixed = (scores[key] for key in sorted(scores, key=len))
-    assert alone["two"] != mixed["two"]
-    assert f"| 0.5, 0 | 0.25 | {mixed['one']:.1f} | {mixed['two']:.1f} |" in output
-    assert f"| dense |  | {dense['one']:.1f} | {dense['two']:.1f} | – |" in output
+    kept = json.loads((tmp_path / "cells.json").read_text())
+    assert all(str(tmp_path) not in key for key in kept if "/dense" not in key[-6:])
+    scores = {key.count("pycode"): cell for key, cell in kept.items() if "/0.5/" in key}
+    assert scores[0]["two"] != scores[1]["two"]
+    for number, name in enumerate(("alone", "quarter")):
+        values = f"{scores[number]['one']:.1f} | {scores[number]['two']:.1f}"
+        assert f"| 0.5, 0 | {name} | {values} |" in output
+    assert len(kept) == 3
     assert printed(*line) == output  # from the cells
 
 

@@ -64,6 +64,7 @@ SWEEP = (
 SOURCES = (
     "c4-sample",
     "pydoc",
+    "pycode",
     "self",
     "wikitext2",
     "ptb",
@@ -78,8 +79,7 @@ RESOURCES = "Resources"
 ALLOCATION = "threshold with sparsellm, else uniform"
 EFFORT = "1 for sparsellm; the other methods have no sweep"
 SEQ_LEN = "2048, or the limit of the model"
-MIX = "0.125 for a file, a data set or documents, else 0"
-TEXT = "c4-sample; pydoc for the demo, or where the hub cannot be reached"  # these five: what None means
+TEXT = "c4-sample; pydoc for the demo, or where the hub cannot be reached"  # these four: what None means
 
 
 @dataclass(frozen=True)
@@ -258,13 +258,8 @@ class Recipe(BaseModel):
         Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)
     ] = None
     """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2, ptb,
-    c4, hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation); or a text mixture with
-    shares of the windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
-    mix: Annotated[
-        float | None, Option(CALIBRATION, "SHARE", null=MIX), Field(ge=0, lt=1)
-    ] = None
-    """Share of the calibration windows that come from Python's documentation and source code, so that the model loses
-    less on text of other kinds than the calibration's; 0 for none."""
+    c4, hub:OWNER/NAME, self (the model writes it), pydoc (Python's documentation), or pycode (its standard
+    library); or a text mixture with shares of the windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
     samples: Annotated[
         Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)
     ] = 128

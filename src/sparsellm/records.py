@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from sparsellm.errors import StorageError, refusal, shown
-from sparsellm.inputs import mixture_of, read_object
+from sparsellm.inputs import read_object
 from sparsellm.patterns import parse_pattern
 from sparsepack.bench import Comparison, Pair, Ratio, Speed
 from sparsepack.checkpoint import is_packed
@@ -409,12 +409,6 @@ class Pruning(RunRecord):
     def target(self) -> str:
         """The pattern that was asked for, or the sparsity in percent."""
         return str(self.recipe.get("pattern") or f"{100 * self.sparsity_asked:.4g}%")
-
-    def read_kind_of(self, text: str) -> bool:
-        """Whether the calibration had other text of the kind of this source to evaluate on, Python's documentation."""
-        source = str(self.recipe.get("calibration"))
-        parts = [name for name, _ in mixture_of(source)] or [source]
-        return text == "pydoc" and (text in parts or bool(self.recipe.get("mix")))
 
     @property
     def packs(self) -> bool:

@@ -64,8 +64,8 @@ def test_shares_follow_names_with_commas_and_colons() -> None:
 
 def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> None:
     mixture = "a,b.txt:0.5,words.jsonl:0.25,pydoc:0.25"
-    windows, sources = mixed_windows(shares_of(mixture), [8, 8, 4], drawn)
-    assert torch.equal(windows, mixed_windows(shares_of(mixture), [8, 8, 4], drawn)[0])
+    windows, sources = mixed_windows(mixture, [8, 8, 4], drawn)
+    assert torch.equal(windows, mixed_windows(mixture, [8, 8, 4], drawn)[0])
     for batch in range(0, 20, 4):
         assert sorted(sources[batch : batch + 4]) == [
             "a,b.txt",
@@ -84,7 +84,7 @@ def test_every_batch_of_a_mixture_has_windows_of_all_texts(files: list[str]) -> 
     # where one text ends, whole groups end
     most = len(drawn("words.jsonl", 2, 10_000)) - 2
     assert len(
-        mixed_windows(shares_of("pydoc:1,words.jsonl:1"), [4] * (most + 9), drawn)[0]
+        mixed_windows("pydoc:1,words.jsonl:1", [4] * (most + 9), drawn)[0]
     ) == 4 * (1 + most // 2)
 
 
@@ -131,11 +131,11 @@ def test_a_text_that_has_no_window_is_named(files: list[str]) -> None:
         DataError,
         match=r"'words\.jsonl' .* its share of 4 windows is none; raise its share",
     ):
-        mixed_windows(shares_of("pydoc:9,words.jsonl:1"), [4], drawn)
+        mixed_windows("pydoc:9,words.jsonl:1", [4], drawn)
     with pytest.raises(
         DataError, match=r"source 'short\.txt' has 5 tokens and 33 are needed"
     ):
-        mixed_windows(shares_of("pydoc:1,short.txt:1"), [4], drawn)
+        mixed_windows("pydoc:1,short.txt:1", [4], drawn)
 
 
 def test_conversations_are_joined_by_the_chat_template(files: list[str]) -> None:

@@ -461,7 +461,7 @@ def plan(model: str, json: bool, **options: Any) -> Printed:
     use.ONE_MODEL,
     needed(
         "--text SOURCE",
-        "As --calibration of prune; for pydoc, the part that is never used for calibration.",
+        "As --calibration of prune; for pydoc and pycode, the part that is never used for calibration.",
         TEXT,
         values=SOURCES,
     ),
@@ -507,19 +507,14 @@ def evaluate(
     # no directory of that name is meant
     place = results.place_of_results(model) if save and model != "demo" else None
     keep = results.keeper(place, partial(console.say, error=True))
-    flatters = ""
+    flatters = False
     file = Path(text.removeprefix("file:"))
     # a text given as such may be too long for a name
     if place is not None and os.path.isfile(file):
         with suppress(StorageError):  # a damaged record
             given = str(read_pruning(place).recipe.get("calibration"))
             parts = [name for name, _ in mixture_of(given)] or [given]
-            if file.name in [name.removeprefix("file:") for name in parts]:
-                flatters = "a text of this name"
-    elif place is not None:
-        with suppress(StorageError):
-            if read_pruning(place).read_kind_of(text):
-                flatters = "other text of this kind"
+            flatters = file.name in [name.removeprefix("file:") for name in parts]
     result = api.evaluate(
         model, text, tasks=use.listed(tasks) or None, progress=progress, **options
     )
@@ -529,7 +524,7 @@ def evaluate(
     _renew_card(saved)
     if flatters:
         console.say(
-            f"note: the model was calibrated on {flatters}, which flatters its numbers",
+            "note: the model was calibrated on a text of this name, which flatters its numbers",
             error=True,
         )
     content = {

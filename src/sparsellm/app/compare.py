@@ -65,15 +65,7 @@ PACKED = "-packed"  # ends the name of the directory with a cell's packed checkp
 # Fields that no bit depends on, or that a run settles by its model and text
 NOT_COMPARED = {"memory", "device_memory", "samples", "seq_len"}
 # Fields that the windows of a text depend on, next to the sets and passes that the method asks for
-DRAWN_BY = {
-    "calibration",
-    "mix",
-    "samples",
-    "seq_len",
-    "seed",
-    "bos",
-    "sweep_tokens",
-}
+DRAWN_BY = {"calibration", "samples", "seq_len", "seed", "bos", "sweep_tokens"}
 AnyNumber = Annotated[float, SkipValidation]  # the recipe checks it
 
 
@@ -310,10 +302,7 @@ def _is_packed_from(packed: Path, pruned: Path) -> bool:
 def _check_same(pruned: Path, recipe: Recipe, dense: _Dense) -> None:
     """Raises RecipeError, with the first setting that differs, if a finished run was made with other settings."""
     run = read_pruning(pruned)
-    aside = set(NOT_COMPARED)
-    if recipe.mix is None:  # the text decides, and _check_texts compares it
-        aside.add("mix")
-    asked: Settings = recipe.named.model_dump(mode="json", exclude=aside)
+    asked: Settings = recipe.named.model_dump(mode="json", exclude=NOT_COMPARED)
     asked |= {"model": dense.digest, "plugins": {**loaded()}}
     known: Settings = {
         **run.recipe,
@@ -356,8 +345,8 @@ def _calibration_of(
     drawn: dict[str, Settings],
     progress: ProgressCallback,
 ) -> Settings:
-    """The number, length and mix of the calibration windows that a run of a recipe would read, and the digest of all
-    their token ids. ``drawn`` keeps it for further recipes that read the same."""
+    """The number and the length of the calibration windows that a run of a recipe would read, and the digest of all its
+    token ids. ``drawn`` keeps it for further recipes that read the same."""
     opened = dense.opened
     chain = opened.chain
     teacher = None
@@ -382,11 +371,9 @@ def _calibration_of(
     )
     request = Request(dense.model, recipe)
     budget = Budget(recipe, chain.device)
-    calibration = draw_calibration(request, choice, models, budget, progress)
-    windows = calibration.windows
+    windows = draw_calibration(request, choice, models, budget, progress).windows
     every = torch.cat([*windows.sets, windows.fresh])
     drawn[key] = {
-        "mix": calibration.recipe.mix,
         "samples": len(windows.first),
         "seq_len": windows.first.shape[1],
         "calibration_tokens": tokens_fingerprint(every),
@@ -398,7 +385,6 @@ def _check_text(pruned: Path, recipe: Recipe, asked: Settings) -> None:
     """Raises RecipeError if a finished run read other token ids than those that are ``asked`` for now."""
     run = read_pruning(pruned)
     known: Settings = {
-        "mix": run.recipe.get("mix"),
         "samples": run.recipe.get("samples"),
         "seq_len": run.recipe.get("seq_len"),
         "calibration_tokens": run.identity.get("calibration_tokens"),

@@ -56,9 +56,6 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     target = share if recipe.pattern is None else recipe.pattern
     target += f" {share}" if recipe.chosen_of is not None else ""
     windows = f"{recipe.samples}×{recipe.seq_len}"
-    if recipe.mix:
-        mixed = f"{100 * recipe.mix:.4g}%"
-        windows += f", {mixed} of them Python's documentation and source code"
     say(
         f"{recipe.method} {target}{shares} · calibrated on {recipe.calibration} {windows}"
     )

@@ -176,8 +176,6 @@ def _quality(record: Checkpoint) -> list[Row]:
     rows = []
     for evaluation in record.results.latest().values():
         protocol = str(evaluation.protocol)
-        if record.pruning.read_kind_of(evaluation.protocol.text):
-            protocol += ", a kind of text that was in the calibration"
         against = evaluation.dense
         if (
             against is not None

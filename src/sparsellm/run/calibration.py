@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from sparsellm import machine, parallel
 from sparsellm.errors import DataError
@@ -29,8 +28,6 @@ from sparsellm.run.choice import Choice
 from sparsellm.run.fingerprint import reading
 from sparsellm.run.opening import Models, load_whole
 from sparsellm.run.request import Request
-from sparsellm.text.mixing import DEFAULT_MIX, check_mix, is_mixed, with_python_text
-from sparsellm.text.python_text import KINDS, python_digest, unsuited
 from sparsellm.text.self_generated import self_generated_windows
 from sparsellm.text.sources import DOCUMENTS, SELF, default_source, shares_of
 from sparsellm.text.texts import Text
@@ -38,7 +35,6 @@ from sparsellm.text.windows import (
     calibration_windows,
     leading_token,
     mixed_windows,
-    python_windows,
     seq_len_of,
     windows_of_ids,
 )
@@ -176,11 +172,7 @@ def read_windows(
     seed = recipe.seed
 
     def draw(source: str, samples: int, fresh: int) -> Tensor:
-        """Windows of one source, which may be the dense model, or a kind of Python's text."""
-        if source in KINDS:
-            return python_windows(
-                source, tokenizer, samples + fresh, seq_len, seed, recipe.bos
-            )
+        """Windows of one source, which may be the dense model."""
         if source != SELF:
             named = text if isinstance(text, Text) else source
             return calibration_windows(
@@ -214,9 +206,7 @@ def read_windows(
     sets = choice.sets
     of_pass = choice.windows_of_pass(recipe.samples, seq_len)
     windows, sources = mixed_windows(
-        with_python_text(shares_of(source), recipe.mix or 0.0, recipe.samples),
-        [recipe.samples] * sets + [of_pass] * passes,
-        draw,
+        source, [recipe.samples] * sets + [of_pass] * passes, draw
     )
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
@@ -268,12 +258,10 @@ def _cut(windows: Tensor, lead: int | None, step_processes: int) -> Tensor:
 class Calibration:
     """The windows of a run, and its settings with them."""
 
-    # with the text and the share of Python's text that were taken, and the actual windows
-    recipe: Recipe
+    recipe: Recipe  # with the text that was taken, and the actual windows
     choice: Choice  # with as many passes of the sweep as have its tokens
     windows: Windows
     warnings: tuple[str, ...]
-    python_text: str = ""  # digest of Python's text, where windows come from it
 
     def check(self, chain: Chain) -> None:
         """Runs the model on a few tokens, and refuses more processes than windows. Raises a SparseLLMError."""
@@ -301,13 +289,6 @@ def draw_calibration(
         demo = "demo" in (request.model, request.teacher)
         source, warnings = parallel.from_main(partial(default_source, demo=demo))
         recipe = recipe.updated(calibration=source)
-    settle = partial(_settled_mix, recipe, models.tokenizer)
-    mix, unmixed = parallel.from_main(settle)
-    recipe = recipe.updated(mix=mix)
-    warnings += unmixed
-    digest = ""
-    if mix:
-        digest = parallel.from_main(python_digest)
     # The sweep takes new windows where the dense model runs next to the pruned one.
     side_by_side = chain.reader is not None and models.teacher is None
     passes = choice.passes if side_by_side else 0
@@ -333,23 +314,4 @@ def draw_calibration(
         choice,
         windows=windows,
         warnings=tuple(warnings),
-        python_text=digest,
     )
-
-
-def _settled_mix(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[float, list[str]]:
-    """The share of Python's text in a run, and a warning if the recipe's text should have one and gets none. Raises
-    DataError if the recipe asks for a share that it cannot have."""
-    check_mix(recipe)
-    if recipe.mix == 0 or not is_mixed(recipe) or tokenizer is None:
-        return 0.0, []
-    why = unsuited(tokenizer)
-    if why and recipe.mix is not None:
-        raise DataError(f"mix {recipe.mix:g}: {why}; set mix to 0")
-    if why:
-        return 0.0, [f"calibrated on the text alone (mix 0), because {why}"]
-    if recipe.mix is not None:
-        return recipe.mix, []
-    return DEFAULT_MIX, []

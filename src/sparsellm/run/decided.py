@@ -156,7 +156,6 @@ def identity_of(
         computing=computing,
         plugins=plugins.loaded(),
         start=start,
-        python_text=calibration.python_text,
     )
 
 

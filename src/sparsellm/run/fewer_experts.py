@@ -68,7 +68,7 @@ from sparsellm.run.request import Request
 from sparsellm.run.warnings import short_text
 
 EXPERTS = "experts.json"  # in the directory of the model with fewer experts: what was removed, and the step's identity
-_TEXT = ("calibration", "mix", "samples", "seq_len", "seed", "bos", "batch_tokens")
+_TEXT = ("calibration", "samples", "seq_len", "seed", "bos", "batch_tokens")
 _COMPUTING = ("memory", "device", "device_memory", "dtype", "products")
 _SETTINGS = ("experts", "expert_score", "expert_options", "expert_refit")
 

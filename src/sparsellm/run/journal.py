@@ -66,9 +66,6 @@ class Identity:
     start: str = (
         ""  # digest of the weights that are pruned, if they are not the dense model's
     )
-    python_text: str = (
-        ""  # digest of Python's text, if a share of the windows comes from it
-    )
 
 
 @dataclass(frozen=True)

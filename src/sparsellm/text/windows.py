@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from sparsellm.errors import DataError, one_line, shown
 from sparsellm.inputs import without_folders
 from sparsellm.patterns import round_exactly
 from sparsellm.recipe import Bos
-from sparsellm.text import python_text
 from sparsellm.text.conversations import rendered
 from sparsellm.text.sources import read_source, shares_of
 from sparsellm.text.texts import Text
@@ -74,7 +73,7 @@ def calibration_windows(
     one window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with."""
     if isinstance(source, str) and len(shares_of(source)) > 1:
         return mixed_windows(
-            shares_of(source),
+            source,
             [samples, fresh],
             lambda part, count, more: calibration_windows(
                 part, tokenizer, count, seq_len, seed, bos, more
@@ -110,47 +109,8 @@ def calibration_windows(
     )
 
 
-def python_windows(
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: int,
-    seq_len: int,
-    seed: int,
-    bos: Bos = "auto",
-) -> Tensor:
-    """Windows of a kind of Python's text (:mod:`sparsellm.text.python_text`), one after the other in its documents,
-    which are in random order. Only as many documents are read as are needed, all of them again where they are not
-    enough, and the first windows are the same however many there are.
-
-    Returns ``(windows, seq_len)`` int64 token ids, on the CPU. Raises DataError if Python's sources are missing, or all
-    documents together have less than one window."""
-    lead = leading_token(tokenizer, bos)
-    length = seq_len
-    if lead is not None:
-        length -= 1
-    documents = python_text.documents(kind)
-    generator = torch.Generator().manual_seed(seed)
-    needed = windows * length
-    pieces: list[Tensor] = []
-    tokens = 0
-    while tokens < needed:
-        before = tokens
-        for number in torch.randperm(len(documents), generator=generator).tolist():
-            text = Text([documents[number]], called=kind)
-            pieces.append(_tokens(text, tokenizer, lead, documents[number] + "\n\n"))
-            tokens += len(pieces[-1])
-            if tokens >= needed:
-                break
-        if tokens < needed and tokens - before < length:
-            few = f"{kind} has {tokens - before} tokens, and {length} are needed for one window"
-            raise DataError(f"{few}; lower seq_len, or set mix to 0")
-    return _led(torch.cat(pieces)[:needed].view(windows, length), lead)
-
-
 def mixed_windows(
-    shares: Mapping[str, float],
-    sizes: list[int],
-    draw: Callable[[str, int, int], Tensor],
+    source: str, sizes: list[int], draw: Callable[[str, int, int], Tensor]
 ) -> tuple[Tensor, list[str]]:
     """The windows of a mixture in groups of these ``sizes``, such as the sets of a walk and the passes of a sweep.
 
@@ -160,8 +120,9 @@ def mixed_windows(
 
     Returns the windows ``(windows, seq)``, and the name of each window's source, without folders (none for a source
     alone). Raises DataError if a source gets no window of the first group, or cannot be drawn from."""
+    shares = shares_of(source)
     if len(shares) == 1:
-        return draw(next(iter(shares)), sizes[0], sum(sizes[1:])), []
+        return draw(source, sizes[0], sum(sizes[1:])), []
     names = [without_folders(name) for name in shares]
     counts = [
         round_exactly(
@@ -175,7 +136,7 @@ def mixed_windows(
         if not first:
             why = f"its share of {sizes[0]} windows is none; raise its share, or take more windows"
             raise DataError(
-                f"source {shown(name)} in text mixture {shown(_mixture(shares))}: {why}"
+                f"source {shown(name)} in text mixture {shown(source)}: {why}"
             )
     drawn = [
         iter(draw(name, size, sum(more)))
@@ -195,11 +156,6 @@ def mixed_windows(
         windows += [window for window in taken if window is not None]
         sources += [names[number] for _, number in places]
     return torch.stack(windows), sources
-
-
-def _mixture(shares: Mapping[str, float]) -> str:
-    """A mixture as a user writes it."""
-    return ",".join(f"{name}:{share:g}" for name, share in shares.items())
 
 
 def spread_evenly(count: int, total: int) -> set[int]:
