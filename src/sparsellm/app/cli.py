@@ -495,7 +495,7 @@ def plan(model: str, json: bool, **options: Any) -> Printed:
     use.ONE_MODEL,
     needed(
         "--text SOURCE",
-        "As --calibration of prune; for pydoc, the part that is never used for calibration.",
+        "As --calibration of prune; for pydoc and pycode, the part that is never used for calibration.",
         TEXT,
         values=SOURCES,
     ),
