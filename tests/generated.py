@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -35,10 +36,13 @@ from typer.main import get_command
 
 from sparsellm import Recipe
 from sparsellm.app import cli
+from sparsellm.progress import PHASES
 from tests.files.small import tree
 from tests.line import run
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
+# a line of ``--verbose``
+STEP = re.compile(r"\d\d:\d\d:\d\d |(%s): \d" % "|".join(PHASES.values()))
 SECRET = "a file outside of the directory of the command"
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
 SMALL = (
@@ -586,6 +590,8 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
         }
     shown = f"{made}\nexit {code}: {stderr[:600]}"
     lines = [line for line in stderr.splitlines() if line.strip()]
+    if "--verbose" in made.arguments:  # which asks for a line for each step
+        lines = [line for line in lines[:-1] if not STEP.match(line)] + lines[-1:]
     if code not in (0, 2) or "Traceback" in stderr:
         return "traceback", shown
     if code == 2 and (
