@@ -234,8 +234,8 @@ def _dense(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     return unpack(packed, dtype)
 
 
-# torch.compile puts a whole model into one graph, since it knows these operators. A model that is not compiled calls the
-# functions themselves, which is faster.
+# torch.compile puts a whole model into one graph, since it knows these operators. A model that is not compiled calls
+# the functions themselves, which is faster.
 _OPERATORS = torch.library.Library("sparsepack", "FRAGMENT")
 _PARTS = "Tensor mask, Tensor values, Tensor offsets, Tensor? scales, Tensor? exponents, Tensor? levels"
 
@@ -256,7 +256,7 @@ def _shape_of_product(x: Tensor, *parts: Any) -> Tensor:
 
 def _shape_of_weight(*parts: Any) -> Tensor:
     *tensors, columns, dtype = parts
-    offsets = tensors[FIELDS.index("offsets")]
+    offsets: Tensor = tensors[FIELDS.index("offsets")]
     return offsets.new_empty(offsets.shape[0] - 1, columns, dtype=dtype)
 
 
