@@ -70,7 +70,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
         """Gives the linears the names that the model's modules have in vLLM."""
         self.entries = hf_to_vllm_mapper.apply_dict(self.entries)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """What computes with a layer: ours for packed linears and embeddings; vLLM's for all others, experts too."""
         if isinstance(layer, LinearBase):
             names = linears_of(prefix, self.packed_modules_mapping, self.entries)
@@ -81,7 +81,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
             return self._of_embedding(layer, prefix)
         return None
 
-    def _of_embedding(self, layer: nn.Module, prefix: str) -> Any:
+    def _of_embedding(self, layer: Any, prefix: str) -> Any:
         """What computes with an embedding or an output head.
 
         Models give an embedding no name, so it is recognised by its shape; a tied head has no weight of its own."""
@@ -131,7 +131,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -158,7 +158,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             parameter.weight_loader = partial(_load, self.shards, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Checks what was loaded, joins it, and drops the parameters but for the placeholder."""
         if self.shards is None:  # vLLM may ask twice
             return
@@ -177,13 +177,13 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.parts = nn.ModuleList(parts)
         self.shards = None
 
-    def _weights(self, layer: nn.Module, shards: Shards) -> list[PackedWeight]:
+    def _weights(self, layer: Any, shards: Shards) -> list[PackedWeight]:
         """What this rank multiplies by, one below the other."""
         return shards.of_rank(self.share)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b`` for ``x (..., in)``."""
-        products = [part(x) for part in layer.parts]  # type: ignore[union-attr]
+        products = [part(x) for part in layer.parts]
         y: Tensor = products[0]
         if len(products) > 1:
             y = torch.cat(products, dim=-1)
@@ -202,7 +202,7 @@ def _load(
 class PackedEmbeddingMethod(PackedLinearMethod):
     """An embedding or an output head, or both in one: rows of the vocabulary, padded to what vLLM expects."""
 
-    def _weights(self, layer: nn.Module, shards: Shards) -> list[PackedWeight]:
+    def _weights(self, layer: Any, shards: Shards) -> list[PackedWeight]:
         (packed,) = shards.weights()
         (name,) = shards.names
         shape = (layer.org_vocab_size, layer.embedding_dim)
@@ -216,14 +216,15 @@ class PackedEmbeddingMethod(PackedLinearMethod):
         piece = rows_of(packed, begin, indices.org_vocab_end_index)
         return [with_rows(piece, self.share.rows[0])]
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """The rows of token ids, ``(..., columns)`` in the dtype of the model."""
-        packed = layer.parts[0].packed  # type: ignore[index]
+        packed = layer.parts[0].packed
         values = nn.functional.embedding(ids, packed.values.view(packed.shape))
         rows = values.float() * packed.scales[ids].unsqueeze(-1)
-        return rows.to(self.dtype)
+        embedded: Tensor = rows.to(self.dtype)
+        return embedded
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
         """The output head of a model that says it is tied: the embedding, as in transformers."""
         return embed_tokens
 
@@ -231,14 +232,14 @@ class PackedEmbeddingMethod(PackedLinearMethod):
 class TiedHeadMethod(LinearMethodBase):  # type: ignore[misc]
     """An output head without a weight of its own, until the model makes it the embedding."""
 
-    def create_weights(self, layer: nn.Module, *_: Any, **__: Any) -> None:
+    def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
         """Registers nothing."""
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
         """The embedding, which multiplies as well."""
         return embed_tokens
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Refuses: the model did not tie its head."""
         raise FormatError(
             "the output head has no weight: config.json says that it is the embedding, and this model of vLLM does not "
