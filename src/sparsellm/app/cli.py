@@ -47,11 +47,11 @@ class _Commands(TyperGroup):
     """The commands in groups, and no type beside options that take no value."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        names = super().list_commands(ctx)
-        return sorted(
-            names,
-            key=lambda name: use.GROUPS.index(self.commands[name].rich_help_panel),
-        )
+        def place(name: str) -> int:
+            command: Any = self.commands[name]
+            return use.GROUPS.index(command.rich_help_panel)
+
+        return sorted(super().list_commands(ctx), key=place)
 
     def get_params(self, ctx: Any) -> list[Any]:
         params = super().get_params(ctx)

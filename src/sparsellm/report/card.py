@@ -80,7 +80,6 @@ def card(directory: Checkpoint) -> Path:
             file, other weights than those that were pruned, or a card that somebody else wrote or edited. Nothing is
             written."""
     directory = Path(directory).expanduser()
-    path = directory / CARD
     run = read_pruning(directory)
     check_weights(directory)
     results = read_results(directory)
