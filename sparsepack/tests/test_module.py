@@ -14,8 +14,8 @@ from reference import layer_of
 from sparsepack import module as runtime_module
 from sparsepack.codes import VALUE_TYPES
 from sparsepack.errors import FormatError, PackError
-from sparsepack.layout import PackedWeight, unpack
-from sparsepack.module import PackedLinear, multiply
+from sparsepack.layout import FIELDS, PackedWeight, unpack
+from sparsepack.module import PackedEmbedding, PackedLinear, multiply
 
 
 def layer(values: str = "keep", *, exponents: bool = False) -> PackedLinear:
@@ -184,12 +184,46 @@ def test_gradient_of_the_input_is_that_of_the_dense_layer(
     assert torch.allclose(x.grad, y.grad, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
 
 
-def test_a_compiled_model_computes_the_same() -> None:
+@pytest.mark.parametrize("values", ["keep", "int8", "int4"])
+def test_a_compiled_model_is_one_graph_with_the_same_bits(values: str) -> None:
+    torch.compiler.reset()  # the cases before this one count as its recompilations
+    embedding = nn.Embedding(40, 130)
+    embed = PackedEmbedding(embedding)
+    embed.set_packed(packed_of(embedding.weight, "int8", "dense"))
     model = nn.Sequential(
-        layer(), nn.ReLU(), layer_of(packed_of(sparse_weight(16, 48, 0.5), "int4"))
+        embed,
+        layer(values, exponents=values != "keep"),
+        nn.ReLU(),
+        layer_of(packed_of(sparse_weight(16, 48, 0.5), "int4")),
     )
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        for tokens in (1, 20):
-            x = torch.randn(tokens, 130)
-            assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        for tokens in (1, 20, 3):
+            ids = torch.arange(tokens)
+            assert torch.equal(compiled(ids), model(ids))
+
+
+def test_a_compiled_layer_has_the_gradient_of_the_input() -> None:
+    module = layer("int8", exponents=True).requires_grad_(False)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 130, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    compiled(x).square().sum().backward()
+    module(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
+
+
+def test_the_operators_shapes_are_those_of_their_results() -> None:
+    packed = layer("int4", exponents=True).packed
+    parts = [getattr(packed, field) for field in FIELDS]
+    operators = torch.ops.sparsepack
+    x = torch.randn(3, 130).bfloat16()
+    for name, arguments in (
+        ("multiply", (x, *parts, False)),
+        ("unpack", (*parts, 130, torch.bfloat16)),
+    ):
+        torch.library.opcheck(
+            getattr(operators, name).default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )

@@ -42,12 +42,19 @@ ACTIVATIONS = (
 PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it calls compiled kernels
 def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)`` on the weight's device: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
     may round a small batch to int8, where the weight is int8 or int4."""
+    if torch.compiler.is_compiling():
+        product: Tensor = torch.ops.sparsepack.multiply(x, *_parts_of(packed), rounded)
+        return product
+    return _multiply(packed, x, rounded)
+
+
+def _multiply(packed: PackedWeight, x: Tensor, rounded: bool) -> Tensor:
+    """The product of :func:`multiply`, which ``torch.compile`` cannot look into."""
     device = x.device.type
     kernels = None
     if x.dtype in FLOAT_TYPES.values():
@@ -213,6 +220,68 @@ def _assemble(
     )
 
 
+def _parts_of(packed: PackedWeight) -> list[Tensor | None]:
+    """The tensors of :data:`FIELDS`, as the operators take them."""
+    return [getattr(packed, field) for field in FIELDS]
+
+
+def _dense(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """:func:`~sparsepack.layout.unpack`, as an operator where a model is compiled."""
+    if torch.compiler.is_compiling():
+        columns = packed.shape[1]
+        weight: Tensor = torch.ops.sparsepack.unpack(*_parts_of(packed), columns, dtype)
+        return weight
+    return unpack(packed, dtype)
+
+
+# torch.compile puts a whole model into one graph, since it knows these operators. A model that is not compiled calls
+# the functions themselves, which is faster.
+_OPERATORS = torch.library.Library("sparsepack", "FRAGMENT")
+_PARTS = "Tensor mask, Tensor values, Tensor offsets, Tensor? scales, Tensor? exponents, Tensor? levels"
+
+
+def _multiply_operator(x: Tensor, *parts: Any) -> Tensor:
+    *tensors, rounded = parts
+    return _multiply(_assemble(tensors, x.shape[1]), x, rounded)
+
+
+def _unpack_operator(*parts: Any) -> Tensor:
+    *tensors, columns, dtype = parts
+    return unpack(_assemble(tensors, columns), dtype)
+
+
+def _shape_of_product(x: Tensor, *parts: Any) -> Tensor:
+    return x.new_empty(len(x), parts[FIELDS.index("offsets")].shape[0] - 1)
+
+
+def _shape_of_weight(*parts: Any) -> Tensor:
+    *tensors, columns, dtype = parts
+    offsets: Tensor = tensors[FIELDS.index("offsets")]
+    return offsets.new_empty(offsets.shape[0] - 1, columns, dtype=dtype)
+
+
+def _register(
+    schema: str, function: Callable[..., Tensor], shape: Callable[..., Tensor]
+) -> None:
+    """Registers an operator: what it computes, and an empty tensor of the shape of its result."""
+    name = schema.partition("(")[0]
+    _OPERATORS.define(schema)
+    _OPERATORS.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsepack::{name}", shape, lib=_OPERATORS)
+
+
+_register(
+    f"multiply(Tensor x, {_PARTS}, bool rounded) -> Tensor",
+    _multiply_operator,
+    _shape_of_product,
+)
+_register(
+    f"unpack({_PARTS}, int columns, ScalarType dtype) -> Tensor",
+    _unpack_operator,
+    _shape_of_weight,
+)
+
+
 class PackedLinear(nn.Module):
     """``y = x Wᵀ + b`` with a packed ``W (out, in)``; replaces ``nn.Linear``.
 
@@ -285,7 +354,7 @@ class PackedLinear(nn.Module):
         # the weight is unpacked again for the gradient, and not kept
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = checkpoint(
-                lambda x: x @ unpack(self.packed, x.dtype).t(),
+                lambda x: x @ _dense(self.packed, x.dtype).t(),
                 flat,
                 use_reentrant=False,
             )
