@@ -4,13 +4,13 @@
     python benchmarks/serving.py packed=DIR vllm=vllm:DIR Q4_1=model.gguf --vllm PYTHON --llama-server PATH \\
         [--clients 1 4 16] [--prompt-words 32 512] [--cpu-seconds]
 
-A form is a name and a checkpoint directory, which sparsellm serves, or vLLM if `vllm:` stands before it, or a GGUF file,
-which llama-server does. `--vllm` names the interpreter of an environment with vLLM (and sparsepack-vllm, for packed
-directories); `--xllamacpp` one with xllamacpp, in place of `--llama-server`. All servers run at once, and take turns in
-every round: each client sends a prompt of its own, which no cache has seen, and waits for its whole answer. Counted are
-the generated tokens that the answers name, and the time from the first request to the last answer, prompts included; with
---cpu-seconds the processor's time of the server and its processes, which other jobs on the machine change least. Ratios
-are medians of the rounds' own ratios to the first form.
+A form is a name and a checkpoint directory, which sparsellm serves, or vLLM if `vllm:` stands before it, or a GGUF
+file, which llama-server does. `--vllm` names the interpreter of an environment with vLLM (and sparsepack-vllm, for
+packed directories); `--xllamacpp` one with xllamacpp, in place of `--llama-server`. All servers run at once, and take
+turns in every round: each client sends a prompt of its own, which no cache has seen, and waits for its whole answer.
+Counted are the generated tokens that the answers name, and the time from the first request to the last answer, prompts
+included; with --cpu-seconds the processor's time of the server and its processes, which other jobs change
+least. Ratios are medians of the rounds' own ratios to the first form.
 """
 
 from __future__ import annotations
