@@ -79,6 +79,7 @@ def in_vllm(jobs: list[dict[str, Any]], folder: Path) -> list[Any]:
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "SPARSELLM_ACTIVATIONS": "fp32",  # a batch may be rounded, and vLLM's are others
         "HF_HUB_OFFLINE": "1",
     }
