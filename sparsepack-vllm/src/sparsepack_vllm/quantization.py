@@ -78,8 +78,8 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
         for name in self.entries:
             if name not in self.met:
                 raise FormatError(
-                    f"{name} is packed, and the model of vLLM takes it only dense: pack the model with `--head keep` if "
-                    "it is the embedding or the head, else load it with transformers"
+                    f"{name} is packed, and the model of vLLM takes it only dense: pack it with `--head keep` if "
+                    "it is the embedding or the head, else load the model with transformers"
                 )
         return super().get_checkpoint_weight_mapper()
 
