@@ -132,8 +132,8 @@ def command_of(form: Form, port: int, arguments: argparse.Namespace) -> list[str
         command += ["--queue", clients, "--context", str(arguments.context)]
         return [*command, "--dtype", arguments.dtype]
     if form.engine == "vllm":
-        program = "from vllm.entrypoints.cli.main import main; main()"
-        command = [str(arguments.vllm), "-c", program, "serve", path, *address]
+        command = [str(arguments.vllm), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", path, *address]
         command += ["--served-model-name", "model", "--dtype", arguments.dtype]
         command += ["--max-model-len", str(arguments.context)]
         return [*command, "--max-num-seqs", clients, *arguments.vllm_options.split()]
