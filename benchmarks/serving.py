@@ -134,7 +134,7 @@ def command_of(form: Form, port: int, arguments: argparse.Namespace) -> list[str
     if form.engine == "vllm":
         command = [str(arguments.vllm), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", path, *address]
-        command += ["--served-model-name", "model", "--dtype", arguments.dtype]
+        command += ["--dtype", arguments.dtype]
         command += ["--max-model-len", str(arguments.context)]
         return [*command, "--max-num-seqs", clients, *arguments.vllm_options.split()]
     if arguments.xllamacpp is not None:
@@ -185,10 +185,11 @@ def one_round(
     words: random.Random,
 ) -> float:
     """Generated tokens a second of all clients together."""
+    model = server.ask("/v1/models")["data"][0]["id"]
 
     def answer(prompt: str) -> int:
         body = {
-            "model": "model",
+            "model": model,
             "prompt": prompt,
             "max_tokens": arguments.new_tokens,
             "temperature": 0,
