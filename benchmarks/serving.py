@@ -8,9 +8,9 @@ A form is a name and a checkpoint directory, which sparsellm serves, or vLLM if 
 file, which llama-server does. `--vllm` names the interpreter of an environment with vLLM (and sparsepack-vllm, for
 packed directories); `--xllamacpp` one with xllamacpp, in place of `--llama-server`. All servers run at once, and take
 turns in every round: each client sends a prompt of its own, which no cache has seen, and waits for its whole answer.
-Counted are the generated tokens that the answers name, and the time from the first request to the last answer,
-prompts included; with --cpu-seconds the processor's time of the server and its processes, which other jobs on the
-machine change least. Ratios are medians of the rounds' own ratios to the first form.
+Counted are the generated tokens that the answers name, and the time from the first request to the last answer, prompts
+included; with --cpu-seconds the processor's time of the server and its processes, which other jobs change
+least. Ratios are medians of the rounds' own ratios to the first form.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def command_of(form: Form, port: int, arguments: argparse.Namespace) -> list[str
         command += ["--queue", clients, "--context", str(arguments.context)]
         return [*command, "--dtype", arguments.dtype]
     if form.engine == "vllm":
-        program = "from vllm.entrypoints.cli.main import main; main()"
-        command = [str(arguments.vllm), "-c", program, "serve", path, *address]
-        command += ["--served-model-name", "model", "--dtype", arguments.dtype]
+        command = [str(arguments.vllm), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", path, *address]
+        command += ["--dtype", arguments.dtype]
         command += ["--max-model-len", str(arguments.context)]
         return [*command, "--max-num-seqs", clients, *arguments.vllm_options.split()]
     if arguments.xllamacpp is not None:
@@ -185,10 +185,11 @@ def one_round(
     words: random.Random,
 ) -> float:
     """Generated tokens a second of all clients together."""
+    model = server.ask("/v1/models")["data"][0]["id"]
 
     def answer(prompt: str) -> int:
         body = {
-            "model": "model",
+            "model": model,
             "prompt": prompt,
             "max_tokens": arguments.new_tokens,
             "temperature": 0,

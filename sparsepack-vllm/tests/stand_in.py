@@ -21,6 +21,10 @@ class QuantizationConfig:
     def __init__(self) -> None:
         self.packed_modules_mapping: dict[str, list[str]] = {}
 
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> str:
+        return "renames nothing"
+
 
 class LinearMethodBase:
     pass

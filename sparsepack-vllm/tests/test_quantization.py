@@ -234,6 +234,17 @@ def test_all_else_is_left_to_vllm() -> None:
     assert config.get_quant_method(VocabParallelEmbedding(100, COLUMNS), "") is None
 
 
+def test_a_packed_linear_that_no_layer_takes_is_refused_by_name() -> None:
+    """Some models of vLLM make their embedding without a quantisation."""
+    embedding = packed_weight(100, "int8", "dense")
+    config = config_of({"a.o_proj": packed_weight(16), "model.embed_tokens": embedding})
+    config.get_quant_method(LinearBase(), "a.o_proj")
+    with pytest.raises(FormatError, match=r"^model\.embed_tokens is packed, and the"):
+        config.get_checkpoint_weight_mapper()
+    config.get_quant_method(VocabParallelEmbedding(100, COLUMNS), "")
+    assert config.get_checkpoint_weight_mapper() == "renames nothing"
+
+
 def test_a_newer_format_is_refused_in_one_line() -> None:
     content = quantization_config({}) | {"format_version": 99}
     with pytest.raises(

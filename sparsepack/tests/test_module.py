@@ -198,8 +198,10 @@ def test_a_compiled_model_is_one_graph_with_the_same_bits(values: str) -> None:
     )
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        for tokens in (1, 20, 3):
+        for tokens in (20, 3, 1):
             ids = torch.arange(tokens)
+            if tokens > 1:  # any number of tokens runs one graph
+                torch._dynamo.mark_dynamic(ids, 0)
             assert torch.equal(compiled(ids), model(ids))
 
 

@@ -48,6 +48,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.entries = entries
         self.tied = False  # whether the output head is the embedding
+        self.met: set[str] = set()  # the linears of which layers were made
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PackedConfig:
@@ -70,12 +71,28 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
         """Gives the linears the names that the model's modules have in vLLM."""
         self.entries = hf_to_vllm_mapper.apply_dict(self.entries)
 
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """What vLLM asks for when all layers are made: no renaming.
+
+        A FormatError names a packed linear that the model of vLLM wants dense."""
+        for name in self.entries:
+            if name not in self.met:
+                raise FormatError(
+                    f"{name} is packed, and the model of vLLM takes it only dense: pack it with `--head keep` if "
+                    "it is the embedding or the head, else load the model with transformers"
+                )
+        return super().get_checkpoint_weight_mapper()
+
+    def _shards(self, names: list[str]) -> Shards:
+        self.met.update(names)
+        return Shards(names, self.entries)
+
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """What computes with a layer: ours for packed linears and embeddings; vLLM's for all others, experts too."""
         if isinstance(layer, LinearBase):
             names = linears_of(prefix, self.packed_modules_mapping, self.entries)
             if names:
-                return PackedLinearMethod(Shards(names, self.entries))
+                return PackedLinearMethod(self._shards(names))
             return UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             return self._of_embedding(layer, prefix)
@@ -86,7 +103,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
 
         Models give an embedding no name, so it is recognised by its shape; a tied head has no weight of its own."""
         if prefix in self.entries:
-            return PackedEmbeddingMethod(Shards([prefix], self.entries))
+            return PackedEmbeddingMethod(self._shards([prefix]))
         shape = (layer.org_vocab_size, layer.embedding_dim)
         embeddings = [
             name
@@ -101,7 +118,7 @@ class PackedConfig(QuantizationConfig):  # type: ignore[misc]
                 "in vLLM; load the model with transformers"
             )
         if embeddings:
-            return PackedEmbeddingMethod(Shards(embeddings, self.entries))
+            return PackedEmbeddingMethod(self._shards(embeddings))
         return None
 
     def get_name(self) -> str:

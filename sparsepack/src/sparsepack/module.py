@@ -251,7 +251,8 @@ def _unpack_operator(*parts: Any) -> Tensor:
 
 
 def _shape_of_product(x: Tensor, *parts: Any) -> Tensor:
-    return x.new_empty(len(x), parts[FIELDS.index("offsets")].shape[0] - 1)
+    # not len(x), which would fix the number of tokens for a compiled model
+    return x.new_empty(x.shape[0], parts[FIELDS.index("offsets")].shape[0] - 1)
 
 
 def _shape_of_weight(*parts: Any) -> Tensor:
