@@ -64,6 +64,34 @@ def test_tiles_do_not_change_the_product(
     assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [1, 130 * 7, 130 * 100, 1 << 20])
+@pytest.mark.parametrize("tokens", [17, 32, 33])
+def test_few_tokens_are_the_right_factor(
+    tile: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 32 tokens in bf16; every tile is the left factor then, and the product is that of the dense weight."""
+    left = []
+    product = torch.mm
+
+    def recorded(a: Tensor, b: Tensor, **options: Tensor) -> Tensor:
+        left.append(len(a))
+        return product(a, b, **options)
+
+    monkeypatch.setattr(runtime_module, "TILE", tile)
+    monkeypatch.setattr(runtime_module, "FEW_TILE", tile)
+    monkeypatch.setattr(torch, "mm", recorded)
+    packed = packed_of(sparse_weight(148, 130, 0.6).bfloat16())
+    x = torch.randn(tokens, 130).bfloat16()
+    y = multiply(packed, x)
+    exact = x.double() @ unpack(packed).double().t()
+    slack = 2.0**-7 * (x.double().abs() @ unpack(packed).double().abs().t()) + 1e-12
+    assert ((y.double() - exact).abs() <= slack).all()
+    if tokens <= 32:
+        assert sum(left) == 148
+    else:
+        assert set(left) == {tokens}
+
+
 def test_small_batches_go_to_the_kernel_large_ones_use_tiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

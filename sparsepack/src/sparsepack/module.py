@@ -3,7 +3,9 @@
 A batch of up to 16 tokens is multiplied by a kernel that reads packed weights, if the device has one. Such a batch is
 bound by memory, so fewer bytes make it faster. A larger batch is bound by arithmetic: the weight is unpacked tile by
 tile, all tokens use a tile while it is in the cache, and no dense weight is held. Without a compiled kernel every batch
-takes tiles. The sums differ in order; tiles are in the dtype of the inputs, and kernels may round inputs to int8.
+takes tiles. Tiles are in the dtype of the inputs, and kernels may round inputs to int8.
+
+The order of sums may change after 16 tokens, and for bf16 on a CPU after 32.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
 # weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
 TILE = 1 << 20
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
+# bf16 tokens on a CPU up to which a tile is the left factor: the library rearranges the right one, the smaller then
+FEW_TOKENS = 32
+FEW_TILE = 1 << 19  # weights in a tile for so few tokens
 LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pages
 
 # what kernels multiply whole numbers by; the first is the default
@@ -171,7 +176,9 @@ def _multiply_tiled(
 ) -> Tensor:
     """The product of :func:`multiply`, from one dense tile of rows after another, by torch."""
     out, columns = packed.shape
-    rows = max(1, min(out, TILE // columns))
+    few = len(x) <= FEW_TOKENS and x.dtype == torch.bfloat16 and x.is_cpu
+    weights = FEW_TILE if few else TILE
+    rows = max(1, min(out, weights // columns))
     if rows > ROWS:
         rows -= rows % ROWS
     y = x.new_empty(len(x), out)
@@ -183,8 +190,11 @@ def _multiply_tiled(
         else:
             tile = buffer[: last - first]
             unpack_tile(packed, first, last, tile)
-        # a copy from a separate result costs a tenth of a short prompt
-        torch.mm(x, tile.t(), out=y[:, first:last])
+        if few:
+            y[:, first:last] = torch.mm(tile, x.t()).t()
+        else:
+            # a copy from a separate result costs a tenth of a short prompt
+            torch.mm(x, tile.t(), out=y[:, first:last])
     return y
 
 
