@@ -80,6 +80,12 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             for name, divergence in best.sources.items()
         )
         say(f"KL from the dense model on held-out calibration windows: {before}")
+    held_out = result.held_out
+    if held_out is not None:
+        say(
+            f"held-out text ({held_out}): KL from the dense model {held_out.kl:.3g} nats a token, perplexity "
+            f"{held_out.perplexity:.4g} (dense {held_out.dense_perplexity:.4g})"
+        )
     if result.idle_sweep:
         say(f"note: {result.idle_sweep}")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
