@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import api, programs
+from sparsellm.app import tables
 from sparsellm.errors import RecipeError, SparseLLMError
 from tests.exports.checkpoints import IDS, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
@@ -238,5 +240,18 @@ def test_a_dry_run_prints_the_choice_and_writes_nothing(
         *line, *options, "--out", tmp_path / "out", "--dry-run", columns=80, exits=0
     )
     assert "down_proj" in stdout
+    assert re.search(r"^down_proj  \d$", stdout, re.MULTILINE)
     assert "taken" in stdout
     assert not [*tmp_path.iterdir()]
+
+
+def test_bits_stand_block_after_block_by_kind() -> None:
+    values = {f"model.layers.{n}.mlp.up_proj": f"int{3 + n % 2}" for n in range(70)}
+    values["model.layers.1.attn.q_proj"] = "iq4_xs"
+    for number, form in enumerate(("q6_k", "q8_0", "q8_0")):
+        values[f"model.layers.2.mlp.experts.{number}.w1"] = form
+    first, rest, *others = tables.bars_of_bits(values)
+    assert (first, rest) == ("up_proj  " + "34" * 30, "up_proj  " + "34" * 5)
+    assert others[0] == "q_proj   ·4" + "·" * 58
+    assert others[2] == "w1       ··8" + "·" * 57
+    assert all(len(line) <= 80 for line in (first, rest, *others))
