@@ -116,6 +116,10 @@ def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) ->
         assert linear.values.upper() in types.values()
     assert types["token_embd.weight"] == "Q8_0"
     assert (tmp_path / "small.Modelfile").read_text() == "FROM ./small.gguf\n"
+    # its results are those of this run
+    report = (tmp_path / "small.html").read_text()
+    assert "sparsellm report" in report
+    assert f"{again.evaluation.value:.4g}" in report
 
 
 def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
@@ -164,7 +168,8 @@ def test_a_stop_after_the_result_was_written_loses_nothing(
     written = out.read_bytes()
     compress(home, out, program="llama.cpp", **options)
     assert out.read_bytes() == written
-    assert {path.name for path in tmp_path.iterdir()} == {out.name, "small.Modelfile"}
+    names = {out.name, "small.Modelfile", "small.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_modelfile_of_the_user_stays(home: Path, tmp_path: Path) -> None:
@@ -178,6 +183,14 @@ def test_a_modelfile_of_the_user_stays(home: Path, tmp_path: Path) -> None:
             like=home / "like.gguf",
         )
     assert (tmp_path / "small.Modelfile").read_text() == "mine"
+
+
+def test_a_page_of_the_user_stays(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.html").write_text("mine")
+    out = tmp_path / "small.gguf"
+    with pytest.raises(SparseLLMError, match=r"small\.html' is not a report"):
+        compress(home, out, program="llama.cpp", bits=5.0, like=home / "like.gguf")
+    assert (tmp_path / "small.html").read_text() == "mine"
 
 
 def test_another_complete_run_is_not_taken(
