@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import api, programs
+from sparsellm.app import tables
 from sparsellm.errors import RecipeError, SparseLLMError
 from tests.exports.checkpoints import IDS, wide_llama
 from tests.models import save_tiny, tiny_tokenizer
@@ -114,6 +116,10 @@ def test_a_gguf_file_holds_the_numbers_of_the_run(home: Path, tmp_path: Path) ->
         assert linear.values.upper() in types.values()
     assert types["token_embd.weight"] == "Q8_0"
     assert (tmp_path / "small.Modelfile").read_text() == "FROM ./small.gguf\n"
+    # its results are those of this run
+    report = (tmp_path / "small.html").read_text()
+    assert "sparsellm report" in report
+    assert f"{again.evaluation.value:.4g}" in report
 
 
 def test_vllm_gets_groups_of_linears_with_fused_ones_alike(
@@ -162,7 +168,8 @@ def test_a_stop_after_the_result_was_written_loses_nothing(
     written = out.read_bytes()
     compress(home, out, program="llama.cpp", **options)
     assert out.read_bytes() == written
-    assert {path.name for path in tmp_path.iterdir()} == {out.name, "small.Modelfile"}
+    names = {out.name, "small.Modelfile", "small.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_modelfile_of_the_user_stays(home: Path, tmp_path: Path) -> None:
@@ -176,6 +183,14 @@ def test_a_modelfile_of_the_user_stays(home: Path, tmp_path: Path) -> None:
             like=home / "like.gguf",
         )
     assert (tmp_path / "small.Modelfile").read_text() == "mine"
+
+
+def test_a_page_of_the_user_stays(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.html").write_text("mine")
+    out = tmp_path / "small.gguf"
+    with pytest.raises(SparseLLMError, match=r"small\.html' is not a report"):
+        compress(home, out, program="llama.cpp", bits=5.0, like=home / "like.gguf")
+    assert (tmp_path / "small.html").read_text() == "mine"
 
 
 def test_another_complete_run_is_not_taken(
@@ -238,5 +253,18 @@ def test_a_dry_run_prints_the_choice_and_writes_nothing(
         *line, *options, "--out", tmp_path / "out", "--dry-run", columns=80, exits=0
     )
     assert "down_proj" in stdout
+    assert re.search(r"^down_proj  \d$", stdout, re.MULTILINE)
     assert "taken" in stdout
     assert not [*tmp_path.iterdir()]
+
+
+def test_bits_stand_block_after_block_by_kind() -> None:
+    values = {f"model.layers.{n}.mlp.up_proj": f"int{3 + n % 2}" for n in range(70)}
+    values["model.layers.1.attn.q_proj"] = "iq4_xs"
+    for number, form in enumerate(("q6_k", "q8_0", "q8_0")):
+        values[f"model.layers.2.mlp.experts.{number}.w1"] = form
+    first, rest, *others = tables.bars_of_bits(values)
+    assert (first, rest) == ("up_proj  " + "34" * 30, "up_proj  " + "34" * 5)
+    assert others[0] == "q_proj   ·4" + "·" * 58
+    assert others[2] == "w1       ··8" + "·" * 57
+    assert all(len(line) <= 80 for line in (first, rest, *others))

@@ -32,6 +32,7 @@ from sparsellm.model import Chain, open_chain
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Pruning
+from sparsellm.report.document import REPORT, check_page, write_report
 from sparsellm.run.choice import sizes_of
 from sparsellm.run.fewer_experts import clean_up
 from sparsellm.run.form_choice import check_size, least_bytes
@@ -218,6 +219,9 @@ def carry_out(order: Order, progress: ProgressCallback) -> CompressResult:
         )
         text = f"FROM ./{place.name}\n".encode()
         replace_atomically(_modelfile(place), lambda file: file.write(text))
+        # a run without the chart library has none
+        if (pruned / REPORT).is_file():
+            write_report(pruned, _report(place), name=order.out)
     if program == "vllm":
         export(
             pruned,
@@ -315,6 +319,7 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
             raise RecipeError(
                 f"{_modelfile(place)} exists, and one is written next to the .gguf file; give --overwrite to replace it"
             )
+        check_page(_report(place))
     else:
         sources = checkpoints_among(model)
         check_destination(out, overwrite=overwrite or begun, sources=sources)
@@ -339,6 +344,11 @@ def _pruned(place: Path, program: ProgramName) -> Path:
 def _modelfile(place: Path) -> Path:
     """The file by which Ollama makes a model of a GGUF file."""
     return place.with_suffix(".Modelfile")
+
+
+def _report(place: Path) -> Path:
+    """The report next to a GGUF file."""
+    return place.with_suffix(".html")
 
 
 def _check_size(program: ProgramName, size: int | None, bits: float | None) -> None:

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from sparsellm.records import Benchmark, Evaluation, Matrix, Prediction
     from sparsellm.run.counts import Stored
 
+# as many fit behind the name of a kind on a line of 80 columns
+BLOCKS_OF_LINE = 60
+
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     """Prints zeros and error of each kind of linear, the time of each phase, and the path of the result."""
@@ -341,7 +344,7 @@ def _megabytes(size: int | None) -> str:
 
 
 def print_chosen(chosen: ChosenForms) -> None:
-    """Prints the forms by kind of linear, and what was compared."""
+    """Prints the forms by kind of linear and by block, and what was compared."""
     kinds: dict[str, Counter[str]] = {}
     for name, values in chosen.values.items():
         kinds.setdefault(name.rpartition(".")[2], Counter())[values] += 1
@@ -355,7 +358,34 @@ def print_chosen(chosen: ChosenForms) -> None:
         said = ", ".join(f"{count} × {form}" for form, count in forms.most_common())
         shown.add_row(kind, said, f"{sum(shares) / len(shares):.1%}")
     out().print(shown)
+    say("bits of a value, block after block:")
+    for line in bars_of_bits(chosen.values):
+        say(line, unbroken=True)
     _print_candidates(chosen.candidates, chosen.chosen)
+
+
+def bars_of_bits(values: Mapping[str, str]) -> list[str]:
+    """A line for each kind of linear with a digit for each block, the bits of its values; a point where a block has no
+    such linear. Several linears of one kind, such as experts, have the digit of most of them. ``values`` are types by
+    the name of a linear. Longer models take several lines of a kind."""
+    digits: dict[str, dict[int, Counter[str]]] = {}
+    for name, form in values.items():
+        parts = name.split(".")
+        block = next((int(part) for part in parts if part.isdecimal()), 0)
+        bits = next((letter for letter in form if letter.isdecimal()), "?")
+        digits.setdefault(parts[-1], {}).setdefault(block, Counter())[bits] += 1
+    width = max(map(len, digits), default=0)
+    last = max((block for blocks in digits.values() for block in blocks), default=0)
+    lines = []
+    for kind, blocks in digits.items():
+        bar = ""
+        for block in range(last + 1):
+            known = blocks.get(block)
+            bar += known.most_common(1)[0][0] if known else "·"
+        for start in range(0, len(bar), BLOCKS_OF_LINE):
+            part = bar[start : start + BLOCKS_OF_LINE]
+            lines.append(f"{kind:{width}}  {part}")
+    return lines
 
 
 def _print_candidates(candidates: Sequence[Mapping[str, Any]], chosen: str) -> None:
