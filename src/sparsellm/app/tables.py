@@ -140,12 +140,16 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
     )
     base = str(out).rstrip("/")
     if grid is not None:
-        end, like = (
-            (".gguf", " --like FILE.gguf") if grid.form == "gguf" else ("-exported", "")
-        )
-        place = shlex.quote(base + end)
+        place = shlex.quote(f"{base}-exported")
+        template = ""
+        if grid.form == "gguf":
+            place = shlex.quote(f"{base}.gguf")
+            if dense.endswith(".gguf"):
+                template = f" --like {shlex.quote(dense)}"
+            elif dense != "demo":
+                template = " --converter convert_hf_to_gguf.py"
         say(
-            f"export it:   sparsellm export {name} --to {grid.form} --out {place}{like}",
+            f"export it:   sparsellm export {name} --to {grid.form} --out {place}{template}",
             unbroken=True,
         )
         return

@@ -64,8 +64,8 @@ def measured(
 ) -> tuple[Interval, Against | None]:
     """The perplexity of a model on token ids ``(windows, seq)``, and its comparison with a dense one of the same
     tokenizer. One block of one model is in memory at a time; then embedding, norm and head of both, and the logits of
-    256 positions. ``blocks`` are the weights of each block, if they are not the chain's own; the dense model may then be
-    that of the same chain. Each process takes some windows. A loss that is not finite is a NumericalError."""
+    256 positions. ``blocks`` are the weights of each block, if they are not the chain's own; the dense model may then
+    be that of the same chain. Each process takes some windows. A loss that is not finite is a NumericalError."""
     feed, places = Feed(chain, windows, _BATCH_TOKENS).own()
     # so that all load the same blocks as often
     fewer = max(parallel.gather(len(feed.windows))) - len(feed.windows)
