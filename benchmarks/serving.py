@@ -1,13 +1,16 @@
-"""Throughput of `sparsellm serve` next to llama.cpp's `llama-server`, with one client and with several.
+"""Throughput of the engines that serve a model: `sparsellm serve`, vLLM, and llama.cpp, with one client and several.
 
     pip install 'sparsellm[serve]'
-    python benchmarks/serving.py packed=DIR Q4_1=model.gguf --llama-server PATH [--clients 1 4] [--cpu-seconds]
+    python benchmarks/serving.py packed=DIR vllm=vllm:DIR Q4_1=model.gguf --vllm PYTHON --llama-server PATH \\
+        [--clients 1 4 16] [--prompt-words 32 512] [--cpu-seconds]
 
-A form is a name and a checkpoint directory, which sparsellm serves, or a GGUF file, which llama-server does. All
-servers run at once, and take turns in every round: each client sends a prompt of its own, which no cache has seen, and
-waits for its whole answer. Counted are the generated tokens that the answers name, and the time from the first request
-to the last answer, prompts included; with --cpu-seconds the processor's time of the server, which other jobs on the
-machine change least. Ratios are medians of the rounds' own ratios to the first form.
+A form is a name and a checkpoint directory, which sparsellm serves, or vLLM if `vllm:` stands before it, or a GGUF
+file, which llama-server does. `--vllm` names the interpreter of an environment with vLLM (and sparsepack-vllm, for
+packed directories); `--xllamacpp` one with xllamacpp, in place of `--llama-server`. All servers run at once, and take
+turns in every round: each client sends a prompt of its own, which no cache has seen, and waits for its whole answer.
+Counted are the generated tokens that the answers name, and the time from the first request to the last answer, prompts
+included; with --cpu-seconds the processor's time of the server and its processes, which other jobs change
+least. Ratios are medians of the rounds' own ratios to the first form.
 """
 
 from __future__ import annotations
@@ -52,13 +55,47 @@ WORDS = (
 LOADING = 600.0  # seconds until a server must answer
 
 
+# llama.cpp's server in Python: a model, a port, threads, clients, tokens of all contexts.
+XLLAMACPP = """
+import sys, time, xllamacpp
+path, port, threads, clients, context = sys.argv[1:]
+asked = xllamacpp.CommonParams()
+asked.model.path = path
+asked.hostname = "127.0.0.1"
+asked.port = int(port)
+asked.n_parallel = int(clients)
+asked.n_ctx = int(context)
+asked.cpuparams.n_threads = int(threads)
+asked.cpuparams_batch.n_threads = int(threads)
+server = xllamacpp.Server(asked)
+while True:
+    time.sleep(1)
+"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model and the engine that serves it."""
+
+    engine: str  # sparsellm, vllm or llama.cpp
+    path: Path
+
+    @classmethod
+    def of(cls, text: str) -> Form:
+        """The form of a word of the command line."""
+        before, colon, path = text.partition(":")
+        if colon and before == "vllm":
+            return cls("vllm", Path(path))
+        return cls("sparsellm" if Path(text).is_dir() else "llama.cpp", Path(text))
+
+
 @dataclass
 class Server:
-    """A running server, and the seconds of each round by the number of clients."""
+    """A running server, and the seconds of each round by the number of clients and the words of a prompt."""
 
     url: str
     process: psutil.Process
-    rates: dict[int, list[float]] = field(default_factory=dict)
+    rates: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -66,12 +103,15 @@ class Server:
             self.url + path, data, {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=LOADING) as answer:
-            return json.load(answer)
+            return json.loads(answer.read() or "null")
 
     def computed(self) -> float:
-        """Seconds of the processor."""
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
+        """Seconds of the processor, of the server and the processes that it started."""
+        seconds = 0.0
+        for process in (self.process, *self.process.children(recursive=True)):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+        return seconds
 
 
 def free_port() -> int:
@@ -79,48 +119,48 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+def command_of(form: Form, port: int, arguments: argparse.Namespace) -> list[str]:
+    """The command that serves a form."""
+    clients = str(max(arguments.clients))
+    threads = str(arguments.threads)
+    path = str(form.path)
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    all_contexts = str(max(arguments.clients) * arguments.context)
+    if form.engine == "sparsellm":
+        command = [sys.executable, "-m", "sparsellm", "serve", path]
+        command += ["--port", str(port), "--threads", threads, "--quiet"]
+        command += ["--queue", clients, "--context", str(arguments.context)]
+        return [*command, "--dtype", arguments.dtype]
+    if form.engine == "vllm":
+        command = [str(arguments.vllm), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", path, *address]
+        command += ["--dtype", arguments.dtype]
+        command += ["--max-model-len", str(arguments.context)]
+        return [*command, "--max-num-seqs", clients, *arguments.vllm_options.split()]
+    if arguments.xllamacpp is not None:
+        command = [str(arguments.xllamacpp), "-c", XLLAMACPP, path]
+        return [*command, str(port), threads, clients, all_contexts]
+    command = [str(arguments.llama_server), "--model", path, *address]
+    command += ["--threads", threads, "--threads-batch", threads]
+    return [*command, "--parallel", clients, "--ctx-size", all_contexts, "--no-webui"]
+
+
 @contextlib.contextmanager
-def serving(path: Path, arguments: argparse.Namespace) -> Iterator[Server]:
+def serving(form: Form, arguments: argparse.Namespace) -> Iterator[Server]:
     """Starts the server of a form and waits until it answers."""
-    port, clients, context = free_port(), max(arguments.clients), arguments.context
-    common = ["--port", str(port), "--threads", str(arguments.threads)]
-    if path.is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "sparsellm",
-            "serve",
-            str(path),
-            *common,
-            "--queue",
-            str(clients),
-            "--quiet",
-        ]
-        command += ["--context", str(context), "--dtype", arguments.dtype]
-    else:
-        command = [
-            str(arguments.llama_server),
-            "--model",
-            str(path),
-            *common,
-            "--host",
-            "127.0.0.1",
-        ]
-        command += [
-            "--threads-batch",
-            str(arguments.threads),
-            "--parallel",
-            str(clients),
-        ]
-        command += ["--ctx-size", str(clients * context), "--no-webui"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    with (arguments.out / f"{path.name}-{port}.log").open("w") as log:
+    port = free_port()
+    command = command_of(form, port, arguments)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    with (arguments.out / f"{form.path.name}-{port}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        server, end = (
-            Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid)),
-            time.monotonic() + LOADING,
-        )
+        server = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
+        end = time.monotonic() + LOADING
         while True:
             try:
                 server.ask("/health")
@@ -138,12 +178,18 @@ def serving(path: Path, arguments: argparse.Namespace) -> Iterator[Server]:
 
 
 def one_round(
-    server: Server, clients: int, arguments: argparse.Namespace, words: random.Random
+    server: Server,
+    clients: int,
+    prompt_words: int,
+    arguments: argparse.Namespace,
+    words: random.Random,
 ) -> float:
     """Generated tokens a second of all clients together."""
+    model = server.ask("/v1/models")["data"][0]["id"]
 
     def answer(prompt: str) -> int:
         body = {
+            "model": model,
             "prompt": prompt,
             "max_tokens": arguments.new_tokens,
             "temperature": 0,
@@ -151,34 +197,48 @@ def one_round(
         }
         return int(server.ask("/v1/completions", body)["usage"]["completion_tokens"])
 
-    prompts = [
-        " ".join(words.choices(WORDS, k=arguments.prompt_words)) for _ in range(clients)
-    ]
-    start, computed = time.perf_counter(), server.computed()
+    prompts = [" ".join(words.choices(WORDS, k=prompt_words)) for _ in range(clients)]
+    start = time.perf_counter()
+    computed = server.computed()
     with ThreadPoolExecutor(clients) as pool:
         tokens = sum(pool.map(answer, prompts))
-    seconds = (
-        server.computed() - computed
-        if arguments.cpu_seconds
-        else time.perf_counter() - start
-    )
+    seconds = time.perf_counter() - start
+    if arguments.cpu_seconds:
+        seconds = server.computed() - computed
     return tokens / seconds
 
 
-def main() -> None:
+def version_of(python: Path, *packages: str) -> str:
+    """The first of some packages that an environment has, with its version."""
+    program = (
+        "import importlib.metadata as m, sys\n"
+        "names = {d.metadata['Name'] for d in m.distributions()}\n"
+        "print(next(f'{n} {m.version(n)}' for n in sys.argv[1:] if n in names))"
+    )
+    done = subprocess.run(
+        [python, "-c", program, *packages], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("forms", nargs="+", metavar="NAME=PATH")
+    parser.add_argument("forms", nargs="+", metavar="NAME=[vllm:]PATH")
+    parser.add_argument("--vllm", type=Path, help="interpreter of vLLM's environment")
     parser.add_argument(
-        "--llama-server",
-        type=Path,
-        help="the program; without it, GGUF files are left out",
+        "--vllm-options", default="", help="more words for `vllm serve`"
+    )
+    parser.add_argument("--llama-server", type=Path, help="the program, for GGUF files")
+    parser.add_argument(
+        "--xllamacpp", type=Path, help="an interpreter with xllamacpp, in its place"
     )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="auto", help="of `sparsellm serve`")
-    parser.add_argument("--prompt-words", type=int, default=32)
+    parser.add_argument("--dtype", default="auto", help="of sparsellm and vLLM")
+    parser.add_argument("--prompt-words", type=int, nargs="+", default=[32])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument(
         "--context", type=int, default=512, help="tokens of a prompt and its answer"
@@ -193,47 +253,77 @@ def main() -> None:
         default=Path("/tmp"),
         help="folder for the logs of the servers",
     )
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    paths = {
-        name: Path(path)
-        for name, _, path in (form.partition("=") for form in arguments.forms)
-    }
-    if arguments.llama_server is None:
-        paths = {name: path for name, path in paths.items() if path.is_dir()}
+    return parser.parse_args()
 
+
+def forms_of(arguments: argparse.Namespace) -> dict[str, Form]:
+    """The forms by name, without those whose engine was not given."""
+    forms = {}
+    for text in arguments.forms:
+        name, _, path = text.partition("=")
+        form = Form.of(path)
+        engines = {
+            "sparsellm": sys.executable,
+            "vllm": arguments.vllm,
+            "llama.cpp": arguments.llama_server or arguments.xllamacpp,
+        }
+        if engines[form.engine] is not None:
+            forms[name] = form
+    return forms
+
+
+def measure(
+    servers: dict[str, Server], arguments: argparse.Namespace
+) -> list[tuple[int, int]]:
+    """Fills the rates of all servers; returns the settings, clients and words of a prompt."""
+    settings = [
+        (clients, prompt_words)
+        for prompt_words in arguments.prompt_words
+        for clients in arguments.clients
+    ]
+    words = random.Random(0)
+    for turn in range(arguments.rounds + 1):
+        for clients, prompt_words in settings:
+            for server in servers.values():
+                rate = one_round(server, clients, prompt_words, arguments, words)
+                if turn:  # the first round pays for pages and the choice of kernels
+                    server.rates.setdefault((clients, prompt_words), []).append(rate)
+    return settings
+
+
+def main() -> None:
+    arguments = parsed()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    forms = forms_of(arguments)
     with contextlib.ExitStack() as stack:
         servers = {
-            name: stack.enter_context(serving(path, arguments))
-            for name, path in paths.items()
+            name: stack.enter_context(serving(form, arguments))
+            for name, form in forms.items()
         }
-        words = random.Random(0)
-        for turn in range(arguments.rounds + 1):
-            for clients in arguments.clients:
-                for server in servers.values():
-                    rate = one_round(server, clients, arguments, words)
-                    if turn:  # the first round pays for pages and the choice of kernels
-                        server.rates.setdefault(clients, []).append(rate)
+        settings = measure(servers, arguments)
     time_of = "processor" if arguments.cpu_seconds else "wall-clock"
+    versions = []
+    if arguments.vllm is not None:
+        versions.append(version_of(arguments.vllm, "vllm", "vllm-cpu"))
+    if arguments.xllamacpp is not None:
+        versions.append(version_of(arguments.xllamacpp, "xllamacpp"))
     print(
-        f"{arguments.new_tokens} tokens after {arguments.prompt_words} words, {arguments.rounds} rounds in turns, "
-        f"{time_of} time, {arguments.threads} thread(s); {cpu_name()}, code {code_version()}.\n"
+        f"{arguments.new_tokens} tokens after a prompt, {arguments.rounds} rounds in turns, {time_of} time, "
+        f"{arguments.threads} thread(s); {cpu_name()}, {', '.join((*versions, f'code {code_version()}'))}.\n"
     )
-    print(
-        "| form | server | "
-        + " | ".join(
-            f"{count} clients: tokens/s | ratio" for count in arguments.clients
-        )
-        + " |"
-    )
-    print("|---|---|" + "---|---|" * len(arguments.clients))
+    heads = [
+        f"{clients} clients, {prompt_words} words: tokens/s | ratio"
+        for clients, prompt_words in settings
+    ]
+    print(f"| form | model | engine | {' | '.join(heads)} |")
+    print("|---|---|---|" + "---|---|" * len(settings))
     first = next(iter(servers.values()))
     for name, server in servers.items():
-        cells = [name, "sparsellm serve" if paths[name].is_dir() else "llama-server"]
-        for clients, rates in server.rates.items():
+        cells = [name, forms[name].path.name, forms[name].engine]
+        for setting, rates in server.rates.items():
             ratios = [
                 rate / other
-                for rate, other in zip(rates, first.rates[clients], strict=True)
+                for rate, other in zip(rates, first.rates[setting], strict=True)
             ]
             spread = f"({min(ratios):.2f} – {max(ratios):.2f})"
             cells += [

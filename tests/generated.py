@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -33,12 +34,16 @@ import transformers
 import uvicorn
 from typer.main import get_command
 
-from sparsellm import Recipe
+from sparsellm import Recipe, api
 from sparsellm.app import cli
+from sparsellm.progress import PHASES
 from tests.files.small import tree
 from tests.line import run
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models.in_gguf import write_gguf
 
+# a line of ``--verbose``
+STEP = re.compile(rf"\d\d:\d\d:\d\d |({'|'.join(PHASES.values())}): \d")
 SECRET = "a file outside of the directory of the command"
 TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
 SMALL = (
@@ -48,6 +53,8 @@ SMALL = (
     "--calibration=note.txt",
 )
 GRID = (*SMALL, "--text=note.txt")
+SIZED = ("--bits=8", "--effort=0", *SMALL[1:])
+COMPRESSING = ("{out}-pruned", "{out}-pruned/*", "{out}-pruned.partial*")
 MEASURED = ("--sparsity=0.5", "--text-seq-len=16", "--max-tokens=64")
 
 
@@ -169,6 +176,18 @@ COMMANDS: dict[str, Command] = {
             f"packed/{name}"
             for name in (*RECORDS, "model.safetensors.index.json", "tokenizer.json")
         ),
+    ),
+    "compress": Command(
+        ("compress", "model", "--for=sparsellm", "--out=new", *SIZED),
+        MODEL,
+        ("{out}", "{out}/*"),
+        kept=COMPRESSING,
+    ),
+    "compress for llama.cpp": Command(
+        ("compress", "wide.gguf", "--for=llama.cpp", "--out=new.gguf", *SIZED),
+        ("wide.gguf",),
+        ("{out}", "new.Modelfile"),
+        kept=COMPRESSING,
     ),
     "exec": Command(
         ("exec", "--", "python", "-c", "pass"),
@@ -330,6 +349,10 @@ TELLING = {
     "memory": ["4GiB", "1B", "-4GiB", "9" * 500 + "TB"],
     "device": ["cuda:99", "meta", "xla", "cuda:-1"],
     "values": ["int8", "int4", "fp16"],
+    "program": ["sparsellm", "vllm", "llama.cpp", "transformers", "ollama"],
+    "size": ["1KB", "2MB", "1GB", "4", "0.1MB", "9" * 500 + "GB"],
+    "bits": ["0.1", "2", "3.01", "6.5", "16", "17"],
+    "like": ["wide.gguf", "model", "note.txt", "pipe", "missing.gguf"],
 }
 
 
@@ -343,6 +366,9 @@ def template() -> Path:
         tiny_llama(num_hidden_layers=2, hidden_size=16, intermediate_size=24),
         tiny_tokenizer(),
         work / "model",
+    )
+    write_gguf(
+        tiny_llama(num_hidden_layers=1, intermediate_size=96), work / "wide.gguf"
     )
     save_tiny(tiny_opt(num_hidden_layers=1), tiny_tokenizer(), work / "opt")
     save_tiny(tiny_gpt2(n_layer=1), tiny_tokenizer(), work / "gpt2")
@@ -586,6 +612,8 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
         }
     shown = f"{made}\nexit {code}: {stderr[:600]}"
     lines = [line for line in stderr.splitlines() if line.strip()]
+    if "--verbose" in made.arguments:  # which asks for a line for each step
+        lines = [line for line in lines[:-1] if not STEP.match(line)] + lines[-1:]
     if code not in (0, 2) or "Traceback" in stderr:
         return "traceback", shown
     if code == 2 and (
@@ -620,9 +648,10 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """No network, no server that waits, no program in place of this one, and no bars of transformers."""
+    """Short measurements; no network, no waiting server, no program in place of this one, no bars of transformers."""
     with (
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(api, "MEASURED_TOKENS", 64),
         mock.patch.object(uvicorn.Server, "run", return_value=None),
         mock.patch.object(os, "execve", mock.Mock(side_effect=SystemExit(0))),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -99,6 +100,26 @@ def test_the_forms_of_a_model_are_counted_and_scored(
     assert float(rows["packed 60%, keep"][4]) == pytest.approx(
         float(rows["dense fp32"][4]), rel=1e-3
     )
+
+
+def test_calibrations_are_scored_on_every_text(
+    llama: Path, text: Path, tmp_path: Path, printed: Any
+) -> None:
+    line = (
+        "mixing.py", "--model", llama, "--text", f"one={text}", "two=pydoc", "--samples", 8, "--window", 16,
+        "--calibration", f"alone={text}", f"quarter={text}:3,pycode:1",
+        "--max-tokens", 64, "--targets", "0.5", "--efforts", 0, "--cells", tmp_path / "cells.json",
+    )  # fmt: skip
+    output = printed(*line)
+    kept = json.loads((tmp_path / "cells.json").read_text())
+    assert all(str(tmp_path) not in key for key in kept if "/dense" not in key[-6:])
+    scores = {key.count("pycode"): cell for key, cell in kept.items() if "/0.5/" in key}
+    assert scores[0]["two"] != scores[1]["two"]
+    for number, name in enumerate(("alone", "quarter")):
+        values = f"{scores[number]['one']:.1f} | {scores[number]['two']:.1f}"
+        assert f"| 0.5, 0 | {name} | {values} |" in output
+    assert len(kept) == 3
+    assert printed(*line) == output  # from the cells
 
 
 def test_the_frontier_counts_scores_and_draws_every_form(

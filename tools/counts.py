@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("src", "sparsepack/src")
-TESTS = ("tests", "sparsepack/tests")
-OURS = ("sparsellm", "sparsepack", "tests")
-PAGES = ("README.md", "docs", "sparsepack/README.md")
+SOURCES = ("src", "sparsepack/src", "sparsepack-vllm/src")
+TESTS = ("tests", "sparsepack/tests", "sparsepack-vllm/tests")
+OURS = ("sparsellm", "sparsepack", "sparsepack_vllm", "tests")
+PAGES = ("README.md", "docs", "sparsepack/README.md", "sparsepack-vllm/README.md")
 RELEASE = "38e66faf"  # the commit that the table compares with
 
 MOST_TOKENS_A_LINE = 8.5

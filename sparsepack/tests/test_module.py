@@ -14,8 +14,8 @@ from reference import layer_of
 from sparsepack import module as runtime_module
 from sparsepack.codes import VALUE_TYPES
 from sparsepack.errors import FormatError, PackError
-from sparsepack.layout import PackedWeight, unpack
-from sparsepack.module import PackedLinear, multiply
+from sparsepack.layout import FIELDS, PackedWeight, unpack
+from sparsepack.module import PackedEmbedding, PackedLinear, multiply
 
 
 def layer(values: str = "keep", *, exponents: bool = False) -> PackedLinear:
@@ -62,6 +62,34 @@ def test_tiles_do_not_change_the_product(
     monkeypatch.setattr(runtime_module, "TILE", tile)
     weight, x = sparse_weight(148, 130, 0.6), torch.randn(20, 130)
     assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [1, 130 * 7, 130 * 100, 1 << 20])
+@pytest.mark.parametrize("tokens", [17, 32, 33])
+def test_few_tokens_are_the_right_factor(
+    tile: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 32 tokens in bf16; every tile is the left factor then, and the product is that of the dense weight."""
+    left = []
+    product = torch.mm
+
+    def recorded(a: Tensor, b: Tensor, **options: Tensor) -> Tensor:
+        left.append(len(a))
+        return product(a, b, **options)
+
+    monkeypatch.setattr(runtime_module, "TILE", tile)
+    monkeypatch.setattr(runtime_module, "FEW_TILE", tile)
+    monkeypatch.setattr(torch, "mm", recorded)
+    packed = packed_of(sparse_weight(148, 130, 0.6).bfloat16())
+    x = torch.randn(tokens, 130).bfloat16()
+    y = multiply(packed, x)
+    exact = x.double() @ unpack(packed).double().t()
+    slack = 2.0**-7 * (x.double().abs() @ unpack(packed).double().abs().t()) + 1e-12
+    assert ((y.double() - exact).abs() <= slack).all()
+    if tokens <= 32:
+        assert sum(left) == 148
+    else:
+        assert set(left) == {tokens}
 
 
 def test_small_batches_go_to_the_kernel_large_ones_use_tiles(
@@ -184,12 +212,48 @@ def test_gradient_of_the_input_is_that_of_the_dense_layer(
     assert torch.allclose(x.grad, y.grad, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
 
 
-def test_a_compiled_model_computes_the_same() -> None:
+@pytest.mark.parametrize("values", ["keep", "int8", "int4"])
+def test_a_compiled_model_is_one_graph_with_the_same_bits(values: str) -> None:
+    torch.compiler.reset()  # the cases before this one count as its recompilations
+    embedding = nn.Embedding(40, 130)
+    embed = PackedEmbedding(embedding)
+    embed.set_packed(packed_of(embedding.weight, "int8", "dense"))
     model = nn.Sequential(
-        layer(), nn.ReLU(), layer_of(packed_of(sparse_weight(16, 48, 0.5), "int4"))
+        embed,
+        layer(values, exponents=values != "keep"),
+        nn.ReLU(),
+        layer_of(packed_of(sparse_weight(16, 48, 0.5), "int4")),
     )
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        for tokens in (1, 20):
-            x = torch.randn(tokens, 130)
-            assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        for tokens in (20, 3, 1):
+            ids = torch.arange(tokens)
+            if tokens > 1:  # any number of tokens runs one graph
+                torch._dynamo.mark_dynamic(ids, 0)
+            assert torch.equal(compiled(ids), model(ids))
+
+
+def test_a_compiled_layer_has_the_gradient_of_the_input() -> None:
+    module = layer("int8", exponents=True).requires_grad_(False)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 130, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    compiled(x).square().sum().backward()
+    module(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
+
+
+def test_the_operators_shapes_are_those_of_their_results() -> None:
+    packed = layer("int4", exponents=True).packed
+    parts = [getattr(packed, field) for field in FIELDS]
+    operators = torch.ops.sparsepack
+    x = torch.randn(3, 130).bfloat16()
+    for name, arguments in (
+        ("multiply", (x, *parts, False)),
+        ("unpack", (*parts, 130, torch.bfloat16)),
+    ):
+        torch.library.opcheck(
+            getattr(operators, name).default,
+            arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )

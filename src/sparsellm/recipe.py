@@ -64,6 +64,7 @@ SWEEP = (
 SOURCES = (
     "c4-sample",
     "pydoc",
+    "pycode",
     "self",
     "wikitext2",
     "ptb",
@@ -257,8 +258,8 @@ class Recipe(BaseModel):
         Source | None, Option(CALIBRATION, "SOURCE", null=TEXT, values=SOURCES)
     ] = None
     """Text to calibrate on: a .txt, .jsonl or .parquet file, c4-sample (a part of C4, from the hub), wikitext2, ptb,
-    c4, hub:OWNER/NAME, self (the model writes it), or pydoc (Python's documentation); or a text mixture with
-    shares of the windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
+    c4, hub:OWNER/NAME, self (the model writes it), pydoc (Python's documentation), or pycode (its standard
+    library); or a text mixture with shares of the windows, such as wiki.txt:0.5,code.jsonl:0.3,self:0.2."""
     samples: Annotated[
         Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)
     ] = 128

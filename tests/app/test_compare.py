@@ -15,7 +15,7 @@ import sparsellm
 from sparsellm import Recipe, api
 from sparsellm.app import compare, console, tables
 from sparsellm.app.compare import Comparison, cells_of
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, StorageError
 from sparsellm.progress import Progress
 from sparsellm.report.comparison import Candidate, best_at_each_size, recommend
 from tests.files.small import shards_of, tree
@@ -327,6 +327,21 @@ def test_foreign_files_stop_it_before_a_cell(
     make(llama, out / name)
     before = tree(out)
     assert message in refusal("compare", llama, "--out", out, *SMALL, "magnitude,wanda")
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("page", ["README.md", "report.html"])
+def test_an_edited_page_is_refused_before_a_measurement_is_added(
+    page: str, llama: Path, finished: Comparison, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(finished.out, tmp_path / "out"))
+    packed = out / "sparsellm-0.5-packed"
+    (packed / page).write_text("mine")
+    assert grid(llama, out).cells == finished.cells, "nothing is to be added"
+    (packed / "results.json").unlink()
+    before = tree(out)
+    with pytest.raises(StorageError, match=rf"sparsellm-0\.5: .*{page}"):
+        grid(llama, out)
     assert tree(out) == before
 
 

@@ -39,7 +39,7 @@ MISTAKES = [
     ("eval model", "--text is missing; give --text SOURCE"),
     ("generate packed", "PROMPT is missing; give PROMPT: Text to continue"),
     ("prune model --output p", "has no option --output; did you mean --out?"),
-    ("prune model -o p", "has no option -o; `sparsellm prune --help` lists all"),
+    ("prune model -z p", "has no option -z; `sparsellm prune --help` lists all"),
     (f"{PRUNE} --sparsety 0.5", "has no option --sparsety; did you mean --sparsity?"),
     ("prun model", "No such command 'prun'. Did you mean 'prune'?"),
     ("push model", "No such command 'push'; `sparsellm --help` lists all"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -23,6 +24,36 @@ from sparsellm.text.sources import as_text, default_source, read_source
 from sparsellm.text.texts import Text
 
 ROWS = [" = Title = ", "", " Some text , here . ", " More . "]
+
+
+def test_pycode_is_the_start_of_each_module_and_holds_modules_out() -> None:
+    root = Path(sysconfig.get_path("stdlib"))
+    parts = [
+        read_source("pycode", split).documents
+        for split in ("calibration", "evaluation")
+    ]
+    assert not set(parts[0]) & set(parts[1])
+    assert len(parts[0]) > 4 * len(parts[1]) > 100
+    every = {*parts[0], *parts[1]}
+    for name in ("json/decoder.py", "textwrap.py", "email/message.py"):
+        code = (root / name).read_text("utf-8")
+        start = "".join(code[:8000].rpartition("\n")[:2])
+        assert start in every
+    for name in ("idlelib/run.py", "encodings/cp037.py", "pydoc_data/topics.py"):
+        if (root / name).is_file():
+            assert (root / name).read_text("utf-8")[:60] not in {
+                document[:60] for document in every
+            }
+    assert max(map(len, every)) <= 8000
+
+
+def test_a_python_without_its_sources_has_no_pycode(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "abc.py").write_text("pass\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(DataError, match="has 1 modules of Python's standard library"):
+        read_source("pycode", "calibration")
 
 
 def test_pydoc_parts_share_no_paragraph_and_repeat_none() -> None:
@@ -148,6 +179,7 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
     [
         ("wikitxt2", "did you mean 'wikitext2'"),
         ("pydoc:", "pydoc takes nothing after its name"),
+        ("pycode:json", "pycode takes nothing after its name"),
         ("wikitext2:nowhere.raw", "nowhere.raw' does not exist"),
         ("file:", "is a directory"),
         (f"file:{__file__}", "not a kind of file"),

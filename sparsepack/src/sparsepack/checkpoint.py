@@ -209,9 +209,8 @@ class PackedTensors:
                 for field in FIELDS
                 if f"{name}.weight_{field}" in described
             }
-            needed = FIELDS[:2] if entry.layout == "dense" else FIELDS[:3]
-            missing = [field for field in needed if field not in parts]
             placeholder = described.get(f"{name}.weight")
+            missing = _missing(entry, parts)
             if missing or placeholder is None:
                 raise FormatError(
                     f"packed weight {name} has no {(*missing, 'placeholder')[0]} in {directory}; {PACK_AGAIN}"
@@ -251,35 +250,7 @@ class PackedTensors:
         """The packed weight of a linear; a FormatError if it is inconsistent."""
         entry = self.entries[name]
         parts = {field: self._get(key) for field, key in self._parts[name].items()}
-        value_type = READ_AS.get(entry.value_type, entry.value_type)
-        if "offsets" not in parts:
-            parts["offsets"] = dense_offsets(entry.shape, value_type)
-        narrower = None
-        if entry.value_type in BITS:  # the offsets say how many values there are
-            narrower = entry.value_type
-            offsets = parts["offsets"]
-            rows = (entry.shape[0] + 1,)
-            try:
-                if offsets.dtype != torch.int64 or tuple(offsets.shape) != rows:
-                    raise ValueError(
-                        f"offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}"
-                    )
-                values = widened(parts["values"], int(offsets[-1]), narrower)
-                parts["values"] = values
-            except ValueError as error:
-                raise FormatError(
-                    f"packed weight {name}: {error}; {PACK_AGAIN}"
-                ) from None
-        described = {
-            "shape": entry.shape,
-            "layout": entry.layout,
-            "value_type": value_type,
-            "pattern": entry.pattern,
-        }
-        tensors = {field: parts.get(field) for field in FIELDS}
-        packed = PackedWeight(**described, **tensors, narrower=narrower)  # type: ignore[arg-type]
-        validate(packed, name)
-        return packed
+        return assembled(name, entry, parts)
 
     def dense(self, name: str) -> Tensor:
         """The dense weight of a linear as a checkpoint has it, of ``stored_shape`` and ``dtype`` of its entry; a
@@ -300,6 +271,54 @@ class PackedTensors:
         if entry.transposed:
             return dense.t().contiguous()
         return dense
+
+
+def assembled(
+    name: str, entry: PackedEntry, parts: Mapping[str, Tensor]
+) -> PackedWeight:
+    """The packed weight of a linear from its stored tensors by field; a FormatError if it is inconsistent."""
+    parts = dict(parts)
+    value_type = READ_AS.get(entry.value_type, entry.value_type)
+    if "offsets" not in parts:
+        parts["offsets"] = dense_offsets(entry.shape, value_type)
+    narrower = None
+    if entry.value_type in BITS:  # the offsets say how many values there are
+        narrower = entry.value_type
+        offsets = parts["offsets"]
+        rows = (entry.shape[0] + 1,)
+        try:
+            if offsets.dtype != torch.int64 or tuple(offsets.shape) != rows:
+                raise ValueError(
+                    f"offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}"
+                )
+            values = widened(parts["values"], int(offsets[-1]), narrower)
+            parts["values"] = values
+        except ValueError as error:
+            raise FormatError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
+    described = {
+        "shape": entry.shape,
+        "layout": entry.layout,
+        "value_type": value_type,
+        "pattern": entry.pattern,
+    }
+    tensors = {field: parts.get(field) for field in FIELDS}
+    packed = PackedWeight(**described, **tensors, narrower=narrower)  # type: ignore[arg-type]
+    validate(packed, name)
+    return packed
+
+
+def _missing(entry: PackedEntry, parts: Mapping[str, object]) -> list[str]:
+    """The fields of a packed linear that are needed and not there."""
+    needed = FIELDS[:2] if entry.layout == "dense" else FIELDS[:3]
+    return [field for field in needed if field not in parts]
+
+
+def check_parts(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:
+    """Refuses stored tensors of a packed linear that lack one or are too small, before memory is taken."""
+    missing = _missing(entry, parts)
+    if missing:
+        raise FormatError(f"packed weight {name} has no {missing[0]}; {PACK_AGAIN}")
+    _check_sizes(name, entry, parts)
 
 
 def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:

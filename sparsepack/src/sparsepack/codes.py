@@ -283,10 +283,10 @@ def encode_values(
     numbers = numbers.view(len(weight), -1)[:, : weight.shape[1]][kept]
     if READ_AS.get(value_type) == "int8":
         return Encoded(numbers.to(torch.int8), offsets, scales)
-    rows, rank = _places(counts)
+    rows, rank = places(counts)
     codes = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
     codes[offsets[rows] + rank] = levels.codes(numbers)
-    return Encoded(_in_pairs(codes), offsets, scales, levels.table)
+    return Encoded(in_pairs(codes), offsets, scales, levels.table)
 
 
 def decode_values(
@@ -310,11 +310,11 @@ def decode_values(
     if group is None:
         exact = values[start:stop].float() * scales[rows].repeat_interleave(counts)
     else:
-        row, rank = _places(counts)
+        row, rank = places(counts)
         if value_type == "int8":
             numbers = values[start:stop].float()
         else:
-            codes = _nibbles(values[start // 2 : stop // 2])
+            codes = nibbles(values[start // 2 : stop // 2])
             numbers = _numbers_of(codes[(offsets[rows] - start)[row] + rank], levels)
         columns = kept.nonzero()[:, 1]
         exact = numbers * scales[rows][row, columns // group].float()
@@ -356,7 +356,7 @@ def narrowed(values: Tensor, value_type: str) -> Tensor:
     The bits are those of the number minus the lowest one of the type, the least significant first. Values of int3 are
     codes of int4 that are all 4 … 11, two to a byte."""
     if value_type == "int3":
-        codes = _nibbles(values) - CODES // 4
+        codes = nibbles(values) - CODES // 4
     else:
         # wraps around: -1 becomes 255, and then half the range minus 1
         codes = values.view(torch.uint8) - PLAIN[value_type].lowest
@@ -387,17 +387,17 @@ def widened(data: Tensor, values: int, value_type: str) -> Tensor:
         )
     ).view(-1)
     if value_type == "int3":
-        return _in_pairs(codes + CODES // 4)
+        return in_pairs(codes + CODES // 4)
     return codes.view(torch.int8) + PLAIN[value_type].lowest
 
 
-def _nibbles(pairs: Tensor) -> Tensor:
+def nibbles(pairs: Tensor) -> Tensor:
     """The codes of int4, two from each byte."""
     return torch.stack((pairs & 15, pairs >> 4), dim=1).view(-1)
 
 
-def _in_pairs(codes: Tensor) -> Tensor:
-    """The inverse of :func:`_nibbles`."""
+def in_pairs(codes: Tensor) -> Tensor:
+    """The inverse of :func:`nibbles`."""
     pairs = codes.view(-1, 2)
     return pairs[:, 0] | (pairs[:, 1] << 4)
 
@@ -448,7 +448,7 @@ def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Te
     return numbers, scales.squeeze(1).bfloat16(), best
 
 
-def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
+def places(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The row of each kept value, and its rank in that row, from 0."""
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     first_of_row = counts.cumsum(0) - counts

@@ -3,7 +3,9 @@
 A batch of up to 16 tokens is multiplied by a kernel that reads packed weights, if the device has one. Such a batch is
 bound by memory, so fewer bytes make it faster. A larger batch is bound by arithmetic: the weight is unpacked tile by
 tile, all tokens use a tile while it is in the cache, and no dense weight is held. Without a compiled kernel every batch
-takes tiles. The sums differ in order; tiles are in the dtype of the inputs, and kernels may round inputs to int8.
+takes tiles. Tiles are in the dtype of the inputs, and kernels may round inputs to int8.
+
+The order of sums may change after 16 tokens, and for bf16 on a CPU after 32.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
 # weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
 TILE = 1 << 20
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
+# bf16 tokens on a CPU up to which a tile is the left factor: the library rearranges the right one, the smaller then
+FEW_TOKENS = 32
+FEW_TILE = 1 << 19  # weights in a tile for so few tokens
 LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pages
 
 # what kernels multiply whole numbers by; the first is the default
@@ -42,12 +47,19 @@ ACTIVATIONS = (
 PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it calls compiled kernels
 def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)`` on the weight's device: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
     may round a small batch to int8, where the weight is int8 or int4."""
+    if torch.compiler.is_compiling():
+        product: Tensor = torch.ops.sparsepack.multiply(x, *_parts_of(packed), rounded)
+        return product
+    return _multiply(packed, x, rounded)
+
+
+def _multiply(packed: PackedWeight, x: Tensor, rounded: bool) -> Tensor:
+    """The product of :func:`multiply`, which ``torch.compile`` cannot look into."""
     device = x.device.type
     kernels = None
     if x.dtype in FLOAT_TYPES.values():
@@ -164,7 +176,9 @@ def _multiply_tiled(
 ) -> Tensor:
     """The product of :func:`multiply`, from one dense tile of rows after another, by torch."""
     out, columns = packed.shape
-    rows = max(1, min(out, TILE // columns))
+    few = len(x) <= FEW_TOKENS and x.dtype == torch.bfloat16 and x.is_cpu
+    weights = FEW_TILE if few else TILE
+    rows = max(1, min(out, weights // columns))
     if rows > ROWS:
         rows -= rows % ROWS
     y = x.new_empty(len(x), out)
@@ -176,8 +190,11 @@ def _multiply_tiled(
         else:
             tile = buffer[: last - first]
             unpack_tile(packed, first, last, tile)
-        # a copy from a separate result costs a tenth of a short prompt
-        torch.mm(x, tile.t(), out=y[:, first:last])
+        if few:
+            y[:, first:last] = torch.mm(tile, x.t()).t()
+        else:
+            # a copy from a separate result costs a tenth of a short prompt
+            torch.mm(x, tile.t(), out=y[:, first:last])
     return y
 
 
@@ -211,6 +228,69 @@ def _assemble(
         exponents=exponents,
         levels=levels,
     )
+
+
+def _parts_of(packed: PackedWeight) -> list[Tensor | None]:
+    """The tensors of :data:`FIELDS`, as the operators take them."""
+    return [getattr(packed, field) for field in FIELDS]
+
+
+def _dense(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """:func:`~sparsepack.layout.unpack`, as an operator where a model is compiled."""
+    if torch.compiler.is_compiling():
+        columns = packed.shape[1]
+        weight: Tensor = torch.ops.sparsepack.unpack(*_parts_of(packed), columns, dtype)
+        return weight
+    return unpack(packed, dtype)
+
+
+# torch.compile puts a whole model into one graph, since it knows these operators. A model that is not compiled calls
+# the functions themselves, which is faster.
+_OPERATORS = torch.library.Library("sparsepack", "FRAGMENT")
+_PARTS = "Tensor mask, Tensor values, Tensor offsets, Tensor? scales, Tensor? exponents, Tensor? levels"
+
+
+def _multiply_operator(x: Tensor, *parts: Any) -> Tensor:
+    *tensors, rounded = parts
+    return _multiply(_assemble(tensors, x.shape[1]), x, rounded)
+
+
+def _unpack_operator(*parts: Any) -> Tensor:
+    *tensors, columns, dtype = parts
+    return unpack(_assemble(tensors, columns), dtype)
+
+
+def _shape_of_product(x: Tensor, *parts: Any) -> Tensor:
+    # not len(x), which would fix the number of tokens for a compiled model
+    return x.new_empty(x.shape[0], parts[FIELDS.index("offsets")].shape[0] - 1)
+
+
+def _shape_of_weight(*parts: Any) -> Tensor:
+    *tensors, columns, dtype = parts
+    offsets: Tensor = tensors[FIELDS.index("offsets")]
+    return offsets.new_empty(offsets.shape[0] - 1, columns, dtype=dtype)
+
+
+def _register(
+    schema: str, function: Callable[..., Tensor], shape: Callable[..., Tensor]
+) -> None:
+    """Registers an operator: what it computes, and an empty tensor of the shape of its result."""
+    name = schema.partition("(")[0]
+    _OPERATORS.define(schema)
+    _OPERATORS.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsepack::{name}", shape, lib=_OPERATORS)
+
+
+_register(
+    f"multiply(Tensor x, {_PARTS}, bool rounded) -> Tensor",
+    _multiply_operator,
+    _shape_of_product,
+)
+_register(
+    f"unpack({_PARTS}, int columns, ScalarType dtype) -> Tensor",
+    _unpack_operator,
+    _shape_of_weight,
+)
 
 
 class PackedLinear(nn.Module):
@@ -285,7 +365,7 @@ class PackedLinear(nn.Module):
         # the weight is unpacked again for the gradient, and not kept
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = checkpoint(
-                lambda x: x @ unpack(self.packed, x.dtype).t(),
+                lambda x: x @ _dense(self.packed, x.dtype).t(),
                 flat,
                 use_reentrant=False,
             )

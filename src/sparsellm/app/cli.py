@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from sparsellm import __version__, interrupts
 from sparsellm.app import options as use
@@ -42,7 +42,26 @@ from sparsellm.recipe import RESOURCES, SEQ_LEN, SOURCES, WHAT, Recipe
 
 Printed = tuple[Any, Callable[[], None]] | None
 
+
+class _Commands(TyperGroup):
+    """The commands in groups, and no type beside options that take no value."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        def place(name: str) -> int:
+            command: Any = self.commands[name]
+            return use.GROUPS.index(command.rich_help_panel)
+
+        return sorted(super().list_commands(ctx), key=place)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            param.metavar = ""
+        return params
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -67,14 +86,19 @@ class _Command(TyperCommand):
         shown = super().get_help_option(ctx)
         if shown is not None:
             vars(shown)["rich_help_panel"] = use.OUTPUT
+            vars(shown)["metavar"] = ""
         return shown
 
 
 def _command(
-    *parameters: Parameter, examples: Sequence[str], name: str | None = None
+    *parameters: Parameter,
+    group: str,
+    examples: Sequence[str],
+    name: str | None = None,
 ) -> Callable[..., Any]:
-    """Registers a command with these options. One that is not given is not passed on, so the function's default holds;
-    ``progress``, ``json``, ``quiet`` and ``verbose`` go to functions that take them. Only the main process prints."""
+    """Registers a command of a group with these options. One that is not given is not passed on, so the function's
+    default holds; ``progress``, ``json``, ``quiet`` and ``verbose`` go to functions that take them. Only the main
+    process prints."""
 
     def register(function: Callable[..., Printed]) -> Callable[..., None]:
         taken = signature(function).parameters
@@ -136,9 +160,13 @@ def _command(
         }
         epilog = "\n\n".join(("Examples:", *(f"  {example}" for example in examples)))
         usage = " ".join([*filter(None, map(use.required, parameters)), "[OPTIONS]"])
-        return app.command(name, cls=_Command, epilog=epilog, options_metavar=usage)(
-            call
-        )
+        return app.command(
+            name,
+            cls=_Command,
+            epilog=epilog,
+            options_metavar=usage,
+            rich_help_panel=group,
+        )(call)
 
     return register
 
@@ -166,6 +194,7 @@ def _show_version(asked: bool) -> None:
 
 
 _VERSION = typer.Option(
+    "--version",
     metavar="",
     help="Show the version and the compiled kernels, and exit.",
     callback=_show_version,
@@ -212,7 +241,9 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
         use.COMMON,
         kind=float,
     ),
-    needed("--out PLACE", "The .gguf file, or the directory.", use.COMMON, kind=Path),
+    needed(
+        "--out -o PLACE", "The .gguf file, or the directory.", use.COMMON, kind=Path
+    ),
     *[field(name, use.COMMON) for name in ("calibration", "effort")],
     field("sparsity", help="Fraction of zeros, for transformers alone."),
     option(
@@ -225,6 +256,7 @@ def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -
     *use.RECIPE,
     flag("--dry-run", "Choose and print the forms, and write nothing."),
     *use.WRITING,
+    group=use.TO_MAKE,
     examples=(
         "sparsellm compress demo --for sparsellm --size 90MB --out small",
         "sparsellm compress demo --for llama.cpp --bits 4.5 --out small.gguf",
@@ -310,7 +342,7 @@ def _check_values(
 
 @_command(
     use.ONE_MODEL,
-    needed("--out DIR", "Directory of the pruned checkpoint.", use.COMMON),
+    needed("--out -o DIR", "Directory of the pruned checkpoint.", use.COMMON),
     *use.RUN,
     option(
         "--teacher MODEL",
@@ -331,6 +363,7 @@ def _check_values(
     flag("--quiet -q", "Print warnings and errors only."),
     use.VERBOSE,
     use.JSON,
+    group=use.TO_MAKE,
     examples=(
         "sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt",
         "sparsellm prune path/to/model --out pruned --pack packed --values int4 --effort 2",
@@ -432,6 +465,7 @@ def prune(
         default=1,
     ),
     use.JSON,
+    group=use.TO_MAKE,
     examples=(
         "sparsellm plan path/to/model",
         "sparsellm plan config.json --gpu h100 --ranks 8 --effort 2",
@@ -461,7 +495,7 @@ def plan(model: str, json: bool, **options: Any) -> Printed:
     use.ONE_MODEL,
     needed(
         "--text SOURCE",
-        "As --calibration of prune; for pydoc, the part that is never used for calibration.",
+        "As --calibration of prune; for pydoc and pycode, the part that is never used for calibration.",
         TEXT,
         values=SOURCES,
     ),
@@ -488,6 +522,7 @@ def plan(model: str, json: bool, **options: Any) -> Printed:
     use.SAVE,
     *use.REPORTING,
     name="eval",
+    group=use.TO_MEASURE,
     examples=(
         "sparsellm eval pruned --text my-text.txt",
         "sparsellm eval demo --text pydoc --seq-len 512 --max-tokens 4096",
@@ -540,6 +575,7 @@ def evaluate(
     flag("--all", "Print every matrix and every block, not only each kind of matrix."),
     use.TRUST,
     use.JSON,
+    group=use.TO_MEASURE,
     examples=["sparsellm inspect pruned", "sparsellm inspect pruned --all"],
 )
 def inspect(model: str, all: bool, trust_remote_code: bool) -> Printed:
@@ -597,10 +633,11 @@ def inspect(model: str, all: bool, trust_remote_code: bool) -> Printed:
         list[str],
     ),
     option(
-        "--out FILE",
+        "--out -o FILE",
         "The HTML file.",
         shown="report.html in DIRECTORY; needed for several",
     ),
+    group=use.TO_SHARE,
     examples=("sparsellm report pruned", "sparsellm report a b c --out compare.html"),
 )
 def report(directories: list[str], out: Path | None = None) -> Printed:
@@ -660,6 +697,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     ),
     use.out("Directory of the comparison; an earlier one goes on."),
     *use.REPORTING,
+    group=use.TO_MEASURE,
     examples=(
         "sparsellm compare demo --out compared --sparsity 0.5,0.7 --method wanda,sparsellm",
         "sparsellm compare demo --out compared --sparsity 0.3,0.5 --values int8,int4 --max-bytes 1GB",
@@ -717,11 +755,12 @@ def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
         default=0.3,
     ),
     option(
-        "--out DIR",
+        "--out -o DIR",
         "Directory of the checkpoints, DIR/pruned and DIR/packed.",
         shown="in the cache",
     ),
     *use.WRITING,
+    group=use.TO_MAKE,
     examples=("sparsellm demo", "sparsellm demo --sparsity 0.7 --out demo"),
 )
 def demo(
@@ -753,6 +792,7 @@ def demo(
         use.VALUES,
     ),
     *use.WRITING,
+    group=use.TO_MAKE,
     examples=(
         "sparsellm pack pruned --out packed",
         "sparsellm pack pruned --out packed --values int8 --head keep",
@@ -774,7 +814,7 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
         "gguf, compressed-tensors, or transformers: a packed checkpoint as an ordinary dense one.",
         values=("gguf", "compressed-tensors", "transformers"),
     ),
-    needed("--out PLACE", "The .gguf file, or the directory.", kind=Path),
+    needed("--out -o PLACE", "The .gguf file, or the directory.", kind=Path),
     option(
         "--like FILE",
         "Template to copy the rest from: the file that was pruned, or that llama.cpp made of the dense model.",
@@ -789,6 +829,7 @@ def pack(model: str, progress: Any, **options: Any) -> Printed:
     ),
     use.SAVE,
     *use.WRITING,
+    group=use.TO_SHARE,
     examples=(
         "sparsellm export pruned --to gguf --out model.gguf --like model-bf16.gguf",
         "sparsellm export pruned --to compressed-tensors --out for-vllm",
@@ -846,6 +887,7 @@ def _unpack(directory: str, progress: Any, options: dict[str, Any]) -> Printed:
     *use.SERVED,
     flag("--quiet -q", "Print the text without the speed."),
     use.JSON,
+    group=use.TO_RUN,
     examples=(
         "sparsellm generate packed 'The capital of France is'",
         "sparsellm generate packed 'Once upon a time' --temperature 0.8 --max-new-tokens 200",
@@ -912,6 +954,7 @@ def generate(
     option("--max-body SIZE", "Most bytes of a request.", SERVER, default="1MB"),
     *use.SERVED,
     flag("--quiet -q", "Print no line for each request."),
+    group=use.TO_RUN,
     examples=(
         "sparsellm serve packed",
         "sparsellm serve packed --host 0.0.0.0 --key-file key.txt",
@@ -952,6 +995,7 @@ def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
     ),
     option("--seed N", "Seed of the sampling.", TEXT, shown="another each time"),
     *use.SERVED,
+    group=use.TO_RUN,
     examples=(
         "sparsellm chat packed",
         "sparsellm chat packed --system 'Answer in one sentence.'",
@@ -1003,6 +1047,7 @@ def chat(model: str, **options: Any) -> None:
     *use.RUNNING,
     use.SAVE,
     *use.REPORTING,
+    group=use.TO_MEASURE,
     examples=(
         "sparsellm bench packed",
         "sparsellm bench packed --batch 1 --batch 8 --threads 2",
@@ -1041,6 +1086,7 @@ def bench(
 @_command(
     argument("COMMAND...", "A command with its arguments, after --.", list[str]),
     name="exec",
+    group=use.TO_RUN,
     examples=(
         "sparsellm exec -- lm_eval --model hf --model_args pretrained=packed --tasks arc_easy",
         "sparsellm exec -- python my_program.py packed",

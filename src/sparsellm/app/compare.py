@@ -42,6 +42,7 @@ from sparsellm.records import (
     read_pruning,
 )
 from sparsellm.registry import Entry
+from sparsellm.report.card import check_card
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.comparison import (
     Candidate,
@@ -49,7 +50,7 @@ from sparsellm.report.comparison import (
     recommend,
     write_comparison,
 )
-from sparsellm.report.document import check_page
+from sparsellm.report.document import REPORT, check_page
 from sparsellm.run.budget import Budget
 from sparsellm.run.calibration import draw_calibration
 from sparsellm.run.choice import choice_for
@@ -189,7 +190,8 @@ def compare(  # noqa: PLR0913 - the Python door
         max_tokens=max_tokens,
         windows=tokens_fingerprint(windows),
     )
-    parallel.from_main(partial(_check_places, place, cells, dense))
+    check = partial(_check_places, place, cells, dense, speed=speed)
+    parallel.from_main(check)
     _check_texts(place, cells, dense, progress)
     measured: list[Measured] = []
     for number, (name, recipe) in enumerate(cells.items(), 1):
@@ -256,7 +258,9 @@ def _with_text(
     }
 
 
-def _check_places(place: Path, cells: Mapping[str, Recipe], dense: _Dense) -> None:
+def _check_places(
+    place: Path, cells: Mapping[str, Recipe], dense: _Dense, *, speed: bool
+) -> None:
     """Refuses, before the first run, a directory that a cell could not be written into or go on from."""
     directory = dense.opened.directory
     check_place(place, [directory] if directory is not None else [])
@@ -264,23 +268,33 @@ def _check_places(place: Path, cells: Mapping[str, Recipe], dense: _Dense) -> No
         check_page(place / PAGE)
     for name, recipe in cells.items():
         with _naming(name):
-            _check_cell(place / name, recipe, dense)
+            _check_cell(place / name, recipe, dense, speed=speed)
     with explained(place):
         place.mkdir(parents=True, exist_ok=True)
 
 
-def _check_cell(pruned: Path, recipe: Recipe, dense: _Dense) -> None:
-    """Refuses the directories of a cell if they hold anything but a run with its settings."""
+def _check_cell(pruned: Path, recipe: Recipe, dense: _Dense, *, speed: bool) -> None:
+    """Refuses the directories of a cell if they hold anything but a run with its settings, or pages of somebody else
+    where measurements are to be added."""
+    packed = packed_of(pruned)
+    finished = []
     if _is_finished(pruned):
         _check_same(pruned, recipe, dense)
-        check_weights(pruned)
+        finished.append(pruned)
     else:
         check_destination(pruned)
-    packed = packed_of(pruned)
     if _is_packed_from(packed, pruned):
-        check_weights(packed)
+        finished.append(packed)
     else:
         check_destination(packed)
+    for directory in finished:
+        check_weights(directory)
+        known = read_results(directory)
+        benchmarks = [result for result in known.benchmarks if result.decoding]
+        measured = dense.evaluation_in(directory) is not None
+        if not measured or (speed and not benchmarks):
+            check_card(directory)
+            check_page(directory / REPORT)
 
 
 def packed_of(pruned: Path) -> Path:

@@ -30,7 +30,13 @@ from sparsellm.recipe import (
     option_of,
 )
 
-# panels of --help
+# groups of commands, as --help shows them
+TO_MAKE = "Make"
+TO_MEASURE = "Measure"
+TO_RUN = "Run"
+TO_SHARE = "Share"
+GROUPS = [TO_MAKE, TO_MEASURE, TO_RUN, TO_SHARE]
+# panels of a command's --help
 TEXT = "Text"
 MEASURE = "Measurement"
 VALUES = "Values"
@@ -141,7 +147,7 @@ flag = partial(option, default=False)
 keeping = partial(option, default="keep")
 repeatable = partial(option, panel=WHAT, kind=list[str])
 needed = partial(option, default=Parameter.empty)
-out = partial(needed, "--out DIR")  # the directory that a command must write to
+out = partial(needed, "--out -o DIR")  # the directory that a command must write to
 
 
 def required(parameter: Parameter) -> str:

@@ -80,7 +80,6 @@ def card(directory: Checkpoint) -> Path:
             file, other weights than those that were pruned, or a card that somebody else wrote or edited. Nothing is
             written."""
     directory = Path(directory).expanduser()
-    path = directory / CARD
     run = read_pruning(directory)
     check_weights(directory)
     results = read_results(directory)
@@ -88,10 +87,7 @@ def card(directory: Checkpoint) -> Path:
         raise StorageError(
             f"{directory} was never evaluated; run `sparsellm eval` on it first"
         )
-    if os.path.lexists(path) and not is_unedited(path):
-        raise StorageError(
-            f"{path} was not written by sparsellm, or was edited since; move it away"
-        )
+    check_card(directory)
     config = (
         read_object(directory / "config.json")
         if (directory / "config.json").is_file()
@@ -103,6 +99,15 @@ def card(directory: Checkpoint) -> Path:
     )
     with changing(directory) as write:
         return write(CARD, text.encode())
+
+
+def check_card(directory: Path) -> None:
+    """Raises StorageError if the card of a checkpoint is not as sparsellm wrote it, and so cannot be replaced."""
+    path = directory / CARD
+    if os.path.lexists(path) and not is_unedited(path):
+        raise StorageError(
+            f"{path} was not written by sparsellm, or was edited since; move it away"
+        )
 
 
 def is_unedited(path: Path) -> bool:

@@ -29,11 +29,12 @@ from sparsellm.method.allocation.forms import (
     joined,
     some_rows,
 )
-from sparsellm.method.gram import Gram, GramAccumulator
+from sparsellm.method.blocks.statistics import Statistics
+from sparsellm.method.gram import Gram
 from sparsellm.method.sweep.gradients import LossGradients
 from sparsellm.method.sweep.head import divergence_from, through_head
 from sparsellm.model import Chain, Feed, LinearView, Stream
-from sparsellm.model.capture import Group, InputGroups, watch
+from sparsellm.model.capture import Group, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock, Progress
@@ -51,7 +52,7 @@ SPARSITIES = (0.0, 0.3, 0.5, 0.7)  # at which forms of the packed format are mea
 MOST_ZEROS = 0.6
 WITH_ZEROS = 2  # types with zeros that are compared
 GRAM_TOKENS = 4096
-JUDGES = 2  # windows on which candidates are compared
+JUDGES = 1  # windows on which candidates are compared
 BY_LINEAR = "by linear"
 
 Zeros = Callable[[float], Mapping[str, float]]
@@ -424,33 +425,15 @@ def _through_blocks(
 
 
 def _statistics(
-    stream: Stream, index: int, linears: list[LinearView]
+    stream: Stream, index: int, linears: Sequence[LinearView]
 ) -> list[tuple[Group, Gram]]:
-    """Groups of linears that share an input, with its Gram matrix over the tokens of all processes. The stream advances
-    through the loaded block."""
-    device = stream.chain.device
-    grouping = InputGroups()
-    accumulators: dict[str, GramAccumulator] = {}
-
-    def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
-        if inputs.numel() and grouping.add(linear, inputs):
-            if linear.name not in accumulators:
-                features = linear.in_features
-                accumulators[linear.name] = GramAccumulator(features, device)
-            accumulators[linear.name].update(inputs)
-
+    """The groups of linears that share an input, with its Gram matrix, while the stream advances through the loaded
+    block; without experts."""
     seen = [x for x in linears if not isinstance(x.module, ExpertLinear)]
-    with watch(seen, see):
+    statistics = Statistics(seen, stream.chain.device)
+    with watch(seen, lambda linear, inputs, _: statistics.see(linear, inputs)):
         stream.advance(index)
-    grams = []
-    for group in grouping.agreed(seen):
-        head = group[0]
-        accumulator = accumulators.setdefault(
-            head.name, GramAccumulator(head.in_features, device)
-        )
-        accumulator.reduce()
-        grams.append((group, accumulator.finish()))
-    return grams
+    return statistics.finish(statistics.reduce())
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import re
+import sys
+import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -18,6 +20,25 @@ from sparsellm.text.texts import Split, Text, read_rows, text_rows
 # the largest share of the characters of pydoc that is held out for evaluation
 _HELD_OUT = 0.2
 _RULE = re.compile(r"\s*([=*~^-])\1\1+\s*")  # a line that only underlines a heading
+# Parts of the standard library that other packages of a distribution may hold, that are written for one machine, or
+# that are tables; and the text of pydoc
+_NOT_READ = {
+    "_sysconfigdata",
+    "distutils",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "tkinter",
+    "turtle",
+    "turtledemo",
+    "venv",
+}
+_TESTS = {"test", "tests", "__pycache__"}
+_OF_MODULE = 8000  # characters of a module that are read, so that no long one is most of the text
+_LEAST_MODULES = 100  # with fewer, Python is installed without its sources
+_MODULES_FOR_ONE = 6  # one of so many modules is held out for evaluation
 _C4_SAMPLE = (
     "allenai/c4",
     "en/c4-validation.00001-of-00008.json.gz",
@@ -59,6 +80,38 @@ def read_pydoc(split: Split) -> Text:
         else:
             parts["calibration"].append(document)
     return Text(parts[split])
+
+
+def read_pycode(split: Split) -> Text:
+    """The source code of Python's standard library: no download, about 500,000 tokens, a sixth of them held out.
+
+    A document is the start of a module, up to 8,000 characters. The text is under the licence of Python (PSF-2.0), and
+    changes with its version, as that of ``pydoc``. Raises DataError for a Python without sources."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(_modules(root))
+    if len(modules) < _LEAST_MODULES:
+        raise DataError(
+            f"source 'pycode': {root} has {len(modules)} modules of Python's standard library as source code; name "
+            "another text"
+        )
+    documents = []
+    for number, file in enumerate(modules):
+        held_out = number % _MODULES_FOR_ONE == 0
+        if held_out == (split == "evaluation"):
+            code = file.read_text("utf-8", errors="replace")[:_OF_MODULE]
+            documents.append(code[: code.rfind("\n") + 1])
+    return Text([document for document in documents if document.strip()])
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """The files of the standard library's modules, without tests."""
+    for name in sys.stdlib_module_names - _NOT_READ:
+        module = root / f"{name}.py"
+        if module.is_file():
+            yield module
+        for file in (root / name).rglob("*.py"):
+            if not _TESTS & {*file.relative_to(root).parts}:
+                yield file
 
 
 def read_wikitext2(argument: str, split: Split) -> Text:

@@ -46,8 +46,12 @@ IDS = "token ids given in Python"
 DOCUMENTS = "documents given in Python"
 
 _PLAIN: dict[str, Callable[[Split], Text]] = {
-    "pydoc": corpora.read_pydoc, "ptb": corpora.read_ptb, "c4": corpora.read_c4, "c4-sample": corpora.read_c4_sample
-}  # fmt: skip
+    "pydoc": corpora.read_pydoc,
+    "pycode": corpora.read_pycode,
+    "ptb": corpora.read_ptb,
+    "c4": corpora.read_c4,
+    "c4-sample": corpora.read_c4_sample,
+}
 _WITH_ARGUMENT: dict[str, Callable[[str, Split], Text]] = {
     "file": read_file, "wikitext2": corpora.read_wikitext2, "hub": corpora.read_hub
 }  # fmt: skip

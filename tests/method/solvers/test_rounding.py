@@ -14,7 +14,12 @@ from torch import Tensor
 from sparsellm.method.gram import Gram
 from sparsellm.method.solvers import SOLVERS, rounding
 from sparsellm.method.solvers.prepared import prepared
-from sparsellm.method.solvers.rounding import rounded
+from sparsellm.method.solvers.rounding import (
+    DAMPING,
+    rounded,
+    to_nearest,
+    uncompensated,
+)
 from sparsellm.patterns import NM, Pattern
 from sparsepack.codes import (
     EXPONENTS,
@@ -298,6 +303,42 @@ def test_values_are_rounded_in_the_metric_of_the_damped_matrix(
     assert not torch.equal(
         rounded(weight, Gram(gram.matrix, 9), "int4", torch.bfloat16).weight, result
     )
+
+
+def test_an_error_costs_what_the_inputs_after_it_leave_of_it() -> None:
+    gram = gram_of(24)
+    matrix = gram.matrix.double()
+    damped = matrix + DAMPING * gram.mean_diagonal * torch.eye(24, dtype=torch.float64)
+    # the second damping is that of the factor
+    damped += DAMPING * damped.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    order = gram.diagonal.argsort(descending=True, stable=True).tolist()
+    costs = uncompensated(gram)
+    for place, number in enumerate(order):
+        later = order[place + 1 :]
+        change = torch.zeros(24, dtype=torch.float64)
+        change[number] = 1
+        if later:
+            inner = damped[later][:, later]
+            change[later] = -torch.linalg.solve(inner, damped[later, number])
+        assert float(costs[number]) == pytest.approx(
+            float(change @ matrix @ change), rel=1e-3
+        )
+
+
+def test_costs_of_errors_predict_the_error_of_rounding() -> None:
+    """It is somewhat less after the descent, by one share for all types."""
+    gram = gram_of(256)
+    weight = weight_of(64, 256)
+    costs = uncompensated(gram)
+    shares = []
+    for values in ("q8_0", "q5_0", "q4_0", "q3_k", "q2_k", "int3", "int4"):
+        nearest = to_nearest(weight, costs, values, torch.float32)
+        predicted = float(((nearest - weight).square() @ costs).sum())
+        solved = rounded(weight, gram, values, torch.float32).weight
+        shares.append(float(gram.energy(solved, minus=weight)) / predicted)
+        assert predicted < 0.5 * float(gram.energy(nearest, minus=weight))
+    assert 0.7 < min(shares) <= max(shares) < 1
+    assert max(shares) < 1.15 * min(shares), shares
 
 
 def test_damping_that_had_to_be_raised_is_said() -> None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sparsellm.errors import RecipeError
 from sparsellm.method.gram import Gram
-from sparsellm.method.solvers.rounding import rounded
-from sparsellm.method.solvers.sparsegpt import sparsegpt
+from sparsellm.method.solvers.rounding import to_nearest, uncompensated
 from sparsellm.patterns import Unstructured
 from sparsellm.records import KEEP
 from sparsepack.grids import GRIDS
@@ -86,22 +85,22 @@ def errors_of(
     dtype: torch.dtype,
     rows: int = ROWS,
 ) -> list[float]:
-    """The relative error of a linear in each form, as in :class:`~sparsellm.method.solvers.Solution`, on at most
-    ``rows`` evenly spaced rows of its weight ``(out, in)`` fp32. ``dtype`` is that of the checkpoint."""
+    """The relative error that a linear will have in each form, as in :class:`~sparsellm.method.solvers.Solution`, from
+    at most ``rows`` evenly spaced rows of its weight ``(out, in)`` fp32. ``dtype`` is that of the checkpoint.
+
+    Nothing is solved: errors of values at their nearest are weighed by what they cost once others made up for them."""
     part = some_rows(weight, rows)
     energy = float(gram.energy(part))
     if energy == 0:
         return [0.0] * len(forms)
-    sparse = {0.0: part}
+    costs = uncompensated(gram)
+    saliency = part.square() * costs
     errors = []
     for form in forms:
         zeros = round(form.sparsity * part.numel())
-        if form.sparsity not in sparse:
-            pattern = Unstructured(zeros, part.numel())
-            sparse[form.sparsity] = sparsegpt(part, gram, pattern).weight
-        pruned = sparse[form.sparsity]
-        grid = rounded(pruned, gram, form.values, dtype, target=part)
-        errors.append(float(gram.energy(grid.weight, minus=part)) / energy)
+        pruned = part * Unstructured(zeros, part.numel()).mask(saliency)
+        stored = to_nearest(pruned, costs, form.values, dtype)
+        errors.append(float(((stored - part).square() @ costs).double().sum()) / energy)
     return errors
 
 

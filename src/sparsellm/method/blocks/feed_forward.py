@@ -17,8 +17,9 @@ from sparsellm.method.auxiliary.objective import (
     split,
     stored,
 )
+from sparsellm.method.blocks.statistics import naming
 from sparsellm.method.blocks.sublayers import Sublayer
-from sparsellm.method.blocks.task import BlockTask, naming
+from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.solvers import Solution, Solver
 from sparsellm.model import LinearView
 from sparsellm.model.capture import watch

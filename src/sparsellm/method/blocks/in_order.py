@@ -30,8 +30,9 @@ from sparsellm.method.blocks.feed_forward import Unit, prune_unit, units_to_alte
 from sparsellm.method.blocks.permutation import permute_block
 from sparsellm.method.blocks.rotation import rotate_channels
 from sparsellm.method.blocks.routed import prune_experts
+from sparsellm.method.blocks.statistics import naming
 from sparsellm.method.blocks.sublayers import Sublayer, find_sublayers
-from sparsellm.method.blocks.task import METHODS, BlockTask, naming
+from sparsellm.method.blocks.task import METHODS, BlockTask
 from sparsellm.method.blocks.weighting import token_weights, weighted_solvers
 from sparsellm.method.gram import (
     CrossAccumulator,

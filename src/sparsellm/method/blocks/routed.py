@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.files.scratch import TensorStore
-from sparsellm.method.blocks.task import BlockTask, naming
+from sparsellm.method.blocks.statistics import naming
+from sparsellm.method.blocks.task import BlockTask
 from sparsellm.method.gram import (
     CrossAccumulator,
     Fit,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from sparsellm import machine, parallel
 from sparsellm.errors import NumericalError
-from sparsellm.method.gram import Fit, Gram, GramAccumulator
+from sparsellm.method.blocks.statistics import Statistics, naming
+from sparsellm.method.gram import Fit, Gram
 from sparsellm.method.solvers import Solution, Solver
 from sparsellm.method.solvers.rounding import Rounded, rounded
 from sparsellm.method.solvers.scaling import safe_factor
 from sparsellm.model import LinearView, Stream
-from sparsellm.model.capture import Group, InputGroups, RunOrder, skipping, watch
+from sparsellm.model.capture import Group, RunOrder, skipping, watch
 from sparsellm.model.experts import ExpertLinear
 from sparsellm.model.weights import require_storable
 from sparsellm.patterns import NM, Pattern, count_zeros
@@ -88,25 +88,14 @@ class BlockTask:
         :meth:`finish`; experts are in :mod:`sparsellm.method.blocks.routed`. ``token_weights`` are
         ``(batch, seq)`` for each batch; for a linear that does not get every token all weights are 1, since it is
         not known which it gets."""
-        device = self.stream.chain.device
         everything = self.stream.chain.linears(self.index)
-        accumulators: dict[str, GramAccumulator] = {}
-        grouping = InputGroups()
+        statistics = Statistics(linears, self.stream.chain.device)
         order = RunOrder()
         position = 0
 
         def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
-            # An expert that is called without tokens has none: all empty tensors are at one address.
-            if inputs.numel() and grouping.add(linear, inputs):
-                if linear.name not in accumulators:
-                    accumulators[linear.name] = GramAccumulator(
-                        linear.in_features, device
-                    )
-                weights = token_weights[position] if token_weights is not None else None
-                every = (
-                    weights is not None and weights.numel() == inputs.shape[:-1].numel()
-                )
-                accumulators[linear.name].update(inputs, weights if every else None)
+            weights = token_weights[position] if token_weights is not None else None
+            statistics.see(linear, inputs, weights)
 
         with self.clock.phase("prune/statistics"):
             with (
@@ -114,23 +103,15 @@ class BlockTask:
                 watch(linears, see),
             ):
                 self.stream.run_batch(self.index, 0)
-            grouping.freeze()
+            statistics.grouping.freeze()
             with (
                 watch(linears, see),
                 skipping(order.unread(everything, inputs=linears, outputs=[])),
             ):
                 for position in range(1, len(self.stream)):
                     self.stream.run_batch(self.index, position)
-            groups = grouping.agreed(linears)
-            for head, *_ in groups:
-                accumulators.setdefault(
-                    head.name, GramAccumulator(head.in_features, device)
-                ).reduce()
-        grams = []
-        for group in groups:
-            with naming(group[0].name):
-                grams.append((group, accumulators.pop(group[0].name).finish()))
-        return grams
+            groups = statistics.reduce()
+        return statistics.finish(groups)
 
     def solve(
         self, linear: LinearView, solver: Solver, gram: Gram, fit: Fit | None = None
@@ -362,15 +343,6 @@ def _receive(parameter: Tensor, owner: int) -> None:
     """Overwrites a parameter with that of the process ``owner``."""
     values = parallel.broadcast_(parameter.detach().contiguous(), owner)
     parameter.detach().copy_(values)
-
-
-@contextlib.contextmanager
-def naming(linear: str) -> Iterator[None]:
-    """Puts the name of a linear before the message of a NumericalError."""
-    try:
-        yield
-    except NumericalError as error:
-        raise NumericalError(f"{linear}: {error}") from error
 
 
 def _equal_inputs(linear: LinearView) -> Gram:

@@ -67,6 +67,9 @@ POWERS = (
     0.75,
 )
 JUDGES = 256  # rows of the weight that choose the power
+LEAST_SHARE = (
+    1e-4  # of an error's cost that compensation cannot undercut: fp32 would lose it
+)
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
 
 
@@ -328,6 +331,36 @@ def _ordered(gram: Gram) -> tuple[Tensor, Factor]:
     return order, Gram(gram.matrix[order][:, order], gram.tokens).inverse_cholesky(
         DAMPING
     )
+
+
+def uncompensated(gram: Gram) -> Tensor:
+    """What an error of each input costs once the later ones made up for it, ``(in,)``, in place of its mean square.
+
+    An error ``e_j`` in units of ``U_jj`` changes the later inputs along row ``u_j`` of the factor, see
+    :func:`_one_after_another`. With ``u_j (G + λI) u_jᵀ = 1`` it costs ``e_j² (1 − λ ‖u_j‖²)``. For values rounded to
+    nearest the sum of these costs is near to the error after rounding: above it by what the descent gains, which is
+    the same share for all types."""
+    damped = gram.remember("rounding", lambda: _damped(gram))
+    order, factor = damped.remember("ordered", lambda: _ordered(damped))
+    upper = factor.matrix
+    ridge = DAMPING * gram.mean_diagonal + factor.damping * damped.mean_diagonal
+    share = (1 - ridge * upper.square().sum(1)).clamp_(min=LEAST_SHARE)
+    costs = torch.empty_like(gram.diagonal)
+    costs[order] = share / upper.diagonal().square()
+    return costs
+
+
+def to_nearest(
+    weight: Tensor, costs: Tensor, value_type: str, dtype: torch.dtype
+) -> Tensor:
+    """A weight ``(out, in)`` with its values rounded to nearest on the grid of a type. Scales of its groups have the
+    least error where an error of input j costs ``costs_j (in,)``."""
+    gram = Gram(costs.diag(), 1)
+    groups = Groups.of(weight, value_type)
+    if groups.grid is not None and groups.grid.minima:
+        lines = _Lines(weight, gram, groups)
+        return lines.nearest + lines.spread(lines.minima)
+    return _Grid(weight, gram, torch.ones_like(costs), groups, dtype).nearest
 
 
 def _kernel(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
