@@ -211,13 +211,20 @@ def continuation(
         model, tokenizer, ids, sampling, on_text=on_text, cancelled=cancelled
     )
     with threads_set(threads):
-        batch = _batch(model, answer)
-        if batch is None:
-            _by_transformers(model, tokenizer, answer)
-        else:
-            while batch.answers:
-                batch.step()
-        return answer.result()
+        return complete(model, tokenizer, answer)
+
+
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Answer
+) -> Generation:
+    """An answer that was not begun, made to its end, with the errors of :func:`continuation`."""
+    batch = _batch(model, answer)
+    if batch is None:
+        _by_transformers(model, tokenizer, answer)
+    else:
+        while batch.answers:
+            batch.step()
+    return answer.result()
 
 
 class Answer:
@@ -345,6 +352,16 @@ class Batch:
             logits = self._decoder.step(tokens, caches)
             for answer, row in zip(ready, logits, strict=True):
                 _try(answer, answer.take, row)
+        return self._ended()
+
+    def fail(self, error: BaseException) -> list[Answer]:
+        """Ends all answers by an error, and returns them."""
+        for answer in self.answers:
+            answer.failed = error
+            answer.ended = True
+        return self._ended()
+
+    def _ended(self) -> list[Answer]:
         ended = [answer for answer in self.answers if answer.ended]
         self.answers = [answer for answer in self.answers if not answer.ended]
         for answer in ended:
