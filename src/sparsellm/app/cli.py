@@ -962,7 +962,7 @@ def generate(
     ),
 )
 def serve(model: str, quiet: bool, max_body: str, **options: Any) -> None:
-    """Serve MODEL to clients of OpenAI's API: chat, completions, streaming. One answer at a time; others wait.
+    """Serve MODEL to clients of OpenAI's API: chat, completions, streaming.
 
     Needs sparsellm\\[serve]. A key, which clients must send, comes from the environment or a file."""
     from sparsellm.app import console
