@@ -26,6 +26,7 @@ from sparsellm.files.contents import companions_of
 from sparsellm.files.demo_model import demo_gguf
 from sparsellm.files.directory import check_destination, checkpoints_among
 from sparsellm.files.files import replace_atomically
+from sparsellm.files.named import is_gguf
 from sparsellm.files.resolve import checkpoint_directory
 from sparsellm.inputs import parse_bytes
 from sparsellm.model import Chain, open_chain
@@ -395,7 +396,8 @@ def _converter(
 ) -> Path | None:
     """llama.cpp's converter; None where it is not needed. Raises RecipeError if it is, and is not given."""
     if converter is None:
-        if program == "llama.cpp" and not _is_gguf(model):
+        of_gguf = str(model) == "demo" or is_gguf(model)
+        if program == "llama.cpp" and not of_gguf:
             raise RecipeError(MAKE_TEMPLATE)
         return None
     if program != "llama.cpp":
@@ -405,11 +407,6 @@ def _converter(
     script = Path(converter).expanduser()
     check_converter(script)
     return script
-
-
-def _is_gguf(model: str | os.PathLike[str]) -> bool:
-    name = str(model)
-    return name == "demo" or name.lower().endswith(".gguf")
 
 
 def _pruned_file(model: str | os.PathLike[str]) -> Path:

@@ -44,7 +44,7 @@ Printed = tuple[Any, Callable[[], None]] | None
 
 
 class _Commands(TyperGroup):
-    """The commands in groups, and no type beside options that take no value."""
+    """Lists the commands by group, and prints no type next to its own options, of which none takes a value."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         def place(name: str) -> int:
@@ -195,7 +195,6 @@ def _show_version(asked: bool) -> None:
 
 _VERSION = typer.Option(
     "--version",
-    metavar="",
     help="Show the version and the compiled kernels, and exit.",
     callback=_show_version,
     is_eager=True,

@@ -23,7 +23,6 @@ from sparsellm.arguments import RecipeGiven, checked
 from sparsellm.convert import check_packable, pack
 from sparsellm.errors import MissingExtraError, RecipeError
 from sparsellm.evaluation.speed import compared_speed
-from sparsellm.files.contents import check_weights
 from sparsellm.files.directory import check_destination, check_place, differences
 from sparsellm.files.files import explained, has_digest, sha256
 from sparsellm.files.results import read_results
@@ -288,11 +287,9 @@ def _check_cell(pruned: Path, recipe: Recipe, dense: _Dense, *, speed: bool) -> 
     else:
         check_destination(packed)
     for directory in finished:
-        check_weights(directory)
-        known = read_results(directory)
-        benchmarks = [result for result in known.benchmarks if result.decoding]
+        known = read_checkpoint(directory)
         measured = dense.evaluation_in(directory) is not None
-        if not measured or (speed and not benchmarks):
+        if not measured or (speed and known.decoding() is None):
             check_card(directory)
             check_page(directory / REPORT)
 

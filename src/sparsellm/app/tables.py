@@ -22,6 +22,7 @@ from sparsellm.app.console import (
     visible,
     width_of,
 )
+from sparsellm.files.named import is_gguf
 from sparsellm.inputs import about
 from sparsellm.patterns import strictest
 from sparsellm.progress import PHASES
@@ -144,7 +145,7 @@ def print_next(out: Path, recipe: Recipe, dense: str) -> None:
         template = ""
         if grid.form == "gguf":
             place = shlex.quote(f"{base}.gguf")
-            if dense.endswith(".gguf"):
+            if is_gguf(dense):
                 template = f" --like {shlex.quote(dense)}"
             elif dense != "demo":
                 template = " --converter convert_hf_to_gguf.py"

@@ -21,7 +21,13 @@ from sparsellm.exports.blocks import block_type, quantised, to_blocks
 from sparsellm.exports.linears import OnGrid
 from sparsellm.exports.template import SCRIPT, Template, row_order, values_of
 from sparsellm.files.directory import check_room, resolved
-from sparsellm.files.files import TEMPORARY, TORN, create_atomically, replace_atomically
+from sparsellm.files.files import (
+    TEMPORARY,
+    TORN,
+    create_atomically,
+    lock_while_open,
+    replace_atomically,
+)
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.records import Export
@@ -134,8 +140,7 @@ def write_gguf(
 
     def write(file: BinaryIO) -> Export:
         held.callback(os.close, os.dup(file.fileno()))
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock_while_open(file)
         writer = gguf.GGUFWriter(file.name, template.arch)
         writer.data_alignment = template.reader.alignment
         for name, value in contents.values().items():

@@ -7,11 +7,9 @@ here says which family does what: rows of the template are found among those of 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -31,7 +29,7 @@ from sparsellm.errors import (
     one_line,
     shown,
 )
-from sparsellm.files.files import TEMPORARY, explained
+from sparsellm.files.files import explained, lock_while_open, temporary_in
 from sparsellm.files.gguf_header import check_header
 from sparsepack.files import read_bytes
 
@@ -117,7 +115,8 @@ def values_of(tensor: gguf.ReaderTensor) -> Tensor:
 def row_order(there: Tensor, before: Tensor, now: Tensor) -> Tensor | None:
     """The row of ``before`` that each row of ``there`` is; all are matrices of one shape, the first two of one dtype.
 
-    None if there is no such order, or if there are several that put the rows ``now`` in different places."""
+    None if a row of ``there`` is not in ``before``. Rows that are equal in ``before`` may be confused, so None too
+    if they differ in ``now``, which is put in the same order."""
     order = torch.arange(len(before))
     if torch.equal(there, before):
         return order
@@ -138,7 +137,7 @@ def _digests(rows: Tensor) -> list[bytes]:
 
 
 def check_converter(converter: Path) -> None:
-    """Refuses a path that is no file (RecipeError)."""
+    """Raises RecipeError unless the path is a file."""
     if not converter.is_file():
         raise RecipeError(
             f"--converter {shown(str(converter))} is not a file; give the path of {SCRIPT} in a clone of llama.cpp"
@@ -160,11 +159,10 @@ def converted(
 ) -> Iterator[Template]:
     """The GGUF file that llama.cpp's converter makes of a checkpoint, with matrices in ``dtype`` and this ``name`` of
     the model. It is in ``folder`` until the context ends. A ModelError has what the converter says if it fails."""
-    out = folder / f".{secrets.token_hex(12)}{TEMPORARY}"
+    out = temporary_in(folder)
     try:
         with explained(folder), out.open("xb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+            lock_while_open(file)
             options = ["--outtype", _OUTTYPES[dtype], "--model-name", name]
             _convert(converter, checkpoint, out, options)
             yield Template(out)

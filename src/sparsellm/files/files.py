@@ -52,8 +52,7 @@ def _named_when_complete(
     write: Callable[[BinaryIO], T],
     rename: Callable[[Path, Path], None],
 ) -> T:
-    # nobody can put a link there first
-    temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")
+    temporary = temporary_in(path.parent)
     with explained(path.parent):
         try:
             # follows no link, opens no file that exists
@@ -67,6 +66,17 @@ def _named_when_complete(
                 temporary.unlink(missing_ok=True)
             raise
     return written
+
+
+def temporary_in(folder: Path) -> Path:
+    """A name for a temporary file in a folder, which nobody can put a link under first."""
+    return folder / f".{secrets.token_hex(12)}{TEMPORARY}"
+
+
+def lock_while_open(file: BinaryIO) -> None:
+    """Locks an open file until it is closed, so that no other process takes it for one that a killed process left."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _take_free_name(temporary: Path, path: Path) -> None:

@@ -23,6 +23,11 @@ _UNREACHABLE = re.compile(
 )
 
 
+def is_gguf(model: str | os.PathLike[str]) -> bool:
+    """Whether a model has the name of a GGUF file."""
+    return os.fspath(model).lower().endswith(".gguf")
+
+
 def check_name(model: str, argument: str = "model") -> None:
     """Raises ModelError for a name that is neither there nor a hub id; ``argument`` is what the message calls it."""
     try:
@@ -32,7 +37,7 @@ def check_name(model: str, argument: str = "model") -> None:
         return  # an unknown user after the ~, a NUL character: whoever opens it says so
     if model == "demo" or there:
         return
-    if path.suffix.lower() == ".gguf":
+    if is_gguf(path):
         raise ModelError(
             f"{argument} {model}: there is no such file; {_similar(path) or 'give the path of a .gguf file'}"
         )
@@ -100,7 +105,7 @@ def _similar(path: Path) -> str:
     try:
         with os.scandir(path.expanduser().parent) as entries:
             for entry in islice(entries, _MOST_ENTRIES):
-                is_model = entry.name.lower().endswith(".gguf")
+                is_model = is_gguf(entry.name)
                 if is_model or os.path.isfile(os.path.join(entry.path, "config.json")):
                     known[entry.name] = str(path.with_name(entry.name))
     except (OSError, RuntimeError, ValueError):

@@ -168,10 +168,8 @@ class Budget:
         """Leaves room for what the sweep holds next to its stores."""
         way = RESIDENT.get(sweep)
         if way is None:
-            text = chain.config.get_text_config()
             largest = max(elements_of(chain, index) for index in range(len(chain)))
-            logits = LOGIT_COPIES * HEAD_TOKENS * text.vocab_size
-            self.running.expect(4 * (STREAMED_COPIES * largest + logits))
+            self.running.expect(4 * STREAMED_COPIES * largest + _logit_bytes(chain))
             return
         state, activations = sweep_bytes(chain, way, STEP_TOKENS)
         state //= parallel.size()
@@ -222,9 +220,8 @@ class Budget:
 
     def check_measuring(self, chain: Chain) -> None:
         """Raises MemoryBudgetError if the budget has no room for embedding, head and the logits of some tokens."""
-        text = chain.config.get_text_config()
-        logits = LOGIT_COPIES * HEAD_TOKENS * text.vocab_size
-        needed = chain.dtype.itemsize * chain.outer_elements() + 4 * logits
+        outer = chain.dtype.itemsize * chain.outer_elements()
+        needed = outer + _logit_bytes(chain)
         held = machine.held_rss() if self.card is None else 0
         room = self.running.limit - held
         if needed > room:
@@ -339,9 +336,15 @@ def sweep_bytes(chain: Chain, way: Residence, step_tokens: int) -> tuple[int, in
         of_token += KEPT_SCORES * text.num_attention_heads * step_tokens
     kept = 4 * step_tokens * of_token * blocks
     inputs = 4 * step_tokens * text.hidden_size * len(chain)
-    logits = 4 * LOGIT_COPIES * HEAD_TOKENS * text.vocab_size
     outer = chain.dtype.itemsize * chain.outer_elements()
-    return STATE_BYTES * weights, copies + kept + inputs + logits + outer
+    working = copies + kept + inputs + _logit_bytes(chain) + outer
+    return STATE_BYTES * weights, working
+
+
+def _logit_bytes(chain: Chain) -> int:
+    """Bytes of the logits of a chunk of tokens in a loss."""
+    vocabulary = chain.config.get_text_config().vocab_size
+    return 4 * LOGIT_COPIES * HEAD_TOKENS * int(vocabulary)
 
 
 def slowest(ways: Sequence[str]) -> str:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsellm import parallel
-from sparsellm.errors import DataError, SparseLLMError
+from sparsellm.errors import SparseLLMError
 from sparsellm.evaluation.perplexity import Kept, measured
 from sparsellm.files.reader import CheckpointReader
 from sparsellm.model.open import check_vocabulary, load_tokenizer
-from sparsellm.progress import PhaseClock, ProgressCallback, ignore
+from sparsellm.progress import PhaseClock, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import HeldOut
 from sparsellm.run.budget import Budget
@@ -25,13 +25,13 @@ from sparsellm.run.journal import Journal
 from sparsellm.run.opening import Models
 from sparsellm.text.windows import evaluation_windows, seq_len_of
 
-NO_TOKENIZER = "the model was given without a tokenizer"
+UNMEASURED = "the result was not measured on held-out text"
 MOST_WINDOWS = 8
 MOST_WIDTH = 512  # tokens of a window
 
 
 def held_out_text(recipe: Recipe) -> str:
-    """A text that no run calibrates on: documents next to those of the run, or Python's documentation."""
+    """The text that a run is measured on: the part of ``c4-sample`` or ``pydoc`` on which no run calibrates."""
     if recipe.calibration == "c4-sample":
         return "c4-sample"
     return "pydoc"
@@ -41,7 +41,7 @@ def held_out_text(recipe: Recipe) -> str:
 class HeldOutWindows:
     """The windows that a run is measured on at its end, and the dense model. The first process has them."""
 
-    windows: Tensor | None = None  # token ids; None if there are none
+    windows: Tensor | None = None  # token ids; None without a tokenizer to make them
     dense: Kept | None = None
     missing: str = ""  # why nothing is measured
 
@@ -51,7 +51,6 @@ class HeldOutWindows:
         models: Models,
         decided: Decided,
         clock: PhaseClock,
-        progress: ProgressCallback,
     ) -> HeldOutWindows:
         """The windows of a run. Where its dense weights will be overwritten, the dense model runs on them now."""
         held = cls()
@@ -62,7 +61,7 @@ class HeldOutWindows:
             try:
                 held.windows = _windows(models, decided.recipe)
                 held.dense = Kept(models.teacher or chain, "")
-                if chain.reader is None:
+                if chain.reader is None and held.windows is not None:
                     held.dense.outputs(held.windows, lambda text: None)
             except SparseLLMError as error:
                 held.missing = str(error)
@@ -75,26 +74,32 @@ class HeldOutWindows:
         journal: Journal,
         budget: Budget,
         clock: PhaseClock,
-        progress: ProgressCallback = ignore,
+        progress: ProgressCallback,
     ) -> tuple[HeldOut | None, list[str]]:
         """The measurement of the pruned model, or a warning that says why there is none: a run of hours does not fail
-        for it. A model without a tokenizer, which reads no text, needs no warning. All processes return what the first
-        one measures."""
+        for it. A model without a tokenizer reads no text, so it is not measured and not warned about. All processes
+        return what the first one measures."""
 
         def make() -> tuple[HeldOut | None, list[str]]:
+            if self.missing:
+                return None, [f"{UNMEASURED}: {self.missing}"]
+            windows = self.windows
+            if windows is None:
+                return None, []
             try:
-                return self._measured(models, decided, journal, budget, progress), []
+                measurement = self._measured(
+                    windows, models, decided, journal, budget, progress
+                )
             except SparseLLMError as error:
-                why = self.missing or str(error)
-                if why == NO_TOKENIZER:
-                    return None, []
-                return None, [f"the result was not measured on held-out text: {why}"]
+                return None, [f"{UNMEASURED}: {error}"]
+            return measurement, []
 
         with clock.phase("evaluate"):
             return parallel.from_main(make)
 
     def _measured(
         self,
+        windows: Tensor,
         models: Models,
         decided: Decided,
         journal: Journal,
@@ -102,9 +107,6 @@ class HeldOutWindows:
         progress: ProgressCallback,
     ) -> HeldOut:
         chain = models.chain
-        windows = self.windows
-        if self.missing or windows is None:
-            raise DataError(self.missing)
         blocks = None
         if journal.writer is not None and chain.reader is not None:
             folder = journal.writer.folder
@@ -131,14 +133,15 @@ class HeldOutWindows:
         )
 
 
-def _windows(models: Models, recipe: Recipe) -> Tensor:
-    """The windows, as long as those of the calibration, but not longer than :data:`MOST_WIDTH`. Raises DataError."""
+def _windows(models: Models, recipe: Recipe) -> Tensor | None:
+    """The windows, as long as those of the calibration, but not longer than :data:`MOST_WIDTH`. None without a
+    tokenizer. Raises DataError for a text that cannot be read or is short."""
     tokenizer = models.tokenizer
     config = models.chain.config
     if tokenizer is None and models.directory is not None:
         tokenizer = load_tokenizer(models.directory, trust_remote_code=models.trust)
     if tokenizer is None:
-        raise DataError(NO_TOKENIZER)
+        return None
     width = min(seq_len_of(config, recipe.seq_len), MOST_WIDTH)
     windows = evaluation_windows(
         held_out_text(recipe),

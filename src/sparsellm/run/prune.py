@@ -77,7 +77,7 @@ def run(request: Request, progress: ProgressCallback) -> PruneResult:
         walked = len(finished) == len(chain)
         targets = survey(models, decided, feed, journal, walked, clock)
         clock.lap()
-        held_out = HeldOutWindows.drawn(models, decided, clock, progress)
+        held_out = HeldOutWindows.drawn(models, decided, clock)
         dense = dense_end(models, decided, feed, clock)
         blocks = walk(
             models,

@@ -38,7 +38,7 @@ _NOT_READ = {
 _TESTS = {"test", "tests", "__pycache__"}
 _OF_MODULE = 8000  # characters of a module that are read, so that no long one is most of the text
 _LEAST_MODULES = 100  # with fewer, Python is installed without its sources
-_MODULES_FOR_ONE = 6  # one of so many modules is held out for evaluation
+_HELD_OUT_EVERY = 6  # every sixth module is held out for evaluation
 _C4_SAMPLE = (
     "allenai/c4",
     "en/c4-validation.00001-of-00008.json.gz",
@@ -96,7 +96,7 @@ def read_pycode(split: Split) -> Text:
         )
     documents = []
     for number, file in enumerate(modules):
-        held_out = number % _MODULES_FOR_ONE == 0
+        held_out = number % _HELD_OUT_EVERY == 0
         if held_out == (split == "evaluation"):
             code = file.read_text("utf-8", errors="replace")[:_OF_MODULE]
             documents.append(code[: code.rfind("\n") + 1])

@@ -67,9 +67,8 @@ POWERS = (
     0.75,
 )
 JUDGES = 256  # rows of the weight that choose the power
-LEAST_SHARE = (
-    1e-4  # of an error's cost that compensation cannot undercut: fp32 would lose it
-)
+# the least part of an error's cost that remains after compensation; fp32 does not resolve smaller ones
+LEAST_SHARE = 1e-4
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
 
 
