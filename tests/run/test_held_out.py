@@ -32,7 +32,7 @@ def prune(home: Path, out: Path, **more: Any) -> sparsellm.PruneResult:
 
 
 @pytest.mark.parametrize("effort", [0, 1])
-@pytest.mark.parametrize("memory", [None, "1GiB"])
+@pytest.mark.parametrize("memory", [None, "8GiB"])
 def test_it_is_what_eval_measures_of_the_checkpoint(
     home: Path, tmp_path: Path, effort: int, memory: str | None
 ) -> None:
