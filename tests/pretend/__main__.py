@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.method.solvers import kernels
+from sparsellm.run.held_out import HeldOutWindows
 from tests.files.small import tensors_of
 from tests.models import save_tiny, tiny_tokenizer, windows
 from tests.models.families import family
@@ -109,27 +110,41 @@ def accepted_on_the_device() -> list[str]:
 
 
 def traffic_of_runs(source: Path, folder: Path) -> dict[str, Counter[str]]:
-    """Of one run without and with a sweep, each for a block of the model."""
+    """Of one run without and with a sweep, each for a block of the model, and of the measurement at a run's end."""
     table = {}
+    at_end = Counter[str]()
+    measure = HeldOutWindows.measure
+
+    def counting(*given: Any, **named: Any) -> Any:
+        with device.counted() as traffic:
+            result = measure(*given, **named)
+        at_end.clear()
+        at_end.update(traffic)
+        return result
+
     # the first of a process measures the device
     for number, effort in enumerate((0, 0, 1)):
         recipe = Recipe(
             device="cuda", batch_tokens=32, effort=effort, sparsity=0.6, sets=1
         )
-        with device.counted() as traffic:
+        with (
+            device.counted() as traffic,
+            mock.patch.object(HeldOutWindows, "measure", counting),
+        ):
             sparsellm.prune(
                 source,
                 recipe,
                 calibration=windows(4, 16),
                 out=folder / f"effort-{number}",
             )
-        table[f"effort {effort}"] = traffic
+        table[f"effort {effort}"] = traffic - at_end
     walk, both = table["effort 0"], table["effort 1"]
     of_sweep = Counter({what: both[what] - walk[what] for what in both})
-    return {
+    of_blocks = {
         name: Counter({what: number // 2 for what, number in traffic.items()})
         for name, traffic in (("walk, a block", walk), ("sweep, a block", of_sweep))
     }
+    return {**of_blocks, "measurement": at_end}
 
 
 def main() -> None:

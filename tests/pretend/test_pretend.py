@@ -43,7 +43,8 @@ def report() -> dict[str, Any]:
 
 
 # The most launches and waits of a linear with 4096 inputs and outputs, and of a block of a tiny Llama. 700 launches are
-# the two errors of a solution. Each pass of a rounding waits once: the linears of a 135M model take six or seven.
+# the two errors of a solution. Each pass of a rounding waits once: the linears of a 135M model take six or seven. The
+# measurement runs eight windows, one by one as `sparsellm eval` does, through the pruned and the dense model.
 def test_the_device_refuses_what_cuda_refuses(report: dict[str, Any]) -> None:
     assert report["accepted"] == []
 
@@ -54,7 +55,11 @@ def test_all_runs_end_with_the_bits_of_the_cpu(report: dict[str, Any]) -> None:
 
 
 def test_launches_and_waits_stay_below_ceilings(report: dict[str, Any]) -> None:
-    ceilings = {"walk, a block": (6300, 400), "sweep, a block": (1300, 170)}
+    ceilings = {
+        "walk, a block": (6300, 400),
+        "sweep, a block": (1300, 170),
+        "measurement": (1300, 340),
+    }
     assert report["traffic"].keys() == ceilings.keys()
     for name, (launches, waits) in ceilings.items():
         assert launches / 10 < report["traffic"][name]["launches"] <= launches
