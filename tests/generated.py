@@ -470,13 +470,13 @@ def _strange_argument(line: list[str], command: Command, chance: random.Random) 
 def _damage(file: str, chance: random.Random) -> tuple[str, Callable[[Path], None]]:
     """A change of one file, with its name: a JSON value, bytes, or something else in the place of the file."""
     name, change = chance.choice(
-        (("value", _change_value), ("bytes", _change_bytes), ("place", _change_place))
+        (("value", change_value), ("bytes", change_bytes), ("place", _change_place))
     )
     seed = chance.random()
     return f"{file}: {name}", lambda work: change(work / file, random.Random(seed))
 
 
-def _change_value(path: Path, chance: random.Random) -> None:
+def change_value(path: Path, chance: random.Random) -> None:
     """A value of a JSON file, or of the header of a safetensors file, is another one, or is gone."""
     front = rest = b""
     try:
@@ -486,7 +486,7 @@ def _change_value(path: Path, chance: random.Random) -> None:
             text, rest = text[8:end], text[end:]
         content = json.loads(text)
     except (ValueError, OSError):
-        return _change_bytes(path, chance)
+        return change_bytes(path, chance)
     for _ in range(chance.choice((1, 1, 3))):
         inside = content
         while True:
@@ -511,7 +511,7 @@ def _change_value(path: Path, chance: random.Random) -> None:
     return path.write_bytes(front + text + rest) and None
 
 
-def _change_bytes(path: Path, chance: random.Random) -> None:
+def change_bytes(path: Path, chance: random.Random) -> None:
     data = path.read_bytes() if path.is_file() else b""
     at = chance.randrange(len(data) + 1)
     changes = (
