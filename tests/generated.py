@@ -436,7 +436,8 @@ def generated(name: str, number: int) -> Input:
         for _ in range(chance.choice((1, 1, 2, 3))):
             _strange_argument(made.arguments, command, chance)
     if kind > 0.5:
-        for file in chance.sample(command.damaged, chance.choice((1, 1, 2))):
+        count = min(len(command.damaged), chance.choice((1, 1, 2)))
+        for file in chance.sample(command.damaged, count):
             made.damage.append(_damage(file, chance))
     return made
 
