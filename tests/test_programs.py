@@ -204,7 +204,13 @@ def test_a_page_of_the_user_stays(home: Path, tmp_path: Path) -> None:
     (tmp_path / "small.html").write_text("mine")
     out = tmp_path / "small.gguf"
     with pytest.raises(SparseLLMError, match=r"small\.html' is not a report"):
-        compress(home, out, program="llama.cpp", bits=5.0, like=home / "like.gguf")
+        compress(
+            home,
+            out,
+            program="llama.cpp",
+            bits=5.0,
+            converter=converter.__file__,
+        )
     assert (tmp_path / "small.html").read_text() == "mine"
 
 

@@ -318,7 +318,7 @@ class RunRecord(Record):
     warnings: list[str] = []
     allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
-    held_out: HeldOut | None = None  # None if it could not be measured
+    held_out: HeldOut | None = None  # None without a tokenizer, or with a warning
     # a record for each mixture, if experts were removed
     experts: list[ExpertsOfBlock] = []
     identity: Settings = {}  # everything that the bits of the result depend on

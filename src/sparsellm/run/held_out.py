@@ -25,6 +25,7 @@ from sparsellm.run.journal import Journal
 from sparsellm.run.opening import Models
 from sparsellm.text.windows import evaluation_windows, seq_len_of
 
+NO_TOKENIZER = "the model was given without a tokenizer"
 MOST_WINDOWS = 8
 MOST_WIDTH = 512  # tokens of a window
 
@@ -77,13 +78,16 @@ class HeldOutWindows:
         progress: ProgressCallback = ignore,
     ) -> tuple[HeldOut | None, list[str]]:
         """The measurement of the pruned model, or a warning that says why there is none: a run of hours does not fail
-        for it. All processes return what the first one measures."""
+        for it. A model without a tokenizer, which reads no text, needs no warning. All processes return what the first
+        one measures."""
 
         def make() -> tuple[HeldOut | None, list[str]]:
             try:
                 return self._measured(models, decided, journal, budget, progress), []
             except SparseLLMError as error:
                 why = self.missing or str(error)
+                if why == NO_TOKENIZER:
+                    return None, []
                 return None, [f"the result was not measured on held-out text: {why}"]
 
         with clock.phase("evaluate"):
@@ -134,7 +138,7 @@ def _windows(models: Models, recipe: Recipe) -> Tensor:
     if tokenizer is None and models.directory is not None:
         tokenizer = load_tokenizer(models.directory, trust_remote_code=models.trust)
     if tokenizer is None:
-        raise DataError("the model was given without a tokenizer")
+        raise DataError(NO_TOKENIZER)
     width = min(seq_len_of(config, recipe.seq_len), MOST_WIDTH)
     windows = evaluation_windows(
         held_out_text(recipe),
