@@ -60,8 +60,10 @@ MEASURED = ("--sparsity=0.5", "--text-seq-len=16", "--max-tokens=64")
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that succeeds, the files whose damage it may meet, and the paths that it may change, as patterns
-    with ``{first}`` for the first argument and ``{out}`` for that of ``--out``; ``kept`` also when it is refused."""
+    """A command line that succeeds, the files whose damage it may meet, and the paths that it may change.
+
+    Paths are patterns: ``{first}`` is the first argument, ``{out}`` that of ``--out``, and ``{stem}`` the same without
+    its ending. Those ``kept`` may change also when it is refused."""
 
     line: tuple[str, ...]
     damaged: tuple[str, ...]
@@ -186,7 +188,7 @@ COMMANDS: dict[str, Command] = {
     "compress for llama.cpp": Command(
         ("compress", "wide.gguf", "--for=llama.cpp", "--out=new.gguf", *SIZED),
         ("wide.gguf",),
-        ("{out}", "new.Modelfile"),
+        ("{out}", "{stem}.Modelfile", "{stem}.html"),
         kept=COMPRESSING,
     ),
     "exec": Command(
@@ -604,6 +606,7 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
             "{first}": made.arguments[1],
             "{out}": outs[-1] if outs else "",
             "{pack}": packs[-1] if packs else "",
+            "{stem}": os.path.splitext(outs[-1])[0] if outs else "",
         }
         at = os.path.realpath(root)
         places = {
