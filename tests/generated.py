@@ -60,8 +60,10 @@ MEASURED = ("--sparsity=0.5", "--text-seq-len=16", "--max-tokens=64")
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that succeeds, the files whose damage it may meet, and the paths that it may change, as patterns
-    with ``{first}`` for the first argument and ``{out}`` for that of ``--out``; ``kept`` also when it is refused."""
+    """A command line that succeeds, the files whose damage it may meet, and the paths that it may change.
+
+    Paths are patterns: ``{first}`` is the first argument, ``{out}`` that of ``--out``, and ``{stem}`` the same without
+    its ending. Those ``kept`` may change also when it is refused."""
 
     line: tuple[str, ...]
     damaged: tuple[str, ...]
@@ -186,7 +188,7 @@ COMMANDS: dict[str, Command] = {
     "compress for llama.cpp": Command(
         ("compress", "wide.gguf", "--for=llama.cpp", "--out=new.gguf", *SIZED),
         ("wide.gguf",),
-        ("{out}", "new.Modelfile"),
+        ("{out}", "{stem}.Modelfile", "{stem}.html"),
         kept=COMPRESSING,
     ),
     "exec": Command(
@@ -436,7 +438,8 @@ def generated(name: str, number: int) -> Input:
         for _ in range(chance.choice((1, 1, 2, 3))):
             _strange_argument(made.arguments, command, chance)
     if kind > 0.5:
-        for file in chance.sample(command.damaged, chance.choice((1, 1, 2))):
+        count = min(len(command.damaged), chance.choice((1, 1, 2)))
+        for file in chance.sample(command.damaged, count):
             made.damage.append(_damage(file, chance))
     return made
 
@@ -470,13 +473,13 @@ def _strange_argument(line: list[str], command: Command, chance: random.Random) 
 def _damage(file: str, chance: random.Random) -> tuple[str, Callable[[Path], None]]:
     """A change of one file, with its name: a JSON value, bytes, or something else in the place of the file."""
     name, change = chance.choice(
-        (("value", _change_value), ("bytes", _change_bytes), ("place", _change_place))
+        (("value", change_value), ("bytes", change_bytes), ("place", _change_place))
     )
     seed = chance.random()
     return f"{file}: {name}", lambda work: change(work / file, random.Random(seed))
 
 
-def _change_value(path: Path, chance: random.Random) -> None:
+def change_value(path: Path, chance: random.Random) -> None:
     """A value of a JSON file, or of the header of a safetensors file, is another one, or is gone."""
     front = rest = b""
     try:
@@ -486,7 +489,7 @@ def _change_value(path: Path, chance: random.Random) -> None:
             text, rest = text[8:end], text[end:]
         content = json.loads(text)
     except (ValueError, OSError):
-        return _change_bytes(path, chance)
+        return change_bytes(path, chance)
     for _ in range(chance.choice((1, 1, 3))):
         inside = content
         while True:
@@ -511,7 +514,7 @@ def _change_value(path: Path, chance: random.Random) -> None:
     return path.write_bytes(front + text + rest) and None
 
 
-def _change_bytes(path: Path, chance: random.Random) -> None:
+def change_bytes(path: Path, chance: random.Random) -> None:
     data = path.read_bytes() if path.is_file() else b""
     at = chance.randrange(len(data) + 1)
     changes = (
@@ -603,6 +606,7 @@ def outcome(name: str, number: int, seconds: float = 60.0) -> tuple[str, str]:
             "{first}": made.arguments[1],
             "{out}": outs[-1] if outs else "",
             "{pack}": packs[-1] if packs else "",
+            "{stem}": os.path.splitext(outs[-1])[0] if outs else "",
         }
         at = os.path.realpath(root)
         places = {

@@ -49,7 +49,7 @@ MEASURED = {
 }
 MEASURED |= {"tokens_per_second", "dense_tokens_per_second", "peak_rss"}
 Q8_0 = GGMLQuantizationType.Q8_0
-PAGES = ("report.html", "compare.html")
+PAGES = ".html"  # the end of their names
 
 
 @dataclass(frozen=True)

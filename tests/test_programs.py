@@ -214,6 +214,21 @@ def test_a_page_of_the_user_stays(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "small.html").read_text() == "mine"
 
 
+@pytest.mark.parametrize("program", ["llama.cpp", "sparsellm", "transformers"])
+@pytest.mark.parametrize("out", ["/", "."])
+def test_a_place_without_a_name_is_refused(
+    out: str, program: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"program": program}
+    if program != "transformers":
+        options["bits"] = 5.0
+    if program == "llama.cpp":
+        options["converter"] = converter.__file__
+    with pytest.raises(RecipeError, match=f"--out '{out}' has no name of its own"):
+        compress(home, out, **options)  # type: ignore[arg-type]
+
+
 def test_another_complete_run_is_not_taken(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

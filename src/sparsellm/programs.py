@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue
 from sparsellm import api, interrupts
 from sparsellm.arguments import Checkpoint, Out, PathGiven, RecipeGiven, checked
 from sparsellm.convert import head_bytes, heads_of, pack
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, shown
 from sparsellm.exports.door import MAKE_TEMPLATE, export
 from sparsellm.exports.gguf_file import check_file, expected_bytes, other_bytes
 from sparsellm.exports.template import Template, check_converter, metadata_bytes
@@ -317,6 +317,10 @@ def ordered(  # noqa: PLR0913 - the arguments of compress
     if program == "llama.cpp" and script is None:
         template = _pruned_file(model)
     place = Path(os.path.expanduser(out))
+    if not place.name:  # as of / and .
+        raise RecipeError(
+            f"--out {shown(str(out))} has no name of its own; name a new directory or file, such as small"
+        )
     pruned = _pruned(place, program)
     # an earlier start of this command may have written the result, and been stopped after that
     begun = pruned != place and (pruned / PRUNING).is_file()

@@ -118,7 +118,6 @@ def decide(
     extent = extent_of(windows, choice.passes)
     estimate = estimate_here(chain, choice, recipe, extent, budget)
     disk_bytes += int(parallel.total(estimate.hidden_on_disk_bytes))
-    progress(Progress(NOTE, 1, 1, needed(estimate)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
         # before digests, which the walk compares
@@ -126,6 +125,8 @@ def decide(
         warnings += already_pruned(models, recipe)
         dense = model_fingerprint(models.teacher or chain, progress)
         start = _start_digest(models, progress)
+    # after all that a model may be refused for
+    progress(Progress(NOTE, 1, 1, needed(estimate)))
     note(progress, warnings)
     return Decided(
         recipe=recipe,

@@ -152,11 +152,11 @@ def open_removal(
     first = estimate_here(chain, choice, settled, extent, budget)
     disk_bytes += int(parallel.total(first.hidden_on_disk_bytes))
     total = _with_run(recipe, settled, twin.chain, first, budget)
-    progress(Progress(NOTE, 1, 1, needed(total)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
         warnings += chain.unused()
         digest = model_fingerprint(chain, progress)
+    progress(Progress(NOTE, 1, 1, needed(total)))
     identity = identity_of(calibration, model=digest, computing=computing)
     note(progress, warnings)
     check = partial(_check_run, rest, out, identity, restart=request.restart)
