@@ -61,7 +61,7 @@ import sys, time, xllamacpp
 path, port, threads, clients, context = sys.argv[1:]
 asked = xllamacpp.CommonParams()
 asked.model.path = path
-asked.hostname = "127.0.0.1"
+asked.hostnames = ["127.0.0.1"]
 asked.port = int(port)
 asked.n_parallel = int(clients)
 asked.n_ctx = int(context)

@@ -309,7 +309,32 @@ def test_answers_share_the_room_of_four_contexts(model: Any) -> None:
 
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": ASKED, "n": 2}, 400, "n is 2, which this server does not support"),
-    ({"messages": ASKED, "temprature": 1}, 400, "temprature is 1"),
+    (
+        {"messages": ASKED, "tools": [{"type": "function"}]},
+        400,
+        "which this server does not support",
+    ),
+    (
+        {"messages": ASKED, "response_format": {"type": "json_object"}},
+        400,
+        "response_format is {'type': 'json_object'}, which this server does not support",
+    ),
+    ({"messages": ASKED, "logprobs": True}, 400, "logprobs is True, which"),
+    ({"messages": ASKED, "logprobs": 0}, 400, "logprobs is 0, which"),
+    ({"messages": ASKED, "top_k": -2}, 400, "top_k is -2"),
+    ({"messages": ASKED, "min_p": 2}, 400, "min_p is 2"),
+    ({"messages": ASKED, "repetition_penalty": 0}, 400, "repetition_penalty is 0"),
+    ({"messages": ASKED, "presence_penalty": 3}, 400, "presence_penalty is 3"),
+    (
+        {"messages": [{**ASKED[0], "tool_calls": [{"id": "1"}]}]},
+        400,
+        "tool_calls is",
+    ),
+    (
+        {"messages": [{"role": "tool", "content": "1"}]},
+        400,
+        "messages.0.role",
+    ),
     ({"messages": ASKED, "temperature": 3}, 400, "temperature is 3"),
     ({"messages": ASKED, "max_tokens": LONG + 1}, 400, f"at most {LONG} tokens"),
     (
@@ -372,8 +397,36 @@ def test_neutral_parameters_and_parts_of_text_are_taken(
         model="tiny", messages=parts, max_tokens=8, n=1, logprobs=False, frequency_penalty=0, presence_penalty=0.0,
         tool_choice="none", service_tier="auto", parallel_tool_calls=True, metadata={}, top_logprobs=0,
         user="me", response_format={"type": "text"}, stop=None,
+        extra_body={"mirostat": 2, "\u00fcnknown": {"a": 1}, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
     )  # fmt: skip
     assert answer.choices[0].message.content == greedy(TEMPLATED, 8)
+
+
+def test_what_user_interfaces_send_changes_the_answer(
+    model: Any, client: OpenAI
+) -> None:
+    """Each parameter alone makes the answer that the library makes with it, which is not the one without it."""
+
+    def answered(**asked: Any) -> str:
+        answer = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=24, extra_body=asked
+        )
+        return answer.choices[0].text
+
+    def alone(**asked: Any) -> str:
+        sampling = Sampling(max_new_tokens=24, **asked)
+        ids = prompt_ids(tiny_tokenizer())
+        return continuation(model, tiny_tokenizer(), ids, sampling).text
+
+    drawn = {"temperature": 1.5, "seed": 3, "top_k": 0}
+    for how, first in (
+        (drawn | {"top_k": 2}, drawn),
+        (drawn | {"min_p": 0.9}, drawn),
+        ({"temperature": 0.0, "repetition_penalty": 1.8}, {"temperature": 0.0}),
+        ({"temperature": 0.0, "frequency_penalty": 2.0}, {"temperature": 0.0}),
+        ({"temperature": 0.0, "presence_penalty": 2.0}, {"temperature": 0.0}),
+    ):
+        assert answered(**how) == alone(**how) != alone(**first)
 
 
 def test_what_is_not_json_or_has_no_end_is_refused(url: str) -> None:

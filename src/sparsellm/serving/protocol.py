@@ -1,12 +1,14 @@
 """Requests and answers of OpenAI's API, as far as one model on this machine can serve them.
 
-Other parameters than the fields here are refused, except those whose value changes nothing, such as ``n: 1`` or null.
+Parameters that would change the answer and that this server does not have are refused, unless their value changes
+nothing, such as ``n: 1`` or null. All other unknown parameters are ignored.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -17,11 +19,15 @@ from pydantic import (
     Field,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparsellm.errors import shown
 from sparsellm.serving.prompts import chat_ids
+from sparsepack.arguments import MOST
 from sparsepack.generation import (
+    MOST_PENALTY,
     MOST_SEED,
     MOST_TEMPERATURE,
     Generation,
@@ -37,12 +43,15 @@ Temperature = Annotated[
     float, Field(ge=0, le=MOST_TEMPERATURE), AfterValidator(not_tiny)
 ]
 
-# What clients send although it changes nothing.
-_NEUTRAL: dict[str, object] = {
-    "n": 1, "best_of": 1, "echo": False, "suffix": "", "logprobs": False, "top_logprobs": 0, "logit_bias": {},
-    "frequency_penalty": 0, "presence_penalty": 0, "response_format": {"type": "text"}, "modalities": ["text"],
-    "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
-    "metadata": {}, "store": False, "service_tier": "auto", "include_obfuscation": False,
+# What would change the answer and is not supported, with the values that change nothing.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",),
+    "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
+    "tools": ([],), "tool_choice": ("none", "auto"), "tool_calls": ([],),
+    "functions": ([],), "function_call": ("none", "auto"),
+    "grammar": ("",), "json_schema": ({},), "guided_json": ({},), "guided_regex": ("",),
+    "structured_outputs": ({},),
 }  # fmt: skip
 
 
@@ -63,33 +72,34 @@ def _joined(content: Any) -> Any:
     return content
 
 
-def _is_neutral(name: str, value: object) -> bool:
+def _changes_nothing(name: str, value: object) -> bool:
     """In JSON, ``logprobs: 0`` asks for something, and ``false`` does not."""
-    if (name, value) == ("tool_choice", "auto"):
-        return True  # without tools it changes nothing
-    neutral = _NEUTRAL.get(name)
-    return (
-        neutral is not None
-        and neutral == value
-        and isinstance(neutral, bool) == isinstance(value, bool)
+    if value is None or name not in _UNSUPPORTED:
+        return True
+    return any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in _UNSUPPORTED[name]
     )
 
 
 class _Given(BaseModel):
     model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False
+        strict=True, frozen=True, extra="ignore", allow_inf_nan=False
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, values: Any) -> Any:
+    def _supported(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {
-            escaped(name): v
-            for name, v in values.items()
-            if v is not None and not _is_neutral(name, v)
-        }
+        for name, value in values.items():
+            if not _changes_nothing(name, value):
+                raise PydanticCustomError(
+                    "unsupported",
+                    "{name} is {value}, which this server does not support",
+                    {"name": name, "value": shown(value)},
+                )
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Message(_Given):
@@ -103,6 +113,9 @@ class Message(_Given):
     ]
     content: Annotated[Words, BeforeValidator(_joined)]
     name: Words | None = None
+
+
+_SAMPLED = {field.name for field in fields(Sampling)}
 
 
 class StreamOptions(_Given):
@@ -122,6 +135,12 @@ class Asked(_Given):
     max_tokens: Tokens | None = None
     temperature: Annotated[Temperature, Field(le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    # those that user interfaces send besides OpenAI's; -1 is all tokens, as 0
+    top_k: Annotated[int, Field(ge=-1, le=MOST)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Seed | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=500)]],
@@ -131,7 +150,6 @@ class Asked(_Given):
     ignore_eos: bool = False  # not OpenAI's; other servers have it too
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None  # for the statistics of whoever serves; not used here
 
     @property
     def limit(self) -> int | None:
@@ -144,10 +162,10 @@ class Asked(_Given):
             seed = secrets.randbits(63)
         else:
             seed = self.seed
-        return Sampling(
-            seed=seed,
-            **self.model_dump(include={"temperature", "top_p", "stop", "ignore_eos"}),
-        )
+        given = self.model_dump(include=_SAMPLED)
+        if self.top_k == -1:
+            given["top_k"] = 0
+        return Sampling(**{**given, "seed": seed})
 
     def ids(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The prompt as token ids ``(1, tokens)``."""

@@ -304,13 +304,13 @@ async def _of_validation(_: Request, failed: RequestValidationError) -> Response
             400,
             f"the body is not JSON: {first.get('ctx', {}).get('error', '')}, at character {place}",
         )
+    if kind == "unsupported":
+        return _problem(400, first["msg"], param=first["ctx"]["name"])
     if not place:
         return _problem(
             400, "the body is not a JSON object with Content-Type: application/json"
         )
-    if kind == "extra_forbidden":
-        why = f"is {shown(first['input'])}, which this server does not support"
-    elif kind == "missing":
+    if kind == "missing":
         why = "is missing"
     else:
         reason = (
